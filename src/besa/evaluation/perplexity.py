@@ -1,0 +1,86 @@
+"""Perplexity by the protocol of the pruning literature: non-overlapping windows of one long text.
+
+Shape suffixes: W windows, T tokens of a window, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from besa.errors import BesaError
+from besa.progress import Progress, silent
+
+LOGITS = 2048  # tokens whose logits are in memory at a time, unless one window is longer
+
+
+class Perplexity(BaseModel):
+    """A perplexity with what it was measured on.
+
+    Attributes:
+        perplexity: exp of the mean negative log-likelihood.
+        windows: how many windows of the text were used.
+        predicted: tokens predicted, window − 1 in each window.
+    """
+
+    perplexity: float
+    windows: int
+    predicted: int
+
+
+def perplexity(
+    model: PreTrainedModel,
+    tokens_L: Tensor,
+    window: int,
+    max_windows: int | None = None,
+    batch: int | None = None,
+    progress: Progress = silent,
+) -> Perplexity:
+    """exp of the mean cross-entropy over all predicted tokens of the text's windows; the tail is dropped.
+
+    Args:
+        model: causal decoder; it runs where it is.
+        tokens_L: the whole text as token ids (L,), int64.
+        window: tokens of a window; the first of each is not predicted.
+        max_windows: use only so many windows from the text's beginning.
+        batch: windows in a forward pass; by default as many as 2048 tokens hold. The number does not depend on it
+            beyond rounding.
+        progress: told (windows done, windows, perplexity so far).
+
+    Raises:
+        BesaError: the text is shorter than one window, or the model's output is not finite.
+    """
+    if window < 2:
+        raise BesaError(f"A window of {window} tokens predicts nothing: use at least 2.")
+    windows = len(tokens_L) // window
+    if windows == 0:
+        raise BesaError(f"The text has {len(tokens_L):,} tokens, fewer than one window of {window:,}: use a smaller --window.")
+    if max_windows is not None:
+        windows = min(windows, max_windows)
+    tokens_WT = tokens_L[: windows * window].reshape(windows, window)
+    total, done = 0.0, 0
+    for part_WT in tokens_WT.split(batch or max(1, LOGITS // window)):
+        total += _negative_log_likelihood(model, part_WT.to(model.device))
+        done += len(part_WT)
+        if not math.isfinite(total):
+            raise BesaError("The model's output is NaN or infinite: try --dtype float32, or check the checkpoint.")
+        progress(done, windows, f"perplexity {_exp(total, done * (window - 1)):.2f}")
+    predicted = windows * (window - 1)
+    return Perplexity(perplexity=_exp(total, predicted), windows=windows, predicted=predicted)
+
+
+@torch.inference_mode()
+def _negative_log_likelihood(model: PreTrainedModel, tokens_WT: Tensor) -> float:
+    """Summed over all predicted tokens of the windows."""
+    logits_WTV = model(input_ids=tokens_WT, use_cache=False).logits[:, :-1].float()
+    return float(cross_entropy(logits_WTV.flatten(0, 1), tokens_WT[:, 1:].flatten(), reduction="sum"))
+
+
+def _exp(total: float, predicted: int) -> float:
+    mean = total / predicted
+    return math.exp(mean) if mean < 700 else math.inf

@@ -1,0 +1,21 @@
+"""Wanda: a weight matters as much as it can move its output (BESA eq. 2; Sun et al., 2023)."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from besa.settings import Settings
+from besa.statistics import InputStatistics
+
+
+class Wanda(Settings):
+    """Importance |W|·‖x‖₂, the norm of each input channel taken over all calibration tokens."""
+
+    method: Literal["wanda"] = "wanda"
+    needs_gram: ClassVar[bool] = False
+
+    def score(self, w_OI: Tensor, statistics: InputStatistics) -> Tensor:
+        """Importance (O, I), float32, of the weight `w_OI`, from the squared norms of its input channels."""
+        return w_OI.float().abs() * statistics.squares_I.sqrt().float()

@@ -1,0 +1,36 @@
+"""Peak memory of a run, of this process and of the GPU."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+
+def reset_peak(device: torch.device) -> None:
+    """Start measuring anew; where the system offers no reset, peaks stay those of the whole process."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        pass
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_bytes() -> int:
+    """Largest resident size of this process since `reset_peak`, in bytes."""
+    try:
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def peak_gpu_bytes(device: torch.device) -> int | None:
+    """Largest GPU allocation since `reset_peak`, in bytes; None on the CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

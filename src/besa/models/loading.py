@@ -1,0 +1,182 @@
+"""Opening a model by whatever names it: a Hugging Face id, a local folder, a .gguf file, or the embedded one."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from besa import assets
+from besa.errors import BesaError
+from besa.progress import Progress, silent
+
+EMBEDDED = "smollm2"
+EDGE = 1 << 20  # bytes of a weight file's head and tail that go into its fingerprint
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model's files are.
+
+    Attributes:
+        name: what the user called it.
+        location: folder, or Hugging Face id.
+        gguf: name of the .gguf file in the folder, if it is one.
+    """
+
+    name: str
+    location: str
+    gguf: str | None = None
+
+    @property
+    def folder(self) -> Path | None:
+        """The local folder, or None for a Hugging Face id."""
+        return Path(self.location) if Path(self.location).is_dir() else None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """How `from_pretrained` is told to find it."""
+        extra = {"gguf_file": self.gguf} if self.gguf else {}
+        return {"pretrained_model_name_or_path": self.location, **extra}
+
+
+def locate(model: str | Path, progress: Progress = silent) -> Source:
+    """Find a MODEL argument; fetches the embedded model if it is asked for.
+
+    Raises:
+        BesaError: a path that is neither a model folder nor a .gguf file, or the embedded model cannot be had.
+    """
+    path = Path(model)
+    if str(model) == EMBEDDED:
+        path = assets.fetch(EMBEDDED, progress)
+        return Source(EMBEDDED, str(path.parent), path.name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise BesaError(f"{model} does not exist: give the path of a .gguf file.")
+        return Source(str(model), str(path.parent), path.name)
+    if path.is_dir():
+        _check_folder(path)
+        return Source(str(model), str(path))
+    if path.exists() or str(model).count("/") > 1 or str(model).startswith((".", "~", "/")):
+        raise BesaError(f"{model} is not a model folder: give a folder with a config.json, a .gguf file or a Hugging Face id.")
+    return Source(str(model), str(model))
+
+
+def _check_folder(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise BesaError(f"{folder} has no config.json: give the folder of a Hugging Face model.")
+    if not any(folder.glob("*.safetensors")):
+        raise BesaError(
+            f"{folder} has no .safetensors weights: convert the model first (load it where you trust it and "
+            "call save_pretrained), as besa reads no pickled weights."
+        )
+
+
+def load_model(source: Source, dtype: str = "auto", trust_remote_code: bool = False) -> PreTrainedModel:
+    """The whole model on the CPU, in evaluation mode, without gradients.
+
+    Args:
+        source: from `locate`.
+        dtype: ``auto`` (the checkpoint's; float32 for a dequantised .gguf), ``float32``, ``bfloat16`` or ``float16``.
+        trust_remote_code: run model code that comes with the checkpoint.
+
+    Raises:
+        BesaError: the model cannot be read, or its code is not trusted.
+    """
+    with _quiet(), _explained(source):
+        model = AutoModelForCausalLM.from_pretrained(
+            **source.arguments,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            use_safetensors=None if source.gguf else True,
+            trust_remote_code=trust_remote_code,
+        )
+    if source.gguf:
+        del model.config.quantization_config  # the weights are plain floats from here on
+    return model.eval().requires_grad_(False)
+
+
+def load_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to the model.
+
+    Raises:
+        BesaError: there is none, or it cannot be read.
+    """
+    with _quiet(), _explained(source):
+        return AutoTokenizer.from_pretrained(**source.arguments, trust_remote_code=trust_remote_code)
+
+
+def empty_model(source: Source, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model's modules on the meta device: shapes and names, no weights.
+
+    Raises:
+        BesaError: the configuration cannot be read.
+    """
+    with _quiet(), _explained(source), torch.device("meta"):
+        config = AutoConfig.from_pretrained(**source.arguments, trust_remote_code=trust_remote_code)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def describe(model: PreTrainedModel, source: Source) -> dict[str, Any]:
+    """Identity of a loaded model for a run record."""
+    return {
+        "source": source.name,
+        "gguf": source.gguf,
+        "architecture": type(model).__name__,
+        "parameters": model.num_parameters(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "revision": getattr(model.config, "_commit_hash", None),
+        "fingerprint": _fingerprint(source),
+    }
+
+
+def _fingerprint(source: Source) -> str | None:
+    """A digest of the configuration and of the size, head and tail of every weight file; None for a Hugging Face id."""
+    if source.folder is None:
+        return None
+    patterns = [source.gguf] if source.gguf else ["config.json", "*.safetensors"]
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in patterns for path in source.folder.glob(pattern)):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(EDGE))
+            file.seek(max(0, size - EDGE))
+            digest.update(file.read(EDGE))
+    return digest.hexdigest()
+
+
+@contextmanager
+def _explained(source: Source) -> Iterator[None]:
+    """Turn whatever a damaged, missing or foreign checkpoint makes transformers raise into one sentence."""
+    try:
+        yield
+    except (KeyboardInterrupt, MemoryError):
+        raise
+    except Exception as error:  # transformers, safetensors and huggingface_hub share no base class of their errors
+        reason = " ".join(str(error).split()).rstrip(".")
+        if "trust_remote_code" in reason:
+            reason = "it needs model code of its own; pass --trust-remote-code if you trust it"
+        where = "" if source.folder else " (not a local folder, so taken as a Hugging Face id)"
+        raise BesaError(f"Model {source.name}{where} cannot be read: {reason[:300]}.") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' own progress bars and warnings out of the terminal while it loads."""
+    bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,105 @@
+"""A recipe: the four choices that make a pruning method, and the sparsity it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError
+
+from besa.allocation import Allocation, Uniform
+from besa.errors import BesaError
+from besa.importance import Importance, Wanda
+from besa.reconstruction import Frozen, Reconstruction
+from besa.settings import Settings
+
+RECIPES = resources.files("besa") / "recipes"
+
+
+class Recipe(Settings):
+    """Importance, allocation and reconstruction, applied block by block until `sparsity` of the weights are zero."""
+
+    name: str = "custom"
+    sparsity: float = Field(default=0.5, ge=0, lt=1, description="share of the prunable weights that end as zeros")
+    importance: Importance = Wanda()
+    allocation: Allocation = Uniform()
+    reconstruction: Reconstruction = Frozen()
+
+    @property
+    def needs_gram(self) -> bool:
+        """Whether some choice looks at the Gram matrix of the linears' inputs."""
+        return self.importance.needs_gram or self.reconstruction.needs_gram
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML, every setting spelled out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    @classmethod
+    def load(cls, recipe: str | Path, sparsity: float | None = None, overrides: Sequence[str] = ()) -> Recipe:
+        """Read a shipped recipe by name, or one from a YAML file.
+
+        Args:
+            recipe: name such as ``besa`` or ``wanda``, or path of a YAML file.
+            sparsity: replaces the recipe's own.
+            overrides: ``key.key=value`` pairs, the value in YAML, applied last.
+
+        Raises:
+            BesaError: no such recipe, not YAML, an unknown key, or a value out of bounds.
+        """
+        content = _read(recipe)
+        if sparsity is not None:
+            content["sparsity"] = sparsity
+        for override in overrides:
+            _override(content, override)
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            raise BesaError(f"Recipe {recipe}: {_first_complaint(error)}.") from None
+
+
+def shipped() -> list[str]:
+    """Names of the recipes that come with besa."""
+    return sorted(entry.name.removesuffix(".yaml") for entry in RECIPES.iterdir() if entry.name.endswith(".yaml"))
+
+
+def _read(recipe: str | Path) -> dict[str, Any]:
+    source = RECIPES / f"{recipe}.yaml" if str(recipe) in shipped() else Path(recipe)
+    try:
+        content = yaml.safe_load(source.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BesaError(f"No recipe {recipe}: choose one of {', '.join(shipped())}, or give a YAML file.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise BesaError(f"Recipe {recipe} cannot be read as YAML: {reason}.") from None
+    if not isinstance(content, dict):
+        raise BesaError(f"Recipe {recipe} must be a YAML mapping with the keys {', '.join(Recipe.model_fields)}.")
+    return content
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    path, separator, value = override.partition("=")
+    *parents, key = path.split(".")
+    if not separator or not key:
+        raise BesaError(f"--set {override}: write it as key.key=value, such as allocation.epochs=2.")
+    for parent in parents:
+        content = content.setdefault(parent, {})
+        if not isinstance(content, dict):
+            raise BesaError(f"--set {override}: {parent} is a value, not a group of settings.")
+    try:
+        content[key] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise BesaError(f"--set {override}: the value is not YAML.") from None
+
+
+def _first_complaint(error: ValidationError) -> str:
+    complaint = error.errors()[0]
+    place = ".".join(str(part) for part in complaint["loc"])
+    if complaint["type"] == "extra_forbidden":
+        return f"unknown key {place}"
+    if complaint["type"] == "union_tag_invalid":
+        return f"{place}.method is {complaint['ctx']['tag']!r} but must be one of {complaint['ctx']['expected_tags']}"
+    message = complaint["msg"][0].lower() + complaint["msg"][1:]
+    return f"{place}: {message} (it is {complaint['input']!r})"

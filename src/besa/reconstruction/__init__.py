@@ -1,0 +1,18 @@
+"""Reconstruction: may the kept weights move to make up for the pruned ones?
+
+Each file holds one method; its settings class is the method, and `rebuild` is a pure function from a dense weight, the
+statistics of its input and the zeros each row is to have, to the weight as it will be written.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from besa.reconstruction.frozen import Frozen
+from besa.reconstruction.obs import OBSUpdate
+
+Reconstruction = Annotated[Frozen | OBSUpdate, Field(discriminator="method")]
+
+__all__ = ["Frozen", "OBSUpdate", "Reconstruction"]

@@ -1,0 +1,22 @@
+"""No reconstruction: kept weights stay as they are."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from besa.masks import hard_mask
+from besa.settings import Settings
+from besa.statistics import InputStatistics
+
+
+class Frozen(Settings):
+    """Prune the lowest ranks of each row and touch nothing else."""
+
+    method: Literal["none"] = "none"
+    needs_gram: ClassVar[bool] = False
+
+    def rebuild(self, w_OI: Tensor, ranks_OI: Tensor, counts_O: Tensor, statistics: InputStatistics) -> Tensor:
+        """The weight (O, I) with the `counts_O` lowest ranks of each row set to zero."""
+        return w_OI.where(hard_mask(ranks_OI, counts_O), 0)

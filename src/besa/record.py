@@ -1,0 +1,131 @@
+"""The run record: what was done to a model, in one JSON file beside its weights."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from besa.errors import BesaError
+from besa.version import __version__
+
+RECORD_NAME = "besa_run.json"
+HISTOGRAM_BINS = 50
+
+
+class Record(BaseModel):
+    """Base of all parts: read leniently where a later besa wrote more, written in full."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class LinearRecord(Record):
+    """One pruned linear; counts are taken of the written tensor."""
+
+    name: str
+    shape: list[int]
+    zeros: int
+    sparsity: float
+    importance_kept: float = Field(description="mean importance of the kept weights")
+    row_rates: list[int] = Field(description=f"rows by pruning rate, in {HISTOGRAM_BINS} equal bins of [0, 1]")
+
+
+def linear_record(name: str, w_OI: Tensor, importance_OI: Tensor) -> LinearRecord:
+    """Count the zeros of the pruned weight `w_OI` (O, I) and the importance (O, I) its kept entries had when dense."""
+    zero_OI = w_OI == 0
+    rates_O = zero_OI.sum(dim=1).double() / w_OI.shape[1]
+    kept = importance_OI[~zero_OI]
+    return LinearRecord(
+        name=name,
+        shape=list(w_OI.shape),
+        zeros=int(zero_OI.sum()),
+        sparsity=float(rates_O.mean()),
+        importance_kept=float(kept.double().mean()) if len(kept) else 0.0,
+        row_rates=rates_O.cpu().float().histc(HISTOGRAM_BINS, 0, 1).long().tolist(),
+    )
+
+
+class BlockRecord(Record):
+    """One pruned block."""
+
+    index: int
+    name: str
+    weights: int
+    zeros: int
+    sparsity: float
+    reconstruction_error: float = Field(description="against the dense path: mean over channels of relative squared error")
+    losses: list[float] = Field(description="reconstruction loss of each learning step")
+    seconds: float
+    linears: list[LinearRecord]
+
+
+class RunRecord(Record):
+    """Everything needed to understand a pruned model and to make it again."""
+
+    schema_version: int = 1
+    created: str
+    command: list[str] | None = None
+    recipe: dict[str, Any]
+    seed: int
+    model: dict[str, Any]
+    calibration: dict[str, Any]
+    versions: dict[str, str]
+    machine: dict[str, Any]
+    blocks: list[BlockRecord]
+    weights: int
+    zeros: int
+    sparsity: float
+    seconds: float
+    peak_memory_bytes: int
+    peak_gpu_memory_bytes: int | None = None
+
+    def write(self, path: Path) -> None:
+        """Write as JSON."""
+        path.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> RunRecord:
+        """Read a record.
+
+        Raises:
+            BesaError: the file is missing or no run record.
+        """
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except OSError:
+            raise BesaError(f"{path} cannot be read: give a folder that `besa prune` wrote.") from None
+        except (ValidationError, UnicodeDecodeError):
+            raise BesaError(f"{path} is not a besa run record: give a folder that `besa prune` wrote.") from None
+
+
+def now() -> str:
+    """The time in ISO 8601, UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def versions() -> dict[str, str]:
+    """Versions of besa and of what its numbers depend on."""
+    packages = {name: version(name) for name in ("torch", "transformers", "numpy")}
+    return {"besa": __version__, "python": platform.python_version(), **packages}
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the run ran on: processor, threads and, on CUDA, the GPU's name."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {"system": sys.platform, "processor": _processor(), "threads": torch.get_num_threads(), "gpu": gpu}
+
+
+def _processor() -> str:
+    """The processor's marketing name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
