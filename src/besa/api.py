@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from pydantic import BaseModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from besa import memory
-from besa.calibration import Calibration, read_documents, sample, tokenize
+from besa.calibration import EMBEDDED, Calibration, read_documents, sample, tokenize
 from besa.checkpoint import writer
 from besa.compress import prune_blocks
 from besa.errors import BesaError
@@ -74,6 +73,7 @@ def compress(
     dtype: str = "auto",
     batch: int | None = None,
     trust_remote_code: bool = False,
+    command: list[str] | None = None,
     progress: Progress = silent,
 ) -> Compressed:
     """Prune a causal decoder block by block (Algorithm 1 of the paper) to an exact sparsity.
@@ -93,6 +93,7 @@ def compress(
         dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
         batch: calibration sequences in a forward pass; by default about 2048 tokens.
         trust_remote_code: run model code that comes with the checkpoint.
+        command: what the user typed, for the record.
         progress: told (blocks done, blocks, state) as the run goes.
 
     Raises:
@@ -104,27 +105,19 @@ def compress(
     elif sparsity is not None:
         recipe = Recipe.model_validate(recipe.model_dump() | {"sparsity": sparsity})
     with writer.new_folder(Path(out)) if out is not None else nullcontext() as folder:
-        if isinstance(model, PreTrainedModel):
-            if tokenizer is None:
-                raise BesaError("A loaded model needs its tokenizer: pass tokenizer=.")
-            identity = {"source": model.name_or_path or type(model).__name__, "architecture": type(model).__name__}
-        else:
-            source = locate(model, progress)
-            tokenizer = tokenizer or load_tokenizer(source, trust_remote_code)
-            model = load_model(source, dtype, trust_remote_code)
-            identity = describe(model, source)
+        _, loaded, tokenizer, identity = _open(model, tokenizer, dtype, trust_remote_code, progress)
         if not isinstance(calibration, Calibration):
             calibration = sample(calibration, tokenizer, samples, seqlen, seed, progress)
         if out is not None:
-            writer.check_space(Path(out), model.num_parameters() * model.dtype.itemsize)
+            writer.check_space(Path(out), loaded.num_parameters() * loaded.dtype.itemsize)
         memory.reset_peak(device)
         began = time.perf_counter()
-        blocks = prune_blocks(
-            model, recipe, calibration, seed=seed, batch=batch or default_batch(calibration), device=device, progress=progress
-        )
+        batch = batch or default_batch(calibration)
+        blocks = prune_blocks(loaded, recipe, calibration, seed=seed, batch=batch, device=device, progress=progress)
         weights, zeros = sum(block.weights for block in blocks), sum(block.zeros for block in blocks)
         record = RunRecord(
             created=now(),
+            command=command,
             recipe=recipe.model_dump(mode="json"),
             seed=seed,
             model=identity,
@@ -140,5 +133,103 @@ def compress(
             peak_gpu_memory_bytes=memory.peak_gpu_bytes(device),
         )
         if folder is not None:
-            writer.save(folder, model, tokenizer, record)
-    return Compressed(model, tokenizer, record)
+            writer.save(folder, loaded, tokenizer, record)
+    return Compressed(loaded, tokenizer, record)
+
+
+def evaluate(
+    model: str | Path | PreTrainedModel,
+    texts: Iterable[str],
+    *,
+    window: int = 2048,
+    max_windows: int | None = None,
+    batch: int | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    device: str | torch.device = "cpu",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+) -> Evaluation:
+    """Measure the perplexity of a model on texts, each cut into non-overlapping windows.
+
+    Args:
+        model: as in `compress`.
+        texts: embedded names, files or ``hf:<dataset>``; results stand under the name or the file's stem. Documents
+            are joined by blank lines.
+        window: tokens of a window; published numbers use 2048.
+        max_windows: use only so many windows from each text's beginning.
+        batch: windows in a forward pass; by default as many as 2048 tokens hold.
+        tokenizer: needed with a loaded model; otherwise the model's own.
+        device: ``cpu`` or ``cuda``; the whole model is moved there.
+        dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
+        trust_remote_code: run model code that comes with the checkpoint.
+        progress: told (windows done, windows, perplexity so far) for each text.
+
+    Raises:
+        BesaError: bad input, a text shorter than one window, or an output that is not finite.
+    """
+    device = resolve_device(device)
+    documents = {text_name(text): read_documents(text, progress) for text in texts}
+    name, loaded, tokenizer, _ = _open(model, tokenizer, dtype, trust_remote_code, progress)
+    began = time.perf_counter()
+    loaded.to(device)
+    details = {
+        text: perplexity(loaded, tokenize(documents[text], "\n\n", tokenizer), window, max_windows, batch, progress)
+        for text in documents
+    }
+    return Evaluation(
+        model=name,
+        perplexity={text: result.perplexity for text, result in details.items()},
+        window=window,
+        details=details,
+        sparsity=getattr(loaded.config, "besa", {}).get("sparsity"),
+        seconds=time.perf_counter() - began,
+        created=now(),
+        versions=versions(),
+    )
+
+
+def text_name(text: str) -> str:
+    """The key under which a text's results stand: its embedded or hub name, or the file's stem."""
+    return text if text in EMBEDDED or text.startswith("hf:") else Path(text).stem
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """The device to compute on.
+
+    Raises:
+        BesaError: no such device on this machine.
+    """
+    try:
+        resolved = torch.device(device)
+    except RuntimeError:
+        raise BesaError(f"There is no device {device}: use cpu or cuda.") from None
+    if resolved.type not in ("cpu", "cuda"):
+        raise BesaError(f"besa does not compute on {device}: use cpu or cuda.")
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise BesaError("There is no CUDA device that torch can use here: use --device cpu.")
+    return resolved
+
+
+def default_batch(calibration: Calibration) -> int:
+    """Sequences in a forward pass so that about 2048 tokens are in memory."""
+    return max(1, 2048 // calibration.seqlen)
+
+
+def _open(
+    model: str | Path | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    dtype: str,
+    trust_remote_code: bool,
+    progress: Progress,
+) -> tuple[str, PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]:
+    """Name, model, tokenizer and identity of whatever the caller gave as a model."""
+    if isinstance(model, PreTrainedModel):
+        if tokenizer is None:
+            raise BesaError("A loaded model needs its tokenizer: pass tokenizer=.")
+        name = model.name_or_path or type(model).__name__
+        return name, model, tokenizer, describe(model)
+    source = locate(model, progress)
+    tokenizer = tokenizer or load_tokenizer(source, trust_remote_code)
+    loaded = load_model(source, dtype, trust_remote_code)
+    return source.name, loaded, tokenizer, describe(loaded, source)

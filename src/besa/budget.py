@@ -16,7 +16,7 @@ def zeros_for(sparsity: float, weights: int) -> int:
 def split(total: int, sizes: list[int]) -> list[int]:
     """Split `total` zeros over parts of `sizes` weights in proportion, exactly, by cumulative rounding.
 
-    Part k ends where round(total × share of the first k parts) says, so any prefix is within half a weight of its share.
+    Part k ends where round(total × share of the first k parts) says: any prefix is within half a weight of its share.
     """
     whole, seen, given, parts = sum(sizes), 0, 0, []
     for size in sizes:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -31,7 +31,7 @@ TOKENIZER_BATCH = 256  # documents; bounds the memory of the tokenizer's bookkee
 class Calibration:
     """N samples of T token ids each, int64 on the CPU, and what they were drawn from."""
 
-    tokens_NT: torch.Tensor  # noqa: N815 (a shape suffix, not camel case)
+    tokens_NT: torch.Tensor
     source: str
     seed: int
 
@@ -49,6 +49,11 @@ class Calibration:
     def sha256(self) -> str:
         """The identity of the data in run records: hex digest of the token ids as little-endian int64."""
         return hashlib.sha256(self.tokens_NT.numpy().astype("<i8").tobytes()).hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        """Identity of the data for a run record."""
+        about = {"source": self.source, "samples": self.samples, "seqlen": self.seqlen, "seed": self.seed}
+        return about | {"sha256": self.sha256}
 
 
 def sample(

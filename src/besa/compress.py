@@ -54,7 +54,9 @@ def prune_blocks(
     blocks = find_blocks(model)
     sizes = [block.weights for block in blocks]
     budgets = split(zeros_for(recipe.sparsity, sum(sizes)), sizes)
-    pruned_NTC = capture_inputs(model, blocks, calibration.tokens_NT, max(batch, getattr(recipe.allocation,'batch',1)))  # line 1
+    pruned_NTC = capture_inputs(
+        model, blocks, calibration.tokens_NT, max(batch, getattr(recipe.allocation, "batch", 1))
+    )  # line 1
     dense_NTC = pruned_NTC[:: 1 if recipe.allocation.teacher == "dense" else ERROR_SHARE]
     records: list[BlockRecord] = []
     for block, zeros in zip(blocks, budgets, strict=True):  # line 2
@@ -79,7 +81,9 @@ def prune_blocks(
 
 def _check_finite(y_NTC: Tensor, block: Block) -> None:
     if not bool(y_NTC.isfinite().all()):
-        raise BesaError(f"{block.name} puts out NaN or infinity: try --dtype float32, and check the model with `besa eval`.")
+        raise BesaError(
+            f"{block.name} puts out NaN or infinity: try --dtype float32, and check the model with `besa eval`."
+        )
 
 
 def _ranked(block: Block, recipe: Recipe, statistics: dict[str, InputStatistics]) -> dict[str, RankedLinear]:
@@ -112,7 +116,8 @@ def _record(
 ) -> BlockRecord:
     """What was done to the block, counted in its weights as they are now."""
     parts = [
-        linear_record(name, block.linears[name].weight.detach(), linear.importance_OI) for name, linear in linears.items()
+        linear_record(name, block.linears[name].weight.detach(), linear.importance_OI)
+        for name, linear in linears.items()
     ]
     zeros = sum(part.zeros for part in parts)
     return BlockRecord(

@@ -58,38 +58,44 @@ def candidate_ranks(rates_D: Tensor, width: int) -> Tensor:
     """How many ranks of a row of `width` weights each candidate pruning rate takes, ⌈p_d·I⌉; (D,), int64.
 
     Eq. 4 prunes rank j (from 0) at candidate d where j < p_d·I. Products within 1e-6 of an integer are that integer,
-    so that 0.07 × 100 is 7 ranks and not 8.
+    so that 0.07 × 100 is 7 ranks and not 8; that takes float64 rates.
     """
-    return (rates_D.double() * width - 1e-6).ceil().long().clamp_(0, width)
+    return (rates_D * width - 1e-6).ceil().long().clamp_(0, width)
 
 
-class StraightThrough(torch.autograd.Function):
-    """W ⊙ M forward; backward dL/dβ of eq. 6, the mask's gradient passed straight through to the pruning probability."""
+def straight_through(
+    beta_RD: Tensor, w_OI: Tensor, ranks_OI: Tensor, counts_O: Tensor, order_OI: Tensor, taken_ID: Tensor
+) -> Tensor:
+    """Masked weight W ⊙ M (O, I), whose gradient reaches beta as if the mask were 1 − its pruning probability (eq. 6).
 
+    Args:
+        beta_RD: simplex coefficients of eq. 3, float32, R = O or 1.
+        w_OI: the dense weight, constant.
+        ranks_OI: `rank` of the weight.
+        counts_O: how many ranks of each row the hard mask prunes.
+        order_OI: columns in the order of their ranks, int64 (the inverse permutation of the ranks).
+        taken_ID: 1.0 where candidate d prunes rank j (eq. 4's condition), the same for every row.
+    """
+    masked_OI: Tensor = _StraightThrough.apply(  # type: ignore[no-untyped-call]  # torch leaves `apply` untyped
+        beta_RD, w_OI, ranks_OI, counts_O, order_OI, taken_ID
+    )
+    return masked_OI
+
+
+class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, beta_RD: Tensor, w_OI: Tensor, ranks_OI: Tensor, counts_O: Tensor, order_OI: Tensor, taken_ID: Tensor
     ) -> Tensor:
-        """Masked weight (O, I).
-
-        Args:
-            ctx: autograd's context.
-            beta_RD: simplex coefficients of eq. 3, R = O or 1.
-            w_OI: the dense weight, constant.
-            ranks_OI: `rank` of the weight.
-            counts_O: how many ranks of each row the hard mask prunes.
-            order_OI: columns in the order of their ranks, int64 (the inverse permutation of the ranks).
-            taken_ID: 1.0 where candidate d prunes rank j (eq. 4's condition), the same for every row.
-        """
         ctx.save_for_backward(w_OI, order_OI, taken_ID)
-        ctx.rows_shared = beta_RD.shape[0] == 1
+        ctx.shared = beta_RD.shape[0] == 1
         return w_OI * hard_mask(ranks_OI, counts_O)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """dL/dβ_d = −Σ_j dL/dM_j · [candidate d prunes rank j], a sum over ranks: no mask-sized probability is built."""
+        # dL/dbeta_d = −Σ_j dL/dM_j · [candidate d prunes rank j]: a sum over ranks, no mask-sized probability is built.
         w_OI, order_OI, taken_ID = ctx.saved_tensors
-        dmask_OI = (gradients[0] * w_OI).float().gather(1, order_OI)  # by rank
-        if ctx.rows_shared:
+        dmask_OI = (gradients[0] * w_OI).float().gather(1, order_OI)  # columns now in the order of ranks
+        if ctx.shared:
             dmask_OI = dmask_OI.sum(dim=0, keepdim=True)
         return -(dmask_OI @ taken_ID), None, None, None, None, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
 from pathlib import Path
@@ -11,10 +12,8 @@ import torch
 
 def reset_peak(device: torch.device) -> None:
     """Start measuring anew; where the system offers no reset, peaks stay those of the whole process."""
-    try:
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        pass
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 

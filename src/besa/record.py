@@ -60,7 +60,7 @@ class BlockRecord(Record):
     weights: int
     zeros: int
     sparsity: float
-    reconstruction_error: float = Field(description="against the dense path: mean over channels of relative squared error")
+    reconstruction_error: float = Field(description="against the dense path, by losses.reconstruction_error")
     losses: list[float] = Field(description="reconstruction loss of each learning step")
     seconds: float
     linears: list[LinearRecord]

@@ -41,7 +41,7 @@ class InputStatistics:
         self.tokens += x_TI.shape[0]
 
     def hessian(self, damping: float) -> Tensor:
-        """H = Σ x xᵀ (I, I) with `damping` × mean diagonal on its diagonal; a channel that is always zero gets 1 there."""
+        """H = Σ x xᵀ (I, I), its diagonal raised by `damping` × its mean; a channel that is always zero gets 1 there."""
         assert self.gram_II is not None, "the recipe did not ask for the Gram matrix"
         hessian_II = self.gram_II.clone()
         diagonal_I = hessian_II.diagonal()

@@ -1,7 +1,7 @@
-"""BESA: learn the pruning rate of each row or linear on the error of the block's output (ICLR 2024, section 3.2).
+"""BESA: learn the pruning rate of each row or linear from the error of the block's output (ICLR 2024, section 3.2).
 
 Shape suffixes: N sequences, T tokens, C channels, O rows, I columns, D candidate pruning rates, R rate groups
-(O when each row learns rates of its own, 1 when the linear shares them).
+(O when each row learns a rate of its own, 1 when the linear shares one).
 """
 
 from __future__ import annotations
@@ -17,97 +17,179 @@ from torch import Tensor
 from besa.allocation.problem import Allocated, BlockProblem, RankedLinear
 from besa.budget import apportion
 from besa.losses import reconstruction_error
-from besa.masks import StraightThrough, candidate_ranks
+from besa.masks import candidate_ranks, straight_through
 from besa.settings import Settings
 
 
 class Besa(Settings):
-    """Learned allocation with the paper's choices as fields."""
+    """Rates learned by gradient descent on coefficients beta, then made integers that meet the budget exactly."""
 
     method: Literal["besa"] = "besa"
-    rates: Literal["row", "layer"] = "row"
-    candidate_step: float = Field(default=0.01, gt=0, le=0.5)
-    mask: Literal["count", "probability"] = "count"
-    teacher: Literal["dense", "pruned"] = "dense"
-    epochs: int = Field(default=1, ge=1)
-    batch: int = Field(default=1, ge=1)
-    penalty: float = Field(default=5.0, ge=0)
-    learning_rate: float = Field(default=0.05, gt=0)
-    width: float = 0.1
+    rates: Literal["row", "layer"] = Field(default="row", description="one rate for each row, or for each linear")
+    teacher: Literal["dense", "pruned"] = Field(
+        default="dense", description="inputs of the teacher: the dense path's (Algorithm 1) or the pruned path's"
+    )
+    mask: Literal["count", "probability"] = Field(
+        default="count",
+        description="prune ⌊alpha·I⌋ weights of a row, or those whose probability reaches alpha (eq. 5)",
+    )
+    candidate_step: float = Field(default=0.01, gt=0, le=0.5, description="distance of the candidate pruning rates")
+    start_width: float = Field(default=0.1, gt=0, description="spread of the first beta around the target")
+    epochs: int = Field(default=1, ge=1, description="passes over the calibration set, at most")
+    batch: int = Field(default=1, ge=1, description="sequences in a step")
+    learning_rate: float = Field(default=0.3, gt=0, description="Adam's, in logits a step; falls linearly to zero")
+    penalty: float = Field(default=5.0, ge=0, description="weight λ of the sparsity term of eq. 1")
+    tolerance: float = Field(
+        default=0.0,
+        ge=0,
+        description="stop when an eighth of an epoch lowers the loss by less than this share; 0: never",
+    )
 
     def allocate(self, problem: BlockProblem) -> Allocated:
+        """Learn the block's rates and apportion its zeros to rows (lines 5 to 10 of Algorithm 1).
+
+        Raises:
+            BesaError: the block has more zeros already than it is to end with.
+        """
         target = problem.zeros / problem.weights
-        rates_D = candidate_rates(self.candidate_step).to(problem.targets_NTC.device)
-        learned = {n: LearnedRates.start(l, rates_D, target, self) for n, l in problem.linears.items()}
-        optimizer = torch.optim.Adam([l.logits_RD for l in learned.values()], lr=self.learning_rate, betas=(0.9, 0.95))
-        losses = []
-        n = problem.inputs_NTC.shape[0]
-        total = self.epochs * (n // self.batch)
-        g = torch.Generator().manual_seed(problem.seed)
-        step = 0
+        learned = {name: LearnedRates.start(linear, target, self) for name, linear in problem.linears.items()}
+        losses = self._learn(problem, learned, target) if 0 < problem.zeros < problem.weights else []
+        rates = torch.cat([part.row_rates() for part in learned.values()])
+        widths = torch.cat([torch.full((part.rows,), part.width) for part in learned.values()])
+        zeros_now = torch.cat([linear.zeros_O for linear in problem.linears.values()])
+        counts = apportion(rates, widths, problem.zeros, zeros_now).split([part.rows for part in learned.values()])
+        return Allocated(dict(zip(learned, counts, strict=True)), losses)
+
+    def _learn(self, problem: BlockProblem, learned: dict[str, LearnedRates], target: float) -> list[float]:
+        """Descend on eq. 1; returns the reconstruction loss at every step."""
+        device = problem.device
+        steps = self.epochs * -(-len(problem.inputs_NTC) // self.batch)
+        optimizer = torch.optim.Adam([part.logits_RD for part in learned.values()], lr=self.learning_rate)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+        losses: list[float] = []
+        for chosen_N in self._batches(problem):
+            masked = {name: part.masked_weight() for name, part in learned.items()}
+            y_NTC = problem.block(problem.inputs_NTC[chosen_N].to(device), masked)
+            loss = reconstruction_error(y_NTC, problem.targets_NTC[chosen_N].to(device))
+            zeros = torch.stack([part.expected_zeros() for part in learned.values()]).sum()
+            sparsity_error = (zeros / problem.weights - target) / target
+            optimizer.zero_grad()
+            (loss + self.penalty * sparsity_error**2).backward()  # eq. 1
+            optimizer.step()
+            schedule.step()
+            losses.append(float(loss.detach()))
+            if self._converged(losses, window=max(1, steps // self.epochs // 8)):
+                break
+        return losses
+
+    def _batches(self, problem: BlockProblem) -> Iterator[Tensor]:
+        """Indices of the sequences of each step, shuffled anew in every epoch."""
+        generator = torch.Generator().manual_seed(problem.seed)
         for _ in range(self.epochs):
-            for idx in torch.randperm(n, generator=g).split(self.batch):
-                for gr in optimizer.param_groups:
-                    gr["lr"] = self.learning_rate * (1 - step / total)
-                out = problem.block(problem.inputs_NTC[idx], {k: l.masked() for k, l in learned.items()})
-                recon = reconstruction_error(out, problem.targets_NTC[idx])
-                sparsity = sum(l.alpha().sum() * (l.linear.w_OI.numel() / l.logits_RD.shape[0]) for l in learned.values()) / problem.weights
-                loss = recon + self.penalty * ((sparsity - target) / target) ** 2
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                losses.append(float(recon.detach()))
-                step += 1
-        rates = torch.cat([l.alpha().detach().expand(l.linear.w_OI.shape[0]).cpu() for l in learned.values()])
-        widths = torch.cat([torch.full((l.linear.w_OI.shape[0],), l.linear.w_OI.shape[1]) for l in learned.values()])
-        self.__dict__["_last"] = (float(sparsity),)
-        counts = apportion(rates, widths, problem.zeros, torch.cat([l.linear.zeros_O for l in learned.values()]))
-        parts = counts.split([l.linear.w_OI.shape[0] for l in learned.values()])
-        return Allocated(dict(zip(learned, parts)), losses)
+            yield from torch.randperm(len(problem.inputs_NTC), generator=generator).split(self.batch)
+
+    def _converged(self, losses: list[float], window: int) -> bool:
+        """Whether the last `window` losses, on average, fell by less than the tolerance below those before them."""
+        if self.tolerance == 0 or len(losses) < 2 * window or len(losses) % window:
+            return False
+        return sum(losses[-window:]) > (1 - self.tolerance) * sum(losses[-2 * window : -window])
 
 
 def candidate_rates(step: float) -> Tensor:
-    k = round(1 / step)
-    return torch.arange(k + 1) / k
+    """Candidate pruning rates p_d = 0, step, …, 1 (D,), float64; the step is adjusted to divide 1 evenly.
+
+    The paper sets the last coefficient to zero so that the most important weight always stays; besa keeps it, so that
+    any target sparsity below 1 can be reached.
+    """
+    intervals = round(1 / step)
+    return torch.arange(intervals + 1, dtype=torch.float64) / intervals
 
 
-@dataclass
+def starting_logits(rates_D: Tensor, target: float, width: float) -> Tensor:
+    """Logits (D,) of a bell of standard deviation `width`, placed so that alpha (eq. 3) is the target."""
+    low, high = -10.0, 11.0
+    for _ in range(60):
+        centre = (low + high) / 2
+        logits_D = -((rates_D - centre) ** 2) / (2 * width**2)
+        alpha = float(logits_D.softmax(0) @ rates_D)
+        low, high = (centre, high) if alpha < target else (low, centre)
+    return (logits_D - logits_D.max()).float()
+
+
+@dataclass(frozen=True)
 class LearnedRates:
+    """One linear's coefficients, and what turns them into a masked weight.
+
+    Attributes:
+        linear: the ranked weight, constant.
+        mask: the mask rule, ``count`` or ``probability``.
+        rates_D: candidate pruning rates p_d, float32.
+        ranks_D: how many ranks of a row each candidate prunes.
+        logits_RD: what is learned; beta is their softmax.
+        order_OI: columns of each row in the order of their ranks, int64.
+        taken_ID: 1.0 where candidate d prunes rank j.
+    """
+
     linear: RankedLinear
+    mask: str
     rates_D: Tensor
+    ranks_D: Tensor
     logits_RD: Tensor
     order_OI: Tensor
     taken_ID: Tensor
-    mask: str
 
     @classmethod
-    def start(cls, linear, rates_D, target, s):
-        R = linear.w_OI.shape[0] if s.rates == "row" else 1
-        I = linear.w_OI.shape[1]
-        logits = initial_logits(rates_D, target, s.width)
-        order = torch.empty(linear.ranks_OI.shape, dtype=torch.int64).scatter_(1, linear.ranks_OI.long(), torch.arange(I).expand_as(linear.ranks_OI))
-        taken = (torch.arange(I)[:, None] < candidate_ranks(rates_D, I)[None]).float()
-        return cls(linear, rates_D, logits.repeat(R, 1).requires_grad_(), order, taken, s.mask)
+    def start(cls, linear: RankedLinear, target: float, settings: Besa) -> LearnedRates:
+        """Every rate at the target."""
+        device = linear.w_OI.device
+        rows, width = linear.w_OI.shape
+        rates_D = candidate_rates(settings.candidate_step)
+        logits_D = starting_logits(rates_D, target, settings.start_width)
+        logits_RD = logits_D.repeat(rows if settings.rates == "row" else 1, 1).to(device).requires_grad_()
+        ranks_D = candidate_ranks(rates_D, width).to(device)
+        taken_ID = (torch.arange(width, device=device)[:, None] < ranks_D).float()
+        order_OI = linear.ranks_OI.argsort(dim=1)
+        rates_D = rates_D.float().to(device)
+        return cls(linear, settings.mask, rates_D, ranks_D, logits_RD, order_OI, taken_ID)
 
-    def beta(self):
-        return self.logits_RD.softmax(-1)
+    @property
+    def rows(self) -> int:
+        """O."""
+        return self.linear.w_OI.shape[0]
 
-    def alpha(self):
-        return self.beta() @ self.rates_D
+    @property
+    def width(self) -> int:
+        """I."""
+        return self.linear.w_OI.shape[1]
 
-    def masked(self):
-        beta = self.beta()
-        with torch.no_grad():
-            counts = ((beta @ self.rates_D) * self.linear.w_OI.shape[1] + 1e-4).floor().long().expand(self.linear.w_OI.shape[0])
-        return StraightThrough.apply(beta, self.linear.w_OI, self.linear.ranks_OI, counts, self.order_OI, self.taken_ID)
+    def beta(self) -> Tensor:
+        """Coefficients on the simplex (R, D)."""
+        return self.logits_RD.softmax(dim=-1)
 
+    def row_rates(self) -> Tensor:
+        """alpha of each row (O,), float64 on the CPU, without gradient."""
+        return (self.beta().detach() @ self.rates_D).double().cpu().expand(self.rows)
 
-def initial_logits(rates_D, target, width):
-    # a bell of the given width around a centre such that the mean is the target
-    lo, hi = -2.0, 3.0
-    for _ in range(60):
-        c = (lo + hi) / 2
-        logits = -((rates_D - c) ** 2) / (2 * width ** 2)
-        if float(logits.softmax(-1) @ rates_D) < target: lo = c
-        else: hi = c
-    return logits
+    def expected_zeros(self) -> Tensor:
+        """Σ alpha·I over the rows (scalar), through which the sparsity term reaches beta."""
+        alpha_R = self.beta() @ self.rates_D  # eq. 3
+        return alpha_R.mean() * self.linear.w_OI.numel()
+
+    def masked_weight(self) -> Tensor:
+        """W ⊙ M (O, I) with the hard mask of this step; gradients reach beta straight through (eqs. 4 to 6)."""
+        beta_RD = self.beta()
+        counts_O = self.counts(beta_RD.detach()).expand(self.rows)
+        return straight_through(beta_RD, self.linear.w_OI, self.linear.ranks_OI, counts_O, self.order_OI, self.taken_ID)
+
+    def counts(self, beta_RD: Tensor) -> Tensor:
+        """How many of the lowest ranks of each row go (R,), by the mask rule.
+
+        The probability of eq. 4 never rises with rank, so eq. 5 too prunes a row's lowest ranks: those that the largest
+        candidate d prunes whose tail probability Σ_{e≥d} beta_e still reaches alpha.
+        """
+        alpha_R = beta_RD @ self.rates_D
+        if self.mask == "count":
+            return (alpha_R * self.width + 1e-3).floor().long().clamp_(0, self.width)
+        tail_RD = beta_RD.flip(-1).cumsum(-1).flip(-1)
+        reaching_R = (tail_RD >= alpha_R[:, None]).sum(dim=-1) - 1  # tails fall with d: the last that reaches
+        return self.ranks_D[reaching_R.clamp_min_(0)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from besa.models.blocks import Block
@@ -53,6 +54,11 @@ class BlockProblem:
     def weights(self) -> int:
         """Prunable weights of the block."""
         return sum(linear.w_OI.numel() for linear in self.linears.values())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the block is; the hidden states may live elsewhere."""
+        return next(iter(self.linears.values())).w_OI.device
 
 
 @dataclass(frozen=True)

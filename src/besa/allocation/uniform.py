@@ -14,10 +14,12 @@ from besa.settings import Settings
 
 
 class Uniform(Settings):
-    """The target sparsity for each row (as Wanda), or for each linear with one threshold over it (as magnitude pruning)."""
+    """The target for each row (as Wanda does), or for each linear with one threshold over it (as magnitude pruning)."""
 
     method: Literal["uniform"] = "uniform"
-    per: Literal["row", "linear"] = Field(default="row", description="what is compared: weights of a row, or of the linear")
+    per: Literal["row", "linear"] = Field(
+        default="row", description="what is compared: weights of a row, or of the linear"
+    )
     teacher: ClassVar[None] = None  # nothing is learned
 
     def allocate(self, problem: BlockProblem) -> Allocated:

@@ -73,7 +73,7 @@ def inspect(source: Source, trust_remote_code: bool = False, progress: Progress 
 
 def _reader(files: list[Path]) -> Callable[[str], Tensor]:
     """A function from a tensor's name to the tensor, read from the file that holds it."""
-    holders = {}
+    holders: dict[str, Any] = {}
     for path in files:
         try:
             handle = safe_open(path, framework="pt")
@@ -106,7 +106,11 @@ def _contents(
 def _count(name: str, w_OI: Tensor) -> LinearContents:
     zeros = int((w_OI == 0).sum())
     return LinearContents(
-        name=name, shape=list(w_OI.shape), zeros=zeros, sparsity=zeros / w_OI.numel(), bytes=w_OI.numel() * w_OI.itemsize
+        name=name,
+        shape=list(w_OI.shape),
+        zeros=zeros,
+        sparsity=zeros / w_OI.numel(),
+        bytes=w_OI.numel() * w_OI.itemsize,
     )
 
 

@@ -71,7 +71,9 @@ def check_space(out: Path, size: int) -> None:
     place = next(folder for folder in [out, *out.absolute().parents] if folder.is_dir())
     free = shutil.disk_usage(place).free
     if free < size:
-        raise BesaError(f"{out} needs {size / 1e9:.2f} GB but only {free / 1e9:.2f} GB are free there: make room first.")
+        raise BesaError(
+            f"{out} needs {size / 1e9:.2f} GB but only {free / 1e9:.2f} GB are free there: make room first."
+        )
 
 
 def save(

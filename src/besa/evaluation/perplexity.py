@@ -59,7 +59,9 @@ def perplexity(
         raise BesaError(f"A window of {window} tokens predicts nothing: use at least 2.")
     windows = len(tokens_L) // window
     if windows == 0:
-        raise BesaError(f"The text has {len(tokens_L):,} tokens, fewer than one window of {window:,}: use a smaller --window.")
+        raise BesaError(
+            f"The text has {len(tokens_L):,} tokens, fewer than one window of {window:,}: use a smaller --window."
+        )
     if max_windows is not None:
         windows = min(windows, max_windows)
     tokens_WT = tokens_L[: windows * window].reshape(windows, window)

@@ -50,11 +50,12 @@ class Block:
         """
         arguments = self.arguments[x_NTC.shape[0]]
         if weights is None:
-            output = self.module(x_NTC, **arguments)
+            output: Any = self.module(x_NTC, **arguments)
         else:
             replaced = {f"{name.removeprefix(self.name + '.')}.weight": weight for name, weight in weights.items()}
             output = functional_call(self.module, replaced, (x_NTC,), arguments)
-        return output[0] if isinstance(output, tuple) else output
+        y_NTC: Tensor = output[0] if isinstance(output, tuple) else output
+        return y_NTC
 
     @torch.no_grad()
     def run(self, x_NTC: Tensor, batch: int) -> Tensor:
@@ -88,10 +89,14 @@ def find_blocks(model: PreTrainedModel) -> list[Block]:
     """
     depth = getattr(model.config, "num_hidden_layers", None)
     stacks = [
-        (name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == depth
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth
     ]
     if not stacks:
-        raise BesaError(f"{type(model).__name__} has no stack of decoder blocks that besa can find: use a causal decoder.")
+        raise BesaError(
+            f"{type(model).__name__} has no stack of decoder blocks that besa can find: use a causal decoder."
+        )
     path, stack = max(stacks, key=lambda item: sum(parameter.numel() for parameter in item[1].parameters()))
     blocks = []
     for index, module in enumerate(stack):
@@ -107,7 +112,7 @@ def find_blocks(model: PreTrainedModel) -> list[Block]:
 def capture_inputs(model: PreTrainedModel, blocks: list[Block], tokens_NT: Tensor, batch: int) -> Tensor:
     """Input of the first block (N, T, C) for the token ids (N, T); fills in the call arguments of every block.
 
-    The model runs with its blocks standing aside (each hands its input on unchanged), so this costs the embeddings only.
+    The model runs with its blocks standing aside (each hands its input on unchanged): this costs the embeddings only.
     Arguments are kept for every batch size up to `batch`, as masks and position biases may depend on it.
     """
     hidden: list[Tensor] = []

@@ -66,7 +66,9 @@ def locate(model: str | Path, progress: Progress = silent) -> Source:
         _check_folder(path)
         return Source(str(model), str(path))
     if path.exists() or str(model).count("/") > 1 or str(model).startswith((".", "~", "/")):
-        raise BesaError(f"{model} is not a model folder: give a folder with a config.json, a .gguf file or a Hugging Face id.")
+        raise BesaError(
+            f"{model} is not a model folder: give a folder with a config.json, a .gguf file or a Hugging Face id."
+        )
     return Source(str(model), str(model))
 
 
@@ -124,16 +126,16 @@ def empty_model(source: Source, trust_remote_code: bool = False) -> PreTrainedMo
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
-def describe(model: PreTrainedModel, source: Source) -> dict[str, Any]:
-    """Identity of a loaded model for a run record."""
+def describe(model: PreTrainedModel, source: Source | None = None) -> dict[str, Any]:
+    """Identity of a model for a run record; `source` is None for one that the caller loaded."""
     return {
-        "source": source.name,
-        "gguf": source.gguf,
+        "source": source.name if source else model.name_or_path,
+        "gguf": source.gguf if source else None,
         "architecture": type(model).__name__,
         "parameters": model.num_parameters(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "revision": getattr(model.config, "_commit_hash", None),
-        "fingerprint": _fingerprint(source),
+        "fingerprint": _fingerprint(source) if source else None,
     }
 
 

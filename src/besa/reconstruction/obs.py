@@ -27,7 +27,7 @@ class OBSUpdate(Settings):
     """
 
     method: Literal["obs"] = "obs"
-    columns: int = Field(default=128, ge=1, description="columns pruned before the rest of the weight is brought up to date")
+    columns: int = Field(default=128, ge=1, description="columns pruned before the rest is brought up to date")
     damping: float = Field(default=0.01, gt=0, description="added to the Hessian's diagonal, as a share of its mean")
     mask: Literal["adaptive", "fixed"] = "adaptive"
     needs_gram: ClassVar[bool] = True
@@ -47,18 +47,19 @@ class OBSUpdate(Settings):
 
 
 def inverse_factor(statistics: InputStatistics, damping: float) -> Tensor:
-    """Upper triangular U (I, I) with H⁻¹ = Uᵀ U: row j of U, divided by U_jj, is what removing weight j does to the rest.
+    """Upper triangular U (I, I) with H⁻¹ = Uᵀ U; row j over U_jj is what removing weight j does to those after it.
 
     Raises:
         BesaError: the inverse of the damped Hessian is not positive definite.
     """
-    factor_II, failed = torch.linalg.cholesky_ex(statistics.inverse_hessian(damping), upper=True)
+    upper_II: Tensor
+    upper_II, failed = torch.linalg.cholesky_ex(statistics.inverse_hessian(damping), upper=True)
     if failed:
         raise BesaError(
             f"The inverse Hessian of a linear's inputs is not positive definite at damping {damping:g}: "
             "use more calibration samples or a larger damping in the recipe."
         )
-    return factor_II
+    return upper_II
 
 
 def sweep(

@@ -1,0 +1,212 @@
+"""The command line: parse, call the API, show. The only part of besa that prints."""
+
+from __future__ import annotations
+
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from besa.errors import BesaError
+
+app = typer.Typer(
+    help="Prune large language models block by block, with learned and exact sparsity, and measure the result.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console()
+err = Console(stderr=True)
+
+
+class Device(StrEnum):
+    """Where blocks are computed."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Dtype(StrEnum):
+    """Floating-point format of weights and computation; auto is the checkpoint's."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Hugging Face id, folder, .gguf file, or smollm2 (embedded).")
+]
+Text = "c4, wiki, a .txt, .jsonl or .parquet file, or hf:<dataset>"
+CalibrationOption = Annotated[str, typer.Option(metavar="TEXT", help=f"Text to calibrate on: {Text}.")]
+EvaluationOption = Annotated[
+    list[str], typer.Option("--ppl", metavar="TEXT", help=f"Text to evaluate on (repeatable): {Text}.")
+]
+DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="Weights and computation; auto: the checkpoint's.")]
+BatchOption = Annotated[
+    int | None, typer.Option(min=1, help="Sequences in a forward pass; default: about 2048 tokens.")
+]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")
+]
+JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result here as JSON too.")]
+
+
+@app.command()
+def demo(
+    out_dir: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Folder for checkpoints and report; must not exist.")
+    ] = Path("demo"),
+    full: Annotated[
+        bool, typer.Option("--full", help="All methods, 64 × 512 tokens of calibration: about an hour on 2 cores.")
+    ] = False,
+    sparsity: Annotated[float, typer.Option(help="Share of the prunable weights to set to zero.")] = 0.5,
+    ppl: EvaluationOption = ["wiki"],  # noqa: B006 (typer reads it, nobody changes it)
+    calibration: CalibrationOption = "c4",
+    device: DeviceOption = Device.cpu,
+    dtype: DtypeOption = Dtype.auto,
+) -> None:
+    """Prune the embedded SmolLM2-135M by BESA and by the methods it must beat, and show what is left of it."""
+    from besa.demo import FULL, QUICK, run_demo
+    from besa.show import comparison, progress_bar
+
+    plan = FULL if full else QUICK
+    out.print(f"[bold]besa demo[/]: {plan.summary(sparsity)}")
+    with progress_bar(err) as tracker:
+        page, rows = run_demo(out_dir, plan, sparsity, ppl, calibration, device.value, dtype.value, tracker)
+    out.print(comparison(rows))
+    out.print(f"Report: {page}")
+
+
+@app.command()
+def prune(
+    model: Model,
+    out_dir: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the pruned checkpoint; must not exist.")],
+    recipe: Annotated[
+        str, typer.Option(help="besa, besa-layerwise, wanda, magnitude, sparsegpt, or a YAML file.")
+    ] = "besa",
+    sparsity: Annotated[
+        float | None, typer.Option(help="Share of the prunable weights to set to zero; default: the recipe's.")
+    ] = None,
+    calibration: CalibrationOption = "c4",
+    samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
+    seqlen: Annotated[int, typer.Option(help="Tokens of a calibration sequence.")] = 2048,
+    seed: Annotated[int, typer.Option(help="Of the calibration sample and the learning order.")] = 0,
+    device: DeviceOption = Device.cpu,
+    dtype: DtypeOption = Dtype.auto,
+    batch: BatchOption = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change one setting of the recipe, such as allocation.epochs=2 (repeatable).",
+        ),
+    ] = None,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Prune a model block by block and write a checkpoint that transformers loads, with a run record."""
+    from besa.api import compress
+    from besa.recipe import Recipe
+    from besa.show import progress_bar, pruned
+
+    with progress_bar(err) as tracker:
+        result = compress(
+            model,
+            Recipe.load(recipe, sparsity, set_ or ()),
+            calibration,
+            out=out_dir,
+            samples=samples,
+            seqlen=seqlen,
+            seed=seed,
+            device=device.value,
+            dtype=dtype.value,
+            batch=batch,
+            trust_remote_code=trust_remote_code,
+            command=["besa", *sys.argv[1:]],
+            progress=tracker,
+        )
+    out.print(pruned(result.record, out_dir))
+
+
+@app.command("eval")
+def evaluate_command(
+    model: Model,
+    ppl: EvaluationOption,
+    window: Annotated[int, typer.Option(help="Tokens of a window; compare only equal windows.")] = 2048,
+    max_windows: Annotated[int | None, typer.Option(min=1, help="Use only so many windows of each text.")] = None,
+    device: DeviceOption = Device.cpu,
+    dtype: DtypeOption = Dtype.auto,
+    batch: BatchOption = None,
+    json: JsonOption = None,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Measure a model's perplexity on texts."""
+    from besa.api import evaluate
+    from besa.checkpoint.writer import write_file
+    from besa.show import evaluated, progress_bar
+
+    with progress_bar(err) as tracker:
+        result = evaluate(
+            model,
+            ppl,
+            window=window,
+            max_windows=max_windows,
+            batch=batch,
+            device=device.value,
+            dtype=dtype.value,
+            trust_remote_code=trust_remote_code,
+            progress=tracker,
+        )
+    if json is not None:
+        write_file(json, result.model_dump_json(indent=2) + "\n")
+    out.print(evaluated(result))
+
+
+@app.command("inspect")
+def inspect_command(model: Model, json: JsonOption = None, trust_remote_code: TrustOption = False) -> None:
+    """Count sparsity and size by block and linear, in the files."""
+    from besa.checkpoint.inspection import inspect
+    from besa.checkpoint.writer import write_file
+    from besa.models.loading import locate
+    from besa.show import contents, progress_bar
+
+    with progress_bar(err) as tracker:
+        found = inspect(locate(model, tracker), trust_remote_code, tracker)
+    if json is not None:
+        write_file(json, found.model_dump_json(indent=2) + "\n")
+    out.print(contents(found))
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Folders that `besa prune` wrote, or with a besa_eval.json.")
+    ],
+    page: Annotated[Path, typer.Option("--out", metavar="FILE", help="The page to write.")] = Path("report.html"),
+) -> None:
+    """Put runs side by side on one self-contained HTML page."""
+    from besa.checkpoint.writer import write_file
+    from besa.report import load_run, render
+
+    write_file(page, render([load_run(run) for run in runs]))
+    out.print(f"Report: {page}")
+
+
+def main() -> None:
+    """Entry point of `besa`: a sentence and exit code 2 for bad input, 130 after Ctrl-C."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except BesaError as error:
+        err.print(f"[bold red]besa:[/] {error}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        err.print("besa: interrupted; nothing was written.", highlight=False)
+        sys.exit(130)

@@ -1,0 +1,10 @@
+"""Report: run records to one self-contained HTML page with plots.
+
+`runs` reads folders, `results`, `allocation` and `reproduce` turn records into rows and sentences, `plots` draws,
+`figures` says what is drawn, `page` puts all of it into `template.html`.
+"""
+
+from besa.report.page import render
+from besa.report.runs import Run, load_run
+
+__all__ = ["Run", "load_run", "render"]

@@ -1,0 +1,187 @@
+"""What is drawn of the runs, with the numbers behind each drawing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from markupsafe import Markup
+
+from besa.record import HISTOGRAM_BINS, RunRecord
+from besa.report import allocation, plots, wording
+from besa.report.plots import Series
+from besa.report.results import Entry, Pruned, reference, texts, windows
+
+POINTS = 64  # of a loss curve
+LOG = 10  # spread beyond which bars get a logarithmic scale
+LIMITS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)  # of the colour scale
+
+
+@dataclass(frozen=True)
+class Table:
+    """The numbers behind a plot, as text."""
+
+    caption: str
+    head: list[str]
+    rows: list[list[str]]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Drawings that belong together, and their numbers."""
+
+    drawings: list[Markup]
+    tables: list[Table] = field(default_factory=list)
+    caption: str = ""
+
+
+def perplexities(entries: list[Entry]) -> Plot:
+    """Bars of every pruned model by text; none where windows differ, as such perplexities do not compare."""
+    drawings, captions = [], []
+    for text in texts(entries) if len(windows(entries)) == 1 else []:
+        shown = [(e, e.run.perplexity(text)) for e in entries if not e.run.dense]
+        known = [(entry, value) for entry, value in shown if value is not None]
+        if known:
+            items = [Series(entry.label, entry.color, [value]) for entry, value in known]
+            dense = reference(entries, text)
+            line = None if dense is None or not math.isfinite(dense) else (f"dense {wording.perplexity(dense)}", dense)
+            values = [wording.perplexity(value) for _, value in known]
+            log = plots.spread([value for _, value in known] + ([dense] if line and dense else [])) > LOG
+            drawings.append(plots.bars(f"Perplexity on {text}", items, values, line, log))
+            captions += ["Dashed: the dense model."] if line else []
+            captions += ["Logarithmic scale" + (", bars start at dense." if line else ".")] if log else []
+    return Plot(drawings, caption=" ".join(dict.fromkeys(captions)))
+
+
+def sparsity_maps(pruned: Pruned) -> tuple[Markup | None, list[tuple[str, Plot]]]:
+    """A colour scale, and by label a heat map of every run that did not prune all linears alike."""
+    uneven = [(entry, record, allocation.deviation(record)) for entry, record in pruned]
+    uneven = [item for item in uneven if item[2] > allocation.UNIFORM]
+    if not uneven:
+        return None, []
+    largest = max(deviation for _, _, deviation in uneven)
+    limit = next(limit for limit in LIMITS if largest <= limit)
+    return plots.color_scale(limit), [(entry.label, _sparsity_map(entry, record, limit)) for entry, record, _ in uneven]
+
+
+def _sparsity_map(entry: Entry, record: RunRecord, limit: float) -> Plot:
+    title = f"Sparsity by block and linear, {entry.label}"
+    table = allocation.parts(record)
+    overall = {name: allocation.together(over).sparsity for name, over in table.items()}
+    cells = {
+        (name, index): (part.sparsity - record.sparsity, f"block {index}, {name}: {wording.percent(part.sparsity)}")
+        for name, over in table.items()
+        for index, part in over.items()
+    }
+    rows = []
+    for block in record.blocks:
+        own = (over.get(block.index) for over in table.values())
+        shares = [wording.percent(part.sparsity) if part else wording.NO_VALUE for part in own]
+        rows.append([str(block.index), *shares, wording.percent(block.sparsity)])
+    rows.append(["all", *map(wording.percent, overall.values()), entry.sparsity])
+    ends = {name: wording.percent(share, 1) for name, share in overall.items()}
+    drawing = plots.heat_map(title, ends, [block.index for block in record.blocks], cells, limit)
+    return Plot([drawing], [Table(title, ["block", *table, "all"], rows)])
+
+
+def by_block(pruned: Pruned, quantity: str, title: str, y_label: str, height: int) -> Plot:
+    """A line for every run: a field of the block records over the block's index."""
+    indices = sorted({block.index for _, record in pruned for block in record.blocks})
+    columns = [{block.index: float(getattr(block, quantity)) for block in record.blocks} for _, record in pruned]
+    series = [
+        Series(entry.label, entry.color, [column.get(index, math.nan) for index in indices])
+        for (entry, _), column in zip(pruned, columns, strict=True)
+    ]
+    drawing = plots.lines(title, indices, series, "block", y_label, (plots.WIDE, height))
+    rows = [[str(index), *(wording.significant(column.get(index)) for column in columns)] for index in indices]
+    return Plot([drawing], [Table(title, ["block", *(entry.label for entry, _ in pruned)], rows)])
+
+
+def row_rates(pruned: Pruned) -> Plot:
+    """Histograms of learned row rates, one for each name of a linear, over all blocks."""
+    tables = [(entry, allocation.parts(record)) for entry, record in pruned if allocation.learned_rows(record)]
+    counts = {
+        entry: {name: allocation.together(over).row_rates for name, over in table.items()} for entry, table in tables
+    }
+    names = list(dict.fromkeys(name for bins in counts.values() for name in bins))
+    used = [i for own in counts.values() for bins in own.values() for i, number in enumerate(bins) if number]
+    if not used:
+        return Plot([])
+    limits = max(0, min(used) - 1) / HISTOGRAM_BINS, min(HISTOGRAM_BINS, max(used) + 2) / HISTOGRAM_BINS
+    targets = sorted({entry.run.target or 0.0 for entry in counts})
+    shares = {
+        name: [Series(e.label, e.color, _shares(own[name])) for e, own in counts.items() if name in own]
+        for name in names
+    }
+    top = 1.05 * max(max(line.values) for series in shares.values() for line in series)
+    drawings = [
+        plots.histogram(f"{name}: share of rows by learned pruning rate", series, limits, top, targets)
+        for name, series in shares.items()
+    ]
+    return Plot(drawings, [_rates_table(entry.label, own) for entry, own in counts.items()])
+
+
+def _shares(bins: list[int]) -> list[float]:
+    return [number / max(1, sum(bins)) for number in bins]
+
+
+def _rates_table(label: str, counts: dict[str, list[int]]) -> Table:
+    rows = []
+    for i, numbers in enumerate(zip(*counts.values(), strict=True)):
+        if any(numbers):
+            edges = [wording.percent(edge / HISTOGRAM_BINS, 0) for edge in (i, i + 1)]
+            rows.append([" to ".join(edges), *map(wording.count, numbers)])
+    return Table(f"Rows by learned pruning rate, {label}", ["rate", *counts], rows)
+
+
+def loss_curves(pruned: Pruned) -> list[tuple[str, int, Plot]]:
+    """For every run that learned: label, steps in a point, and the mean over blocks beside three single blocks."""
+    found = []
+    for entry, record in pruned:
+        losses = {block.index: block.losses for block in record.blocks if block.losses}
+        if losses:
+            stride = math.ceil(max(map(len, losses.values())) / POINTS)
+            found.append((entry.label, stride, _loss_curve(entry, losses, stride)))
+    return found
+
+
+def _loss_curve(entry: Entry, losses: dict[int, list[float]], stride: int) -> Plot:
+    steps = max(map(len, losses.values()))
+    starts = range(0, steps, stride)
+    curves = {index: [_mean(own[start : start + stride]) for start in starts] for index, own in losses.items()}
+    average = [_mean([value for value in at if not math.isnan(value)]) for at in zip(*curves.values(), strict=True)]
+    indices = sorted(curves)
+    chosen = sorted({indices[0], indices[len(indices) // 2], indices[-1]}) if len(indices) > 1 else []
+    series = [Series(f"block {index}", None, curves[index], faint=True) for index in chosen]
+    series.append(Series("mean of blocks", entry.color, average))
+    x = [min(steps, start + stride) for start in starts]
+    title = f"Reconstruction loss against learning step, {entry.label}"
+    drawing = plots.lines(title, x, series, "learning step", "loss", (plots.HALF, 230))
+    places = sorted({0, len(x) // 2, len(x) - 1})
+    rows = [
+        [name, *(wording.significant(curve[place]) for place in places)]
+        for name, curve in [*((str(index), curve) for index, curve in curves.items()), ("mean", average)]
+    ]
+    return Plot([drawing], [Table(title, ["block", *(f"step {x[place]}" for place in places)], rows)])
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+def cost(pruned: Pruned) -> Plot:
+    """Bars of time and of peak memory, of the GPU too where one was used."""
+    times = [(entry, record.seconds, wording.seconds(record.seconds)) for entry, record in pruned]
+    memory = [(entry, record.peak_memory_bytes) for entry, record in pruned]
+    gpu = [(e, record.peak_gpu_memory_bytes) for e, record in pruned if record.peak_gpu_memory_bytes is not None]
+    drawings = [_cost_bars("Pruning time, seconds", times)]
+    for title, peaks in (("Peak memory, GB", memory), ("Peak GPU memory, GB", gpu)):
+        if peaks:
+            drawings.append(_cost_bars(title, [(entry, peak / 1e9, wording.size(peak)) for entry, peak in peaks]))
+    return Plot(drawings)
+
+
+def _cost_bars(title: str, items: list[tuple[Entry, float, str]]) -> Markup:
+    series = [Series(entry.label, entry.color, [value]) for entry, value, _ in items]
+    return plots.bars(title, series, [text for _, _, text in items])

@@ -1,0 +1,196 @@
+"""The report page: runs in, one self-contained HTML document out."""
+
+from __future__ import annotations
+
+import shlex
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+
+from besa.errors import BesaError
+from besa.record import RunRecord
+from besa.report import allocation, figures, reproduce, results, wording
+from besa.report.results import Entry, Pruned
+from besa.report.runs import Run, labels
+from besa.version import __version__
+
+
+def render(runs: list[Run]) -> str:
+    """The report on `runs` as HTML that needs nothing else; the same runs give the same text.
+
+    Raises:
+        BesaError: there are no runs.
+    """
+    if not runs:
+        raise BesaError("There is nothing to report: give at least one run folder.")
+    entries = _entries(runs)
+    pruned = [(entry, entry.run.record) for entry in entries if entry.run.record]
+    return _template().render(
+        title=_title(runs),
+        headline=results.headline(entries),
+        notes=results.notes(entries),
+        facts=_facts(entries, [record for _, record in pruned]),
+        version=__version__,
+        **_results(entries),
+        **_blocks(pruned),
+        cost=figures.cost(pruned) if pruned else None,
+        gpu=any(record.peak_gpu_memory_bytes is not None for _, record in pruned),
+        pruned=pruned,
+        **_reproduction(entries),
+    )
+
+
+@cache
+def _template() -> Template:
+    # The loader hands over the files of this package as they are installed; names in records are never trusted.
+    environment = Environment(
+        loader=PackageLoader("besa.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    filters = (wording.perplexity, wording.percent, wording.count, wording.seconds, wording.size, wording.significant)
+    environment.filters |= {function.__name__: function for function in filters}
+    return environment.get_template("template.html")
+
+
+def _entries(runs: list[Run]) -> list[Entry]:
+    """Runs with labels and colours, dense models first."""
+    named = sorted(zip(labels(runs), runs, strict=True), key=lambda item: not item[1].dense)
+    dense = sum(run.dense for run in runs)
+    return [Entry(label, run, None if run.dense else i - dense) for i, (label, run) in enumerate(named)]
+
+
+def _title(runs: list[Run]) -> str:
+    models = [run.record.model.get("source") or run.record.model.get("architecture") for run in runs if run.record]
+    models += [run.measured.model for run in runs if run.measured and not models]
+    return ", ".join(dict.fromkeys(_short(str(model)) for model in models if model)) or "a model"
+
+
+def _short(model: str) -> str:
+    """The last part of a path; a Hugging Face id stays whole."""
+    is_path = model.count("/") > 1 or model.startswith((".", "~", "/"))
+    return Path(model).name or model if is_path else model
+
+
+def _facts(entries: list[Entry], records: list[RunRecord]) -> list[tuple[str, str]]:
+    """What all runs share, or the values in which they differ."""
+
+    def model(key: str) -> list[Any]:
+        return [record.model.get(key) for record in records]
+
+    parameters = [wording.count(number) for number in model("parameters") if number]
+    facts: list[tuple[str, list[Any]]] = [
+        ("Model", model("source") or [e.run.measured.model for e in entries if e.run.measured]),
+        ("File", model("gguf")),
+        ("Architecture", model("architecture")),
+        ("Parameters", parameters),
+        (
+            "Prunable",
+            [
+                f"{wording.count(record.weights)} in {wording.counted(len(record.blocks), 'block')}"
+                for record in records
+            ],
+        ),
+        ("Number format", model("dtype")),
+        ("Sparsity", [entry.sparsity for entry in entries if entry.run.record]),
+        ("Calibration", [_calibration(record) for record in records]),
+        ("Perplexity windows", [f"{window:,} tokens" for window in results.windows(entries)]),
+        ("Date", sorted(record.created[:10] for record in records)),
+        ("besa", [record.versions.get("besa") for record in records]),
+    ]
+    distinct = [(name, list(dict.fromkeys(str(value) for value in values if value))) for name, values in facts]
+    return [(name, "; ".join(values)) for name, values in distinct if values]
+
+
+def _calibration(record: RunRecord) -> str:
+    about = record.calibration
+    parts = [str(about.get("source", "unknown text"))]
+    if "samples" in about and "seqlen" in about:
+        samples, seqlen = wording.count(about["samples"]), wording.count(about["seqlen"])
+        parts.append(f"{samples} {wording.TIMES} {seqlen} tokens")
+    return ", ".join([*parts, f"seed {about.get('seed', record.seed)}"])
+
+
+def _results(entries: list[Entry]) -> dict[str, Any]:
+    texts = results.texts(entries)
+    cells = [[results.cell(entries, entry, text) for text in texts] for entry in entries]
+    return {
+        "texts": texts,
+        "windows": results.windows(entries),
+        "rows": list(zip(entries, cells, strict=True)),
+        "perplexities": figures.perplexities(entries),
+        "footnotes": _footnotes(entries, any(cell and cell.best for row in cells for cell in row)),
+    }
+
+
+def _footnotes(entries: list[Entry], compared: bool) -> list[str]:
+    windows = results.windows(entries)
+    found = []
+    if len(windows) == 1:
+        found.append(f"Perplexity in windows of {wording.count(windows[0])} tokens.")
+    if not windows:
+        found.append("No perplexity was measured.")
+    if compared:
+        found.append("Bold: the lowest at its sparsity.")
+    if any(entry.run.record for entry in entries):
+        found.append("Sparsity is counted in the written tensors.")
+    found += [f"{e.label}: {e.run.measured.model}, unpruned." for e in entries if e.run.dense and e.run.measured]
+    return found
+
+
+def _blocks(pruned: Pruned) -> dict[str, Any]:
+    pruned = [(entry, record) for entry, record in pruned if record.blocks]
+    scale, maps = figures.sparsity_maps(pruned)
+    mapped = {label for label, _ in maps}
+    title, y_label = "Reconstruction error by block", "relative squared error"
+    return {
+        "scale": scale,
+        "maps": maps,
+        "even": [entry.label for entry, _ in pruned if entry.label not in mapped],
+        "uniform": 100 * allocation.UNIFORM,
+        "errors": figures.by_block(pruned, "reconstruction_error", title, y_label, 300) if pruned else None,
+        "row_rates": figures.row_rates(pruned),
+        "learned_rows": [(entry.label, entry.color) for entry, record in pruned if allocation.learned_rows(record)],
+        "losses": figures.loss_curves(pruned),
+        "block_seconds": figures.by_block(pruned, "seconds", "Seconds by block", "seconds", 200) if pruned else None,
+    }
+
+
+def _reproduction(entries: list[Entry]) -> dict[str, Any]:
+    return {
+        "steps": [_steps(entry) for entry in entries],
+        "again": reproduce.report(entries),
+        "files": reproduce.files(entries),
+    }
+
+
+def _steps(entry: Entry) -> dict[str, Any]:
+    """Commands, recipe and origin of one run."""
+    record, evaluation = entry.run.record, reproduce.evaluate(entry)
+    prune = [reproduce.prune(entry, record)] if record else []
+    return {
+        "label": entry.label,
+        "commands": prune + ([evaluation] if evaluation else []),
+        "recorded": shlex.join(record.command) if record and record.command else None,
+        "recipe": reproduce.recipe_yaml(record) if record else None,
+        "save_as": f"{reproduce.folder(entry)}.yaml" if record and not reproduce.is_shipped(record) else None,
+        "identity": _identity(record) if record else [],
+    }
+
+
+def _identity(record: RunRecord) -> list[tuple[str, str]]:
+    facts = {
+        "Model": record.model.get("source"),
+        "Revision": record.model.get("revision"),
+        "Model fingerprint": record.model.get("fingerprint"),
+        "Calibration tokens, SHA-256": record.calibration.get("sha256"),
+        "Seed": record.seed,
+        "Versions": ", ".join(f"{name} {number}" for name, number in record.versions.items()),
+        "Machine": ", ".join(f"{name} {value}" for name, value in record.machine.items() if value is not None),
+        "Made": record.created,
+    }
+    return [(name, str(value)) for name, value in facts.items() if value not in (None, "")]

@@ -1,0 +1,87 @@
+"""How to make a run again: its command lines and its recipe."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from typing import Any
+
+import yaml
+
+from besa.calibration import EMBEDDED
+from besa.errors import BesaError
+from besa.recipe import Recipe, shipped
+from besa.record import RunRecord
+from besa.report.results import Entry
+from besa.report.runs import EVALUATION_NAME
+
+
+def folder(entry: Entry) -> str:
+    """A plain name for the folder of a run."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", entry.label).strip("-") or "run"
+
+
+def prune(entry: Entry, record: RunRecord) -> str:
+    """The `besa prune` that repeats the run, all that matters spelled out."""
+    model = record.model.get("source") or record.model.get("architecture") or "MODEL"
+    return _line(
+        ["prune", str(model), folder(entry)],
+        recipe=record.recipe["name"] if is_shipped(record) else f"{folder(entry)}.yaml",
+        sparsity=record.recipe.get("sparsity"),
+        calibration=record.calibration.get("source"),
+        samples=record.calibration.get("samples"),
+        seqlen=record.calibration.get("seqlen"),
+        seed=record.seed,
+        dtype=record.model.get("dtype"),
+        device="cuda" if record.machine.get("gpu") else None,
+    )
+
+
+def evaluate(entry: Entry) -> str | None:
+    """The `besa eval` that measures the run again; texts that were files stand under their names."""
+    measured = entry.run.measured
+    if measured is None or not measured.perplexity:
+        return None
+    used = [entry.run.basis(text) for text in entry.run.texts]
+    return _line(
+        ["eval", measured.model if entry.run.dense else folder(entry)],
+        ppl=entry.run.texts,
+        window=measured.window,
+        max_windows=max((basis[1] for basis in used if basis and basis[1]), default=None),
+        json=f"{folder(entry)}/{EVALUATION_NAME}",
+    )
+
+
+def report(entries: list[Entry]) -> str:
+    """The `besa report` that makes the page again."""
+    return _line(["report", *map(folder, entries)], out="report.html")
+
+
+def files(entries: list[Entry]) -> list[str]:
+    """Texts that were files of the user's."""
+    names = dict.fromkeys(text for entry in entries for text in entry.run.texts)
+    return [name for name in names if name not in EMBEDDED and not name.startswith("hf:")]
+
+
+def _line(words: list[str], **options: Any) -> str:
+    line = ["besa", *words]
+    for option, value in options.items():
+        for one in value if isinstance(value, list) else [value]:
+            line += [] if one is None else [f"--{option.replace('_', '-')}", str(one)]
+    return shlex.join(line)
+
+
+def is_shipped(record: RunRecord) -> bool:
+    """Whether the recipe is one that comes with besa, in every setting but the sparsity."""
+    name = record.recipe.get("name")
+    if name not in shipped():
+        return False
+    try:
+        return Recipe.load(name, record.recipe.get("sparsity")).model_dump(mode="json") == record.recipe
+    except BesaError:
+        return False
+
+
+def recipe_yaml(record: RunRecord) -> str:
+    """The recipe with every setting spelled out."""
+    return yaml.safe_dump(record.recipe, sort_keys=False, allow_unicode=True)

@@ -1,0 +1,203 @@
+"""The results table, the headline and what a reader must be warned of, all computed from the runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from besa.record import RunRecord
+from besa.report import wording
+from besa.report.runs import Run
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """A run with its label and its place among the colours (None for dense models)."""
+
+    label: str
+    run: Run
+    color: int | None
+
+    @property
+    def sparsity(self) -> str:
+        """Share of zeros as counted, with more digits where it is not what was asked for."""
+        if self.run.dense:
+            return wording.NO_VALUE
+        target = self.run.target or 0.0
+        counted = self.run.record.sparsity if self.run.record else target
+        if self.run.exact or counted == target:
+            return wording.tidy_percent(target)
+        return wording.percent_unlike(counted, target)
+
+
+Pruned = list[tuple[Entry, RunRecord]]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One perplexity.
+
+    Attributes:
+        value: the perplexity.
+        ratio: to dense, None where there is nothing to compare with.
+        best: lowest of several pruned models of one sparsity.
+    """
+
+    value: float
+    ratio: float | None
+    best: bool
+
+
+def texts(entries: list[Entry]) -> list[str]:
+    """Names of all texts, in the order of their first appearance."""
+    return list(dict.fromkeys(text for entry in entries for text in entry.run.texts))
+
+
+def windows(entries: list[Entry]) -> list[int]:
+    """Window lengths in use."""
+    return sorted({e.run.measured.window for e in entries if e.run.measured and e.run.measured.perplexity})
+
+
+def reference(entries: list[Entry], text: str, like: Run | None = None) -> float | None:
+    """Perplexity of the first dense model on the text, if `like` is given one that was measured as it was."""
+    for entry in entries:
+        if entry.run.dense and (value := entry.run.perplexity(text)) is not None:  # noqa: SIM102
+            if like is None or entry.run.basis(text) == like.basis(text):
+                return value
+    return None
+
+
+def cell(entries: list[Entry], entry: Entry, text: str) -> Cell | None:
+    """The perplexity of a run on a text, None if it was not measured."""
+    value = entry.run.perplexity(text)
+    if value is None:
+        return None
+    dense = reference(entries, text, entry.run)
+    ratio = None if entry.run.dense or dense is None or not math.isfinite(value) else value / dense
+    rivals = [rival.run.perplexity(text) or math.inf for rival in _rivals(entries, entry, text)]
+    return Cell(value, ratio, bool(rivals) and math.isfinite(value) and value <= min(rivals))
+
+
+def _rivals(entries: list[Entry], entry: Entry, text: str) -> list[Entry]:
+    """Other pruned models that were measured on the text in the same way, at the same asked sparsity."""
+    run = entry.run
+    return [
+        other
+        for other in entries
+        if other is not entry
+        and not other.run.dense
+        and not run.dense
+        and other.run.perplexity(text) is not None
+        and other.run.basis(text) == run.basis(text)
+        and other.run.target == run.target
+    ]
+
+
+def headline(entries: list[Entry]) -> str:
+    """The most telling true sentence: learned against Wanda, else best against next best, else against dense."""
+    pruned = [entry for entry in entries if not entry.run.dense]
+    for text in texts(entries):
+        value = {e.label: p for e in pruned if (p := e.run.perplexity(text)) is not None and math.isfinite(p)}
+        ranked = sorted((e for e in pruned if e.label in value), key=lambda e: value[e.label])
+        for ours in sorted(ranked, key=lambda e: not e.run.learned):
+            rivals = sorted(_rivals(ranked, ours, text), key=lambda e: (e.run.learned, e.run.name != "wanda"))
+            if rivals:
+                best = ranked[0] if ranked[0] is not ours and ranked[0] in rivals else None
+                return _against(entries, ours, rivals[0], text) + (_lowest(best, text) if best else "")
+        if ranked:
+            return _alone(entries, ranked[0], text)
+    if records := [(entry.label, entry.run.record) for entry in pruned if entry.run.record]:
+        label, record = records[0]
+        zeros, weights = wording.count(record.zeros), wording.count(record.weights)
+        return f"{label} set {zeros} of {weights} weights to zero; what that does to perplexity is not known."
+    for text in texts(entries):
+        return f"The dense model has a perplexity of {_perplexity(reference(entries, text))} on {text}."
+    return "Nothing was measured."
+
+
+def _perplexity(value: float | None) -> str:
+    return wording.NO_VALUE if value is None else wording.perplexity(value)
+
+
+def _against(entries: list[Entry], ours: Entry, rival: Entry, text: str) -> str:
+    mine, theirs = ours.run.perplexity(text) or math.nan, rival.run.perplexity(text) or math.nan
+    dense = reference(entries, text, ours.run)
+    numbers = f"{_perplexity(mine)} against {_perplexity(theirs)}"
+    numbers += f"; dense: {_perplexity(dense)}" if dense is not None else ""
+    said = f"At {_asked([ours, rival])} sparsity, the perplexity of {ours.label} on {text} is "
+    return f"{said}{wording.times(mine / theirs)}that of {rival.label} ({numbers})."
+
+
+def _lowest(best: Entry, text: str) -> str:
+    return f" Lowest at this sparsity: {best.label}, {_perplexity(best.run.perplexity(text))}."
+
+
+def _alone(entries: list[Entry], ours: Entry, text: str) -> str:
+    mine, dense = ours.run.perplexity(text) or math.nan, reference(entries, text, ours.run)
+    said = f"At {_asked([ours])} sparsity, the perplexity of {ours.label} on {text} is {_perplexity(mine)}"
+    return said + (f", {wording.times(mine / dense)}that of the dense model ({_perplexity(dense)})." if dense else ".")
+
+
+def _asked(compared: list[Entry]) -> str:
+    if all(entry.run.exact for entry in compared):
+        return f"exactly {compared[0].sparsity}"
+    return wording.listed(list(dict.fromkeys(entry.sparsity for entry in compared)))
+
+
+def notes(entries: list[Entry]) -> list[str]:
+    """What keeps the numbers from meaning what they seem to mean."""
+    return [*_window_notes(entries), *_coverage_notes(entries), *_origin_notes(entries), *_sparsity_notes(entries)]
+
+
+def _window_notes(entries: list[Entry]) -> Iterator[str]:
+    if len(windows(entries)) > 1:
+        users: dict[int, list[str]] = {window: [] for window in windows(entries)}
+        for entry in entries:
+            if entry.run.measured and entry.run.measured.perplexity:
+                users[entry.run.measured.window].append(entry.label)
+        parts = "; ".join(f"{window:,} tokens ({wording.listed(labels)})" for window, labels in users.items())
+        yield (
+            f"Perplexities were measured in windows of different length and do not compare: {parts}. Ratios and bold "
+            "type stay within one length."
+        )
+
+
+def _coverage_notes(entries: list[Entry]) -> Iterator[str]:
+    """Texts of which the runs saw different amounts, windows being equal."""
+    for text in texts(entries):
+        for window in windows(entries):
+            bases = [entry.run.basis(text) for entry in entries if text in entry.run.texts]
+            used = dict.fromkeys(str(basis[1] or "unknown") for basis in bases if basis and basis[0] == window)
+            if len(used) > 1:
+                amounts = f"{wording.listed(list(used))} windows of {window:,} tokens"
+                yield f"The runs used different amounts of {text} ({amounts}): perplexities on it do not compare."
+
+
+def _origin_notes(entries: list[Entry]) -> Iterator[str]:
+    records = [entry.run.record for entry in entries if entry.run.record]
+    if len({r.model.get("fingerprint") or (r.model.get("source"), r.model.get("revision")) for r in records}) > 1:
+        yield "The runs did not prune the same model."
+    if len({r.calibration.get("sha256") for r in records}) > 1:
+        yield "The runs were not calibrated on the same tokens."
+    if len(versions := sorted({r.versions.get("besa", "unknown") for r in records})) > 1:
+        yield f"The runs were made by different versions of besa: {wording.listed(versions)}."
+    sources = {r.model.get("source") for r in records}
+    for entry in entries:
+        if entry.run.dense and entry.run.measured and sources and entry.run.measured.model not in sources:
+            measured = f"{entry.label} was measured on {entry.run.measured.model}"
+            yield f"{measured}, by its name another model than was pruned."
+    if any(r.model.get("gguf") for r in records):
+        yield (
+            "The model comes from a .gguf file: its “dense” weights are dequantised, so the dense perplexity contains "
+            "the loss of that quantisation already."
+        )
+
+
+def _sparsity_notes(entries: list[Entry]) -> Iterator[str]:
+    for entry in entries:
+        if entry.run.record and not entry.run.exact:
+            asked = wording.tidy_percent(entry.run.target or 0.0)
+            yield f"{entry.label} ended at {entry.sparsity} sparsity, not at the {asked} it was asked for."
+        elif not entry.run.dense and not entry.run.record:
+            yield f"{entry.label} has no run record: its sparsity is what its checkpoint declares."

@@ -1,0 +1,158 @@
+"""What a report is made of: run folders, each under a name of its own."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError, field_validator
+
+from besa.budget import zeros_for
+from besa.errors import BesaError
+from besa.record import RECORD_NAME, Record, RunRecord
+
+EVALUATION_NAME = "besa_eval.json"
+
+
+class Windows(Record):
+    """How much of a text was used."""
+
+    windows: int | None = None
+
+
+class Measured(Record):
+    """The part of an evaluation that the report shows."""
+
+    model: str = ""
+    perplexity: dict[str, float]
+    window: int
+    details: dict[str, Windows] = Field(default_factory=dict)
+    sparsity: float | None = None
+    seconds: float | None = None
+    versions: dict[str, str] = Field(default_factory=dict)
+
+    @field_validator("perplexity", mode="before")
+    @classmethod
+    def _null_is_infinite(cls, perplexity: Any) -> Any:
+        """JSON has no infinity: it is written as null."""
+        if not isinstance(perplexity, dict):
+            return perplexity
+        return {text: math.inf if value is None else value for text, value in perplexity.items()}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A model in the report: pruned if it has a record, measured if it has an evaluation.
+
+    Attributes:
+        folder: where it was read from.
+        record: how it was pruned.
+        measured: how good it is.
+    """
+
+    folder: Path
+    record: RunRecord | None = None
+    measured: Measured | None = None
+
+    @property
+    def dense(self) -> bool:
+        """Whether this is an unpruned model."""
+        return self.record is None and not (self.measured and self.measured.sparsity)
+
+    @property
+    def name(self) -> str:
+        """The recipe's name, `dense`, or the folder's for a pruned model that has lost its record."""
+        if self.record is not None:
+            return printable(self.record.recipe.get("name") or "custom")
+        return "dense" if self.dense else self.folder_name
+
+    @property
+    def folder_name(self) -> str:
+        """The last part of the folder's path."""
+        return printable(self.folder.resolve().name)
+
+    @property
+    def target(self) -> float | None:
+        """The sparsity that was asked for; the counted one where nobody knows."""
+        if self.record is not None:
+            return float(self.record.recipe.get("sparsity", self.record.sparsity))
+        return self.measured.sparsity if self.measured else None
+
+    @property
+    def exact(self) -> bool:
+        """Whether the zeros counted in the written tensors are the integer that was asked for."""
+        return self.record is not None and self.record.zeros == zeros_for(self.target or 0.0, self.record.weights)
+
+    @property
+    def learned(self) -> bool:
+        """Whether the sparsity of each part was learned."""
+        return self.record is not None and self.record.recipe.get("allocation", {}).get("method") == "besa"
+
+    @property
+    def texts(self) -> list[str]:
+        """Texts on which the perplexity was measured."""
+        return list(self.measured.perplexity) if self.measured else []
+
+    def perplexity(self, text: str) -> float | None:
+        """Perplexity on a text, None if it was not measured."""
+        return self.measured.perplexity.get(text) if self.measured else None
+
+    def basis(self, text: str) -> tuple[int, int | None] | None:
+        """What two perplexities on a text must share to be compared: window length and number of windows."""
+        return (self.measured.window, self.measured.details.get(text, Windows()).windows) if self.measured else None
+
+
+def load_run(path: Path) -> Run:
+    """Read a folder that `besa prune` wrote, that `besa eval` measured, or both.
+
+    Raises:
+        BesaError: there is no such folder, it holds neither file, or a file is not what its name says.
+    """
+    if not path.is_dir():
+        raise BesaError(f"{path} is not a folder: give one that `besa prune` or `besa eval` wrote to.")
+    record, evaluation = path / RECORD_NAME, path / EVALUATION_NAME
+    if not record.exists() and not evaluation.exists():
+        raise BesaError(
+            f"{path} holds neither {RECORD_NAME} nor {EVALUATION_NAME}: give a folder that `besa prune` or `besa eval` "
+            "wrote to."
+        )
+    return Run(
+        folder=path,
+        record=RunRecord.read(record) if record.exists() else None,
+        measured=_read_evaluation(evaluation) if evaluation.exists() else None,
+    )
+
+
+def _read_evaluation(path: Path) -> Measured:
+    try:
+        return Measured.model_validate_json(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise BesaError(f"{path} cannot be read: check its permissions.") from None
+    except (ValidationError, UnicodeDecodeError):
+        raise BesaError(f"{path} is not a besa evaluation: write it anew with `besa eval`.") from None
+
+
+def labels(runs: list[Run]) -> list[str]:
+    """A name for each run, all distinct: the recipe's, then with sparsity, then with folder, then with a number."""
+    more: list[Callable[[Run], str]] = [
+        lambda run: f" {100 * run.target:.6g} %" if run.target else "",
+        lambda run: f" ({run.folder_name})" if run.folder_name not in run.name else "",
+        lambda run: f" in {printable(run.folder.resolve().parent.name)}",
+    ]
+    names = [run.name for run in runs]
+    for detail in more:
+        counts = Counter(names)
+        longer = [name + detail(run) if counts[name] > 1 else name for name, run in zip(names, runs, strict=True)]
+        names = longer if len(set(longer)) > len(set(names)) else names
+    counts = Counter(names)
+    numbered = (f"{name} #{names[:i].count(name) + 1}" for i, name in enumerate(names))
+    return [new if counts[name] > 1 else name for name, new in zip(names, numbered, strict=True)]
+
+
+def printable(text: str) -> str:
+    """The text without control characters, which neither HTML nor SVG can hold."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)

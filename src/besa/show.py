@@ -1,0 +1,113 @@
+"""How results look in a terminal: tables and progress bars, built here and printed by the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console, Group, RenderableType
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+from rich.text import Text
+
+from besa.api import Evaluation
+from besa.checkpoint.inspection import Contents
+from besa.demo import Row
+from besa.progress import Progress
+from besa.record import RunRecord
+
+
+@contextmanager
+def progress_bar(console: Console) -> Iterator[Progress]:
+    """A bar that follows one piece of work after another; a new total starts a new bar."""
+    bars = Bars(
+        TextColumn("{task.percentage:>3.0f}%"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[count]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        transient=True,
+    )
+    with bars:
+        task = None
+        last = float("inf")
+
+        def tell(done: float, total: float, note: str = "") -> None:
+            nonlocal task, last
+            if task is None or done < last or bars.tasks[0].total != total:
+                if task is not None:
+                    bars.remove_task(task)
+                task = bars.add_task("", total=total, count="", note="")
+            last = done
+            count = f"{done:,.0f}/{total:,.0f}" if total < 1e6 else f"{done / 1e6:,.1f}/{total / 1e6:,.1f} MB"
+            bars.update(task, completed=done, total=total, count=count, note=note)
+
+        yield tell
+
+
+def comparison(rows: Sequence[Row]) -> RenderableType:
+    """The demo's table: each method beside the dense model."""
+    dense = rows[0].evaluation
+    table = Table(caption=f"perplexity in windows of {dense.window} tokens; × is the ratio to dense")
+    table.add_column("method")
+    table.add_column("sparsity", justify="right")
+    for text in dense.perplexity:
+        table.add_column(f"perplexity {text}", justify="right")
+        table.add_column("×", justify="right")
+    table.add_column("seconds", justify="right")
+    for row in rows:
+        cells = [row.method, f"{row.record.sparsity:.4%}" if row.record else "0 %"]
+        for text, value in row.evaluation.perplexity.items():
+            cells += [f"{value:,.2f}", f"{value / dense.perplexity[text]:.2f}"]
+        table.add_row(*cells, f"{row.record.seconds:,.0f}" if row.record else "")
+    return table
+
+
+def pruned(record: RunRecord, folder: Path) -> RenderableType:
+    """What a run did, in three lines."""
+    errors = [block.reconstruction_error for block in record.blocks]
+    gpu = f", GPU {record.peak_gpu_memory_bytes / 1e9:.2f} GB" if record.peak_gpu_memory_bytes else ""
+    return Text(
+        f"{folder}: {record.zeros:,} of {record.weights:,} prunable weights are zero ({record.sparsity:.4%})\n"
+        f"recipe {record.recipe['name']}, {record.seconds:,.0f} s, "
+        f"peak memory {record.peak_memory_bytes / 1e9:.2f} GB{gpu}\n"
+        f"reconstruction error {errors[0]:.4f} in the first block, {errors[-1]:.4f} in the last"
+    )
+
+
+def evaluated(evaluation: Evaluation) -> RenderableType:
+    """Perplexities of one model."""
+    table = Table(title=evaluation.model, caption=f"windows of {evaluation.window} tokens")
+    table.add_column("text")
+    table.add_column("windows", justify="right")
+    table.add_column("perplexity", justify="right")
+    for text, result in evaluation.details.items():
+        table.add_row(text, f"{result.windows:,}", f"{result.perplexity:,.3f}")
+    return table
+
+
+def contents(found: Contents) -> RenderableType:
+    """Sparsity by block (rows) and linear (columns), and bytes."""
+    table = Table(title=f"{found.model}: sparsity of the prunable weights")
+    table.add_column("block")
+    linears_of = {
+        block.name: [linear for linear in found.linears if linear.name.startswith(f"{block.name}.")]
+        for block in found.blocks
+    }
+    short = [linear.name.rpartition(".")[2] for linear in linears_of[found.blocks[0].name]]
+    for name in [*short, "all", "MB"]:
+        table.add_column(name, justify="right")
+    for block in found.blocks:
+        linears = linears_of[block.name]
+        cells = [f"{linear.sparsity:.2%}" for linear in linears]
+        table.add_row(block.name, *cells, f"{block.sparsity:.2%}", f"{block.bytes / 1e6:,.2f}")
+    total = (
+        f"{found.zeros:,} of {found.weights:,} weights are zero ({found.sparsity:.4%}); "
+        f"{found.bytes / 1e6:,.1f} MB of prunable weights in {found.file_bytes / 1e6:,.1f} MB of files"
+    )
+    return Group(table, Text(total))
