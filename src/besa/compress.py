@@ -23,7 +23,7 @@ from besa.recipe import Recipe
 from besa.record import BlockRecord, linear_record
 from besa.statistics import InputStatistics, collect
 
-ERROR_SHARE = 8  # where no teacher needs the dense path, one sequence in so many is kept to measure the error
+ERROR_SHARE = 8  # the error against the dense path is measured on one sequence in so many, the same for every method
 
 
 def prune_blocks(
@@ -50,18 +50,19 @@ def prune_blocks(
     Raises:
         BesaError: no blocks are found, activations are not finite, or a block's zeros exceed its budget already.
     """
-    device = device or model.device
+    home = model.device
+    device = device or home
     blocks = find_blocks(model)
     sizes = [block.weights for block in blocks]
     budgets = split(zeros_for(recipe.sparsity, sum(sizes)), sizes)
-    pruned_NTC = capture_inputs(
-        model, blocks, calibration.tokens_NT, max(batch, getattr(recipe.allocation, "batch", 1))
-    )  # line 1
-    dense_NTC = pruned_NTC[:: 1 if recipe.allocation.teacher == "dense" else ERROR_SHARE]
+    pruned_NTC = capture_inputs(model, blocks, calibration.tokens_NT, batch)  # line 1
+    dense_share = 1 if recipe.allocation.teacher == "dense" else ERROR_SHARE
+    dense_NTC = pruned_NTC[::dense_share]
     records: list[BlockRecord] = []
+    progress(0, len(blocks), "first block")
     for block, zeros in zip(blocks, budgets, strict=True):  # line 2
         began = time.perf_counter()
-        block.to(device)
+        block.module.to(device)
         dense_NTC = block.run(dense_NTC, batch)  # line 3
         with collect(block.linears, recipe.needs_gram) as statistics:
             own_NTC = block.run(pruned_NTC, batch)
@@ -72,9 +73,9 @@ def prune_blocks(
         allocated = recipe.allocation.allocate(problem)  # lines 5 to 10
         _rebuild(block, linears, allocated, recipe, statistics)  # line 12
         pruned_NTC = block.run(pruned_NTC, batch)  # line 11
-        error = reconstruction_error(pruned_NTC[:: len(pruned_NTC) // len(dense_NTC)], dense_NTC)
+        error = reconstruction_error(pruned_NTC[::ERROR_SHARE], dense_NTC[:: ERROR_SHARE // dense_share])
         records.append(_record(block, linears, allocated, float(error), time.perf_counter() - began))
-        block.to(model.device)
+        block.module.to(home)
         progress(len(records), len(blocks), f"error {error:.4f}, sparsity {records[-1].sparsity:.2%}")
     return records
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ class InputStatistics:
     squares_I: Tensor
     gram_II: Tensor | None
     tokens: int = 0
+    _inverses: dict[float, Tensor] = field(default_factory=dict, repr=False)  # by damping
 
     @classmethod
     def empty(cls, width: int, gram: bool, device: torch.device) -> InputStatistics:
@@ -41,7 +42,7 @@ class InputStatistics:
         self.tokens += x_TI.shape[0]
 
     def hessian(self, damping: float) -> Tensor:
-        """H = Σ x xᵀ (I, I), its diagonal raised by `damping` × its mean; a channel that is always zero gets 1 there."""
+        """H = Σ x xᵀ (I, I), its diagonal raised by `damping` × its mean; 1 where a channel is always zero."""
         assert self.gram_II is not None, "the recipe did not ask for the Gram matrix"
         hessian_II = self.gram_II.clone()
         diagonal_I = hessian_II.diagonal()
@@ -50,18 +51,20 @@ class InputStatistics:
         return hessian_II
 
     def inverse_hessian(self, damping: float) -> Tensor:
-        """Inverse (I, I) of the damped Hessian, by Cholesky.
+        """Inverse (I, I) of the damped Hessian, by Cholesky; kept, as linears with one input share it.
 
         Raises:
             BesaError: the damped Hessian is not positive definite.
         """
+        if damping in self._inverses:
+            return self._inverses[damping]
         factor_II, failed = torch.linalg.cholesky_ex(self.hessian(damping))
         if failed:
             raise BesaError(
                 f"The Hessian of a linear's inputs is not positive definite at damping {damping:g}: "
                 "use more calibration samples or a larger damping in the recipe."
             )
-        return torch.cholesky_inverse(factor_II)
+        return self._inverses.setdefault(damping, torch.cholesky_inverse(factor_II))
 
 
 @contextmanager

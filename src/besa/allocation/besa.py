@@ -6,7 +6,6 @@ Shape suffixes: N sequences, T tokens, C channels, O rows, I columns, D candidat
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,14 +34,11 @@ class Besa(Settings):
     )
     candidate_step: float = Field(default=0.01, gt=0, le=0.5, description="distance of the candidate pruning rates")
     start_width: float = Field(default=0.1, gt=0, description="spread of the first beta around the target")
-    epochs: int = Field(default=1, ge=1, description="passes over the calibration set, at most")
-    batch: int = Field(default=1, ge=1, description="sequences in a step")
-    learning_rate: float = Field(default=0.3, gt=0, description="Adam's, in logits a step; falls linearly to zero")
+    epochs: int = Field(default=1, ge=1, description="passes over the calibration set, at most; a step is one sequence")
+    learning_rate: float = Field(default=0.5, gt=0, description="Adam's, in logits a step; falls linearly to zero")
     penalty: float = Field(default=5.0, ge=0, description="weight λ of the sparsity term of eq. 1")
     tolerance: float = Field(
-        default=0.0,
-        ge=0,
-        description="stop when an eighth of an epoch lowers the loss by less than this share; 0: never",
+        default=0.01, ge=0, description="stop after an epoch that lowers the loss by a smaller share"
     )
 
     def allocate(self, problem: BlockProblem) -> Allocated:
@@ -62,37 +58,38 @@ class Besa(Settings):
 
     def _learn(self, problem: BlockProblem, learned: dict[str, LearnedRates], target: float) -> list[float]:
         """Descend on eq. 1; returns the reconstruction loss at every step."""
-        device = problem.device
-        steps = self.epochs * -(-len(problem.inputs_NTC) // self.batch)
+        samples = len(problem.inputs_NTC)
         optimizer = torch.optim.Adam([part.logits_RD for part in learned.values()], lr=self.learning_rate)
-        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=self.epochs * samples)
+        generator = torch.Generator().manual_seed(problem.seed)
         losses: list[float] = []
-        for chosen_N in self._batches(problem):
-            masked = {name: part.masked_weight() for name, part in learned.items()}
-            y_NTC = problem.block(problem.inputs_NTC[chosen_N].to(device), masked)
-            loss = reconstruction_error(y_NTC, problem.targets_NTC[chosen_N].to(device))
-            zeros = torch.stack([part.expected_zeros() for part in learned.values()]).sum()
-            sparsity_error = (zeros / problem.weights - target) / target
-            optimizer.zero_grad()
-            (loss + self.penalty * sparsity_error**2).backward()  # eq. 1
-            optimizer.step()
-            schedule.step()
-            losses.append(float(loss.detach()))
-            if self._converged(losses, window=max(1, steps // self.epochs // 8)):
+        for _ in range(self.epochs):
+            for chosen_N in torch.randperm(samples, generator=generator).split(1):
+                optimizer.zero_grad()
+                loss, sparsity = self._forward(problem, learned, chosen_N)
+                (loss + self.penalty * ((sparsity - target) / target) ** 2).backward()  # eq. 1
+                optimizer.step()
+                schedule.step()
+                losses.append(float(loss.detach()))
+            if self._converged(losses, samples):
                 break
         return losses
 
-    def _batches(self, problem: BlockProblem) -> Iterator[Tensor]:
-        """Indices of the sequences of each step, shuffled anew in every epoch."""
-        generator = torch.Generator().manual_seed(problem.seed)
-        for _ in range(self.epochs):
-            yield from torch.randperm(len(problem.inputs_NTC), generator=generator).split(self.batch)
+    def _forward(
+        self, problem: BlockProblem, learned: dict[str, LearnedRates], chosen_N: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Reconstruction error of the masked block on the chosen sequences, and the block's sparsity; both scalars."""
+        masked = {name: part.masked_weight() for name, part in learned.items()}
+        y_NTC = problem.block(problem.inputs_NTC[chosen_N].to(problem.device), masked)
+        zeros = torch.stack([part.expected_zeros() for part in learned.values()]).sum()
+        loss = reconstruction_error(y_NTC, problem.targets_NTC[chosen_N].to(problem.device))
+        return loss, zeros / problem.weights
 
-    def _converged(self, losses: list[float], window: int) -> bool:
-        """Whether the last `window` losses, on average, fell by less than the tolerance below those before them."""
-        if self.tolerance == 0 or len(losses) < 2 * window or len(losses) % window:
+    def _converged(self, losses: list[float], samples: int) -> bool:
+        """Whether the last epoch brought less than the tolerance; both epochs saw the same sequences, in other order."""
+        if len(losses) < 2 * samples:
             return False
-        return sum(losses[-window:]) > (1 - self.tolerance) * sum(losses[-2 * window : -window])
+        return sum(losses[-samples:]) > (1 - self.tolerance) * sum(losses[-2 * samples : -samples])
 
 
 def candidate_rates(step: float) -> Tensor:

@@ -48,7 +48,7 @@ class Block:
             x_NTC: input on the block's device.
             weights: weights by full name of their linear, to be used instead of the block's own; gradients reach them.
         """
-        arguments = self.arguments[x_NTC.shape[0]]
+        arguments = {key: _moved(value, x_NTC.device) for key, value in self.arguments[x_NTC.shape[0]].items()}
         if weights is None:
             output: Any = self.module(x_NTC, **arguments)
         else:
@@ -65,12 +65,6 @@ class Block:
         for part_NTC, result_NTC in zip(x_NTC.split(batch), y_NTC.split(batch), strict=True):
             result_NTC.copy_(self(part_NTC.to(device)))
         return y_NTC
-
-    def to(self, device: torch.device) -> None:
-        """Move the block and its call arguments to `device`."""
-        self.module.to(device)
-        for arguments in self.arguments.values():
-            arguments.update({key: _moved(value, device) for key, value in arguments.items()})
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -122,6 +122,7 @@ def _results(entries: list[Entry]) -> dict[str, Any]:
         "texts": texts,
         "windows": results.windows(entries),
         "rows": list(zip(entries, cells, strict=True)),
+        "ratios": any(cell and cell.ratio is not None for row in cells for cell in row),
         "perplexities": figures.perplexities(entries),
         "footnotes": _footnotes(entries, any(cell and cell.best for row in cells for cell in row)),
     }

@@ -15,6 +15,8 @@ from besa.record import RunRecord
 from besa.report.results import Entry
 from besa.report.runs import EVALUATION_NAME
 
+WIDTH = 96  # of a command line on the page
+
 
 def folder(entry: Entry) -> str:
     """A plain name for the folder of a run."""
@@ -64,11 +66,17 @@ def files(entries: list[Entry]) -> list[str]:
 
 
 def _line(words: list[str], **options: Any) -> str:
-    line = ["besa", *words]
+    """A command, continued on another line where it grows long; a list is an option given several times."""
+    lines = [shlex.join(["besa", *words])]
     for option, value in options.items():
-        for one in value if isinstance(value, list) else [value]:
-            line += [] if one is None else [f"--{option.replace('_', '-')}", str(one)]
-    return shlex.join(line)
+        for one in value if isinstance(value, list) else [] if value is None else [value]:
+            more = shlex.join([f"--{option.replace('_', '-')}", str(one)])
+            if len(lines[-1]) + len(more) < WIDTH:
+                lines[-1] += f" {more}"
+            else:
+                lines[-1] += " \\"
+                lines.append(f"  {more}")
+    return "\n".join(lines)
 
 
 def is_shipped(record: RunRecord) -> bool:

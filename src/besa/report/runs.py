@@ -140,7 +140,7 @@ def labels(runs: list[Run]) -> list[str]:
     """A name for each run, all distinct: the recipe's, then with sparsity, then with folder, then with a number."""
     more: list[Callable[[Run], str]] = [
         lambda run: f" {100 * run.target:.6g} %" if run.target else "",
-        lambda run: f" ({run.folder_name})" if run.folder_name not in run.name else "",
+        lambda run: f" ({run.folder_name})" if run.folder_name != run.name else "",
         lambda run: f" in {printable(run.folder.resolve().parent.name)}",
     ]
     names = [run.name for run in runs]

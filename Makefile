@@ -1,0 +1,40 @@
+# Every target makes the virtual environment it needs: a fresh machine needs Python 3.11+, make and a package index.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint format
+
+help:            ## show this list
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 14
+
+setup: $(READY)  ## make .venv with besa and all it needs, exactly pinned
+
+# torch goes first and exactly, so that no other requirement decides which build of it comes.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "besa needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(READY)   ## prune SmolLM2-135M by Wanda and BESA, and show what is left of it
+	$(BIN)/besa demo
+
+test: $(READY)   ## the fast tests
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-slow: $(READY) ## the tests that prune SmolLM2-135M
+	$(BIN)/python -m pytest -m slow
+
+lint: $(READY)   ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY) ## let ruff write the format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .

@@ -1,0 +1,31 @@
+"""The trained tiny Llama that the fast tests prune and measure (tests/assets/tiny-llama/README.md)."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+TINY_LLAMA = Path(__file__).parent / "assets" / "tiny-llama"
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_folder() -> Path:
+    return TINY_LLAMA
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    return AutoTokenizer.from_pretrained(TINY_LLAMA)
+
+
+@pytest.fixture(scope="session")
+def pristine_tiny_llama():
+    """Loaded once; tests take `tiny_llama`, a copy that they may change."""
+    return AutoModelForCausalLM.from_pretrained(TINY_LLAMA, dtype=torch.float32).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def tiny_llama(pristine_tiny_llama):
+    return copy.deepcopy(pristine_tiny_llama)

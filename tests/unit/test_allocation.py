@@ -1,0 +1,394 @@
+"""Zeros per row: exact always, the paper's equations where they are learned, and better than uniform for it."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from besa.allocation import Besa, BlockProblem, RankedLinear, Uniform
+from besa.allocation import besa as besa_module
+from besa.allocation.besa import LearnedRates, candidate_rates, starting_logits
+from besa.errors import BesaError
+from besa.importance import Wanda
+from besa.losses import reconstruction_error
+from besa.masks import candidate_ranks, rank
+from besa.models.blocks import Block, capture_inputs, find_blocks
+from besa.reconstruction import Frozen
+from besa.statistics import collect
+
+TARGETS = [0.05, 0.3, 0.7, 0.95]
+
+
+# The loss
+
+
+def test_reconstruction_error_is_relative_and_per_channel():
+    target_NTC = torch.tensor([[[1.0, 100.0], [2.0, 0.0]], [[-2.0, 0.0], [0.0, 0.0]]])
+    y_NTC = torch.tensor([[[2.0, 90.0], [2.0, 0.0]], [[-2.0, 0.0], [-1.0, 20.0]]])
+    # Channel 0: (1 + 1) / (1 + 4 + 4); channel 1: (100 + 400) / 10000.
+    expected = (2 / 9 + 0.05) / 2
+    assert float(reconstruction_error(y_NTC, target_NTC)) == pytest.approx(expected, rel=1e-6)
+    assert float(reconstruction_error(y_NTC.bfloat16(), target_NTC.bfloat16())) == pytest.approx(expected, rel=1e-6)
+    assert float(reconstruction_error(target_NTC, target_NTC)) == 0
+
+
+def test_a_channel_that_should_be_silent_does_not_break_the_loss():
+    silent_NTC = torch.zeros(1, 1, 2)
+    assert float(reconstruction_error(silent_NTC, silent_NTC)) == 0
+    assert reconstruction_error(silent_NTC + 1e-3, silent_NTC).isfinite()
+
+
+# Problems
+
+
+@pytest.fixture
+def problem(tiny_llama, tiny_llama_folder, tiny_tokenizer):
+    """A block of the tiny Llama on 24 sequences of its calibration text, half of its weights to go."""
+    text = (tiny_llama_folder / "calibration.txt").read_text(encoding="utf-8")[:20_000]
+    tokens_L = torch.tensor(tiny_tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    blocks = find_blocks(tiny_llama)
+    x_NTC = capture_inputs(tiny_llama, blocks, tokens_L[: 24 * 40].reshape(24, 40), 24)
+    with collect(blocks[0].linears, gram=False) as statistics:
+        targets_NTC = blocks[0].run(x_NTC, 4)
+    linears = {}
+    for name, linear in blocks[0].linears.items():
+        importance_OI = Wanda().score(linear.weight, statistics[name])
+        linears[name] = RankedLinear(linear.weight.clone(), importance_OI, rank(importance_OI, linear.weight))
+    return BlockProblem(blocks[0], linears, x_NTC, targets_NTC, round(0.5 * blocks[0].weights), seed=0)
+
+
+def at(problem: BlockProblem, sparsity: float) -> BlockProblem:
+    return dataclasses.replace(problem, zeros=round(sparsity * problem.weights))
+
+
+def small_problem(weights: dict[str, torch.Tensor], zeros: int) -> BlockProblem:
+    """Weights ranked by magnitude, in a block that no uniform allocation runs."""
+    linears = {name: RankedLinear(w_OI, w_OI.abs(), rank(w_OI.abs(), w_OI)) for name, w_OI in weights.items()}
+    nothing = torch.zeros(1, 1, 1)
+    return BlockProblem(Block(0, "b", nn.Identity(), {}), linears, nothing, nothing, zeros, seed=0)
+
+
+def error(problem: BlockProblem, counts: dict[str, torch.Tensor]) -> float:
+    """Loss of the block when each row loses its lowest ranks, on all sequences at once."""
+    weights = {
+        name: Frozen().rebuild(linear.w_OI, linear.ranks_OI, counts[name], statistics=None)
+        for name, linear in problem.linears.items()
+    }
+    assert sum(int((weight == 0).sum()) for weight in weights.values()) == problem.zeros
+    with torch.no_grad():
+        y_NTC = torch.cat([problem.block(x_NTC, weights) for x_NTC in problem.inputs_NTC.split(4)])
+        return float(reconstruction_error(y_NTC, problem.targets_NTC))
+
+
+def assert_exact(problem: BlockProblem, counts: dict[str, torch.Tensor]) -> None:
+    assert list(counts) == list(problem.linears)
+    for name, linear in problem.linears.items():
+        rows, width = linear.w_OI.shape
+        assert counts[name].shape == (rows,)
+        assert counts[name].dtype == torch.int64
+        assert (counts[name] >= linear.zeros_O).all()
+        assert (counts[name] <= width).all()
+    assert sum(int(counts_O.sum()) for counts_O in counts.values()) == problem.zeros
+
+
+# Uniform
+
+
+@st.composite
+def small_problems(draw):
+    """One to three linears of whole numbers (ties) without zeros, and any number of zeros to reach."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    shapes = draw(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 7)), min_size=1, max_size=3))
+    weights = {
+        f"b.{i}": torch.randint(1, 9, shape, generator=generator)
+        * (torch.rand(shape, generator=generator).round() * 2 - 1)
+        for i, shape in enumerate(shapes)
+    }
+    return small_problem(weights, draw(st.integers(0, sum(w_OI.numel() for w_OI in weights.values()))))
+
+
+@given(small_problems())
+@settings(deadline=None)
+def test_uniform_per_row_spreads_zeros_evenly(problem):
+    counts = Uniform(per="row").allocate(problem).counts
+    assert_exact(problem, counts)
+    for name, counts_O in counts.items():
+        linear = problem.linears[name]
+        share = problem.zeros * linear.w_OI.numel() / problem.weights
+        assert abs(int(counts_O.sum()) - share) <= 1  # its share of the block, to the rounding of two prefixes
+        assert counts_O.tolist() == sorted(counts_O.tolist(), reverse=True)  # what is left over goes to the first rows
+        assert int(counts_O.max() - counts_O.min()) <= 1
+
+
+@given(small_problems())
+@settings(deadline=None)
+def test_uniform_per_linear_has_one_threshold(problem):
+    counts = Uniform(per="linear").allocate(problem).counts
+    assert_exact(problem, counts)
+    for name, counts_O in counts.items():
+        rows, width = problem.linears[name].w_OI.shape
+        importance_OI = problem.linears[name].importance_OI.tolist()
+        places = sorted((importance_OI[o][i], o, i) for o in range(rows) for i in range(width))
+        pruned = places[: int(counts_O.sum())]
+        assert counts_O.tolist() == [sum(o == row for _, o, _ in pruned) for row in range(rows)]
+        assert {place: problem.linears[name].ranks_OI[place[1:]] < counts_O[place[1]] for place in places} == {
+            place: place in pruned for place in places
+        }
+
+
+def test_uniform_with_an_odd_total():
+    problem = small_problem({"a": torch.ones(3, 5), "b": torch.ones(2, 5)}, zeros=13)
+    # 13 · 15 / 25 = 7.8 and 13 · 10 / 25 = 5.2.
+    counts = Uniform().allocate(problem).counts
+    assert {name: counts_O.tolist() for name, counts_O in counts.items()} == {"a": [3, 3, 2], "b": [3, 2]}
+
+
+@pytest.mark.parametrize("per", ["row", "linear"])
+def test_uniform_counts_weights_that_are_zero_already(per):
+    w_OI = torch.tensor([[0.0, 0.0, 0.0, 9.0], [1.0, 2.0, 3.0, 4.0]])
+    counts = Uniform(per=per).allocate(small_problem({"a": w_OI}, zeros=4)).counts
+    assert counts["a"].tolist() == [3, 1]
+    counts = Uniform(per=per).allocate(small_problem({"a": w_OI}, zeros=5)).counts
+    assert counts["a"].tolist() == [3, 2]
+
+
+@pytest.mark.parametrize("per", ["row", "linear"])
+def test_uniform_refuses_more_zeros_than_asked_for(per):
+    w_OI = torch.tensor([[0.0, 0.0, 0.0, 9.0], [1.0, 2.0, 3.0, 4.0]])
+    with pytest.raises(BesaError, match="3 zeros already"):
+        Uniform(per=per).allocate(small_problem({"a": w_OI}, zeros=2))
+
+
+@pytest.mark.parametrize("sparsity", [0.0, *TARGETS, 1.0])
+@pytest.mark.parametrize("per", ["row", "linear"])
+def test_uniform_on_a_block(problem, per, sparsity):
+    problem = at(problem, sparsity)
+    allocated = Uniform(per=per).allocate(problem)
+    assert allocated.losses == []
+    assert_exact(problem, allocated.counts)
+    for name, counts_O in allocated.counts.items():
+        numel = problem.linears[name].w_OI.numel()
+        assert abs(int(counts_O.sum()) - problem.zeros * numel / problem.weights) <= 1
+
+
+# The equations of BESA
+
+
+def test_candidate_rates():
+    assert candidate_rates(0.01).tolist() == [d / 100 for d in range(101)]
+    assert candidate_rates(0.5).tolist() == [0, 0.5, 1]
+    assert candidate_rates(0.3).tolist() == [0, 1 / 3, 2 / 3, 1]
+
+
+@pytest.mark.parametrize("step", [0.01, 0.1, 0.5])
+@pytest.mark.parametrize("width", [0.01, 0.1, 0.3, 1.0, 10.0])
+def test_learning_starts_at_the_target(step, width):
+    rates_D = candidate_rates(step)
+    for target in (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.62, 0.7, 0.9, 0.99, 0.999):
+        logits_D = starting_logits(rates_D, target, width)
+        assert logits_D.dtype == torch.float32
+        assert logits_D.isfinite().all()
+        assert float(logits_D.double().softmax(0) @ rates_D) == pytest.approx(target, abs=1e-5)
+
+
+def test_the_start_is_a_bell_of_the_asked_width():
+    rates_D = candidate_rates(0.01)
+    for target, width in [(0.5, 0.1), (0.4, 0.05), (0.7, 0.02)]:  # well inside 0 to 1, where nothing is cut off
+        beta_D = starting_logits(rates_D, target, width).double().softmax(0)
+        spread = float(beta_D @ (rates_D - target).square()) ** 0.5
+        assert spread == pytest.approx(width, rel=1e-2)
+
+
+def learned_rates(w_OI, logits_RD, mask="count", **choices) -> LearnedRates:
+    linear = RankedLinear(w_OI, w_OI.abs(), rank(w_OI.abs(), w_OI))
+    start = LearnedRates.start(linear, 0.5, Besa(mask=mask, **choices))
+    assert start.logits_RD.shape == logits_RD.shape
+    return dataclasses.replace(start, logits_RD=logits_RD)
+
+
+@pytest.mark.parametrize(("mask", "pruned"), [("count", 40), ("probability", 80)])
+def test_the_two_mask_rules_differ(mask, pruned):
+    """With beta = ½ on p = 0 and ½ on p = 0.8, alpha is 0.4."""
+    logits_RD = torch.full((1, 101), -1e9)
+    logits_RD[0, [0, 80]] = 0
+    w_OI = torch.arange(1.0, 101).expand(2, -1).clone()
+    w_OI[1] = w_OI[1].flip(0)
+    learned = learned_rates(w_OI, logits_RD, mask, rates="layer")
+    assert learned.row_rates().tolist() == pytest.approx([0.4, 0.4])
+    assert float(learned.expected_zeros()) == pytest.approx(80)
+    kept_OI = torch.arange(100) >= pruned
+    assert torch.equal(learned.masked_weight(), w_OI * torch.stack([kept_OI, kept_OI.flip(0)]))
+
+
+@given(st.lists(st.integers(0, 8), min_size=9, max_size=9), st.integers(1, 20))
+@settings(deadline=None)
+def test_counts_follow_the_rules_word_for_word(parts, width):
+    """Beta in fractions of a power of two and rates in eighths: float32 is exact, ties and all."""
+    assume(sum(parts[1:]))
+    parts[0] += 128 - sum(parts)
+    beta_D = [part / 128 for part in parts]
+    alpha = sum(beta * d / 8 for d, beta in enumerate(beta_D))
+    probability_I = [sum(beta for d, beta in enumerate(beta_D) if d / 8 * width > j) for j in range(width)]
+    expected = {
+        "count": int(alpha * width),
+        "probability": sum(probability >= alpha for probability in probability_I),  # eq. 5
+    }
+    for mask, pruned in expected.items():
+        learned = learned_rates(torch.ones(1, width), torch.zeros(1, 9), mask, candidate_step=0.125)
+        assert learned.counts(torch.tensor([beta_D])).tolist() == [pruned]
+
+
+@pytest.mark.parametrize("rates", ["row", "layer"])
+@pytest.mark.parametrize("mask", ["count", "probability"])
+def test_gradients_reach_the_logits_as_through_a_dense_mask(rates, mask):
+    generator = torch.Generator().manual_seed(0)
+    w_OI = torch.randn(6, 25, generator=generator)
+    slope_OI = torch.randn(6, 25, generator=generator)
+    logits_RD = torch.randn(6 if rates == "row" else 1, 11, generator=generator)
+
+    learned = learned_rates(w_OI, logits_RD.clone().requires_grad_(), mask, rates=rates, candidate_step=0.1)
+    masked_OI = learned.masked_weight()
+    ((masked_OI * slope_OI).sum() + 3 * learned.expected_zeros()).backward()
+
+    reference_RD = logits_RD.double().requires_grad_()
+    beta_RD = reference_RD.softmax(dim=1)
+    taken_ID = torch.arange(25)[:, None] < candidate_ranks(candidate_rates(0.1), 25)
+    ranks_OI = rank(w_OI.abs(), w_OI).long()
+    probability_OI = (beta_RD @ taken_ID.T.double()).expand(6, -1).gather(1, ranks_OI)  # eq. 4
+    alpha_R = beta_RD @ candidate_rates(0.1)  # eq. 3
+    soft_OI = 1 - probability_OI
+    if mask == "probability":
+        hard_OI = probability_OI < alpha_R[:, None]  # eq. 5
+    else:
+        hard_OI = ranks_OI >= (alpha_R * 25).floor()[:, None]
+    assert torch.equal(masked_OI, w_OI * hard_OI)
+    loss = (w_OI * (hard_OI + soft_OI - soft_OI.detach()) * slope_OI).sum() + 3 * (alpha_R.expand(6) * 25).sum()
+    loss.backward()
+    torch.testing.assert_close(learned.logits_RD.grad.double(), reference_RD.grad, rtol=1e-4, atol=1e-5)
+
+
+# Learning
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("rates", ["row", "layer"])
+def test_besa_meets_any_target_exactly(problem, rates, target):
+    problem = at(problem, target)
+    allocated = Besa(rates=rates).allocate(problem)
+    assert_exact(problem, allocated.counts)
+    assert len(allocated.losses) == 24
+    if rates == "layer":
+        assert all(int(counts_O.max() - counts_O.min()) <= 1 for counts_O in allocated.counts.values())
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("rates", ["row", "layer"])
+def test_learning_alone_can_reach_any_target(problem, monkeypatch, rates, target):
+    """Under a strong penalty the learned rates meet the budget before they are made to: no alpha is out of reach."""
+    problem = at(problem, target)
+    wanted = []
+    apportion = besa_module.apportion
+    monkeypatch.setattr(besa_module, "apportion", lambda *given: (wanted.append(given[:2]), apportion(*given))[1])
+    Besa(rates=rates, penalty=200).allocate(problem)
+    ((rates_R, widths_R),) = wanted
+    assert float((rates_R * widths_R).sum() / widths_R.sum()) == pytest.approx(target, abs=0.01)
+
+
+@pytest.mark.parametrize("mask", ["count", "probability"])
+@pytest.mark.parametrize("rates", ["row", "layer"])
+def test_besa_beats_uniform_at_the_same_budget(problem, rates, mask):
+    uniform = error(problem, Uniform().allocate(problem).counts)
+    allocated = Besa(rates=rates, mask=mask, epochs=2).allocate(problem)
+    assert error(problem, allocated.counts) < 0.95 * uniform
+    first, last = allocated.losses[:8], allocated.losses[-8:]
+    assert sum(last) < sum(first)
+
+
+def test_rows_of_their_own_are_worth_having(problem):
+    """Row-wise rates differ between rows, and do better than one rate for each linear."""
+    row = Besa(rates="row", epochs=2).allocate(problem).counts
+    layer = Besa(rates="layer", epochs=2).allocate(problem).counts
+    assert all(int(counts_O.max() - counts_O.min()) > 1 for counts_O in row.values())
+    assert error(problem, row) < error(problem, layer)
+
+
+def test_besa_is_deterministic_and_draws_by_its_seed(problem):
+    first, second = Besa().allocate(problem), Besa().allocate(problem)
+    assert first.losses == second.losses
+    assert all(torch.equal(first.counts[name], second.counts[name]) for name in first.counts)
+    other = Besa().allocate(dataclasses.replace(problem, seed=1))
+    assert other.losses != first.losses
+    assert_exact(problem, other.counts)
+
+
+def test_learning_changes_neither_the_block_nor_its_weights(problem):
+    before = {name: linear.weight.clone() for name, linear in problem.block.linears.items()}
+    Besa().allocate(problem)
+    for name, linear in problem.block.linears.items():
+        assert torch.equal(linear.weight, before[name])
+        assert torch.equal(problem.linears[name].w_OI, before[name])
+        assert linear.weight.grad is None
+
+
+def test_losses_are_of_whole_steps(problem):
+    losses = Besa(batch=4, epochs=3).allocate(dataclasses.replace(problem, inputs_NTC=problem.inputs_NTC[:10])).losses
+    assert len(losses) == 9  # ⌈10 / 4⌉ steps in each of three epochs
+
+
+def test_the_first_loss_is_that_of_the_uniform_mask(problem):
+    """Learning starts with ⌊target · I⌋ weights of every row pruned."""
+    counts = {
+        name: torch.full((linear.w_OI.shape[0],), linear.w_OI.shape[1] // 2) for name, linear in problem.linears.items()
+    }
+    assert Besa(batch=24).allocate(problem).losses == [pytest.approx(error(problem, counts), rel=1e-4)]
+
+
+def test_tolerance_stops_early(problem):
+    whole = Besa(epochs=2, learning_rate=1e-6).allocate(problem)
+    assert len(whole.losses) == 48
+    # An eighth of an epoch is 3 steps; rates that hardly move lower no loss by 90 %.
+    stopped = Besa(epochs=2, learning_rate=1e-6, tolerance=0.9).allocate(problem)
+    assert stopped.losses == whole.losses[:6]
+    assert_exact(problem, stopped.counts)
+
+
+@pytest.mark.parametrize(
+    ("losses", "stops"),
+    [
+        ([4.0, 4.0, 3.9, 3.9], True),
+        ([4.0, 4.0, 3.0, 3.0], False),
+        ([4.0, 4.0, 3.9], False),  # not a whole window
+        ([4.0, 4.0], False),
+        ([9.0, 9.0, 4.0, 4.0, 3.9, 3.9], True),
+        ([4.0, 4.0, 5.0, 5.0], True),
+    ],
+)
+def test_convergence_compares_two_windows(losses, stops):
+    assert Besa(tolerance=0.1)._converged(losses, window=2) == stops
+    assert not Besa(tolerance=0)._converged(losses, window=2)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 1.0])
+def test_nothing_is_learned_where_nothing_can_be_chosen(problem, sparsity):
+    problem = at(problem, sparsity)
+    allocated = Besa().allocate(problem)
+    assert allocated.losses == []
+    assert_exact(problem, allocated.counts)
+
+
+def test_besa_counts_weights_that_are_zero_already(problem):
+    linears = {}
+    for name, linear in problem.linears.items():
+        w_OI = linear.w_OI.clone()
+        if name.endswith("q_proj"):
+            w_OI[:40, :80] = 0  # more than any row would lose
+        linears[name] = RankedLinear(w_OI, linear.importance_OI, rank(linear.importance_OI, w_OI))
+    thinned = dataclasses.replace(problem, linears=linears)
+    allocated = Besa().allocate(thinned)
+    assert_exact(thinned, allocated.counts)
+    assert error(thinned, allocated.counts) > 0
+    with pytest.raises(BesaError, match="3,200 zeros already"):
+        Besa().allocate(dataclasses.replace(thinned, zeros=3199))

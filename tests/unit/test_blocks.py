@@ -1,0 +1,207 @@
+"""A decoder taken apart into blocks computes what the whole model computes."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from besa.errors import BesaError
+from besa.models.blocks import capture_inputs, find_blocks
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
+CONFIGS = {
+    "bloom": lambda: transformers.BloomConfig(vocab_size=64, hidden_size=32, n_layer=3, n_head=4),  # masks carry alibi
+    "falcon": lambda: transformers.FalconConfig(**SMALL, num_attention_heads=4, alibi=False),  # blocks return tuples
+    "gemma2": lambda: transformers.Gemma2Config(
+        **SMALL, **HEADS, head_dim=8, sliding_window=4
+    ),  # masks differ by layer
+    "opt": lambda: transformers.OPTConfig(**SMALL, num_attention_heads=4, ffn_dim=48, word_embed_proj_dim=32),
+    "qwen3": lambda: transformers.Qwen3Config(**SMALL, **HEADS, head_dim=8),
+}
+
+
+@pytest.fixture
+def tokens_NT():
+    return torch.randint(64, (5, 12), generator=torch.Generator().manual_seed(0))
+
+
+def forwards(module: nn.Module) -> dict[str, object]:
+    """The forward functions set on instances; a plain model has none."""
+    return {name: part.__dict__["forward"] for name, part in module.named_modules() if "forward" in part.__dict__}
+
+
+def hooks(module: nn.Module) -> int:
+    return sum(len(part._forward_pre_hooks) + len(part._forward_hooks) for part in module.modules())
+
+
+def test_find_blocks(tiny_llama):
+    blocks = find_blocks(tiny_llama)
+    assert [block.name for block in blocks] == [f"model.layers.{i}" for i in range(8)]
+    assert [block.index for block in blocks] == list(range(8))
+    parts = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
+    parts += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    for block in blocks:
+        assert block.module is tiny_llama.get_submodule(block.name)
+        assert list(block.linears) == [f"{block.name}.{part}" for part in parts]
+        assert all(linear is tiny_llama.get_submodule(name) for name, linear in block.linears.items())
+        assert block.weights == 2 * 96 * 96 + 2 * 48 * 96 + 3 * 256 * 96
+
+
+class Nothing(nn.Module):
+    """A model with a stack of the expected depth and no linears, or of another depth."""
+
+    def __init__(self, depth: int):
+        super().__init__()
+        self.config = transformers.LlamaConfig(num_hidden_layers=3)
+        self.layers = nn.ModuleList(nn.LayerNorm(2) for _ in range(depth))
+
+
+@pytest.mark.parametrize(
+    ("depth", "sentence"),
+    [
+        (2, "Nothing has no stack of decoder blocks that besa can find: use a causal decoder."),
+        (3, "layers.0 of Nothing has no linear weights to prune."),
+    ],
+)
+def test_models_without_blocks_are_refused(depth, sentence):
+    with pytest.raises(BesaError) as caught:
+        find_blocks(Nothing(depth))
+    assert str(caught.value) == sentence
+
+
+def test_the_largest_stack_of_the_right_depth_is_the_decoder():
+    model = Nothing(3)
+    model.experts = nn.ModuleList(nn.ModuleList(nn.Linear(4, 4) for _ in range(3)) for _ in range(3))
+    assert [block.name for block in find_blocks(model)] == [f"experts.{i}" for i in range(3)]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5, 8])
+def test_blocks_one_after_another_are_the_model(tiny_llama, tokens_NT, batch):
+    expected_NTV = tiny_llama(input_ids=tokens_NT, use_cache=False).logits
+    blocks = find_blocks(tiny_llama)
+    x_NTC = capture_inputs(tiny_llama, blocks, tokens_NT, batch)
+    assert torch.equal(x_NTC, tiny_llama.model.embed_tokens(tokens_NT))
+    assert all(sorted(block.arguments) == list(range(1, min(batch, 5) + 1)) for block in blocks)
+    for block in blocks:
+        x_NTC = block.run(x_NTC, batch)
+    torch.testing.assert_close(tiny_llama.lm_head(tiny_llama.model.norm(x_NTC)), expected_NTV, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_other_architectures_block_by_block(architecture, tokens_NT, batch):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[architecture]()).eval().requires_grad_(False)
+    blocks = find_blocks(model)
+    assert len(blocks) == 3
+    expected: list[torch.Tensor] = []
+    handles = [
+        block.module.register_forward_hook(lambda _, __, y: expected.append(y[0] if isinstance(y, tuple) else y))
+        for block in blocks
+    ]
+    model(input_ids=tokens_NT, use_cache=False)
+    for handle in handles:
+        handle.remove()
+
+    x_NTC = capture_inputs(model, blocks, tokens_NT, batch)
+    for block, y_NTC in zip(blocks, expected, strict=True):
+        assert not torch.allclose(x_NTC, y_NTC, rtol=1e-2)  # the block does something
+        x_NTC = block.run(x_NTC, batch)
+        torch.testing.assert_close(x_NTC, y_NTC, rtol=1e-4, atol=1e-5)
+
+
+def test_capture_leaves_the_model_as_it_was(tiny_llama, tokens_NT):
+    before_NTV = tiny_llama(input_ids=tokens_NT, use_cache=False).logits
+    capture_inputs(tiny_llama, find_blocks(tiny_llama), tokens_NT, 2)
+    assert forwards(tiny_llama) == {}
+    assert hooks(tiny_llama) == 0
+    assert torch.equal(tiny_llama(input_ids=tokens_NT, use_cache=False).logits, before_NTV)
+
+
+def test_capture_leaves_the_model_as_it_was_when_it_fails(tiny_llama, tokens_NT):
+    blocks = find_blocks(tiny_llama)
+    with pytest.raises(IndexError):
+        capture_inputs(tiny_llama, blocks, tokens_NT + 10**6, 2)  # no such tokens
+    handle = blocks[3].module.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        capture_inputs(tiny_llama, blocks, tokens_NT, 2)  # fails half way through the blocks
+    handle.remove()
+    assert forwards(tiny_llama) == {}
+    assert hooks(tiny_llama) == 0
+    assert tiny_llama(input_ids=tokens_NT, use_cache=False).logits.isfinite().all()
+
+
+def test_capture_keeps_a_forward_that_was_wrapped_before(tiny_llama, tokens_NT):
+    """As accelerate does for a model loaded with a device_map."""
+    module = tiny_llama.model.layers[0]
+    original = module.forward
+    module.forward = lambda *inputs, **arguments: original(*inputs, **arguments)
+    before = forwards(tiny_llama)
+    capture_inputs(tiny_llama, find_blocks(tiny_llama), tokens_NT, 2)
+    assert forwards(tiny_llama) == before
+
+
+@pytest.fixture
+def captured(tiny_llama, tokens_NT):
+    blocks = find_blocks(tiny_llama)
+    return blocks[2], capture_inputs(tiny_llama, blocks, tokens_NT, 5)
+
+
+def test_run_does_not_depend_on_the_batch(captured):
+    block, x_NTC = captured
+    together_NTC = block.run(x_NTC, 5)
+    for batch in (1, 2, 3, 4):
+        torch.testing.assert_close(block.run(x_NTC, batch), together_NTC, rtol=1e-5, atol=1e-5)
+    assert torch.equal(block(x_NTC), together_NTC)
+
+
+def test_run_takes_no_gradients(captured):
+    block, x_NTC = captured
+    block.module.requires_grad_()
+    assert not block.run(x_NTC, 5).requires_grad
+
+
+def test_replaced_weights_are_used_and_get_the_gradients(captured):
+    block, x_NTC = captured
+    own_NTC = block(x_NTC)
+    half = {name: linear.weight / 2 for name, linear in block.linears.items()}
+    changed = copy.deepcopy(block)
+    for name, linear in changed.linears.items():
+        linear.weight.copy_(half[name])
+    weights = {name: weight.clone().requires_grad_() for name, weight in half.items()}
+    y_NTC = block(x_NTC, weights)
+    assert torch.equal(y_NTC, changed(x_NTC))
+    assert not torch.allclose(y_NTC, own_NTC)
+    assert torch.equal(block(x_NTC), own_NTC)  # the block's own weights are back
+
+    loss = y_NTC.double().square().sum()
+    gradients = torch.autograd.grad(loss, list(weights.values()))
+    assert all(linear.weight.grad is None for linear in block.linears.values())
+    changed.module.requires_grad_()
+    expected = torch.autograd.grad(
+        changed(x_NTC).double().square().sum(), [linear.weight for linear in changed.linears.values()]
+    )
+    for got, wanted in zip(gradients, expected, strict=True):
+        assert wanted.abs().max() > 0
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_only_some_weights_may_be_replaced(captured):
+    block, x_NTC = captured
+    name = f"{block.name}.mlp.down_proj"
+    zero_OI = torch.zeros_like(block.linears[name].weight)
+    without_mlp = copy.deepcopy(block)
+    without_mlp.linears[name].weight.zero_()
+    assert torch.equal(block(x_NTC, {name: zero_OI}), without_mlp(x_NTC))
+
+
+def test_to_moves_the_block_and_its_arguments(captured):
+    block, _ = captured
+    block.to(torch.device("meta"))
+    assert all(parameter.is_meta for parameter in block.module.parameters())
+    for arguments in block.arguments.values():
+        assert all(part.is_meta for part in arguments["position_embeddings"])
+        assert arguments["position_ids"].is_meta

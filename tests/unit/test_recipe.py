@@ -1,0 +1,228 @@
+"""Recipes: what ships parses, what is overridden arrives, and what is wrong is told in one sentence."""
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from besa.allocation import Besa, Uniform
+from besa.errors import BesaError
+from besa.importance import OBS, Magnitude, Wanda
+from besa.recipe import RECIPES, Recipe, shipped
+from besa.reconstruction import Frozen, OBSUpdate
+
+METHODS = {
+    "besa": (Wanda(), Besa(rates="row"), Frozen()),
+    "besa-layerwise": (Wanda(), Besa(rates="layer"), Frozen()),
+    "magnitude": (Magnitude(), Uniform(per="linear"), Frozen()),
+    "sparsegpt": (OBS(), Uniform(per="row"), OBSUpdate(mask="adaptive")),
+    "wanda": (Wanda(), Uniform(per="row"), Frozen()),
+}
+
+
+def refusal(*arguments, **options) -> str:
+    with pytest.raises(BesaError) as caught:
+        Recipe.load(*arguments, **options)
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    assert sentence.endswith(".")
+    return sentence
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(content: str | bytes) -> str:
+        path = tmp_path / "recipe.yaml"
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return str(path)
+
+    return write
+
+
+def test_what_ships():
+    assert set(METHODS) <= set(shipped())
+    assert shipped() == sorted(shipped())
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_shipped_recipes_parse_and_round_trip(name, write):
+    recipe = Recipe.load(name)
+    assert recipe.name == name
+    assert (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").startswith("# ")  # says what it is
+    assert Recipe.load(write(recipe.to_yaml())) == recipe
+    content = yaml.safe_load(recipe.to_yaml())
+    assert list(content) == list(Recipe.model_fields)
+    assert set(content["allocation"]) == set(type(recipe.allocation).model_fields)  # every setting spelled out
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_shipped_recipes_are_the_methods_they_are_named_after(name):
+    recipe = Recipe.load(name)
+    assert (recipe.importance, recipe.allocation, recipe.reconstruction) == METHODS[name]
+    assert recipe.sparsity == 0.5
+    assert recipe.needs_gram == (name == "sparsegpt")
+
+
+def test_needs_gram_if_any_choice_does():
+    assert Recipe(importance=OBS()).needs_gram
+    assert Recipe(reconstruction=OBSUpdate()).needs_gram
+    assert not Recipe().needs_gram
+
+
+def test_an_empty_file_of_settings_is_the_default(write):
+    assert Recipe.load(write("{}")) == Recipe()
+
+
+def test_recipes_do_not_change():
+    recipe = Recipe.load("besa")
+    with pytest.raises(ValidationError):
+        recipe.sparsity = 0.7
+    with pytest.raises(ValidationError):
+        recipe.allocation.epochs = 2
+    assert Recipe.load("besa", sparsity=0.7).allocation == Recipe.load("besa").allocation
+
+
+def test_sparsity_replaces_the_recipes_own(write):
+    assert Recipe.load("wanda", sparsity=0.62).sparsity == 0.62
+    assert Recipe.load("wanda", sparsity=0).sparsity == 0
+    path = write("sparsity: 0.3")
+    assert Recipe.load(path).sparsity == 0.3
+    assert Recipe.load(path, sparsity=0.4).sparsity == 0.4
+    assert Recipe.load(path, sparsity=0.4, overrides=["sparsity=0.6"]).sparsity == 0.6
+
+
+@pytest.mark.parametrize(
+    ("overrides", "changed"),
+    [
+        (["allocation.epochs=3"], {"epochs": 3}),
+        (["allocation.learning_rate=1e-3"], {"learning_rate": 0.001}),  # a string to YAML 1.1
+        (["allocation.rates=layer", "allocation.mask=probability"], {"rates": "layer", "mask": "probability"}),
+        (["allocation.epochs=3", "allocation.epochs=4"], {"epochs": 4}),
+        (["allocation={method: besa, penalty: 7}"], {"penalty": 7.0}),
+        ([], {}),
+    ],
+)
+def test_overrides(overrides, changed):
+    recipe = Recipe.load("besa", overrides=overrides)
+    assert recipe.allocation == Besa(**changed)
+    assert (recipe.importance, recipe.reconstruction) == (Wanda(), Frozen())
+
+
+def test_overrides_may_change_the_method_and_add_a_part(write):
+    recipe = Recipe.load("besa", overrides=["reconstruction.method=obs", "reconstruction.mask=fixed"])
+    assert recipe.reconstruction == OBSUpdate(mask="fixed")
+    recipe = Recipe.load(write("name: mine"), overrides=["allocation.method=besa", "importance={method: obs}"])
+    assert (recipe.name, recipe.allocation, recipe.importance) == ("mine", Besa(), OBS())
+    assert Recipe.load("besa", overrides=["name=a=b"]).name == "a=b"
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("allocation.epoch=2", "unknown key allocation."),
+        ("speed=2", "unknown key speed"),
+        ("allocation.epochs=many", "epochs: input should be a valid integer"),
+        ("allocation.epochs=2.5", "epochs: input should be a valid integer"),
+        ("allocation.epochs=", "epochs: input should be a valid integer"),
+        ("allocation.epochs.x=2", "epochs: input should be a valid integer"),
+        ("allocation.epochs=0", "epochs: input should be greater than or equal to 1 (it is 0)"),
+        ("allocation.candidate_step=0.6", "candidate_step: input should be less than or equal to 0.5 (it is 0.6)"),
+        ("allocation.penalty=-1", "penalty: input should be greater than or equal to 0 (it is -1)"),
+        ("allocation.penalty=.nan", "penalty: "),
+        ("allocation.penalty=.inf", "penalty: "),
+        ("allocation.learning_rate=.inf", "learning_rate: "),
+        ("allocation.rates=column", "rates: input should be 'row' or 'layer' (it is 'column')"),
+        ("allocation.method=magic", "allocation.method is 'magic' but must be one of 'uniform', 'besa'"),
+        ("allocation=besa", "allocation: "),
+        ("allocation=[1, 2]", "allocation: "),
+        ("allocation={epochs: 2}", "allocation: "),
+        ("sparsity=1", "sparsity: input should be less than 1 (it is 1)"),
+        ("sparsity=-0.1", "sparsity: input should be greater than or equal to 0 (it is -0.1)"),
+        ("sparsity=.nan", "sparsity: "),
+        ("sparsity=half", "sparsity: input should be a valid number"),
+        ("sparsity={a: 1}", "sparsity: input should be a valid number"),
+        ("name.first=x", "--set name.first=x: name is a value, not a group of settings"),
+        ("allocation.epochs", "--set allocation.epochs: write it as key.key=value, such as allocation.epochs=2"),
+        ("", "--set : write it as key.key=value"),
+        ("=2", "--set =2: write it as key.key=value"),
+        ("allocation.=2", "--set allocation.=2: write it as key.key=value"),
+        (".epochs=2", "unknown key"),
+        ("allocation.epochs=[", "--set allocation.epochs=[: the value is not YAML"),
+        ("allocation.epochs=a: b: c", "the value is not YAML"),
+        ("allocation.epochs=!!python/none x", "the value is not YAML"),
+        ("allocation.epochs=2001-99-99", "--set allocation.epochs=2001-99-99: "),  # a date to YAML
+        ("allocation.epochs=2001-01-01", "epochs: input should be a valid integer"),
+        ("allocation.epochs=0b_", "--set allocation.epochs=0b_: "),  # a binary number without digits
+    ],
+)
+def test_overrides_that_are_wrong(override, told):
+    assert told in refusal("besa", overrides=[override])
+
+
+def test_keys_are_named_as_they_are_written():
+    """Without the tag of the method that pydantic puts in between."""
+    assert "unknown key allocation.epoch." in refusal("besa", overrides=["allocation.epoch=2"])
+    assert ": allocation.epochs: input" in refusal("besa", overrides=["allocation.epochs=0"])
+
+
+@given(override=st.text(max_size=30) | st.from_regex(r"(allocation\.epochs|sparsity|name|importance)=[^\x00]{0,12}"))
+@example("sparsity=0\n")
+@example("no\nvalue")
+@example("allocation.x\ny=1")
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_any_text_as_an_override_is_taken_or_refused(override):
+    try:
+        Recipe.load("besa", overrides=[override])
+    except BesaError as error:
+        assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("sparsity", [1.0, 1.5, -0.1, float("nan"), float("inf")])
+def test_sparsity_out_of_bounds(sparsity):
+    assert refusal("wanda", sparsity=sparsity).startswith("Recipe wanda: sparsity: input should be ")
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("", "must be a YAML mapping with the keys name, sparsity, importance, allocation, reconstruction"),
+        ("- a\n- b", "must be a YAML mapping"),
+        ("besa", "must be a YAML mapping"),
+        ("a: b: c", "cannot be read as YAML"),
+        ("sparsity: 0.5\nsparsty: 0.5", "unknown key sparsty"),
+        ("1: 2", "1"),
+        ("name: 3", "name: input should be a valid string (it is 3)"),
+        ("allocation:", "allocation: "),
+        ("allocation: {rates: row}", "allocation: "),
+        ("sparsity: 0.5\n---\nsparsity: 0.6", "cannot be read as YAML"),
+        ("!!python/object/apply:os.getcwd []", "cannot be read as YAML"),
+        ("when: 2001-99-99", "cannot be read as YAML"),
+        (b"\xff\xfe\x00", "cannot be read as YAML"),
+        (b"name: caf\xe9", "cannot be read as YAML"),
+        (b"name: \x00", "cannot be read as YAML"),
+    ],
+)
+def test_files_that_are_wrong(write, content, told):
+    path = write(content)
+    sentence = refusal(path)
+    assert sentence.startswith(f"Recipe {path}")
+    assert told in sentence
+
+
+def test_overrides_meet_a_group_without_settings(write):
+    assert "allocation is a value" in refusal(write("allocation:"), overrides=["allocation.epochs=2"])
+
+
+@pytest.mark.parametrize("name", ["wnda", "no/such/recipe.yaml"])
+def test_recipes_that_do_not_exist(name):
+    assert refusal(name) == (f"No recipe {name}: choose one of {', '.join(shipped())}, or give a YAML file.")
+
+
+@pytest.mark.parametrize("name", ["", "nul\0", "x" * 5000])
+def test_names_that_no_file_can_have(name):
+    refusal(name)
+
+
+def test_a_folder_is_no_recipe(tmp_path):
+    assert "cannot be read as YAML" in refusal(tmp_path)

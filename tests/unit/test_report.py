@@ -1,0 +1,439 @@
+import json
+import re
+import shlex
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import yaml
+
+from besa.errors import BesaError
+from besa.recipe import Recipe, shipped
+from besa.record import HISTOGRAM_BINS, RunRecord
+from besa.report import Run, load_run, render
+from besa.report.allocation import parts
+from besa.report.runs import labels
+
+SHAPES = {"self_attn.q_proj": (8, 10), "self_attn.k_proj": (4, 10), "mlp.down_proj": (10, 8)}
+WEIGHTS = sum(rows * width for rows, width in SHAPES.values())
+HOSTILE = '<script>alert("x")</script>'
+
+
+def histogram(rates):
+    bins = [0] * HISTOGRAM_BINS
+    for rate in rates:
+        bins[min(HISTOGRAM_BINS - 1, int(rate * HISTOGRAM_BINS))] += 1
+    return bins
+
+
+def linear(name, shape, zeros):
+    rows = [zeros // shape[0] + (row < zeros % shape[0]) for row in range(shape[0])]
+    return {
+        "name": name,
+        "shape": list(shape),
+        "zeros": zeros,
+        "sparsity": zeros / (shape[0] * shape[1]),
+        "importance_kept": 1.5,
+        "row_rates": histogram([row / shape[1] for row in rows]),
+    }
+
+
+def block(index, zeros, losses, error):
+    linears = [
+        linear(f"model.layers.{index}.{name}", shape, own)
+        for (name, shape), own in zip(SHAPES.items(), zeros, strict=True)
+    ]
+    return {
+        "index": index,
+        "name": f"model.layers.{index}",
+        "weights": WEIGHTS,
+        "zeros": sum(zeros),
+        "sparsity": sum(zeros) / WEIGHTS,
+        "reconstruction_error": error,
+        "losses": losses,
+        "seconds": 1.25 + index,
+        "linears": linears,
+    }
+
+
+def record(name="besa", sparsity=0.5, blocks=3, **changes):
+    """A run that is consistent in itself: learned recipes prune linears unevenly and have losses."""
+    learned = name.startswith("besa")
+    zeros = [50, 22, 28] if learned else [40, 20, 40]
+    if sparsity != 0.5:
+        zeros = [round(sparsity * rows * width) for rows, width in SHAPES.values()]
+    parts = [block(i, zeros, [0.9, 0.7, 0.5 + i] if learned else [], 0.0123 * (i + 1)) for i in range(blocks)]
+    recipe = Recipe.load(name).model_dump(mode="json") if name in shipped() else {"name": name}
+    content = {
+        "created": "2026-01-05T09:12:44+00:00",
+        "recipe": recipe | {"sparsity": sparsity},
+        "seed": 7,
+        "model": {
+            "source": "tiny",
+            "gguf": None,
+            "architecture": "LlamaForCausalLM",
+            "parameters": 910944,
+            "dtype": "float32",
+            "revision": None,
+            "fingerprint": "ab" * 32,
+        },
+        "calibration": {"source": "c4", "samples": 16, "seqlen": 128, "seed": 7, "sha256": "cd" * 32},
+        "versions": {"besa": "0.1.0", "torch": "2.13.0"},
+        "machine": {"system": "linux", "processor": "A processor", "threads": 2, "gpu": None},
+        "blocks": parts,
+        "weights": WEIGHTS * blocks,
+        "zeros": sum(zeros) * blocks,
+        "sparsity": sum(zeros) / WEIGHTS,
+        "seconds": 123.4,
+        "peak_memory_bytes": 1_234_000_000,
+    }
+    return RunRecord.model_validate(content | changes).model_dump(mode="json")
+
+
+def evaluation(perplexity, window=128, windows=40, **changes):
+    details = {text: {"perplexity": value, "windows": windows, "predicted": 1} for text, value in perplexity.items()}
+    content = {"model": "tiny", "perplexity": perplexity, "window": window, "details": details, "sparsity": None}
+    return content | {"seconds": 3.5, "created": "2026-01-05T10:00:00+00:00", "versions": {}} | changes
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Write a run folder and read it as the command line does."""
+
+    def write(name, run=None, measured=None) -> Run:
+        path = tmp_path / name
+        path.mkdir(parents=True)
+        if run is not None:
+            (path / "besa_run.json").write_text(json.dumps(run))
+        if measured is not None:
+            (path / "besa_eval.json").write_text(json.dumps(measured))
+        return load_run(path)
+
+    return write
+
+
+@pytest.fixture
+def three(folder):
+    return [
+        folder("dense", measured=evaluation({"wiki": 20.0, "c4": 31.5})),
+        folder("wanda", record("wanda"), evaluation({"wiki": 40.0, "c4": 52.25})),
+        folder("besa", record("besa"), evaluation({"wiki": 34.0, "c4": 50.125})),
+    ]
+
+
+class Page(HTMLParser):
+    """What a browser would see: elements with attributes, text by element, cells by table."""
+
+    VOID = ("meta", "link", "br")
+
+    def __init__(self, html):
+        super().__init__()
+        self.elements, self.open, self.tables, self.texts = [], [], [], []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, f"</{tag}> closes something else"
+
+    def handle_data(self, data):
+        if "td" in self.open or "th" in self.open:
+            self.tables[-1][-1][-1] += data.replace("\xa0", " ")
+        if "style" not in self.open:
+            self.texts.append(data.replace("\xa0", " "))
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.texts).split())
+
+    def of(self, tag):
+        return [attributes for name, attributes in self.elements if name == tag]
+
+    def rows(self, number=0):
+        return {row[0]: row[1:] for row in self.tables[number]}
+
+    def table(self, *head):
+        """The table whose head begins so."""
+        return next(table for table in self.tables if table[0][: len(head)] == list(head))
+
+
+def test_numbers_are_those_of_the_records(three):
+    page = Page(render(three))
+    assert page.rows()["dense"] == ["—", "20.00", "", "31.50", "", "—", "—"]
+    assert page.rows()["wanda"] == ["50.00 %", "40.00", "2.00", "52.25", "1.66", "123 s", "1.23 GB"]
+    assert page.rows()["besa"] == ["50.00 %", "34.00", "1.70", "50.12", "1.59", "123 s", "1.23 GB"]
+    assert page.table("block", "wanda", "besa")[1] == ["0", "0.0123", "0.0123"]
+    assert page.table("block", "q_proj")[1:] == [
+        *([str(i), "62.50 %", "55.00 %", "35.00 %", "50.00 %"] for i in range(3)),
+        ["all", "62.50 %", "55.00 %", "35.00 %", "50.00 %"],
+    ]
+    assert ["mean", "0.9", "0.7", "1.5"] in page.table("block", "step 1")
+    rates = page.table("rate", "q_proj")
+    assert rates[1:] == [  # over three blocks of 8, 4 and 10 rows
+        ["24 % to 26 %", "0", "0", "6"],
+        ["36 % to 38 %", "0", "0", "24"],
+        ["50 % to 52 %", "0", "6", "0"],
+        ["60 % to 62 %", "18", "6", "0"],
+        ["70 % to 72 %", "6", "0", "0"],
+    ]
+    for fact in ("910,944", "600 in 3 blocks", "c4, 16 × 128 tokens, seed 7", "2026-01-05", "A processor", "ab" * 32):
+        assert fact in page.text
+
+
+def test_headline_is_computed(three):
+    besa, wanda = three[2], three[1]
+    told = "the perplexity of besa on wiki is 0.85 × that of wanda (34.00 against 40.00; dense: 20.00)."
+    assert f"At exactly 50.00 % sparsity, {told}" in Page(render(three)).text
+    assert "dense:" not in Page(render([wanda, besa])).text
+    assert "besa on wiki is 34.00, 1.70 × that of the dense model (20.00)" in Page(render([three[0], besa])).text
+
+
+def test_headline_names_a_better_method_than_the_learned_one(three, folder):
+    better = folder("sparsegpt", record("sparsegpt"), evaluation({"wiki": 33.0}))
+    assert "Lowest at this sparsity: sparsegpt, 33.00." in Page(render([*three, better])).text
+
+
+def test_best_pruned_model_is_bold_at_each_sparsity(three, folder):
+    others = [
+        folder("wanda-70", record("wanda", sparsity=0.7), evaluation({"wiki": 90.0, "c4": 95.0})),
+        folder("besa-70", record("besa", sparsity=0.7), evaluation({"wiki": 80.0, "c4": 99.0})),
+    ]
+    assert re.findall(r"<b>([^<]*)</b>", render(three + others)) == ["34.00", "50.12", "95.00", "80.00"]
+    assert "<b>" not in render([three[0], three[2]])
+
+
+def test_page_is_one_file_that_loads_nothing(three):
+    html = render(three)
+    page = Page(html)
+    assert not page.open
+    for _, attributes in page.elements:
+        for name in ("src", "href", "srcset", "action", "data"):
+            assert (attributes.get(name) or "#").startswith(("#", "data:"))
+        assert not any(name.startswith("on") for name in attributes)
+    assert not page.of("script")
+    assert not re.search(r"@import|url\((?!#)|https?:", html)
+    assert "{{" not in html and "{%" not in html and "None" not in page.text
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    links = [attributes["href"] for attributes in page.of("a")] + [attributes["href"] for attributes in page.of("use")]
+    assert {link.removeprefix("#") for link in links} <= set(ids)
+
+
+def test_plots_follow_the_page_and_are_named(three):
+    html = render(three)
+    drawings = Page(html).of("svg")
+    assert len(drawings) == 2 + 2 + 1 + 3 + 1 + 2 + 1  # perplexity, map with scale, error, rates, loss, cost, seconds
+    assert all(attributes["role"] == "img" and attributes["aria-label"] for attributes in drawings)
+    assert "prefers-color-scheme: dark" in html and "@media print" in html
+    assert not re.search(r"#0[12]0[0-9]{3}", html), "a stand-in colour is left"
+    assert "<title>block 2, q_proj: 62.50\xa0%</title>" in html
+
+
+def test_same_runs_give_the_same_page(three):
+    assert render(three) == render(three)
+
+
+def test_names_are_not_trusted(folder):
+    run = record(HOSTILE + " $x^2$ \x01 " + "long " * 10)
+    run["model"] = {"source": f"</title>{HOSTILE}", "architecture": "X"}
+    run["calibration"] = {"source": "<img src=x>"}
+    run["command"] = ["besa", "prune", HOSTILE]
+    run["blocks"][0]["linears"][0]["name"] = f"model.layers.0.{HOSTILE}"
+    runs = [
+        folder("run", run, evaluation({f"{HOSTILE}&": 3.0})),
+        folder("dense", measured=evaluation({"t": 2.0}, model=HOSTILE)),
+    ]
+    html = render(runs)
+    assert "<script" not in html and "<img" not in html
+    assert HOSTILE in Page(html).text
+    assert html.count("</title>\n<style>") == 1
+
+
+def test_command_repeats_the_run(three):
+    html = render(three)
+    commands = [shlex.split(line) for line in re.search(r"<h3>besa</h3>\s*<pre>(.*?)</pre>", html, re.DOTALL)[1]
+                .replace("\\\n", "").splitlines()]  # fmt: skip
+    assert " ".join(commands[0]) == (
+        "besa prune tiny besa --recipe besa --sparsity 0.5 --calibration c4 --samples 16 --seqlen 128 --seed 7 "
+        "--dtype float32"
+    )
+    assert " ".join(commands[1]) == (
+        "besa eval besa --ppl wiki --ppl c4 --window 128 --max-windows 40 --json besa/besa_eval.json"
+    )
+    assert "besa eval tiny --ppl wiki" in html
+    assert "besa report dense wanda besa --out report.html" in html
+
+
+def test_recipe_that_besa_does_not_ship_is_given_as_yaml(folder):
+    run = record("besa", command=["besa", "prune", "a b"])
+    run["recipe"]["allocation"]["epochs"] = 9
+    html = render([folder("run", run)])
+    assert "--recipe besa.yaml" in html and "save it as besa.yaml" in html and "besa prune &#39;a b&#39;" in html
+    recipe = re.search(r"<pre>(name: .*?)</pre>", html, re.DOTALL)[1]
+    assert yaml.safe_load(recipe) == run["recipe"]
+
+
+def test_windows_of_different_length_are_told_and_not_compared(three, folder):
+    other = folder("other", record("magnitude"), evaluation({"wiki": 22.0}, window=2048))
+    page = Page(render([*three, other]))
+    assert (
+        "windows of different length and do not compare: 128 tokens (dense, wanda and besa); 2,048 tokens (magnitude)"
+        in page.text
+    )
+    assert page.rows()["magnitude"] == ["50.00 %", "22.00", "", "—", "", "2,048", "123 s", "1.23 GB"]
+    assert not any("Perplexity" in attributes["aria-label"] for attributes in page.of("svg"))
+    assert "0.85 × that of wanda" in page.text
+    assert "different" not in Page(render(three)).text
+
+
+def test_different_amounts_of_text_are_told(three, folder):
+    other = folder("other", record("magnitude"), evaluation({"wiki": 22.0}, windows=10))
+    assert "different amounts of wiki (40 and 10 windows of 128 tokens)" in Page(render([*three, other])).text
+
+
+def test_a_missed_target_is_told_with_its_digits(folder):
+    run = record("wanda", zeros=298, sparsity=0.5)
+    run["sparsity"] = 298 / 600
+    page = Page(render([folder("run", run)]))
+    assert "wanda ended at 49.6667 % sparsity, not at the 50.00 % it was asked for." in page.text
+    assert page.rows()["wanda"][0] == "49.6667 %"
+
+
+def test_differences_of_origin_are_told(three, folder):
+    run = record("magnitude", versions={"besa": "0.2.0"})
+    run["model"]["fingerprint"], run["calibration"]["sha256"] = "other", "other"
+    runs = [*three, folder("m", run), folder("d", measured=evaluation({"wiki": 9.0}, model="elsewhere"))]
+    text = Page(render(runs)).text
+    assert "did not prune the same model" in text and "not calibrated on the same tokens" in text
+    assert "different versions of besa: 0.1.0 and 0.2.0" in text and "measured on elsewhere" in text
+
+
+def test_dequantised_model_is_told(folder):
+    run = record()
+    run["model"]["gguf"] = "model.Q4_1.gguf"
+    assert "are dequantised" in Page(render([folder("run", run)])).text
+
+
+def test_dense_alone(folder):
+    page = Page(render([folder("dense", measured=evaluation({"wiki": 20.0}))]))
+    assert page.rows() == {"Method": ["Sparsity", "Perplexitywiki"], "dense": ["—", "20.00"]}
+    assert "The dense model has a perplexity of 20.00 on wiki." in page.text and not page.of("svg")
+
+
+def test_one_run_that_was_never_measured(folder):
+    page = Page(render([folder("run", record("wanda"))]))
+    assert "wanda set 300 of 600 weights to zero" in page.text and "No perplexity was measured." in page.text
+    assert "Learned row rates" not in page.text and "learning step" not in page.text
+
+
+def test_a_run_of_few_facts(folder):
+    run = record("mine", model={"source": "", "architecture": "GPT2LMHeadModel"}, calibration={}, blocks=1)
+    run["peak_gpu_memory_bytes"], run["machine"]["gpu"] = 5_000_000, "A GPU"
+    page = Page(render([folder("run", run)]))
+    assert "GPT2LMHeadModel" in page.text and page.rows()["mine"][-1] == "5 MB"
+    assert "besa prune GPT2LMHeadModel mine --recipe mine.yaml" in page.text and "--device cuda" in page.text
+
+
+def test_a_run_without_blocks(folder):
+    page = Page(render([folder("run", record(blocks=0, weights=0, zeros=0, sparsity=0.0) | {"blocks": []})]))
+    assert "Time and memory" in page.text and "Reconstruction error" not in page.text
+
+
+def test_numbers_that_are_not_finite(three, folder):
+    run = record("magnitude")
+    run["blocks"][1]["reconstruction_error"] = float("nan")
+    broken = folder("broken", run, evaluation({"wiki": None, "c4": 1e9}))
+    page = Page(render([*three, broken]))
+    assert page.rows()["magnitude"][1:5] == ["∞", "", "1.00e+09", "31746031.75"]
+    assert page.table("block", "wanda")[2] == ["1", "0.0246", "0.0246", "—"]
+
+
+def test_pruned_model_that_lost_its_record(three, folder):
+    lost = folder("lost", measured=evaluation({"wiki": 50.0}, sparsity=0.5))
+    page = Page(render([*three, lost]))
+    assert page.rows()["lost"][:2] == ["50.00 %", "50.00"] and "lost has no run record" in page.text
+
+
+def test_labels_are_distinct(folder):
+    def named(*places):
+        return labels([folder(place, record(name, sparsity=sparsity)) for place, name, sparsity in places])
+
+    assert named(("1/a", "besa", 0.5), ("1/b", "wanda", 0.5)) == ["besa", "wanda"]
+    assert named(("2/a", "besa", 0.5), ("2/b", "besa", 0.7)) == ["besa 50 %", "besa 70 %"]
+    assert named(("3/a", "besa", 0.5), ("3/b", "besa", 0.5)) == ["besa (a)", "besa (b)"]
+    assert named(("4/a", "besa", 0.5), ("5/a", "besa", 0.5), ("5/b", "wanda", 0.5)) == [
+        "besa in 4",
+        "besa in 5",
+        "wanda",
+    ]
+    run = folder("6", record())
+    assert labels([run, run]) == ["besa #1", "besa #2"]
+    render([run, run])
+
+
+def test_experts_share_a_name_and_equal_endings_are_told_apart():
+    run = record(blocks=1)
+    names = ["attn.c_proj", "mlp.c_proj", "mlp.experts.0.up_proj", "mlp.experts.1.up_proj"]
+    run["blocks"][0]["linears"] = [linear(f"model.layers.0.{name}", (4, 10), 20 + i) for i, name in enumerate(names)]
+    table = parts(RunRecord.model_validate(run))
+    assert list(table) == ["attn.c_proj", "mlp.c_proj", "up_proj"]
+    assert (table["up_proj"][0].zeros, table["up_proj"][0].weights, sum(table["up_proj"][0].row_rates)) == (45, 80, 8)
+
+
+def test_many_runs_and_blocks(folder):
+    runs = [folder(str(i), record("besa", blocks=41), evaluation({"wiki": 10.0 * 3**i})) for i in range(10)]
+    page = Page(render(runs))
+    assert len(page.rows()) == 11 and "Logarithmic scale." in page.text
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, r"holds neither besa_run.json nor besa_eval.json: give a folder"),
+        ({"besa_eval.json": "{}"}, r"besa_eval.json is not a besa evaluation: write it anew with `besa eval`"),
+        ({"besa_eval.json": "\x00"}, r"is not a besa evaluation"),
+        ({"besa_eval.json": '{"perplexity": 3, "window": 2}'}, r"is not a besa evaluation"),
+        ({"besa_run.json": "{}"}, r"besa_run.json is not a besa run record"),
+    ],
+)
+def test_bad_folders_are_told_in_a_sentence(tmp_path, files, message):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(BesaError, match=message) as told:
+        load_run(tmp_path)
+    assert str(told.value).endswith(".") and "\n" not in str(told.value)
+
+
+def test_no_folder_and_no_runs(tmp_path):
+    with pytest.raises(BesaError, match="is not a folder"):
+        load_run(tmp_path / "absent")
+    with pytest.raises(BesaError, match="at least one run"):
+        render([])
+
+
+def test_the_user_s_matplotlib_style_stays_out(three):
+    import matplotlib
+
+    before = render(three)
+    with matplotlib.rc_context({"axes.grid": True, "font.size": 30, "text.usetex": False, "lines.linewidth": 9}):
+        assert render(three) == before
+        assert matplotlib.rcParams["font.size"] == 30
+
+
+def test_templates_are_part_of_the_package():
+    from importlib import resources
+
+    assert (Path(str(resources.files("besa.report"))) / "template.html").is_file()

@@ -1,0 +1,153 @@
+"""What is gathered of a linear's inputs, against the inputs themselves."""
+
+import pytest
+import torch
+from torch import nn
+
+from besa.errors import BesaError
+from besa.statistics import InputStatistics, collect
+
+
+class Attention(nn.Module):
+    """Three linears that share their input, and one that does not."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(6, 6, bias=False) for _ in range(4))
+
+    def forward(self, x):
+        x = x * 2
+        return self.o(self.q(x) * self.k(x).tanh() + self.v(x))
+
+
+@pytest.fixture
+def attention():
+    torch.manual_seed(0)
+    return Attention().requires_grad_(False)
+
+
+@pytest.fixture
+def batches():
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(n, 5, 6, generator=generator) for n in (3, 2, 1)]
+
+
+def linears(module):
+    return {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear)}
+
+
+@pytest.mark.parametrize("gram", [True, False])
+def test_sums_over_all_tokens(attention, batches, gram):
+    with collect(linears(attention), gram) as statistics:
+        for x in batches:
+            attention(x)
+    x_TI = torch.cat(batches).reshape(-1, 6).double() * 2
+    y_TI = attention.q(x_TI.float()) * attention.k(x_TI.float()).tanh() + attention.v(x_TI.float())
+    for name, inputs_TI in [("q", x_TI), ("k", x_TI), ("v", x_TI), ("o", y_TI.double())]:
+        found = statistics[name]
+        assert found.tokens == 30
+        assert found.squares_I.dtype == torch.float64
+        torch.testing.assert_close(found.squares_I, inputs_TI.square().sum(dim=0), rtol=1e-5, atol=0)
+        if gram:
+            assert found.gram_II.dtype == torch.float32
+            torch.testing.assert_close(found.gram_II.double(), inputs_TI.T @ inputs_TI, rtol=1e-5, atol=1e-4)
+        else:
+            assert found.gram_II is None
+
+
+def test_linears_of_one_input_share_the_work(attention, batches, monkeypatch):
+    added = []
+    add = InputStatistics.add
+    monkeypatch.setattr(InputStatistics, "add", lambda self, x_TI: (added.append(len(x_TI)), add(self, x_TI)))
+    with collect(linears(attention), gram=True) as statistics:
+        for x in batches:
+            attention(x)
+    assert statistics["q"] is statistics["k"] is statistics["v"]
+    assert statistics["o"] is not statistics["q"]
+    assert added == [15, 15, 10, 10, 5, 5]
+
+
+def test_equal_inputs_that_are_not_the_same_tensor_count_apart():
+    first, second = nn.Linear(2, 2), nn.Linear(2, 2)
+    with collect({"first": first, "second": second}, gram=False) as statistics:
+        first(torch.ones(3, 2))
+        second(torch.ones(3, 2))
+    assert statistics["first"] is not statistics["second"]
+    assert statistics["first"].tokens == statistics["second"].tokens == 3
+
+
+def test_every_pass_counts_even_of_the_same_tensor():
+    linear, x = nn.Linear(2, 2), torch.tensor([[1.0, 2.0]])
+    with collect({"linear": linear}, gram=True) as statistics:
+        linear(x)
+        linear(x)
+    assert statistics["linear"].tokens == 2
+    assert statistics["linear"].squares_I.tolist() == [2, 8]
+    assert statistics["linear"].gram_II.tolist() == [[2, 4], [4, 8]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_inputs_are_summed_in_full(dtype):
+    x = torch.full((4000, 1), 1.5, dtype=dtype)
+    with collect({"linear": (linear := nn.Linear(1, 1).to(dtype))}, gram=True) as statistics:
+        linear(x)
+    assert statistics["linear"].squares_I.tolist() == [9000]
+    assert statistics["linear"].gram_II.tolist() == [[9000]]
+
+
+def test_inputs_are_not_kept_with_their_graph():
+    linear = nn.Linear(2, 2)
+    with collect({"linear": linear}, gram=True) as statistics:
+        linear(torch.ones(1, 2, requires_grad=True))
+    assert not statistics["linear"].squares_I.requires_grad
+    assert not statistics["linear"].gram_II.requires_grad
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_hooks_are_gone_afterwards(attention, batches, raises):
+    try:
+        with collect(linears(attention), gram=False) as statistics:
+            attention(batches[0])
+            assert all(part._forward_pre_hooks for part in linears(attention).values())
+            if raises:
+                raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        assert raises
+    attention(batches[0])
+    assert not any(part._forward_pre_hooks for part in linears(attention).values())
+    assert statistics["o"].tokens == 15
+
+
+def gathered(x_TI) -> InputStatistics:
+    statistics = InputStatistics.empty(x_TI.shape[1], True, x_TI.device)
+    statistics.add(x_TI)
+    return statistics
+
+
+def test_hessian_is_damped_and_dead_channels_count_one():
+    statistics = gathered(torch.tensor([[1.0, 0.0, 2.0], [1.0, 0.0, -1.0]]))
+    # Diagonal 2, 0, 5: the dead channel becomes 1, and a tenth of the mean, 8/3, is added.
+    extra = 0.1 * 8 / 3
+    expected_II = torch.tensor([[2 + extra, 0, 1], [0, 1 + extra, 0], [1, 0, 5 + extra]])
+    torch.testing.assert_close(statistics.hessian(0.1), expected_II)
+    assert statistics.gram_II.tolist() == [[2, 0, 1], [0, 0, 0], [1, 0, 5]]  # not changed
+
+
+def test_inverse_hessian():
+    generator = torch.Generator().manual_seed(0)
+    statistics = gathered(torch.randn(50, 8, generator=generator))
+    inverse_II = torch.linalg.inv(statistics.hessian(0.01).double())
+    torch.testing.assert_close(statistics.inverse_hessian(0.01).double(), inverse_II, rtol=1e-4, atol=1e-7)
+
+
+def test_fewer_tokens_than_channels_need_damping():
+    statistics = gathered(torch.eye(3, 8) + 1)
+    assert statistics.inverse_hessian(0.01).isfinite().all()
+
+
+@pytest.mark.parametrize("gram", [[[1.0, 2.0], [2.0, 1.0]], [[torch.nan, 0.0], [0.0, 1.0]]])
+def test_what_is_not_positive_definite_is_refused(gram):
+    statistics = InputStatistics(torch.ones(2, dtype=torch.float64), torch.tensor(gram), 1)
+    with pytest.raises(BesaError, match=r"not positive definite at damping 0\.01: .*\.$") as caught:
+        statistics.inverse_hessian(0.01)
+    assert "\n" not in str(caught.value)
