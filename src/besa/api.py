@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from besa import memory
@@ -35,7 +35,7 @@ class Compressed:
 
 
 class Evaluation(BaseModel):
-    """What `evaluate` measured; the JSON that `besa eval` writes.
+    """What `evaluate` measured; the JSON that `besa eval` writes (an infinite perplexity as ``Infinity``).
 
     Attributes:
         model: what was evaluated.
@@ -47,6 +47,8 @@ class Evaluation(BaseModel):
         created: when.
         versions: of besa and of what the numbers depend on.
     """
+
+    model_config = ConfigDict(ser_json_inf_nan="constants")
 
     model: str
     perplexity: dict[str, float]

@@ -102,9 +102,25 @@ def run_demo(
             )
         model = EMBEDDED if method == DENSE else folder
         rows.append(Row(method, _record(folder), _evaluation(model, folder, plan, texts, device, dtype, step)))
+    write_file(out / "results.md", markdown(rows))
     page = out / "report.html"
     write_file(page, render([load_run(out / row.method) for row in rows]))
     return page, rows
+
+
+def markdown(rows: list[Row]) -> str:
+    """The demo's result as a Markdown table; × is the ratio to the dense model's perplexity."""
+    dense = rows[0].evaluation
+    texts = list(dense.perplexity)
+    head = ["method", "sparsity", *(f"{text} | ×" for text in texts), "seconds"]
+    lines = [f"| {' | '.join(head)} |", "|---" + "|---:" * (2 * len(texts) + 2) + "|"]
+    for row in rows:
+        cells = [row.method, f"{row.record.sparsity:.4%}" if row.record else "0 %"]
+        for text in texts:
+            value = row.evaluation.perplexity[text]
+            cells += [f"{value:,.2f}", f"{value / dense.perplexity[text]:.3f}"]
+        lines.append(f"| {' | '.join(cells)} | {f'{row.record.seconds:,.0f}' if row.record else ''} |")
+    return "\n".join(lines) + "\n"
 
 
 def _claim(out: Path, plan: Plan, sparsity: float, texts: list[str], calibration: str, dtype: str) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from rich.box import SIMPLE
 from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
@@ -93,19 +94,19 @@ def evaluated(evaluation: Evaluation) -> RenderableType:
 
 def contents(found: Contents) -> RenderableType:
     """Sparsity by block (rows) and linear (columns), and bytes."""
-    table = Table(title=f"{found.model}: sparsity of the prunable weights")
+    table = Table(title=f"{found.model}: sparsity of the prunable weights in %", box=SIMPLE)
     table.add_column("block")
     linears_of = {
         block.name: [linear for linear in found.linears if linear.name.startswith(f"{block.name}.")]
         for block in found.blocks
     }
-    short = [linear.name.rpartition(".")[2] for linear in linears_of[found.blocks[0].name]]
+    short = [linear.name.rpartition(".")[2].removesuffix("_proj") for linear in linears_of[found.blocks[0].name]]
     for name in [*short, "all", "MB"]:
         table.add_column(name, justify="right")
     for block in found.blocks:
         linears = linears_of[block.name]
-        cells = [f"{linear.sparsity:.2%}" for linear in linears]
-        table.add_row(block.name, *cells, f"{block.sparsity:.2%}", f"{block.bytes / 1e6:,.2f}")
+        cells = [f"{100 * share:.2f}" for share in [*(linear.sparsity for linear in linears), block.sparsity]]
+        table.add_row(block.name.rpartition(".")[2], *cells, f"{block.bytes / 1e6:,.1f}")
     total = (
         f"{found.zeros:,} of {found.weights:,} weights are zero ({found.sparsity:.4%}); "
         f"{found.bytes / 1e6:,.1f} MB of prunable weights in {found.file_bytes / 1e6:,.1f} MB of files"

@@ -30,7 +30,7 @@ def ranked(draw):
 def ranks_by_hand(importance_OI, w_OI):
     rows = []
     for importance_I, w_I in zip(importance_OI.tolist(), w_OI.tolist(), strict=True):
-        places = [(w != 0, value if w != 0 else 0, column) for column, (value, w) in enumerate(zip(importance_I, w_I))]
+        places = [(w_I[i] != 0, importance_I[i] if w_I[i] != 0 else 0, i) for i in range(len(w_I))]
         rows.append([sorted(places).index(place) for place in places])
     return torch.tensor(rows)
 

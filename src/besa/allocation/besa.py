@@ -78,7 +78,7 @@ class Besa(Settings):
     def _forward(
         self, problem: BlockProblem, learned: dict[str, LearnedRates], chosen_N: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Reconstruction error of the masked block on the chosen sequences, and the block's sparsity; both scalars."""
+        """Reconstruction error of the masked block on the chosen sequences, and the expected sparsity; scalars."""
         masked = {name: part.masked_weight() for name, part in learned.items()}
         y_NTC = problem.block(problem.inputs_NTC[chosen_N].to(problem.device), masked)
         zeros = torch.stack([part.expected_zeros() for part in learned.values()]).sum()
@@ -86,7 +86,7 @@ class Besa(Settings):
         return loss, zeros / problem.weights
 
     def _converged(self, losses: list[float], samples: int) -> bool:
-        """Whether the last epoch brought less than the tolerance; both epochs saw the same sequences, in other order."""
+        """Whether the last epoch brought less than the tolerance; epochs see the same sequences in another order."""
         if len(losses) < 2 * samples:
             return False
         return sum(losses[-samples:]) > (1 - self.tolerance) * sum(losses[-2 * samples : -samples])

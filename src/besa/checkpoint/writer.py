@@ -13,6 +13,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from besa.errors import BesaError
+from besa.models.loading import quiet
 from besa.record import RECORD_NAME, RunRecord
 
 SHARD = "4GB"
@@ -34,7 +35,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
         try:
             yield partial
-            partial.chmod(0o777 & ~_umask())
+            _open_to_others(partial)
             partial.rename(out)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
@@ -76,19 +77,16 @@ def check_space(out: Path, size: int) -> None:
         )
 
 
-def save(
-    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, record: RunRecord | None
-) -> None:
+def save(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, record: RunRecord) -> None:
     """Write weights (safetensors, dense with zeros), configuration, tokenizer and run record into `folder`.
 
     What comes out loads with plain ``from_pretrained``; the sparsity stands under a key of our own in config.json.
     """
-    if record is not None:
-        model.config.besa = {"recipe": record.recipe["name"], "sparsity": record.sparsity, "record": RECORD_NAME}
-        record.write(folder / RECORD_NAME)
-    model.save_pretrained(folder, max_shard_size=SHARD)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+    model.config.besa = {"recipe": record.recipe["name"], "sparsity": record.sparsity, "record": RECORD_NAME}
+    record.write(folder / RECORD_NAME)
+    with quiet():
+        model.save_pretrained(folder, max_shard_size=SHARD)
+    tokenizer.save_pretrained(folder)
 
 
 @contextmanager
@@ -102,7 +100,10 @@ def explained(path: Path) -> Iterator[None]:
         raise BesaError(f"{path} cannot be written: {error.strerror or error}.") from error
 
 
-def _umask() -> int:
+def _open_to_others(folder: Path) -> None:
+    """Give the folder and its files the permissions of any new file: temporary ones are private."""
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    folder.chmod(0o777 & ~mask)
+    for path in folder.iterdir():
+        path.chmod(0o666 & ~mask)

@@ -93,7 +93,7 @@ def load_model(source: Source, dtype: str = "auto", trust_remote_code: bool = Fa
     Raises:
         BesaError: the model cannot be read, or its code is not trusted.
     """
-    with _quiet(), _explained(source):
+    with quiet(), _explained(source):
         model = AutoModelForCausalLM.from_pretrained(
             **source.arguments,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
@@ -111,7 +111,7 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTraine
     Raises:
         BesaError: there is none, or it cannot be read.
     """
-    with _quiet(), _explained(source):
+    with quiet(), _explained(source):
         return AutoTokenizer.from_pretrained(**source.arguments, trust_remote_code=trust_remote_code)
 
 
@@ -121,7 +121,7 @@ def empty_model(source: Source, trust_remote_code: bool = False) -> PreTrainedMo
     Raises:
         BesaError: the configuration cannot be read.
     """
-    with _quiet(), _explained(source), torch.device("meta"):
+    with quiet(), _explained(source), torch.device("meta"):
         config = AutoConfig.from_pretrained(**source.arguments, trust_remote_code=trust_remote_code)
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
@@ -171,8 +171,8 @@ def _explained(source: Source) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' own progress bars and warnings out of the terminal while it loads."""
+def quiet() -> Iterator[None]:
+    """Keep transformers' own progress bars and warnings out of the terminal."""
     bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity(logging.ERROR)
