@@ -6,19 +6,20 @@ import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from besa.errors import BesaError
 
 app = typer.Typer(
     help="Prune large language models block by block, with learned and exact sparsity, and measure the result.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+UsageError: Any = typer.BadParameter.__base__  # of all complaints about arguments; typer exports only this child
 out = Console()
 err = Console(stderr=True)
 
@@ -42,10 +43,10 @@ class Dtype(StrEnum):
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Hugging Face id, folder, .gguf file, or smollm2 (embedded).")
 ]
-Text = "c4, wiki, a .txt, .jsonl or .parquet file, or hf:<dataset>"
-CalibrationOption = Annotated[str, typer.Option(metavar="TEXT", help=f"Text to calibrate on: {Text}.")]
+TEXTS = "c4, wiki, a .txt, .jsonl or .parquet file, or hf:<dataset>"
+CalibrationOption = Annotated[str, typer.Option(metavar="TEXT", help=f"Text to calibrate on: {TEXTS}.")]
 EvaluationOption = Annotated[
-    list[str], typer.Option("--ppl", metavar="TEXT", help=f"Text to evaluate on (repeatable): {Text}.")
+    list[str], typer.Option("--ppl", metavar="TEXT", help=f"Text to evaluate on (repeatable): {TEXTS}.")
 ]
 DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="Weights and computation; auto: the checkpoint's.")]
@@ -203,10 +204,20 @@ def main() -> None:
     """Entry point of `besa`: a sentence and exit code 2 for bad input, 130 after Ctrl-C."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        app()
+        app(sys.argv[1:] or ["--help"], prog_name="besa", standalone_mode=False)
     except BesaError as error:
-        err.print(f"[bold red]besa:[/] {error}", highlight=False, soft_wrap=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        err.print("besa: interrupted; nothing was written.", highlight=False)
+        _refuse(str(error))
+    except UsageError as error:
+        _refuse(f"{error.format_message().rstrip('.')}: see `{error.ctx.command_path} --help`.")
+    except (KeyboardInterrupt, typer.Abort):
+        err.print("besa: interrupted; what was under way was not kept.", highlight=False)
         sys.exit(130)
+
+
+def _refuse(sentence: str) -> None:
+    err.print("besa:", Text(" ".join(sentence.split())), style="red", highlight=False, soft_wrap=True)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -64,9 +64,12 @@ def at(problem: BlockProblem, sparsity: float) -> BlockProblem:
     return dataclasses.replace(problem, zeros=round(sparsity * problem.weights))
 
 
-def small_problem(weights: dict[str, torch.Tensor], zeros: int) -> BlockProblem:
-    """Weights ranked by magnitude, in a block that no uniform allocation runs."""
-    linears = {name: RankedLinear(w_OI, w_OI.abs(), rank(w_OI.abs(), w_OI)) for name, w_OI in weights.items()}
+def small_problem(weights, zeros, importances=None) -> BlockProblem:
+    """Weights ranked by `importances`, or by magnitude, in a block that no uniform allocation runs."""
+    importances = importances or {name: w_OI.abs() for name, w_OI in weights.items()}
+    linears = {
+        name: RankedLinear(w_OI, importances[name], rank(importances[name], w_OI)) for name, w_OI in weights.items()
+    }
     nothing = torch.zeros(1, 1, 1)
     return BlockProblem(Block(0, "b", nn.Identity(), {}), linears, nothing, nothing, zeros, seed=0)
 
@@ -99,15 +102,12 @@ def assert_exact(problem: BlockProblem, counts: dict[str, torch.Tensor]) -> None
 
 @st.composite
 def small_problems(draw):
-    """One to three linears of whole numbers (ties) without zeros, and any number of zeros to reach."""
+    """One to three linears without zeros, their importance in whole numbers (ties), and any number of zeros to go."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
     shapes = draw(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 7)), min_size=1, max_size=3))
-    weights = {
-        f"b.{i}": torch.randint(1, 9, shape, generator=generator)
-        * (torch.rand(shape, generator=generator).round() * 2 - 1)
-        for i, shape in enumerate(shapes)
-    }
-    return small_problem(weights, draw(st.integers(0, sum(w_OI.numel() for w_OI in weights.values()))))
+    weights = {f"b.{i}": torch.rand(shape, generator=generator) + 1 for i, shape in enumerate(shapes)}
+    importances = {name: torch.randint(0, 9, w_OI.shape, generator=generator).float() for name, w_OI in weights.items()}
+    return small_problem(weights, draw(st.integers(0, sum(map(torch.numel, weights.values())))), importances)
 
 
 @given(small_problems())
@@ -333,26 +333,29 @@ def test_learning_changes_neither_the_block_nor_its_weights(problem):
         assert linear.weight.grad is None
 
 
-def test_losses_are_of_whole_steps(problem):
-    losses = Besa(batch=4, epochs=3).allocate(dataclasses.replace(problem, inputs_NTC=problem.inputs_NTC[:10])).losses
-    assert len(losses) == 9  # ⌈10 / 4⌉ steps in each of three epochs
+def test_every_step_has_its_loss(problem):
+    few = dataclasses.replace(problem, inputs_NTC=problem.inputs_NTC[:10], targets_NTC=problem.targets_NTC[:10])
+    once, thrice = (Besa(epochs=epochs, tolerance=0).allocate(few).losses for epochs in (1, 3))
+    assert (len(once), len(thrice)) == (10, 30)
+    assert once[0] == thrice[0]
 
 
 def test_the_first_loss_is_that_of_the_uniform_mask(problem):
     """Learning starts with ⌊target · I⌋ weights of every row pruned."""
+    one = dataclasses.replace(problem, inputs_NTC=problem.inputs_NTC[:1], targets_NTC=problem.targets_NTC[:1])
     counts = {
         name: torch.full((linear.w_OI.shape[0],), linear.w_OI.shape[1] // 2) for name, linear in problem.linears.items()
     }
-    assert Besa(batch=24).allocate(problem).losses == [pytest.approx(error(problem, counts), rel=1e-4)]
+    assert Besa().allocate(one).losses == [pytest.approx(error(one, counts), rel=1e-4)]
 
 
 def test_tolerance_stops_early(problem):
-    whole = Besa(epochs=2, learning_rate=1e-6).allocate(problem)
-    assert len(whole.losses) == 48
-    # An eighth of an epoch is 3 steps; rates that hardly move lower no loss by 90 %.
-    stopped = Besa(epochs=2, learning_rate=1e-6, tolerance=0.9).allocate(problem)
-    assert stopped.losses == whole.losses[:6]
-    assert_exact(problem, stopped.counts)
+    # Rates that hardly move lower no loss by 1 %: the second epoch is the last.
+    still = Besa(epochs=5, learning_rate=1e-6).allocate(problem)
+    assert len(still.losses) == 48
+    assert_exact(problem, still.counts)
+    assert len(Besa(epochs=3, tolerance=0.01).allocate(problem).losses) == 72
+    assert len(Besa(epochs=3, tolerance=0.9).allocate(problem).losses) == 48
 
 
 @pytest.mark.parametrize(
@@ -360,15 +363,14 @@ def test_tolerance_stops_early(problem):
     [
         ([4.0, 4.0, 3.9, 3.9], True),
         ([4.0, 4.0, 3.0, 3.0], False),
-        ([4.0, 4.0, 3.9], False),  # not a whole window
+        ([3.0, 5.0, 3.9, 3.9], True),  # means of epochs, not single steps
         ([4.0, 4.0], False),
         ([9.0, 9.0, 4.0, 4.0, 3.9, 3.9], True),
         ([4.0, 4.0, 5.0, 5.0], True),
     ],
 )
-def test_convergence_compares_two_windows(losses, stops):
-    assert Besa(tolerance=0.1)._converged(losses, window=2) == stops
-    assert not Besa(tolerance=0)._converged(losses, window=2)
+def test_convergence_compares_two_epochs(losses, stops):
+    assert Besa(tolerance=0.1)._converged(losses, samples=2) == stops
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 1.0])

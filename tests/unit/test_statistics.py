@@ -140,6 +140,14 @@ def test_inverse_hessian():
     torch.testing.assert_close(statistics.inverse_hessian(0.01).double(), inverse_II, rtol=1e-4, atol=1e-7)
 
 
+def test_inverse_hessian_is_of_all_tokens_so_far_and_of_the_damping_asked_for():
+    statistics = gathered(torch.ones(1, 1))
+    assert statistics.inverse_hessian(1.0).item() == pytest.approx(1 / 2)
+    assert statistics.inverse_hessian(3.0).item() == pytest.approx(1 / 4)
+    statistics.add(torch.ones(1, 1))
+    assert statistics.inverse_hessian(1.0).item() == pytest.approx(1 / 4)
+
+
 def test_fewer_tokens_than_channels_need_damping():
     statistics = gathered(torch.eye(3, 8) + 1)
     assert statistics.inverse_hessian(0.01).isfinite().all()

@@ -1,0 +1,218 @@
+"""The command line on the tiny Llama: what it writes, and how it refuses."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+TINY = Path(__file__).parent.parent / "assets" / "tiny-llama"
+SMALL = ["--calibration", str(TINY / "calibration.txt"), "--samples", "8", "--seqlen", "64"]
+
+
+def besa(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "besa.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "200", **environment},
+        check=False,
+    )
+
+
+def assert_refused(result: subprocess.CompletedProcess[str], *words: str) -> None:
+    """Exit code 2, one sentence, no traceback."""
+    message = result.stderr.strip()
+    assert result.returncode == 2, message
+    assert message.startswith("besa: ")
+    assert message.endswith(".")
+    assert "\n" not in message
+    assert "Traceback" not in message
+    for word in words:
+        assert word in message
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("pruned") / "out"
+    result = besa("prune", TINY, out, "--recipe", "besa", "--sparsity", "0.6", *SMALL)
+    assert result.returncode == 0, result.stderr
+    assert "(60.0000%)" in result.stdout
+    return out
+
+
+def test_prune_writes_exactly_the_zeros_asked_for(pruned: Path) -> None:
+    tensors = load_file(pruned / "model.safetensors")
+    prunable = [tensor for name, tensor in tensors.items() if "_proj.weight" in name]
+    weights = sum(tensor.numel() for tensor in prunable)
+    assert len(prunable) == 8 * 7
+    assert sum(int((tensor == 0).sum()) for tensor in prunable) == round(0.6 * weights)
+
+
+def test_prune_leaves_everything_else_as_it_was(pruned: Path) -> None:
+    before, after = load_file(TINY / "model.safetensors"), load_file(pruned / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        kept = after[name] != 0 if "_proj.weight" in name else torch.ones_like(tensor, dtype=torch.bool)
+        assert torch.equal(tensor[kept], after[name][kept])
+
+
+def test_checkpoint_loads_with_transformers_alone(pruned: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(pruned)
+    tokenizer = AutoTokenizer.from_pretrained(pruned)
+    tokens = tokenizer("The city lies on the river", return_tensors="pt", return_token_type_ids=False)
+    assert model.generate(**tokens, max_new_tokens=3, do_sample=False).shape[1] == tokens["input_ids"].shape[1] + 3
+    assert model.config.besa["recipe"] == "besa"
+    (plain := pruned.parent / "plain").touch()
+    assert (pruned / "model.safetensors").stat().st_mode == plain.stat().st_mode  # not private like temporary files
+
+
+def test_run_record_tells_what_was_counted(pruned: Path) -> None:
+    record = json.loads((pruned / "besa_run.json").read_text())
+    tensors = load_file(pruned / "model.safetensors")
+    assert record["zeros"] == round(0.6 * record["weights"])
+    assert record["seed"] == 0
+    assert record["recipe"]["sparsity"] == 0.6
+    assert record["calibration"]["samples"] == 8
+    assert len(record["calibration"]["sha256"]) == 64
+    assert record["peak_memory_bytes"] > 1e8
+    assert [len(block["losses"]) for block in record["blocks"]] == [8] * 8
+    for block in record["blocks"]:
+        assert block["zeros"] == sum(linear["zeros"] for linear in block["linears"])
+        assert 0 < block["reconstruction_error"] < 1
+        for linear in block["linears"]:
+            tensor = tensors[f"{linear['name']}.weight"]
+            assert linear["zeros"] == int((tensor == 0).sum())
+            assert linear["shape"] == list(tensor.shape)
+            assert sum(linear["row_rates"]) == tensor.shape[0]
+
+
+def test_repeated_run_is_bit_equal(pruned: Path, tmp_path: Path) -> None:
+    out = tmp_path / "again"
+    assert besa("prune", TINY, out, "--recipe", "besa", "--sparsity", "0.6", *SMALL).returncode == 0
+    assert (out / "model.safetensors").read_bytes() == (pruned / "model.safetensors").read_bytes()
+
+
+def test_inspect_counts_in_the_files(pruned: Path, tmp_path: Path) -> None:
+    # A checkpoint that says one thing in its record and another in its tensors is told by its tensors.
+    copy = shutil.copytree(pruned, tmp_path / "copy")
+    tensors = load_file(copy / "model.safetensors")
+    name = "model.layers.3.mlp.up_proj"
+    tensors[f"{name}.weight"] = torch.zeros_like(tensors[f"{name}.weight"])
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    result = besa("inspect", copy, "--json", tmp_path / "inspect.json")
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "inspect.json").read_text())
+    linears = {linear["name"]: linear for linear in found["linears"]}
+    assert linears[name] == {"name": name, "shape": [256, 96], "zeros": 24576, "sparsity": 1.0, "bytes": 98304}
+    assert found["zeros"] == sum(linear["zeros"] for linear in linears.values())
+    assert found["sparsity"] == found["zeros"] / found["weights"]
+    assert "100.00" in result.stdout
+
+
+def test_eval_writes_perplexities_by_name_and_stem(pruned: Path, tmp_path: Path) -> None:
+    file = tmp_path / "deep" / "eval.json"
+    result = besa(
+        "eval", pruned, "--ppl", TINY / "heldout.txt", "--ppl", TINY / "calibration.txt", "--window", "128",
+        "--max-windows", "20", "--json", file,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    measured = json.loads(file.read_text())
+    assert measured["perplexity"].keys() == {"heldout", "calibration"}
+    assert 20 < measured["perplexity"]["heldout"] < 100
+    assert measured["details"]["heldout"]["predicted"] == 20 * 127
+    assert measured["sparsity"] == pytest.approx(0.6, abs=1e-5)
+    assert f"{measured['perplexity']['heldout']:.3f}" in result.stdout
+
+
+def test_report_is_one_page(pruned: Path, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    assert besa("report", pruned, "--out", page).returncode == 0
+    assert "60.00" in page.read_text()
+    assert_refused(besa("report", tmp_path, "--out", page), str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--recipe", "nonsense"], ["nonsense", "besa-layerwise"]),
+        (["--set", "allocation.epoch=2"], ["allocation", "epoch"]),
+        (["--set", "allocation.epochs=many"], ["allocation", "epochs"]),
+        (["--sparsity", "1.0"], ["sparsity"]),
+        (["--sparsity", "-0.1"], ["sparsity"]),
+        (["--calibration", "missing.txt"], ["missing.txt"]),
+        (["--samples", "5000", "--seqlen", "512"], ["tokens", "2,560,000"]),
+        (["--device", "cuda"], ["CUDA"]),
+    ],
+)
+def test_bad_arguments_are_refused_in_a_sentence(arguments: list[str], words: list[str], tmp_path: Path) -> None:
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    assert_refused(besa("prune", TINY, tmp_path / "out", *SMALL, *arguments), *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_models_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    pickled = shutil.copytree(TINY, tmp_path / "pickled")
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    damaged = shutil.copytree(TINY, tmp_path / "damaged")
+    (damaged / "model.safetensors").write_bytes((TINY / "model.safetensors").read_bytes()[:100_000])
+    assert_refused(besa("prune", empty, out, *SMALL), "config.json")
+    assert_refused(besa("prune", pickled, out, *SMALL), "safetensors")
+    assert_refused(besa("prune", damaged, out, *SMALL), "damaged")
+    assert_refused(besa("prune", tmp_path / "none.gguf", out, *SMALL), "none.gguf")
+    assert_refused(besa("prune", tmp_path / "nowhere", out, *SMALL), "nowhere")
+    assert not out.exists()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_existing_out_is_refused_and_untouched(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("mine")
+    assert_refused(besa("prune", TINY, tmp_path / "out", *SMALL), "exists")
+    assert (tmp_path / "out" / "mine").read_text() == "mine"
+
+
+def test_nan_in_activations_is_refused(tmp_path: Path) -> None:
+    model = shutil.copytree(TINY, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.2.mlp.down_proj.weight"][5, 7] = float("nan")
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    assert_refused(besa("prune", model, tmp_path / "out", *SMALL), "model.layers.2", "NaN")
+    assert not (tmp_path / "out").exists()
+
+
+def test_full_disk_leaves_nothing(tmp_path: Path) -> None:
+    # A quota on file size is the full disk that a test can make: the write fails in the middle.
+    command = f"ulimit -f 1000; exec {sys.executable} -m besa.cli prune {TINY} {tmp_path}/out {' '.join(SMALL)}"
+    result = subprocess.run(["bash", "-c", f"trap '' XFSZ; {command}"], capture_output=True, text=True, check=False)
+    assert_refused(result, "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_short_text_for_evaluation_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("Too short.")
+    assert_refused(besa("eval", TINY, "--ppl", tmp_path / "short.txt", "--window", "128"), "128")
+
+
+def test_usage_errors_leave_with_2() -> None:
+    assert_refused(besa("prune"), "MODEL", "besa prune --help")
+    assert_refused(besa("prune", TINY, "out", "--sparsity", "half"), "--sparsity", "half")
+    assert_refused(besa("unknown"), "unknown")
+    assert_refused(besa("eval", TINY), "--ppl")
+
+
+def test_no_arguments_show_the_commands() -> None:
+    result = besa()
+    assert result.returncode == 0
+    for command in ("demo", "prune", "eval", "inspect", "report"):
+        assert command in result.stdout
