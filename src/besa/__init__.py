@@ -1,9 +1,32 @@
 """besa: prune large language models block by block, with learned and exact sparsity."""
 
-from besa.api import Compressed, Evaluation, compress, evaluate
-from besa.calibration import Calibration
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from besa.errors import BesaError
-from besa.recipe import Recipe
 from besa.version import __version__
 
+if TYPE_CHECKING:
+    from besa.api import Compressed, Evaluation, compress, evaluate
+    from besa.calibration import Calibration
+    from besa.recipe import Recipe
+
 __all__ = ["BesaError", "Calibration", "Compressed", "Evaluation", "Recipe", "__version__", "compress", "evaluate"]
+
+_HOMES = {
+    "Calibration": "besa.calibration",
+    "Compressed": "besa.api",
+    "Evaluation": "besa.api",
+    "Recipe": "besa.recipe",
+    "compress": "besa.api",
+    "evaluate": "besa.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use: `besa --help` should not wait for torch and transformers."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'besa' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -340,6 +340,22 @@ def test_every_step_has_its_loss(problem):
     assert once[0] == thrice[0]
 
 
+def test_steps_are_of_fresh_gradients_and_shrink_to_nothing(problem, monkeypatch):
+    rates, gradients = [], []
+
+    class Watched(torch.optim.Adam):
+        def step(self):
+            rates.append(self.param_groups[0]["lr"])
+            gradients.append(torch.cat([logits_RD.grad.flatten() for logits_RD in self.param_groups[0]["params"]]))
+            return super().step()
+
+    monkeypatch.setattr(torch.optim, "Adam", Watched)
+    one = dataclasses.replace(problem, inputs_NTC=problem.inputs_NTC[:1], targets_NTC=problem.targets_NTC[:1])
+    Besa(epochs=2, learning_rate=1e-9).allocate(one)
+    assert rates == pytest.approx([1e-9, 0.5e-9])  # linearly to zero
+    torch.testing.assert_close(gradients[1], gradients[0])  # the same step again, as nothing moved
+
+
 def test_the_first_loss_is_that_of_the_uniform_mask(problem):
     """Learning starts with ⌊target · I⌋ weights of every row pruned."""
     one = dataclasses.replace(problem, inputs_NTC=problem.inputs_NTC[:1], targets_NTC=problem.targets_NTC[:1])
@@ -364,6 +380,7 @@ def test_tolerance_stops_early(problem):
         ([4.0, 4.0, 3.9, 3.9], True),
         ([4.0, 4.0, 3.0, 3.0], False),
         ([3.0, 5.0, 3.9, 3.9], True),  # means of epochs, not single steps
+        ([4.0, 4.0, 5.0, 3.0], True),
         ([4.0, 4.0], False),
         ([9.0, 9.0, 4.0, 4.0, 3.9, 3.9], True),
         ([4.0, 4.0, 5.0, 5.0], True),

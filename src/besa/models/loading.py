@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -177,7 +178,8 @@ def quiet() -> Iterator[None]:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity(logging.ERROR)
     try:
-        yield
+        with redirect_stderr(io.StringIO()):  # the bar of its .gguf reader heeds no setting
+            yield
     finally:
         transformers_logging.set_verbosity(level)
         if bars:

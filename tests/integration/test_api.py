@@ -1,0 +1,128 @@
+"""The Python functions on the tiny Llama, and what the methods are worth beside each other."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import besa
+from besa.compress import ERROR_SHARE
+from besa.losses import reconstruction_error
+from besa.models.blocks import capture_inputs, find_blocks
+
+SAMPLES, SEQLEN, WINDOW = 48, 64, 128
+
+
+@pytest.fixture(scope="module")
+def heldout(tiny_llama_folder: Path) -> str:
+    return str(tiny_llama_folder / "heldout.txt")
+
+
+@pytest.fixture(scope="module")
+def results(tiny_llama_folder: Path, heldout: str) -> dict[str, tuple[besa.Compressed, float]]:
+    """Every shipped recipe at 60 %, with its held-out perplexity."""
+    found = {}
+    for recipe in ("magnitude", "wanda", "sparsegpt", "besa-layerwise", "besa"):
+        result = besa.compress(
+            tiny_llama_folder,
+            recipe,
+            str(tiny_llama_folder / "calibration.txt"),
+            sparsity=0.6,
+            samples=SAMPLES,
+            seqlen=SEQLEN,
+        )
+        measured = besa.evaluate(result.model, [heldout], window=WINDOW, tokenizer=result.tokenizer)
+        found[recipe] = (result, measured.perplexity["heldout"])
+    return found
+
+
+def test_every_method_meets_the_budget_exactly(results: dict[str, tuple[besa.Compressed, float]]) -> None:
+    for result, _ in results.values():
+        blocks = find_blocks(result.model)
+        zeros = [sum(int((part.weight == 0).sum()) for part in block.linears.values()) for block in blocks]
+        weights = [block.weights for block in blocks]
+        assert sum(zeros) == round(0.6 * sum(weights)) == result.record.zeros
+        assert zeros == [block.zeros for block in result.record.blocks]
+        for count, size in zip(zeros, weights, strict=True):
+            assert abs(count - 0.6 * size) < 1
+
+
+def test_methods_rank_as_they_should(results: dict[str, tuple[besa.Compressed, float]]) -> None:
+    perplexity = {name: value for name, (_, value) in results.items()}
+    assert perplexity["besa"] < 0.97 * perplexity["wanda"]
+    assert perplexity["besa"] < perplexity["besa-layerwise"] < perplexity["wanda"]
+    assert perplexity["sparsegpt"] < perplexity["wanda"]
+    assert perplexity["besa"] > 22  # the dense model has 20.8
+
+
+def test_uniform_prunes_every_row_alike_and_besa_does_not(results: dict[str, tuple[besa.Compressed, float]]) -> None:
+    def rates(recipe: str) -> torch.Tensor:
+        weight = find_blocks(results[recipe][0].model)[2].linears["model.layers.2.mlp.up_proj"].weight
+        return (weight == 0).double().mean(dim=1)
+
+    assert rates("wanda").max() - rates("wanda").min() < 2 / 96
+    assert rates("besa").std() > 0.01
+    layer = rates("besa-layerwise")
+    assert layer.max() - layer.min() < 2 / 96
+    assert abs(layer.mean() - 0.6) > 0.002
+
+
+def test_recorded_error_is_that_of_the_written_model(
+    results: dict[str, tuple[besa.Compressed, float]], tiny_llama_folder: Path, tiny_llama: torch.nn.Module
+) -> None:
+    from besa.calibration import sample
+
+    result, _ = results["besa"]
+    tokens = sample(str(tiny_llama_folder / "calibration.txt"), result.tokenizer, SAMPLES, SEQLEN, 0).tokens_NT
+    outputs = []
+    for model in (result.model, tiny_llama):
+        blocks = find_blocks(model)
+        x_NTC = capture_inputs(model, blocks, tokens[::ERROR_SHARE], 4)
+        outputs.append([x_NTC := block.run(x_NTC, 4) for block in blocks])
+    for record, pruned_NTC, dense_NTC in zip(result.record.blocks, *outputs, strict=True):
+        assert record.reconstruction_error == pytest.approx(
+            float(reconstruction_error(pruned_NTC, dense_NTC)), rel=1e-3
+        )
+
+
+def test_zero_sparsity_changes_no_bit(tiny_llama_folder: Path, tiny_llama: torch.nn.Module) -> None:
+    for recipe in ("wanda", "besa", "sparsegpt", "magnitude"):
+        result = besa.compress(
+            tiny_llama_folder, recipe, str(tiny_llama_folder / "calibration.txt"), sparsity=0, samples=4, seqlen=32
+        )
+        for name, tensor in tiny_llama.state_dict().items():
+            assert torch.equal(tensor, result.model.state_dict()[name]), (recipe, name)
+
+
+def test_pruning_a_pruned_model_goes_on_from_its_zeros(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    settings = {"calibration": str(tiny_llama_folder / "calibration.txt"), "samples": 8, "seqlen": 64}
+    first = besa.compress(tiny_llama_folder, "besa", out=tmp_path / "half", sparsity=0.5, **settings)
+    zero = {n: p == 0 for n, p in first.model.state_dict().items() if n.endswith("_proj.weight")}
+    second = besa.compress(tmp_path / "half", "besa", sparsity=0.7, **settings)
+    assert second.record.zeros == round(0.7 * second.record.weights)
+    for name, mask in zero.items():
+        assert bool((second.model.state_dict()[name][mask] == 0).all())
+    with pytest.raises(besa.BesaError, match="zeros already"):
+        besa.compress(tmp_path / "half", "besa", sparsity=0.3, **settings)
+
+
+def test_bfloat16_runs_and_is_written_as_bfloat16(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    calibration = str(tiny_llama_folder / "calibration.txt")
+    result = besa.compress(
+        tiny_llama_folder, "besa", calibration, out=tmp_path / "o", dtype="bfloat16", samples=8, seqlen=64
+    )
+    assert result.model.dtype == torch.bfloat16
+    assert result.record.zeros == round(0.5 * result.record.weights)
+    assert json.loads((tmp_path / "o" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_a_loaded_model_is_pruned_in_place(
+    tiny_llama: torch.nn.Module, tiny_tokenizer, tiny_llama_folder: Path
+) -> None:
+    calibration = str(tiny_llama_folder / "calibration.txt")
+    with pytest.raises(besa.BesaError, match="tokenizer"):
+        besa.compress(tiny_llama, "wanda", calibration, samples=4, seqlen=32)
+    result = besa.compress(tiny_llama, "wanda", calibration, samples=4, seqlen=32, tokenizer=tiny_tokenizer)
+    assert result.model is tiny_llama
+    assert int((tiny_llama.model.layers[0].mlp.up_proj.weight == 0).sum()) == 256 * 48
