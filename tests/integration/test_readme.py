@@ -8,10 +8,16 @@ from pathlib import Path
 import typer.testing
 
 from besa.cli import app
+from experiments.readme import with_results
 
 ROOT = Path(__file__).parent.parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, re.DOTALL)
+
+
+def test_result_tables_are_the_measured_ones() -> None:
+    assert with_results(TEXT) == TEXT
+    assert TEXT.count("<!-- results:") == 2
 
 
 def test_links_lead_to_files() -> None:
