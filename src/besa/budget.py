@@ -64,7 +64,8 @@ def apportion(rates_R: Tensor, widths_R: Tensor, total: int, least_R: Tensor) ->
             low = middle
         else:
             high = middle
-    counts = counts_at(low)
+    # From half a step lower on, ties are settled in the order of rows and not by the rounding of the last price.
+    counts = counts_at(low - 0.5 / float(widths.max()))
     cost = torch.where(counts < widths, (2 * (counts - wanted) + 1) / widths, torch.inf)
-    counts[cost.argsort(stable=True)[: total - int(counts.sum())]] += 1  # rows whose steps tie at the final price
+    counts[cost.argsort(stable=True)[: total - int(counts.sum())]] += 1  # at most one step a row is left
     return counts.long()

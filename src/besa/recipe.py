@@ -71,7 +71,7 @@ def _read(recipe: str | Path) -> dict[str, Any]:
         content = yaml.safe_load(source.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BesaError(f"No recipe {recipe}: choose one of {', '.join(shipped())}, or give a YAML file.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise BesaError(f"Recipe {recipe} cannot be read as YAML: {reason}.") from None
     if not isinstance(content, dict):
@@ -82,21 +82,24 @@ def _read(recipe: str | Path) -> dict[str, Any]:
 def _override(content: dict[str, Any], override: str) -> None:
     path, separator, value = override.partition("=")
     *parents, key = path.split(".")
+    shown = " ".join(override.split())
     if not separator or not key:
-        raise BesaError(f"--set {override}: write it as key.key=value, such as allocation.epochs=2.")
+        raise BesaError(f"--set {shown}: write it as key.key=value, such as allocation.epochs=2.")
     for parent in parents:
         content = content.setdefault(parent, {})
         if not isinstance(content, dict):
-            raise BesaError(f"--set {override}: {parent} is a value, not a group of settings.")
+            raise BesaError(f"--set {shown}: {parent} is a value, not a group of settings.")
     try:
         content[key] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise BesaError(f"--set {override}: the value is not YAML.") from None
+    except (yaml.YAMLError, ValueError):  # ValueError: 2001-99-99
+        raise BesaError(f"--set {shown}: the value is not YAML.") from None
 
 
 def _first_complaint(error: ValidationError) -> str:
     complaint = error.errors()[0]
-    place = ".".join(str(part) for part in complaint["loc"])
+    # The second of three or more is the method's tag, which pydantic puts in: nobody writes it.
+    keys = [str(key) for at, key in enumerate(complaint["loc"]) if at != 1 or len(complaint["loc"]) == 2]
+    place = " ".join(".".join(keys).split())
     if complaint["type"] == "extra_forbidden":
         return f"unknown key {place}"
     if complaint["type"] == "union_tag_invalid":

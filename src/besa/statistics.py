@@ -35,6 +35,7 @@ class InputStatistics:
 
     def add(self, x_TI: Tensor) -> None:
         """Count the tokens `x_TI` (tokens, channels) of any float dtype in."""
+        self._inverses.clear()
         x_TI = x_TI.float()
         self.squares_I += x_TI.square().sum(dim=0).double()
         if self.gram_II is not None:
@@ -74,17 +75,18 @@ def collect(linears: Mapping[str, nn.Module], gram: bool) -> Iterator[dict[str, 
     Linears that are handed the very same tensor (q, k and v; gate and up) share one object, so the work is done once.
     """
     statistics: dict[str, InputStatistics] = {}
-    last: tuple[Tensor, InputStatistics] | None = None
+    last: tuple[Tensor, InputStatistics, set[str]] | None = None  # input, its statistics, linears it has reached
 
     def observe(name: str, x: Tensor) -> None:
         nonlocal last
-        if last is not None and x is last[0]:
+        if last is not None and x is last[0] and name not in last[2]:
             statistics.setdefault(name, last[1])
+            last[2].add(name)
             return
         if name not in statistics:
             statistics[name] = InputStatistics.empty(x.shape[-1], gram, x.device)
         statistics[name].add(x.detach().reshape(-1, x.shape[-1]))
-        last = (x, statistics[name])
+        last = (x, statistics[name], {name})
 
     handles = [
         module.register_forward_pre_hook(lambda _, inputs, name=name: observe(name, inputs[0]))

@@ -104,12 +104,13 @@ def candidate_rates(step: float) -> Tensor:
 
 def starting_logits(rates_D: Tensor, target: float, width: float) -> Tensor:
     """Logits (D,) of a bell of standard deviation `width`, placed so that alpha (eq. 3) is the target."""
-    low, high = -10.0, 11.0
-    for _ in range(60):
-        centre = (low + high) / 2
-        logits_D = -((rates_D - centre) ** 2) / (2 * width**2)
+    low = -20.0 * len(rates_D)  # so steep that neighbours differ by e²⁰: alpha as good as 0, or as good as 1
+    high = width**-2 - low
+    for _ in range(100):
+        slope = (low + high) / 2  # centre of the bell / width²
+        logits_D = slope * rates_D - rates_D**2 / (2 * width**2)
         alpha = float(logits_D.softmax(0) @ rates_D)
-        low, high = (centre, high) if alpha < target else (low, centre)
+        low, high = (slope, high) if alpha < target else (low, slope)
     return (logits_D - logits_D.max()).float()
 
 

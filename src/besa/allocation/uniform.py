@@ -9,6 +9,7 @@ from pydantic import Field
 
 from besa.allocation.problem import Allocated, BlockProblem
 from besa.budget import apportion, split
+from besa.errors import BesaError
 from besa.masks import rank
 from besa.settings import Settings
 
@@ -37,6 +38,12 @@ class Uniform(Settings):
                 rates = torch.full((rows,), total / (rows * width))
                 counts[name] = apportion(rates, torch.full((rows,), width), total, linear.zeros_O)
             else:
+                zeros_now = int(linear.zeros_O.sum())
+                if total < zeros_now:
+                    raise BesaError(
+                        f"{name} has {zeros_now:,} zeros already and cannot have only {total:,}: "
+                        f"ask for a sparsity of at least {zeros_now / (rows * width):.4f}."
+                    )
                 places = rank(linear.importance_OI.reshape(1, -1), linear.w_OI.reshape(1, -1)).reshape(rows, width)
                 counts[name] = (places < total).sum(dim=1).cpu()
         return Allocated(counts)

@@ -57,6 +57,8 @@ def perplexity(
     """
     if window < 2:
         raise BesaError(f"A window of {window} tokens predicts nothing: use at least 2.")
+    if max_windows is not None and max_windows < 1:
+        raise BesaError(f"Perplexity over {max_windows} windows is impossible: use at least 1.")
     windows = len(tokens_L) // window
     if windows == 0:
         raise BesaError(

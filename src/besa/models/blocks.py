@@ -110,9 +110,10 @@ def capture_inputs(model: PreTrainedModel, blocks: list[Block], tokens_NT: Tenso
     Arguments are kept for every batch size up to `batch`, as masks and position biases may depend on it.
     """
     hidden: list[Tensor] = []
+    tuples = _tuple_blocks(model, blocks, tokens_NT[:1, :2])
     with ExitStack() as stack:
         for block in blocks:
-            stack.enter_context(_standing_aside(block, hidden))
+            stack.enter_context(_standing_aside(block, hidden, tuples))
         for size in range(1, min(batch, len(tokens_NT)) + 1):
             model.base_model(input_ids=tokens_NT[:size].to(model.device), use_cache=False)
         hidden.clear()
@@ -121,8 +122,24 @@ def capture_inputs(model: PreTrainedModel, blocks: list[Block], tokens_NT: Tenso
     return torch.cat(hidden)
 
 
+def _tuple_blocks(model: PreTrainedModel, blocks: list[Block], tokens_NT: Tensor) -> set[int]:
+    """Which blocks return a tuple (Falcon's, Bloom's), seen in a forward pass of a token or two."""
+    tuples: set[int] = set()
+
+    def look(index: int, output: Any) -> None:
+        if isinstance(output, tuple):
+            tuples.add(index)
+
+    with ExitStack() as stack:
+        for block in blocks:
+            handle = block.module.register_forward_hook(lambda _, __, output, index=block.index: look(index, output))
+            stack.callback(handle.remove)
+        model.base_model(input_ids=tokens_NT.to(model.device), use_cache=False)
+    return tuples
+
+
 @contextmanager
-def _standing_aside(block: Block, hidden: list[Tensor]) -> Iterator[None]:
+def _standing_aside(block: Block, hidden: list[Tensor], tuples: set[int]) -> Iterator[None]:
     """While open, calls of the block return their input and leave their arguments in the block."""
 
     def record(_: nn.Module, inputs: tuple[Any, ...], arguments: dict[str, Any]) -> None:
@@ -133,12 +150,16 @@ def _standing_aside(block: Block, hidden: list[Tensor]) -> Iterator[None]:
         block.arguments[x_NTC.shape[0]] = kept
 
     def pass_on(*inputs: Any, **arguments: Any) -> Any:
-        return inputs[0] if inputs else arguments["hidden_states"]
+        x_NTC = inputs[0] if inputs else arguments["hidden_states"]
+        return (x_NTC,) if block.index in tuples else x_NTC
 
     handle = block.module.register_forward_pre_hook(record, with_kwargs=True)
+    before = vars(block.module).get("forward")  # accelerate sets one of its own
     block.module.forward = pass_on
     try:
         yield
     finally:
         handle.remove()
         del block.module.forward  # the class's own forward shows again
+        if before is not None:
+            block.module.forward = before

@@ -43,7 +43,9 @@ class OBSUpdate(Settings):
         dense_OI = w_OI.float()
         zeros = int(counts_O.sum())
         rebuilt_OI = sweep(dense_OI, dense_OI == 0, factor_II, self.columns, zeros, kept_OI)
-        return rebuilt_OI.to(w_OI.dtype)
+        written_OI = rebuilt_OI.to(w_OI.dtype)
+        lost_OI = (written_OI == 0) & (rebuilt_OI != 0)  # kept, but too small for the dtype: float16 ends at 6e-8
+        return written_OI.masked_fill_(lost_OI, torch.finfo(w_OI.dtype).smallest_normal)
 
 
 def inverse_factor(statistics: InputStatistics, damping: float) -> Tensor:
