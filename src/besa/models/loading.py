@@ -102,7 +102,7 @@ def load_model(source: Source, dtype: str = "auto", trust_remote_code: bool = Fa
             trust_remote_code=trust_remote_code,
         )
     if source.gguf:
-        del model.config.quantization_config  # the weights are plain floats from here on
+        model.hf_quantizer.remove_quantization_config(model)  # the weights are plain floats from here on
     return model.eval().requires_grad_(False)
 
 
