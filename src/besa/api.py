@@ -16,11 +16,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from besa import memory
 from besa.calibration import EMBEDDED, Calibration, read_documents, sample, tokenize
 from besa.checkpoint import writer
-from besa.compress import prune_blocks
 from besa.errors import BesaError
 from besa.evaluation.perplexity import Perplexity, perplexity
 from besa.models.loading import describe, load_model, load_tokenizer, locate
 from besa.progress import Progress, silent
+from besa.pruning import prune_blocks
 from besa.recipe import Recipe
 from besa.record import RunRecord, machine, now, versions
 

@@ -65,7 +65,7 @@ def demo(
         Path, typer.Option("--out", metavar="DIR", help="Folder for checkpoints and report; must not exist.")
     ] = Path("demo"),
     full: Annotated[
-        bool, typer.Option("--full", help="All methods, 64 × 512 tokens of calibration: about an hour on 2 cores.")
+        bool, typer.Option("--full", help="All methods, 64 × 512 tokens of calibration: about half an hour on 2 cores.")
     ] = False,
     sparsity: Annotated[float, typer.Option(help="Share of the prunable weights to set to zero.")] = 0.5,
     ppl: EvaluationOption = ["wiki"],  # noqa: B006 (typer reads it, nobody changes it)
