@@ -206,7 +206,7 @@ def test_short_text_for_evaluation_is_refused(tmp_path: Path) -> None:
 
 def test_usage_errors_leave_with_2() -> None:
     assert_refused(besa("prune"), "MODEL", "besa prune --help")
-    assert_refused(besa("prune", TINY, "out", "--sparsity", "half"), "--sparsity", "half")
+    assert_refused(besa("prune", TINY, "out", "--sparsity", "half"), "--sparsity", "number")
     assert_refused(besa("unknown"), "unknown")
     assert_refused(besa("eval", TINY), "--ppl")
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from besa.errors import BesaError
@@ -94,10 +95,11 @@ def explained(path: Path) -> Iterator[None]:
     """Turn an operating system's refusal to write `path` into one sentence."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, SafetensorError) as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or f"(os error {errno.ENOSPC})" in str(error):  # safetensors writes in Rust and has no errno
             raise BesaError(f"The disk is full: {path} was not written; make room and run again.") from error
-        raise BesaError(f"{path} cannot be written: {error.strerror or error}.") from error
+        raise BesaError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}.") from error
 
 
 def _open_to_others(folder: Path) -> None:
