@@ -14,7 +14,7 @@ from besa.reconstruction import Frozen, OBSUpdate
 
 METHODS = {
     "besa": (Wanda(), Besa(rates="row"), Frozen()),
-    "besa-layerwise": (Wanda(), Besa(rates="layer"), Frozen()),
+    "besa-layerwise": (Wanda(), Besa(rates="layer", learning_rate=0.05), Frozen()),
     "magnitude": (Magnitude(), Uniform(per="linear"), Frozen()),
     "sparsegpt": (OBS(), Uniform(per="row"), OBSUpdate(mask="adaptive")),
     "wanda": (Wanda(), Uniform(per="row"), Frozen()),
