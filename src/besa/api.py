@@ -15,23 +15,40 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from besa import memory
 from besa.calibration import EMBEDDED, Calibration, read_documents, sample, tokenize
-from besa.checkpoint import writer
+from besa.checkpoint.files import check_space
+from besa.checkpoint.journal import journal_for
+from besa.checkpoint.writer import finish
 from besa.errors import BesaError
 from besa.evaluation.perplexity import Perplexity, perplexity
 from besa.models.loading import describe, load_model, load_tokenizer, locate
+from besa.models.streaming import Decoder, DecoderInMemory, DecoderOnDisk
 from besa.progress import Progress, silent
-from besa.pruning import prune_blocks
+from besa.pruning import Settings, prune_blocks
 from besa.recipe import Recipe
 from besa.record import RunRecord, machine, now, versions
 
 
-@dataclass(frozen=True)
+@dataclass
 class Compressed:
-    """A pruned model, with the tokenizer it was calibrated with and the record of the run."""
+    """A pruned model, with the tokenizer it was calibrated with and the record of the run.
 
-    model: PreTrainedModel
+    Attributes:
+        tokenizer: the model's.
+        record: what was done.
+        out: the checkpoint, if one was written.
+    """
+
     tokenizer: PreTrainedTokenizerBase
     record: RunRecord
+    _model: PreTrainedModel | None
+    out: Path | None
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The pruned model; one that was pruned from disk to disk is loaded when first asked for."""
+        if self._model is None:
+            self._model = load_model(locate(str(self.out)))
+        return self._model
 
 
 class Evaluation(BaseModel):
@@ -74,6 +91,8 @@ def compress(
     device: str | torch.device = "cpu",
     dtype: str = "auto",
     batch: int | None = None,
+    activation_budget: int | None = None,
+    resume: bool = False,
     trust_remote_code: bool = False,
     command: list[str] | None = None,
     progress: Progress = silent,
@@ -85,7 +104,8 @@ def compress(
             place.
         recipe: a `Recipe`, the name of a shipped one (``besa``, ``wanda``, …), or a YAML file.
         calibration: token batches, or the text to sample them from: ``c4``, ``wiki``, a file, ``hf:<dataset>``.
-        out: folder to write the checkpoint and `besa_run.json` to; must not exist.
+        out: folder to write the checkpoint and `besa_run.json` to; must not exist. With it, a model that is named and
+            not loaded stays on the disk, one block in memory at a time, and the finished blocks are kept in a journal.
         sparsity: share of the prunable weights to set to zero, in [0, 1); replaces the recipe's.
         samples: calibration sequences, where `calibration` is a text.
         seqlen: tokens of a calibration sequence, where `calibration` is a text.
@@ -94,6 +114,8 @@ def compress(
         device: ``cpu`` or ``cuda``; one block at a time is moved there.
         dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
         batch: calibration sequences in a forward pass; by default about 2048 tokens.
+        activation_budget: bytes of hidden states kept in memory, by default half of what is free; more go into a file.
+        resume: go on with a run towards `out` that was interrupted; its result is bit-equal to an uninterrupted one.
         trust_remote_code: run model code that comes with the checkpoint.
         command: what the user typed, for the record.
         progress: told (blocks done, blocks, state) as the run goes.
@@ -106,16 +128,23 @@ def compress(
         recipe = Recipe.load(recipe, sparsity)
     elif sparsity is not None:
         recipe = Recipe.model_validate(recipe.model_dump() | {"sparsity": sparsity})
-    with writer.new_folder(Path(out)) if out is not None else nullcontext() as folder:
-        _, loaded, tokenizer, identity = _open(model, tokenizer, dtype, trust_remote_code, progress)
+    out = Path(out) if out is not None else None
+    with journal_for(out, resume) if out else nullcontext() as journal:
+        decoder, tokenizer, identity = _opened(model, tokenizer, dtype, trust_remote_code, out is not None, progress)
         if not isinstance(calibration, Calibration):
             calibration = sample(calibration, tokenizer, samples, seqlen, seed, progress)
-        if out is not None:
-            writer.check_space(Path(out), loaded.num_parameters() * loaded.dtype.itemsize)
+        batch = batch or default_batch(calibration)
+        if journal is not None:
+            journal.begin(_decisive(recipe, identity, calibration, seed, batch, device))
+            check_space(journal.folder, decoder.model.num_parameters() * decoder.model.dtype.itemsize)
         memory.reset_peak(device)
         began = time.perf_counter()
-        batch = batch or default_batch(calibration)
-        blocks = prune_blocks(loaded, recipe, calibration, seed=seed, batch=batch, device=device, progress=progress)
+        settings = Settings(
+            batch, device, activation_budget or memory.half_of_available(), journal.folder if journal else None
+        )
+        blocks = prune_blocks(
+            decoder, recipe, calibration, seed=seed, settings=settings, journal=journal, progress=progress
+        )
         weights, zeros = sum(block.weights for block in blocks), sum(block.zeros for block in blocks)
         record = RunRecord(
             created=now(),
@@ -133,10 +162,25 @@ def compress(
             seconds=time.perf_counter() - began,
             peak_memory_bytes=memory.peak_bytes(),
             peak_gpu_memory_bytes=memory.peak_gpu_bytes(device),
+            restored_blocks=journal.restored if journal else 0,
         )
-        if folder is not None:
-            writer.save(folder, loaded, tokenizer, record)
-    return Compressed(loaded, tokenizer, record)
+        if journal and out:
+            finish(journal, decoder, tokenizer, record, out)
+    return Compressed(tokenizer, record, None if isinstance(decoder, DecoderOnDisk) else decoder.model, out)
+
+
+def _decisive(
+    recipe: Recipe, identity: dict[str, Any], calibration: Calibration, seed: int, batch: int, device: torch.device
+) -> dict[str, Any]:
+    """Whatever decides the result of a run: its journal goes on only with the same."""
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "model": identity,
+        "calibration": calibration.describe(),
+        "seed": seed,
+        "batch": batch,
+        "device": device.type,
+    }
 
 
 def evaluate(
@@ -172,7 +216,8 @@ def evaluate(
     """
     device = resolve_device(device)
     documents = {text_name(text): read_documents(text, progress) for text in texts}
-    name, loaded, tokenizer, _ = _open(model, tokenizer, dtype, trust_remote_code, progress)
+    decoder, tokenizer, identity = _opened(model, tokenizer, dtype, trust_remote_code, False, progress)
+    loaded = decoder.model
     began = time.perf_counter()
     loaded.to(device)
     details = {
@@ -180,7 +225,7 @@ def evaluate(
         for text in documents
     }
     return Evaluation(
-        model=name,
+        model=identity["source"],
         perplexity={text: result.perplexity for text, result in details.items()},
         window=window,
         details=details,
@@ -218,20 +263,32 @@ def default_batch(calibration: Calibration) -> int:
     return max(1, 2048 // calibration.seqlen)
 
 
-def _open(
+def _opened(
     model: str | Path | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     dtype: str,
     trust_remote_code: bool,
+    from_disk: bool,
     progress: Progress,
-) -> tuple[str, PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]:
-    """Name, model, tokenizer and identity of whatever the caller gave as a model."""
+) -> tuple[Decoder, PreTrainedTokenizerBase, dict[str, Any]]:
+    """Decoder, tokenizer and identity of whatever the caller gave as a model.
+
+    Args:
+        model: as in `compress`.
+        tokenizer: as in `compress`.
+        dtype: as in `compress`.
+        trust_remote_code: as in `compress`.
+        from_disk: whether weights may stay on the disk; those of a .gguf file cannot.
+        progress: told about a download.
+    """
     if isinstance(model, PreTrainedModel):
         if tokenizer is None:
             raise BesaError("A loaded model needs its tokenizer: pass tokenizer=.")
-        name = model.name_or_path or type(model).__name__
-        return name, model, tokenizer, describe(model)
+        return DecoderInMemory(model), tokenizer, describe(model)
     source = locate(model, progress)
+    if from_disk and not source.gguf:
+        decoder: Decoder = DecoderOnDisk(source, dtype, trust_remote_code)
+    else:
+        decoder = DecoderInMemory(load_model(source, dtype, trust_remote_code))
     tokenizer = tokenizer or load_tokenizer(source, trust_remote_code)
-    loaded = load_model(source, dtype, trust_remote_code)
-    return source.name, loaded, tokenizer, describe(loaded, source)
+    return decoder, tokenizer, describe(decoder.model, source)

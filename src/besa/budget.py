@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from besa.errors import BesaError
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Linears of one block that share a number of zeros.
+
+    Attributes:
+        names: of the linears.
+        weights: how many they have together.
+        zeros: how many of these are to be zero in the end.
+    """
+
+    names: tuple[str, ...]
+    weights: int
+    zeros: int
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros."""
+        return self.zeros / self.weights
 
 
 def zeros_for(sparsity: float, weights: int) -> int:

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from besa.errors import BesaError
+from besa.errors import BesaError, Interrupted
 
 app = typer.Typer(
     help="Prune large language models block by block, with learned and exact sparsity, and measure the result.",
@@ -55,6 +55,22 @@ BatchOption = Annotated[
 ]
 TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")
+]
+SkipOption = Annotated[
+    list[str] | None,
+    typer.Option("--skip", metavar="PATTERN", help="Leave linears dense, such as '*.k_proj' (repeatable)."),
+]
+SparsityOfOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--sparsity-of",
+        metavar="PATTERN=S",
+        help="Give each linear that matches a sparsity of its own, such as '*.0.*=0.3' (repeatable).",
+    ),
+]
+BudgetOption = Annotated[
+    float | None,
+    typer.Option("--activation-budget", min=0, help="GB of activations in memory, more on disk; default: half of it."),
 ]
 JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result here as JSON too.")]
 
@@ -110,6 +126,10 @@ def prune(
             help="Change one setting of the recipe, such as allocation.epochs=2 (repeatable).",
         ),
     ] = None,
+    skip: SkipOption = None,
+    sparsity_of: SparsityOfOption = None,
+    activation_budget: BudgetOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run towards OUT.")] = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Prune a model block by block and write a checkpoint that transformers loads, with a run record."""
@@ -120,7 +140,7 @@ def prune(
     with progress_bar(err) as tracker:
         result = compress(
             model,
-            Recipe.load(recipe, sparsity, set_ or ()),
+            Recipe.load(recipe, sparsity, set_ or ()).with_exceptions(skip or (), sparsity_of or ()),
             calibration,
             out=out_dir,
             samples=samples,
@@ -129,6 +149,8 @@ def prune(
             device=device.value,
             dtype=dtype.value,
             batch=batch,
+            activation_budget=None if activation_budget is None else round(activation_budget * 1e9),
+            resume=resume,
             trust_remote_code=trust_remote_code,
             command=["besa", *sys.argv[1:]],
             progress=tracker,
@@ -150,7 +172,7 @@ def evaluate_command(
 ) -> None:
     """Measure a model's perplexity on texts."""
     from besa.api import evaluate
-    from besa.checkpoint.writer import write_file
+    from besa.checkpoint.files import write_file
     from besa.show import evaluated, progress_bar
 
     with progress_bar(err) as tracker:
@@ -173,8 +195,8 @@ def evaluate_command(
 @app.command("inspect")
 def inspect_command(model: Model, json: JsonOption = None, trust_remote_code: TrustOption = False) -> None:
     """Count sparsity and size by block and linear, in the files."""
+    from besa.checkpoint.files import write_file
     from besa.checkpoint.inspection import inspect
-    from besa.checkpoint.writer import write_file
     from besa.models.loading import locate
     from besa.show import contents, progress_bar
 
@@ -193,7 +215,7 @@ def report(
     page: Annotated[Path, typer.Option("--out", metavar="FILE", help="The page to write.")] = Path("report.html"),
 ) -> None:
     """Put runs side by side on one self-contained HTML page."""
-    from besa.checkpoint.writer import write_file
+    from besa.checkpoint.files import write_file
     from besa.report import load_run, render
 
     write_file(page, render([load_run(run) for run in runs]))
@@ -209,6 +231,9 @@ def main() -> None:
         _refuse(str(error))
     except UsageError as error:
         _refuse(f"{error.format_message().rstrip('.')}: see `{error.ctx.command_path} --help`.")
+    except Interrupted as interruption:
+        err.print("besa:", Text(str(interruption)), highlight=False, soft_wrap=True)
+        sys.exit(130)
     except (KeyboardInterrupt, typer.Abort):
         err.print("besa: interrupted; what was under way was not kept.", highlight=False)
         sys.exit(130)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from besa.api import Evaluation, compress, evaluate
-from besa.checkpoint.writer import write_file
+from besa.checkpoint.files import write_file
 from besa.errors import BesaError
 from besa.models.loading import EMBEDDED
 from besa.progress import Progress, silent
@@ -92,6 +92,7 @@ def run_demo(
                 method,
                 calibration,
                 out=folder,
+                resume=True,
                 sparsity=sparsity,
                 samples=plan.samples,
                 seqlen=plan.seqlen,

@@ -8,3 +8,7 @@ class BesaError(Exception):
 
     The command line prints the sentence and leaves with exit code 2; every other exception is a bug in besa.
     """
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, with a sentence on what was kept."""

@@ -1,8 +1,14 @@
-"""How far a block's output is from what it should be."""
+"""How far a block's output is from what it should be.
+
+Shape suffixes: N sequences, T tokens, C channels of the residual stream.
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+from besa.activations import HiddenStates
 
 
 def reconstruction_error(y_NTC: Tensor, target_NTC: Tensor) -> Tensor:
@@ -11,6 +17,31 @@ def reconstruction_error(y_NTC: Tensor, target_NTC: Tensor) -> Tensor:
     Each channel is measured against its own norm over sequences and tokens, so the few channels that carry massive
     activations do not rule the loss, and one penalty weight serves every block and model.
     """
+    return _relative(*_squares(y_NTC, target_NTC))
+
+
+def error_between(y_NTC: HiddenStates, target_NTC: HiddenStates, share: int) -> float:
+    """`reconstruction_error` of every `share`-th sequence of `y_NTC` against the target's, a sequence at a time.
+
+    Args:
+        y_NTC: N sequences.
+        target_NTC: as many, or only every `share`-th of them.
+        share: from 1 on.
+    """
+    stride = share if len(target_NTC) == len(y_NTC) else 1
+    squares = [
+        _squares(y_NTC[place : place + 1], target_NTC[at * stride : at * stride + 1])
+        for at, place in enumerate(range(0, len(y_NTC), share))
+    ]
+    error_C, norm_C = (torch.stack(part).sum(dim=0) for part in zip(*squares, strict=True))
+    return float(_relative(error_C, norm_C))
+
+
+def _squares(y_NTC: Tensor, target_NTC: Tensor) -> tuple[Tensor, Tensor]:
+    """‖y − target‖² and ‖target‖² of each channel (C,), float32."""
     error_C = (y_NTC.float() - target_NTC.float()).square().sum(dim=(0, 1))
-    norm_C = target_NTC.float().square().sum(dim=(0, 1))
+    return error_C, target_NTC.float().square().sum(dim=(0, 1))
+
+
+def _relative(error_C: Tensor, norm_C: Tensor) -> Tensor:
     return (error_C / norm_C.clamp_min(1e-12)).mean()

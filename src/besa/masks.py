@@ -63,9 +63,7 @@ def candidate_ranks(rates_D: Tensor, width: int) -> Tensor:
     return (rates_D * width - 1e-6).ceil().long().clamp_(0, width)
 
 
-def straight_through(
-    beta_RD: Tensor, w_OI: Tensor, ranks_OI: Tensor, counts_O: Tensor, order_OI: Tensor, taken_ID: Tensor
-) -> Tensor:
+def straight_through(beta_RD: Tensor, w_OI: Tensor, ranks_OI: Tensor, counts_O: Tensor, taken_ID: Tensor) -> Tensor:
     """Masked weight W ⊙ M (O, I), whose gradient reaches beta as if the mask were 1 − its pruning probability (eq. 6).
 
     Args:
@@ -73,11 +71,10 @@ def straight_through(
         w_OI: the dense weight, constant.
         ranks_OI: `rank` of the weight.
         counts_O: how many ranks of each row the hard mask prunes.
-        order_OI: columns in the order of their ranks, int64 (the inverse permutation of the ranks).
         taken_ID: 1.0 where candidate d prunes rank j (eq. 4's condition), the same for every row.
     """
     masked_OI: Tensor = _StraightThrough.apply(  # type: ignore[no-untyped-call]  # torch leaves `apply` untyped
-        beta_RD, w_OI, ranks_OI, counts_O, order_OI, taken_ID
+        beta_RD, w_OI, ranks_OI, counts_O, taken_ID
     )
     return masked_OI
 
@@ -85,17 +82,22 @@ def straight_through(
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, beta_RD: Tensor, w_OI: Tensor, ranks_OI: Tensor, counts_O: Tensor, order_OI: Tensor, taken_ID: Tensor
+        ctx: Any, beta_RD: Tensor, w_OI: Tensor, ranks_OI: Tensor, counts_O: Tensor, taken_ID: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(w_OI, order_OI, taken_ID)
+        ctx.save_for_backward(w_OI, ranks_OI, taken_ID)
         ctx.shared = beta_RD.shape[0] == 1
         return w_OI * hard_mask(ranks_OI, counts_O)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         # dL/dbeta_d = −Σ_j dL/dM_j · [candidate d prunes rank j]: a sum over ranks, no mask-sized probability is built.
-        w_OI, order_OI, taken_ID = ctx.saved_tensors
-        dmask_OI = (gradients[0] * w_OI).float().gather(1, order_OI)  # columns now in the order of ranks
-        if ctx.shared:
-            dmask_OI = dmask_OI.sum(dim=0, keepdim=True)
-        return -(dmask_OI @ taken_ID), None, None, None, None, None
+        w_OI, ranks_OI, taken_ID = ctx.saved_tensors
+        rows, width = w_OI.shape
+        dbeta_OD = torch.empty(rows, taken_ID.shape[1], device=w_OI.device)
+        step = max(1, CHUNK // width)
+        for top in range(0, rows, step):
+            part = slice(top, top + step)
+            dmask_OI = (gradients[0][part] * w_OI[part]).float()
+            by_rank_OI = torch.empty_like(dmask_OI).scatter_(1, ranks_OI[part].long(), dmask_OI)
+            torch.matmul(by_rank_OI, taken_ID, out=dbeta_OD[part])
+        return -(dbeta_OD.sum(dim=0, keepdim=True) if ctx.shared else dbeta_OD), None, None, None, None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import sys
 from pathlib import Path
@@ -33,3 +34,14 @@ def peak_bytes() -> int:
 def peak_gpu_bytes(device: torch.device) -> int | None:
     """Largest GPU allocation since `reset_peak`, in bytes; None on the CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def half_of_available() -> int:
+    """Half of the bytes that the system could still give to this process."""
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 512
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -6,129 +6,180 @@ Shape suffixes: N sequences, T tokens, C channels of the residual stream, O rows
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
 
+from besa.activations import HiddenStates, allocate
 from besa.allocation import Allocated, BlockProblem, RankedLinear
-from besa.budget import split, zeros_for
+from besa.budget import Budget
 from besa.calibration import Calibration
-from besa.errors import BesaError
-from besa.losses import reconstruction_error
+from besa.checkpoint.journal import Journal
+from besa.losses import error_between
 from besa.masks import rank
-from besa.models.blocks import Block, capture_inputs, find_blocks
+from besa.models.blocks import Block, capture_inputs
+from besa.models.streaming import Decoder
 from besa.progress import Progress, silent
 from besa.recipe import Recipe
 from besa.record import BlockRecord, linear_record
 from besa.statistics import InputStatistics, collect
+from besa.targets import budgets
 
+CPU = torch.device("cpu")
 ERROR_SHARE = 8  # the error against the dense path is measured on one sequence in so many, the same for every method
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How a run is computed; none of it changes what is learned beyond the order of floating-point sums.
+
+    Attributes:
+        batch: sequences in a forward pass.
+        device: where blocks are computed.
+        activation_budget: bytes of hidden states kept in memory; more go into a file.
+        folder: where that file is made; by default where temporary files go.
+    """
+
+    batch: int = 4
+    device: torch.device = CPU
+    activation_budget: int = 1 << 62
+    folder: Path | None = None
+
+
 def prune_blocks(
-    model: PreTrainedModel,
+    decoder: Decoder,
     recipe: Recipe,
     calibration: Calibration,
     *,
     seed: int = 0,
-    batch: int = 4,
-    device: torch.device | None = None,
+    settings: Settings = Settings(),
+    journal: Journal | None = None,
     progress: Progress = silent,
 ) -> list[BlockRecord]:
-    """Prune `model` in place by `recipe`, one block on `device` at a time, and tell what was done to each block.
+    """Prune a decoder by `recipe`, one block at a time, and tell what was done to each block.
 
     Args:
-        model: causal decoder in evaluation mode, on the CPU.
+        decoder: causal decoder in evaluation mode.
         recipe: the method.
         calibration: token ids (N, T).
         seed: of whatever the allocation draws.
-        batch: sequences in a forward pass.
-        device: where blocks are computed; by default where the model is.
+        settings: how to compute.
+        journal: gets every block as it is done; blocks that it has already are taken from there.
         progress: told (blocks done, blocks, state) after every block.
 
     Raises:
-        BesaError: no blocks are found, activations are not finite, or a block's zeros exceed its budget already.
+        BesaError: activations are not finite, a block's zeros exceed its budget already, or the disk is full.
     """
-    home = model.device
-    device = device or home
-    blocks = find_blocks(model)
-    sizes = [block.weights for block in blocks]
-    budgets = split(zeros_for(recipe.sparsity, sum(sizes)), sizes)
-    pruned_NTC = capture_inputs(model, blocks, calibration.tokens_NT, batch)  # line 1
-    dense_share = 1 if recipe.allocation.teacher == "dense" else ERROR_SHARE
-    dense_NTC = pruned_NTC[::dense_share]
+    blocks = decoder.blocks
+    plan = budgets(blocks, recipe)
+    done = {block.index: record for block in blocks if journal and (record := journal.record(block.index))}
+    if journal is not None:
+        journal.restored = len(done)
+    last = max((block.index for block in blocks if block.index not in done), default=-1)
+    progress(0, len(blocks), "embeddings")
+    pruned_NTC, dense_NTC = _first_inputs(decoder, recipe, calibration, settings)  # line 1
     records: list[BlockRecord] = []
-    progress(0, len(blocks), "first block")
-    for block, zeros in zip(blocks, budgets, strict=True):  # line 2
+    for block, block_budgets in zip(blocks[: last + 1], plan, strict=False):  # line 2
         began = time.perf_counter()
-        block.module.to(device)
-        dense_NTC = block.run(dense_NTC, batch)  # line 3
-        with collect(block.linears, recipe.needs_gram) as statistics:
-            own_NTC = block.run(pruned_NTC, batch)
-        _check_finite(own_NTC, block)
-        linears = _ranked(block, recipe, statistics)  # line 4
-        targets_NTC = dense_NTC if recipe.allocation.teacher == "dense" else own_NTC
-        problem = BlockProblem(block, linears, pruned_NTC, targets_NTC, zeros, seed + block.index)
-        allocated = recipe.allocation.allocate(problem)  # lines 5 to 10
-        _rebuild(block, linears, allocated, recipe, statistics)  # line 12
-        pruned_NTC = block.run(pruned_NTC, batch)  # line 11
-        error = reconstruction_error(pruned_NTC[::ERROR_SHARE], dense_NTC[:: ERROR_SHARE // dense_share])
-        records.append(_record(block, linears, allocated, float(error), time.perf_counter() - began))
-        block.module.to(home)
+        with decoder.opened(block, settings.device):
+            if block.index in done:
+                assert journal is not None
+                block.run(dense_NTC, settings.batch, into=dense_NTC)
+                decoder.fill(block, journal.tensors(block.index))
+                block.run(pruned_NTC, settings.batch, into=pruned_NTC)
+                records.append(done[block.index])
+                progress(len(records), len(blocks), "taken from the journal")
+                continue
+            step = _prune(block, block_budgets, recipe, pruned_NTC, dense_NTC, seed, settings)  # lines 3 to 10, 12
+            block.run(pruned_NTC, settings.batch, into=pruned_NTC)  # line 11
+            error = error_between(pruned_NTC, dense_NTC, ERROR_SHARE)
+            records.append(_record(block, step, error, time.perf_counter() - began))
+            if journal is not None:
+                journal.keep(decoder.stored(block), records[-1])
         progress(len(records), len(blocks), f"error {error:.4f}, sparsity {records[-1].sparsity:.2%}")
+    records += [done[block.index] for block in blocks[last + 1 :]]
     return records
 
 
-def _check_finite(y_NTC: Tensor, block: Block) -> None:
-    if not bool(y_NTC.isfinite().all()):
-        raise BesaError(
-            f"{block.name} puts out NaN or infinity: try --dtype float32, and check the model with `besa eval`."
-        )
+def _first_inputs(
+    decoder: Decoder, recipe: Recipe, calibration: Calibration, settings: Settings
+) -> tuple[HiddenStates, HiddenStates]:
+    """Inputs of the first block: all of them for the pruned path, as many as the recipe needs for the dense path."""
+    samples, seqlen = calibration.tokens_NT.shape
+    share = 1 if recipe.allocation.teacher == "dense" else ERROR_SHARE
+    with decoder.embeddings():
+        parts = capture_inputs(decoder.model, decoder.blocks, calibration.tokens_NT, settings.batch)
+        for start, part_NTC in zip(range(0, samples, settings.batch), parts, strict=True):
+            if start == 0:
+                shape, room = (samples, seqlen, part_NTC.shape[-1]), settings.activation_budget // 2
+                pruned_NTC = allocate(shape, part_NTC.dtype, room, settings.folder)
+                dense_NTC = allocate((-(-samples // share), *shape[1:]), part_NTC.dtype, room, settings.folder)
+            pruned_NTC[start : start + len(part_NTC)] = part_NTC
+    for place in range(len(dense_NTC)):
+        dense_NTC[place : place + 1] = pruned_NTC[place * share : place * share + 1]
+    return pruned_NTC, dense_NTC
 
 
-def _ranked(block: Block, recipe: Recipe, statistics: dict[str, InputStatistics]) -> dict[str, RankedLinear]:
-    """The weights of the block in the order in which the recipe prunes them (eq. 2)."""
-    linears = {}
-    for name, linear in block.linears.items():
-        w_OI = linear.weight.detach().clone()
-        importance_OI = recipe.importance.score(w_OI, statistics[name])
-        linears[name] = RankedLinear(w_OI, importance_OI, rank(importance_OI, w_OI))
-    return linears
+@dataclass(frozen=True)
+class _Step:
+    """What was decided for a block."""
+
+    linears: dict[str, RankedLinear]
+    allocated: Allocated
 
 
-@torch.no_grad()
-def _rebuild(
+def _prune(
     block: Block,
-    linears: dict[str, RankedLinear],
-    allocated: Allocated,
+    block_budgets: list[Budget],
     recipe: Recipe,
-    statistics: dict[str, InputStatistics],
-) -> None:
-    """Write the pruned weights into the block."""
-    for name, linear in linears.items():
-        counts_O = allocated.counts[name].to(linear.w_OI.device)
-        w_OI = recipe.reconstruction.rebuild(linear.w_OI, linear.ranks_OI, counts_O, statistics[name])
-        block.linears[name].weight.copy_(w_OI)
+    pruned_NTC: HiddenStates,
+    dense_NTC: HiddenStates,
+    seed: int,
+    settings: Settings,
+) -> _Step:
+    """Decide what goes, and take it out of the block; moves `dense_NTC` on to the outputs of the dense block."""
+    block.run(dense_NTC, settings.batch, into=dense_NTC)  # line 3
+    targets_NTC = dense_NTC
+    if recipe.allocation.teacher == "pruned":
+        shape = (len(pruned_NTC), *pruned_NTC[:1].shape[1:])
+        targets_NTC = allocate(shape, pruned_NTC[:1].dtype, settings.activation_budget // 2, settings.folder)
+    with collect(block.module, block.prunables, recipe.needs_gram) as statistics:
+        block.run(pruned_NTC, settings.batch, into=targets_NTC if recipe.allocation.teacher == "pruned" else None)
+    names = [name for budget in block_budgets for name in budget.names]
+    linears = {name: _ranked(block, name, recipe, statistics[name]) for name in names}  # line 4
+    problem = BlockProblem(block, linears, pruned_NTC, targets_NTC, block_budgets, seed + block.index)
+    allocated = recipe.allocation.allocate(problem)  # lines 5 to 10
+    with torch.no_grad():
+        for name, linear in linears.items():  # line 12
+            counts_O = allocated.counts[name].to(linear.w_OI.device)
+            w_OI = recipe.reconstruction.rebuild(linear.w_OI, linear.ranks_OI, counts_O, statistics[name])
+            block.weight(name).copy_(w_OI)
+    return _Step(linears, allocated)
 
 
-def _record(
-    block: Block, linears: dict[str, RankedLinear], allocated: Allocated, error: float, seconds: float
-) -> BlockRecord:
+def _ranked(block: Block, name: str, recipe: Recipe, statistics: InputStatistics) -> RankedLinear:
+    """A weight of the block in the order in which the recipe prunes it (eq. 2)."""
+    w_OI = block.weight(name).detach()
+    importance_OI = recipe.importance.score(w_OI, statistics)
+    return RankedLinear(w_OI, importance_OI, rank(importance_OI, w_OI), statistics.tokens > 0)
+
+
+def _record(block: Block, step: _Step, error: float, seconds: float) -> BlockRecord:
     """What was done to the block, counted in its weights as they are now."""
     parts = [
-        linear_record(name, block.linears[name].weight.detach(), linear.importance_OI)
-        for name, linear in linears.items()
+        linear_record(name, block.weight(name).detach(), linear.importance_OI, linear.reached)
+        for name, linear in step.linears.items()
     ]
-    zeros = sum(part.zeros for part in parts)
+    weights, zeros = sum(linear.w_OI.numel() for linear in step.linears.values()), sum(part.zeros for part in parts)
     return BlockRecord(
         index=block.index,
         name=block.name,
-        weights=block.weights,
+        weights=weights,
         zeros=zeros,
-        sparsity=zeros / block.weights,
+        sparsity=zeros / weights if weights else 0.0,
         reconstruction_error=error,
-        losses=allocated.losses,
+        losses=step.allocated.losses,
         seconds=seconds,
         linears=parts,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 from pydantic import Field, ValidationError
@@ -24,6 +24,10 @@ class Recipe(Settings):
 
     name: str = "custom"
     sparsity: float = Field(default=0.5, ge=0, lt=1, description="share of the prunable weights that end as zeros")
+    skip: tuple[str, ...] = Field(default=(), description="patterns of names of linears that stay dense")
+    sparsity_of: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(
+        default={}, description="patterns of names of linears, each with a sparsity of its own"
+    )
     importance: Importance = Wanda()
     allocation: Allocation = Uniform()
     reconstruction: Reconstruction = Frozen()
@@ -32,6 +36,27 @@ class Recipe(Settings):
     def needs_gram(self) -> bool:
         """Whether some choice looks at the Gram matrix of the linears' inputs."""
         return self.importance.needs_gram or self.reconstruction.needs_gram
+
+    def with_exceptions(self, skip: Sequence[str], sparsity_of: Sequence[str]) -> Recipe:
+        """The recipe with further patterns.
+
+        Args:
+            skip: patterns of names of linears that stay dense.
+            sparsity_of: ``pattern=sparsity`` pairs.
+
+        Raises:
+            BesaError: a pair without a sparsity in [0, 1].
+        """
+        own = dict(self.sparsity_of)
+        for pair in sparsity_of:
+            pattern, _, value = pair.rpartition("=")
+            try:
+                own[pattern] = float(value)
+            except ValueError:
+                own[pattern] = -1.0
+            if not (pattern and 0 <= own[pattern] <= 1):
+                raise BesaError(f"--sparsity-of {pair}: write it as pattern=sparsity, such as *.k_proj=0.3.")
+        return self.model_copy(update={"skip": (*self.skip, *skip), "sparsity_of": own})
 
     def to_yaml(self) -> str:
         """The recipe as YAML, every setting spelled out."""

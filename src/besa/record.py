@@ -34,10 +34,13 @@ class LinearRecord(Record):
     zeros: int
     sparsity: float
     importance_kept: float = Field(description="mean importance of the kept weights")
+    reached: bool = Field(
+        default=True, description="whether calibration tokens reached it; if not, pruned by magnitude"
+    )
     row_rates: list[int] = Field(description=f"rows by pruning rate, in {HISTOGRAM_BINS} equal bins of [0, 1]")
 
 
-def linear_record(name: str, w_OI: Tensor, importance_OI: Tensor) -> LinearRecord:
+def linear_record(name: str, w_OI: Tensor, importance_OI: Tensor, reached: bool = True) -> LinearRecord:
     """Count the zeros of the pruned weight `w_OI` (O, I) and the importance (O, I) its kept entries had when dense."""
     zero_OI = w_OI == 0
     rates_O = zero_OI.sum(dim=1).double() / w_OI.shape[1]
@@ -48,6 +51,7 @@ def linear_record(name: str, w_OI: Tensor, importance_OI: Tensor) -> LinearRecor
         zeros=int(zero_OI.sum()),
         sparsity=float(rates_O.mean()),
         importance_kept=float(kept.double().mean()) if len(kept) else 0.0,
+        reached=reached,
         row_rates=rates_O.cpu().float().histc(HISTOGRAM_BINS, 0, 1).long().tolist(),
     )
 
@@ -85,10 +89,12 @@ class RunRecord(Record):
     seconds: float
     peak_memory_bytes: int
     peak_gpu_memory_bytes: int | None = None
+    restored_blocks: int = Field(default=0, description="taken from the journal of an interrupted run")
 
-    def write(self, path: Path) -> None:
-        """Write as JSON."""
-        path.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    @property
+    def unreached(self) -> int:
+        """How many linears no calibration token reached."""
+        return sum(not linear.reached for block in self.blocks for linear in block.linears)
 
     @classmethod
     def read(cls, path: Path) -> RunRecord:

@@ -1,15 +1,30 @@
-"""What importance and reconstruction know of a linear's input: channel norms, and the Gram matrix when asked for."""
+"""What importance and reconstruction know of a matrix's input: channel norms, and the Gram matrix when asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from besa.errors import BesaError
+from besa.models.prunable import Prunable
+
+# Where a decoder multiplies by a weight, and at which places the input and the weight stand.
+PRODUCTS: dict[Any, tuple[int, int]] = {
+    functional.linear: (0, 1),  # nn.Linear, experts
+    torch.addmm: (1, 2),  # Conv1D
+    torch.matmul: (0, 1),
+    Tensor.matmul: (0, 1),
+    Tensor.__matmul__: (0, 1),  # Falcon's linear
+    torch.bmm: (0, 1),  # all experts at once
+}
 
 
 @dataclass
@@ -69,31 +84,64 @@ class InputStatistics:
 
 
 @contextmanager
-def collect(linears: Mapping[str, nn.Module], gram: bool) -> Iterator[dict[str, InputStatistics]]:
-    """While open, gather the input statistics of each of `linears` from every forward pass through them.
+def collect(block: nn.Module, prunables: Mapping[str, Prunable], gram: bool) -> Iterator[dict[str, InputStatistics]]:
+    """While open, gather the input statistics of each of `prunables` from every forward pass through `block`.
 
-    Linears that are handed the very same tensor (q, k and v; gate and up) share one object, so the work is done once.
+    Matrices that are handed the very same tensor (q, k and v; gate and up) share one object, so the work is done once.
+    What no token reached (experts that were not chosen) has statistics of zero tokens afterwards.
     """
-    statistics: dict[str, InputStatistics] = {}
-    last: tuple[Tensor, InputStatistics, set[str]] | None = None  # input, its statistics, linears it has reached
+    observer = _Observer(block, prunables, gram)
+    with observer:
+        yield observer.statistics
+    parameters = dict(block.named_parameters())
+    for name, prunable in prunables.items():
+        device = parameters[prunable.parameter].device
+        observer.statistics.setdefault(name, InputStatistics.empty(prunable.columns, gram, device))
 
-    def observe(name: str, x: Tensor) -> None:
-        nonlocal last
-        if last is not None and x is last[0] and name not in last[2]:
-            statistics.setdefault(name, last[1])
-            last[2].add(name)
+
+class _Observer(TorchFunctionMode):
+    """Watches products with a weight go by, whatever module computes them, and tells the weight by its memory."""
+
+    def __init__(self, block: nn.Module, prunables: Mapping[str, Prunable], gram: bool) -> None:
+        super().__init__()
+        self.statistics: dict[str, InputStatistics] = {}
+        self._prunables = prunables
+        self._gram = gram
+        self._last: tuple[Tensor, InputStatistics, set[str]] | None = None  # input, statistics, what it has reached
+        self._places: list[tuple[int, int, str]] = []  # first byte, bytes, name
+        parameters = dict(block.named_parameters())
+        for name, prunable in prunables.items():
+            matrix = prunable.of(parameters[prunable.parameter])
+            self._places.append((matrix.data_ptr(), matrix.nbytes, name))
+        self._places.sort()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in PRODUCTS:
+            at_input, at_weight = PRODUCTS[func]
+            if len(args) > at_weight:
+                self._observe(args[at_input], args[at_weight])
+        return func(*args, **(kwargs or {}))
+
+    def _observe(self, x: Tensor, weight: Tensor) -> None:
+        place = bisect_right(self._places, weight.data_ptr(), key=lambda place: place[0]) - 1
+        if place < 0 or weight.data_ptr() >= sum(self._places[place][:2]):
             return
-        if name not in statistics:
-            statistics[name] = InputStatistics.empty(x.shape[-1], gram, x.device)
-        statistics[name].add(x.detach().reshape(-1, x.shape[-1]))
-        last = (x, statistics[name], {name})
+        if weight.dim() == 3:  # all experts, each with tokens of its own: (E, T, I)
+            for x_TI, matrix in zip(x, weight, strict=True):
+                self._observe(x_TI, matrix)
+        else:
+            self._add(self._places[place][2], x)
 
-    handles = [
-        module.register_forward_pre_hook(lambda _, inputs, name=name: observe(name, inputs[0]))
-        for name, module in linears.items()
-    ]
-    try:
-        yield statistics
-    finally:
-        for handle in handles:
-            handle.remove()
+    def _add(self, name: str, x: Tensor) -> None:
+        if x.shape[-1] != self._prunables[name].columns:
+            raise BesaError(f"{name} is multiplied the other way round than besa expects: leave it out with --skip.")
+        if self._last is not None and x is self._last[0] and name not in self._last[2]:
+            self.statistics.setdefault(name, self._last[1])
+            self._last[2].add(name)
+            return
+        if name not in self.statistics:
+            self.statistics[name] = InputStatistics.empty(x.shape[-1], self._gram, x.device)
+        self.statistics[name].add(x.detach().reshape(-1, x.shape[-1]))
+        self._last = (x, self.statistics[name], {name})

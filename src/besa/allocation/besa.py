@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from besa.allocation.problem import Allocated, BlockProblem, RankedLinear
-from besa.budget import apportion
+from besa.budget import Budget, apportion
 from besa.losses import reconstruction_error
 from besa.masks import candidate_ranks, straight_through
 from besa.settings import Settings
@@ -44,20 +44,39 @@ class Besa(Settings):
     def allocate(self, problem: BlockProblem) -> Allocated:
         """Learn the block's rates and apportion its zeros to rows (lines 5 to 10 of Algorithm 1).
 
+        Linears that no token reached have nothing to learn from: they keep the sparsity of their budget.
+
         Raises:
             BesaError: the block has more zeros already than it is to end with.
         """
-        target = problem.zeros / problem.weights
-        learned = {name: LearnedRates.start(linear, target, self) for name, linear in problem.linears.items()}
-        losses = self._learn(problem, learned, target) if 0 < problem.zeros < problem.weights else []
-        rates = torch.cat([part.row_rates() for part in learned.values()])
-        widths = torch.cat([torch.full((part.rows,), part.width) for part in learned.values()])
-        zeros_now = torch.cat([linear.zeros_O for linear in problem.linears.values()])
-        counts = apportion(rates, widths, problem.zeros, zeros_now).split([part.rows for part in learned.values()])
-        return Allocated(dict(zip(learned, counts, strict=True)), losses)
+        starts = {
+            name: LearnedRates.start(problem.linears[name], budget.sparsity, self)
+            for budget in problem.budgets
+            for name in budget.names
+        }
+        learned = {
+            name: starts[name]
+            for budget in problem.budgets
+            for name in budget.names
+            if 0 < budget.zeros < budget.weights and problem.linears[name].reached
+        }
+        losses = self._learn(problem, starts, learned) if learned else []
+        counts: dict[str, Tensor] = {}
+        for budget in problem.budgets:
+            parts = [starts[name] for name in budget.names]
+            rates = torch.cat([part.row_rates() for part in parts])
+            widths = torch.cat([torch.full((part.rows,), part.width) for part in parts])
+            zeros_now = torch.cat([part.linear.zeros_O for part in parts])
+            shares = apportion(rates, widths, budget.zeros, zeros_now).split([part.rows for part in parts])
+            counts |= dict(zip(budget.names, shares, strict=True))
+        return Allocated(counts, losses)
 
-    def _learn(self, problem: BlockProblem, learned: dict[str, LearnedRates], target: float) -> list[float]:
+    def _learn(
+        self, problem: BlockProblem, starts: dict[str, LearnedRates], learned: dict[str, LearnedRates]
+    ) -> list[float]:
         """Descend on eq. 1; returns the reconstruction loss at every step."""
+        with torch.no_grad():
+            constant = {name: part.masked_weight(part.beta()) for name, part in starts.items() if name not in learned}
         samples = len(problem.inputs_NTC)
         optimizer = torch.optim.Adam([part.logits_RD for part in learned.values()], lr=self.learning_rate)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=self.epochs * samples)
@@ -66,8 +85,10 @@ class Besa(Settings):
         for _ in range(self.epochs):
             for chosen_N in torch.randperm(samples, generator=generator).split(1):
                 optimizer.zero_grad()
-                loss, sparsity = self._forward(problem, learned, chosen_N)
-                (loss + self.penalty * ((sparsity - target) / target) ** 2).backward()  # eq. 1
+                masked, missed = self._masked(problem.budgets, learned)
+                y_NTC = problem.block(problem.inputs_NTC[chosen_N].to(problem.device), constant | masked)
+                loss = reconstruction_error(y_NTC, problem.targets_NTC[chosen_N].to(problem.device))
+                (loss + self.penalty * missed).backward()  # eq. 1
                 optimizer.step()
                 schedule.step()
                 losses.append(float(loss.detach()))
@@ -75,15 +96,25 @@ class Besa(Settings):
                 break
         return losses
 
-    def _forward(
-        self, problem: BlockProblem, learned: dict[str, LearnedRates], chosen_N: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Reconstruction error of the masked block on the chosen sequences, and the expected sparsity; scalars."""
-        masked = {name: part.masked_weight() for name, part in learned.items()}
-        y_NTC = problem.block(problem.inputs_NTC[chosen_N].to(problem.device), masked)
-        zeros = torch.stack([part.expected_zeros() for part in learned.values()]).sum()
-        loss = reconstruction_error(y_NTC, problem.targets_NTC[chosen_N].to(problem.device))
-        return loss, zeros / problem.weights
+    def _masked(self, budgets: list[Budget], learned: dict[str, LearnedRates]) -> tuple[dict[str, Tensor], Tensor]:
+        """Masked weights by name, and the squared relative distance of expected sparsities from targets (scalar).
+
+        By the count rule the masks meet the budgets at every step: what alpha misses is made up for by one shift of all
+        rates, as the exact budget does in the end. So the loss is always that of the sparsity asked for.
+        """
+        masked: dict[str, Tensor] = {}
+        missed = []
+        for budget in budgets:
+            parts = {name: learned[name] for name in budget.names if name in learned}
+            if not parts:
+                continue
+            betas = {name: part.beta() for name, part in parts.items()}
+            zeros = torch.stack([part.expected_zeros(betas[name]) for name, part in parts.items()]).sum()
+            sparsity = zeros / sum(part.linear.w_OI.numel() for part in parts.values())
+            shift = (budget.sparsity - sparsity).detach()
+            masked |= {name: part.masked_weight(betas[name], shift) for name, part in parts.items()}
+            missed.append(((sparsity - budget.sparsity) / budget.sparsity) ** 2)
+        return masked, torch.stack(missed).sum()
 
     def _converged(self, losses: list[float], samples: int) -> bool:
         """Whether the last epoch brought less than the tolerance; epochs see the same sequences in another order."""
@@ -124,7 +155,6 @@ class LearnedRates:
         rates_D: candidate pruning rates p_d, float32.
         ranks_D: how many ranks of a row each candidate prunes.
         logits_RD: what is learned; beta is their softmax.
-        order_OI: columns of each row in the order of their ranks, int64.
         taken_ID: 1.0 where candidate d prunes rank j.
     """
 
@@ -133,7 +163,6 @@ class LearnedRates:
     rates_D: Tensor
     ranks_D: Tensor
     logits_RD: Tensor
-    order_OI: Tensor
     taken_ID: Tensor
 
     @classmethod
@@ -146,9 +175,8 @@ class LearnedRates:
         logits_RD = logits_D.repeat(rows if settings.rates == "row" else 1, 1).to(device).requires_grad_()
         ranks_D = candidate_ranks(rates_D, width).to(device)
         taken_ID = (torch.arange(width, device=device)[:, None] < ranks_D).float()
-        order_OI = linear.ranks_OI.argsort(dim=1)
         rates_D = rates_D.float().to(device)
-        return cls(linear, settings.mask, rates_D, ranks_D, logits_RD, order_OI, taken_ID)
+        return cls(linear, settings.mask, rates_D, ranks_D, logits_RD, taken_ID)
 
     @property
     def rows(self) -> int:
@@ -168,26 +196,29 @@ class LearnedRates:
         """alpha of each row (O,), float64 on the CPU, without gradient."""
         return (self.beta().detach() @ self.rates_D).double().cpu().expand(self.rows)
 
-    def expected_zeros(self) -> Tensor:
+    def expected_zeros(self, beta_RD: Tensor) -> Tensor:
         """Σ alpha·I over the rows (scalar), through which the sparsity term reaches beta."""
-        alpha_R = self.beta() @ self.rates_D  # eq. 3
+        alpha_R = beta_RD @ self.rates_D  # eq. 3
         return alpha_R.mean() * self.linear.w_OI.numel()
 
-    def masked_weight(self) -> Tensor:
+    def masked_weight(self, beta_RD: Tensor, shift: Tensor | float = 0.0) -> Tensor:
         """W ⊙ M (O, I) with the hard mask of this step; gradients reach beta straight through (eqs. 4 to 6)."""
-        beta_RD = self.beta()
-        counts_O = self.counts(beta_RD.detach()).expand(self.rows)
-        return straight_through(beta_RD, self.linear.w_OI, self.linear.ranks_OI, counts_O, self.order_OI, self.taken_ID)
+        counts_O = self.counts(beta_RD.detach(), shift).expand(self.rows)
+        return straight_through(beta_RD, self.linear.w_OI, self.linear.ranks_OI, counts_O, self.taken_ID)
 
-    def counts(self, beta_RD: Tensor) -> Tensor:
+    def counts(self, beta_RD: Tensor, shift: Tensor | float = 0.0) -> Tensor:
         """How many of the lowest ranks of each row go (R,), by the mask rule.
 
         The probability of eq. 4 never rises with rank, so eq. 5 too prunes a row's lowest ranks: those that the largest
         candidate d prunes whose tail probability Σ_{e≥d} beta_e still reaches alpha.
+
+        Args:
+            beta_RD: coefficients.
+            shift: added to every rate by the count rule.
         """
         alpha_R = beta_RD @ self.rates_D
         if self.mask == "count":
-            return (alpha_R * self.width + 1e-3).floor().long().clamp_(0, self.width)
+            return ((alpha_R + shift) * self.width + 1e-3).floor().long().clamp_(0, self.width)
         tail_RD = beta_RD.flip(-1).cumsum(-1).flip(-1)
         reaching_R = (tail_RD >= alpha_R[:, None]).sum(dim=-1) - 1  # tails fall with d: the last that reaches
         return self.ranks_D[reaching_R.clamp_min_(0)]

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from besa.activations import HiddenStates
+from besa.budget import Budget
 from besa.models.blocks import Block
 
 
@@ -18,11 +20,13 @@ class RankedLinear:
         w_OI: the dense weight.
         importance_OI: float32, from the recipe's criterion.
         ranks_OI: place in the pruning order of its row, 0 = first.
+        reached: whether calibration tokens reached it; no token reaches an expert that is never chosen.
     """
 
     w_OI: Tensor
     importance_OI: Tensor
     ranks_OI: Tensor
+    reached: bool = True
 
     @property
     def zeros_O(self) -> Tensor:
@@ -32,28 +36,23 @@ class RankedLinear:
 
 @dataclass(frozen=True)
 class BlockProblem:
-    """Which weights of a block to prune, so that exactly `zeros` of them are zero.
+    """Which weights of a block to prune, so that its linears end with the zeros of their budgets, exactly.
 
     Attributes:
         block: runs with any weights.
         linears: ranked weights by full name.
         inputs_NTC: hidden states that reach the block on the pruned path.
         targets_NTC: block outputs to stay close to (the teacher's).
-        zeros: the exact number of zeros the block ends with.
+        budgets: each linear stands in one of them.
         seed: of whatever the allocation draws.
     """
 
     block: Block
     linears: dict[str, RankedLinear]
-    inputs_NTC: Tensor
-    targets_NTC: Tensor
-    zeros: int
+    inputs_NTC: HiddenStates
+    targets_NTC: HiddenStates
+    budgets: list[Budget]
     seed: int
-
-    @property
-    def weights(self) -> int:
-        """Prunable weights of the block."""
-        return sum(linear.w_OI.numel() for linear in self.linears.values())
 
     @property
     def device(self) -> torch.device:

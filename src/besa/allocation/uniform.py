@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from besa.allocation.problem import Allocated, BlockProblem
-from besa.budget import apportion, split
+from besa.budget import Budget, apportion, split
 from besa.errors import BesaError
 from besa.masks import rank
 from besa.settings import Settings
@@ -24,26 +26,28 @@ class Uniform(Settings):
     teacher: ClassVar[None] = None  # nothing is learned
 
     def allocate(self, problem: BlockProblem) -> Allocated:
-        """Zeros of every row, adding up to the problem's.
+        """Zeros of every row, adding up to the budgets.
 
         Raises:
             BesaError: the block has more zeros already than it is to end with.
         """
-        linears = problem.linears
-        totals = split(problem.zeros, [linear.w_OI.numel() for linear in linears.values()])
-        counts = {}
-        for total, (name, linear) in zip(totals, linears.items(), strict=True):
+        return Allocated({name: counts for budget in problem.budgets for name, counts in self._shares(problem, budget)})
+
+    def _shares(self, problem: BlockProblem, budget: Budget) -> Iterator[tuple[str, Tensor]]:
+        """Each linear of the budget with the zeros of its rows."""
+        totals = split(budget.zeros, [problem.linears[name].w_OI.numel() for name in budget.names])
+        for name, total in zip(budget.names, totals, strict=True):
+            linear = problem.linears[name]
             rows, width = linear.w_OI.shape
             if self.per == "row":
                 rates = torch.full((rows,), total / (rows * width))
-                counts[name] = apportion(rates, torch.full((rows,), width), total, linear.zeros_O)
-            else:
-                zeros_now = int(linear.zeros_O.sum())
-                if total < zeros_now:
-                    raise BesaError(
-                        f"{name} has {zeros_now:,} zeros already and cannot have only {total:,}: "
-                        f"ask for a sparsity of at least {zeros_now / (rows * width):.4f}."
-                    )
-                places = rank(linear.importance_OI.reshape(1, -1), linear.w_OI.reshape(1, -1)).reshape(rows, width)
-                counts[name] = (places < total).sum(dim=1).cpu()
-        return Allocated(counts)
+                yield name, apportion(rates, torch.full((rows,), width), total, linear.zeros_O)
+                continue
+            zeros_now = int(linear.zeros_O.sum())
+            if total < zeros_now:
+                raise BesaError(
+                    f"{name} has {zeros_now:,} zeros already and cannot have only {total:,}: "
+                    f"ask for a sparsity of at least {zeros_now / (rows * width):.4f}."
+                )
+            places = rank(linear.importance_OI.reshape(1, -1), linear.w_OI.reshape(1, -1)).reshape(rows, width)
+            yield name, (places < total).sum(dim=1).cpu()

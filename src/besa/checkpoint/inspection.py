@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from besa.errors import BesaError
-from besa.models.blocks import Block, find_blocks
-from besa.models.loading import Source, empty_model, load_model
+from besa.models.files import WeightFiles
+from besa.models.loading import Source, load_model
+from besa.models.streaming import Decoder, DecoderInMemory, DecoderOnDisk
 from besa.progress import Progress, silent
 
 
@@ -53,7 +52,7 @@ class Contents(BaseModel):
 def inspect(source: Source, trust_remote_code: bool = False, progress: Progress = silent) -> Contents:
     """Count zeros and bytes of every prunable weight of a local checkpoint.
 
-    The safetensors files are read one tensor at a time; a .gguf file is dequantised whole, and its bytes are those of
+    One block is in memory at a time; a .gguf file is dequantised whole, and its bytes are those of
     the dequantised weights.
 
     Raises:
@@ -62,45 +61,21 @@ def inspect(source: Source, trust_remote_code: bool = False, progress: Progress 
     if source.folder is None:
         raise BesaError(f"{source.name} is not a local model: download it first, and give its folder.")
     if source.gguf:
-        model = load_model(source)
-        blocks = find_blocks(model)
-        tensors = {f"{name}.weight": part.weight for block in blocks for name, part in block.linears.items()}
-        return _contents(source, blocks, tensors.__getitem__, (source.folder / source.gguf).stat().st_size, progress)
-    blocks = find_blocks(empty_model(source, trust_remote_code))
-    files = sorted(source.folder.glob("*.safetensors"))
-    return _contents(source, blocks, _reader(files), sum(path.stat().st_size for path in files), progress)
-
-
-def _reader(files: list[Path]) -> Callable[[str], Tensor]:
-    """A function from a tensor's name to the tensor, read from the file that holds it."""
-    holders: dict[str, Any] = {}
-    for path in files:
-        try:
-            handle = safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise BesaError(f"{path} cannot be read as safetensors: {error}.") from None
-        holders |= dict.fromkeys(handle.keys(), handle)
-
-    def read(name: str) -> Tensor:
-        if name not in holders:
-            raise BesaError(f"{files[0].parent} lacks the weight {name}: the checkpoint is incomplete.")
-        tensor: Tensor = holders[name].get_tensor(name)
-        return tensor
-
-    return read
-
-
-def _contents(
-    source: Source, blocks: list[Block], read: Callable[[str], Tensor], file_bytes: int, progress: Progress
-) -> Contents:
+        decoder: Decoder = DecoderInMemory(load_model(source))
+        paths = [source.folder / source.gguf]
+    else:
+        decoder = DecoderOnDisk(source, trust_remote_code=trust_remote_code)
+        paths = WeightFiles(source.folder).paths
     linears: list[LinearContents] = []
     summaries: list[BlockContents] = []
-    for block in blocks:
-        parts = [_count(name, read(f"{name}.weight")) for name in block.linears]
+    for block in decoder.blocks:
+        with decoder.opened(block, torch.device("cpu")):
+            parts = [_count(name, block.weight(name)) for name in block.prunables]
         linears += parts
         summaries.append(BlockContents(name=block.name, **_totals(parts)))
-        progress(len(summaries), len(blocks), block.name)
-    return Contents(model=source.name, file_bytes=file_bytes, blocks=summaries, linears=linears, **_totals(linears))
+        progress(len(summaries), len(decoder.blocks), block.name)
+    size = sum(path.stat().st_size for path in paths)
+    return Contents(model=source.name, file_bytes=size, blocks=summaries, linears=linears, **_totals(linears))
 
 
 def _count(name: str, w_OI: Tensor) -> LinearContents:

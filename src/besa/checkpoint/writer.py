@@ -1,111 +1,83 @@
-"""Writing a checkpoint whole or not at all."""
+"""The checkpoint a run ends with: dense safetensors with zeros, that plain ``from_pretrained`` loads."""
 
 from __future__ import annotations
 
-import errno
+import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from besa.errors import BesaError
+from besa.checkpoint.files import explained, join_tensors, read_header, save_tensors, write_file
+from besa.checkpoint.journal import Journal
+from besa.models.files import INDEX, SINGLE
 from besa.models.loading import quiet
+from besa.models.streaming import Decoder
 from besa.record import RECORD_NAME, RunRecord
 
-SHARD = "4GB"
+ONE_FILE = 4 << 30  # bytes of weights up to which they are in one file; beyond, each block is a shard
 
 
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill under a temporary name, that becomes `out` when all went well and is removed when not.
+def finish(
+    journal: Journal, decoder: Decoder, tokenizer: PreTrainedTokenizerBase, record: RunRecord, out: Path
+) -> None:
+    """Make the checkpoint of the blocks in the journal and of the rest of the model; `out` is whole when it appears.
 
-    Open it before the long work: what could keep `out` from being written is found out now.
+    The sparsity stands under a key of our own in config.json.
 
     Raises:
-        BesaError: `out` exists, cannot be created, or the disk is full.
+        BesaError: it cannot be written; the journal stays then.
     """
-    if out.exists():
-        raise BesaError(f"{out} exists already: choose another name, or remove it first.")
+    folder = journal.folder / "checkpoint"
     with explained(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped right here
+        folder.mkdir()
+        parts = [_save_rest(journal.folder, decoder), *(journal.path(block.index) for block in decoder.blocks)]
+        if sum(part.stat().st_size for part in parts) <= ONE_FILE:
+            join_tensors(folder / SINGLE, parts)
+        else:
+            _link_shards(folder, parts)
+        decoder.model.config.besa = {
+            "recipe": record.recipe["name"],
+            "sparsity": record.sparsity,
+            "record": RECORD_NAME,
+        }
+        decoder.model.config.architectures = [type(decoder.model).__name__]
+        with quiet():
+            decoder.model.config.save_pretrained(folder)
+            if decoder.model.generation_config is not None:
+                decoder.model.generation_config.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        write_file(folder / RECORD_NAME, record.model_dump_json(indent=2) + "\n")
+        folder.rename(out)
+
+
+def _save_rest(folder: Path, decoder: Decoder) -> Path:
+    """What is in no block, in one file, a tensor at a time: embeddings can be larger than a block."""
+    whole = folder / "rest.safetensors"
+    parts: list[Path] = []
+    for name, tensor in decoder.rest():
+        parts.append(folder / f"rest-{len(parts):05}.safetensors")
+        save_tensors(parts[-1], {name: tensor})
+    join_tensors(whole, parts)
+    for part in parts:
+        part.unlink()
+    return whole
+
+
+def _link_shards(folder: Path, parts: list[Path]) -> None:
+    """Each part as a shard, without copying it, and the index of their tensors."""
+    places: dict[str, str] = {}
+    total = 0
+    for number, part in enumerate(parts, start=1):
+        shard = folder / f"model-{number:05}-of-{len(parts):05}.safetensors"
         try:
-            yield partial
-            _open_to_others(partial)
-            partial.rename(out)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-
-
-def write_file(path: Path, text: str) -> None:
-    """Write `text` to `path`, whole or not at all.
-
-    Raises:
-        BesaError: the file cannot be written.
-    """
-    with explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-
-
-def check_space(out: Path, size: int) -> None:
-    """Refuse at once what cannot fit.
-
-    Args:
-        out: where a checkpoint will be written.
-        size: its bytes.
-
-    Raises:
-        BesaError: the disk has fewer bytes free.
-    """
-    place = next(folder for folder in [out, *out.absolute().parents] if folder.is_dir())
-    free = shutil.disk_usage(place).free
-    if free < size:
-        raise BesaError(
-            f"{out} needs {size / 1e9:.2f} GB but only {free / 1e9:.2f} GB are free there: make room first."
-        )
-
-
-def save(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, record: RunRecord) -> None:
-    """Write weights (safetensors, dense with zeros), configuration, tokenizer and run record into `folder`.
-
-    What comes out loads with plain ``from_pretrained``; the sparsity stands under a key of our own in config.json.
-    """
-    model.config.besa = {"recipe": record.recipe["name"], "sparsity": record.sparsity, "record": RECORD_NAME}
-    record.write(folder / RECORD_NAME)
-    with quiet():
-        model.save_pretrained(folder, max_shard_size=SHARD)
-    tokenizer.save_pretrained(folder)
-
-
-@contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """Turn an operating system's refusal to write `path` into one sentence."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full or f"(os error {errno.ENOSPC})" in str(error):  # safetensors writes in Rust and has no errno
-            raise BesaError(f"The disk is full: {path} was not written; make room and run again.") from error
-        raise BesaError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}.") from error
-
-
-def _open_to_others(folder: Path) -> None:
-    """Give the folder and its files the permissions of any new file: temporary ones are private."""
-    mask = os.umask(0)
-    os.umask(mask)
-    folder.chmod(0o777 & ~mask)
-    for path in folder.iterdir():
-        path.chmod(0o666 & ~mask)
+            os.link(part, shard)
+        except OSError:  # a file system without links
+            shutil.copyfile(part, shard)
+        entries, start = read_header(part)
+        places |= dict.fromkeys(entries, shard.name)
+        total += part.stat().st_size - start
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+    write_file(folder / INDEX, json.dumps(index, indent=2) + "\n")

@@ -17,5 +17,10 @@ class Wanda(Settings):
     needs_gram: ClassVar[bool] = False
 
     def score(self, w_OI: Tensor, statistics: InputStatistics) -> Tensor:
-        """Importance (O, I), float32, of the weight `w_OI`, from the squared norms of its input channels."""
+        """Importance (O, I), float32, of the weight `w_OI`, from the squared norms of its input channels.
+
+        A weight that no token reached (an expert never chosen) is scored by its magnitude.
+        """
+        if statistics.tokens == 0:
+            return w_OI.float().abs()
         return w_OI.float().abs() * statistics.squares_I.sqrt().float()

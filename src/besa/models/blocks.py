@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
+from besa.activations import HiddenStates
 from besa.errors import BesaError
+from besa.models.prunable import Prunable, find_prunables, replaced
 
 
 @dataclass(frozen=True)
@@ -26,45 +28,64 @@ class Block:
         index: position in the decoder, from 0.
         name: module path in the model, such as ``model.layers.3``.
         module: the block itself.
-        linears: its prunable linears by full module path, in module order.
+        prunables: its prunable matrices by full module path, in module order.
         arguments: keyword arguments of its call by batch size (masks, positions, rotary embeddings).
     """
 
     index: int
     name: str
     module: nn.Module
-    linears: dict[str, nn.Linear]
+    prunables: dict[str, Prunable]
     arguments: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def weights(self) -> int:
         """Number of prunable weights."""
-        return sum(linear.weight.numel() for linear in self.linears.values())
+        return sum(prunable.numel for prunable in self.prunables.values())
+
+    def weight(self, name: str) -> Tensor:
+        """The prunable matrix (O, I) of that name, as a view of what the block holds now."""
+        prunable = self.prunables[name]
+        return prunable.of(self.module.get_parameter(prunable.parameter))
 
     def __call__(self, x_NTC: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """Output (N, T, C) of the block for hidden states (N, T, C).
 
         Args:
             x_NTC: input on the block's device.
-            weights: weights by full name of their linear, to be used instead of the block's own; gradients reach them.
+            weights: matrices by full name, to be used instead of the block's own; gradients reach them.
         """
         arguments = {key: _moved(value, x_NTC.device) for key, value in self.arguments[x_NTC.shape[0]].items()}
         if weights is None:
             output: Any = self.module(x_NTC, **arguments)
         else:
-            replaced = {f"{name.removeprefix(self.name + '.')}.weight": weight for name, weight in weights.items()}
-            output = functional_call(self.module, replaced, (x_NTC,), arguments)
+            parameters = replaced(dict(self.module.named_parameters()), self.prunables, weights)
+            output = functional_call(self.module, parameters, (x_NTC,), arguments)
         y_NTC: Tensor = output[0] if isinstance(output, tuple) else output
         return y_NTC
 
     @torch.no_grad()
-    def run(self, x_NTC: Tensor, batch: int) -> Tensor:
-        """Outputs of all sequences (N, T, C), `batch` at a time on the block's device, returned where `x_NTC` lives."""
+    def run(self, x_NTC: HiddenStates, batch: int, into: HiddenStates | None = None) -> None:
+        """Send all sequences through the block, `batch` at a time on the block's device.
+
+        Args:
+            x_NTC: inputs (N, T, C); may live elsewhere.
+            batch: sequences in a forward pass.
+            into: where the outputs go, which may be where the inputs are; None throws them away.
+
+        Raises:
+            BesaError: an output is NaN or infinite.
+        """
         device = next(self.module.parameters()).device
-        y_NTC = torch.empty_like(x_NTC)
-        for part_NTC, result_NTC in zip(x_NTC.split(batch), y_NTC.split(batch), strict=True):
-            result_NTC.copy_(self(part_NTC.to(device)))
-        return y_NTC
+        for start in range(0, len(x_NTC), batch):
+            part = slice(start, start + batch)
+            y_NTC = self(x_NTC[part].to(device))
+            if not bool(y_NTC.isfinite().all()):
+                raise BesaError(
+                    f"{self.name} puts out NaN or infinity: try --dtype float32, and check the model with `besa eval`."
+                )
+            if into is not None:
+                into[part] = y_NTC
 
 
 def _moved(value: Any, device: torch.device) -> Any:
@@ -79,9 +100,9 @@ def find_blocks(model: PreTrainedModel) -> list[Block]:
     """The decoder blocks of a causal language model, from its module tree.
 
     Raises:
-        BesaError: no list of decoder blocks is found, or a block has no linear to prune.
+        BesaError: no list of decoder blocks is found, or a block has no matrix to prune.
     """
-    depth = getattr(model.config, "num_hidden_layers", None)
+    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     stacks = [
         (name, module)
         for name, module in model.named_modules()
@@ -95,51 +116,45 @@ def find_blocks(model: PreTrainedModel) -> list[Block]:
     blocks = []
     for index, module in enumerate(stack):
         name = f"{path}.{index}"
-        linears = {f"{name}.{sub}": part for sub, part in module.named_modules() if isinstance(part, nn.Linear)}
-        if not linears:
+        prunables = {f"{name}.{inner}": prunable for inner, prunable in find_prunables(module).items()}
+        if not prunables:
             raise BesaError(f"{name} of {type(model).__name__} has no linear weights to prune.")
-        blocks.append(Block(index, name, module, linears))
+        blocks.append(Block(index, name, module, prunables))
     return blocks
 
 
 @torch.no_grad()
-def capture_inputs(model: PreTrainedModel, blocks: list[Block], tokens_NT: Tensor, batch: int) -> Tensor:
-    """Input of the first block (N, T, C) for the token ids (N, T); fills in the call arguments of every block.
+def capture_inputs(model: PreTrainedModel, blocks: list[Block], tokens_NT: Tensor, batch: int) -> Iterator[Tensor]:
+    """Inputs of the first block (up to `batch`, T, C) for the token ids (N, T), in their order.
 
-    The model runs with its blocks standing aside (each hands its input on unchanged): this costs the embeddings only.
-    Arguments are kept for every batch size up to `batch`, as masks and position biases may depend on it.
+    The model runs with its blocks standing aside (each hands its input on unchanged): this costs the embeddings only,
+    and the blocks' own weights may be absent. Before the first part comes out, the call arguments of every block are
+    filled in, for every batch size up to `batch`, as masks and position biases may depend on it.
     """
     hidden: list[Tensor] = []
-    tuples = _tuple_blocks(model, blocks, tokens_NT[:1, :2])
     with ExitStack() as stack:
         for block in blocks:
-            stack.enter_context(_standing_aside(block, hidden, tuples))
+            stack.enter_context(_standing_aside(block, hidden))
         for size in range(1, min(batch, len(tokens_NT)) + 1):
             model.base_model(input_ids=tokens_NT[:size].to(model.device), use_cache=False)
         hidden.clear()
         for part_NT in tokens_NT.split(batch):
             model.base_model(input_ids=part_NT.to(model.device), use_cache=False)
-    return torch.cat(hidden)
+            yield hidden.pop()
 
 
-def _tuple_blocks(model: PreTrainedModel, blocks: list[Block], tokens_NT: Tensor) -> set[int]:
-    """Which blocks return a tuple (Falcon's, Bloom's), seen in a forward pass of a token or two."""
-    tuples: set[int] = set()
+class _Passed(Tensor):
+    """What a block that stands aside returns: its input, whether the model takes it as it is or as a tuple's first."""
 
-    def look(index: int, output: Any) -> None:
-        if isinstance(output, tuple):
-            tuples.add(index)
+    __torch_function__: Any = torch._C._disabled_torch_function_impl  # whatever is computed with it is a plain tensor
 
-    with ExitStack() as stack:
-        for block in blocks:
-            handle = block.module.register_forward_hook(lambda _, __, output, index=block.index: look(index, output))
-            stack.callback(handle.remove)
-        model.base_model(input_ids=tokens_NT.to(model.device), use_cache=False)
-    return tuples
+    def __getitem__(self, index: Any) -> Any:
+        whole = self.as_subclass(Tensor)
+        return whole if isinstance(index, int) and index == 0 else whole[index]
 
 
 @contextmanager
-def _standing_aside(block: Block, hidden: list[Tensor], tuples: set[int]) -> Iterator[None]:
+def _standing_aside(block: Block, hidden: list[Tensor]) -> Iterator[None]:
     """While open, calls of the block return their input and leave their arguments in the block."""
 
     def record(_: nn.Module, inputs: tuple[Any, ...], arguments: dict[str, Any]) -> None:
@@ -151,7 +166,7 @@ def _standing_aside(block: Block, hidden: list[Tensor], tuples: set[int]) -> Ite
 
     def pass_on(*inputs: Any, **arguments: Any) -> Any:
         x_NTC = inputs[0] if inputs else arguments["hidden_states"]
-        return (x_NTC,) if block.index in tuples else x_NTC
+        return x_NTC.as_subclass(_Passed)
 
     handle = block.module.register_forward_pre_hook(record, with_kwargs=True)
     before = vars(block.module).get("forward")  # accelerate sets one of its own

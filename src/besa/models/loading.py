@@ -12,14 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from accelerate import init_empty_weights  # type: ignore[import-untyped]
+from huggingface_hub import snapshot_download
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from besa import assets
 from besa.errors import BesaError
+from besa.models.files import WeightFiles
 from besa.progress import Progress, silent
 
 EMBEDDED = "smollm2"
+NEEDED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]  # of a repository: no pickles, no images
 EDGE = 1 << 20  # bytes of a weight file's head and tail that go into its fingerprint
 
 
@@ -43,6 +54,18 @@ class Source:
         return Path(self.location) if Path(self.location).is_dir() else None
 
     @property
+    def path(self) -> Path:
+        """The folder with the files; those of a Hugging Face id are fetched, or found in its cache.
+
+        Raises:
+            BesaError: they cannot be had.
+        """
+        if self.folder is not None:
+            return self.folder
+        with quiet(), model_explained(self.name):
+            return Path(snapshot_download(self.location, allow_patterns=NEEDED))
+
+    @property
     def arguments(self) -> dict[str, Any]:
         """How `from_pretrained` is told to find it."""
         extra = {"gguf_file": self.gguf} if self.gguf else {}
@@ -64,23 +87,14 @@ def locate(model: str | Path, progress: Progress = silent) -> Source:
             raise BesaError(f"{model} does not exist: give the path of a .gguf file.")
         return Source(str(model), str(path.parent), path.name)
     if path.is_dir():
-        _check_folder(path)
+        if not (path / "config.json").is_file():
+            raise BesaError(f"{path} has no config.json: give the folder of a Hugging Face model.")
         return Source(str(model), str(path))
     if path.exists() or str(model).count("/") > 1 or str(model).startswith((".", "~", "/")):
         raise BesaError(
             f"{model} is not a model folder: give a folder with a config.json, a .gguf file or a Hugging Face id."
         )
     return Source(str(model), str(model))
-
-
-def _check_folder(folder: Path) -> None:
-    if not (folder / "config.json").is_file():
-        raise BesaError(f"{folder} has no config.json: give the folder of a Hugging Face model.")
-    if not any(folder.glob("*.safetensors")):
-        raise BesaError(
-            f"{folder} has no .safetensors weights: convert the model first (load it where you trust it and "
-            "call save_pretrained), as besa reads no pickled weights."
-        )
 
 
 def load_model(source: Source, dtype: str = "auto", trust_remote_code: bool = False) -> PreTrainedModel:
@@ -94,7 +108,9 @@ def load_model(source: Source, dtype: str = "auto", trust_remote_code: bool = Fa
     Raises:
         BesaError: the model cannot be read, or its code is not trusted.
     """
-    with quiet(), _explained(source):
+    if not source.gguf:
+        WeightFiles(source.path)  # its complaints are clearer
+    with quiet(), model_explained(source.name):
         model = AutoModelForCausalLM.from_pretrained(
             **source.arguments,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
@@ -112,19 +128,41 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTraine
     Raises:
         BesaError: there is none, or it cannot be read.
     """
-    with quiet(), _explained(source):
+    with quiet(), model_explained(source.name):
         return AutoTokenizer.from_pretrained(**source.arguments, trust_remote_code=trust_remote_code)
 
 
-def empty_model(source: Source, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model's modules on the meta device: shapes and names, no weights.
+def read_config(source: Source, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The model's configuration.
 
     Raises:
-        BesaError: the configuration cannot be read.
+        BesaError: it cannot be read, is quantised, or is of no causal decoder.
     """
-    with quiet(), _explained(source), torch.device("meta"):
+    with quiet(), model_explained(source.name):
         config = AutoConfig.from_pretrained(**source.arguments, trust_remote_code=trust_remote_code)
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    kind = f"{source.name} is a {config.model_type} model"
+    if config.is_encoder_decoder:
+        raise BesaError(f"{kind}, an encoder-decoder: besa prunes causal decoders.")
+    if not hasattr(config.get_text_config(), "num_attention_heads"):
+        raise BesaError(f"{kind}, which has no attention (state-space or recurrent): besa prunes causal decoders.")
+    if getattr(config, "quantization_config", None):
+        raise BesaError(f"{source.name} is quantised: prune the model it was made from.")
+    return config
+
+
+def skeleton(source: Source, config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model's modules in the dtype of `config`, parameters on the meta device and buffers real, for evaluation.
+
+    Mixtures of experts compute expert by expert, as plain matrix products that can be watched.
+
+    Raises:
+        BesaError: no causal language model can be made of the configuration.
+    """
+    with quiet(), model_explained(source.name), init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=config.dtype, trust_remote_code=trust_remote_code, experts_implementation="eager"
+        )
+    return model.eval().requires_grad_(False)
 
 
 def describe(model: PreTrainedModel, source: Source | None = None) -> dict[str, Any]:
@@ -157,18 +195,20 @@ def _fingerprint(source: Source) -> str | None:
 
 
 @contextmanager
-def _explained(source: Source) -> Iterator[None]:
+def model_explained(name: str) -> Iterator[None]:
     """Turn whatever a damaged, missing or foreign checkpoint makes transformers raise into one sentence."""
     try:
         yield
-    except (KeyboardInterrupt, MemoryError):
+    except (KeyboardInterrupt, MemoryError, BesaError):
         raise
     except Exception as error:  # transformers, safetensors and huggingface_hub share no base class of their errors
         reason = " ".join(str(error).split()).rstrip(".")
         if "trust_remote_code" in reason:
             reason = "it needs model code of its own; pass --trust-remote-code if you trust it"
-        where = "" if source.folder else " (not a local folder, so taken as a Hugging Face id)"
-        raise BesaError(f"Model {source.name}{where} cannot be read: {reason[:300]}.") from error
+        where = (
+            "" if Path(name).exists() or name == EMBEDDED else " (not a local folder, so taken as a Hugging Face id)"
+        )
+        raise BesaError(f"Model {name}{where} cannot be read: {reason[:300] or type(error).__name__}.") from error
 
 
 @contextmanager

@@ -1,0 +1,81 @@
+"""Hidden states of the whole calibration set: in memory, or in a mapped file when they are too many.
+
+Shape suffixes: N sequences, T tokens, C channels of the residual stream.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from besa.errors import BesaError
+
+
+class HiddenStates(Protocol):
+    """N sequences of hidden states, read and written some sequences at a time; a tensor (N, T, C) is one."""
+
+    def __len__(self) -> int:
+        """N."""
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """The sequences that `index` (a slice or a tensor of positions) picks: (n, T, C)."""
+
+    def __setitem__(self, index: Any, x_NTC: Tensor) -> None:
+        """Replace those sequences."""
+
+
+def allocate(shape: tuple[int, int, int], dtype: torch.dtype, budget: int, folder: Path | None = None) -> HiddenStates:
+    """Room for hidden states (N, T, C).
+
+    Args:
+        shape: N, T, C.
+        dtype: of the hidden states.
+        budget: bytes that they may take in memory; larger ones go into a file.
+        folder: where the file is made; by default where temporary files go.
+
+    Raises:
+        BesaError: the disk has no room for the file.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if size <= budget:
+        return torch.empty(shape, dtype=dtype)
+    return MappedStates(shape, dtype, size, folder)
+
+
+class MappedStates:
+    """Hidden states in a file without a name: it is gone when the process is, whatever ends it."""
+
+    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, size: int, folder: Path | None) -> None:
+        try:
+            with tempfile.TemporaryFile(dir=folder) as file:
+                os.posix_fallocate(file.fileno(), 0, size)  # now, and not by a signal in the middle of the run
+                self._map = mmap.mmap(file.fileno(), size)
+        except OSError as error:
+            raise BesaError(
+                f"{size / 1e9:.1f} GB of activations do not fit into the activation budget, nor into a file "
+                f"({error.strerror}): make room, raise --activation-budget or use fewer --samples."
+            ) from error
+        self._x_NTC = torch.frombuffer(self._map, dtype=dtype).view(shape)
+
+    def __len__(self) -> int:
+        return len(self._x_NTC)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        part_NTC = self._x_NTC[index].clone()
+        self._let_go()
+        return part_NTC
+
+    def __setitem__(self, index: Any, x_NTC: Tensor) -> None:
+        self._x_NTC[index] = x_NTC.to(self._x_NTC.device)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Give the pages back: the system keeps or writes them as it has room, and they do not count as ours."""
+        self._map.madvise(mmap.MADV_DONTNEED)

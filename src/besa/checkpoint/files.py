@@ -1,0 +1,122 @@
+"""Writing files whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from besa.errors import BesaError
+
+COPY = 1 << 24  # bytes copied at a time
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name to write to, which becomes `path` when all went well: on the disk by then, and never half there.
+
+    Raises:
+        BesaError: the file cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield partial
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write `text` to `path`.
+
+    Raises:
+        BesaError: the file cannot be written.
+    """
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors of any device and layout as safetensors.
+
+    Raises:
+        BesaError: the file cannot be written.
+    """
+    with replacing(path) as partial:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial, {"format": "pt"})
+
+
+def join_tensors(path: Path, parts: Sequence[Path]) -> None:
+    """Write the tensors of several safetensors files into one, without having them in memory.
+
+    Raises:
+        BesaError: the file cannot be written.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begin, starts = 0, []
+    for part in parts:
+        entries, start = read_header(part)
+        for name, entry in entries.items():
+            header[name] = entry | {"data_offsets": [begin + offset for offset in entry["data_offsets"]]}
+        begin += part.stat().st_size - start
+        starts.append(start)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at multiples of eight bytes
+    with replacing(path) as partial, partial.open("wb") as joined:
+        joined.write(len(text).to_bytes(8, "little") + text)
+        for part, start in zip(parts, starts, strict=True):
+            with part.open("rb") as file:
+                file.seek(start)
+                shutil.copyfileobj(file, joined, COPY)
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """What a safetensors file says of its tensors, by name, and where the first one begins."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        entries = json.loads(file.read(size))
+    entries.pop("__metadata__", None)
+    return entries, 8 + size
+
+
+def check_space(out: Path, size: int) -> None:
+    """Refuse at once what cannot fit.
+
+    Args:
+        out: where something will be written.
+        size: its bytes.
+
+    Raises:
+        BesaError: the disk has fewer bytes free.
+    """
+    place = next(folder for folder in [out, *out.absolute().parents] if folder.is_dir())
+    free = shutil.disk_usage(place).free
+    if free < size:
+        raise BesaError(
+            f"{out} needs {size / 1e9:.2f} GB but only {free / 1e9:.2f} GB are free there: make room first."
+        )
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn an operating system's refusal to write `path` into one sentence."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or f"(os error {errno.ENOSPC})" in str(error):  # safetensors writes in Rust and has no errno
+            raise BesaError(f"The disk is full: {path} was not written; make room and run again.") from error
+        raise BesaError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}.") from error

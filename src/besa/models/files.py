@@ -1,0 +1,106 @@
+"""The weight files of a checkpoint: safetensors only, checked, read one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from besa.errors import BesaError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+class WeightFiles:
+    """The tensors of a folder by name; their headers are read, and nothing else until asked for.
+
+    Args:
+        folder: of a Hugging Face model.
+
+    Raises:
+        BesaError: no safetensors, or a damaged or missing file, or an index that points elsewhere.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._holders = _indexed(folder) if (folder / INDEX).is_file() else _single(folder)
+        self.paths = sorted(set(self._holders.values()))
+        for path in self.paths:
+            missing = {name for name, holder in self._holders.items() if holder == path} - _names(path)
+            if missing:
+                raise BesaError(f"{path} lacks the tensor {min(missing)} that {INDEX} promises: the file is damaged.")
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+        return list(self._holders)
+
+    def dtype(self) -> torch.dtype:
+        """Of the first tensor of floating-point numbers; float32 where there is none."""
+        for _, tensor in self.read(self.names):
+            if tensor.is_floating_point():
+                return tensor.dtype
+        return torch.float32
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Read tensors, one at a time and copied out of their files, which are closed afterwards.
+
+        Raises:
+            BesaError: a tensor cannot be read, or has a NaN or an infinite value.
+        """
+        by_path: dict[Path, list[str]] = {}
+        for name in names:
+            by_path.setdefault(self._holders[name], []).append(name)
+        for path, own in by_path.items():
+            for name in own:
+                with safe_open(path, framework="pt") as file:  # anew each time: a mapped file counts as memory
+                    try:
+                        tensor = file.get_tensor(name).clone()
+                    except (SafetensorError, OSError, ValueError) as error:
+                        raise BesaError(f"The tensor {name} of {path} cannot be read: {error}.") from None
+                if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                    raise BesaError(f"The tensor {name} of {path} holds NaN or infinity: the checkpoint is damaged.")
+                yield name, tensor
+
+
+def _single(folder: Path) -> dict[str, Path]:
+    """Tensors of a folder without an index, by the file that holds them."""
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        raise BesaError(
+            f"{folder} has no .safetensors weights: convert the model first (load it where you trust it and "
+            "call save_pretrained), as besa reads no pickled weights."
+        )
+    if (folder / SINGLE) in paths:
+        paths = [folder / SINGLE]
+    return {name: path for path in paths for name in _names(path)}
+
+
+def _indexed(folder: Path) -> dict[str, Path]:
+    """Tensors of a sharded checkpoint by the file that holds them, as the index says."""
+    try:
+        entries = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        holders = {str(name): str(file) for name, file in entries.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise BesaError(f"{folder / INDEX} is no index of a checkpoint: the file is damaged.") from None
+    for file in holders.values():
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise BesaError(f"{folder / INDEX} names the file {file!r}: only .safetensors in its own folder are read.")
+        if not (folder / file).is_file():
+            raise BesaError(f"{folder} lacks {file}, which {INDEX} names: the checkpoint is incomplete.")
+    if not holders:
+        raise BesaError(f"{folder / INDEX} names no tensors: the file is damaged.")
+    return {name: folder / file for name, file in holders.items()}
+
+
+def _names(path: Path) -> set[str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return set(file.keys())
+    except (SafetensorError, OSError, ValueError) as error:
+        raise BesaError(f"{path} cannot be read as safetensors: {' '.join(str(error).split())}.") from None

@@ -1,0 +1,231 @@
+"""A decoder whose weights are there one block at a time: from a checkpoint on disk, or from a model in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.modeling_utils import LoadStateDictConfig, remove_tied_weights_from_state_dict
+
+from besa.errors import BesaError
+from besa.models.blocks import Block, find_blocks
+from besa.models.files import WeightFiles
+from besa.models.loading import Source, model_explained, quiet, read_config, skeleton
+
+
+class Decoder(Protocol):
+    """What the block loop needs of a model, wherever its weights are."""
+
+    model: PreTrainedModel
+    blocks: list[Block]
+
+    def embeddings(self) -> AbstractContextManager[None]:
+        """While open, what comes before the first block and after the last has its weights."""
+
+    def opened(self, block: Block, device: torch.device) -> AbstractContextManager[None]:
+        """While open, the block has its weights on `device`."""
+
+    def stored(self, block: Block) -> dict[str, Tensor]:
+        """The tensors of an open block, named and laid out as in the checkpoint's files."""
+
+    def fill(self, block: Block, tensors: Mapping[str, Tensor]) -> None:
+        """Give an open block tensors that `stored` took from it."""
+
+    def rest(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors that belong to no block, one by one, named as in the checkpoint's files."""
+
+
+class DecoderInMemory:
+    """A model that is loaded whole; what is done to its blocks stays."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.blocks = find_blocks(model)
+
+    @contextmanager
+    def embeddings(self) -> Iterator[None]:
+        """Nothing to do: they are there."""
+        yield
+
+    @contextmanager
+    def opened(self, block: Block, device: torch.device) -> Iterator[None]:
+        """Move the block to `device` and back."""
+        home = self.model.device
+        block.module.to(device)
+        try:
+            yield
+        finally:
+            block.module.to(home)
+
+    def stored(self, block: Block) -> dict[str, Tensor]:
+        """See `Decoder`."""
+        return _stored(self.model, block)
+
+    def fill(self, block: Block, tensors: Mapping[str, Tensor]) -> None:
+        """See `Decoder`."""
+        device = next(block.module.parameters()).device
+        _fill(self.model, tensors, get_model_conversion_mapping(self.model), self.model.name_or_path)
+        block.module.to(device)
+
+    def rest(self) -> Iterator[tuple[str, Tensor]]:
+        """See `Decoder`; of tied tensors comes the one that loading expects."""
+        inside = tuple(f"{block.name}." for block in self.blocks)
+        state = remove_tied_weights_from_state_dict(dict(self.model.state_dict()), self.model)
+        outside = {name: tensor for name, tensor in state.items() if not name.startswith(inside)}
+        yield from revert_weight_conversion(self.model, outside).items()
+
+
+class DecoderOnDisk:
+    """A folder of safetensors, of which the embeddings or one block at a time are in memory.
+
+    The modules stand on the meta device, their buffers (rotary frequencies, masks) are real. transformers' own
+    conversion turns names and layouts of the files into those of the modules, and back.
+
+    Args:
+        source: a local folder.
+        dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
+        trust_remote_code: run model code that comes with the checkpoint.
+
+    Raises:
+        BesaError: configuration or weight files are damaged, or of no decoder that besa can prune.
+    """
+
+    def __init__(self, source: Source, dtype: str = "auto", trust_remote_code: bool = False) -> None:
+        self._source = source
+        self._files = WeightFiles(source.path)
+        config = read_config(source, trust_remote_code)
+        if dtype == "auto":
+            config.dtype = config.dtype or self._files.dtype()
+        else:
+            config.dtype = getattr(torch, dtype)
+        depth = getattr(config.get_text_config(), "num_hidden_layers", 0)
+        if depth > len(self._files.names):
+            raise BesaError(
+                f"The config.json of {source.name} says {depth:,} blocks, its files hold {len(self._files.names):,} "
+                "tensors: it is damaged, or belongs to another checkpoint."
+            )
+        self.model = skeleton(source, config, trust_remote_code)
+        self.blocks = find_blocks(self.model)
+        self._conversions = get_model_conversion_mapping(self.model)
+        self._names = self._names_by_block()
+
+    def _names_by_block(self) -> dict[str, list[str]]:
+        """Names in the files by the block they belong to, "" for none; what the model has no place for is left out."""
+        renamings = [entry for entry in self._conversions if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in self._conversions if isinstance(entry, WeightConverter)]
+        state = self.model.state_dict()
+        names: dict[str, list[str]] = {name: [] for name in ("", *(block.name for block in self.blocks))}
+        for stored in self._files.names:
+            name, merged = rename_source_key(stored, renamings, converters, self.model.base_model_prefix, state)
+            if name in state or merged:
+                owner = next((part for part in _prefixes(name) if part in names), "")
+                names[owner].append(stored)
+        return names
+
+    @contextmanager
+    def embeddings(self) -> Iterator[None]:
+        """Read what the inner model has outside its blocks, and forget it afterwards."""
+        within = {module for block in self.blocks for module in block.module.modules()}
+        outside = [module for module in self.model.base_model.modules() if module not in within]
+        try:
+            self._read("", outside)
+            yield
+        finally:
+            for module in self.model.modules():
+                if module not in within:
+                    _forget(module)
+
+    @contextmanager
+    def opened(self, block: Block, device: torch.device) -> Iterator[None]:
+        """Read the block, and forget it afterwards."""
+        modules = list(block.module.modules())
+        try:
+            self._read(block.name, modules)
+            block.module.to(device)
+            yield
+        finally:
+            for module in modules:
+                _forget(module)
+
+    def _read(self, owner: str, modules: list[nn.Module]) -> None:
+        """Fill the modules from the files.
+
+        Raises:
+            BesaError: a tensor is missing, damaged, of the wrong shape, or not finite.
+        """
+        _fill(self.model, dict(self._files.read(self._names[owner])), self._conversions, self._source.name)
+        for module in modules:
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.is_meta:
+                    whole = next(path for path, part in self.model.named_modules() if part is module)
+                    raise BesaError(
+                        f"{self._source.name} lacks the weight {whole}.{name}: the checkpoint is incomplete."
+                    )
+
+    def stored(self, block: Block) -> dict[str, Tensor]:
+        """See `Decoder`."""
+        prefix = f"{self.model.base_model_prefix}."
+        bare = not any(name.startswith(prefix) for name in self._files.names)  # GPT-2's files lack "transformer."
+        tensors = _stored(self.model, block)
+        return {name.removeprefix(prefix) if bare else name: tensor for name, tensor in tensors.items()}
+
+    def fill(self, block: Block, tensors: Mapping[str, Tensor]) -> None:
+        """See `Decoder`."""
+        device = next(block.module.parameters()).device
+        _fill(self.model, tensors, self._conversions, self._source.name)
+        block.module.to(device)
+
+    def rest(self) -> Iterator[tuple[str, Tensor]]:
+        """See `Decoder`."""
+        for name, tensor in self._files.read(self._names[""]):
+            yield name, tensor.to(self.model.dtype) if tensor.is_floating_point() else tensor
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    """a, a.b, … of a.b.c."""
+    parts = name.split(".")
+    return (".".join(parts[:end]) for end in range(1, len(parts)))
+
+
+def _stored(model: PreTrainedModel, block: Block) -> dict[str, Tensor]:
+    state = {f"{block.name}.{name}": tensor for name, tensor in block.module.state_dict().items()}
+    tensors: dict[str, Tensor] = revert_weight_conversion(model, state)
+    return tensors
+
+
+def _fill(
+    model: PreTrainedModel, tensors: Mapping[str, Tensor], conversions: list[WeightTransform], source: str
+) -> None:
+    """Load tensors under their names in the files into the model's parameters, in the dtype of the model."""
+    config = LoadStateDictConfig(
+        dtype=model.dtype, dtype_plan=model._get_dtype_plan(model.dtype), weight_mapping=conversions
+    )
+    with quiet(), model_explained(source):
+        info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), config)
+    for name, found, expected in info.mismatched_keys:
+        raise BesaError(
+            f"{source}: the weight {name} is {tuple(found)}, its config.json says {tuple(expected)}: "
+            "it is damaged, or belongs to another checkpoint."
+        )
+    for name, reason in info.conversion_errors.items():
+        raise BesaError(f"{source}: the weight {name} cannot be read: {' '.join(reason.split())[:200]}.")
+    model.requires_grad_(False)
+
+
+def _forget(module: nn.Module) -> None:
+    """Parameters of the module itself back to the meta device; buffers stay."""
+    for name, parameter in module.named_parameters(recurse=False):
+        setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
