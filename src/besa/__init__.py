@@ -9,11 +9,21 @@ from besa.errors import BesaError
 from besa.version import __version__
 
 if TYPE_CHECKING:
-    from besa.api import Compressed, Evaluation, compress, evaluate
+    from besa.api import Compressed, Evaluation, compress, evaluate, plan
     from besa.calibration import Calibration
     from besa.recipe import Recipe
 
-__all__ = ["BesaError", "Calibration", "Compressed", "Evaluation", "Recipe", "__version__", "compress", "evaluate"]
+__all__ = [
+    "BesaError",
+    "Calibration",
+    "Compressed",
+    "Evaluation",
+    "Recipe",
+    "__version__",
+    "compress",
+    "evaluate",
+    "plan",
+]
 
 _HOMES = {
     "Calibration": "besa.calibration",
@@ -22,6 +32,7 @@ _HOMES = {
     "Recipe": "besa.recipe",
     "compress": "besa.api",
     "evaluate": "besa.api",
+    "plan": "besa.api",
 }
 
 

@@ -20,12 +20,16 @@ from besa.checkpoint.journal import journal_for
 from besa.checkpoint.writer import finish
 from besa.errors import BesaError
 from besa.evaluation.perplexity import Perplexity, perplexity
-from besa.models.loading import describe, load_model, load_tokenizer, locate
+from besa.models.blocks import find_blocks
+from besa.models.loading import describe, load_model, load_tokenizer, locate, read_config, skeleton
 from besa.models.streaming import Decoder, DecoderInMemory, DecoderOnDisk
+from besa.planning import Plan, work_out
 from besa.progress import Progress, silent
 from besa.pruning import Settings, prune_blocks
 from besa.recipe import Recipe
 from besa.record import RunRecord, machine, now, versions
+
+BATCH_TOKENS = 2048  # in a forward pass, unless asked otherwise
 
 
 @dataclass
@@ -183,6 +187,58 @@ def _decisive(
     }
 
 
+def plan(
+    model: str | Path,
+    recipe: Recipe | str | Path = "besa",
+    *,
+    out: str | Path = ".",
+    sparsity: float | None = None,
+    samples: int = 128,
+    seqlen: int = 2048,
+    device: str = "cpu",
+    dtype: str = "auto",
+    batch: int | None = None,
+    activation_budget: int | None = None,
+    trust_remote_code: bool = False,
+) -> Plan:
+    """Say beforehand what `compress` will take, from the model's configuration alone.
+
+    Args:
+        model: Hugging Face id, or local folder; a config.json is enough.
+        recipe: as in `compress`.
+        out: where the checkpoint would be written.
+        sparsity: as in `compress`.
+        samples: as in `compress`.
+        seqlen: as in `compress`.
+        device: ``cpu`` or ``cuda``; a GPU need not be here.
+        dtype: as in `compress`.
+        batch: as in `compress`.
+        activation_budget: as in `compress`.
+        trust_remote_code: as in `compress`.
+
+    Raises:
+        BesaError: the configuration cannot be read or is of no decoder that besa can prune.
+    """
+    source = locate(model)
+    if source.gguf:
+        raise BesaError(f"{model} is a .gguf file, which is loaded whole: plan for a folder of safetensors.")
+    config = read_config(source, trust_remote_code)
+    config.dtype = getattr(torch, dtype) if dtype != "auto" else config.dtype or torch.float32
+    empty = skeleton(source, config, trust_remote_code)
+    return work_out(
+        source.name,
+        empty,
+        find_blocks(empty),
+        recipe if isinstance(recipe, Recipe) else Recipe.load(recipe, sparsity),
+        samples=samples,
+        seqlen=seqlen,
+        batch=min(samples, batch or max(1, BATCH_TOKENS // seqlen)),
+        device=torch.device(device),
+        activation_budget=activation_budget or memory.half_of_available(),
+        folder=Path(out),
+    )
+
+
 def evaluate(
     model: str | Path | PreTrainedModel,
     texts: Iterable[str],
@@ -260,7 +316,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 def default_batch(calibration: Calibration) -> int:
     """Sequences in a forward pass so that about 2048 tokens are in memory."""
-    return max(1, 2048 // calibration.seqlen)
+    return max(1, BATCH_TOKENS // calibration.seqlen)
 
 
 def _opened(

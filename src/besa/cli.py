@@ -53,6 +53,20 @@ DtypeOption = Annotated[Dtype, typer.Option(help="Weights and computation; auto:
 BatchOption = Annotated[
     int | None, typer.Option(min=1, help="Sequences in a forward pass; default: about 2048 tokens.")
 ]
+RecipeOption = Annotated[str, typer.Option(help="besa, besa-layerwise, wanda, magnitude, sparsegpt, or a YAML file.")]
+SparsityOption = Annotated[
+    float | None, typer.Option(help="Share of the prunable weights to set to zero; default: the recipe's.")
+]
+SamplesOption = Annotated[int, typer.Option(min=1, help="Calibration sequences.")]
+SeqlenOption = Annotated[int, typer.Option(min=2, help="Tokens of a calibration sequence.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change one setting of the recipe, such as allocation.epochs=2 (repeatable).",
+    ),
+]
 TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")
 ]
@@ -105,27 +119,16 @@ def demo(
 def prune(
     model: Model,
     out_dir: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the pruned checkpoint; must not exist.")],
-    recipe: Annotated[
-        str, typer.Option(help="besa, besa-layerwise, wanda, magnitude, sparsegpt, or a YAML file.")
-    ] = "besa",
-    sparsity: Annotated[
-        float | None, typer.Option(help="Share of the prunable weights to set to zero; default: the recipe's.")
-    ] = None,
+    recipe: RecipeOption = "besa",
+    sparsity: SparsityOption = None,
     calibration: CalibrationOption = "c4",
-    samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
-    seqlen: Annotated[int, typer.Option(help="Tokens of a calibration sequence.")] = 2048,
+    samples: SamplesOption = 128,
+    seqlen: SeqlenOption = 2048,
     seed: Annotated[int, typer.Option(help="Of the calibration sample and the learning order.")] = 0,
     device: DeviceOption = Device.cpu,
     dtype: DtypeOption = Dtype.auto,
     batch: BatchOption = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Change one setting of the recipe, such as allocation.epochs=2 (repeatable).",
-        ),
-    ] = None,
+    set_: SetOption = None,
     skip: SkipOption = None,
     sparsity_of: SparsityOfOption = None,
     activation_budget: BudgetOption = None,
@@ -156,6 +159,47 @@ def prune(
             progress=tracker,
         )
     out.print(pruned(result.record, out_dir))
+
+
+@app.command("plan")
+def plan_command(
+    model: Model,
+    out_dir: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the checkpoint would go.")] = Path(),
+    recipe: RecipeOption = "besa",
+    sparsity: SparsityOption = None,
+    samples: SamplesOption = 128,
+    seqlen: SeqlenOption = 2048,
+    device: DeviceOption = Device.cpu,
+    dtype: DtypeOption = Dtype.auto,
+    batch: BatchOption = None,
+    set_: SetOption = None,
+    skip: SkipOption = None,
+    sparsity_of: SparsityOfOption = None,
+    activation_budget: BudgetOption = None,
+    json: JsonOption = None,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Say what pruning a model will take, from its configuration alone, and whether it fits here."""
+    from besa.api import plan
+    from besa.checkpoint.files import write_file
+    from besa.recipe import Recipe
+    from besa.show import planned
+
+    found = plan(
+        model,
+        Recipe.load(recipe, sparsity, set_ or ()).with_exceptions(skip or (), sparsity_of or ()),
+        out=out_dir,
+        samples=samples,
+        seqlen=seqlen,
+        device=device.value,
+        dtype=dtype.value,
+        batch=batch,
+        activation_budget=None if activation_budget is None else round(activation_budget * 1e9),
+        trust_remote_code=trust_remote_code,
+    )
+    if json is not None:
+        write_file(json, found.model_dump_json(indent=2) + "\n")
+    out.print(planned(found))
 
 
 @app.command("eval")

@@ -81,7 +81,6 @@ def prune_blocks(
     pruned_NTC, dense_NTC = _first_inputs(decoder, recipe, calibration, settings)  # line 1
     records: list[BlockRecord] = []
     for block, block_budgets in zip(blocks[: last + 1], plan, strict=False):  # line 2
-        began = time.perf_counter()
         with decoder.opened(block, settings.device):
             if block.index in done:
                 assert journal is not None
@@ -91,13 +90,15 @@ def prune_blocks(
                 records.append(done[block.index])
                 progress(len(records), len(blocks), "taken from the journal")
                 continue
-            step = _prune(block, block_budgets, recipe, pruned_NTC, dense_NTC, seed, settings)  # lines 3 to 10, 12
-            block.run(pruned_NTC, settings.batch, into=pruned_NTC)  # line 11
-            error = error_between(pruned_NTC, dense_NTC, ERROR_SHARE)
-            records.append(_record(block, step, error, time.perf_counter() - began))
+            step = _Step(block, block_budgets, recipe, pruned_NTC, dense_NTC, seed, settings)
+            records.append(_pruned(step))  # lines 3 to 12
             if journal is not None:
                 journal.keep(decoder.stored(block), records[-1])
-        progress(len(records), len(blocks), f"error {error:.4f}, sparsity {records[-1].sparsity:.2%}")
+        progress(
+            len(records),
+            len(blocks),
+            f"error {records[-1].reconstruction_error:.4f}, sparsity {records[-1].sparsity:.2%}",
+        )
     records += [done[block.index] for block in blocks[last + 1 :]]
     return records
 
@@ -123,39 +124,42 @@ def _first_inputs(
 
 @dataclass(frozen=True)
 class _Step:
-    """What was decided for a block."""
+    """A block to prune, and what reaches it on both paths."""
 
-    linears: dict[str, RankedLinear]
-    allocated: Allocated
+    block: Block
+    budgets: list[Budget]
+    recipe: Recipe
+    pruned_NTC: HiddenStates
+    dense_NTC: HiddenStates
+    seed: int
+    settings: Settings
 
 
-def _prune(
-    block: Block,
-    block_budgets: list[Budget],
-    recipe: Recipe,
-    pruned_NTC: HiddenStates,
-    dense_NTC: HiddenStates,
-    seed: int,
-    settings: Settings,
-) -> _Step:
-    """Decide what goes, and take it out of the block; moves `dense_NTC` on to the outputs of the dense block."""
-    block.run(dense_NTC, settings.batch, into=dense_NTC)  # line 3
-    targets_NTC = dense_NTC
+def _pruned(step: _Step) -> BlockRecord:
+    """Decide what goes, take it out of the block, and move both paths on to its outputs."""
+    began = time.perf_counter()
+    block, recipe, settings = step.block, step.recipe, step.settings
+    block.run(step.dense_NTC, settings.batch, into=step.dense_NTC)  # line 3
+    own_NTC = None
     if recipe.allocation.teacher == "pruned":
-        shape = (len(pruned_NTC), *pruned_NTC[:1].shape[1:])
-        targets_NTC = allocate(shape, pruned_NTC[:1].dtype, settings.activation_budget // 2, settings.folder)
+        first_NTC = step.pruned_NTC[:1]
+        shape = (len(step.pruned_NTC), first_NTC.shape[1], first_NTC.shape[2])
+        own_NTC = allocate(shape, first_NTC.dtype, settings.activation_budget // 2, settings.folder)
     with collect(block.module, block.prunables, recipe.needs_gram) as statistics:
-        block.run(pruned_NTC, settings.batch, into=targets_NTC if recipe.allocation.teacher == "pruned" else None)
-    names = [name for budget in block_budgets for name in budget.names]
+        block.run(step.pruned_NTC, settings.batch, into=own_NTC)
+    names = [name for budget in step.budgets for name in budget.names]
     linears = {name: _ranked(block, name, recipe, statistics[name]) for name in names}  # line 4
-    problem = BlockProblem(block, linears, pruned_NTC, targets_NTC, block_budgets, seed + block.index)
+    targets_NTC = step.dense_NTC if own_NTC is None else own_NTC
+    problem = BlockProblem(block, linears, step.pruned_NTC, targets_NTC, step.budgets, step.seed + block.index)
     allocated = recipe.allocation.allocate(problem)  # lines 5 to 10
     with torch.no_grad():
         for name, linear in linears.items():  # line 12
             counts_O = allocated.counts[name].to(linear.w_OI.device)
             w_OI = recipe.reconstruction.rebuild(linear.w_OI, linear.ranks_OI, counts_O, statistics[name])
             block.weight(name).copy_(w_OI)
-    return _Step(linears, allocated)
+    block.run(step.pruned_NTC, settings.batch, into=step.pruned_NTC)  # line 11
+    error = error_between(step.pruned_NTC, step.dense_NTC, ERROR_SHARE)
+    return _record(block, linears, allocated, error, time.perf_counter() - began)
 
 
 def _ranked(block: Block, name: str, recipe: Recipe, statistics: InputStatistics) -> RankedLinear:
@@ -165,13 +169,15 @@ def _ranked(block: Block, name: str, recipe: Recipe, statistics: InputStatistics
     return RankedLinear(w_OI, importance_OI, rank(importance_OI, w_OI), statistics.tokens > 0)
 
 
-def _record(block: Block, step: _Step, error: float, seconds: float) -> BlockRecord:
+def _record(
+    block: Block, linears: dict[str, RankedLinear], allocated: Allocated, error: float, seconds: float
+) -> BlockRecord:
     """What was done to the block, counted in its weights as they are now."""
     parts = [
         linear_record(name, block.weight(name).detach(), linear.importance_OI, linear.reached)
-        for name, linear in step.linears.items()
+        for name, linear in linears.items()
     ]
-    weights, zeros = sum(linear.w_OI.numel() for linear in step.linears.values()), sum(part.zeros for part in parts)
+    weights, zeros = sum(linear.w_OI.numel() for linear in linears.values()), sum(part.zeros for part in parts)
     return BlockRecord(
         index=block.index,
         name=block.name,
@@ -179,7 +185,7 @@ def _record(block: Block, step: _Step, error: float, seconds: float) -> BlockRec
         zeros=zeros,
         sparsity=zeros / weights if weights else 0.0,
         reconstruction_error=error,
-        losses=step.allocated.losses,
+        losses=allocated.losses,
         seconds=seconds,
         linears=parts,
     )

@@ -16,6 +16,7 @@ from rich.text import Text
 from besa.api import Evaluation
 from besa.checkpoint.inspection import Contents
 from besa.demo import Row
+from besa.planning import Plan
 from besa.progress import Progress
 from besa.record import RunRecord
 
@@ -73,12 +74,32 @@ def pruned(record: RunRecord, folder: Path) -> RenderableType:
     """What a run did, in three lines."""
     errors = [block.reconstruction_error for block in record.blocks]
     gpu = f", GPU {record.peak_gpu_memory_bytes / 1e9:.2f} GB" if record.peak_gpu_memory_bytes else ""
+    unreached = (
+        f"\n{record.unreached} experts saw no calibration token: pruned by magnitude" if record.unreached else ""
+    )
     return Text(
         f"{folder}: {record.zeros:,} of {record.weights:,} prunable weights are zero ({record.sparsity:.4%})\n"
         f"recipe {record.recipe['name']}, {record.seconds:,.0f} s, "
         f"peak memory {record.peak_memory_bytes / 1e9:.2f} GB{gpu}\n"
-        f"reconstruction error {errors[0]:.4f} in the first block, {errors[-1]:.4f} in the last"
+        f"reconstruction error {errors[0]:.4f} in the first block, {errors[-1]:.4f} in the last{unreached}"
     )
+
+
+def planned(plan: Plan) -> RenderableType:
+    """What a run will take."""
+    table = Table(title=plan.model, show_header=False)
+    table.add_row("architecture", f"{plan.architecture}, {plan.blocks} blocks, {plan.parameters:,} parameters")
+    share = plan.zeros / plan.prunable_weights
+    table.add_row("prunable weights", f"{plan.prunable_weights:,}, of which {plan.zeros:,} go ({share:.2%})")
+    table.add_row("memory", f"{plan.memory_bytes / 1e9:.2f} GB at the peak")
+    if plan.gpu_memory_bytes is not None:
+        table.add_row("GPU memory", f"{plan.gpu_memory_bytes / 1e9:.2f} GB at the peak")
+    place = "on disk" if plan.activations_on_disk else "in memory"
+    table.add_row("activations", f"{plan.activation_bytes / 1e9:.2f} GB between blocks, {place}")
+    table.add_row("disk", f"{plan.disk_bytes / 1e9:.2f} GB free, {plan.checkpoint_bytes / 1e9:.2f} GB of it stays")
+    table.add_row("forward passes", f"{plan.forward_passes:.3g} of the calibration set, a backward pass counted as two")
+    table.add_row("fits here", "yes" if plan.fits else f"no: too little {' and '.join(plan.lacking)}")
+    return table
 
 
 def evaluated(evaluation: Evaluation) -> RenderableType:

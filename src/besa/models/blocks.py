@@ -131,16 +131,23 @@ def capture_inputs(model: PreTrainedModel, blocks: list[Block], tokens_NT: Tenso
     and the blocks' own weights may be absent. Before the first part comes out, the call arguments of every block are
     filled in, for every batch size up to `batch`, as masks and position biases may depend on it.
     """
-    hidden: list[Tensor] = []
-    with ExitStack() as stack:
-        for block in blocks:
-            stack.enter_context(_standing_aside(block, hidden))
+    with standing_aside(blocks) as hidden:
         for size in range(1, min(batch, len(tokens_NT)) + 1):
             model.base_model(input_ids=tokens_NT[:size].to(model.device), use_cache=False)
         hidden.clear()
         for part_NT in tokens_NT.split(batch):
             model.base_model(input_ids=part_NT.to(model.device), use_cache=False)
             yield hidden.pop()
+
+
+@contextmanager
+def standing_aside(blocks: list[Block]) -> Iterator[list[Tensor]]:
+    """While open, blocks hand their input on and keep their arguments; gives the list that first inputs go into."""
+    hidden: list[Tensor] = []
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(_standing_aside(block, hidden))
+        yield hidden
 
 
 class _Passed(Tensor):

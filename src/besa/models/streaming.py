@@ -25,6 +25,8 @@ from besa.models.blocks import Block, find_blocks
 from besa.models.files import WeightFiles
 from besa.models.loading import Source, model_explained, quiet, read_config, skeleton
 
+HEAD = "head"
+
 
 class Decoder(Protocol):
     """What the block loop needs of a model, wherever its weights are."""
@@ -123,15 +125,20 @@ class DecoderOnDisk:
         self._names = self._names_by_block()
 
     def _names_by_block(self) -> dict[str, list[str]]:
-        """Names in the files by the block they belong to, "" for none; what the model has no place for is left out."""
+        """Names in the files by the block they belong to; under "" what else the inner model has, under HEAD the rest.
+
+        What the model has no place for is left out.
+        """
         renamings = [entry for entry in self._conversions if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in self._conversions if isinstance(entry, WeightConverter)]
         state = self.model.state_dict()
-        names: dict[str, list[str]] = {name: [] for name in ("", *(block.name for block in self.blocks))}
+        names: dict[str, list[str]] = {name: [] for name in ("", HEAD, *(block.name for block in self.blocks))}
+        inner = {id(parameter) for parameter in self.model.base_model.parameters()}
+        head = {name for name, parameter in self.model.named_parameters() if id(parameter) not in inner}
         for stored in self._files.names:
             name, merged = rename_source_key(stored, renamings, converters, self.model.base_model_prefix, state)
             if name in state or merged:
-                owner = next((part for part in _prefixes(name) if part in names), "")
+                owner = next((part for part in _prefixes(name) if part in names), HEAD if name in head else "")
                 names[owner].append(stored)
         return names
 
@@ -144,9 +151,8 @@ class DecoderOnDisk:
             self._read("", outside)
             yield
         finally:
-            for module in self.model.modules():
-                if module not in within:
-                    _forget(module)
+            for module in outside:
+                _forget(module)
 
     @contextmanager
     def opened(self, block: Block, device: torch.device) -> Iterator[None]:
@@ -190,7 +196,7 @@ class DecoderOnDisk:
 
     def rest(self) -> Iterator[tuple[str, Tensor]]:
         """See `Decoder`."""
-        for name, tensor in self._files.read(self._names[""]):
+        for name, tensor in self._files.read([*self._names[""], *self._names[HEAD]]):
             yield name, tensor.to(self.model.dtype) if tensor.is_floating_point() else tensor
 
 

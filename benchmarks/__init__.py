@@ -1,0 +1,1 @@
+"""Cost of besa against its limits; see README.md."""

@@ -1,0 +1,80 @@
+"""Llama-shaped checkpoints of random weights, written one block at a time: any size, without a download."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoTokenizer, LlamaConfig
+
+TOKENIZER = Path(__file__).parents[1] / "tests" / "assets" / "tiny-llama"
+SHAPES = {  # hidden size, feed-forward size, heads, key-value heads
+    "135M": (576, 1536, 9, 3),
+    "1B": (2048, 8192, 32, 8),
+    "7B": (4096, 11008, 32, 32),
+    "70B": (8192, 28672, 64, 8),
+}
+
+
+def config(shape: str, blocks: int, vocabulary: int = 32000) -> LlamaConfig:
+    """The configuration of a Llama of that shape."""
+    hidden, feed_forward, heads, kv_heads = SHAPES[shape]
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=feed_forward,
+        num_hidden_layers=blocks,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
+    )
+
+
+def write(folder: Path, settings: LlamaConfig, seed: int = 0) -> None:
+    """Write a checkpoint of one shard a block, and one for the rest, into a new folder."""
+    folder.mkdir(parents=True)
+    settings.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder)
+    generator = torch.Generator().manual_seed(seed)
+    places: dict[str, str] = {}
+    shards = [dict(_rest(settings)), *(dict(_block(settings, block)) for block in range(settings.num_hidden_layers))]
+    for number, shapes in enumerate(shards, start=1):
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        save_file({key: _random(shape, generator) for key, shape in shapes.items()}, folder / name, {"format": "pt"})
+        places |= dict.fromkeys(shapes, name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+
+def _random(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=torch.bfloat16)
+    return torch.randn(shape, dtype=torch.bfloat16, generator=generator) * shape[1] ** -0.5
+
+
+def _rest(settings: LlamaConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield "model.embed_tokens.weight", (settings.vocab_size, settings.hidden_size)
+    yield "lm_head.weight", (settings.vocab_size, settings.hidden_size)
+    yield "model.norm.weight", (settings.hidden_size,)
+
+
+def _block(settings: LlamaConfig, index: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, feed_forward = settings.hidden_size, settings.intermediate_size
+    keys = settings.num_key_value_heads * settings.head_dim
+    shapes = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (feed_forward, hidden),
+        "mlp.up_proj": (feed_forward, hidden),
+        "mlp.down_proj": (hidden, feed_forward),
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+    }
+    for name, shape in shapes.items():
+        yield f"model.layers.{index}.{name}.weight", shape
