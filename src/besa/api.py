@@ -21,7 +21,7 @@ from besa.checkpoint.writer import finish
 from besa.errors import BesaError
 from besa.evaluation.perplexity import Perplexity, perplexity
 from besa.models.blocks import find_blocks
-from besa.models.loading import describe, load_model, load_tokenizer, locate, read_config, skeleton
+from besa.models.loading import describe, load_model, is_quantized, load_tokenizer, locate, read_config, skeleton
 from besa.models.streaming import Decoder, DecoderInMemory, DecoderOnDisk
 from besa.planning import Plan, work_out
 from besa.progress import Progress, silent
@@ -342,9 +342,12 @@ def _opened(
             raise BesaError("A loaded model needs its tokenizer: pass tokenizer=.")
         return DecoderInMemory(model), tokenizer, describe(model)
     source = locate(model, progress)
-    if from_disk and not source.gguf:
-        decoder: Decoder = DecoderOnDisk(source, dtype, trust_remote_code)
-    else:
+    decoder: Decoder | None = None
+    if not source.gguf:
+        source = source.local()
+        if from_disk or not is_quantized(read_config(source, trust_remote_code)):
+            decoder = DecoderOnDisk(source, dtype, trust_remote_code)
+    if decoder is None or not from_disk:  # by now, what is wrong with a folder was found out
         decoder = DecoderInMemory(load_model(source, dtype, trust_remote_code))
     tokenizer = tokenizer or load_tokenizer(source, trust_remote_code)
     return decoder, tokenizer, describe(decoder.model, source)

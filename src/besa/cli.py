@@ -270,7 +270,9 @@ def main() -> None:
     """Entry point of `besa`: a sentence and exit code 2 for bad input, 130 after Ctrl-C."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        app(sys.argv[1:] or ["--help"], prog_name="besa", standalone_mode=False)
+        code = app(sys.argv[1:] or ["--help"], prog_name="besa", standalone_mode=False)
+        if code == 130:  # what typer makes of Ctrl-C
+            raise KeyboardInterrupt
     except BesaError as error:
         _refuse(str(error))
     except UsageError as error:

@@ -10,5 +10,5 @@ class BesaError(Exception):
     """
 
 
-class Interrupted(KeyboardInterrupt):
+class Interrupted(BaseException):
     """Ctrl-C, with a sentence on what was kept."""

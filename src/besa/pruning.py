@@ -91,13 +91,14 @@ def prune_blocks(
                 progress(len(records), len(blocks), "taken from the journal")
                 continue
             step = _Step(block, block_budgets, recipe, pruned_NTC, dense_NTC, seed, settings)
-            records.append(_pruned(step))  # lines 3 to 12
+            record = _pruned(step)  # lines 3 to 12
+            records.append(record)
             if journal is not None:
-                journal.keep(decoder.stored(block), records[-1])
+                journal.keep(decoder.stored(block), record)
         progress(
             len(records),
             len(blocks),
-            f"error {records[-1].reconstruction_error:.4f}, sparsity {records[-1].sparsity:.2%}",
+            f"error {record.reconstruction_error:.4f}, sparsity {record.sparsity:.2%}",
         )
     records += [done[block.index] for block in blocks[last + 1 :]]
     return records

@@ -44,13 +44,13 @@ def linear_record(name: str, w_OI: Tensor, importance_OI: Tensor, reached: bool 
     """Count the zeros of the pruned weight `w_OI` (O, I) and the importance (O, I) its kept entries had when dense."""
     zero_OI = w_OI == 0
     rates_O = zero_OI.sum(dim=1).double() / w_OI.shape[1]
-    kept = importance_OI[~zero_OI]
+    kept = zero_OI.numel() - int(zero_OI.sum())
     return LinearRecord(
         name=name,
         shape=list(w_OI.shape),
-        zeros=int(zero_OI.sum()),
+        zeros=zero_OI.numel() - kept,
         sparsity=float(rates_O.mean()),
-        importance_kept=float(kept.double().mean()) if len(kept) else 0.0,
+        importance_kept=float(importance_OI.masked_fill(zero_OI, 0).sum(dtype=torch.float64)) / max(kept, 1),
         reached=reached,
         row_rates=rates_O.cpu().float().histc(HISTOGRAM_BINS, 0, 1).long().tolist(),
     )

@@ -40,7 +40,7 @@ def results(tiny_llama_folder: Path, heldout: str) -> dict[str, tuple[besa.Compr
 def test_every_method_meets_the_budget_exactly(results: dict[str, tuple[besa.Compressed, float]]) -> None:
     for result, _ in results.values():
         blocks = find_blocks(result.model)
-        zeros = [sum(int((part.weight == 0).sum()) for part in block.linears.values()) for block in blocks]
+        zeros = [sum(int((block.weight(name) == 0).sum()) for name in block.prunables) for block in blocks]
         weights = [block.weights for block in blocks]
         assert sum(zeros) == round(0.6 * sum(weights)) == result.record.zeros
         assert zeros == [block.zeros for block in result.record.blocks]
@@ -58,7 +58,7 @@ def test_methods_rank_as_they_should(results: dict[str, tuple[besa.Compressed, f
 
 def test_uniform_prunes_every_row_alike_and_besa_does_not(results: dict[str, tuple[besa.Compressed, float]]) -> None:
     def rates(recipe: str) -> torch.Tensor:
-        weight = find_blocks(results[recipe][0].model)[2].linears["model.layers.2.mlp.up_proj"].weight
+        weight = find_blocks(results[recipe][0].model)[2].weight("model.layers.2.mlp.up_proj")
         return (weight == 0).double().mean(dim=1)
 
     assert rates("wanda").max() - rates("wanda").min() < 2 / 96
@@ -78,8 +78,11 @@ def test_recorded_error_is_that_of_the_written_model(
     outputs = []
     for model in (result.model, tiny_llama):
         blocks = find_blocks(model)
-        x_NTC = capture_inputs(model, blocks, tokens[::ERROR_SHARE], 4)
-        outputs.append([x_NTC := block.run(x_NTC, 4) for block in blocks])
+        x_NTC = torch.cat(list(capture_inputs(model, blocks, tokens[::ERROR_SHARE], 4)))
+        outputs.append([])
+        for block in blocks:
+            block.run(x_NTC, 4, into=x_NTC)
+            outputs[-1].append(x_NTC.clone())
     for record, pruned_NTC, dense_NTC in zip(result.record.blocks, *outputs, strict=True):
         assert record.reconstruction_error == pytest.approx(
             float(reconstruction_error(pruned_NTC, dense_NTC)), rel=1e-3
@@ -93,6 +96,64 @@ def test_zero_sparsity_changes_no_bit(tiny_llama_folder: Path, tiny_llama: torch
         )
         for name, tensor in tiny_llama.state_dict().items():
             assert torch.equal(tensor, result.model.state_dict()[name]), (recipe, name)
+
+
+def test_pruning_to_disk_is_pruning_in_memory(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    """With `out` the model stays on the disk, one block in memory at a time, and the result is the same bit by bit."""
+    settings = {"calibration": str(tiny_llama_folder / "calibration.txt"), "samples": 8, "seqlen": 64}
+    for recipe in ("besa", "sparsegpt"):
+        whole = besa.compress(tiny_llama_folder, recipe, **settings)
+        streamed = besa.compress(tiny_llama_folder, recipe, out=tmp_path / recipe, **settings)
+        state = streamed.model.state_dict()
+        assert state.keys() == whole.model.state_dict().keys()
+        for name, tensor in whole.model.state_dict().items():
+            assert torch.equal(tensor, state[name]), (recipe, name)
+        timeless = [
+            [block.model_copy(update={"seconds": 0.0}) for block in run.record.blocks] for run in (whole, streamed)
+        ]
+        assert timeless[0] == timeless[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["besa", "sparsegpt"]
+
+
+def test_the_model_is_loaded_from_out_when_asked_for(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    calibration = str(tiny_llama_folder / "calibration.txt")
+    result = besa.compress(tiny_llama_folder, "wanda", calibration, out=tmp_path / "o", samples=4, seqlen=32)
+    (tmp_path / "o").rename(tmp_path / "moved")
+    with pytest.raises(besa.BesaError, match="/o"):
+        _ = result.model
+    (tmp_path / "moved").rename(tmp_path / "o")
+    model = result.model
+    assert int((model.model.layers[7].mlp.down_proj.weight == 0).sum()) == 96 * 128
+    assert result.model is model
+    assert besa.compress(tiny_llama_folder, "wanda", calibration, samples=4, seqlen=32).out is None
+
+
+@pytest.mark.parametrize("recipe", ["besa", "magnitude"])
+def test_activations_in_a_file_change_no_bit(tiny_llama_folder: Path, recipe: str) -> None:
+    settings = {"calibration": str(tiny_llama_folder / "calibration.txt"), "samples": 9, "seqlen": 64, "batch": 2}
+    within = besa.compress(tiny_llama_folder, recipe, **settings)
+    above = besa.compress(tiny_llama_folder, recipe, activation_budget=1, **settings)
+    for name, tensor in within.model.state_dict().items():
+        assert torch.equal(tensor, above.model.state_dict()[name]), name
+
+
+def test_exceptions_are_heeded(tiny_llama_folder: Path) -> None:
+    recipe = besa.Recipe.load("besa").with_exceptions(["*.q_proj", "model.layers.0.*"], ["*.down_proj=0.25"])
+    calibration = str(tiny_llama_folder / "calibration.txt")
+    result = besa.compress(tiny_llama_folder, recipe, calibration, samples=4, seqlen=32)
+    common = zeros = 0
+    for block in find_blocks(result.model):
+        for name in block.prunables:
+            count = int((block.weight(name) == 0).sum())
+            if block.index == 0 or name.endswith("q_proj"):
+                assert count == 0
+            elif name.endswith("down_proj"):
+                assert count == 96 * 256 // 4
+            else:
+                common, zeros = common + block.weight(name).numel(), zeros + count
+    assert zeros == round(0.5 * common)
+    assert result.record.blocks[0].linears == []
+    assert result.record.weights == common + 7 * 96 * 256  # what is skipped is not counted
 
 
 def test_pruning_a_pruned_model_goes_on_from_its_zeros(tiny_llama_folder: Path, tmp_path: Path) -> None:

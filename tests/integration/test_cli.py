@@ -78,6 +78,8 @@ def test_run_record_tells_what_was_counted(pruned: Path) -> None:
     tensors = load_file(pruned / "model.safetensors")
     assert record["zeros"] == round(0.6 * record["weights"])
     assert record["seed"] == 0
+    assert record["restored_blocks"] == 0
+    assert all(linear["reached"] for block in record["blocks"] for linear in block["linears"])
     assert record["recipe"]["sparsity"] == 0.6
     assert record["calibration"]["samples"] == 8
     assert len(record["calibration"]["sha256"]) == 64
@@ -149,6 +151,10 @@ def test_report_is_one_page(pruned: Path, tmp_path: Path) -> None:
         (["--calibration", "missing.txt"], ["missing.txt"]),
         (["--samples", "5000", "--seqlen", "512"], ["tokens", "2,560,000"]),
         (["--device", "cuda"], ["CUDA"]),
+        (["--skip", "*.nothing"], ["skip", "*.nothing", "besa inspect"]),
+        (["--skip", "*"], ["nothing to prune"]),
+        (["--sparsity-of", "*.k_proj"], ["--sparsity-of *.k_proj:", "pattern=sparsity"]),
+        (["--sparsity-of", "*.none=0.3"], ["sparsity_of", "*.none"]),
     ],
 )
 def test_bad_arguments_are_refused_in_a_sentence(arguments: list[str], words: list[str], tmp_path: Path) -> None:
@@ -171,8 +177,7 @@ def test_models_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     assert_refused(besa("prune", damaged, out, *SMALL), "damaged")
     assert_refused(besa("prune", tmp_path / "none.gguf", out, *SMALL), "none.gguf")
     assert_refused(besa("prune", tmp_path / "nowhere", out, *SMALL), "nowhere")
-    assert not out.exists()
-    assert not list(tmp_path.glob(".*"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged", "empty", "pickled"]
 
 
 def test_existing_out_is_refused_and_untouched(tmp_path: Path) -> None:
@@ -188,15 +193,39 @@ def test_nan_in_activations_is_refused(tmp_path: Path) -> None:
     tensors["model.layers.2.mlp.down_proj.weight"][5, 7] = float("nan")
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     assert_refused(besa("prune", model, tmp_path / "out", *SMALL), "model.layers.2", "NaN")
-    assert not (tmp_path / "out").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out.partial"]  # the two blocks before it
+
+
+def test_infinity_in_activations_is_refused(tmp_path: Path) -> None:
+    """Weights that are finite, and outputs that are not: the block is named, and those before it are kept."""
+    model = shutil.copytree(TINY, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.2.mlp.down_proj.weight"].fill_(3e38)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    assert_refused(besa("prune", model, tmp_path / "out", *SMALL), "model.layers.2 puts out NaN or infinity")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out.partial"]
+
+
+def with_file_quota(kilobytes: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """A quota on file size is the full disk that a test can make: the write fails in the middle."""
+    command = f"ulimit -f {kilobytes}; exec {sys.executable} -m besa.cli {' '.join(map(str, arguments))}"
+    return subprocess.run(["bash", "-c", f"trap '' XFSZ; {command}"], capture_output=True, text=True, check=False)
 
 
 def test_full_disk_leaves_nothing(tmp_path: Path) -> None:
-    # A quota on file size is the full disk that a test can make: the write fails in the middle.
-    command = f"ulimit -f 1000; exec {sys.executable} -m besa.cli prune {TINY} {tmp_path}/out {' '.join(SMALL)}"
-    result = subprocess.run(["bash", "-c", f"trap '' XFSZ; {command}"], capture_output=True, text=True, check=False)
-    assert_refused(result, "out")
+    assert_refused(with_file_quota(100, "prune", TINY, tmp_path / "out", *SMALL), "out")  # a block has 400 KB
     assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk_at_the_end_keeps_the_blocks(pruned: Path, tmp_path: Path) -> None:
+    arguments = ["prune", TINY, tmp_path / "out", "--recipe", "besa", "--sparsity", "0.6", *SMALL]
+    assert_refused(with_file_quota(1000, *arguments), "out")  # the checkpoint has 4 MB
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+    assert_refused(besa(*arguments), "8 finished blocks", "--resume")
+    resumed = besa(*arguments, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (pruned / "model.safetensors").read_bytes()
 
 
 def test_short_text_for_evaluation_is_refused(tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ CONFIGS = {
     "gemma2": lambda: transformers.Gemma2Config(
         **SMALL, **HEADS, head_dim=8, sliding_window=4
     ),  # masks differ by layer
+    "gpt2": lambda: transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=3, n_head=4),  # transposed weights
+    "mixtral": lambda: transformers.MixtralConfig(**SMALL, **HEADS, num_local_experts=4),  # stacked experts
     "opt": lambda: transformers.OPTConfig(**SMALL, num_attention_heads=4, ffn_dim=48, word_embed_proj_dim=32),
     "qwen3": lambda: transformers.Qwen3Config(**SMALL, **HEADS, head_dim=8),
 }
@@ -37,6 +39,16 @@ def hooks(module: nn.Module) -> int:
     return sum(len(part._forward_pre_hooks) + len(part._forward_hooks) for part in module.modules())
 
 
+def captured_whole(model, blocks, tokens_NT, batch):
+    return torch.cat(list(capture_inputs(model, blocks, tokens_NT, batch)))
+
+
+def outputs(block, x_NTC, batch):
+    y_NTC = torch.full_like(x_NTC, torch.nan)
+    block.run(x_NTC, batch, into=y_NTC)
+    return y_NTC
+
+
 def test_find_blocks(tiny_llama):
     blocks = find_blocks(tiny_llama)
     assert [block.name for block in blocks] == [f"model.layers.{i}" for i in range(8)]
@@ -45,8 +57,11 @@ def test_find_blocks(tiny_llama):
     parts += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
     for block in blocks:
         assert block.module is tiny_llama.get_submodule(block.name)
-        assert list(block.linears) == [f"{block.name}.{part}" for part in parts]
-        assert all(linear is tiny_llama.get_submodule(name) for name, linear in block.linears.items())
+        assert list(block.prunables) == [f"{block.name}.{part}" for part in parts]
+        for name in block.prunables:
+            weight = tiny_llama.get_submodule(name).weight
+            assert block.weight(name).data_ptr() == weight.data_ptr()
+            assert torch.equal(block.weight(name), weight)
         assert block.weights == 2 * 96 * 96 + 2 * 48 * 96 + 3 * 256 * 96
 
 
@@ -82,11 +97,13 @@ def test_the_largest_stack_of_the_right_depth_is_the_decoder():
 def test_blocks_one_after_another_are_the_model(tiny_llama, tokens_NT, batch):
     expected_NTV = tiny_llama(input_ids=tokens_NT, use_cache=False).logits
     blocks = find_blocks(tiny_llama)
-    x_NTC = capture_inputs(tiny_llama, blocks, tokens_NT, batch)
+    parts = list(capture_inputs(tiny_llama, blocks, tokens_NT, batch))
+    assert [len(part_NTC) for part_NTC in parts] == [min(batch, 5 - start) for start in range(0, 5, batch)]
+    x_NTC = torch.cat(parts)
     assert torch.equal(x_NTC, tiny_llama.model.embed_tokens(tokens_NT))
     assert all(sorted(block.arguments) == list(range(1, min(batch, 5) + 1)) for block in blocks)
     for block in blocks:
-        x_NTC = block.run(x_NTC, batch)
+        block.run(x_NTC, batch, into=x_NTC)
     torch.testing.assert_close(tiny_llama.lm_head(tiny_llama.model.norm(x_NTC)), expected_NTV, rtol=1e-5, atol=1e-5)
 
 
@@ -106,28 +123,43 @@ def test_other_architectures_block_by_block(architecture, tokens_NT, batch):
     for handle in handles:
         handle.remove()
 
-    x_NTC = capture_inputs(model, blocks, tokens_NT, batch)
+    x_NTC = captured_whole(model, blocks, tokens_NT, batch)
     for block, y_NTC in zip(blocks, expected, strict=True):
         assert not torch.allclose(x_NTC, y_NTC, rtol=1e-2)  # the block does something
-        x_NTC = block.run(x_NTC, batch)
+        block.run(x_NTC, batch, into=x_NTC)
         torch.testing.assert_close(x_NTC, y_NTC, rtol=1e-4, atol=1e-5)
 
 
 def test_capture_leaves_the_model_as_it_was(tiny_llama, tokens_NT):
     before_NTV = tiny_llama(input_ids=tokens_NT, use_cache=False).logits
-    capture_inputs(tiny_llama, find_blocks(tiny_llama), tokens_NT, 2)
+    captured_whole(tiny_llama, find_blocks(tiny_llama), tokens_NT, 2)
     assert forwards(tiny_llama) == {}
     assert hooks(tiny_llama) == 0
     assert torch.equal(tiny_llama(input_ids=tokens_NT, use_cache=False).logits, before_NTV)
 
 
+def test_capture_leaves_the_model_as_it_was_when_it_is_not_read_to_the_end(tiny_llama, tokens_NT):
+    parts = capture_inputs(tiny_llama, find_blocks(tiny_llama), tokens_NT, 2)
+    next(parts)
+    assert forwards(tiny_llama) != {}
+    parts.close()
+    assert forwards(tiny_llama) == {}
+    assert hooks(tiny_llama) == 0
+
+
+def test_capture_needs_no_weights_of_the_blocks(tiny_llama, tokens_NT):
+    expected_NTC = tiny_llama.model.embed_tokens(tokens_NT)
+    tiny_llama.model.layers.to("meta")
+    assert torch.equal(captured_whole(tiny_llama, find_blocks(tiny_llama), tokens_NT, 2), expected_NTC)
+
+
 def test_capture_leaves_the_model_as_it_was_when_it_fails(tiny_llama, tokens_NT):
     blocks = find_blocks(tiny_llama)
     with pytest.raises(IndexError):
-        capture_inputs(tiny_llama, blocks, tokens_NT + 10**6, 2)  # no such tokens
+        captured_whole(tiny_llama, blocks, tokens_NT + 10**6, 2)  # no such tokens
     handle = blocks[3].module.register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        capture_inputs(tiny_llama, blocks, tokens_NT, 2)  # fails half way through the blocks
+        captured_whole(tiny_llama, blocks, tokens_NT, 2)  # fails half way through the blocks
     handle.remove()
     assert forwards(tiny_llama) == {}
     assert hooks(tiny_llama) == 0
@@ -140,37 +172,62 @@ def test_capture_keeps_a_forward_that_was_wrapped_before(tiny_llama, tokens_NT):
     original = module.forward
     module.forward = lambda *inputs, **arguments: original(*inputs, **arguments)
     before = forwards(tiny_llama)
-    capture_inputs(tiny_llama, find_blocks(tiny_llama), tokens_NT, 2)
+    captured_whole(tiny_llama, find_blocks(tiny_llama), tokens_NT, 2)
     assert forwards(tiny_llama) == before
 
 
 @pytest.fixture
 def captured(tiny_llama, tokens_NT):
     blocks = find_blocks(tiny_llama)
-    return blocks[2], capture_inputs(tiny_llama, blocks, tokens_NT, 5)
+    return blocks[2], captured_whole(tiny_llama, blocks, tokens_NT, 5)
 
 
 def test_run_does_not_depend_on_the_batch(captured):
     block, x_NTC = captured
-    together_NTC = block.run(x_NTC, 5)
+    before_NTC = x_NTC.clone()
+    together_NTC = outputs(block, x_NTC, 5)
     for batch in (1, 2, 3, 4):
-        torch.testing.assert_close(block.run(x_NTC, batch), together_NTC, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(outputs(block, x_NTC, batch), together_NTC, rtol=1e-5, atol=1e-5)
+    assert torch.equal(x_NTC, before_NTC)
     assert torch.equal(block(x_NTC), together_NTC)
+
+
+def test_run_may_write_over_its_inputs_or_throw_its_outputs_away(captured):
+    block, x_NTC = captured
+    before_NTC, expected_NTC = x_NTC.clone(), outputs(block, x_NTC, 2)
+    assert block.run(x_NTC, 2) is None
+    assert torch.equal(x_NTC, before_NTC)
+    block.run(x_NTC, 2, into=x_NTC)
+    assert torch.equal(x_NTC, expected_NTC)
 
 
 def test_run_takes_no_gradients(captured):
     block, x_NTC = captured
     block.module.requires_grad_()
-    assert not block.run(x_NTC, 5).requires_grad
+    assert block(x_NTC).requires_grad
+    assert not outputs(block, x_NTC, 5).requires_grad
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("place", [0, 4])
+def test_outputs_that_are_not_finite_are_refused(captured, value, place):
+    block, x_NTC = captured
+    x_NTC[place, -1, 3] = value
+    before_NTC = x_NTC.clone()
+    for into in (None, x_NTC):
+        with pytest.raises(BesaError, match=r"^model\.layers\.2 puts out NaN or infinity: .*\.$") as caught:
+            block.run(x_NTC, 1, into=into)
+        assert "\n" not in str(caught.value)
+    torch.testing.assert_close(x_NTC[place], before_NTC[place], equal_nan=True, rtol=0, atol=0)  # nothing taken over
 
 
 def test_replaced_weights_are_used_and_get_the_gradients(captured):
     block, x_NTC = captured
     own_NTC = block(x_NTC)
-    half = {name: linear.weight / 2 for name, linear in block.linears.items()}
+    half = {name: block.weight(name) / 2 for name in block.prunables}
     changed = copy.deepcopy(block)
-    for name, linear in changed.linears.items():
-        linear.weight.copy_(half[name])
+    for name in changed.prunables:
+        changed.weight(name).copy_(half[name])
     weights = {name: weight.clone().requires_grad_() for name, weight in half.items()}
     y_NTC = block(x_NTC, weights)
     assert torch.equal(y_NTC, changed(x_NTC))
@@ -179,22 +236,39 @@ def test_replaced_weights_are_used_and_get_the_gradients(captured):
 
     loss = y_NTC.double().square().sum()
     gradients = torch.autograd.grad(loss, list(weights.values()))
-    assert all(linear.weight.grad is None for linear in block.linears.values())
+    assert all(parameter.grad is None for parameter in block.module.parameters())
     changed.module.requires_grad_()
     expected = torch.autograd.grad(
-        changed(x_NTC).double().square().sum(), [linear.weight for linear in changed.linears.values()]
+        changed(x_NTC).double().square().sum(),
+        [changed.module.get_parameter(prunable.parameter) for prunable in changed.prunables.values()],
     )
     for got, wanted in zip(gradients, expected, strict=True):
         assert wanted.abs().max() > 0
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "mixtral"])
+def test_replaced_weights_of_other_layouts(architecture, tokens_NT):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[architecture]()).eval().requires_grad_(False)
+    blocks = find_blocks(model)
+    x_NTC, block = captured_whole(model, blocks, tokens_NT, 5), blocks[1]
+    own_NTC = block(x_NTC)
+    half = {name: block.weight(name) / 2 for name in list(block.prunables)[::2]}
+    y_NTC = block(x_NTC, half)
+    assert not torch.allclose(y_NTC, own_NTC)
+    assert torch.equal(block(x_NTC), own_NTC)
+    for name, weight in half.items():
+        block.weight(name).copy_(weight)
+    assert torch.equal(block(x_NTC), y_NTC)
+
+
 def test_only_some_weights_may_be_replaced(captured):
     block, x_NTC = captured
     name = f"{block.name}.mlp.down_proj"
-    zero_OI = torch.zeros_like(block.linears[name].weight)
+    zero_OI = torch.zeros_like(block.weight(name))
     without_mlp = copy.deepcopy(block)
-    without_mlp.linears[name].weight.zero_()
+    without_mlp.weight(name).zero_()
     assert torch.equal(block(x_NTC, {name: zero_OI}), without_mlp(x_NTC))
 
 

@@ -48,6 +48,22 @@ def test_wanda(w_OI, x_TI, dtype):
             assert float(score_OI[o, i]) == pytest.approx(abs(float(w_OI[o, i])) * norm, rel=1e-5)
 
 
+@pytest.mark.parametrize("gram", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_wanda_without_tokens_is_magnitude(w_OI, dtype, gram):
+    nothing = InputStatistics.empty(6, gram, w_OI.device)
+    score_OI = Wanda().score(w_OI.to(dtype), nothing)
+    assert score_OI.dtype == torch.float32
+    assert torch.equal(score_OI, w_OI.to(dtype).float().abs())
+    nothing.add(torch.zeros(1, 6))
+    assert (Wanda().score(w_OI, nothing) == 0).all()  # a token that is zero counts
+
+
+def test_obs_without_tokens_ranks_as_magnitude_does(w_OI):
+    score_OI = OBS(damping=0.5).score(w_OI, InputStatistics.empty(6, True, w_OI.device))
+    torch.testing.assert_close(score_OI, 1.5 * w_OI.square())  # every channel counts one, and the damping
+
+
 @pytest.mark.parametrize("damping", [1e-4, 0.5])
 def test_obs_is_the_least_error_that_removing_one_weight_causes(w_OI, x_TI, damping):
     """min over w' with w'_j = 0 of (w − w')ᵀ H (w − w'), solved as least squares: w²/[H⁻¹]ⱼⱼ without a factor of ½."""

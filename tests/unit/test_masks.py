@@ -123,7 +123,7 @@ def steps(draw):
     ranks_D = candidate_ranks(candidate_rates(1 / intervals), width)
     taken_ID = (torch.arange(width)[:, None] < ranks_D).float()
     beta_RD = torch.rand(groups, intervals + 1, generator=torch.Generator().manual_seed(draw(st.integers(0, 99))))
-    return beta_RD.requires_grad_(), w_OI, ranks_OI, counts_O, ranks_OI.argsort(dim=1), taken_ID, gradient_OI
+    return beta_RD.requires_grad_(), w_OI, ranks_OI, counts_O, taken_ID, gradient_OI
 
 
 @given(steps())
@@ -140,6 +140,17 @@ def test_straight_through_gradient_is_that_of_the_dense_mask(step):
     (dense_RD,) = torch.autograd.grad(dense_OI, reference_RD, gradient_OI.double())
     assert binned_RD.shape == beta_RD.shape
     assert torch.equal(binned_RD.double(), dense_RD)
+
+
+@given(steps(), st.integers(1, 30))
+@settings(deadline=None)
+def test_straight_through_gradient_does_not_depend_on_the_chunk(step, chunk):
+    *arguments, gradient_OI = step
+    (whole_RD,) = torch.autograd.grad(straight_through(*arguments), arguments[0], gradient_OI)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(masks, "CHUNK", chunk)
+        (parted_RD,) = torch.autograd.grad(straight_through(*arguments), arguments[0], gradient_OI)
+    assert torch.equal(parted_RD, whole_RD)
 
 
 @pytest.mark.parametrize("groups", [1, 7])
@@ -163,7 +174,7 @@ def test_straight_through_under_any_loss(groups):
 
     binned = loss_and_gradient(
         torch.float32,
-        lambda beta_RD, w_OI: straight_through(beta_RD, w_OI, ranks_OI, counts_O, ranks_OI.argsort(dim=1), taken_ID),
+        lambda beta_RD, w_OI: straight_through(beta_RD, w_OI, ranks_OI, counts_O, taken_ID),
     )
     dense = loss_and_gradient(
         torch.float64, lambda beta_RD, w_OI: dense_straight_through(beta_RD, w_OI, ranks_OI, counts_O)
@@ -179,7 +190,7 @@ def test_straight_through_in_bfloat16():
     ranks_OI = rank(w_OI.float().abs(), w_OI)
     beta_RD = torch.tensor([[0.5, 0.25, 0.25]], requires_grad=True)
     taken_ID = torch.tensor([[0.0, 1.0, 1.0], [0.0, 1.0, 1.0], [0.0, 0.0, 1.0]])
-    masked_OI = straight_through(beta_RD, w_OI, ranks_OI, torch.tensor([1]), ranks_OI.argsort(dim=1), taken_ID)
+    masked_OI = straight_through(beta_RD, w_OI, ranks_OI, torch.tensor([1]), taken_ID)
     assert masked_OI.dtype == torch.bfloat16
     assert masked_OI.tolist() == [[0, -2, 4]]
     masked_OI.sum().backward()

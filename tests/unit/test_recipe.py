@@ -142,6 +142,11 @@ def test_overrides_may_change_the_method_and_add_a_part(write):
         ("sparsity=.nan", "sparsity: "),
         ("sparsity=half", "sparsity: input should be a valid number"),
         ("sparsity={a: 1}", "sparsity: input should be a valid number"),
+        ("sparsity_of={'*.k': 1.1}", "sparsity_of.*.k: input should be less than or equal to 1 (it is 1.1)"),
+        ("sparsity_of={'*.k': .nan}", "sparsity_of.*.k: "),
+        ("sparsity_of=0.3", "sparsity_of: "),
+        ("skip='*.k'", "skip: input should be a valid tuple"),
+        ("skip=[3]", "skip.0: input should be a valid string (it is 3)"),
         ("name.first=x", "--set name.first=x: name is a value, not a group of settings"),
         ("allocation.epochs", "--set allocation.epochs: write it as key.key=value, such as allocation.epochs=2"),
         ("", "--set : write it as key.key=value"),
@@ -166,6 +171,25 @@ def test_keys_are_named_as_they_are_written():
     assert ": allocation.epochs: input" in refusal("besa", overrides=["allocation.epochs=0"])
 
 
+def test_exceptions_are_added_to_the_recipes_own(write):
+    recipe = Recipe.load(write("skip: ['*.q']\nsparsity_of: {'*.k': 0.3, '*.v': 0.4}"))
+    assert (recipe.skip, recipe.sparsity_of) == (("*.q",), {"*.k": 0.3, "*.v": 0.4})
+    more = recipe.with_exceptions(["*.o", "m.0.*"], ["*.v=0", "*.up=1e-1", "a=b=1"])
+    assert more.skip == ("*.q", "*.o", "m.0.*")
+    assert more.sparsity_of == {"*.k": 0.3, "*.v": 0.0, "*.up": 0.1, "a=b": 1.0}
+    assert (recipe.skip, recipe.sparsity_of) == (("*.q",), {"*.k": 0.3, "*.v": 0.4})
+    assert more.model_copy(update={"skip": recipe.skip, "sparsity_of": recipe.sparsity_of}) == recipe
+    assert recipe.with_exceptions([], []) == recipe
+    assert Recipe.load(write(more.to_yaml())) == more
+
+
+@pytest.mark.parametrize("pair", ["", "*.k", "*.k=", "=0.3", "*.k=half", "*.k=1.1", "*.k=-0.1", "*.k=nan", "*.k=inf"])
+def test_exceptions_that_are_wrong(pair):
+    with pytest.raises(BesaError) as caught:
+        Recipe().with_exceptions([], ["*.v=0.5", pair])
+    assert str(caught.value) == f"--sparsity-of {pair}: write it as pattern=sparsity, such as *.k_proj=0.3."
+
+
 @given(override=st.text(max_size=30) | st.from_regex(r"(allocation\.epochs|sparsity|name|importance)=[^\x00]{0,12}"))
 @example("sparsity=0\n")
 @example("no\nvalue")
@@ -186,7 +210,11 @@ def test_sparsity_out_of_bounds(sparsity):
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ("", "must be a YAML mapping with the keys name, sparsity, importance, allocation, reconstruction"),
+        (
+            "",
+            "must be a YAML mapping with the keys name, sparsity, skip, sparsity_of, importance, allocation, "
+            "reconstruction.",
+        ),
         ("- a\n- b", "must be a YAML mapping"),
         ("besa", "must be a YAML mapping"),
         ("a: b: c", "cannot be read as YAML"),

@@ -193,6 +193,16 @@ def test_independent_channels_have_nothing_to_make_up(w_OI):
     torch.testing.assert_close(rebuilt_OI, w_OI * kept_OI, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("mask", ["adaptive", "fixed"])
+def test_without_tokens_kept_weights_stay(w_OI, mask):
+    ranks_OI, counts_O = rank(w_OI.abs(), w_OI), torch.full((ROWS,), WIDTH // 2)
+    nothing = InputStatistics.empty(WIDTH, True, w_OI.device)
+    rebuilt_OI = OBSUpdate(mask=mask).rebuild(w_OI, ranks_OI, counts_O, nothing)
+    smallest = w_OI.abs().flatten().sort().values[ROWS * WIDTH // 2 - 1]
+    kept_OI = hard_mask(ranks_OI, counts_O) if mask == "fixed" else w_OI.abs() > smallest
+    torch.testing.assert_close(rebuilt_OI, w_OI * kept_OI)
+
+
 def test_columns_of_different_width_share_the_zeros(w_OI, x_TI):
     """24 columns in blocks of 10, 10 and 4."""
     factor_II = inverse_factor(gathered(x_TI), 0.01)

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from besa.errors import BesaError
+from besa.models.prunable import Prunable, find_prunables
 from besa.statistics import InputStatistics, collect
 
 
@@ -32,13 +34,15 @@ def batches():
     return [torch.randn(n, 5, 6, generator=generator) for n in (3, 2, 1)]
 
 
-def linears(module):
-    return {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear)}
+def collected(gram, **modules: nn.Module):
+    """`collect` on a block of these modules; the statistics come under their names."""
+    block = nn.ModuleDict(modules)
+    return collect(block, find_prunables(block), gram)
 
 
 @pytest.mark.parametrize("gram", [True, False])
 def test_sums_over_all_tokens(attention, batches, gram):
-    with collect(linears(attention), gram) as statistics:
+    with collect(attention, find_prunables(attention), gram) as statistics:
         for x in batches:
             attention(x)
     x_TI = torch.cat(batches).reshape(-1, 6).double() * 2
@@ -59,7 +63,7 @@ def test_linears_of_one_input_share_the_work(attention, batches, monkeypatch):
     added = []
     add = InputStatistics.add
     monkeypatch.setattr(InputStatistics, "add", lambda self, x_TI: (added.append(len(x_TI)), add(self, x_TI)))
-    with collect(linears(attention), gram=True) as statistics:
+    with collect(attention, find_prunables(attention), gram=True) as statistics:
         for x in batches:
             attention(x)
     assert statistics["q"] is statistics["k"] is statistics["v"]
@@ -69,7 +73,7 @@ def test_linears_of_one_input_share_the_work(attention, batches, monkeypatch):
 
 def test_equal_inputs_that_are_not_the_same_tensor_count_apart():
     first, second = nn.Linear(2, 2), nn.Linear(2, 2)
-    with collect({"first": first, "second": second}, gram=False) as statistics:
+    with collected(gram=False, first=first, second=second) as statistics:
         first(torch.ones(3, 2))
         second(torch.ones(3, 2))
     assert statistics["first"] is not statistics["second"]
@@ -78,7 +82,7 @@ def test_equal_inputs_that_are_not_the_same_tensor_count_apart():
 
 def test_every_pass_counts_even_of_the_same_tensor():
     linear, x = nn.Linear(2, 2), torch.tensor([[1.0, 2.0]])
-    with collect({"linear": linear}, gram=True) as statistics:
+    with collected(gram=True, linear=linear) as statistics:
         linear(x)
         linear(x)
     assert statistics["linear"].tokens == 2
@@ -89,7 +93,7 @@ def test_every_pass_counts_even_of_the_same_tensor():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_inputs_are_summed_in_full(dtype):
     x = torch.full((4000, 1), 1.5, dtype=dtype)
-    with collect({"linear": (linear := nn.Linear(1, 1).to(dtype))}, gram=True) as statistics:
+    with collected(gram=True, linear=(linear := nn.Linear(1, 1).to(dtype))) as statistics:
         linear(x)
     assert statistics["linear"].squares_I.tolist() == [9000]
     assert statistics["linear"].gram_II.tolist() == [[9000]]
@@ -97,25 +101,128 @@ def test_half_precision_inputs_are_summed_in_full(dtype):
 
 def test_inputs_are_not_kept_with_their_graph():
     linear = nn.Linear(2, 2)
-    with collect({"linear": linear}, gram=True) as statistics:
+    with collected(gram=True, linear=linear) as statistics:
         linear(torch.ones(1, 2, requires_grad=True))
     assert not statistics["linear"].squares_I.requires_grad
     assert not statistics["linear"].gram_II.requires_grad
 
 
 @pytest.mark.parametrize("raises", [False, True])
-def test_hooks_are_gone_afterwards(attention, batches, raises):
+def test_nothing_is_observed_afterwards(attention, batches, raises):
     try:
-        with collect(linears(attention), gram=False) as statistics:
+        with collect(attention, find_prunables(attention), gram=False) as statistics:
             attention(batches[0])
-            assert all(part._forward_pre_hooks for part in linears(attention).values())
             if raises:
                 raise KeyboardInterrupt
     except KeyboardInterrupt:
         assert raises
+    squares_I = statistics["o"].squares_I.clone()
     attention(batches[0])
-    assert not any(part._forward_pre_hooks for part in linears(attention).values())
-    assert statistics["o"].tokens == 15
+    assert {name: found.tokens for name, found in statistics.items()} == dict.fromkeys("qkvo", 15)
+    assert torch.equal(statistics["o"].squares_I, squares_I)
+
+
+def test_observing_changes_no_result(attention, batches):
+    expected = attention(batches[0])
+    with collect(attention, find_prunables(attention), gram=True):
+        assert torch.equal(attention(batches[0]), expected)
+
+
+@pytest.mark.parametrize("gram", [True, False])
+def test_what_no_token_reached_has_statistics_of_none(gram):
+    first, second = nn.Linear(2, 2), nn.Linear(3, 5)
+    with collected(gram, first=first, second=second) as statistics:
+        first(torch.ones(4, 2))
+    assert set(statistics) == {"first", "second"}
+    assert (statistics["first"].tokens, statistics["second"].tokens) == (4, 0)
+    assert statistics["second"].squares_I.tolist() == [0, 0, 0]
+    assert statistics["second"].squares_I.dtype == torch.float64
+    if gram:
+        assert statistics["second"].gram_II.tolist() == [[0, 0, 0]] * 3
+    else:
+        assert statistics["second"].gram_II is None
+
+
+def test_products_with_other_tensors_do_not_count():
+    linear, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    with collected(gram=False, linear=linear) as statistics:
+        other(torch.ones(3, 2))
+        torch.ones(3, 2) @ torch.ones(2, 2)
+        linear(torch.ones(1, 2)).norm()
+    assert set(statistics) == {"linear"}
+    assert statistics["linear"].tokens == 1
+
+
+PRODUCTS = {
+    "linear": lambda x_TI, w_OI: nn.functional.linear(x_TI, w_OI),
+    "addmm": lambda x_TI, w_OI: torch.addmm(torch.zeros(5), x_TI, w_OI.T),
+    "matmul": lambda x_TI, w_OI: torch.matmul(x_TI, w_OI.T),
+    "method": lambda x_TI, w_OI: x_TI.matmul(w_OI.T),
+    "operator": lambda x_TI, w_OI: x_TI @ w_OI.T,
+    "batched": lambda x_TI, w_OI: torch.bmm(x_TI[None], w_OI.T[None])[0],
+}
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_products_are_told_by_the_weight_whatever_computes_them(product, transposed):
+    block = nn.Module()
+    block.weight = nn.Parameter(torch.randn((3, 5) if transposed else (5, 3)), requires_grad=False)
+    prunable = Prunable("weight", 5, 3, transposed)
+    x_TI = torch.tensor([[1.0, 2.0, 3.0], [1.0, 0.0, -1.0]])
+    with collect(block, {"w": prunable}, gram=True) as statistics:
+        y_TO = PRODUCTS[product](x_TI, prunable.of(block.weight))
+    torch.testing.assert_close(y_TO, x_TI @ prunable.of(block.weight).T)
+    assert statistics["w"].tokens == 2
+    assert statistics["w"].squares_I.tolist() == [2, 4, 10]
+    assert statistics["w"].gram_II.tolist() == [[2, 2, 2], [2, 4, 6], [2, 6, 10]]
+
+
+def test_a_conv1d_is_observed():
+    conv = Conv1D(5, 3)
+    with collected(gram=False, conv=conv) as statistics:
+        conv(torch.tensor([[[1.0, 2.0, 3.0], [1.0, 0.0, -1.0]]]))
+    assert statistics["conv"].tokens == 2
+    assert statistics["conv"].squares_I.tolist() == [2, 4, 10]
+
+
+@pytest.fixture
+def experts():
+    """Three experts (E, O, I) of which each forward pass uses those it is told."""
+    block = nn.Module()
+    block.stack = nn.Parameter(torch.randn(3, 4, 2, generator=torch.Generator().manual_seed(0)), requires_grad=False)
+    return block, {f"stack.{expert}": Prunable("stack", 4, 2, expert=expert) for expert in range(3)}
+
+
+def test_experts_count_the_tokens_that_reach_them(experts):
+    block, prunables = experts
+    with collect(block, prunables, gram=False) as statistics:
+        nn.functional.linear(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), block.stack[0])
+        nn.functional.linear(torch.tensor([[5.0, 6.0]]), block.stack[2])
+        nn.functional.linear(torch.tensor([[1.0, 1.0]]), block.stack[2])
+    assert [statistics[name].tokens for name in prunables] == [2, 0, 2]
+    assert [statistics[name].squares_I.tolist() for name in prunables] == [[10, 20], [0, 0], [26, 37]]
+
+
+@pytest.mark.parametrize("product", [torch.bmm, torch.matmul])
+def test_experts_multiplied_all_at_once_count_apart(experts, product):
+    block, prunables = experts
+    x_ETI = torch.arange(12.0).reshape(3, 2, 2)
+    with collect(block, prunables, gram=False) as statistics:
+        product(x_ETI, block.stack.transpose(1, 2))
+    for expert, name in enumerate(prunables):
+        assert statistics[name].tokens == 2
+        assert statistics[name].squares_I.tolist() == x_ETI[expert].square().sum(dim=0).tolist()
+
+
+def test_a_product_the_other_way_round_is_refused():
+    block = nn.Module()
+    block.weight = nn.Parameter(torch.randn(3, 5))
+    with (
+        pytest.raises(BesaError, match=r"^w is multiplied the other way round .* --skip\.$"),
+        collect(block, {"w": Prunable("weight", 3, 5)}, gram=False),
+    ):
+        torch.ones(2, 3) @ block.weight
 
 
 def gathered(x_TI) -> InputStatistics:

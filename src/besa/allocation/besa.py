@@ -36,7 +36,9 @@ class Besa(Settings):
     start_width: float = Field(default=0.1, gt=0, description="spread of the first beta around the target")
     epochs: int = Field(default=1, ge=1, description="passes over the calibration set, at most; a step is one sequence")
     learning_rate: float = Field(default=0.5, gt=0, description="Adam's, in logits a step; falls linearly to zero")
-    penalty: float = Field(default=5.0, ge=0, description="weight λ of the sparsity term of eq. 1")
+    penalty: float = Field(
+        default=100.0, ge=0, description="weight λ of the sparsity term of eq. 1, as a multiple of the loss at the step"
+    )
     tolerance: float = Field(
         default=0.01, ge=0, description="stop after an epoch that lowers the loss by a smaller share"
     )
@@ -88,7 +90,8 @@ class Besa(Settings):
                 masked, missed = self._masked(problem.budgets, learned)
                 y_NTC = problem.block(problem.inputs_NTC[chosen_N].to(problem.device), constant | masked)
                 loss = reconstruction_error(y_NTC, problem.targets_NTC[chosen_N].to(problem.device))
-                (loss + self.penalty * missed).backward()  # eq. 1
+                # Relative to the loss, one λ serves any sparsity and model: the loss grows tenfold from 50 to 90 %.
+                (loss + self.penalty * loss.detach() * missed).backward()  # eq. 1
                 optimizer.step()
                 schedule.step()
                 losses.append(float(loss.detach()))

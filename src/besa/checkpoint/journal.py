@@ -50,7 +50,7 @@ class Journal:
             return
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             raise BesaError(f"{path} is damaged: remove {self.folder} and run without --resume.") from None
         difference = _difference(found, wanted)
         if difference:
@@ -74,7 +74,7 @@ class Journal:
         """
         path = self.path(record.index)
         save_tensors(path, tensors)
-        entry = {"sha256": _sha256(path), "record": record.model_dump(mode="json")}
+        entry = {"sha256": _sha256(path, record), "record": record.model_dump(mode="json")}
         write_file(path.with_suffix(".json"), json.dumps(entry))
 
     def record(self, index: int) -> BlockRecord | None:
@@ -83,9 +83,9 @@ class Journal:
         try:
             entry = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
             record = BlockRecord.model_validate(entry["record"])
-            if record.index == index and entry["sha256"] == _sha256(path):
+            if record.index == index and entry["sha256"] == _sha256(path, record):
                 return record
-        except (OSError, ValueError, TypeError, KeyError, ValidationError):
+        except (OSError, ValueError, TypeError, KeyError, RecursionError, ValidationError):
             pass
         return None
 
@@ -123,7 +123,8 @@ def journal_for(out: Path, resume: bool) -> Iterator[Journal]:
     journal = Journal(partial_folder(out))
     with explained(out):
         journal.folder.mkdir(parents=True, exist_ok=True)
-    with (journal.folder / "lock").open("w") as lock:
+        lock = (journal.folder / "lock").open("w")
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -146,9 +147,12 @@ def journal_for(out: Path, resume: bool) -> Iterator[Journal]:
                 shutil.rmtree(journal.folder, ignore_errors=True)
 
 
-def _sha256(path: Path) -> str:
+def _sha256(path: Path, record: BlockRecord) -> str:
+    """Of a block's tensors and of what is said about them."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.file_digest(file, "sha256")
+    digest.update(record.model_dump_json().encode())
+    return digest.hexdigest()
 
 
 def _difference(found: Any, wanted: Any, path: str = "") -> str | None:

@@ -108,7 +108,7 @@ def find_blocks(model: PreTrainedModel) -> list[Block]:
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == depth
     ]
-    if not stacks:
+    if not stacks or not depth:
         raise BesaError(
             f"{type(model).__name__} has no stack of decoder blocks that besa can find: use a causal decoder."
         )

@@ -31,7 +31,7 @@ class WeightFiles:
         self._holders = _indexed(folder) if (folder / INDEX).is_file() else _single(folder)
         self.paths = sorted(set(self._holders.values()))
         for path in self.paths:
-            missing = {name for name, holder in self._holders.items() if holder == path} - _names(path)
+            missing = {name for name, holder in self._holders.items() if holder == path}.difference(_names(path))
             if missing:
                 raise BesaError(f"{path} lacks the tensor {min(missing)} that {INDEX} promises: the file is damaged.")
 
@@ -39,6 +39,14 @@ class WeightFiles:
     def names(self) -> list[str]:
         """Names of all tensors."""
         return list(self._holders)
+
+    def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Names and shapes of all tensors, from the headers."""
+        for path in self.paths:
+            with safe_open(path, framework="pt") as file:
+                for name, holder in self._holders.items():
+                    if holder == path:
+                        yield name, tuple(file.get_slice(name).get_shape())
 
     def dtype(self) -> torch.dtype:
         """Of the first tensor of floating-point numbers; float32 where there is none."""
@@ -61,7 +69,9 @@ class WeightFiles:
                 with safe_open(path, framework="pt") as file:  # anew each time: a mapped file counts as memory
                     try:
                         tensor = file.get_tensor(name).clone()
-                    except (SafetensorError, OSError, ValueError) as error:
+                    except ValueError as error:  # torch, interrupted while it looks at the storage, says so
+                        raise KeyboardInterrupt from error
+                    except (SafetensorError, OSError) as error:
                         raise BesaError(f"The tensor {name} of {path} cannot be read: {error}.") from None
                 if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
                     raise BesaError(f"The tensor {name} of {path} holds NaN or infinity: the checkpoint is damaged.")
@@ -98,9 +108,9 @@ def _indexed(folder: Path) -> dict[str, Path]:
     return {name: folder / file for name, file in holders.items()}
 
 
-def _names(path: Path) -> set[str]:
+def _names(path: Path) -> list[str]:
     try:
         with safe_open(path, framework="pt") as file:
-            return set(file.keys())
+            return sorted(file.keys())  # an order that no hash seed changes
     except (SafetensorError, OSError, ValueError) as error:
         raise BesaError(f"{path} cannot be read as safetensors: {' '.join(str(error).split())}.") from None

@@ -53,17 +53,16 @@ class Source:
         """The local folder, or None for a Hugging Face id."""
         return Path(self.location) if Path(self.location).is_dir() else None
 
-    @property
-    def path(self) -> Path:
-        """The folder with the files; those of a Hugging Face id are fetched, or found in its cache.
+    def local(self) -> Source:
+        """The same with its files in a folder: those of a Hugging Face id are fetched, or found in its cache.
 
         Raises:
             BesaError: they cannot be had.
         """
         if self.folder is not None:
-            return self.folder
+            return self
         with quiet(), model_explained(self.name):
-            return Path(snapshot_download(self.location, allow_patterns=NEEDED))
+            return Source(self.name, snapshot_download(self.location, allow_patterns=NEEDED))
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -108,8 +107,8 @@ def load_model(source: Source, dtype: str = "auto", trust_remote_code: bool = Fa
     Raises:
         BesaError: the model cannot be read, or its code is not trusted.
     """
-    if not source.gguf:
-        WeightFiles(source.path)  # its complaints are clearer
+    if source.folder and not source.gguf:
+        WeightFiles(source.folder)  # its complaints are clearer
     with quiet(), model_explained(source.name):
         model = AutoModelForCausalLM.from_pretrained(
             **source.arguments,
@@ -136,7 +135,7 @@ def read_config(source: Source, trust_remote_code: bool = False) -> PreTrainedCo
     """The model's configuration.
 
     Raises:
-        BesaError: it cannot be read, is quantised, or is of no causal decoder.
+        BesaError: it cannot be read, or is of no causal decoder.
     """
     with quiet(), model_explained(source.name):
         config = AutoConfig.from_pretrained(**source.arguments, trust_remote_code=trust_remote_code)
@@ -145,9 +144,12 @@ def read_config(source: Source, trust_remote_code: bool = False) -> PreTrainedCo
         raise BesaError(f"{kind}, an encoder-decoder: besa prunes causal decoders.")
     if not hasattr(config.get_text_config(), "num_attention_heads"):
         raise BesaError(f"{kind}, which has no attention (state-space or recurrent): besa prunes causal decoders.")
-    if getattr(config, "quantization_config", None):
-        raise BesaError(f"{source.name} is quantised: prune the model it was made from.")
     return config
+
+
+def is_quantized(config: PreTrainedConfig) -> bool:
+    """Whether the weights are stored as codes of a quantiser."""
+    return bool(getattr(config, "quantization_config", None))
 
 
 def skeleton(source: Source, config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -162,6 +164,7 @@ def skeleton(source: Source, config: PreTrainedConfig, trust_remote_code: bool =
         model = AutoModelForCausalLM.from_config(
             config, dtype=config.dtype, trust_remote_code=trust_remote_code, experts_implementation="eager"
         )
+    model.tie_weights()  # undone as every parameter was replaced by one without memory
     return model.eval().requires_grad_(False)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from transformers.modeling_utils import LoadStateDictConfig, remove_tied_weights
 from besa.errors import BesaError
 from besa.models.blocks import Block, find_blocks
 from besa.models.files import WeightFiles
-from besa.models.loading import Source, model_explained, quiet, read_config, skeleton
+from besa.models.loading import Source, is_quantized, model_explained, quiet, read_config, skeleton
 
 HEAD = "head"
 
@@ -65,12 +65,16 @@ class DecoderInMemory:
     @contextmanager
     def opened(self, block: Block, device: torch.device) -> Iterator[None]:
         """Move the block to `device` and back."""
-        home = self.model.device
+        home, experts = self.model.device, self.model.get_experts_implementation()
+        if self.model._can_set_experts_implementation():
+            self.model.set_experts_implementation("eager")  # grouped products cannot be watched
         block.module.to(device)
         try:
             yield
         finally:
             block.module.to(home)
+            if self.model._can_set_experts_implementation():
+                self.model.set_experts_implementation(experts)
 
     def stored(self, block: Block) -> dict[str, Tensor]:
         """See `Decoder`."""
@@ -106,9 +110,12 @@ class DecoderOnDisk:
     """
 
     def __init__(self, source: Source, dtype: str = "auto", trust_remote_code: bool = False) -> None:
+        assert source.folder is not None
         self._source = source
-        self._files = WeightFiles(source.path)
+        self._files = WeightFiles(source.folder)
         config = read_config(source, trust_remote_code)
+        if is_quantized(config):
+            raise BesaError(f"{source.name} is quantised: prune the model it was made from.")
         if dtype == "auto":
             config.dtype = config.dtype or self._files.dtype()
         else:
@@ -119,24 +126,44 @@ class DecoderOnDisk:
                 f"The config.json of {source.name} says {depth:,} blocks, its files hold {len(self._files.names):,} "
                 "tensors: it is damaged, or belongs to another checkpoint."
             )
+        with torch.device("meta"):  # wrong sizes are found out before anything of that size is made
+            self._check(skeleton(source, config, trust_remote_code))
         self.model = skeleton(source, config, trust_remote_code)
         self.blocks = find_blocks(self.model)
         self._conversions = get_model_conversion_mapping(self.model)
         self._names = self._names_by_block()
+
+    def _check(self, empty: PreTrainedModel) -> None:
+        """Find out before the work, from the headers alone, whether a weight is missing or of the wrong shape.
+
+        Raises:
+            BesaError: so it is.
+        """
+        state = empty.state_dict()
+        renamed = _renaming(empty, get_model_conversion_mapping(empty))
+        filled = set()
+        for stored, shape in self._files.shapes():
+            name, merged = renamed(stored)
+            filled.add(name)
+            if name in state and not merged and shape != tuple(state[name].shape):
+                _refuse_shape(self._source.name, name, shape, state[name].shape)
+        tied = empty.all_tied_weights_keys
+        for name, _ in empty.named_parameters(remove_duplicate=False):
+            if not {name, tied.get(name, name)} & filled:
+                raise BesaError(f"{self._source.name} lacks the weight {name}: the checkpoint is incomplete.")
 
     def _names_by_block(self) -> dict[str, list[str]]:
         """Names in the files by the block they belong to; under "" what else the inner model has, under HEAD the rest.
 
         What the model has no place for is left out.
         """
-        renamings = [entry for entry in self._conversions if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in self._conversions if isinstance(entry, WeightConverter)]
         state = self.model.state_dict()
+        renamed = _renaming(self.model, self._conversions)
         names: dict[str, list[str]] = {name: [] for name in ("", HEAD, *(block.name for block in self.blocks))}
         inner = {id(parameter) for parameter in self.model.base_model.parameters()}
         head = {name for name, parameter in self.model.named_parameters() if id(parameter) not in inner}
         for stored in self._files.names:
-            name, merged = rename_source_key(stored, renamings, converters, self.model.base_model_prefix, state)
+            name, merged = renamed(stored)
             if name in state or merged:
                 owner = next((part for part in _prefixes(name) if part in names), HEAD if name in head else "")
                 names[owner].append(stored)
@@ -148,7 +175,7 @@ class DecoderOnDisk:
         within = {module for block in self.blocks for module in block.module.modules()}
         outside = [module for module in self.model.base_model.modules() if module not in within]
         try:
-            self._read("", outside)
+            self._read("")
             yield
         finally:
             for module in outside:
@@ -159,27 +186,20 @@ class DecoderOnDisk:
         """Read the block, and forget it afterwards."""
         modules = list(block.module.modules())
         try:
-            self._read(block.name, modules)
+            self._read(block.name)
             block.module.to(device)
             yield
         finally:
             for module in modules:
                 _forget(module)
 
-    def _read(self, owner: str, modules: list[nn.Module]) -> None:
-        """Fill the modules from the files.
+    def _read(self, owner: str) -> None:
+        """Fill modules from the files.
 
         Raises:
-            BesaError: a tensor is missing, damaged, of the wrong shape, or not finite.
+            BesaError: a tensor is damaged, or not finite.
         """
         _fill(self.model, dict(self._files.read(self._names[owner])), self._conversions, self._source.name)
-        for module in modules:
-            for name, parameter in module.named_parameters(recurse=False):
-                if parameter.is_meta:
-                    whole = next(path for path, part in self.model.named_modules() if part is module)
-                    raise BesaError(
-                        f"{self._source.name} lacks the weight {whole}.{name}: the checkpoint is incomplete."
-                    )
 
     def stored(self, block: Block) -> dict[str, Tensor]:
         """See `Decoder`."""
@@ -198,6 +218,26 @@ class DecoderOnDisk:
         """See `Decoder`."""
         for name, tensor in self._files.read([*self._names[""], *self._names[HEAD]]):
             yield name, tensor.to(self.model.dtype) if tensor.is_floating_point() else tensor
+
+
+def _renaming(model: PreTrainedModel, conversions: list[WeightTransform]) -> Callable[[str], tuple[str, bool]]:
+    """A function from a name in the files to that in the model, and whether the tensor is merged with others there."""
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    state = model.state_dict()
+
+    def renamed(stored: str) -> tuple[str, bool]:
+        name, pattern = rename_source_key(stored, renamings, converters, model.base_model_prefix, state)
+        return name, pattern is not None
+
+    return renamed
+
+
+def _refuse_shape(source: str, name: str, found: Iterable[int], expected: Iterable[int]) -> NoReturn:
+    raise BesaError(
+        f"{source}: the weight {name} is {tuple(found)}, its config.json says {tuple(expected)}: "
+        "it is damaged, or belongs to another checkpoint."
+    )
 
 
 def _prefixes(name: str) -> Iterator[str]:
@@ -222,10 +262,7 @@ def _fill(
     with quiet(), model_explained(source):
         info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), config)
     for name, found, expected in info.mismatched_keys:
-        raise BesaError(
-            f"{source}: the weight {name} is {tuple(found)}, its config.json says {tuple(expected)}: "
-            "it is damaged, or belongs to another checkpoint."
-        )
+        _refuse_shape(source, name, found, expected)
     for name, reason in info.conversion_errors.items():
         raise BesaError(f"{source}: the weight {name} cannot be read: {' '.join(reason.split())[:200]}.")
     model.requires_grad_(False)

@@ -1,0 +1,117 @@
+"""What a plan says, against what a run then does."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import FalconConfig, LlamaConfig, MixtralConfig
+
+import besa
+from besa.planning import _LiveBytes
+
+LLAMA_70B = LlamaConfig(
+    vocab_size=32000,
+    hidden_size=8192,
+    intermediate_size=28672,
+    num_hidden_layers=80,
+    num_attention_heads=64,
+    num_key_value_heads=8,
+    dtype="float16",
+)
+FALCON_180B = FalconConfig(
+    vocab_size=65024,
+    hidden_size=14848,
+    num_hidden_layers=80,
+    num_attention_heads=232,
+    num_kv_heads=8,
+    new_decoder_architecture=True,
+    dtype="bfloat16",
+)
+
+
+def test_counts_are_those_of_the_run(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    sizes = {"samples": 16, "seqlen": 32, "sparsity": 0.6}
+    planned = besa.plan(tiny_llama_folder, "besa", out=tmp_path, **sizes)
+    text = str(tiny_llama_folder / "calibration.txt")
+    record = besa.compress(tiny_llama_folder, "besa", text, out=tmp_path / "out", **sizes).record
+    assert (planned.prunable_weights, planned.zeros) == (record.weights, record.zeros)
+    assert planned.architecture == record.model["architecture"]
+    assert (planned.blocks, planned.parameters) == (len(record.blocks), record.model["parameters"])
+    written = (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert planned.checkpoint_bytes <= written < planned.checkpoint_bytes + 20_000  # the header
+    assert planned.activation_bytes == 2 * 16 * 32 * 96 * 4
+    assert planned.forward_passes == 6
+    assert planned.fits
+    assert planned.gpu_memory_bytes is None
+
+
+@pytest.mark.parametrize(
+    ("config", "weights", "gigabytes"),
+    [
+        (LLAMA_70B, 80 * (2 * 8192**2 + 2 * 1024 * 8192 + 3 * 28672 * 8192), 80),
+        (FALCON_180B, 80 * (14848 * (14848 + 2 * 8 * 64) + 14848**2 + 8 * 14848**2), 80),
+    ],
+    ids=["LLaMA-2-70B", "Falcon-180B"],
+)
+def test_the_largest_models_of_the_paper_fit_one_gpu_of_80_gb(config, weights, gigabytes, tmp_path) -> None:
+    config.save_pretrained(tmp_path)
+    planned = besa.plan(tmp_path, "besa", device="cuda", out=tmp_path)
+    assert planned.prunable_weights == weights
+    assert planned.zeros == weights // 2
+    block = 2 * weights / 80
+    assert 3 * block < planned.gpu_memory_bytes < gigabytes * 1e9  # weights, masked weights, importance, ranks
+    assert planned.checkpoint_bytes > 2 * weights
+    assert not planned.fits
+    assert planned.lacking
+
+
+def test_activations_beyond_the_budget_go_to_disk(tmp_path: Path) -> None:
+    LLAMA_70B.save_pretrained(tmp_path)
+    near, far = (besa.plan(tmp_path, out=tmp_path, activation_budget=size) for size in (10**15, 1))
+    assert near.activation_bytes == far.activation_bytes == 2 * 128 * 2048 * 8192 * 2
+    assert (near.activations_on_disk, far.activations_on_disk) == (False, True)
+    assert near.memory_bytes - far.memory_bytes == pytest.approx(near.activation_bytes, rel=0.05)
+    assert far.disk_bytes - near.disk_bytes == near.activation_bytes
+
+
+@pytest.mark.parametrize(
+    ("recipe", "passes", "streams"), [("wanda", 2.125, 1.125), ("sparsegpt", 2.125, 1.125), ("besa", 6, 2)]
+)
+def test_recipes_differ_in_what_they_take(recipe, passes, streams, tiny_llama_folder) -> None:
+    planned = besa.plan(tiny_llama_folder, recipe, samples=64, seqlen=64)
+    assert planned.forward_passes == passes
+    assert planned.activation_bytes == streams * 64 * 64 * 96 * 4
+
+
+def test_experts_are_planned_without_values(tmp_path: Path) -> None:
+    config = MixtralConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        dtype="float32",
+    )
+    config.save_pretrained(tmp_path)
+    planned = besa.plan(tmp_path, "besa", samples=4, seqlen=32)
+    assert planned.prunable_weights == 2 * (2 * 64 * 64 + 2 * 64 * 8 * 16 + 8 * 3 * 64 * 96)
+
+
+def test_gguf_is_no_matter_for_plans(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").touch()
+    with pytest.raises(besa.BesaError, match="loaded whole"):
+        besa.plan(tmp_path / "m.gguf")
+
+
+def test_live_bytes_are_counted_by_hand() -> None:
+    live = _LiveBytes()
+    x = torch.empty(10, 100, device="meta")
+    linear = nn.Linear(100, 50, device="meta")
+    with torch.no_grad(), live:
+        y = linear(x)  # 2,000 bytes, kept
+        z = y * 2 + 1  # two more, one of them gone when the other is there
+        del y
+        w = z.view(500) + 1  # a view is no new memory
+    assert live.peak == 6000
+    assert w.nbytes == 2000

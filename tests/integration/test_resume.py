@@ -1,0 +1,388 @@
+"""Runs that are stopped, by whatever, and go on: the result is bit for bit that of a run that was not stopped."""
+
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+
+from besa import BesaError, Recipe, cli, compress
+from besa.api import Compressed
+from besa.checkpoint import files
+from besa.checkpoint.journal import Journal
+from besa.errors import Interrupted
+from besa.models.files import WeightFiles
+
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "tests" / "assets" / "tiny-llama"
+TEXT = str(TINY / "calibration.txt")
+BLOCKS = 8
+STOPPED = (KeyboardInterrupt, Interrupted)
+
+WITHOUT_THREADS = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads waiting for each other take most of the time of a model this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def prune(out: Path, **changes: Any) -> Compressed:
+    settings = {"recipe": "besa", "samples": 8, "seqlen": 32, "dtype": "float32"} | changes
+    model, calibration = settings.pop("model", TINY), settings.pop("calibration", TEXT)
+    return compress(model, settings.pop("recipe"), calibration, out=out, **settings)
+
+
+def stopped_after(blocks: int) -> Callable[[int, int, str], None]:
+    """A progress that stops the run as Ctrl-C would, once so many blocks are done."""
+
+    def progress(done: int, _: int, state: str) -> None:
+        if done == blocks and state != "embeddings":
+            raise KeyboardInterrupt
+
+    return progress
+
+
+def partial_of(out: Path) -> Path:
+    return out.with_name(f"{out.name}.partial")
+
+
+def blocks_of(out: Path) -> list[dict[str, Any]]:
+    """What the record says of each block, but for the time it took."""
+    blocks: list[dict[str, Any]] = json.loads((out / "besa_run.json").read_text())["blocks"]
+    return [{key: value for key, value in block.items() if key != "seconds"} for block in blocks]
+
+
+def assert_same(out: Path, whole: Path) -> None:
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in whole.iterdir())
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "generation_config.json"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+    assert blocks_of(out) == blocks_of(whole)
+    assert not partial_of(out).exists()
+
+
+def sentence(refusal: "pytest.ExceptionInfo[BesaError]") -> str:
+    text = str(refusal.value)
+    assert "\n" not in text
+    assert text.endswith(".")
+    return text
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The result of a run that nobody stopped."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("whole") / "out"
+    assert prune(out).record.restored_blocks == 0
+    torch.set_num_threads(threads)
+    return out
+
+
+@pytest.fixture(scope="module")
+def five_blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an out.partial of five finished blocks; tests work on copies."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("five") / "out"
+    with pytest.raises(STOPPED) as interruption:
+        prune(out, progress=stopped_after(5))
+    torch.set_num_threads(threads)
+    assert (
+        str(interruption.value) == f"interrupted; 5 finished blocks are kept in {partial_of(out)}: go on with --resume."
+    )
+    return out.parent
+
+
+@pytest.fixture
+def begun(five_blocks: Path, tmp_path: Path) -> Path:
+    """An OUT whose run was stopped after five blocks."""
+    shutil.copytree(five_blocks, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "out"
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    """The command line in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "besa.cli", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=WITHOUT_THREADS,
+        start_new_session=True,
+    )
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    """Until the running process has written `path`."""
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_killed_again_and_again(whole: Path, tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, Path(__file__).with_name("kill_and_resume.py"), TINY, TEXT, tmp_path, "0", "20"],
+        capture_output=True,
+        text=True,
+        env=WITHOUT_THREADS,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    log = json.loads(result.stdout.splitlines()[-1])
+    assert len(log) >= 20
+    runs = int(log[-1][0]) + 1
+    for run in range(runs):
+        done = [
+            sum(re.fullmatch(r"block-\d+\.json", name) is not None for name in names)
+            for at, *names in log
+            if at == str(run)
+        ]
+        assert done == sorted(done)  # no kill costs a finished block
+        assert_same(tmp_path / f"out{run}", whole)
+    kinds = {name.strip(".").partition("-")[0] for _, *names in log for name in names if name.startswith(".")}
+    assert {"block", "rest"} <= kinds or any("checkpoint/" in name for _, *names in log for name in names), log
+    assert any("checkpoint" in names for names in log)
+
+
+def test_the_command_is_killed_then_interrupted_then_gone_on_with(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ["prune", TINY, out, "--calibration", TEXT, "--samples", 8, "--seqlen", 32, "--dtype", "float32"]
+    process = start(*arguments)
+    wait_for(partial_of(out) / "block-00001.json", process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not out.exists()
+
+    process = start(*arguments, "--resume")
+    wait_for(partial_of(out) / "block-00004.json", process)
+    os.killpg(process.pid, signal.SIGINT)
+    _, complaint = process.communicate()
+    assert process.returncode == 130, complaint
+    kept = len(list(partial_of(out).glob("block-*.json")))
+    assert 5 <= kept < BLOCKS
+    assert complaint.splitlines()[-1] == (
+        f"besa: interrupted; {kept} finished blocks are kept in {partial_of(out)}: go on with --resume."
+    )
+    assert "Traceback" not in complaint
+
+    assert prune(out, resume=True).record.restored_blocks == kept
+    assert_same(out, whole)
+
+
+def test_without_resume_a_second_run_is_refused(
+    begun: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--calibration", TEXT, "--samples", "8", "--seqlen", "32", "--dtype", "float32"]
+    monkeypatch.setattr(sys, "argv", ["besa", "prune", str(TINY), str(begun), *arguments])
+    with pytest.raises(SystemExit) as leaving:
+        cli.main()
+    assert leaving.value.code == 2
+    assert capsys.readouterr().err.strip() == (
+        f"besa: {partial_of(begun)} holds 5 finished blocks of an interrupted run: go on with --resume, or remove it."
+    )
+    assert len(list(partial_of(begun).glob("block-*.json"))) == 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"sparsity": 0.6}, "recipe.sparsity = 0.5, not 0.6"),
+        ({"recipe": "wanda"}, "recipe.name = 'besa', not 'wanda'"),
+        ({"recipe": Recipe.load("besa", overrides=["allocation.epochs=7"])}, "recipe.allocation.epochs = 1, not 7"),
+        ({"seed": 1}, "seed = 0, not 1"),
+        (
+            {"calibration": str(TINY / "heldout.txt")},
+            f"calibration.source = {TEXT!r}, not {str(TINY / 'heldout.txt')!r}",
+        ),
+        ({"samples": 4}, "calibration.samples = 8, not 4"),
+        ({"batch": 3}, "batch = 64, not 3"),
+        ({"dtype": "bfloat16"}, "model.dtype = 'float32', not 'bfloat16'"),
+    ],
+)
+def test_another_run_is_not_gone_on_with(changes: dict[str, Any], words: str, begun: Path) -> None:
+    with pytest.raises(BesaError) as refusal:
+        prune(begun, resume=True, **changes)
+    text = sentence(refusal)
+    assert text.startswith(f"{partial_of(begun)} was begun with ")
+    assert text.endswith(f"{words}: ask for the same again, or remove it to start anew.")
+    assert len(list(partial_of(begun).glob("block-*.json"))) == 5
+
+
+def test_another_model_is_not_gone_on_with(tmp_path: Path) -> None:
+    model, out = shutil.copytree(TINY, tmp_path / "model"), tmp_path / "out"
+    with pytest.raises(STOPPED):
+        prune(out, model=model, recipe="wanda", progress=stopped_after(1))
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (model / "model.safetensors").write_bytes(weights)
+    with pytest.raises(BesaError, match=r"model\.fingerprint = '[0-9a-f]{64}', not '[0-9a-f]{64}'"):
+        prune(out, model=model, recipe="wanda", resume=True)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "flipped": flip,
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "empty": lambda path: path.write_bytes(b""),
+    "missing": Path.unlink,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+@pytest.mark.parametrize("kind", ["safetensors", "json"])
+def test_a_damaged_block_is_done_again(kind: str, damage: Callable[[Path], object], whole: Path, begun: Path) -> None:
+    damage(partial_of(begun) / f"block-00002.{kind}")
+    assert prune(begun, resume=True).record.restored_blocks == 4
+    assert_same(begun, whole)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"{", b"null", b"[]", b'"record"', b'{"sha256": 1}', b'{"record": {}, "sha256": ""}', b"\xff", b"[" * 100_000],
+)
+def test_a_block_record_that_is_none_is_done_again(content: bytes, begun: Path) -> None:
+    journal = Journal(partial_of(begun))
+    assert journal.record(1) is not None
+    (partial_of(begun) / "block-00001.json").write_bytes(content)
+    assert journal.record(1) is None
+
+
+def test_the_record_of_another_block_is_not_taken(begun: Path) -> None:
+    folder = partial_of(begun)
+    for kind in ("json", "safetensors"):
+        shutil.copy(folder / f"block-00001.{kind}", folder / f"block-00003.{kind}")
+    assert Journal(folder).record(3) is None
+
+
+@pytest.mark.parametrize("content", ["{", "[" * 100_000])
+def test_a_damaged_journal_is_refused(content: str, begun: Path) -> None:
+    path = partial_of(begun) / "run.json"
+    path.write_text(content)
+    with pytest.raises(BesaError) as refusal:
+        prune(begun, resume=True)
+    assert sentence(refusal) == f"{path} is damaged: remove {partial_of(begun)} and run without --resume."
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), SafetensorError("I/O error: No space left (os error 28)")],
+    ids=["python", "rust"],
+)
+def test_full_disk_in_the_middle(
+    error: Exception, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[Path] = []
+
+    def save_file(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+        if len(saved) == 2:
+            path.write_bytes(b"half of")
+            raise error
+        saved.append(path)
+        safetensors.torch.save_file(tensors, path, metadata)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "save_file", save_file)
+        with pytest.raises(BesaError) as refusal:
+            prune(out)
+    path = partial_of(out) / "block-00002.safetensors"
+    assert sentence(refusal) == f"The disk is full: {path} was not written; make room and run again."
+    assert {path.name for path in partial_of(out).iterdir()} == {
+        *(f"block-0000{block}.{kind}" for block in (0, 1) for kind in ("json", "safetensors")),
+        "lock",
+        "run.json",
+    }
+    assert prune(out, resume=True).record.restored_blocks == 2
+    assert_same(out, whole)
+
+
+def test_full_disk_at_the_end(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+
+    def copy(source: Any, target: Any, size: int) -> None:
+        target.write(source.read(1000))
+        if "model.safetensors" in target.name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        target.write(source.read())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfileobj", copy)
+        with pytest.raises(BesaError, match=r"^The disk is full: .*model\.safetensors was not written"):
+            prune(out)
+    assert not out.exists()
+    assert prune(out, resume=True).record.restored_blocks == BLOCKS
+    assert_same(out, whole)
+
+
+def test_a_second_process_at_the_same_out_is_refused(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    refusals = []
+
+    def progress(done: int, _: int, state: str) -> None:
+        if done in (0, 3):
+            for resume in (False, True):
+                with pytest.raises(BesaError) as refusal:
+                    prune(out, resume=resume)
+                refusals.append(sentence(refusal))
+
+    prune(out, progress=progress)
+    assert len(refusals) >= 4
+    assert set(refusals) == {f"Another besa is at work on {out}: wait for it, or choose another name."}
+    assert_same(out, whole)
+
+
+def test_a_run_that_fails_before_its_first_block_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(BesaError, match="tokens"):
+        prune(tmp_path / "out", samples=100_000)
+    with pytest.raises(BesaError, match="Recipe"):
+        prune(tmp_path / "out", recipe="besa", sparsity=1.5)
+    with pytest.raises(STOPPED):
+        prune(tmp_path / "out", progress=lambda done, blocks, state: os.kill(os.getpid(), signal.SIGINT))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_resume_where_nothing_is_starts_anew(whole: Path, tmp_path: Path) -> None:
+    assert prune(tmp_path / "out", resume=True).record.restored_blocks == 0
+    assert_same(tmp_path / "out", whole)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_an_out_that_exists_is_refused(resume: bool, begun: Path) -> None:
+    begun.mkdir()
+    with pytest.raises(BesaError) as refusal:
+        prune(begun, resume=resume)
+    assert sentence(refusal) == f"{begun} exists already: choose another name, or remove it first."
+    assert list(begun.iterdir()) == []
+    assert len(list(partial_of(begun).glob("block-*.json"))) == 5
+
+
+def test_tensors_come_in_one_order() -> None:
+    """Whatever the hash seed of the process: the bytes of OUT depend on it."""
+    with safe_open(TINY / "model.safetensors", "pt") as file:
+        names = list(file.keys())
+    assert WeightFiles(TINY).names in (names, sorted(names))
