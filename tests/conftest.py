@@ -7,6 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+torch.set_num_threads(1)  # models this small gain nothing from more, and lose much on a busy machine
+
 TINY_LLAMA = Path(__file__).parent / "assets" / "tiny-llama"
 
 

@@ -21,7 +21,7 @@ from besa.checkpoint.writer import finish
 from besa.errors import BesaError
 from besa.evaluation.perplexity import Perplexity, perplexity
 from besa.models.blocks import find_blocks
-from besa.models.loading import describe, load_model, is_quantized, load_tokenizer, locate, read_config, skeleton
+from besa.models.loading import describe, is_quantized, load_model, load_tokenizer, locate, read_config, skeleton
 from besa.models.streaming import Decoder, DecoderInMemory, DecoderOnDisk
 from besa.planning import Plan, work_out
 from besa.progress import Progress, silent

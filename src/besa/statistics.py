@@ -57,6 +57,11 @@ class InputStatistics:
             self.gram_II.addmm_(x_TI.T, x_TI)
         self.tokens += x_TI.shape[0]
 
+    @property
+    def reached(self) -> bool:
+        """Whether any token came; one that is all zeros (of another expert, where all compute all tokens) is none."""
+        return bool(self.squares_I.any())
+
     def hessian(self, damping: float) -> Tensor:
         """H = Σ x xᵀ (I, I), its diagonal raised by `damping` × its mean; 1 where a channel is always zero."""
         assert self.gram_II is not None, "the recipe did not ask for the Gram matrix"
@@ -138,9 +143,9 @@ class _Observer(TorchFunctionMode):
         if x.shape[-1] != self._prunables[name].columns:
             raise BesaError(f"{name} is multiplied the other way round than besa expects: leave it out with --skip.")
         if self._last is not None and x is self._last[0] and name not in self._last[2]:
-            self.statistics.setdefault(name, self._last[1])
             self._last[2].add(name)
-            return
+            if self.statistics.setdefault(name, self._last[1]) is self._last[1]:
+                return
         if name not in self.statistics:
             self.statistics[name] = InputStatistics.empty(x.shape[-1], self._gram, x.device)
         self.statistics[name].add(x.detach().reshape(-1, x.shape[-1]))

@@ -18,7 +18,8 @@ def budgets(blocks: list[Block], recipe: Recipe) -> list[list[Budget]]:
     own, linear by linear; the rest of each block shares one, and all of these together meet the recipe's sparsity.
 
     Raises:
-        BesaError: a pattern matches nothing, two patterns of `sparsity_of` match one linear, or all is skipped.
+        BesaError: a pattern matches nothing, two patterns of `sparsity_of` ask different things of one
+            linear, or all is skipped.
     """
     names = [name for block in blocks for name in block.prunables]
     skipped = {name for pattern in recipe.skip for name in _matching(pattern, names, "skip")}

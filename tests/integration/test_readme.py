@@ -80,4 +80,4 @@ def test_pins_satisfy_the_ranges() -> None:
     pins = {name.lower().replace("_", "-"): version for name, version in pins.items()}
     for text in project["dependencies"] + project["optional-dependencies"]["dev"]:
         requirement = Requirement(text)
-        assert requirement.specifier.contains(pins[requirement.name.lower()]), text
+        assert requirement.specifier.contains(pins[requirement.name.lower().replace("_", "-")]), text

@@ -112,9 +112,11 @@ class Besa(Settings):
             if not parts:
                 continue
             betas = {name: part.beta() for name, part in parts.items()}
-            zeros = torch.stack([part.expected_zeros(betas[name]) for name, part in parts.items()]).sum()
-            sparsity = zeros / sum(part.linear.w_OI.numel() for part in parts.values())
-            shift = (budget.sparsity - sparsity).detach()
+            alphas = {name: betas[name] @ part.rates_D for name, part in parts.items()}  # eq. 3
+            weights = {name: part.linear.w_OI.numel() for name, part in parts.items()}
+            zeros = torch.stack([alphas[name].mean() * weights[name] for name in parts]).sum()
+            sparsity = zeros / sum(weights.values())
+            shift = _shift([(alphas[name].detach(), weights[name]) for name in parts], budget.sparsity)
             masked |= {name: part.masked_weight(betas[name], shift) for name, part in parts.items()}
             missed.append(((sparsity - budget.sparsity) / budget.sparsity) ** 2)
         return masked, torch.stack(missed).sum()
@@ -124,6 +126,24 @@ class Besa(Settings):
         if len(losses) < 2 * samples:
             return False
         return sum(losses[-samples:]) > (1 - self.tolerance) * sum(losses[-2 * samples : -samples])
+
+
+def _shift(rates: list[tuple[Tensor, int]], sparsity: float) -> Tensor:
+    """What to add to all rates so that they prune the share `sparsity`, each rate staying within [0, 1].
+
+    Args:
+        rates: of each linear its rates (R,) and its number of weights.
+        sparsity: to be met.
+    """
+    alpha_R = torch.cat([alpha_R for alpha_R, _ in rates])
+    share_R = torch.cat([torch.full_like(alpha_R, weights / len(alpha_R)) for alpha_R, weights in rates])
+    share_R /= share_R.sum()
+    low, high = alpha_R.new_tensor(-1.0), alpha_R.new_tensor(1.0)
+    for _ in range(20):
+        middle = (low + high) / 2
+        below = (alpha_R + middle).clamp_(0, 1) @ share_R < sparsity
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return (low + high) / 2
 
 
 def candidate_rates(step: float) -> Tensor:
@@ -198,11 +218,6 @@ class LearnedRates:
     def row_rates(self) -> Tensor:
         """alpha of each row (O,), float64 on the CPU, without gradient."""
         return (self.beta().detach() @ self.rates_D).double().cpu().expand(self.rows)
-
-    def expected_zeros(self, beta_RD: Tensor) -> Tensor:
-        """Σ alpha·I over the rows (scalar), through which the sparsity term reaches beta."""
-        alpha_R = beta_RD @ self.rates_D  # eq. 3
-        return alpha_R.mean() * self.linear.w_OI.numel()
 
     def masked_weight(self, beta_RD: Tensor, shift: Tensor | float = 0.0) -> Tensor:
         """W ⊙ M (O, I) with the hard mask of this step; gradients reach beta straight through (eqs. 4 to 6)."""

@@ -21,6 +21,6 @@ class Wanda(Settings):
 
         A weight that no token reached (an expert never chosen) is scored by its magnitude.
         """
-        if statistics.tokens == 0:
+        if not statistics.reached:
             return w_OI.float().abs()
         return w_OI.float().abs() * statistics.squares_I.sqrt().float()
