@@ -2,7 +2,6 @@
 
     python -m benchmarks.memory depth            # 4, 8, 16, 32 blocks of one shape
     python -m benchmarks.memory shape 7B 32      # one run of a large model
-    python -m benchmarks.memory plan 1B 4        # what `besa plan` said of it
 
 Every run is a process of its own, on random weights; see README.md.
 """

@@ -419,7 +419,7 @@ def test_steps_are_of_fresh_gradients_and_shrink_to_nothing(problem, monkeypatch
 
     monkeypatch.setattr(torch.optim, "Adam", Watched)
     one = dataclasses.replace(problem, inputs_NTC=problem.inputs_NTC[:1], targets_NTC=problem.targets_NTC[:1])
-    Besa(epochs=2, learning_rate=1e-9).allocate(one)
+    Besa(epochs=2, travel=1e-9).allocate(one)
     assert rates == pytest.approx([1e-9, 0.5e-9])  # linearly to zero
     torch.testing.assert_close(gradients[1], gradients[0])  # the same step again, as nothing moved
 
@@ -435,7 +435,7 @@ def test_the_first_loss_is_that_of_the_uniform_mask(problem):
 
 def test_tolerance_stops_early(problem):
     # Rates that hardly move lower no loss by 1 %: the second epoch is the last.
-    still = Besa(epochs=5, learning_rate=1e-6).allocate(problem)
+    still = Besa(epochs=5, travel=1e-6).allocate(problem)
     assert len(still.losses) == 48
     assert_exact(problem, still.counts)
     assert len(Besa(epochs=3, tolerance=0.01).allocate(problem).losses) == 72

@@ -14,7 +14,7 @@ from besa.reconstruction import Frozen, OBSUpdate
 
 METHODS = {
     "besa": (Wanda(), Besa(rates="row"), Frozen()),
-    "besa-layerwise": (Wanda(), Besa(rates="layer", learning_rate=0.05), Frozen()),
+    "besa-layerwise": (Wanda(), Besa(rates="layer", travel=1.6), Frozen()),
     "magnitude": (Magnitude(), Uniform(per="linear"), Frozen()),
     "sparsegpt": (OBS(), Uniform(per="row"), OBSUpdate(mask="adaptive")),
     "wanda": (Wanda(), Uniform(per="row"), Frozen()),
@@ -96,7 +96,7 @@ def test_sparsity_replaces_the_recipes_own(write):
     ("overrides", "changed"),
     [
         (["allocation.epochs=3"], {"epochs": 3}),
-        (["allocation.learning_rate=1e-3"], {"learning_rate": 0.001}),  # a string to YAML 1.1
+        (["allocation.travel=1e-3"], {"travel": 0.001}),  # a string to YAML 1.1
         (["allocation.rates=layer", "allocation.mask=probability"], {"rates": "layer", "mask": "probability"}),
         (["allocation.epochs=3", "allocation.epochs=4"], {"epochs": 4}),
         (["allocation={method: besa, penalty: 7}"], {"penalty": 7.0}),
@@ -131,7 +131,7 @@ def test_overrides_may_change_the_method_and_add_a_part(write):
         ("allocation.penalty=-1", "penalty: input should be greater than or equal to 0 (it is -1)"),
         ("allocation.penalty=.nan", "penalty: "),
         ("allocation.penalty=.inf", "penalty: "),
-        ("allocation.learning_rate=.inf", "learning_rate: "),
+        ("allocation.travel=.inf", "travel: "),
         ("allocation.rates=column", "rates: input should be 'row' or 'layer' (it is 'column')"),
         ("allocation.method=magic", "allocation.method is 'magic' but must be one of 'uniform', 'besa'"),
         ("allocation=besa", "allocation: "),

@@ -35,7 +35,9 @@ class Besa(Settings):
     candidate_step: float = Field(default=0.01, gt=0, le=0.5, description="distance of the candidate pruning rates")
     start_width: float = Field(default=0.1, gt=0, description="spread of the first beta around the target")
     epochs: int = Field(default=1, ge=1, description="passes over the calibration set, at most; a step is one sequence")
-    learning_rate: float = Field(default=0.5, gt=0, description="Adam's, in logits a step; falls linearly to zero")
+    travel: float = Field(
+        default=8.0, gt=0, description="logits that Adam's steps add up to; they fall linearly to zero"
+    )
     penalty: float = Field(
         default=100.0, ge=0, description="weight λ of the sparsity term of eq. 1, as a multiple of the loss at the step"
     )
@@ -80,8 +82,9 @@ class Besa(Settings):
         with torch.no_grad():
             constant = {name: part.masked_weight(part.beta()) for name, part in starts.items() if name not in learned}
         samples = len(problem.inputs_NTC)
-        optimizer = torch.optim.Adam([part.logits_RD for part in learned.values()], lr=self.learning_rate)
-        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=self.epochs * samples)
+        steps = self.epochs * samples
+        optimizer = torch.optim.Adam([part.logits_RD for part in learned.values()], lr=2 * self.travel / steps)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
         generator = torch.Generator().manual_seed(problem.seed)
         losses: list[float] = []
         for _ in range(self.epochs):
