@@ -1,6 +1,8 @@
 """The trained tiny Llama that the fast tests prune and measure (tests/assets/tiny-llama/README.md)."""
 
 import copy
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 torch.set_num_threads(1)  # models this small gain nothing from more, and lose much on a busy machine
 
 TINY_LLAMA = Path(__file__).parent / "assets" / "tiny-llama"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible() -> Iterator[None]:
+    """Ctrl-C reaches the tests and what they start, also where they run in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

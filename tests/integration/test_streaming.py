@@ -67,7 +67,7 @@ def test_names_in_the_files_stay_as_they_were(tiny_llama_folder, settings, tmp_p
     """GPT-2's own files leave out the name of the inner model."""
     torch.manual_seed(0)
     model = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(vocab_size=512, n_embd=32, n_layer=2, n_head=2, n_positions=64)
+        transformers.GPT2Config(vocab_size=1024, n_embd=32, n_layer=2, n_head=2, n_positions=64)
     )
     folder = tmp_path / "gpt2"
     model.save_pretrained(folder)
