@@ -5,7 +5,6 @@ The table of docs/models.md is made here: after a change, run this file with BES
 
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -126,15 +125,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 TOKENS = Calibration(torch.randint(0, VOCABULARY, (4, 16), generator=torch.Generator().manual_seed(0)), "random", 0)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads waiting for each other take most of the time of models this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def config_of(family: str, **changes: Any) -> transformers.PreTrainedConfig:

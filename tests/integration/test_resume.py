@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +32,6 @@ BLOCKS = 8
 STOPPED = (KeyboardInterrupt, Interrupted)
 
 WITHOUT_THREADS = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads waiting for each other take most of the time of a model this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def prune(out: Path, **changes: Any) -> Compressed:
@@ -87,23 +78,17 @@ def sentence(refusal: "pytest.ExceptionInfo[BesaError]") -> str:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The result of a run that nobody stopped."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("whole") / "out"
     assert prune(out).record.restored_blocks == 0
-    torch.set_num_threads(threads)
     return out
 
 
 @pytest.fixture(scope="module")
 def five_blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an out.partial of five finished blocks; tests work on copies."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("five") / "out"
     with pytest.raises(STOPPED) as interruption:
         prune(out, progress=stopped_after(5))
-    torch.set_num_threads(threads)
     assert (
         str(interruption.value) == f"interrupted; 5 finished blocks are kept in {partial_of(out)}: go on with --resume."
     )
