@@ -141,6 +141,7 @@ def compress(
         if journal is not None:
             journal.begin(_decisive(recipe, identity, calibration, seed, batch, device))
             check_space(journal.folder, decoder.model.num_parameters() * decoder.model.dtype.itemsize)
+        memory.stay_lean()
         memory.reset_peak(device)
         began = time.perf_counter()
         settings = Settings(

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import torch
 
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+LARGE = 4 << 20  # bytes from which a tensor gets pages of its own
+
 
 def reset_peak(device: torch.device) -> None:
     """Start measuring anew; where the system offers no reset, peaks stay those of the whole process."""
@@ -62,7 +65,11 @@ def half_of_available() -> int:
     return total_bytes() // 2
 
 
-def give_back() -> None:
-    """Hand memory that was freed back to the system: glibc keeps it otherwise, and more of it with every block."""
+def stay_lean() -> None:
+    """Have large tensors' memory go back to the system when they go; glibc would keep ever more of it in pieces.
+
+    Its own threshold rises to 32 MiB with use. Other C libraries do not know the setting, and are left alone.
+    """
     with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE)
         ctypes.CDLL(None).malloc_trim(0)

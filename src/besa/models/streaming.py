@@ -20,7 +20,6 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig, remove_tied_weights_from_state_dict
 
-from besa import memory
 from besa.errors import BesaError
 from besa.models.blocks import Block, find_blocks
 from besa.models.files import WeightFiles
@@ -193,7 +192,6 @@ class DecoderOnDisk:
         finally:
             for module in modules:
                 _forget(module)
-            memory.give_back()
 
     def _read(self, owner: str) -> None:
         """Fill modules from the files.
