@@ -144,9 +144,7 @@ def compress(
         memory.stay_lean()
         memory.reset_peak(device)
         began = time.perf_counter()
-        settings = Settings(
-            batch, device, activation_budget or memory.half_of_available(), journal.folder if journal else None
-        )
+        settings = Settings(batch, device, _room(activation_budget), journal.folder if journal else None)
         blocks = prune_blocks(
             decoder, recipe, calibration, seed=seed, settings=settings, journal=journal, progress=progress
         )
@@ -172,6 +170,11 @@ def compress(
         if journal and out:
             finish(journal, decoder, tokenizer, record, out)
     return Compressed(tokenizer, record, None if isinstance(decoder, DecoderOnDisk) else decoder.model, out)
+
+
+def _room(activation_budget: int | None) -> int:
+    """Bytes of hidden states that may be in memory."""
+    return memory.half_of_available() if activation_budget is None else activation_budget
 
 
 def _decisive(
@@ -235,7 +238,7 @@ def plan(
         seqlen=seqlen,
         batch=min(samples, batch or max(1, BATCH_TOKENS // seqlen)),
         device=torch.device(device),
-        activation_budget=activation_budget or memory.half_of_available(),
+        activation_budget=_room(activation_budget),
         folder=Path(out),
     )
 

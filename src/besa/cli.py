@@ -84,7 +84,9 @@ SparsityOfOption = Annotated[
 ]
 BudgetOption = Annotated[
     float | None,
-    typer.Option("--activation-budget", min=0, help="GB of activations in memory, more on disk; default: half of it."),
+    typer.Option(
+        "--activation-budget", min=0, help="GB of activations in memory, more on disk; default: half of what is free."
+    ),
 ]
 JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result here as JSON too.")]
 
