@@ -1,6 +1,7 @@
 """From disk to disk: what is written, and that where weights and hidden states live decides nothing."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import besa
 from besa.checkpoint import writer
 from besa.models import loading
+from besa.report import load_run, render
 
 
 @pytest.fixture
@@ -79,6 +81,25 @@ def test_names_in_the_files_stay_as_they_were(tiny_llama_folder, settings, tmp_p
     assert load_file(tmp_path / "out" / "model.safetensors").keys() == tensors.keys() - {"h.0.attn.bias"}
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     assert all((found[f"transformer.h.{i}.mlp.c_fc.weight"] == 0).double().mean() == 0.5 for i in range(2))
+
+
+def test_sampling_settings_come_along(tiny_llama_folder, settings, tmp_path):
+    folder = tmp_path / "chat"
+    shutil.copytree(tiny_llama_folder, folder)
+    (folder / "generation_config.json").write_text('{"do_sample": true, "temperature": 0.25, "eos_token_id": [0, 7]}')
+    besa.compress(folder, "wanda", out=tmp_path / "out", **settings)
+    found = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert (found["do_sample"], found["temperature"], found["eos_token_id"]) == (True, 0.25, [0, 7])
+
+
+def test_a_block_that_is_skipped_whole_stays_as_it_is(tiny_llama_folder, tiny_llama, settings, tmp_path):
+    recipe = besa.Recipe.load("besa").with_exceptions(["model.layers.1.*"], [])
+    record = besa.compress(tiny_llama_folder, recipe, out=tmp_path / "out", **settings).record
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    for name, tensor in tiny_llama.model.layers[1].state_dict().items():
+        assert torch.equal(found[f"model.layers.1.{name}"], tensor)
+    assert (record.blocks[1].weights, record.blocks[1].zeros, record.sparsity) == (0, 0, 0.5)
+    assert "<html" in render([load_run(tmp_path / "out")])
 
 
 def test_dtype_of_the_result_is_the_one_asked_for(tiny_llama_folder, settings, tmp_path):

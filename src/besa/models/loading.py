@@ -18,10 +18,12 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
 from besa import assets
@@ -145,6 +147,18 @@ def read_config(source: Source, trust_remote_code: bool = False) -> PreTrainedCo
     if not hasattr(config.get_text_config(), "num_attention_heads"):
         raise BesaError(f"{kind}, which has no attention (state-space or recurrent): besa prunes causal decoders.")
     return config
+
+
+def read_generation_config(source: Source, model: PreTrainedModel) -> GenerationConfig | None:
+    """The sampling settings that the checkpoint comes with, or what the model has by itself.
+
+    Raises:
+        BesaError: the file is damaged.
+    """
+    if source.folder is None or not (source.folder / GENERATION_CONFIG_NAME).is_file():
+        return model.generation_config
+    with quiet(), model_explained(source.name):
+        return GenerationConfig.from_pretrained(source.folder)
 
 
 def is_quantized(config: PreTrainedConfig) -> bool:

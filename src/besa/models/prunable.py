@@ -5,7 +5,7 @@ Shape suffixes: O rows (output channels), I columns (input channels), E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -119,11 +119,3 @@ def replaced(
             stack = stacks.setdefault(prunable.parameter, list(parameters[prunable.parameter].unbind()))
             stack[prunable.expert] = stored
     return changed | {name: torch.stack(stack) for name, stack in stacks.items()}
-
-
-def unprunable(block: nn.Module) -> Iterator[tuple[str, int]]:
-    """Names and sizes of the matrices of a block that are left dense: routers, and what besa does not know."""
-    known = {prunable.parameter for prunable in find_prunables(block).values()}
-    for name, parameter in block.named_parameters():
-        if parameter.dim() > 1 and name not in known:
-            yield name, parameter.numel()

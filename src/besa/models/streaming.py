@@ -23,7 +23,15 @@ from transformers.modeling_utils import LoadStateDictConfig, remove_tied_weights
 from besa.errors import BesaError
 from besa.models.blocks import Block, find_blocks
 from besa.models.files import WeightFiles
-from besa.models.loading import Source, is_quantized, model_explained, quiet, read_config, skeleton
+from besa.models.loading import (
+    Source,
+    is_quantized,
+    model_explained,
+    quiet,
+    read_config,
+    read_generation_config,
+    skeleton,
+)
 
 HEAD = "head"
 
@@ -129,6 +137,7 @@ class DecoderOnDisk:
         with torch.device("meta"):  # wrong sizes are found out before anything of that size is made
             self._check(skeleton(source, config, trust_remote_code))
         self.model = skeleton(source, config, trust_remote_code)
+        self.model.generation_config = read_generation_config(source, self.model)
         self.blocks = find_blocks(self.model)
         self._conversions = get_model_conversion_mapping(self.model)
         self._names = self._names_by_block()
