@@ -17,7 +17,7 @@ from besa import memory
 from besa.calibration import EMBEDDED, Calibration, read_documents, sample, tokenize
 from besa.checkpoint.files import check_space
 from besa.checkpoint.journal import journal_for
-from besa.checkpoint.writer import finish
+from besa.checkpoint.writer import disk_bytes, finish
 from besa.errors import BesaError
 from besa.evaluation.perplexity import Perplexity, perplexity
 from besa.models.blocks import find_blocks
@@ -25,7 +25,7 @@ from besa.models.loading import describe, is_quantized, load_model, load_tokeniz
 from besa.models.streaming import Decoder, DecoderInMemory, DecoderOnDisk
 from besa.planning import Plan, work_out
 from besa.progress import Progress, silent
-from besa.pruning import Settings, prune_blocks
+from besa.pruning import Resources, prune_blocks
 from besa.recipe import Recipe
 from besa.record import RunRecord, machine, now, versions
 
@@ -140,13 +140,14 @@ def compress(
         batch = batch or default_batch(calibration)
         if journal is not None:
             journal.begin(_decisive(recipe, identity, calibration, seed, batch, device))
-            check_space(journal.folder, decoder.model.num_parameters() * decoder.model.dtype.itemsize)
+            size = decoder.model.num_parameters() * decoder.model.dtype.itemsize
+            check_space(journal.folder, disk_bytes(size) - journal.bytes)
         memory.stay_lean()
         memory.reset_peak(device)
         began = time.perf_counter()
-        settings = Settings(batch, device, _room(activation_budget), journal.folder if journal else None)
+        resources = Resources(batch, device, _room(activation_budget), journal.folder if journal else None)
         blocks = prune_blocks(
-            decoder, recipe, calibration, seed=seed, settings=settings, journal=journal, progress=progress
+            decoder, recipe, calibration, seed=seed, resources=resources, journal=journal, progress=progress
         )
         weights, zeros = sum(block.weights for block in blocks), sum(block.zeros for block in blocks)
         record = RunRecord(

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from besa import memory
 from besa.allocation.besa import Besa
+from besa.checkpoint.writer import disk_bytes
 from besa.masks import CHUNK
 from besa.models.blocks import Block, standing_aside
 from besa.pruning import ERROR_SHARE
@@ -44,7 +45,7 @@ class Plan(BaseModel):
         prunable_weights: of the blocks, less what is skipped.
         zeros: what the recipe will make of them.
         checkpoint_bytes: of the pruned checkpoint.
-        disk_bytes: free space needed while the run goes on: the journal, which becomes the checkpoint, and activations.
+        disk_bytes: free space needed while the run goes on: journal, checkpoint and activations.
         activation_bytes: of all hidden states kept between blocks.
         activations_on_disk: whether they exceed the activation budget.
         memory_bytes: expected peak of the process.
@@ -116,7 +117,7 @@ def work_out(
     kept = (0 if on_disk else streams) + memory.current_bytes() + TEXT
     on_gpu = device.type == "cuda"
     needs = kept + max(outside, 2 * block_size if on_gpu else work)
-    disk = size + (streams if on_disk else 0)
+    disk = disk_bytes(size) + (streams if on_disk else 0)
     learning = 3 * recipe.allocation.epochs if isinstance(recipe.allocation, Besa) else 0
     dense = 1 if teacher == "dense" else 1 / ERROR_SHARE
     gpu = work if on_gpu else None

@@ -31,7 +31,7 @@ ERROR_SHARE = 8  # the error against the dense path is measured on one sequence 
 
 
 @dataclass(frozen=True)
-class Settings:
+class Resources:
     """How a run is computed; none of it changes what is learned beyond the order of floating-point sums.
 
     Attributes:
@@ -53,7 +53,7 @@ def prune_blocks(
     calibration: Calibration,
     *,
     seed: int = 0,
-    settings: Settings = Settings(),
+    resources: Resources = Resources(),
     journal: Journal | None = None,
     progress: Progress = silent,
 ) -> list[BlockRecord]:
@@ -64,7 +64,7 @@ def prune_blocks(
         recipe: the method.
         calibration: token ids (N, T).
         seed: of whatever the allocation draws.
-        settings: how to compute.
+        resources: how to compute.
         journal: gets every block as it is done; blocks that it has already are taken from there.
         progress: told (blocks done, blocks, state) after every block.
 
@@ -78,19 +78,19 @@ def prune_blocks(
         journal.restored = len(done)
     last = max((block.index for block in blocks if block.index not in done), default=-1)
     progress(0, len(blocks), "embeddings")
-    pruned_NTC, dense_NTC = _first_inputs(decoder, recipe, calibration, settings)  # line 1
+    pruned_NTC, dense_NTC = _first_inputs(decoder, recipe, calibration, resources)  # line 1
     records: list[BlockRecord] = []
     for block, block_budgets in zip(blocks[: last + 1], plan, strict=False):  # line 2
-        with decoder.opened(block, settings.device):
+        with decoder.opened(block, resources.device):
             if block.index in done:
                 assert journal is not None
-                block.run(dense_NTC, settings.batch, into=dense_NTC)
+                block.run(dense_NTC, resources.batch, into=dense_NTC)
                 decoder.fill(block, journal.tensors(block.index))
-                block.run(pruned_NTC, settings.batch, into=pruned_NTC)
+                block.run(pruned_NTC, resources.batch, into=pruned_NTC)
                 records.append(done[block.index])
                 progress(len(records), len(blocks), "taken from the journal")
                 continue
-            step = _Step(block, block_budgets, recipe, pruned_NTC, dense_NTC, seed, settings)
+            step = _Step(block, block_budgets, recipe, pruned_NTC, dense_NTC, seed, resources)
             record = _pruned(step)  # lines 3 to 12
             records.append(record)
             if journal is not None:
@@ -105,18 +105,18 @@ def prune_blocks(
 
 
 def _first_inputs(
-    decoder: Decoder, recipe: Recipe, calibration: Calibration, settings: Settings
+    decoder: Decoder, recipe: Recipe, calibration: Calibration, resources: Resources
 ) -> tuple[HiddenStates, HiddenStates]:
     """Inputs of the first block: all of them for the pruned path, as many as the recipe needs for the dense path."""
     samples, seqlen = calibration.tokens_NT.shape
     share = 1 if recipe.allocation.teacher == "dense" else ERROR_SHARE
     with decoder.embeddings():
-        parts = capture_inputs(decoder.model, decoder.blocks, calibration.tokens_NT, settings.batch)
-        for start, part_NTC in zip(range(0, samples, settings.batch), parts, strict=True):
+        parts = capture_inputs(decoder.model, decoder.blocks, calibration.tokens_NT, resources.batch)
+        for start, part_NTC in zip(range(0, samples, resources.batch), parts, strict=True):
             if start == 0:
-                shape, room = (samples, seqlen, part_NTC.shape[-1]), settings.activation_budget // 2
-                pruned_NTC = allocate(shape, part_NTC.dtype, room, settings.folder)
-                dense_NTC = allocate((-(-samples // share), *shape[1:]), part_NTC.dtype, room, settings.folder)
+                shape, room = (samples, seqlen, part_NTC.shape[-1]), resources.activation_budget // 2
+                pruned_NTC = allocate(shape, part_NTC.dtype, room, resources.folder)
+                dense_NTC = allocate((-(-samples // share), *shape[1:]), part_NTC.dtype, room, resources.folder)
             pruned_NTC[start : start + len(part_NTC)] = part_NTC
     for place in range(len(dense_NTC)):
         dense_NTC[place : place + 1] = pruned_NTC[place * share : place * share + 1]
@@ -133,21 +133,21 @@ class _Step:
     pruned_NTC: HiddenStates
     dense_NTC: HiddenStates
     seed: int
-    settings: Settings
+    resources: Resources
 
 
 def _pruned(step: _Step) -> BlockRecord:
     """Decide what goes, take it out of the block, and move both paths on to its outputs."""
     began = time.perf_counter()
-    block, recipe, settings = step.block, step.recipe, step.settings
-    block.run(step.dense_NTC, settings.batch, into=step.dense_NTC)  # line 3
+    block, recipe, resources = step.block, step.recipe, step.resources
+    block.run(step.dense_NTC, resources.batch, into=step.dense_NTC)  # line 3
     own_NTC = None
     if recipe.allocation.teacher == "pruned":
         first_NTC = step.pruned_NTC[:1]
         shape = (len(step.pruned_NTC), first_NTC.shape[1], first_NTC.shape[2])
-        own_NTC = allocate(shape, first_NTC.dtype, settings.activation_budget // 2, settings.folder)
+        own_NTC = allocate(shape, first_NTC.dtype, resources.activation_budget // 2, resources.folder)
     with collect(block.module, block.prunables, recipe.needs_gram) as statistics:
-        block.run(step.pruned_NTC, settings.batch, into=own_NTC)
+        block.run(step.pruned_NTC, resources.batch, into=own_NTC)
     names = [name for budget in step.budgets for name in budget.names]
     linears = {name: _ranked(block, name, recipe, statistics[name]) for name in names}  # line 4
     targets_NTC = step.dense_NTC if own_NTC is None else own_NTC
@@ -158,7 +158,7 @@ def _pruned(step: _Step) -> BlockRecord:
             counts_O = allocated.counts[name].to(linear.w_OI.device)
             w_OI = recipe.reconstruction.rebuild(linear.w_OI, linear.ranks_OI, counts_O, statistics[name])
             block.weight(name).copy_(w_OI)
-    block.run(step.pruned_NTC, settings.batch, into=step.pruned_NTC)  # line 11
+    block.run(step.pruned_NTC, resources.batch, into=step.pruned_NTC)  # line 11
     error = error_between(step.pruned_NTC, step.dense_NTC, ERROR_SHARE)
     return _record(block, linears, allocated, error, time.perf_counter() - began)
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from besa import BesaError, Calibration, compress
 from besa.errors import Interrupted
 from besa.models.blocks import find_blocks
-from besa.models.prunable import unprunable
+from besa.models.prunable import find_prunables
 
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
 TABLE = re.compile(r"^\| family .*?(?=^\n|\Z)", re.DOTALL | re.MULTILINE)
@@ -287,6 +287,12 @@ def test_what_is_no_attention_decoder_is_refused(
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
+def left_dense(block: torch.nn.Module) -> list[str]:
+    """Names of the matrices of a block that are not prunable."""
+    known = {prunable.parameter for prunable in find_prunables(block).values()}
+    return [name for name, p in block.named_parameters() if p.dim() > 1 and name not in known]
+
+
 def table() -> str:
     """What is in the blocks of each family, in Markdown."""
     lines = ["| family | class | prunable | stays dense besides norms and biases | experts |", "|---|---|---|---|---|"]
@@ -295,7 +301,7 @@ def table() -> str:
             model = AutoModelForCausalLM.from_config(config_of(family))
         blocks = find_blocks(model)
         whole = sum(parameter.numel() for block in blocks for parameter in block.module.parameters())
-        dense = {re.sub(r"\.\d+\.", ".*.", name) for block in blocks for name, _ in unprunable(block.module)}
+        dense = {re.sub(r"\.\d+\.", ".*.", name) for block in blocks for name in left_dense(block.module)}
         dense = {name for name in dense if not name.endswith("_bias")}  # of a stack of experts: a matrix of biases
         experts = any(prunable.expert is not None for block in blocks for prunable in block.prunables.values())
         share = sum(block.weights for block in blocks) / whole

@@ -98,6 +98,11 @@ class Journal:
         """How many blocks seem to be done."""
         return len(list(self.folder.glob("block-*.json")))
 
+    @property
+    def bytes(self) -> int:
+        """What the finished blocks take on the disk."""
+        return sum(path.stat().st_size for path in self.folder.glob("block-*.safetensors"))
+
 
 def partial_folder(out: Path) -> Path:
     """Where a run towards `out` keeps what it has so far."""

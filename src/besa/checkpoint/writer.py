@@ -19,6 +19,11 @@ from besa.record import RECORD_NAME, RunRecord
 ONE_FILE = 4 << 30  # bytes of weights up to which they are in one file; beyond, each block is a shard
 
 
+def disk_bytes(size: int) -> int:
+    """Most that a run towards a checkpoint of `size` bytes takes on the disk: one file is joined from its parts."""
+    return 2 * size if size <= ONE_FILE else size
+
+
 def finish(
     journal: Journal, decoder: Decoder, tokenizer: PreTrainedTokenizerBase, record: RunRecord, out: Path
 ) -> None:
