@@ -128,6 +128,8 @@ def compress(
         BesaError: bad input or a refused situation, in one sentence; nothing is written then.
     """
     device = resolve_device(device)
+    if resume and isinstance(model, PreTrainedModel):
+        raise BesaError("A loaded model cannot be told from another: give its path to go on with a run.")
     if not isinstance(recipe, Recipe):
         recipe = Recipe.load(recipe, sparsity)
     elif sparsity is not None:
@@ -170,7 +172,8 @@ def compress(
         )
         if journal and out:
             finish(journal, decoder, tokenizer, record, out)
-    return Compressed(tokenizer, record, None if isinstance(decoder, DecoderOnDisk) else decoder.model, out)
+    in_place = out is None or isinstance(model, PreTrainedModel)
+    return Compressed(tokenizer, record, decoder.model if in_place else None, out)
 
 
 def _room(activation_budget: int | None) -> int:

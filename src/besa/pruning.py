@@ -77,6 +77,8 @@ def prune_blocks(
     if journal is not None:
         journal.restored = len(done)
     last = max((block.index for block in blocks if block.index not in done), default=-1)
+    if last < 0:  # stopped while the checkpoint was put together
+        return [done[block.index] for block in blocks]
     progress(0, len(blocks), "embeddings")
     pruned_NTC, dense_NTC = _first_inputs(decoder, recipe, calibration, resources)  # line 1
     records: list[BlockRecord] = []

@@ -17,6 +17,7 @@ import pytest
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
 
 from besa import BesaError, Recipe, cli, compress
 from besa.api import Compressed
@@ -144,9 +145,9 @@ def test_killed_again_and_again(whole: Path, tmp_path: Path) -> None:
         ]
         assert done == sorted(done)  # no kill costs a finished block
         assert_same(tmp_path / f"out{run}", whole)
-    kinds = {name.strip(".").partition("-")[0] for _, *names in log for name in names if name.startswith(".")}
-    assert {"block", "rest"} <= kinds or any("checkpoint/" in name for _, *names in log for name in names), log
-    assert any("checkpoint" in names for names in log)
+    names = {name for _, *names in log for name in names}
+    assert any(name.startswith(".block-") for name in names), log  # killed in the middle of a block's file
+    assert any(name.startswith((".rest", "checkpoint/")) for name in names), log  # while files were joined
 
 
 def test_the_command_is_killed_then_interrupted_then_gone_on_with(whole: Path, tmp_path: Path) -> None:
@@ -363,6 +364,12 @@ def test_an_out_that_exists_is_refused(resume: bool, begun: Path) -> None:
         prune(begun, resume=resume)
     assert sentence(refusal) == f"{begun} exists already: choose another name, or remove it first."
     assert list(begun.iterdir()) == []
+    assert len(list(partial_of(begun).glob("block-*.json"))) == 5
+
+
+def test_a_loaded_model_does_not_resume(begun: Path, tiny_llama: PreTrainedModel, tiny_tokenizer: object) -> None:
+    with pytest.raises(BesaError, match="give its path"):
+        compress(tiny_llama, "besa", TEXT, out=begun, tokenizer=tiny_tokenizer, samples=8, seqlen=32, resume=True)
     assert len(list(partial_of(begun).glob("block-*.json"))) == 5
 
 
