@@ -1,9 +1,12 @@
 """The trained tiny Llama that the fast tests prune and measure (tests/assets/tiny-llama/README.md)."""
 
 import copy
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported, which others may do
 
 import pytest
 import torch

@@ -20,6 +20,7 @@ from besa.checkpoint.journal import journal_for
 from besa.checkpoint.writer import disk_bytes, finish
 from besa.errors import BesaError
 from besa.evaluation.perplexity import Perplexity, perplexity
+from besa.machine import machine, versions
 from besa.models.blocks import find_blocks
 from besa.models.loading import describe, is_quantized, load_model, load_tokenizer, locate, read_config, skeleton
 from besa.models.streaming import Decoder, DecoderInMemory, DecoderOnDisk
@@ -27,7 +28,7 @@ from besa.planning import Plan, work_out
 from besa.progress import Progress, silent
 from besa.pruning import Resources, prune_blocks
 from besa.recipe import Recipe
-from besa.record import RunRecord, machine, now, versions
+from besa.record import RunRecord, now
 
 BATCH_TOKENS = 2048  # in a forward pass, unless asked otherwise
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
-from besa.errors import BesaError, Interrupted
+from besa.errors import BesaError, Interrupted, Notice
 
 app = typer.Typer(
     help="Prune large language models block by block, with learned and exact sparsity, and measure the result.",
@@ -64,7 +65,7 @@ SetOption = Annotated[
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="Change one setting of the recipe, such as allocation.epochs=2 (repeatable).",
+        help="Change one setting of the recipe, such as allocation.steps=64 (repeatable).",
     ),
 ]
 TrustOption = Annotated[
@@ -271,6 +272,7 @@ def report(
 def main() -> None:
     """Entry point of `besa`: a sentence and exit code 2 for bad input, 130 after Ctrl-C."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.showwarning = _note
     try:
         code = app(sys.argv[1:] or ["--help"], prog_name="besa", standalone_mode=False)
         if code == 130:  # what typer makes of Ctrl-C
@@ -285,6 +287,26 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         err.print("besa: interrupted; what was under way was not kept.", highlight=False)
         sys.exit(130)
+
+
+def _note(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Show a notice as a line; of other warnings, which are for developers, as much as Python would."""
+    if issubclass(category, Notice):
+        err.print("besa:", Text(str(message)), style="yellow", highlight=False, soft_wrap=True)
+    else:
+        err.print(
+            Text(warnings.formatwarning(message, category, filename, lineno, line)),
+            highlight=False,
+            soft_wrap=True,
+            end="",
+        )
 
 
 def _refuse(sentence: str) -> None:

@@ -1,4 +1,4 @@
-"""The one error a user is meant to read."""
+"""What a user is meant to read when something is not as it should be."""
 
 from __future__ import annotations
 
@@ -12,3 +12,7 @@ class BesaError(Exception):
 
 class Interrupted(BaseException):
     """Ctrl-C, with a sentence on what was kept."""
+
+
+class Notice(UserWarning):
+    """Something that a user should know and that stops nothing, in one sentence."""

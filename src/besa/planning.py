@@ -118,7 +118,7 @@ def work_out(
     on_gpu = device.type == "cuda"
     needs = kept + max(outside, 2 * block_size if on_gpu else work)
     disk = disk_bytes(size) + (streams if on_disk else 0)
-    learning = 3 * recipe.allocation.epochs if isinstance(recipe.allocation, Besa) else 0
+    learning = 3 * recipe.allocation.steps / samples if isinstance(recipe.allocation, Besa) else 0
     dense = 1 if teacher == "dense" else 1 / ERROR_SHARE
     gpu = work if on_gpu else None
     lacking = list(_lacking(needs, gpu, disk, device, folder))
@@ -183,8 +183,10 @@ def _block_bytes(model: PreTrainedModel, block: Block, recipe: Recipe, batch: in
             * round(1 / recipe.allocation.candidate_step)
             * sum(prunable.rows if recipe.allocation.rates == "row" else 1 for prunable in block.prunables.values())
         )
+        sums = 4 * round(1 / recipe.allocation.candidate_step) * sum(p.rows for p in block.prunables.values())
+        masked = item * (weights + most) + (2 * weights if model.dtype == torch.float32 else 0)  # a copy in bfloat16
         learning = _forward_bytes(block, model, 1, seqlen, learning=True)
-        phases.append(ranked + logits + item * (weights + most) + 16 * min(CHUNK, most) + learning)
+        phases.append(ranked + logits + sums + masked + learning)
     if recipe.reconstruction.needs_gram:
         phases.append(ranked + gram + 3 * 4 * widest**2 + 12 * most)
     phases.append(ranked + stored + 12 * most)  # the record and the journal

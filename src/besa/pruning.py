@@ -5,7 +5,7 @@ Shape suffixes: N sequences, T tokens, C channels of the residual stream, O rows
 
 from __future__ import annotations
 
-import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from besa.progress import Progress, silent
 from besa.recipe import Recipe
 from besa.record import BlockRecord, linear_record
 from besa.statistics import InputStatistics, collect
+from besa.stopwatch import Stopwatch
 from besa.targets import budgets
 
 CPU = torch.device("cpu")
@@ -83,7 +84,12 @@ def prune_blocks(
     pruned_NTC, dense_NTC = _first_inputs(decoder, recipe, calibration, resources)  # line 1
     records: list[BlockRecord] = []
     for block, block_budgets in zip(blocks[: last + 1], plan, strict=False):  # line 2
-        with decoder.opened(block, resources.device):
+        watch = Stopwatch(resources.device)
+        with ExitStack() as stack:
+            with watch("load"):
+                stack.enter_context(decoder.opened(block, resources.device))
+            if block.index < last:
+                decoder.expect(blocks[block.index + 1])
             if block.index in done:
                 assert journal is not None
                 block.run(dense_NTC, resources.batch, into=dense_NTC)
@@ -92,11 +98,12 @@ def prune_blocks(
                 records.append(done[block.index])
                 progress(len(records), len(blocks), "taken from the journal")
                 continue
-            step = _Step(block, block_budgets, recipe, pruned_NTC, dense_NTC, seed, resources)
+            step = _Step(block, block_budgets, recipe, pruned_NTC, dense_NTC, seed, resources, watch)
             record = _pruned(step)  # lines 3 to 12
             records.append(record)
             if journal is not None:
-                journal.keep(decoder.stored(block), record)
+                with watch("write"):
+                    journal.keep(decoder.stored(block), record)
         progress(
             len(records),
             len(blocks),
@@ -136,33 +143,36 @@ class _Step:
     dense_NTC: HiddenStates
     seed: int
     resources: Resources
+    watch: Stopwatch
 
 
 def _pruned(step: _Step) -> BlockRecord:
     """Decide what goes, take it out of the block, and move both paths on to its outputs."""
-    began = time.perf_counter()
-    block, recipe, resources = step.block, step.recipe, step.resources
-    block.run(step.dense_NTC, resources.batch, into=step.dense_NTC)  # line 3
+    block, recipe, resources, watch = step.block, step.recipe, step.resources, step.watch
+    with watch("teacher"):
+        block.run(step.dense_NTC, resources.batch, into=step.dense_NTC)  # line 3
     own_NTC = None
     if recipe.allocation.teacher == "pruned":
         first_NTC = step.pruned_NTC[:1]
         shape = (len(step.pruned_NTC), first_NTC.shape[1], first_NTC.shape[2])
         own_NTC = allocate(shape, first_NTC.dtype, resources.activation_budget // 2, resources.folder)
-    with collect(block.module, block.prunables, recipe.needs_gram) as statistics:
+    with watch("statistics"), collect(block.module, block.prunables, recipe.needs_gram) as statistics:
         block.run(step.pruned_NTC, resources.batch, into=own_NTC)
     names = [name for budget in step.budgets for name in budget.names]
-    linears = {name: _ranked(block, name, recipe, statistics[name]) for name in names}  # line 4
+    with watch("rank"):
+        linears = {name: _ranked(block, name, recipe, statistics[name]) for name in names}  # line 4
     targets_NTC = step.dense_NTC if own_NTC is None else own_NTC
     problem = BlockProblem(block, linears, step.pruned_NTC, targets_NTC, step.budgets, step.seed + block.index)
-    allocated = recipe.allocation.allocate(problem)  # lines 5 to 10
-    with torch.no_grad():
+    with watch("allocate"):
+        allocated = recipe.allocation.allocate(problem)  # lines 5 to 10
+    with watch("rebuild"), torch.no_grad():
         for name, linear in linears.items():  # line 12
             counts_O = allocated.counts[name].to(linear.w_OI.device)
             w_OI = recipe.reconstruction.rebuild(linear.w_OI, linear.ranks_OI, counts_O, statistics[name])
             block.weight(name).copy_(w_OI)
-    block.run(step.pruned_NTC, resources.batch, into=step.pruned_NTC)  # line 11
-    error = error_between(step.pruned_NTC, step.dense_NTC, ERROR_SHARE)
-    return _record(block, linears, allocated, error, time.perf_counter() - began)
+    with watch("propagate"):
+        block.run(step.pruned_NTC, resources.batch, into=step.pruned_NTC)  # line 11
+    return _record(step, linears, allocated)
 
 
 def _ranked(block: Block, name: str, recipe: Recipe, statistics: InputStatistics) -> RankedLinear:
@@ -172,14 +182,15 @@ def _ranked(block: Block, name: str, recipe: Recipe, statistics: InputStatistics
     return RankedLinear(w_OI, importance_OI, rank(importance_OI, w_OI), statistics.reached)
 
 
-def _record(
-    block: Block, linears: dict[str, RankedLinear], allocated: Allocated, error: float, seconds: float
-) -> BlockRecord:
+def _record(step: _Step, linears: dict[str, RankedLinear], allocated: Allocated) -> BlockRecord:
     """What was done to the block, counted in its weights as they are now."""
-    parts = [
-        linear_record(name, block.weight(name).detach(), linear.importance_OI, linear.reached)
-        for name, linear in linears.items()
-    ]
+    block, watch = step.block, step.watch
+    with watch("measure"):
+        error = error_between(step.pruned_NTC, step.dense_NTC, ERROR_SHARE)
+        parts = [
+            linear_record(name, block.weight(name).detach(), linear.importance_OI, linear.reached)
+            for name, linear in linears.items()
+        ]
     weights, zeros = sum(linear.w_OI.numel() for linear in linears.values()), sum(part.zeros for part in parts)
     return BlockRecord(
         index=block.index,
@@ -189,6 +200,7 @@ def _record(
         sparsity=zeros / weights if weights else 0.0,
         reconstruction_error=error,
         losses=allocated.losses,
-        seconds=seconds,
+        seconds=sum(watch.seconds.values()),
+        phases=dict(watch.seconds),
         linears=parts,
     )

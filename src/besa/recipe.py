@@ -109,7 +109,7 @@ def _override(content: dict[str, Any], override: str) -> None:
     *parents, key = path.split(".")
     shown = " ".join(override.split())
     if not separator or not key:
-        raise BesaError(f"--set {shown}: write it as key.key=value, such as allocation.epochs=2.")
+        raise BesaError(f"--set {shown}: write it as key.key=value, such as allocation.steps=64.")
     for parent in parents:
         content = content.setdefault(parent, {})
         if not isinstance(content, dict):

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import platform
-import sys
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +11,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from besa.errors import BesaError
-from besa.version import __version__
 
 RECORD_NAME = "besa_run.json"
 HISTOGRAM_BINS = 50
@@ -67,6 +63,7 @@ class BlockRecord(Record):
     reconstruction_error: float = Field(description="against the dense path, by losses.reconstruction_error")
     losses: list[float] = Field(description="reconstruction loss of each learning step")
     seconds: float
+    phases: dict[str, float] = Field(default={}, description="seconds by phase")
     linears: list[LinearRecord]
 
 
@@ -114,24 +111,3 @@ class RunRecord(Record):
 def now() -> str:
     """The time in ISO 8601, UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def versions() -> dict[str, str]:
-    """Versions of besa and of what its numbers depend on."""
-    packages = {name: version(name) for name in ("torch", "transformers", "numpy")}
-    return {"besa": __version__, "python": platform.python_version(), **packages}
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What the run ran on: processor, threads and, on CUDA, the GPU's name."""
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return {"system": sys.platform, "processor": _processor(), "threads": torch.get_num_threads(), "gpu": gpu}
-
-
-def _processor() -> str:
-    """The processor's marketing name, where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -84,7 +84,7 @@ def test_run_record_tells_what_was_counted(pruned: Path) -> None:
     assert record["calibration"]["samples"] == 8
     assert len(record["calibration"]["sha256"]) == 64
     assert record["peak_memory_bytes"] > 1e8
-    assert [len(block["losses"]) for block in record["blocks"]] == [8] * 8
+    assert [len(block["losses"]) for block in record["blocks"]] == [32] * 8
     for block in record["blocks"]:
         assert block["zeros"] == sum(linear["zeros"] for linear in block["linears"])
         assert 0 < block["reconstruction_error"] < 1
@@ -145,7 +145,7 @@ def test_report_is_one_page(pruned: Path, tmp_path: Path) -> None:
     [
         (["--recipe", "nonsense"], ["nonsense", "besa-layerwise"]),
         (["--set", "allocation.epoch=2"], ["allocation", "epoch"]),
-        (["--set", "allocation.epochs=many"], ["allocation", "epochs"]),
+        (["--set", "allocation.steps=many"], ["allocation", "steps"]),
         (["--sparsity", "1.0"], ["sparsity"]),
         (["--sparsity", "-0.1"], ["sparsity"]),
         (["--calibration", "missing.txt"], ["missing.txt"]),

@@ -79,7 +79,7 @@ def test_recipes_do_not_change():
     with pytest.raises(ValidationError):
         recipe.sparsity = 0.7
     with pytest.raises(ValidationError):
-        recipe.allocation.epochs = 2
+        recipe.allocation.steps = 2
     assert Recipe.load("besa", sparsity=0.7).allocation == Recipe.load("besa").allocation
 
 
@@ -95,10 +95,10 @@ def test_sparsity_replaces_the_recipes_own(write):
 @pytest.mark.parametrize(
     ("overrides", "changed"),
     [
-        (["allocation.epochs=3"], {"epochs": 3}),
+        (["allocation.steps=3"], {"steps": 3}),
         (["allocation.travel=1e-3"], {"travel": 0.001}),  # a string to YAML 1.1
         (["allocation.rates=layer", "allocation.mask=probability"], {"rates": "layer", "mask": "probability"}),
-        (["allocation.epochs=3", "allocation.epochs=4"], {"epochs": 4}),
+        (["allocation.steps=3", "allocation.steps=4"], {"steps": 4}),
         (["allocation={method: besa, penalty: 7}"], {"penalty": 7.0}),
         ([], {}),
     ],
@@ -122,11 +122,11 @@ def test_overrides_may_change_the_method_and_add_a_part(write):
     [
         ("allocation.epoch=2", "unknown key allocation."),
         ("speed=2", "unknown key speed"),
-        ("allocation.epochs=many", "epochs: input should be a valid integer"),
-        ("allocation.epochs=2.5", "epochs: input should be a valid integer"),
-        ("allocation.epochs=", "epochs: input should be a valid integer"),
-        ("allocation.epochs.x=2", "epochs: input should be a valid integer"),
-        ("allocation.epochs=0", "epochs: input should be greater than or equal to 1 (it is 0)"),
+        ("allocation.steps=many", "steps: input should be a valid integer"),
+        ("allocation.steps=2.5", "steps: input should be a valid integer"),
+        ("allocation.steps=", "steps: input should be a valid integer"),
+        ("allocation.steps.x=2", "steps: input should be a valid integer"),
+        ("allocation.steps=0", "steps: input should be greater than or equal to 1 (it is 0)"),
         ("allocation.candidate_step=0.6", "candidate_step: input should be less than or equal to 0.5 (it is 0.6)"),
         ("allocation.penalty=-1", "penalty: input should be greater than or equal to 0 (it is -1)"),
         ("allocation.penalty=.nan", "penalty: "),
@@ -136,7 +136,7 @@ def test_overrides_may_change_the_method_and_add_a_part(write):
         ("allocation.method=magic", "allocation.method is 'magic' but must be one of 'uniform', 'besa'"),
         ("allocation=besa", "allocation: "),
         ("allocation=[1, 2]", "allocation: "),
-        ("allocation={epochs: 2}", "allocation: "),
+        ("allocation={steps: 2}", "allocation: "),
         ("sparsity=1", "sparsity: input should be less than 1 (it is 1)"),
         ("sparsity=-0.1", "sparsity: input should be greater than or equal to 0 (it is -0.1)"),
         ("sparsity=.nan", "sparsity: "),
@@ -148,17 +148,17 @@ def test_overrides_may_change_the_method_and_add_a_part(write):
         ("skip='*.k'", "skip: input should be a valid tuple"),
         ("skip=[3]", "skip.0: input should be a valid string (it is 3)"),
         ("name.first=x", "--set name.first=x: name is a value, not a group of settings"),
-        ("allocation.epochs", "--set allocation.epochs: write it as key.key=value, such as allocation.epochs=2"),
+        ("allocation.steps", "--set allocation.steps: write it as key.key=value, such as allocation.steps=64"),
         ("", "--set : write it as key.key=value"),
         ("=2", "--set =2: write it as key.key=value"),
         ("allocation.=2", "--set allocation.=2: write it as key.key=value"),
-        (".epochs=2", "unknown key"),
-        ("allocation.epochs=[", "--set allocation.epochs=[: the value is not YAML"),
-        ("allocation.epochs=a: b: c", "the value is not YAML"),
-        ("allocation.epochs=!!python/none x", "the value is not YAML"),
-        ("allocation.epochs=2001-99-99", "--set allocation.epochs=2001-99-99: "),  # a date to YAML
-        ("allocation.epochs=2001-01-01", "epochs: input should be a valid integer"),
-        ("allocation.epochs=0b_", "--set allocation.epochs=0b_: "),  # a binary number without digits
+        (".steps=2", "unknown key"),
+        ("allocation.steps=[", "--set allocation.steps=[: the value is not YAML"),
+        ("allocation.steps=a: b: c", "the value is not YAML"),
+        ("allocation.steps=!!python/none x", "the value is not YAML"),
+        ("allocation.steps=2001-99-99", "--set allocation.steps=2001-99-99: "),  # a date to YAML
+        ("allocation.steps=2001-01-01", "steps: input should be a valid integer"),
+        ("allocation.steps=0b_", "--set allocation.steps=0b_: "),  # a binary number without digits
     ],
 )
 def test_overrides_that_are_wrong(override, told):
@@ -168,7 +168,7 @@ def test_overrides_that_are_wrong(override, told):
 def test_keys_are_named_as_they_are_written():
     """Without the tag of the method that pydantic puts in between."""
     assert "unknown key allocation.epoch." in refusal("besa", overrides=["allocation.epoch=2"])
-    assert ": allocation.epochs: input" in refusal("besa", overrides=["allocation.epochs=0"])
+    assert ": allocation.steps: input" in refusal("besa", overrides=["allocation.steps=0"])
 
 
 def test_exceptions_are_added_to_the_recipes_own(write):
@@ -190,7 +190,7 @@ def test_exceptions_that_are_wrong(pair):
     assert str(caught.value) == f"--sparsity-of {pair}: write it as pattern=sparsity, such as *.k_proj=0.3."
 
 
-@given(override=st.text(max_size=30) | st.from_regex(r"(allocation\.epochs|sparsity|name|importance)=[^\x00]{0,12}"))
+@given(override=st.text(max_size=30) | st.from_regex(r"(allocation\.steps|sparsity|name|importance)=[^\x00]{0,12}"))
 @example("sparsity=0\n")
 @example("no\nvalue")
 @example("allocation.x\ny=1")
@@ -239,7 +239,7 @@ def test_files_that_are_wrong(write, content, told):
 
 
 def test_overrides_meet_a_group_without_settings(write):
-    assert "allocation is a value" in refusal(write("allocation:"), overrides=["allocation.epochs=2"])
+    assert "allocation is a value" in refusal(write("allocation:"), overrides=["allocation.steps=2"])
 
 
 @pytest.mark.parametrize("name", ["wnda", "no/such/recipe.yaml"])

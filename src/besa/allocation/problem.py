@@ -59,6 +59,11 @@ class BlockProblem:
         """Where the block is; the hidden states may live elsewhere."""
         return next(iter(self.linears.values())).w_OI.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the block is."""
+        return next(iter(self.linears.values())).w_OI.dtype
+
 
 @dataclass(frozen=True)
 class Allocated:

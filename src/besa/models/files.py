@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -76,6 +77,19 @@ class WeightFiles:
                 if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
                     raise BesaError(f"The tensor {name} of {path} holds NaN or infinity: the checkpoint is damaged.")
                 yield name, tensor
+
+    def expect(self, names: Iterable[str]) -> None:
+        """Have the system read these tensors in the background, into its own memory, where it knows how to."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        wanted = set(names)
+        for path in {self._holders[name] for name in wanted}:
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length))
+                for name in wanted & header.keys():
+                    begin, end = header[name]["data_offsets"]
+                    os.posix_fadvise(file.fileno(), 8 + length + begin, end - begin, os.POSIX_FADV_WILLNEED)
 
 
 def _single(folder: Path) -> dict[str, Path]:

@@ -48,6 +48,9 @@ class Decoder(Protocol):
     def opened(self, block: Block, device: torch.device) -> AbstractContextManager[None]:
         """While open, the block has its weights on `device`."""
 
+    def expect(self, block: Block) -> None:
+        """Get ready for opening the block soon."""
+
     def stored(self, block: Block) -> dict[str, Tensor]:
         """The tensors of an open block, named and laid out as in the checkpoint's files."""
 
@@ -83,6 +86,9 @@ class DecoderInMemory:
             block.module.to(home)
             if self.model._can_set_experts_implementation():
                 self.model.set_experts_implementation(experts)
+
+    def expect(self, block: Block) -> None:
+        """Nothing to do: it is there."""
 
     def stored(self, block: Block) -> dict[str, Tensor]:
         """See `Decoder`."""
@@ -201,6 +207,10 @@ class DecoderOnDisk:
         finally:
             for module in modules:
                 _forget(module)
+
+    def expect(self, block: Block) -> None:
+        """See `Decoder`: the block is read while another is computed."""
+        self._files.expect(self._names[block.name])
 
     def _read(self, owner: str) -> None:
         """Fill modules from the files.

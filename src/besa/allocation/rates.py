@@ -1,0 +1,142 @@
+"""Learned pruning rates: from coefficients beta to the ranks that a row loses, and back to the gradient (eqs. 3 to 6).
+
+Shape suffixes: O rows, I columns, D candidate pruning rates, R rate groups (rows, or linears whose rows share
+a rate).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def candidate_rates(step: float) -> Tensor:
+    """Candidate pruning rates p_d = 0, step, …, 1 (D,), float64; the step is adjusted to divide 1 evenly.
+
+    The paper sets the last coefficient to zero so that the most important weight always stays; besa keeps it, so that
+    any target sparsity below 1 can be reached.
+    """
+    intervals = round(1 / step)
+    return torch.arange(intervals + 1, dtype=torch.float64) / intervals
+
+
+def candidate_ranks(rates_D: Tensor, width: int | Tensor) -> Tensor:
+    """How many ranks of a row of `width` weights each candidate pruning rate takes, ⌈p_d·I⌉; (D,), int64.
+
+    Eq. 4 prunes rank j (from 0) at candidate d where j < p_d·I. Products within 1e-6 of an integer are that integer,
+    so that 0.07 × 100 is 7 ranks and not 8; that takes float64 rates.
+    """
+    return (rates_D * width - 1e-6).ceil().long()
+
+
+def candidate_bins(rates_D: Tensor, width: int) -> Tensor:
+    """The first candidate that prunes each rank of a row of `width` weights; (I,), int16.
+
+    dL/dbeta_d = −Σ_j dL/dM_j · [candidate d prunes rank j] is then a running sum over these bins.
+    """
+    ranks_I = torch.arange(width, device=rates_D.device)
+    return torch.searchsorted(candidate_ranks(rates_D, width), ranks_I, right=True).to(torch.int16)
+
+
+def starting_logits(rates_D: Tensor, target: float, width: float) -> Tensor:
+    """Logits (D,) of a bell of standard deviation `width`, placed so that alpha (eq. 3) is the target."""
+    low = -20.0 * len(rates_D)  # so steep that neighbours differ by e²⁰: alpha as good as 0, or as good as 1
+    high = width**-2 - low
+    for _ in range(100):
+        slope = (low + high) / 2  # centre of the bell / width²
+        logits_D = slope * rates_D - rates_D**2 / (2 * width**2)
+        alpha = float(logits_D.softmax(0) @ rates_D)
+        low, high = (slope, high) if alpha < target else (low, slope)
+    return (logits_D - logits_D.max()).float()
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Pruning rates that are learned together, to meet one sparsity.
+
+    Attributes:
+        logits_RD: what is learned; beta is their softmax.
+        rates_D: candidate pruning rates p_d, float64.
+        width_R: weights in a row, float64.
+        share_R: share of all the weights, float32.
+        sparsity: to be met.
+        mask: the mask rule, ``count`` or ``probability``.
+    """
+
+    logits_RD: Tensor
+    rates_D: Tensor
+    width_R: Tensor
+    share_R: Tensor
+    sparsity: float
+    mask: str
+
+    @classmethod
+    def start(
+        cls,
+        shapes: list[tuple[int, int]],
+        sparsity: float,
+        *,
+        per_row: bool,
+        step: float,
+        spread: float,
+        mask: str,
+        device: torch.device,
+    ) -> Rates:
+        """Every rate at the target.
+
+        Args:
+            shapes: rows and columns of each linear.
+            sparsity: the target.
+            per_row: each row has a rate of its own; else each linear.
+            step: distance of the candidate pruning rates.
+            spread: standard deviation of the first beta around the target.
+            mask: the mask rule.
+            device: where the rates are learned.
+        """
+        rates_D = candidate_rates(step)
+        groups = [(rows if per_row else 1, rows * columns, columns) for rows, columns in shapes]
+        width_R = torch.cat([torch.full((n,), columns, dtype=torch.float64) for n, _, columns in groups])
+        share_R = torch.cat([torch.full((n,), weights / n) for n, weights, _ in groups])
+        logits_RD = starting_logits(rates_D, sparsity, spread).to(device).repeat(len(width_R), 1).requires_grad_()
+        share_R = (share_R / share_R.sum()).to(device)
+        return cls(logits_RD, rates_D.to(device), width_R.to(device), share_R, sparsity, mask)
+
+    def beta(self) -> Tensor:
+        """Coefficients on the simplex (R, D)."""
+        return self.logits_RD.softmax(dim=-1)
+
+    def alpha(self, beta_RD: Tensor) -> Tensor:
+        """Expected pruning rate of each group (R,), eq. 3."""
+        return beta_RD @ self.rates_D.float()
+
+    def missed(self, alpha_R: Tensor) -> Tensor:
+        """Squared relative distance of the expected sparsity from the target (scalar), the second term of eq. 1."""
+        return ((alpha_R @ self.share_R - self.sparsity) / self.sparsity) ** 2
+
+    @torch.no_grad()
+    def counts(self, beta_RD: Tensor, alpha_R: Tensor) -> Tensor:
+        """How many of the lowest ranks of a row go (R,), int64, by the mask rule.
+
+        By the count rule the masks meet the sparsity at every step: what alpha misses is made up for by one shift of
+        all rates, as the exact budget does in the end. So the loss is always that of the sparsity asked for.
+
+        The probability of eq. 4 never rises with rank, so eq. 5 too prunes a row's lowest ranks: those that the largest
+        candidate d prunes whose tail probability Σ_{e≥d} beta_e still reaches alpha.
+        """
+        if self.mask == "count":
+            rates_R = (alpha_R + self._shift(alpha_R)).clamp_(0, 1)
+            return (rates_R * self.width_R + 1e-3).floor().long()
+        tail_RD = beta_RD.flip(-1).cumsum(-1).flip(-1)
+        reaching_R = (tail_RD >= alpha_R[:, None]).sum(dim=-1) - 1  # tails fall with d: the last that reaches
+        return candidate_ranks(self.rates_D[reaching_R.clamp_min_(0)], self.width_R)
+
+    def _shift(self, alpha_R: Tensor) -> Tensor:
+        """What to add to all rates so that they prune the share asked for, each rate staying within [0, 1]."""
+        low, high = alpha_R.new_tensor(-1.0), alpha_R.new_tensor(1.0)
+        for _ in range(20):
+            middle = (low + high) / 2
+            below = (alpha_R + middle).clamp_(0, 1) @ self.share_R < self.sparsity
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        return (low + high) / 2

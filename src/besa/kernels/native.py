@@ -1,0 +1,57 @@
+"""The kernels of masks.cpp, called on torch's tensors."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from besa.kernels.build import library
+
+PATHS = ("avx512", "avx2", "plain")  # best first
+NUMBERS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
+@cache
+def paths() -> list[str]:
+    """The instruction sets that this processor has kernels for, best first; none where there is no compiler."""
+    kernels = library("masks.cpp")
+    return [name for name in PATHS if kernels is not None and _has(kernels, name)]
+
+
+def _has(kernels: ctypes.CDLL, name: str) -> bool:
+    return hasattr(kernels, f"has_{name}") and bool(kernels[f"has_{name}"]())
+
+
+def serves(w_OI: Tensor) -> bool:
+    """Whether there is a kernel for weights of this kind."""
+    return w_OI.device.type == "cpu" and w_OI.dtype in NUMBERS and bool(paths())
+
+
+def masked(w_OI: Tensor, ranks_OI: Tensor, counts_O: Tensor, out_OI: Tensor, path: str = "") -> None:
+    """See `besa.kernels.masked`; `path` asks for another than the best."""
+    rows, columns = w_OI.shape
+    name = f"masked_{8 * w_OI.itemsize}_{8 * ranks_OI.itemsize}_{path or paths()[0]}"
+    _call(name, w_OI, ranks_OI, counts_O, out_OI, rows, columns)
+
+
+def binned(gradient_OI: Tensor, w_OI: Tensor, ranks_OI: Tensor, bins_I: Tensor, out_OB: Tensor, path: str = "") -> None:
+    """See `besa.kernels.binned`; `path` asks for another than the best."""
+    rows, columns = w_OI.shape
+    name = f"binned_{NUMBERS[w_OI.dtype]}_{8 * ranks_OI.itemsize}_{path or paths()[0]}"
+    _call(name, gradient_OI, w_OI, ranks_OI, bins_I, out_OB, rows, columns, out_OB.shape[1])
+
+
+def _call(name: str, *arguments: Tensor | int) -> None:
+    kernels = library("masks.cpp")
+    assert kernels is not None
+    passed: list[ctypes.c_void_p | ctypes.c_int64] = []
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            assert argument.is_contiguous()
+            passed.append(ctypes.c_void_p(argument.data_ptr()))
+        else:
+            passed.append(ctypes.c_int64(argument))
+    kernels[name](*passed, ctypes.c_int64(torch.get_num_threads()))

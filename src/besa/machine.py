@@ -1,0 +1,50 @@
+"""What a run runs on: software versions, processor, and what that is good at."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from besa.kernels import native
+from besa.version import __version__
+
+
+def versions() -> dict[str, str]:
+    """Versions of besa and of what its numbers depend on."""
+    packages = {name: version(name) for name in ("torch", "transformers", "numpy")}
+    return {"besa": __version__, "python": platform.python_version(), **packages}
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the run ran on: processor, threads and, on CUDA, the GPU's name."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "system": sys.platform,
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "kernels": "triton" if gpu else next(iter(native.paths()), "torch"),
+        "bfloat16": multiplies_bfloat16(device),
+    }
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16 matrices, and so faster than float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 has none
+    return any(has.get(feature) for feature in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def _processor() -> str:
+    """The processor's marketing name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

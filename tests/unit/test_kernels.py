@@ -1,0 +1,199 @@
+"""The reference against loops in Python, C++ against the reference to the bit, Triton through its interpreter."""
+
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from besa import kernels
+from besa.errors import Notice
+from besa.kernels import build, native, reference
+
+WHERE = [(path, dtype) for path in native.paths() for dtype in native.NUMBERS]
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    """The Triton kernels on CPU tensors (conftest.py says so to triton)."""
+    pytest.importorskip("triton")
+    from besa.kernels import gpu
+
+    return gpu
+
+
+@st.composite
+def passes(draw, whole=False, most=(9, 150)):
+    """Arguments of both kernels for a random weight: (gradient, w, ranks, counts, bins, number of bins)."""
+    rows, columns = draw(st.integers(1, most[0])), draw(st.integers(1, most[1]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    w_OI, gradient_OI = torch.randn(2, rows, columns, generator=generator)
+    if whole:  # sums of small whole numbers are exact in any order
+        w_OI, gradient_OI = (3 * w_OI).round(), (3 * gradient_OI).round()
+    ranks_OI = torch.rand(rows, columns, generator=generator).argsort(dim=1)
+    ranks_OI = ranks_OI.to(draw(st.sampled_from([torch.int16, torch.int32])))
+    counts_O = torch.randint(columns + 1, (rows,), generator=generator)
+    counts_O[0] = draw(st.sampled_from([0, columns, columns // 2]))
+    n_bins = draw(st.sampled_from([2, 11, 101]))
+    bins_I = torch.randint(n_bins, (columns,), generator=generator).sort().values.to(torch.int16)
+    return gradient_OI, w_OI, ranks_OI, counts_O, bins_I, n_bins
+
+
+def masked(module, w_OI, ranks_OI, counts_O, **where):
+    out_OI = torch.full_like(w_OI, torch.nan)
+    module.masked(w_OI, ranks_OI, counts_O, out_OI, **where)
+    return out_OI
+
+
+def binned(module, gradient_OI, w_OI, ranks_OI, bins_I, n_bins, **where):
+    out_OB = torch.full((len(w_OI), n_bins), torch.nan)
+    module.binned(gradient_OI, w_OI, ranks_OI, bins_I, out_OB, **where)
+    return out_OB
+
+
+@given(passes(whole=True, most=(4, 12)))
+@settings(deadline=None)
+def test_the_reference_against_loops(case):
+    gradient_OI, w_OI, ranks_OI, counts_O, bins_I, n_bins = case
+    expected_OI, expected_OB = torch.zeros_like(w_OI), torch.zeros(len(w_OI), n_bins)
+    for o, row in enumerate(ranks_OI.tolist()):
+        for i, place in enumerate(row):
+            if place >= counts_O[o]:
+                expected_OI[o, i] = w_OI[o, i]
+            expected_OB[o, bins_I[place]] += gradient_OI[o, i] * w_OI[o, i]
+    assert torch.equal(masked(reference, w_OI, ranks_OI, counts_O), expected_OI)
+    assert torch.equal(binned(reference, gradient_OI, w_OI, ranks_OI, bins_I, n_bins), expected_OB)
+
+
+@given(passes(), st.integers(1, 20))
+@settings(deadline=None)
+def test_the_reference_does_not_depend_on_the_chunk(case, chunk):
+    gradient_OI, w_OI, ranks_OI, _, bins_I, n_bins = case
+    whole_OB = binned(reference, gradient_OI, w_OI, ranks_OI, bins_I, n_bins)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "CHUNK", chunk)
+        assert torch.equal(binned(reference, gradient_OI, w_OI, ranks_OI, bins_I, n_bins), whole_OB)
+
+
+def test_this_machine_has_kernels():
+    assert native.paths(), "without a compiler, the tests below test nothing"
+    assert native.paths()[-1] == "plain"
+
+
+@pytest.mark.parametrize(("path", "dtype"), WHERE)
+@given(case=passes(), threads=st.integers(1, 3))
+@settings(deadline=None, max_examples=60)
+def test_cpp_gives_the_bits_of_the_reference(path, dtype, case, threads):
+    gradient_OI, w_OI, ranks_OI, counts_O, bins_I, n_bins = case
+    gradient_OI, w_OI = gradient_OI.to(dtype), w_OI.to(dtype)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found_OI = masked(native, w_OI, ranks_OI, counts_O, path=path)
+        found_OB = binned(native, gradient_OI, w_OI, ranks_OI, bins_I, n_bins, path=path)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found_OI, masked(reference, w_OI, ranks_OI, counts_O))
+    assert torch.equal(found_OB, binned(reference, gradient_OI, w_OI, ranks_OI, bins_I, n_bins))
+
+
+@pytest.mark.parametrize("columns", [32_767, 40_000])
+def test_the_widest_rows(columns):
+    """Where int16 ranks end and int32 ranks begin."""
+    dtype = torch.int16 if columns == 32_767 else torch.int32
+    ranks_OI = torch.rand(2, columns).argsort(dim=1).to(dtype)
+    gradient_OI, w_OI = torch.randn(2, 2, columns)
+    bins_I = (torch.arange(columns) * 100 // columns).to(torch.int16)
+    for counts_O in (torch.tensor([0, columns]), torch.tensor([columns - 1, 1])):
+        expected_OI = masked(reference, w_OI, ranks_OI, counts_O)
+        assert (expected_OI == 0).sum(dim=1).tolist() == counts_O.tolist()
+        assert torch.equal(masked(native, w_OI, ranks_OI, counts_O), expected_OI)
+    expected_OB = binned(reference, gradient_OI, w_OI, ranks_OI, bins_I, 100)
+    assert torch.equal(binned(native, gradient_OI, w_OI, ranks_OI, bins_I, 100), expected_OB)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@given(case=passes(most=(3, 150)))
+@settings(deadline=None, max_examples=15)
+def test_triton_agrees_with_the_reference(gpu, dtype, case):
+    gradient_OI, w_OI, ranks_OI, counts_O, bins_I, n_bins = case
+    gradient_OI, w_OI = gradient_OI.to(dtype), w_OI.to(dtype)
+    assert torch.equal(masked(gpu, w_OI, ranks_OI, counts_O), masked(reference, w_OI, ranks_OI, counts_O))
+    found_OB = binned(gpu, gradient_OI, w_OI, ranks_OI, bins_I, n_bins)
+    torch.testing.assert_close(found_OB, binned(reference, gradient_OI, w_OI, ranks_OI, bins_I, n_bins))
+
+
+def test_triton_splits_wide_rows(gpu):
+    """More columns than a program takes at a time, and more bins than warps are wide."""
+    ranks_OI = torch.rand(1, 2500).argsort(dim=1).to(torch.int16)
+    gradient_OI, w_OI = torch.randint(-9, 10, (2, 1, 2500)).float()
+    bins_I = (torch.arange(2500) * 1001 // 2500).to(torch.int16)
+    counts_O = torch.tensor([1300])
+    assert torch.equal(masked(gpu, w_OI, ranks_OI, counts_O), masked(reference, w_OI, ranks_OI, counts_O))
+    expected_OB = binned(reference, gradient_OI, w_OI, ranks_OI, bins_I, 1001)
+    assert torch.equal(binned(gpu, gradient_OI, w_OI, ranks_OI, bins_I, 1001), expected_OB)
+
+
+def test_what_has_no_kernel_goes_to_the_reference(monkeypatch):
+    ranks_OI, counts_O = torch.tensor([[1, 0]], dtype=torch.int16), torch.tensor([1])
+    half_OI = torch.tensor([[1.0, 2.0]], dtype=torch.float16)
+    assert not native.serves(half_OI)
+    assert masked(kernels, half_OI, ranks_OI, counts_O).tolist() == [[1, 0]]
+    monkeypatch.setattr(native, "paths", list)
+    assert not native.serves(half_OI.float())
+    assert masked(kernels, half_OI.float(), ranks_OI, counts_O).tolist() == [[1, 0]]
+
+
+# Building
+
+
+@pytest.fixture
+def fresh(tmp_path, monkeypatch):
+    """An empty cache, and nothing remembered."""
+    monkeypatch.setenv("BESA_CACHE", str(tmp_path))
+    build.library.cache_clear()
+    yield tmp_path / "kernels"
+    build.library.cache_clear()
+
+
+def test_built_once(fresh, monkeypatch):
+    assert build.library("masks.cpp") is not None
+    (built,) = fresh.iterdir()  # no scratch left
+    assert built.suffix == ".so"
+    build.library.cache_clear()
+    monkeypatch.setattr(build, "_call", lambda *_: pytest.fail("compiled again"))
+    assert build.library("masks.cpp") is not None
+
+
+@pytest.mark.parametrize("broken", ["false", "no compiler", "folder"])
+def test_without_a_compiler_there_is_a_notice(fresh, monkeypatch, broken):
+    if broken == "folder":
+        fresh.write_text("in the way")
+    else:
+        monkeypatch.setattr(build, "COMPILERS", ())
+        monkeypatch.setenv("CXX", broken)
+    with pytest.warns(Notice, match="more slowly") as said:
+        assert build.library("masks.cpp") is None
+    assert build.library("masks.cpp") is None
+    assert len(said) == 1
+
+
+def test_threads_are_those_of_torch(fresh):
+    """No second OpenMP library comes in with the kernels: its threads would fight with torch's."""
+    code = "import torch; from besa.kernels.build import library; assert library('masks.cpp'); "
+    code += "print(len({line.split()[-1] for line in open('/proc/self/maps') if 'gomp' in line or 'iomp' in line}))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
+    assert found.stdout.strip() == "1"
+
+
+def test_a_compiler_without_openmp_serves_too(fresh, monkeypatch):
+    monkeypatch.setattr(build, "WAYS", ((),))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert build.library("masks.cpp") is not None
+    w_OI, ranks_OI = torch.ones(5, 3), torch.tensor([[0, 1, 2]] * 5, dtype=torch.int16)
+    assert masked(native, w_OI, ranks_OI, torch.tensor([0, 1, 2, 3, 0])).sum(dim=1).tolist() == [3, 2, 1, 0, 3]
