@@ -34,13 +34,14 @@ from besa.record import RunRecord, now
 
 RESULTS = Path(__file__).parent / "results"
 CPU = torch.device("cpu")
-METHODS = {
+EPOCH = ("allocation.steps={samples}", "allocation.crop=1")  # every token once, as in the paper
+METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "wanda": ("wanda", ()),
     "sparsegpt": ("sparsegpt", ()),
     "besa": ("besa", ()),
     "besa-layerwise": ("besa-layerwise", ()),
-    "besa, one epoch": ("besa", ("allocation.steps={samples}",)),
-    "besa, one epoch, all float32": ("besa", ("allocation.steps={samples}", "allocation.autocast=false")),
+    "besa, one epoch": ("besa", EPOCH),
+    "besa, one epoch, all in float32": ("besa", (*EPOCH, "allocation.autocast=false")),
 }
 app = typer.Typer(help=__doc__, add_completion=False)
 Samples = Annotated[int, typer.Option(help="Calibration sequences.")]
@@ -48,38 +49,40 @@ Seqlen = Annotated[int, typer.Option(help="Tokens of each.")]
 
 
 @app.command()
-def methods(samples: Samples = 64, seqlen: Seqlen = 512, dtype: str = "float32") -> None:
-    """Whole runs on SmolLM2-135M, from a folder of safetensors to a folder of safetensors."""
-    torch.set_num_threads(torch.get_num_threads())
-    with tempfile.TemporaryDirectory(prefix="besa-cost-") as scratch:
-        folder = Path(scratch)
-        source = locate("smollm2")
-        load_model(source, dtype).save_pretrained(folder / "model")
-        load_tokenizer(source).save_pretrained(folder / "model")
-        rows = []
-        dense = [_dense_pass(folder / "model", samples, seqlen)]
-        for name, (recipe, overrides) in METHODS.items():
-            settings = [override.format(samples=samples) for override in overrides]
-            row = _run(folder, Recipe.load(recipe, 0.5, settings), samples, seqlen)
-            dense.append(_dense_pass(folder / "model", samples, seqlen))
-            forward = statistics.mean(dense[-2:])  # before and after the run: the machine may have changed
-            row["forward_seconds"] = forward
-            row["forward_equivalents"] = {phase: value / forward for phase, value in row["seconds"].items()}
-            rows.append({"method": name} | row)
-            _show(rows[-1])
-    _write(
-        f"cost-methods-{dtype}.json",
-        {"calibration": f"{samples} × {seqlen} tokens", "dtype": dtype, "dense_passes": dense, "methods": rows},
-    )
+def methods(
+    folder: Annotated[Path, typer.Argument(help="Where the checkpoints go; must not exist.")],
+    samples: Samples = 64,
+    seqlen: Seqlen = 512,
+    dtype: str = "float32",
+) -> None:
+    """Whole runs on SmolLM2-135M, from a folder of safetensors to folders of safetensors."""
+    source = locate("smollm2")
+    load_model(source, dtype).save_pretrained(folder / "dense")
+    load_tokenizer(source).save_pretrained(folder / "dense")
+    rows: list[dict[str, Any]] = []
+    dense = [_dense_pass(folder / "dense", samples, seqlen)]
+    for name, (recipe, overrides) in METHODS.items():
+        settings = Recipe.load(recipe, 0.5, [override.format(samples=samples) for override in overrides])
+        row = {"method": name} | _run(
+            folder / "dense", folder / name.replace(", ", "-").replace(" ", "-"), settings, samples, seqlen
+        )
+        dense.append(_dense_pass(folder / "dense", samples, seqlen))
+        forward = statistics.mean(dense[-2:])  # before and after the run: the machine may have changed
+        rows.append(row | {"forward_equivalents": {phase: value / forward for phase, value in row["seconds"].items()}})
+        parts = ", ".join(f"{phase} {value:.2f}" for phase, value in rows[-1]["forward_equivalents"].items())
+        print(f"{name}: {parts}; {row['peak_memory_bytes'] / 1e9:.2f} GB", flush=True)
+        _write(
+            f"cost-methods-{dtype}.json",
+            {"calibration": f"{samples} × {seqlen} tokens", "dtype": dtype, "dense_passes": dense, "methods": rows},
+        )
 
 
-def _run(folder: Path, recipe: Recipe, samples: int, seqlen: int) -> dict[str, Any]:
+def _run(model: Path, out: Path, recipe: Recipe, samples: int, seqlen: int) -> dict[str, Any]:
     """Seconds by phase of one run, and its peak memory."""
-    out = Path(tempfile.mkdtemp(dir=folder)) / "out"
-    marks = []
+    marks: list[tuple[float, str]] = []
     began = time.perf_counter()
     compress(
-        folder / "model",
+        model,
         recipe,
         "c4",
         out=out,
@@ -227,11 +230,6 @@ def _exponent(points: list[tuple[float, float]]) -> float:
     """Slope of a straight line through the logarithms."""
     fit = statistics.linear_regression(*zip(*((math.log(x), math.log(y)) for x, y in points), strict=True))
     return fit.slope
-
-
-def _show(row: dict[str, Any]) -> None:
-    parts = ", ".join(f"{phase} {value:.2f}" for phase, value in row["forward_equivalents"].items())
-    print(f"{row['method']}: {parts}; {row['peak_memory_bytes'] / 1e9:.2f} GB", flush=True)
 
 
 def _write(name: str, result: dict[str, Any]) -> None:

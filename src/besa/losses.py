@@ -20,17 +20,18 @@ def reconstruction_error(y_NTC: Tensor, target_NTC: Tensor) -> Tensor:
     return _relative(*_squares(y_NTC, target_NTC))
 
 
-def error_between(y_NTC: HiddenStates, target_NTC: HiddenStates, share: int) -> float:
-    """`reconstruction_error` of every `share`-th sequence of `y_NTC` against the target's, a sequence at a time.
+def error_between(y_NTC: HiddenStates, target_NTC: HiddenStates, share: int, tokens: int) -> float:
+    """`reconstruction_error` of the first `tokens` tokens of every `share`-th sequence, a sequence at a time.
 
     Args:
         y_NTC: N sequences.
-        target_NTC: as many, or only every `share`-th of them.
+        target_NTC: as many, or only every `share`-th of them; each at least of its first `tokens` tokens.
         share: from 1 on.
+        tokens: of a sequence.
     """
     stride = share if len(target_NTC) == len(y_NTC) else 1
     squares = [
-        _squares(y_NTC[place : place + 1], target_NTC[at * stride : at * stride + 1])
+        _squares(y_NTC[place : place + 1][:, :tokens], target_NTC[at * stride : at * stride + 1][:, :tokens])
         for at, place in enumerate(range(0, len(y_NTC), share))
     ]
     error_C, norm_C = (torch.stack(part).sum(dim=0) for part in zip(*squares, strict=True))

@@ -22,11 +22,12 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from besa import memory
+from besa.allocation import first_tokens
 from besa.allocation.besa import Besa
 from besa.checkpoint.writer import disk_bytes
 from besa.masks import CHUNK
 from besa.models.blocks import Block, standing_aside
-from besa.pruning import ERROR_SHARE
+from besa.pruning import dense_share
 from besa.recipe import Recipe
 from besa.targets import budgets
 
@@ -107,9 +108,11 @@ def work_out(
     size = parameters * item
     stream = samples * seqlen * model.config.get_text_config().hidden_size * item
     teacher = recipe.allocation.teacher
-    streams = stream + (stream if teacher else -(-stream // ERROR_SHARE)) + (stream if teacher == "pruned" else 0)
+    share, tokens = dense_share(recipe, seqlen)
+    dense_stream = stream // seqlen * tokens // samples * -(-samples // share)
+    streams = stream + dense_stream + (stream if teacher == "pruned" else 0)
     on_disk = stream > activation_budget // 2
-    _learn_arguments(model, blocks, batch, seqlen)
+    _learn_arguments(model, blocks, {(batch, seqlen), (1, first_tokens(seqlen, recipe.allocation.crop))})
     inside = {id(parameter) for block in blocks for parameter in block.module.parameters()}
     outside = sum(parameter.nbytes for parameter in model.parameters() if id(parameter) not in inside)
     work = max(_block_bytes(model, block, recipe, batch, seqlen) for block in _distinct(blocks))
@@ -118,8 +121,9 @@ def work_out(
     on_gpu = device.type == "cuda"
     needs = kept + max(outside, 2 * block_size if on_gpu else work)
     disk = disk_bytes(size) + (streams if on_disk else 0)
-    learning = 3 * recipe.allocation.steps / samples if isinstance(recipe.allocation, Besa) else 0
-    dense = 1 if teacher == "dense" else 1 / ERROR_SHARE
+    steps = recipe.allocation.steps if isinstance(recipe.allocation, Besa) else 0
+    learning = 3 * steps * first_tokens(seqlen, recipe.allocation.crop) / (samples * seqlen)
+    dense = dense_stream / stream
     gpu = work if on_gpu else None
     lacking = list(_lacking(needs, gpu, disk, device, folder))
     return Plan(
@@ -185,7 +189,8 @@ def _block_bytes(model: PreTrainedModel, block: Block, recipe: Recipe, batch: in
         )
         sums = 4 * round(1 / recipe.allocation.candidate_step) * sum(p.rows for p in block.prunables.values())
         masked = item * (weights + most) + (2 * weights if model.dtype == torch.float32 else 0)  # a copy in bfloat16
-        learning = _forward_bytes(block, model, 1, seqlen, learning=True)
+        tokens = first_tokens(seqlen, recipe.allocation.crop)
+        learning = _forward_bytes(block, model, 1, tokens, learning=True)
         phases.append(ranked + logits + sums + masked + learning)
     if recipe.reconstruction.needs_gram:
         phases.append(ranked + gram + 3 * 4 * widest**2 + 12 * most)
@@ -291,8 +296,8 @@ def _stacks_aside(block: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _learn_arguments(model: PreTrainedModel, blocks: list[Block], batch: int, seqlen: int) -> None:
-    """Fill in the call arguments of every block, for one sequence and for a batch, without any weight of the model."""
+def _learn_arguments(model: PreTrainedModel, blocks: list[Block], sizes: set[tuple[int, int]]) -> None:
+    """Fill in the call arguments of every block, for sizes of (sequences, tokens), without any weight of the model."""
     embeddings = model.get_input_embeddings()
     within = {module for block in blocks for module in block.module.modules()}
     for module in model.base_model.modules():
@@ -303,6 +308,6 @@ def _learn_arguments(model: PreTrainedModel, blocks: list[Block], batch: int, se
         ):
             module.to_empty(device="cpu", recurse=False)
     with standing_aside(blocks):
-        for size in {1, batch}:
-            x_NTC = torch.zeros(size, seqlen, embeddings.weight.shape[1], dtype=model.dtype)
+        for samples, tokens in sizes:
+            x_NTC = torch.zeros(samples, tokens, embeddings.weight.shape[1], dtype=model.dtype)
             model.base_model(inputs_embeds=x_NTC, use_cache=False)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from besa.activations import HiddenStates, allocate
-from besa.allocation import Allocated, BlockProblem, RankedLinear
+from besa.allocation import Allocated, BlockProblem, RankedLinear, first_tokens
 from besa.budget import Budget
 from besa.calibration import Calibration
 from besa.checkpoint.journal import Journal
@@ -28,7 +28,10 @@ from besa.stopwatch import Stopwatch
 from besa.targets import budgets
 
 CPU = torch.device("cpu")
-ERROR_SHARE = 8  # the error against the dense path is measured on one sequence in so many, the same for every method
+# The error against the dense path is measured on one sequence in so many, and on this share of its tokens from the
+# beginning: the same for every method, as the dense path need not go on with more for its sake.
+ERROR_SHARE = 8
+ERROR_TOKENS = 0.5
 
 
 @dataclass(frozen=True)
@@ -116,20 +119,28 @@ def prune_blocks(
 def _first_inputs(
     decoder: Decoder, recipe: Recipe, calibration: Calibration, resources: Resources
 ) -> tuple[HiddenStates, HiddenStates]:
-    """Inputs of the first block: all of them for the pruned path, as many as the recipe needs for the dense path."""
+    """Inputs of the first block: all of them for the pruned path, as much as the recipe needs for the dense path."""
     samples, seqlen = calibration.tokens_NT.shape
-    share = 1 if recipe.allocation.teacher == "dense" else ERROR_SHARE
+    share, length = dense_share(recipe, seqlen)
+    lengths = {length, first_tokens(seqlen, recipe.allocation.crop)}
     with decoder.embeddings():
-        parts = capture_inputs(decoder.model, decoder.blocks, calibration.tokens_NT, resources.batch)
+        parts = capture_inputs(decoder.model, decoder.blocks, calibration.tokens_NT, resources.batch, lengths)
         for start, part_NTC in zip(range(0, samples, resources.batch), parts, strict=True):
             if start == 0:
-                shape, room = (samples, seqlen, part_NTC.shape[-1]), resources.activation_budget // 2
-                pruned_NTC = allocate(shape, part_NTC.dtype, room, resources.folder)
-                dense_NTC = allocate((-(-samples // share), *shape[1:]), part_NTC.dtype, room, resources.folder)
+                width, room = part_NTC.shape[-1], resources.activation_budget // 2
+                pruned_NTC = allocate((samples, seqlen, width), part_NTC.dtype, room, resources.folder)
+                dense_NTC = allocate((-(-samples // share), length, width), part_NTC.dtype, room, resources.folder)
             pruned_NTC[start : start + len(part_NTC)] = part_NTC
     for place in range(len(dense_NTC)):
-        dense_NTC[place : place + 1] = pruned_NTC[place * share : place * share + 1]
+        dense_NTC[place : place + 1] = pruned_NTC[place * share : place * share + 1][:, :length]
     return pruned_NTC, dense_NTC
+
+
+def dense_share(recipe: Recipe, seqlen: int) -> tuple[int, int]:
+    """What the dense path is needed for: one sequence in how many, and how many tokens of it from its beginning."""
+    if recipe.allocation.teacher != "dense":
+        return ERROR_SHARE, first_tokens(seqlen, ERROR_TOKENS)
+    return 1, first_tokens(seqlen, max(ERROR_TOKENS, recipe.allocation.crop))
 
 
 @dataclass(frozen=True)
@@ -186,7 +197,8 @@ def _record(step: _Step, linears: dict[str, RankedLinear], allocated: Allocated)
     """What was done to the block, counted in its weights as they are now."""
     block, watch = step.block, step.watch
     with watch("measure"):
-        error = error_between(step.pruned_NTC, step.dense_NTC, ERROR_SHARE)
+        tokens = first_tokens(step.pruned_NTC[:1].shape[1], ERROR_TOKENS)
+        error = error_between(step.pruned_NTC, step.dense_NTC, ERROR_SHARE, tokens)
         parts = [
             linear_record(name, block.weight(name).detach(), linear.importance_OI, linear.reached)
             for name, linear in linears.items()

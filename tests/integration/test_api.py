@@ -84,9 +84,9 @@ def test_recorded_error_is_that_of_the_written_model(
             block.run(x_NTC, 4, into=x_NTC)
             outputs[-1].append(x_NTC.clone())
     for record, pruned_NTC, dense_NTC in zip(result.record.blocks, *outputs, strict=True):
-        assert record.reconstruction_error == pytest.approx(
-            float(reconstruction_error(pruned_NTC, dense_NTC)), rel=1e-3
-        )
+        start = slice(0, SEQLEN // 2)
+        expected = float(reconstruction_error(pruned_NTC[:, start], dense_NTC[:, start]))
+        assert record.reconstruction_error == pytest.approx(expected, rel=1e-3)
 
 
 def test_zero_sparsity_changes_no_bit(tiny_llama_folder: Path, tiny_llama: torch.nn.Module) -> None:
@@ -109,7 +109,7 @@ def test_pruning_to_disk_is_pruning_in_memory(tiny_llama_folder: Path, tmp_path:
         for name, tensor in whole.model.state_dict().items():
             assert torch.equal(tensor, state[name]), (recipe, name)
         timeless = [
-            [block.model_copy(update={"seconds": 0.0}) for block in run.record.blocks] for run in (whole, streamed)
+            [block.model_copy(update={"seconds": 0.0, "phases": {}}) for block in run.record.blocks] for run in (whole, streamed)
         ]
         assert timeless[0] == timeless[1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["besa", "sparsegpt"]

@@ -58,7 +58,7 @@ def partial_of(out: Path) -> Path:
 def blocks_of(out: Path) -> list[dict[str, Any]]:
     """What the record says of each block, but for the time it took."""
     blocks: list[dict[str, Any]] = json.loads((out / "besa_run.json").read_text())["blocks"]
-    return [{key: value for key, value in block.items() if key != "seconds"} for block in blocks]
+    return [{key: value for key, value in block.items() if key not in ("seconds", "phases")} for block in blocks]
 
 
 def assert_same(out: Path, whole: Path) -> None:

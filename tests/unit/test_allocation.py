@@ -42,15 +42,16 @@ def test_a_channel_that_should_be_silent_does_not_break_the_loss():
     assert reconstruction_error(silent_NTC + 1e-3, silent_NTC).isfinite()
 
 
+@pytest.mark.parametrize("tokens", [2, 5])
 @pytest.mark.parametrize("share", [1, 2, 3, 7, 20])
-def test_error_between_is_the_reconstruction_error_of_every_so_manyth_sequence(share):
+def test_error_between_is_the_reconstruction_error_of_every_so_manyth_sequence(share, tokens):
     generator = torch.Generator().manual_seed(share)
     y_NTC, target_NTC = torch.randn(2, 7, 5, 3, generator=generator) * torch.tensor([0.1, 1.0, 50.0])
-    expected = float(reconstruction_error(y_NTC[::share], target_NTC[::share]))
+    expected = float(reconstruction_error(y_NTC[::share, :tokens], target_NTC[::share, :tokens]))
     assert expected > 0.1
-    assert error_between(y_NTC, target_NTC, share) == pytest.approx(expected, rel=1e-5)
-    assert error_between(y_NTC, target_NTC[::share], share) == pytest.approx(expected, rel=1e-5)
-    assert error_between(y_NTC, y_NTC, share) == 0
+    assert error_between(y_NTC, target_NTC, share, tokens) == pytest.approx(expected, rel=1e-5)
+    assert error_between(y_NTC, target_NTC[::share, :tokens], share, tokens) == pytest.approx(expected, rel=1e-5)
+    assert error_between(y_NTC, y_NTC, share, tokens) == 0
 
 
 # Problems
@@ -62,7 +63,7 @@ def problem(tiny_llama, tiny_llama_folder, tiny_tokenizer):
     text = (tiny_llama_folder / "calibration.txt").read_text(encoding="utf-8")[:20_000]
     tokens_L = torch.tensor(tiny_tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     blocks = find_blocks(tiny_llama)
-    x_NTC = torch.cat(list(capture_inputs(tiny_llama, blocks, tokens_L[: 24 * 40].reshape(24, 40), 24)))
+    x_NTC = torch.cat(list(capture_inputs(tiny_llama, blocks, tokens_L[: 24 * 40].reshape(24, 40), 24, {10, 20})))
     targets_NTC = torch.empty_like(x_NTC)
     with collect(blocks[0].module, blocks[0].prunables, gram=False) as statistics:
         blocks[0].run(x_NTC, 4, into=targets_NTC)
@@ -235,9 +236,9 @@ def test_uniform_without_a_budget_does_nothing(problem):
 @pytest.mark.parametrize("rates", ["row", "layer"])
 def test_besa_meets_any_target_exactly(problem, rates, target):
     problem = at(problem, target)
-    allocated = Besa(rates=rates).allocate(problem)
+    allocated = Besa(rates=rates, tolerance=0).allocate(problem)
     assert_exact(problem, allocated.counts)
-    assert len(allocated.losses) == 32
+    assert len(allocated.losses) == 64
     if rates == "layer":
         assert all(int(counts_O.max() - counts_O.min()) <= 1 for counts_O in allocated.counts.values())
 
@@ -250,7 +251,7 @@ def test_learning_alone_can_reach_any_target(problem, monkeypatch, rates, target
     wanted = []
     apportion = besa_module.apportion
     monkeypatch.setattr(besa_module, "apportion", lambda *given: (wanted.append(given[:2]), apportion(*given))[1])
-    Besa(rates=rates, penalty=200).allocate(problem)
+    Besa(rates=rates, penalty=1000).allocate(problem)
     ((rates_R, widths_R),) = wanted
     assert float((rates_R * widths_R).sum() / widths_R.sum()) == pytest.approx(target, abs=0.01)
 
@@ -259,7 +260,7 @@ def test_learning_alone_can_reach_any_target(problem, monkeypatch, rates, target
 @pytest.mark.parametrize("rates", ["row", "layer"])
 def test_besa_beats_uniform_at_the_same_budget(problem, rates, mask):
     uniform = error(problem, Uniform().allocate(problem).counts)
-    allocated = Besa(rates=rates, mask=mask, steps=48).allocate(problem)
+    allocated = Besa(rates=rates, mask=mask, steps=48, crop=1).allocate(problem)
     assert error(problem, allocated.counts) < 0.95 * uniform
     first, last = allocated.losses[:8], allocated.losses[-8:]
     assert sum(last) < sum(first)
@@ -267,8 +268,8 @@ def test_besa_beats_uniform_at_the_same_budget(problem, rates, mask):
 
 def test_rows_of_their_own_are_worth_having(problem):
     """Row-wise rates differ between rows, and do better than one rate for each linear."""
-    row = Besa(rates="row", steps=48).allocate(problem).counts
-    layer = Besa(rates="layer", steps=48).allocate(problem).counts
+    row = Besa(rates="row", steps=48, crop=1).allocate(problem).counts
+    layer = Besa(rates="layer", steps=48, crop=1).allocate(problem).counts
     assert all(int(counts_O.max() - counts_O.min()) > 1 for counts_O in row.values())
     assert error(problem, row) < error(problem, layer)
 
@@ -320,7 +321,7 @@ def test_the_first_loss_is_that_of_the_uniform_mask(problem):
     counts = {
         name: torch.full((linear.w_OI.shape[0],), linear.w_OI.shape[1] // 2) for name, linear in problem.linears.items()
     }
-    assert Besa(steps=1, autocast=False).allocate(one).losses == [pytest.approx(error(one, counts), rel=1e-4)]
+    assert Besa(steps=1, crop=1, autocast=False).allocate(one).losses == [pytest.approx(error(one, counts), rel=1e-4)]
 
 
 def test_tolerance_stops_early(problem):
@@ -381,7 +382,7 @@ def test_besa_meets_every_budget_by_itself(problem, rates, mask):
     problem = with_exceptions(problem)
     allocated = Besa(rates=rates, mask=mask).allocate(problem)
     assert_exact(problem, allocated.counts)
-    assert len(allocated.losses) == 32
+    assert len(allocated.losses) == 64
     shared = problem.budgets[0]
     shares = [int(allocated.counts[name].sum()) for name in shared.names]
     assert shares != split(shared.zeros, [problem.linears[name].w_OI.numel() for name in shared.names])  # learned
@@ -403,10 +404,10 @@ def test_a_linear_without_a_budget_stays_dense_while_others_learn(problem):
         return float(reconstruction_error(one.block(one.inputs_NTC, masked), one.targets_NTC))
 
     dense = expected()
-    assert Besa(steps=1, autocast=False).allocate(one).losses == [pytest.approx(dense, rel=1e-4)]
+    assert Besa(steps=1, crop=1, autocast=False).allocate(one).losses == [pytest.approx(dense, rel=1e-4)]
     one.block.weight(left_out).zero_()
     assert expected() != pytest.approx(dense, rel=1e-2)
-    assert Besa(steps=1, autocast=False).allocate(one).losses == [pytest.approx(expected(), rel=1e-4)]
+    assert Besa(steps=1, crop=1, autocast=False).allocate(one).losses == [pytest.approx(expected(), rel=1e-4)]
 
 
 def test_learning_looks_at_the_distance_of_each_budget(problem, monkeypatch):
@@ -483,18 +484,18 @@ def zeros_at_every_step(problem: BlockProblem, recipe: Besa, monkeypatch) -> tor
 )
 def test_count_masks_meet_the_budget_at_every_step(problem, monkeypatch, rates, target, penalty):
     missed = zeros_at_every_step(at(problem, target), Besa(rates=rates, penalty=penalty), monkeypatch)
-    assert missed.shape == (32, 1)
+    assert missed.shape == (64, 1)
     assert missed.abs().max() <= 1
 
 
 def test_count_masks_meet_every_budget_at_every_step(problem, monkeypatch):
     missed = zeros_at_every_step(with_exceptions(problem), Besa(), monkeypatch)
-    assert missed.shape == (32, 3)  # v_proj has nothing to learn
+    assert missed.shape == (64, 3)  # v_proj has nothing to learn
     assert missed.abs().max() <= 1
 
 
 def test_probability_masks_need_not_meet_it(problem, monkeypatch):
-    missed = zeros_at_every_step(problem, Besa(mask="probability"), monkeypatch)
+    missed = zeros_at_every_step(problem, Besa(mask="probability", penalty=0), monkeypatch)
     assert missed.abs().max() > 1
 
 
@@ -506,7 +507,7 @@ def test_learning_in_bfloat16_is_nearly_learning_in_float32(problem, monkeypatch
     rounded = Besa().allocate(problem)
     full = Besa(autocast=False).allocate(problem)
     assert rounded.losses != full.losses
-    assert rounded.losses == pytest.approx(full.losses, rel=0.02)
+    assert rounded.losses == pytest.approx(full.losses, rel=0.05)
     assert error(problem, rounded.counts) == pytest.approx(error(problem, full.counts), rel=0.02)
     monkeypatch.setattr(besa_module, "multiplies_bfloat16", lambda device: False)
     assert Besa().allocate(problem).losses == full.losses

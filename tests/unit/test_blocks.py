@@ -101,7 +101,8 @@ def test_blocks_one_after_another_are_the_model(tiny_llama, tokens_NT, batch):
     assert [len(part_NTC) for part_NTC in parts] == [min(batch, 5 - start) for start in range(0, 5, batch)]
     x_NTC = torch.cat(parts)
     assert torch.equal(x_NTC, tiny_llama.model.embed_tokens(tokens_NT))
-    assert all(sorted(block.arguments) == list(range(1, min(batch, 5) + 1)) for block in blocks)
+    sizes = [(n, tokens_NT.shape[1]) for n in range(1, min(batch, 5) + 1)]
+    assert all(sorted(block.arguments) == sizes for block in blocks)
     for block in blocks:
         block.run(x_NTC, batch, into=x_NTC)
     torch.testing.assert_close(tiny_llama.lm_head(tiny_llama.model.norm(x_NTC)), expected_NTV, rtol=1e-5, atol=1e-5)
@@ -278,4 +279,15 @@ def test_arguments_follow_the_hidden_states_to_their_device(captured):
     y_NTC = block(x_NTC.to("meta"))
     assert y_NTC.is_meta
     assert y_NTC.shape == x_NTC.shape
-    assert all(part.device == x_NTC.device for part in block.arguments[5]["position_embeddings"])
+    assert all(part.device == x_NTC.device for part in block.arguments[tuple(x_NTC.shape[:2])]["position_embeddings"])
+
+
+def test_the_beginnings_of_sequences_run_too(tiny_llama, tokens_NT):
+    """Causal: what comes out for the first tokens is what comes out for them in the whole sequence."""
+    blocks = find_blocks(tiny_llama)
+    x_NTC = torch.cat(list(capture_inputs(tiny_llama, blocks, tokens_NT, 2, {3, 7})))
+    length = tokens_NT.shape[1]
+    assert sorted(blocks[0].arguments) == [(n, t) for n in (1, 2) for t in sorted({3, 7, length})]
+    for tokens in (3, 7):
+        start_NTC = blocks[0](x_NTC[:2, :tokens])
+        torch.testing.assert_close(start_NTC, blocks[0](x_NTC[:2])[:, :tokens], rtol=1e-4, atol=1e-5)

@@ -11,9 +11,9 @@ from typing import Annotated
 from pydantic import Field
 
 from besa.allocation.besa import Besa
-from besa.allocation.problem import Allocated, BlockProblem, RankedLinear
+from besa.allocation.problem import Allocated, BlockProblem, RankedLinear, first_tokens
 from besa.allocation.uniform import Uniform
 
 Allocation = Annotated[Uniform | Besa, Field(discriminator="method")]
 
-__all__ = ["Allocated", "Allocation", "Besa", "BlockProblem", "RankedLinear", "Uniform"]
+__all__ = ["Allocated", "Allocation", "Besa", "BlockProblem", "RankedLinear", "Uniform", "first_tokens"]

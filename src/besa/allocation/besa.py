@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from besa.allocation.masked import MaskedLinears
-from besa.allocation.problem import Allocated, BlockProblem
+from besa.allocation.problem import Allocated, BlockProblem, first_tokens
 from besa.allocation.rates import Rates
 from besa.budget import Budget, apportion
 from besa.losses import reconstruction_error
@@ -36,8 +36,11 @@ class Besa(Settings):
     )
     candidate_step: float = Field(default=0.01, ge=0.001, le=0.5, description="distance of the candidate pruning rates")
     start_width: float = Field(default=0.1, gt=0, description="spread of the first beta around the target")
+    crop: float = Field(
+        default=0.5, gt=0, le=1, description="share of a sequence, from its beginning, that a step sees"
+    )
     steps: int = Field(
-        default=32, ge=1, description="learning steps, a sequence each; those beyond the calibration set see it again"
+        default=64, ge=1, description="learning steps, a sequence each; those beyond the calibration set see it again"
     )
     tolerance: float = Field(
         default=0.01, ge=0, description="stop after a pass over the calibration set that lowers the loss by less"
@@ -46,7 +49,7 @@ class Besa(Settings):
         default=True, description="multiply in bfloat16 while learning, where a float32 run is faster with it"
     )
     travel: float = Field(
-        default=8.0, gt=0, description="logits that Adam's steps add up to; they fall linearly to zero"
+        default=12.0, gt=0, description="logits that Adam's steps add up to; they fall linearly to zero"
     )
     penalty: float = Field(
         default=100.0, ge=0, description="weight λ of the sparsity term of eq. 1, as a multiple of the loss at the step"
@@ -96,6 +99,7 @@ class Besa(Settings):
         optimizer = torch.optim.Adam(logits, lr=2 * self.travel / self.steps, fused=True)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=self.steps)
         weights = _constant(problem, {name for part in parts for name in part.linears})
+        tokens = first_tokens(problem.inputs_NTC[:1].shape[1], self.crop)
         dtype = self._dtype(problem)
         autocast = torch.autocast(problem.device.type, dtype, enabled=dtype != problem.dtype)
         losses: list[float] = []
@@ -105,8 +109,8 @@ class Besa(Settings):
             for part, beta_RD, alpha_R in zip(parts, betas, alphas, strict=True):
                 weights |= part.weights(part.rates.counts(beta_RD, alpha_R))
             with autocast:
-                y_NTC = problem.block(problem.inputs_NTC[chosen_N].to(problem.device), weights)
-            loss = reconstruction_error(y_NTC, problem.targets_NTC[chosen_N].to(problem.device))
+                y_NTC = problem.block(problem.inputs_NTC[chosen_N][:, :tokens].to(problem.device), weights)
+            loss = reconstruction_error(y_NTC, problem.targets_NTC[chosen_N][:, :tokens].to(problem.device))
             loss.backward()
             # Relative to the loss, one λ serves any sparsity and model: the loss grows tenfold from 50 to 90 %.
             weight = self.penalty * loss.detach()  # eq. 1

@@ -42,7 +42,8 @@ class BlockProblem:
         block: runs with any weights.
         linears: ranked weights by full name.
         inputs_NTC: hidden states that reach the block on the pruned path.
-        targets_NTC: block outputs to stay close to (the teacher's).
+        targets_NTC: block outputs to stay close to (the teacher's), for so many tokens from the beginning of each
+            sequence as the allocation asks for at least.
         budgets: each linear stands in one of them.
         seed: of whatever the allocation draws.
     """
@@ -71,3 +72,8 @@ class Allocated:
 
     counts: dict[str, Tensor]
     losses: list[float] = field(default_factory=list)
+
+
+def first_tokens(seqlen: int, share: float) -> int:
+    """How many tokens a share of a sequence is."""
+    return max(1, round(share * seqlen))

@@ -24,6 +24,7 @@ class Uniform(Settings):
         default="row", description="what is compared: weights of a row, or of the linear"
     )
     teacher: ClassVar[None] = None  # nothing is learned
+    crop: ClassVar[float] = 1.0
 
     def allocate(self, problem: BlockProblem) -> Allocated:
         """Zeros of every row, adding up to the budgets.

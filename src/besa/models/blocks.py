@@ -5,7 +5,7 @@ Shape suffixes: N sequences, T tokens, C channels of the residual stream.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,14 +29,14 @@ class Block:
         name: module path in the model, such as ``model.layers.3``.
         module: the block itself.
         prunables: its prunable matrices by full module path, in module order.
-        arguments: keyword arguments of its call by batch size (masks, positions, rotary embeddings).
+        arguments: keyword arguments of its call by number of sequences and of tokens (masks, rotary embeddings).
     """
 
     index: int
     name: str
     module: nn.Module
     prunables: dict[str, Prunable]
-    arguments: dict[int, dict[str, Any]] = field(default_factory=dict)
+    arguments: dict[tuple[int, int], dict[str, Any]] = field(default_factory=dict)
 
     @property
     def weights(self) -> int:
@@ -55,7 +55,8 @@ class Block:
             x_NTC: input on the block's device.
             weights: matrices by full name, to be used instead of the block's own; gradients reach them.
         """
-        arguments = {key: _moved(value, x_NTC.device) for key, value in self.arguments[x_NTC.shape[0]].items()}
+        captured = self.arguments[x_NTC.shape[0], x_NTC.shape[1]]
+        arguments = {key: _moved(value, x_NTC.device) for key, value in captured.items()}
         if weights is None:
             output: Any = self.module(x_NTC, **arguments)
         else:
@@ -124,16 +125,20 @@ def find_blocks(model: PreTrainedModel) -> list[Block]:
 
 
 @torch.no_grad()
-def capture_inputs(model: PreTrainedModel, blocks: list[Block], tokens_NT: Tensor, batch: int) -> Iterator[Tensor]:
+def capture_inputs(
+    model: PreTrainedModel, blocks: list[Block], tokens_NT: Tensor, batch: int, lengths: Collection[int] = ()
+) -> Iterator[Tensor]:
     """Inputs of the first block (up to `batch`, T, C) for the token ids (N, T), in their order.
 
     The model runs with its blocks standing aside (each hands its input on unchanged): this costs the embeddings only,
     and the blocks' own weights may be absent. Before the first part comes out, the call arguments of every block are
-    filled in, for every batch size up to `batch`, as masks and position biases may depend on it.
+    filled in, for every batch size up to `batch`, as masks and position biases may depend on it: for sequences of T
+    tokens, and for their beginnings of the `lengths` asked for.
     """
     with standing_aside(blocks) as hidden:
         for size in range(1, min(batch, len(tokens_NT)) + 1):
-            model.base_model(input_ids=tokens_NT[:size].to(model.device), use_cache=False)
+            for length in {tokens_NT.shape[1], *lengths}:
+                model.base_model(input_ids=tokens_NT[:size, :length].to(model.device), use_cache=False)
         hidden.clear()
         for part_NT in tokens_NT.split(batch):
             model.base_model(input_ids=part_NT.to(model.device), use_cache=False)
@@ -169,7 +174,7 @@ def _standing_aside(block: Block, hidden: list[Tensor]) -> Iterator[None]:
         if block.index == 0:
             hidden.append(x_NTC)
         kept = {key: value for key, value in arguments.items() if key != "hidden_states"}
-        block.arguments[x_NTC.shape[0]] = kept
+        block.arguments[x_NTC.shape[0], x_NTC.shape[1]] = kept
 
     def pass_on(*inputs: Any, **arguments: Any) -> Any:
         x_NTC = inputs[0] if inputs else arguments["hidden_states"]
