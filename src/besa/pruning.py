@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from besa import memory
 from besa.activations import HiddenStates, allocate
 from besa.allocation import Allocated, BlockProblem, RankedLinear, first_tokens
 from besa.budget import Budget
@@ -107,6 +108,7 @@ def prune_blocks(
             if journal is not None:
                 with watch("write"):
                     journal.keep(decoder.stored(block), record)
+        memory.trim()
         progress(
             len(records),
             len(blocks),

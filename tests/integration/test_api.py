@@ -109,7 +109,8 @@ def test_pruning_to_disk_is_pruning_in_memory(tiny_llama_folder: Path, tmp_path:
         for name, tensor in whole.model.state_dict().items():
             assert torch.equal(tensor, state[name]), (recipe, name)
         timeless = [
-            [block.model_copy(update={"seconds": 0.0, "phases": {}}) for block in run.record.blocks] for run in (whole, streamed)
+            [block.model_copy(update={"seconds": 0.0, "phases": {}}) for block in run.record.blocks]
+            for run in (whole, streamed)
         ]
         assert timeless[0] == timeless[1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["besa", "sparsegpt"]

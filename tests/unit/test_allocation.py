@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from besa.allocation import Allocated, Besa, BlockProblem, RankedLinear, Uniform
+from besa.allocation import Allocated, Besa, BlockProblem, RankedLinear, Uniform, descent
 from besa.allocation import besa as besa_module
-from besa.allocation.masked import MaskedLinears
+from besa.allocation.changing import ChangingLinears
 from besa.budget import Budget, split
 from besa.errors import BesaError
 from besa.importance import Wanda
@@ -459,16 +459,15 @@ def test_besa_without_a_budget_does_nothing(problem):
 def zeros_at_every_step(problem: BlockProblem, recipe: Besa, monkeypatch) -> torch.Tensor:
     """How far the zeros of the masks are from each budget, in rows of it, (steps, budgets)."""
     found = []
-    weights_of_step = MaskedLinears.weights
+    update = ChangingLinears.update
 
-    def watched(self, counts_R):
-        weights = weights_of_step(self, counts_R)
-        (budget,) = (budget for budget in problem.budgets if set(budget.names) >= set(weights))
-        zeros = sum(int((w_OI == 0).sum()) for w_OI in weights.values())
-        found.append((zeros - budget.zeros) / sum(w_OI.shape[0] for w_OI in weights.values()))
-        return weights
+    def watched(self):
+        update(self)
+        (budget,) = (budget for budget in problem.budgets if set(budget.names) >= set(self.weights))
+        zeros = sum(int((w_OI == 0).sum()) for w_OI in self.weights.values())
+        found.append((zeros - budget.zeros) / sum(w_OI.shape[0] for w_OI in self.weights.values()))
 
-    monkeypatch.setattr(MaskedLinears, "weights", watched)
+    monkeypatch.setattr(ChangingLinears, "update", watched)
     steps = len(recipe.allocate(problem).losses)
     return torch.tensor(found).reshape(steps, -1)
 
@@ -503,18 +502,18 @@ def test_probability_masks_need_not_meet_it(problem, monkeypatch):
 
 
 def test_learning_in_bfloat16_is_nearly_learning_in_float32(problem, monkeypatch):
-    monkeypatch.setattr(besa_module, "multiplies_bfloat16", lambda device: True)
+    monkeypatch.setattr(descent, "multiplies_bfloat16", lambda device: True)
     rounded = Besa().allocate(problem)
     full = Besa(autocast=False).allocate(problem)
     assert rounded.losses != full.losses
     assert rounded.losses == pytest.approx(full.losses, rel=0.05)
     assert error(problem, rounded.counts) == pytest.approx(error(problem, full.counts), rel=0.02)
-    monkeypatch.setattr(besa_module, "multiplies_bfloat16", lambda device: False)
+    monkeypatch.setattr(descent, "multiplies_bfloat16", lambda device: False)
     assert Besa().allocate(problem).losses == full.losses
 
 
 def test_a_bfloat16_model_learns_as_it_is(problem, monkeypatch):
-    monkeypatch.setattr(besa_module, "multiplies_bfloat16", lambda device: pytest.fail("asked"))
+    monkeypatch.setattr(descent, "multiplies_bfloat16", lambda device: pytest.fail("asked"))
     problem.block.module.bfloat16()
     linears = {
         name: dataclasses.replace(linear, w_OI=linear.w_OI.bfloat16()) for name, linear in problem.linears.items()

@@ -1,6 +1,8 @@
 """Coefficients, rates and ranks by the paper's equations, and the gradient against autograd through the dense mask."""
 
+import gc
 import math
+import weakref
 from fractions import Fraction
 
 import pytest
@@ -9,7 +11,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from besa.allocation import RankedLinear
-from besa.allocation.masked import MaskedLinears
+from besa.allocation.changing import ChangingLinears
 from besa.allocation.rates import Rates, candidate_bins, candidate_ranks, candidate_rates, starting_logits
 from besa.masks import rank
 
@@ -184,9 +186,9 @@ def test_count_masks_meet_the_budget_where_rates_are_at_their_ends(sparsity):
 # The gradient
 
 
-def masked_linears(weights, found: Rates, dtype=torch.float32) -> MaskedLinears:
+def masked_linears(weights, found: Rates, dtype=torch.float32) -> ChangingLinears:
     linears = {name: RankedLinear(w_OI, w_OI.abs(), rank(w_OI.abs(), w_OI)) for name, w_OI in weights.items()}
-    return MaskedLinears(linears, found, dtype)
+    return ChangingLinears(linears, found, {}, dtype)
 
 
 @pytest.mark.parametrize("per_row", [True, False])
@@ -207,11 +209,11 @@ def test_gradients_reach_the_logits_as_through_a_dense_mask(per_row, mask):
     linears = masked_linears({"w": w_OI, "v": v_OI}, found)
     beta_RD = found.beta()
     counts_R = found.counts(beta_RD, found.alpha(beta_RD))
-    leaves = linears.weights(counts_R)
-    value = loss(leaves.values())
+    linears.update()
+    value = loss(linears.weights.values())
     value.backward()
-    assert all(leaf.grad is None for leaf in leaves.values())
-    beta_RD.backward(linears.gradient())
+    assert all(leaf.grad is None for leaf in linears.weights.values())
+    linears.backward(torch.tensor(0.0))
 
     reference_RD = logits_RD.double().requires_grad_()
     beta_RD = reference_RD.softmax(dim=1)
@@ -233,16 +235,45 @@ def test_gradients_reach_the_logits_as_through_a_dense_mask(per_row, mask):
 
 def test_masked_weights_in_bfloat16():
     """The weights have the dtype asked for, the gradient of beta is float32."""
-    found = rates(torch.zeros(1, 3), [(1, 4)])
+    logits_RD = torch.zeros(1, 3, requires_grad=True)
+    found = rates(logits_RD, [(1, 4)], 0.25)
     linears = masked_linears({"w": torch.tensor([[1.0, -2.0, 4.0, -8.0]])}, found, torch.bfloat16)
-    weights = linears.weights(torch.tensor([1]))
-    assert weights["w"].dtype == torch.bfloat16
-    assert weights["w"].tolist() == [[0, -2, 4, -8]]
-    weights["w"].sum().backward()
-    assert linears.gradient().tolist() == [[0, 1, 5]]  # nothing, −(1 − 2), −(1 − 2 + 4 − 8)
-    again = linears.weights(torch.tensor([3]))
-    assert again["w"] is weights["w"]
-    assert again["w"].tolist() == [[0, 0, 0, -8]]
+    (leaf_OI,) = linears.weights.values()
+    assert leaf_OI.dtype == torch.bfloat16
+    linears.update()
+    assert leaf_OI.tolist() == [[0, -2, 4, -8]]
+    leaf_OI.sum().backward()
+    linears.backward(torch.tensor(0.0))
+    slope_D = torch.tensor([0.0, 1, 5])  # dL/dbeta: nothing, −(1 − 2), −(1 − 2 + 4 − 8)
+    assert logits_RD.grad.tolist() == [pytest.approx(((slope_D - slope_D.mean()) / 3).tolist())]
+    linears.update()
+    assert linears.weights["w"] is leaf_OI
+
+
+def test_the_penalty_pulls_towards_the_target():
+    logits_RD = torch.zeros(1, 3, requires_grad=True)  # alpha is 0.5
+    found = rates(logits_RD, [(1, 4)], 0.25)
+    linears = masked_linears({"w": torch.ones(1, 4)}, found)
+    linears.update()
+    (0 * linears.weights["w"]).sum().backward()
+    linears.backward(torch.tensor(3.0))
+    expected_RD = torch.zeros(1, 3, requires_grad=True)
+    (3 * ((expected_RD.softmax(1) @ torch.tensor([0.0, 0.5, 1])) / 0.25 - 1).square().sum()).backward()
+    torch.testing.assert_close(logits_RD.grad, expected_RD.grad)
+
+
+def test_weights_go_when_nobody_needs_them():
+    """No cycle of references keeps a block's weights until the collector comes by."""
+    linears = masked_linears({"w": torch.ones(2, 4)}, rates(torch.zeros(1, 3), [(2, 4)]))
+    gone = weakref.ref(linears.weights["w"].untyped_storage())
+    watched = weakref.ref(linears.weights["w"])
+    gc.disable()
+    try:
+        del linears
+        assert watched() is None
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_rates_of_rows():

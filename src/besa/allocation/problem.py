@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from besa.activations import HiddenStates
 from besa.budget import Budget
 from besa.models.blocks import Block
+from besa.quantization import Clipping
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class BlockProblem:
             sequence as the allocation asks for at least.
         budgets: each linear stands in one of them.
         seed: of whatever the allocation draws.
+        clippings: of the weights that are quantised while the rates are learned, by full name.
     """
 
     block: Block
@@ -54,6 +57,7 @@ class BlockProblem:
     targets_NTC: HiddenStates
     budgets: list[Budget]
     seed: int
+    clippings: Mapping[str, Clipping] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:

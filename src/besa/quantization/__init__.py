@@ -1,0 +1,61 @@
+"""Quantisation: how many bits does a weight keep?
+
+`minmax` holds the equations, `clipping` what is learned of them; the settings classes here are the methods.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from besa.errors import BesaError
+from besa.quantization.clipping import Clipping, Quantized
+from besa.quantization.minmax import Grid
+from besa.settings import Settings
+
+
+class Unquantized(Settings):
+    """Weights stay in the floating-point format of the model."""
+
+    method: Literal["none"] = "none"
+
+
+class MinMax(Settings):
+    """Weights become N-bit codes on a grid between clipped extremes (eq. 7)."""
+
+    method: Literal["minmax"] = "minmax"
+    bits: int = Field(default=4, ge=2, le=8, description="N of eq. 7")
+    group: Literal[32, 64, 128] | None = Field(
+        default=None, description="columns that share a grid; by default all of a row do"
+    )
+    symmetric: bool = Field(default=False, description="zero has the code in the middle")
+    clipping: Literal["joint", "first", "none"] = Field(
+        default="joint",
+        description="learn it together with the allocation, before it (as OmniQuant does), or take the whole range",
+    )
+    ranks: Literal["weight", "quantized"] = Field(
+        default="quantized", description="whose importance decides the pruning order: of W or of Q(W)"
+    )
+
+    def clipping_of(self, name: str, w_OI: Tensor) -> Clipping:
+        """Where the clipping of a weight starts.
+
+        Raises:
+            BesaError: its rows are no whole number of groups.
+        """
+        columns = w_OI.shape[1]
+        if self.group and columns % self.group:
+            raise BesaError(
+                f"{name} has {columns} columns, which are no whole number of groups of {self.group}: choose another "
+                "quantization.group, or leave the linear out with --skip."
+            )
+        return Clipping(
+            w_OI, columns // self.group if self.group else 1, self.bits, self.symmetric, self.clipping != "none"
+        )
+
+
+Quantization = Annotated[Unquantized | MinMax, Field(discriminator="method")]
+
+__all__ = ["Clipping", "Grid", "MinMax", "Quantization", "Quantized", "Unquantized"]

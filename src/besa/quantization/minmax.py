@@ -1,0 +1,91 @@
+"""Min-max quantisation with learnable clipping (eq. 7; OmniQuant, Shao et al., 2024), as pure functions.
+
+Shape suffixes: O rows (output channels), I columns (input channels), G groups of a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SMALLEST = 1e-8  # of a step: groups that are all zero have one too
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where the values of a weight may lie: integer codes, of which one is exactly zero, times a step.
+
+    Attributes:
+        step_OG: h of eq. 7, positive.
+        zero_OG: z of eq. 7, the code of zero; whole numbers in [0, 2^N − 1], in the dtype of the steps.
+        bits: N.
+    """
+
+    step_OG: Tensor
+    zero_OG: Tensor
+    bits: int
+
+    @property
+    def largest(self) -> int:
+        """The largest code, 2^N − 1."""
+        return int(2**self.bits) - 1
+
+
+def extremes(w_OI: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """min(W) and max(W) of eq. 7, of each group of consecutive columns (O, G), float32; zero is always between them."""
+    w_OGI = _grouped(w_OI.float(), groups)
+    return w_OGI.amin(dim=2).clamp_max(0), w_OGI.amax(dim=2).clamp_min(0)
+
+
+def grid(low_OG: Tensor, high_OG: Tensor, bits: int, symmetric: bool) -> Grid:
+    """The grid between γ0·min(W) and γ1·max(W) (eq. 7), or the symmetric one that holds both.
+
+    h = (high − low) / (2^N − 1) and z = −round(low / h); where symmetric, both are the larger extreme, z = 2^(N−1).
+
+    Args:
+        low_OG: γ0·min(W), zero or negative.
+        high_OG: γ1·max(W), zero or positive.
+        bits: N.
+        symmetric: whether zero has the code in the middle.
+    """
+    if symmetric:
+        high_OG = torch.maximum(high_OG, -low_OG)
+        low_OG = -high_OG
+    step_OG = ((high_OG - low_OG) / (2**bits - 1)).clamp_min(SMALLEST)
+    zero_OG = torch.full_like(step_OG, 2.0 ** (bits - 1)) if symmetric else (-low_OG / step_OG).round()
+    return Grid(step_OG, zero_OG, bits)
+
+
+def codes(w_OI: Tensor, grid: Grid) -> Tensor:
+    """clamp(round(W / h) + z, 0, 2^N − 1) of eq. 7 (O, I), whole numbers in float32."""
+    w_OGI = _grouped(w_OI.float(), grid.step_OG.shape[1])
+    codes_OGI = (w_OGI / grid.step_OG[..., None]).round_().add_(grid.zero_OG[..., None]).clamp_(0, grid.largest)
+    return codes_OGI.reshape(w_OI.shape)
+
+
+def dequantized(codes_OI: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
+    """Q(W) = (codes − z)·h of eq. 7 (O, I), multiplied in `dtype`, as those do who load the codes."""
+    codes_OGI = _grouped(codes_OI, grid.step_OG.shape[1])
+    whole_OGI = (codes_OGI - grid.zero_OG[..., None]).to(dtype)  # exact: below 2^N
+    return (whole_OGI * grid.step_OG[..., None].to(dtype)).reshape(codes_OI.shape)
+
+
+def step_gradient(gradient_OI: Tensor, w_OI: Tensor, grid: Grid) -> Tensor:
+    """dL/dh (O, G) where Q(W) has the gradient dL/dQ, straight through the rounding, none through the zero point.
+
+    Q = (round(W/h) + z − z)·h moves with h by round(W/h) − W/h where the code is not clamped, and by the clamped code
+    less z where it is.
+    """
+    groups = grid.step_OG.shape[1]
+    ratio_OGI = _grouped(w_OI.float(), groups) / grid.step_OG[..., None]
+    zero_OG1 = grid.zero_OG[..., None]
+    free_OGI = ratio_OGI.round() + zero_OG1
+    code_OGI = free_OGI.clamp(0, grid.largest)
+    slope_OGI = (code_OGI - zero_OG1).sub_(torch.where(free_OGI == code_OGI, ratio_OGI, 0))
+    return (_grouped(gradient_OI.float(), groups) * slope_OGI).sum(dim=2)
+
+
+def _grouped(x_OI: Tensor, groups: int) -> Tensor:
+    return x_OI.reshape(x_OI.shape[0], groups, -1)
