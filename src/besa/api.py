@@ -27,6 +27,7 @@ from besa.models.streaming import Decoder, DecoderInMemory, DecoderOnDisk
 from besa.planning import Plan, work_out
 from besa.progress import Progress, silent
 from besa.pruning import Resources, prune_blocks
+from besa.quantization import MinMax
 from besa.recipe import Recipe
 from besa.record import RunRecord, now
 
@@ -98,6 +99,7 @@ def compress(
     batch: int | None = None,
     activation_budget: int | None = None,
     resume: bool = False,
+    dequantized: bool = False,
     trust_remote_code: bool = False,
     command: list[str] | None = None,
     progress: Progress = silent,
@@ -121,6 +123,7 @@ def compress(
         batch: calibration sequences in a forward pass; by default about 2048 tokens.
         activation_budget: bytes of hidden states kept in memory, by default half of what is free; more go into a file.
         resume: go on with a run towards `out` that was interrupted; its result is bit-equal to an uninterrupted one.
+        dequantized: write quantised weights as the numbers they stand for, and not as packed codes.
         trust_remote_code: run model code that comes with the checkpoint.
         command: what the user typed, for the record.
         progress: told (blocks done, blocks, state) as the run goes.
@@ -142,13 +145,14 @@ def compress(
             calibration = sample(calibration, tokenizer, samples, seqlen, seed, progress)
         batch = batch or default_batch(calibration)
         if journal is not None:
-            journal.begin(_decisive(recipe, identity, calibration, seed, batch, device))
+            journal.begin(_decisive(recipe, identity, calibration, seed, batch, device) | {"dequantized": dequantized})
             size = decoder.model.num_parameters() * decoder.model.dtype.itemsize
             check_space(journal.folder, disk_bytes(size) - journal.bytes)
         memory.stay_lean()
         memory.reset_peak(device)
         began = time.perf_counter()
-        resources = Resources(batch, device, _room(activation_budget), journal.folder if journal else None)
+        folder = journal.folder if journal else None
+        resources = Resources(batch, device, _room(activation_budget), folder, pack=not dequantized)
         blocks = prune_blocks(
             decoder, recipe, calibration, seed=seed, resources=resources, journal=journal, progress=progress
         )
@@ -172,7 +176,8 @@ def compress(
             restored_blocks=journal.restored if journal else 0,
         )
         if journal and out:
-            finish(journal, decoder, tokenizer, record, out)
+            quantization = recipe.quantization if isinstance(recipe.quantization, MinMax) else None
+            finish(journal, decoder, tokenizer, record, out, packed=None if dequantized else quantization)
     in_place = out is None or isinstance(model, PreTrainedModel)
     return Compressed(tokenizer, record, decoder.model if in_place else None, out)
 

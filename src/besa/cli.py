@@ -54,7 +54,10 @@ DtypeOption = Annotated[Dtype, typer.Option(help="Weights and computation; auto:
 BatchOption = Annotated[
     int | None, typer.Option(min=1, help="Sequences in a forward pass; default: about 2048 tokens.")
 ]
-RecipeOption = Annotated[str, typer.Option(help="besa, besa-layerwise, wanda, magnitude, sparsegpt, or a YAML file.")]
+RecipeOption = Annotated[
+    str,
+    typer.Option(help="besa, besa-layerwise, besa-int4, wanda, sparsegpt, magnitude, … or a YAML file."),
+]
 SparsityOption = Annotated[
     float | None, typer.Option(help="Share of the prunable weights to set to zero; default: the recipe's.")
 ]
@@ -135,6 +138,9 @@ def prune(
     skip: SkipOption = None,
     sparsity_of: SparsityOfOption = None,
     activation_budget: BudgetOption = None,
+    dequantized: Annotated[
+        bool, typer.Option("--dequantized", help="Write quantised weights as dense numbers, not as packed codes.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run towards OUT.")] = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
@@ -157,6 +163,7 @@ def prune(
             batch=batch,
             activation_budget=None if activation_budget is None else round(activation_budget * 1e9),
             resume=resume,
+            dequantized=dequantized,
             trust_remote_code=trust_remote_code,
             command=["besa", *sys.argv[1:]],
             progress=tracker,

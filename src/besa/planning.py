@@ -107,12 +107,13 @@ def work_out(
     parameters, item = model.num_parameters(), model.dtype.itemsize
     size = parameters * item
     stream = samples * seqlen * model.config.get_text_config().hidden_size * item
-    teacher = recipe.allocation.teacher
+    teacher, descent = recipe.teacher, recipe.descent
     share, tokens = dense_share(recipe, seqlen)
     dense_stream = stream // seqlen * tokens // samples * -(-samples // share)
     streams = stream + dense_stream + (stream if teacher == "pruned" else 0)
     on_disk = stream > activation_budget // 2
-    _learn_arguments(model, blocks, {(batch, seqlen), (1, first_tokens(seqlen, recipe.allocation.crop))})
+    crop = first_tokens(seqlen, descent.crop if descent else 1.0)
+    _learn_arguments(model, blocks, {(batch, seqlen), (1, crop)})
     inside = {id(parameter) for block in blocks for parameter in block.module.parameters()}
     outside = sum(parameter.nbytes for parameter in model.parameters() if id(parameter) not in inside)
     work = max(_block_bytes(model, block, recipe, batch, seqlen) for block in _distinct(blocks))
@@ -121,8 +122,7 @@ def work_out(
     on_gpu = device.type == "cuda"
     needs = kept + max(outside, 2 * block_size if on_gpu else work)
     disk = disk_bytes(size) + (streams if on_disk else 0)
-    steps = recipe.allocation.steps if isinstance(recipe.allocation, Besa) else 0
-    learning = 3 * steps * first_tokens(seqlen, recipe.allocation.crop) / (samples * seqlen)
+    learning = 3 * descent.steps * crop / (samples * seqlen) if descent else 0
     dense = dense_stream / stream
     gpu = work if on_gpu else None
     lacking = list(_lacking(needs, gpu, disk, device, folder))

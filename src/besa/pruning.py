@@ -11,17 +11,19 @@ from pathlib import Path
 
 import torch
 
-from besa import memory
+from besa import memory, quantizing
 from besa.activations import HiddenStates, allocate
 from besa.allocation import Allocated, BlockProblem, RankedLinear, first_tokens
 from besa.budget import Budget
 from besa.calibration import Calibration
+from besa.checkpoint.formats.packed import pack, unpack
 from besa.checkpoint.journal import Journal
 from besa.losses import error_between
 from besa.masks import rank
 from besa.models.blocks import Block, capture_inputs
 from besa.models.streaming import Decoder
 from besa.progress import Progress, silent
+from besa.quantization import MinMax, Quantized
 from besa.recipe import Recipe
 from besa.record import BlockRecord, linear_record
 from besa.statistics import InputStatistics, collect
@@ -44,12 +46,14 @@ class Resources:
         device: where blocks are computed.
         activation_budget: bytes of hidden states kept in memory; more go into a file.
         folder: where that file is made; by default where temporary files go.
+        pack: quantised weights are kept as packed codes; else as the numbers they stand for.
     """
 
     batch: int = 4
     device: torch.device = CPU
     activation_budget: int = 1 << 62
     folder: Path | None = None
+    pack: bool = True
 
 
 def prune_blocks(
@@ -78,6 +82,9 @@ def prune_blocks(
     """
     blocks = decoder.blocks
     plan = budgets(blocks, recipe)
+    quantization = recipe.quantization if isinstance(recipe.quantization, MinMax) else None
+    if quantization is not None:
+        quantizing.check(quantization, blocks, plan)
     done = {block.index: record for block in blocks if journal and (record := journal.record(block.index))}
     if journal is not None:
         journal.restored = len(done)
@@ -97,17 +104,18 @@ def prune_blocks(
             if block.index in done:
                 assert journal is not None
                 block.run(dense_NTC, resources.batch, into=dense_NTC)
-                decoder.fill(block, journal.tensors(block.index))
+                tensors = journal.tensors(block.index)
+                decoder.fill(block, unpack(tensors, quantization) if quantization else tensors)
                 block.run(pruned_NTC, resources.batch, into=pruned_NTC)
                 records.append(done[block.index])
                 progress(len(records), len(blocks), "taken from the journal")
                 continue
             step = _Step(block, block_budgets, recipe, pruned_NTC, dense_NTC, seed, resources, watch)
-            record = _pruned(step)  # lines 3 to 12
+            record, quantized = _pruned(step)  # lines 3 to 12
             records.append(record)
             if journal is not None:
                 with watch("write"):
-                    journal.keep(decoder.stored(block), record)
+                    journal.keep(pack(decoder.stored(block), quantized if resources.pack else {}), record)
         memory.trim()
         progress(
             len(records),
@@ -124,7 +132,7 @@ def _first_inputs(
     """Inputs of the first block: all of them for the pruned path, as much as the recipe needs for the dense path."""
     samples, seqlen = calibration.tokens_NT.shape
     share, length = dense_share(recipe, seqlen)
-    lengths = {length, first_tokens(seqlen, recipe.allocation.crop)}
+    lengths = {length, first_tokens(seqlen, recipe.descent.crop if recipe.descent else 1.0)}
     with decoder.embeddings():
         parts = capture_inputs(decoder.model, decoder.blocks, calibration.tokens_NT, resources.batch, lengths)
         for start, part_NTC in zip(range(0, samples, resources.batch), parts, strict=True):
@@ -140,9 +148,9 @@ def _first_inputs(
 
 def dense_share(recipe: Recipe, seqlen: int) -> tuple[int, int]:
     """What the dense path is needed for: one sequence in how many, and how many tokens of it from its beginning."""
-    if recipe.allocation.teacher != "dense":
+    if recipe.descent is None or recipe.teacher != "dense":
         return ERROR_SHARE, first_tokens(seqlen, ERROR_TOKENS)
-    return 1, first_tokens(seqlen, max(ERROR_TOKENS, recipe.allocation.crop))
+    return 1, first_tokens(seqlen, max(ERROR_TOKENS, recipe.descent.crop))
 
 
 @dataclass(frozen=True)
@@ -159,13 +167,17 @@ class _Step:
     watch: Stopwatch
 
 
-def _pruned(step: _Step) -> BlockRecord:
-    """Decide what goes, take it out of the block, and move both paths on to its outputs."""
+def _pruned(step: _Step) -> tuple[BlockRecord, dict[str, Quantized]]:
+    """Decide what goes, take it out of the block, and move both paths on to its outputs.
+
+    Returns:
+        What was done, and the block's quantised weights by name.
+    """
     block, recipe, resources, watch = step.block, step.recipe, step.resources, step.watch
     with watch("teacher"):
         block.run(step.dense_NTC, resources.batch, into=step.dense_NTC)  # line 3
     own_NTC = None
-    if recipe.allocation.teacher == "pruned":
+    if recipe.teacher == "pruned":
         first_NTC = step.pruned_NTC[:1]
         shape = (len(step.pruned_NTC), first_NTC.shape[1], first_NTC.shape[2])
         own_NTC = allocate(shape, first_NTC.dtype, resources.activation_budget // 2, resources.folder)
@@ -176,16 +188,23 @@ def _pruned(step: _Step) -> BlockRecord:
         linears = {name: _ranked(block, name, recipe, statistics[name]) for name in names}  # line 4
     targets_NTC = step.dense_NTC if own_NTC is None else own_NTC
     problem = BlockProblem(block, linears, step.pruned_NTC, targets_NTC, step.budgets, step.seed + block.index)
+    quantized: dict[str, Quantized] = {}
     with watch("allocate"):
-        allocated = recipe.allocation.allocate(problem)  # lines 5 to 10
+        if isinstance(recipe.quantization, MinMax):
+            allocated, quantized = quantizing.allocate(problem, recipe, recipe.quantization, statistics)
+        else:
+            allocated = recipe.allocation.allocate(problem)  # lines 5 to 10
     with watch("rebuild"), torch.no_grad():
         for name, linear in linears.items():  # line 12
-            counts_O = allocated.counts[name].to(linear.w_OI.device)
-            w_OI = recipe.reconstruction.rebuild(linear.w_OI, linear.ranks_OI, counts_O, statistics[name])
+            if name in quantized:
+                w_OI = quantized[name].weight()
+            else:
+                counts_O = allocated.counts[name].to(linear.w_OI.device)
+                w_OI = recipe.reconstruction.rebuild(linear.w_OI, linear.ranks_OI, counts_O, statistics[name])
             block.weight(name).copy_(w_OI)
     with watch("propagate"):
         block.run(step.pruned_NTC, resources.batch, into=step.pruned_NTC)  # line 11
-    return _record(step, linears, allocated)
+    return _record(step, linears, allocated), quantized
 
 
 def _ranked(block: Block, name: str, recipe: Recipe, statistics: InputStatistics) -> RankedLinear:

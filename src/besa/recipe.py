@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
-from besa.allocation import Allocation, Uniform
+from besa.allocation import Allocation, Besa, Uniform
+from besa.allocation.descent import Descent
 from besa.errors import BesaError
 from besa.importance import Importance, Wanda
+from besa.quantization import MinMax, Quantization, Unquantized
 from besa.reconstruction import Frozen, Reconstruction
 from besa.settings import Settings
 
@@ -20,7 +22,7 @@ RECIPES = resources.files("besa") / "recipes"
 
 
 class Recipe(Settings):
-    """Importance, allocation and reconstruction, applied block by block until `sparsity` of the weights are zero."""
+    """Importance, allocation, reconstruction and quantisation, applied block by block."""
 
     name: str = "custom"
     sparsity: float = Field(default=0.5, ge=0, lt=1, description="share of the prunable weights that end as zeros")
@@ -31,6 +33,31 @@ class Recipe(Settings):
     importance: Importance = Wanda()
     allocation: Allocation = Uniform()
     reconstruction: Reconstruction = Frozen()
+    quantization: Quantization = Unquantized()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if isinstance(self.quantization, MinMax):
+            if not isinstance(self.reconstruction, Frozen):
+                raise ValueError("quantization takes weights that stay where they are: set reconstruction.method=none")
+            if self.quantization.clipping == "joint" and not isinstance(self.allocation, Besa):
+                raise ValueError("nothing is learned that clipping could join: set quantization.clipping=first")
+        return self
+
+    @property
+    def descent(self) -> Descent | None:
+        """How it learns, whatever it learns; None where nothing is learned."""
+        if isinstance(self.allocation, Besa):
+            return self.allocation
+        clips = isinstance(self.quantization, MinMax) and self.quantization.clipping == "first"
+        return Descent() if clips else None
+
+    @property
+    def teacher(self) -> Literal["dense", "pruned"] | None:
+        """The inputs of the teacher: the dense path's or the pruned path's; None where nothing is learned."""
+        if isinstance(self.allocation, Besa):
+            return self.allocation.teacher
+        return "dense" if self.descent else None
 
     @property
     def needs_gram(self) -> bool:
@@ -122,6 +149,8 @@ def _override(content: dict[str, Any], override: str) -> None:
 
 def _first_complaint(error: ValidationError) -> str:
     complaint = error.errors()[0]
+    if complaint["type"] == "value_error":  # of `Recipe` itself
+        return str(complaint["ctx"]["error"])
     # The second of three or more is the method's tag, which pydantic puts in: nobody writes it.
     keys = [str(key) for at, key in enumerate(complaint["loc"]) if at != 1 or len(complaint["loc"]) == 2]
     place = " ".join(".".join(keys).split())

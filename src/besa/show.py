@@ -128,8 +128,10 @@ def contents(found: Contents) -> RenderableType:
         linears = linears_of[block.name]
         cells = [f"{100 * share:.2f}" for share in [*(linear.sparsity for linear in linears), block.sparsity]]
         table.add_row(block.name.rpartition(".")[2], *cells, f"{block.bytes / 1e6:,.1f}")
+    shares = ", ".join(f"{name} {8 * size / found.weights:.3f}" for name, size in found.parts.items())
     total = (
         f"{found.zeros:,} of {found.weights:,} weights are zero ({found.sparsity:.4%}); "
-        f"{found.bytes / 1e6:,.1f} MB of prunable weights in {found.file_bytes / 1e6:,.1f} MB of files"
+        f"{found.bytes / 1e6:,.1f} MB of prunable weights in {found.file_bytes / 1e6:,.1f} MB of files\n"
+        f"{found.bits_per_weight:.3f} bits a weight: {shares}"
     )
     return Group(table, Text(total))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -23,8 +23,6 @@ class Uniform(Settings):
     per: Literal["row", "linear"] = Field(
         default="row", description="what is compared: weights of a row, or of the linear"
     )
-    teacher: ClassVar[None] = None  # nothing is learned
-    crop: ClassVar[float] = 1.0
 
     def allocate(self, problem: BlockProblem) -> Allocated:
         """Zeros of every row, adding up to the budgets.

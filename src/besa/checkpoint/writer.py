@@ -7,13 +7,16 @@ import os
 import shutil
 from pathlib import Path
 
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from besa.checkpoint.files import explained, join_tensors, read_header, save_tensors, write_file
+from besa.checkpoint.formats.packed import quantization_config
 from besa.checkpoint.journal import Journal
 from besa.models.files import INDEX, SINGLE
 from besa.models.loading import quiet
 from besa.models.streaming import Decoder
+from besa.quantization import MinMax
 from besa.record import RECORD_NAME, RunRecord
 
 ONE_FILE = 4 << 30  # bytes of weights up to which they are in one file; beyond, each block is a shard
@@ -25,11 +28,24 @@ def disk_bytes(size: int) -> int:
 
 
 def finish(
-    journal: Journal, decoder: Decoder, tokenizer: PreTrainedTokenizerBase, record: RunRecord, out: Path
+    journal: Journal,
+    decoder: Decoder,
+    tokenizer: PreTrainedTokenizerBase,
+    record: RunRecord,
+    out: Path,
+    packed: MinMax | None = None,
 ) -> None:
     """Make the checkpoint of the blocks in the journal and of the rest of the model; `out` is whole when it appears.
 
     The sparsity stands under a key of our own in config.json.
+
+    Args:
+        journal: of all blocks.
+        decoder: what else there is of the model.
+        tokenizer: of the model.
+        record: of the run.
+        out: must not exist.
+        packed: how the weights are quantised that the journal holds as codes.
 
     Raises:
         BesaError: it cannot be written; the journal stays then.
@@ -48,6 +64,11 @@ def finish(
             "sparsity": record.sparsity,
             "record": RECORD_NAME,
         }
+        if packed is not None:
+            quantized = {linear.name for block in record.blocks for linear in block.linears}
+            ignored = [name for name, part in decoder.model.named_modules() if isinstance(part, nn.Linear)]
+            ignored = [name for name in ignored if name not in quantized]
+            decoder.model.config.quantization_config = quantization_config(packed, ignored)
         decoder.model.config.architectures = [type(decoder.model).__name__]
         with quiet():
             decoder.model.config.save_pretrained(folder)

@@ -120,6 +120,9 @@ def load_model(source: Source, dtype: str = "auto", trust_remote_code: bool = Fa
         )
     if source.gguf:
         model.hf_quantizer.remove_quantization_config(model)  # the weights are plain floats from here on
+    elif compressor := getattr(getattr(model, "hf_quantizer", None), "compressor", None):
+        with quiet():
+            compressor.decompress_model(model)  # now: packed linears have no weight before their first forward pass
     return model.eval().requires_grad_(False)
 
 

@@ -39,21 +39,25 @@ class MinMax(Settings):
         default="quantized", description="whose importance decides the pruning order: of W or of Q(W)"
     )
 
-    def clipping_of(self, name: str, w_OI: Tensor) -> Clipping:
-        """Where the clipping of a weight starts.
+    def groups(self, name: str, columns: int) -> int:
+        """How many groups a row of the linear `name` has.
 
         Raises:
             BesaError: its rows are no whole number of groups.
         """
-        columns = w_OI.shape[1]
-        if self.group and columns % self.group:
+        if self.group is None:
+            return 1
+        if columns % self.group:
             raise BesaError(
                 f"{name} has {columns} columns, which are no whole number of groups of {self.group}: choose another "
                 "quantization.group, or leave the linear out with --skip."
             )
-        return Clipping(
-            w_OI, columns // self.group if self.group else 1, self.bits, self.symmetric, self.clipping != "none"
-        )
+        return columns // self.group
+
+    def clipping_of(self, name: str, w_OI: Tensor) -> Clipping:
+        """Where the clipping of a weight starts."""
+        groups = self.groups(name, w_OI.shape[1])
+        return Clipping(w_OI, groups, self.bits, self.symmetric, learned=self.clipping != "none")
 
 
 Quantization = Annotated[Unquantized | MinMax, Field(discriminator="method")]

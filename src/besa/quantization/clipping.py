@@ -41,7 +41,8 @@ class Clipping:
 
     def quantize(self, out_OI: Tensor) -> None:
         """Write Q(W) to `out_OI`, and remember the grid for `backward`."""
-        self._grid = self.grid()
+        with torch.enable_grad():
+            self._grid = self.grid()
         with torch.no_grad():
             out_OI.copy_(dequantized(codes(self._w_OI, self._grid), self._grid, out_OI.dtype))
 
@@ -57,7 +58,7 @@ class Clipping:
         """The weight on its final grid, whose steps are numbers of `dtype`."""
         exact = self.grid()
         rounded = replace(exact, step_OG=exact.step_OG.to(dtype).float())
-        return Quantized(codes(self._w_OI, rounded), rounded, dtype)
+        return Quantized(codes(self._w_OI, rounded), rounded, self._symmetric, dtype)
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,13 @@ class Quantized:
     Attributes:
         codes_OI: whole numbers in [0, 2^N − 1], float32.
         grid: what they stand for.
+        symmetric: whether the code of zero is that in the middle.
         dtype: of the weight.
     """
 
     codes_OI: Tensor
     grid: Grid
+    symmetric: bool
     dtype: torch.dtype
 
     def weight(self) -> Tensor:

@@ -1,0 +1,111 @@
+"""``pack-quantized`` of compressed-tensors: codes packed into int32, which transformers and vLLM load as they are.
+
+Pruned weights have the code of zero, so zeros survive exactly; no mask is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from torch import Tensor
+
+from besa.errors import BesaError
+from besa.quantization import MinMax, Quantized
+
+FORMAT = "pack-quantized"
+KEYS = WEIGHT, SCALE, ZERO, SHAPE = "weight_packed", "weight_scale", "weight_zero_point", "weight_shape"
+
+
+def pack(tensors: Mapping[str, Tensor], quantized: Mapping[str, Quantized]) -> dict[str, Tensor]:
+    """The tensors of a block with its quantised weights packed.
+
+    Args:
+        tensors: named as in the checkpoint's files.
+        quantized: by full name of the linear.
+
+    Raises:
+        BesaError: a quantised weight is no tensor of its own in the files (as a fused stack of experts).
+    """
+    packed = dict(tensors)
+    for name, weight in quantized.items():
+        stored = packed.pop(f"{name}.weight", None)
+        if stored is None or stored.shape != weight.codes_OI.shape:
+            raise BesaError(f"{name} cannot be packed, as its file does not hold it as a linear: use --dequantized.")
+        packed |= {f"{name}.{key}": tensor for key, tensor in _packed(weight).items()}
+    return packed
+
+
+def _packed(weight: Quantized) -> dict[str, Tensor]:
+    half = 2 ** (weight.grid.bits - 1)  # codes are signed there
+    tensors = {
+        WEIGHT: pack_to_int32((weight.codes_OI - half).to(torch.int8).cpu(), weight.grid.bits),
+        SCALE: weight.grid.step_OG.to(weight.dtype).detach().cpu(),
+        SHAPE: torch.tensor(weight.codes_OI.shape),
+    }
+    if not weight.symmetric:
+        zeros_OG = (weight.grid.zero_OG - half).to(torch.int8).detach().cpu()
+        tensors[ZERO] = pack_to_int32(zeros_OG, weight.grid.bits, packed_dim=0)
+    return tensors
+
+
+def unpack(tensors: Mapping[str, Tensor], quantization: MinMax) -> dict[str, Tensor]:
+    """The dense tensors that `pack` packed, to the bit."""
+    dense = {name: tensor for name, tensor in tensors.items() if not name.endswith(KEYS)}
+    for name in tensors:
+        if name.endswith(f".{WEIGHT}"):
+            linear = name.removesuffix(f".{WEIGHT}")
+            own = {
+                key: tensors[f"{linear}.{key}"] for key in (WEIGHT, SCALE, ZERO, SHAPE) if f"{linear}.{key}" in tensors
+            }
+            dense[f"{linear}.weight"] = PackedQuantizationCompressor.decompress(own, _scheme(quantization))["weight"]
+    return dense
+
+
+def is_zero(own: Mapping[str, Tensor], bits: int) -> Tensor:
+    """Where a packed weight is zero (O, I), boolean.
+
+    Args:
+        own: the tensors of one linear by the last part of their names.
+        bits: of a code.
+    """
+    shape = torch.Size(own[SHAPE].tolist())
+    codes_OI = unpack_from_int32(own[WEIGHT], bits, shape)
+    zeros_OI = torch.zeros((), dtype=torch.int8)
+    if ZERO in own:
+        groups = own[SCALE].shape[1]
+        zeros_OG = unpack_from_int32(own[ZERO], bits, torch.Size([shape[0], groups]), packed_dim=0)
+        zeros_OI = zeros_OG.repeat_interleave(shape[1] // groups, dim=1)
+    return torch.eq(codes_OI, zeros_OI)
+
+
+def bytes_of(own: Mapping[str, Tensor]) -> dict[str, int]:
+    """What the tensors of one linear take, by what they are for."""
+    names = {WEIGHT: "values", SCALE: "scales", ZERO: "zero points", SHAPE: "shapes"}
+    return {names[key]: tensor.nbytes for key, tensor in own.items()}
+
+
+def _scheme(quantization: MinMax) -> QuantizationScheme:
+    grouped = {"strategy": "group", "group_size": quantization.group} if quantization.group else {"strategy": "channel"}
+    arguments = QuantizationArgs(num_bits=quantization.bits, type="int", symmetric=quantization.symmetric, **grouped)
+    return QuantizationScheme(targets=["Linear"], weights=arguments)
+
+
+def quantization_config(quantization: MinMax, ignored: Iterable[str]) -> dict[str, Any]:
+    """What config.json says of it, for whoever loads the model.
+
+    Args:
+        quantization: of all linears but those ignored.
+        ignored: names of linears that are stored dense.
+    """
+    return {
+        "quant_method": "compressed-tensors",
+        "format": FORMAT,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": _scheme(quantization).model_dump(mode="json")},
+        "ignore": list(ignored),
+    }

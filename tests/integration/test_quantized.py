@@ -1,0 +1,196 @@
+"""Pruned and quantised checkpoints: loaded by transformers alone, zeros intact, sizes as told."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+
+import besa
+from besa import BesaError, Recipe
+from besa.api import Compressed
+from besa.checkpoint.inspection import inspect
+from besa.models.loading import locate
+
+TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
+TEXT = str(TINY / "calibration.txt")
+SIZES = {"samples": 8, "seqlen": 32}
+
+
+@pytest.fixture(scope="module")
+def joint(tmp_path_factory: pytest.TempPathFactory) -> Compressed:
+    out = tmp_path_factory.mktemp("joint") / "out"
+    recipe = Recipe.load("besa-int4", overrides=["quantization.group=32"])
+    return besa.compress(TINY, recipe, TEXT, out=out, **SIZES)
+
+
+def decompressed(folder: Path) -> PreTrainedModel:
+    """As anybody loads it; the first forward pass makes the weights."""
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        model(torch.tensor([[1, 2, 3]]))
+    return model
+
+
+def prunable(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    return {
+        name: module.weight.detach()
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and ".layers." in name
+    }
+
+
+def test_transformers_alone_loads_the_same_weights(joint: Compressed, tmp_path: Path) -> None:
+    recipe = Recipe.load("besa-int4", overrides=["quantization.group=32"])
+    dense = besa.compress(TINY, recipe, TEXT, out=tmp_path / "dense", dequantized=True, **SIZES)
+    assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
+    expected = prunable(AutoModelForCausalLM.from_pretrained(tmp_path / "dense"))
+    found = prunable(decompressed(joint.out))
+    assert found.keys() == expected.keys()
+    assert len(found) == 8 * 7
+    for name, w_OI in found.items():
+        assert torch.equal(w_OI, expected[name]), name
+    zeros, weights = (sum(f(w_OI) for w_OI in found.values()) for f in (lambda w: int((w == 0).sum()), torch.numel))
+    assert zeros == joint.record.zeros == weights // 2
+    assert dense.record.zeros == zeros
+
+
+def test_few_values_in_each_group(joint: Compressed) -> None:
+    for w_OI in prunable(decompressed(joint.out)).values():
+        for part in w_OI.reshape(-1, 32)[:50]:
+            assert part.unique().numel() <= 16
+
+
+def test_a_fresh_process_without_besa_gives_the_same_output(joint: Compressed) -> None:
+    code = (
+        "import sys, torch; from transformers import AutoModelForCausalLM; "
+        f"model = AutoModelForCausalLM.from_pretrained({str(joint.out)!r}).eval(); "
+        "logits = model(torch.arange(20)[None]).logits; assert 'besa' not in sys.modules; "
+        "print(float(logits.double().abs().sum()))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    with torch.no_grad():
+        logits = decompressed(joint.out)(torch.arange(20)[None]).logits
+    assert float(run.stdout) == pytest.approx(float(logits.double().abs().sum()), rel=1e-6)
+
+
+def test_perplexity_of_the_packed_checkpoint_is_that_of_the_dense_one(joint: Compressed, tmp_path: Path) -> None:
+    recipe = Recipe.load("besa-int4", overrides=["quantization.group=32"])
+    besa.compress(TINY, recipe, TEXT, out=tmp_path / "dense", dequantized=True, **SIZES)
+    text = str(TINY / "heldout.txt")
+    found, expected = (
+        besa.evaluate(folder, [text], window=64, max_windows=8).perplexity["heldout"]
+        for folder in (joint.out, tmp_path / "dense")
+    )
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_inspect_counts_what_is_in_the_files(joint: Compressed) -> None:
+    found = inspect(locate(joint.out))
+    assert (found.zeros, found.weights) == (joint.record.zeros, joint.record.weights)
+    assert found.file_bytes == (joint.out / "model.safetensors").stat().st_size
+    with safe_open(joint.out / "model.safetensors", "pt") as file:
+        packed = {
+            name: file.get_tensor(name) for name in sorted(file.keys()) if ".layers." in name and "norm" not in name
+        }
+    assert found.bytes == sum(tensor.nbytes for tensor in packed.values())
+    linear = next(linear for linear in found.linears if linear.name.endswith("layers.3.mlp.up_proj"))
+    own = {name: tensor for name, tensor in packed.items() if "layers.3.mlp.up_proj" in name}
+    assert linear.parts["values"] == next(t.nbytes for n, t in own.items() if n.endswith("weight_packed"))
+    assert linear.parts["scales"] == next(t.nbytes for n, t in own.items() if n.endswith("weight_scale"))
+    assert linear.parts["zero points"] == next(t.nbytes for n, t in own.items() if n.endswith("weight_zero_point"))
+    assert linear.bytes == sum(linear.parts.values())
+    assert found.bits_per_weight == pytest.approx(8 * found.bytes / found.weights)
+    assert [block.weights for block in found.blocks] == [block.weights for block in joint.record.blocks]
+
+
+@pytest.mark.parametrize("recipe", ["wanda-int4", "besa-rtn4", "int4"])
+def test_baselines(recipe: str, tmp_path: Path) -> None:
+    result = besa.compress(TINY, recipe, TEXT, out=tmp_path / "out", **SIZES)
+    weights = prunable(decompressed(tmp_path / "out"))
+    zeros = sum(int((w_OI == 0).sum()) for w_OI in weights.values())
+    assert zeros == result.record.zeros
+    if recipe == "int4":
+        assert 0 < result.record.sparsity < 0.4  # what rounding leaves
+    else:
+        assert result.record.sparsity == 0.5
+    assert all(w_OI[0].unique().numel() <= 16 for w_OI in weights.values())
+
+
+def test_learned_clipping_pays(tmp_path: Path) -> None:
+    """On the loss it descends on: 3 bits with it against 3 bits of the whole range."""
+    errors = {}
+    for clipping in ("first", "none"):
+        recipe = Recipe.load("int4", overrides=["quantization.bits=3", f"quantization.clipping={clipping}"])
+        record = besa.compress(TINY, recipe, TEXT, samples=24, seqlen=64).record
+        errors[clipping] = record.blocks[0].reconstruction_error
+    assert errors["first"] < 0.95 * errors["none"]
+
+
+def test_a_joint_run_goes_on_where_it_stopped(
+    joint: Compressed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from besa.checkpoint.journal import Journal
+
+    keep = Journal.keep
+
+    def keep_three(self: Journal, tensors: object, record: object) -> None:
+        keep(self, tensors, record)
+        if record.index == 2:
+            raise KeyboardInterrupt
+
+    recipe = Recipe.load("besa-int4", overrides=["quantization.group=32"])
+    monkeypatch.setattr(Journal, "keep", keep_three)
+    with pytest.raises(besa.errors.Interrupted):
+        besa.compress(TINY, recipe, TEXT, out=tmp_path / "out", **SIZES)
+    monkeypatch.undo()
+    besa.compress(TINY, recipe, TEXT, out=tmp_path / "out", resume=True, **SIZES)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (joint.out / "model.safetensors").read_bytes()
+
+
+def test_skipped_linears_stay_as_they_are(tmp_path: Path) -> None:
+    recipe = Recipe.load("besa-int4").with_exceptions(["*.k_proj", "*.0.*"], [])
+    besa.compress(TINY, recipe, TEXT, out=tmp_path / "out", **SIZES)
+    found, before = (
+        prunable(model) for model in (decompressed(tmp_path / "out"), AutoModelForCausalLM.from_pretrained(TINY))
+    )
+    for name, w_OI in found.items():
+        assert torch.equal(w_OI, before[name]) == (name.endswith("k_proj") or ".0." in name)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["allocation={method: uniform}"], "set quantization.clipping=first"),
+        (["reconstruction.method=obs"], "set reconstruction.method=none"),
+        (["quantization.bits=9"], "quantization.bits: input should be less than or equal to 8"),
+        (["quantization.group=100"], "quantization.group: "),
+    ],
+)
+def test_choices_that_do_not_fit_get_a_sentence(overrides: list[str], says: str) -> None:
+    with pytest.raises(BesaError, match=says):
+        Recipe.load("besa-int4", overrides=overrides)
+
+
+def test_odd_groups_are_refused_before_the_work(tmp_path: Path) -> None:
+    recipe = Recipe.load("besa-int4", overrides=["quantization.group=64"])
+    with pytest.raises(BesaError, match="96 columns"):
+        besa.compress(TINY, recipe, TEXT, out=tmp_path / "out", **SIZES)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_transformers_could_not_load_packed_is_refused(tmp_path: Path) -> None:
+    """GPT-2's transposed linears: compressed-tensors knows them not."""
+    GPT2LMHeadModel(GPT2Config(vocab_size=2048, n_embd=32, n_layer=2, n_head=2)).save_pretrained(tmp_path / "gpt2")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "gpt2" / name).write_bytes((TINY / name).read_bytes())
+    with pytest.raises(BesaError, match="--dequantized"):
+        besa.compress(tmp_path / "gpt2", "besa-int4", TEXT, out=tmp_path / "out", **SIZES)
+    result = besa.compress(tmp_path / "gpt2", "besa-int4", TEXT, out=tmp_path / "out", dequantized=True, **SIZES)
+    assert result.record.sparsity == 0.5
+    w_IO = result.model.transformer.h[0].mlp.c_fc.weight
+    assert all(column.unique().numel() <= 16 for column in w_IO.T)
