@@ -41,7 +41,6 @@ METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "besa": ("besa", ()),
     "besa-layerwise": ("besa-layerwise", ()),
     "besa, one epoch": ("besa", EPOCH),
-    "besa, one epoch, all in float32": ("besa", (*EPOCH, "allocation.autocast=false")),
 }
 app = typer.Typer(help=__doc__, add_completion=False)
 Samples = Annotated[int, typer.Option(help="Calibration sequences.")]

@@ -22,12 +22,13 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from besa import memory
-from besa.allocation import first_tokens
+from besa.allocation import Allocation, first_tokens
 from besa.allocation.besa import Besa
 from besa.checkpoint.writer import disk_bytes
 from besa.masks import CHUNK
 from besa.models.blocks import Block, standing_aside
 from besa.pruning import dense_share
+from besa.quantization import MinMax
 from besa.recipe import Recipe
 from besa.targets import budgets
 
@@ -106,6 +107,9 @@ def work_out(
     parts = [budget for own in budgets(blocks, recipe) for budget in own]
     parameters, item = model.num_parameters(), model.dtype.itemsize
     size = parameters * item
+    if isinstance(recipe.quantization, MinMax):
+        names = {name for part in parts for name in part.names}
+        size += _packed_bytes(recipe.quantization, blocks, names, item) - item * sum(part.weights for part in parts)
     stream = samples * seqlen * model.config.get_text_config().hidden_size * item
     teacher, descent = recipe.teacher, recipe.descent
     share, tokens = dense_share(recipe, seqlen)
@@ -180,22 +184,38 @@ def _block_bytes(model: PreTrainedModel, block: Block, recipe: Recipe, batch: in
     whole = most if getattr(recipe.allocation, "per", "row") == "linear" else CHUNK  # weights sorted at once
     ranking = ranked + 12 * most + 32 * min(whole, most)
     phases = [read, statistics + gram, ranking + gram]
-    if isinstance(recipe.allocation, Besa):
-        logits = (
-            OPTIMIZER
-            * 4
-            * round(1 / recipe.allocation.candidate_step)
-            * sum(prunable.rows if recipe.allocation.rates == "row" else 1 for prunable in block.prunables.values())
-        )
-        sums = 4 * round(1 / recipe.allocation.candidate_step) * sum(p.rows for p in block.prunables.values())
-        masked = item * (weights + most) + (2 * weights if model.dtype == torch.float32 else 0)  # a copy in bfloat16
-        tokens = first_tokens(seqlen, recipe.allocation.crop)
-        learning = _forward_bytes(block, model, 1, tokens, learning=True)
-        phases.append(ranked + logits + sums + masked + learning)
+    if recipe.descent is not None:
+        quantized = isinstance(recipe.quantization, MinMax)
+        changing = item * (weights + most) + (2 * weights if model.dtype == torch.float32 else 0)  # a copy in bfloat16
+        changing += item * weights + 16 * most if quantized else 0  # Q(W), and the slopes of its steps
+        learning = _forward_bytes(block, model, 1, first_tokens(seqlen, recipe.descent.crop), learning=True)
+        phases.append(ranked + changing + _rates_bytes(recipe.allocation, block) + learning)
+    if isinstance(recipe.quantization, MinMax):
+        phases.append(ranked + weights + 16 * most)  # codes
     if recipe.reconstruction.needs_gram:
         phases.append(ranked + gram + 3 * 4 * widest**2 + 12 * most)
     phases.append(ranked + stored + 12 * most)  # the record and the journal
     return stored + max(phases)
+
+
+def _rates_bytes(allocation: Allocation, block: Block) -> int:
+    """Of what the coefficients of a block take while they are learned."""
+    if not isinstance(allocation, Besa):
+        return 0
+    rows = sum(prunable.rows for prunable in block.prunables.values())
+    groups = rows if allocation.rates == "row" else len(block.prunables)
+    return 4 * round(1 / allocation.candidate_step) * (OPTIMIZER * groups + rows)
+
+
+def _packed_bytes(quantization: MinMax, blocks: list[Block], names: set[str], item: int) -> int:
+    """Of the quantised linears: codes, scales and zero points."""
+    bits = 0
+    for block in blocks:
+        for name, prunable in block.prunables.items():
+            if name in names:
+                grids = prunable.rows * quantization.groups(name, prunable.columns)
+                bits += quantization.bits * (prunable.numel + grids) + 8 * item * grids
+    return bits // 8
 
 
 def _forward_bytes(block: Block, model: PreTrainedModel, batch: int, seqlen: int, learning: bool) -> int:

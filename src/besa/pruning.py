@@ -16,7 +16,7 @@ from besa.activations import HiddenStates, allocate
 from besa.allocation import Allocated, BlockProblem, RankedLinear, first_tokens
 from besa.budget import Budget
 from besa.calibration import Calibration
-from besa.checkpoint.formats.packed import pack, unpack
+from besa.checkpoint.formats import packed
 from besa.checkpoint.journal import Journal
 from besa.losses import error_between
 from besa.masks import rank
@@ -85,6 +85,8 @@ def prune_blocks(
     quantization = recipe.quantization if isinstance(recipe.quantization, MinMax) else None
     if quantization is not None:
         quantizing.check(quantization, blocks, plan)
+        if journal is not None and resources.pack:
+            packed.check(decoder.model, (name for own in plan for budget in own for name in budget.names))
     done = {block.index: record for block in blocks if journal and (record := journal.record(block.index))}
     if journal is not None:
         journal.restored = len(done)
@@ -105,7 +107,7 @@ def prune_blocks(
                 assert journal is not None
                 block.run(dense_NTC, resources.batch, into=dense_NTC)
                 tensors = journal.tensors(block.index)
-                decoder.fill(block, unpack(tensors, quantization) if quantization else tensors)
+                decoder.fill(block, packed.unpack(tensors, quantization) if quantization else tensors)
                 block.run(pruned_NTC, resources.batch, into=pruned_NTC)
                 records.append(done[block.index])
                 progress(len(records), len(blocks), "taken from the journal")
@@ -115,7 +117,7 @@ def prune_blocks(
             records.append(record)
             if journal is not None:
                 with watch("write"):
-                    journal.keep(pack(decoder.stored(block), quantized if resources.pack else {}), record)
+                    journal.keep(packed.pack(decoder.stored(block), quantized if resources.pack else {}), record)
         memory.trim()
         progress(
             len(records),

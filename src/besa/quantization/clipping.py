@@ -58,7 +58,7 @@ class Clipping:
         """The weight on its final grid, whose steps are numbers of `dtype`."""
         exact = self.grid()
         rounded = replace(exact, step_OG=exact.step_OG.to(dtype).float())
-        return Quantized(codes(self._w_OI, rounded), rounded, self._symmetric, dtype)
+        return Quantized(codes(self._w_OI, rounded).to(torch.uint8), rounded, self._symmetric, dtype)
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Quantized:
     """A weight as codes on a grid.
 
     Attributes:
-        codes_OI: whole numbers in [0, 2^N − 1], float32.
+        codes_OI: in [0, 2^N − 1], uint8.
         grid: what they stand for.
         symmetric: whether the code of zero is that in the middle.
         dtype: of the weight.
@@ -84,4 +84,4 @@ class Quantized:
     def pruned(self, kept_OI: Tensor) -> Quantized:
         """The same with exact zeros where `kept_OI` is False: their code is that of zero."""
         zero_OI = self.grid.zero_OG.repeat_interleave(self.codes_OI.shape[1] // self.grid.zero_OG.shape[1], dim=1)
-        return replace(self, codes_OI=torch.where(kept_OI, self.codes_OI, zero_OI))
+        return replace(self, codes_OI=torch.where(kept_OI, self.codes_OI, zero_OI.to(torch.uint8)))

@@ -12,13 +12,32 @@ import torch
 from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-from torch import Tensor
+from torch import Tensor, nn
 
 from besa.errors import BesaError
 from besa.quantization import MinMax, Quantized
 
 FORMAT = "pack-quantized"
 KEYS = WEIGHT, SCALE, ZERO, SHAPE = "weight_packed", "weight_scale", "weight_zero_point", "weight_shape"
+
+
+def check(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse beforehand what transformers would not load packed.
+
+    Args:
+        model: whose weights may be on the meta device.
+        names: full names of the linears to be packed.
+
+    Raises:
+        BesaError: one is no plain linear, but a transposed one, a family's own, or an expert of a fused stack.
+    """
+    modules = dict(model.named_modules())
+    for name in names:
+        if type(modules.get(name)) is not nn.Linear:
+            raise BesaError(
+                f"{name} is no plain linear, and could not be loaded packed: use --dequantized, or leave it out "
+                "with --skip."
+            )
 
 
 def pack(tensors: Mapping[str, Tensor], quantized: Mapping[str, Quantized]) -> dict[str, Tensor]:
@@ -43,7 +62,7 @@ def pack(tensors: Mapping[str, Tensor], quantized: Mapping[str, Quantized]) -> d
 def _packed(weight: Quantized) -> dict[str, Tensor]:
     half = 2 ** (weight.grid.bits - 1)  # codes are signed there
     tensors = {
-        WEIGHT: pack_to_int32((weight.codes_OI - half).to(torch.int8).cpu(), weight.grid.bits),
+        WEIGHT: pack_to_int32((weight.codes_OI.to(torch.int16) - half).to(torch.int8).cpu(), weight.grid.bits),
         SCALE: weight.grid.step_OG.to(weight.dtype).detach().cpu(),
         SHAPE: torch.tensor(weight.codes_OI.shape),
     }
