@@ -1,23 +1,63 @@
-"""Put measured tables into the README: `python -m experiments.readme` copies them between their markers.
+"""Put measured tables into the README: `python -m experiments.readme` makes them from run records and evaluations.
 
-A marker pair `<!-- results:NAME -->` … `<!-- /results -->` holds `experiments/results/NAME.md`, never typed by hand.
+A marker pair `<!-- results:NAME -->` … `<!-- /results -->` holds `experiments/results/NAME.md`; the table in it is made
+of the `besa_run.json` and `besa_eval.json` of its runs. Nothing of it is typed by hand but the words.
 """
 
+import json
 import re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "experiments" / "results"
+RUNS = {
+    "50": ("demo-full-50", ["dense", "magnitude", "wanda", "sparsegpt", "besa-layerwise", "besa"]),
+    "70": ("smollm2-70", ["wanda", "besa"]),
+}
 MARKED = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
+TABLE = re.compile(r"^\|.*?\n(?!\|)", re.DOTALL | re.MULTILINE)
+DENSE = RESULTS / "demo-full-50" / "dense"
+
+
+def perplexity(folder: Path) -> float:
+    """On the one text that a run was evaluated on."""
+    (value,) = json.loads((folder / "besa_eval.json").read_text(encoding="utf-8"))["perplexity"].values()
+    return float(value)
+
+
+def table(name: str) -> str:
+    """Sparsity, perplexity and seconds of some runs, in Markdown."""
+    folder, methods = RUNS[name]
+    dense = perplexity(DENSE)
+    lines = ["| method | sparsity | WikiText-2 perplexity | × dense | seconds |", "|---|---:|---:|---:|---:|"]
+    for method in dict.fromkeys(["dense", *methods]):
+        place = DENSE if method == "dense" else RESULTS / folder / method
+        sparsity, seconds = "0 %", ""
+        if method != "dense":
+            record = json.loads((place / "besa_run.json").read_text(encoding="utf-8"))
+            sparsity, seconds = f"{record['sparsity']:.4%}", f"{record['seconds']:,.0f}"
+        value = perplexity(place)
+        lines.append(f"| {method} | {sparsity} | {value:,.2f} | {value / dense:.3f} | {seconds} |")
+    return "\n".join(lines) + "\n"
 
 
 def with_results(text: str) -> str:
     """`text` with the present content of every marked result."""
     return MARKED.sub(
-        lambda match: match[1] + (ROOT / f"experiments/results/{match[2]}.md").read_text(encoding="utf-8") + match[3],
+        lambda match: match[1] + (RESULTS / f"{match[2]}.md").read_text(encoding="utf-8") + match[3],
         text,
     )
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Bring the tables and the README up to date."""
+    for name in RUNS:
+        path = RESULTS / f"{name}.md"
+        before, after = TABLE.split(path.read_text(encoding="utf-8"), maxsplit=1)
+        path.write_text(before + table(name) + after, encoding="utf-8")
     readme = ROOT / "README.md"
     readme.write_text(with_results(readme.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -36,7 +36,7 @@ class MinMax(Settings):
         description="learn it together with the allocation, before it (as OmniQuant does), or take the whole range",
     )
     ranks: Literal["weight", "quantized"] = Field(
-        default="quantized", description="whose importance decides the pruning order: of W or of Q(W)"
+        default="weight", description="whose importance decides the pruning order: of W or of Q(W)"
     )
 
     def groups(self, name: str, columns: int) -> int:

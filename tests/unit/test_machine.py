@@ -1,0 +1,36 @@
+"""What a run record says of the machine, and how notices look."""
+
+import pytest
+import torch
+
+from besa import cli
+from besa.errors import Notice
+from besa.kernels import native
+from besa.machine import machine, multiplies_bfloat16, versions
+
+
+def test_the_machine_tells_what_computes(monkeypatch):
+    found = machine(torch.device("cpu"))
+    assert found["threads"] == torch.get_num_threads()
+    assert found["gpu"] is None
+    assert found["kernels"] in ("avx512", "avx2", "plain", "torch")
+    assert found["bfloat16"] == multiplies_bfloat16(torch.device("cpu"))
+    monkeypatch.setattr(native, "paths", list)
+    assert machine(torch.device("cpu"))["kernels"] == "torch"
+
+
+@pytest.mark.parametrize(("has", "expected"), [({"avx512_bf16": True}, True), ({"avx512_f": True}, False), ({}, False)])
+def test_bfloat16_is_what_the_processor_says(monkeypatch, has, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
+    assert multiplies_bfloat16(torch.device("cpu")) == expected
+
+
+def test_versions():
+    assert set(versions()) == {"besa", "python", "torch", "transformers", "numpy"}
+
+
+def test_a_notice_is_a_line_and_other_warnings_are_what_python_says(capsys):
+    cli._note(Notice("slower than it could be."), Notice, "somewhere.py", 3)
+    assert capsys.readouterr().err == "besa: slower than it could be.\n"
+    cli._note("old", DeprecationWarning, "somewhere.py", 3)
+    assert "somewhere.py:3: DeprecationWarning: old" in capsys.readouterr().err
