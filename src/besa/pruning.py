@@ -33,7 +33,7 @@ from besa.targets import budgets
 CPU = torch.device("cpu")
 # The error against the dense path is measured on one sequence in so many, and on this share of its tokens from the
 # beginning: the same for every method, as the dense path need not go on with more for its sake.
-ERROR_SHARE = 8
+ERROR_SHARE = 16
 ERROR_TOKENS = 0.5
 
 

@@ -84,7 +84,7 @@ def test_run_record_tells_what_was_counted(pruned: Path) -> None:
     assert record["calibration"]["samples"] == 8
     assert len(record["calibration"]["sha256"]) == 64
     assert record["peak_memory_bytes"] > 1e8
-    assert [len(block["losses"]) for block in record["blocks"]] == [32] * 8
+    assert all(block["losses"] and len(block["losses"]) % 8 == 0 for block in record["blocks"])  # whole passes
     for block in record["blocks"]:
         assert block["zeros"] == sum(linear["zeros"] for linear in block["linears"])
         assert 0 < block["reconstruction_error"] < 1
@@ -112,7 +112,9 @@ def test_inspect_counts_in_the_files(pruned: Path, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     found = json.loads((tmp_path / "inspect.json").read_text())
     linears = {linear["name"]: linear for linear in found["linears"]}
-    assert linears[name] == {"name": name, "shape": [256, 96], "zeros": 24576, "sparsity": 1.0, "bytes": 98304}
+    size = {"bytes": 98304, "parts": {"values": 98304}}
+    assert linears[name] == {"name": name, "shape": [256, 96], "zeros": 24576, "sparsity": 1.0, **size}
+    assert found["bits_per_weight"] == 32
     assert found["zeros"] == sum(linear["zeros"] for linear in linears.values())
     assert found["sparsity"] == found["zeros"] / found["weights"]
     assert "100.00" in result.stdout

@@ -181,3 +181,10 @@ def test_odd_groups_are_refused():
     assert MinMax(group=64).groups("w", 576) == 9
     with pytest.raises(BesaError, match="w has 576 columns, which are no whole number of groups of 128"):
         MinMax(group=128).groups("w", 576)
+
+
+def test_a_few_rows_of_several_groups_are_refused():
+    w_OI = torch.randn(8, 64)
+    quantized = {"b": Clipping(w_OI, 2, 4, False, learned=False).quantized(torch.float32)}
+    with pytest.raises(BesaError, match="b has only 8 rows"):
+        pack({"b.weight": w_OI}, quantized)

@@ -14,7 +14,7 @@ from besa.reconstruction import Frozen, OBSUpdate
 
 METHODS = {
     "besa": (Wanda(), Besa(rates="row"), Frozen()),
-    "besa-layerwise": (Wanda(), Besa(rates="layer", travel=1.6), Frozen()),
+    "besa-layerwise": (Wanda(), Besa(rates="layer", travel=3.2), Frozen()),
     "magnitude": (Magnitude(), Uniform(per="linear"), Frozen()),
     "sparsegpt": (OBS(), Uniform(per="row"), OBSUpdate(mask="adaptive")),
     "wanda": (Wanda(), Uniform(per="row"), Frozen()),
@@ -213,7 +213,7 @@ def test_sparsity_out_of_bounds(sparsity):
         (
             "",
             "must be a YAML mapping with the keys name, sparsity, skip, sparsity_of, importance, allocation, "
-            "reconstruction.",
+            "reconstruction, quantization.",
         ),
         ("- a\n- b", "must be a YAML mapping"),
         ("besa", "must be a YAML mapping"),

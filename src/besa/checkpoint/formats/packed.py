@@ -55,6 +55,9 @@ def pack(tensors: Mapping[str, Tensor], quantized: Mapping[str, Quantized]) -> d
         stored = packed.pop(f"{name}.weight", None)
         if stored is None or stored.shape != weight.codes_OI.shape:
             raise BesaError(f"{name} cannot be packed, as its file does not hold it as a linear: use --dequantized.")
+        rows, groups = weight.grid.step_OG.shape
+        if groups > 1 and rows * weight.grid.bits <= 32:  # one word of zero points: compressed-tensors cannot read it
+            raise BesaError(f"{name} has only {rows} rows, too few to be packed in groups: use --dequantized.")
         packed |= {f"{name}.{key}": tensor for key, tensor in _packed(weight).items()}
     return packed
 
