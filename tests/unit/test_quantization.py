@@ -53,10 +53,9 @@ def weights(draw):
     """A weight, its groups, bits and symmetry."""
     groups, size = draw(st.integers(1, 3)), draw(st.integers(1, 9))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
-    w_OI = torch.randn(draw(st.integers(1, 4)), groups * size, generator=generator) * draw(
-        st.sampled_from([1e-3, 1, 50])
-    )
-    w_OI += draw(st.sampled_from([0, 0.5]))
+    rows = draw(st.integers(1, 4) if groups == 1 else st.integers(17, 20))
+    w_OI = torch.randn(rows, groups * size, generator=generator)
+    w_OI = w_OI * draw(st.sampled_from([1e-3, 1, 50])) + draw(st.sampled_from([0, 0.5]))
     return w_OI, groups, draw(st.integers(2, 8)), draw(st.booleans())
 
 
