@@ -64,7 +64,8 @@ def allocate(
         problem = replace(problem, linears=linears)
     if quantization.clipping == "joint":
         problem = replace(problem, clippings=clippings)
-    allocated = recipe.allocation.allocate(problem)
+    asked = [budget for budget in problem.budgets if budget.zeros]  # to prune nothing is to keep what zeros there are
+    allocated = recipe.allocation.allocate(replace(problem, budgets=asked))
     quantized = settle(problem.linears, clippings, allocated.counts, problem.budgets)
     return replace(allocated, losses=[*losses, *allocated.losses]), quantized
 

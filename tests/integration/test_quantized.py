@@ -250,3 +250,12 @@ def test_the_plan_knows_how_small_it_gets(joint: Compressed) -> None:
     planned = besa.plan(TINY, recipe, **SIZES)
     written = (joint.out / "model.safetensors").stat().st_size
     assert planned.checkpoint_bytes == pytest.approx(written, rel=0.05)
+
+
+def test_int4_takes_models_that_have_zeros(tmp_path: Path) -> None:
+    """Nothing is pruned, so no zero is too many."""
+    model = AutoModelForCausalLM.from_pretrained(TINY)
+    model.model.layers[0].mlp.up_proj.weight.data[:3, :5] = 0
+    folder = saved(model, tmp_path / "dense")
+    record = besa.compress(folder, "int4", TEXT, out=tmp_path / "out", **SIZES).record
+    assert record.zeros > 15
