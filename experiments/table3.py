@@ -56,26 +56,26 @@ def main(
             besa.compress(model, recipe, "c4", out=folder, samples=samples, seqlen=seqlen, dtype=dtype, resume=True)
         rows.append(_row(recipe, model, folder, texts, window, max_windows, dtype))
         print(json.dumps(rows[-1]["perplexity"]), file=sys.stderr, flush=True)
-    result = {
-        "command": [
-            "python",
-            "-m",
-            "experiments.table3",
-            model,
-            *(f"--data={pair.partition('=')[0]}=…" for pair in data),
-        ],
-        "calibration": f"{samples} × {seqlen} tokens of the embedded c4",
-        "window": window,
-        "max_windows": max_windows,
-        "dtype": dtype,
-        "rows": rows,
-        "machine": machine(besa.api.resolve_device("cpu")),
-        "versions": versions(),
-        "created": now(),
-    }
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "table3.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    (RESULTS / "table3.md").write_text(_markdown(result), encoding="utf-8")
+        result = {
+            "command": [
+                "python",
+                "-m",
+                "experiments.table3",
+                model,
+                *(f"--data={pair.partition('=')[0]}=…" for pair in data),
+            ],
+            "calibration": f"{samples} × {seqlen} tokens of the embedded c4",
+            "window": window,
+            "max_windows": max_windows,
+            "dtype": dtype,
+            "rows": rows,
+            "machine": machine(besa.api.resolve_device("cpu")),
+            "versions": versions(),
+            "created": now(),
+        }
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        (RESULTS / "table3.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        (RESULTS / "table3.md").write_text(_markdown(result), encoding="utf-8")
 
 
 def _text(work: Path, name: str, file: str, calibrated: set[str]) -> Path:
