@@ -159,19 +159,19 @@ def test_what_has_no_kernel_goes_to_the_reference(monkeypatch):
 def fresh(tmp_path, monkeypatch):
     """An empty cache, and nothing remembered."""
     monkeypatch.setenv("BESA_CACHE", str(tmp_path))
-    build.library.cache_clear()
+    build.load.cache_clear()
     yield tmp_path / "kernels"
-    build.library.cache_clear()
+    build.load.cache_clear()
 
 
 @compiled
 def test_built_once(fresh, monkeypatch):
-    assert build.library("masks.cpp") is not None
+    assert build.load("masks.cpp") is not None
     (built,) = fresh.iterdir()  # no scratch left
     assert built.suffix == ".so"
-    build.library.cache_clear()
+    build.load.cache_clear()
     monkeypatch.setattr(build, "_call", lambda *_: pytest.fail("compiled again"))
-    assert build.library("masks.cpp") is not None
+    assert build.load("masks.cpp") is not None
 
 
 @pytest.mark.parametrize("broken", ["false", "no compiler", "folder"])
@@ -182,15 +182,15 @@ def test_without_a_compiler_there_is_a_notice(fresh, monkeypatch, broken):
         monkeypatch.setattr(build, "COMPILERS", ())
         monkeypatch.setenv("CXX", broken)
     with pytest.warns(Notice, match="more slowly") as said:
-        assert build.library("masks.cpp") is None
-    assert build.library("masks.cpp") is None
+        assert build.load("masks.cpp") is None
+    assert build.load("masks.cpp") is None
     assert len(said) == 1
 
 
 @compiled
 def test_threads_are_those_of_torch(fresh):
     """No second OpenMP library comes in with the kernels: its threads would fight with torch's."""
-    code = "import torch; from besa.kernels.build import library; assert library('masks.cpp'); "
+    code = "import torch; from besa.kernels.build import load; assert load('masks.cpp'); "
     code += "print(len({line.split()[-1] for line in open('/proc/self/maps') if 'gomp' in line or 'iomp' in line}))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
     assert found.stdout.strip() == "1"
@@ -201,6 +201,6 @@ def test_a_compiler_without_openmp_serves_too(fresh, monkeypatch):
     monkeypatch.setattr(build, "WAYS", ((),))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert build.library("masks.cpp") is not None
+        assert build.load("masks.cpp") is not None
     w_OI, ranks_OI = torch.ones(5, 3), torch.tensor([[0, 1, 2]] * 5, dtype=torch.int16)
     assert masked(native, w_OI, ranks_OI, torch.tensor([0, 1, 2, 3, 0])).sum(dim=1).tolist() == [3, 2, 1, 0, 3]

@@ -25,7 +25,7 @@ WAYS = (("-fopenmp",), ())
 
 
 @cache
-def library(source: str) -> ctypes.CDLL | None:
+def load(source: str) -> ctypes.CDLL | None:
     """The kernels of one C++ file of this package; None, with a notice, where they cannot be compiled.
 
     Args:

@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from besa.kernels.build import library
+from besa.kernels.build import load
 
 PATHS = ("avx512", "avx2", "plain")  # best first
 NUMBERS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -17,7 +17,7 @@ NUMBERS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 @cache
 def paths() -> list[str]:
     """The instruction sets that this processor has kernels for, best first; none where there is no compiler."""
-    kernels = library("masks.cpp")
+    kernels = load("masks.cpp")
     return [name for name in PATHS if kernels is not None and _has(kernels, name)]
 
 
@@ -45,7 +45,7 @@ def binned(gradient_OI: Tensor, w_OI: Tensor, ranks_OI: Tensor, bins_I: Tensor, 
 
 
 def _call(name: str, *arguments: Tensor | int) -> None:
-    kernels = library("masks.cpp")
+    kernels = load("masks.cpp")
     assert kernels is not None
     passed: list[ctypes.c_void_p | ctypes.c_int64] = []
     for argument in arguments:
