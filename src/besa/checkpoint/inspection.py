@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
-import torch
 from pydantic import BaseModel
-from torch import Tensor
 
-from besa.checkpoint.formats import packed
-from besa.errors import BesaError
+from besa.checkpoint.walk import StoredWeight, stored_weights
 from besa.models.files import WeightFiles
-from besa.models.loading import Source, is_quantized, load_model, read_config
-from besa.models.streaming import Decoder, DecoderInMemory, DecoderOnDisk
+from besa.models.loading import Source
 from besa.progress import Progress, silent
 
 
@@ -61,82 +55,37 @@ class Contents(BaseModel):
 def inspect(source: Source, trust_remote_code: bool = False, progress: Progress = silent) -> Contents:
     """Count zeros and bytes of every prunable weight of a local checkpoint.
 
-    One block is in memory at a time; a .gguf file is dequantised whole, and its bytes are those of
-    the dequantised weights.
-
     Raises:
-        BesaError: the model is not local, or a weight is missing or cannot be read.
+        BesaError: as `stored_weights` does.
     """
-    if source.folder is None:
-        raise BesaError(f"{source.name} is not a local model: download it first, and give its folder.")
-    paths = [source.folder / source.gguf] if source.gguf else WeightFiles(source.folder).paths
-    linears: list[LinearContents] = []
-    summaries: list[BlockContents] = []
-    for name, parts in _blocks(source, trust_remote_code, progress):
-        linears += parts
-        summaries.append(BlockContents(name=name, **_totals(parts)))
-    size = sum(path.stat().st_size for path in paths)
-    return Contents(model=source.name, file_bytes=size, blocks=summaries, linears=linears, **_totals(linears))
+    blocks: dict[str, list[LinearContents]] = {}
+    for weight in stored_weights(source, trust_remote_code, progress):
+        blocks.setdefault(weight.block, []).append(_count(weight))
+    linears = [linear for own in blocks.values() for linear in own]
+    return Contents(
+        model=source.name,
+        file_bytes=_file_bytes(source),
+        blocks=[BlockContents(name=name, **_totals(own)) for name, own in blocks.items()],
+        linears=linears,
+        **_totals(linears),
+    )
 
 
-def _blocks(source: Source, trust_remote_code: bool, progress: Progress) -> Iterator[tuple[str, list[LinearContents]]]:
-    """Each block's name and prunable weights, one block at a time."""
+def _file_bytes(source: Source) -> int:
     assert source.folder is not None
-    config = read_config(source, trust_remote_code)
-    if not source.gguf and is_quantized(config):
-        yield from _packed_blocks(WeightFiles(source.folder), source.name, config.quantization_config)
-        return
-    if source.gguf:
-        decoder: Decoder = DecoderInMemory(load_model(source))
-    else:
-        decoder = DecoderOnDisk(source, trust_remote_code=trust_remote_code)
-    for done, block in enumerate(decoder.blocks, start=1):
-        with decoder.opened(block, torch.device("cpu")):
-            yield block.name, [_count(name, block.weight(name)) for name in block.prunables]
-        progress(done, len(decoder.blocks), block.name)
+    paths = [source.folder / source.gguf] if source.gguf else WeightFiles(source.folder).paths
+    return sum(path.stat().st_size for path in paths)
 
 
-def _packed_blocks(
-    files: WeightFiles, source: str, config: dict[str, Any]
-) -> Iterator[tuple[str, list[LinearContents]]]:
-    """The same of a checkpoint of packed codes; its blocks are told by the first number in a name."""
-    if config.get("format") != packed.FORMAT:
-        raise BesaError(f"{source} is quantised in a format that besa does not count: only {packed.FORMAT} is.")
-    groups = config["config_groups"].values()
-    (bits,) = {group["weights"]["num_bits"] for group in groups}
-    owners: dict[str, list[str]] = {}
-    for name in files.names:
-        match = re.match(r"(.*?\.\d+)\.", name)
-        if match and name.endswith((f".{packed.WEIGHT}", ".weight")):
-            owners.setdefault(match[1], []).append(name)
-    for block in sorted(owners, key=lambda name: int(name.rpartition(".")[2])):
-        parts = []
-        for stored in owners[block]:
-            name, _, last = stored.rpartition(".")
-            if last == packed.WEIGHT:
-                keys = [key for key in packed.KEYS if f"{name}.{key}" in files.names]
-                own = {key.rpartition(".")[2]: t for key, t in files.read([f"{name}.{key}" for key in keys])}
-                parts.append(_contents(name, packed.is_zero(own, bits), packed.bytes_of(own)))
-            else:
-                ((_, w_OI),) = files.read([stored])
-                if w_OI.dim() == 2:  # left out of quantisation
-                    parts.append(_count(name, w_OI))
-        yield block, parts
-
-
-def _count(name: str, w_OI: Tensor) -> LinearContents:
-    return _contents(name, w_OI == 0, {"values": w_OI.numel() * w_OI.itemsize})
-
-
-def _contents(name: str, zero_OI: Tensor, parts: dict[str, int]) -> LinearContents:
-    zeros = int(zero_OI.sum())
+def _count(weight: StoredWeight) -> LinearContents:
+    zeros = int(weight.zero_OI.sum())
     return LinearContents(
-        name=name,
-        shape=list(zero_OI.shape),
+        name=weight.name,
+        shape=list(weight.zero_OI.shape),
         zeros=zeros,
-        sparsity=zeros / zero_OI.numel(),
-        bytes=sum(parts.values()),
-        parts=parts,
+        sparsity=zeros / weight.zero_OI.numel(),
+        bytes=sum(weight.parts.values()),
+        parts=weight.parts,
     )
 
 

@@ -1,0 +1,98 @@
+"""The prunable weights of a checkpoint as its files hold them, one after another: where they are zero, and their bytes.
+
+Shape suffixes: O rows (output channels), I columns (input channels).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from besa.checkpoint.formats import packed
+from besa.errors import BesaError
+from besa.models.files import WeightFiles
+from besa.models.loading import Source, is_quantized, load_model, read_config
+from besa.models.streaming import Decoder, DecoderInMemory, DecoderOnDisk
+from besa.progress import Progress
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """One prunable weight (O, I).
+
+    Attributes:
+        block: name of its decoder block.
+        name: module path of its linear in the model.
+        zero_OI: where it is zero, boolean.
+        parts: its bytes, by what they are for.
+    """
+
+    block: str
+    name: str
+    zero_OI: Tensor
+    parts: dict[str, int]
+
+
+def stored_weights(source: Source, trust_remote_code: bool, progress: Progress) -> Iterator[StoredWeight]:
+    """All prunable weights of a local checkpoint, block after block.
+
+    One block is in memory at a time; a .gguf file is dequantised whole, and its bytes are those of
+    the dequantised weights.
+
+    Args:
+        source: dense, pruned or packed.
+        trust_remote_code: run model code that comes with the checkpoint.
+        progress: told (blocks done, blocks, name of the block).
+
+    Raises:
+        BesaError: the model is not local, or a weight is missing or cannot be read.
+    """
+    if source.folder is None:
+        raise BesaError(f"{source.name} is not a local model: download it first, and give its folder.")
+    config = read_config(source, trust_remote_code)
+    if not source.gguf and is_quantized(config):
+        yield from _packed(WeightFiles(source.folder), source.name, config.quantization_config, progress)
+        return
+    if source.gguf:
+        decoder: Decoder = DecoderInMemory(load_model(source))
+    else:
+        decoder = DecoderOnDisk(source, trust_remote_code=trust_remote_code)
+    for done, block in enumerate(decoder.blocks, start=1):
+        with decoder.opened(block, torch.device("cpu")):
+            for name in block.prunables:
+                yield _dense(block.name, name, block.weight(name))
+        progress(done, len(decoder.blocks), block.name)
+
+
+def _packed(files: WeightFiles, source: str, config: dict[str, Any], progress: Progress) -> Iterator[StoredWeight]:
+    """Those of a checkpoint of packed codes; its blocks are told by the first number in a name."""
+    if config.get("format") != packed.FORMAT:
+        raise BesaError(f"{source} is quantised in a format that besa does not count: only {packed.FORMAT} is.")
+    groups = config["config_groups"].values()
+    (bits,) = {group["weights"]["num_bits"] for group in groups}
+    owners: dict[str, list[str]] = {}
+    for name in files.names:
+        match = re.match(r"(.*?\.\d+)\.", name)
+        if match and name.endswith((f".{packed.WEIGHT}", ".weight")):
+            owners.setdefault(match[1], []).append(name)
+    for done, block in enumerate(sorted(owners, key=lambda name: int(name.rpartition(".")[2])), start=1):
+        for stored in owners[block]:
+            name, _, last = stored.rpartition(".")
+            if last == packed.WEIGHT:
+                keys = [key for key in packed.KEYS if f"{name}.{key}" in files.names]
+                own = {key.rpartition(".")[2]: t for key, t in files.read([f"{name}.{key}" for key in keys])}
+                yield StoredWeight(block, name, packed.is_zero(own, bits), packed.bytes_of(own))
+            else:
+                ((_, w_OI),) = files.read([stored])
+                if w_OI.dim() == 2:  # left out of quantisation
+                    yield _dense(block, name, w_OI)
+        progress(done, len(owners), block)
+
+
+def _dense(block: str, name: str, w_OI: Tensor) -> StoredWeight:
+    return StoredWeight(block, name, w_OI == 0, {"values": w_OI.numel() * w_OI.itemsize})
