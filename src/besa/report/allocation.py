@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from dataclasses import dataclass
 
+from besa.kinds import kind, shortened
 from besa.record import HISTOGRAM_BINS, BlockRecord, RunRecord
 
 UNIFORM = 0.001  # deviation of a linear from its run's sparsity that is still rounding
@@ -29,30 +29,14 @@ def parts(record: RunRecord) -> dict[str, dict[int, Part]]:
     """Parts by short name of the linear and index of the block, names in the order of the model."""
     paths = list(dict.fromkeys(path for block in record.blocks for path in _paths(block)))
     table: dict[str, dict[int, Part]] = {}
-    for path, name in zip(paths, _shortened(paths), strict=True):
+    for path, name in zip(paths, shortened(paths), strict=True):
         table[name] = {block.index: _part(block, path) for block in record.blocks if path in _paths(block)}
     return table
 
 
 def _paths(block: BlockRecord) -> list[str]:
-    """Path of each linear inside its block; experts share one, their number replaced by a star."""
-    inside = (linear.name.removeprefix(f"{block.name}.") for linear in block.linears)
-    return [".".join("*" if step.isdigit() else step for step in path.split(".")) for path in inside]
-
-
-def _shortened(paths: list[str]) -> list[str]:
-    """For each path the shortest ending that no other has: `q_proj`, but `attn.c_proj` beside `mlp.c_proj`."""
-    endings: dict[str, set[str]] = defaultdict(set)
-    for path in paths:
-        steps = path.split(".")
-        for start in range(len(steps)):
-            endings[".".join(steps[start:])].add(path)
-    shortest = []
-    for path in paths:
-        steps = path.split(".")
-        candidates = (".".join(steps[start:]) for start in reversed(range(len(steps))))
-        shortest.append(next((ending for ending in candidates if len(endings[ending]) == 1), path))
-    return shortest
+    """Kind of each linear."""
+    return [kind(linear.name, block.name) for linear in block.linears]
 
 
 def _part(block: BlockRecord, path: str) -> Part:
