@@ -9,30 +9,37 @@ from besa.errors import BesaError
 from besa.version import __version__
 
 if TYPE_CHECKING:
-    from besa.api import Compressed, Evaluation, compress, evaluate, plan
+    from besa.api import Compressed, Evaluation, compress, evaluate, plan, simulate
     from besa.calibration import Calibration
     from besa.recipe import Recipe
+    from besa.simulator import Accelerator, Simulation
 
 __all__ = [
+    "Accelerator",
     "BesaError",
     "Calibration",
     "Compressed",
     "Evaluation",
     "Recipe",
+    "Simulation",
     "__version__",
     "compress",
     "evaluate",
     "plan",
+    "simulate",
 ]
 
 _HOMES = {
+    "Accelerator": "besa.simulator",
     "Calibration": "besa.calibration",
     "Compressed": "besa.api",
     "Evaluation": "besa.api",
     "Recipe": "besa.recipe",
+    "Simulation": "besa.simulator",
     "compress": "besa.api",
     "evaluate": "besa.api",
     "plan": "besa.api",
+    "simulate": "besa.api",
 }
 
 

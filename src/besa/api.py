@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,8 @@ from besa.pruning import Resources, prune_blocks
 from besa.quantization import MinMax
 from besa.recipe import Recipe
 from besa.record import RunRecord, now
+from besa.simulator import Accelerator, Simulation
+from besa.simulator import simulate as simulate_checkpoint
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}  # in a forward pass, unless asked otherwise: a GPU needs more to be busy
 
@@ -304,6 +306,30 @@ def evaluate(
         created=now(),
         versions=versions(),
     )
+
+
+def simulate(
+    model: str | Path,
+    tokens: Sequence[int] = (1, 8, 32, 128, 512),
+    *,
+    accelerator: Accelerator | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+) -> Simulation:
+    """Count the cycles that an accelerator for sparse weights would take (section 4.5 and Table 4 of the paper).
+
+    Args:
+        model: local folder (dense, pruned, or with packed codes), .gguf file, or ``smollm2``.
+        tokens: numbers of input vectors for the figures that include memory.
+        accelerator: what is simulated, by default ViTCoD.
+        trust_remote_code: run model code that comes with the checkpoint.
+        progress: told (blocks done, blocks, name of the block).
+
+    Raises:
+        BesaError: the model is not local or cannot be read, or a number of tokens is not positive.
+    """
+    source = locate(model, progress)
+    return simulate_checkpoint(source, tokens, accelerator or Accelerator(), trust_remote_code, progress)
 
 
 def text_name(text: str) -> str:

@@ -261,6 +261,38 @@ def inspect_command(model: Model, json: JsonOption = None, trust_remote_code: Tr
     out.print(contents(found))
 
 
+@app.command("simulate")
+def simulate_command(
+    model: Model,
+    tokens: Annotated[
+        str, typer.Option(metavar="T,T,…", help="Numbers of input vectors for the figures that include memory.")
+    ] = "1,8,32,128,512",
+    method_baseline: Annotated[
+        list[str] | None, typer.Option(metavar="DIR", help="Another checkpoint of the model, to compare (repeatable).")
+    ] = None,
+    json: JsonOption = None,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Count the cycles that ViTCoD, an accelerator for sparse weights, would take (the paper's Table 4)."""
+    from besa.api import simulate
+    from besa.checkpoint.files import write_file
+    from besa.show import progress_bar, simulated
+    from besa.simulator import check_alike
+
+    if not all(number.strip().isdecimal() for number in tokens.split(",")):
+        raise BesaError(f"--tokens takes whole numbers with commas between, such as 1,32,512, and not {tokens!r}.")
+    counts = [int(number) for number in tokens.split(",")]
+    with progress_bar(err) as tracker:
+        found = [
+            simulate(name, counts, trust_remote_code=trust_remote_code, progress=tracker)
+            for name in [model, *(method_baseline or ())]
+        ]
+    check_alike(found)
+    if json is not None:
+        write_file(json, found[0].model_dump_json(indent=2) + "\n")
+    out.print(simulated(found[0], found[1:]))
+
+
 @app.command()
 def report(
     runs: Annotated[

@@ -16,9 +16,11 @@ from rich.text import Text
 from besa.api import Evaluation
 from besa.checkpoint.inspection import Contents
 from besa.demo import Row
+from besa.kinds import shortened
 from besa.planning import Plan
 from besa.progress import Progress
 from besa.record import RunRecord
+from besa.simulator import Simulation, described
 
 
 @contextmanager
@@ -135,3 +137,33 @@ def contents(found: Contents) -> RenderableType:
         f"{found.bits_per_weight:.3f} bits a weight: {shares}"
     )
     return Group(table, Text(total))
+
+
+def simulated(simulation: Simulation, baselines: Sequence[Simulation]) -> RenderableType:
+    """Like the paper's Table 4, once for each figure: mean cycles of each kind of linear, dense and in checkpoints."""
+    table = Table(title=f"{simulation.model}: cycles on a simulated accelerator, mean over blocks", box=SIMPLE)
+    table.add_column("")
+    shown = [*baselines, simulation]
+    labels = [Path(one.model).name for one in shown]
+    if len(set(labels)) < len(labels):
+        labels = [one.model for one in shown]
+    columns = [*simulation.kinds, simulation.block]
+    for name in shortened([kind.name for kind in columns]):
+        table.add_column(name.removesuffix("_proj"), justify="right")
+    for figure in simulation.block.each():
+        table.add_row(f"[bold]{described(figure)}")
+        table.add_row("  dense", *(_cycles(column.dense.each()[figure]) for column in columns))
+        for label, one in zip(labels, shown, strict=True):
+            own = (_cycles(column.each()[figure]) for column in [*one.kinds, one.block])
+            table.add_row(f"  {label}", *own)
+        ratios = [column.speedup[figure] for column in columns]
+        table.add_row("  speed-up", *(f"{ratio:.2f}×" if ratio else "" for ratio in ratios), end_section=True)
+    table.add_row("[bold]sparsity", *(f"{column.sparsity:.2%}" for column in columns))
+    return table
+
+
+def _cycles(number: float) -> str:
+    """In six characters or less."""
+    if number < 1e3:
+        return f"{number:.1f}"
+    return f"{number:,.0f}" if number < 1e5 else f"{number / 1e3:.4g}k" if number < 1e6 else f"{number / 1e6:.4g}M"

@@ -1,7 +1,7 @@
 """Report: run records to one self-contained HTML page with plots.
 
 `runs` reads folders, `results`, `allocation` and `reproduce` turn records into rows and sentences, `plots` draws,
-`figures` says what is drawn, `page` puts all of it into `template.html`.
+`figures` and `simulation` say what is drawn, `page` puts all of it into `template.html`.
 """
 
 from besa.report.page import render

@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from besa.errors import BesaError
 from besa.record import RunRecord
-from besa.report import allocation, figures, reproduce, results, wording
+from besa.report import allocation, figures, reproduce, results, simulation, wording
 from besa.report.results import Entry, Pruned
 from besa.report.runs import Run, labels
 from besa.version import __version__
@@ -37,6 +37,7 @@ def render(runs: list[Run]) -> str:
         **_blocks(pruned),
         cost=figures.cost(pruned) if pruned else None,
         gpu=any(record.peak_gpu_memory_bytes is not None for _, record in pruned),
+        simulated=simulation.plot(entries),
         pruned=pruned,
         **_reproduction(entries),
     )
@@ -171,11 +172,15 @@ def _reproduction(entries: list[Entry]) -> dict[str, Any]:
 
 def _steps(entry: Entry) -> dict[str, Any]:
     """Commands, recipe and origin of one run."""
-    record, evaluation = entry.run.record, reproduce.evaluate(entry)
-    prune = [reproduce.prune(entry, record)] if record else []
+    record = entry.run.record
+    commands = [
+        reproduce.prune(entry, record) if record else None,
+        reproduce.evaluate(entry),
+        reproduce.simulate(entry),
+    ]
     return {
         "label": entry.label,
-        "commands": prune + ([evaluation] if evaluation else []),
+        "commands": [command for command in commands if command],
         "recorded": shlex.join(record.command) if record and record.command else None,
         "recipe": reproduce.recipe_yaml(record) if record else None,
         "save_as": f"{reproduce.folder(entry)}.yaml" if record and not reproduce.is_shipped(record) else None,

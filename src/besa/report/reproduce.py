@@ -13,7 +13,7 @@ from besa.errors import BesaError
 from besa.recipe import Recipe, shipped
 from besa.record import RunRecord
 from besa.report.results import Entry
-from besa.report.runs import EVALUATION_NAME
+from besa.report.runs import EVALUATION_NAME, SIMULATION_NAME
 
 WIDTH = 96  # of a command line on the page
 
@@ -51,6 +51,18 @@ def evaluate(entry: Entry) -> str | None:
         window=measured.window,
         max_windows=max((basis[1] for basis in used if basis and basis[1]), default=None),
         json=f"{folder(entry)}/{EVALUATION_NAME}",
+    )
+
+
+def simulate(entry: Entry) -> str | None:
+    """The `besa simulate` that simulates the run again."""
+    simulated = entry.run.simulated
+    if simulated is None:
+        return None
+    return _line(
+        ["simulate", simulated.model if entry.run.dense else folder(entry)],
+        tokens=",".join(map(str, simulated.block.cycles_memory)),
+        json=f"{folder(entry)}/{SIMULATION_NAME}",
     )
 
 

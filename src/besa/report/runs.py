@@ -7,15 +7,20 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from besa.budget import zeros_for
 from besa.errors import BesaError
 from besa.record import RECORD_NAME, Record, RunRecord
+from besa.simulator import Simulation
 
 EVALUATION_NAME = "besa_eval.json"
+SIMULATION_NAME = "besa_simulation.json"
+
+
+Content = TypeVar("Content", bound=BaseModel)
 
 
 class Windows(Record):
@@ -52,11 +57,13 @@ class Run:
         folder: where it was read from.
         record: how it was pruned.
         measured: how good it is.
+        simulated: how fast it is on a simulated accelerator.
     """
 
     folder: Path
     record: RunRecord | None = None
     measured: Measured | None = None
+    simulated: Simulation | None = None
 
     @property
     def dense(self) -> bool:
@@ -107,14 +114,14 @@ class Run:
 
 
 def load_run(path: Path) -> Run:
-    """Read a folder that `besa prune` wrote, that `besa eval` measured, or both.
+    """Read a folder that `besa prune` wrote, that `besa eval` measured, or both; and what `besa simulate` found of it.
 
     Raises:
         BesaError: there is no such folder, it holds neither file, or a file is not what its name says.
     """
     if not path.is_dir():
         raise BesaError(f"{path} is not a folder: give one that `besa prune` or `besa eval` wrote to.")
-    record, evaluation = path / RECORD_NAME, path / EVALUATION_NAME
+    record, evaluation, simulation = path / RECORD_NAME, path / EVALUATION_NAME, path / SIMULATION_NAME
     if not record.exists() and not evaluation.exists():
         raise BesaError(
             f"{path} holds neither {RECORD_NAME} nor {EVALUATION_NAME}: give a folder that `besa prune` or `besa eval` "
@@ -123,17 +130,18 @@ def load_run(path: Path) -> Run:
     return Run(
         folder=path,
         record=RunRecord.read(record) if record.exists() else None,
-        measured=_read_evaluation(evaluation) if evaluation.exists() else None,
+        measured=_read(evaluation, Measured, "evaluation", "eval") if evaluation.exists() else None,
+        simulated=_read(simulation, Simulation, "simulation", "simulate") if simulation.exists() else None,
     )
 
 
-def _read_evaluation(path: Path) -> Measured:
+def _read(path: Path, kind: type[Content], name: str, command: str) -> Content:
     try:
-        return Measured.model_validate_json(path.read_text(encoding="utf-8"))
+        return kind.model_validate_json(path.read_text(encoding="utf-8"))
     except OSError:
         raise BesaError(f"{path} cannot be read: check its permissions.") from None
     except (ValidationError, UnicodeDecodeError):
-        raise BesaError(f"{path} is not a besa evaluation: write it anew with `besa eval`.") from None
+        raise BesaError(f"{path} is not a besa {name}: write it anew with `besa {command}`.") from None
 
 
 def labels(runs: list[Run]) -> list[str]:

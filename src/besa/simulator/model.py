@@ -24,7 +24,12 @@ from besa.simulator.memory import load_cycles
 from besa.simulator.vitcod import Accelerator, Cycles, cycles
 
 Number = TypeVar("Number", int, float)
-RULES = ("published", "corrected", "best", "bound")  # figures of `Cycles` that know no memory
+RULES = {  # figures of `Cycles` that know no memory
+    "published": "published formula",
+    "corrected": "corrected formula",
+    "best": "best threshold",
+    "bound": "work bound",
+}
 
 
 class Figures(BaseModel, Generic[Number]):
@@ -48,6 +53,12 @@ class Figures(BaseModel, Generic[Number]):
         """All of them by name: `published`, …, `memory_1`, …."""
         by_rule = {rule: getattr(self, f"cycles_{rule}") for rule in RULES}
         return by_rule | {f"memory_{count}": number for count, number in self.cycles_memory.items()}
+
+
+def described(figure: str) -> str:
+    """A key of `Figures.each` in words."""
+    count = figure.removeprefix("memory_")
+    return RULES.get(figure) or f"with memory, {count} token" + ("" if count == "1" else "s")
 
 
 class Utilization(BaseModel):
@@ -156,6 +167,18 @@ def simulate(
         created=now(),
         versions=versions(),
     )
+
+
+def check_alike(simulations: Sequence[Simulation]) -> None:
+    """See that checkpoints can stand in one table.
+
+    Raises:
+        BesaError: one has linears of other names or shapes than the first.
+    """
+    first = simulations[0]
+    for other in simulations[1:]:
+        if [(kind.name, kind.dense) for kind in other.kinds] != [(kind.name, kind.dense) for kind in first.kinds]:
+            raise BesaError(f"{other.model} has other linears than {first.model}: compare checkpoints of one model.")
 
 
 def _simulated(weight: StoredWeight, tokens: tuple[int, ...], accelerator: Accelerator) -> LinearSimulation:
