@@ -154,8 +154,8 @@ def simulated(simulation: Simulation, baselines: Sequence[Simulation]) -> Render
         table.add_row(f"[bold]{described(figure)}")
         table.add_row("  dense", *(_cycles(column.dense.each()[figure]) for column in columns))
         for label, one in zip(labels, shown, strict=True):
-            own = (_cycles(column.each()[figure]) for column in [*one.kinds, one.block])
-            table.add_row(f"  {label}", *own)
+            own = {column.name: column.each()[figure] for column in [*one.kinds, one.block]}
+            table.add_row(f"  {label}", *(_cycles(own[column.name]) for column in columns))
         ratios = [column.speedup[figure] for column in columns]
         table.add_row("  speed-up", *(f"{ratio:.2f}×" if ratio else "" for ratio in ratios), end_section=True)
     table.add_row("[bold]sparsity", *(f"{column.sparsity:.2%}" for column in columns))

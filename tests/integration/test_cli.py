@@ -245,5 +245,5 @@ def test_usage_errors_leave_with_2() -> None:
 def test_no_arguments_show_the_commands() -> None:
     result = besa()
     assert result.returncode == 0
-    for command in ("demo", "prune", "eval", "inspect", "report"):
+    for command in ("demo", "prune", "eval", "inspect", "simulate", "report"):
         assert command in result.stdout

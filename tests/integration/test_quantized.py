@@ -26,6 +26,7 @@ from besa.api import Compressed
 from besa.checkpoint.inspection import inspect
 from besa.models.blocks import find_blocks
 from besa.models.loading import locate
+from besa.simulator import cycles
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
 TEXT = str(TINY / "calibration.txt")
@@ -117,6 +118,17 @@ def test_inspect_counts_what_is_in_the_files(joint: Compressed) -> None:
     assert linear.bytes == sum(linear.parts.values())
     assert found.bits_per_weight == pytest.approx(8 * found.bytes / found.weights)
     assert [block.weights for block in found.blocks] == [block.weights for block in joint.record.blocks]
+
+
+def test_a_packed_checkpoint_is_simulated_by_its_zeros(joint: Compressed) -> None:
+    found = besa.simulate(joint.out, tokens=[1])
+    weights = prunable(decompressed(joint.out))
+    assert {linear.name for linear in found.linears} == weights.keys()
+    for linear in found.linears:
+        w_OI = weights[linear.name]
+        expected = cycles((w_OI != 0).sum(dim=0), w_OI.shape[0], found.accelerator)
+        assert (linear.cycles_corrected, linear.cycles_published) == (expected.corrected, expected.published)
+        assert linear.nnz == int((w_OI != 0).sum())
 
 
 @pytest.mark.parametrize("recipe", ["wanda-int4", "besa-rtn4", "int4"])

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import besa
 from besa.errors import BesaError
 from besa.recipe import Recipe, shipped
 from besa.record import HISTOGRAM_BINS, RunRecord
@@ -437,3 +438,33 @@ def test_templates_are_part_of_the_package():
     from importlib import resources
 
     assert (Path(str(resources.files("besa.report"))) / "template.html").is_file()
+
+
+def test_simulations_get_a_section(three, tiny_llama_folder):
+    assert "Simulated" not in Page(render(three)).text
+    simulation = besa.simulate(tiny_llama_folder, [1, 32])
+    (three[2].folder / "besa_simulation.json").write_text(simulation.model_dump_json())
+    html = render([three[0], three[1], load_run(three[2].folder)])
+    page = Page(html)
+    assert not page.open
+    assert "#simulation" in {attributes["href"] for attributes in page.of("a")}
+    assert page.table("", "besa")[1:] == [
+        ["published formula", "1.35 ×"],  # of a dense model: up and gate are priced too low
+        ["corrected formula", "1.00 ×"],
+        ["best threshold", "1.00 ×"],
+        ["work bound", "1.00 ×"],
+        ["with memory, 1 token", "1.00 ×"],
+        ["with memory, 32 tokens", "1.00 ×"],
+    ]
+    block = simulation.block.cycles_corrected
+    assert page.table("", "q_proj")[2][-1] == f"{block:,.1f}"
+    assert page.table("block", "besa", "no zeros")[1] == ["0", f"{block:g}", f"{block:g}"]
+    for label in ("Cycles", "Array on non-zeros", "Denser engine busy", "Sparser engine busy"):
+        assert f'aria-label="{label} by block"' in html
+    assert "besa simulate besa --tokens 1,32 --json besa/besa_simulation.json" in html
+
+
+def test_a_file_that_is_no_simulation_is_refused(three):
+    (three[1].folder / "besa_simulation.json").write_text("{}")
+    with pytest.raises(BesaError, match="is not a besa simulation: write it anew with `besa simulate`"):
+        load_run(three[1].folder)

@@ -175,9 +175,9 @@ def check_alike(simulations: Sequence[Simulation]) -> None:
     Raises:
         BesaError: one has linears of other names or shapes than the first.
     """
-    first = simulations[0]
-    for other in simulations[1:]:
-        if [(kind.name, kind.dense) for kind in other.kinds] != [(kind.name, kind.dense) for kind in first.kinds]:
+    first, *others = simulations
+    for other in others:
+        if {own.name: own.dense for own in other.kinds} != {own.name: own.dense for own in first.kinds}:
             raise BesaError(f"{other.model} has other linears than {first.model}: compare checkpoints of one model.")
 
 
