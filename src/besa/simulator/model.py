@@ -153,7 +153,8 @@ def simulate(
     if not tokens or min(tokens) < 1:
         raise BesaError(f"Numbers of tokens must be positive, not {', '.join(map(str, tokens)) or 'none at all'}.")
     linears = [
-        _simulated(weight, tuple(tokens), accelerator) for weight in stored_weights(source, trust_remote_code, progress)
+        simulate_weight(weight, tuple(tokens), accelerator)
+        for weight in stored_weights(source, trust_remote_code, progress)
     ]
     by_kind: dict[str, list[LinearSimulation]] = {}
     for linear in linears:
@@ -181,7 +182,8 @@ def check_alike(simulations: Sequence[Simulation]) -> None:
             raise BesaError(f"{other.model} has other linears than {first.model}: compare checkpoints of one model.")
 
 
-def _simulated(weight: StoredWeight, tokens: tuple[int, ...], accelerator: Accelerator) -> LinearSimulation:
+def simulate_weight(weight: StoredWeight, tokens: tuple[int, ...], accelerator: Accelerator) -> LinearSimulation:
+    """Simulate one weight; arguments as of `simulate`."""
     rows, columns = weight.zero_OI.shape
     zeros_C = torch.from_numpy(np.count_nonzero(weight.zero_OI.numpy(), axis=0))  # ten times as fast as torch's
     found = cycles(rows - zeros_C, rows, accelerator)
