@@ -149,7 +149,7 @@ def simulated(simulation: Simulation, baselines: Sequence[Simulation]) -> Render
         labels = [one.model for one in shown]
     columns = [*simulation.kinds, simulation.block]
     for name in shortened([kind.name for kind in columns]):
-        table.add_column(name.removesuffix("_proj"), justify="right")
+        table.add_column(name if "." in name else name.removesuffix("_proj"), justify="right")
     for figure in simulation.block.each():
         table.add_row(f"[bold]{described(figure)}")
         table.add_row("  dense", *(_cycles(column.dense.each()[figure]) for column in columns))
