@@ -25,7 +25,7 @@ demo: $(READY)   ## prune SmolLM2-135M by Wanda and BESA, and show what is left 
 	$(BIN)/besa demo
 
 test: $(READY)   ## the fast tests
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow' --numprocesses auto --dist loadfile
 
 test-slow: $(READY) ## the tests that prune SmolLM2-135M
 	$(BIN)/python -m pytest -m slow

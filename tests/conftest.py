@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported, which others may do
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small gain nothing from more; for processes that tests start
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-torch.set_num_threads(1)  # models this small gain nothing from more, and lose much on a busy machine
+torch.set_num_threads(1)
 
 TINY_LLAMA = Path(__file__).parent / "assets" / "tiny-llama"
 
