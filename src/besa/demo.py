@@ -6,9 +6,10 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from besa.api import Evaluation, compress, evaluate
+from besa.api import compress, evaluate
 from besa.checkpoint.files import write_file
 from besa.errors import BesaError
+from besa.evaluation.result import Evaluation
 from besa.models.loading import EMBEDDED
 from besa.progress import Progress, silent
 from besa.record import RECORD_NAME, RunRecord
