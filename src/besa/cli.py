@@ -281,6 +281,49 @@ def evaluate_command(
     out.print(evaluated(result))
 
 
+@app.command("compare")
+def compare_command(
+    model: Model,
+    recipes: Annotated[str, typer.Option(metavar="NAMES", help="Recipes, shipped or YAML files, by commas.")],
+    sparsity: Annotated[str, typer.Option(metavar="SHARES", help="Shares of the prunable weights, by commas.")] = "0.5",
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each, with the seeds 0, 1, …")] = 1,
+    out_dir: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Folder for runs, table and plot; what it has is used again.")
+    ] = Path("compare"),
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the pruned checkpoints, not their records only.")] = False,
+    ppl: EvaluationOption = None,
+    data: DataOption = None,
+    window: Annotated[int, typer.Option(help="Tokens of a window; compare only equal windows.")] = 2048,
+    max_windows: Annotated[int | None, typer.Option(min=1, help="Use only so many windows of each text.")] = None,
+    tasks: TasksOption = "",
+    limit: LimitOption = None,
+    hub: HubOption = False,
+    calibration: CalibrationOption = "c4",
+    samples: SamplesOption = 128,
+    seqlen: SeqlenOption = 2048,
+    device: DeviceOption = Device.cpu,
+    dtype: DtypeOption = Dtype.auto,
+    batch: BatchOption = None,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Prune by several recipes, at several sparsities and seeds, and put what comes out into one table and one plot."""
+    from besa.comparing import compare
+    from besa.show import compared, progress_bar
+    from besa.workspace import Conditions, Measures, Workspace
+
+    texts = tuple(ppl or ([] if tasks else ["wiki"]))
+    measures = Measures(texts, _files(data), window, max_windows, tuple(_words(tasks)), limit, hub)
+    conditions = Conditions(
+        model, calibration, samples, seqlen, device.value, dtype.value, batch, trust_remote_code=trust_remote_code
+    )
+    with progress_bar(err) as tracker:
+        workspace = Workspace(out_dir, conditions, measures, keep, tracker)
+        command = ["besa", *sys.argv[1:]]
+        found = compare(workspace, _words(recipes), _numbers("--sparsity", sparsity, float), seeds, command)
+    out.print(compared(found))
+    out.print(f"Table and plot: {out_dir / 'compare.md'}, {out_dir / 'compare.svg'}")
+
+
 @app.command("inspect")
 def inspect_command(model: Model, json: JsonOption = None, trust_remote_code: TrustOption = False) -> None:
     """Count sparsity and size by block and linear, in the files."""

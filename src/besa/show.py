@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from besa.checkpoint.inspection import Contents
+from besa.comparing import LABELS, Comparison, cell
 from besa.demo import Row
 from besa.evaluation.result import Evaluation
 from besa.evaluation.zero_shot import ZeroShot
@@ -121,6 +122,18 @@ def evaluated(evaluation: Evaluation) -> RenderableType:
     if evaluation.zero_shot is not None:
         tables.append(_answered(evaluation.model, evaluation.zero_shot))
     return Group(*tables)
+
+
+def compared(found: Comparison) -> RenderableType:
+    """Recipes side by side."""
+    table = Table(title=found.model, caption=f"{found.calibration}; perplexity in windows of {found.window} tokens")
+    table.add_column("recipe")
+    for column in ("sparsity", *(LABELS.get(score, score) for score in found.dense.mean), "seconds"):
+        table.add_column(column, justify="right")
+    for row in [found.dense, *found.rows]:
+        cells = [f"{row.sparsity:.4%}", *(cell(row, score) for score in row.mean)]
+        table.add_row(row.recipe, *cells, "" if row.seconds is None else f"{row.seconds:,.0f}")
+    return table
 
 
 def _answered(model: str, found: ZeroShot) -> RenderableType:
