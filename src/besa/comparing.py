@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import isfinite
+from operator import attrgetter
 from statistics import mean, stdev
 
 from pydantic import BaseModel, ConfigDict
@@ -20,6 +21,7 @@ from besa.report.svg import standalone
 from besa.workspace import DENSE, Outcome, Workspace
 
 NAME = "compare"
+SCORES: Callable[[Outcome], dict[str, float]] = attrgetter("scores")
 LABELS = {"accuracy": "mean accuracy in %"}
 
 
@@ -122,9 +124,16 @@ def compare(
     return found
 
 
-def row(recipe: str, outcomes: Sequence[Outcome]) -> Row:
-    """Mean and spread of one recipe's outcomes."""
-    values = {score: [outcome.scores[score] for outcome in outcomes] for score in outcomes[0].scores}
+def row(recipe: str, outcomes: Sequence[Outcome], scores: Callable[[Outcome], dict[str, float]] = SCORES) -> Row:
+    """Mean and spread of one recipe's outcomes.
+
+    Args:
+        recipe: its name.
+        outcomes: one for each seed.
+        scores: what is looked at.
+    """
+    each = [scores(outcome) for outcome in outcomes]
+    values = {score: [found[score] for found in each] for score in each[0]}
     records = [outcome.record for outcome in outcomes if outcome.record]
     return Row(
         recipe=recipe,
@@ -153,8 +162,8 @@ def markdown(rows: Sequence[Row], first: str = "recipe") -> str:
 
 def cell(found: Row, score: str) -> str:
     """A score and its spread."""
-    spread = found.spread.get(score)
-    return f"{found.mean[score]:,.2f}" + ("" if spread is None else f" ± {spread:,.2f}")
+    spread, digits = found.spread.get(score), 2 if abs(found.mean[score]) >= 1 else 4
+    return f"{found.mean[score]:,.{digits}f}" + ("" if spread is None else f" ± {spread:,.{digits}f}")
 
 
 def plot(found: Comparison) -> str:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from besa.api import compress, evaluate
 from besa.checkpoint.files import write_file
 from besa.evaluation.result import Evaluation
+from besa.evaluation.texts import text_name
 from besa.models.loading import fingerprint, locate
 from besa.progress import Progress, labelled, silent
 from besa.recipe import Recipe
@@ -39,27 +42,46 @@ class Measures:
     """What models are measured by; fields as the arguments of `evaluate`."""
 
     texts: tuple[str, ...] = ()
-    data: dict[str, str] = field(default_factory=dict)
+    data: dict[str, str] = field(default_factory=dict, hash=False)
     window: int = 2048
     max_windows: int | None = None
     tasks: tuple[str, ...] = ()
     limit: int | None = None
     hub: bool = False
 
+    def only(self, texts: Iterable[str], tasks: tuple[str, ...] = ()) -> Measures:
+        """The same of some texts, and of these tasks."""
+        texts = tuple(texts)
+        data = {name: file for name, file in self.data.items() if name in texts}
+        return replace(self, texts=texts, data=data, tasks=tasks)
+
+    def each(self) -> list[Measures]:
+        """One text each, and all tasks together: each is kept for itself, so that other sets of texts find it."""
+        return [*(self.only([text]) for text in self.texts), *([self.only([], self.tasks)] if self.tasks else [])]
+
 
 @dataclass(frozen=True)
 class Outcome:
-    """A run and how good its model is; the dense model has no record."""
+    """A run and how good its model is.
+
+    Attributes:
+        record: of the run; the dense model has none.
+        evaluations: one for each text, and one for all tasks.
+    """
 
     record: RunRecord | None
-    evaluation: Evaluation
+    evaluations: list[Evaluation]
 
     @property
     def scores(self) -> dict[str, float]:
         """Perplexity by text, accuracy in per cent by task, and `accuracy`, their mean."""
-        scores = dict(self.evaluation.perplexity)
-        if (asked := self.evaluation.zero_shot) is not None:
-            scores |= {task: 100 * found.acc for task, found in asked.tasks.items()} | {"accuracy": 100 * asked.mean}
+        scores: dict[str, float] = {}
+        for evaluation in self.evaluations:
+            scores |= evaluation.perplexity
+            if (asked := evaluation.zero_shot) is not None:
+                scores |= {task: 100 * found.acc for task, found in asked.tasks.items()} | {
+                    "accuracy": 100 * asked.mean
+                }
         return scores
 
 
@@ -71,7 +93,8 @@ class Workspace:
         folder: is made when needed.
         conditions: of the runs.
         measures: of the evaluations.
-        keep: leave pruned weights in `KEY/`; else they go once they are evaluated, and another evaluation prunes anew.
+        keep: leave pruned weights in `KEY/`; else those pruned now go once they are evaluated, and another evaluation
+            prunes anew.
         progress: told about each piece of work in turn.
     """
 
@@ -82,40 +105,49 @@ class Workspace:
     progress: Progress = silent
 
     def outcome(self, recipe: Recipe | None, seed: int = 0) -> Outcome:
-        """The run of a recipe (None: the dense model) and its evaluation; done now, or gone on with, where missing.
+        """The run of a recipe (None: the dense model) and its evaluations; done now, or gone on with, where missing.
 
         Raises:
             BesaError: as `compress` and `evaluate`.
         """
         key = DENSE if recipe is None else self._key(recipe, seed)
-        path = self.folder / f"{key}.{self._evaluation_key()}.json"
-        record = self.folder / f"{key}.run.json"
-        if not path.exists() or (recipe is not None and not record.exists()):
-            self._work(recipe, seed, self.folder / key, record, path)
+        record, checkpoint = self.folder / f"{key}.run.json", self.folder / key
+        kept = self.keep or checkpoint.exists()
+        files = {measures: self.folder / f"{key}.{self._name(measures)}.json" for measures in self.measures.each()}
+        missing = {measures: path for measures, path in files.items() if not path.exists()}
+        if recipe is not None and (missing or not record.exists()):
+            self._prune(recipe, seed, checkpoint, record)
+        if missing:
+            self._measure(checkpoint if recipe is not None else self.conditions.model, missing)
+        if not kept and checkpoint.exists():
+            shutil.rmtree(checkpoint)
         return Outcome(
             RunRecord.read(record) if recipe is not None else None,
-            Evaluation.model_validate_json(path.read_text(encoding="utf-8")),
+            [Evaluation.model_validate_json(path.read_text(encoding="utf-8")) for path in files.values()],
         )
 
-    def _work(self, recipe: Recipe | None, seed: int, checkpoint: Path, record: Path, evaluation: Path) -> None:
-        told = labelled(self.progress, checkpoint.name.rpartition("-")[0] or DENSE)
-        if recipe is not None and not checkpoint.exists():
-            settings = asdict(self.conditions)
+    def _prune(self, recipe: Recipe, seed: int, checkpoint: Path, record: Path) -> None:
+        if not checkpoint.exists():
+            told, settings = labelled(self.progress, _label(checkpoint)), asdict(self.conditions)
             compress(settings.pop("model"), recipe, out=checkpoint, seed=seed, resume=True, progress=told, **settings)
-        if recipe is not None:
-            write_file(record, (checkpoint / RECORD_NAME).read_text(encoding="utf-8"))
+        write_file(record, (checkpoint / RECORD_NAME).read_text(encoding="utf-8"))
+
+    def _measure(self, model: str | Path, missing: Mapping[Measures, Path]) -> None:
+        """Evaluate once, and keep the parts apart."""
+        texts = [text for measures in missing for text in measures.texts]
+        tasks = next((measures.tasks for measures in missing if measures.tasks), ())
         found = evaluate(
-            checkpoint if recipe is not None else self.conditions.model,
+            model,
             batch=self.conditions.batch,
             device=self.conditions.device,
             dtype=self.conditions.dtype,
             trust_remote_code=self.conditions.trust_remote_code,
-            progress=told,
-            **asdict(self.measures),
+            progress=labelled(self.progress, _label(model) if isinstance(model, Path) else DENSE),
+            **asdict(self.measures.only(texts, tasks)),
         )
-        write_file(evaluation, found.model_dump_json(indent=2) + "\n")
-        if recipe is not None and not self.keep:
-            shutil.rmtree(checkpoint)
+        for measures, path in missing.items():
+            part = found.of(text_name(measures.texts[0]) if measures.texts else None)
+            write_file(path, part.model_dump_json(indent=2) + "\n")
 
     def _key(self, recipe: Recipe, seed: int) -> str:
         """A name that a reader knows the run by, and a digest of all that decides its result."""
@@ -128,17 +160,28 @@ class Workspace:
         }
         return f"{name}-{recipe.sparsity:g}-seed{seed}-{_digest(decisive | {'seed': seed})}"
 
-    def _evaluation_key(self) -> str:
-        """Of what the numbers depend on besides the pruned model; of the dense model, on that too."""
-        measures = asdict(self.measures) | {
-            "texts": [_content(text) for text in self.measures.texts],
-            "data": {name: _content(file) for name, file in self.measures.data.items()},
+    def _name(self, measures: Measures) -> str:
+        """What a reader knows an evaluation by, and a digest of what its numbers depend on besides the pruned model.
+
+        Of the dense model they depend on that too, and on its dtype.
+        """
+        decisive = asdict(measures) | {
+            "texts": [_content(text) for text in measures.texts],
+            "data": {name: _content(file) for name, file in measures.data.items()},
+            "model": self._model(),
+            "dtype": self.conditions.dtype,
         }
-        return _digest(measures | {"model": self._model(), "dtype": self.conditions.dtype})
+        name = re.sub(r"[^\w.]+", "-", text_name(measures.texts[0])) if measures.texts else "zero-shot"
+        return f"{name}-{_digest(decisive)}"
 
     def _model(self) -> str:
         """The model's name, or of local files a digest."""
         return fingerprint(locate(self.conditions.model, self.progress)) or self.conditions.model
+
+
+def _label(checkpoint: Path) -> str:
+    """The key without its digest."""
+    return checkpoint.name.rpartition("-")[0]
 
 
 def _digest(content: dict[str, Any]) -> str:

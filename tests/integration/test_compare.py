@@ -71,7 +71,8 @@ def test_the_folder_holds_records_and_no_weights(made: tuple[Workspace, Comparis
     workspace, _ = made
     names = sorted(path.name for path in workspace.folder.iterdir())
     assert sum(name.endswith(".run.json") for name in names) == 8
-    assert sum(name.startswith("wanda-0.7-seed1-") for name in names) == 2
+    assert sum(name.startswith("wanda-0.7-seed1-") for name in names) == 3
+    assert sum(".heldout-" in name for name in names) == sum(".little-" in name for name in names) == 9
     assert [name for name in names if not name.endswith(".json")] == ["compare.md", "compare.svg"]
 
 
@@ -95,7 +96,9 @@ def test_nothing_is_run_twice(made: tuple[Workspace, Comparison], nothing_runs: 
 def test_whatever_decides_a_result_is_in_its_key(made: tuple[Workspace, Comparison], change) -> None:
     workspace, _ = made
     recipe = Recipe.load("wanda", 0.7)
-    keys = {w._key(recipe, 0) + w._evaluation_key() for w in (workspace, change(workspace))}
+    keys = {
+        w._key(recipe, 0) + str([w._name(one) for one in w.measures.each()]) for w in (workspace, change(workspace))
+    }
     assert len(keys) == 2
 
 
@@ -124,7 +127,12 @@ def test_another_evaluation_prunes_anew_only_where_weights_are_gone(
     monkeypatch.setattr(workspace_module, "compress", lambda *_, **__: pytest.fail("it was pruned again"))
     other = replace(workspace, measures=replace(workspace.measures, max_windows=2)).outcome(recipe)
     assert other.record == first.record
-    assert other.evaluation.perplexity != first.evaluation.perplexity
+    assert other.scores.keys() == first.scores.keys()
+    assert all(other.scores[text] != first.scores[text] for text in first.scores)
+    one = replace(workspace, measures=workspace.measures.only([text]))
+    monkeypatch.setattr(workspace_module, "evaluate", lambda *_, **__: pytest.fail("it was measured again"))
+    assert one.outcome(recipe).scores == {"little": first.scores["little"]}
+    assert replace(workspace, measures=Measures()).outcome(recipe).scores == {}
 
 
 def test_an_interrupted_run_goes_on(tmp_path: Path, tiny_llama_folder: Path, text: str) -> None:

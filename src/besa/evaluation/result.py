@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict
 
 from besa.evaluation.perplexity import Perplexity
@@ -38,3 +40,19 @@ class Evaluation(BaseModel):
     seconds: float
     created: str
     versions: dict[str, str]
+
+    def of(self, text: str | None) -> Evaluation:
+        """The part of one text, or for None of the tasks."""
+
+        def only(found: dict[str, Any]) -> dict[str, Any]:
+            return {name: value for name, value in found.items() if name == text}
+
+        return self.model_copy(
+            update={
+                "perplexity": only(self.perplexity),
+                "details": only(self.details),
+                "other_windows": {length: only(found) for length, found in self.other_windows.items()},
+                "sources": only(self.sources),
+                "zero_shot": self.zero_shot if text is None else None,
+            }
+        )
