@@ -61,7 +61,9 @@ class BlockRecord(Record):
     zeros: int
     sparsity: float
     reconstruction_error: float = Field(description="against the dense path, by losses.reconstruction_error")
-    losses: list[float] = Field(description="reconstruction loss of each learning step")
+    losses: list[float] = Field(
+        description="reconstruction loss of each learning step; of blocks pruned together, in the last"
+    )
     seconds: float
     phases: dict[str, float] = Field(default={}, description="seconds by phase")
     linears: list[LinearRecord]

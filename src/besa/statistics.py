@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from besa.errors import BesaError
 from besa.models.prunable import Prunable
-
-# Where a decoder multiplies by a weight, and at which places the input and the weight stand.
-PRODUCTS: dict[Any, tuple[int, int]] = {
-    functional.linear: (0, 1),  # nn.Linear, experts
-    torch.addmm: (1, 2),  # Conv1D
-    torch.matmul: (0, 1),
-    Tensor.matmul: (0, 1),
-    Tensor.__matmul__: (0, 1),  # Falcon's linear
-    torch.bmm: (0, 1),  # all experts at once
-}
+from besa.products import Products
 
 
 @dataclass
@@ -104,42 +91,18 @@ def collect(block: nn.Module, prunables: Mapping[str, Prunable], gram: bool) -> 
         observer.statistics.setdefault(name, InputStatistics.empty(prunable.columns, gram, device))
 
 
-class _Observer(TorchFunctionMode):
-    """Watches products with a weight go by, whatever module computes them, and tells the weight by its memory."""
+class _Observer(Products):
+    """Gathers the statistics of what every matrix is multiplied by."""
 
     def __init__(self, block: nn.Module, prunables: Mapping[str, Prunable], gram: bool) -> None:
-        super().__init__()
+        super().__init__(block, prunables)
         self.statistics: dict[str, InputStatistics] = {}
         self._prunables = prunables
         self._gram = gram
         self._last: tuple[Tensor, InputStatistics, set[str]] | None = None  # input, statistics, what it has reached
-        self._places: list[tuple[int, int, str]] = []  # first byte, bytes, name
-        parameters = dict(block.named_parameters())
-        for name, prunable in prunables.items():
-            matrix = prunable.of(parameters[prunable.parameter])
-            self._places.append((matrix.data_ptr(), matrix.nbytes, name))
-        self._places.sort()
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func in PRODUCTS:
-            at_input, at_weight = PRODUCTS[func]
-            if len(args) > at_weight:
-                self._observe(args[at_input], args[at_weight])
-        return func(*args, **(kwargs or {}))
-
-    def _observe(self, x: Tensor, weight: Tensor) -> None:
-        place = bisect_right(self._places, weight.data_ptr(), key=lambda place: place[0]) - 1
-        if place < 0 or weight.data_ptr() >= sum(self._places[place][:2]):
-            return
-        if weight.dim() == 3:  # all experts, each with tokens of its own: (E, T, I)
-            for x_TI, matrix in zip(x, weight, strict=True):
-                self._observe(x_TI, matrix)
-        else:
-            self._add(self._places[place][2], x)
-
-    def _add(self, name: str, x: Tensor) -> None:
+    def seen(self, name: str, x: Tensor) -> None:
+        """See `Products`."""
         if x.shape[-1] != self._prunables[name].columns:
             raise BesaError(f"{name} is multiplied the other way round than besa expects: leave it out with --skip.")
         if self._last is not None and x is self._last[0] and name not in self._last[2]:

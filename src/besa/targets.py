@@ -8,20 +8,24 @@ from fnmatch import fnmatchcase
 from besa.budget import Budget, split, zeros_for
 from besa.errors import BesaError
 from besa.models.blocks import Block
+from besa.models.units import sharing, units
 from besa.recipe import Recipe
 
 
 def budgets(blocks: list[Block], recipe: Recipe) -> list[list[Budget]]:
-    """The budgets of every block.
+    """The budgets of every unit of the recipe's granularity.
 
     What `recipe.skip` matches has none and stays dense; what a pattern of `recipe.sparsity_of` matches has one of its
-    own, linear by linear; the rest of each block shares one, and all of these together meet the recipe's sparsity.
+    own, linear by linear; the rest shares budgets as the granularity says, and all of these together meet the recipe's
+    sparsity.
 
     Raises:
         BesaError: a pattern matches nothing, two patterns of `sparsity_of` ask different things of one
-            linear, or all is skipped.
+            linear, all is skipped, or the model has no parts of that granularity.
     """
-    names = [name for block in blocks for name in block.prunables]
+    whole = units(blocks, recipe.granularity)
+    prunables = {name: prunable for unit in whole for name, prunable in unit.prunables.items()}
+    names = list(prunables)
     skipped = {name for pattern in recipe.skip for name in _matching(pattern, names, "skip")}
     own: dict[str, float] = {}
     for pattern, sparsity in recipe.sparsity_of.items():
@@ -30,14 +34,18 @@ def budgets(blocks: list[Block], recipe: Recipe) -> list[list[Budget]]:
                 raise BesaError(f"Two patterns of sparsity_of match {name}: make them disjoint.")
     if skipped.issuperset(names):
         raise BesaError("The skip patterns leave nothing to prune: drop one.")
-    common = [tuple(n for n in block.prunables if n not in skipped and n not in own) for block in blocks]
-    sizes = [sum(block.prunables[n].numel for n in part) for block, part in zip(blocks, common, strict=True)]
-    zeros = split(zeros_for(recipe.sparsity, sum(sizes)), sizes) if any(sizes) else sizes
+    apart = skipped.union(own)
+    shared = [
+        [left for group in sharing(unit, recipe.granularity) if (left := tuple(n for n in group if n not in apart))]
+        for unit in whole
+    ]
+    sizes = [sum(prunables[name].numel for name in group) for groups in shared for group in groups]
+    zeros = iter(split(zeros_for(recipe.sparsity, sum(sizes)), sizes))
     plan = []
-    for block, names_left, size, count in zip(blocks, common, sizes, zeros, strict=True):
-        alone = [n for n in block.prunables if n in own and n not in skipped]
-        plan.append([Budget(names_left, size, count)] if names_left else [])
-        plan[-1] += [_alone(name, block.prunables[name].numel, own[name]) for name in alone]
+    for unit, groups in zip(whole, shared, strict=True):
+        plan.append([Budget(group, sum(prunables[n].numel for n in group), next(zeros)) for group in groups])
+        alone = [name for name in unit.prunables if name in own and name not in skipped]
+        plan[-1] += [_alone(name, prunables[name].numel, own[name]) for name in alone]
     return plan
 
 
