@@ -386,6 +386,19 @@ def report(
     out.print(f"Report: {page}")
 
 
+@app.command("paper")
+def paper_command(
+    results: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the experiments' results.")] = Path(
+        "experiments/results"
+    ),
+) -> None:
+    """List the paper's tables and figures: what it found, what was found here, and whether the trend holds."""
+    from besa.paper import findings
+    from besa.show import listed
+
+    out.print(listed(findings(results)))
+
+
 def main() -> None:
     """Entry point of `besa`: a sentence and exit code 2 for bad input, 130 after Ctrl-C."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -45,7 +45,7 @@ class Panel:
         x_label: of the axis below.
         y_label: of the axis to the left.
         reference: name and height of a dashed line.
-        ticks: names for places of x, where it is no quantity.
+        ticks: names for places of x, where it is no quantity; points are not joined then.
         log_x: places of x are powers, such as of two.
     """
 
@@ -86,7 +86,7 @@ def _panel(axes: Axes, panel: Panel) -> None:
             marker="o",
             markersize=4,
             capsize=3,
-            linestyle=DASHES[curve.color // COLORS % len(DASHES)],
+            linestyle="none" if panel.ticks else DASHES[curve.color // COLORS % len(DASHES)],
         )
     if panel.reference:
         axes.axhline(panel.reference[1], color=TEXT, linewidth=1, dashes=(4, 3))
@@ -98,10 +98,11 @@ def _panel(axes: Axes, panel: Panel) -> None:
     if len(places) > TICKS:
         axes.xaxis.set_major_locator(MaxNLocator(TICKS, integer=True, steps=[1, 2, 5, 10]))
     else:
-        axes.set_xticks(places, panel.ticks or None)
+        axes.set_xticks(places, [tick.replace("-", "-\n") for tick in panel.ticks] or None)
     axes.minorticks_off()
     if not panel.ticks:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
     axes.set_xlabel(panel.x_label)
     axes.set_ylabel(panel.y_label)
-    name_ends(axes, [Series(curve.label, curve.color, curve.y) for curve in panel.curves], gap=14 / (HEIGHT - 62))
+    if len(panel.curves) > 1:
+        name_ends(axes, [Series(curve.label, curve.color, curve.y) for curve in panel.curves], gap=14 / (HEIGHT - 62))
