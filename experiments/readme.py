@@ -22,7 +22,7 @@ INDEX = """# The paper's tables and figures
 Made by `python -m experiments.readme` of the result files beside it; `besa paper` shows the same.
 
 """
-MARKED = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- results:([\w/]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 TABLE = re.compile(r"^\|.*?\n(?!\|)", re.DOTALL | re.MULTILINE)
 DENSE = RESULTS / "demo-full-50" / "dense"
 

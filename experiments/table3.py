@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 import besa
+from besa.api import resolve_device
 from besa.calibration import read_documents
 from besa.checkpoint.inspection import inspect
 from besa.machine import machine, versions
@@ -63,6 +64,11 @@ def main(
                 "experiments.table3",
                 model,
                 *(f"--data={pair.partition('=')[0]}=…" for pair in data),
+                f"--samples={samples}",
+                f"--seqlen={seqlen}",
+                f"--window={window}",
+                f"--max-windows={max_windows}",
+                f"--dtype={dtype}",
             ],
             "model": Path(model).name if Path(model).exists() else model,
             "verdict": _verdict(rows),
@@ -71,7 +77,7 @@ def main(
             "max_windows": max_windows,
             "dtype": dtype,
             "rows": rows,
-            "machine": machine(besa.api.resolve_device("cpu")),
+            "machine": machine(resolve_device("cpu")),
             "versions": versions(),
             "created": now(),
         }
