@@ -26,7 +26,7 @@ from besa.progress import Progress, silent
 from besa.quantization import MinMax, Quantized
 from besa.recipe import Recipe
 from besa.record import BlockRecord, linear_record
-from besa.statistics import InputStatistics, collect
+from besa.statistics import InputStatistics, collect, collect_both
 from besa.stopwatch import Stopwatch
 from besa.targets import budgets
 
@@ -150,6 +150,8 @@ def _first_inputs(
 
 def dense_share(recipe: Recipe, seqlen: int) -> tuple[int, int]:
     """What the dense path is needed for: one sequence in how many, and how many tokens of it from its beginning."""
+    if recipe.whole_dense_path:
+        return 1, seqlen
     if recipe.descent is None or recipe.teacher != "dense":
         return ERROR_SHARE, first_tokens(seqlen, ERROR_TOKENS)
     return 1, first_tokens(seqlen, max(ERROR_TOKENS, recipe.descent.crop))
@@ -176,15 +178,19 @@ def _pruned(step: _Step) -> tuple[BlockRecord, dict[str, Quantized]]:
         What was done, and the block's quantised weights by name.
     """
     block, recipe, resources, watch = step.block, step.recipe, step.resources, step.watch
-    with watch("teacher"):
-        block.run(step.dense_NTC, resources.batch, into=step.dense_NTC)  # line 3
     own_NTC = None
     if recipe.teacher == "pruned":
         first_NTC = step.pruned_NTC[:1]
         shape = (len(step.pruned_NTC), first_NTC.shape[1], first_NTC.shape[2])
         own_NTC = allocate(shape, first_NTC.dtype, resources.activation_budget // 2, resources.folder)
-    with watch("statistics"), collect(block.module, block.prunables, recipe.needs_gram) as statistics:
-        block.run(step.pruned_NTC, resources.batch, into=own_NTC)
+    if recipe.reconstruction.needs_cross:
+        with watch("statistics"):
+            statistics = collect_both(block, step.dense_NTC, step.pruned_NTC, resources.batch, into=own_NTC)  # line 3
+    else:
+        with watch("teacher"):
+            block.run(step.dense_NTC, resources.batch, into=step.dense_NTC)  # line 3
+        with watch("statistics"), collect(block.module, block.prunables, recipe.needs_gram) as statistics:
+            block.run(step.pruned_NTC, resources.batch, into=own_NTC)
     names = [name for budget in step.budgets for name in budget.names]
     with watch("rank"):
         linears = {name: _ranked(block, name, recipe, statistics[name]) for name in names}  # line 4

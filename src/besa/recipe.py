@@ -64,6 +64,11 @@ class Recipe(Settings):
         """Whether some choice looks at the Gram matrix of the linears' inputs."""
         return self.importance.needs_gram or self.reconstruction.needs_gram
 
+    @property
+    def whole_dense_path(self) -> bool:
+        """Whether all tokens of all sequences are wanted on the dense path too."""
+        return self.reconstruction.needs_cross
+
     def with_exceptions(self, skip: Sequence[str], sparsity_of: Sequence[str]) -> Recipe:
         """The recipe with further patterns.
 

@@ -10,9 +10,10 @@ from typing import Annotated
 
 from pydantic import Field
 
+from besa.reconstruction.cg import ConjugateGradient
 from besa.reconstruction.frozen import Frozen
 from besa.reconstruction.obs import OBSUpdate
 
-Reconstruction = Annotated[Frozen | OBSUpdate, Field(discriminator="method")]
+Reconstruction = Annotated[Frozen | OBSUpdate | ConjugateGradient, Field(discriminator="method")]
 
-__all__ = ["Frozen", "OBSUpdate", "Reconstruction"]
+__all__ = ["ConjugateGradient", "Frozen", "OBSUpdate", "Reconstruction"]

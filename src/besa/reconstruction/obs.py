@@ -14,6 +14,7 @@ from torch import Tensor
 from besa.budget import apportion
 from besa.errors import BesaError
 from besa.masks import hard_mask, rank
+from besa.reconstruction.written import written
 from besa.settings import Settings
 from besa.statistics import InputStatistics
 
@@ -31,6 +32,7 @@ class OBSUpdate(Settings):
     damping: float = Field(default=0.01, gt=0, description="added to the Hessian's diagonal, as a share of its mean")
     mask: Literal["adaptive", "fixed"] = "adaptive"
     needs_gram: ClassVar[bool] = True
+    needs_cross: ClassVar[bool] = False
 
     def rebuild(self, w_OI: Tensor, ranks_OI: Tensor, counts_O: Tensor, statistics: InputStatistics) -> Tensor:
         """The pruned weight (O, I) in the dtype of `w_OI`, with exactly Σ `counts_O` zeros.
@@ -43,9 +45,7 @@ class OBSUpdate(Settings):
         dense_OI = w_OI.float()
         zeros = int(counts_O.sum())
         rebuilt_OI = sweep(dense_OI, dense_OI == 0, factor_II, self.columns, zeros, kept_OI)
-        written_OI = rebuilt_OI.to(w_OI.dtype)
-        lost_OI = (written_OI == 0) & (rebuilt_OI != 0)  # kept, but too small for the dtype: float16 ends at 6e-8
-        return written_OI.masked_fill_(lost_OI, torch.finfo(w_OI.dtype).smallest_normal)
+        return written(rebuilt_OI, rebuilt_OI != 0, w_OI.dtype)
 
 
 def inverse_factor(statistics: InputStatistics, damping: float) -> Tensor:
