@@ -219,7 +219,7 @@ def _ranked(block: Block, name: str, recipe: Recipe, statistics: InputStatistics
     """A weight of the block in the order in which the recipe prunes it (eq. 2)."""
     w_OI = block.weight(name).detach()
     importance_OI = recipe.importance.score(w_OI, statistics)
-    return RankedLinear(w_OI, importance_OI, rank(importance_OI, w_OI), statistics.reached)
+    return RankedLinear(w_OI, importance_OI, rank(importance_OI, w_OI), statistics.reached, recipe.importance.power)
 
 
 def _record(step: _Step, linears: dict[str, RankedLinear], allocated: Allocated) -> BlockRecord:
