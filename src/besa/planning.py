@@ -30,7 +30,7 @@ from besa.models.blocks import Block, standing_aside
 from besa.pruning import dense_share
 from besa.quantization import MinMax
 from besa.recipe import Recipe
-from besa.targets import budgets
+from besa.targets.budgets import budgets
 
 TEXT = 64 << 20  # of the tokenizer and the calibration text, while they are read
 OPTIMIZER = 7  # copies of the logits: themselves, gradient, two moments, beta, its gradient, the tails

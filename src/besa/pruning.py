@@ -18,6 +18,7 @@ from besa.budget import Budget
 from besa.calibration import Calibration
 from besa.checkpoint.formats import packed
 from besa.checkpoint.journal import Journal
+from besa.finetuning import Finetuned
 from besa.losses import error_between
 from besa.masks import rank
 from besa.models.blocks import Block, capture_inputs
@@ -28,7 +29,9 @@ from besa.recipe import Recipe
 from besa.record import BlockRecord, linear_record
 from besa.statistics import InputStatistics, collect, collect_both
 from besa.stopwatch import Stopwatch
-from besa.targets import budgets
+from besa.targets import Even
+from besa.targets.bounded import Survey
+from besa.targets.budgets import budgets, shared_names
 
 CPU = torch.device("cpu")
 # The error against the dense path is measured on one sequence in so many, and on this share of its tokens from the
@@ -81,13 +84,14 @@ def prune_blocks(
         BesaError: activations are not finite, a block's zeros exceed its budget already, or the disk is full.
     """
     blocks = decoder.blocks
-    plan = budgets(blocks, recipe)
+    done = {block.index: record for block in blocks if journal and (record := journal.record(block.index))}
+    targets = _targets(decoder, recipe, calibration, seed, resources, journal) if len(done) < len(blocks) else None
+    plan = budgets(blocks, recipe, targets)
     quantization = recipe.quantization if isinstance(recipe.quantization, MinMax) else None
     if quantization is not None:
         quantizing.check(quantization, blocks, plan)
         if journal is not None and resources.pack:
             packed.check(decoder.model, (name for own in plan for budget in own for name in budget.names))
-    done = {block.index: record for block in blocks if journal and (record := journal.record(block.index))}
     if journal is not None:
         journal.restored = len(done)
     last = max((block.index for block in blocks if block.index not in done), default=-1)
@@ -126,6 +130,35 @@ def prune_blocks(
         )
     records += [done[block.index] for block in blocks[last + 1 :]]
     return records
+
+
+def _targets(
+    decoder: Decoder, recipe: Recipe, calibration: Calibration, seed: int, resources: Resources, journal: Journal | None
+) -> list[float] | None:
+    """The sparsity of each block, None where it is the same; what was measured once is in the journal."""
+    if isinstance(recipe.targets, Even):
+        return None
+    names, _ = shared_names(decoder.blocks, recipe)
+    survey = Survey(
+        decoder,
+        calibration,
+        names,
+        recipe.sparsity,
+        resources.batch,
+        resources.device,
+        resources.activation_budget,
+        resources.folder,
+        seed,
+    )
+    sizes = [sum(block.prunables[n].numel for n in own) for block, own in zip(decoder.blocks, names, strict=True)]
+    if not any(sizes):
+        return None
+    wanted = journal.targets if journal is not None else None
+    if wanted is None:
+        wanted = recipe.targets.measure(survey)
+        if journal is not None:
+            journal.keep_targets(wanted)
+    return recipe.targets.bounded(wanted, sizes, recipe.sparsity)
 
 
 def _first_inputs(
@@ -210,9 +243,13 @@ def _pruned(step: _Step) -> tuple[BlockRecord, dict[str, Quantized]]:
                 counts_O = allocated.counts[name].to(linear.w_OI.device)
                 w_OI = recipe.reconstruction.rebuild(linear.w_OI, linear.ranks_OI, counts_O, statistics[name])
             block.weight(name).copy_(w_OI)
+    with watch("finetune"):
+        finetuned = recipe.finetune.tune(block, names, step.pruned_NTC, step.dense_NTC, problem.seed)
+        for name, w_OI in finetuned.weights.items():
+            block.weight(name).data.copy_(w_OI)
     with watch("propagate"):
         block.run(step.pruned_NTC, resources.batch, into=step.pruned_NTC)  # line 11
-    return _record(step, linears, allocated), quantized
+    return _record(step, linears, allocated, finetuned), quantized
 
 
 def _ranked(block: Block, name: str, recipe: Recipe, statistics: InputStatistics) -> RankedLinear:
@@ -222,7 +259,7 @@ def _ranked(block: Block, name: str, recipe: Recipe, statistics: InputStatistics
     return RankedLinear(w_OI, importance_OI, rank(importance_OI, w_OI), statistics.reached, recipe.importance.power)
 
 
-def _record(step: _Step, linears: dict[str, RankedLinear], allocated: Allocated) -> BlockRecord:
+def _record(step: _Step, linears: dict[str, RankedLinear], allocated: Allocated, finetuned: Finetuned) -> BlockRecord:
     """What was done to the block, counted in its weights as they are now."""
     block, watch = step.block, step.watch
     with watch("measure"):
@@ -241,6 +278,7 @@ def _record(step: _Step, linears: dict[str, RankedLinear], allocated: Allocated)
         sparsity=zeros / weights if weights else 0.0,
         reconstruction_error=error,
         losses=allocated.losses,
+        finetuning=finetuned.losses,
         seconds=sum(watch.seconds.values()),
         phases=dict(watch.seconds),
         linears=parts,

@@ -1,4 +1,4 @@
-"""A recipe: the four choices that make a pruning method, and the sparsity it is asked for."""
+"""A recipe: the choices that make a pruning method, and the sparsity it is asked for."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from pydantic import Field, ValidationError, model_validator
 from besa.allocation import Allocation, Besa, Uniform
 from besa.allocation.descent import Descent
 from besa.errors import BesaError
+from besa.finetuning import Finetuning, MaskedAdam, Untuned
 from besa.importance import Importance, Wanda
 from besa.quantization import MinMax, Quantization, Unquantized
 from besa.reconstruction import Frozen, Reconstruction
 from besa.settings import Settings
+from besa.targets import Even, Targets
 
 RECIPES = resources.files("besa") / "recipes"
 
 
 class Recipe(Settings):
-    """Importance, allocation, reconstruction and quantisation, applied block by block."""
+    """Importance, allocation, reconstruction, fine-tuning and quantisation, applied block by block."""
 
     name: str = "custom"
     sparsity: float = Field(default=0.5, ge=0, lt=1, description="share of the prunable weights that end as zeros")
@@ -30,16 +32,21 @@ class Recipe(Settings):
     sparsity_of: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(
         default={}, description="patterns of names of linears, each with a sparsity of its own"
     )
+    targets: Targets = Even()
     importance: Importance = Wanda()
     allocation: Allocation = Uniform()
     reconstruction: Reconstruction = Frozen()
+    finetune: Finetuning = Untuned()
     quantization: Quantization = Unquantized()
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if isinstance(self.quantization, MinMax):
-            if not isinstance(self.reconstruction, Frozen):
-                raise ValueError("quantization takes weights that stay where they are: set reconstruction.method=none")
+            if not (isinstance(self.reconstruction, Frozen) and isinstance(self.finetune, Untuned)):
+                raise ValueError(
+                    "quantization takes weights that stay where they are: set reconstruction.method=none and "
+                    "finetune.method=none"
+                )
             if self.quantization.clipping == "joint" and not isinstance(self.allocation, Besa):
                 raise ValueError("nothing is learned that clipping could join: set quantization.clipping=first")
         return self
@@ -67,7 +74,7 @@ class Recipe(Settings):
     @property
     def whole_dense_path(self) -> bool:
         """Whether all tokens of all sequences are wanted on the dense path too."""
-        return self.reconstruction.needs_cross
+        return self.reconstruction.needs_cross or isinstance(self.finetune, MaskedAdam)
 
     def with_exceptions(self, skip: Sequence[str], sparsity_of: Sequence[str]) -> Recipe:
         """The recipe with further patterns.

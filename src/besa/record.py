@@ -62,6 +62,7 @@ class BlockRecord(Record):
     sparsity: float
     reconstruction_error: float = Field(description="against the dense path, by losses.reconstruction_error")
     losses: list[float] = Field(description="reconstruction loss of each learning step")
+    finetuning: list[float] = Field(default=[], description="held-out loss before fine-tuning and after every epoch")
     seconds: float
     phases: dict[str, float] = Field(default={}, description="seconds by phase")
     linears: list[LinearRecord]

@@ -21,14 +21,14 @@ class ConjugateGradient(Settings):
     """Preconditioned conjugate gradient on the least squares that a mask leaves (the end of ALPS; Meng et al., 2024).
 
     Minimises ‖W X − T‖² over the kept weights, with X the linear's inputs on the pruned path. T is the dense weight's
-    output for the dense path's inputs, or, with `target: pruned`, for X itself. Damping pulls towards the dense weight.
+    output for X itself, or, with `target: dense`, for the dense path's inputs. Damping pulls towards the dense weight.
     """
 
     method: Literal["cg"] = "cg"
     iterations: int = Field(default=20, ge=1, description="steps, each a product with the Hessian")
     damping: float = Field(default=0.01, gt=0, description="added to the Hessian's diagonal, as a share of its mean")
     target: Literal["dense", "pruned"] = Field(
-        default="dense", description="inputs of the dense weight: the dense path's or the pruned path's"
+        default="pruned", description="inputs of the dense weight: the dense path's or the pruned path's"
     )
     needs_gram: ClassVar[bool] = True
 
