@@ -51,7 +51,6 @@ class MaskedAdam(Settings):
     method: Literal["adam"] = "adam"
     epochs: int = Field(default=2, ge=1, description="passes over the calibration set, at most")
     rate: float = Field(default=1e-3, gt=0, description="first step, as a share of a matrix's root mean square")
-    batch: int = Field(default=1, ge=1, description="sequences of a step")
     held_out: int = Field(default=16, ge=2, description="one sequence in so many is not learned from")
     loss: Literal["channel", "token"] = Field(
         default="token",
@@ -80,7 +79,7 @@ class MaskedAdam(Settings):
         leaves = {name: w_OI.float().clone().requires_grad_() for name, w_OI in before.items()}
         kept = {name: w_OI != 0 for name, w_OI in before.items()}
         held, learned = self._parted(len(inputs_NTC))
-        steps = self.epochs * -(-len(learned) // self.batch)
+        steps = self.epochs * len(learned)
         groups = [{"params": [leaf], "lr": self.rate * _root_mean_square(leaf)} for leaf in leaves.values()]
         optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
@@ -89,7 +88,7 @@ class MaskedAdam(Settings):
         best = {name: leaf.detach().clone() for name, leaf in leaves.items()}
         for _ in range(self.epochs):
             order = learned[torch.randperm(len(learned), generator=generator)]
-            for chosen_N in order.split(self.batch):
+            for chosen_N in order.split(1):
                 self._loss(block, leaves, inputs_NTC[chosen_N], targets_NTC[chosen_N]).backward()
                 for name, leaf in leaves.items():
                     if leaf.grad is not None:  # None: an expert that no token of these sequences reached

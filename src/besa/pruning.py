@@ -241,7 +241,9 @@ def _pruned(step: _Step) -> tuple[BlockRecord, dict[str, Quantized]]:
                 w_OI = quantized[name].weight()
             else:
                 counts_O = allocated.counts[name].to(linear.w_OI.device)
-                w_OI = recipe.reconstruction.rebuild(linear.w_OI, linear.ranks_OI, counts_O, statistics[name])
+                w_OI = recipe.reconstruction.rebuild(
+                    linear.w_OI, linear.ranks_OI, counts_O, statistics[name], recipe.group
+                )
             block.weight(name).copy_(w_OI)
     with watch("finetune"):
         finetuned = recipe.finetune.tune(block, names, step.pruned_NTC, step.dense_NTC, problem.seed)
@@ -256,7 +258,9 @@ def _ranked(block: Block, name: str, recipe: Recipe, statistics: InputStatistics
     """A weight of the block in the order in which the recipe prunes it (eq. 2)."""
     w_OI = block.weight(name).detach()
     importance_OI = recipe.importance.score(w_OI, statistics)
-    return RankedLinear(w_OI, importance_OI, rank(importance_OI, w_OI), statistics.reached, recipe.importance.power)
+    return RankedLinear(
+        w_OI, importance_OI, rank(importance_OI, w_OI, recipe.group), statistics.reached, recipe.importance.power
+    )
 
 
 def _record(step: _Step, linears: dict[str, RankedLinear], allocated: Allocated, finetuned: Finetuned) -> BlockRecord:

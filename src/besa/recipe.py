@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from besa.allocation import Allocation, Besa, Uniform
+from besa.allocation import NM, Allocation, Besa, Uniform
 from besa.allocation.descent import Descent
 from besa.errors import BesaError
 from besa.finetuning import Finetuning, MaskedAdam, Untuned
@@ -49,7 +49,25 @@ class Recipe(Settings):
                 )
             if self.quantization.clipping == "joint" and not isinstance(self.allocation, Besa):
                 raise ValueError("nothing is learned that clipping could join: set quantization.clipping=first")
+        if isinstance(self.allocation, NM):
+            self._keeps_to(self.allocation)
         return self
+
+    def _keeps_to(self, pattern: NM) -> None:
+        if pattern.keep >= pattern.of:
+            raise ValueError("an n:m pattern keeps fewer than it is of: set allocation.keep below allocation.of")
+        if {self.sparsity, *self.sparsity_of.values()} != {pattern.sparsity}:
+            raise ValueError(
+                f"a {pattern.keep}:{pattern.of} pattern leaves no choice: set sparsity={pattern.sparsity:g} and no "
+                "sparsity_of"
+            )
+        if not (isinstance(self.targets, Even) and isinstance(self.quantization, Unquantized)):
+            raise ValueError("an n:m pattern goes with targets.method=uniform and quantization.method=none")
+
+    @property
+    def group(self) -> int | None:
+        """Consecutive columns of which every group keeps as many, None where there is no such pattern."""
+        return self.allocation.of if isinstance(self.allocation, NM) else None
 
     @property
     def descent(self) -> Descent | None:

@@ -57,7 +57,7 @@ def test_nothing_moves_untuned(task):
     assert (found.weights, found.losses) == ({}, [])
 
 
-@pytest.mark.parametrize("options", [{"loss": "token", "token_power": 1}, {"loss": "channel"}, {"batch": 3}])
+@pytest.mark.parametrize("options", [{"loss": "token", "token_power": 1}, {"loss": "channel"}])
 def test_kept_weights_move_to_a_lower_error(task, options):
     block, names, inputs_NTC, targets_NTC = task
     before = {name: block.weight(name).clone() for name in names}

@@ -37,7 +37,14 @@ class ConjugateGradient(Settings):
         """Whether the dense path's inputs are to be seen beside the pruned path's."""
         return self.target == "dense"
 
-    def rebuild(self, w_OI: Tensor, ranks_OI: Tensor, counts_O: Tensor, statistics: InputStatistics) -> Tensor:
+    def rebuild(
+        self,
+        w_OI: Tensor,
+        ranks_OI: Tensor,
+        counts_O: Tensor,
+        statistics: InputStatistics,
+        group: int | None = None,
+    ) -> Tensor:
         """The weight (O, I) in its dtype, the `counts_O` lowest ranks of each row zero, the others moved."""
         kept_OI = hard_mask(ranks_OI, counts_O)
         hessian_II, wanted_OI = normal_equations(w_OI.float(), statistics, self.damping)

@@ -32,6 +32,8 @@ def budgets(blocks: list[Block], recipe: Recipe, targets: Sequence[float] | None
             linear, or all is skipped.
     """
     common, own = shared_names(blocks, recipe)
+    if recipe.group is not None:
+        _check_groups(recipe.group, blocks, common)
     sizes = [sum(block.prunables[n].numel for n in part) for block, part in zip(blocks, common, strict=True)]
     zeros = _shares(zeros_for(recipe.sparsity, sum(sizes)), sizes, targets)
     plan = []
@@ -39,6 +41,17 @@ def budgets(blocks: list[Block], recipe: Recipe, targets: Sequence[float] | None
         plan.append([Budget(names_left, size, count)] if names_left else [])
         plan[-1] += [_alone(name, block.prunables[name].numel, sparsity) for name, sparsity in alone.items()]
     return plan
+
+
+def _check_groups(group: int, blocks: list[Block], names: list[tuple[str, ...]]) -> None:
+    """Refuse a pattern that rows are no whole number of."""
+    for block, own in zip(blocks, names, strict=True):
+        for name in own:
+            if block.prunables[name].columns % group:
+                raise BesaError(
+                    f"{name} has {block.prunables[name].columns} columns, which are no whole number of groups of "
+                    f"{group}: leave it out with --skip."
+                )
 
 
 def shared_names(blocks: list[Block], recipe: Recipe) -> tuple[list[tuple[str, ...]], list[dict[str, float]]]:
