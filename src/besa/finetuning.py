@@ -57,7 +57,7 @@ class MaskedAdam(Settings):
         description="squared error relative to each channel's norm, or weighted by a power of each token's norm",
     )
     token_power: float = Field(
-        default=0.0, ge=0, le=2, description="tokens weigh 1 / norm to this power: 0 is the plain squared error"
+        default=1.0, ge=0, le=2, description="tokens weigh 1 / norm to this power: 0 is the plain squared error"
     )
     autocast: bool = Field(
         default=True, description="multiply in bfloat16 while learning, where a float32 run is faster with it"
