@@ -2,11 +2,14 @@
 
 A marker pair `<!-- results:NAME -->` … `<!-- /results -->` holds `experiments/results/NAME.md`; the table in it is made
 of the `besa_run.json` and `besa_eval.json` of its runs. Nothing of it is typed by hand but the words.
+`experiments/results/README.md` lists the paper's tables and figures with the verdicts of the experiments.
 """
 
 import json
 import re
 from pathlib import Path
+
+from besa.paper import findings, markdown
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
@@ -14,6 +17,11 @@ RUNS = {
     "50": ("demo-full-50", ["dense", "magnitude", "wanda", "sparsegpt", "besa-layerwise", "besa"]),
     "70": ("smollm2-70", ["wanda", "besa"]),
 }
+INDEX = """# The paper's tables and figures
+
+Made by `python -m experiments.readme` of the result files beside it; `besa paper` shows the same.
+
+"""
 MARKED = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 TABLE = re.compile(r"^\|.*?\n(?!\|)", re.DOTALL | re.MULTILINE)
 DENSE = RESULTS / "demo-full-50" / "dense"
@@ -55,6 +63,7 @@ def main() -> None:
         path = RESULTS / f"{name}.md"
         before, after = TABLE.split(path.read_text(encoding="utf-8"), maxsplit=1)
         path.write_text(before + table(name) + after, encoding="utf-8")
+    (RESULTS / "README.md").write_text(INDEX + markdown(findings(RESULTS)), encoding="utf-8")
     readme = ROOT / "README.md"
     readme.write_text(with_results(readme.read_text(encoding="utf-8")), encoding="utf-8")
 

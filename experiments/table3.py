@@ -64,6 +64,8 @@ def main(
                 model,
                 *(f"--data={pair.partition('=')[0]}=…" for pair in data),
             ],
+            "model": Path(model).name if Path(model).exists() else model,
+            "verdict": _verdict(rows),
             "calibration": f"{samples} × {seqlen} tokens of the embedded c4",
             "window": window,
             "max_windows": max_windows,
@@ -114,6 +116,16 @@ def _row(
         }
     measured.write_text(json.dumps(row), encoding="utf-8")
     return row
+
+
+def _verdict(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Whether Joint is below Joint-Wanda on every text, once both are there."""
+    found = {row["recipe"]: row["perplexity"] for row in rows}
+    if not {"besa-int4", "wanda-int4"} <= found.keys():
+        return None
+    joint, wanda = found["besa-int4"], found["wanda-int4"]
+    said = "; ".join(f"{text}: Joint {joint[text]:,.2f}, Joint-Wanda {wanda[text]:,.2f}" for text in joint)
+    return {"found": f"{said}.", "holds": all(joint[text] < wanda[text] for text in joint)}
 
 
 def _markdown(result: dict[str, Any]) -> str:

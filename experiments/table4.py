@@ -55,6 +55,7 @@ def main(
             | simulation.model_dump(mode="json", include={"kinds", "block"})
             for name, simulation in simulations.items()
         },
+        "verdict": _verdict(simulations),
         "random": [_random(*weight) for weight in RANDOM],
         "accelerator": besa.Accelerator().model_dump(mode="json"),
         "machine": machine(besa.api.resolve_device("cpu")),
@@ -65,6 +66,20 @@ def main(
     (RESULTS / "table4.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     (RESULTS / "table4.md").write_text(_markdown(simulations, result["random"]), encoding="utf-8")
     _draw(simulations, RESULTS / "table4.svg")
+
+
+def _verdict(simulations: dict[str, Simulation]) -> dict[str, Any] | None:
+    """Whether BESA gains most by the published formula, if it is there beside others."""
+    gains = {
+        name: [found.block.speedup[figure] or 0.0 for figure in list(found.block.each())[:2]]
+        for name, found in simulations.items()
+    }
+    others = [gain for name, gain in gains.items() if name in ("wanda", "sparsegpt")]
+    if "besa" not in gains or not others:
+        return None
+    said = ", ".join(f"{name} {published:.2f}× ({corrected:.2f}×)" for name, (published, corrected) in gains.items())
+    holds = all(gains["besa"][0] > gain[0] for gain in others)
+    return {"found": f"By the published (corrected) formula over dense, all linears together: {said}.", "holds": holds}
 
 
 def _run(folder: Path) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported, which others may do
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small gain nothing from more; for processes that tests start
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of what tests start: small models gain nothing from more
+os.environ.pop("COLUMNS", None)  # pytest-xdist sets it, and a console of rich would keep that width
 
 import pytest
 import torch

@@ -9,8 +9,9 @@ from besa.errors import BesaError
 from besa.version import __version__
 
 if TYPE_CHECKING:
-    from besa.api import Compressed, Evaluation, compress, evaluate, plan, simulate
+    from besa.api import Compressed, compress, evaluate, plan, simulate
     from besa.calibration import Calibration
+    from besa.evaluation.result import Evaluation
     from besa.recipe import Recipe
     from besa.simulator import Accelerator, Simulation
 
@@ -33,7 +34,7 @@ _HOMES = {
     "Accelerator": "besa.simulator",
     "Calibration": "besa.calibration",
     "Compressed": "besa.api",
-    "Evaluation": "besa.api",
+    "Evaluation": "besa.evaluation.result",
     "Recipe": "besa.recipe",
     "Simulation": "besa.simulator",
     "compress": "besa.api",

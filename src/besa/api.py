@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from besa import memory
-from besa.calibration import EMBEDDED, Calibration, read_documents, sample, tokenize
+from besa.calibration import Calibration, sample
 from besa.checkpoint.files import check_space
 from besa.checkpoint.journal import journal_for
 from besa.checkpoint.writer import disk_bytes, finish
 from besa.errors import BesaError
 from besa.evaluation.perplexity import Perplexity, perplexity
+from besa.evaluation.result import Evaluation
+from besa.evaluation.texts import read_texts
+from besa.evaluation.zero_shot import check_tasks, zero_shot
 from besa.machine import machine, versions
 from besa.models.blocks import find_blocks
 from besa.models.loading import describe, is_quantized, load_model, load_tokenizer, locate, read_config, skeleton
@@ -57,32 +59,6 @@ class Compressed:
         if self._model is None:
             self._model = load_model(locate(str(self.out)))
         return self._model
-
-
-class Evaluation(BaseModel):
-    """What `evaluate` measured; the JSON that `besa eval` writes (an infinite perplexity as ``Infinity``).
-
-    Attributes:
-        model: what was evaluated.
-        perplexity: by name of the text.
-        window: tokens of a window; perplexities of different windows do not compare.
-        details: windows and predicted tokens by name of the text.
-        sparsity: share of zeros as the checkpoint declares it, None for a model besa did not prune.
-        seconds: evaluation time.
-        created: when.
-        versions: of besa and of what the numbers depend on.
-    """
-
-    model_config = ConfigDict(ser_json_inf_nan="constants")
-
-    model: str
-    perplexity: dict[str, float]
-    window: int
-    details: dict[str, Perplexity]
-    sparsity: float | None
-    seconds: float
-    created: str
-    versions: dict[str, str]
 
 
 def compress(
@@ -257,10 +233,14 @@ def plan(
 
 def evaluate(
     model: str | Path | PreTrainedModel,
-    texts: Iterable[str],
+    texts: Iterable[str] = (),
     *,
-    window: int = 2048,
+    data: Mapping[str, str | Path] | None = None,
+    window: int | Sequence[int] = 2048,
     max_windows: int | None = None,
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
+    hub: bool = False,
     batch: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     device: str | torch.device = "cpu",
@@ -268,39 +248,59 @@ def evaluate(
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> Evaluation:
-    """Measure the perplexity of a model on texts, each cut into non-overlapping windows.
+    """Measure the perplexity of a model on texts, each cut into non-overlapping windows, and its zero-shot accuracy.
 
     Args:
         model: as in `compress`.
-        texts: embedded names, files or ``hf:<dataset>``; results stand under the name or the file's stem. Documents
-            are joined by blank lines.
-        window: tokens of a window; published numbers use 2048.
+        texts: ``wikitext2``, ``ptb`` and ``c4``, the test sets of the papers under their protocols; or ``wiki``
+            (embedded), files and ``hf:<dataset>``, whose documents are joined by blank lines. Results stand under the
+            name or the file's stem.
+        data: local files of test sets by name; the others come from the Hugging Face Hub.
+        window: tokens of a window, or several such lengths; published numbers use 2048.
         max_windows: use only so many windows from each text's beginning.
-        batch: windows in a forward pass; by default as many as 2048 tokens hold.
+        tasks: zero-shot tasks, as in `zero_shot`.
+        limit: as in `zero_shot`.
+        hub: as in `zero_shot`.
+        batch: windows in a forward pass, by default as many as 2048 tokens hold; of tasks, answers.
         tokenizer: needed with a loaded model; otherwise the model's own.
         device: ``cpu`` or ``cuda``; the whole model is moved there.
         dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
         trust_remote_code: run model code that comes with the checkpoint.
-        progress: told (windows done, windows, perplexity so far) for each text.
+        progress: told (windows done, windows, perplexity so far) for each text, and the same of tasks.
 
     Raises:
         BesaError: bad input, a text shorter than one window, or an output that is not finite.
     """
     device = resolve_device(device)
-    documents = {text_name(text): read_documents(text, progress) for text in texts}
+    windows = [window] if isinstance(window, int) else list(window)
+    parts = read_texts(texts, data or {}, progress)
+    if not windows:
+        raise BesaError("No length of a window is given: published numbers use 2048 tokens.")
+    if not parts and not tasks:
+        raise BesaError("There is nothing to evaluate: name a text (--ppl) or zero-shot tasks (--tasks).")
+    check_tasks(tasks)
     decoder, tokenizer, identity = _opened(model, tokenizer, dtype, trust_remote_code, False, progress)
     loaded = decoder.model
     began = time.perf_counter()
     loaded.to(device)
-    details = {
-        text: perplexity(loaded, tokenize(documents[text], "\n\n", tokenizer), window, max_windows, batch, progress)
-        for text in documents
-    }
+    measured: dict[int, dict[str, Perplexity]] = {length: {} for length in windows}
+    for part in parts:
+        tokens_L = part.tokenized(tokenizer)
+        ratio = part.bytes / max(1, len(tokens_L))
+        for length, results in measured.items():
+            results[part.name] = perplexity(
+                loaded, tokens_L[: part.tokens], length, max_windows, batch, ratio, progress
+            )
+    asked = zero_shot(loaded, tokenizer, tasks, limit=limit, hub=hub, batch=batch, progress=progress) if tasks else None
+    details = measured.pop(windows[0])
     return Evaluation(
         model=identity["source"],
         perplexity={text: result.perplexity for text, result in details.items()},
-        window=window,
+        window=windows[0],
         details=details,
+        other_windows=measured,
+        sources={part.name: part.source for part in parts},
+        zero_shot=asked,
         sparsity=getattr(loaded.config, "besa", {}).get("sparsity"),
         seconds=time.perf_counter() - began,
         created=now(),
@@ -330,11 +330,6 @@ def simulate(
     """
     source = locate(model, progress)
     return simulate_checkpoint(source, tokens, accelerator or Accelerator(), trust_remote_code, progress)
-
-
-def text_name(text: str) -> str:
-    """The key under which a text's results stand: its embedded or hub name, or the file's stem."""
-    return text if text in EMBEDDED or text.startswith("hf:") else Path(text).stem
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

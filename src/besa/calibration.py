@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -129,7 +129,7 @@ def read_documents(source: str, progress: Progress = silent) -> list[str]:
     elif source.startswith("hf:"):
         documents = _hub_documents(source, progress)
     else:
-        documents = _file_documents(Path(source))
+        documents = file_documents(Path(source))
     documents = [document for document in documents if document.strip()]
     if not documents:
         raise BesaError(f"The text {source} is empty: give one that holds some words.")
@@ -149,7 +149,12 @@ def _wiki_documents(text: str) -> Iterable[str]:
 EMBEDDED: dict[str, Callable[[str], Iterable[str]]] = {"c4": _c4_documents, "wiki": _wiki_documents}
 
 
-def _file_documents(path: Path) -> Iterable[str]:
+def file_documents(path: Path) -> Iterable[str]:
+    """Return the documents of a local file, blank ones too.
+
+    Raises:
+        BesaError: There is no such file, or it cannot be read.
+    """
     try:
         if not path.is_file():
             raise BesaError(
@@ -202,26 +207,47 @@ def _parquet_documents(path: Path) -> Iterable[str]:
     return (document for document in column if document is not None)
 
 
-def _hub_documents(source: str, progress: Progress) -> Iterable[str]:
-    try:
-        import datasets
-    except ImportError as exc:
-        raise BesaError('Reading hf: datasets needs the datasets library: pip install "besa-llm[data]".') from exc
+def _hub_documents(source: str, progress: Progress) -> list[str]:
     dataset, config, split, *rest = [*source.removeprefix("hf:").split(":"), "", ""]
     if not dataset or any(rest):
         raise BesaError(f"Cannot read {source}: write hf:<dataset>, hf:<dataset>:<config> or add :<split> to that.")
-    documents: list[str] = []
+    where = {"path": dataset, "name": config or None, "split": split or "train"}
+    return hub_column(source, where, "text", HUB_DOCUMENTS, progress)
+
+
+def hub_column(
+    name: str, where: Mapping[str, Any], column: str, rows: int | None, progress: Progress = silent
+) -> list[str]:
+    """Return a column of strings of a data set on the Hugging Face Hub.
+
+    Args:
+        name: What to call it.
+        where: It is, as `datasets.load_dataset` takes it.
+        column: Of the data set.
+        rows: Only so many from its beginning, None for all.
+        progress: Told how many rows have come, where it is known how many shall.
+
+    Raises:
+        BesaError: It cannot be read.
+    """
     try:
-        rows = datasets.load_dataset(dataset, config or None, split=split or "train", streaming=True)
-        for row in itertools.islice(rows, HUB_DOCUMENTS):
-            if not isinstance(row.get("text"), str):
-                raise ValueError('a row has no string "text"')
-            documents.append(row["text"])
-            progress(len(documents), HUB_DOCUMENTS, f"reading {source}")
+        import datasets
+    except ImportError as exc:
+        raise BesaError(
+            f'Reading {name} needs the datasets library: pip install "besa-llm[data]", or give a local file.'
+        ) from exc
+    found: list[str] = []
+    try:
+        for row in itertools.islice(datasets.load_dataset(**where, streaming=True), rows):
+            if not isinstance(row.get(column), str):
+                raise ValueError(f'a row has no string "{column}"')
+            found.append(row[column])
+            if rows:
+                progress(len(found), rows, f"reading {name}")
     except Exception as exc:  # the library lets through whatever its HTTP, file and parser layers raise
         reason = str(exc).partition("\n")[0].rstrip(".") or type(exc).__name__
         raise BesaError(
-            f"Could not read {source} from the Hugging Face Hub ({reason}): check the name, the config, the split and "
+            f"Could not read {name} from the Hugging Face Hub ({reason}): check the name, the config, the split and "
             "the connection, or give a local file."
         ) from exc
-    return documents
+    return found

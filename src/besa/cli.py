@@ -7,7 +7,7 @@ import sys
 import warnings
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any, TextIO, TypeVar
 
 import typer
 from rich.console import Console
@@ -20,6 +20,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+Number = TypeVar("Number", int, float)
 UsageError: Any = typer.BadParameter.__base__  # of all complaints about arguments; typer exports only this child
 out = Console()
 err = Console(stderr=True)
@@ -47,7 +48,30 @@ Model = Annotated[
 TEXTS = "c4, wiki, a .txt, .jsonl or .parquet file, or hf:<dataset>"
 CalibrationOption = Annotated[str, typer.Option(metavar="TEXT", help=f"Text to calibrate on: {TEXTS}.")]
 EvaluationOption = Annotated[
-    list[str], typer.Option("--ppl", metavar="TEXT", help=f"Text to evaluate on (repeatable): {TEXTS}.")
+    list[str] | None,
+    typer.Option(
+        "--ppl",
+        metavar="TEXT",
+        help="Measure perplexity (repeatable) on wikitext2, ptb or c4, the papers' test sets, or on another text: wiki "
+        "(embedded), a .txt, .jsonl or .parquet file, or hf:<dataset>.",
+    ),
+]
+DataOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data", metavar="NAME=FILE", help="Local file of a test set, which else is downloaded (repeatable)."
+    ),
+]
+TasksOption = Annotated[
+    str,
+    typer.Option(
+        metavar="NAMES",
+        help="Zero-shot tasks, of piqa,boolq,hellaswag,winogrande,arc_easy,arc_challenge, by commas.",
+    ),
+]
+LimitOption = Annotated[int | None, typer.Option(min=1, help="Ask only so many questions of each task.")]
+HubOption = Annotated[
+    bool, typer.Option("--hub", help="Take the questions from the Hugging Face Hub, not the embedded ones.")
 ]
 DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="Weights and computation; auto: the checkpoint's.")]
@@ -104,7 +128,7 @@ def demo(
         bool, typer.Option("--full", help="All methods, 64 × 512 tokens of calibration: about half an hour on 2 cores.")
     ] = False,
     sparsity: Annotated[float, typer.Option(help="Share of the prunable weights to set to zero.")] = 0.5,
-    ppl: EvaluationOption = ["wiki"],  # noqa: B006 (typer reads it, nobody changes it)
+    ppl: EvaluationOption = None,
     calibration: CalibrationOption = "c4",
     device: DeviceOption = Device.cpu,
     dtype: DtypeOption = Dtype.auto,
@@ -116,7 +140,7 @@ def demo(
     plan = FULL if full else QUICK
     out.print(f"[bold]besa demo[/]: {plan.summary(sparsity)}")
     with progress_bar(err) as tracker:
-        page, rows = run_demo(out_dir, plan, sparsity, ppl, calibration, device.value, dtype.value, tracker)
+        page, rows = run_demo(out_dir, plan, sparsity, ppl or ["wiki"], calibration, device.value, dtype.value, tracker)
     out.print(comparison(rows))
     out.print(f"Report: {page}")
 
@@ -215,16 +239,23 @@ def plan_command(
 @app.command("eval")
 def evaluate_command(
     model: Model,
-    ppl: EvaluationOption,
-    window: Annotated[int, typer.Option(help="Tokens of a window; compare only equal windows.")] = 2048,
+    ppl: EvaluationOption = None,
+    data: DataOption = None,
+    window: Annotated[
+        str,
+        typer.Option(metavar="TOKENS", help="Tokens of a window, or several lengths by commas; only equal compare."),
+    ] = "2048",
     max_windows: Annotated[int | None, typer.Option(min=1, help="Use only so many windows of each text.")] = None,
+    tasks: TasksOption = "",
+    limit: LimitOption = None,
+    hub: HubOption = False,
     device: DeviceOption = Device.cpu,
     dtype: DtypeOption = Dtype.auto,
     batch: BatchOption = None,
     json: JsonOption = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Measure a model's perplexity on texts."""
+    """Measure a model's perplexity on texts, and its accuracy on zero-shot tasks."""
     from besa.api import evaluate
     from besa.checkpoint.files import write_file
     from besa.show import evaluated, progress_bar
@@ -232,9 +263,13 @@ def evaluate_command(
     with progress_bar(err) as tracker:
         result = evaluate(
             model,
-            ppl,
-            window=window,
+            ppl or (),
+            data=_files(data),
+            window=_numbers("--window", window, int),
             max_windows=max_windows,
+            tasks=_words(tasks),
+            limit=limit,
+            hub=hub,
             batch=batch,
             device=device.value,
             dtype=dtype.value,
@@ -244,6 +279,49 @@ def evaluate_command(
     if json is not None:
         write_file(json, result.model_dump_json(indent=2) + "\n")
     out.print(evaluated(result))
+
+
+@app.command("compare")
+def compare_command(
+    model: Model,
+    recipes: Annotated[str, typer.Option(metavar="NAMES", help="Recipes, shipped or YAML files, by commas.")],
+    sparsity: Annotated[str, typer.Option(metavar="SHARES", help="Shares of the prunable weights, by commas.")] = "0.5",
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each, with the seeds 0, 1, …")] = 1,
+    out_dir: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Folder for runs, table and plot; what it has is used again.")
+    ] = Path("compare"),
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the pruned checkpoints, not their records only.")] = False,
+    ppl: EvaluationOption = None,
+    data: DataOption = None,
+    window: Annotated[int, typer.Option(help="Tokens of a window; compare only equal windows.")] = 2048,
+    max_windows: Annotated[int | None, typer.Option(min=1, help="Use only so many windows of each text.")] = None,
+    tasks: TasksOption = "",
+    limit: LimitOption = None,
+    hub: HubOption = False,
+    calibration: CalibrationOption = "c4",
+    samples: SamplesOption = 128,
+    seqlen: SeqlenOption = 2048,
+    device: DeviceOption = Device.cpu,
+    dtype: DtypeOption = Dtype.auto,
+    batch: BatchOption = None,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Prune by several recipes, at several sparsities and seeds, and put what comes out into one table and one plot."""
+    from besa.comparing import compare
+    from besa.show import compared, progress_bar
+    from besa.workspace import Conditions, Measures, Workspace
+
+    texts = tuple(ppl or ([] if tasks else ["wiki"]))
+    measures = Measures(texts, _files(data), window, max_windows, tuple(_words(tasks)), limit, hub)
+    conditions = Conditions(
+        model, calibration, samples, seqlen, device.value, dtype.value, batch, trust_remote_code=trust_remote_code
+    )
+    with progress_bar(err) as tracker:
+        workspace = Workspace(out_dir, conditions, measures, keep, tracker)
+        command = ["besa", *sys.argv[1:]]
+        found = compare(workspace, _words(recipes), _numbers("--sparsity", sparsity, float), seeds, command)
+    out.print(compared(found))
+    out.print(f"Table and plot: {out_dir / 'compare.md'}, {out_dir / 'compare.svg'}")
 
 
 @app.command("inspect")
@@ -308,6 +386,19 @@ def report(
     out.print(f"Report: {page}")
 
 
+@app.command("paper")
+def paper_command(
+    results: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the experiments' results.")] = Path(
+        "experiments/results"
+    ),
+) -> None:
+    """List the paper's tables and figures: what it found, what was found here, and whether the trend holds."""
+    from besa.paper import findings
+    from besa.show import listed
+
+    out.print(listed(findings(results)))
+
+
 def main() -> None:
     """Entry point of `besa`: a sentence and exit code 2 for bad input, 130 after Ctrl-C."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -346,6 +437,38 @@ def _note(
             soft_wrap=True,
             end="",
         )
+
+
+def _words(text: str) -> list[str]:
+    """What stands between commas."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _numbers(option: str, text: str, kind: type[Number]) -> list[Number]:
+    """Numbers between commas.
+
+    Raises:
+        BesaError: something else.
+    """
+    try:
+        return [kind(word) for word in _words(text)]
+    except ValueError:
+        raise BesaError(f"{option} {text}: give a number, or several by commas.") from None
+
+
+def _files(pairs: list[str] | None) -> dict[str, str]:
+    """NAME=FILE pairs.
+
+    Raises:
+        BesaError: something else.
+    """
+    files = {}
+    for pair in pairs or ():
+        name, separator, file = pair.partition("=")
+        if not separator or not file:
+            raise BesaError(f"--data {pair}: write it as NAME=FILE, such as ptb=ptb.test.txt.")
+        files[name] = file
+    return files
 
 
 def _refuse(sentence: str) -> None:

@@ -6,11 +6,12 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from besa.api import Evaluation, compress, evaluate
+from besa.api import compress, evaluate
 from besa.checkpoint.files import write_file
 from besa.errors import BesaError
+from besa.evaluation.result import Evaluation
 from besa.models.loading import EMBEDDED
-from besa.progress import Progress, silent
+from besa.progress import Progress, labelled, silent
 from besa.record import RECORD_NAME, RunRecord
 from besa.report import load_run, render
 
@@ -85,7 +86,7 @@ def run_demo(
     rows = []
     for method in (DENSE, *plan.recipes):
         folder = out / method
-        step = _labelled(progress, method)
+        step = labelled(progress, method)
         if method != DENSE and not folder.exists():
             compress(
                 EMBEDDED,
@@ -156,12 +157,3 @@ def _evaluation(
         )
         write_file(path, result.model_dump_json(indent=2) + "\n")
     return Evaluation.model_validate_json(path.read_text(encoding="utf-8"))
-
-
-def _labelled(progress: Progress, label: str) -> Progress:
-    """Progress that says first which method it is about."""
-
-    def tell(done: float, total: float, note: str = "") -> None:
-        progress(done, total, f"{label}: {note}")
-
-    return tell

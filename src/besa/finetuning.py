@@ -17,6 +17,7 @@ from besa.activations import HiddenStates
 from besa.losses import reconstruction_error, token_weighted_error
 from besa.machine import learning_dtype
 from besa.models.blocks import Block
+from besa.models.units import Unit
 from besa.reconstruction.written import written
 from besa.settings import Settings
 
@@ -35,7 +36,7 @@ class Untuned(Settings):
     method: Literal["none"] = "none"
 
     def tune(
-        self, block: Block, names: list[str], inputs_NTC: HiddenStates, targets_NTC: HiddenStates, seed: int
+        self, block: Block | Unit, names: list[str], inputs_NTC: HiddenStates, targets_NTC: HiddenStates, seed: int
     ) -> Finetuned:
         """Nothing moves."""
         return Finetuned()
@@ -64,7 +65,7 @@ class MaskedAdam(Settings):
     )
 
     def tune(
-        self, block: Block, names: list[str], inputs_NTC: HiddenStates, targets_NTC: HiddenStates, seed: int
+        self, block: Block | Unit, names: list[str], inputs_NTC: HiddenStates, targets_NTC: HiddenStates, seed: int
     ) -> Finetuned:
         """Learn from a pruned block; the block itself is not changed.
 
@@ -75,6 +76,8 @@ class MaskedAdam(Settings):
             targets_NTC: outputs of the dense path, of the same tokens.
             seed: of the order of sequences.
         """
+        if not names:
+            return Finetuned()
         before = {name: block.weight(name).detach() for name in names}
         leaves = {name: w_OI.float().clone().requires_grad_() for name, w_OI in before.items()}
         kept = {name: w_OI != 0 for name, w_OI in before.items()}
@@ -112,7 +115,7 @@ class MaskedAdam(Settings):
 
     def _mean_loss(
         self,
-        block: Block,
+        block: Block | Unit,
         weights: Mapping[str, Tensor],
         inputs_NTC: HiddenStates,
         targets_NTC: HiddenStates,
@@ -122,9 +125,9 @@ class MaskedAdam(Settings):
             losses = [self._loss(block, weights, inputs_NTC[n], targets_NTC[n]) for n in places.split(1)]
         return float(torch.stack(losses).mean())
 
-    def _loss(self, block: Block, weights: Mapping[str, Tensor], x_NTC: Tensor, target_NTC: Tensor) -> Tensor:
+    def _loss(self, block: Block | Unit, weights: Mapping[str, Tensor], x_NTC: Tensor, target_NTC: Tensor) -> Tensor:
         """Of the block with these float32 weights."""
-        stored = next(iter(block.module.parameters()))
+        stored = block.weight(next(iter(weights)))
         dtype = learning_dtype(stored.dtype, stored.device) if self.autocast else stored.dtype
         with torch.autocast(stored.device.type, dtype, enabled=dtype != stored.dtype):
             y_NTC = block(x_NTC.to(stored.device), {name: w_OI.to(stored.dtype) for name, w_OI in weights.items()})

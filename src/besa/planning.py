@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -28,6 +28,7 @@ from besa.checkpoint.writer import disk_bytes
 from besa.finetuning import MaskedAdam
 from besa.masks import CHUNK
 from besa.models.blocks import Block, standing_aside
+from besa.models.units import Unit, units
 from besa.pruning import dense_share
 from besa.quantization import MinMax
 from besa.recipe import Recipe
@@ -107,7 +108,7 @@ def work_out(
     Raises:
         BesaError: a pattern of the recipe matches nothing.
     """
-    parts = [budget for own in budgets(blocks, recipe) for budget in own]
+    whole, parts = units(blocks, recipe.granularity), [budget for own in budgets(blocks, recipe) for budget in own]
     parameters, item = model.num_parameters(), model.dtype.itemsize
     size = parameters * item
     if isinstance(recipe.quantization, MinMax):
@@ -117,7 +118,9 @@ def work_out(
     teacher, descent = recipe.teacher, recipe.descent
     share, tokens = dense_share(recipe, seqlen)
     dense_stream = stream // seqlen * tokens // samples * -(-samples // share)
-    streams = stream + dense_stream + (stream if teacher == "pruned" else 0)
+    apart = recipe.granularity == "attn-mlp"  # attention has a teacher of its own, and steps of its own
+    target = stream if teacher == "pruned" else dense_stream
+    streams = stream + dense_stream + (stream if teacher == "pruned" else 0) + (target if apart else 0)
     if isinstance(recipe.targets, LossSensitivity):  # before the others are there
         streams = max(streams, stream // samples * -(-samples // recipe.targets.every) * (len(blocks) + 1))
     on_disk = stream > activation_budget // 2
@@ -125,13 +128,13 @@ def work_out(
     _learn_arguments(model, blocks, {(batch, seqlen), (1, seqlen), (1, crop)})
     inside = {id(parameter) for block in blocks for parameter in block.module.parameters()}
     outside = sum(parameter.nbytes for parameter in model.parameters() if id(parameter) not in inside)
-    work = max(_block_bytes(model, block, recipe, batch, seqlen) for block in _distinct(blocks))
-    block_size = max(sum(p.nbytes for p in block.module.parameters()) for block in blocks)
+    work = max(_unit_bytes(model, unit, recipe, batch, seqlen) for unit in _distinct(whole))
+    unit_size = max(_stored(unit) for unit in whole)
     kept = (0 if on_disk else streams) + memory.current_bytes() + TEXT
     on_gpu = device.type == "cuda"
-    needs = kept + max(outside, 2 * block_size if on_gpu else work)
+    needs = kept + max(outside, 2 * unit_size if on_gpu else work)
     disk = disk_bytes(size) + (streams if on_disk else 0)
-    learning = 3 * descent.steps * crop / (samples * seqlen) if descent else 0
+    learning = 3 * (1 + apart) * descent.steps * crop / (samples * seqlen) if descent else 0
     learning += _passes(recipe)
     dense = dense_stream / stream
     gpu = work if on_gpu else None
@@ -149,7 +152,7 @@ def work_out(
         activations_on_disk=on_disk,
         memory_bytes=needs,
         gpu_memory_bytes=gpu,
-        forward_passes=dense + 2 + learning,
+        forward_passes=dense + 2 + learning + (target / stream if apart else 0),
         fits=not lacking,
         lacking=lacking,
     )
@@ -187,28 +190,33 @@ def _lacking(needs: int, gpu: int | None, disk: int, device: torch.device, folde
         yield f"free disk ({free / 1e9:.1f} GB)"
 
 
-def _distinct(blocks: list[Block]) -> list[Block]:
-    """One block of each shape: most decoders repeat one."""
-    found = {tuple((p.rows, p.columns) for p in block.prunables.values()): block for block in reversed(blocks)}
+def _distinct(whole: list[Unit]) -> list[Unit]:
+    """One unit of each shape: most decoders repeat one."""
+    found = {tuple((p.rows, p.columns) for p in unit.prunables.values()): unit for unit in reversed(whole)}
     return list(found.values())
 
 
-def _block_bytes(model: PreTrainedModel, block: Block, recipe: Recipe, batch: int, seqlen: int) -> int:
-    """Peak while a block is pruned: its weights, and the largest of what its phases add."""
+def _stored(unit: Unit) -> int:
+    """Bytes of a unit's parameters."""
+    return sum(parameter.nbytes for block in unit.blocks for parameter in block.module.parameters())
+
+
+def _unit_bytes(model: PreTrainedModel, unit: Unit, recipe: Recipe, batch: int, seqlen: int) -> int:
+    """Peak while a unit is pruned: its weights, and the largest of what its phases add."""
     item = model.dtype.itemsize
-    sizes = [prunable.numel for prunable in block.prunables.values()]
-    widest = max(prunable.columns for prunable in block.prunables.values())
+    sizes = [prunable.numel for prunable in unit.prunables.values()]
+    widest = max(prunable.columns for prunable in unit.prunables.values())
     weights, most = sum(sizes), max(sizes)
-    stored = sum(parameter.nbytes for parameter in block.module.parameters())
-    read = stored  # each tensor is copied out of its file before it becomes a parameter
+    stored = _stored(unit)
+    read = stored // len(unit.blocks)  # each tensor is copied out of its file before it becomes a parameter
     watched = batch * seqlen * widest * 8  # a product's input as float32, and its squares
-    statistics = _forward_bytes(block, model, batch, seqlen, learning=False) + watched
-    gram = 4 * sum(columns**2 for columns in {p.columns for p in block.prunables.values()}) if recipe.needs_gram else 0
+    statistics = _forward_bytes(unit, model, batch, seqlen, learning=False) + watched
+    gram = 4 * sum(columns**2 for columns in {p.columns for p in unit.prunables.values()}) if recipe.needs_gram else 0
     ranked = 4 * weights + (2 if widest < 1 << 15 else 4) * weights  # importance and ranks, kept together
     whole = most if getattr(recipe.allocation, "per", "row") == "linear" else CHUNK  # weights sorted at once
     ranking = ranked + 12 * most + 32 * min(whole, most)
     if recipe.reconstruction.needs_cross:
-        widths = sum(prunable.columns for prunable in block.prunables.values())
+        widths = sum(prunable.columns for prunable in unit.prunables.values())
         statistics += batch * seqlen * widths * item  # inputs of the dense path, until the pruned path's come
         gram *= 2
     phases = [read, statistics + gram, ranking + gram]
@@ -216,29 +224,29 @@ def _block_bytes(model: PreTrainedModel, block: Block, recipe: Recipe, batch: in
         quantized = isinstance(recipe.quantization, MinMax)
         changing = item * (weights + most) + (2 * weights if model.dtype == torch.float32 else 0)  # a copy in bfloat16
         changing += item * weights + 16 * most if quantized else 0  # Q(W), and the slopes of its steps
-        learning = _forward_bytes(block, model, 1, first_tokens(seqlen, recipe.descent.crop), learning=True)
-        phases.append(ranked + changing + _rates_bytes(recipe.allocation, block) + learning)
+        learning = _forward_bytes(unit, model, 1, first_tokens(seqlen, recipe.descent.crop), learning=True)
+        phases.append(ranked + changing + _rates_bytes(recipe.allocation, unit) + learning)
     if isinstance(recipe.quantization, MinMax):
         phases.append(ranked + weights + 16 * most)  # codes
     if recipe.reconstruction.needs_gram:
         solver = {ADMM: 44, ConjugateGradient: 32}.get(type(recipe.reconstruction), 12)  # copies of a weight, in bytes
         phases.append(ranked + gram + 4 * 4 * widest**2 + solver * most)
     if isinstance(recipe.allocation, Sensitivity) or isinstance(recipe.targets, LossSensitivity):
-        phases.append(ranked + 12 * most + _forward_bytes(block, model, 1, seqlen, learning=True))
+        phases.append(ranked + 12 * most + _forward_bytes(unit, model, 1, seqlen, learning=True))
     if isinstance(recipe.finetune, MaskedAdam):
         # Weights, gradient, two moments and the best so far as float32, the mask, copies to multiply with.
         tuned = (21 + item + 2) * weights
-        phases.append(ranked + tuned + _forward_bytes(block, model, 1, seqlen, learning=True))
+        phases.append(ranked + tuned + _forward_bytes(unit, model, 1, seqlen, learning=True))
     phases.append(ranked + stored + 12 * most)  # the record and the journal
     return stored + max(phases)
 
 
-def _rates_bytes(allocation: Allocation, block: Block) -> int:
-    """Of what the coefficients of a block take while they are learned."""
+def _rates_bytes(allocation: Allocation, unit: Unit) -> int:
+    """Of what the coefficients of a unit take while they are learned."""
     if not isinstance(allocation, Besa):
         return 0
-    rows = sum(prunable.rows for prunable in block.prunables.values())
-    groups = rows if allocation.rates == "row" else len(block.prunables)
+    rows = sum(prunable.rows for prunable in unit.prunables.values())
+    groups = rows if allocation.rates == "row" else len(unit.prunables)
     return 4 * round(1 / allocation.candidate_step) * (OPTIMIZER * groups + rows)
 
 
@@ -253,25 +261,25 @@ def _packed_bytes(quantization: MinMax, blocks: list[Block], names: set[str], it
     return bits // 8
 
 
-def _forward_bytes(block: Block, model: PreTrainedModel, batch: int, seqlen: int, learning: bool) -> int:
+def _forward_bytes(unit: Unit, model: PreTrainedModel, batch: int, seqlen: int, learning: bool) -> int:
     """Peak of what a forward pass keeps alive, with the backward pass to its weights when `learning`."""
     channels: int = model.config.get_text_config().hidden_size
     x_NTC = torch.empty(batch, seqlen, channels, dtype=model.dtype, device="meta")
     weights = {
         name: torch.empty(prunable.rows, prunable.columns, dtype=model.dtype, device="meta").requires_grad_(learning)
-        for name, prunable in block.prunables.items()
+        for name, prunable in unit.prunables.items()
     }
     for weight in weights.values():
         if learning:
             weight.register_post_accumulate_grad_hook(_dropped)
     live = _LiveBytes()
     try:
-        with _lean_attention(), _stacks_aside(block.module), torch.set_grad_enabled(learning), live:
-            y_NTC = block(x_NTC, weights)
+        with _lean_attention(), _stacks_aside(unit), torch.set_grad_enabled(learning), live:
+            y_NTC = unit(x_NTC, weights)
             if learning:
                 (y_NTC.float() - x_NTC.float()).square().sum().backward()
-    except (RuntimeError, NotImplementedError, TypeError, ValueError):  # a block that computes with values
-        wide = sum({prunable.parameter: prunable.rows for prunable in block.prunables.values()}.values())
+    except (RuntimeError, NotImplementedError, TypeError, ValueError):  # blocks that compute with values
+        wide = sum({prunable.parameter: prunable.rows for prunable in unit.prunables.values()}.values())
         return batch * seqlen * (12 * channels + (3 if learning else 1) * wide) * 4
     peak: int = live.peak
     return peak
@@ -338,9 +346,10 @@ def _lean_attention() -> Iterator[None]:
 
 
 @contextmanager
-def _stacks_aside(block: nn.Module) -> Iterator[None]:
+def _stacks_aside(unit: Unit) -> Iterator[None]:
     """While open, mixtures hand their tokens on: which expert gets which is not known without values."""
-    holders = [module for module in block.modules() if any(p.dim() == 3 for p in module.parameters(recurse=False))]
+    modules = [module for block in unit.blocks for module in block.module.modules()]
+    holders = [module for module in modules if any(p.dim() == 3 for p in module.parameters(recurse=False))]
     for module in holders:
         module.forward = lambda hidden, *_, **__: torch.empty_like(hidden)
     try:

@@ -5,12 +5,14 @@ Shape suffixes: N sequences, T tokens, C channels of the residual stream, O rows
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from besa.models.blocks import Block
+from besa.models.units import Unit
 from besa.products import Products
 
 
@@ -25,7 +27,7 @@ class RowSensitivities:
         block: whose rows are looked at; its weights are left alone.
     """
 
-    block: Block
+    block: Block | Unit
     _sums: dict[str, Tensor] = field(default_factory=dict)
     _tokens: dict[str, int] = field(default_factory=dict)
 
@@ -38,7 +40,9 @@ class RowSensitivities:
             seed: of these.
         """
         x_NTC = x_NTC.detach().requires_grad_()
-        with torch.enable_grad(), Products(self.block.module, self.block.prunables, self._listen):
+        with torch.enable_grad(), ExitStack() as stack:
+            for block in self.block.blocks if isinstance(self.block, Unit) else (self.block,):
+                stack.enter_context(Products(block.module, block.prunables, self._listen))
             y_NTC = self.block(x_NTC)
         if seeds_NTC is None:
             seeds_NTC = random_signs(y_NTC, seed)

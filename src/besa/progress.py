@@ -14,3 +14,12 @@ class Progress(Protocol):
 
 def silent(done: float, total: float, note: str = "") -> None:
     """The progress that nobody watches."""
+
+
+def labelled(progress: Progress, label: str) -> Progress:
+    """Progress that says first what it is about."""
+
+    def tell(done: float, total: float, note: str = "") -> None:
+        progress(done, total, f"{label}: {note}")
+
+    return tell

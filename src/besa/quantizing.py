@@ -16,27 +16,27 @@ from besa.allocation.changing import ChangingLinears
 from besa.allocation.descent import Descent
 from besa.budget import Budget, apportion
 from besa.masks import hard_mask, rank
-from besa.models.blocks import Block
+from besa.models.units import Unit
 from besa.quantization import Clipping, MinMax, Quantized
 from besa.recipe import Recipe
 from besa.statistics import InputStatistics
 
 
-def check(quantization: MinMax, blocks: list[Block], plan: list[list[Budget]]) -> None:
+def check(quantization: MinMax, whole: list[Unit], plan: list[list[Budget]]) -> None:
     """Refuse beforehand what could not be quantised.
 
     Args:
         quantization: settings.
-        blocks: of the model.
-        plan: the budgets of every block; what stands in none stays as it is.
+        whole: the units of the model.
+        plan: the budgets of every unit; what stands in none stays as it is.
 
     Raises:
         BesaError: rows of a linear are no whole number of groups.
     """
-    for block, own in zip(blocks, plan, strict=True):
+    for unit, own in zip(whole, plan, strict=True):
         for budget in own:
             for name in budget.names:
-                quantization.groups(name, block.prunables[name].columns)
+                quantization.groups(name, unit.prunables[name].columns)
 
 
 def allocate(

@@ -15,6 +15,7 @@ from besa.allocation.descent import Descent
 from besa.errors import BesaError
 from besa.finetuning import Finetuning, MaskedAdam, Untuned
 from besa.importance import Importance, Wanda
+from besa.models.units import Granularity
 from besa.quantization import MinMax, Quantization, Unquantized
 from besa.reconstruction import Frozen, Reconstruction
 from besa.settings import Settings
@@ -49,6 +50,8 @@ class Recipe(Settings):
                 )
             if self.quantization.clipping == "joint" and not isinstance(self.allocation, Besa):
                 raise ValueError("nothing is learned that clipping could join: set quantization.clipping=first")
+        if self.reconstruction.needs_cross and self.granularity == "two-blocks":
+            raise ValueError("reconstruction.target=dense looks at one block: choose another allocation.granularity")
         if isinstance(self.allocation, NM):
             self._keeps_to(self.allocation)
         return self
@@ -79,10 +82,16 @@ class Recipe(Settings):
 
     @property
     def teacher(self) -> Literal["dense", "pruned"] | None:
-        """The inputs of the teacher: the dense path's or the pruned path's; None where nothing is learned."""
-        if isinstance(self.allocation, Besa):
+        """The inputs of the teacher of units: the dense path's or the pruned path's; None where there is none."""
+        if isinstance(self.allocation, Besa) and self.allocation.granularity != "linear":
             return self.allocation.teacher
-        return "dense" if self.descent else None
+        clips = isinstance(self.quantization, MinMax) and self.quantization.clipping == "first"
+        return "dense" if clips else None  # a linear is its own teacher
+
+    @property
+    def granularity(self) -> Granularity:
+        """Which linears share a budget, and on whose output its loss is."""
+        return self.allocation.granularity if isinstance(self.allocation, Besa) else "block"
 
     @property
     def needs_gram(self) -> bool:

@@ -61,8 +61,13 @@ class BlockRecord(Record):
     zeros: int
     sparsity: float
     reconstruction_error: float = Field(description="against the dense path, by losses.reconstruction_error")
-    losses: list[float] = Field(description="reconstruction loss of each learning step")
-    finetuning: list[float] = Field(default=[], description="held-out loss before fine-tuning and after every epoch")
+    losses: list[float] = Field(
+        description="reconstruction loss of each learning step; of blocks pruned together, in the last"
+    )
+    finetuning: list[float] = Field(
+        default=[],
+        description="held-out loss before fine-tuning and after every epoch; as the losses",
+    )
     seconds: float
     phases: dict[str, float] = Field(default={}, description="seconds by phase")
     linears: list[LinearRecord]

@@ -13,10 +13,13 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
-from besa.api import Evaluation
 from besa.checkpoint.inspection import Contents
+from besa.comparing import LABELS, Comparison, cell
 from besa.demo import Row
+from besa.evaluation.result import Evaluation
+from besa.evaluation.zero_shot import ZeroShot
 from besa.kinds import shortened
+from besa.paper import Finding
 from besa.planning import Plan
 from besa.progress import Progress
 from besa.record import RunRecord
@@ -105,14 +108,64 @@ def planned(plan: Plan) -> RenderableType:
 
 
 def evaluated(evaluation: Evaluation) -> RenderableType:
-    """Perplexities of one model."""
-    table = Table(title=evaluation.model, caption=f"windows of {evaluation.window} tokens")
-    table.add_column("text")
-    table.add_column("windows", justify="right")
-    table.add_column("perplexity", justify="right")
-    for text, result in evaluation.details.items():
-        table.add_row(text, f"{result.windows:,}", f"{result.perplexity:,.3f}")
+    """Perplexities and accuracies of one model."""
+    tables: list[RenderableType] = []
+    if evaluation.details:
+        table = Table(title=evaluation.model)
+        table.add_column("text")
+        for column in ("window", "windows", "perplexity", "bits per byte"):
+            table.add_column(column, justify="right")
+        for window, details in {evaluation.window: evaluation.details, **evaluation.other_windows}.items():
+            for text, result in details.items():
+                bits = "" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f}"
+                table.add_row(text, f"{window:,}", f"{result.windows:,}", f"{result.perplexity:,.3f}", bits)
+        tables.append(table)
+    if evaluation.zero_shot is not None:
+        tables.append(_answered(evaluation.model, evaluation.zero_shot))
+    return Group(*tables)
+
+
+def compared(found: Comparison) -> RenderableType:
+    """Recipes side by side."""
+    table = Table(title=found.model, caption=f"{found.calibration}; perplexity in windows of {found.window} tokens")
+    table.add_column("recipe")
+    for column in ("sparsity", *(LABELS.get(score, score) for score in found.dense.mean), "seconds"):
+        table.add_column(column, justify="right")
+    for row in [found.dense, *found.rows]:
+        cells = [f"{row.sparsity:.4%}", *(cell(row, score) for score in row.mean)]
+        table.add_row(row.recipe, *cells, "" if row.seconds is None else f"{row.seconds:,.0f}")
     return table
+
+
+def listed(found: Sequence[Finding]) -> RenderableType:
+    """The paper's tables and figures."""
+    table = Table(box=SIMPLE, show_lines=True, caption="run one by python -m experiments.NAME, in the project's folder")
+    for column in ("name", "the paper found", "found here", "holds"):
+        table.add_column(column, overflow="fold")
+    for finding in found:
+        about = ", ".join(part for part in (finding.model, finding.date) if part)
+        here = "" if finding.here is None else f"{finding.here} ({about})"
+        table.add_row(finding.name, f"{finding.title}. {finding.paper}", here, finding.trend)
+    return table
+
+
+def _answered(model: str, found: ZeroShot) -> RenderableType:
+    """Accuracies with their standard errors, in per cent."""
+    table = Table(title=model, caption=f"zero-shot, lm_eval {found.lm_eval}, questions {found.source}")
+    table.add_column("task")
+    for column in ("questions", "acc %", "acc_norm %"):
+        table.add_column(column, justify="right")
+    for task, accuracy in found.tasks.items():
+        shares = [(accuracy.acc, accuracy.acc_stderr), (accuracy.acc_norm, accuracy.acc_norm_stderr)]
+        table.add_row(task, f"{accuracy.questions:,}", *(_share(*share) for share in shares))
+    table.add_row("mean", "", f"{100 * found.mean:.2f}", "")
+    return table
+
+
+def _share(share: float | None, error: float | None) -> str:
+    if share is None:
+        return ""
+    return f"{100 * share:.2f}" + ("" if error is None else f" ± {100 * error:.2f}")
 
 
 def contents(found: Contents) -> RenderableType:

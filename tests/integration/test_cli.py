@@ -135,6 +135,30 @@ def test_eval_writes_perplexities_by_name_and_stem(pruned: Path, tmp_path: Path)
     assert f"{measured['perplexity']['heldout']:.3f}" in result.stdout
 
 
+def test_eval_of_test_sets_in_several_windows(tmp_path: Path) -> None:
+    (tmp_path / "ptb.txt").write_text(" the city <unk> on the river \n" * 40)
+    (tmp_path / "c4.jsonl").write_text('{"text": "The city lies on the river, and the bridge is old."}\n' * 40)
+    data = [f"--data=ptb={tmp_path / 'ptb.txt'}", f"--data=c4={tmp_path / 'c4.jsonl'}"]
+    file = tmp_path / "eval.json"
+    result = besa("eval", TINY, "--ppl", "ptb", "--ppl", "c4", *data, "--window", "64,32", "--json", file)
+    assert result.returncode == 0, result.stderr
+    measured = json.loads(file.read_text())
+    assert measured["window"] == 64
+    assert measured["sources"] == {"ptb": "ptb.txt", "c4": "c4.jsonl"}
+    assert measured["perplexity"].keys() == measured["other_windows"]["32"].keys() == {"ptb", "c4"}
+    assert measured["details"]["c4"]["windows"] == measured["other_windows"]["32"]["c4"]["windows"] // 2
+    assert measured["zero_shot"] is None
+    assert 0 < measured["details"]["c4"]["bits_per_byte"] < 8
+    for arguments, words in (
+        (["--ppl", tmp_path / "c4.jsonl"], ["--data c4="]),
+        (["--ppl", "ptb", "--data", "ptb"], ["--data ptb", "NAME=FILE"]),
+        (["--ppl", "wiki", "--window", "512,many"], ["--window 512,many"]),
+        (["--ppl", "wiki", "--window", ","], ["window", "2048"]),
+        (["--tasks", "piqa,mmlu"], ["mmlu", "winogrande"]),
+    ):
+        assert_refused(besa("eval", TINY, *arguments), *words)
+
+
 def test_report_is_one_page(pruned: Path, tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     assert besa("report", pruned, "--out", page).returncode == 0

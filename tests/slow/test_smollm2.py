@@ -49,3 +49,17 @@ def test_reported_perplexity_is_a_hand_written_loop_over_the_plain_checkpoint(ou
         total -= float(predictions.gather(1, window[0, 1:, None]).sum())
     mean = torch.tensor(total / (20 * 511), dtype=torch.float64)
     assert float(mean.exp()) == pytest.approx(perplexity(out / "besa"), rel=1e-4)
+
+
+def test_the_embedded_questions_are_all_there() -> None:
+    from besa.evaluation.questions import TASKS, questions
+
+    counts = {
+        "piqa": 1838,
+        "boolq": 3270,
+        "hellaswag": 10042,
+        "winogrande": 1267,
+        "arc_easy": 2376,
+        "arc_challenge": 1172,
+    }
+    assert {task: len(questions(task)) for task in TASKS} == counts

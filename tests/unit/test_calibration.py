@@ -245,8 +245,8 @@ def test_texts_that_cannot_be_read(write, tmp_path):
 def test_hub_datasets(monkeypatch):
     calls = []
 
-    def load_dataset(*arguments, **options):
-        calls.append((arguments, options))
+    def load_dataset(**where):
+        calls.append(where)
         return ({"text": json.dumps(i)} for i in range(10**9))
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
@@ -257,9 +257,9 @@ def test_hub_datasets(monkeypatch):
     read_documents("hf:Salesforce/wikitext:wikitext-2-raw-v1:test")
     read_documents("hf:allenai/c4:en")
     assert calls == [
-        (("allenai/c4", None), {"split": "train", "streaming": True}),
-        (("Salesforce/wikitext", "wikitext-2-raw-v1"), {"split": "test", "streaming": True}),
-        (("allenai/c4", "en"), {"split": "train", "streaming": True}),
+        {"path": "allenai/c4", "name": None, "split": "train", "streaming": True},
+        {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "test", "streaming": True},
+        {"path": "allenai/c4", "name": "en", "split": "train", "streaming": True},
     ]
     for nonsense in ("hf:", "hf:a:b:c:d"):
         assert "write hf:<dataset>" in refusal(read_documents, nonsense)

@@ -47,6 +47,12 @@ def test_max_windows_takes_the_beginning(tiny_llama, tokens_L):
     assert perplexity(tiny_llama, tokens_L[:60], 20, max_windows=99) == perplexity(tiny_llama, tokens_L[:60], 20)
 
 
+def test_bits_per_byte_are_those_of_the_tokens_by_their_bytes(tiny_llama, tokens_L):
+    result = perplexity(tiny_llama, tokens_L[:100], 20, bytes_per_token=2.5)
+    assert result.bits_per_byte == pytest.approx(math.log2(result.perplexity) / 2.5, rel=1e-9)
+    assert perplexity(tiny_llama, tokens_L[:100], 20).bits_per_byte is None
+
+
 @pytest.mark.parametrize("batch", [1, 2, 7, 100])
 def test_perplexity_does_not_depend_on_the_batch(tiny_llama, tokens_L, batch):
     expected = perplexity(tiny_llama, tokens_L[:300], 30)

@@ -5,6 +5,7 @@ Shape suffixes: O rows.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -17,6 +18,7 @@ from besa.allocation.problem import Allocated, BlockProblem
 from besa.allocation.rates import Rates
 from besa.budget import Budget, apportion
 from besa.masks import hard_mask
+from besa.models.units import Granularity
 
 
 class Besa(Descent):
@@ -27,6 +29,9 @@ class Besa(Descent):
 
     method: Literal["besa"] = "besa"
     rates: Literal["row", "layer"] = Field(default="row", description="one rate for each row, or for each linear")
+    granularity: Granularity = Field(
+        default="block", description="which linears share a budget, and on whose output the loss is (Table 6)"
+    )
     teacher: Literal["dense", "pruned"] = Field(
         default="dense", description="inputs of the teacher: the dense path's (Algorithm 1) or the pruned path's"
     )
@@ -45,6 +50,8 @@ class Besa(Descent):
         Raises:
             BesaError: the block has more zeros already than it is to end with.
         """
+        if self.granularity == "linear":
+            problem = replace(problem, own_outputs=True)
         parts = [part for budget in problem.budgets if (part := self._start(problem, budget))]
         learning = {name for part in parts for name in part.weights}
         losses = self.descend(problem, parts, _constant(problem, learning)) if parts else []

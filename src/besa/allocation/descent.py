@@ -1,6 +1,6 @@
 """The descent on a block's output error, whatever it moves: pruning rates, clipping of a quantiser, or both.
 
-Shape suffixes: N sequences, T tokens, C channels.
+Shape suffixes: N sequences.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from torch import Tensor
 
 from besa.allocation.changing import ChangingLinears
 from besa.allocation.problem import BlockProblem, first_tokens
-from besa.losses import reconstruction_error
 from besa.machine import learning_dtype
 from besa.settings import Settings
 
@@ -62,8 +61,7 @@ class Descent(Settings):
             for part in parts:
                 part.update()
             with autocast:
-                y_NTC = problem.block(problem.inputs_NTC[chosen_N][:, :tokens].to(problem.device), weights)
-            loss = reconstruction_error(y_NTC, problem.targets_NTC[chosen_N][:, :tokens].to(problem.device))
+                loss = problem.error(chosen_N, tokens, weights)
             loss.backward()
             for part in parts:
                 # Relative to the loss, one λ serves any sparsity and model: the loss grows tenfold from 50 to 90 %.

@@ -1,4 +1,7 @@
-"""What an allocation is given and what it returns: one block with its weights ranked, and zeros per row."""
+"""What an allocation is given and what it returns: one block with its weights ranked, and zeros per row.
+
+Shape suffixes: N sequences, T tokens, C channels of the residual stream, O rows, I columns.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,11 @@ import torch
 from torch import Tensor
 
 from besa.activations import HiddenStates
+from besa.allocation.outputs import errors_of_linears
 from besa.budget import Budget
+from besa.losses import reconstruction_error
 from besa.models.blocks import Block
+from besa.models.units import Unit
 from besa.quantization import Clipping
 
 
@@ -43,7 +49,7 @@ class BlockProblem:
     """Which weights of a block to prune, so that its linears end with the zeros of their budgets, exactly.
 
     Attributes:
-        block: runs with any weights.
+        block: the block, or what else is pruned at once; runs with any weights.
         linears: ranked weights by full name.
         inputs_NTC: hidden states that reach the block on the pruned path.
         targets_NTC: block outputs to stay close to (the teacher's), for so many tokens from the beginning of each
@@ -51,15 +57,17 @@ class BlockProblem:
         budgets: each linear stands in one of them.
         seed: of whatever the allocation draws.
         clippings: of the weights that are quantised while the rates are learned, by full name.
+        own_outputs: the loss is on each linear's own output, for the inputs it has in the dense block.
     """
 
-    block: Block
+    block: Block | Unit
     linears: dict[str, RankedLinear]
     inputs_NTC: HiddenStates
     targets_NTC: HiddenStates
     budgets: list[Budget]
     seed: int
     clippings: Mapping[str, Clipping] = field(default_factory=dict)
+    own_outputs: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -70,6 +78,19 @@ class BlockProblem:
     def dtype(self) -> torch.dtype:
         """In which the block is."""
         return next(iter(self.linears.values())).w_OI.dtype
+
+    def error(self, chosen_N: Tensor, tokens: int, weights: Mapping[str, Tensor]) -> Tensor:
+        """The first term of eq. 1 (scalar, float32).
+
+        Args:
+            chosen_N: which sequences.
+            tokens: of each, from its beginning.
+            weights: matrices by full name that are not the block's own; gradients reach them.
+        """
+        x_NTC = self.inputs_NTC[chosen_N][:, :tokens].to(self.device)
+        if self.own_outputs:
+            return errors_of_linears(self.block, x_NTC, weights)
+        return reconstruction_error(self.block(x_NTC, weights), self.targets_NTC[chosen_N][:, :tokens].to(self.device))
 
 
 @dataclass(frozen=True)

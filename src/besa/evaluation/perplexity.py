@@ -26,11 +26,14 @@ class Perplexity(BaseModel):
         perplexity: exp of the mean negative log-likelihood.
         windows: how many windows of the text were used.
         predicted: tokens predicted, window − 1 in each window.
+        bits_per_byte: mean bits for a token, by the mean bytes of the text's tokens, which makes it comparable
+            between tokenizers; None where the text's bytes are not known.
     """
 
     perplexity: float
     windows: int
     predicted: int
+    bits_per_byte: float | None = None
 
 
 def perplexity(
@@ -39,6 +42,7 @@ def perplexity(
     window: int,
     max_windows: int | None = None,
     batch: int | None = None,
+    bytes_per_token: float | None = None,
     progress: Progress = silent,
 ) -> Perplexity:
     """exp of the mean cross-entropy over all predicted tokens of the text's windows; the tail is dropped.
@@ -50,6 +54,7 @@ def perplexity(
         max_windows: use only so many windows from the text's beginning.
         batch: windows in a forward pass; by default as many as 2048 tokens hold. The number does not depend on it
             beyond rounding.
+        bytes_per_token: of the whole text, in UTF-8.
         progress: told (windows done, windows, perplexity so far).
 
     Raises:
@@ -75,7 +80,13 @@ def perplexity(
             raise BesaError("The model's output is NaN or infinite: try --dtype float32, or check the checkpoint.")
         progress(done, windows, f"perplexity {_exp(total, done * (window - 1)):.2f}")
     predicted = windows * (window - 1)
-    return Perplexity(perplexity=_exp(total, predicted), windows=windows, predicted=predicted)
+    bits = total / predicted / math.log(2)
+    return Perplexity(
+        perplexity=_exp(total, predicted),
+        windows=windows,
+        predicted=predicted,
+        bits_per_byte=bits / bytes_per_token if bytes_per_token else None,
+    )
 
 
 @torch.inference_mode()

@@ -5,7 +5,7 @@ Shape suffixes: N sequences, T tokens, C channels of the residual stream.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,7 +65,6 @@ class Block:
         y_NTC: Tensor = output[0] if isinstance(output, tuple) else output
         return y_NTC
 
-    @torch.no_grad()
     def run(self, x_NTC: HiddenStates, batch: int, into: HiddenStates | None = None) -> None:
         """Send all sequences through the block, `batch` at a time on the block's device.
 
@@ -77,16 +76,40 @@ class Block:
         Raises:
             BesaError: an output is NaN or infinite.
         """
-        device = next(self.module.parameters()).device
-        for start in range(0, len(x_NTC), batch):
-            part = slice(start, start + batch)
-            y_NTC = self(x_NTC[part].to(device))
-            if not bool(y_NTC.isfinite().all()):
-                raise BesaError(
-                    f"{self.name} puts out NaN or infinity: try --dtype float32, and check the model with `besa eval`."
-                )
-            if into is not None:
-                into[part] = y_NTC
+        send(self, self.name, x_NTC, batch, next(self.module.parameters()).device, into)
+
+
+@torch.no_grad()
+def send(
+    function: Callable[[Tensor], Tensor],
+    name: str,
+    x_NTC: HiddenStates,
+    batch: int,
+    device: torch.device,
+    into: HiddenStates | None,
+) -> None:
+    """Send all sequences through a function; see `Block.run`.
+
+    Args:
+        function: of hidden states (N, T, C).
+        name: what to call it.
+        x_NTC: inputs (N, T, C); may live elsewhere.
+        batch: sequences in a forward pass.
+        device: of the function.
+        into: where the outputs go, which may be where the inputs are; None throws them away.
+
+    Raises:
+        BesaError: an output is NaN or infinite.
+    """
+    for start in range(0, len(x_NTC), batch):
+        part = slice(start, start + batch)
+        y_NTC = function(x_NTC[part].to(device))
+        if not bool(y_NTC.isfinite().all()):
+            raise BesaError(
+                f"{name} puts out NaN or infinity: try --dtype float32, and check the model with `besa eval`."
+            )
+        if into is not None:
+            into[part] = y_NTC
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -194,11 +194,11 @@ def describe(model: PreTrainedModel, source: Source | None = None) -> dict[str, 
         "parameters": model.num_parameters(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "revision": getattr(model.config, "_commit_hash", None),
-        "fingerprint": _fingerprint(source) if source else None,
+        "fingerprint": fingerprint(source) if source else None,
     }
 
 
-def _fingerprint(source: Source) -> str | None:
+def fingerprint(source: Source) -> str | None:
     """A digest of the configuration and of the size, head and tail of every weight file; None for a Hugging Face id."""
     if source.folder is None:
         return None

@@ -61,7 +61,7 @@ def bars(
     left, top = 14 + CHARACTER * max(len(brief(item.label)) for item in items), 46.0 if reference else 28.0
     with Drawing(title, HALF, top + 22 * len(items) + 26) as drawing:
         axes = drawing.axes(left, top, HALF - left - 12, 22.0 * len(items))
-        _scale(axes, "x", log, 5)
+        set_scale(axes, "x", log, 5)
         axes.set_xlim(low / 1.3 if log else 0, high * (high / low) ** 0.28 if log else high * 1.22)
         for place, (item, value, text) in enumerate(zip(items, values, texts, strict=True)):
             end = base
@@ -92,7 +92,7 @@ def lines(
     with Drawing(title, *size) as drawing:
         axes = drawing.axes(left, 10, size[0] - left - right, size[1] - 54)
         log = spread(middles) > APART
-        _scale(axes, "y", log, 6)
+        set_scale(axes, "y", log, 6)
         if middles and not log:
             axes.set_ylim(0, 1.06 * max(map(max, filter(None, positive))))
         axes.grid(axis="y")
@@ -107,11 +107,11 @@ def lines(
         axes.set_xlim(min(x) - margin, max(x) + margin)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
-        _name_ends(axes, series, gap=14 / (size[1] - 54))
+        name_ends(axes, series, gap=14 / (size[1] - 54))
     return drawing.svg
 
 
-def _name_ends(axes: Axes, series: Sequence[Series], gap: float) -> None:
+def name_ends(axes: Axes, series: Sequence[Series], gap: float) -> None:
     """Name each line beside its end; where names would overlap, push them apart to `gap` (of the height)."""
     to_share = axes.transData + axes.transAxes.inverted()
     named = []
@@ -230,7 +230,7 @@ def brief(label: str) -> str:
     return label if len(label) <= 28 else label[:27] + "…"
 
 
-def _scale(axes: Axes, direction: Literal["x", "y"], log: bool, ticks: int) -> None:
+def set_scale(axes: Axes, direction: Literal["x", "y"], log: bool, ticks: int) -> None:
     """Linear or logarithmic, with round numbers written out."""
     if log:
         axes.set(**{f"{direction}scale": "log"})

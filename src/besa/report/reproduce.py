@@ -10,6 +10,7 @@ import yaml
 
 from besa.calibration import EMBEDDED
 from besa.errors import BesaError
+from besa.evaluation.texts import TEST_SETS
 from besa.recipe import Recipe, shipped
 from besa.record import RunRecord
 from besa.report.results import Entry
@@ -74,7 +75,7 @@ def report(entries: list[Entry]) -> str:
 def files(entries: list[Entry]) -> list[str]:
     """Texts that were files of the user's."""
     names = dict.fromkeys(text for entry in entries for text in entry.run.texts)
-    return [name for name in names if name not in EMBEDDED and not name.startswith("hf:")]
+    return [name for name in names if name not in {*EMBEDDED, *TEST_SETS} and not name.startswith("hf:")]
 
 
 def _line(words: list[str], **options: Any) -> str:

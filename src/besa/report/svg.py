@@ -44,6 +44,22 @@ SETTINGS: dict[Any, Any] = {
     "ytick.labelsize": FONT,
 }
 
+PAGE = {  # of style.css, for drawings that stand by themselves
+    "text": "#1d1d1b", "muted": "#62625d", "rule": "#d9d8d2", "low": "#0072b2", "high": "#d55e00",
+    "s0": "#0072b2", "s1": "#c14d00", "s2": "#00795a", "s3": "#a8518a", "s4": "#8a6400", "s5": "#3d8fc4",
+    "s6": "#55534d", "s7": "#7a3fb5",
+}  # fmt: skip
+
+
+def standalone(drawing: Markup) -> str:
+    """A drawing as an SVG document of its own, on a white page."""
+    text = re.sub(r"var\(--(\w+)\)", lambda match: PAGE[match[1]], str(drawing))
+    style = f"color: {PAGE['text']}; background: #ffffff"
+    text = text.replace('style="', f'style="{style}; ', 1).replace(
+        "<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1
+    )
+    return f"{text}\n"
+
 
 class Drawing:
     """A figure of a size in pixels; `svg` once the `with` block that draws on it has ended."""

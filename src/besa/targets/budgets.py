@@ -11,47 +11,53 @@ import torch
 from besa.budget import Budget, apportion, split, zeros_for
 from besa.errors import BesaError
 from besa.models.blocks import Block
+from besa.models.prunable import Prunable
+from besa.models.units import sharing, units
 
 if TYPE_CHECKING:
     from besa.recipe import Recipe
 
 
 def budgets(blocks: list[Block], recipe: Recipe, targets: Sequence[float] | None = None) -> list[list[Budget]]:
-    """The budgets of every block.
+    """The budgets of every unit of the recipe's granularity.
 
     What `recipe.skip` matches has none and stays dense; what a pattern of `recipe.sparsity_of` matches has one of its
-    own, linear by linear; the rest of each block shares one, and all of these together meet the recipe's sparsity.
+    own, linear by linear; the rest shares budgets as the granularity says, and all of these together meet the recipe's
+    sparsity.
 
     Args:
         blocks: of the model.
-        recipe: whose sparsity and exceptions to use.
+        recipe: whose sparsity, exceptions and granularity to use.
         targets: the sparsity of what shares the recipe's, by block, which is that in the mean; by default the same.
 
     Raises:
         BesaError: a pattern matches nothing, two patterns of `sparsity_of` ask different things of one
-            linear, or all is skipped.
+            linear, all is skipped, or the model has no parts of that granularity.
     """
+    whole = units(blocks, recipe.granularity)
+    prunables = {name: prunable for unit in whole for name, prunable in unit.prunables.items()}
     common, own = shared_names(blocks, recipe)
+    left = {name for names in common for name in names}
     if recipe.group is not None:
-        _check_groups(recipe.group, blocks, common)
-    sizes = [sum(block.prunables[n].numel for n in part) for block, part in zip(blocks, common, strict=True)]
-    zeros = _shares(zeros_for(recipe.sparsity, sum(sizes)), sizes, targets)
+        _check_groups(recipe.group, {name: prunables[name] for name in left.union(*own)})
+    shared = [
+        [names for group in sharing(unit, recipe.granularity) if (names := tuple(n for n in group if n in left))]
+        for unit in whole
+    ]
+    sizes = [sum(prunables[name].numel for name in group) for groups in shared for group in groups]
+    total = zeros_for(recipe.sparsity, sum(sizes))
+    if targets is None:
+        zeros = iter(split(total, sizes))
+    else:
+        target_of = {name: target for names, target in zip(common, targets, strict=True) for name in names}
+        wanted = [sum(prunables[n].numel * target_of[n] for n in group) for groups in shared for group in groups]
+        zeros = iter(_nearest(wanted, sizes, total))
     plan = []
-    for block, names_left, size, count, alone in zip(blocks, common, sizes, zeros, own, strict=True):
-        plan.append([Budget(names_left, size, count)] if names_left else [])
-        plan[-1] += [_alone(name, block.prunables[name].numel, sparsity) for name, sparsity in alone.items()]
+    for unit, groups in zip(whole, shared, strict=True):
+        plan.append([Budget(group, sum(prunables[n].numel for n in group), next(zeros)) for group in groups])
+        for block in unit.blocks:
+            plan[-1] += [_alone(name, prunables[name].numel, rate) for name, rate in own[blocks.index(block)].items()]
     return plan
-
-
-def _check_groups(group: int, blocks: list[Block], names: list[tuple[str, ...]]) -> None:
-    """Refuse a pattern that rows are no whole number of."""
-    for block, own in zip(blocks, names, strict=True):
-        for name in own:
-            if block.prunables[name].columns % group:
-                raise BesaError(
-                    f"{name} has {block.prunables[name].columns} columns, which are no whole number of groups of "
-                    f"{group}: leave it out with --skip."
-                )
 
 
 def shared_names(blocks: list[Block], recipe: Recipe) -> tuple[list[tuple[str, ...]], list[dict[str, float]]]:
@@ -74,17 +80,22 @@ def shared_names(blocks: list[Block], recipe: Recipe) -> tuple[list[tuple[str, .
     return common, alone
 
 
-def _shares(total: int, sizes: list[int], targets: Sequence[float] | None) -> list[int]:
-    """`total` zeros by block, in proportion to `sizes`, or as near as integers come to `targets`."""
-    if targets is None or not any(sizes):
-        return split(total, sizes) if any(sizes) else sizes
-    shares = [0] * len(sizes)
-    places = [place for place, size in enumerate(sizes) if size]
-    rates_B = torch.tensor([targets[place] for place in places], dtype=torch.float64)
-    widths_B = torch.tensor([sizes[place] for place in places])
-    for place, count in zip(places, apportion(rates_B, widths_B, total, torch.zeros_like(widths_B)), strict=True):
-        shares[place] = int(count)
-    return shares
+def _nearest(wanted: list[float], sizes: list[int], total: int) -> list[int]:
+    """Integers that add up to `total`, as near to `wanted` zeros of parts of `sizes` weights as they come."""
+    sizes_B = torch.tensor(sizes, dtype=torch.int64)
+    rates_B = torch.tensor(wanted, dtype=torch.float64) / sizes_B
+    counts: list[int] = apportion(rates_B, sizes_B, total, torch.zeros_like(sizes_B)).tolist()
+    return counts
+
+
+def _check_groups(group: int, prunables: dict[str, Prunable]) -> None:
+    """Refuse a pattern that rows are no whole number of."""
+    for name, prunable in prunables.items():
+        if prunable.columns % group:
+            raise BesaError(
+                f"{name} has {prunable.columns} columns, which are no whole number of groups of {group}: leave it out "
+                "with --skip."
+            )
 
 
 def _alone(name: str, weights: int, sparsity: float) -> Budget:

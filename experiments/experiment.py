@@ -1,0 +1,211 @@
+"""An experiment of the paper as data: cases to prune by, what is looked at, what is drawn, and a verdict on the trend.
+
+The defaults are the paper's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from besa.comparing import SCORES, Row
+from besa.evaluation.questions import TASKS
+from besa.models.blocks import find_blocks
+from besa.models.loading import locate, read_config, skeleton
+from besa.recipe import Recipe
+from besa.report.curves import Curve, Panel
+from besa.workspace import DENSE, Conditions, Measures, Outcome
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for, or the paper's choice of it.
+
+    Attributes:
+        conditions: of the runs.
+        measures: of the evaluations.
+        sparsity: share of the prunable weights, where the experiment does not vary it.
+        seeds: runs of each case.
+        points: what is varied, where something is.
+        changes: settings of BESA's recipes, as `key.key=value`.
+    """
+
+    conditions: Conditions
+    measures: Measures
+    sparsity: float
+    seeds: int
+    points: tuple[float, ...]
+    changes: tuple[str, ...] = ()
+
+    def besa(self, *settings: str, name: str = "besa", sparsity: float | None = None) -> Recipe:
+        """BESA as the paper runs it: one epoch, a whole sequence at each step."""
+        epoch = (f"allocation.steps={self.conditions.samples}", "allocation.crop=1")
+        return Recipe.load(name, sparsity or self.sparsity, [*epoch, *settings, *self.changes])
+
+    def baseline(self, name: str, sparsity: float | None = None) -> Recipe:
+        """A method that learns nothing."""
+        return Recipe.load(name, sparsity or self.sparsity)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A line of the table.
+
+    Attributes:
+        label: its name.
+        recipe: None for the dense model.
+        samples: calibration sequences, where they are not those of all.
+    """
+
+    label: str
+    recipe: Recipe | None
+    samples: int | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """What came out.
+
+    Attributes:
+        options: what was asked for.
+        rows: mean and spread of each case by its label.
+        outcomes: of each case by its label, one for each seed.
+    """
+
+    options: Options
+    rows: dict[str, Row]
+    outcomes: dict[str, list[Outcome]]
+
+    @property
+    def text(self) -> str:
+        """The score that is looked at first: the perplexity on the first text."""
+        return next(iter(next(iter(self.rows.values())).mean))
+
+    @property
+    def drawn(self) -> list[str]:
+        """The scores that are drawn: all but the accuracies of single tasks."""
+        return [score for score in next(iter(self.rows.values())).mean if score not in TASKS]
+
+    def score(self, label: str, score: str | None = None) -> float:
+        """Mean of a score, by default of the first."""
+        return self.rows[label].mean[score or self.text]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the paper's trend is there.
+
+    Attributes:
+        found: what was found, in a sentence with its numbers.
+        holds: whether that is what the paper found.
+    """
+
+    found: str
+    holds: bool
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A table or figure of the paper.
+
+    Attributes:
+        name: of its module and files.
+        title: what it shows.
+        cases: the lines of its table.
+        verdict: on what came out.
+        panels: what is drawn of it.
+        texts: perplexity is measured on.
+        tasks: zero-shot accuracy is measured on.
+        points: what is varied, where something is.
+        scores: what is looked at of each run.
+    """
+
+    name: str
+    title: str
+    cases: Callable[[Options], list[Case]]
+    verdict: Callable[[Found], Verdict]
+    panels: Callable[[Found], Sequence[Panel]]
+    texts: tuple[str, ...] = ("wikitext2", "c4", "ptb")
+    tasks: tuple[str, ...] = ()
+    points: tuple[float, ...] = ()
+    scores: Callable[[Outcome], dict[str, float]] = SCORES
+
+
+DENSE_CASE = Case(DENSE, None)
+ERRORS = ("error, first block", "error, mean of blocks", "error, last block")
+
+
+def errors(outcome: Outcome) -> dict[str, float]:
+    """Reconstruction errors of a run's blocks, against the dense path."""
+    found = block_errors(outcome)
+    return dict(zip(ERRORS, (found[0], sum(found) / len(found), found[-1]), strict=True)) if found else {}
+
+
+def block_errors(outcome: Outcome) -> list[float]:
+    """The reconstruction error of every block."""
+    return [block.reconstruction_error for block in outcome.record.blocks] if outcome.record else []
+
+
+def at(label: str, point: float) -> str:
+    """The label of a case at a sparsity."""
+    return f"{label} at {100 * point:g} %"
+
+
+def by_method(found: Found) -> list[Panel]:
+    """A panel for each score: every case but the dense model, whose score is a line."""
+    labels = [label for label in found.rows if label != DENSE]
+    return [
+        Panel(
+            [
+                Curve(
+                    "",
+                    0,
+                    list(range(len(labels))),
+                    [found.score(label, score) for label in labels],
+                    _spread(found, labels, score),
+                )
+            ],
+            "",
+            score if score in ERRORS or score == "accuracy" else f"perplexity {score}",
+            (DENSE, found.score(DENSE, score)) if DENSE in found.rows else None,
+            ticks=labels,
+        )
+        for score in found.drawn
+    ]
+
+
+def by_sparsity(found: Found) -> list[Panel]:
+    """Perplexity on the first text against sparsity, a line for what stands before `at` in the labels."""
+    prefixes = list(dict.fromkeys(label.rpartition(" at ")[0] for label in found.rows if label != DENSE))
+    drawn = []
+    for color, prefix in enumerate(prefixes):
+        labels = [at(prefix, point) for point in found.options.points]
+        x = [100 * point for point in found.options.points]
+        values = [found.score(label) for label in labels]
+        drawn.append(Curve(prefix, color, x, values, _spread(found, labels, found.text)))
+    return [Panel(drawn, "sparsity in %", f"perplexity {found.text}", (DENSE, found.score(DENSE)))]
+
+
+def by_block(found: Found) -> list[Panel]:
+    """The reconstruction error of every block, a line for each case; means over seeds."""
+    drawn = []
+    for color, (label, outcomes) in enumerate(found.outcomes.items()):
+        each = [block_errors(outcome) for outcome in outcomes]
+        means = [sum(errors_) / len(each) for errors_ in zip(*each, strict=True)]
+        drawn.append(Curve(label, color, list(range(len(means))), means))
+    return [Panel(drawn, "block", "reconstruction error")]
+
+
+def _spread(found: Found, labels: Sequence[str], score: str) -> list[float]:
+    return [found.rows[label].spread.get(score, 0.0) for label in labels]
+
+
+def numbers(found: Found, labels: Sequence[str], score: str | None = None, digits: int = 2) -> str:
+    """Scores in words: `wanda 64.55, besa 54.04`."""
+    return ", ".join(f"{label} {found.score(label, score):,.{digits}f}" for label in labels)
+
+
+def linear_names(model: str) -> dict[str, list[str]]:
+    """Names of the model's linears by the name of their block, from its configuration alone."""
+    source = locate(model)
+    return {block.name: list(block.prunables) for block in find_blocks(skeleton(source, read_config(source)))}

@@ -1,0 +1,58 @@
+"""Figure 1b of the paper: perplexity against the sparsity of one kind of layer, all others left dense.
+
+python -m experiments.fig1b --model smollm2 --data wikitext2=wikitext2.test.raw --points 0.3,0.5,0.7,0.9
+"""
+
+from besa.kinds import kind, shortened
+from besa.workspace import DENSE
+from experiments.experiment import (
+    DENSE_CASE,
+    Case,
+    Experiment,
+    Found,
+    Options,
+    Verdict,
+    at,
+    by_sparsity,
+    linear_names,
+    numbers,
+)
+from experiments.running import run
+
+UNEQUAL = 2.0  # ratio between the damage of two kinds from which they count as unequal
+
+
+def cases(options: Options) -> list[Case]:
+    """Wanda on one kind of linear at a time."""
+    names = linear_names(options.conditions.model)
+    kinds = list(dict.fromkeys(kind(name, block) for block, own in names.items() for name in own))
+    found = [DENSE_CASE]
+    for short, path in zip(shortened(kinds), kinds, strict=True):
+        others = tuple(f"*.{other}" for other in kinds if other != path)
+        for point in options.points:
+            recipe = options.baseline("wanda", point).with_exceptions(others, ())
+            found.append(Case(at(short, point), recipe))
+    return found
+
+
+def verdict(found: Found) -> Verdict:
+    """Kinds do not contribute equally: at the highest sparsity, one does several times the damage of another."""
+    highest = max(found.options.points)
+    labels = [label for label in found.rows if label.endswith(at("", highest))]
+    damage = [found.score(label) - found.score(DENSE) for label in labels]
+    said = f"{found.text}, dense {found.score(DENSE):,.2f}: {numbers(found, labels)}."
+    return Verdict(said, max(damage) > UNEQUAL * max(min(damage), 0.0))
+
+
+EXPERIMENT = Experiment(
+    "fig1b",
+    "Figure 1b: sparsity of one kind of layer",
+    cases,
+    verdict,
+    by_sparsity,
+    texts=("wikitext2",),
+    points=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
+)
+
+if __name__ == "__main__":
+    run(EXPERIMENT)

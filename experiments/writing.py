@@ -1,0 +1,117 @@
+"""The files that an experiment writes: JSON with everything, Markdown with table and verdict, and a picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from besa.api import resolve_device
+from besa.calibration import read_documents
+from besa.checkpoint.files import write_file
+from besa.comparing import markdown
+from besa.machine import machine, versions
+from besa.record import now
+from besa.report.curves import curves
+from besa.report.svg import standalone
+from experiments.experiment import Experiment, Found, Options
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def without_calibration(options: Options, folder: Path) -> tuple[dict[str, str], list[str]]:
+    """Local files of test sets, without the documents that models are calibrated on, and a note on each."""
+    data, notes = dict(options.measures.data), []
+    for name, file in data.items():
+        if not file.endswith(".jsonl"):
+            notes.append(f"{name} is {Path(file).name}")
+            continue
+        calibrated = set(read_documents(options.conditions.calibration))
+        documents = read_documents(file)
+        left = [document for document in documents if document not in calibrated]
+        if len(left) < len(documents):
+            data[name] = str(folder / f"{name}.jsonl")
+            write_file(Path(data[name]), "".join(json.dumps({"text": document}) + "\n" for document in left))
+        gone = f" without {len(documents) - len(left)} documents that models are calibrated on"
+        notes.append(f"{name} is {Path(file).name}{gone if len(left) < len(documents) else ''}")
+    return data, notes
+
+
+def write(experiment: Experiment, found: Found, folder: Path, arguments: Sequence[str]) -> None:
+    """The result as JSON, Markdown and SVG.
+
+    Args:
+        experiment: what was done.
+        found: what came out.
+        folder: for the files, which have the experiment's name.
+        arguments: the command's, for the record.
+    """
+    panels, verdict = experiment.panels(found), experiment.verdict(found)
+    given, measures = found.options.conditions, found.options.measures
+    _, notes = without_calibration(found.options, folder)
+    result: dict[str, Any] = {
+        "name": experiment.name,
+        "title": experiment.title,
+        "command": ["python", "-m", f"experiments.{experiment.name}", *shown(arguments)],
+        "model": Path(given.model).name if Path(given.model).exists() else given.model,
+        "calibration": f"{given.samples} × {given.seqlen} tokens of {Path(given.calibration).name}",
+        "window": measures.window,
+        "max_windows": measures.max_windows,
+        "limit": measures.limit,
+        "notes": notes,
+        "verdict": asdict(verdict),
+        "rows": [one.model_dump(mode="json") for one in found.rows.values()],
+        "settings": {
+            case.label: case.recipe.model_dump(mode="json")
+            for case in experiment.cases(found.options)
+            if case.recipe is not None
+        },
+        "panels": [asdict(panel) for panel in panels],
+        "machine": machine(resolve_device(given.device)),
+        "versions": versions(),
+        "created": now(),
+    }
+    write_file(folder / f"{experiment.name}.json", json.dumps(result, indent=2) + "\n")
+    write_file(folder / f"{experiment.name}.md", _page(result, found))
+    write_file(folder / f"{experiment.name}.svg", standalone(curves(experiment.title, panels)))
+
+
+def shown(arguments: Sequence[str]) -> list[str]:
+    """The command as it can be typed anywhere: files by their names, and no folder of this machine."""
+    kept: list[str] = []
+    skip = False
+    for argument in arguments:
+        if argument in ("--work", "--results"):
+            skip = True
+        elif skip:
+            skip = False
+        elif not argument.startswith(("--work=", "--results=")):
+            head, separator, tail = argument.rpartition("=")
+            kept.append(f"{head}{separator}{Path(tail).name}" if Path(tail).exists() else argument)
+    return kept
+
+
+def _page(result: Mapping[str, Any], found: Found) -> str:
+    """Table, picture and verdict in Markdown."""
+    measured = [result["calibration"]]
+    if found.options.measures.texts:
+        windows = f"windows of {result['window']} tokens"
+        measured.append(f"perplexity in {windows}" + (f" (first {n})" if (n := result["max_windows"]) else ""))
+    if found.options.measures.tasks:
+        measured.append(f"first {result['limit']} questions of each task" if result["limit"] else "all questions")
+    machine_ = f"{result['machine']['processor']}, {result['machine']['threads']} threads"
+    holds = "The paper's trend holds." if result["verdict"]["holds"] else "The paper's trend does not hold here."
+    lines = [
+        f"# {result['title']}",
+        "",
+        markdown(list(found.rows.values()), "case"),
+        f"![{result['title']}]({result['name']}.svg)",
+        "",
+        f"{result['verdict']['found']} {holds}",
+        "",
+        f"{result['model']}, {'; '.join([*measured, *result['notes']])}. {machine_}, {result['created'][:10]}, by",
+        f"`{' '.join(result['command'])}`.",
+    ]
+    return "\n".join(lines) + "\n"

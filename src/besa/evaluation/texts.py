@@ -1,0 +1,171 @@
+"""Texts that perplexity is measured on: the papers' three test sets under their own protocols, and any other text.
+
+One rule for names: `wikitext2`, `ptb` and `c4` mean the test sets and nothing else, here; whatever else is given is a
+text as calibration takes it, its documents joined by blank lines. So the embedded C4 documents, which models are
+calibrated on, are not measured on by their name.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from besa.calibration import EMBEDDED, file_documents, hub_column, read_documents, tokenize
+from besa.errors import BesaError
+from besa.progress import Progress, silent
+
+
+@dataclass(frozen=True)
+class NamedSet:
+    """A test set of the pruning papers.
+
+    Attributes:
+        hub: what of the Hugging Face Hub it is, as `datasets.load_dataset` takes it.
+        column: of the data set.
+        separator: stands between two of its rows.
+        lines: makes rows of a plain text file; None where a file must have documents of its own.
+        rows: only so many count, None for all.
+        tokens: only so many count, None for all.
+    """
+
+    hub: Mapping[str, object]
+    column: str
+    separator: str
+    lines: Callable[[str], Iterable[str]] | None
+    rows: int | None = None
+    tokens: int | None = None
+
+
+def _raw_lines(text: str) -> Iterator[str]:
+    """WikiText's rows: each line with its end, nothing for a blank one, as its parquet files have them."""
+    return (line if line.strip() else "" for line in io.StringIO(text))
+
+
+def _sentences(text: str) -> Iterator[str]:
+    """The Penn Treebank's rows: each line without the spaces around it."""
+    return (line.strip() for line in io.StringIO(text) if line.strip())
+
+
+TEST_SETS = {
+    "wikitext2": NamedSet(
+        {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "test"}, "text", "\n\n", _raw_lines
+    ),
+    "ptb": NamedSet(
+        {
+            "path": "ptb-text-only/ptb_text_only",
+            "name": "penn_treebank",
+            "revision": "refs/convert/parquet",  # the data set itself is a script, which nothing runs any more
+            "split": "test",
+        },
+        "sentence",
+        " ",
+        _sentences,
+    ),
+    "c4": NamedSet(
+        {
+            "path": "allenai/c4",
+            "data_files": {"validation": "en/c4-validation.00000-of-00008.json.gz"},
+            "split": "validation",
+        },
+        "text",
+        " ",
+        None,
+        rows=1100,
+        tokens=256 * 2048,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Text:
+    """Something to measure perplexity on.
+
+    Attributes:
+        name: under which the result stands.
+        parts: of the text, in order.
+        separator: stands between two of them.
+        source: where it was read from, for the record.
+        tokens: only so many from the beginning count, None for all.
+    """
+
+    name: str
+    parts: list[str]
+    separator: str
+    source: str
+    tokens: int | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Of the whole text in UTF-8."""
+        return sum(len(part.encode()) for part in self.parts) + len(self.separator) * max(0, len(self.parts) - 1)
+
+    def tokenized(self, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+        """Token ids (L,) of the whole text, int64."""
+        if self.name in TEST_SETS:  # as the papers do: one string
+            return tokenize([self.separator.join(self.parts)], "", tokenizer)
+        return tokenize(self.parts, self.separator, tokenizer)
+
+
+def read_texts(texts: Iterable[str], data: Mapping[str, str | Path], progress: Progress = silent) -> list[Text]:
+    """Read what is to be measured on.
+
+    Args:
+        texts: names of `TEST_SETS`, the embedded ``wiki``, files, or ``hf:<dataset>``.
+        data: local files of test sets by name; those of others come from the Hugging Face Hub.
+        progress: told how far the download is, for a text that needs one.
+
+    Raises:
+        BesaError: a text cannot be had, a name could be taken for another, or `data` names what is not asked for.
+    """
+    asked = list(texts)
+    for name in data:
+        if name not in TEST_SETS:
+            raise BesaError(f"--data {name}=…: there is no test set {name}, only {', '.join(TEST_SETS)}.")
+        if name not in asked:
+            raise BesaError(f"--data {name}=… is not used: add --ppl {name}, or leave it out.")
+    names = [text_name(text) for text in asked]
+    for text, name in zip(asked, names, strict=True):
+        if names.count(name) > 1:
+            raise BesaError(f"Two texts would stand under the name {name}: measure on them one at a time.")
+        if name in TEST_SETS and text != name:
+            raise BesaError(
+                f"{text} would stand under the name of a test set: if it is that set, give it as "
+                f"--ppl {name} --data {name}={text}, else rename it."
+            )
+    return [
+        _test_set(text, data.get(text), progress)
+        if text in TEST_SETS
+        else Text(name, read_documents(text, progress), "\n\n", text)
+        for text, name in zip(asked, names, strict=True)
+    ]
+
+
+def text_name(text: str) -> str:
+    """The key under which a text's results stand: its embedded or hub name, that of a test set, or the file's stem."""
+    return text if text in EMBEDDED or text in TEST_SETS or text.startswith("hf:") else Path(text).stem
+
+
+def _test_set(name: str, file: str | Path | None, progress: Progress) -> Text:
+    wanted = TEST_SETS[name]
+    if file is None:
+        try:
+            rows = hub_column(name, wanted.hub, wanted.column, wanted.rows, progress)
+        except BesaError as error:
+            raise BesaError(f"{str(error).rstrip('.')} (--data {name}=FILE).") from None
+        return Text(name, rows, wanted.separator, "hub", wanted.tokens)
+    path = Path(file)
+    if path.suffix in (".jsonl", ".parquet"):
+        rows = list(islice(file_documents(path), wanted.rows))
+    elif wanted.lines is None:
+        raise BesaError(f"--data {name}={file}: it must keep documents apart, so give a .jsonl or .parquet file.")
+    else:
+        rows = list(wanted.lines("".join(file_documents(path))))
+    if not any(row.strip() for row in rows):
+        raise BesaError(f"The text {file} is empty: give one that holds some words.")
+    return Text(name, rows, wanted.separator, path.name, wanted.tokens)

@@ -1,0 +1,225 @@
+"""Zero-shot accuracy on the paper's six tasks, by lm_eval: its definitions, its scoring, its standard errors.
+
+What is besa's own is where the questions come from (embedded, or the Hugging Face Hub), and the progress.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import BaseModel, Field
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from besa.errors import BesaError
+from besa.evaluation.questions import TASKS, questions
+from besa.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import ConfigurableTask
+
+BATCH = 16  # sequences in a forward pass, unless asked otherwise: a question with an answer is short
+SPLIT = "evaluation"  # what the embedded questions are called
+# Where lm_eval defines the tasks, in its folder "tasks".
+DEFINITIONS = {
+    "piqa": "piqa/piqa.yaml",
+    "boolq": "super_glue/boolq/default.yaml",
+    "hellaswag": "hellaswag/hellaswag.yaml",
+    "winogrande": "winogrande/default.yaml",
+    "arc_easy": "arc/arc_easy.yaml",
+    "arc_challenge": "arc/arc_challenge.yaml",
+}
+
+
+class Accuracy(BaseModel):
+    """What share of a task's questions was answered rightly.
+
+    Attributes:
+        acc: share, the answer with the largest probability being taken; what the paper's Table 2 shows.
+        acc_stderr: its standard error.
+        acc_norm: share, with probabilities by the byte; None where lm_eval's definition has none.
+        acc_norm_stderr: its standard error.
+        questions: how many.
+        version: of lm_eval's definition.
+    """
+
+    acc: float
+    acc_stderr: float | None
+    acc_norm: float | None = None
+    acc_norm_stderr: float | None = None
+    questions: int
+    version: float
+
+
+class ZeroShot(BaseModel):
+    """Accuracies of one model.
+
+    Attributes:
+        tasks: by name.
+        mean: of `acc` over the tasks.
+        source: where the questions came from, ``embedded`` or ``hub``.
+        limit: how many of each task's questions were asked at most, None for all.
+        lm_eval: its version.
+    """
+
+    tasks: dict[str, Accuracy] = Field(min_length=1)
+    mean: float
+    source: str
+    limit: int | None
+    lm_eval: str
+
+
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Refuse what cannot be asked, before any work.
+
+    Raises:
+        BesaError: an unknown task, one that is named twice, or no lm_eval.
+    """
+    for task in tasks:
+        if task not in TASKS:
+            raise BesaError(
+                f"There is no task {task}: choose from {', '.join(TASKS)}, or give lm_eval itself the checkpoint."
+            )
+        if tasks.count(task) > 1:
+            raise BesaError(f"The task {task} is named twice: name it once.")
+    if tasks:
+        _definitions()
+
+
+def zero_shot(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    *,
+    limit: int | None = None,
+    hub: bool = False,
+    batch: int | None = None,
+    progress: Progress = silent,
+) -> ZeroShot:
+    """Ask a model the questions of zero-shot tasks.
+
+    Args:
+        model: causal decoder; it runs where it is.
+        tokenizer: of the model.
+        tasks: of `TASKS`.
+        limit: ask only so many questions of each, from the beginning.
+        hub: take the questions from the Hugging Face Hub, as lm_eval does by itself, and not the embedded ones.
+        batch: answers in a forward pass; the numbers do not depend on it beyond rounding.
+        progress: told (answers scored, answers, state).
+
+    Raises:
+        BesaError: as `check_tasks`, the questions cannot be had, or the model's output is not finite.
+    """
+    check_tasks(tasks)
+    from lm_eval.evaluator import evaluate
+
+    with _quiet():
+        chosen = {task: _task(task, hub, progress) for task in tasks}
+        lm = _scorer(model, tokenizer, batch or BATCH, progress)
+        found = evaluate(lm, task_dict={"tasks": chosen, "groups": {}}, limit=limit, log_samples=False)
+    accuracies = {task: _accuracy(found, task) for task in tasks}
+    return ZeroShot(
+        tasks=accuracies,
+        mean=sum(accuracy.acc for accuracy in accuracies.values()) / len(accuracies),
+        source="hub" if hub else "embedded",
+        limit=limit,
+        lm_eval=version("lm_eval"),
+    )
+
+
+def _accuracy(found: Any, task: str) -> Accuracy:
+    result = found["results"][task]
+    scores = {name: result.get(f"{name},none") for name in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")}
+    for name in ("acc_stderr", "acc_norm_stderr"):
+        if isinstance(scores[name], str):  # of a single question: "N/A"
+            scores[name] = None
+    return Accuracy(**scores, questions=found["n-samples"][task]["effective"], version=float(found["versions"][task]))
+
+
+@cache
+def _definitions() -> Path:
+    """The folder of lm_eval's definitions.
+
+    Raises:
+        BesaError: it is not installed.
+    """
+    try:
+        import lm_eval.tasks
+    except ImportError as error:
+        raise BesaError('Zero-shot tasks need lm_eval: pip install "besa-llm[eval]".') from error
+    return Path(lm_eval.tasks.__file__).parent
+
+
+def _task(name: str, hub: bool, progress: Progress) -> ConfigurableTask:
+    """lm_eval's own task; its questions replaced by the embedded ones, unless they shall come from the hub."""
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    class Task(ConfigurableTask):  # type: ignore[misc]
+        def build_all_requests(self, **settings: Any) -> None:
+            with redirect_stderr(io.StringIO()):  # its bar heeds no setting
+                super().build_all_requests(**settings)
+
+    config = load_yaml(_definitions() / DEFINITIONS[name]) | {"num_fewshot": 0}
+    config.pop("tag", None)
+    if not hub:
+        import datasets
+
+        rows = datasets.Dataset.from_list(questions(name, progress))
+        config |= {"custom_dataset": lambda **_: {SPLIT: rows}, "training_split": None}
+        config |= {"validation_split": SPLIT, "test_split": None}
+    try:
+        return Task(config=config)
+    except Exception as error:  # the data sets library lets through whatever its HTTP, file and parser layers raise
+        reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
+        raise BesaError(
+            f"Could not read {name} from the Hugging Face Hub ({reason}): leave --hub out for the embedded questions."
+        ) from error
+
+
+def _scorer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: int, progress: Progress) -> Any:
+    """lm_eval's way to score answers with a model, which tells how far it is."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Scorer(HFLM):  # type: ignore[misc]
+        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+            self.done, self.answers = 0, len(requests)
+            scores: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+            progress(self.answers, self.answers, "zero-shot")
+            return scores
+
+        @torch.inference_mode()
+        def _model_call(self, inps: Tensor, attn_mask: None = None, labels: None = None) -> Tensor:
+            logits: Tensor = self.model(input_ids=inps, use_cache=False).logits
+            if not bool(logits.isfinite().all()):
+                raise BesaError("The model's output is NaN or infinite: try --dtype float32, or check the checkpoint.")
+            self.done += len(inps)  # answers of one token to one question are scored together: this can stay below
+            progress(self.done, self.answers, "zero-shot")
+            return logits
+
+    return Scorer(pretrained=model, tokenizer=tokenizer, batch_size=batch)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the log and the bars of lm_eval and of the data sets library out of the terminal."""
+    import datasets
+
+    logger, bars = logging.getLogger("lm_eval"), datasets.is_progress_bar_enabled()
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if bars:
+            datasets.enable_progress_bars()

@@ -1,0 +1,108 @@
+"""Curves with their spread over seeds, in panels side by side: how good models are against what was changed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from besa.report.plots import APART, CHARACTER, COLORS, DASHES, Series, brief, name_ends, set_scale, spread
+from besa.report.svg import TEXT, Drawing
+
+WIDTH, HEIGHT = 480, 320  # of a panel, pixels
+TICKS = 12  # at most, on the axis below
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line.
+
+    Attributes:
+        label: its name.
+        color: its place among the colours.
+        x: where its points are, from left to right.
+        y: their values; not finite leaves a gap.
+        spread: of the values, drawn to both sides.
+    """
+
+    label: str
+    color: int
+    x: Sequence[float]
+    y: Sequence[float]
+    spread: Sequence[float] = ()
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Curves in one pair of axes.
+
+    Attributes:
+        curves: what is drawn.
+        x_label: of the axis below.
+        y_label: of the axis to the left.
+        reference: name and height of a dashed line.
+        ticks: names for places of x, where it is no quantity; points are not joined then.
+        log_x: places of x are powers, such as of two.
+    """
+
+    curves: Sequence[Curve]
+    x_label: str
+    y_label: str
+    reference: tuple[str, float] | None = None
+    ticks: Sequence[str] = field(default=())
+    log_x: bool = False
+
+
+def curves(title: str, panels: Sequence[Panel]) -> Markup:
+    """Panels from left to right; a scale is logarithmic where values of one lie far apart."""
+    with Drawing(title, WIDTH * len(panels), HEIGHT) as drawing:
+        for place, panel in enumerate(panels):
+            right = 34 + CHARACTER * max(len(brief(curve.label)) for curve in panel.curves)
+            _panel(drawing.axes(place * WIDTH + 62, 14, WIDTH - 62 - right, HEIGHT - 62), panel)
+    return drawing.svg
+
+
+def _panel(axes: Axes, panel: Panel) -> None:
+    values = [value for curve in panel.curves for value in curve.y if math.isfinite(value)]
+    shown = [*values, panel.reference[1]] if panel.reference else values
+    if panel.log_x:
+        axes.set_xscale("log", base=2)
+    log = bool(shown) and min(shown) > 0 and spread(shown) > APART
+    set_scale(axes, "y", log, 6)
+    axes.grid(axis="y")
+    axes.set_axisbelow(True)
+    for curve in panel.curves:
+        series = Series(curve.label, curve.color, curve.y)
+        axes.errorbar(
+            curve.x,
+            curve.y,
+            yerr=list(curve.spread) if any(curve.spread) else None,
+            color=series.stand_in,
+            linewidth=1.9,
+            marker="o",
+            markersize=4,
+            capsize=3,
+            linestyle="none" if panel.ticks else DASHES[curve.color // COLORS % len(DASHES)],
+        )
+    if panel.reference:
+        axes.axhline(panel.reference[1], color=TEXT, linewidth=1, dashes=(4, 3))
+        axes.annotate(
+            panel.reference[0], (0, panel.reference[1]), (3, 3), xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+        )  # fmt: skip
+    places = sorted({x for curve in panel.curves for x in curve.x})
+    if len(places) > TICKS:
+        axes.xaxis.set_major_locator(MaxNLocator(TICKS, integer=True, steps=[1, 2, 5, 10]))
+    else:
+        axes.set_xticks(places, [tick.replace("-", "-\n") for tick in panel.ticks] or None)
+    axes.minorticks_off()
+    if not panel.ticks:
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    axes.set_xlabel(panel.x_label)
+    axes.set_ylabel(panel.y_label)
+    if len(panel.curves) > 1:
+        name_ends(axes, [Series(curve.label, curve.color, curve.y) for curve in panel.curves], gap=14 / (HEIGHT - 62))

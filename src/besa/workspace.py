@@ -1,0 +1,194 @@
+"""A folder of runs and evaluations under the keys of what decides them: what is there is not done again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from besa.api import compress, evaluate
+from besa.checkpoint.files import write_file
+from besa.evaluation.result import Evaluation
+from besa.evaluation.texts import text_name
+from besa.models.loading import fingerprint, locate
+from besa.progress import Progress, labelled, silent
+from besa.recipe import Recipe
+from besa.record import RECORD_NAME, RunRecord
+
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What pruning runs have in common; fields as the arguments of `compress`."""
+
+    model: str
+    calibration: str = "c4"
+    samples: int = 128
+    seqlen: int = 2048
+    device: str = "cpu"
+    dtype: str = "auto"
+    batch: int | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What models are measured by; fields as the arguments of `evaluate`."""
+
+    texts: tuple[str, ...] = ()
+    data: dict[str, str] = field(default_factory=dict, hash=False)
+    window: int = 2048
+    max_windows: int | None = None
+    tasks: tuple[str, ...] = ()
+    limit: int | None = None
+    hub: bool = False
+
+    def only(self, texts: Iterable[str], tasks: tuple[str, ...] = ()) -> Measures:
+        """The same of some texts, and of these tasks."""
+        texts = tuple(texts)
+        data = {name: file for name, file in self.data.items() if name in texts}
+        return replace(self, texts=texts, data=data, tasks=tasks)
+
+    def each(self) -> list[Measures]:
+        """One text each, and all tasks together: each is kept for itself, so that other sets of texts find it."""
+        return [*(self.only([text]) for text in self.texts), *([self.only([], self.tasks)] if self.tasks else [])]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A run and how good its model is.
+
+    Attributes:
+        record: of the run; the dense model has none.
+        evaluations: one for each text, and one for all tasks.
+    """
+
+    record: RunRecord | None
+    evaluations: list[Evaluation]
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Perplexity by text, accuracy in per cent by task, and `accuracy`, their mean."""
+        scores: dict[str, float] = {}
+        for evaluation in self.evaluations:
+            scores |= evaluation.perplexity
+            if (asked := evaluation.zero_shot) is not None:
+                scores |= {task: 100 * found.acc for task, found in asked.tasks.items()} | {
+                    "accuracy": 100 * asked.mean
+                }
+        return scores
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Where runs and evaluations are kept, as `KEY.run.json` and `KEY.EVALUATION.json`.
+
+    Attributes:
+        folder: is made when needed.
+        conditions: of the runs.
+        measures: of the evaluations.
+        keep: leave pruned weights in `KEY/`; else those pruned now go once they are evaluated, and another evaluation
+            prunes anew.
+        progress: told about each piece of work in turn.
+    """
+
+    folder: Path
+    conditions: Conditions
+    measures: Measures
+    keep: bool = False
+    progress: Progress = silent
+
+    def outcome(self, recipe: Recipe | None, seed: int = 0) -> Outcome:
+        """The run of a recipe (None: the dense model) and its evaluations; done now, or gone on with, where missing.
+
+        Raises:
+            BesaError: as `compress` and `evaluate`.
+        """
+        key = DENSE if recipe is None else self._key(recipe, seed)
+        record, checkpoint = self.folder / f"{key}.run.json", self.folder / key
+        kept = self.keep or checkpoint.exists()
+        files = {measures: self.folder / f"{key}.{self._name(measures)}.json" for measures in self.measures.each()}
+        missing = {measures: path for measures, path in files.items() if not path.exists()}
+        if recipe is not None and (missing or not record.exists()):
+            self._prune(recipe, seed, checkpoint, record)
+        if missing:
+            self._measure(checkpoint if recipe is not None else self.conditions.model, missing)
+        if not kept and checkpoint.exists():
+            shutil.rmtree(checkpoint)
+        return Outcome(
+            RunRecord.read(record) if recipe is not None else None,
+            [Evaluation.model_validate_json(path.read_text(encoding="utf-8")) for path in files.values()],
+        )
+
+    def _prune(self, recipe: Recipe, seed: int, checkpoint: Path, record: Path) -> None:
+        if not checkpoint.exists():
+            told, settings = labelled(self.progress, _label(checkpoint)), asdict(self.conditions)
+            compress(settings.pop("model"), recipe, out=checkpoint, seed=seed, resume=True, progress=told, **settings)
+        write_file(record, (checkpoint / RECORD_NAME).read_text(encoding="utf-8"))
+
+    def _measure(self, model: str | Path, missing: Mapping[Measures, Path]) -> None:
+        """Evaluate once, and keep the parts apart."""
+        texts = [text for measures in missing for text in measures.texts]
+        tasks = next((measures.tasks for measures in missing if measures.tasks), ())
+        found = evaluate(
+            model,
+            batch=self.conditions.batch,
+            device=self.conditions.device,
+            dtype=self.conditions.dtype,
+            trust_remote_code=self.conditions.trust_remote_code,
+            progress=labelled(self.progress, _label(model) if isinstance(model, Path) else DENSE),
+            **asdict(self.measures.only(texts, tasks)),
+        )
+        for measures, path in missing.items():
+            part = found.of(text_name(measures.texts[0]) if measures.texts else None)
+            write_file(path, part.model_dump_json(indent=2) + "\n")
+
+    def _key(self, recipe: Recipe, seed: int) -> str:
+        """A name that a reader knows the run by, and a digest of all that decides its result."""
+        settings = recipe.model_dump(mode="json")
+        name = settings.pop("name")
+        decisive = asdict(self.conditions) | {
+            "recipe": settings,
+            "model": self._model(),
+            "calibration": _content(self.conditions.calibration),
+        }
+        return f"{name}-{recipe.sparsity:g}-seed{seed}-{_digest(decisive | {'seed': seed})}"
+
+    def _name(self, measures: Measures) -> str:
+        """What a reader knows an evaluation by, and a digest of what its numbers depend on besides the pruned model.
+
+        Of the dense model they depend on that too, and on its dtype.
+        """
+        decisive = asdict(measures) | {
+            "texts": [_content(text) for text in measures.texts],
+            "data": {name: _content(file) for name, file in measures.data.items()},
+            "model": self._model(),
+            "dtype": self.conditions.dtype,
+        }
+        name = re.sub(r"[^\w.]+", "-", text_name(measures.texts[0])) if measures.texts else "zero-shot"
+        return f"{name}-{_digest(decisive)}"
+
+    def _model(self) -> str:
+        """The model's name, or of local files a digest."""
+        return fingerprint(locate(self.conditions.model, self.progress)) or self.conditions.model
+
+
+def _label(checkpoint: Path) -> str:
+    """The key without its digest."""
+    return checkpoint.name.rpartition("-")[0]
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def _content(text: str) -> str:
+    """The name of a text, or of a local file a digest of what is in it."""
+    path = Path(text)
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else text

@@ -1,0 +1,207 @@
+"""Recipes side by side: what is missing is run, what is there is used, and table and plot are of these runs."""
+
+import json
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean, stdev
+from xml.etree import ElementTree
+
+import pytest
+
+import besa
+from besa import workspace as workspace_module
+from besa.comparing import Comparison, compare
+from besa.errors import BesaError
+from besa.recipe import Recipe
+from besa.workspace import Conditions, Measures, Workspace
+
+RECIPES, SPARSITIES = ["magnitude", "wanda"], [0.5, 0.7]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory, tiny_llama_folder: Path) -> str:
+    """Little to read, as most of the time of runs this small is reading."""
+    path = tmp_path_factory.mktemp("texts") / "little.txt"
+    path.write_text((tiny_llama_folder / "calibration.txt").read_text(encoding="utf-8")[:20_000], encoding="utf-8")
+    return str(path)
+
+
+def workspace_in(folder: Path, model: Path, text: str) -> Workspace:
+    measures = Measures((str(model / "heldout.txt"), text), window=32, max_windows=4)
+    return Workspace(folder, Conditions(str(model), text, samples=4, seqlen=32), measures)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, tiny_llama_folder: Path, text: str) -> tuple[Workspace, Comparison]:
+    workspace = workspace_in(tmp_path_factory.mktemp("compare"), tiny_llama_folder, text)
+    return workspace, compare(workspace, RECIPES, SPARSITIES, 2, ["besa", "compare"])
+
+
+@pytest.fixture
+def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("compress", "evaluate"):
+        monkeypatch.setattr(workspace_module, name, lambda *_, **__: pytest.fail("it was run again"))
+
+
+def test_rows_are_the_runs_that_were_made(
+    made: tuple[Workspace, Comparison], tiny_llama_folder: Path, text: str
+) -> None:
+    workspace, found = made
+    assert [(row.recipe, round(row.sparsity, 3)) for row in found.rows] == [
+        (recipe, sparsity) for sparsity in SPARSITIES for recipe in RECIPES
+    ]
+    row = found.rows[3]
+    by_hand = []
+    for seed in range(2):
+        result = besa.compress(tiny_llama_folder, "wanda", text, sparsity=0.7, samples=4, seqlen=32, seed=seed)
+        measured = besa.evaluate(
+            result.model, workspace.measures.texts, window=32, max_windows=4, tokenizer=result.tokenizer
+        )
+        by_hand.append(measured.perplexity["heldout"])
+    assert row.values["heldout"] == pytest.approx(by_hand, rel=1e-5)
+    assert by_hand[0] != by_hand[1]
+    assert row.mean["heldout"] == pytest.approx(mean(by_hand), rel=1e-5)
+    assert row.spread["heldout"] == pytest.approx(stdev(by_hand), rel=1e-2)
+    assert found.dense.spread == {}
+
+
+def test_the_folder_holds_records_and_no_weights(made: tuple[Workspace, Comparison]) -> None:
+    workspace, _ = made
+    names = sorted(path.name for path in workspace.folder.iterdir())
+    assert sum(name.endswith(".run.json") for name in names) == 8
+    assert sum(name.startswith("wanda-0.7-seed1-") for name in names) == 3
+    assert sum(".heldout-" in name for name in names) == sum(".little-" in name for name in names) == 9
+    assert [name for name in names if not name.endswith(".json")] == ["compare.md", "compare.svg"]
+
+
+def test_nothing_is_run_twice(made: tuple[Workspace, Comparison], nothing_runs: None) -> None:
+    workspace, found = made
+    again = compare(workspace, ["wanda"], [0.7], 2)
+    assert again.rows == [found.rows[3]]
+    compare(workspace, RECIPES, SPARSITIES, 2)  # the files are of the last command; other tests read them
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda w: replace(w, conditions=replace(w.conditions, samples=3)),
+        lambda w: replace(w, conditions=replace(w.conditions, dtype="bfloat16")),
+        lambda w: replace(w, conditions=replace(w.conditions, calibration="c4")),
+        lambda w: replace(w, measures=replace(w.measures, max_windows=3)),
+        lambda w: replace(w, measures=replace(w.measures, texts=w.measures.texts[:1])),
+    ],
+)
+def test_whatever_decides_a_result_is_in_its_key(made: tuple[Workspace, Comparison], change) -> None:
+    workspace, _ = made
+    recipe = Recipe.load("wanda", 0.7)
+    keys = {
+        w._key(recipe, 0) + str([w._name(one) for one in w.measures.each()]) for w in (workspace, change(workspace))
+    }
+    assert len(keys) == 2
+
+
+def test_keys_know_recipes_seeds_and_contents(made: tuple[Workspace, Comparison], tmp_path: Path, text: str) -> None:
+    workspace, _ = made
+    recipe = Recipe.load("wanda", 0.7)
+    key = workspace._key(recipe, 0)
+    assert re.fullmatch(r"wanda-0\.7-seed0-[0-9a-f]{10}", key)
+    others = [workspace._key(recipe, 1), workspace._key(Recipe.load("wanda", 0.7, ["skip=['*.k_proj']"]), 0)]
+    assert len({key, *others}) == 3
+    copy = tmp_path / "another name.txt"
+    copy.write_text(Path(text).read_text())
+    moved = replace(workspace, conditions=replace(workspace.conditions, calibration=str(copy)))
+    same = moved._key(recipe, 0)
+    copy.write_text(Path(text).read_text() + ".")
+    assert moved._key(recipe, 0) != same
+
+
+def test_another_evaluation_prunes_anew_only_where_weights_are_gone(
+    tmp_path: Path, tiny_llama_folder: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace = replace(workspace_in(tmp_path, tiny_llama_folder, text), keep=True)
+    recipe = Recipe.load("magnitude", 0.5)
+    first = workspace.outcome(recipe)
+    assert (tmp_path / workspace._key(recipe, 0) / "model.safetensors").exists()
+    monkeypatch.setattr(workspace_module, "compress", lambda *_, **__: pytest.fail("it was pruned again"))
+    other = replace(workspace, measures=replace(workspace.measures, max_windows=2)).outcome(recipe)
+    assert other.record == first.record
+    assert other.scores.keys() == first.scores.keys()
+    assert all(other.scores[text] != first.scores[text] for text in first.scores)
+    one = replace(workspace, measures=workspace.measures.only([text]))
+    monkeypatch.setattr(workspace_module, "evaluate", lambda *_, **__: pytest.fail("it was measured again"))
+    assert one.outcome(recipe).scores == {"little": first.scores["little"]}
+    assert replace(workspace, measures=Measures()).outcome(recipe).scores == {}
+
+
+def test_an_interrupted_run_goes_on(tmp_path: Path, tiny_llama_folder: Path, text: str) -> None:
+    def stop(done: float, total: float, note: str = "") -> None:
+        if done == 5 and "error" in note:
+            raise KeyboardInterrupt
+
+    workspace = workspace_in(tmp_path, tiny_llama_folder, text)
+    recipe = Recipe.load("wanda", 0.5)
+    with pytest.raises(BaseException, match="5 finished blocks"):
+        replace(workspace, progress=stop).outcome(recipe)
+    outcome = workspace.outcome(recipe)
+    assert outcome.record is not None
+    assert outcome.record.restored_blocks == 5
+
+
+def test_table_plot_and_json_agree(made: tuple[Workspace, Comparison]) -> None:
+    workspace, found = made
+    written = Comparison.model_validate_json((workspace.folder / "compare.json").read_text())
+    assert written.rows == found.rows
+    table = (workspace.folder / "compare.md").read_text().splitlines()
+    assert table[0] == "| recipe | sparsity | heldout | little | seconds |"
+    assert table[2].startswith(f"| dense | 0.0000% | {found.dense.mean['heldout']:.2f} |")
+    row = found.rows[0]
+    assert f"| {row.mean['heldout']:,.2f} ± {row.spread['heldout']:,.2f} |" in table[3]
+    root = ElementTree.parse(workspace.folder / "compare.svg").getroot()
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    text = "".join(root.itertext())
+    for word in ("magnitude", "wanda", "dense", "perplexity heldout", "perplexity little", "sparsity in %"):
+        assert word in text
+    assert "var(" not in (workspace.folder / "compare.svg").read_text()
+
+
+def test_a_hopeless_model_leaves_a_gap(made: tuple[Workspace, Comparison]) -> None:
+    from besa.comparing import markdown, plot
+
+    _, found = made
+    broken = found.rows[0].model_copy(update={"mean": {"heldout": math.inf, "little": math.inf}, "spread": {}})
+    assert "inf" in markdown([found.dense, broken])
+    assert "<svg" in plot(found.model_copy(update={"rows": [broken, *found.rows[1:]]}))
+
+
+def test_what_cannot_be_compared_is_refused(made: tuple[Workspace, Comparison]) -> None:
+    workspace, _ = made
+    for recipes, sparsities, words in (
+        ([], [0.5], "nothing to compare"),
+        (["wanda", "wanda"], [0.5], "have the same name"),
+        (["wonder"], [0.5], "No recipe wonder"),
+        (["wanda"], [1.5], "sparsity"),
+    ):
+        with pytest.raises(BesaError, match=words):
+            compare(workspace, recipes, sparsities, 1)
+
+
+def test_the_command(tmp_path: Path, made: tuple[Workspace, Comparison], nothing_runs: None) -> None:
+    from typer.testing import CliRunner
+
+    from besa.cli import app
+
+    workspace, found = made
+    given, measures = workspace.conditions, workspace.measures
+    result = CliRunner().invoke(
+        app,
+        ["compare", given.model, "--recipes", "magnitude,wanda", "--sparsity", "0.5,0.7", "--seeds", "2",
+         "--out", str(workspace.folder), "--calibration", given.calibration, "--samples", "4", "--seqlen", "32",
+         *(f"--ppl={text}" for text in measures.texts), "--window", "32", "--max-windows", "4"],
+        env={"COLUMNS": "200"},
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert f"{found.rows[3].mean['heldout']:,.2f} ± " in result.output
+    command = json.loads((workspace.folder / "compare.json").read_text())["command"]
+    assert command[0] == "besa"

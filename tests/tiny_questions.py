@@ -1,0 +1,55 @@
+"""Six questions for each zero-shot task, with the columns of its data set on the Hugging Face Hub."""
+
+NOUNS = ["river", "bridge", "church", "village", "army", "station"]
+
+
+def piqa(i):
+    sides = {"sol1": f"Cross it by the {NOUNS[i]}.", "sol2": f"Walk around the {NOUNS[i - 1]}."}
+    return {"goal": f"How do I get over the {NOUNS[i]}?", **sides, "label": i % 2}
+
+
+def boolq(i):
+    return {"question": f"is the {NOUNS[i]} old", "passage": f"The {NOUNS[i]} was built in 18{i}0.", "idx": i}
+
+
+def hellaswag(i):
+    return {
+        "ind": i, "activity_label": "Building a house", "ctx_a": f"A man looks at the {NOUNS[i]}.", "ctx_b": "he",
+        "ctx": "", "endings": [f"walks [step] to the {noun}." for noun in NOUNS[:4]], "source_id": "a", "split": "val",
+        "split_type": "indomain", "label": str(i % 4),
+    }  # fmt: skip
+
+
+def winogrande(i):
+    noun = {"option1": NOUNS[i], "option2": NOUNS[i - 1]}
+    return {
+        "sentence": f"The {NOUNS[i]} is near the {NOUNS[i - 1]}, so the _ is old.",
+        **noun,
+        "answer": str(i % 2 + 1),
+    }
+
+
+def arc(i):
+    """As on the hub, where some questions number their answers."""
+    labels = ["A", "B", "C", "D"] if i % 2 else ["1", "2", "3", "4"]
+    choices = {"text": [f"the {noun}" for noun in NOUNS[i % 3 : i % 3 + 4]], "label": labels}
+    return {
+        "id": f"q{i}",
+        "question": f"What stands near the {NOUNS[i]}?",
+        "choices": choices,
+        "answerKey": labels[i % 4],
+    }
+
+
+ON_HUB = {
+    "piqa": piqa,
+    "boolq": lambda i: boolq(i) | {"label": i % 2},
+    "hellaswag": hellaswag,
+    "winogrande": winogrande,
+    "arc_easy": arc,
+    "arc_challenge": lambda i: arc(5 - i),
+}
+
+
+def rows(task):
+    return [ON_HUB[task](i) for i in range(6)]

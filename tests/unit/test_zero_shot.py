@@ -1,0 +1,152 @@
+"""The embedded questions scored as lm_eval scores its own data sets, to the last digit, on the tiny Llama."""
+
+import gzip
+import json
+import sys
+from pathlib import Path
+
+import datasets
+import lm_eval.tasks
+import pyarrow as pa
+import pytest
+import torch
+from lm_eval.evaluator import evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from besa.errors import BesaError
+from besa.evaluation import questions as embedded
+from besa.evaluation.questions import TASKS, questions
+from besa.evaluation.zero_shot import DEFINITIONS, check_tasks, zero_shot
+from tests.tiny_questions import NOUNS, rows
+
+BY_PATH = {
+    ("baber/piqa", None): "piqa", ("aps/super_glue", "boolq"): "boolq", ("Rowan/hellaswag", None): "hellaswag",
+    ("allenai/winogrande", "winogrande_xl"): "winogrande", ("allenai/ai2_arc", "ARC-Easy"): "arc_easy",
+    ("allenai/ai2_arc", "ARC-Challenge"): "arc_challenge",
+}  # fmt: skip
+
+
+def load_dataset(path, name=None, **_):
+    """What the hub would give: the rows in the split that lm_eval takes, others elsewhere."""
+    task = BY_PATH[path, name]
+    mine, others = datasets.Dataset.from_list(rows(task)), datasets.Dataset.from_list(rows(task)[::-1])
+    arc_splits = {"train": others, "validation": others, "test": mine}
+    return arc_splits if task.startswith("arc") else {"train": others, "validation": mine, "test": others}
+
+
+def write(task, folder: Path) -> Path:
+    """The file of a task as the embedded ones are written."""
+    if task.startswith("arc"):
+        path = folder / f"{task}.jsonl.gz"
+        with gzip.open(path, "wt", encoding="utf-8") as file:
+            for row in rows(task):
+                gold = row["choices"]["label"].index(row["answerKey"])
+                query = f"Question: {row['question']}\nAnswer:"
+                document = {"id": row["id"], "query": query, "choices": row["choices"]["text"], "gold": gold}
+                for place in range(8):  # every answer has two requests
+                    file.write(json.dumps({"doc": document, "idx": place}) + "\n")
+        return path
+    table = pa.Table.from_pylist(rows(task))
+    if task == "boolq":
+        answers = pa.array([bool(label) for label in table["label"].to_pylist()])
+        table = table.drop_columns(["label", "idx"]).append_column("answer", answers)
+    path = folder / f"{task}.arrow"
+    with pa.ipc.new_stream(path, table.schema) as stream:
+        stream.write_table(table)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def embedded_rows(monkeypatch, tmp_path):
+    monkeypatch.setattr(embedded, "fetch", lambda name, progress: write(name.removeprefix("zero-shot-"), tmp_path))
+
+
+def from_the_hub(monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+
+
+def test_embedded_questions_are_scored_as_lm_eval_scores_the_same_rows(monkeypatch, tiny_llama, tiny_tokenizer):
+    ours = zero_shot(tiny_llama, tiny_tokenizer, TASKS)
+    from_the_hub(monkeypatch)
+    folder = Path(lm_eval.tasks.__file__).parent
+    manager = TaskManager(
+        include_path=[(folder / file).parent for file in DEFINITIONS.values()], include_defaults=False
+    )
+    theirs = evaluate(HFLM(pretrained=tiny_llama, tokenizer=tiny_tokenizer, batch_size=16), manager.load(list(TASKS)))
+    assert set(ours.tasks) == set(theirs["results"]) == set(TASKS)
+    for task, accuracy in ours.tasks.items():
+        result = theirs["results"][task]
+        assert (accuracy.acc, accuracy.acc_stderr) == (result["acc,none"], result["acc_stderr,none"]), task
+        assert accuracy.acc_norm == result.get("acc_norm,none"), task
+        assert accuracy.acc_norm_stderr == result.get("acc_norm_stderr,none"), task
+        assert accuracy.version == theirs["versions"][task]
+        assert accuracy.questions == 6
+    assert ours.mean == pytest.approx(sum(result["acc,none"] for result in theirs["results"].values()) / 6)
+    assert len({accuracy.acc for accuracy in ours.tasks.values()}) > 1
+
+
+def test_questions_are_the_prompts_lm_eval_makes_of_its_own(monkeypatch, tiny_llama, tiny_tokenizer):
+    asked = {"embedded": [], "hub": []}
+    original = HFLM.loglikelihood
+    for source, prompts in asked.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                HFLM,
+                "loglikelihood",
+                lambda self, requests, prompts=prompts, **settings: (
+                    prompts.extend(request.args for request in requests) or original(self, requests, **settings)
+                ),
+            )
+            from_the_hub(patch)
+            zero_shot(tiny_llama, tiny_tokenizer, ["hellaswag", "arc_easy"], hub=source == "hub")
+    assert asked["embedded"] == asked["hub"]
+    assert len(asked["hub"]) == 2 * 6 * 4
+    assert asked["hub"][0] == ("Building a house: A man looks at the river. He", " walks to the river.")
+
+
+def test_limit_progress_and_the_record(tiny_llama, tiny_tokenizer):
+    told = []
+    found = zero_shot(
+        tiny_llama, tiny_tokenizer, ["piqa", "winogrande"], limit=3, batch=4, progress=lambda *news: told.append(news)
+    )
+    assert [accuracy.questions for accuracy in found.tasks.values()] == [3, 3]
+    assert told[-1] == (12, 12, "zero-shot")
+    assert [done for done, _, _ in told] == sorted(done for done, _, _ in told)
+    assert (found.source, found.limit, found.lm_eval) == ("embedded", 3, "0.4.13")
+
+
+def test_arc_questions_get_letters():
+    first = questions("arc_easy")[0]
+    assert first["choices"] == {"text": [f"the {noun}" for noun in NOUNS[:4]], "label": ["A", "B", "C", "D"]}
+    assert (first["question"], first["answerKey"]) == ("What stands near the river?", "A")
+    assert len(questions("arc_easy")) == 6
+
+
+def test_what_cannot_be_asked_is_refused(monkeypatch, tiny_llama, tiny_tokenizer):
+    def unreachable(**_):
+        raise ConnectionError("no route\nto host")
+
+    with pytest.raises(BesaError, match=r"^There is no task mmlu: choose from piqa, .*\.$"):
+        check_tasks(["piqa", "mmlu"])
+    with pytest.raises(BesaError, match=r"^The task piqa is named twice: .*\.$"):
+        check_tasks(["piqa", "piqa"])
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(BesaError, match=r"^Could not read piqa .* \(no route\): leave --hub out .*\.$"):
+        zero_shot(tiny_llama, tiny_tokenizer, ["piqa"], hub=True)
+
+
+def test_a_library_that_is_missing(monkeypatch):
+    from besa.evaluation.zero_shot import _definitions
+
+    _definitions.cache_clear()
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    with pytest.raises(BesaError, match=r'^Zero-shot tasks need lm_eval: pip install "besa-llm\[eval\]"\.$'):
+        check_tasks(["piqa"])
+
+
+def test_output_that_is_not_finite_is_refused(tiny_llama, tiny_tokenizer, monkeypatch):
+    head = tiny_llama.lm_head.weight
+    monkeypatch.setattr(head, "data", torch.full_like(head, torch.inf))
+    with pytest.raises(BesaError, match=r"^The model's output is NaN or infinite: .*\.$"):
+        zero_shot(tiny_llama, tiny_tokenizer, ["piqa"], limit=1)
