@@ -80,7 +80,7 @@ BatchOption = Annotated[
 ]
 RecipeOption = Annotated[
     str,
-    typer.Option(help="besa, besa-layerwise, besa-int4, wanda, sparsegpt, magnitude, … or a YAML file."),
+    typer.Option(help="besa, fast, best, besa-layerwise, besa-int4, wanda, sparsegpt, magnitude, … or a YAML file."),
 ]
 SparsityOption = Annotated[
     float | None, typer.Option(help="Share of the prunable weights to set to zero; default: the recipe's.")

@@ -20,6 +20,17 @@ def reconstruction_error(y_NTC: Tensor, target_NTC: Tensor) -> Tensor:
     return _relative(*_squares(y_NTC, target_NTC))
 
 
+def token_weighted_error(y_NTC: Tensor, target_NTC: Tensor, power: float) -> Tensor:
+    """Σ_t ‖y_t − target_t‖² / ‖target_t‖^power, relative to the same sum of ‖target_t‖² (scalar, float32).
+
+    With power 0, a few tokens with massive activations rule it; with power 2 all tokens count alike.
+    """
+    squares_NT = target_NTC.float().square().sum(dim=-1)
+    weights_NT = squares_NT.clamp_min(1e-12).pow(-power / 2)
+    error_NT = (y_NTC.float() - target_NTC.float()).square().sum(dim=-1)
+    return (error_NT * weights_NT).sum() / (squares_NT * weights_NT).sum().clamp_min(1e-12)
+
+
 def error_between(y_NTC: HiddenStates, target_NTC: HiddenStates, share: int, tokens: int) -> float:
     """`reconstruction_error` of the first `tokens` tokens of every `share`-th sequence, a sequence at a time.
 

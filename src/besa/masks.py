@@ -12,7 +12,7 @@ from torch import Tensor
 CHUNK = 1 << 22  # weights ranked at a time: bounds the 8-byte sort keys to 32 MiB
 
 
-def rank(importance_OI: Tensor, w_OI: Tensor) -> Tensor:
+def rank(importance_OI: Tensor, w_OI: Tensor, group: int | None = None) -> Tensor:
     """Rank of each weight within its row, 0 = pruned first; (O, I), int16 where the width allows, else int32.
 
     Weights that are zero already come first, then ascending importance; ties fall to the lower column. The order is
@@ -21,8 +21,14 @@ def rank(importance_OI: Tensor, w_OI: Tensor) -> Tensor:
     Args:
         importance_OI: non-negative float32 importance.
         w_OI: the weight the importance was taken of.
+        group: where so many consecutive columns are to lose as many as every other such group: the least important of
+            every group come first, then the second of every group, and so on.
     """
     rows, width = importance_OI.shape
+    if group is not None:
+        places_OI = rank(importance_OI.reshape(-1, group), w_OI.reshape(-1, group)).reshape(rows, width)
+        groups = width // group
+        return places_OI * groups + torch.arange(width, dtype=places_OI.dtype, device=w_OI.device) // group
     dtype = torch.int16 if width <= torch.iinfo(torch.int16).max else torch.int32
     ranks_OI = torch.empty(rows, width, dtype=dtype, device=w_OI.device)
     positions_I = torch.arange(width, dtype=dtype, device=w_OI.device)

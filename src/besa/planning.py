@@ -22,16 +22,19 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from besa import memory
-from besa.allocation import Allocation, first_tokens
+from besa.allocation import Allocation, Sensitivity, first_tokens
 from besa.allocation.besa import Besa
 from besa.checkpoint.writer import disk_bytes
+from besa.finetuning import MaskedAdam
 from besa.masks import CHUNK
 from besa.models.blocks import Block, standing_aside
 from besa.models.units import Unit, units
 from besa.pruning import dense_share
 from besa.quantization import MinMax
 from besa.recipe import Recipe
-from besa.targets import budgets
+from besa.reconstruction import ADMM, ConjugateGradient
+from besa.targets import LossSensitivity, Owl
+from besa.targets.budgets import budgets
 
 TEXT = 64 << 20  # of the tokenizer and the calibration text, while they are read
 OPTIMIZER = 7  # copies of the logits: themselves, gradient, two moments, beta, its gradient, the tails
@@ -118,9 +121,11 @@ def work_out(
     apart = recipe.granularity == "attn-mlp"  # attention has a teacher of its own, and steps of its own
     target = stream if teacher == "pruned" else dense_stream
     streams = stream + dense_stream + (stream if teacher == "pruned" else 0) + (target if apart else 0)
+    if isinstance(recipe.targets, LossSensitivity):  # before the others are there
+        streams = max(streams, stream // samples * -(-samples // recipe.targets.every) * (len(blocks) + 1))
     on_disk = stream > activation_budget // 2
     crop = first_tokens(seqlen, descent.crop if descent else 1.0)
-    _learn_arguments(model, blocks, {(batch, seqlen), (1, crop)})
+    _learn_arguments(model, blocks, {(batch, seqlen), (1, seqlen), (1, crop)})
     inside = {id(parameter) for block in blocks for parameter in block.module.parameters()}
     outside = sum(parameter.nbytes for parameter in model.parameters() if id(parameter) not in inside)
     work = max(_unit_bytes(model, unit, recipe, batch, seqlen) for unit in _distinct(whole))
@@ -130,6 +135,7 @@ def work_out(
     needs = kept + max(outside, 2 * unit_size if on_gpu else work)
     disk = disk_bytes(size) + (streams if on_disk else 0)
     learning = 3 * (1 + apart) * descent.steps * crop / (samples * seqlen) if descent else 0
+    learning += _passes(recipe)
     dense = dense_stream / stream
     gpu = work if on_gpu else None
     lacking = list(_lacking(needs, gpu, disk, device, folder))
@@ -150,6 +156,24 @@ def work_out(
         fits=not lacking,
         lacking=lacking,
     )
+
+
+def _passes(recipe: Recipe) -> float:
+    """Forward passes of what is found by sending gradients back, besides the descent.
+
+    Where they go to activations and not to weights, a backward pass counts as one.
+    """
+    passes = 0.0
+    if isinstance(recipe.targets, Owl):
+        passes += 1 / recipe.targets.every
+    if isinstance(recipe.targets, LossSensitivity):
+        passes += 3 / recipe.targets.every
+    if isinstance(recipe.allocation, Sensitivity):
+        passes += 2 / recipe.allocation.every
+    if isinstance(recipe.finetune, MaskedAdam):
+        held = 1 / recipe.finetune.held_out
+        passes += recipe.finetune.epochs * (3 * (1 - held) + held) + held
+    return passes
 
 
 def _lacking(needs: int, gpu: int | None, disk: int, device: torch.device, folder: Path) -> Iterator[str]:
@@ -191,6 +215,10 @@ def _unit_bytes(model: PreTrainedModel, unit: Unit, recipe: Recipe, batch: int, 
     ranked = 4 * weights + (2 if widest < 1 << 15 else 4) * weights  # importance and ranks, kept together
     whole = most if getattr(recipe.allocation, "per", "row") == "linear" else CHUNK  # weights sorted at once
     ranking = ranked + 12 * most + 32 * min(whole, most)
+    if recipe.reconstruction.needs_cross:
+        widths = sum(prunable.columns for prunable in unit.prunables.values())
+        statistics += batch * seqlen * widths * item  # inputs of the dense path, until the pruned path's come
+        gram *= 2
     phases = [read, statistics + gram, ranking + gram]
     if recipe.descent is not None:
         quantized = isinstance(recipe.quantization, MinMax)
@@ -201,7 +229,14 @@ def _unit_bytes(model: PreTrainedModel, unit: Unit, recipe: Recipe, batch: int, 
     if isinstance(recipe.quantization, MinMax):
         phases.append(ranked + weights + 16 * most)  # codes
     if recipe.reconstruction.needs_gram:
-        phases.append(ranked + gram + 3 * 4 * widest**2 + 12 * most)
+        solver = {ADMM: 44, ConjugateGradient: 32}.get(type(recipe.reconstruction), 12)  # copies of a weight, in bytes
+        phases.append(ranked + gram + 4 * 4 * widest**2 + solver * most)
+    if isinstance(recipe.allocation, Sensitivity) or isinstance(recipe.targets, LossSensitivity):
+        phases.append(ranked + 12 * most + _forward_bytes(unit, model, 1, seqlen, learning=True))
+    if isinstance(recipe.finetune, MaskedAdam):
+        # Weights, gradient, two moments and the best so far as float32, the mask, copies to multiply with.
+        tuned = (21 + item + 2) * weights
+        phases.append(ranked + tuned + _forward_bytes(unit, model, 1, seqlen, learning=True))
     phases.append(ranked + stored + 12 * most)  # the record and the journal
     return stored + max(phases)
 

@@ -1,4 +1,7 @@
-"""Watching products with a weight go by, whatever module computes them, and telling the weight by its memory."""
+"""The products of a block with its prunable matrices, seen where they are computed, whatever module computes them.
+
+Shape suffixes: E experts, T tokens, I input channels, O output channels.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from besa.errors import BesaError
 from besa.models.prunable import Prunable
 
 # Where a decoder multiplies by a weight, and at which places the input and the weight stand.
@@ -25,10 +29,20 @@ PRODUCTS: dict[Any, tuple[int, int]] = {
 
 
 class Products(TorchFunctionMode):
-    """While open, tells `seen` of each product of a block with one of its prunable matrices."""
+    """While open, tells of every product with one of a block's matrices; a matrix is known by its memory.
 
-    def __init__(self, block: nn.Module, prunables: Mapping[str, Prunable]) -> None:
+    Args:
+        block: whose parameters are multiplied by.
+        prunables: its matrices by name.
+        told: called with the name of the matrix, the input (..., I) and the output (..., O) of each product.
+    """
+
+    def __init__(
+        self, block: nn.Module, prunables: Mapping[str, Prunable], told: Callable[[str, Tensor, Tensor], None]
+    ) -> None:
         super().__init__()
+        self._prunables = prunables
+        self._told = told
         self._places: list[tuple[int, int, str]] = []  # first byte, bytes, name
         parameters = dict(block.named_parameters())
         for name, prunable in prunables.items():
@@ -36,25 +50,25 @@ class Products(TorchFunctionMode):
             self._places.append((matrix.data_ptr(), matrix.nbytes, name))
         self._places.sort()
 
-    def seen(self, name: str, x: Tensor) -> None:
-        """Told that the matrix of that name is about to be multiplied by inputs x (…, I)."""
-        raise NotImplementedError
-
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        result = func(*args, **(kwargs or {}))
         if func in PRODUCTS:
             at_input, at_weight = PRODUCTS[func]
             if len(args) > at_weight:
-                self._observe(args[at_input], args[at_weight])
-        return func(*args, **(kwargs or {}))
+                self._observe(args[at_input], args[at_weight], result)
+        return result
 
-    def _observe(self, x: Tensor, weight: Tensor) -> None:
+    def _observe(self, x: Tensor, weight: Tensor, y: Tensor) -> None:
         place = bisect_right(self._places, weight.data_ptr(), key=lambda place: place[0]) - 1
         if place < 0 or weight.data_ptr() >= sum(self._places[place][:2]):
             return
         if weight.dim() == 3:  # all experts, each with tokens of its own: (E, T, I)
-            for x_TI, matrix in zip(x, weight, strict=True):
-                self._observe(x_TI, matrix)
-        else:
-            self.seen(self._places[place][2], x)
+            for x_TI, matrix, y_TO in zip(x, weight, y, strict=True):
+                self._observe(x_TI, matrix, y_TO)
+            return
+        name = self._places[place][2]
+        if x.shape[-1] != self._prunables[name].columns:
+            raise BesaError(f"{name} is multiplied the other way round than besa expects: leave it out with --skip.")
+        self._told(name, x, y)

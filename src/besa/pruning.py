@@ -19,6 +19,7 @@ from besa.budget import Budget
 from besa.calibration import Calibration
 from besa.checkpoint.formats import packed
 from besa.checkpoint.journal import Journal
+from besa.finetuning import Finetuned
 from besa.losses import error_between
 from besa.masks import rank
 from besa.models.blocks import capture_inputs
@@ -28,9 +29,11 @@ from besa.progress import Progress, silent
 from besa.quantization import MinMax, Quantized
 from besa.recipe import Recipe
 from besa.record import BlockRecord, linear_record
-from besa.statistics import InputStatistics, collect
+from besa.statistics import InputStatistics, collect, collect_both
 from besa.stopwatch import Stopwatch
-from besa.targets import budgets
+from besa.targets import Even
+from besa.targets.bounded import Survey
+from besa.targets.budgets import budgets, shared_names
 
 CPU = torch.device("cpu")
 # The error against the dense path is measured on one sequence in so many, and on this share of its tokens from the
@@ -83,13 +86,15 @@ def prune_blocks(
         BesaError: activations are not finite, a block's zeros exceed its budget already, or the disk is full.
     """
     blocks = decoder.blocks
-    whole, plan = units(blocks, recipe.granularity), budgets(blocks, recipe)
+    whole = units(blocks, recipe.granularity)
+    done = _done(journal, whole)
+    targets = _targets(decoder, recipe, calibration, seed, resources, journal) if len(done) < len(blocks) else None
+    plan = budgets(blocks, recipe, targets)
     quantization = recipe.quantization if isinstance(recipe.quantization, MinMax) else None
     if quantization is not None:
         quantizing.check(quantization, whole, plan)
         if journal is not None and resources.pack:
             packed.check(decoder.model, (name for own in plan for budget in own for name in budget.names))
-    done = _done(journal, whole)
     if journal is not None:
         journal.restored = len(done)
     last = max((place for place, unit in enumerate(whole) if unit.index not in done), default=-1)
@@ -146,6 +151,35 @@ def _done(journal: Journal | None, whole: list[Unit]) -> dict[int, BlockRecord]:
     return done
 
 
+def _targets(
+    decoder: Decoder, recipe: Recipe, calibration: Calibration, seed: int, resources: Resources, journal: Journal | None
+) -> list[float] | None:
+    """The sparsity of each block, None where it is the same; what was measured once is in the journal."""
+    if isinstance(recipe.targets, Even):
+        return None
+    names, _ = shared_names(decoder.blocks, recipe)
+    survey = Survey(
+        decoder,
+        calibration,
+        names,
+        recipe.sparsity,
+        resources.batch,
+        resources.device,
+        resources.activation_budget,
+        resources.folder,
+        seed,
+    )
+    sizes = [sum(block.prunables[n].numel for n in own) for block, own in zip(decoder.blocks, names, strict=True)]
+    if not any(sizes):
+        return None
+    wanted = journal.targets if journal is not None else None
+    if wanted is None:
+        wanted = recipe.targets.measure(survey)
+        if journal is not None:
+            journal.keep_targets(wanted)
+    return recipe.targets.bounded(wanted, sizes, recipe.sparsity)
+
+
 def _first_inputs(
     decoder: Decoder, recipe: Recipe, calibration: Calibration, resources: Resources
 ) -> tuple[HiddenStates, HiddenStates]:
@@ -168,6 +202,8 @@ def _first_inputs(
 
 def dense_share(recipe: Recipe, seqlen: int) -> tuple[int, int]:
     """What the dense path is needed for: one sequence in how many, and how many tokens of it from its beginning."""
+    if recipe.whole_dense_path:
+        return 1, seqlen
     if recipe.descent is None or recipe.teacher != "dense":
         return ERROR_SHARE, first_tokens(seqlen, ERROR_TOKENS)
     return 1, first_tokens(seqlen, max(ERROR_TOKENS, recipe.descent.crop))
@@ -199,21 +235,12 @@ def _pruned(step: _Step) -> tuple[list[BlockRecord], dict[str, Quantized]]:
     Returns:
         What was done to each block, and the unit's quantised weights by name.
     """
-    unit, recipe, batch, watch = step.unit, step.recipe, step.resources.batch, step.watch
+    unit, recipe, watch = step.unit, step.recipe, step.watch
     halves = parts(unit, recipe.granularity)
     with watch("teacher"):
         halfway = [_halfway(step, part) for part in halves[:-1]]
-        between = []
-        for block in unit.blocks:  # line 3
-            block.run(step.dense_NTC, batch, into=step.dense_NTC)
-            between.append(step.dense_NTC if block is unit.blocks[-1] else _sampled(step))
     own_NTC = step.room_like(step.pruned_NTC) if recipe.teacher == "pruned" else None
-    with watch("statistics"), ExitStack() as stack:
-        collected = [
-            stack.enter_context(collect(block.module, block.prunables, recipe.needs_gram)) for block in unit.blocks
-        ]
-        unit.run(step.pruned_NTC, batch, into=own_NTC)
-    statistics = {name: found for own in collected for name, found in own.items()}
+    statistics, between = _watched(step, own_NTC)
     linears: dict[str, RankedLinear] = {}
     losses: list[float] = []
     quantized: dict[str, Quantized] = {}
@@ -222,7 +249,39 @@ def _pruned(step: _Step) -> tuple[list[BlockRecord], dict[str, Quantized]]:
         linears |= ranked
         losses += allocated.losses
         quantized |= codes
-    return _records(step, linears, losses, between), quantized
+    with watch("finetune"):
+        finetuned = recipe.finetune.tune(unit, list(linears), step.pruned_NTC, step.dense_NTC, step.seed + unit.index)
+        for name, w_OI in finetuned.weights.items():
+            unit.weight(name).detach().copy_(w_OI)
+    return _records(step, linears, losses, finetuned, between), quantized
+
+
+def _watched(step: _Step, own_NTC: HiddenStates | None) -> tuple[dict[str, InputStatistics], list[HiddenStates]]:
+    """Move the dense path on (line 3), and send the pruned path through the unit as it is.
+
+    Args:
+        step: whose unit is still dense.
+        own_NTC: where the outputs of the pruned path go; None throws them away.
+
+    Returns:
+        The statistics of the linears' inputs on the pruned path, and what the dense path has after each block.
+    """
+    unit, recipe, batch, watch = step.unit, step.recipe, step.resources.batch, step.watch
+    if recipe.reconstruction.needs_cross:
+        (block,) = unit.blocks
+        with watch("statistics"):
+            return collect_both(block, step.dense_NTC, step.pruned_NTC, batch, into=own_NTC), [step.dense_NTC]
+    between = []
+    with watch("teacher"):
+        for block in unit.blocks:
+            block.run(step.dense_NTC, batch, into=step.dense_NTC)
+            between.append(step.dense_NTC if block is unit.blocks[-1] else _sampled(step))
+    with watch("statistics"), ExitStack() as stack:
+        collected = [
+            stack.enter_context(collect(block.module, block.prunables, recipe.needs_gram)) for block in unit.blocks
+        ]
+        unit.run(step.pruned_NTC, batch, into=own_NTC)
+    return {name: found for own in collected for name, found in own.items()}, between
 
 
 def _prune(
@@ -247,7 +306,9 @@ def _prune(
                 w_OI = quantized[name].weight()
             else:
                 counts_O = allocated.counts[name].to(linear.w_OI.device)
-                w_OI = recipe.reconstruction.rebuild(linear.w_OI, linear.ranks_OI, counts_O, statistics[name])
+                w_OI = recipe.reconstruction.rebuild(
+                    linear.w_OI, linear.ranks_OI, counts_O, statistics[name], recipe.group
+                )
             unit.weight(name).copy_(w_OI)
     return linears, allocated, quantized
 
@@ -271,11 +332,16 @@ def _ranked(unit: Unit, name: str, recipe: Recipe, statistics: InputStatistics) 
     """A weight of the unit in the order in which the recipe prunes it (line 4, eq. 2)."""
     w_OI = unit.weight(name).detach()
     importance_OI = recipe.importance.score(w_OI, statistics)
-    return RankedLinear(w_OI, importance_OI, rank(importance_OI, w_OI), statistics.reached)
+    ranks_OI = rank(importance_OI, w_OI, recipe.group)
+    return RankedLinear(w_OI, importance_OI, ranks_OI, statistics.reached, recipe.importance.power)
 
 
 def _records(
-    step: _Step, linears: dict[str, RankedLinear], losses: list[float], between: list[HiddenStates]
+    step: _Step,
+    linears: dict[str, RankedLinear],
+    losses: list[float],
+    finetuned: Finetuned,
+    between: list[HiddenStates],
 ) -> list[BlockRecord]:
     """Move the pruned path on (line 11) and say what was done, counted in the blocks' weights as they are now.
 
@@ -283,6 +349,7 @@ def _records(
         step: whose weights are pruned by now.
         linears: what was pruned, by full name.
         losses: of the learning steps.
+        finetuned: how the kept weights moved.
         between: what the dense path has after each block.
     """
     watch, counted = step.watch, []
@@ -311,6 +378,7 @@ def _records(
                 sparsity=zeros / weights if weights else 0.0,
                 reconstruction_error=error,
                 losses=losses if block is step.unit.blocks[-1] else [],
+                finetuning=finetuned.losses if block is step.unit.blocks[-1] else [],
                 seconds=sum(watch.seconds.values()) / share,
                 phases={phase: seconds / share for phase, seconds in watch.seconds.items()},
                 linears=own,

@@ -1,4 +1,4 @@
-"""A recipe: the four choices that make a pruning method, and the sparsity it is asked for."""
+"""A recipe: the choices that make a pruning method, and the sparsity it is asked for."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from besa.allocation import Allocation, Besa, Uniform
+from besa.allocation import NM, Allocation, Besa, Uniform
 from besa.allocation.descent import Descent
 from besa.errors import BesaError
+from besa.finetuning import Finetuning, MaskedAdam, Untuned
 from besa.importance import Importance, Wanda
 from besa.models.units import Granularity
 from besa.quantization import MinMax, Quantization, Unquantized
 from besa.reconstruction import Frozen, Reconstruction
 from besa.settings import Settings
+from besa.targets import Even, Targets
 
 RECIPES = resources.files("besa") / "recipes"
 
 
 class Recipe(Settings):
-    """Importance, allocation, reconstruction and quantisation, applied block by block."""
+    """Importance, allocation, reconstruction, fine-tuning and quantisation, applied block by block."""
 
     name: str = "custom"
     sparsity: float = Field(default=0.5, ge=0, lt=1, description="share of the prunable weights that end as zeros")
@@ -31,19 +33,44 @@ class Recipe(Settings):
     sparsity_of: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(
         default={}, description="patterns of names of linears, each with a sparsity of its own"
     )
+    targets: Targets = Even()
     importance: Importance = Wanda()
     allocation: Allocation = Uniform()
     reconstruction: Reconstruction = Frozen()
+    finetune: Finetuning = Untuned()
     quantization: Quantization = Unquantized()
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if isinstance(self.quantization, MinMax):
-            if not isinstance(self.reconstruction, Frozen):
-                raise ValueError("quantization takes weights that stay where they are: set reconstruction.method=none")
+            if not (isinstance(self.reconstruction, Frozen) and isinstance(self.finetune, Untuned)):
+                raise ValueError(
+                    "quantization takes weights that stay where they are: set reconstruction.method=none and "
+                    "finetune.method=none"
+                )
             if self.quantization.clipping == "joint" and not isinstance(self.allocation, Besa):
                 raise ValueError("nothing is learned that clipping could join: set quantization.clipping=first")
+        if self.reconstruction.needs_cross and self.granularity == "two-blocks":
+            raise ValueError("reconstruction.target=dense looks at one block: choose another allocation.granularity")
+        if isinstance(self.allocation, NM):
+            self._keeps_to(self.allocation)
         return self
+
+    def _keeps_to(self, pattern: NM) -> None:
+        if pattern.keep >= pattern.of:
+            raise ValueError("an n:m pattern keeps fewer than it is of: set allocation.keep below allocation.of")
+        if {self.sparsity, *self.sparsity_of.values()} != {pattern.sparsity}:
+            raise ValueError(
+                f"a {pattern.keep}:{pattern.of} pattern leaves no choice: set sparsity={pattern.sparsity:g} and no "
+                "sparsity_of"
+            )
+        if not (isinstance(self.targets, Even) and isinstance(self.quantization, Unquantized)):
+            raise ValueError("an n:m pattern goes with targets.method=uniform and quantization.method=none")
+
+    @property
+    def group(self) -> int | None:
+        """Consecutive columns of which every group keeps as many, None where there is no such pattern."""
+        return self.allocation.of if isinstance(self.allocation, NM) else None
 
     @property
     def descent(self) -> Descent | None:
@@ -70,6 +97,11 @@ class Recipe(Settings):
     def needs_gram(self) -> bool:
         """Whether some choice looks at the Gram matrix of the linears' inputs."""
         return self.importance.needs_gram or self.reconstruction.needs_gram
+
+    @property
+    def whole_dense_path(self) -> bool:
+        """Whether all tokens of all sequences are wanted on the dense path too."""
+        return self.reconstruction.needs_cross or isinstance(self.finetune, MaskedAdam)
 
     def with_exceptions(self, skip: Sequence[str], sparsity_of: Sequence[str]) -> Recipe:
         """The recipe with further patterns.

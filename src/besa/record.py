@@ -64,6 +64,10 @@ class BlockRecord(Record):
     losses: list[float] = Field(
         description="reconstruction loss of each learning step; of blocks pruned together, in the last"
     )
+    finetuning: list[float] = Field(
+        default=[],
+        description="held-out loss before fine-tuning and after every epoch; as the losses",
+    )
     seconds: float
     phases: dict[str, float] = Field(default={}, description="seconds by phase")
     linears: list[LinearRecord]

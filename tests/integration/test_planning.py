@@ -77,7 +77,13 @@ def test_activations_beyond_the_budget_go_to_disk(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("recipe", "passes", "streams"),
-    [("wanda", 2.03125, 1.03125), ("sparsegpt", 2.03125, 1.03125), ("besa", 4, 1.5)],
+    [
+        ("wanda", 2.03125, 1.03125),
+        ("sparsegpt", 2.03125, 1.03125),
+        ("besa", 4, 1.5),
+        ("fast", 2.03125 + 3 / 8 + 2 / 4, 9 / 8),  # the inputs of eight blocks and the last outputs, an eighth of each
+        ("best", 3 + 3 / 8 + 2 / 4 + 8 * (3 * 15 / 16 + 1 / 16) + 1 / 16, 2),
+    ],
 )
 def test_recipes_differ_in_what_they_take(recipe, passes, streams, tiny_llama_folder) -> None:
     planned = besa.plan(tiny_llama_folder, recipe, samples=64, seqlen=64)

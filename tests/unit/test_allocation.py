@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from besa.allocation import Allocated, Besa, BlockProblem, RankedLinear, Uniform, descent
+from besa import machine
+from besa.allocation import Allocated, Besa, BlockProblem, RankedLinear, Uniform
 from besa.allocation import besa as besa_module
 from besa.allocation.changing import ChangingLinears
 from besa.budget import Budget, split
@@ -502,18 +503,18 @@ def test_probability_masks_need_not_meet_it(problem, monkeypatch):
 
 
 def test_learning_in_bfloat16_is_nearly_learning_in_float32(problem, monkeypatch):
-    monkeypatch.setattr(descent, "multiplies_bfloat16", lambda device: True)
+    monkeypatch.setattr(machine, "multiplies_bfloat16", lambda device: True)
     rounded = Besa().allocate(problem)
     full = Besa(autocast=False).allocate(problem)
     assert rounded.losses != full.losses
     assert rounded.losses == pytest.approx(full.losses, rel=0.05)
     assert error(problem, rounded.counts) == pytest.approx(error(problem, full.counts), rel=0.02)
-    monkeypatch.setattr(descent, "multiplies_bfloat16", lambda device: False)
+    monkeypatch.setattr(machine, "multiplies_bfloat16", lambda device: False)
     assert Besa().allocate(problem).losses == full.losses
 
 
 def test_a_bfloat16_model_learns_as_it_is(problem, monkeypatch):
-    monkeypatch.setattr(descent, "multiplies_bfloat16", lambda device: pytest.fail("asked"))
+    monkeypatch.setattr(machine, "multiplies_bfloat16", lambda device: pytest.fail("asked"))
     problem.block.module.bfloat16()
     linears = {
         name: dataclasses.replace(linear, w_OI=linear.w_OI.bfloat16()) for name, linear in problem.linears.items()

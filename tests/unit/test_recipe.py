@@ -212,8 +212,8 @@ def test_sparsity_out_of_bounds(sparsity):
     [
         (
             "",
-            "must be a YAML mapping with the keys name, sparsity, skip, sparsity_of, importance, allocation, "
-            "reconstruction, quantization.",
+            "must be a YAML mapping with the keys name, sparsity, skip, sparsity_of, targets, importance, allocation, "
+            "reconstruction, finetune, quantization.",
         ),
         ("- a\n- b", "must be a YAML mapping"),
         ("besa", "must be a YAML mapping"),

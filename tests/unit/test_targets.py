@@ -10,7 +10,7 @@ from besa.errors import BesaError
 from besa.models.blocks import Block
 from besa.models.prunable import Prunable
 from besa.recipe import Recipe
-from besa.targets import budgets
+from besa.targets.budgets import budgets
 
 SHAPES = {"attn.q": (4, 6), "attn.k": (2, 6), "mlp.up": (5, 7)}  # 24 + 12 + 35 = 71 weights
 

@@ -11,9 +11,21 @@ from typing import Annotated
 from pydantic import Field
 
 from besa.allocation.besa import Besa
+from besa.allocation.nm import NM
 from besa.allocation.problem import Allocated, BlockProblem, RankedLinear, first_tokens
+from besa.allocation.sensitivity import Sensitivity
 from besa.allocation.uniform import Uniform
 
-Allocation = Annotated[Uniform | Besa, Field(discriminator="method")]
+Allocation = Annotated[Uniform | Besa | Sensitivity | NM, Field(discriminator="method")]
 
-__all__ = ["Allocated", "Allocation", "Besa", "BlockProblem", "RankedLinear", "Uniform", "first_tokens"]
+__all__ = [
+    "NM",
+    "Allocated",
+    "Allocation",
+    "Besa",
+    "BlockProblem",
+    "RankedLinear",
+    "Sensitivity",
+    "Uniform",
+    "first_tokens",
+]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from besa.allocation.changing import ChangingLinears
 from besa.allocation.problem import BlockProblem, first_tokens
-from besa.machine import multiplies_bfloat16
+from besa.machine import learning_dtype
 from besa.settings import Settings
 
 
@@ -76,8 +76,7 @@ class Descent(Settings):
 
     def dtype(self, problem: BlockProblem) -> torch.dtype:
         """In which learning steps multiply; statistics, teacher and pruned path keep the run's precision."""
-        faster = self.autocast and problem.dtype == torch.float32 and multiplies_bfloat16(problem.device)
-        return torch.bfloat16 if faster else problem.dtype
+        return learning_dtype(problem.dtype, problem.device) if self.autocast else problem.dtype
 
     def _sequences(self, samples: int, seed: int) -> Iterator[Tensor]:
         """One sequence for each step (1,), every pass over the calibration set in an order of its own."""

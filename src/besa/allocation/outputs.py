@@ -37,15 +37,14 @@ def errors_of_linears(block: Block | Unit, x_NTC: Tensor, weights: Mapping[str, 
 
 class _Errors(Products):
     def __init__(self, block: nn.Module, prunables: Mapping[str, Prunable], weights: Mapping[str, Tensor]) -> None:
-        super().__init__(block, prunables)
+        super().__init__(block, prunables, self._seen)
         self.errors: list[Tensor] = []
         self.found: set[str] = set()
         self._weights = weights
         parameters = dict(block.named_parameters())
         self._own = {name: prunable.of(parameters[prunable.parameter]) for name, prunable in prunables.items()}
 
-    def seen(self, name: str, x: Tensor) -> None:
-        """See `Products`."""
+    def _seen(self, name: str, x: Tensor, _: Tensor) -> None:
         if x.numel() == 0:
             return
         x_NTI = x.detach().reshape(1, -1, x.shape[-1])

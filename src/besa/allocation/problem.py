@@ -29,12 +29,14 @@ class RankedLinear:
         importance_OI: float32, from the recipe's criterion.
         ranks_OI: place in the pruning order of its row, 0 = first.
         reached: whether calibration tokens reached it; no token reaches an expert that is never chosen.
+        power: importance to this power is a squared error of the linear's output.
     """
 
     w_OI: Tensor
     importance_OI: Tensor
     ranks_OI: Tensor
     reached: bool = True
+    power: int = 2
 
     @property
     def zeros_O(self) -> Tensor:

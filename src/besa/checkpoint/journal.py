@@ -21,6 +21,7 @@ from besa.record import BlockRecord
 
 FORMAT = 1
 IDENTITY = "run.json"
+TARGETS = "targets.json"
 
 
 class Journal:
@@ -92,6 +93,20 @@ class Journal:
     def tensors(self, index: int) -> dict[str, Tensor]:
         """The tensors of a block that is done."""
         return load_file(self.path(index))
+
+    def keep_targets(self, targets: list[float]) -> None:
+        """Keep what was measured of the dense model before its first block was pruned."""
+        write_file(self.folder / TARGETS, json.dumps(targets))
+
+    @property
+    def targets(self) -> list[float] | None:
+        """What `keep_targets` kept, None where there is nothing or it is damaged: it can be measured again."""
+        try:
+            targets = json.loads((self.folder / TARGETS).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return None
+        numbers = isinstance(targets, list) and all(isinstance(target, float) for target in targets)
+        return targets if numbers else None
 
     @property
     def blocks(self) -> int:

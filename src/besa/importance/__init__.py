@@ -1,7 +1,8 @@
 """Importance: which weights of a row matter least?
 
 Each file holds one criterion; its settings class is the method, and `score` is a pure function of the weight and of the
-statistics of the linear's input. A new criterion is a file of the same shape and one name in the union below.
+statistics of the linear's input. To `power` it is a squared error of the linear's output. A new criterion is a file of
+the same shape and one name in the union below.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ class Magnitude(Settings):
 
     method: Literal["magnitude"] = "magnitude"
     needs_gram: ClassVar[bool] = False
+    power: ClassVar[int] = 2
 
     def score(self, w_OI: Tensor, statistics: InputStatistics) -> Tensor:
         """Importance (O, I), float32, of the weight `w_OI`; the statistics are not looked at."""

@@ -17,6 +17,7 @@ class OBS(Settings):
     method: Literal["obs"] = "obs"
     damping: float = Field(default=0.01, gt=0, description="added to H's diagonal, as a share of its mean")
     needs_gram: ClassVar[bool] = True
+    power: ClassVar[int] = 1
 
     def score(self, w_OI: Tensor, statistics: InputStatistics) -> Tensor:
         """Importance (O, I), float32, of the weight `w_OI`, from the Gram matrix (I, I) of its inputs.

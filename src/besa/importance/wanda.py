@@ -15,6 +15,7 @@ class Wanda(Settings):
 
     method: Literal["wanda"] = "wanda"
     needs_gram: ClassVar[bool] = False
+    power: ClassVar[int] = 2
 
     def score(self, w_OI: Tensor, statistics: InputStatistics) -> Tensor:
         """Importance (O, I), float32, of the weight `w_OI`, from the squared norms of its input channels.

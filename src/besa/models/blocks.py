@@ -168,6 +168,17 @@ def capture_inputs(
             yield hidden.pop()
 
 
+def logits_of(model: PreTrainedModel, blocks: list[Block], tokens_NT: Tensor, y_NTC: Tensor) -> Tensor:
+    """What the model predicts (N, T, V) where its last block puts out `y_NTC`; gradients reach that.
+
+    The blocks stand aside: their weights may be absent, all others are used.
+    """
+    with standing_aside(blocks):
+        blocks[-1].module.forward = lambda *_, **__: y_NTC.as_subclass(_Passed)
+        logits_NTV: Tensor = model(input_ids=tokens_NT.to(model.device), use_cache=False).logits
+    return logits_NTV
+
+
 @contextmanager
 def standing_aside(blocks: list[Block]) -> Iterator[list[Tensor]]:
     """While open, blocks hand their input on and keep their arguments; gives the list that first inputs go into."""

@@ -43,7 +43,10 @@ class Decoder(Protocol):
     blocks: list[Block]
 
     def embeddings(self) -> AbstractContextManager[None]:
-        """While open, what comes before the first block and after the last has its weights."""
+        """While open, what the inner model has outside its blocks has its weights."""
+
+    def ends(self) -> AbstractContextManager[None]:
+        """While open, all that comes before the first block and after the last has its weights, the head too."""
 
     def opened(self, block: Block, device: torch.device) -> AbstractContextManager[None]:
         """While open, the block has its weights on `device`."""
@@ -72,6 +75,10 @@ class DecoderInMemory:
     def embeddings(self) -> Iterator[None]:
         """Nothing to do: they are there."""
         yield
+
+    def ends(self) -> AbstractContextManager[None]:
+        """Nothing to do either."""
+        return self.embeddings()
 
     @contextmanager
     def opened(self, block: Block, device: torch.device) -> Iterator[None]:
@@ -187,14 +194,27 @@ class DecoderOnDisk:
     @contextmanager
     def embeddings(self) -> Iterator[None]:
         """Read what the inner model has outside its blocks, and forget it afterwards."""
+        with self._outside([""]):
+            yield
+
+    @contextmanager
+    def ends(self) -> Iterator[None]:
+        """Read what the model has outside its blocks, and forget it afterwards."""
+        with self._outside(["", HEAD]):
+            self.model.tie_weights()  # a head that is the embeddings is not in the files
+            yield
+
+    @contextmanager
+    def _outside(self, owners: list[str]) -> Iterator[None]:
         within = {module for block in self.blocks for module in block.module.modules()}
-        outside = [module for module in self.model.base_model.modules() if module not in within]
         try:
-            self._read("")
+            for owner in owners:
+                self._read(owner)
             yield
         finally:
-            for module in outside:
-                _forget(module)
+            for module in self.model.modules():
+                if module not in within:
+                    _forget(module)
 
     @contextmanager
     def opened(self, block: Block, device: torch.device) -> Iterator[None]:

@@ -16,7 +16,15 @@ class Frozen(Settings):
 
     method: Literal["none"] = "none"
     needs_gram: ClassVar[bool] = False
+    needs_cross: ClassVar[bool] = False
 
-    def rebuild(self, w_OI: Tensor, ranks_OI: Tensor, counts_O: Tensor, statistics: InputStatistics) -> Tensor:
+    def rebuild(
+        self,
+        w_OI: Tensor,
+        ranks_OI: Tensor,
+        counts_O: Tensor,
+        statistics: InputStatistics,
+        group: int | None = None,
+    ) -> Tensor:
         """The weight (O, I) with the `counts_O` lowest ranks of each row set to zero."""
         return w_OI.where(hard_mask(ranks_OI, counts_O), 0)

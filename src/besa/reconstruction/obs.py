@@ -14,6 +14,7 @@ from torch import Tensor
 from besa.budget import apportion
 from besa.errors import BesaError
 from besa.masks import hard_mask, rank
+from besa.reconstruction.written import written
 from besa.settings import Settings
 from besa.statistics import InputStatistics
 
@@ -31,8 +32,16 @@ class OBSUpdate(Settings):
     damping: float = Field(default=0.01, gt=0, description="added to the Hessian's diagonal, as a share of its mean")
     mask: Literal["adaptive", "fixed"] = "adaptive"
     needs_gram: ClassVar[bool] = True
+    needs_cross: ClassVar[bool] = False
 
-    def rebuild(self, w_OI: Tensor, ranks_OI: Tensor, counts_O: Tensor, statistics: InputStatistics) -> Tensor:
+    def rebuild(
+        self,
+        w_OI: Tensor,
+        ranks_OI: Tensor,
+        counts_O: Tensor,
+        statistics: InputStatistics,
+        group: int | None = None,
+    ) -> Tensor:
         """The pruned weight (O, I) in the dtype of `w_OI`, with exactly Σ `counts_O` zeros.
 
         Raises:
@@ -42,10 +51,9 @@ class OBSUpdate(Settings):
         factor_II = inverse_factor(statistics, self.damping)
         dense_OI = w_OI.float()
         zeros = int(counts_O.sum())
-        rebuilt_OI = sweep(dense_OI, dense_OI == 0, factor_II, self.columns, zeros, kept_OI)
-        written_OI = rebuilt_OI.to(w_OI.dtype)
-        lost_OI = (written_OI == 0) & (rebuilt_OI != 0)  # kept, but too small for the dtype: float16 ends at 6e-8
-        return written_OI.masked_fill_(lost_OI, torch.finfo(w_OI.dtype).smallest_normal)
+        columns = self.columns if group is None else group
+        rebuilt_OI = sweep(dense_OI, dense_OI == 0, factor_II, columns, zeros, kept_OI, per_row=group is not None)
+        return written(rebuilt_OI, rebuilt_OI != 0, w_OI.dtype)
 
 
 def inverse_factor(statistics: InputStatistics, damping: float) -> Tensor:
@@ -65,7 +73,13 @@ def inverse_factor(statistics: InputStatistics, damping: float) -> Tensor:
 
 
 def sweep(
-    w_OI: Tensor, zero_OI: Tensor, factor_II: Tensor, columns: int, zeros: int, kept_OI: Tensor | None = None
+    w_OI: Tensor,
+    zero_OI: Tensor,
+    factor_II: Tensor,
+    columns: int,
+    zeros: int,
+    kept_OI: Tensor | None = None,
+    per_row: bool = False,
 ) -> Tensor:
     """Prune `zeros` weights of `w_OI` from left to right, updating what is still to the right.
 
@@ -76,6 +90,7 @@ def sweep(
         columns: width of a block; the blocks share the zeros in proportion to their width.
         zeros: weights to prune when the mask is chosen here.
         kept_OI: the fixed mask, or None to choose it block by block.
+        per_row: every row of a block loses as many, as patterns have it.
     """
     w_OI = w_OI.clone()
     rows, width = w_OI.shape
@@ -89,8 +104,9 @@ def sweep(
         if kept_OI is None:
             prunable_OB = block_OB.masked_fill(zero_OI[:, start:end], 0)
             score_OB = prunable_OB.square() / factor_BB.diagonal().square()
-            order_OB = rank(score_OB.reshape(1, -1), prunable_OB.reshape(1, -1)).reshape(rows, size)
-            kept_OB = order_OB >= share
+            shape = (rows, size) if per_row else (1, rows * size)
+            order_OB = rank(score_OB.reshape(shape), prunable_OB.reshape(shape)).reshape(rows, size)
+            kept_OB = order_OB >= (share // rows if per_row else share)
         else:
             kept_OB = kept_OI[:, start:end]
         error_OB = torch.zeros_like(block_OB)

@@ -1,0 +1,20 @@
+"""Targets: which block loses how much of the model's sparsity?
+
+Each file holds one method; its settings class is the method. `measure` looks at the dense model, before anything is
+pruned, and says which sparsity each block wants; `bounded` keeps that near the model's. `budgets` makes it exact.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from besa.targets.bounded import Bounded
+from besa.targets.owl import Owl
+from besa.targets.sensitivity import LossSensitivity
+from besa.targets.uniform import Even
+
+Targets = Annotated[Even | Owl | LossSensitivity, Field(discriminator="method")]
+
+__all__ = ["Bounded", "Even", "LossSensitivity", "Owl", "Targets"]

@@ -1,0 +1,85 @@
+"""What methods that tell blocks apart have in common: what they look at, and how far they may go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from besa.calibration import Calibration
+from besa.models.streaming import Decoder
+from besa.settings import Settings
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A dense model to look at before it is pruned.
+
+    Attributes:
+        decoder: the model.
+        calibration: token ids (N, T).
+        names: of the matrices that share the model's sparsity, by block.
+        sparsity: that they are to have together.
+        batch: sequences in a forward pass.
+        device: where blocks are computed.
+        activation_budget: bytes of hidden states kept in memory.
+        folder: where more of them go.
+        seed: of whatever is drawn.
+    """
+
+    decoder: Decoder
+    calibration: Calibration
+    names: list[tuple[str, ...]]
+    sparsity: float
+    batch: int
+    device: torch.device
+    activation_budget: int
+    folder: Path | None
+    seed: int
+
+
+class Bounded(Settings):
+    """Blocks may differ in sparsity, each within bounds that follow the model's."""
+
+    every: int = Field(default=8, ge=1, description="one calibration sequence in so many is looked at")
+    least_pruned: float = Field(
+        default=0.6,
+        ge=0,
+        le=1,
+        description="of what a block would lose at the model's sparsity it loses this share at least",
+    )
+    least_kept: float = Field(
+        default=0.4,
+        ge=0,
+        le=1,
+        description="of what a block would keep at the model's sparsity it keeps this share at least",
+    )
+
+    def bounded(self, wanted: list[float], sizes: list[int], sparsity: float) -> list[float]:
+        """The sparsity of each block: `wanted`, all shifted by the same, within the bounds, `sparsity` in the mean.
+
+        Args:
+            wanted: any real numbers.
+            sizes: weights of each block.
+            sparsity: of all.
+        """
+        low, high = self.least_pruned * sparsity, 1 - self.least_kept * (1 - sparsity)
+        wanted_B = torch.tensor(wanted, dtype=torch.float64)
+        share_B = torch.tensor(sizes, dtype=torch.float64) / sum(sizes)
+
+        def at(shift: float) -> Tensor:
+            return (wanted_B + shift).clamp(low, high)
+
+        least, most = low - float(wanted_B.max()), high - float(wanted_B.min())
+        for _ in range(60):
+            middle = (least + most) / 2
+            least, most = (middle, most) if float(at(middle) @ share_B) < sparsity else (least, middle)
+        rates: list[float] = at((least + most) / 2).tolist()
+        return rates
+
+    def tokens(self, survey: Survey) -> Tensor:
+        """The sequences (n, T) that are looked at."""
+        return survey.calibration.tokens_NT[:: self.every]

@@ -1,0 +1,45 @@
+"""OWL: blocks with more outliers lose less (Yin et al., 2024).
+
+Shape suffixes: O rows, I columns.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from besa.importance import Wanda
+from besa.models.blocks import capture_inputs
+from besa.statistics import collect
+from besa.targets.bounded import Bounded, Survey
+
+
+class Owl(Bounded):
+    """A block's outlier ratio is the share of weights whose |W|·‖x‖ is above `outlier` times the mean of its linear.
+
+    Ratios are stretched so that the blocks' sparsities span `span`, the most outliers getting the least.
+    """
+
+    method: Literal["owl"] = "owl"
+    outlier: float = Field(default=5.0, gt=1, description="M: how many times the mean an outlier is")
+    span: float = Field(default=0.16, ge=0, le=1, description="2λ: distance of the highest target from the lowest")
+
+    def measure(self, survey: Survey) -> list[float]:
+        """The sparsity that each block wants, from a forward pass through the dense model."""
+        decoder, ratios = survey.decoder, []
+        with decoder.embeddings():
+            parts = capture_inputs(decoder.model, decoder.blocks, self.tokens(survey), survey.batch)
+            x_NTC = torch.cat(list(parts))
+        for block, names in zip(decoder.blocks, survey.names, strict=True):
+            with decoder.opened(block, survey.device):
+                with collect(block.module, block.prunables, gram=False) as statistics:
+                    block.run(x_NTC, survey.batch, into=x_NTC)
+                outliers = 0
+                for name in names:
+                    score_OI = Wanda().score(block.weight(name), statistics[name])
+                    outliers += int((score_OI > self.outlier * score_OI.mean()).sum())
+            ratios.append(outliers / max(1, sum(block.prunables[name].numel for name in names)))
+        spread = max(ratios) - min(ratios)
+        return [survey.sparsity - self.span * (ratio - min(ratios)) / max(spread, 1e-12) for ratio in ratios]

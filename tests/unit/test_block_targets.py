@@ -1,0 +1,198 @@
+"""Which block loses how much: exact and within bounds, and measured as a whole model's backward pass would."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+
+import besa
+from besa.calibration import Calibration
+from besa.models.blocks import find_blocks
+from besa.models.loading import locate
+from besa.models.streaming import DecoderInMemory, DecoderOnDisk
+from besa.recipe import Recipe
+from besa.targets import Bounded, LossSensitivity, Owl
+from besa.targets.bounded import Survey
+from besa.targets.budgets import budgets
+
+CPU = torch.device("cpu")
+
+
+def blocks_and_tokens(model, folder, tokenizer, samples=4, seqlen=24):
+    text = (folder / "calibration.txt").read_text(encoding="utf-8")[:20_000]
+    tokens_L = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return find_blocks(model), Calibration(tokens_L[: samples * seqlen].reshape(samples, seqlen), "text", 0)
+
+
+def survey(decoder, calibration, sparsity=0.5, names=None, activation_budget=1 << 40):
+    names = names or [tuple(block.prunables) for block in decoder.blocks]
+    return Survey(decoder, calibration, names, sparsity, 2, CPU, activation_budget, None, 7)
+
+
+@given(
+    wanted=st.lists(st.floats(-3, 3), min_size=1, max_size=6),
+    sparsity=st.floats(0.01, 0.99),
+    least=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    data=st.data(),
+)
+@settings(deadline=None)
+def test_bounds_hold_and_the_mean_is_the_sparsity(wanted, sparsity, least, data):
+    sizes = data.draw(st.lists(st.integers(1, 1000), min_size=len(wanted), max_size=len(wanted)))
+    found = Bounded(least_pruned=least[0], least_kept=least[1]).bounded(wanted, sizes, sparsity)
+    assert sum(rate * size for rate, size in zip(found, sizes, strict=True)) / sum(sizes) == pytest.approx(
+        sparsity, abs=1e-6
+    )
+    assert all(least[0] * sparsity - 1e-9 <= rate <= 1 - least[1] * (1 - sparsity) + 1e-9 for rate in found)
+    order = sorted(range(len(wanted)), key=lambda place: wanted[place])
+    assert [found[place] for place in order] == sorted(found)
+
+
+def test_within_the_bounds_targets_are_what_is_wanted_shifted():
+    found = Bounded().bounded([0.4, 0.5, 0.7], [10, 10, 20], 0.5)
+    assert found == pytest.approx([0.325, 0.425, 0.625])
+
+
+@pytest.mark.parametrize("targets", [[0.3, 0.4, 0.6, 0.7], [0.5] * 4, [0.3123, 0.4567, 0.71, 0.52]])
+def test_budgets_meet_the_targets_and_the_models_zeros(tiny_llama, targets):
+    blocks = find_blocks(tiny_llama)[:4]
+    weights = sum(block.weights for block in blocks)
+    mean = sum(targets) / len(targets)
+    plan = budgets(blocks, Recipe(sparsity=mean), targets)
+    assert sum(own.zeros for (own,) in plan) == round(mean * weights)
+    for (own,), target in zip(plan, targets, strict=True):
+        assert own.zeros == pytest.approx(target * own.weights, abs=1.5)
+
+
+def test_exceptions_stand_beside_targets(tiny_llama):
+    blocks = find_blocks(tiny_llama)[:4]
+    recipe = Recipe(skip=("*.0.*",), sparsity_of={"*.1.*k_proj": 0.2})
+    plan = budgets(blocks, recipe, [0.9, 0.4, 0.5, 0.58])
+    assert plan[0] == []
+    assert [own.sparsity for own in plan[1]] == pytest.approx([0.4, 0.2], abs=1e-2)
+    shared = [plan[1][0], plan[2][0], plan[3][0]]
+    assert sum(own.zeros for own in shared) == round(0.5 * sum(own.weights for own in shared))
+
+
+def slow_scores(model, blocks, tokens_NT):
+    """W²·Σx²·mean g² of every linear, from one backward pass through the whole model for the same labels."""
+    squares, gradients, count = {}, {}, 0
+    modules = {name: model.get_submodule(name) for block in blocks for name in block.prunables}
+    generator = torch.Generator().manual_seed(7)
+    for tokens_T in tokens_NT:
+        outputs = {}
+
+        def keep(module, inputs, output, outputs=outputs):
+            output.retain_grad()
+            outputs[module] = (inputs[0].detach(), output)
+
+        handles = [module.register_forward_hook(keep) for module in modules.values()]
+        embedded = model.get_input_embeddings()(tokens_T[None]).requires_grad_()
+        logits_TV = model(inputs_embeds=embedded, use_cache=False).logits[0]
+        below_TV = logits_TV.detach().softmax(-1).cumsum(-1) < torch.rand(len(logits_TV), 1, generator=generator)
+        functional.cross_entropy(logits_TV, below_TV.sum(dim=-1), reduction="sum").backward()
+        for handle in handles:
+            handle.remove()
+        count += len(tokens_T)
+        for name, module in modules.items():
+            x, y = outputs[module]
+            squares[name] = squares.get(name, 0) + x[0].square().sum(dim=0)
+            gradients[name] = gradients.get(name, 0) + y.grad[0].square().sum(dim=0)
+    return {
+        name: module.weight.square() * squares[name] * (gradients[name] / count)[:, None]
+        for name, module in modules.items()
+    }
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.7])
+def test_sensitivities_are_those_of_a_backward_pass_through_the_whole(
+    sparsity, tiny_llama, tiny_llama_folder, tiny_tokenizer
+):
+    blocks, calibration = blocks_and_tokens(tiny_llama, tiny_llama_folder, tiny_tokenizer)
+    expected = slow_scores(tiny_llama, blocks, calibration.tokens_NT[::2])
+    threshold = torch.cat([part.flatten() for part in expected.values()]).quantile(sparsity)
+    method = LossSensitivity(every=2, strength=1)
+    found = method.measure(survey(DecoderInMemory(tiny_llama), calibration, sparsity))
+    for block, rate in zip(blocks, found, strict=True):
+        part = torch.cat([expected[name].flatten() for name in block.prunables])
+        assert rate == pytest.approx(float((part <= threshold).float().mean()), abs=0.005)
+    assert max(found) - min(found) > 0.02
+    half = LossSensitivity(every=2).measure(survey(DecoderInMemory(tiny_llama), calibration, sparsity))
+    assert half == pytest.approx([(rate + sparsity) / 2 for rate in found])
+
+
+@pytest.mark.parametrize("method", [LossSensitivity(every=2), Owl(every=2)], ids=["sensitivity", "owl"])
+def test_from_the_disk_the_same_comes_out(method, tiny_llama, tiny_llama_folder, tiny_tokenizer):
+    _, calibration = blocks_and_tokens(tiny_llama, tiny_llama_folder, tiny_tokenizer)
+    streamed = DecoderOnDisk(locate(str(tiny_llama_folder)))
+    found = method.measure(survey(streamed, calibration, activation_budget=0))
+    assert found == method.measure(survey(DecoderInMemory(tiny_llama), calibration))
+    assert all(parameter.is_meta for parameter in streamed.model.parameters())
+
+
+def test_only_what_shares_the_sparsity_counts(tiny_llama, tiny_llama_folder, tiny_tokenizer):
+    blocks, calibration = blocks_and_tokens(tiny_llama, tiny_llama_folder, tiny_tokenizer)
+    decoder = DecoderInMemory(tiny_llama)
+    expected = slow_scores(tiny_llama, blocks, calibration.tokens_NT)
+    names = [tuple(name for name in block.prunables if "mlp" in name) for block in blocks]
+    threshold = torch.cat([expected[name].flatten() for own in names for name in own]).median()
+    found = LossSensitivity(every=1, strength=1).measure(survey(decoder, calibration, names=names))
+    for own, rate in zip(names, found, strict=True):
+        part = torch.cat([expected[name].flatten() for name in own])
+        assert rate == pytest.approx(float((part <= threshold).float().mean()), abs=0.005)
+
+
+def test_owl_by_hand(tiny_llama, tiny_llama_folder, tiny_tokenizer):
+    blocks, calibration = blocks_and_tokens(tiny_llama, tiny_llama_folder, tiny_tokenizer)
+    found = Owl(every=2, outlier=3.0).measure(survey(DecoderInMemory(tiny_llama), calibration, 0.6))
+    inputs = {}
+    modules = {tiny_llama.get_submodule(name): name for block in blocks for name in block.prunables}
+    handles = [
+        module.register_forward_hook(lambda module, x, _: inputs.__setitem__(modules[module], x[0]))
+        for module in modules
+    ]
+    tiny_llama(calibration.tokens_NT[::2])
+    for handle in handles:
+        handle.remove()
+    ratios = []
+    for block in blocks:
+        scores = [block.weight(n).abs() * inputs[n].square().sum(dim=(0, 1)).sqrt() for n in block.prunables]
+        ratios.append(sum(int((score > 3 * score.mean()).sum()) for score in scores) / block.weights)
+    lowest, highest = min(ratios), max(ratios)
+    assert found == pytest.approx([0.6 - 0.16 * (ratio - lowest) / (highest - lowest) for ratio in ratios], abs=1e-3)
+
+
+@pytest.mark.parametrize("method", ["owl", "sensitivity"])
+def test_a_run_meets_the_sparsity_and_goes_on_after_an_interruption(method, tiny_llama_folder, tmp_path):
+    recipe = Recipe.load("wanda", 0.6, [f"targets.method={method}", "targets.every=2"])
+    text = str(tiny_llama_folder / "calibration.txt")
+    sizes = {"samples": 4, "seqlen": 32}
+    whole = besa.compress(tiny_llama_folder, recipe, text, out=tmp_path / "whole", **sizes).record
+    assert whole.zeros == round(0.6 * whole.weights)
+    assert max(block.sparsity for block in whole.blocks) - min(block.sparsity for block in whole.blocks) > 0.02
+
+    def stop(done, blocks, state):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(besa.errors.Interrupted):
+        besa.compress(tiny_llama_folder, recipe, text, out=tmp_path / "parts", progress=stop, **sizes)
+    assert (tmp_path / "parts.partial" / "targets.json").exists()
+    resumed = besa.compress(tiny_llama_folder, recipe, text, out=tmp_path / "parts", resume=True, **sizes).record
+    assert resumed.restored_blocks == 2
+    files = [(tmp_path / out / "model.safetensors").read_bytes() for out in ("whole", "parts")]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("damage", ["", "[", "{}", '["a"]', None])
+def test_targets_that_are_damaged_are_measured_again(damage, tiny_llama_folder, tmp_path):
+    from besa.checkpoint.journal import Journal
+
+    journal = Journal(tmp_path)
+    journal.keep_targets([0.25, 0.5])
+    assert journal.targets == [0.25, 0.5]
+    if damage is None:
+        (tmp_path / "targets.json").unlink()
+    else:
+        (tmp_path / "targets.json").write_text(damage)
+    assert journal.targets is None

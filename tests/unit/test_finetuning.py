@@ -1,0 +1,118 @@
+"""Masked fine-tuning of a block: closer to the dense path on what it never saw, and zeros stay zeros."""
+
+import pytest
+import torch
+from torch import nn
+
+from besa.finetuning import MaskedAdam, Untuned
+from besa.losses import token_weighted_error
+from besa.models.blocks import Block
+from besa.models.prunable import find_prunables
+
+TOKENS, WIDTH = 6, 8
+
+
+class Residual(nn.Module):
+    """Two linears in a row, added to the input."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 16, bias=False), nn.Linear(16, WIDTH, bias=False)
+
+    def forward(self, x):
+        return x + self.down(self.up(x).tanh())
+
+
+@pytest.fixture
+def task():
+    """A block with half of its weights zero, 33 sequences, and what it puts out when dense."""
+    torch.manual_seed(0)
+    module = Residual().requires_grad_(False)
+    arguments = {(n, TOKENS): {} for n in range(1, 34)}
+    block = Block(0, "b", module, find_prunables(module), arguments)
+    inputs_NTC = torch.randn(33, TOKENS, WIDTH)
+    targets_NTC = module(inputs_NTC)
+    for name in block.prunables:
+        w_OI = block.weight(name)
+        w_OI[w_OI.abs() < w_OI.abs().median()] = 0
+    return block, list(block.prunables), inputs_NTC, targets_NTC
+
+
+def held_out_error(block, weights, inputs_NTC, targets_NTC) -> float:
+    return float(token_weighted_error(block(inputs_NTC[::16], weights), targets_NTC[::16], 0))
+
+
+def test_token_weighted_error_by_hand():
+    target_NTC = torch.tensor([[[3.0, 4.0], [0.0, 1.0]]])
+    y_NTC = torch.tensor([[[3.0, 2.0], [3.0, 1.0]]])
+    for power in (0, 1, 2):  # squared errors 4 and 9, norms 5 and 1
+        expected = (4 / 5**power + 9) / (25 / 5**power + 1)
+        assert float(token_weighted_error(y_NTC, target_NTC, power)) == pytest.approx(expected)
+    silent_NTC = torch.zeros(1, 1, 2)
+    assert float(token_weighted_error(silent_NTC, silent_NTC, 1)) == 0
+
+
+def test_nothing_moves_untuned(task):
+    found = Untuned().tune(*task, seed=0)
+    assert (found.weights, found.losses) == ({}, [])
+
+
+@pytest.mark.parametrize("options", [{"token_power": 0}, {"token_power": 1}, {"loss": "channel"}])
+def test_kept_weights_move_to_a_lower_error(task, options):
+    block, names, inputs_NTC, targets_NTC = task
+    before = {name: block.weight(name).clone() for name in names}
+    found = MaskedAdam(epochs=4, rate=0.02, autocast=False, **options).tune(*task, seed=0)
+    assert len(found.losses) == 5
+    assert found.losses[-1] < 0.8 * found.losses[0]
+    for name in names:
+        assert torch.equal(block.weight(name), before[name])
+        assert torch.equal(found.weights[name] == 0, before[name] == 0)
+    after = held_out_error(block, found.weights, inputs_NTC, targets_NTC)
+    assert after < 0.9 * held_out_error(block, before, inputs_NTC, targets_NTC)
+
+
+def test_losses_are_of_the_sequences_that_are_held_out(task):
+    block, names, inputs_NTC, targets_NTC = task
+    found = MaskedAdam(epochs=1, token_power=0, autocast=False).tune(*task, seed=0)
+    weights = [{name: block.weight(name) for name in names}, found.weights]
+    for loss, part in zip(found.losses, weights, strict=True):
+        by_hand = [
+            float(token_weighted_error(block(inputs_NTC[n : n + 1], part), targets_NTC[n : n + 1], 0))
+            for n in (0, 16, 32)
+        ]
+        assert loss == pytest.approx(sum(by_hand) / 3, rel=1e-5)
+
+
+def test_an_epoch_that_does_harm_is_the_last_and_is_forgotten(task):
+    block, names, *_ = task
+    found = MaskedAdam(epochs=9, rate=5.0, autocast=False).tune(*task, seed=0)
+    assert len(found.losses) == 2
+    assert found.losses[1] > found.losses[0]
+    assert all(torch.equal(found.weights[name], block.weight(name)) for name in names)
+
+
+def test_only_what_is_named_moves(task):
+    block, _, inputs_NTC, targets_NTC = task
+    assert set(MaskedAdam(autocast=False).tune(block, ["up"], inputs_NTC, targets_NTC, seed=0).weights) == {"up"}
+
+
+def test_one_sequence_is_learned_from_and_judged_by(task):
+    block, names, inputs_NTC, targets_NTC = task
+    found = MaskedAdam(rate=0.01, autocast=False).tune(block, names, inputs_NTC[:1], targets_NTC[:1], seed=0)
+    assert found.losses[-1] < found.losses[0]
+
+
+def test_a_seed_decides_the_order(task):
+    runs = [MaskedAdam(epochs=1, autocast=False).tune(*task, seed=seed).weights["up"] for seed in (0, 0, 1)]
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+
+
+def test_half_precision_weights_stay_so_and_learn_in_full(task):
+    block, names, inputs_NTC, targets_NTC = task
+    block.module.bfloat16()
+    found = MaskedAdam(epochs=4, rate=1e-3).tune(block, names, inputs_NTC.bfloat16(), targets_NTC.bfloat16(), seed=0)
+    assert found.losses[-1] < found.losses[0]
+    for name in names:
+        assert found.weights[name].dtype == torch.bfloat16
+        assert torch.equal(found.weights[name] == 0, block.weight(name) == 0)

@@ -1,0 +1,162 @@
+"""One threshold for a block: exact counts against a sort of everything, and sensitivities against a Jacobian."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from besa.allocation import BlockProblem, RankedLinear, Sensitivity
+from besa.allocation.sensitivity import lowest
+from besa.budget import Budget
+from besa.errors import BesaError
+from besa.masks import rank
+from besa.models.blocks import Block
+from besa.models.prunable import Prunable, find_prunables
+from besa.probes import RowSensitivities, random_signs
+
+TOKENS, WIDTH = 3, 4
+
+
+class Gated(nn.Module):
+    """Two linears of one input, multiplied, and a third that brings them back."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.up = (nn.Linear(WIDTH, 5, bias=False) for _ in range(2))
+        self.down = nn.Linear(5, WIDTH, bias=False)
+
+    def forward(self, x):
+        return x + self.down(self.gate(x).tanh() * self.up(x))
+
+
+@pytest.fixture
+def block():
+    torch.manual_seed(0)
+    module = Gated().requires_grad_(False)
+    return Block(0, "b", module, find_prunables(module), {(1, TOKENS): {}})
+
+
+@given(data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_the_lowest_keys_are_those_of_a_sort(data):
+    """Ties fall to the earlier matrix, then to the earlier row."""
+    shapes = data.draw(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 6)), min_size=1, max_size=4))
+    largest = data.draw(st.sampled_from([1, 5, 70_000, 0x7F800001]))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))
+    keys = [torch.randint(0, largest + 1, shape, generator=generator, dtype=torch.int32) for shape in shapes]
+    total = data.draw(st.integers(0, sum(key.numel() for key in keys)))
+    order = sorted(
+        (value, at, row) for at, key in enumerate(keys) for row, part in enumerate(key.tolist()) for value in part
+    )
+    expected = [
+        [sum(1 for _, k, r in order[:total] if (k, r) == (at, row)) for row in range(len(key))]
+        for at, key in enumerate(keys)
+    ]
+    found = lowest([lambda key=key: key for key in keys], total)
+    assert [counts_O.tolist() for counts_O in found] == expected
+
+
+def test_signs_are_of_a_seed_and_even():
+    signs = random_signs(torch.empty(100, 100, dtype=torch.bfloat16), 3)
+    assert signs.dtype == torch.bfloat16
+    assert set(signs.flatten().tolist()) == {-1.0, 1.0}
+    assert abs(float(signs.float().mean())) < 0.05
+    assert torch.equal(signs, random_signs(torch.empty(100, 100), 3).bfloat16())
+
+
+def test_row_sensitivities_are_those_of_the_jacobian(block):
+    """Over many probes; each linear's output is moved by hand."""
+    x_NTC = torch.randn(1, TOKENS, WIDTH, generator=torch.Generator().manual_seed(1))
+    found = RowSensitivities(block)
+    for seed in range(3000):
+        found.send_back(x_NTC, seed=seed)
+    module = block.module
+    for name in ("gate", "up", "down"):
+        linear = getattr(module, name)
+        inputs = {"gate": x_NTC, "up": x_NTC, "down": module.gate(x_NTC).tanh() * module.up(x_NTC)}[name]
+
+        def moved(y, name=name):
+            gate, up = (y if name == part else getattr(module, part)(x_NTC) for part in ("gate", "up"))
+            return y if name == "down" else module.down(gate.tanh() * up)
+
+        jacobian = torch.autograd.functional.jacobian(moved, linear(inputs))  # (1, T, C, 1, T, O)
+        expected_O = jacobian.square().sum(dim=(0, 1, 2, 3)).mean(dim=0)
+        torch.testing.assert_close(found.rows(name), expected_O, rtol=0.1, atol=0)
+
+
+def test_gradients_go_on_to_the_input(block):
+    x_NTC, seeds_NTC = torch.randn(2, 1, TOKENS, WIDTH)
+    _, expected_NTC = torch.autograd.functional.vjp(block, x_NTC, seeds_NTC)
+    torch.testing.assert_close(RowSensitivities(block).send_back(x_NTC, seeds_NTC), expected_NTC)
+
+
+def test_weights_get_no_gradient_and_unreached_rows_none(block):
+    block.module.requires_grad_(True)
+    block.prunables["spare"] = Prunable("spare.weight", 7, 2)
+    block.module.spare = nn.Linear(2, 7)
+    found = RowSensitivities(block)
+    found.send_back(torch.ones(1, TOKENS, WIDTH))
+    assert all(parameter.grad is None for parameter in block.module.parameters())
+    assert found.rows("spare").tolist() == [0] * 7
+
+
+@pytest.fixture
+def problem(block):
+    """Half of everything to go; `power` 1 and importances such that errors are easily computed."""
+    x_NTC = torch.randn(9, TOKENS, WIDTH, generator=torch.Generator().manual_seed(1))
+    linears = {}
+    for name in block.prunables:
+        w_OI = block.weight(name).clone()
+        linears[name] = RankedLinear(w_OI, w_OI.abs(), rank(w_OI.abs(), w_OI))
+    return BlockProblem(block, linears, x_NTC, x_NTC, [Budget(tuple(linears), 60, 30)], seed=4)
+
+
+def scores(problem, every):
+    found = RowSensitivities(problem.block)
+    for place in range(0, len(problem.inputs_NTC), every):
+        found.send_back(problem.inputs_NTC[place : place + 1], seed=problem.seed + place)
+    return {
+        name: linear.importance_OI.pow(linear.power) * found.rows(name)[:, None]
+        for name, linear in problem.linears.items()
+    }
+
+
+@pytest.mark.parametrize("every", [1, 4])
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("zeros", [1, 17, 30, 59])
+def test_one_threshold_for_the_block(problem, every, power, zeros):
+    linears = {name: dataclasses.replace(linear, power=power) for name, linear in problem.linears.items()}
+    problem = dataclasses.replace(problem, linears=linears, budgets=[Budget(tuple(linears), 60, zeros)])
+    counts = Sensitivity(every=every).allocate(problem).counts
+    by_name = scores(problem, every)
+    threshold = torch.cat([part.flatten() for part in by_name.values()]).sort().values[zeros - 1]
+    for name, part in by_name.items():
+        assert counts[name].tolist() == (part <= threshold).sum(dim=1).tolist()
+        assert counts[name].dtype == torch.int64
+
+
+def test_budgets_apart_have_thresholds_of_their_own(problem):
+    budgets = [Budget(("gate", "down"), 40, 10), Budget(("up",), 20, 15)]
+    counts = Sensitivity().allocate(dataclasses.replace(problem, budgets=budgets)).counts
+    assert int(counts["gate"].sum() + counts["down"].sum()) == 10
+    assert int(counts["up"].sum()) == 15
+
+
+def test_what_no_token_reached_keeps_the_sparsity_of_its_budget(problem):
+    linears = problem.linears | {"up": dataclasses.replace(problem.linears["up"], reached=False)}
+    counts = Sensitivity().allocate(dataclasses.replace(problem, linears=linears)).counts
+    assert counts["up"].tolist() == [2] * 5
+    assert sum(int(part.sum()) for part in counts.values()) == 30
+
+
+def test_zeros_go_first_and_too_many_are_refused(problem):
+    w_OI = problem.linears["up"].w_OI.clone()
+    w_OI[:3] = 0
+    up = RankedLinear(w_OI, torch.full_like(w_OI, 9.0), rank(w_OI.abs(), w_OI))
+    problem = dataclasses.replace(problem, linears=problem.linears | {"up": up})
+    assert Sensitivity().allocate(problem).counts["up"][:3].tolist() == [4, 4, 4]
+    with pytest.raises(BesaError, match="12 zeros already and cannot have exactly 11"):
+        Sensitivity().allocate(dataclasses.replace(problem, budgets=[Budget(tuple(problem.linears), 60, 11)]))
