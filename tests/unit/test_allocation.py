@@ -349,6 +349,7 @@ def test_tolerance_stops_early(problem):
 )
 def test_convergence_compares_two_passes(losses, stops):
     assert Besa(tolerance=0.1)._converged(losses, samples=2) == stops
+    assert not Besa(tolerance=0)._converged(losses, samples=2)
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 1.0])

@@ -27,7 +27,9 @@ class Descent(Settings):
         default=64, ge=1, description="learning steps, a sequence each; those beyond the calibration set see it again"
     )
     tolerance: float = Field(
-        default=0.01, ge=0, description="stop after a pass over the calibration set that lowers the loss by less"
+        default=0.01,
+        ge=0,
+        description="stop after a pass over the calibration set that lowers the loss by less; 0: never",
     )
     autocast: bool = Field(
         default=True, description="multiply in bfloat16 while learning, where a float32 run is faster with it"
@@ -87,6 +89,6 @@ class Descent(Settings):
 
     def _converged(self, losses: list[float], samples: int) -> bool:
         """Whether a pass just ended that brought less than the tolerance; all passes see the same sequences."""
-        if len(losses) % samples or len(losses) == samples:
+        if not self.tolerance or len(losses) % samples or len(losses) == samples:
             return False
         return sum(losses[-samples:]) > (1 - self.tolerance) * sum(losses[-2 * samples : -samples])
