@@ -160,6 +160,7 @@ def test_table_plot_and_json_agree(made: tuple[Workspace, Comparison]) -> None:
     assert f"| {row.mean['heldout']:,.2f} ± {row.spread['heldout']:,.2f} |" in table[3]
     root = ElementTree.parse(workspace.folder / "compare.svg").getroot()
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    assert root.get("viewBox") == f"0 0 {root.get('width')} {root.get('height')}"
     text = "".join(root.itertext())
     for word in ("magnitude", "wanda", "dense", "perplexity heldout", "perplexity little", "sparsity in %"):
         assert word in text

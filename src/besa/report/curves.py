@@ -73,6 +73,7 @@ def _panel(axes: Axes, panel: Panel) -> None:
         axes.set_xscale("log", base=2)
     log = bool(shown) and min(shown) > 0 and spread(shown) > APART
     set_scale(axes, "y", log, 6)
+    axes.margins(y=0.1)
     axes.grid(axis="y")
     axes.set_axisbelow(True)
     for curve in panel.curves:
@@ -89,11 +90,17 @@ def _panel(axes: Axes, panel: Panel) -> None:
             linestyle="none" if panel.ticks else DASHES[curve.color // COLORS % len(DASHES)],
         )
     if panel.reference:
-        axes.axhline(panel.reference[1], color=TEXT, linewidth=1, dashes=(4, 3))
+        name, height = panel.reference
+        below = height <= min(values, default=height)  # where no curve is
+        axes.axhline(height, color=TEXT, linewidth=1, dashes=(4, 3))
         axes.annotate(
-            panel.reference[0], (0, panel.reference[1]), (3, 3), xycoords=("axes fraction", "data"),
+            name,
+            (0, height),
+            (3, -3 if below else 3),
+            xycoords=("axes fraction", "data"),
             textcoords="offset points",
-        )  # fmt: skip
+            va="top" if below else "bottom",
+        )
     places = sorted({x for curve in panel.curves for x in curve.x})
     if len(places) > TICKS:
         axes.xaxis.set_major_locator(MaxNLocator(TICKS, integer=True, steps=[1, 2, 5, 10]))
@@ -105,4 +112,5 @@ def _panel(axes: Axes, panel: Panel) -> None:
     axes.set_xlabel(panel.x_label)
     axes.set_ylabel(panel.y_label)
     if len(panel.curves) > 1:
+        axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())  # names are placed by what the limits end as
         name_ends(axes, [Series(curve.label, curve.color, curve.y) for curve in panel.curves], gap=14 / (HEIGHT - 62))

@@ -52,13 +52,12 @@ PAGE = {  # of style.css, for drawings that stand by themselves
 
 
 def standalone(drawing: Markup) -> str:
-    """A drawing as an SVG document of its own, on a white page."""
+    """A drawing as an SVG document of its own, on a white page and of its own size."""
     text = re.sub(r"var\(--(\w+)\)", lambda match: PAGE[match[1]], str(drawing))
-    style = f"color: {PAGE['text']}; background: #ffffff"
-    text = text.replace('style="', f'style="{style}; ', 1).replace(
-        "<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1
-    )
-    return f"{text}\n"
+    width, height = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text).groups()  # type: ignore[union-attr]
+    root = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+    text = re.sub('style="[^"]*"', f'style="color: {PAGE["text"]}; background: #ffffff"', text, count=1)
+    return text.replace("<svg ", root, 1) + "\n"
 
 
 class Drawing:
