@@ -8,10 +8,9 @@
 #include <immintrin.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <limits>
+#include <numeric>
 #include <vector>
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512vnni,f16c,popcnt")))
@@ -52,9 +51,9 @@ INLINE __m512i fresh() {
 struct Floats {
     using Sum = __m512;
     static constexpr bool CODES = false;
-    static constexpr int TOGETHER = 4;  // rows of x whose sums, with those of a band, the registers hold
+    static constexpr int DIRECT = 4, TOGETHER = 4;  // rows of x that the registers hold, as a band is read and from a tile
     INLINE Sum none() { return _mm512_setzero_ps(); }
-    INLINE __m512 total(Sum sum) { return sum; }
+    INLINE __m512 total(Sum sum, int64_t) { return sum; }
 };
 
 struct Float32 : Floats {
@@ -122,7 +121,7 @@ struct Int8 {
     };
     using Sum = Inputs;
     static constexpr bool CODES = true;
-    static constexpr int TOGETHER = 2;
+    static constexpr int DIRECT = 2, TOGETHER = 1;
     static constexpr int64_t LENGTH = 64, STRIDE = 192;
     INLINE int64_t size(uint64_t mask) { return _mm_popcnt_u64(mask); }
     INLINE Vector expand(Word mask, const uint8_t* at, __m512i fill) {
@@ -133,10 +132,11 @@ struct Int8 {
     }
     INLINE Sum none() { return {{_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512()}}; }
     INLINE Sum add(Sum sum, Vector w, Inputs x) {
-        for (int k = 0; k < 3; ++k) sum.digits[k] = _mm512_dpbusd_epi32(sum.digits[k], w, x.digits[k]);
+        // Written out, as with the intrinsic gcc 12 copies every sum to and fro.
+        for (int k = 0; k < 3; ++k) asm("vpdpbusd %2, %1, %0" : "+v"(sum.digits[k]) : "v"(w), "v"(x.digits[k]));
         return sum;
     }
-    INLINE __m512 total(Sum sum) {
+    INLINE __m512 total(Sum sum, int64_t) {
         const __m512 low = _mm512_cvtepi32_ps(sum.digits[0]), middle = _mm512_cvtepi32_ps(sum.digits[1]);
         const __m512 high = _mm512_cvtepi32_ps(sum.digits[2]), base = _mm512_set1_ps(256);
         return _mm512_fmadd_ps(_mm512_fmadd_ps(high, base, middle), base, low);
@@ -144,6 +144,12 @@ struct Int8 {
 };
 
 struct Int4 : Int8 {
+    INLINE __m512 total(Sum sum, int64_t chunks) {
+        if (chunks > 4) return Int8::total(sum, chunks);
+        __m512i all = _mm512_add_epi32(_mm512_slli_epi32(sum.digits[2], 8), sum.digits[1]);  // below 2^31
+        all = _mm512_add_epi32(_mm512_slli_epi32(all, 8), sum.digits[0]);
+        return _mm512_cvtepi32_ps(all);
+    }
     INLINE int64_t size(uint64_t mask) { return (_mm_popcnt_u64(mask) + 1) / 2; }
     INLINE Vector expand(Word mask, const uint8_t* at, __m512i fill) {
         const __m512i pairs = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
@@ -154,12 +160,12 @@ struct Int4 : Int8 {
 
 // The rows of x as the kernels read them, with zeros to the end of the last chunk.
 template <typename Kind> struct Rows {
-    int64_t stride;               // numbers of one row
+    int64_t batch, stride;        // rows; numbers of one
     std::vector<typename Kind::X> numbers;
     std::vector<float> factors;   // what a unit of the last digit is worth, by row
     std::vector<float> sums;      // of each group, in such units, by row
 
-    TARGET Rows(const Weight& weight, const float* x, int64_t batch) {
+    TARGET Rows(const Weight& weight, const float* x, int64_t batch) : batch(batch) {
         const int64_t columns = weight.columns;
         stride = (columns + Kind::LENGTH - 1) / Kind::LENGTH * Kind::STRIDE;
         numbers.resize(size_t(batch * stride));
@@ -174,32 +180,37 @@ template <typename Kind> struct Rows {
         }
     }
 
+    // A row in units of its largest number over LARGEST, as digits; all is no number where a number is none, or infinite.
     TARGET void split(const Weight& weight, const float* x, int8_t* to) {
-        const int64_t columns = weight.columns, group = columns / weight.groups;
-        float most = 0, sound = 0;
-        for (int64_t i = 0; i < columns; ++i) {
-            most = std::max(most, std::fabs(x[i]));
-            sound += x[i] * 0;  // not a number, as the result must be, where x is infinite or no number
+        const int64_t columns = weight.columns;
+        __m512 most = _mm512_setzero_ps(), sound = _mm512_setzero_ps();
+        for (int64_t i = 0; i < columns; i += 16) {
+            const __m512 part = _mm512_maskz_loadu_ps(inside(columns - i), x + i);
+            most = _mm512_max_ps(most, _mm512_abs_ps(part));
+            sound = _mm512_fmadd_ps(part, _mm512_setzero_ps(), sound);
         }
-        const float step = most / LARGEST;
-        const float inverse = sound == 0 && step > 0 ? 1 / step : 0;
-        factors.push_back(step + sound);
-        int64_t sum = 0;
-        for (int64_t i = 0; i < columns; ++i) {
-            const float number = std::min(LARGEST, std::max(-LARGEST, std::nearbyint(x[i] * inverse)));
-            int32_t rest = int32_t(number);
-            sum += rest;
-            for (int k = 0; k < 3; ++k) {
-                const int8_t digit = int8_t(rest);
-                to[i / 64 * 192 + k * 64 + i % 64] = digit;
-                rest = (rest - digit) >> 8;
+        const float trouble = _mm512_reduce_add_ps(sound), unit = _mm512_reduce_max_ps(most) / LARGEST;
+        const __m512 inverse = _mm512_set1_ps(trouble == 0 && unit > 0 ? 1 / unit : 0);
+        const __m512i limit = _mm512_set1_epi32(int32_t(LARGEST));
+        std::vector<int32_t> whole(size_t(stride / 3));
+        for (int64_t i = 0; i < columns; i += 16) {
+            const __m512 part = _mm512_maskz_loadu_ps(inside(columns - i), x + i);
+            __m512i number = _mm512_cvtps_epi32(_mm512_mul_ps(part, inverse));
+            number = _mm512_max_epi32(_mm512_min_epi32(number, limit), _mm512_sub_epi32(_mm512_setzero_si512(), limit));
+            _mm512_storeu_si512(whole.data() + i, number);
+            for (int64_t k = 0; k < 3; ++k) {
+                const __m128i digits = _mm512_cvtepi32_epi8(number);
+                _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i / 64 * 192 + k * 64 + i % 64), digits);
+                number = _mm512_srai_epi32(_mm512_sub_epi32(number, _mm512_cvtepi8_epi32(digits)), 8);
             }
-            if ((i + 1) % group == 0) {
-                sums.push_back(float(sum));
-                sum = 0;
-            }
+        }
+        factors.push_back(unit + trouble);
+        for (int64_t g = 0; g < weight.groups; ++g) {
+            const int64_t group = columns / weight.groups;
+            sums.push_back(float(std::accumulate(&whole[size_t(g * group)], &whole[size_t(g * group)] + group, int64_t(0))));
         }
     }
+    INLINE __mmask16 inside(int64_t left) { return left < 16 ? __mmask16((1 << left) - 1) : __mmask16(-1); }
 };
 
 // How a band is summed: by segments of whole chunks that share a step, or whose groups have each some lanes of their own.
@@ -242,10 +253,11 @@ struct Grid {
     }
     INLINE __m512 steps(const Grid& grid, int64_t r, int64_t s) {
         const float* scales = grid.scales.data() + r * (grid.groups + 16) + s * grid.each;
-        return _mm512_permutexvar_ps(grid.lanes, _mm512_loadu_ps(scales));
+        return grid.each == 1 ? _mm512_set1_ps(*scales) : _mm512_permutexvar_ps(grid.lanes, _mm512_loadu_ps(scales));
     }
     INLINE __m512i fill(const Grid& grid, int64_t r, int64_t s) {
         const uint8_t* zeros = grid.zeros.data() + r * (grid.groups + 64) + s * grid.each;
+        if (grid.each == 1) return _mm512_set1_epi8(char(*zeros));
         return _mm512_permutexvar_epi8(grid.places, _mm512_loadu_si512(zeros));
     }
     // What the codes of zero add to a row.
@@ -297,6 +309,7 @@ struct alignas(64) Totals {
 template <typename Kind, int N, typename Source>
 INLINE void add(Source& source, const Grid& grid, int64_t s, int64_t chunks, const typename Kind::X* x, int64_t stride,
                 Totals* totals) {
+    asm("" : "+r"(totals));  // in memory: the registers are for the sums
     typename Kind::Sum sums[N][ROWS];
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n)
@@ -319,46 +332,64 @@ INLINE void add(Source& source, const Grid& grid, int64_t s, int64_t chunks, con
         if constexpr (Kind::CODES) steps = Grid::steps(grid, r, s);
 #pragma GCC unroll 4
         for (int n = 0; n < N; ++n)
-            totals[n].of[r] = _mm512_fmadd_ps(Kind::total(sums[n][r]), steps, totals[n].of[r]);
+            totals[n].of[r] = _mm512_fmadd_ps(Kind::total(sums[n][r], grid.segment), steps, totals[n].of[r]);
     }
 }
 
-// Some bands times `batch` rows of x; a few (N, if there is one) at once as the band is read, or more from its tiles.
+template <typename Kind>
+INLINE void write(const Weight& weight, const Grid& grid, const Rows<Kind>& rows, int64_t band, int64_t n,
+                  const Totals& totals, float* y) {
+    for (int64_t r = 0; r < std::min(ROWS, weight.rows - ROWS * band); ++r) {
+        float result = _mm512_reduce_add_ps(totals.of[r]);
+        if constexpr (Kind::CODES)
+            result = rows.factors[size_t(n)] * (result - grid.excess(r, rows.sums.data() + n * grid.groups));
+        y[n * weight.rows + ROWS * band + r] = result;
+    }
+}
+
+// Some bands times N rows of x, as the bands are read.
 template <typename Kind, int N>
-TARGET void bands(const Weight& weight, const Rows<Kind>& rows, int64_t batch, float* y, int64_t first, int64_t last) {
+TARGET void direct(const Weight& weight, const Rows<Kind>& rows, float* y, int64_t first, int64_t last) {
     Grid grid(weight, Kind::LENGTH);
-    Tile<Kind> tile;
-    std::vector<Totals> totals(static_cast<size_t>(batch));
-    const int64_t most = N ? grid.segment : std::min(grid.segment, Tile<Kind>::CHUNKS);
     for (int64_t band = first; band < last; ++band) {
         if constexpr (Kind::CODES) grid.read(weight, band);
         Stream<Kind> stream = Stream<Kind>::of(weight, band);
-        for (Totals& each : totals)
-            for (__m512& total : each.of) total = _mm512_setzero_ps();
-        for (int64_t begin = 0; begin < grid.chunks;) {
-            const int64_t s = begin / grid.segment, end = std::min({grid.chunks, begin + most, (s + 1) * grid.segment});
-            const typename Kind::X* x = rows.numbers.data() + begin * Kind::STRIDE;
+        Totals totals[N] = {};
+        for (int64_t begin = 0, s = 0; begin < grid.chunks; begin += grid.segment, ++s) {
+            const int64_t chunks = std::min(grid.segment, grid.chunks - begin);
             Stream<Kind>::enter(stream, grid, s);
-            if constexpr (N > 0) {
-                add<Kind, N>(stream, grid, s, end - begin, x, rows.stride, totals.data());
-            } else {
-                for (int64_t c = 0; c < end - begin; ++c)
-                    for (int64_t r = 0; r < ROWS; ++r) tile.chunks[c][r] = Stream<Kind>::next(stream, c, r);
-                int64_t n = 0;
-                for (; n + Kind::TOGETHER <= batch; n += Kind::TOGETHER)
-                    add<Kind, Kind::TOGETHER>(tile, grid, s, end - begin, x + n * rows.stride, rows.stride, &totals[size_t(n)]);
-                for (; n < batch; ++n)
-                    add<Kind, 1>(tile, grid, s, end - begin, x + n * rows.stride, rows.stride, &totals[size_t(n)]);
-            }
-            begin = end;
+            add<Kind, N>(stream, grid, s, chunks, rows.numbers.data() + begin * Kind::STRIDE, rows.stride, totals);
         }
-        for (int64_t n = 0; n < batch; ++n)
-            for (int64_t r = 0; r < std::min(ROWS, weight.rows - ROWS * band); ++r) {
-                float result = _mm512_reduce_add_ps(totals[size_t(n)].of[r]);
-                if constexpr (Kind::CODES)
-                    result = rows.factors[size_t(n)] * (result - grid.excess(r, rows.sums.data() + n * grid.groups));
-                y[n * weight.rows + ROWS * band + r] = result;
+        for (int64_t n = 0; n < N; ++n) write<Kind>(weight, grid, rows, band, n, totals[n], y);
+    }
+}
+
+// Some bands times any number of rows of x, all of which meet a tile of a band after the other.
+template <typename Kind>
+TARGET void tiled(const Weight& weight, const Rows<Kind>& rows, float* y, int64_t first, int64_t last) {
+    Grid grid(weight, Kind::LENGTH);
+    Tile<Kind> tile;
+    std::vector<Totals> totals(static_cast<size_t>(rows.batch));
+    for (int64_t band = first; band < last; ++band) {
+        if constexpr (Kind::CODES) grid.read(weight, band);
+        Stream<Kind> stream = Stream<Kind>::of(weight, band);
+        std::fill(totals.begin(), totals.end(), Totals{});
+        for (int64_t begin = 0, s = 0; begin < grid.chunks; begin += grid.segment, ++s) {
+            Stream<Kind>::enter(stream, grid, s);
+            const int64_t end = std::min(grid.chunks, begin + grid.segment);
+            for (int64_t left = begin; left < end; left += Tile<Kind>::CHUNKS) {
+                const int64_t chunks = std::min(Tile<Kind>::CHUNKS, end - left);
+                for (int64_t c = 0; c < chunks; ++c)
+                    for (int64_t r = 0; r < ROWS; ++r) tile.chunks[c][r] = Stream<Kind>::next(stream, c, r);
+                const typename Kind::X* x = rows.numbers.data() + left * Kind::STRIDE;
+                int64_t n = 0;
+                for (; n + Kind::TOGETHER <= rows.batch; n += Kind::TOGETHER)
+                    add<Kind, Kind::TOGETHER>(tile, grid, s, chunks, x + n * rows.stride, rows.stride, &totals[size_t(n)]);
+                for (; n < rows.batch; ++n)
+                    add<Kind, 1>(tile, grid, s, chunks, x + n * rows.stride, rows.stride, &totals[size_t(n)]);
             }
+        }
+        for (int64_t n = 0; n < rows.batch; ++n) write<Kind>(weight, grid, rows, band, n, totals[size_t(n)], y);
     }
 }
 
@@ -380,12 +411,15 @@ template <typename Kind> int64_t first_band(const Weight& weight, int64_t part, 
 
 template <typename Kind> void multiply(const Weight& weight, const float* x, int64_t batch, float* y, int64_t threads) {
     const Rows<Kind> rows(weight, x, batch);
-    constexpr void (*KERNELS[])(const Weight&, const Rows<Kind>&, int64_t, float*, int64_t, int64_t) = {
-        bands<Kind, 0>, bands<Kind, 1>, bands<Kind, 2>, bands<Kind, Kind::TOGETHER == 4 ? 3 : 0>, bands<Kind, Kind::TOGETHER == 4 ? 4 : 0>};
-    const auto kernel = KERNELS[batch <= 4 ? batch : 0];
+    constexpr int most = Kind::DIRECT;
+    const auto kernel = batch > most ? tiled<Kind>
+                        : batch == 1 ? direct<Kind, 1>
+                        : batch == 2 ? direct<Kind, 2>
+                        : batch == 3 ? direct<Kind, std::min(3, most)>
+                                     : direct<Kind, most>;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t part = 0; part < threads; ++part)
-        kernel(weight, rows, batch, y, first_band<Kind>(weight, part, threads), first_band<Kind>(weight, part + 1, threads));
+        kernel(weight, rows, y, first_band<Kind>(weight, part, threads), first_band<Kind>(weight, part + 1, threads));
 }
 
 INLINE void store(void* to, __m512i v, uint64_t kept) { _mm512_mask_storeu_epi8(to, kept, v); }

@@ -86,8 +86,13 @@ class Bitmask:
 
     def unpack_bands(self, bands: slice) -> Tensor:
         """The rows of some bands, dense."""
-        codes_OI = self._expanded(bands)
-        return codes_OI if self.scales_OG is None else dequantized(codes_OI, self._grid(_rows(bands)), self.dtype)
+        return self.dequantize(self._expanded(bands), bands)
+
+    def dequantize(self, expanded_OI: Tensor, bands: slice) -> Tensor:
+        """The rows of some bands from their values or codes, pruned ones included."""
+        if self.scales_OG is None:
+            return expanded_OI
+        return dequantized(expanded_OI, self._grid(_rows(bands)), self.dtype)
 
     def unpack_codes(self) -> Quantized:
         """The codes and their grid, of a weight that was packed from such."""
