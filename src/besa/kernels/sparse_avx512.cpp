@@ -31,7 +31,7 @@ struct Weight {  // as besa.kernels.sparse_native fills it in
 namespace {
 
 constexpr int64_t ROWS = 4;                // of a band
-constexpr int64_t TILE = 1024;             // columns expanded at a time where a batch shares them
+constexpr int64_t TILE = 64;               // chunks expanded at a time where a batch shares them: half a first cache
 constexpr int64_t AHEAD = 4096;            // bytes
 constexpr float LARGEST = 127 * 65793.0f;  // number of three digits between -128 and 127, to the base 256
 
@@ -296,8 +296,7 @@ template <typename Kind> struct Stream {
 
 // Chunks of a band that were expanded before.
 template <typename Kind> struct Tile {
-    static constexpr int64_t CHUNKS = TILE / Kind::LENGTH;
-    alignas(64) typename Kind::Vector chunks[CHUNKS][ROWS];
+    alignas(64) typename Kind::Vector chunks[TILE][ROWS];
     INLINE typename Kind::Vector next(Tile& tile, int64_t c, int64_t r) { return tile.chunks[c][r]; }
 };
 
@@ -377,8 +376,8 @@ TARGET void tiled(const Weight& weight, const Rows<Kind>& rows, float* y, int64_
         for (int64_t begin = 0, s = 0; begin < grid.chunks; begin += grid.segment, ++s) {
             Stream<Kind>::enter(stream, grid, s);
             const int64_t end = std::min(grid.chunks, begin + grid.segment);
-            for (int64_t left = begin; left < end; left += Tile<Kind>::CHUNKS) {
-                const int64_t chunks = std::min(Tile<Kind>::CHUNKS, end - left);
+            for (int64_t left = begin; left < end; left += TILE) {
+                const int64_t chunks = std::min(TILE, end - left);
                 for (int64_t c = 0; c < chunks; ++c)
                     for (int64_t r = 0; r < ROWS; ++r) tile.chunks[c][r] = Stream<Kind>::next(stream, c, r);
                 const typename Kind::X* x = rows.numbers.data() + left * Kind::STRIDE;
