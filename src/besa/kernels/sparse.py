@@ -23,20 +23,22 @@ PANEL = 512  # rows of a weight
 def multiplied(x_NI: Tensor, weight: Bitmask) -> Tensor:
     """x Wᵀ (N, O).
 
-    Products of floating-point numbers are added in float32, in an order that differs between kernels: y is off by no more
-    than a few 2^-24 of Σ|w||x|. Codes are multiplied as such, times x in float32 or, with AVX-512, x to 24 bits of the
-    largest number in its row; the product of code and step is not rounded to the weight's dtype, as `Bitmask.unpack` does.
+    Products are added in float32, in an order that differs between kernels: y is off by at most I/8 + 16 roundings of
+    2^-24 Σ|w||x|. Codes are multiplied as they are (for the weight, read the larger of code and zero point, times the
+    step); with AVX-512, x is rounded to within 2^-22 of the largest number in its row first. What a code stands for is
+    not rounded to the weight's dtype, as it is where the weight is made dense.
 
     Args:
         x_NI: of the weight's dtype.
         weight: on the device of x.
     """
+    assert x_NI.dtype == weight.dtype
     if x_NI.is_cuda:
         from besa.kernels import sparse_gpu
 
         if sparse_gpu.serves(x_NI, weight):
             return sparse_gpu.multiply(x_NI, weight)
-    elif len(x_NI) < MANY and sparse_native.serves(weight):
+    elif 0 < len(x_NI) < MANY and sparse_native.serves(weight):
         return sparse_native.multiply(x_NI.float(), weight).to(x_NI.dtype)
     return by_panels(x_NI, weight)
 

@@ -11,7 +11,12 @@ from torch import Tensor
 from besa.checkpoint.formats.bitmask import ROWS, Bitmask
 from besa.kernels.build import load
 
-SOURCES = {"avx512bf16": "sparse_avx512.cpp", "avx512": "sparse_avx512.cpp", "avx2": "sparse.cpp", "plain": "sparse.cpp"}
+SOURCES = {
+    "avx512bf16": "sparse_avx512.cpp",
+    "avx512": "sparse_avx512.cpp",
+    "avx2": "sparse.cpp",
+    "plain": "sparse.cpp",
+}
 SCALES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 WIDEST = 1 << 20  # columns whose products with a digit are sure to add up below 2^31
 
@@ -70,11 +75,12 @@ def _call(work: str, weight: Bitmask, path: str, *arguments: int) -> None:
     path = path or paths()[0]
     kernels = load(SOURCES[path])
     assert kernels is not None
-    passed = [ctypes.c_int64(argument) for argument in arguments]
-    kernels[f"{work}_{weight.kind}_{path}"](ctypes.byref(_passed(weight)), *passed, ctypes.c_int64(torch.get_num_threads()))
+    numbers = [ctypes.c_int64(argument) for argument in (*arguments, torch.get_num_threads())]
+    kernels[f"{work}_{weight.kind}_{path}"](ctypes.byref(passed(weight)), *numbers)
 
 
-def _passed(weight: Bitmask) -> _Weight:
+def passed(weight: Bitmask) -> _Weight:
+    """What a kernel is told of a weight, whose tensors must outlive the call."""
     scales_OG = weight.scales_OG
     tensors = (weight.masks_BCR, weight.values, weight.offsets)
     assert all(tensor.is_contiguous() for tensor in tensors)

@@ -118,16 +118,19 @@ class Bitmask:
             return False
         length, word = CHUNKS[self.kind]
         bands = -(-rows // ROWS)
-        shapes = [(self.masks_BCR, (bands, -(-columns // length), ROWS)), (self.offsets, (bands + 1,))]
-        if self.scales_OG is not None and self.scales_OG.dim() == 2 and self.scales_OG.dtype in FLOATS:
-            groups = self.scales_OG.shape[1]
-            zeros_OG = self.scales_OG if self.zeros_OG is None else self.zeros_OG
-            shapes += [(self.scales_OG, (rows, groups)), (zeros_OG, (rows, groups))]
-            divides = groups > 0 and columns % groups == 0
-        else:
-            divides = not coded and self.scales_OG is None
-        dtypes = (self.masks_BCR.dtype, self.offsets.dtype) == (word, torch.int64)
-        return divides and dtypes and all(found.shape == shape for found, shape in shapes) and self._ends()
+        tensors: list[tuple[Tensor, tuple[int, ...], tuple[torch.dtype, ...]]]
+        tensors = [(self.masks_BCR, (bands, -(-columns // length), ROWS), (word,))]
+        tensors += [(self.offsets, (bands + 1,), (torch.int64,))]
+        if coded != (self.scales_OG is not None) or (self.zeros_OG is not None and not coded):
+            return False
+        if self.scales_OG is not None:
+            groups = self.scales_OG.shape[-1]
+            if groups == 0 or columns % groups:
+                return False
+            tensors += [(self.scales_OG, (rows, groups), FLOATS)]
+            tensors += [(self.zeros_OG, (rows, groups), (torch.uint8,))] if self.zeros_OG is not None else []
+        fit = all(found.shape == shape and found.dtype in dtypes for found, shape, dtypes in tensors)
+        return fit and self._ends()
 
     def _ends(self) -> bool:
         """Whether every band ends where its masks say, and no mask has bits beyond the last row or column."""
