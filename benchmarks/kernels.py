@@ -13,7 +13,6 @@ from __future__ import annotations
 import ctypes
 import itertools
 import json
-import os
 import statistics
 import subprocess
 import tempfile
@@ -41,7 +40,7 @@ DTYPES = ("float32", "bfloat16", "int8", "int4")
 SPARSITIES = (0.5, 0.6, 0.7)
 SPREAD = 0.15  # of the rates of learned rows, to either side
 GROUP = 128  # columns that share a step, of int4; of int8, a row does
-CACHE = os.sysconf("SC_LEVEL3_CACHE_SIZE")
+CACHE = 32 << 20  # bytes, of the last cache; 4 times as much is gone through before a copy is met again
 Work = Callable[[], object]
 
 
