@@ -15,7 +15,7 @@ from torch import Tensor
 from besa.checkpoint.formats import packed
 from besa.errors import BesaError
 from besa.models.files import WeightFiles
-from besa.models.loading import Source, is_quantized, load_model, read_config
+from besa.models.loading import Source, is_quantized, load_model, quantization_of, read_config
 from besa.models.streaming import Decoder, DecoderInMemory, DecoderOnDisk
 from besa.progress import Progress, silent
 
@@ -84,7 +84,7 @@ def _blocks(source: Source, trust_remote_code: bool, progress: Progress) -> Iter
     assert source.folder is not None
     config = read_config(source, trust_remote_code)
     if not source.gguf and is_quantized(config):
-        yield from _packed_blocks(WeightFiles(source.folder), source.name, config.quantization_config)
+        yield from _packed_blocks(WeightFiles(source.folder), source.name, quantization_of(config))
         return
     if source.gguf:
         decoder: Decoder = DecoderInMemory(load_model(source))
@@ -100,10 +100,7 @@ def _packed_blocks(
     files: WeightFiles, source: str, config: dict[str, Any]
 ) -> Iterator[tuple[str, list[LinearContents]]]:
     """The same of a checkpoint of packed codes; its blocks are told by the first number in a name."""
-    if config.get("format") != packed.FORMAT:
-        raise BesaError(f"{source} is quantised in a format that besa does not count: only {packed.FORMAT} is.")
-    groups = config["config_groups"].values()
-    (bits,) = {group["weights"]["num_bits"] for group in groups}
+    bits = packed.bits_of(config, source)
     owners: dict[str, list[str]] = {}
     for name in files.names:
         match = re.match(r"(.*?\.\d+)\.", name)
