@@ -11,7 +11,11 @@ from besa.version import __version__
 if TYPE_CHECKING:
     from besa.api import Compressed, Evaluation, compress, evaluate, plan
     from besa.calibration import Calibration
+    from besa.checkpoint.packing import pack, unpack
     from besa.recipe import Recipe
+    from besa.runtime.generation import generate
+    from besa.runtime.loading import load
+    from besa.runtime.speed import bench
 
 __all__ = [
     "BesaError",
@@ -20,9 +24,14 @@ __all__ = [
     "Evaluation",
     "Recipe",
     "__version__",
+    "bench",
     "compress",
     "evaluate",
+    "generate",
+    "load",
+    "pack",
     "plan",
+    "unpack",
 ]
 
 _HOMES = {
@@ -30,9 +39,14 @@ _HOMES = {
     "Compressed": "besa.api",
     "Evaluation": "besa.api",
     "Recipe": "besa.recipe",
+    "bench": "besa.runtime.speed",
     "compress": "besa.api",
     "evaluate": "besa.api",
+    "generate": "besa.runtime.generation",
+    "load": "besa.runtime.loading",
+    "pack": "besa.checkpoint.packing",
     "plan": "besa.api",
+    "unpack": "besa.checkpoint.packing",
 }
 
 

@@ -16,11 +16,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from besa import memory
 from besa.calibration import EMBEDDED, Calibration, read_documents, sample, tokenize
 from besa.checkpoint.files import check_space
+from besa.checkpoint.formats.container import header
 from besa.checkpoint.journal import journal_for
 from besa.checkpoint.writer import disk_bytes, finish
 from besa.errors import BesaError
 from besa.evaluation.perplexity import Perplexity, perplexity
-from besa.machine import machine, versions
+from besa.machine import machine, resolve_device, versions
 from besa.models.blocks import find_blocks
 from besa.models.loading import describe, is_quantized, load_model, load_tokenizer, locate, read_config, skeleton
 from besa.models.streaming import Decoder, DecoderInMemory, DecoderOnDisk
@@ -30,7 +31,9 @@ from besa.pruning import Resources, prune_blocks
 from besa.quantization import MinMax
 from besa.recipe import Recipe
 from besa.record import RunRecord, now
+from besa.runtime.loading import load
 
+NO_TOKENIZER = "A loaded model needs its tokenizer: pass tokenizer=."
 BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}  # in a forward pass, unless asked otherwise: a GPU needs more to be busy
 
 
@@ -286,16 +289,20 @@ def evaluate(
     """
     device = resolve_device(device)
     documents = {text_name(text): read_documents(text, progress) for text in texts}
-    decoder, tokenizer, identity = _opened(model, tokenizer, dtype, trust_remote_code, False, progress)
-    loaded = decoder.model
+    if isinstance(model, PreTrainedModel):
+        if tokenizer is None:
+            raise BesaError(NO_TOKENIZER)
+        loaded, name = model.to(device), model.name_or_path
+    else:
+        loaded = load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, progress=progress)
+        tokenizer, name = tokenizer or load_tokenizer(locate(model, progress), trust_remote_code), str(model)
     began = time.perf_counter()
-    loaded.to(device)
     details = {
         text: perplexity(loaded, tokenize(documents[text], "\n\n", tokenizer), window, max_windows, batch, progress)
         for text in documents
     }
     return Evaluation(
-        model=identity["source"],
+        model=name,
         perplexity={text: result.perplexity for text, result in details.items()},
         window=window,
         details=details,
@@ -309,23 +316,6 @@ def evaluate(
 def text_name(text: str) -> str:
     """The key under which a text's results stand: its embedded or hub name, or the file's stem."""
     return text if text in EMBEDDED or text.startswith("hf:") else Path(text).stem
-
-
-def resolve_device(device: str | torch.device) -> torch.device:
-    """The device to compute on.
-
-    Raises:
-        BesaError: no such device on this machine.
-    """
-    try:
-        resolved = torch.device(device)
-    except RuntimeError:
-        raise BesaError(f"There is no device {device}: use cpu or cuda.") from None
-    if resolved.type not in ("cpu", "cuda"):
-        raise BesaError(f"besa does not compute on {device}: use cpu or cuda.")
-    if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise BesaError("There is no CUDA device that torch can use here: use --device cpu.")
-    return resolved
 
 
 def default_batch(seqlen: int, device: torch.device) -> int:
@@ -353,12 +343,14 @@ def _opened(
     """
     if isinstance(model, PreTrainedModel):
         if tokenizer is None:
-            raise BesaError("A loaded model needs its tokenizer: pass tokenizer=.")
+            raise BesaError(NO_TOKENIZER)
         return DecoderInMemory(model), tokenizer, describe(model)
     source = locate(model, progress)
     decoder: Decoder | None = None
     if not source.gguf:
         source = source.local()
+        if source.folder and header(source.folder) is not None:
+            raise BesaError(f"{source.name} is packed: make it dense with `besa unpack` first.")
         if from_disk or not is_quantized(read_config(source, trust_remote_code)):
             decoder = DecoderOnDisk(source, dtype, trust_remote_code)
     if decoder is None or not from_disk:  # by now, what is wrong with a folder was found out

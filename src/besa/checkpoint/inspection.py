@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from besa.checkpoint.formats import packed
+from besa.checkpoint.formats.container import Container, open_files
 from besa.errors import BesaError
 from besa.models.files import WeightFiles
 from besa.models.loading import Source, is_quantized, load_model, quantization_of, read_config
@@ -69,10 +70,12 @@ def inspect(source: Source, trust_remote_code: bool = False, progress: Progress 
     """
     if source.folder is None:
         raise BesaError(f"{source.name} is not a local model: download it first, and give its folder.")
-    paths = [source.folder / source.gguf] if source.gguf else WeightFiles(source.folder).paths
+    files = None if source.gguf else open_files(source.folder)
+    paths = files.paths if files else [source.folder / str(source.gguf)]
     linears: list[LinearContents] = []
     summaries: list[BlockContents] = []
     for name, parts in _blocks(source, trust_remote_code, progress):
+        parts = [_as_stored(part, files) for part in parts]
         linears += parts
         summaries.append(BlockContents(name=name, **_totals(parts)))
     size = sum(path.stat().st_size for path in paths)
@@ -84,7 +87,7 @@ def _blocks(source: Source, trust_remote_code: bool, progress: Progress) -> Iter
     assert source.folder is not None
     config = read_config(source, trust_remote_code)
     if not source.gguf and is_quantized(config):
-        yield from _packed_blocks(WeightFiles(source.folder), source.name, quantization_of(config))
+        yield from _packed_blocks(open_files(source.folder), source.name, quantization_of(config))
         return
     if source.gguf:
         decoder: Decoder = DecoderInMemory(load_model(source))
@@ -135,6 +138,12 @@ def _contents(name: str, zero_OI: Tensor, parts: dict[str, int]) -> LinearConten
         bytes=sum(parts.values()),
         parts=parts,
     )
+
+
+def _as_stored(linear: LinearContents, files: WeightFiles | None) -> LinearContents:
+    """The same with the bytes it takes as bitmask, if it is one."""
+    parts = files.parts(linear.name) if isinstance(files, Container) else {}
+    return linear.model_copy(update={"bytes": sum(parts.values()), "parts": parts}) if parts else linear
 
 
 def _totals(linears: list[LinearContents]) -> dict[str, Any]:

@@ -19,14 +19,14 @@ from besa.errors import BesaError
 from besa.models.files import WeightFiles
 
 FORMAT, VERSION = "bitmask", 1
-KEYS = MASK, VALUES, OFFSETS, SHAPE, SCALE, ZERO = (
-    "weight_mask",
-    "weight_values",
-    "weight_offsets",
-    "weight_shape",
-    "weight_scale",
-    "weight_zero_point",
-)
+PURPOSES = {
+    (MASK := "weight_mask"): "masks",
+    (VALUES := "weight_values"): "values",
+    (OFFSETS := "weight_offsets"): "offsets",
+    (SHAPE := "weight_shape"): "shapes",
+    (SCALE := "weight_scale"): "scales",
+    (ZERO := "weight_zero_point"): "zero points",
+}
 HEADER = {"format": FORMAT, "version": VERSION}
 ABOUT = {"besa": json.dumps(HEADER)}  # metadata of the weight files
 DAMAGED = "the packed checkpoint is damaged"
@@ -77,17 +77,13 @@ def bitmask(own: Mapping[str, Tensor], bits: int | None) -> Bitmask:
     )
 
 
-def bytes_of(weight: Bitmask) -> dict[str, int]:
-    """What the tensors of one linear take, by what they are for."""
-    names = {MASK: "masks", VALUES: "values", OFFSETS: "offsets", SHAPE: "shapes", SCALE: "scales", ZERO: "zero points"}
-    return {names[key]: tensor.nbytes for key, tensor in tensors_of(weight).items()}
-
-
 class Container(WeightFiles):
     """A packed checkpoint, read as the files it was packed from; and as it is, by who runs it.
 
     Attributes:
+        bits: of a code, where weights are stored as codes.
         sparse: names of the tensors in the files by linear stored as bitmask.
+        dense: names of all other tensors.
 
     Args:
         folder: for which `header` finds something.
@@ -100,12 +96,12 @@ class Container(WeightFiles):
         super().__init__(folder)
         found = header(folder)
         assert found is not None
-        self.quantization: dict[str, Any] | None = found.get("quantization_config")
-        self._bits = packed.bits_of(self.quantization, str(folder)) if self.quantization else None
+        codes = found.get("quantization_config")
+        self.bits = packed.bits_of(codes, str(folder)) if codes else None
         stored = set(self._holders)
         linears = [name.removesuffix(f".{MASK}") for name in self._holders if name.endswith(f".{MASK}")]
         self.sparse = {
-            linear: [name for key in KEYS if (name := f"{linear}.{key}") in stored] for linear in linears
+            linear: [name for key in PURPOSES if (name := f"{linear}.{key}") in stored] for linear in linears
         }
         for linear, names in self.sparse.items():
             missing = [key for key in (MASK, VALUES, OFFSETS, SHAPE) if f"{linear}.{key}" not in names]
@@ -174,11 +170,21 @@ class Container(WeightFiles):
         for linear, names in self.sparse.items():
             yield linear, self._taken(linear, ((name, stored[name]) for name in names))
 
+    def parts(self, linear: str) -> dict[str, int]:
+        """What the tensors of a linear take, in bytes, by what they are for; empty where it is no bitmask.
+
+        Args:
+            linear: as the files call it, or the model, which may put one word more before it.
+        """
+        linear = linear if linear in self.sparse else linear.partition(".")[2]
+        stored = super().mapped(self.sparse.get(linear, ()))
+        return {PURPOSES[name.rpartition(".")[2]]: tensor.nbytes for name, tensor in stored}
+
     def _taken(self, linear: str, tensors: Iterable[tuple[str, Tensor]]) -> Bitmask:
         own = {name.rpartition(".")[2]: tensor for name, tensor in tensors}
         if own[SHAPE].shape != (2,) or own[SHAPE].dtype != torch.int64:
             raise BesaError(f"{linear}.{SHAPE} of {self.folder} holds no shape: {DAMAGED}.")
-        weight = bitmask(own, self._bits)
+        weight = bitmask(own, self.bits)
         weight.check(linear)
         return weight
 
