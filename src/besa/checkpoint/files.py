@@ -76,7 +76,9 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, 
         BesaError: the file cannot be written.
     """
     with replacing(path) as partial:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial, METADATA | dict(about or {}))
+        save_file(
+            {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial, METADATA | dict(about or {})
+        )
 
 
 def join_tensors(path: Path, parts: Sequence[Path], about: Mapping[str, str] | None = None) -> None:

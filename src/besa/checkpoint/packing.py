@@ -119,9 +119,7 @@ def pack(
     return found
 
 
-def unpack(
-    model: str | Path, out: str | Path, *, trust_remote_code: bool = False, progress: Progress = silent
-) -> None:
+def unpack(model: str | Path, out: str | Path, *, trust_remote_code: bool = False, progress: Progress = silent) -> None:
     """Write the checkpoint that `pack` packed: the same tensors, to the bit.
 
     Args:

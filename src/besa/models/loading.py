@@ -165,7 +165,7 @@ def read_generation_config(source: Source, model: PreTrainedModel) -> Generation
 
 
 def quantization_of(config: PreTrainedConfig) -> dict[str, Any]:
-    """What is said of the quantiser whose codes the weights are, of a packed checkpoint too; empty where they are none."""
+    """What is said of the quantiser whose codes the weights are, packed or not; empty where they are none."""
     said = getattr(config, "quantization_config", None) or getattr(config, "besa", {}).get("quantization_config")
     return dict(said or {})
 

@@ -71,7 +71,7 @@ def generate(
     return str(tokenizer.decode(made_1T[0, tokens_1T.shape[1] :], skip_special_tokens=True))
 
 
-class _Telling(TextStreamer):
+class _Telling(TextStreamer):  # type: ignore[misc]
     """transformers' way of forming words of tokens, without its printing."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, tell: Callable[[str], None]) -> None:

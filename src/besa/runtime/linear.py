@@ -57,7 +57,7 @@ class SparseLinear(nn.Module):
         """
         if fn(torch.empty(0, dtype=self.weight.dtype)).dtype != self.weight.dtype:
             raise BesaError("Packed linears keep their dtype: ask for another one with besa.load(..., dtype=).")
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         own: dict[str, Any] = dict(self.named_buffers(recurse=False))
         self.weight = bitmask(own, self.weight.bits)
         return self

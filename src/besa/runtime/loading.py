@@ -84,7 +84,8 @@ def _dense_tensors(files: Container) -> dict[str, Tensor]:
     """What is not packed, in its files; linears that are stored as codes but are no bitmasks, as numbers."""
     tensors = dict(files.mapped(files.dense))
     if files.bits is not None:
-        for linear in [name.removesuffix(f".{packed.WEIGHT}") for name in tensors if name.endswith(f".{packed.WEIGHT}")]:
+        coded = [name for name in tensors if name.endswith(f".{packed.WEIGHT}")]
+        for linear in (name.removesuffix(f".{packed.WEIGHT}") for name in coded):
             own = {key: tensors.pop(f"{linear}.{key}") for key in packed.KEYS if f"{linear}.{key}" in tensors}
             tensors[f"{linear}.weight"] = packed.quantized(own, files.bits).weight()
     return tensors
