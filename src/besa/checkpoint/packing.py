@@ -80,7 +80,8 @@ def pack(
     Args:
         model: Hugging Face id or local folder: safetensors, dense or ``pack-quantized``.
         out: folder to write; must not exist.
-        dtype: ``auto`` keeps every number to the bit; ``float32``, ``bfloat16`` or ``float16`` rounds first.
+        dtype: ``auto`` keeps every number to the bit, but for negative zeros, which become zeros; ``float32``,
+            ``bfloat16`` or ``float16`` rounds first.
         trust_remote_code: run model code that comes with the checkpoint.
         progress: told (parts done, parts, name of the part).
 
