@@ -121,7 +121,7 @@ class Container(WeightFiles):
     @property
     def names(self) -> list[str]:
         """Names of all tensors before packing."""
-        return [*self.dense, *self._originals]
+        return sorted([*self.dense, *self._originals])
 
     def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Names and shapes of all tensors before packing."""
