@@ -30,7 +30,7 @@ from besa.runtime.timings import Bench, ModelSpeed, Timing
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
 TEXT, HELDOUT = str(TINY / "calibration.txt"), str(TINY / "heldout.txt")
-SIZES = {"samples": 4, "seqlen": 32}
+SIZES = {"samples": 2, "seqlen": 16}
 PROMPT = "The city lies on the river"
 
 
@@ -46,6 +46,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The same with every linear of float32."""
     folder = tmp_path_factory.mktemp("plain")
     besa.compress(TINY, "wanda", TEXT, out=folder / "dense", **SIZES)
     besa.pack(folder / "dense", folder / "packed")
