@@ -20,7 +20,7 @@ from besa.demo import Row
 from besa.planning import Plan
 from besa.progress import Progress
 from besa.record import RunRecord
-from besa.runtime.timings import FIRST, Bench, Timing
+from besa.runtime.timings import Bench
 
 
 @contextmanager
@@ -128,7 +128,7 @@ def benched(found: Bench) -> RenderableType:
         speeds.add_column(name, justify="right")
     for work in found.works():
         for model, timing, ratio in found.of(work):
-            middle, low, high, limit = _paces(timing)
+            middle, low, high, limit = timing.paces()
             share = f"{timing.limit / timing.seconds:.0%}"
             speeds.add_row(work, model.model, model.form, middle, f"{low}–{high}", f"{ratio:.2f}", limit, share)
     sizes = Table(box=SIMPLE)
@@ -141,14 +141,6 @@ def benched(found: Bench) -> RenderableType:
         files, step = (f"{size / 1e6:,.0f}" for size in (model.file_bytes, model.step_bytes))
         sizes.add_row(model.model, model.form, model.dtype, files, resident, step)
     return Group(speeds, sizes)
-
-
-def _paces(timing: Timing) -> list[str]:
-    """Median, quartiles and limit, in tokens a second; in milliseconds where one token is waited for."""
-    seconds = (timing.seconds, timing.high, timing.low, timing.limit)
-    if timing.work == FIRST:
-        return [f"{1e3 * value:,.0f} ms" for value in seconds]
-    return [f"{timing.tokens / value:,.1f}" for value in seconds]
 
 
 def evaluated(evaluation: Evaluation) -> RenderableType:

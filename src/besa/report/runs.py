@@ -7,15 +7,17 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import Field, ValidationError, field_validator
 
 from besa.budget import zeros_for
 from besa.errors import BesaError
 from besa.record import RECORD_NAME, Record, RunRecord
+from besa.runtime.timings import BENCH_NAME, Bench
 
 EVALUATION_NAME = "besa_eval.json"
+Measurement = TypeVar("Measurement", bound=Record)
 
 
 class Windows(Record):
@@ -52,11 +54,13 @@ class Run:
         folder: where it was read from.
         record: how it was pruned.
         measured: how good it is.
+        bench: how fast it is, beside other models.
     """
 
     folder: Path
     record: RunRecord | None = None
     measured: Measured | None = None
+    bench: Bench | None = None
 
     @property
     def dense(self) -> bool:
@@ -114,7 +118,7 @@ def load_run(path: Path) -> Run:
     """
     if not path.is_dir():
         raise BesaError(f"{path} is not a folder: give one that `besa prune` or `besa eval` wrote to.")
-    record, evaluation = path / RECORD_NAME, path / EVALUATION_NAME
+    record, evaluation, bench = path / RECORD_NAME, path / EVALUATION_NAME, path / BENCH_NAME
     if not record.exists() and not evaluation.exists():
         raise BesaError(
             f"{path} holds neither {RECORD_NAME} nor {EVALUATION_NAME}: give a folder that `besa prune` or `besa eval` "
@@ -123,17 +127,19 @@ def load_run(path: Path) -> Run:
     return Run(
         folder=path,
         record=RunRecord.read(record) if record.exists() else None,
-        measured=_read_evaluation(evaluation) if evaluation.exists() else None,
+        measured=_read(Measured, evaluation) if evaluation.exists() else None,
+        bench=_read(Bench, bench) if bench.exists() else None,
     )
 
 
-def _read_evaluation(path: Path) -> Measured:
+def _read(kind: type[Measurement], path: Path) -> Measurement:
     try:
-        return Measured.model_validate_json(path.read_text(encoding="utf-8"))
+        return kind.model_validate_json(path.read_text(encoding="utf-8"))
     except OSError:
         raise BesaError(f"{path} cannot be read: check its permissions.") from None
     except (ValidationError, UnicodeDecodeError):
-        raise BesaError(f"{path} is not a besa evaluation: write it anew with `besa eval`.") from None
+        thing, command = ("evaluation", "eval") if kind is Measured else ("measurement of speed", "bench")
+        raise BesaError(f"{path} is not a besa {thing}: write it anew with `besa {command}`.") from None
 
 
 def labels(runs: list[Run]) -> list[str]:

@@ -86,8 +86,8 @@ def bench(
 ) -> Bench:
     """Measure tokens a second: decoding, taking in a prompt, and the time to the first token.
 
-    Each dense model on the CPU also runs with weights in oneDNN's own layout, the fastest that torch has there. In every
-    round each model does each work once, in turn; a round beforehand is not counted.
+    Each dense model on the CPU also runs with weights in oneDNN's own layout, the fastest that torch has there. In
+    every round each model does each work once, in turn; a round beforehand is not counted.
 
     Args:
         models: whatever `besa.load` takes; others are compared with the first.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import Field, PositiveFloat
+
 from besa.record import Record
 
 BENCH_NAME = "besa_bench.json"
@@ -25,10 +27,17 @@ class Timing(Record):
 
     work: str
     tokens: int
-    seconds: float
-    low: float
-    high: float
-    limit: float
+    seconds: PositiveFloat
+    low: PositiveFloat
+    high: PositiveFloat
+    limit: PositiveFloat
+
+    def paces(self) -> list[str]:
+        """Median, quartiles and limit in words: tokens a second, or milliseconds where one token is waited for."""
+        seconds = (self.seconds, self.high, self.low, self.limit)
+        if self.work == FIRST:
+            return [f"{1e3 * value:,.0f} ms" for value in seconds]
+        return [f"{self.tokens / value:,.1f}" for value in seconds]
 
 
 class ModelSpeed(Record):
@@ -66,7 +75,7 @@ class Bench(Record):
         machine: processor and threads.
     """
 
-    models: list[ModelSpeed]
+    models: list[ModelSpeed] = Field(min_length=1)
     bandwidth: float
     rounds: int
     created: str
