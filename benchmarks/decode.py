@@ -72,9 +72,7 @@ def _place(folder: Path) -> Iterator[None]:
 
 def _measured(found: Packing, rounds: int) -> dict[str, Any]:
     measured = besa.bench(["dense", "packed"], rounds=rounds, dtype="bfloat16")
-    ratios = {
-        work: {model.form: round(ratio, 3) for model, _, ratio in measured.of(work)} for work in measured.works()
-    }
+    ratios = {work: {model.form: round(ratio, 3) for model, _, ratio in measured.of(work)} for work in measured.works()}
     return {"packing": found.model_dump(), "times_as_fast": ratios, "bench": measured.model_dump()}
 
 

@@ -18,8 +18,9 @@ def tables(entries: list[Entry]) -> list[Table]:
 def _speeds(label: str, bench: Bench) -> Table:
     where = f"{bench.machine.get('processor', 'an unknown processor')}, {bench.machine.get('threads', '?')} threads"
     caption = (
-        f"{label}: tokens a second, by median and quartiles of {wording.counted(bench.rounds, 'round')} on {where}, which "
-        f"reads {bench.bandwidth / 1e9:.1f} GB/s; {wording.TIMES} compares with {bench.models[0].model} in its best form"
+        f"{label}: tokens a second, by median and quartiles of {wording.counted(bench.rounds, 'round')} on {where}, "
+        f"which reads {bench.bandwidth / 1e9:.1f} GB/s; "
+        f"{wording.TIMES} compares with {bench.models[0].model} in its fastest form"
     )
     head = ["work", "model", "form", "median", "quartiles", wording.TIMES, "limit", "of limit"]
     rows = []
@@ -27,16 +28,15 @@ def _speeds(label: str, bench: Bench) -> Table:
         for model, timing, ratio in bench.of(work):
             middle, low, high, limit = timing.paces()
             share = wording.percent(timing.limit / timing.seconds, 0)
-            rows.append([work, model.model, model.form, middle, f"{low} to {high}", f"{ratio:.2f}", limit, share])
-    return Table(printable(caption), head, _printable(rows))
+            numbers = [middle, f"{low} to {high}", f"{ratio:.2f}", limit, share]
+            rows.append([*map(printable, (work, model.model, model.form)), *numbers])
+    return Table(printable(caption), head, rows)
 
 
 def _sizes(label: str, bench: Bench) -> Table:
     rows = [
         [
-            model.model,
-            model.form,
-            model.dtype,
+            *map(printable, (model.model, model.form, model.dtype)),
             wording.size(model.file_bytes),
             wording.NO_VALUE if model.resident_bytes is None else wording.size(model.resident_bytes),
             wording.size(model.step_bytes),
@@ -44,8 +44,4 @@ def _sizes(label: str, bench: Bench) -> Table:
         for model in bench.models
     ]
     head = ["model", "form", "dtype", "weight files", "resident memory", "read by a decoding step"]
-    return Table(printable(f"{label}: what the models take"), head, _printable(rows))
-
-
-def _printable(rows: list[list[str]]) -> list[list[str]]:
-    return [[printable(cell) for cell in row] for row in rows]
+    return Table(f"{label}: what the models take", head, rows)
