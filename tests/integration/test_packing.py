@@ -200,6 +200,9 @@ DAMAGES = {
     "another shape": ({"weight_shape": lambda shape: shape.flip(0)}, {}, "do not fit"),
     "negative shape": ({"weight_shape": lambda shape: -shape}, {}, "do not fit"),
     "values of integers": ({"weight_values": lambda values: values.view(torch.int32)}, {}, "do not fit"),
+    "codes of another format": ({}, {"quantization_config": {"format": "gptq"}}, "does not read"),
+    "codes of no format": ({}, {"quantization_config": "pack-quantized"}, "does not read"),
+    "codes of no bits": ({}, {"quantization_config": {"format": "pack-quantized"}}, "how many bits"),
     "no values": ({"weight_values": None}, {}, "lacks"),
 }
 

@@ -167,7 +167,7 @@ def read_generation_config(source: Source, model: PreTrainedModel) -> Generation
 def quantization_of(config: PreTrainedConfig) -> dict[str, Any]:
     """What is said of the quantiser whose codes the weights are, packed or not; empty where they are none."""
     said = getattr(config, "quantization_config", None) or getattr(config, "besa", {}).get("quantization_config")
-    return dict(said or {})
+    return said if isinstance(said, dict) else {}
 
 
 def is_quantized(config: PreTrainedConfig) -> bool:

@@ -6,13 +6,13 @@ Shape suffixes: N tokens, O rows (output channels), I columns (input channels).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from besa.checkpoint.formats.bitmask import Bitmask
-from besa.checkpoint.formats.container import bitmask, tensors_of
+from besa.checkpoint.formats.container import MASK, OFFSETS, SCALE, VALUES, ZERO, tensors_of
 from besa.errors import BesaError
 from besa.kernels import sparse
 
@@ -58,6 +58,13 @@ class SparseLinear(nn.Module):
         if fn(torch.empty(0, dtype=self.weight.dtype)).dtype != self.weight.dtype:
             raise BesaError("Packed linears keep their dtype: ask for another one with besa.load(..., dtype=).")
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        own: dict[str, Any] = dict(self.named_buffers(recurse=False))
-        self.weight = bitmask(own, self.weight.bits)
+        own = dict(self.named_buffers(recurse=False))
+        self.weight = replace(
+            self.weight,
+            masks_BCR=own[MASK],
+            values=own[VALUES],
+            offsets=own[OFFSETS],
+            scales_OG=own.get(SCALE),
+            zeros_OG=own.get(ZERO),
+        )
         return self

@@ -6,7 +6,7 @@ docs/formats.md specifies it. A *linear* is here what a weight's name is without
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,20 +61,6 @@ def tensors_of(weight: Bitmask) -> dict[str, Tensor]:
     if weight.zeros_OG is not None:
         found[ZERO] = weight.zeros_OG
     return found
-
-
-def bitmask(own: Mapping[str, Tensor], bits: int | None) -> Bitmask:
-    """The weight that `tensors_of` took apart.
-
-    Args:
-        own: the tensors of one linear by the last part of their names.
-        bits: of a code, where values are such.
-    """
-    rows, columns = own[SHAPE].tolist()
-    coded = SCALE in own
-    return Bitmask(
-        (rows, columns), own[MASK], own[VALUES], own[OFFSETS], own.get(SCALE), own.get(ZERO), bits if coded else None
-    )
 
 
 class Container(WeightFiles):
@@ -184,7 +170,9 @@ class Container(WeightFiles):
         own = {name.rpartition(".")[2]: tensor for name, tensor in tensors}
         if own[SHAPE].shape != (2,) or own[SHAPE].dtype != torch.int64:
             raise BesaError(f"{linear}.{SHAPE} of {self.folder} holds no shape: {DAMAGED}.")
-        weight = bitmask(own, self.bits)
+        rows, columns = own[SHAPE].tolist()
+        bits = self.bits if SCALE in own else None
+        weight = Bitmask((rows, columns), own[MASK], own[VALUES], own[OFFSETS], own.get(SCALE), own.get(ZERO), bits)
         weight.check(linear)
         return weight
 

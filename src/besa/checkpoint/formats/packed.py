@@ -117,12 +117,15 @@ def bits_of(config: Mapping[str, Any], source: str) -> int:
     """Bits of a code, by the quantization_config of the model `source`.
 
     Raises:
-        BesaError: it is quantised in another format.
+        BesaError: it is quantised in another format, or bits differ between its linears.
     """
-    if config.get("format") != FORMAT:
+    if not isinstance(config, Mapping) or config.get("format") != FORMAT:
         raise BesaError(f"{source} is quantised in a format that besa does not read: only {FORMAT} is.")
-    (bits,) = {group["weights"]["num_bits"] for group in config["config_groups"].values()}
-    return int(bits)
+    try:
+        (bits,) = {int(group["weights"]["num_bits"]) for group in config["config_groups"].values()}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise BesaError(f"{source} does not say how many bits its codes have: config.json is damaged.") from None
+    return bits
 
 
 def bytes_of(own: Mapping[str, Tensor]) -> dict[str, int]:
