@@ -35,8 +35,11 @@ def config(shape: str, blocks: int, vocabulary: int = 32000) -> LlamaConfig:
     )
 
 
-def write(folder: Path, settings: LlamaConfig, seed: int = 0) -> None:
-    """Write a checkpoint of one shard a block, and one for the rest, into a new folder."""
+def write(folder: Path, settings: LlamaConfig, seed: int = 0, sparsity: float = 0.0) -> None:
+    """Write a checkpoint of one shard a block, and one for the rest, into a new folder.
+
+    That share of each linear of a block, its smallest weights, is zero.
+    """
     folder.mkdir(parents=True)
     settings.save_pretrained(folder)
     AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder)
@@ -45,7 +48,10 @@ def write(folder: Path, settings: LlamaConfig, seed: int = 0) -> None:
     shards = [dict(_rest(settings)), *(dict(_block(settings, block)) for block in range(settings.num_hidden_layers))]
     for number, shapes in enumerate(shards, start=1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        save_file({key: _random(shape, generator) for key, shape in shapes.items()}, folder / name, {"format": "pt"})
+        tensors = {key: _random(shape, generator) for key, shape in shapes.items()}
+        for key in tensors if number > 1 and sparsity else ():
+            tensors[key] = _pruned(tensors[key], sparsity)
+        save_file(tensors, folder / name, {"format": "pt"})
         places |= dict.fromkeys(shapes, name)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
 
@@ -54,6 +60,14 @@ def _random(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     if len(shape) == 1:
         return torch.ones(shape, dtype=torch.bfloat16)
     return torch.randn(shape, dtype=torch.bfloat16, generator=generator) * shape[1] ** -0.5
+
+
+def _pruned(w_OI: Tensor, sparsity: float) -> Tensor:
+    if w_OI.dim() == 1:
+        return w_OI
+    size = w_OI.float().abs().flatten()
+    smallest = size.numpy().argpartition(zeros := round(sparsity * size.numel()))[:zeros]
+    return w_OI.flatten().index_fill(0, torch.from_numpy(smallest), 0).view_as(w_OI)
 
 
 def _rest(settings: LlamaConfig) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -16,10 +16,9 @@ from typing import Annotated, Any
 import typer
 
 import besa
-from besa.api import resolve_device
 from besa.calibration import read_documents
 from besa.checkpoint.inspection import inspect
-from besa.machine import machine, versions
+from besa.machine import machine, resolve_device, versions
 from besa.models.loading import locate
 from besa.record import RunRecord, now
 

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 import besa
 from besa.checkpoint.walk import StoredWeight
 from besa.kinds import shortened
-from besa.machine import machine, versions
+from besa.machine import machine, resolve_device, versions
 from besa.record import RECORD_NAME, RunRecord, now
 from besa.simulator import Simulation, check_alike, described, simulate_weight
 
@@ -58,7 +58,7 @@ def main(
         "verdict": _verdict(simulations),
         "random": [_random(*weight) for weight in RANDOM],
         "accelerator": besa.Accelerator().model_dump(mode="json"),
-        "machine": machine(besa.api.resolve_device("cpu")),
+        "machine": machine(resolve_device("cpu")),
         "versions": versions(),
         "created": now(),
     }

@@ -8,11 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from besa.api import resolve_device
 from besa.calibration import read_documents
 from besa.checkpoint.files import write_file
 from besa.comparing import markdown
-from besa.machine import machine, versions
+from besa.machine import machine, resolve_device, versions
 from besa.record import now
 from besa.report.curves import curves
 from besa.report.svg import standalone

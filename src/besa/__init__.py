@@ -11,8 +11,12 @@ from besa.version import __version__
 if TYPE_CHECKING:
     from besa.api import Compressed, compress, evaluate, plan, simulate
     from besa.calibration import Calibration
+    from besa.checkpoint.packing import pack, unpack
     from besa.evaluation.result import Evaluation
     from besa.recipe import Recipe
+    from besa.runtime.generation import generate
+    from besa.runtime.loading import load
+    from besa.runtime.speed import bench
     from besa.simulator import Accelerator, Simulation
 
 __all__ = [
@@ -24,10 +28,15 @@ __all__ = [
     "Recipe",
     "Simulation",
     "__version__",
+    "bench",
     "compress",
     "evaluate",
+    "generate",
+    "load",
+    "pack",
     "plan",
     "simulate",
+    "unpack",
 ]
 
 _HOMES = {
@@ -37,10 +46,15 @@ _HOMES = {
     "Evaluation": "besa.evaluation.result",
     "Recipe": "besa.recipe",
     "Simulation": "besa.simulator",
+    "bench": "besa.runtime.speed",
     "compress": "besa.api",
     "evaluate": "besa.api",
+    "generate": "besa.runtime.generation",
+    "load": "besa.runtime.loading",
+    "pack": "besa.checkpoint.packing",
     "plan": "besa.api",
     "simulate": "besa.api",
+    "unpack": "besa.checkpoint.packing",
 }
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from besa import memory
 from besa.calibration import Calibration, sample
 from besa.checkpoint.files import check_space
+from besa.checkpoint.formats.container import header
 from besa.checkpoint.journal import journal_for
 from besa.checkpoint.writer import disk_bytes, finish
 from besa.errors import BesaError
@@ -22,7 +23,7 @@ from besa.evaluation.perplexity import Perplexity, perplexity
 from besa.evaluation.result import Evaluation
 from besa.evaluation.texts import read_texts
 from besa.evaluation.zero_shot import check_tasks, zero_shot
-from besa.machine import machine, versions
+from besa.machine import machine, resolve_device, versions
 from besa.models.blocks import find_blocks
 from besa.models.loading import describe, is_quantized, load_model, load_tokenizer, locate, read_config, skeleton
 from besa.models.streaming import Decoder, DecoderInMemory, DecoderOnDisk
@@ -32,9 +33,11 @@ from besa.pruning import Resources, prune_blocks
 from besa.quantization import MinMax
 from besa.recipe import Recipe
 from besa.record import RunRecord, now
+from besa.runtime.loading import load
 from besa.simulator import Accelerator, Simulation
 from besa.simulator import simulate as simulate_checkpoint
 
+NO_TOKENIZER = "A loaded model needs its tokenizer: pass tokenizer=."
 BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}  # in a forward pass, unless asked otherwise: a GPU needs more to be busy
 
 
@@ -279,10 +282,14 @@ def evaluate(
     if not parts and not tasks:
         raise BesaError("There is nothing to evaluate: name a text (--ppl) or zero-shot tasks (--tasks).")
     check_tasks(tasks)
-    decoder, tokenizer, identity = _opened(model, tokenizer, dtype, trust_remote_code, False, progress)
-    loaded = decoder.model
+    if isinstance(model, PreTrainedModel):
+        if tokenizer is None:
+            raise BesaError(NO_TOKENIZER)
+        loaded, name = model.to(device), model.name_or_path
+    else:
+        loaded = load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, progress=progress)
+        tokenizer, name = tokenizer or load_tokenizer(locate(model, progress), trust_remote_code), str(model)
     began = time.perf_counter()
-    loaded.to(device)
     measured: dict[int, dict[str, Perplexity]] = {length: {} for length in windows}
     for part in parts:
         tokens_L = part.tokenized(tokenizer)
@@ -294,7 +301,7 @@ def evaluate(
     asked = zero_shot(loaded, tokenizer, tasks, limit=limit, hub=hub, batch=batch, progress=progress) if tasks else None
     details = measured.pop(windows[0])
     return Evaluation(
-        model=identity["source"],
+        model=name,
         perplexity={text: result.perplexity for text, result in details.items()},
         window=windows[0],
         details=details,
@@ -332,23 +339,6 @@ def simulate(
     return simulate_checkpoint(source, tokens, accelerator or Accelerator(), trust_remote_code, progress)
 
 
-def resolve_device(device: str | torch.device) -> torch.device:
-    """The device to compute on.
-
-    Raises:
-        BesaError: no such device on this machine.
-    """
-    try:
-        resolved = torch.device(device)
-    except RuntimeError:
-        raise BesaError(f"There is no device {device}: use cpu or cuda.") from None
-    if resolved.type not in ("cpu", "cuda"):
-        raise BesaError(f"besa does not compute on {device}: use cpu or cuda.")
-    if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise BesaError("There is no CUDA device that torch can use here: use --device cpu.")
-    return resolved
-
-
 def default_batch(seqlen: int, device: torch.device) -> int:
     """Sequences in a forward pass so that it keeps the device busy."""
     return max(1, BATCH_TOKENS[device.type] // seqlen)
@@ -374,12 +364,14 @@ def _opened(
     """
     if isinstance(model, PreTrainedModel):
         if tokenizer is None:
-            raise BesaError("A loaded model needs its tokenizer: pass tokenizer=.")
+            raise BesaError(NO_TOKENIZER)
         return DecoderInMemory(model), tokenizer, describe(model)
     source = locate(model, progress)
     decoder: Decoder | None = None
     if not source.gguf:
         source = source.local()
+        if source.folder and header(source.folder) is not None:
+            raise BesaError(f"{source.name} is packed: make it dense with `besa unpack` first.")
         if from_disk or not is_quantized(read_config(source, trust_remote_code)):
             decoder = DecoderOnDisk(source, dtype, trust_remote_code)
     if decoder is None or not from_disk:  # by now, what is wrong with a folder was found out

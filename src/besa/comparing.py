@@ -9,11 +9,10 @@ from statistics import mean, stdev
 
 from pydantic import BaseModel, ConfigDict
 
-from besa.api import resolve_device
 from besa.checkpoint.files import write_file
 from besa.errors import BesaError
 from besa.evaluation.questions import TASKS
-from besa.machine import machine, versions
+from besa.machine import machine, resolve_device, versions
 from besa.recipe import Recipe
 from besa.record import now
 from besa.report.curves import Curve, Panel, curves

@@ -10,8 +10,26 @@ from typing import Any
 
 import torch
 
+from besa.errors import BesaError
 from besa.kernels import native
 from besa.version import __version__
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """The device to compute on.
+
+    Raises:
+        BesaError: no such device on this machine.
+    """
+    try:
+        resolved = torch.device(device)
+    except RuntimeError:
+        raise BesaError(f"There is no device {device}: use cpu or cuda.") from None
+    if resolved.type not in ("cpu", "cuda"):
+        raise BesaError(f"besa does not compute on {device}: use cpu or cuda.")
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise BesaError("There is no CUDA device that torch can use here: use --device cpu.")
+    return resolved
 
 
 def versions() -> dict[str, str]:

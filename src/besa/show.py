@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from besa.checkpoint.inspection import Contents
+from besa.checkpoint.packing import Packing
 from besa.comparing import LABELS, Comparison, cell
 from besa.demo import Row
 from besa.evaluation.result import Evaluation
@@ -23,6 +24,7 @@ from besa.paper import Finding
 from besa.planning import Plan
 from besa.progress import Progress
 from besa.record import RunRecord
+from besa.runtime.timings import Bench
 from besa.simulator import Simulation, described
 
 
@@ -105,6 +107,45 @@ def planned(plan: Plan) -> RenderableType:
     table.add_row("forward passes", f"{plan.forward_passes:.3g} of the calibration set, a backward pass counted as two")
     table.add_row("fits here", "yes" if plan.fits else f"no: too little {' and '.join(plan.lacking)}")
     return table
+
+
+def packed(found: Packing, folder: Path) -> RenderableType:
+    """What packing did, in two lines."""
+    return Text(
+        f"{folder}: {found.packed:,} of {found.linears:,} linears packed, from {found.dense_bytes / 1e6:,.1f} to "
+        f"{found.packed_bytes / 1e6:,.1f} MB ({found.packed_bytes / found.dense_bytes:.3f} of the bytes)\n"
+        f"weight files: from {found.file_bytes_before / 1e6:,.1f} to {found.file_bytes / 1e6:,.1f} MB"
+    )
+
+
+def benched(found: Bench) -> RenderableType:
+    """Tokens a second by work and model, and what each model takes."""
+    reference = found.models[0].model
+    speeds = Table(
+        title="tokens a second: median and quartiles",
+        caption=f"×: to {reference} in its fastest form; limit: weights read at {found.bandwidth / 1e9:.1f} GB/s; "
+        f"{found.rounds} rounds, {found.machine['threads']} threads",
+        box=SIMPLE,
+    )
+    for name in ("work", "model", "form"):
+        speeds.add_column(name)
+    for name in ("tokens/s", "quartiles", "×", "limit", "of limit"):
+        speeds.add_column(name, justify="right")
+    for work in found.works():
+        for model, timing, ratio in found.of(work):
+            middle, low, high, limit = timing.paces()
+            share = f"{timing.limit / timing.seconds:.0%}"
+            speeds.add_row(work, model.model, model.form, middle, f"{low}–{high}", f"{ratio:.2f}", limit, share)
+    sizes = Table(box=SIMPLE)
+    for name in ("model", "form", "dtype"):
+        sizes.add_column(name)
+    for name in ("file", "resident", "read by a step"):
+        sizes.add_column(f"{name}, MB", justify="right")
+    for model in found.models:
+        resident = "" if model.resident_bytes is None else f"{model.resident_bytes / 1e6:,.0f}"
+        files, step = (f"{size / 1e6:,.0f}" for size in (model.file_bytes, model.step_bytes))
+        sizes.add_row(model.model, model.form, model.dtype, files, resident, step)
+    return Group(speeds, sizes)
 
 
 def evaluated(evaluation: Evaluation) -> RenderableType:

@@ -113,6 +113,32 @@ def folder(tmp_path):
     return write
 
 
+def speeds():
+    """A packed model beside the dense one in two forms; decoding is faster, taking in a prompt is not."""
+
+    def model(name, form, decode, prefill):
+        timings = [
+            {"work": "decode 1", "tokens": 16, "seconds": decode, "low": decode / 2, "high": decode * 2, "limit": 0.1},
+            {"work": "prefill 64", "tokens": 64, "seconds": prefill, "low": prefill, "high": prefill, "limit": 0.01},
+            {"work": "first token", "tokens": 64, "seconds": 0.25, "low": 0.25, "high": 0.25, "limit": 0.01},
+        ]
+        sizes = {"file_bytes": 200_000_000, "resident_bytes": None if "," in form else 3e8, "step_bytes": 150_000_000}
+        return {"model": name, "form": form, "dtype": "bfloat16", **sizes, "timings": timings}
+
+    return {
+        "models": [
+            model("dense", "dense", 0.8, 0.5),
+            model("dense", "dense, prepacked", 0.4, 0.5),
+            model("packed", "sparse", 0.2, 1.0),
+        ],
+        "bandwidth": 2e10,
+        "rounds": 7,
+        "created": "2026-01-05T11:00:00+00:00",
+        "versions": {},
+        "machine": {"processor": "A processor", "threads": 2},
+    }
+
+
 @pytest.fixture
 def three(folder):
     return [
@@ -400,6 +426,26 @@ def test_many_runs_and_blocks(folder):
     assert len(page.rows()) == 11 and "Logarithmic scale." in page.text
 
 
+def test_speed_is_shown_where_it_was_measured(folder, three, tmp_path):
+    assert "Speed and size" not in Page(render(three)).text
+    (tmp_path / "besa" / "besa_bench.json").write_text(json.dumps(speeds()))
+    page = Page(render([*three[:2], load_run(tmp_path / "besa")]))
+    assert "7 rounds on A processor, 2 threads, which reads 20.0 GB/s; × compares with dense" in page.text
+    assert page.table("work")[1:] == [
+        ["decode 1", "dense", "dense", "20.0", "10.0 to 40.0", "0.50", "160.0", "12 %"],
+        ["decode 1", "dense", "dense, prepacked", "40.0", "20.0 to 80.0", "1.00", "160.0", "25 %"],
+        ["decode 1", "packed", "sparse", "80.0", "40.0 to 160.0", "2.00", "160.0", "50 %"],
+        ["prefill 64", "dense", "dense", "128.0", "128.0 to 128.0", "1.00", "6,400.0", "2 %"],
+        ["prefill 64", "dense", "dense, prepacked", "128.0", "128.0 to 128.0", "1.00", "6,400.0", "2 %"],
+        ["prefill 64", "packed", "sparse", "64.0", "64.0 to 64.0", "0.50", "6,400.0", "1 %"],
+        *(["first token", *names, "250 ms", "250 ms to 250 ms", "1.00", "10 ms", "4 %"] for names in MODELS),
+    ]
+    assert page.table("model", "form", "dtype")[2] == ["dense", "dense, prepacked", "bfloat16", "200 MB", "—", "150 MB"]
+
+
+MODELS = [("dense", "dense"), ("dense", "dense, prepacked"), ("packed", "sparse")]
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
@@ -407,6 +453,7 @@ def test_many_runs_and_blocks(folder):
         ({"besa_eval.json": "{}"}, r"besa_eval.json is not a besa evaluation: write it anew with `besa eval`"),
         ({"besa_eval.json": "\x00"}, r"is not a besa evaluation"),
         ({"besa_eval.json": '{"perplexity": 3, "window": 2}'}, r"is not a besa evaluation"),
+        ({"besa_eval.json": '{"perplexity": {}, "window": 2}', "besa_bench.json": "{}"}, r"is not a besa measurement"),
         ({"besa_run.json": "{}"}, r"besa_run.json is not a besa run record"),
     ],
 )

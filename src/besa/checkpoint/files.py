@@ -18,6 +18,26 @@ from torch import Tensor
 from besa.errors import BesaError
 
 COPY = 1 << 24  # bytes copied at a time
+METADATA = {"format": "pt"}  # what transformers looks for in a safetensors file
+
+
+@contextmanager
+def appearing(out: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `out` when all went well; nothing is left of it otherwise.
+
+    Raises:
+        BesaError: `out` exists already, or cannot be written.
+    """
+    if out.exists():
+        raise BesaError(f"{out} exists already: choose another name, or remove it first.")
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    with explained(out):
+        try:
+            partial.mkdir(parents=True)
+            yield partial
+            partial.rename(out)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager
@@ -49,23 +69,25 @@ def write_file(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors of any device and layout as safetensors.
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str] | None = None) -> None:
+    """Write tensors of any device and layout as safetensors, with further metadata if there is some to say.
 
     Raises:
         BesaError: the file cannot be written.
     """
     with replacing(path) as partial:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial, {"format": "pt"})
+        save_file(
+            {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial, METADATA | dict(about or {})
+        )
 
 
-def join_tensors(path: Path, parts: Sequence[Path]) -> None:
+def join_tensors(path: Path, parts: Sequence[Path], about: Mapping[str, str] | None = None) -> None:
     """Write the tensors of several safetensors files into one, without having them in memory.
 
     Raises:
         BesaError: the file cannot be written.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": METADATA | dict(about or {})}
     begin, starts = 0, []
     for part in parts:
         entries, start = read_header(part)

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from besa.checkpoint.formats import packed
+from besa.checkpoint.formats.container import open_files
 from besa.errors import BesaError
 from besa.models.files import WeightFiles
-from besa.models.loading import Source, is_quantized, load_model, read_config
+from besa.models.loading import Source, is_quantized, load_model, quantization_of, read_config
 from besa.models.streaming import Decoder, DecoderInMemory, DecoderOnDisk
 from besa.progress import Progress
 
@@ -45,7 +46,7 @@ def stored_weights(source: Source, trust_remote_code: bool, progress: Progress) 
     the dequantised weights.
 
     Args:
-        source: dense, pruned or packed.
+        source: dense, pruned or packed, as codes or as bitmasks.
         trust_remote_code: run model code that comes with the checkpoint.
         progress: told (blocks done, blocks, name of the block).
 
@@ -56,7 +57,7 @@ def stored_weights(source: Source, trust_remote_code: bool, progress: Progress) 
         raise BesaError(f"{source.name} is not a local model: download it first, and give its folder.")
     config = read_config(source, trust_remote_code)
     if not source.gguf and is_quantized(config):
-        yield from _packed(WeightFiles(source.folder), source.name, config.quantization_config, progress)
+        yield from _packed(open_files(source.folder), source.name, quantization_of(config), progress)
         return
     if source.gguf:
         decoder: Decoder = DecoderInMemory(load_model(source))
@@ -71,10 +72,7 @@ def stored_weights(source: Source, trust_remote_code: bool, progress: Progress) 
 
 def _packed(files: WeightFiles, source: str, config: dict[str, Any], progress: Progress) -> Iterator[StoredWeight]:
     """Those of a checkpoint of packed codes; its blocks are told by the first number in a name."""
-    if config.get("format") != packed.FORMAT:
-        raise BesaError(f"{source} is quantised in a format that besa does not count: only {packed.FORMAT} is.")
-    groups = config["config_groups"].values()
-    (bits,) = {group["weights"]["num_bits"] for group in groups}
+    bits = packed.bits_of(config, source)
     owners: dict[str, list[str]] = {}
     for name in files.names:
         match = re.match(r"(.*?\.\d+)\.", name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import nn
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from besa.checkpoint.files import explained, join_tensors, read_header, save_tensors, write_file
 from besa.checkpoint.formats.packed import quantization_config
 from besa.checkpoint.journal import Journal
-from besa.models.files import INDEX, SINGLE
+from besa.models.files import STEM
 from besa.models.loading import quiet
 from besa.models.streaming import Decoder
 from besa.quantization import MinMax
@@ -55,10 +56,7 @@ def finish(
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped right here
         folder.mkdir()
         parts = [_save_rest(journal.folder, decoder), *(journal.path(block.index) for block in decoder.blocks)]
-        if sum(part.stat().st_size for part in parts) <= ONE_FILE:
-            join_tensors(folder / SINGLE, parts)
-        else:
-            _link_shards(folder, parts)
+        assemble(folder, parts)
         decoder.model.config.besa = {
             "recipe": record.recipe["name"],
             "sparsity": record.sparsity,
@@ -92,12 +90,22 @@ def _save_rest(folder: Path, decoder: Decoder) -> Path:
     return whole
 
 
-def _link_shards(folder: Path, parts: list[Path]) -> None:
-    """Each part as a shard, without copying it, and the index of their tensors."""
+def assemble(folder: Path, parts: list[Path], stem: str = STEM, about: Mapping[str, str] | None = None) -> None:
+    """The weight files of a checkpoint from parts: one file, or beyond 4 GiB each part as a shard, without copying it.
+
+    Args:
+        folder: of the checkpoint.
+        parts: safetensors on the same file system.
+        stem: what the names of weight files begin with.
+        about: further metadata, which the parts have already.
+    """
+    if sum(part.stat().st_size for part in parts) <= ONE_FILE:
+        join_tensors(folder / f"{stem}.safetensors", parts, about)
+        return
     places: dict[str, str] = {}
     total = 0
     for number, part in enumerate(parts, start=1):
-        shard = folder / f"model-{number:05}-of-{len(parts):05}.safetensors"
+        shard = folder / f"{stem}-{number:05}-of-{len(parts):05}.safetensors"
         try:
             os.link(part, shard)
         except OSError:  # a file system without links
@@ -106,4 +114,4 @@ def _link_shards(folder: Path, parts: list[Path]) -> None:
         places |= dict.fromkeys(entries, shard.name)
         total += part.stat().st_size - start
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-    write_file(folder / INDEX, json.dumps(index, indent=2) + "\n")
+    write_file(folder / f"{stem}.safetensors.index.json", json.dumps(index, indent=2) + "\n")

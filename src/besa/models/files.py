@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from besa.errors import BesaError
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+STEM = "model"  # what the names of weight files begin with
+SPARSE_STEM = "bitmask"  # the same of packed checkpoints: another one, lest transformers fill a model at random
+SINGLE = f"{STEM}.safetensors"
 
 
 class WeightFiles:
@@ -29,12 +31,16 @@ class WeightFiles:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._holders = _indexed(folder) if (folder / INDEX).is_file() else _single(folder)
+        indices = [folder / f"{stem}.safetensors.index.json" for stem in (STEM, SPARSE_STEM)]
+        index = next((path for path in indices if path.is_file()), None)
+        self._holders = _indexed(index) if index else _single(folder)
         self.paths = sorted(set(self._holders.values()))
         for path in self.paths:
             missing = {name for name, holder in self._holders.items() if holder == path}.difference(_names(path))
-            if missing:
-                raise BesaError(f"{path} lacks the tensor {min(missing)} that {INDEX} promises: the file is damaged.")
+            if missing and index:
+                raise BesaError(
+                    f"{path} lacks the tensor {min(missing)} that {index.name} promises: the file is damaged."
+                )
 
     @property
     def names(self) -> list[str]:
@@ -62,21 +68,30 @@ class WeightFiles:
         Raises:
             BesaError: a tensor cannot be read, or has a NaN or an infinite value.
         """
-        by_path: dict[Path, list[str]] = {}
-        for name in names:
-            by_path.setdefault(self._holders[name], []).append(name)
-        for path, own in by_path.items():
+        for path, own in self._by_path(names):
             for name in own:
                 with safe_open(path, framework="pt") as file:  # anew each time: a mapped file counts as memory
-                    try:
-                        tensor = file.get_tensor(name).clone()
-                    except ValueError as error:  # torch, interrupted while it looks at the storage, says so
-                        raise KeyboardInterrupt from error
-                    except (SafetensorError, OSError) as error:
-                        raise BesaError(f"The tensor {name} of {path} cannot be read: {error}.") from None
+                    tensor = _tensor(file, name, path).clone()
                 if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
                     raise BesaError(f"The tensor {name} of {path} holds NaN or infinity: the checkpoint is damaged.")
                 yield name, tensor
+
+    def mapped(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Tensors that stay in their files: the system reads what is used of them, and may forget it again.
+
+        Raises:
+            BesaError: a tensor cannot be read.
+        """
+        for path, own in self._by_path(names):
+            with safe_open(path, framework="pt") as file:
+                for name in own:
+                    yield name, _tensor(file, name, path)
+
+    def _by_path(self, names: Iterable[str]) -> Iterable[tuple[Path, list[str]]]:
+        found: dict[Path, list[str]] = {}
+        for name in names:
+            found.setdefault(self._holders[name], []).append(name)
+        return found.items()
 
     def expect(self, names: Iterable[str]) -> None:
         """Have the system read these tensors in the background, into its own memory, where it knows how to."""
@@ -92,6 +107,17 @@ class WeightFiles:
                     os.posix_fadvise(file.fileno(), 8 + length + begin, end - begin, os.POSIX_FADV_WILLNEED)
 
 
+def _tensor(file: Any, name: str, path: Path) -> Tensor:
+    """A tensor of an open file, in which it stays."""
+    try:
+        tensor: Tensor = file.get_tensor(name)
+    except ValueError as error:  # torch, interrupted while it looks at the storage, says so
+        raise KeyboardInterrupt from error
+    except (SafetensorError, OSError) as error:
+        raise BesaError(f"The tensor {name} of {path} cannot be read: {error}.") from None
+    return tensor
+
+
 def _single(folder: Path) -> dict[str, Path]:
     """Tensors of a folder without an index, by the file that holds them."""
     paths = sorted(folder.glob("*.safetensors"))
@@ -105,21 +131,21 @@ def _single(folder: Path) -> dict[str, Path]:
     return {name: path for path in paths for name in _names(path)}
 
 
-def _indexed(folder: Path) -> dict[str, Path]:
+def _indexed(index: Path) -> dict[str, Path]:
     """Tensors of a sharded checkpoint by the file that holds them, as the index says."""
     try:
-        entries = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        entries = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         holders = {str(name): str(file) for name, file in entries.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise BesaError(f"{folder / INDEX} is no index of a checkpoint: the file is damaged.") from None
+        raise BesaError(f"{index} is no index of a checkpoint: the file is damaged.") from None
     for file in holders.values():
         if Path(file).name != file or not file.endswith(".safetensors"):
-            raise BesaError(f"{folder / INDEX} names the file {file!r}: only .safetensors in its own folder are read.")
-        if not (folder / file).is_file():
-            raise BesaError(f"{folder} lacks {file}, which {INDEX} names: the checkpoint is incomplete.")
+            raise BesaError(f"{index} names the file {file!r}: only .safetensors in its own folder are read.")
+        if not (index.parent / file).is_file():
+            raise BesaError(f"{index.parent} lacks {file}, which {index.name} names: the checkpoint is incomplete.")
     if not holders:
-        raise BesaError(f"{folder / INDEX} names no tensors: the file is damaged.")
-    return {name: folder / file for name, file in holders.items()}
+        raise BesaError(f"{index} names no tensors: the file is damaged.")
+    return {name: index.parent / file for name, file in holders.items()}
 
 
 def _names(path: Path) -> list[str]:

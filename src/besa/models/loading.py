@@ -164,9 +164,15 @@ def read_generation_config(source: Source, model: PreTrainedModel) -> Generation
         return GenerationConfig.from_pretrained(source.folder)
 
 
+def quantization_of(config: PreTrainedConfig) -> dict[str, Any]:
+    """What is said of the quantiser whose codes the weights are, packed or not; empty where they are none."""
+    said = getattr(config, "quantization_config", None) or getattr(config, "besa", {}).get("quantization_config")
+    return said if isinstance(said, dict) else {}
+
+
 def is_quantized(config: PreTrainedConfig) -> bool:
     """Whether the weights are stored as codes of a quantiser."""
-    return bool(getattr(config, "quantization_config", None))
+    return bool(quantization_of(config))
 
 
 def skeleton(source: Source, config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:

@@ -20,9 +20,9 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig, remove_tied_weights_from_state_dict
 
+from besa.checkpoint.formats.container import open_files
 from besa.errors import BesaError
 from besa.models.blocks import Block, find_blocks
-from besa.models.files import WeightFiles
 from besa.models.loading import (
     Source,
     is_quantized,
@@ -104,7 +104,7 @@ class DecoderInMemory:
     def fill(self, block: Block, tensors: Mapping[str, Tensor]) -> None:
         """See `Decoder`."""
         device = next(block.module.parameters()).device
-        _fill(self.model, tensors, get_model_conversion_mapping(self.model), self.model.name_or_path)
+        fill(self.model, tensors, get_model_conversion_mapping(self.model), self.model.name_or_path)
         block.module.to(device)
 
     def rest(self) -> Iterator[tuple[str, Tensor]]:
@@ -133,7 +133,7 @@ class DecoderOnDisk:
     def __init__(self, source: Source, dtype: str = "auto", trust_remote_code: bool = False) -> None:
         assert source.folder is not None
         self._source = source
-        self._files = WeightFiles(source.folder)
+        self._files = open_files(source.folder)
         config = read_config(source, trust_remote_code)
         if is_quantized(config):
             raise BesaError(f"{source.name} is quantised: prune the model it was made from.")
@@ -162,7 +162,7 @@ class DecoderOnDisk:
             BesaError: so it is.
         """
         state = empty.state_dict()
-        renamed = _renaming(empty, get_model_conversion_mapping(empty))
+        renamed = renaming(empty, get_model_conversion_mapping(empty))
         filled = set()
         for stored, shape in self._files.shapes():
             name, merged = renamed(stored)
@@ -180,7 +180,7 @@ class DecoderOnDisk:
         What the model has no place for is left out.
         """
         state = self.model.state_dict()
-        renamed = _renaming(self.model, self._conversions)
+        renamed = renaming(self.model, self._conversions)
         names: dict[str, list[str]] = {name: [] for name in ("", HEAD, *(block.name for block in self.blocks))}
         inner = {id(parameter) for parameter in self.model.base_model.parameters()}
         head = {name for name, parameter in self.model.named_parameters() if id(parameter) not in inner}
@@ -238,7 +238,7 @@ class DecoderOnDisk:
         Raises:
             BesaError: a tensor is damaged, or not finite.
         """
-        _fill(self.model, dict(self._files.read(self._names[owner])), self._conversions, self._source.name)
+        fill(self.model, dict(self._files.read(self._names[owner])), self._conversions, self._source.name)
 
     def stored(self, block: Block) -> dict[str, Tensor]:
         """See `Decoder`."""
@@ -250,7 +250,7 @@ class DecoderOnDisk:
     def fill(self, block: Block, tensors: Mapping[str, Tensor]) -> None:
         """See `Decoder`."""
         device = next(block.module.parameters()).device
-        _fill(self.model, tensors, self._conversions, self._source.name)
+        fill(self.model, tensors, self._conversions, self._source.name)
         block.module.to(device)
 
     def rest(self) -> Iterator[tuple[str, Tensor]]:
@@ -259,7 +259,7 @@ class DecoderOnDisk:
             yield name, tensor.to(self.model.dtype) if tensor.is_floating_point() else tensor
 
 
-def _renaming(model: PreTrainedModel, conversions: list[WeightTransform]) -> Callable[[str], tuple[str, bool]]:
+def renaming(model: PreTrainedModel, conversions: list[WeightTransform]) -> Callable[[str], tuple[str, bool]]:
     """A function from a name in the files to that in the model, and whether the tensor is merged with others there."""
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
@@ -291,7 +291,7 @@ def _stored(model: PreTrainedModel, block: Block) -> dict[str, Tensor]:
     return tensors
 
 
-def _fill(
+def fill(
     model: PreTrainedModel, tensors: Mapping[str, Tensor], conversions: list[WeightTransform], source: str
 ) -> None:
     """Load tensors under their names in the files into the model's parameters, in the dtype of the model."""

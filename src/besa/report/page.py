@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from besa.errors import BesaError
 from besa.record import RunRecord
-from besa.report import allocation, figures, reproduce, results, simulation, wording
+from besa.report import allocation, figures, reproduce, results, simulation, speed, wording
 from besa.report.results import Entry, Pruned
 from besa.report.runs import Run, labels
 from besa.version import __version__
@@ -36,6 +36,7 @@ def render(runs: list[Run]) -> str:
         **_results(entries),
         **_blocks(pruned),
         cost=figures.cost(pruned) if pruned else None,
+        speeds=speed.tables(entries),
         gpu=any(record.peak_gpu_memory_bytes is not None for _, record in pruned),
         simulated=simulation.plot(entries),
         pruned=pruned,

@@ -14,12 +14,11 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 from besa.budget import zeros_for
 from besa.errors import BesaError
 from besa.record import RECORD_NAME, Record, RunRecord
+from besa.runtime.timings import BENCH_NAME, Bench
 from besa.simulator import Simulation
 
 EVALUATION_NAME = "besa_eval.json"
 SIMULATION_NAME = "besa_simulation.json"
-
-
 Content = TypeVar("Content", bound=BaseModel)
 
 
@@ -58,12 +57,14 @@ class Run:
         record: how it was pruned.
         measured: how good it is.
         simulated: how fast it is on a simulated accelerator.
+        bench: how fast it is, beside other models.
     """
 
     folder: Path
     record: RunRecord | None = None
     measured: Measured | None = None
     simulated: Simulation | None = None
+    bench: Bench | None = None
 
     @property
     def dense(self) -> bool:
@@ -121,7 +122,8 @@ def load_run(path: Path) -> Run:
     """
     if not path.is_dir():
         raise BesaError(f"{path} is not a folder: give one that `besa prune` or `besa eval` wrote to.")
-    record, evaluation, simulation = path / RECORD_NAME, path / EVALUATION_NAME, path / SIMULATION_NAME
+    record, evaluation = path / RECORD_NAME, path / EVALUATION_NAME
+    simulation, bench = path / SIMULATION_NAME, path / BENCH_NAME
     if not record.exists() and not evaluation.exists():
         raise BesaError(
             f"{path} holds neither {RECORD_NAME} nor {EVALUATION_NAME}: give a folder that `besa prune` or `besa eval` "
@@ -132,6 +134,7 @@ def load_run(path: Path) -> Run:
         record=RunRecord.read(record) if record.exists() else None,
         measured=_read(evaluation, Measured, "evaluation", "eval") if evaluation.exists() else None,
         simulated=_read(simulation, Simulation, "simulation", "simulate") if simulation.exists() else None,
+        bench=_read(bench, Bench, "measurement of speed", "bench") if bench.exists() else None,
     )
 
 

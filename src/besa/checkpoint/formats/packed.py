@@ -15,7 +15,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from torch import Tensor, nn
 
 from besa.errors import BesaError
-from besa.quantization import MinMax, Quantized
+from besa.quantization import Grid, MinMax, Quantized
 
 FORMAT = "pack-quantized"
 KEYS = WEIGHT, SCALE, ZERO, SHAPE = "weight_packed", "weight_scale", "weight_zero_point", "weight_shape"
@@ -58,11 +58,12 @@ def pack(tensors: Mapping[str, Tensor], quantized: Mapping[str, Quantized]) -> d
         rows, groups = weight.grid.step_OG.shape
         if groups > 1 and rows * weight.grid.bits <= 32:  # one word of zero points: compressed-tensors cannot read it
             raise BesaError(f"{name} has only {rows} rows, too few to be packed in groups: use --dequantized.")
-        packed |= {f"{name}.{key}": tensor for key, tensor in _packed(weight).items()}
+        packed |= {f"{name}.{key}": tensor for key, tensor in tensors_of(weight).items()}
     return packed
 
 
-def _packed(weight: Quantized) -> dict[str, Tensor]:
+def tensors_of(weight: Quantized) -> dict[str, Tensor]:
+    """The tensors of one linear by the last part of their names."""
     half = 2 ** (weight.grid.bits - 1)  # codes are signed there
     tensors = {
         WEIGHT: pack_to_int32((weight.codes_OI.to(torch.int16) - half).to(torch.int8).cpu(), weight.grid.bits),
@@ -88,21 +89,43 @@ def unpack(tensors: Mapping[str, Tensor], quantization: MinMax) -> dict[str, Ten
     return dense
 
 
-def is_zero(own: Mapping[str, Tensor], bits: int) -> Tensor:
-    """Where a packed weight is zero (O, I), boolean.
+def quantized(own: Mapping[str, Tensor], bits: int) -> Quantized:
+    """The codes and their grid, to the bit as `tensors_of` packed them.
 
     Args:
         own: the tensors of one linear by the last part of their names.
         bits: of a code.
     """
-    shape = torch.Size(own[SHAPE].tolist())
-    codes_OI = unpack_from_int32(own[WEIGHT], bits, shape)
-    zeros_OI = torch.zeros((), dtype=torch.int8)
+    half = 2 ** (bits - 1)
+    rows, columns = own[SHAPE].tolist()
+    codes_OI = unpack_from_int32(own[WEIGHT], bits, torch.Size([rows, columns])).to(torch.int16) + half
+    step_OG = own[SCALE].float()
+    zero_OG = torch.full_like(step_OG, half)
     if ZERO in own:
-        groups = own[SCALE].shape[1]
-        zeros_OG = unpack_from_int32(own[ZERO], bits, torch.Size([shape[0], groups]), packed_dim=0)
-        zeros_OI = zeros_OG.repeat_interleave(shape[1] // groups, dim=1)
-    return torch.eq(codes_OI, zeros_OI)
+        zero_OG += unpack_from_int32(own[ZERO], bits, torch.Size(step_OG.shape), packed_dim=0)
+    return Quantized(codes_OI.to(torch.uint8), Grid(step_OG, zero_OG, bits), ZERO not in own, own[SCALE].dtype)
+
+
+def is_zero(own: Mapping[str, Tensor], bits: int) -> Tensor:
+    """Where a packed weight is zero (O, I), boolean; arguments as in `quantized`."""
+    weight = quantized(own, bits)
+    zero_OG = weight.grid.zero_OG.to(torch.uint8)
+    return torch.eq(weight.codes_OI, zero_OG.repeat_interleave(weight.codes_OI.shape[1] // zero_OG.shape[1], dim=1))
+
+
+def bits_of(config: Mapping[str, Any], source: str) -> int:
+    """Bits of a code, by the quantization_config of the model `source`.
+
+    Raises:
+        BesaError: it is quantised in another format, or bits differ between its linears.
+    """
+    if not isinstance(config, Mapping) or config.get("format") != FORMAT:
+        raise BesaError(f"{source} is quantised in a format that besa does not read: only {FORMAT} is.")
+    try:
+        (bits,) = {int(group["weights"]["num_bits"]) for group in config["config_groups"].values()}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise BesaError(f"{source} does not say how many bits its codes have: config.json is damaged.") from None
+    return bits
 
 
 def bytes_of(own: Mapping[str, Tensor]) -> dict[str, int]:

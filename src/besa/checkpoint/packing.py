@@ -1,0 +1,252 @@
+"""Packing: a pruned checkpoint made smaller, and made dense again, with one block in memory at a time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+
+from besa.checkpoint.files import appearing, save_tensors, write_file
+from besa.checkpoint.formats import bitmask, packed
+from besa.checkpoint.formats.container import ABOUT, HEADER, Container, header, tensors_of
+from besa.checkpoint.writer import assemble
+from besa.errors import BesaError
+from besa.models.blocks import find_blocks
+from besa.models.files import SPARSE_STEM, STEM, WeightFiles
+from besa.models.loading import NEEDED, Source, locate, quantization_of, read_config, skeleton
+from besa.models.streaming import renaming
+from besa.progress import Progress, silent
+from besa.record import RECORD_NAME
+
+OWN = "besa_*.json"  # what besa wrote beside the weights; measurements in it are of these very files
+
+
+class Packing(BaseModel):
+    """What packing did to a checkpoint.
+
+    Attributes:
+        linears: plain linears of the decoder blocks.
+        packed: how many of them became bitmasks; the others would not get smaller so.
+        dense_bytes: what these took.
+        packed_bytes: what they take.
+        file_bytes_before: of all weight files of the model.
+        file_bytes: of all weight files that were written.
+    """
+
+    linears: int
+    packed: int = 0
+    dense_bytes: int = 0
+    packed_bytes: int = 0
+    file_bytes_before: int
+    file_bytes: int = 0
+
+
+@dataclass
+class _Group:
+    """Tensors that are in memory together.
+
+    Attributes:
+        name: of the block, or of the one tensor that is in none.
+        tensors: their names in the files.
+        linears: which of them are weights of plain linears, without the last part of their names.
+    """
+
+    name: str
+    tensors: list[str]
+    linears: dict[str, None]
+
+
+def pack(
+    model: str | Path,
+    out: str | Path,
+    *,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+) -> Packing:
+    """Write a pruned checkpoint with its linears as bitmasks: smaller, and run by `besa.load` as it is.
+
+    Linears that would not get smaller stay as they are, as does all that is no plain linear of a decoder block:
+    embeddings, the head, GPT-2's transposed linears, fused stacks of experts.
+
+    Args:
+        model: Hugging Face id or local folder: safetensors, dense or ``pack-quantized``.
+        out: folder to write; must not exist.
+        dtype: ``auto`` keeps every number to the bit, but for negative zeros, which become zeros; ``float32``,
+            ``bfloat16`` or ``float16`` rounds first.
+        trust_remote_code: run model code that comes with the checkpoint.
+        progress: told (parts done, parts, name of the part).
+
+    Raises:
+        BesaError: the model cannot be read, is packed already, or would not get smaller; or `out` exists or cannot be
+            written.
+    """
+    source = _local(model, progress)
+    if header(_folder(source)) is not None:
+        raise BesaError(f"{model} is packed already: copy the folder, or make it dense with `besa unpack`.")
+    quantization = quantization_of(read_config(source, trust_remote_code))
+    if quantization and dtype != "auto":
+        raise BesaError(f"{model} holds codes, whose dtype is what it is: leave out --dtype.")
+    bits = packed.bits_of(quantization, str(model)) if quantization else None
+    files = WeightFiles(_folder(source))
+    groups = _groups(source, files, trust_remote_code)
+    found = Packing(linears=sum(len(group.linears) for group in groups), file_bytes_before=_size(files.paths))
+
+    def parts() -> Iterator[dict[str, Tensor]]:
+        for done, group in enumerate(groups, start=1):
+            tensors = {name: _rounded(name, tensor, dtype) for name, tensor in files.read(group.tensors)}
+            for linear in group.linears:
+                _pack_linear(tensors, linear, bits, found)
+            yield tensors
+            progress(done, len(groups), group.name)
+        if not found.packed:
+            raise BesaError(f"{model} has too few zeros: no linear would get smaller; prune it first.")
+
+    config = _config(source)
+    codes = {"quantization_config": config.pop("quantization_config")} if quantization else {}
+    config["besa"] = config.get("besa", {}) | HEADER | codes
+    if dtype != "auto":
+        config.pop("torch_dtype", None)  # what older configurations call it
+        config["dtype"] = dtype
+    found.file_bytes = _write(source, Path(out), parts(), config, SPARSE_STEM)
+    return found
+
+
+def unpack(model: str | Path, out: str | Path, *, trust_remote_code: bool = False, progress: Progress = silent) -> None:
+    """Write the checkpoint that `pack` packed: the same tensors, to the bit.
+
+    Args:
+        model: folder that `pack` wrote.
+        out: folder to write; must not exist.
+        trust_remote_code: run model code that comes with the checkpoint.
+        progress: told (parts done, parts, name of the part).
+
+    Raises:
+        BesaError: the model is not packed, or damaged; or `out` exists or cannot be written.
+    """
+    source = _local(model, progress)
+    if header(_folder(source)) is None:
+        raise BesaError(f"{model} is not packed: `besa unpack` takes what `besa pack` wrote.")
+    files = Container(_folder(source))
+    groups = _groups(source, files, trust_remote_code)
+
+    def parts() -> Iterator[dict[str, Tensor]]:
+        for done, group in enumerate(groups, start=1):
+            yield dict(files.read(group.tensors))
+            progress(done, len(groups), group.name)
+
+    config = _config(source)
+    about = config.pop("besa")
+    if "quantization_config" in about:
+        config["quantization_config"] = about.pop("quantization_config")
+    if rest := {key: value for key, value in about.items() if key not in HEADER}:
+        config["besa"] = rest
+    _write(source, Path(out), parts(), config, STEM)
+
+
+def _pack_linear(tensors: dict[str, Tensor], linear: str, bits: int | None, found: Packing) -> None:
+    """Replace the tensors of a linear by those of its bitmask where these are smaller."""
+    own = {key: tensors[f"{linear}.{key}"] for key in ("weight", *packed.KEYS) if f"{linear}.{key}" in tensors}
+    if f"{linear}.weight_g_idx" in tensors:
+        raise BesaError(f"{linear} has its columns in another order (weight_g_idx), which bitmasks cannot hold.")
+    if "weight" not in own:
+        assert bits is not None
+        weight = bitmask.pack_codes(packed.quantized(own, bits))
+    elif own["weight"].dtype in bitmask.FLOATS:
+        weight = bitmask.pack(own["weight"])
+    else:
+        return
+    smaller = tensors_of(weight)
+    before, after = (sum(tensor.nbytes for tensor in stored.values()) for stored in (own, smaller))
+    if after < before:
+        for key in own:
+            del tensors[f"{linear}.{key}"]
+        tensors |= {f"{linear}.{key}": tensor for key, tensor in smaller.items()}
+        found.packed += 1
+        found.dense_bytes += before
+        found.packed_bytes += after
+
+
+def _groups(source: Source, files: WeightFiles, trust_remote_code: bool) -> list[_Group]:
+    """All tensors of the files: those of a block together, every other by itself, as embeddings are large."""
+    with torch.device("meta"):
+        empty = skeleton(source, read_config(source, trust_remote_code), trust_remote_code)
+    blocks = find_blocks(empty)
+    plain = {name for name, module in empty.named_modules() if isinstance(module, nn.Linear)}
+    plain &= {name for block in blocks for name in block.prunables}
+    renamed = renaming(empty, get_model_conversion_mapping(empty))
+    of_blocks = {block.name: _Group(block.name, [], {}) for block in blocks}
+    groups: list[_Group] = []
+    for stored in files.names:
+        linear, _, last = stored.rpartition(".")
+        name, merged = renamed(f"{linear}.weight" if last in packed.KEYS else stored)
+        group = next((of_blocks[block.name] for block in blocks if name.startswith(f"{block.name}.")), None)
+        if group is None:
+            groups.append(_Group(stored, [stored], {}))
+            continue
+        group.tensors.append(stored)
+        if last in ("weight", *packed.KEYS) and not merged and name.removesuffix(".weight") in plain:
+            group.linears[linear] = None
+    return [*groups, *(group for group in of_blocks.values() if group.tensors)]
+
+
+def _write(source: Source, out: Path, parts: Iterable[dict[str, Tensor]], config: dict[str, Any], stem: str) -> int:
+    """Write a checkpoint of these parts with what else belongs to the model; returns the bytes of its weight files."""
+    about = ABOUT if stem == SPARSE_STEM else None
+    with appearing(out) as folder:
+        (folder / "parts").mkdir()
+        written = []
+        for number, tensors in enumerate(parts):
+            written.append(folder / "parts" / f"{number:05}.safetensors")
+            save_tensors(written[-1], tensors, about)
+        assemble(folder, written, stem, about)
+        shutil.rmtree(folder / "parts")
+        for path in sorted(path for pattern in NEEDED for path in _folder(source).glob(pattern)):
+            weights = path.name.endswith((".safetensors", ".index.json"))
+            if not weights and (path.name == RECORD_NAME or not path.match(OWN)):
+                shutil.copyfile(path, folder / path.name)
+        write_file(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        return _size(folder.glob("*.safetensors"))
+
+
+def _local(model: str | Path, progress: Progress) -> Source:
+    source = locate(model, progress)
+    if source.gguf:
+        raise BesaError(f"{model} is a .gguf file, of which nothing is pruned: pack what `besa prune` wrote.")
+    return source.local()
+
+
+def _folder(source: Source) -> Path:
+    assert source.folder is not None
+    return source.folder
+
+
+def _config(source: Source) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((_folder(source) / "config.json").read_text(encoding="utf-8"))
+    return config
+
+
+def _size(paths: Iterable[Path]) -> int:
+    return sum(path.stat().st_size for path in paths)
+
+
+def _rounded(name: str, tensor: Tensor, dtype: str) -> Tensor:
+    """The tensor in another floating-point format.
+
+    Raises:
+        BesaError: a number is too large for it.
+    """
+    if dtype == "auto" or not tensor.is_floating_point():
+        return tensor
+    rounded = tensor.to(getattr(torch, dtype))
+    if not bool(rounded.isfinite().all()):
+        raise BesaError(f"{name} holds numbers too large for {dtype}: choose bfloat16 or float32.")
+    return rounded

@@ -1,0 +1,322 @@
+// y = x Wᵀ for a bitmask weight, and such weights made dense; docs/formats.md says how one lies in memory.
+//
+// The kernels for processors without AVX-512 (sparse_avx512.cpp has those with it): some columns of a band are expanded
+// into the first cache, where all rows of x meet them.
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define AVX2 __attribute__((target("avx2,fma,popcnt"), flatten))
+#endif
+#define PLAIN __attribute__((flatten))
+
+struct Weight {  // as besa.kernels.sparse_native fills it in
+    const void* masks;
+    const uint8_t* values;
+    const int64_t* offsets;
+    int64_t rows, columns;
+    // Of codes only:
+    const void* scales;    // (rows, groups)
+    const uint8_t* zeros;  // (rows, groups); none where all are `zero`
+    int64_t scale_type;    // 0 float32, 1 bfloat16, 2 float16
+    int64_t groups, zero;
+};
+
+namespace {
+
+constexpr int64_t ROWS = 4;     // of a band
+constexpr int64_t TILE = 1024;  // columns expanded at a time
+typedef float Lanes __attribute__((vector_size(32)));
+constexpr int64_t LANES = 8;
+
+inline float bits_as_float(uint32_t bits) {
+    float result;
+    std::memcpy(&result, &bits, sizeof result);
+    return result;
+}
+inline float from_bfloat16(uint16_t bits) { return bits_as_float(uint32_t(bits) << 16); }
+inline float from_float16(uint16_t bits) {
+    const uint32_t sign = uint32_t(bits & 0x8000) << 16, rest = uint32_t(bits & 0x7fff) << 13;
+    const float scaled = bits_as_float(rest) * 0x1p112f;  // also where it is subnormal
+    uint32_t magnitude;
+    std::memcpy(&magnitude, &scaled, sizeof magnitude);
+    return bits_as_float(sign | (rest >= 0x0f800000 ? rest | 0x7f800000 : magnitude));
+}
+
+// Kinds of weights. Raw: a value as it is stored, or a code in a byte.
+struct Float32 {
+    using Raw = uint32_t;
+    using Word = uint16_t;
+    static float wide(Raw raw) { return bits_as_float(raw); }
+};
+struct BFloat16 {
+    using Raw = uint16_t;
+    using Word = uint32_t;
+    static float wide(Raw raw) { return from_bfloat16(raw); }
+};
+struct Float16 {
+    using Raw = uint16_t;
+    using Word = uint32_t;
+    static float wide(Raw raw) { return from_float16(raw); }
+};
+struct Int8 {
+    using Raw = uint8_t;
+    using Word = uint64_t;
+    static float wide(Raw raw) { return float(raw); }
+};
+struct Int4 : Int8 {};
+
+template <typename Kind> constexpr int64_t LENGTH = 8 * sizeof(typename Kind::Word);
+template <typename Kind> constexpr bool HALVES = std::is_same_v<Kind, Int4>;
+template <typename Kind> constexpr bool CODES = sizeof(typename Kind::Raw) == 1;
+
+template <typename Kind> struct Tile {
+    typename Kind::Raw of[ROWS][TILE];
+};
+
+// Writes what some chunks of a band keep to their places in a tile; gives where the next run begins.
+template <typename Kind>
+const uint8_t* spread_plain(const typename Kind::Word* masks, const uint8_t* at, int64_t chunks, Tile<Kind>& tile) {
+    constexpr int64_t size = sizeof(typename Kind::Raw);
+    for (int64_t run = 0; run < chunks * ROWS; ++run) {
+        typename Kind::Raw* out = tile.of[run % ROWS] + run / ROWS * LENGTH<Kind>;
+        int64_t kept = 0;
+        for (uint64_t mask = masks[run]; mask; mask &= mask - 1, ++kept) {
+            const int place = __builtin_ctzll(mask);
+            if constexpr (HALVES<Kind>)
+                out[place] = at[kept / 2] >> (kept % 2 * 4) & 15;
+            else
+                std::memcpy(out + place, at + kept * size, size_t(size));
+        }
+        at += HALVES<Kind> ? (kept + 1) / 2 : kept * size;
+    }
+    return at;
+}
+
+#if defined(__x86_64__)
+// For each byte of a mask: which of the kept values belongs to each bit, or a negative number.
+struct Places {
+    alignas(8) int8_t of[256][8];
+    Places() {
+        for (int mask = 0; mask < 256; ++mask)
+            for (int bit = 0, kept = 0; bit < 8; ++bit) of[mask][bit] = mask >> bit & 1 ? int8_t(kept++) : int8_t(-64);
+    }
+};
+const Places PLACES;
+
+template <typename Kind>
+AVX2 const uint8_t* spread_avx2(const typename Kind::Word* masks, const uint8_t* at, int64_t chunks, Tile<Kind>& tile) {
+    constexpr int64_t size = sizeof(typename Kind::Raw);
+    alignas(32) uint8_t codes[64];
+    for (int64_t run = 0; run < chunks * ROWS; ++run) {
+        typename Kind::Raw* out = tile.of[run % ROWS] + run / ROWS * LENGTH<Kind>;
+        uint64_t mask = masks[run];
+        const uint8_t* next = at;
+        if constexpr (HALVES<Kind>) {
+            next += (_mm_popcnt_u64(mask) + 1) / 2;
+            for (int64_t i = 0; i < 2; ++i) {
+                const __m256i pairs = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at) + i));
+                const __m256i both = _mm256_or_si256(pairs, _mm256_slli_epi16(pairs, 4));
+                _mm256_store_si256(reinterpret_cast<__m256i*>(codes) + i, _mm256_and_si256(both, _mm256_set1_epi8(15)));
+            }
+            at = codes;
+        }
+        for (int64_t left = 0; left < LENGTH<Kind>; left += 8, mask >>= 8, out += 8) {
+            const __m128i places = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(PLACES.of[mask & 255]));
+            if constexpr (size == 4) {
+                const __m256i wide = _mm256_cvtepi8_epi32(places);
+                const __m256i values = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+                const __m256 moved = _mm256_castsi256_ps(_mm256_permutevar8x32_epi32(values, wide));
+                float* to = reinterpret_cast<float*>(out);
+                _mm256_storeu_ps(to, _mm256_blendv_ps(moved, _mm256_loadu_ps(to), _mm256_castsi256_ps(wide)));
+            } else if constexpr (size == 2) {
+                const __m128i twice = _mm_add_epi8(_mm_unpacklo_epi8(places, places), _mm_unpacklo_epi8(places, places));
+                const __m128i bytes = _mm_add_epi8(twice, _mm_set1_epi16(256));
+                const __m128i moved = _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)), bytes);
+                __m128i* to = reinterpret_cast<__m128i*>(out);
+                _mm_storeu_si128(to, _mm_blendv_epi8(moved, _mm_loadu_si128(to), bytes));
+            } else {
+                const __m128i moved = _mm_shuffle_epi8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at)), places);
+                __m128i* to = reinterpret_cast<__m128i*>(out);
+                _mm_storel_epi64(to, _mm_blendv_epi8(moved, _mm_loadl_epi64(to), places));
+            }
+            at += size * _mm_popcnt_u32(uint32_t(mask & 255));
+        }
+        if constexpr (HALVES<Kind>) at = next;
+    }
+    return at;
+}
+#endif
+
+// A band, whose columns are expanded a tile at a time.
+template <typename Kind> struct Band {
+    const Weight& weight;
+    int64_t first, rows, chunks;  // its first row, its number of rows, the chunks of a row
+    const typename Kind::Word* masks;
+    const uint8_t* values;
+
+    Band(const Weight& weight, int64_t band) : weight(weight), first(ROWS * band) {
+        rows = std::min(ROWS, weight.rows - first);
+        chunks = (weight.columns + LENGTH<Kind> - 1) / LENGTH<Kind>;
+        masks = static_cast<const typename Kind::Word*>(weight.masks) + band * chunks * ROWS;
+        values = weight.values + weight.offsets[band];
+    }
+    int64_t group(int64_t column) const { return column * weight.groups / weight.columns; }
+    int64_t end_of(int64_t group) const { return (group + 1) * (weight.columns / weight.groups); }
+    int zero(int64_t r, int64_t g) const {
+        return int(weight.zeros ? weight.zeros[(first + r) * weight.groups + g] : weight.zero);
+    }
+    float step(int64_t r, int64_t g) const {
+        const int64_t at = (first + r) * weight.groups + g;
+        if (weight.scale_type == 0) return static_cast<const float*>(weight.scales)[at];
+        const uint16_t half = static_cast<const uint16_t*>(weight.scales)[at];
+        return weight.scale_type == 1 ? from_bfloat16(half) : from_float16(half);
+    }
+
+    // The next columns, from `left` on, as they are stored; tiles come in order.
+    template <auto SPREAD> void next(int64_t left, int64_t right, Tile<Kind>& tile) {
+        for (int64_t r = 0; r < ROWS; ++r) {
+            std::memset(tile.of[r], 0, sizeof tile.of[r]);
+            if constexpr (CODES<Kind>)
+                for (int64_t at = left; r < rows && at < right;) {
+                    const int64_t end = std::min(right, end_of(group(at)));
+                    std::memset(tile.of[r] + at - left, zero(r, group(at)), size_t(end - at));
+                    at = end;
+                }
+        }
+        const int64_t begin = left / LENGTH<Kind>, end = std::min(chunks, (left + TILE) / LENGTH<Kind>);
+        values = SPREAD(masks + begin * ROWS, values, end - begin, tile);
+    }
+    // The same columns as numbers; those beyond the row are zero.
+    void widen(int64_t left, int64_t right, const Tile<Kind>& tile, float (*out)[TILE]) const {
+        for (int64_t r = 0; r < ROWS; ++r) {
+            for (int64_t i = 0; i < TILE; ++i) out[r][i] = Kind::wide(tile.of[r][i]);
+            if constexpr (CODES<Kind>)
+                for (int64_t at = left; r < rows && at < right;) {
+                    const int64_t end = std::min(right, end_of(group(at)));
+                    const float lowered = float(zero(r, group(at))), times = step(r, group(at));
+                    for (int64_t i = at - left; i < end - left; ++i) out[r][i] = (out[r][i] - lowered) * times;
+                    at = end;
+                }
+        }
+    }
+};
+
+// Adds the products of a tile of a band and a row of x.
+inline void add(const float (*w)[TILE], const float* x, int64_t columns, float* sums) {
+    Lanes totals[ROWS] = {}, of_w, of_x;
+    for (int64_t i = 0; i < columns; i += LANES) {
+        std::memcpy(&of_x, x + i, sizeof of_x);
+        for (int64_t r = 0; r < ROWS; ++r) {
+            std::memcpy(&of_w, w[r] + i, sizeof of_w);
+            totals[r] += of_w * of_x;
+        }
+    }
+    for (int64_t r = 0; r < ROWS; ++r)
+        for (int64_t lane = 0; lane < LANES; ++lane) sums[r] += totals[r][lane];
+}
+
+// Some bands times rows of x that are `stride` apart, with zeros after their columns.
+template <typename Kind, auto SPREAD>
+inline void multiplied(const Weight& weight, const float* x, int64_t stride, int64_t batch, float* y, int64_t first,
+                       int64_t last) {
+    Tile<Kind> tile;
+    float numbers[ROWS][TILE];
+    std::vector<float> sums(static_cast<size_t>(batch * ROWS));
+    for (int64_t index = first; index < last; ++index) {
+        Band<Kind> band(weight, index);
+        std::fill(sums.begin(), sums.end(), 0.0f);
+        for (int64_t left = 0; left < weight.columns; left += TILE) {
+            const int64_t right = std::min(weight.columns, left + TILE);
+            band.template next<SPREAD>(left, right, tile);
+            band.widen(left, right, tile, numbers);
+            for (int64_t n = 0; n < batch; ++n) add(numbers, x + n * stride + left, right - left, &sums[size_t(n * ROWS)]);
+        }
+        for (int64_t n = 0; n < batch; ++n)
+            std::copy_n(&sums[size_t(n * ROWS)], band.rows, y + n * weight.rows + band.first);
+    }
+}
+
+// A band dense, as values or as codes; `out` is where the first row of all would be.
+template <typename Kind, auto SPREAD> inline void expanded(const Weight& weight, char* out, int64_t index) {
+    constexpr int64_t size = sizeof(typename Kind::Raw);
+    Tile<Kind> tile;
+    Band<Kind> band(weight, index);
+    for (int64_t left = 0; left < weight.columns; left += TILE) {
+        const int64_t right = std::min(weight.columns, left + TILE);
+        band.template next<SPREAD>(left, right, tile);
+        for (int64_t r = 0; r < band.rows; ++r)
+            std::memcpy(out + ((band.first + r) * weight.columns + left) * size, tile.of[r], size_t((right - left) * size));
+    }
+}
+
+// The first band of a part, if the parts have the same number of bytes to read: learned rows differ in what they keep.
+template <typename Kind> int64_t first_band(const Weight& weight, int64_t part, int64_t parts) {
+    const int64_t all = (weight.rows + ROWS - 1) / ROWS;
+    const int64_t masks = (weight.columns + LENGTH<Kind> - 1) / LENGTH<Kind> * ROWS * int64_t(sizeof(typename Kind::Word));
+    const int64_t aim = (weight.offsets[all] + all * masks) * part / parts;
+    int64_t low = 0, high = all;
+    while (low < high) {
+        const int64_t middle = (low + high) / 2;
+        if (weight.offsets[middle] + middle * masks < aim)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+}  // namespace
+
+// multiply_<kind>_<path>: y (batch, rows) of x (batch, columns). expand_<kind>_<path>: some bands, dense.
+#define KIND(NAME, KIND, PATH, ATTRIBUTE)                                                                              \
+    ATTRIBUTE static void multiply_##NAME##_##PATH##_part(const Weight& weight, const float* x, int64_t stride,        \
+                                                          int64_t batch, float* y, int64_t first, int64_t last) {      \
+        multiplied<KIND, spread_##PATH<KIND>>(weight, x, stride, batch, y, first, last);                               \
+    }                                                                                                                  \
+    extern "C" void multiply_##NAME##_##PATH(const Weight* weight, const float* x, int64_t batch, float* y,            \
+                                             int64_t threads) {                                                        \
+        const int64_t stride = (weight->columns + LANES - 1) / LANES * LANES;                                          \
+        std::vector<float> padded(static_cast<size_t>(batch * stride));                                                \
+        for (int64_t n = 0; n < batch; ++n)                                                                            \
+            std::copy_n(x + n * weight->columns, weight->columns, &padded[size_t(n * stride)]);                        \
+        _Pragma("omp parallel for num_threads(threads) schedule(static)") for (int64_t part = 0; part < threads;       \
+                                                                               ++part)                                 \
+            multiply_##NAME##_##PATH##_part(*weight, padded.data(), stride, batch, y,                                  \
+                                            first_band<KIND>(*weight, part, threads),                                  \
+                                            first_band<KIND>(*weight, part + 1, threads));                             \
+    }                                                                                                                  \
+    ATTRIBUTE static void expand_##NAME##_##PATH##_band(const Weight& weight, char* out, int64_t band) {               \
+        expanded<KIND, spread_##PATH<KIND>>(weight, out, band);                                                        \
+    }                                                                                                                  \
+    extern "C" void expand_##NAME##_##PATH(const Weight* weight, int64_t first, int64_t last, char* out,               \
+                                           int64_t threads) {                                                          \
+        out -= ROWS * first * weight->columns * int64_t(sizeof(KIND::Raw));                                            \
+        _Pragma("omp parallel for num_threads(threads) schedule(static)") for (int64_t band = first; band < last;      \
+                                                                               ++band)                                 \
+            expand_##NAME##_##PATH##_band(*weight, out, band);                                                         \
+    }
+
+#define ALL(PATH, ATTRIBUTE)                    \
+    KIND(float32, Float32, PATH, ATTRIBUTE)     \
+    KIND(bfloat16, BFloat16, PATH, ATTRIBUTE)   \
+    KIND(float16, Float16, PATH, ATTRIBUTE)     \
+    KIND(int8, Int8, PATH, ATTRIBUTE)           \
+    KIND(int4, Int4, PATH, ATTRIBUTE)
+
+ALL(plain, PLAIN)
+#if defined(__x86_64__)
+ALL(avx2, AVX2)
+#endif
+
+// Whether the processor can run a path.
+extern "C" int has_plain() { return 1; }
+#if defined(__x86_64__)
+extern "C" int has_avx2() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("popcnt");
+}
+#endif

@@ -1,0 +1,56 @@
+"""Products with sparse weights as they lie in memory (docs/formats.md); none is ever made dense as a whole.
+
+Few rows of x are multiplied by the kernels, in C++ on the CPU and in Triton on a GPU. Where there are many, arithmetic
+costs more than bytes, and panels of the weight are made dense, one after the other, for torch to multiply. That is also
+what happens where there is no kernel, and what the kernels are tested against.
+
+Shape suffixes: N rows of x, O rows and I columns of the weight.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from besa.checkpoint.formats.bitmask import ROWS, Bitmask
+from besa.kernels import sparse_native
+
+MANY = 64  # rows of x
+PANEL = 512  # rows of a weight
+
+
+def multiplied(x_NI: Tensor, weight: Bitmask) -> Tensor:
+    """x Wᵀ (N, O).
+
+    Products are added in float32, in an order that differs between kernels: y is off by at most I/8 + 16 roundings of
+    2^-24 Σ|w||x|. Codes are multiplied as they are (for the weight, read the larger of code and zero point, times the
+    step); with AVX-512, x is rounded to within 2^-22 of the largest number in its row first. What a code stands for is
+    not rounded to the weight's dtype, as it is where the weight is made dense.
+
+    Args:
+        x_NI: of the weight's dtype.
+        weight: on the device of x.
+    """
+    assert x_NI.dtype == weight.dtype
+    if x_NI.is_cuda:
+        from besa.kernels import sparse_gpu
+
+        if sparse_gpu.serves(x_NI, weight):
+            return sparse_gpu.multiply(x_NI, weight)
+    elif 0 < len(x_NI) < MANY and sparse_native.serves(weight):
+        return sparse_native.multiply(x_NI.float(), weight).to(x_NI.dtype)
+    return by_panels(x_NI, weight)
+
+
+def by_panels(x_NI: Tensor, weight: Bitmask) -> Tensor:
+    """The same with torch, in its own precision."""
+    bands, step = -(-weight.shape[0] // ROWS), PANEL // ROWS
+    panels = (slice(first, min(first + step, bands)) for first in range(0, bands, step))
+    return torch.cat([linear(x_NI, _dense(weight, bands)) for bands in panels], dim=1)
+
+
+def _dense(weight: Bitmask, bands: slice) -> Tensor:
+    if sparse_native.serves(weight):
+        return weight.dequantize(sparse_native.expand(weight, bands), bands)
+    return weight.unpack_bands(bands)

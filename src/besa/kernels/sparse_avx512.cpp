@@ -1,0 +1,478 @@
+// The kernels of sparse.cpp for processors with AVX-512: the word of a mask is the mask register that expands a run of
+// kept values to a vector. docs/formats.md says how a weight lies in memory.
+//
+// Three things make it three times as fast as the obvious code: an expansion is kept apart from its load (the form that
+// does both is slow), it goes to a register made for it (otherwise it waits for what was there before), and the
+// stream of values is fetched 4096 bytes ahead.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <numeric>
+#include <vector>
+
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512vnni,f16c,popcnt")))
+#define INLINE TARGET __attribute__((always_inline)) static inline
+
+struct Weight {  // as besa.kernels.sparse_native fills it in
+    const void* masks;
+    const uint8_t* values;
+    const int64_t* offsets;
+    int64_t rows, columns;
+    // Of codes only:
+    const void* scales;    // (rows, groups)
+    const uint8_t* zeros;  // (rows, groups); none where all are `zero`
+    int64_t scale_type;    // 0 float32, 1 bfloat16, 2 float16
+    int64_t groups, zero;
+};
+
+namespace {
+
+constexpr int64_t ROWS = 4;                // of a band
+constexpr int64_t TILE = 64;               // chunks expanded at a time where a batch shares them: half a first cache
+constexpr int64_t AHEAD = 4096;            // bytes
+constexpr float LARGEST = 127 * 65793.0f;  // number of three digits between -128 and 127, to the base 256
+
+INLINE __m512i loaded(const void* at) {
+    __m512i values = _mm512_loadu_si512(at);
+    asm volatile("" : "+v"(values));
+    return values;
+}
+INLINE __m512i fresh() {
+    __m512i zero;
+    asm volatile("vpxord %0, %0, %0" : "=v"(zero));
+    return zero;
+}
+
+// What a kind of weight is: how a run is expanded to a Vector, what it meets of x (Inputs), how products are summed.
+
+struct Floats {
+    using Sum = __m512;
+    static constexpr bool CODES = false;
+    static constexpr int DIRECT = 4, TOGETHER = 4;  // rows of x that the registers hold, as a band is read and from a tile
+    INLINE Sum none() { return _mm512_setzero_ps(); }
+    INLINE __m512 total(Sum sum, int64_t) { return sum; }
+};
+
+struct Float32 : Floats {
+    using Word = uint16_t;
+    using X = float;
+    using Vector = __m512;
+    using Inputs = __m512;
+    static constexpr int64_t LENGTH = 16, STRIDE = 16;  // columns of a chunk, numbers of x that meet it
+    INLINE int64_t size(uint64_t mask) { return 4 * _mm_popcnt_u64(mask); }
+    INLINE Vector expand(Word mask, const uint8_t* at, __m512i) {
+        return _mm512_castsi512_ps(_mm512_mask_expand_epi32(fresh(), mask, loaded(at)));
+    }
+    INLINE Inputs inputs(const X* x) { return _mm512_loadu_ps(x); }
+    INLINE Sum add(Sum sum, Vector w, Inputs x) { return _mm512_fmadd_ps(w, x, sum); }
+};
+
+struct Float16 : Floats {
+    using Word = uint32_t;
+    using X = float;
+    using Vector = __m512i;
+    struct Inputs {
+        __m512 low, high;
+    };
+    static constexpr int64_t LENGTH = 32, STRIDE = 32;
+    INLINE int64_t size(uint64_t mask) { return 2 * _mm_popcnt_u64(mask); }
+    INLINE Vector expand(Word mask, const uint8_t* at, __m512i) {
+        return _mm512_mask_expand_epi16(fresh(), mask, loaded(at));
+    }
+    INLINE Inputs inputs(const X* x) { return {_mm512_loadu_ps(x), _mm512_loadu_ps(x + 16)}; }
+    INLINE Sum add(Sum sum, Vector w, Inputs x) {
+        sum = _mm512_fmadd_ps(_mm512_cvtph_ps(_mm512_castsi512_si256(w)), x.low, sum);
+        return _mm512_fmadd_ps(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(w, 1)), x.high, sum);
+    }
+};
+
+struct BFloat16 : Float16 {
+    INLINE __m512 wide(__m256i w) {
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(w), 16));
+    }
+    INLINE Sum add(Sum sum, Vector w, Inputs x) {
+        sum = _mm512_fmadd_ps(wide(_mm512_castsi512_si256(w)), x.low, sum);
+        return _mm512_fmadd_ps(wide(_mm512_extracti64x4_epi64(w, 1)), x.high, sum);
+    }
+};
+
+struct BFloat16Pairs : Float16 {  // exact products, two at a time
+    using X = uint16_t;
+    using Inputs = __m512i;
+    INLINE Inputs inputs(const X* x) { return _mm512_loadu_si512(x); }
+    INLINE Sum add(Sum sum, Vector w, Inputs x) {
+        // Written out, so that the rest can be compiled for processors that have all but this instruction.
+        asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
+        return sum;
+    }
+};
+
+// Codes are multiplied as whole numbers, with x in fixed point, as three digits of eight bits: nothing is rounded until
+// the end of a group. A pruned weight has its row's code of zero, times which the sum of x is taken off in the end.
+struct Int8 {
+    using Word = uint64_t;
+    using X = int8_t;
+    using Vector = __m512i;
+    struct Inputs {
+        __m512i digits[3];
+    };
+    using Sum = Inputs;
+    static constexpr bool CODES = true;
+    static constexpr int DIRECT = 2, TOGETHER = 1;
+    static constexpr int64_t LENGTH = 64, STRIDE = 192;
+    INLINE int64_t size(uint64_t mask) { return _mm_popcnt_u64(mask); }
+    INLINE Vector expand(Word mask, const uint8_t* at, __m512i fill) {
+        return _mm512_mask_expand_epi8(fill, mask, loaded(at));
+    }
+    INLINE Inputs inputs(const X* x) {
+        return {{_mm512_loadu_si512(x), _mm512_loadu_si512(x + 64), _mm512_loadu_si512(x + 128)}};
+    }
+    INLINE Sum none() { return {{_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512()}}; }
+    INLINE Sum add(Sum sum, Vector w, Inputs x) {
+        // Written out, as with the intrinsic gcc 12 copies every sum to and fro.
+        for (int k = 0; k < 3; ++k) asm("vpdpbusd %2, %1, %0" : "+v"(sum.digits[k]) : "v"(w), "v"(x.digits[k]));
+        return sum;
+    }
+    INLINE __m512 total(Sum sum, int64_t) {
+        const __m512 low = _mm512_cvtepi32_ps(sum.digits[0]), middle = _mm512_cvtepi32_ps(sum.digits[1]);
+        const __m512 high = _mm512_cvtepi32_ps(sum.digits[2]), base = _mm512_set1_ps(256);
+        return _mm512_fmadd_ps(_mm512_fmadd_ps(high, base, middle), base, low);
+    }
+};
+
+struct Int4 : Int8 {
+    INLINE __m512 total(Sum sum, int64_t chunks) {
+        if (chunks > 4) return Int8::total(sum, chunks);
+        __m512i all = _mm512_add_epi32(_mm512_slli_epi32(sum.digits[2], 8), sum.digits[1]);  // below 2^31
+        all = _mm512_add_epi32(_mm512_slli_epi32(all, 8), sum.digits[0]);
+        return _mm512_cvtepi32_ps(all);
+    }
+    INLINE int64_t size(uint64_t mask) { return (_mm_popcnt_u64(mask) + 1) / 2; }
+    INLINE Vector expand(Word mask, const uint8_t* at, __m512i fill) {
+        const __m512i pairs = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
+        const __m512i codes = _mm512_or_si512(pairs, _mm512_slli_epi16(pairs, 4));
+        return _mm512_mask_expand_epi8(fill, mask, _mm512_and_si512(codes, _mm512_set1_epi8(15)));
+    }
+};
+
+// The rows of x as the kernels read them, with zeros to the end of the last chunk.
+template <typename Kind> struct Rows {
+    int64_t batch, stride;        // rows; numbers of one
+    std::vector<typename Kind::X> numbers;
+    std::vector<float> factors;   // what a unit of the last digit is worth, by row
+    std::vector<float> sums;      // of each group, in such units, by row
+
+    TARGET Rows(const Weight& weight, const float* x, int64_t batch) : batch(batch) {
+        const int64_t columns = weight.columns;
+        stride = (columns + Kind::LENGTH - 1) / Kind::LENGTH * Kind::STRIDE;
+        numbers.resize(size_t(batch * stride));
+        for (int64_t n = 0; n < batch; ++n) {
+            typename Kind::X* to = numbers.data() + n * stride;
+            if constexpr (Kind::CODES)
+                split(weight, x + n * columns, to);
+            else if constexpr (sizeof(typename Kind::X) == 2)
+                for (int64_t i = 0; i < columns; ++i) std::memcpy(to + i, reinterpret_cast<const char*>(x + n * columns + i) + 2, 2);
+            else
+                std::memcpy(to, x + n * columns, size_t(columns) * sizeof(float));
+        }
+    }
+
+    // A row in units of its largest number over LARGEST, as digits; all is no number where a number is none, or infinite.
+    TARGET void split(const Weight& weight, const float* x, int8_t* to) {
+        const int64_t columns = weight.columns;
+        __m512 most = _mm512_setzero_ps(), sound = _mm512_setzero_ps();
+        for (int64_t i = 0; i < columns; i += 16) {
+            const __m512 part = _mm512_maskz_loadu_ps(inside(columns - i), x + i);
+            most = _mm512_max_ps(most, _mm512_abs_ps(part));
+            sound = _mm512_fmadd_ps(part, _mm512_setzero_ps(), sound);
+        }
+        const float trouble = _mm512_reduce_add_ps(sound), unit = _mm512_reduce_max_ps(most) / LARGEST;
+        const __m512 inverse = _mm512_set1_ps(trouble == 0 && unit > 0 ? 1 / unit : 0);
+        const __m512i limit = _mm512_set1_epi32(int32_t(LARGEST));
+        std::vector<int32_t> whole(size_t(stride / 3));
+        for (int64_t i = 0; i < columns; i += 16) {
+            const __m512 part = _mm512_maskz_loadu_ps(inside(columns - i), x + i);
+            __m512i number = _mm512_cvtps_epi32(_mm512_mul_ps(part, inverse));
+            number = _mm512_max_epi32(_mm512_min_epi32(number, limit), _mm512_sub_epi32(_mm512_setzero_si512(), limit));
+            _mm512_storeu_si512(whole.data() + i, number);
+            for (int64_t k = 0; k < 3; ++k) {
+                const __m128i digits = _mm512_cvtepi32_epi8(number);
+                _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i / 64 * 192 + k * 64 + i % 64), digits);
+                number = _mm512_srai_epi32(_mm512_sub_epi32(number, _mm512_cvtepi8_epi32(digits)), 8);
+            }
+        }
+        factors.push_back(unit + trouble);
+        for (int64_t g = 0; g < weight.groups; ++g) {
+            const int64_t group = columns / weight.groups;
+            sums.push_back(float(std::accumulate(&whole[size_t(g * group)], &whole[size_t(g * group)] + group, int64_t(0))));
+        }
+    }
+    INLINE __mmask16 inside(int64_t left) { return left < 16 ? __mmask16((1 << left) - 1) : __mmask16(-1); }
+};
+
+// How a band is summed: by segments of whole chunks that share a step, or whose groups have each some lanes of their own.
+struct Grid {
+    int64_t chunks, segment;      // of a row; of a segment
+    int64_t groups, each;         // of a row; of a segment
+    __m512i lanes, places;        // which group of a segment a lane of sums, and of codes, belongs to
+    std::vector<float> scales;    // by row, with room for a vector after it
+    std::vector<uint8_t> zeros;
+
+    TARGET Grid(const Weight& weight, int64_t length) : groups(weight.groups) {
+        chunks = segment = (weight.columns + length - 1) / length;
+        each = 1;
+        const int64_t group = weight.columns / groups;
+        if (groups > 1) {
+            segment = std::max<int64_t>(1, group / length);
+            each = std::max<int64_t>(1, length / group);
+        }
+        int32_t lane[16];
+        int8_t place[64];
+        for (int i = 0; i < 64; ++i) lane[i / 4] = place[i] = int8_t(each > 1 ? i / group : 0);
+        lanes = _mm512_loadu_si512(lane);
+        places = _mm512_loadu_si512(place);
+        scales.resize(size_t(ROWS * (groups + 16)));
+        zeros.resize(size_t(ROWS * (groups + 64)));
+    }
+    TARGET void read(const Weight& weight, int64_t band) {
+        const int64_t rows = std::min(ROWS, weight.rows - ROWS * band);
+        for (int64_t r = 0; r < rows; ++r)
+            for (int64_t g = 0, at = (ROWS * band + r) * groups; g < groups; ++g, ++at) {
+                scales[size_t(r * (groups + 16) + g)] = scale(weight, at);
+                zeros[size_t(r * (groups + 64) + g)] = weight.zeros ? weight.zeros[at] : uint8_t(weight.zero);
+            }
+    }
+    INLINE float scale(const Weight& weight, int64_t at) {
+        if (weight.scale_type == 0) return static_cast<const float*>(weight.scales)[at];
+        const int half = static_cast<const uint16_t*>(weight.scales)[at];
+        if (weight.scale_type == 1) return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(half << 16)));
+        return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(half)));
+    }
+    INLINE __m512 steps(const Grid& grid, int64_t r, int64_t s) {
+        const float* scales = grid.scales.data() + r * (grid.groups + 16) + s * grid.each;
+        return grid.each == 1 ? _mm512_set1_ps(*scales) : _mm512_permutexvar_ps(grid.lanes, _mm512_loadu_ps(scales));
+    }
+    INLINE __m512i fill(const Grid& grid, int64_t r, int64_t s) {
+        const uint8_t* zeros = grid.zeros.data() + r * (grid.groups + 64) + s * grid.each;
+        if (grid.each == 1) return _mm512_set1_epi8(char(*zeros));
+        return _mm512_permutexvar_epi8(grid.places, _mm512_loadu_si512(zeros));
+    }
+    // What the codes of zero add to a row.
+    TARGET float excess(int64_t r, const float* sums) const {
+        float result = 0;
+        for (int64_t g = 0; g < groups; ++g)
+            result += scales[size_t(r * (groups + 16) + g)] * zeros[size_t(r * (groups + 64) + g)] * sums[g];
+        return result;
+    }
+};
+
+// A band of a weight, expanded as it is read.
+template <typename Kind> struct Stream {
+    const typename Kind::Word* masks;
+    const uint8_t* values;
+    __m512i fills[ROWS];
+
+    INLINE Stream of(const Weight& weight, int64_t band) {
+        const int64_t chunks = (weight.columns + Kind::LENGTH - 1) / Kind::LENGTH;
+        const auto* masks = static_cast<const typename Kind::Word*>(weight.masks);
+        return {masks + band * chunks * ROWS, weight.values + weight.offsets[band], {}};
+    }
+    INLINE void enter(Stream& stream, const Grid& grid, int64_t s) {
+        if constexpr (Kind::CODES)
+            for (int64_t r = 0; r < ROWS; ++r) stream.fills[r] = Grid::fill(grid, r, s);
+    }
+    INLINE typename Kind::Vector next(Stream& stream, int64_t, int64_t r) {
+        if (r % 2 == 0) _mm_prefetch(reinterpret_cast<const char*>(stream.values + AHEAD), _MM_HINT_T0);
+        typename Kind::Word mask = *stream.masks++;
+        asm volatile("" : "+r"(mask));  // one load for both its uses
+        const typename Kind::Vector w = Kind::expand(mask, stream.values, stream.fills[r]);
+        stream.values += Kind::size(mask);
+        return w;
+    }
+};
+
+// Chunks of a band that were expanded before.
+template <typename Kind> struct Tile {
+    alignas(64) typename Kind::Vector chunks[TILE][ROWS];
+    INLINE typename Kind::Vector next(Tile& tile, int64_t c, int64_t r) { return tile.chunks[c][r]; }
+};
+
+struct alignas(64) Totals {
+    __m512 of[ROWS];
+};
+
+// Adds the product of some chunks of a segment and N rows of x.
+template <typename Kind, int N, typename Source>
+INLINE void add(Source& source, const Grid& grid, int64_t s, int64_t chunks, const typename Kind::X* x, int64_t stride,
+                Totals* totals) {
+    asm("" : "+r"(totals));  // in memory: the registers are for the sums
+    typename Kind::Sum sums[N][ROWS];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n)
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r) sums[n][r] = Kind::none();
+    for (int64_t c = 0; c < chunks; ++c, x += Kind::STRIDE) {
+        typename Kind::Inputs inputs[N];
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) inputs[n] = Kind::inputs(x + n * stride);
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r) {
+            const typename Kind::Vector w = Source::next(source, c, r);
+#pragma GCC unroll 4
+            for (int n = 0; n < N; ++n) sums[n][r] = Kind::add(sums[n][r], w, inputs[n]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r) {
+        __m512 steps = _mm512_set1_ps(1);
+        if constexpr (Kind::CODES) steps = Grid::steps(grid, r, s);
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n)
+            totals[n].of[r] = _mm512_fmadd_ps(Kind::total(sums[n][r], grid.segment), steps, totals[n].of[r]);
+    }
+}
+
+template <typename Kind>
+INLINE void write(const Weight& weight, const Grid& grid, const Rows<Kind>& rows, int64_t band, int64_t n,
+                  const Totals& totals, float* y) {
+    for (int64_t r = 0; r < std::min(ROWS, weight.rows - ROWS * band); ++r) {
+        float result = _mm512_reduce_add_ps(totals.of[r]);
+        if constexpr (Kind::CODES)
+            result = rows.factors[size_t(n)] * (result - grid.excess(r, rows.sums.data() + n * grid.groups));
+        y[n * weight.rows + ROWS * band + r] = result;
+    }
+}
+
+// Some bands times N rows of x, as the bands are read.
+template <typename Kind, int N>
+TARGET void direct(const Weight& weight, const Rows<Kind>& rows, float* y, int64_t first, int64_t last) {
+    Grid grid(weight, Kind::LENGTH);
+    for (int64_t band = first; band < last; ++band) {
+        if constexpr (Kind::CODES) grid.read(weight, band);
+        Stream<Kind> stream = Stream<Kind>::of(weight, band);
+        Totals totals[N] = {};
+        for (int64_t begin = 0, s = 0; begin < grid.chunks; begin += grid.segment, ++s) {
+            const int64_t chunks = std::min(grid.segment, grid.chunks - begin);
+            Stream<Kind>::enter(stream, grid, s);
+            add<Kind, N>(stream, grid, s, chunks, rows.numbers.data() + begin * Kind::STRIDE, rows.stride, totals);
+        }
+        for (int64_t n = 0; n < N; ++n) write<Kind>(weight, grid, rows, band, n, totals[n], y);
+    }
+}
+
+// Some bands times any number of rows of x, all of which meet a tile of a band after the other.
+template <typename Kind>
+TARGET void tiled(const Weight& weight, const Rows<Kind>& rows, float* y, int64_t first, int64_t last) {
+    Grid grid(weight, Kind::LENGTH);
+    Tile<Kind> tile;
+    std::vector<Totals> totals(static_cast<size_t>(rows.batch));
+    for (int64_t band = first; band < last; ++band) {
+        if constexpr (Kind::CODES) grid.read(weight, band);
+        Stream<Kind> stream = Stream<Kind>::of(weight, band);
+        std::fill(totals.begin(), totals.end(), Totals{});
+        for (int64_t begin = 0, s = 0; begin < grid.chunks; begin += grid.segment, ++s) {
+            Stream<Kind>::enter(stream, grid, s);
+            const int64_t end = std::min(grid.chunks, begin + grid.segment);
+            for (int64_t left = begin; left < end; left += TILE) {
+                const int64_t chunks = std::min(TILE, end - left);
+                for (int64_t c = 0; c < chunks; ++c)
+                    for (int64_t r = 0; r < ROWS; ++r) tile.chunks[c][r] = Stream<Kind>::next(stream, c, r);
+                const typename Kind::X* x = rows.numbers.data() + left * Kind::STRIDE;
+                int64_t n = 0;
+                for (; n + Kind::TOGETHER <= rows.batch; n += Kind::TOGETHER)
+                    add<Kind, Kind::TOGETHER>(tile, grid, s, chunks, x + n * rows.stride, rows.stride, &totals[size_t(n)]);
+                for (; n < rows.batch; ++n)
+                    add<Kind, 1>(tile, grid, s, chunks, x + n * rows.stride, rows.stride, &totals[size_t(n)]);
+            }
+        }
+        for (int64_t n = 0; n < rows.batch; ++n) write<Kind>(weight, grid, rows, band, n, totals[size_t(n)], y);
+    }
+}
+
+// The first band of a part, if the parts have the same number of bytes to read: learned rows differ in what they keep.
+template <typename Kind> int64_t first_band(const Weight& weight, int64_t part, int64_t parts) {
+    const int64_t all = (weight.rows + ROWS - 1) / ROWS;
+    const int64_t masks = (weight.columns + Kind::LENGTH - 1) / Kind::LENGTH * ROWS * int64_t(sizeof(typename Kind::Word));
+    const int64_t aim = (weight.offsets[all] + all * masks) * part / parts;
+    int64_t low = 0, high = all;
+    while (low < high) {
+        const int64_t middle = (low + high) / 2;
+        if (weight.offsets[middle] + middle * masks < aim)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+template <typename Kind> void multiply(const Weight& weight, const float* x, int64_t batch, float* y, int64_t threads) {
+    const Rows<Kind> rows(weight, x, batch);
+    constexpr int most = Kind::DIRECT;
+    const auto kernel = batch > most ? tiled<Kind>
+                        : batch == 1 ? direct<Kind, 1>
+                        : batch == 2 ? direct<Kind, 2>
+                        : batch == 3 ? direct<Kind, std::min(3, most)>
+                                     : direct<Kind, most>;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t part = 0; part < threads; ++part)
+        kernel(weight, rows, y, first_band<Kind>(weight, part, threads), first_band<Kind>(weight, part + 1, threads));
+}
+
+INLINE void store(void* to, __m512i v, uint64_t kept) { _mm512_mask_storeu_epi8(to, kept, v); }
+INLINE void store(void* to, __m512 v, uint64_t kept) { store(to, _mm512_castps_si512(v), kept); }
+
+// Some bands dense, as values or as codes.
+template <typename Kind> TARGET void expanded(const Weight& weight, int64_t band, int64_t start, char* out) {
+    Grid grid(weight, Kind::LENGTH);
+    if constexpr (Kind::CODES) grid.read(weight, band);
+    Stream<Kind> stream = Stream<Kind>::of(weight, band);
+    const int64_t width = weight.columns * (64 / Kind::LENGTH);  // bytes of a row
+    for (int64_t c = 0; c < grid.chunks; ++c) {
+        if (c % grid.segment == 0) Stream<Kind>::enter(stream, grid, c / grid.segment);
+        const int64_t left = std::min<int64_t>(64, width - 64 * c);
+        for (int64_t r = 0; r < ROWS; ++r) {
+            const typename Kind::Vector w = Stream<Kind>::next(stream, c, r);
+            const int64_t row = ROWS * band + r;
+            if (row < weight.rows) store(out + (row - start) * width + 64 * c, w, ~uint64_t(0) >> (64 - left));
+        }
+    }
+}
+
+template <typename Kind> void expand(const Weight& weight, int64_t first, int64_t last, char* out, int64_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t band = first; band < last; ++band) expanded<Kind>(weight, band, ROWS * first, out);
+}
+
+}  // namespace
+
+#define KIND(NAME, PATH, KERNEL)                                                                                       \
+    extern "C" void multiply_##NAME##_##PATH(const Weight* weight, const float* x, int64_t batch, float* y,            \
+                                             int64_t threads) {                                                        \
+        multiply<KERNEL>(*weight, x, batch, y, threads);                                                               \
+    }                                                                                                                  \
+    extern "C" void expand_##NAME##_##PATH(const Weight* weight, int64_t first, int64_t last, char* out,               \
+                                           int64_t threads) {                                                          \
+        expand<KERNEL>(*weight, first, last, out, threads);                                                            \
+    }
+
+#define ALL(PATH, BFLOAT16)         \
+    KIND(float32, PATH, Float32)    \
+    KIND(bfloat16, PATH, BFLOAT16)  \
+    KIND(float16, PATH, Float16)    \
+    KIND(int8, PATH, Int8)          \
+    KIND(int4, PATH, Int4)
+
+ALL(avx512, BFloat16)
+ALL(avx512bf16, BFloat16Pairs)
+
+extern "C" int has_avx512() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
+           __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("popcnt");
+}
+extern "C" int has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#endif

@@ -1,0 +1,84 @@
+"""Text that a model makes of a prompt, handed on as it comes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+from besa.errors import BesaError
+from besa.models.loading import load_tokenizer, locate
+from besa.progress import Progress, silent
+from besa.runtime.loading import load
+
+
+def generate(
+    model: str | Path | PreTrainedModel,
+    prompt: str,
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    seed: int = 0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    device: str | torch.device = "cpu",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    tell: Callable[[str], None] | None = None,
+    progress: Progress = silent,
+) -> str:
+    """Continue a text.
+
+    Args:
+        model: whatever `besa.load` takes, or a loaded model.
+        prompt: the text to continue, as it is: no chat template is put around it.
+        max_new_tokens: at most; the model may end sooner.
+        temperature: of the softmax that tokens are drawn from; 0 takes the likeliest token each time.
+        seed: of the draws.
+        tokenizer: needed with a loaded model; otherwise the model's own.
+        device: as in `besa.load`.
+        dtype: as in `besa.load`.
+        trust_remote_code: as in `besa.load`.
+        tell: given the text word by word, as soon as each is whole.
+        progress: told about a download.
+
+    Returns:
+        The continuation, without the prompt.
+
+    Raises:
+        BesaError: the model cannot be read, the prompt is empty, or a loaded model came without its tokenizer.
+    """
+    if not isinstance(model, PreTrainedModel):
+        source = locate(model, progress)
+        tokenizer = tokenizer or load_tokenizer(source, trust_remote_code)
+        model = load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, progress=progress)
+    elif tokenizer is None:
+        raise BesaError("A loaded model needs its tokenizer: pass tokenizer=.")
+    tokens_1T = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
+    if tokens_1T.numel() == 0:
+        raise BesaError("The prompt is empty: give at least one word to go on from.")
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        made_1T = model.generate(
+            tokens_1T,
+            attention_mask=torch.ones_like(tokens_1T),
+            max_new_tokens=max_new_tokens,
+            streamer=_Telling(tokenizer, tell) if tell else None,
+            **sampling,
+        )
+    return str(tokenizer.decode(made_1T[0, tokens_1T.shape[1] :], skip_special_tokens=True))
+
+
+class _Telling(TextStreamer):  # type: ignore[misc]
+    """transformers' way of forming words of tokens, without its printing."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, tell: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._tell = tell
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Hand on what is whole."""
+        if text:
+            self._tell(text)

@@ -1,0 +1,237 @@
+"""How fast models run, measured in turn so that what the machine does meanwhile befalls them alike.
+
+Shape suffixes: N sequences, T tokens.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from besa import memory
+from besa.errors import BesaError
+from besa.machine import machine, resolve_device, versions
+from besa.models.files import WeightFiles
+from besa.models.loading import locate
+from besa.progress import Progress, silent
+from besa.record import now
+from besa.runtime.linear import SparseLinear
+from besa.runtime.loading import load
+from besa.runtime.prepacked import prepacked
+from besa.runtime.timings import DENSE, FIRST, PREPACKED, SPARSE, Bench, ModelSpeed, Timing
+
+DECODE = (1, 4, 16)  # sequences at a time
+PREFILL = (64, 512)  # tokens of one prompt
+CONTEXT = 8  # tokens before the ones that are decoded
+STEPS = 16  # tokens of each sequence that one measurement decodes
+READ = 1 << 28  # bytes read to measure the bandwidth: no cache holds them
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One kind of work: decoding `steps` tokens of each sequence, or taking in `tokens` of one."""
+
+    name: str
+    sequences: int = 1
+    tokens: int = CONTEXT
+    steps: int = 0
+
+    @property
+    def counted(self) -> int:
+        """Tokens that are measured."""
+        return self.sequences * (self.steps or self.tokens)
+
+    @property
+    def passes(self) -> int:
+        """How often the weights are read."""
+        return self.steps or 1
+
+
+WORKS = [
+    *(_Work(f"decode {size}", size, CONTEXT, STEPS) for size in DECODE),
+    *(_Work(f"prefill {tokens}", tokens=tokens) for tokens in PREFILL),
+    _Work(FIRST, tokens=PREFILL[0]),
+]
+
+
+@dataclass
+class _Contender:
+    """A model in one form, and what was measured of it: seconds by work."""
+
+    name: str
+    form: str
+    model: PreTrainedModel
+    file_bytes: int
+    resident_bytes: int | None
+    step_bytes: int
+    seconds: dict[str, list[float]] = field(default_factory=lambda: {work.name: [] for work in WORKS})
+
+
+def bench(
+    models: Iterable[str | Path],
+    *,
+    rounds: int = 7,
+    device: str | torch.device = "cpu",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+) -> Bench:
+    """Measure tokens a second: decoding, taking in a prompt, and the time to the first token.
+
+    Each dense model on the CPU also runs with weights in oneDNN's own layout, the fastest that torch has there. In
+    every round each model does each work once, in turn; a round beforehand is not counted.
+
+    Args:
+        models: whatever `besa.load` takes; others are compared with the first.
+        rounds: measurements of each kind.
+        device: as in `besa.load`.
+        dtype: as in `besa.load`.
+        trust_remote_code: as in `besa.load`.
+        progress: told (measurements done, measurements, model and work).
+
+    Raises:
+        BesaError: a model cannot be read, or one is named twice.
+    """
+    names = [str(model) for model in models]
+    if len(set(names)) < len(names):
+        raise BesaError("A model is named twice: name each once.")
+    device = resolve_device(device)
+    contenders: list[_Contender] = []
+    for name in names:
+        contenders += _contenders(name, device, dtype, trust_remote_code, progress)
+    read = torch.zeros(READ // 4, device=device)
+    reading: list[float] = []
+    total = (rounds + 1) * len(WORKS) * len(contenders)
+    done = itertools.count(1)
+    for turn in range(rounds + 1):
+        for work in WORKS:
+            for contender in contenders[:: -1 if turn % 2 else 1]:
+                seconds = _measure(contender.model, work)
+                if turn:
+                    contender.seconds[work.name].append(seconds)
+                progress(next(done), total, f"{contender.name} {contender.form}, {work.name}")
+            reading.append(_timed(device, lambda: read.sum()))
+    bandwidth = READ / min(reading)
+    return Bench(
+        models=[_speed(contender, bandwidth) for contender in contenders],
+        bandwidth=bandwidth,
+        rounds=rounds,
+        created=now(),
+        versions=versions(),
+        machine=machine(device),
+    )
+
+
+def _contenders(
+    name: str, device: torch.device, dtype: str, trust_remote_code: bool, progress: Progress
+) -> list[_Contender]:
+    """The forms in which a model can run here."""
+    memory.trim()
+    before = _resident(device)
+    model = load(name, device=device, dtype=dtype, trust_remote_code=trust_remote_code, progress=progress)
+    _measure(model, WORKS[0])
+    resident = _resident(device) - before
+    source = locate(name)
+    folder = Path((source if source.gguf else source.local()).location)
+    paths = [folder / source.gguf] if source.gguf else WeightFiles(folder).paths
+    size = sum(path.stat().st_size for path in paths)
+    sparse = any(isinstance(module, SparseLinear) for module in model.modules())
+    read = step_bytes(model)
+    found = [_Contender(name, SPARSE if sparse else DENSE, model, size, resident, read)]
+    if not sparse and (other := prepacked(model)) is not None:
+        found.append(_Contender(name, PREPACKED, other, size, None, read))
+    return found
+
+
+def _resident(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else memory.current_bytes()
+
+
+@torch.inference_mode()
+def _measure(model: PreTrainedModel, work: _Work) -> float:
+    """Seconds of one measurement; tokens are always the same, as are so the experts that a mixture takes."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.config.get_text_config().vocab_size
+    tokens_NT = torch.randint(vocabulary, (work.sequences, work.tokens), generator=generator).to(model.device)
+    if work.steps:
+        return _decode(model, tokens_NT, work.steps)
+    if work.name == FIRST:
+        mask_NT = torch.ones_like(tokens_NT)
+        return _timed(
+            model.device,
+            lambda: model.generate(tokens_NT, attention_mask=mask_NT, max_new_tokens=1, do_sample=False),
+        )
+    return _timed(model.device, lambda: model(tokens_NT, logits_to_keep=1))
+
+
+def _decode(model: PreTrainedModel, tokens_NT: Tensor, steps: int) -> float:
+    """Seconds of so many greedy steps after the tokens and one step more."""
+    output = model(tokens_NT, use_cache=True, logits_to_keep=1)
+    cache = output.past_key_values
+
+    def step(next_N1: Tensor) -> Tensor:
+        logits_N1V = model(next_N1, past_key_values=cache, use_cache=True).logits
+        following_N1: Tensor = logits_N1V.argmax(dim=-1)
+        return following_N1
+
+    next_N1 = step(output.logits.argmax(dim=-1))
+
+    def decode() -> None:
+        following_N1 = next_N1
+        for _ in range(steps):
+            following_N1 = step(following_N1)
+
+    return _timed(model.device, decode)
+
+
+def _timed(device: torch.device, work: Callable[[], object]) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def step_bytes(model: nn.Module) -> int:
+    """Bytes of weights that a decoding step reads.
+
+    Of embeddings it takes a row, unless they are the head too. Experts count as if all of them were asked.
+    """
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    heads = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    read = {id(tensor): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+    return sum(size for key, size in read.items() if key not in tables or key in heads)
+
+
+def _speed(contender: _Contender, bandwidth: float) -> ModelSpeed:
+    timings = []
+    for work in WORKS:
+        low, middle, high = _quartiles(contender.seconds[work.name])
+        limit = work.passes * contender.step_bytes / bandwidth
+        timings.append(Timing(work=work.name, tokens=work.counted, seconds=middle, low=low, high=high, limit=limit))
+    return ModelSpeed(
+        model=contender.name,
+        form=contender.form,
+        dtype=str(contender.model.dtype).removeprefix("torch."),
+        file_bytes=contender.file_bytes,
+        resident_bytes=contender.resident_bytes,
+        step_bytes=contender.step_bytes,
+        timings=timings,
+    )
+
+
+def _quartiles(seconds: list[float]) -> tuple[float, float, float]:
+    if len(seconds) < 2:
+        return seconds[0], seconds[0], seconds[0]
+    low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    return low, middle, high

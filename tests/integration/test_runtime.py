@@ -1,0 +1,251 @@
+"""Packed models as they run: what they put out, where their weights are, what they refuse; and how speed is told."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    MixtralConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+import besa
+from besa import BesaError, Recipe, cli
+from besa.checkpoint.inspection import inspect
+from besa.models.loading import locate
+from besa.runtime import speed
+from besa.runtime.linear import SparseLinear
+from besa.runtime.timings import Bench, ModelSpeed, Timing
+
+TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
+TEXT, HELDOUT = str(TINY / "calibration.txt"), str(TINY / "heldout.txt")
+SIZES = {"samples": 2, "seqlen": 16}
+PROMPT = "The city lies on the river"
+
+
+@pytest.fixture(scope="module", params=["float32", "joint"])
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A pruned checkpoint, and the same packed."""
+    folder = tmp_path_factory.mktemp(request.param)
+    recipe = "wanda" if request.param == "float32" else "wanda-int4"
+    besa.compress(TINY, Recipe.load(recipe).with_exceptions(["*.k_proj"], []), TEXT, out=folder / "dense", **SIZES)
+    besa.pack(folder / "dense", folder / "packed")
+    return folder / "dense", folder / "packed"
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The same with every linear of float32."""
+    folder = tmp_path_factory.mktemp("plain")
+    besa.compress(TINY, "wanda", TEXT, out=folder / "dense", **SIZES)
+    besa.pack(folder / "dense", folder / "packed")
+    return folder / "dense", folder / "packed"
+
+
+def logits(model: PreTrainedModel, tokens: int = 24) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(torch.arange(2 * tokens).view(2, -1)).logits
+
+
+def sparse(model: PreTrainedModel) -> dict[str, SparseLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+
+
+def test_same_logits_tokens_and_perplexity_as_dense(pair: tuple[Path, Path]) -> None:
+    dense, packed = (besa.load(folder) for folder in pair)
+    assert len(sparse(packed)) == 8 * 6
+    assert not sparse(dense)
+    torch.testing.assert_close(logits(packed), logits(dense), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(packed, 100), logits(dense, 100), rtol=1e-4, atol=1e-4)  # where panels are used
+    tokens = torch.randint(1024, (3, 12), generator=torch.Generator().manual_seed(0))
+    arguments = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 40, "do_sample": False}
+    assert torch.equal(packed.generate(tokens, **arguments), dense.generate(tokens, **arguments))
+    assert besa.generate(pair[1], PROMPT, max_new_tokens=30) == besa.generate(pair[0], PROMPT, max_new_tokens=30)
+    expected, found = (besa.evaluate(folder, [HELDOUT], window=64, max_windows=8) for folder in pair)
+    assert found.perplexity["heldout"] == pytest.approx(expected.perplexity["heldout"], rel=1e-5)
+    assert found.sparsity == expected.sparsity
+
+
+def test_bfloat16_within_its_rounding(pair: tuple[Path, Path]) -> None:
+    dense, packed = (besa.load(folder, dtype="bfloat16") for folder in pair)
+    assert all(module.weight.dtype == torch.bfloat16 for module in sparse(packed).values())
+    exact = logits(besa.load(pair[0]))
+    errors = [float((logits(model).float() - exact).square().mean()) for model in (packed, dense)]
+    assert errors[0] < 2 * errors[1]
+
+
+def test_weights_stay_in_the_file(plain: tuple[Path, Path]) -> None:
+    model = besa.load(plain[1])
+    file = str((plain[1] / "bitmask.safetensors").resolve())
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(file)]
+    ranges = [tuple(int(end, 16) for end in line[0].split("-")) for line in lines]
+    for name, module in sparse(model).items():
+        for tensor in (module.weight.masks_BCR, module.weight.values):
+            assert any(begin <= tensor.data_ptr() < end for begin, end in ranges), name
+
+
+def test_a_saved_packed_model_is_a_packed_checkpoint(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    model = besa.load(pair[1])
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(besa.load(tmp_path / "saved")), logits(model))
+
+
+def test_what_a_packed_linear_cannot_do_is_refused(plain: tuple[Path, Path]) -> None:
+    model = besa.load(plain[1])
+    with pytest.raises(BesaError, match="compute no gradients"):
+        model(inputs_embeds=torch.zeros(1, 3, 96, requires_grad=True))
+    with pytest.raises(BesaError, match="keep their dtype"):
+        model.half()
+    with pytest.raises(BesaError, match="prompt is empty"):
+        besa.generate(plain[1], "")
+
+
+SIZE = {"vocab_size": 1024, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+HEADS = {"num_key_value_heads": 2, "intermediate_size": 96}
+FAMILIES = {  # with how many linears of a block are packed
+    "gemma3": (Gemma3TextConfig(**SIZE, **HEADS, head_dim=16), 7),  # tied, with buffers of its own
+    "gpt_neox": (GPTNeoXConfig(**SIZE, intermediate_size=96), 4),  # biases
+    "falcon": (FalconConfig(**SIZE), 4),  # a linear of its own
+    "mixtral": (MixtralConfig(**SIZE, **HEADS, num_local_experts=4), 4),  # experts stay dense
+}
+
+
+def halved(config: PretrainedConfig, folder: Path) -> Path:
+    """A random model with half of each matrix zero, and the tokenizer of the tiny Llama."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data[torch.rand_like(parameter) < 0.5] = 0
+        else:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((TINY / name).read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family: str, tmp_path: Path) -> None:
+    config, linears = FAMILIES[family]
+    dense = halved(config, tmp_path / "dense")
+    besa.pack(dense, tmp_path / "packed")
+    model = besa.load(tmp_path / "packed")
+    assert len(sparse(model)) == 2 * linears
+    torch.testing.assert_close(logits(model), logits(besa.load(dense)), rtol=1e-4, atol=1e-4)
+    found, expected = (inspect(locate(folder)) for folder in (tmp_path / "packed", dense))
+    assert found.zeros == expected.zeros
+    assert found.bytes < expected.bytes
+    besa.unpack(tmp_path / "packed", tmp_path / "again")
+    before, after = (load_file(folder / "model.safetensors") for folder in (dense, tmp_path / "again"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_transposed_linears_stay_dense(tmp_path: Path) -> None:
+    dense = halved(GPT2Config(vocab_size=1024, n_embd=64, n_layer=2, n_head=4), tmp_path / "dense")
+    with pytest.raises(BesaError, match="no linear would get smaller"):
+        besa.pack(dense, tmp_path / "packed")
+
+
+def test_a_step_reads_all_but_the_embeddings(plain: tuple[Path, Path]) -> None:
+    dense, packed = (besa.load(folder) for folder in plain)
+    inside = sum(parameter.nbytes for parameter in dense.model.layers.parameters()) + dense.model.norm.weight.nbytes
+    head = dense.lm_head.weight.nbytes
+    buffers = sum(buffer.nbytes for buffer in dense.buffers())
+    assert speed.step_bytes(dense) == inside + head + buffers
+    found = inspect(locate(plain[1]))
+    assert speed.step_bytes(packed) == speed.step_bytes(dense) - inspect(locate(plain[0])).bytes + found.bytes
+    dense.lm_head.weight = nn.Parameter(dense.model.embed_tokens.weight.clone(), requires_grad=False)  # no longer tied
+    assert speed.step_bytes(dense) == inside + head + buffers
+
+
+def timing(work: str, seconds: float) -> Timing:
+    return Timing(work=work, tokens=8, seconds=seconds, low=seconds, high=seconds, limit=seconds / 2)
+
+
+def test_others_are_compared_with_the_fastest_form_of_the_first_model() -> None:
+    about = {"dtype": "float32", "file_bytes": 1, "resident_bytes": None, "step_bytes": 1}
+    models = [
+        ModelSpeed(model=model, form=form, timings=[timing("decode 1", seconds)], **about)
+        for model, form, seconds in [("a", "dense", 4.0), ("a", "dense, prepacked", 2.0), ("b", "sparse", 1.0)]
+    ]
+    facts = {"bandwidth": 1.0, "rounds": 1, "created": "", "versions": {}, "machine": {}}
+    assert [ratio for _, _, ratio in Bench(models=models, **facts).of("decode 1")] == [0.5, 1.0, 2.0]
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Less work than users measure."""
+    works = [speed._Work("decode 4", 4, 8, 2), speed._Work("prefill 64", tokens=64), speed._Work("first token")]
+    monkeypatch.setattr(speed, "WORKS", works)
+    monkeypatch.setattr(speed, "READ", 1 << 20)
+
+
+def besa_command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(sys, "argv", ["besa", *map(str, arguments)])
+    cli.main()
+
+
+@pytest.mark.usefixtures("short")
+def test_bench(
+    plain: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(plain[0].parent)
+    besa_command(monkeypatch, "bench", "dense", "packed", "--rounds", "2", "--json", tmp_path / "besa_bench.json")
+    found = Bench.model_validate_json((tmp_path / "besa_bench.json").read_text())
+    forms = [(model.model, model.form) for model in found.models]
+    assert forms[0] == ("dense", "dense")
+    assert forms[-1] == ("packed", "sparse")
+    assert found.works() == ["decode 4", "prefill 64", "first token"]
+    sizes = [sum(path.stat().st_size for path in folder.glob("*.safetensors")) for folder in plain]
+    assert [model.file_bytes for model in (found.models[0], found.models[-1])] == sizes
+    for model in found.models:
+        assert [timing.tokens for timing in model.timings] == [8, 64, 8]
+        for timing, passes in zip(model.timings, (2, 1, 1), strict=True):
+            assert 0 < timing.low <= timing.seconds <= timing.high
+            assert timing.limit == pytest.approx(passes * model.step_bytes / found.bandwidth)
+    for work in found.works():
+        ratios = [ratio for model, _, ratio in found.of(work) if model.model == "dense"]
+        assert math.isclose(max(ratios), 1)
+    said = capsys.readouterr().out
+    assert "prefill 64" in said
+    assert "of limit" in said
+
+
+@pytest.mark.usefixtures("short")
+def test_a_model_named_twice_is_refused(plain: tuple[Path, Path]) -> None:
+    with pytest.raises(BesaError, match="named twice"):
+        besa.bench([plain[0], plain[0]])
+
+
+def test_commands(
+    plain: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    besa_command(monkeypatch, "pack", plain[0], tmp_path / "packed")
+    assert "56 of 56 linears packed" in capsys.readouterr().out
+    besa_command(monkeypatch, "inspect", tmp_path / "packed", "--json", tmp_path / "inspect.json")
+    assert "masks 1.000, values 16.0" in capsys.readouterr().out
+    assert json.loads((tmp_path / "inspect.json").read_text())["bits_per_weight"] < 17.5
+    besa_command(monkeypatch, "unpack", tmp_path / "packed", tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (plain[0] / "model.safetensors").read_bytes()
+    for extra in ([], ["--temperature", "0.8", "--seed", "3"]):
+        capsys.readouterr()
+        arguments = ["--prompt", PROMPT, "--max-new-tokens", "20", *extra]
+        besa_command(monkeypatch, "generate", tmp_path / "packed", *arguments)
+        streamed = capsys.readouterr().out
+        besa_command(monkeypatch, "generate", plain[0], *arguments)
+        assert streamed == capsys.readouterr().out
+        assert len(streamed.split()) > 3

@@ -1,0 +1,207 @@
+"""Products with sparse weights against dense ones in double precision, within the rounding that is stated."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import linear
+
+from besa.checkpoint.formats import bitmask
+from besa.kernels import sparse, sparse_native
+from besa.quantization import Quantized
+from besa.quantization.minmax import codes, extremes, grid
+from tests.unit.test_bitmask import quantized, weights
+from tests.unit.test_kernels import compiled
+
+PATHS = sparse_native.paths()
+BATCHES = [1, 2, 3, 4, 5, 9]
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    """The Triton kernel on CPU tensors (conftest.py says so to triton)."""
+    pytest.importorskip("triton")
+    from besa.kernels import sparse_gpu
+
+    return sparse_gpu
+
+
+def row_of_x(weight, batch, seed=0, spread=3):
+    """Some numbers that differ much in size, as activations do, in the weight's dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (spread * torch.randn(batch, weight.shape[1], generator=generator)).exp()
+    return (torch.randn(batch, weight.shape[1], generator=generator) * sizes).clamp(-1000, 1000).to(weight.dtype)
+
+
+def assert_close(y_NO, x_NI, weight):
+    """Whether y is x Wᵀ within what `sparse.multiplied` states."""
+    x_NI = x_NI.double()
+    if weight.bits is None:
+        w_OI = weight.unpack().double()
+        largest_OI = w_OI.abs()
+        bound_NO = 0
+    else:
+        found = weight.unpack_codes()
+        each = weight.shape[1] // found.grid.step_OG.shape[1]
+        zero_OI, step_OI = (t.double().repeat_interleave(each, dim=1) for t in (found.grid.zero_OG, found.grid.step_OG))
+        w_OI = (found.codes_OI.double() - zero_OI) * step_OI
+        largest_OI = torch.maximum(found.codes_OI.double(), zero_OI) * step_OI
+        bound_NO = 2**-22 * x_NI.abs().amax(dim=1, keepdim=True) * largest_OI.sum(dim=1)
+    bound_NO = bound_NO + (weight.shape[1] / 8 + 16) * 2**-24 * linear(x_NI.abs(), largest_OI)
+    assert y_NO.dtype == torch.float32
+    assert ((y_NO.double() - linear(x_NI, w_OI)).abs() <= bound_NO).all()
+
+
+@compiled
+def test_this_machine_has_kernels():
+    assert PATHS, "without kernels, the tests below test nothing"
+    assert PATHS[-1] == "plain"
+
+
+@pytest.mark.parametrize("path", PATHS)
+@given(w_OI=weights(), dtype=st.sampled_from(bitmask.FLOATS), batch=st.sampled_from(BATCHES), threads=st.integers(1, 3))
+@settings(deadline=None, max_examples=60)
+def test_products_with_floats(path, w_OI, dtype, batch, threads):
+    weight = bitmask.pack(w_OI.to(dtype))
+    x_NI = row_of_x(weight, batch)
+    assert_close(with_threads(threads, sparse_native.multiply, x_NI.float(), weight, path), x_NI, weight)
+    expanded_OI = with_threads(threads, sparse_native.expand, weight, slice(0, len(weight.masks_BCR)), path)
+    assert torch.equal(expanded_OI, weight.unpack())
+
+
+@pytest.mark.parametrize("path", PATHS)
+@given(weight=quantized(), batch=st.sampled_from(BATCHES), threads=st.integers(1, 3))
+@settings(deadline=None, max_examples=60)
+def test_products_with_codes(path, weight, batch, threads):
+    packed = bitmask.pack_codes(weight)
+    if not sparse_native.serves(packed):
+        return
+    x_NI = row_of_x(packed, batch)
+    assert_close(with_threads(threads, sparse_native.multiply, x_NI.float(), packed, path), x_NI, packed)
+    expanded_OI = with_threads(threads, sparse_native.expand, packed, slice(0, len(packed.masks_BCR)), path)
+    assert torch.equal(expanded_OI, weight.codes_OI)
+
+
+def with_threads(threads, work, *arguments):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return work(*arguments)
+    finally:
+        torch.set_num_threads(before)
+
+
+def codes_weight(rows, columns, groups, bits, symmetric, seed=0):
+    """A quantised weight of a size, half of whose weights are pruned, with rows that keep all and nothing."""
+    w_OI = half_pruned(rows, columns, seed)
+    steps = grid(*extremes(w_OI, groups), bits, symmetric)
+    return bitmask.pack_codes(Quantized(codes(w_OI, steps).to(torch.uint8), steps, symmetric, torch.float32))
+
+
+def half_pruned(rows, columns, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    w_OI = torch.randn(rows, columns, generator=generator)
+    w_OI[torch.rand(w_OI.shape, generator=generator) < 0.5] = 0
+    w_OI[0], w_OI[-1] = 0, 1
+    return w_OI
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("columns", "group"), [(2176, 2176), (2176, 128), (1088, 64), (1056, 32), (1040, 16)])
+@pytest.mark.parametrize(("bits", "symmetric"), [(4, False), (3, True), (8, False), (8, True)])
+def test_groups_of_codes(path, columns, group, bits, symmetric):
+    """Groups of more than a chunk and of less, also where they end within one."""
+    weight = codes_weight(13, columns, columns // group, bits, symmetric)
+    assert sparse_native.serves(weight)
+    for batch in (1, 2, 5):
+        x_NI = row_of_x(weight, batch, seed=batch)
+        assert_close(sparse_native.multiply(x_NI, weight, path), x_NI, weight)
+    expanded_OI = sparse_native.expand(weight, slice(1, 4), path)
+    assert torch.equal(expanded_OI, weight.unpack_codes().codes_OI[4:])
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", bitmask.FLOATS)
+def test_rows_longer_than_a_tile(path, dtype):
+    weight = bitmask.pack(half_pruned(6, 4500).to(dtype))
+    for batch in (1, 7):
+        x_NI = row_of_x(weight, batch)
+        assert_close(sparse_native.multiply(x_NI.float(), weight, path), x_NI, weight)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("trouble", [torch.inf, torch.nan])
+def test_what_is_no_number_shows(path, trouble):
+    for weight in (bitmask.pack(half_pruned(5, 70)), codes_weight(5, 70, 1, 4, False)):
+        x_NI = torch.ones(2, 70)
+        x_NI[0, 3] = trouble
+        y_NO = sparse_native.multiply(x_NI, weight, path)
+        assert not y_NO[0, -1].isfinite()
+        assert y_NO[1].isfinite().all()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_nothing_times_anything_is_nothing(path):
+    for weight in (bitmask.pack(half_pruned(5, 70)), codes_weight(5, 70, 1, 8, False)):
+        assert not sparse_native.multiply(torch.zeros(1, 70), weight, path).any()
+        y_NO = sparse_native.multiply(torch.ones(1, 70), weight, path)
+        assert y_NO[0, 0].abs() < 1e-4  # the first row keeps nothing
+
+
+@pytest.mark.parametrize("batch", [0, 1, 5, sparse.MANY - 1, sparse.MANY])
+@pytest.mark.parametrize("dtype", bitmask.FLOATS)
+def test_many_rows_go_by_panels(monkeypatch, batch, dtype):
+    monkeypatch.setattr(sparse, "PANEL", 8)
+    coded = codes_weight(19, 96, 3, 4, False)
+    steps_OG = coded.scales_OG.to(dtype)
+    for weight in (bitmask.pack(half_pruned(19, 96).to(dtype)), replace(coded, scales_OG=steps_OG)):
+        x_NI = row_of_x(weight, batch, spread=1)
+        y_NO = sparse.multiplied(x_NI, weight)
+        assert (y_NO.dtype, y_NO.shape) == (dtype, (batch, 19))
+        torch.testing.assert_close(y_NO, linear(x_NI, weight.unpack()), rtol=8 * torch.finfo(dtype).eps, atol=0.1)
+
+
+def test_without_kernels_torch_multiplies(monkeypatch):
+    monkeypatch.setattr(sparse_native, "paths", list)
+    monkeypatch.setattr(sparse, "PANEL", 8)
+    for weight in (bitmask.pack(half_pruned(19, 96)), codes_weight(19, 96, 3, 4, False)):
+        assert not sparse_native.serves(weight)
+        x_NI = row_of_x(weight, 3, spread=1)
+        torch.testing.assert_close(sparse.multiplied(x_NI, weight), linear(x_NI, weight.unpack()))
+
+
+def test_odd_groups_have_no_kernel():
+    weight = codes_weight(5, 60, 5, 4, False)
+    assert not sparse_native.serves(weight)
+    x_NI = row_of_x(weight, 2, spread=1)
+    torch.testing.assert_close(sparse.multiplied(x_NI, weight), linear(x_NI, weight.unpack()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@given(w_OI=weights(), batch=st.integers(1, 8))
+@settings(deadline=None, max_examples=15)
+def test_triton_agrees(gpu, dtype, w_OI, batch):
+    weight = bitmask.pack(w_OI.to(dtype))
+    x_NI = row_of_x(weight, batch, spread=1)
+    assert gpu.serves(x_NI, weight)
+    y_NO = gpu.multiply(x_NI, weight)
+    exact_NO = linear(x_NI.double(), weight.unpack().double())
+    torch.testing.assert_close(y_NO, exact_NO.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-4)
+
+
+def test_triton_carries_from_tile_to_tile(gpu):
+    weight = bitmask.pack(half_pruned(6, 1500).to(torch.float16))
+    x_NI = row_of_x(weight, 3, spread=0.1)
+    exact_NO = linear(x_NI.double(), weight.unpack().double())
+    torch.testing.assert_close(gpu.multiply(x_NI, weight), exact_NO.half(), rtol=2e-3, atol=1e-3)
+
+
+def test_triton_leaves_the_rest_to_torch(gpu):
+    x_NI = torch.ones(1, 70)
+    assert not gpu.serves(x_NI, bitmask.pack(half_pruned(5, 70)))
+    assert not gpu.serves(x_NI, codes_weight(5, 70, 1, 4, False))
+    half = bitmask.pack(half_pruned(5, 70).half())
+    assert not gpu.serves(torch.ones(9, 70).half(), half)
+    assert not gpu.serves(torch.ones(0, 70).half(), half)
