@@ -1,8 +1,8 @@
 """Prunes in child processes that are killed and resumed until one is through; test_resume.py runs it as a script.
 
 The imports are done once and the parent computes nothing, so that a fork is as good as a new process. Kills come after
-a time, at one of the moments at which the child touches its files, or at such a moment while it puts the checkpoint
-together. Runs follow each other until there were enough kills. For each kill, the number of its run and what
+a time, at one of the moments at which the child touches its files, or at such a moment while it writes a block or puts
+the checkpoint together. Runs follow each other until there were enough kills. For each kill, the number of its run and what
 OUT.partial held are printed as JSON.
 
 Usage: kill_and_resume.py MODEL TEXT FOLDER SEED KILLS
@@ -25,17 +25,18 @@ from besa.api import compress
 
 IMPORTED = (PreTrainedTokenizerFast, modeling_llama)  # lazily otherwise, in every child
 TOUCHES = ("open", "os.rename", "os.remove", "os.mkdir")
+PLACES = {"touch": ("",), "block": (".block-",), "finishing": ("checkpoint", "rest")}  # parts of names, by what is hit
 
 
-def prune(model: str, text: str, out: Path, at: int, finishing: bool) -> None:
-    """Prune towards `out`, and die when it touches its files for the `at`-th time (0: live)."""
+def prune(model: str, text: str, out: Path, at: int, places: tuple[str, ...]) -> None:
+    """Prune towards `out`, and die when it touches files of such names for the `at`-th time (0: live)."""
     partial = str(out.with_name(f"{out.name}.partial"))
     touched = 0
 
     def watch(event: str, arguments: tuple[object, ...]) -> None:
         nonlocal touched
         if event in TOUCHES and str(arguments[0]).startswith(partial) and not out.exists():
-            counts = not finishing or "checkpoint" in str(arguments[0]) or "rest" in str(arguments[0])
+            counts = any(place in str(arguments[0]) for place in places)
             touched += counts
             if counts and touched == at:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -52,14 +53,14 @@ def main(model: str, text: str, folder: Path, seed: int, kills: int) -> None:
     for run in itertools.count():
         out = folder / f"out{run}"
         partial = out.with_name(f"{out.name}.partial")
-        ways = ["time", "touch", "touch", "time", "touch", "finishing", "finishing", "never"]
+        ways = ["time", "touch", "touch", "time", "block", "finishing", "finishing", "never"]
         while not out.exists():
             way = ways.pop(0)
-            at = draw.randint(1, 24) if way in ("touch", "finishing") else 0
+            at = draw.randint(1, 2 if way == "block" else 24) if way in PLACES else 0
             child = os.fork()
             if child == 0:
                 try:
-                    prune(model, text, out, at, way == "finishing")
+                    prune(model, text, out, at, PLACES.get(way, ()))
                 except BaseException as error:
                     print(repr(error), file=sys.stderr, flush=True)
                     os._exit(1)

@@ -52,8 +52,9 @@ def test_commands_parse_as_written() -> None:
 def test_recipes_and_choices_of_the_tables_exist() -> None:
     from besa.recipe import Recipe, shipped
 
-    table = TEXT[TEXT.index("## Every method is four choices") :]
-    for row, choices in (("importance", 3), ("allocation", 2), ("reconstruction", 2)):
+    table = TEXT[TEXT.index("## Every method is a few choices") :]
+    rows = {"targets": 3, "importance": 3, "allocation": 4, "reconstruction": 4, "finetune": 2}
+    for row, choices in rows.items():
         line = next(line for line in table.splitlines() if line.startswith(f"| {row} "))
         methods = re.findall(r"`([\w-]+)`", line)
         assert len(methods) == choices
