@@ -8,7 +8,6 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from besa.checkpoint.formats.container import Container, open_files
 from besa.checkpoint.walk import StoredWeight, stored_weights
 from besa.models.files import WeightFiles
 from besa.models.loading import Source
@@ -59,23 +58,22 @@ def inspect(source: Source, trust_remote_code: bool = False, progress: Progress 
     Raises:
         BesaError: as `stored_weights` does.
     """
-    files = open_files(source.folder) if source.folder and not source.gguf else None
     blocks: dict[str, list[LinearContents]] = {}
     for weight in stored_weights(source, trust_remote_code, progress):
-        blocks.setdefault(weight.block, []).append(_as_stored(_count(weight), files))
+        blocks.setdefault(weight.block, []).append(_count(weight))
     linears = [linear for own in blocks.values() for linear in own]
     return Contents(
         model=source.name,
-        file_bytes=_file_bytes(source, files),
+        file_bytes=_file_bytes(source),
         blocks=[BlockContents(name=name, **_totals(own)) for name, own in blocks.items()],
         linears=linears,
         **_totals(linears),
     )
 
 
-def _file_bytes(source: Source, files: WeightFiles | None) -> int:
+def _file_bytes(source: Source) -> int:
     assert source.folder is not None
-    paths = files.paths if files else [source.folder / str(source.gguf)]
+    paths = [source.folder / source.gguf] if source.gguf else WeightFiles(source.folder).paths
     return sum(path.stat().st_size for path in paths)
 
 
@@ -89,12 +87,6 @@ def _count(weight: StoredWeight) -> LinearContents:
         bytes=sum(weight.parts.values()),
         parts=weight.parts,
     )
-
-
-def _as_stored(linear: LinearContents, files: WeightFiles | None) -> LinearContents:
-    """The same with the bytes it takes as bitmask, if it is one."""
-    parts = files.parts(linear.name) if isinstance(files, Container) else {}
-    return linear.model_copy(update={"bytes": sum(parts.values()), "parts": parts}) if parts else linear
 
 
 def _totals(linears: list[LinearContents]) -> dict[str, Any]:

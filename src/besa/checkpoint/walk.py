@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from besa.checkpoint.formats import packed
-from besa.checkpoint.formats.container import open_files
+from besa.checkpoint.formats.container import Container, open_files
 from besa.errors import BesaError
 from besa.models.files import WeightFiles
 from besa.models.loading import Source, is_quantized, load_model, quantization_of, read_config
@@ -46,7 +46,7 @@ def stored_weights(source: Source, trust_remote_code: bool, progress: Progress) 
     the dequantised weights.
 
     Args:
-        source: dense, pruned or packed, as codes or as bitmasks.
+        source: dense, pruned or packed.
         trust_remote_code: run model code that comes with the checkpoint.
         progress: told (blocks done, blocks, name of the block).
 
@@ -55,9 +55,19 @@ def stored_weights(source: Source, trust_remote_code: bool, progress: Progress) 
     """
     if source.folder is None:
         raise BesaError(f"{source.name} is not a local model: download it first, and give its folder.")
+    files = None if source.gguf else open_files(source.folder)
+    for weight in _weights(source, files, trust_remote_code, progress):
+        parts = files.parts(weight.name) if isinstance(files, Container) else {}
+        yield replace(weight, parts=parts) if parts else weight
+
+
+def _weights(
+    source: Source, files: WeightFiles | None, trust_remote_code: bool, progress: Progress
+) -> Iterator[StoredWeight]:
+    """The same with the bytes that they take where they are no bitmasks."""
     config = read_config(source, trust_remote_code)
-    if not source.gguf and is_quantized(config):
-        yield from _packed(open_files(source.folder), source.name, quantization_of(config), progress)
+    if files and is_quantized(config):
+        yield from _packed(files, source.name, quantization_of(config), progress)
         return
     if source.gguf:
         decoder: Decoder = DecoderInMemory(load_model(source))

@@ -19,6 +19,8 @@ from besa.simulator import Simulation
 
 EVALUATION_NAME = "besa_eval.json"
 SIMULATION_NAME = "besa_simulation.json"
+
+
 Content = TypeVar("Content", bound=BaseModel)
 
 
@@ -56,15 +58,15 @@ class Run:
         folder: where it was read from.
         record: how it was pruned.
         measured: how good it is.
-        simulated: how fast it is on a simulated accelerator.
         bench: how fast it is, beside other models.
+        simulated: how fast it is on a simulated accelerator.
     """
 
     folder: Path
     record: RunRecord | None = None
     measured: Measured | None = None
-    simulated: Simulation | None = None
     bench: Bench | None = None
+    simulated: Simulation | None = None
 
     @property
     def dense(self) -> bool:
@@ -123,7 +125,7 @@ def load_run(path: Path) -> Run:
     if not path.is_dir():
         raise BesaError(f"{path} is not a folder: give one that `besa prune` or `besa eval` wrote to.")
     record, evaluation = path / RECORD_NAME, path / EVALUATION_NAME
-    simulation, bench = path / SIMULATION_NAME, path / BENCH_NAME
+    bench, simulation = path / BENCH_NAME, path / SIMULATION_NAME
     if not record.exists() and not evaluation.exists():
         raise BesaError(
             f"{path} holds neither {RECORD_NAME} nor {EVALUATION_NAME}: give a folder that `besa prune` or `besa eval` "
@@ -133,8 +135,8 @@ def load_run(path: Path) -> Run:
         folder=path,
         record=RunRecord.read(record) if record.exists() else None,
         measured=_read(evaluation, Measured, "evaluation", "eval") if evaluation.exists() else None,
-        simulated=_read(simulation, Simulation, "simulation", "simulate") if simulation.exists() else None,
         bench=_read(bench, Bench, "measurement of speed", "bench") if bench.exists() else None,
+        simulated=_read(simulation, Simulation, "simulation", "simulate") if simulation.exists() else None,
     )
 
 
