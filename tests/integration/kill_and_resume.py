@@ -2,8 +2,8 @@
 
 The imports are done once and the parent computes nothing, so that a fork is as good as a new process. Kills come after
 a time, at one of the moments at which the child touches its files, or at such a moment while it writes a block or puts
-the checkpoint together. Runs follow each other until there were enough kills. For each kill, the number of its run and what
-OUT.partial held are printed as JSON.
+the checkpoint together. Runs follow each other until there were enough kills. For each kill, the number of its run and
+what OUT.partial held are printed as JSON.
 
 Usage: kill_and_resume.py MODEL TEXT FOLDER SEED KILLS
 """
