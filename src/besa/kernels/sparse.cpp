@@ -134,8 +134,8 @@ AVX2 const uint8_t* spread_avx2(const typename Kind::Word* masks, const uint8_t*
                 float* to = reinterpret_cast<float*>(out);
                 _mm256_storeu_ps(to, _mm256_blendv_ps(moved, _mm256_loadu_ps(to), _mm256_castsi256_ps(wide)));
             } else if constexpr (size == 2) {
-                const __m128i twice = _mm_add_epi8(_mm_unpacklo_epi8(places, places), _mm_unpacklo_epi8(places, places));
-                const __m128i bytes = _mm_add_epi8(twice, _mm_set1_epi16(256));
+                const __m128i pairs = _mm_unpacklo_epi8(places, places);
+                const __m128i bytes = _mm_add_epi8(_mm_add_epi8(pairs, pairs), _mm_set1_epi16(256));
                 const __m128i moved = _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)), bytes);
                 __m128i* to = reinterpret_cast<__m128i*>(out);
                 _mm_storeu_si128(to, _mm_blendv_epi8(moved, _mm_loadu_si128(to), bytes));
@@ -234,7 +234,8 @@ inline void multiplied(const Weight& weight, const float* x, int64_t stride, int
             const int64_t right = std::min(weight.columns, left + TILE);
             band.template next<SPREAD>(left, right, tile);
             band.widen(left, right, tile, numbers);
-            for (int64_t n = 0; n < batch; ++n) add(numbers, x + n * stride + left, right - left, &sums[size_t(n * ROWS)]);
+            for (int64_t n = 0; n < batch; ++n)
+                add(numbers, x + n * stride + left, right - left, &sums[size_t(n * ROWS)]);
         }
         for (int64_t n = 0; n < batch; ++n)
             std::copy_n(&sums[size_t(n * ROWS)], band.rows, y + n * weight.rows + band.first);
@@ -249,15 +250,18 @@ template <typename Kind, auto SPREAD> inline void expanded(const Weight& weight,
     for (int64_t left = 0; left < weight.columns; left += TILE) {
         const int64_t right = std::min(weight.columns, left + TILE);
         band.template next<SPREAD>(left, right, tile);
-        for (int64_t r = 0; r < band.rows; ++r)
-            std::memcpy(out + ((band.first + r) * weight.columns + left) * size, tile.of[r], size_t((right - left) * size));
+        for (int64_t r = 0; r < band.rows; ++r) {
+            char* to = out + ((band.first + r) * weight.columns + left) * size;
+            std::memcpy(to, tile.of[r], size_t((right - left) * size));
+        }
     }
 }
 
 // The first band of a part, if the parts have the same number of bytes to read: learned rows differ in what they keep.
 template <typename Kind> int64_t first_band(const Weight& weight, int64_t part, int64_t parts) {
     const int64_t all = (weight.rows + ROWS - 1) / ROWS;
-    const int64_t masks = (weight.columns + LENGTH<Kind> - 1) / LENGTH<Kind> * ROWS * int64_t(sizeof(typename Kind::Word));
+    const int64_t chunks = (weight.columns + LENGTH<Kind> - 1) / LENGTH<Kind>;
+    const int64_t masks = chunks * ROWS * int64_t(sizeof(typename Kind::Word));
     const int64_t aim = (weight.offsets[all] + all * masks) * part / parts;
     int64_t low = 0, high = all;
     while (low < high) {

@@ -3,7 +3,7 @@
 //
 // Three things make it three times as fast as the obvious code: an expansion is kept apart from its load (the form that
 // does both is slow), it goes to a register made for it (otherwise it waits for what was there before), and the
-// stream of values is fetched 4096 bytes ahead.
+// streams are fetched 2048 bytes ahead.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -13,7 +13,8 @@
 #include <numeric>
 #include <vector>
 
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512vnni,f16c,popcnt")))
+#define TARGET \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512vnni,f16c,popcnt")))
 #define INLINE TARGET __attribute__((always_inline)) static inline
 
 struct Weight {  // as besa.kernels.sparse_native fills it in
@@ -32,7 +33,7 @@ namespace {
 
 constexpr int64_t ROWS = 4;                // of a band
 constexpr int64_t TILE = 64;               // chunks expanded at a time where a batch shares them: half a first cache
-constexpr int64_t AHEAD = 4096;            // bytes
+constexpr int64_t AHEAD = 2048;            // bytes
 constexpr float LARGEST = 127 * 65793.0f;  // number of three digits between -128 and 127, to the base 256
 
 INLINE __m512i loaded(const void* at) {
@@ -51,9 +52,11 @@ INLINE __m512i fresh() {
 struct Floats {
     using Sum = __m512;
     static constexpr bool CODES = false;
-    static constexpr int DIRECT = 4, TOGETHER = 4;  // rows of x that the registers hold, as a band is read and from a tile
+    // The registers hold the sums of a band and so many rows of x, as the band is read and from a tile; or of so many
+    // bands and one row.
+    static constexpr int DIRECT = 4, TOGETHER = 4, BANDS = 4;
     INLINE Sum none() { return _mm512_setzero_ps(); }
-    INLINE __m512 total(Sum sum, int64_t) { return sum; }
+    INLINE __m512 total(Sum sum) { return sum; }
 };
 
 struct Float32 : Floats {
@@ -63,7 +66,7 @@ struct Float32 : Floats {
     using Inputs = __m512;
     static constexpr int64_t LENGTH = 16, STRIDE = 16;  // columns of a chunk, numbers of x that meet it
     INLINE int64_t size(uint64_t mask) { return 4 * _mm_popcnt_u64(mask); }
-    INLINE Vector expand(Word mask, const uint8_t* at, __m512i) {
+    INLINE Vector expand(Word mask, const uint8_t* at) {
         return _mm512_castsi512_ps(_mm512_mask_expand_epi32(fresh(), mask, loaded(at)));
     }
     INLINE Inputs inputs(const X* x) { return _mm512_loadu_ps(x); }
@@ -79,7 +82,7 @@ struct Float16 : Floats {
     };
     static constexpr int64_t LENGTH = 32, STRIDE = 32;
     INLINE int64_t size(uint64_t mask) { return 2 * _mm_popcnt_u64(mask); }
-    INLINE Vector expand(Word mask, const uint8_t* at, __m512i) {
+    INLINE Vector expand(Word mask, const uint8_t* at) {
         return _mm512_mask_expand_epi16(fresh(), mask, loaded(at));
     }
     INLINE Inputs inputs(const X* x) { return {_mm512_loadu_ps(x), _mm512_loadu_ps(x + 16)}; }
@@ -121,7 +124,7 @@ struct Int8 {
     };
     using Sum = Inputs;
     static constexpr bool CODES = true;
-    static constexpr int DIRECT = 2, TOGETHER = 1;
+    static constexpr int DIRECT = 2, TOGETHER = 1, BANDS = 1;
     static constexpr int64_t LENGTH = 64, STRIDE = 192;
     INLINE int64_t size(uint64_t mask) { return _mm_popcnt_u64(mask); }
     INLINE Vector expand(Word mask, const uint8_t* at, __m512i fill) {
@@ -136,7 +139,7 @@ struct Int8 {
         for (int k = 0; k < 3; ++k) asm("vpdpbusd %2, %1, %0" : "+v"(sum.digits[k]) : "v"(w), "v"(x.digits[k]));
         return sum;
     }
-    INLINE __m512 total(Sum sum, int64_t) {
+    INLINE __m512 total(Sum sum) {
         const __m512 low = _mm512_cvtepi32_ps(sum.digits[0]), middle = _mm512_cvtepi32_ps(sum.digits[1]);
         const __m512 high = _mm512_cvtepi32_ps(sum.digits[2]), base = _mm512_set1_ps(256);
         return _mm512_fmadd_ps(_mm512_fmadd_ps(high, base, middle), base, low);
@@ -144,12 +147,6 @@ struct Int8 {
 };
 
 struct Int4 : Int8 {
-    INLINE __m512 total(Sum sum, int64_t chunks) {
-        if (chunks > 4) return Int8::total(sum, chunks);
-        __m512i all = _mm512_add_epi32(_mm512_slli_epi32(sum.digits[2], 8), sum.digits[1]);  // below 2^31
-        all = _mm512_add_epi32(_mm512_slli_epi32(all, 8), sum.digits[0]);
-        return _mm512_cvtepi32_ps(all);
-    }
     INLINE int64_t size(uint64_t mask) { return (_mm_popcnt_u64(mask) + 1) / 2; }
     INLINE Vector expand(Word mask, const uint8_t* at, __m512i fill) {
         const __m512i pairs = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
@@ -160,10 +157,10 @@ struct Int4 : Int8 {
 
 // The rows of x as the kernels read them, with zeros to the end of the last chunk.
 template <typename Kind> struct Rows {
-    int64_t batch, stride;        // rows; numbers of one
+    int64_t batch, stride;  // rows; numbers of one
     std::vector<typename Kind::X> numbers;
-    std::vector<float> factors;   // what a unit of the last digit is worth, by row
-    std::vector<float> sums;      // of each group, in such units, by row
+    std::vector<float> factors;  // what a unit of the last digit is worth, by row
+    std::vector<float> sums;     // of each group, in such units, by row
 
     TARGET Rows(const Weight& weight, const float* x, int64_t batch) : batch(batch) {
         const int64_t columns = weight.columns;
@@ -174,13 +171,19 @@ template <typename Kind> struct Rows {
             if constexpr (Kind::CODES)
                 split(weight, x + n * columns, to);
             else if constexpr (sizeof(typename Kind::X) == 2)
-                for (int64_t i = 0; i < columns; ++i) std::memcpy(to + i, reinterpret_cast<const char*>(x + n * columns + i) + 2, 2);
+                for (int64_t i = 0; i < columns; ++i) to[i] = upper_half(x[n * columns + i]);
             else
                 std::memcpy(to, x + n * columns, size_t(columns) * sizeof(float));
         }
     }
 
-    // A row in units of its largest number over LARGEST, as digits; all is no number where a number is none, or infinite.
+    static uint16_t upper_half(float number) {
+        uint32_t bits;
+        std::memcpy(&bits, &number, sizeof bits);
+        return uint16_t(bits >> 16);
+    }
+    // A row in units of its largest number over LARGEST, as digits. Where it has an infinite number, or one that is none,
+    // the unit is no number.
     TARGET void split(const Weight& weight, const float* x, int8_t* to) {
         const int64_t columns = weight.columns;
         __m512 most = _mm512_setzero_ps(), sound = _mm512_setzero_ps();
@@ -191,12 +194,12 @@ template <typename Kind> struct Rows {
         }
         const float trouble = _mm512_reduce_add_ps(sound), unit = _mm512_reduce_max_ps(most) / LARGEST;
         const __m512 inverse = _mm512_set1_ps(trouble == 0 && unit > 0 ? 1 / unit : 0);
-        const __m512i limit = _mm512_set1_epi32(int32_t(LARGEST));
+        const __m512i limit = _mm512_set1_epi32(int32_t(LARGEST)), opposite = _mm512_set1_epi32(-int32_t(LARGEST));
         std::vector<int32_t> whole(size_t(stride / 3));
         for (int64_t i = 0; i < columns; i += 16) {
             const __m512 part = _mm512_maskz_loadu_ps(inside(columns - i), x + i);
             __m512i number = _mm512_cvtps_epi32(_mm512_mul_ps(part, inverse));
-            number = _mm512_max_epi32(_mm512_min_epi32(number, limit), _mm512_sub_epi32(_mm512_setzero_si512(), limit));
+            number = _mm512_max_epi32(_mm512_min_epi32(number, limit), opposite);
             _mm512_storeu_si512(whole.data() + i, number);
             for (int64_t k = 0; k < 3; ++k) {
                 const __m128i digits = _mm512_cvtepi32_epi8(number);
@@ -205,20 +208,20 @@ template <typename Kind> struct Rows {
             }
         }
         factors.push_back(unit + trouble);
-        for (int64_t g = 0; g < weight.groups; ++g) {
-            const int64_t group = columns / weight.groups;
-            sums.push_back(float(std::accumulate(&whole[size_t(g * group)], &whole[size_t(g * group)] + group, int64_t(0))));
-        }
+        const int64_t group = columns / weight.groups;
+        for (const int32_t* at = whole.data(); at < whole.data() + columns; at += group)
+            sums.push_back(float(std::accumulate(at, at + group, int64_t(0))));
     }
     INLINE __mmask16 inside(int64_t left) { return left < 16 ? __mmask16((1 << left) - 1) : __mmask16(-1); }
 };
 
-// How a band is summed: by segments of whole chunks that share a step, or whose groups have each some lanes of their own.
+// How a band is summed: by segments of whole chunks that share a step, or a chunk whose groups have lanes of their own.
 struct Grid {
-    int64_t chunks, segment;      // of a row; of a segment
-    int64_t groups, each;         // of a row; of a segment
-    __m512i lanes, places;        // which group of a segment a lane of sums, and of codes, belongs to
-    std::vector<float> scales;    // by row, with room for a vector after it
+    int64_t chunks, segment;    // of a row; of a segment
+    int64_t groups, each;       // of a row; of a segment
+    int32_t lanes[16];          // which group of a segment a lane of sums belongs to, and of codes
+    int8_t places[64];
+    std::vector<float> scales;  // by row, with room for a vector after it
     std::vector<uint8_t> zeros;
 
     TARGET Grid(const Weight& weight, int64_t length) : groups(weight.groups) {
@@ -229,11 +232,7 @@ struct Grid {
             segment = std::max<int64_t>(1, group / length);
             each = std::max<int64_t>(1, length / group);
         }
-        int32_t lane[16];
-        int8_t place[64];
-        for (int i = 0; i < 64; ++i) lane[i / 4] = place[i] = int8_t(each > 1 ? i / group : 0);
-        lanes = _mm512_loadu_si512(lane);
-        places = _mm512_loadu_si512(place);
+        for (int i = 0; i < 64; ++i) lanes[i / 4] = places[i] = int8_t(each > 1 ? i / group : 0);
         scales.resize(size_t(ROWS * (groups + 16)));
         zeros.resize(size_t(ROWS * (groups + 64)));
     }
@@ -253,12 +252,13 @@ struct Grid {
     }
     INLINE __m512 steps(const Grid& grid, int64_t r, int64_t s) {
         const float* scales = grid.scales.data() + r * (grid.groups + 16) + s * grid.each;
-        return grid.each == 1 ? _mm512_set1_ps(*scales) : _mm512_permutexvar_ps(grid.lanes, _mm512_loadu_ps(scales));
+        if (grid.each == 1) return _mm512_set1_ps(*scales);
+        return _mm512_permutexvar_ps(_mm512_loadu_si512(grid.lanes), _mm512_loadu_ps(scales));
     }
     INLINE __m512i fill(const Grid& grid, int64_t r, int64_t s) {
         const uint8_t* zeros = grid.zeros.data() + r * (grid.groups + 64) + s * grid.each;
         if (grid.each == 1) return _mm512_set1_epi8(char(*zeros));
-        return _mm512_permutexvar_epi8(grid.places, _mm512_loadu_si512(zeros));
+        return _mm512_permutexvar_epi8(_mm512_loadu_si512(grid.places), _mm512_loadu_si512(zeros));
     }
     // What the codes of zero add to a row.
     TARGET float excess(int64_t r, const float* sums) const {
@@ -273,7 +273,7 @@ struct Grid {
 template <typename Kind> struct Stream {
     const typename Kind::Word* masks;
     const uint8_t* values;
-    __m512i fills[ROWS];
+    __m512i fills[ROWS];  // of pruned codes
 
     INLINE Stream of(const Weight& weight, int64_t band) {
         const int64_t chunks = (weight.columns + Kind::LENGTH - 1) / Kind::LENGTH;
@@ -285,10 +285,14 @@ template <typename Kind> struct Stream {
             for (int64_t r = 0; r < ROWS; ++r) stream.fills[r] = Grid::fill(grid, r, s);
     }
     INLINE typename Kind::Vector next(Stream& stream, int64_t, int64_t r) {
-        if (r % 2 == 0) _mm_prefetch(reinterpret_cast<const char*>(stream.values + AHEAD), _MM_HINT_T0);
-        typename Kind::Word mask = *stream.masks++;
-        asm volatile("" : "+r"(mask));  // one load for both its uses
-        const typename Kind::Vector w = Kind::expand(mask, stream.values, stream.fills[r]);
+        _mm_prefetch(reinterpret_cast<const char*>(stream.values + AHEAD), _MM_HINT_T0);
+        if (r == 0) _mm_prefetch(reinterpret_cast<const char*>(stream.masks) + AHEAD / 4, _MM_HINT_T0);
+        const typename Kind::Word mask = *stream.masks++;
+        typename Kind::Vector w;
+        if constexpr (Kind::CODES)
+            w = Kind::expand(mask, stream.values, stream.fills[r]);
+        else
+            w = Kind::expand(mask, stream.values);
         stream.values += Kind::size(mask);
         return w;
     }
@@ -296,78 +300,102 @@ template <typename Kind> struct Stream {
 
 // Chunks of a band that were expanded before.
 template <typename Kind> struct Tile {
-    alignas(64) typename Kind::Vector chunks[TILE][ROWS];
-    INLINE typename Kind::Vector next(Tile& tile, int64_t c, int64_t r) { return tile.chunks[c][r]; }
+    const typename Kind::Vector (*chunks)[ROWS];
+    INLINE typename Kind::Vector next(const Tile& tile, int64_t c, int64_t r) { return tile.chunks[c][r]; }
 };
 
-struct alignas(64) Totals {
-    __m512 of[ROWS];
+struct Totals {
+    float of[ROWS][16];
 };
 
-// Adds the product of some chunks of a segment and N rows of x.
-template <typename Kind, int N, typename Source>
-INLINE void add(Source& source, const Grid& grid, int64_t s, int64_t chunks, const typename Kind::X* x, int64_t stride,
-                Totals* totals) {
+// Adds the products of some chunks of a segment of BANDS bands and N rows of x.
+template <typename Kind, int N, int BANDS, typename Source>
+INLINE void add(Source* sources, const Grid* grids, int64_t s, int64_t chunks, const typename Kind::X* x,
+                int64_t stride, Totals* totals) {
     asm("" : "+r"(totals));  // in memory: the registers are for the sums
-    typename Kind::Sum sums[N][ROWS];
+    Source own[BANDS];
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n)
-#pragma GCC unroll 4
-        for (int r = 0; r < ROWS; ++r) sums[n][r] = Kind::none();
+    for (int b = 0; b < BANDS; ++b) own[b] = sources[b];
+    typename Kind::Sum sums[BANDS][N][ROWS];
+#pragma GCC unroll 16
+    for (int i = 0; i < BANDS * N * ROWS; ++i) sums[i / ROWS / N][i / ROWS % N][i % ROWS] = Kind::none();
     for (int64_t c = 0; c < chunks; ++c, x += Kind::STRIDE) {
         typename Kind::Inputs inputs[N];
 #pragma GCC unroll 4
         for (int n = 0; n < N; ++n) inputs[n] = Kind::inputs(x + n * stride);
 #pragma GCC unroll 4
+        for (int b = 0; b < BANDS; ++b)
+#pragma GCC unroll 4
+            for (int r = 0; r < ROWS; ++r) {
+                const typename Kind::Vector w = Source::next(own[b], c, r);
+#pragma GCC unroll 4
+                for (int n = 0; n < N; ++n) sums[b][n][r] = Kind::add(sums[b][n][r], w, inputs[n]);
+            }
+    }
+#pragma GCC unroll 4
+    for (int b = 0; b < BANDS; ++b) sources[b] = own[b];
+#pragma GCC unroll 4
+    for (int b = 0; b < BANDS; ++b)
+#pragma GCC unroll 4
         for (int r = 0; r < ROWS; ++r) {
-            const typename Kind::Vector w = Source::next(source, c, r);
+            __m512 steps = _mm512_set1_ps(1);
+            if constexpr (Kind::CODES) steps = Grid::steps(grids[b], r, s);
 #pragma GCC unroll 4
-            for (int n = 0; n < N; ++n) sums[n][r] = Kind::add(sums[n][r], w, inputs[n]);
+            for (int n = 0; n < N; ++n) {
+                float* total = totals[b * N + n].of[r];
+                const __m512 sum = _mm512_fmadd_ps(Kind::total(sums[b][n][r]), steps, _mm512_loadu_ps(total));
+                _mm512_storeu_ps(total, sum);
+            }
         }
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < ROWS; ++r) {
-        __m512 steps = _mm512_set1_ps(1);
-        if constexpr (Kind::CODES) steps = Grid::steps(grid, r, s);
-#pragma GCC unroll 4
-        for (int n = 0; n < N; ++n)
-            totals[n].of[r] = _mm512_fmadd_ps(Kind::total(sums[n][r], grid.segment), steps, totals[n].of[r]);
-    }
 }
 
 template <typename Kind>
 INLINE void write(const Weight& weight, const Grid& grid, const Rows<Kind>& rows, int64_t band, int64_t n,
                   const Totals& totals, float* y) {
     for (int64_t r = 0; r < std::min(ROWS, weight.rows - ROWS * band); ++r) {
-        float result = _mm512_reduce_add_ps(totals.of[r]);
+        float result = _mm512_reduce_add_ps(_mm512_loadu_ps(totals.of[r]));
         if constexpr (Kind::CODES)
             result = rows.factors[size_t(n)] * (result - grid.excess(r, rows.sums.data() + n * grid.groups));
         y[n * weight.rows + ROWS * band + r] = result;
     }
 }
 
-// Some bands times N rows of x, as the bands are read.
+// Some bands times N rows of x, as the bands are read: BANDS at once from as many places, as memory gives more then.
+template <typename Kind, int N, int BANDS>
+TARGET void together(const Weight& weight, const Rows<Kind>& rows, float* y, int64_t first, int64_t count) {
+    std::vector<Grid> grids(BANDS, Grid(weight, Kind::LENGTH));
+    const int64_t chunks = grids[0].chunks, segment = grids[0].segment;
+    for (int64_t band = first; band < first + count; ++band) {
+        Stream<Kind> streams[BANDS];
+        Totals totals[BANDS * N] = {};
+        for (int64_t b = 0; b < BANDS; ++b) {
+            if constexpr (Kind::CODES) grids[size_t(b)].read(weight, band + b * count);
+            streams[b] = Stream<Kind>::of(weight, band + b * count);
+        }
+        for (int64_t begin = 0, s = 0; begin < chunks; begin += segment, ++s) {
+            for (int64_t b = 0; b < BANDS; ++b) Stream<Kind>::enter(streams[b], grids[size_t(b)], s);
+            add<Kind, N, BANDS>(streams, grids.data(), s, std::min(segment, chunks - begin),
+                                rows.numbers.data() + begin * Kind::STRIDE, rows.stride, totals);
+        }
+        for (int64_t i = 0; i < BANDS * N; ++i)
+            write<Kind>(weight, grids[size_t(i / N)], rows, band + i / N * count, i % N, totals[i], y);
+    }
+}
+
 template <typename Kind, int N>
 TARGET void direct(const Weight& weight, const Rows<Kind>& rows, float* y, int64_t first, int64_t last) {
-    Grid grid(weight, Kind::LENGTH);
-    for (int64_t band = first; band < last; ++band) {
-        if constexpr (Kind::CODES) grid.read(weight, band);
-        Stream<Kind> stream = Stream<Kind>::of(weight, band);
-        Totals totals[N] = {};
-        for (int64_t begin = 0, s = 0; begin < grid.chunks; begin += grid.segment, ++s) {
-            const int64_t chunks = std::min(grid.segment, grid.chunks - begin);
-            Stream<Kind>::enter(stream, grid, s);
-            add<Kind, N>(stream, grid, s, chunks, rows.numbers.data() + begin * Kind::STRIDE, rows.stride, totals);
-        }
-        for (int64_t n = 0; n < N; ++n) write<Kind>(weight, grid, rows, band, n, totals[n], y);
-    }
+    constexpr int BANDS = std::max(1, Kind::BANDS / N);
+    const int64_t count = (last - first) / BANDS;
+    together<Kind, N, BANDS>(weight, rows, y, first, count);
+    together<Kind, N, 1>(weight, rows, y, first + BANDS * count, last - first - BANDS * count);
 }
 
 // Some bands times any number of rows of x, all of which meet a tile of a band after the other.
 template <typename Kind>
 TARGET void tiled(const Weight& weight, const Rows<Kind>& rows, float* y, int64_t first, int64_t last) {
     Grid grid(weight, Kind::LENGTH);
-    Tile<Kind> tile;
+    alignas(64) typename Kind::Vector expanded[TILE][ROWS];
+    Tile<Kind> tile{expanded};
     std::vector<Totals> totals(static_cast<size_t>(rows.batch));
     for (int64_t band = first; band < last; ++band) {
         if constexpr (Kind::CODES) grid.read(weight, band);
@@ -379,13 +407,13 @@ TARGET void tiled(const Weight& weight, const Rows<Kind>& rows, float* y, int64_
             for (int64_t left = begin; left < end; left += TILE) {
                 const int64_t chunks = std::min(TILE, end - left);
                 for (int64_t c = 0; c < chunks; ++c)
-                    for (int64_t r = 0; r < ROWS; ++r) tile.chunks[c][r] = Stream<Kind>::next(stream, c, r);
+                    for (int64_t r = 0; r < ROWS; ++r) expanded[c][r] = Stream<Kind>::next(stream, c, r);
                 const typename Kind::X* x = rows.numbers.data() + left * Kind::STRIDE;
                 int64_t n = 0;
-                for (; n + Kind::TOGETHER <= rows.batch; n += Kind::TOGETHER)
-                    add<Kind, Kind::TOGETHER>(tile, grid, s, chunks, x + n * rows.stride, rows.stride, &totals[size_t(n)]);
+                for (constexpr int some = Kind::TOGETHER; n + some <= rows.batch; n += some)
+                    add<Kind, some, 1>(&tile, &grid, s, chunks, x + n * rows.stride, rows.stride, &totals[size_t(n)]);
                 for (; n < rows.batch; ++n)
-                    add<Kind, 1>(tile, grid, s, chunks, x + n * rows.stride, rows.stride, &totals[size_t(n)]);
+                    add<Kind, 1, 1>(&tile, &grid, s, chunks, x + n * rows.stride, rows.stride, &totals[size_t(n)]);
             }
         }
         for (int64_t n = 0; n < rows.batch; ++n) write<Kind>(weight, grid, rows, band, n, totals[size_t(n)], y);
@@ -395,7 +423,8 @@ TARGET void tiled(const Weight& weight, const Rows<Kind>& rows, float* y, int64_
 // The first band of a part, if the parts have the same number of bytes to read: learned rows differ in what they keep.
 template <typename Kind> int64_t first_band(const Weight& weight, int64_t part, int64_t parts) {
     const int64_t all = (weight.rows + ROWS - 1) / ROWS;
-    const int64_t masks = (weight.columns + Kind::LENGTH - 1) / Kind::LENGTH * ROWS * int64_t(sizeof(typename Kind::Word));
+    const int64_t chunks = (weight.columns + Kind::LENGTH - 1) / Kind::LENGTH;
+    const int64_t masks = chunks * ROWS * int64_t(sizeof(typename Kind::Word));
     const int64_t aim = (weight.offsets[all] + all * masks) * part / parts;
     int64_t low = 0, high = all;
     while (low < high) {
@@ -448,6 +477,7 @@ template <typename Kind> void expand(const Weight& weight, int64_t first, int64_
 
 }  // namespace
 
+// multiply_<kind>_<path>: y (batch, rows) of x (batch, columns). expand_<kind>_<path>: some bands, dense.
 #define KIND(NAME, PATH, KERNEL)                                                                                       \
     extern "C" void multiply_##NAME##_##PATH(const Weight* weight, const float* x, int64_t batch, float* y,            \
                                              int64_t threads) {                                                        \
@@ -468,6 +498,7 @@ template <typename Kind> void expand(const Weight& weight, int64_t first, int64_
 ALL(avx512, BFloat16)
 ALL(avx512bf16, BFloat16Pairs)
 
+// Whether the processor can run a path.
 extern "C" int has_avx512() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
