@@ -1,0 +1,69 @@
+"""The command line: parse, call the API, show. The only part of besa that prints."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from typing import Any, TextIO
+
+import typer
+from rich.text import Text
+
+from besa.cli import measuring, pruning, running
+from besa.cli.consoles import err
+from besa.errors import BesaError, Interrupted, Notice
+
+UsageError: Any = typer.BadParameter.__base__  # of all complaints about arguments; typer exports only this child
+app = typer.Typer(
+    help="Prune large language models block by block, with learned and exact sparsity, and measure the result.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for part in (pruning, measuring, running):
+    app.add_typer(part.commands)
+
+
+def main() -> None:
+    """Entry point of `besa`: a sentence and exit code 2 for bad input, 130 after Ctrl-C."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.showwarning = _note
+    try:
+        code = app(sys.argv[1:] or ["--help"], prog_name="besa", standalone_mode=False)
+        if code == 130:  # what typer makes of Ctrl-C
+            raise KeyboardInterrupt
+    except BesaError as error:
+        _refuse(str(error))
+    except UsageError as error:
+        _refuse(f"{error.format_message().rstrip('.')}: see `{error.ctx.command_path} --help`.")
+    except Interrupted as interruption:
+        err.print("besa:", Text(str(interruption)), highlight=False, soft_wrap=True)
+        sys.exit(130)
+    except (KeyboardInterrupt, typer.Abort):
+        err.print("besa: interrupted; what was under way was not kept.", highlight=False)
+        sys.exit(130)
+
+
+def _note(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Show a notice as a line; of other warnings, which are for developers, as much as Python would."""
+    if issubclass(category, Notice):
+        err.print("besa:", Text(str(message)), style="yellow", highlight=False, soft_wrap=True)
+    else:
+        err.print(
+            Text(warnings.formatwarning(message, category, filename, lineno, line)),
+            highlight=False,
+            soft_wrap=True,
+            end="",
+        )
+
+
+def _refuse(sentence: str) -> None:
+    err.print("besa:", Text(" ".join(sentence.split())), style="red", highlight=False, soft_wrap=True)
+    sys.exit(2)

@@ -1,0 +1,5 @@
+"""`python -m besa.cli` is `besa`."""
+
+from besa.cli import main
+
+main()

@@ -1,0 +1,148 @@
+"""Commands that measure and show: eval, inspect, simulate, report, paper."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from besa.cli.consoles import err, out
+from besa.cli.options import (
+    BatchOption,
+    DataOption,
+    Device,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    EvaluationOption,
+    HubOption,
+    JsonOption,
+    LimitOption,
+    Model,
+    TasksOption,
+    TrustOption,
+    files_of,
+    numbers,
+    words,
+)
+
+commands = typer.Typer()
+PANEL = "Measure"
+
+
+@commands.command("eval", rich_help_panel=PANEL)
+def evaluate_command(
+    model: Model,
+    ppl: EvaluationOption = None,
+    data: DataOption = None,
+    window: Annotated[
+        str,
+        typer.Option(metavar="TOKENS", help="Tokens of a window, or several lengths by commas; only equal compare."),
+    ] = "2048",
+    max_windows: Annotated[int | None, typer.Option(min=1, help="Use only so many windows of each text.")] = None,
+    tasks: TasksOption = "",
+    limit: LimitOption = None,
+    hub: HubOption = False,
+    device: DeviceOption = Device.cpu,
+    dtype: DtypeOption = Dtype.auto,
+    batch: BatchOption = None,
+    json: JsonOption = None,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Measure a model's perplexity on texts, and its accuracy on zero-shot tasks."""
+    from besa.api import evaluate
+    from besa.checkpoint.files import write_file
+    from besa.show import evaluated, progress_bar
+
+    with progress_bar(err) as tracker:
+        result = evaluate(
+            model,
+            ppl or (),
+            data=files_of(data),
+            window=numbers("--window", window, int),
+            max_windows=max_windows,
+            tasks=words(tasks),
+            limit=limit,
+            hub=hub,
+            batch=batch,
+            device=device.value,
+            dtype=dtype.value,
+            trust_remote_code=trust_remote_code,
+            progress=tracker,
+        )
+    if json is not None:
+        write_file(json, result.model_dump_json(indent=2) + "\n")
+    out.print(evaluated(result))
+
+
+@commands.command("inspect", rich_help_panel=PANEL)
+def inspect_command(model: Model, json: JsonOption = None, trust_remote_code: TrustOption = False) -> None:
+    """Count sparsity and size by block and linear, in the files."""
+    from besa.checkpoint.files import write_file
+    from besa.checkpoint.inspection import inspect
+    from besa.models.loading import locate
+    from besa.show import contents, progress_bar
+
+    with progress_bar(err) as tracker:
+        found = inspect(locate(model, tracker), trust_remote_code, tracker)
+    if json is not None:
+        write_file(json, found.model_dump_json(indent=2) + "\n")
+    out.print(contents(found))
+
+
+@commands.command("simulate", rich_help_panel=PANEL)
+def simulate_command(
+    model: Model,
+    tokens: Annotated[
+        str, typer.Option(metavar="T,T,…", help="Numbers of input vectors for the figures that include memory.")
+    ] = "1,8,32,128,512",
+    method_baseline: Annotated[
+        list[str] | None, typer.Option(metavar="DIR", help="Another checkpoint of the model, to compare (repeatable).")
+    ] = None,
+    json: JsonOption = None,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Count the cycles that ViTCoD, an accelerator for sparse weights, would take (the paper's Table 4)."""
+    from besa.api import simulate
+    from besa.checkpoint.files import write_file
+    from besa.show import progress_bar, simulated
+    from besa.simulator import check_alike
+
+    with progress_bar(err) as tracker:
+        found = [
+            simulate(name, numbers("--tokens", tokens, int), trust_remote_code=trust_remote_code, progress=tracker)
+            for name in [model, *(method_baseline or ())]
+        ]
+    check_alike(found)
+    if json is not None:
+        write_file(json, found[0].model_dump_json(indent=2) + "\n")
+    out.print(simulated(found[0], found[1:]))
+
+
+@commands.command(rich_help_panel=PANEL)
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Folders that `besa prune` wrote, or with a besa_eval.json.")
+    ],
+    page: Annotated[Path, typer.Option("--out", metavar="FILE", help="The page to write.")] = Path("report.html"),
+) -> None:
+    """Put runs side by side on one self-contained HTML page."""
+    from besa.checkpoint.files import write_file
+    from besa.report import load_run, render
+
+    write_file(page, render([load_run(run) for run in runs]))
+    out.print(f"Report: {page}")
+
+
+@commands.command("paper", rich_help_panel=PANEL)
+def paper_command(
+    results: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the experiments' results.")] = Path(
+        "experiments/results"
+    ),
+) -> None:
+    """List the paper's tables and figures: what it found, what was found here, and whether the trend holds."""
+    from besa.paper import findings
+    from besa.show import listed
+
+    out.print(listed(findings(results)))

@@ -1,0 +1,138 @@
+"""Options that several commands have, and what is written in them."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+
+from besa.errors import BesaError
+
+Number = TypeVar("Number", int, float)
+
+
+class Device(StrEnum):
+    """Where blocks are computed."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Dtype(StrEnum):
+    """Floating-point format of weights and computation; auto is the checkpoint's."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Hugging Face id, folder, .gguf file, or smollm2 (embedded).")
+]
+TEXTS = "c4, wiki, a .txt, .jsonl or .parquet file, or hf:<dataset>"
+CalibrationOption = Annotated[str, typer.Option(metavar="TEXT", help=f"Text to calibrate on: {TEXTS}.")]
+EvaluationOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--ppl",
+        metavar="TEXT",
+        help="Measure perplexity (repeatable) on wikitext2, ptb or c4, the papers' test sets, or on another text: wiki "
+        "(embedded), a .txt, .jsonl or .parquet file, or hf:<dataset>.",
+    ),
+]
+DataOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data", metavar="NAME=FILE", help="Local file of a test set, which else is downloaded (repeatable)."
+    ),
+]
+TasksOption = Annotated[
+    str,
+    typer.Option(
+        metavar="NAMES",
+        help="Zero-shot tasks, of piqa,boolq,hellaswag,winogrande,arc_easy,arc_challenge, by commas.",
+    ),
+]
+LimitOption = Annotated[int | None, typer.Option(min=1, help="Ask only so many questions of each task.")]
+HubOption = Annotated[
+    bool, typer.Option("--hub", help="Take the questions from the Hugging Face Hub, not the embedded ones.")
+]
+DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="Weights and computation; auto: the checkpoint's.")]
+BatchOption = Annotated[
+    int | None, typer.Option(min=1, help="Sequences in a forward pass; default: about 2048 tokens, on a GPU 8192.")
+]
+RecipeOption = Annotated[
+    str,
+    typer.Option(help="besa, fast, best, besa-layerwise, besa-int4, wanda, sparsegpt, magnitude, … or a YAML file."),
+]
+SparsityOption = Annotated[
+    float | None, typer.Option(help="Share of the prunable weights to set to zero; default: the recipe's.")
+]
+SamplesOption = Annotated[int, typer.Option(min=1, help="Calibration sequences.")]
+SeqlenOption = Annotated[int, typer.Option(min=2, help="Tokens of a calibration sequence.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change one setting of the recipe, such as allocation.steps=64 (repeatable).",
+    ),
+]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")
+]
+SkipOption = Annotated[
+    list[str] | None,
+    typer.Option("--skip", metavar="PATTERN", help="Leave linears dense, such as '*.k_proj' (repeatable)."),
+]
+SparsityOfOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--sparsity-of",
+        metavar="PATTERN=S",
+        help="Give each linear that matches a sparsity of its own, such as '*.0.*=0.3' (repeatable).",
+    ),
+]
+BudgetOption = Annotated[
+    float | None,
+    typer.Option(
+        "--activation-budget", min=0, help="GB of activations in memory, more on disk; default: half of what is free."
+    ),
+]
+JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result here as JSON too.")]
+
+
+def words(text: str) -> list[str]:
+    """What stands between commas."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def numbers(option: str, text: str, kind: type[Number]) -> list[Number]:
+    """Numbers between commas.
+
+    Raises:
+        BesaError: something else.
+    """
+    try:
+        return [kind(word) for word in words(text)]
+    except ValueError:
+        raise BesaError(f"{option} {text}: give a number, or several by commas.") from None
+
+
+def files_of(pairs: list[str] | None) -> dict[str, str]:
+    """NAME=FILE pairs.
+
+    Raises:
+        BesaError: something else.
+    """
+    files = {}
+    for pair in pairs or ():
+        name, separator, file = pair.partition("=")
+        if not separator or not file:
+            raise BesaError(f"--data {pair}: write it as NAME=FILE, such as ptb=ptb.test.txt.")
+        files[name] = file
+    return files

@@ -1,0 +1,201 @@
+"""Commands that prune: demo, prune, plan, compare."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from besa.cli.consoles import err, out
+from besa.cli.options import (
+    BatchOption,
+    BudgetOption,
+    CalibrationOption,
+    DataOption,
+    Device,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    EvaluationOption,
+    HubOption,
+    JsonOption,
+    LimitOption,
+    Model,
+    RecipeOption,
+    SamplesOption,
+    SeqlenOption,
+    SetOption,
+    SkipOption,
+    SparsityOfOption,
+    SparsityOption,
+    TasksOption,
+    TrustOption,
+    files_of,
+    numbers,
+    words,
+)
+
+commands = typer.Typer()
+PANEL = "Prune"
+
+
+@commands.command(rich_help_panel=PANEL)
+def demo(
+    out_dir: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Folder for checkpoints and report; must not exist.")
+    ] = Path("demo"),
+    full: Annotated[
+        bool, typer.Option("--full", help="All methods, 64 × 512 tokens of calibration: about half an hour on 2 cores.")
+    ] = False,
+    sparsity: Annotated[float, typer.Option(help="Share of the prunable weights to set to zero.")] = 0.5,
+    ppl: EvaluationOption = None,
+    calibration: CalibrationOption = "c4",
+    device: DeviceOption = Device.cpu,
+    dtype: DtypeOption = Dtype.auto,
+) -> None:
+    """Prune the embedded SmolLM2-135M by BESA and by the methods it must beat, and show what is left of it."""
+    from besa.demo import FULL, QUICK, run_demo
+    from besa.show import comparison, progress_bar
+
+    plan = FULL if full else QUICK
+    out.print(f"[bold]besa demo[/]: {plan.summary(sparsity)}")
+    with progress_bar(err) as tracker:
+        page, rows = run_demo(out_dir, plan, sparsity, ppl or ["wiki"], calibration, device.value, dtype.value, tracker)
+    out.print(comparison(rows))
+    out.print(f"Report: {page}")
+
+
+@commands.command(rich_help_panel=PANEL)
+def prune(
+    model: Model,
+    out_dir: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the pruned checkpoint; must not exist.")],
+    recipe: RecipeOption = "besa",
+    sparsity: SparsityOption = None,
+    calibration: CalibrationOption = "c4",
+    samples: SamplesOption = 128,
+    seqlen: SeqlenOption = 2048,
+    seed: Annotated[int, typer.Option(help="Of the calibration sample and the learning order.")] = 0,
+    device: DeviceOption = Device.cpu,
+    dtype: DtypeOption = Dtype.auto,
+    batch: BatchOption = None,
+    set_: SetOption = None,
+    skip: SkipOption = None,
+    sparsity_of: SparsityOfOption = None,
+    activation_budget: BudgetOption = None,
+    dequantized: Annotated[
+        bool, typer.Option("--dequantized", help="Write quantised weights as dense numbers, not as packed codes.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run towards OUT.")] = False,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Prune a model block by block and write a checkpoint that transformers loads, with a run record."""
+    from besa.api import compress
+    from besa.recipe import Recipe
+    from besa.show import progress_bar, pruned
+
+    with progress_bar(err) as tracker:
+        result = compress(
+            model,
+            Recipe.load(recipe, sparsity, set_ or ()).with_exceptions(skip or (), sparsity_of or ()),
+            calibration,
+            out=out_dir,
+            samples=samples,
+            seqlen=seqlen,
+            seed=seed,
+            device=device.value,
+            dtype=dtype.value,
+            batch=batch,
+            activation_budget=None if activation_budget is None else round(activation_budget * 1e9),
+            resume=resume,
+            dequantized=dequantized,
+            trust_remote_code=trust_remote_code,
+            command=["besa", *sys.argv[1:]],
+            progress=tracker,
+        )
+    out.print(pruned(result.record, out_dir))
+
+
+@commands.command("plan", rich_help_panel=PANEL)
+def plan_command(
+    model: Model,
+    out_dir: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the checkpoint would go.")] = Path(),
+    recipe: RecipeOption = "besa",
+    sparsity: SparsityOption = None,
+    samples: SamplesOption = 128,
+    seqlen: SeqlenOption = 2048,
+    device: DeviceOption = Device.cpu,
+    dtype: DtypeOption = Dtype.auto,
+    batch: BatchOption = None,
+    set_: SetOption = None,
+    skip: SkipOption = None,
+    sparsity_of: SparsityOfOption = None,
+    activation_budget: BudgetOption = None,
+    json: JsonOption = None,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Say what pruning a model will take, from its configuration alone, and whether it fits here."""
+    from besa.api import plan
+    from besa.checkpoint.files import write_file
+    from besa.recipe import Recipe
+    from besa.show import planned
+
+    found = plan(
+        model,
+        Recipe.load(recipe, sparsity, set_ or ()).with_exceptions(skip or (), sparsity_of or ()),
+        out=out_dir,
+        samples=samples,
+        seqlen=seqlen,
+        device=device.value,
+        dtype=dtype.value,
+        batch=batch,
+        activation_budget=None if activation_budget is None else round(activation_budget * 1e9),
+        trust_remote_code=trust_remote_code,
+    )
+    if json is not None:
+        write_file(json, found.model_dump_json(indent=2) + "\n")
+    out.print(planned(found))
+
+
+@commands.command("compare", rich_help_panel=PANEL)
+def compare_command(
+    model: Model,
+    recipes: Annotated[str, typer.Option(metavar="NAMES", help="Recipes, shipped or YAML files, by commas.")],
+    sparsity: Annotated[str, typer.Option(metavar="SHARES", help="Shares of the prunable weights, by commas.")] = "0.5",
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each, with the seeds 0, 1, …")] = 1,
+    out_dir: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Folder for runs, table and plot; what it has is used again.")
+    ] = Path("compare"),
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the pruned checkpoints, not their records only.")] = False,
+    ppl: EvaluationOption = None,
+    data: DataOption = None,
+    window: Annotated[int, typer.Option(help="Tokens of a window; compare only equal windows.")] = 2048,
+    max_windows: Annotated[int | None, typer.Option(min=1, help="Use only so many windows of each text.")] = None,
+    tasks: TasksOption = "",
+    limit: LimitOption = None,
+    hub: HubOption = False,
+    calibration: CalibrationOption = "c4",
+    samples: SamplesOption = 128,
+    seqlen: SeqlenOption = 2048,
+    device: DeviceOption = Device.cpu,
+    dtype: DtypeOption = Dtype.auto,
+    batch: BatchOption = None,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Prune by several recipes, at several sparsities and seeds, and put what comes out into one table and one plot."""
+    from besa.comparing import compare
+    from besa.show import compared, progress_bar
+    from besa.workspace import Conditions, Measures, Workspace
+
+    texts = tuple(ppl or ([] if tasks else ["wiki"]))
+    measures = Measures(texts, files_of(data), window, max_windows, tuple(words(tasks)), limit, hub)
+    conditions = Conditions(
+        model, calibration, samples, seqlen, device.value, dtype.value, batch, trust_remote_code=trust_remote_code
+    )
+    with progress_bar(err) as tracker:
+        workspace = Workspace(out_dir, conditions, measures, keep, tracker)
+        command = ["besa", *sys.argv[1:]]
+        found = compare(workspace, words(recipes), numbers("--sparsity", sparsity, float), seeds, command)
+    out.print(compared(found))
+    out.print(f"Table and plot: {out_dir / 'compare.md'}, {out_dir / 'compare.svg'}")

@@ -1,0 +1,111 @@
+"""Commands for sparse checkpoints: pack, unpack, generate, bench."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from besa.cli.consoles import err, out
+from besa.cli.options import Device, DeviceOption, Dtype, DtypeOption, JsonOption, Model, TrustOption
+
+commands = typer.Typer()
+PANEL = "Run"
+
+
+@commands.command(rich_help_panel=PANEL)
+def pack(
+    model: Model,
+    out_dir: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the packed checkpoint; must not exist.")],
+    dtype: Annotated[Dtype, typer.Option(help="Round weights to it first; auto keeps them to the bit.")] = Dtype.auto,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Store a pruned checkpoint as bits and kept values: smaller, and run as it is by eval, generate and bench."""
+    from besa.checkpoint.packing import pack as pack_checkpoint
+    from besa.show import packed, progress_bar
+
+    with progress_bar(err) as tracker:
+        found = pack_checkpoint(
+            model, out_dir, dtype=dtype.value, trust_remote_code=trust_remote_code, progress=tracker
+        )
+    out.print(packed(found, out_dir))
+
+
+@commands.command(rich_help_panel=PANEL)
+def unpack(
+    model: Annotated[str, typer.Argument(metavar="PACKED", help="Folder that `besa pack` wrote.")],
+    out_dir: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the dense checkpoint; must not exist.")],
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Make a packed checkpoint dense again, as transformers loads it, to the bit."""
+    from besa.checkpoint.packing import unpack as unpack_checkpoint
+    from besa.show import progress_bar
+
+    with progress_bar(err) as tracker:
+        unpack_checkpoint(model, out_dir, trust_remote_code=trust_remote_code, progress=tracker)
+    out.print(Text(f"{out_dir}: the checkpoint as it was before packing"))
+
+
+@commands.command("generate", rich_help_panel=PANEL)
+def generate_command(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="Text to go on from.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens at most.")] = 128,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="Of the draw; 0 takes the likeliest token each time.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    device: DeviceOption = Device.cpu,
+    dtype: DtypeOption = Dtype.auto,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Continue a text with a model, packed or not, word by word."""
+    from besa.runtime.generation import generate
+    from besa.show import progress_bar
+
+    with progress_bar(err) as tracker:
+        generate(
+            model,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            device=device.value,
+            dtype=dtype.value,
+            trust_remote_code=trust_remote_code,
+            tell=lambda text: out.print(Text(text), end=""),
+            progress=tracker,
+        )
+    out.print()
+
+
+@commands.command("bench", rich_help_panel=PANEL)
+def bench_command(
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL [PACKED...]", help="Models; the others are compared with the first.")
+    ],
+    rounds: Annotated[int, typer.Option(min=1, help="Measurements of each kind; one more comes before.")] = 7,
+    device: DeviceOption = Device.cpu,
+    dtype: DtypeOption = Dtype.auto,
+    json: JsonOption = None,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Measure tokens a second, time to the first token and memory of models, beside what reading their bytes allows."""
+    from besa.checkpoint.files import write_file
+    from besa.runtime.speed import bench
+    from besa.show import benched, progress_bar
+
+    with progress_bar(err) as tracker:
+        found = bench(
+            models,
+            rounds=rounds,
+            device=device.value,
+            dtype=dtype.value,
+            trust_remote_code=trust_remote_code,
+            progress=tracker,
+        )
+    if json is not None:
+        write_file(json, found.model_dump_json(indent=2) + "\n")
+    out.print(benched(found))
