@@ -29,7 +29,7 @@ from besa.finetuning import MaskedAdam
 from besa.masks import CHUNK
 from besa.models.blocks import Block, standing_aside
 from besa.models.units import Unit, units
-from besa.pruning import dense_share
+from besa.pruning.paths import dense_share
 from besa.quantization import MinMax
 from besa.recipe import Recipe
 from besa.reconstruction import ADMM, ConjugateGradient

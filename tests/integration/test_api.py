@@ -9,7 +9,7 @@ import torch
 import besa
 from besa.losses import reconstruction_error
 from besa.models.blocks import capture_inputs, find_blocks
-from besa.pruning import ERROR_SHARE
+from besa.pruning.paths import ERROR_SHARE
 
 SAMPLES, SEQLEN, WINDOW = 48, 64, 128
 

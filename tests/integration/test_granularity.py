@@ -10,7 +10,7 @@ from besa.checkpoint.journal import Journal
 from besa.losses import reconstruction_error
 from besa.models.blocks import capture_inputs, find_blocks
 from besa.models.units import Granularity, sharing, units
-from besa.pruning import ERROR_SHARE
+from besa.pruning.paths import ERROR_SHARE
 from besa.recipe import Recipe
 
 GRANULARITIES: tuple[Granularity, ...] = ("linear", "attn-mlp", "block", "two-blocks")

@@ -10,9 +10,9 @@ from besa.budget import Budget
 from besa.checkpoint.formats.packed import KEYS, is_zero, pack, unpack
 from besa.errors import BesaError
 from besa.masks import rank
+from besa.pruning.quantizing import settle
 from besa.quantization import Clipping, MinMax
 from besa.quantization.minmax import codes, dequantized, extremes, grid, step_gradient
-from besa.quantizing import settle
 
 
 def test_equation_7_by_hand():

@@ -1,0 +1,142 @@
+"""Algorithm 1: prune a decoder block by block, each block learning from the ones before it."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+from besa import memory
+from besa.calibration import Calibration
+from besa.checkpoint.formats import packed
+from besa.checkpoint.journal import Journal
+from besa.models.streaming import Decoder
+from besa.models.units import Unit, units
+from besa.progress import Progress, silent
+from besa.pruning import quantizing
+from besa.pruning.paths import PLAIN, Resources, first_inputs
+from besa.pruning.step import Step, prune_unit
+from besa.quantization import MinMax
+from besa.recipe import Recipe
+from besa.record import BlockRecord
+from besa.stopwatch import Stopwatch
+from besa.targets import Even
+from besa.targets.bounded import Survey
+from besa.targets.budgets import budgets, shared_names
+
+
+def prune_blocks(
+    decoder: Decoder,
+    recipe: Recipe,
+    calibration: Calibration,
+    *,
+    seed: int = 0,
+    resources: Resources = PLAIN,
+    journal: Journal | None = None,
+    progress: Progress = silent,
+) -> list[BlockRecord]:
+    """Prune a decoder by `recipe`, one block at a time, and tell what was done to each block.
+
+    Args:
+        decoder: causal decoder in evaluation mode.
+        recipe: the method.
+        calibration: token ids (N, T).
+        seed: of whatever the allocation draws.
+        resources: how to compute.
+        journal: gets every block as it is done; blocks that it has already are taken from there.
+        progress: told (blocks done, blocks, state) after every block.
+
+    Raises:
+        BesaError: activations are not finite, a block's zeros exceed its budget already, or the disk is full.
+    """
+    blocks = decoder.blocks
+    whole = units(blocks, recipe.granularity)
+    done = _done(journal, whole)
+    targets = _targets(decoder, recipe, calibration, seed, resources, journal) if len(done) < len(blocks) else None
+    plan = budgets(blocks, recipe, targets)
+    quantization = recipe.quantization if isinstance(recipe.quantization, MinMax) else None
+    if quantization is not None:
+        quantizing.check(quantization, whole, plan)
+        if journal is not None and resources.pack:
+            packed.check(decoder.model, (name for own in plan for budget in own for name in budget.names))
+    if journal is not None:
+        journal.restored = len(done)
+    last = max((place for place, unit in enumerate(whole) if unit.index not in done), default=-1)
+    if last < 0:  # stopped while the checkpoint was put together
+        return [done[block.index] for block in blocks]
+    progress(0, len(blocks), "embeddings")
+    pruned_NTC, dense_NTC = first_inputs(decoder, recipe, calibration, resources)  # line 1
+    records: list[BlockRecord] = []
+    for place, (unit, unit_budgets) in enumerate(zip(whole[: last + 1], plan, strict=False)):  # line 2
+        watch = Stopwatch(resources.device)
+        with ExitStack() as stack:
+            with watch("load"):
+                for block in unit.blocks:
+                    stack.enter_context(decoder.opened(block, resources.device))
+            if place < last:
+                for block in whole[place + 1].blocks:
+                    decoder.expect(block)
+            if unit.index in done:
+                assert journal is not None
+                for block in unit.blocks:
+                    block.run(dense_NTC, resources.batch, into=dense_NTC)
+                    tensors = journal.tensors(block.index)
+                    decoder.fill(block, packed.unpack(tensors, quantization) if quantization else tensors)
+                    block.run(pruned_NTC, resources.batch, into=pruned_NTC)
+                    records.append(done[block.index])
+                progress(len(records), len(blocks), "taken from the journal")
+                continue
+            step = Step(unit, unit_budgets, recipe, pruned_NTC, dense_NTC, seed, resources, watch)
+            found, quantized = prune_unit(step)  # lines 3 to 12
+            records += found
+            if journal is not None:
+                with watch("write"):
+                    for block, record in zip(unit.blocks, found, strict=True):
+                        own = {name: quantized[name] for name in block.prunables if name in quantized}
+                        journal.keep(packed.pack(decoder.stored(block), own if resources.pack else {}), record)
+        memory.trim()
+        progress(
+            len(records),
+            len(blocks),
+            f"error {records[-1].reconstruction_error:.4f}, sparsity {records[-1].sparsity:.2%}",
+        )
+    records += [done[block.index] for unit in whole[last + 1 :] for block in unit.blocks]
+    return records
+
+
+def _done(journal: Journal | None, whole: list[Unit]) -> dict[int, BlockRecord]:
+    """Records of the blocks that need not be pruned again, by index: those of units of which the journal has all."""
+    done: dict[int, BlockRecord] = {}
+    for unit in whole if journal else ():
+        assert journal is not None
+        found = [journal.record(block.index) for block in unit.blocks]
+        if all(found):
+            done |= {record.index: record for record in found if record}
+    return done
+
+
+def _targets(
+    decoder: Decoder, recipe: Recipe, calibration: Calibration, seed: int, resources: Resources, journal: Journal | None
+) -> list[float] | None:
+    """The sparsity of each block, None where it is the same; what was measured once is in the journal."""
+    if isinstance(recipe.targets, Even):
+        return None
+    names, _ = shared_names(decoder.blocks, recipe)
+    survey = Survey(
+        decoder,
+        calibration,
+        names,
+        recipe.sparsity,
+        resources.batch,
+        resources.device,
+        resources.activation_budget,
+        resources.folder,
+        seed,
+    )
+    sizes = [sum(block.prunables[n].numel for n in own) for block, own in zip(decoder.blocks, names, strict=True)]
+    if not any(sizes):
+        return None
+    wanted = journal.targets if journal is not None else None
+    if wanted is None:
+        wanted = recipe.targets.measure(survey)
+        if journal is not None:
+            journal.keep_targets(wanted)
+    return recipe.targets.bounded(wanted, sizes, recipe.sparsity)
