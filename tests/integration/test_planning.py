@@ -8,7 +8,7 @@ from torch import nn
 from transformers import FalconConfig, LlamaConfig, MixtralConfig
 
 import besa
-from besa.planning import _LiveBytes
+from besa.planning.shapes import _LiveBytes
 
 LLAMA_70B = LlamaConfig(
     vocab_size=32000,

@@ -1,0 +1,194 @@
+"""What a run will take, said beforehand from the configuration alone."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel
+from transformers import PreTrainedModel
+
+from besa import memory
+from besa.allocation import Sensitivity, first_tokens
+from besa.checkpoint.writer import disk_bytes
+from besa.finetuning import MaskedAdam
+from besa.models.blocks import Block
+from besa.models.units import Unit, units
+from besa.planning.peak import stored_bytes, unit_bytes
+from besa.planning.shapes import learn_arguments
+from besa.pruning.paths import dense_share
+from besa.quantization import MinMax
+from besa.recipe import Recipe
+from besa.targets import LossSensitivity, Owl
+from besa.targets.budgets import budgets
+
+TEXT = 64 << 20  # of the tokenizer and the calibration text, while they are read
+
+
+class Plan(BaseModel):
+    """What a run will take; bytes unless said otherwise.
+
+    Attributes:
+        model: its name.
+        architecture: class of the model.
+        blocks: how many.
+        parameters: of the whole model.
+        prunable_weights: of the blocks, less what is skipped.
+        zeros: what the recipe will make of them.
+        checkpoint_bytes: of the pruned checkpoint.
+        disk_bytes: free space needed while the run goes on: journal, checkpoint and activations.
+        activation_bytes: of all hidden states kept between blocks.
+        activations_on_disk: whether they exceed the activation budget.
+        memory_bytes: expected peak of the process.
+        gpu_memory_bytes: expected peak on the GPU, None for a run on the CPU.
+        forward_passes: of the calibration set through all blocks; a backward pass counts as two.
+        fits: whether memory and disk here suffice; the GPU's too, where there is one.
+        lacking: what does not suffice, in words.
+    """
+
+    model: str
+    architecture: str
+    blocks: int
+    parameters: int
+    prunable_weights: int
+    zeros: int
+    checkpoint_bytes: int
+    disk_bytes: int
+    activation_bytes: int
+    activations_on_disk: bool
+    memory_bytes: int
+    gpu_memory_bytes: int | None
+    forward_passes: float
+    fits: bool
+    lacking: list[str]
+
+
+def work_out(
+    name: str,
+    model: PreTrainedModel,
+    blocks: list[Block],
+    recipe: Recipe,
+    *,
+    samples: int,
+    seqlen: int,
+    batch: int,
+    device: torch.device,
+    activation_budget: int,
+    folder: Path,
+) -> Plan:
+    """Work out a run.
+
+    Args:
+        name: what the user calls the model.
+        model: a skeleton, its parameters on the meta device, in the dtype of the run.
+        blocks: of the model.
+        recipe: what is to be done.
+        samples: calibration sequences.
+        seqlen: tokens of a calibration sequence.
+        batch: sequences in a forward pass.
+        device: where blocks would be computed; need not be here.
+        activation_budget: bytes of hidden states kept in memory.
+        folder: where the checkpoint would be written.
+
+    Raises:
+        BesaError: a pattern of the recipe matches nothing.
+    """
+    whole, parts = units(blocks, recipe.granularity), [budget for own in budgets(blocks, recipe) for budget in own]
+    parameters, item = model.num_parameters(), model.dtype.itemsize
+    size = parameters * item
+    if isinstance(recipe.quantization, MinMax):
+        names = {name for part in parts for name in part.names}
+        size += _packed_bytes(recipe.quantization, blocks, names, item) - item * sum(part.weights for part in parts)
+    stream = samples * seqlen * model.config.get_text_config().hidden_size * item
+    teacher, descent = recipe.teacher, recipe.descent
+    share, tokens = dense_share(recipe, seqlen)
+    dense_stream = stream // seqlen * tokens // samples * -(-samples // share)
+    apart = recipe.granularity == "attn-mlp"  # attention has a teacher of its own, and steps of its own
+    target = stream if teacher == "pruned" else dense_stream
+    streams = stream + dense_stream + (stream if teacher == "pruned" else 0) + (target if apart else 0)
+    if isinstance(recipe.targets, LossSensitivity):  # before the others are there
+        streams = max(streams, stream // samples * -(-samples // recipe.targets.every) * (len(blocks) + 1))
+    on_disk = stream > activation_budget // 2
+    crop = first_tokens(seqlen, descent.crop if descent else 1.0)
+    learn_arguments(model, blocks, {(batch, seqlen), (1, seqlen), (1, crop)})
+    inside = {id(parameter) for block in blocks for parameter in block.module.parameters()}
+    outside = sum(parameter.nbytes for parameter in model.parameters() if id(parameter) not in inside)
+    work = max(unit_bytes(model, unit, recipe, batch, seqlen) for unit in _distinct(whole))
+    unit_size = max(stored_bytes(unit) for unit in whole)
+    kept = (0 if on_disk else streams) + memory.current_bytes() + TEXT
+    on_gpu = device.type == "cuda"
+    needs = kept + max(outside, 2 * unit_size if on_gpu else work)
+    disk = disk_bytes(size) + (streams if on_disk else 0)
+    learning = 3 * (1 + apart) * descent.steps * crop / (samples * seqlen) if descent else 0
+    learning += _passes(recipe)
+    dense = dense_stream / stream
+    gpu = work if on_gpu else None
+    lacking = list(_lacking(needs, gpu, disk, device, folder))
+    return Plan(
+        model=name,
+        architecture=type(model).__name__,
+        blocks=len(blocks),
+        parameters=parameters,
+        prunable_weights=sum(part.weights for part in parts),
+        zeros=sum(part.zeros for part in parts),
+        checkpoint_bytes=size,
+        disk_bytes=disk,
+        activation_bytes=streams,
+        activations_on_disk=on_disk,
+        memory_bytes=needs,
+        gpu_memory_bytes=gpu,
+        forward_passes=dense + 2 + learning + (target / stream if apart else 0),
+        fits=not lacking,
+        lacking=lacking,
+    )
+
+
+def _passes(recipe: Recipe) -> float:
+    """Forward passes of what is found by sending gradients back, besides the descent.
+
+    Where they go to activations and not to weights, a backward pass counts as one.
+    """
+    passes = 0.0
+    if isinstance(recipe.targets, Owl):
+        passes += 1 / recipe.targets.every
+    if isinstance(recipe.targets, LossSensitivity):
+        passes += 3 / recipe.targets.every
+    if isinstance(recipe.allocation, Sensitivity):
+        passes += 2 / recipe.allocation.every
+    if isinstance(recipe.finetune, MaskedAdam):
+        held = 1 / recipe.finetune.held_out
+        passes += recipe.finetune.epochs * (3 * (1 - held) + held) + held
+    return passes
+
+
+def _lacking(needs: int, gpu: int | None, disk: int, device: torch.device, folder: Path) -> Iterator[str]:
+    """What this machine has too little of."""
+    if needs > memory.total_bytes():
+        yield f"memory ({memory.total_bytes() / 1e9:.1f} GB)"
+    if gpu is not None:
+        if not torch.cuda.is_available():
+            yield "a GPU"
+        elif gpu > (total := torch.cuda.get_device_properties(device).total_memory):
+            yield f"GPU memory ({total / 1e9:.1f} GB)"
+    place = next(parent for parent in [folder, *folder.absolute().parents] if parent.is_dir())
+    if disk > (free := shutil.disk_usage(place).free):
+        yield f"free disk ({free / 1e9:.1f} GB)"
+
+
+def _distinct(whole: list[Unit]) -> list[Unit]:
+    """One unit of each shape: most decoders repeat one."""
+    found = {tuple((p.rows, p.columns) for p in unit.prunables.values()): unit for unit in reversed(whole)}
+    return list(found.values())
+
+
+def _packed_bytes(quantization: MinMax, blocks: list[Block], names: set[str], item: int) -> int:
+    """Of the quantised linears: codes, scales and zero points."""
+    bits = 0
+    for block in blocks:
+        for name, prunable in block.prunables.items():
+            if name in names:
+                grids = prunable.rows * quantization.groups(name, prunable.columns)
+                bits += quantization.bits * (prunable.numel + grids) + 8 * item * grids
+    return bits // 8

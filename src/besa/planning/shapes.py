@@ -1,0 +1,137 @@
+"""What a forward and backward pass keeps alive, counted on the meta device, where tensors have shapes and no memory.
+
+Shape suffixes: N sequences, T tokens, C channels of the residual stream.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+
+from besa.models.blocks import Block, standing_aside
+from besa.models.units import Unit
+
+
+def forward_bytes(unit: Unit, model: PreTrainedModel, batch: int, seqlen: int, learning: bool) -> int:
+    """Peak of what a forward pass keeps alive, with the backward pass to its weights when `learning`."""
+    channels: int = model.config.get_text_config().hidden_size
+    x_NTC = torch.empty(batch, seqlen, channels, dtype=model.dtype, device="meta")
+    weights = {
+        name: torch.empty(prunable.rows, prunable.columns, dtype=model.dtype, device="meta").requires_grad_(learning)
+        for name, prunable in unit.prunables.items()
+    }
+    for weight in weights.values():
+        if learning:
+            weight.register_post_accumulate_grad_hook(_dropped)
+    live = _LiveBytes()
+    try:
+        with _lean_attention(), _stacks_aside(unit), torch.set_grad_enabled(learning), live:
+            y_NTC = unit(x_NTC, weights)
+            if learning:
+                (y_NTC.float() - x_NTC.float()).square().sum().backward()
+    except (RuntimeError, NotImplementedError, TypeError, ValueError):  # blocks that compute with values
+        wide = sum({prunable.parameter: prunable.rows for prunable in unit.prunables.values()}.values())
+        return batch * seqlen * (12 * channels + (3 if learning else 1) * wide) * 4
+    peak: int = live.peak
+    return peak
+
+
+@torch.no_grad()
+def learn_arguments(model: PreTrainedModel, blocks: list[Block], sizes: set[tuple[int, int]]) -> None:
+    """Fill in the call arguments of every block, for sizes of (sequences, tokens), without any weight of the model."""
+    embeddings = model.get_input_embeddings()
+    within = {module for block in blocks for module in block.module.modules()}
+    for module in model.base_model.modules():
+        if (
+            module not in within
+            and module is not embeddings
+            and next(module.parameters(recurse=False), None) is not None
+        ):
+            module.to_empty(device="cpu", recurse=False)
+    with standing_aside(blocks):
+        for samples, tokens in sizes:
+            x_NTC = torch.zeros(samples, tokens, embeddings.weight.shape[1], dtype=model.dtype)
+            model.base_model(inputs_embeds=x_NTC, use_cache=False)
+
+
+def _dropped(weight: Tensor) -> None:
+    weight.grad = None
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors that appear while it is open and are still there."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak = 0
+        self._live = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        given = {tensor.untyped_storage()._cdata for tensor in tree_leaves(args) if isinstance(tensor, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._known | given:
+                    self._known.add(storage._cdata)
+                    self._live += storage.nbytes()
+                    weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self._live)
+        return result
+
+    def _gone(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self._live -= size
+
+
+class _Attention(torch.autograd.Function):
+    """What a fused attention kernel keeps: its inputs and its output, never the scores."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+@contextmanager
+def _lean_attention() -> Iterator[None]:
+    """While open, attention is computed (on the meta device) as fused kernels do."""
+    before = functional.scaled_dot_product_attention
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
+        return _Attention.apply(query, key, value)  # type: ignore[no-untyped-call]
+
+    functional.scaled_dot_product_attention = attend
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = before
+
+
+@contextmanager
+def _stacks_aside(unit: Unit) -> Iterator[None]:
+    """While open, mixtures hand their tokens on: which expert gets which is not known without values."""
+    modules = [module for block in unit.blocks for module in block.module.modules()]
+    holders = [module for module in modules if any(p.dim() == 3 for p in module.parameters(recurse=False))]
+    for module in holders:
+        module.forward = lambda hidden, *_, **__: torch.empty_like(hidden)
+    try:
+        yield
+    finally:
+        for module in holders:
+            del module.forward
