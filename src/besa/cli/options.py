@@ -72,6 +72,14 @@ RecipeOption = Annotated[
 SparsityOption = Annotated[
     float | None, typer.Option(help="Share of the prunable weights to set to zero; default: the recipe's.")
 ]
+PassesOption = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        help="Fine-tune for as long as so many forward passes of the calibration set allow, all told, such as 20, 60 "
+        "or 200; default: the recipe's epochs.",
+    ),
+]
 SamplesOption = Annotated[int, typer.Option(min=1, help="Calibration sequences.")]
 SeqlenOption = Annotated[int, typer.Option(min=2, help="Tokens of a calibration sequence.")]
 SetOption = Annotated[

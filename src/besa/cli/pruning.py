@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -23,6 +23,7 @@ from besa.cli.options import (
     JsonOption,
     LimitOption,
     Model,
+    PassesOption,
     RecipeOption,
     SamplesOption,
     SeqlenOption,
@@ -36,6 +37,9 @@ from besa.cli.options import (
     numbers,
     words,
 )
+
+if TYPE_CHECKING:
+    from besa.recipe import Recipe
 
 commands = typer.Typer()
 PANEL = "Prune"
@@ -73,6 +77,7 @@ def prune(
     out_dir: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the pruned checkpoint; must not exist.")],
     recipe: RecipeOption = "besa",
     sparsity: SparsityOption = None,
+    passes: PassesOption = None,
     calibration: CalibrationOption = "c4",
     samples: SamplesOption = 128,
     seqlen: SeqlenOption = 2048,
@@ -92,13 +97,12 @@ def prune(
 ) -> None:
     """Prune a model block by block and write a checkpoint that transformers loads, with a run record."""
     from besa.api import compress
-    from besa.recipe import Recipe
     from besa.show import progress_bar, pruned
 
     with progress_bar(err) as tracker:
         result = compress(
             model,
-            Recipe.load(recipe, sparsity, set_ or ()).with_exceptions(skip or (), sparsity_of or ()),
+            _recipe(recipe, sparsity, set_, skip, sparsity_of, passes, samples, seqlen),
             calibration,
             out=out_dir,
             samples=samples,
@@ -123,6 +127,7 @@ def plan_command(
     out_dir: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the checkpoint would go.")] = Path(),
     recipe: RecipeOption = "besa",
     sparsity: SparsityOption = None,
+    passes: PassesOption = None,
     samples: SamplesOption = 128,
     seqlen: SeqlenOption = 2048,
     device: DeviceOption = Device.cpu,
@@ -138,12 +143,11 @@ def plan_command(
     """Say what pruning a model will take, from its configuration alone, and whether it fits here."""
     from besa.api import plan
     from besa.checkpoint.files import write_file
-    from besa.recipe import Recipe
     from besa.show import planned
 
     found = plan(
         model,
-        Recipe.load(recipe, sparsity, set_ or ()).with_exceptions(skip or (), sparsity_of or ()),
+        _recipe(recipe, sparsity, set_, skip, sparsity_of, passes, samples, seqlen),
         out=out_dir,
         samples=samples,
         seqlen=seqlen,
@@ -199,3 +203,25 @@ def compare_command(
         found = compare(workspace, words(recipes), numbers("--sparsity", sparsity, float), seeds, command)
     out.print(compared(found))
     out.print(f"Table and plot: {out_dir / 'compare.md'}, {out_dir / 'compare.svg'}")
+
+
+def _recipe(
+    name: str,
+    sparsity: float | None,
+    settings: list[str] | None,
+    skip: list[str] | None,
+    sparsity_of: list[str] | None,
+    passes: float | None,
+    samples: int,
+    seqlen: int,
+) -> Recipe:
+    """The recipe that the options describe.
+
+    Raises:
+        BesaError: no such recipe, or a setting that it cannot have.
+    """
+    from besa.planning import spending
+    from besa.recipe import Recipe
+
+    recipe = Recipe.load(name, sparsity, settings or ()).with_exceptions(skip or (), sparsity_of or ())
+    return recipe if passes is None else spending(recipe, passes, samples, seqlen)

@@ -11,17 +11,17 @@ from pydantic import BaseModel
 from transformers import PreTrainedModel
 
 from besa import memory
-from besa.allocation import Sensitivity, first_tokens
+from besa.allocation import first_tokens
 from besa.checkpoint.writer import disk_bytes
-from besa.finetuning import MaskedAdam
 from besa.models.blocks import Block
 from besa.models.units import Unit, units
+from besa.planning.passes import forward_passes
 from besa.planning.peak import stored_bytes, unit_bytes
 from besa.planning.shapes import learn_arguments
 from besa.pruning.paths import dense_share
 from besa.quantization import MinMax
 from besa.recipe import Recipe
-from besa.targets import LossSensitivity, Owl
+from besa.targets import LossSensitivity
 from besa.targets.budgets import budgets
 
 TEXT = 64 << 20  # of the tokenizer and the calibration text, while they are read
@@ -102,7 +102,7 @@ def work_out(
         names = {name for part in parts for name in part.names}
         size += _packed_bytes(recipe.quantization, blocks, names, item) - item * sum(part.weights for part in parts)
     stream = samples * seqlen * model.config.get_text_config().hidden_size * item
-    teacher, descent = recipe.teacher, recipe.descent
+    teacher = recipe.teacher
     share, tokens = dense_share(recipe, seqlen)
     dense_stream = stream // seqlen * tokens // samples * -(-samples // share)
     apart = recipe.granularity == "attn-mlp"  # attention has a teacher of its own, and steps of its own
@@ -111,7 +111,7 @@ def work_out(
     if isinstance(recipe.targets, LossSensitivity):  # before the others are there
         streams = max(streams, stream // samples * -(-samples // recipe.targets.every) * (len(blocks) + 1))
     on_disk = stream > activation_budget // 2
-    crop = first_tokens(seqlen, descent.crop if descent else 1.0)
+    crop = first_tokens(seqlen, recipe.descent.crop if recipe.descent else 1.0)
     learn_arguments(model, blocks, {(batch, seqlen), (1, seqlen), (1, crop)})
     inside = {id(parameter) for block in blocks for parameter in block.module.parameters()}
     outside = sum(parameter.nbytes for parameter in model.parameters() if id(parameter) not in inside)
@@ -121,9 +121,6 @@ def work_out(
     on_gpu = device.type == "cuda"
     needs = kept + max(outside, 2 * unit_size if on_gpu else work)
     disk = disk_bytes(size) + (streams if on_disk else 0)
-    learning = 3 * (1 + apart) * descent.steps * crop / (samples * seqlen) if descent else 0
-    learning += _passes(recipe)
-    dense = dense_stream / stream
     gpu = work if on_gpu else None
     lacking = list(_lacking(needs, gpu, disk, device, folder))
     return Plan(
@@ -139,28 +136,10 @@ def work_out(
         activations_on_disk=on_disk,
         memory_bytes=needs,
         gpu_memory_bytes=gpu,
-        forward_passes=dense + 2 + learning + (target / stream if apart else 0),
+        forward_passes=forward_passes(recipe, samples, seqlen),
         fits=not lacking,
         lacking=lacking,
     )
-
-
-def _passes(recipe: Recipe) -> float:
-    """Forward passes of what is found by sending gradients back, besides the descent.
-
-    Where they go to activations and not to weights, a backward pass counts as one.
-    """
-    passes = 0.0
-    if isinstance(recipe.targets, Owl):
-        passes += 1 / recipe.targets.every
-    if isinstance(recipe.targets, LossSensitivity):
-        passes += 3 / recipe.targets.every
-    if isinstance(recipe.allocation, Sensitivity):
-        passes += 2 / recipe.allocation.every
-    if isinstance(recipe.finetune, MaskedAdam):
-        held = 1 / recipe.finetune.held_out
-        passes += recipe.finetune.epochs * (3 * (1 - held) + held) + held
-    return passes
 
 
 def _lacking(needs: int, gpu: int | None, disk: int, device: torch.device, folder: Path) -> Iterator[str]:

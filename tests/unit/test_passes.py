@@ -1,0 +1,40 @@
+"""Counting forward passes, and spending them."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from besa.errors import BesaError
+from besa.planning import forward_passes, spending
+from besa.recipe import Recipe
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings", "passes"),
+    [
+        ("wanda", (), 0.5 / 16 + 2),
+        ("besa", (), 0.5 + 2 + 3 * 0.5),
+        ("besa", ("allocation.crop=1",), 1 + 2 + 3),
+        ("besa", ("allocation.granularity=attn-mlp",), 0.5 + 2 + 0.5 + 3),
+        ("fast", (), 0.5 / 16 + 2 + 3 / 8 + 2 / 4),
+        ("best", ("finetune.epochs=4",), 1 + 2 + 3 / 8 + 2 / 4 + 4 * (3 * 15 + 1) / 16 + 1 / 16),
+    ],
+)
+def test_passes_are_those_of_the_algorithm(recipe: str, settings: tuple[str, ...], passes: float) -> None:
+    assert forward_passes(Recipe.load(recipe, 0.5, settings), 64, 512) == pytest.approx(passes)
+
+
+@given(st.floats(7, 300), st.integers(2, 200), st.integers(2, 4096))
+def test_as_many_epochs_as_fit_and_no_more(passes: float, samples: int, seqlen: int) -> None:
+    recipe = spending(Recipe.load("best"), passes, samples, seqlen)
+    longer = recipe.model_copy(
+        update={"finetune": recipe.finetune.model_copy(update={"epochs": recipe.finetune.epochs + 1})}
+    )
+    assert forward_passes(recipe, samples, seqlen) <= passes + 1e-9 < forward_passes(longer, samples, seqlen) + 2e-9
+
+
+def test_what_cannot_be_spent_is_refused() -> None:
+    with pytest.raises(BesaError, match="does not fine-tune"):
+        spending(Recipe.load("besa"), 60, 64, 512)
+    with pytest.raises(BesaError, match="too few"):
+        spending(Recipe.load("best"), 5, 64, 512)
