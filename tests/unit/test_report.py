@@ -443,6 +443,41 @@ def test_speed_is_shown_where_it_was_measured(folder, three, tmp_path):
     assert page.table("model", "form", "dtype")[2] == ["dense", "dense, prepacked", "bfloat16", "200 MB", "—", "150 MB"]
 
 
+def zero_shot(source="embedded", **tasks):
+    found = {name: {"acc": acc, "acc_stderr": 0.0125, "questions": 200, "version": 1.0} for name, acc in tasks.items()}
+    mean = sum(tasks.values()) / len(tasks)
+    return {"tasks": found, "mean": mean, "source": source, "limit": 200, "lm_eval": "0.4.13"}
+
+
+def test_accuracies_stand_beside_those_of_the_same_questions(folder):
+    asked = zero_shot(piqa=0.62, boolq=0.5)
+    dense = folder("dense", measured=evaluation({}, zero_shot=asked))
+    pruned = folder("besa", record(), evaluation({"wiki": 20.0}, zero_shot=zero_shot(piqa=0.6, boolq=0.55)))
+    other = folder("wanda", record("wanda"), evaluation({"wiki": 22.0}, zero_shot=zero_shot("hub", piqa=0.58)))
+    page = Page(render([dense, pruned, other]))
+    assert page.table("method", "sparsity", "piqa", "boolq", "mean")[1:] == [
+        ["dense", "—", "62.00 ± 1.25", "50.00 ± 1.25", "56.00"],
+        ["besa", "50.00 %", "60.00 ± 1.25", "55.00 ± 1.25", "57.50"],
+    ]
+    assert page.table("method", "sparsity", "piqa", "mean")[1:] == [["wanda", "50.00 %", "58.00 ± 1.25", "58.00"]]
+    assert "the first 200 questions of each task, embedded, lm_eval 0.4.13" in page.text
+    assert "besa eval wanda --ppl wiki --window 128 --max-windows 40 --tasks piqa --limit 200 --hub" in page.text
+    assert "besa eval tiny --tasks piqa,boolq --limit 200 --json dense/besa_eval.json" in page.text
+
+
+def test_windows_of_other_lengths_have_a_table(folder):
+    details = {"wiki": {"perplexity": 20.0, "windows": 40, "predicted": 1, "bits_per_byte": 0.98765}}
+    longer = {"wiki": {"perplexity": 17.5, "windows": 10, "predicted": 1}}
+    run = folder("d", measured=evaluation({"wiki": 20.0}, details=details, other_windows={"512": longer}))
+    page = Page(render([run]))
+    assert page.table("method", "text", "window", "windows", "perplexity", "bits per byte")[1:] == [
+        ["dense", "wiki", "128", "40", "20.00", "0.9877"],
+        ["dense", "wiki", "512", "10", "17.50", "—"],
+    ]
+    assert "--window 128,512" in page.text
+    assert "Other windows" not in Page(render([folder("e", measured=evaluation({"wiki": 20.0}))])).text
+
+
 MODELS = [("dense", "dense"), ("dense", "dense, prepacked"), ("packed", "sparse")]
 
 

@@ -43,14 +43,18 @@ def prune(entry: Entry, record: RunRecord) -> str:
 def evaluate(entry: Entry) -> str | None:
     """The `besa eval` that measures the run again; texts that were files stand under their names."""
     measured = entry.run.measured
-    if measured is None or not measured.perplexity:
+    if measured is None or not (measured.perplexity or measured.zero_shot):
         return None
+    asked = measured.zero_shot
     used = [entry.run.basis(text) for text in entry.run.texts]
     return _line(
         ["eval", measured.model if entry.run.dense else folder(entry)],
         ppl=entry.run.texts,
-        window=measured.window,
+        window=",".join(map(str, [measured.window, *measured.other_windows])) if used else None,
         max_windows=max((basis[1] for basis in used if basis and basis[1]), default=None),
+        tasks=",".join(asked.tasks) if asked else None,
+        limit=asked.limit if asked else None,
+        hub=asked is not None and asked.source == "hub",
         json=f"{folder(entry)}/{EVALUATION_NAME}",
     )
 
@@ -79,11 +83,11 @@ def files(entries: list[Entry]) -> list[str]:
 
 
 def _line(words: list[str], **options: Any) -> str:
-    """A command, continued on another line where it grows long; a list is an option given several times."""
+    """A command, continued where it grows long; a list is an option given several times, True a flag."""
     lines = [shlex.join(["besa", *words])]
     for option, value in options.items():
-        for one in value if isinstance(value, list) else [] if value is None else [value]:
-            more = shlex.join([f"--{option.replace('_', '-')}", str(one)])
+        for one in value if isinstance(value, list) else [] if value in (None, False) else [value]:
+            more = shlex.join([f"--{option.replace('_', '-')}", *([] if one is True else [str(one)])])
             if len(lines[-1]) + len(more) < WIDTH:
                 lines[-1] += f" {more}"
             else:

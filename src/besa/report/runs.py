@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from besa.budget import zeros_for
 from besa.errors import BesaError
+from besa.evaluation.zero_shot import ZeroShot
 from besa.record import RECORD_NAME, Record, RunRecord
 from besa.runtime.timings import BENCH_NAME, Bench
 from besa.simulator import Simulation
@@ -25,9 +26,11 @@ Content = TypeVar("Content", bound=BaseModel)
 
 
 class Windows(Record):
-    """How much of a text was used."""
+    """How much of a text was used, and what was found on it."""
 
     windows: int | None = None
+    perplexity: float | None = None
+    bits_per_byte: float | None = None
 
 
 class Measured(Record):
@@ -37,6 +40,8 @@ class Measured(Record):
     perplexity: dict[str, float]
     window: int
     details: dict[str, Windows] = Field(default_factory=dict)
+    other_windows: dict[int, dict[str, Windows]] = Field(default_factory=dict)
+    zero_shot: ZeroShot | None = None
     sparsity: float | None = None
     seconds: float | None = None
     versions: dict[str, str] = Field(default_factory=dict)
