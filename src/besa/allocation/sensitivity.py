@@ -37,30 +37,36 @@ class Sensitivity(Settings):
         Raises:
             BesaError: the block has more zeros already than it is to end with.
         """
-        found = RowSensitivities(problem.block)
-        for place in range(0, len(problem.inputs_NTC), self.every):
-            found.send_back(problem.inputs_NTC[place : place + 1].to(problem.device), seed=problem.seed + place)
+        found = row_sensitivities(problem, self.every)
         counts: dict[str, Tensor] = {}
         for budget in problem.budgets:
-            counts |= _shares(problem, budget, found)
+            rates = rates_by_threshold(problem, budget, found)
+            rows = [len(own_O) for own_O in rates.values()]
+            widths = [problem.linears[name].w_OI.shape[1] for name in rates]
+            widths_R = torch.tensor(widths).repeat_interleave(torch.tensor(rows))
+            zeros_R = torch.cat([problem.linears[name].zeros_O for name in rates])
+            shares_R = apportion(torch.cat(list(rates.values())), widths_R, budget.zeros, zeros_R)
+            counts |= dict(zip(rates, shares_R.split(rows), strict=True))
         return Allocated(counts)
 
 
-def _shares(problem: BlockProblem, budget: Budget, found: RowSensitivities) -> dict[str, Tensor]:
-    """The budget's zeros by row."""
+def row_sensitivities(problem: BlockProblem, every: int) -> RowSensitivities:
+    """Of the block's rows, from one calibration sequence in so many."""
+    found = RowSensitivities(problem.block)
+    for place in range(0, len(problem.inputs_NTC), every):
+        found.send_back(problem.inputs_NTC[place : place + 1].to(problem.device), seed=problem.seed + place)
+    return found
+
+
+def rates_by_threshold(problem: BlockProblem, budget: Budget, found: RowSensitivities) -> dict[str, Tensor]:
+    """The pruning rate of each row (O,), float64 on the CPU, that one threshold for all reached linears gives."""
     linears = {name: problem.linears[name] for name in budget.names}
-    widths = {name: torch.full((len(linear.w_OI),), linear.w_OI.shape[1]) for name, linear in linears.items()}
-    wanted = {name: width_O * budget.sparsity for name, width_O in widths.items()}
+    rates = {name: torch.full((len(own.w_OI),), budget.sparsity, dtype=torch.float64) for name, own in linears.items()}
     competing = [name for name, linear in linears.items() if linear.reached]
     weights = sum(linears[name].w_OI.numel() for name in competing)
     total = split(budget.zeros, [weights, budget.weights - weights])[0]
-    keys = [_keys(linears[name], found.rows(name)) for name in competing]
-    wanted |= dict(zip(competing, lowest(keys, total), strict=True))
-    widths_R = torch.cat(list(widths.values()))
-    zeros_R = torch.cat([linear.zeros_O for linear in linears.values()])
-    rates_R = torch.cat(list(wanted.values())).double() / widths_R
-    shares = apportion(rates_R, widths_R, budget.zeros, zeros_R).split([len(width_O) for width_O in widths.values()])
-    return dict(zip(budget.names, shares, strict=True))
+    counts = lowest([_keys(linears[name], found.rows(name)) for name in competing], total)
+    return rates | {n: own_O.double() / linears[n].w_OI.shape[1] for n, own_O in zip(competing, counts, strict=True)}
 
 
 def _keys(linear: RankedLinear, gradients_O: Tensor) -> Callable[[], Tensor]:
