@@ -326,14 +326,14 @@ def simulate(
     """Count the cycles that an accelerator for sparse weights would take (section 4.5 and Table 4 of the paper).
 
     Args:
-        model: local folder (dense, pruned, or with packed codes), .gguf file, or ``smollm2``.
+        model: Hugging Face id, local folder (dense, pruned, or with packed codes), .gguf file, or ``smollm2``.
         tokens: numbers of input vectors for the figures that include memory.
         accelerator: what is simulated, by default ViTCoD.
         trust_remote_code: run model code that comes with the checkpoint.
         progress: told (blocks done, blocks, name of the block).
 
     Raises:
-        BesaError: the model is not local or cannot be read, or a number of tokens is not positive.
+        BesaError: the model cannot be read, or a number of tokens is not positive.
     """
     source = locate(model, progress)
     return simulate_checkpoint(source, tokens, accelerator or Accelerator(), trust_remote_code, progress)

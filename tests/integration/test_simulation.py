@@ -11,7 +11,9 @@ from typer.testing import CliRunner
 
 import besa
 from besa import BesaError
+from besa.checkpoint.inspection import inspect
 from besa.cli import app
+from besa.models import loading
 from besa.simulator import Accelerator, cycles
 from besa.simulator.memory import load_cycles
 
@@ -119,12 +121,23 @@ def test_table_and_json(half: Path, tmp_path: Path) -> None:
     assert set(found["linears"][0]["cycles_memory"]) == {"1", "32"}
 
 
+def test_a_hugging_face_id_is_fetched(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def fetch(name: str, **_: object) -> str:
+        asked.append(name)
+        return str(half)
+
+    monkeypatch.setattr(loading, "snapshot_download", fetch)
+    assert besa.simulate("somebody/model", [1]).linears == besa.simulate(half, [1]).linears
+    assert inspect(loading.locate("somebody/model")).zeros == inspect(loading.locate(half)).zeros
+    assert set(asked) == {"somebody/model"}
+
+
 def test_bad_input_is_refused(half: Path) -> None:
     for tokens in ([], [0], [8, -1]):
         with pytest.raises(BesaError, match="must be positive"):
             besa.simulate(half, tokens)
-    with pytest.raises(BesaError, match="not a local model"):
-        besa.simulate("somebody/model")
     runner = CliRunner()
     with pytest.raises(BesaError, match="--tokens 1,x: give a number"):
         runner.invoke(app, ["simulate", str(half), "--tokens", "1,x"], catch_exceptions=False)

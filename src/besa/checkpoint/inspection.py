@@ -53,11 +53,12 @@ class Contents(BaseModel):
 
 
 def inspect(source: Source, trust_remote_code: bool = False, progress: Progress = silent) -> Contents:
-    """Count zeros and bytes of every prunable weight of a local checkpoint.
+    """Count zeros and bytes of every prunable weight of a checkpoint; that of a Hugging Face id is fetched first.
 
     Raises:
         BesaError: as `stored_weights` does.
     """
+    source = source.local()
     blocks: dict[str, list[LinearContents]] = {}
     for weight in stored_weights(source, trust_remote_code, progress):
         blocks.setdefault(weight.block, []).append(_count(weight))

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from besa.checkpoint.formats import packed
 from besa.checkpoint.formats.container import Container, open_files
-from besa.errors import BesaError
 from besa.models.files import WeightFiles
 from besa.models.loading import Source, is_quantized, load_model, quantization_of, read_config
 from besa.models.streaming import Decoder, DecoderInMemory, DecoderOnDisk
@@ -40,7 +39,7 @@ class StoredWeight:
 
 
 def stored_weights(source: Source, trust_remote_code: bool, progress: Progress) -> Iterator[StoredWeight]:
-    """All prunable weights of a local checkpoint, block after block.
+    """All prunable weights of a checkpoint, block after block.
 
     One block is in memory at a time; a .gguf file is dequantised whole, and its bytes are those of
     the dequantised weights.
@@ -51,10 +50,10 @@ def stored_weights(source: Source, trust_remote_code: bool, progress: Progress) 
         progress: told (blocks done, blocks, name of the block).
 
     Raises:
-        BesaError: the model is not local, or a weight is missing or cannot be read.
+        BesaError: the model cannot be had, or a weight is missing or cannot be read.
     """
-    if source.folder is None:
-        raise BesaError(f"{source.name} is not a local model: download it first, and give its folder.")
+    source = source.local()
+    assert source.folder is not None
     files = None if source.gguf else open_files(source.folder)
     for weight in _weights(source, files, trust_remote_code, progress):
         parts = files.parts(weight.name) if isinstance(files, Container) else {}
