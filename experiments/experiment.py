@@ -70,11 +70,13 @@ class Found:
         options: what was asked for.
         rows: mean and spread of each case by its label.
         outcomes: of each case by its label, one for each seed.
+        notes: on the texts.
     """
 
     options: Options
     rows: dict[str, Row]
     outcomes: dict[str, list[Outcome]]
+    notes: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:

@@ -77,7 +77,7 @@ def run(experiment: Experiment) -> None:
 
 def carry_out(experiment: Experiment, options: Options, workspace: Workspace) -> Found:
     """Ask the workspace for every case."""
-    data, _ = without_calibration(options, workspace.folder)
+    data, notes = without_calibration(options, workspace.folder)
     workspace = replace(workspace, measures=replace(workspace.measures, data=data))
     outcomes: dict[str, list[Outcome]] = {}
     for case in experiment.cases(options):
@@ -85,7 +85,7 @@ def carry_out(experiment: Experiment, options: Options, workspace: Workspace) ->
         seeds = range(options.seeds if case.recipe else 1)
         outcomes[case.label] = [replace(workspace, conditions=own).outcome(case.recipe, seed) for seed in seeds]
     rows = {label: row(label, found, experiment.scores) for label, found in outcomes.items()}
-    return Found(options, rows, outcomes)
+    return Found(options, rows, outcomes, tuple(notes))
 
 
 def planned(experiment: Experiment, options: Options) -> dict[str, Any]:

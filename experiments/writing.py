@@ -49,7 +49,6 @@ def write(experiment: Experiment, found: Found, folder: Path, arguments: Sequenc
     """
     panels, verdict = experiment.panels(found), experiment.verdict(found)
     given, measures = found.options.conditions, found.options.measures
-    _, notes = without_calibration(found.options, folder)
     result: dict[str, Any] = {
         "name": experiment.name,
         "title": experiment.title,
@@ -59,7 +58,7 @@ def write(experiment: Experiment, found: Found, folder: Path, arguments: Sequenc
         "window": measures.window,
         "max_windows": measures.max_windows,
         "limit": measures.limit,
-        "notes": notes,
+        "notes": list(found.notes),
         "verdict": asdict(verdict),
         "rows": [one.model_dump(mode="json") for one in found.rows.values()],
         "settings": {

@@ -12,6 +12,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from besa.report.plots import APART, CHARACTER, COLORS, DASHES, Series, brief, name_ends, set_scale, spread
 from besa.report.svg import TEXT, Drawing
+from besa.report.wording import significant
 
 WIDTH, HEIGHT = 480, 320  # of a panel, pixels
 TICKS = 12  # at most, on the axis below
@@ -89,6 +90,8 @@ def _panel(axes: Axes, panel: Panel) -> None:
             capsize=3,
             linestyle="none" if panel.ticks else DASHES[curve.color // COLORS % len(DASHES)],
         )
+        if panel.ticks:
+            _name_values(axes, curve)
     if panel.reference:
         name, height = panel.reference
         below = height <= min(values, default=height)  # where no curve is
@@ -114,3 +117,10 @@ def _panel(axes: Axes, panel: Panel) -> None:
     if len(panel.curves) > 1:
         axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())  # names are placed by what the limits end as
         name_ends(axes, [Series(curve.label, curve.color, curve.y) for curve in panel.curves], gap=14 / (HEIGHT - 62))
+
+
+def _name_values(axes: Axes, curve: Curve) -> None:
+    """Put the number above each point."""
+    for x, y in zip(curve.x, curve.y, strict=True):
+        if math.isfinite(y):
+            axes.annotate(significant(y), (x, y), (0, 6), textcoords="offset points", ha="center")
