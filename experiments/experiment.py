@@ -176,9 +176,9 @@ def by_method(found: Found) -> list[Panel]:
     ]
 
 
-def by_sparsity(found: Found) -> list[Panel]:
-    """Perplexity on the first text against sparsity, a line for what stands before `at` in the labels."""
-    prefixes = list(dict.fromkeys(label.rpartition(" at ")[0] for label in found.rows if label != DENSE))
+def by_sparsity(found: Found, names: Sequence[str] = ()) -> list[Panel]:
+    """Perplexity on the first text against sparsity, a line for each name before `at` in the labels; by default all."""
+    prefixes = names or list(dict.fromkeys(label.rpartition(" at ")[0] for label in found.rows if label != DENSE))
     drawn = []
     for color, prefix in enumerate(prefixes):
         labels = [at(prefix, point) for point in found.options.points]

@@ -50,11 +50,17 @@ def table(name: str) -> str:
 
 
 def with_results(text: str) -> str:
-    """`text` with the present content of every marked result."""
-    return MARKED.sub(
-        lambda match: match[1] + (RESULTS / f"{match[2]}.md").read_text(encoding="utf-8") + match[3],
-        text,
-    )
+    """`text` with the present content of every marked result; of an experiment's page, its table alone."""
+    return MARKED.sub(lambda match: match[1] + _content(match[2]) + match[3], text)
+
+
+def _content(name: str) -> str:
+    page = (RESULTS / f"{name}.md").read_text(encoding="utf-8")
+    if not page.startswith("# "):
+        return page
+    table = TABLE.search(page)
+    assert table is not None, f"{name}.md has no table"
+    return f"\n{table[0]}\n"
 
 
 def main() -> None:

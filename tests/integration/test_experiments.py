@@ -295,3 +295,20 @@ def test_besa_paper_shows_them(results: dict[str, tuple[Found, Path]]) -> None:
     assert shown_.exit_code == 0, shown_.output
     assert "not run" in shown_.output
     assert "The coarser the better" in shown_.output
+
+
+def test_beyond_names_its_winner_and_draws_the_frontier() -> None:
+    from experiments.beyond import PATTERN, PATTERNS, frontier, methods
+
+    names = methods(Options(Conditions("m"), Measures(), 0.5, 1, ()), 0.5)
+    scores = {"dense": 5.0, **{f"{name} at {column}": 9.0 for name in names for column in ("50 %", "70 %")}}
+    scores |= {f"{name} at {PATTERN}": 9.0 for name in PATTERNS}
+    scores |= {f"best at {column}": 7.0 for column in ("50 %", "70 %", PATTERN)} | {"fast at 50 %": 8.0}
+    assert judged("beyond", **scores).holds
+    lost = judged("beyond", **scores | {"sparsegpt at 70 %": 6.0})
+    assert lost.found.startswith("best is first in 2 of 3 columns") and not lost.holds
+    *points, edge = frontier(fake(**scores)).curves
+    assert {point.label for point in points} == set(names) - {"magnitude"}
+    assert edge.y == [9.0, 8.0, 7.0] and list(edge.x) == sorted(edge.x)
+    spent = names["best"].finetune.epochs
+    assert spent == 5 and edge.x[-1] <= 20

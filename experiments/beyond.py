@@ -1,0 +1,95 @@
+"""Past the paper: what other kinds of methods, `fast` and `best` leave of a model, and what they cost.
+
+python -m experiments.beyond --model smollm2 --data wikitext2=FILE --data c4=FILE --data ptb=FILE --points 0.5,0.7
+
+Costs are forward passes of the calibration set, counted (`besa.planning.passes`); solving for weights comes on top.
+"""
+
+from besa.planning import forward_passes, spending
+from besa.recipe import Recipe
+from besa.report.curves import Curve, Panel
+from experiments.experiment import DENSE_CASE, Case, Experiment, Found, Options, Verdict, at, by_sparsity, numbers
+from experiments.running import run
+
+PASSES = 20  # that `best` may take
+OURS = "best"
+PATTERN = "2:4"
+PATTERNS = {  # recipe and settings; a pattern leaves no sparsity to share
+    "magnitude": ("magnitude",),
+    "wanda": ("wanda",),
+    "sparsegpt": ("sparsegpt",),
+    "uniform + admm": ("wanda", "reconstruction.method=admm"),
+    "fast": ("fast", "targets.method=uniform", "reconstruction.method=admm"),
+    "best": ("best", "targets.method=uniform", "reconstruction.method=admm"),
+}
+
+
+def methods(options: Options, sparsity: float) -> dict[str, Recipe]:
+    """Those that meet a sparsity, by name."""
+    return {
+        **{name: options.baseline(name, sparsity) for name in ("magnitude", "wanda", "sparsegpt")},
+        "besa": options.besa(sparsity=sparsity),
+        "owl + sparsegpt": Recipe.load("sparsegpt", sparsity, ["targets.method=owl"]),
+        "uniform + admm": Recipe.load("wanda", sparsity, ["reconstruction.method=admm"]),
+        "fast": options.baseline("fast", sparsity),
+        "best": _spending(options, options.baseline("best", sparsity)),
+    }
+
+
+def cases(options: Options) -> list[Case]:
+    """All methods at every sparsity, then those that keep to a pattern."""
+    by_name = [(at(name, s), recipe) for s in options.points for name, recipe in methods(options, s).items()]
+    for name, (base, *settings) in PATTERNS.items():
+        recipe = Recipe.load(base, 0.5, ["allocation={method: nm}", *settings])
+        by_name.append((f"{name} at {PATTERN}", _spending(options, recipe) if name == OURS else recipe))
+    return [DENSE_CASE, *(Case(label, recipe) for label, recipe in by_name)]
+
+
+def _spending(options: Options, recipe: Recipe) -> Recipe:
+    return spending(recipe, PASSES, options.conditions.samples, options.conditions.seqlen)
+
+
+def verdict(found: Found) -> Verdict:
+    """`best` is first in every column of every text."""
+    columns = [f"{100 * point:g} %" for point in found.options.points] + [PATTERN]
+    scores = {column: _column(found, column) for column in columns}
+    winners = [min(own, key=lambda name: own[name][text]) for own in scores.values() for text in found.drawn]
+    told = "; ".join(
+        f"{column}: {numbers(found, [f'{name} at {column}' for name in scores[column]])}" for column in columns
+    )
+    first = winners.count(OURS)
+    return Verdict(f"{OURS} is first in {first} of {len(winners)} columns; {told}.", first == len(winners))
+
+
+def _column(found: Found, column: str) -> dict[str, dict[str, float]]:
+    """Scores by method."""
+    ending = f" at {column}"
+    return {label.removesuffix(ending): row.mean for label, row in found.rows.items() if label.endswith(ending)}
+
+
+def panels(found: Found) -> list[Panel]:
+    """Perplexity against sparsity, and at the first sparsity against cost, with the frontier."""
+    return [*by_sparsity(found, list(methods(found.options, 0.5))), frontier(found)]
+
+
+def frontier(found: Found) -> Panel:
+    """Perplexity against forward passes at the first sparsity; the line joins what nothing cheaper beats."""
+    point, given = found.options.points[0], found.options.conditions
+    cost = {n: forward_passes(r, given.samples, given.seqlen) for n, r in methods(found.options, point).items()}
+    values = {name: found.score(at(name, point)) for name in cost}
+    shown = [name for name in cost if name != "magnitude"]  # so far off that the others would fall into one
+    line: list[str] = []
+    for name in sorted(shown, key=lambda name: (cost[name], values[name])):
+        if not line or values[name] < values[line[-1]]:
+            line.append(name)
+    edge = Curve("frontier", len(shown), [cost[name] for name in line], [values[name] for name in line])
+    points = [Curve(name, color, [cost[name]], [values[name]]) for color, name in enumerate(shown)]
+    return Panel([*points, edge], f"forward passes at {100 * point:g} %", f"perplexity {found.text}")
+
+
+EXPERIMENT = Experiment(
+    "beyond", "Past the paper: equal sparsity, equal data", cases, verdict, panels, points=(0.5, 0.6, 0.7)
+)
+
+if __name__ == "__main__":
+    run(EXPERIMENT)
