@@ -99,11 +99,11 @@ class Verdict:
 
     Attributes:
         found: what was found, in a sentence with its numbers.
-        holds: whether that is what the paper found.
+        holds: whether that is what the paper found; None where differences are within the noise.
     """
 
     found: str
-    holds: bool
+    holds: bool | None
 
 
 @dataclass(frozen=True)

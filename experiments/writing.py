@@ -17,6 +17,11 @@ from besa.report.curves import curves
 from besa.report.svg import standalone
 from experiments.experiment import Experiment, Found, Options
 
+TRENDS = {
+    True: "The paper's trend holds.",
+    False: "The paper's trend does not hold here.",
+    None: "Differences are within the noise: nothing can be said of the paper's trend.",
+}
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -100,7 +105,7 @@ def _page(result: Mapping[str, Any], found: Found) -> str:
     if found.options.measures.tasks:
         measured.append(f"first {result['limit']} questions of each task" if result["limit"] else "all questions")
     machine_ = f"{result['machine']['processor']}, {result['machine']['threads']} threads"
-    holds = "The paper's trend holds." if result["verdict"]["holds"] else "The paper's trend does not hold here."
+    holds = TRENDS[result["verdict"]["holds"]]
     lines = [
         f"# {result['title']}",
         "",

@@ -23,7 +23,7 @@ class Finding:
         title: what it shows.
         paper: what the paper found.
         here: what was found here, None where it was not run.
-        holds: whether the paper's trend is there, None where nobody said.
+        holds: whether the paper's trend is there, None where that is open.
         model: on which it was run.
         date: when.
     """
@@ -46,7 +46,7 @@ class Finding:
         """Whether the trend holds, in words."""
         if self.here is None:
             return "not run"
-        return "not judged" if self.holds is None else "yes" if self.holds else "no"
+        return "open" if self.holds is None else "yes" if self.holds else "no"
 
 
 def findings(results: Path = RESULTS) -> list[Finding]:

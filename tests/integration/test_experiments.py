@@ -5,8 +5,10 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
@@ -181,7 +183,7 @@ def test_files_say_what_was_done_and_found(results: dict[str, tuple[Found, Path]
     page = (folder / f"{name}.md").read_text()
     assert result["verdict"]["found"] in page
     assert f"![{result['title']}]({name}.svg)" in page
-    assert ("does not hold here" in page) == (not result["verdict"]["holds"])
+    assert ("does not hold here" in page) == (result["verdict"]["holds"] is False)
     root = ElementTree.parse(folder / f"{name}.svg").getroot()
     assert root.tag.endswith("svg")
     drawn = [curve for panel in result["panels"] for curve in panel["curves"]]
@@ -244,6 +246,32 @@ def test_verdicts_say_so_where_a_trend_does_not_hold() -> None:
     fig1b = {"dense": 5.7, "q at 70 %": 6.0, "v at 70 %": 9.0}
     assert judged("fig1b", **fig1b).holds
     assert not judged("fig1b", **fig1b | {"v at 70 %": 6.1}).holds
+
+
+def test_accuracies_within_their_error_tell_nothing() -> None:
+    asked = zero_shot.ZeroShot.model_validate(
+        {
+            "tasks": {
+                name: {"acc": 0.5, "acc_stderr": 0.03, "questions": 9, "version": 1} for name in ("piqa", "boolq")
+            },
+            "mean": 0.5,
+            "source": "embedded",
+            "limit": None,
+            "lm_eval": "0.4",
+        }
+    )
+    assert asked.stderr == pytest.approx(0.03 / 2**0.5)  # of two that have the same
+    outcome = SimpleNamespace(evaluations=[SimpleNamespace(zero_shot=None), SimpleNamespace(zero_shot=asked)])
+    for lead, holds in [(2.0, None), (3.0, True), (-2.0, None), (-3.0, False)]:
+        scores = {"dense": 60.0, "sparsegpt": 45.0, "wanda": 50.0, "besa": 50.0 + lead}
+        rows = {
+            label: row.model_copy(update={"mean": {"accuracy": row.mean["wikitext2"]}})
+            for label, row in fake(**scores).rows.items()
+        }
+        found = replace(fake(**scores), rows=rows, outcomes={"besa": [outcome]})  # type: ignore[list-item]
+        verdict = experiment("table2").verdict(found)
+        assert verdict.holds is holds
+        assert verdict.found.endswith(f"besa {50 + lead:.2f}; each has a standard error of 2.12.")
 
 
 def test_calibrated_documents_are_left_out_of_what_is_measured(

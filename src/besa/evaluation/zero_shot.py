@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from functools import cache
@@ -75,6 +76,11 @@ class ZeroShot(BaseModel):
     source: str
     limit: int | None
     lm_eval: str
+
+    @property
+    def stderr(self) -> float:
+        """Standard error of the mean; tasks without one count as exact."""
+        return math.hypot(*(task.acc_stderr or 0.0 for task in self.tasks.values())) / len(self.tasks)
 
 
 def check_tasks(tasks: Sequence[str]) -> None:
