@@ -9,6 +9,7 @@ from transformers import FalconConfig, LlamaConfig, MixtralConfig
 
 import besa
 from besa.planning.shapes import _LiveBytes
+from besa.recipe import Recipe
 
 LLAMA_70B = LlamaConfig(
     vocab_size=32000,
@@ -88,6 +89,14 @@ def test_activations_beyond_the_budget_go_to_disk(tmp_path: Path) -> None:
 def test_recipes_differ_in_what_they_take(recipe, passes, streams, tiny_llama_folder) -> None:
     planned = besa.plan(tiny_llama_folder, recipe, samples=64, seqlen=64)
     assert planned.forward_passes == passes
+    assert planned.activation_bytes == streams * 64 * 64 * 96 * 4
+
+
+@pytest.mark.parametrize(("strengths", "streams"), [([0, 1], 9 / 8), ([place / 14 for place in range(14)], 16 / 8)])
+def test_trials_are_planned_beside_each_other(strengths, streams, tiny_llama_folder) -> None:
+    recipe = Recipe.load("wanda", None, ["targets.method=search", f"targets.strengths={strengths}"])
+    planned = besa.plan(tiny_llama_folder, recipe, samples=64, seqlen=64)
+    assert planned.forward_passes == 2.03125 + (3 + 1 + len(strengths)) / 8
     assert planned.activation_bytes == streams * 64 * 64 * 96 * 4
 
 

@@ -1,5 +1,8 @@
 """Which block loses how much: exact and within bounds, and measured as a whole model's backward pass would."""
 
+import copy
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,13 +11,16 @@ from torch.nn import functional
 
 import besa
 from besa.calibration import Calibration
+from besa.errors import BesaError
 from besa.models.blocks import find_blocks
 from besa.models.loading import locate
 from besa.models.streaming import DecoderInMemory, DecoderOnDisk
 from besa.recipe import Recipe
-from besa.targets import Bounded, LossSensitivity, Owl
+from besa.targets import Bounded, LossSensitivity, Owl, Search
 from besa.targets.bounded import Survey
 from besa.targets.budgets import budgets
+from besa.targets.fisher import one_threshold
+from besa.targets.search import divergences
 
 CPU = torch.device("cpu")
 
@@ -121,7 +127,11 @@ def test_sensitivities_are_those_of_a_backward_pass_through_the_whole(
     assert half == pytest.approx([(rate + sparsity) / 2 for rate in found])
 
 
-@pytest.mark.parametrize("method", [LossSensitivity(every=2), Owl(every=2)], ids=["sensitivity", "owl"])
+@pytest.mark.parametrize(
+    "method",
+    [LossSensitivity(every=2), Owl(every=2), Search(every=2, strengths=(0, 1))],
+    ids=["sensitivity", "owl", "search"],
+)
 def test_from_the_disk_the_same_comes_out(method, tiny_llama, tiny_llama_folder, tiny_tokenizer):
     _, calibration = blocks_and_tokens(tiny_llama, tiny_llama_folder, tiny_tokenizer)
     streamed = DecoderOnDisk(locate(str(tiny_llama_folder)))
@@ -162,7 +172,76 @@ def test_owl_by_hand(tiny_llama, tiny_llama_folder, tiny_tokenizer):
     assert found == pytest.approx([0.6 - 0.16 * (ratio - lowest) / (highest - lowest) for ratio in ratios], abs=1e-3)
 
 
-@pytest.mark.parametrize("method", ["owl", "sensitivity"])
+def test_trials_diverge_as_models_do_that_are_pruned_whole(tiny_llama, tiny_llama_folder, tiny_tokenizer):
+    blocks, calibration = blocks_and_tokens(tiny_llama, tiny_llama_folder, tiny_tokenizer)
+    looked_at_NT, held_out_NT = calibration.tokens_NT[::2], calibration.tokens_NT[1::2]
+    own = survey(DecoderInMemory(tiny_llama), calibration)
+    threshold = one_threshold(own, looked_at_NT)
+    trials = [[0.5] * len(blocks), [0.3 + 0.05 * block.index for block in blocks], [0.0] * len(blocks)]
+    found = divergences(own, threshold.statistics, trials, held_out_NT)
+
+    inputs = {}
+    modules = {tiny_llama.get_submodule(name): name for block in blocks for name in block.prunables}
+    handles = [
+        module.register_forward_hook(lambda module, x, _: inputs.__setitem__(modules[module], x[0]))
+        for module in modules
+    ]
+    tiny_llama(looked_at_NT)
+    for handle in handles:
+        handle.remove()
+    dense_NTV = tiny_llama(held_out_NT).logits.log_softmax(-1)
+    for rates, divergence in zip(trials, found, strict=True):
+        pruned = copy.deepcopy(tiny_llama)
+        for block, rate in zip(find_blocks(pruned), rates, strict=True):
+            for name in block.prunables:
+                w_OI = block.weight(name)
+                rows, width = w_OI.shape
+                places_OI = (w_OI.abs() * inputs[name].square().sum(dim=(0, 1)).sqrt()).argsort(dim=1).argsort(dim=1)
+                upto = [round(rate * width * row) for row in range(rows + 1)]
+                zeros_O = torch.tensor([after - before for before, after in itertools.pairwise(upto)])
+                w_OI[places_OI < zeros_O[:, None]] = 0
+        apart_NTV = dense_NTV.exp() * (dense_NTV - pruned(held_out_NT).logits.log_softmax(-1))
+        assert divergence == pytest.approx(float(apart_NTV.sum() / held_out_NT.numel()), rel=1e-3, abs=1e-6)
+    assert found[0] > 10 * abs(found[2])
+
+
+def test_search_takes_the_best_of_its_strengths_and_leaves_the_model_alone(
+    tiny_llama, tiny_llama_folder, tiny_tokenizer
+):
+    _, calibration = blocks_and_tokens(tiny_llama, tiny_llama_folder, tiny_tokenizer, samples=6)
+    before = copy.deepcopy(tiny_llama.state_dict())
+    own = survey(DecoderInMemory(tiny_llama), calibration, 0.6)
+    method = Search(every=3, strengths=(1.0, 0.5, 0.0))
+    chosen = method.measure(own)
+    ways = [LossSensitivity(every=3, strength=strength).measure(own) for strength in method.strengths]
+    statistics = one_threshold(own, method.tokens(own)).statistics
+    trials = [method.bounded(way, own.sizes, 0.6) for way in ways]
+    found = divergences(own, statistics, trials, calibration.tokens_NT[1::3])
+    assert len(set(found)) == 3
+    assert chosen == ways[min(range(3), key=lambda place: found[place])]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tiny_llama.state_dict().items())
+
+
+def test_search_needs_something_to_hold_out(tiny_llama, tiny_llama_folder, tiny_tokenizer):
+    _, calibration = blocks_and_tokens(tiny_llama, tiny_llama_folder, tiny_tokenizer, samples=1)
+    with pytest.raises(BesaError, match="at least two --samples"):
+        Search().measure(survey(DecoderInMemory(tiny_llama), calibration))
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("every=1", "targets.every: input should be greater than or equal to 2"),
+        ("strengths=[0.5]", "targets.strengths: tuple should have at least 2 items"),
+        ("strengths=[0, 2]", "targets.strengths.1: input should be less than or equal to 1"),
+    ],
+)
+def test_settings_of_search_that_are_refused(setting, told):
+    with pytest.raises(BesaError, match=told):
+        Recipe.load("wanda", 0.5, ["targets.method=search", f"targets.{setting}"])
+
+
+@pytest.mark.parametrize("method", ["owl", "sensitivity", "search"])
 def test_a_run_meets_the_sparsity_and_goes_on_after_an_interruption(method, tiny_llama_folder, tmp_path):
     recipe = Recipe.load("wanda", 0.6, [f"targets.method={method}", "targets.every=2"])
     text = str(tiny_llama_folder / "calibration.txt")

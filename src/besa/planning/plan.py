@@ -21,7 +21,7 @@ from besa.planning.shapes import learn_arguments
 from besa.pruning.paths import dense_share
 from besa.quantization import MinMax
 from besa.recipe import Recipe
-from besa.targets import LossSensitivity
+from besa.targets import LossSensitivity, Search
 from besa.targets.budgets import budgets
 
 TEXT = 64 << 20  # of the tokenizer and the calibration text, while they are read
@@ -108,13 +108,17 @@ def work_out(
     apart = recipe.granularity == "attn-mlp"  # attention has a teacher of its own, and steps of its own
     target = stream if teacher == "pruned" else dense_stream
     streams = stream + dense_stream + (stream if teacher == "pruned" else 0) + (target if apart else 0)
-    if isinstance(recipe.targets, LossSensitivity):  # before the others are there
-        streams = max(streams, stream // samples * -(-samples // recipe.targets.every) * (len(blocks) + 1))
+    if isinstance(recipe.targets, LossSensitivity | Search):  # before the others are there
+        trials = len(recipe.targets.strengths) if isinstance(recipe.targets, Search) else 0
+        kept_at_once = max(len(blocks) + 1, trials + 2)  # inputs of all blocks; then those of a block in every trial
+        streams = max(streams, stream // samples * -(-samples // recipe.targets.every) * kept_at_once)
     on_disk = stream > activation_budget // 2
     crop = first_tokens(seqlen, recipe.descent.crop if recipe.descent else 1.0)
     learn_arguments(model, blocks, {(batch, seqlen), (1, seqlen), (1, crop)})
     inside = {id(parameter) for block in blocks for parameter in block.module.parameters()}
     outside = sum(parameter.nbytes for parameter in model.parameters() if id(parameter) not in inside)
+    if isinstance(recipe.targets, LossSensitivity | Search):  # predictions, their logarithms and gradients
+        outside += 20 * seqlen * model.config.get_text_config().vocab_size
     work = max(unit_bytes(model, unit, recipe, batch, seqlen) for unit in _distinct(whole))
     unit_size = max(stored_bytes(unit) for unit in whole)
     kept = (0 if on_disk else streams) + memory.current_bytes() + TEXT

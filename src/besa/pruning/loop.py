@@ -131,12 +131,11 @@ def _targets(
         resources.folder,
         seed,
     )
-    sizes = [sum(block.prunables[n].numel for n in own) for block, own in zip(decoder.blocks, names, strict=True)]
-    if not any(sizes):
+    if not any(survey.sizes):
         return None
     wanted = journal.targets if journal is not None else None
     if wanted is None:
         wanted = recipe.targets.measure(survey)
         if journal is not None:
             journal.keep_targets(wanted)
-    return recipe.targets.bounded(wanted, sizes, recipe.sparsity)
+    return recipe.targets.bounded(wanted, survey.sizes, recipe.sparsity)

@@ -12,9 +12,10 @@ from pydantic import Field
 
 from besa.targets.bounded import Bounded
 from besa.targets.owl import Owl
+from besa.targets.search import Search
 from besa.targets.sensitivity import LossSensitivity
 from besa.targets.uniform import Even
 
-Targets = Annotated[Even | Owl | LossSensitivity, Field(discriminator="method")]
+Targets = Annotated[Even | Owl | LossSensitivity | Search, Field(discriminator="method")]
 
-__all__ = ["Bounded", "Even", "LossSensitivity", "Owl", "Targets"]
+__all__ = ["Bounded", "Even", "LossSensitivity", "Owl", "Search", "Targets"]

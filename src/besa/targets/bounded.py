@@ -1,15 +1,21 @@
-"""What methods that tell blocks apart have in common: what they look at, and how far they may go."""
+"""What methods that tell blocks apart have in common: what they look at, and how far they may go.
+
+Shape suffixes: N sequences, T tokens, C channels of the residual stream, B blocks.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from besa.activations import HiddenStates, allocate
 from besa.calibration import Calibration
+from besa.models.blocks import capture_inputs
 from besa.models.streaming import Decoder
 from besa.settings import Settings
 
@@ -39,6 +45,22 @@ class Survey:
     activation_budget: int
     folder: Path | None
     seed: int
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """How many weights of each block share the sparsity."""
+        blocks = zip(self.decoder.blocks, self.names, strict=True)
+        return [sum(block.prunables[name].numel for name in own) for block, own in blocks]
+
+    def embedded(self, tokens_NT: Tensor) -> Tensor:
+        """What reaches the first block (N, T, C)."""
+        with self.decoder.embeddings():
+            return torch.cat(list(capture_inputs(self.decoder.model, self.decoder.blocks, tokens_NT, self.batch)))
+
+    def room_like(self, x_NTC: Tensor, share: int) -> HiddenStates:
+        """Room for as many hidden states again, which may take one of so many parts of the memory for them."""
+        samples, tokens, width = x_NTC.shape
+        return allocate((samples, tokens, width), x_NTC.dtype, self.activation_budget // share, self.folder)
 
 
 class Bounded(Settings):

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from pydantic import Field
 
 from besa.importance import Wanda
-from besa.models.blocks import capture_inputs
 from besa.statistics import collect
 from besa.targets.bounded import Bounded, Survey
 
@@ -29,10 +27,8 @@ class Owl(Bounded):
     def measure(self, survey: Survey) -> list[float]:
         """The sparsity that each block wants, from a forward pass through the dense model."""
         decoder, ratios = survey.decoder, []
-        with decoder.embeddings():
-            parts = capture_inputs(decoder.model, decoder.blocks, self.tokens(survey), survey.batch)
-            x_NTC = torch.cat(list(parts))
-        for block, names in zip(decoder.blocks, survey.names, strict=True):
+        x_NTC = survey.embedded(self.tokens(survey))
+        for block, names, size in zip(decoder.blocks, survey.names, survey.sizes, strict=True):
             with decoder.opened(block, survey.device):
                 with collect(block.module, block.prunables, gram=False) as statistics:
                     block.run(x_NTC, survey.batch, into=x_NTC)
@@ -40,6 +36,6 @@ class Owl(Bounded):
                 for name in names:
                     score_OI = Wanda().score(block.weight(name), statistics[name])
                     outliers += int((score_OI > self.outlier * score_OI.mean()).sum())
-            ratios.append(outliers / max(1, sum(block.prunables[name].numel for name in names)))
+            ratios.append(outliers / max(1, size))
         spread = max(ratios) - min(ratios)
         return [survey.sparsity - self.span * (ratio - min(ratios)) / max(spread, 1e-12) for ratio in ratios]
