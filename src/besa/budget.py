@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -91,3 +93,38 @@ def apportion(rates_R: Tensor, widths_R: Tensor, total: int, least_R: Tensor) ->
     cost = torch.where(counts < widths, (2 * (counts - wanted) + 1) / widths, torch.inf)
     counts[cost.argsort(stable=True)[: total - int(counts.sum())]] += 1  # at most one step a row is left
     return counts.long()
+
+
+def cheapest(costs: Sequence[Sequence[float]], sizes: Sequence[int], total: int) -> list[int] | None:
+    """How many steps each part takes, so that Σ steps·size is `total` and the costs add up to the least.
+
+    Exact: part by part, the least that every sum up to `total` can cost is found; sums are counted in the
+    greatest common divisor of the sizes. Ties fall to fewer steps of the later part.
+
+    Args:
+        costs: of each part, what 0, 1, 2, … steps cost together; infinite where they are not to be had.
+        sizes: of a step of each part.
+        total: a multiple of the sizes' greatest common divisor.
+
+    Returns:
+        None where no steps add up to `total`.
+    """
+    unit = math.gcd(*sizes)
+    room = total // unit + 1
+    least = torch.full((room,), torch.inf, dtype=torch.float64)
+    least[0] = 0.0
+    taken = []
+    for own, size in zip(costs, sizes, strict=True):
+        tried = torch.full((len(own), room), torch.inf, dtype=torch.float64)
+        for steps, cost in enumerate(own):
+            way = steps * size // unit
+            tried[steps, way:] = least[: max(0, room - way)] + cost
+        least, best = tried.min(dim=0)
+        taken.append(best)
+    if not bool(least[-1].isfinite()):
+        return None
+    place, counts = room - 1, []
+    for best, size in zip(reversed(taken), reversed(sizes), strict=True):
+        counts.append(int(best[place]))
+        place -= counts[-1] * size // unit
+    return counts[::-1]

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from besa.allocation import NM, Allocation, Besa, Uniform
+from besa.allocation import NM, Allocation, Besa, Sensitivity, Uniform
 from besa.allocation.descent import Descent
 from besa.errors import BesaError
 from besa.finetuning import Finetuning, MaskedAdam, Untuned
@@ -79,6 +79,15 @@ class Recipe(Settings):
             return self.allocation
         clips = isinstance(self.quantization, MinMax) and self.quantization.clipping == "first"
         return Descent() if clips else None
+
+    @property
+    def probed(self) -> int | None:
+        """One calibration sequence in so many is sent back through each block; None where the allocation needs none."""
+        if isinstance(self.allocation, Sensitivity):
+            return self.allocation.every
+        guesses = isinstance(self.allocation, Besa) and self.allocation.guess > 0
+        mixes = isinstance(self.allocation, NM) and self.allocation.mixed
+        return Sensitivity().every if guesses or mixes else None
 
     @property
     def teacher(self) -> Literal["dense", "pruned"] | None:

@@ -1,6 +1,7 @@
 """Exact budgets against brute force in whole numbers and fractions."""
 
 import heapq
+import math
 from fractions import Fraction
 from itertools import product
 
@@ -9,7 +10,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from besa.budget import apportion, split, zeros_for
+from besa.budget import apportion, cheapest, split, zeros_for
 from besa.errors import BesaError
 
 SIZES = st.lists(st.integers(1, 50) | st.integers(1, 10**15), min_size=1, max_size=8)
@@ -148,3 +149,24 @@ def test_impossible_totals(total):
 @pytest.mark.parametrize("total", [3, 12])
 def test_totals_that_are_just_possible(total):
     assert apportioned([0.5, 0.5], [6, 6], total, [1, 2]) == ([1, 2] if total == 3 else [6, 6])
+
+
+@given(data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_the_cheapest_steps_are_those_of_trying_all(data):
+    sizes = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=4))
+    prices = st.lists(st.sampled_from([0.0, 1.0, 2.5, 7.0, torch.inf]), min_size=1, max_size=4)
+    costs = [data.draw(prices) for _ in sizes]
+    total = math.gcd(*sizes) * data.draw(st.integers(0, 12))
+    tried = [
+        sum(own[n] for own, n in zip(costs, steps, strict=True))
+        for steps in product(*(range(len(own)) for own in costs))
+        if sum(n * size for n, size in zip(steps, sizes, strict=True)) == total
+    ]
+    best = min(tried, default=math.inf)
+    found = cheapest(costs, sizes, total)
+    if math.isinf(best):
+        assert found is None
+    else:
+        assert sum(n * size for n, size in zip(found, sizes, strict=True)) == total
+        assert sum(own[n] for own, n in zip(costs, found, strict=True)) == best

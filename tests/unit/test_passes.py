@@ -17,6 +17,11 @@ from besa.recipe import Recipe
         ("besa", ("allocation.crop=1",), 1 + 2 + 3),
         ("besa", ("allocation.granularity=attn-mlp",), 0.5 + 2 + 0.5 + 3),
         ("fast", (), 0.5 / 16 + 2 + 3 / 8 + 2 / 4),
+        ("wanda", ("targets.method=search",), 0.5 / 16 + 2 + (3 + 1 + 4) / 8),
+        ("wanda", ("targets={method: search, every: 4, strengths: [0, 1]}",), 0.5 / 16 + 2 + (3 + 1 + 2) / 4),
+        ("wanda", ("allocation={method: nm, mixed: true}",), 0.5 / 16 + 2 + 2 / 4),
+        ("wanda", ("allocation={method: nm}",), 0.5 / 16 + 2),
+        ("besa", ("allocation.guess=0.5",), 0.5 + 2 + 3 * 0.5 + 2 / 4),
         ("best", ("finetune.epochs=4",), 1 + 2 + 3 / 8 + 2 / 4 + 4 * (3 * 15 + 1) / 16 + 1 / 16),
     ],
 )

@@ -1,17 +1,22 @@
 """N:M patterns with every importance and reconstruction, and ADMM: exact, and better than what they start from."""
 
+import dataclasses
 import itertools
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 import besa
 from besa.allocation import NM, BlockProblem, RankedLinear
-from besa.budget import Budget
+from besa.allocation.sensitivity import row_sensitivities
+from besa.budget import Budget, zeros_for
 from besa.errors import BesaError
 from besa.masks import hard_mask, rank
+from besa.models.blocks import Block
+from besa.models.prunable import find_prunables
 from besa.recipe import Recipe
 from besa.reconstruction import ADMM, ConjugateGradient, Frozen, OBSUpdate
 from besa.statistics import InputStatistics
@@ -160,3 +165,103 @@ def test_admm_keeps_zeros_and_counts(w_OI, x_TI):
     rebuilt_OI = ADMM().rebuild(w_OI, rank(w_OI.abs(), w_OI), counts_O, gathered(x_TI))
     assert (rebuilt_OI[:, ::4] == 0).all()
     assert torch.equal((rebuilt_OI == 0).sum(dim=1), counts_O)
+
+
+# An n for each linear
+
+
+class Two(nn.Module):
+    """A linear and another one of its output, beside a third."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 12, bias=False), nn.Linear(12, 8, bias=False)
+        self.out, self.gate = nn.Linear(8, 8, bias=False), nn.Linear(8, 4, bias=False)
+
+    def forward(self, x):
+        return x + self.down(self.up(x).tanh()) + self.out(x).tanh() * self.gate(x).sum(-1, keepdim=True)
+
+
+def two_problem(seed: int, pattern: NM, names=("up", "down", "out", "gate")) -> BlockProblem:
+    torch.manual_seed(seed)
+    module = Two().requires_grad_(False)
+    for parameter in module.parameters():
+        parameter *= torch.rand(()) * 3
+    block = Block(0, "b", module, find_prunables(module), {(1, 5): {}})
+    linears = {}
+    for name in names:
+        w_OI = block.weight(name)
+        score_OI = w_OI.abs() * torch.rand(w_OI.shape[1])
+        linears[name] = RankedLinear(w_OI, score_OI, rank(score_OI, w_OI, pattern.of))
+    weights = sum(linear.w_OI.numel() for linear in linears.values())
+    budget = Budget(tuple(names), weights, zeros_for(pattern.sparsity, weights))
+    inputs_NTC = torch.randn(5, 5, 8)
+    return BlockProblem(block, linears, inputs_NTC, inputs_NTC, [budget], seed=seed)
+
+
+def error_of(problem: BlockProblem, pattern: NM, gone: tuple[int, ...]) -> float:
+    """What Σ importance² · sensitivity over the lowest `gone` of each group of each linear comes to."""
+    found, total = row_sensitivities(problem, 4), 0.0
+    for (name, linear), number in zip(problem.linears.items(), gone, strict=True):
+        error_OI = linear.importance_OI.square() * found.rows(name)[:, None]
+        groups_OGM = linear.importance_OI.reshape(len(error_OI), -1, pattern.of)
+        lowest_OGM = groups_OGM.argsort(dim=2)[..., :number]
+        total += float(error_OI.reshape(groups_OGM.shape).gather(2, lowest_OGM).double().sum())
+    return total
+
+
+@given(seed=st.integers(0, 10**6), pattern=st.sampled_from([(2, 4), (1, 4), (3, 4), (1, 2)]))
+@settings(max_examples=25, deadline=None)
+def test_mixed_patterns_are_the_best_of_all_that_meet_the_budget(seed, pattern):
+    method = NM(keep=pattern[0], of=pattern[1], mixed=True)
+    problem = two_problem(seed, method)
+    counts = method.allocate(problem).counts
+    gone = []
+    for name, linear in problem.linears.items():
+        (number,) = set((counts[name] // (linear.w_OI.shape[1] // method.of)).tolist())
+        kept_OGM = hard_mask(linear.ranks_OI, counts[name]).reshape(len(linear.w_OI), -1, method.of)
+        assert (kept_OGM.sum(dim=2) == method.of - number).all()
+        gone.append(number)
+    sizes = [linear.w_OI.numel() // method.of for linear in problem.linears.values()]
+    zeros = problem.budgets[0].zeros
+    assert sum(int(own_O.sum()) for own_O in counts.values()) == zeros
+    every = [
+        error_of(problem, method, numbers)
+        for numbers in itertools.product(range(method.of), repeat=len(sizes))
+        if sum(number * size for number, size in zip(numbers, sizes, strict=True)) == zeros
+    ]
+    assert error_of(problem, method, tuple(gone)) == pytest.approx(min(every), rel=1e-6)
+
+
+def test_mixed_patterns_leave_alone_what_no_token_reached_and_respect_zeros():
+    method = NM(mixed=True)
+    problem = two_problem(1, method)
+    plain = method.allocate(problem).counts
+    assert len({int(own_O[0]) / problem.linears[name].w_OI.shape[1] for name, own_O in plain.items()}) > 1
+    moved = next(name for name, own_O in plain.items() if own_O[0] * 2 != problem.linears[name].w_OI.shape[1])
+    linears = problem.linears | {moved: dataclasses.replace(problem.linears[moved], reached=False)}
+    counts = method.allocate(dataclasses.replace(problem, linears=linears)).counts
+    assert (counts[moved] * 2 == problem.linears[moved].w_OI.shape[1]).all()
+    full = max(plain, key=lambda name: -int(plain[name][0]) / problem.linears[name].w_OI.shape[1])
+    problem.linears[full].w_OI[0, :3] = 0
+    counts = method.allocate(problem).counts
+    assert int(counts[full][0]) == 3 * problem.linears[full].w_OI.shape[1] // 4
+    assert sum(int(own_O.sum()) for own_O in counts.values()) == problem.budgets[0].zeros
+    for linear in problem.linears.values():
+        linear.w_OI[0, :3] = 0
+    with pytest.raises(BesaError, match="up has groups of 4 with more than 2 zeros already"):
+        method.allocate(problem)
+
+
+@pytest.mark.parametrize("method", ["none", "cg", "admm", "obs"])
+def test_a_model_of_mixed_patterns(method, tiny_llama, tiny_llama_folder, tiny_tokenizer):
+    recipe = Recipe.load("wanda", None, ["allocation={method: nm, mixed: true}", f"reconstruction.method={method}"])
+    text = str(tiny_llama_folder / "calibration.txt")
+    result = besa.compress(tiny_llama, recipe, text, samples=2, seqlen=32, tokenizer=tiny_tokenizer)
+    assert [block.zeros * 2 for block in result.record.blocks] == [block.weights for block in result.record.blocks]
+    numbers = set()
+    for name, parameter in tiny_llama.named_parameters():
+        if "_proj" in name:
+            (number,) = set((parameter != 0).reshape(-1, 4).sum(dim=1).tolist())
+            numbers.add(number)
+    assert len(numbers) > 1

@@ -1,4 +1,7 @@
-"""N:M: in every group of consecutive columns of a row the same number of weights is kept."""
+"""N:M: in every group of consecutive columns of a row the same number of weights is kept.
+
+Shape suffixes: O rows (output channels), I columns (input channels), G groups of a row, M columns of a group.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,13 @@ from typing import Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
-from besa.allocation.problem import Allocated, BlockProblem
+from besa.allocation.problem import Allocated, BlockProblem, RankedLinear
+from besa.allocation.sensitivity import Sensitivity, row_sensitivities
+from besa.budget import Budget, cheapest
 from besa.errors import BesaError
+from besa.probes import RowSensitivities
 from besa.settings import Settings
 
 
@@ -17,11 +24,16 @@ class NM(Settings):
 
     The ranks that a block's problem comes with put a weight's place within its group first (`masks.rank`), so that the
     lowest ranks of a row are those the pattern takes, and whatever works with counts works with patterns.
+
+    Where patterns are `mixed`, each linear keeps a number of its own, from 1 to `of`, and the linears of a budget
+    together as many weights as if all kept `keep`. Of all such numbers those are taken that make the least error at the
+    block's output, as `Sensitivity` counts it.
     """
 
     method: Literal["nm"] = "nm"
     keep: int = Field(default=2, ge=1, description="N: weights kept in a group")
     of: int = Field(default=4, ge=2, description="M: consecutive columns of a group")
+    mixed: bool = Field(default=False, description="each linear has an N of its own, `keep` in the mean of the block")
 
     @property
     def sparsity(self) -> float:
@@ -29,19 +41,45 @@ class NM(Settings):
         return 1 - self.keep / self.of
 
     def allocate(self, problem: BlockProblem) -> Allocated:
-        """The same zeros for every row.
+        """The same zeros for every row of a linear.
 
         Raises:
             BesaError: a group has more zeros already than the pattern makes.
         """
+        gone = dict.fromkeys(problem.linears, self.of - self.keep)
+        if self.mixed:
+            found = row_sensitivities(problem, Sensitivity().every)
+            for budget in problem.budgets:
+                gone |= self._mix(problem, budget, found)
         counts = {}
         for name, linear in problem.linears.items():
-            rows, width = linear.w_OI.shape
-            zeros_OG = (linear.w_OI == 0).reshape(rows, -1, self.of).sum(dim=2)
-            if int(zeros_OG.max()) > self.of - self.keep:
+            if self._most_zeros(linear) > gone[name]:
                 raise BesaError(
-                    f"{name} has groups of {self.of} with more than {self.of - self.keep} zeros already: "
+                    f"{name} has groups of {self.of} with more than {gone[name]} zeros already: "
                     "leave it out with --skip, or prune without a pattern."
                 )
-            counts[name] = torch.full((rows,), width // self.of * (self.of - self.keep))
+            rows, width = linear.w_OI.shape
+            counts[name] = torch.full((rows,), width // self.of * gone[name])
         return Allocated(counts)
+
+    def _mix(self, problem: BlockProblem, budget: Budget, found: RowSensitivities) -> dict[str, int]:
+        """Weights that go from each group of each linear; none where zeros that are there leave no way."""
+        linears = [problem.linears[name] for name in budget.names]
+        costs = [self._costs(own, found.rows(name)) for name, own in zip(budget.names, linears, strict=True)]
+        gone = cheapest(costs, [own.w_OI.numel() // self.of for own in linears], budget.zeros)
+        return {} if gone is None else dict(zip(budget.names, gone, strict=True))
+
+    def _costs(self, linear: RankedLinear, gradients_O: Tensor) -> list[float]:
+        """The error that is made where 0, 1, … `of` - 1 weights of every group go; infinite where they cannot."""
+        if not linear.reached:
+            return [0.0 if gone == self.of - self.keep else torch.inf for gone in range(self.of)]
+        error_OI = linear.errors(gradients_O)
+        places_OI = linear.ranks_OI // (linear.w_OI.shape[1] // self.of)
+        least = self._most_zeros(linear)
+        made = [float(error_OI.where(places_OI < gone, 0).sum(dtype=torch.float64)) for gone in range(least, self.of)]
+        return [torch.inf] * least + made
+
+    def _most_zeros(self, linear: RankedLinear) -> int:
+        """Of a group, before anything is pruned."""
+        zero_OGM = (linear.w_OI == 0).reshape(len(linear.w_OI), -1, self.of)
+        return int(zero_OGM.sum(dim=2).max())

@@ -43,6 +43,14 @@ class RankedLinear:
         """Weights of each row (O,) that are zero already, int64 on the CPU."""
         return (self.w_OI == 0).sum(dim=1).cpu()
 
+    def errors(self, gradients_O: Tensor) -> Tensor:
+        """The squared error of the block's output that each weight's loss makes (O, I), float32.
+
+        Args:
+            gradients_O: squared gradients from there to the rows, as from `probes.RowSensitivities`.
+        """
+        return self.importance_OI.float().pow(self.power) * gradients_O[:, None]
+
 
 @dataclass(frozen=True)
 class BlockProblem:

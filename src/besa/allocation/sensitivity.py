@@ -73,8 +73,7 @@ def _keys(linear: RankedLinear, gradients_O: Tensor) -> Callable[[], Tensor]:
     """Integers (O, I) that sort as the weights are to go: zeros first, then by the error that a loss makes."""
 
     def keys_OI() -> Tensor:
-        error_OI = linear.importance_OI.float().pow(linear.power) * gradients_O[:, None]
-        return (error_OI.view(torch.int32) + 1).masked_fill_(linear.w_OI == 0, 0)
+        return (linear.errors(gradients_O).view(torch.int32) + 1).masked_fill_(linear.w_OI == 0, 0)
 
     return keys_OI
 

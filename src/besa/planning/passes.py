@@ -6,12 +6,12 @@ Solving for weights, which `cg`, `admm` and `obs` do between passes, is not coun
 
 from __future__ import annotations
 
-from besa.allocation import Sensitivity, first_tokens
+from besa.allocation import first_tokens
 from besa.errors import BesaError
 from besa.finetuning import MaskedAdam
 from besa.pruning.paths import dense_share
 from besa.recipe import Recipe
-from besa.targets import LossSensitivity, Owl
+from besa.targets import LossSensitivity, Owl, Search
 
 
 def forward_passes(recipe: Recipe, samples: int, seqlen: int) -> float:
@@ -33,10 +33,12 @@ def forward_passes(recipe: Recipe, samples: int, seqlen: int) -> float:
         passes += 3 * halves * seen / (samples * seqlen)
     if isinstance(recipe.targets, Owl):
         passes += 1 / recipe.targets.every
-    if isinstance(recipe.targets, LossSensitivity):
+    if isinstance(recipe.targets, LossSensitivity | Search):
         passes += 3 / recipe.targets.every
-    if isinstance(recipe.allocation, Sensitivity):
-        passes += 2 / recipe.allocation.every
+    if isinstance(recipe.targets, Search):
+        passes += (1 + len(recipe.targets.strengths)) / recipe.targets.every
+    if recipe.probed is not None:
+        passes += 2 / recipe.probed
     if isinstance(recipe.finetune, MaskedAdam):
         passes += recipe.finetune.epochs * _epoch(recipe.finetune) + 1 / recipe.finetune.held_out
     return passes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from besa.allocation import Allocation, Sensitivity, first_tokens
+from besa.allocation import Allocation, first_tokens
 from besa.allocation.besa import Besa
 from besa.finetuning import MaskedAdam
 from besa.masks import CHUNK
@@ -14,7 +14,7 @@ from besa.planning.shapes import forward_bytes
 from besa.quantization import MinMax
 from besa.recipe import Recipe
 from besa.reconstruction import ADMM, ConjugateGradient
-from besa.targets import LossSensitivity
+from besa.targets import LossSensitivity, Search
 
 OPTIMIZER = 7  # copies of the logits: themselves, gradient, two moments, beta, its gradient, the tails
 
@@ -49,8 +49,10 @@ def unit_bytes(model: PreTrainedModel, unit: Unit, recipe: Recipe, batch: int, s
     if recipe.reconstruction.needs_gram:
         solver = {ADMM: 44, ConjugateGradient: 32}.get(type(recipe.reconstruction), 12)  # copies of a weight, in bytes
         phases.append(ranked + gram + 4 * 4 * widest**2 + solver * most)
-    if isinstance(recipe.allocation, Sensitivity) or isinstance(recipe.targets, LossSensitivity):
+    if recipe.probed is not None or isinstance(recipe.targets, LossSensitivity | Search):
         phases.append(ranked + 12 * most + forward_bytes(unit, model, 1, seqlen, learning=True))
+    if isinstance(recipe.targets, Search):  # ranks, and what a trial leaves of the weights
+        phases.append(ranked + item * weights + forward_bytes(unit, model, batch, seqlen, learning=False))
     if isinstance(recipe.finetune, MaskedAdam):
         # Weights, gradient, two moments and the best so far as float32, the mask, copies to multiply with.
         tuned = (21 + item + 2) * weights
