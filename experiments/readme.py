@@ -49,6 +49,16 @@ def table(name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def trends() -> str:
+    """Each of the paper's experiments with its verdict, in short."""
+    lines = ["", "| experiment | the paper found | holds here |", "|---|---|---|"]
+    for finding in findings(RESULTS):
+        place = RESULTS.relative_to(ROOT) / finding.name / f"{finding.name}.md"
+        name = finding.name if finding.here is None else f"[{finding.name}]({place})"
+        lines.append(f"| {name}: {finding.title} | {finding.paper.partition(' (')[0].rstrip('.')} | {finding.trend} |")
+    return "\n".join([*lines, "", ""])
+
+
 def with_results(text: str) -> str:
     """`text` with the present content of every marked result; of an experiment's page, its table alone."""
     return MARKED.sub(lambda match: match[1] + _content(match[2]) + match[3], text)
@@ -70,6 +80,7 @@ def main() -> None:
         before, after = TABLE.split(path.read_text(encoding="utf-8"), maxsplit=1)
         path.write_text(before + table(name) + after, encoding="utf-8")
     (RESULTS / "README.md").write_text(INDEX + markdown(findings(RESULTS)), encoding="utf-8")
+    (RESULTS / "trends.md").write_text(trends(), encoding="utf-8")
     readme = ROOT / "README.md"
     readme.write_text(with_results(readme.read_text(encoding="utf-8")), encoding="utf-8")
 
