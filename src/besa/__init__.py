@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from besa.api import Compressed, compress, evaluate, plan, simulate
     from besa.calibration import Calibration
     from besa.checkpoint.packing import pack, unpack
+    from besa.checkpoint.shrinking import shrink
     from besa.evaluation.result import Evaluation
     from besa.recipe import Recipe
     from besa.runtime.generation import generate
@@ -35,6 +36,7 @@ __all__ = [
     "load",
     "pack",
     "plan",
+    "shrink",
     "simulate",
     "unpack",
 ]
@@ -53,6 +55,7 @@ _HOMES = {
     "load": "besa.runtime.loading",
     "pack": "besa.checkpoint.packing",
     "plan": "besa.api",
+    "shrink": "besa.checkpoint.shrinking",
     "simulate": "besa.api",
     "unpack": "besa.checkpoint.packing",
 }

@@ -10,14 +10,14 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from besa.allocation import NM, Allocation, Besa, Sensitivity, Uniform
+from besa.allocation import NM, Allocation, Besa, Sensitivity, Structured, Uniform
 from besa.allocation.descent import Descent
 from besa.errors import BesaError
 from besa.finetuning import Finetuning, MaskedAdam, Untuned
 from besa.importance import Importance, Wanda
 from besa.models.units import Granularity
 from besa.quantization import MinMax, Quantization, Unquantized
-from besa.reconstruction import Frozen, Reconstruction
+from besa.reconstruction import ADMM, Frozen, OBSUpdate, Reconstruction
 from besa.settings import Settings
 from besa.targets import Even, Targets
 
@@ -54,6 +54,8 @@ class Recipe(Settings):
             raise ValueError("reconstruction.target=dense looks at one block: choose another allocation.granularity")
         if isinstance(self.allocation, NM):
             self._keeps_to(self.allocation)
+        if isinstance(self.allocation, Structured):
+            self._keeps_units()
         return self
 
     def _keeps_to(self, pattern: NM) -> None:
@@ -66,6 +68,18 @@ class Recipe(Settings):
             )
         if not (isinstance(self.targets, Even) and isinstance(self.quantization, Unquantized)):
             raise ValueError("an n:m pattern goes with targets.method=uniform and quantization.method=none")
+
+    def _keeps_units(self) -> None:
+        adaptive = isinstance(self.reconstruction, OBSUpdate) and self.reconstruction.mask == "adaptive"
+        if adaptive or isinstance(self.reconstruction, ADMM):
+            raise ValueError(
+                "structured pruning needs a reconstruction that keeps the mask: set reconstruction.method to none or "
+                "cg, or reconstruction.mask=fixed"
+            )
+        if self.sparsity_of:
+            raise ValueError("structured pruning takes whole units out of several linears: leave out sparsity_of")
+        if not (isinstance(self.targets, Even) and isinstance(self.quantization, Unquantized)):
+            raise ValueError("structured pruning goes with targets.method=uniform and quantization.method=none")
 
     @property
     def group(self) -> int | None:

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from besa.checkpoint.inspection import Contents
 from besa.checkpoint.packing import Packing
+from besa.checkpoint.shrinking import Shrinking
 from besa.comparing import LABELS, Comparison, cell
 from besa.demo import Row
 from besa.evaluation.result import Evaluation
@@ -22,6 +23,7 @@ from besa.evaluation.zero_shot import ZeroShot
 from besa.kinds import shortened
 from besa.paper import Finding
 from besa.planning import Plan
+from besa.models.couplings import CALLED
 from besa.progress import Progress
 from besa.record import RunRecord
 from besa.runtime.timings import Bench
@@ -114,6 +116,15 @@ def packed(found: Packing, folder: Path) -> RenderableType:
     return Text(
         f"{folder}: {found.packed:,} of {found.linears:,} linears packed, from {found.dense_bytes / 1e6:,.1f} to "
         f"{found.packed_bytes / 1e6:,.1f} MB ({found.packed_bytes / found.dense_bytes:.3f} of the bytes)\n"
+        f"weight files: from {found.file_bytes_before / 1e6:,.1f} to {found.file_bytes / 1e6:,.1f} MB"
+    )
+
+
+def shrunk(found: Shrinking, folder: Path) -> RenderableType:
+    """What shrinking did, in two lines."""
+    units = ", ".join(f"{CALLED[kind]} from {before:,} to {after:,}" for kind, (before, after) in found.units.items())
+    return Text(
+        f"{folder}: {units} in each block\n"
         f"weight files: from {found.file_bytes_before / 1e6:,.1f} to {found.file_bytes / 1e6:,.1f} MB"
     )
 

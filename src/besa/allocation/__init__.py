@@ -14,9 +14,10 @@ from besa.allocation.besa import Besa
 from besa.allocation.nm import NM
 from besa.allocation.problem import Allocated, BlockProblem, RankedLinear, first_tokens
 from besa.allocation.sensitivity import Sensitivity
+from besa.allocation.structured import Structured
 from besa.allocation.uniform import Uniform
 
-Allocation = Annotated[Uniform | Besa | Sensitivity | NM, Field(discriminator="method")]
+Allocation = Annotated[Uniform | Besa | Sensitivity | NM | Structured, Field(discriminator="method")]
 
 __all__ = [
     "NM",
@@ -26,6 +27,7 @@ __all__ = [
     "BlockProblem",
     "RankedLinear",
     "Sensitivity",
+    "Structured",
     "Uniform",
     "first_tokens",
 ]

@@ -103,10 +103,17 @@ class BlockProblem:
 
 @dataclass(frozen=True)
 class Allocated:
-    """Zeros of each row of each linear, int64 on the CPU, with the loss at every learning step (if any)."""
+    """What is to be zero.
+
+    Attributes:
+        counts: zeros of each row of each linear, int64 on the CPU.
+        losses: at every learning step, if any.
+        ranks: places in the pruning order of a row, for linears in which it is not that of the problem.
+    """
 
     counts: dict[str, Tensor]
     losses: list[float] = field(default_factory=list)
+    ranks: dict[str, Tensor] = field(default_factory=dict)
 
 
 def first_tokens(seqlen: int, share: float) -> int:

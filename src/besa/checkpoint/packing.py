@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from besa.checkpoint.files import appearing, save_tensors, write_file
+from besa.checkpoint.files import appearing
 from besa.checkpoint.formats import bitmask, packed
-from besa.checkpoint.formats.container import ABOUT, HEADER, Container, header, tensors_of
-from besa.checkpoint.writer import assemble
+from besa.checkpoint.formats.container import HEADER, Container, header, tensors_of
+from besa.checkpoint.rewriting import config_of, folder_of, local, rewrite, size_of
 from besa.errors import BesaError
 from besa.models.blocks import find_blocks
 from besa.models.files import SPARSE_STEM, STEM, WeightFiles
-from besa.models.loading import NEEDED, Source, locate, quantization_of, read_config, skeleton
+from besa.models.loading import Source, quantization_of, read_config, skeleton
 from besa.models.streaming import renaming
 from besa.progress import Progress, silent
-from besa.record import RECORD_NAME
-
-OWN = "besa_*.json"  # what besa wrote beside the weights; measurements in it are of these very files
 
 
 class Packing(BaseModel):
@@ -89,16 +83,16 @@ def pack(
         BesaError: the model cannot be read, is packed already, or would not get smaller; or `out` exists or cannot be
             written.
     """
-    source = _local(model, progress)
-    if header(_folder(source)) is not None:
+    source = local(model, progress)
+    if header(folder_of(source)) is not None:
         raise BesaError(f"{model} is packed already: copy the folder, or make it dense with `besa unpack`.")
     quantization = quantization_of(read_config(source, trust_remote_code))
     if quantization and dtype != "auto":
         raise BesaError(f"{model} holds codes, whose dtype is what it is: leave out --dtype.")
     bits = packed.bits_of(quantization, str(model)) if quantization else None
-    files = WeightFiles(_folder(source))
+    files = WeightFiles(folder_of(source))
     groups = _groups(source, files, trust_remote_code)
-    found = Packing(linears=sum(len(group.linears) for group in groups), file_bytes_before=_size(files.paths))
+    found = Packing(linears=sum(len(group.linears) for group in groups), file_bytes_before=size_of(files.paths))
 
     def parts() -> Iterator[dict[str, Tensor]]:
         for done, group in enumerate(groups, start=1):
@@ -110,13 +104,15 @@ def pack(
         if not found.packed:
             raise BesaError(f"{model} has too few zeros: no linear would get smaller; prune it first.")
 
-    config = _config(source)
+    config = config_of(source)
     codes = {"quantization_config": config.pop("quantization_config")} if quantization else {}
     config["besa"] = config.get("besa", {}) | HEADER | codes
     if dtype != "auto":
         config.pop("torch_dtype", None)  # what older configurations call it
         config["dtype"] = dtype
-    found.file_bytes = _write(source, Path(out), parts(), config, SPARSE_STEM)
+    with appearing(Path(out)) as folder:
+        rewrite(source, folder, parts(), config, SPARSE_STEM)
+        found.file_bytes = size_of(folder.glob("*.safetensors"))
     return found
 
 
@@ -132,10 +128,10 @@ def unpack(model: str | Path, out: str | Path, *, trust_remote_code: bool = Fals
     Raises:
         BesaError: the model is not packed, or damaged; or `out` exists or cannot be written.
     """
-    source = _local(model, progress)
-    if header(_folder(source)) is None:
+    source = local(model, progress)
+    if header(folder_of(source)) is None:
         raise BesaError(f"{model} is not packed: `besa unpack` takes what `besa pack` wrote.")
-    files = Container(_folder(source))
+    files = Container(folder_of(source))
     groups = _groups(source, files, trust_remote_code)
 
     def parts() -> Iterator[dict[str, Tensor]]:
@@ -143,13 +139,14 @@ def unpack(model: str | Path, out: str | Path, *, trust_remote_code: bool = Fals
             yield dict(files.read(group.tensors))
             progress(done, len(groups), group.name)
 
-    config = _config(source)
+    config = config_of(source)
     about = config.pop("besa")
     if "quantization_config" in about:
         config["quantization_config"] = about.pop("quantization_config")
     if rest := {key: value for key, value in about.items() if key not in HEADER}:
         config["besa"] = rest
-    _write(source, Path(out), parts(), config, STEM)
+    with appearing(Path(out)) as folder:
+        rewrite(source, folder, parts(), config, STEM)
 
 
 def _pack_linear(tensors: dict[str, Tensor], linear: str, bits: int | None, found: Packing) -> None:
@@ -196,46 +193,6 @@ def _groups(source: Source, files: WeightFiles, trust_remote_code: bool) -> list
         if last in ("weight", *packed.KEYS) and not merged and name.removesuffix(".weight") in plain:
             group.linears[linear] = None
     return [*groups, *(group for group in of_blocks.values() if group.tensors)]
-
-
-def _write(source: Source, out: Path, parts: Iterable[dict[str, Tensor]], config: dict[str, Any], stem: str) -> int:
-    """Write a checkpoint of these parts with what else belongs to the model; returns the bytes of its weight files."""
-    about = ABOUT if stem == SPARSE_STEM else None
-    with appearing(out) as folder:
-        (folder / "parts").mkdir()
-        written = []
-        for number, tensors in enumerate(parts):
-            written.append(folder / "parts" / f"{number:05}.safetensors")
-            save_tensors(written[-1], tensors, about)
-        assemble(folder, written, stem, about)
-        shutil.rmtree(folder / "parts")
-        for path in sorted(path for pattern in NEEDED for path in _folder(source).glob(pattern)):
-            weights = path.name.endswith((".safetensors", ".index.json"))
-            if not weights and (path.name == RECORD_NAME or not path.match(OWN)):
-                shutil.copyfile(path, folder / path.name)
-        write_file(folder / "config.json", json.dumps(config, indent=2) + "\n")
-        return _size(folder.glob("*.safetensors"))
-
-
-def _local(model: str | Path, progress: Progress) -> Source:
-    source = locate(model, progress)
-    if source.gguf:
-        raise BesaError(f"{model} is a .gguf file, of which nothing is pruned: pack what `besa prune` wrote.")
-    return source.local()
-
-
-def _folder(source: Source) -> Path:
-    assert source.folder is not None
-    return source.folder
-
-
-def _config(source: Source) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((_folder(source) / "config.json").read_text(encoding="utf-8"))
-    return config
-
-
-def _size(paths: Iterable[Path]) -> int:
-    return sum(path.stat().st_size for path in paths)
 
 
 def _rounded(name: str, tensor: Tensor, dtype: str) -> Tensor:

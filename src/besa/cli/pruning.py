@@ -1,4 +1,4 @@
-"""Commands that prune: demo, prune, plan, compare."""
+"""Commands that prune: demo, prune, shrink, plan, compare."""
 
 from __future__ import annotations
 
@@ -119,6 +119,21 @@ def prune(
             progress=tracker,
         )
     out.print(pruned(result.record, out_dir))
+
+
+@commands.command(rich_help_panel=PANEL)
+def shrink(
+    model: Annotated[str, typer.Argument(metavar="PRUNED", help="Pruned by allocation.method=structured, or alike.")],
+    out_dir: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the smaller model; must not exist.")],
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Write a pruned model without its dead feed-forward channels and heads: smaller and dense, for transformers."""
+    from besa.checkpoint.shrinking import shrink as shrink_checkpoint
+    from besa.show import progress_bar, shrunk
+
+    with progress_bar(err) as tracker:
+        found = shrink_checkpoint(model, out_dir, trust_remote_code=trust_remote_code, progress=tracker)
+    out.print(shrunk(found, out_dir))
 
 
 @commands.command("plan", rich_help_panel=PANEL)

@@ -124,9 +124,8 @@ def _prune(
                 w_OI = quantized[name].weight()
             else:
                 counts_O = allocated.counts[name].to(linear.w_OI.device)
-                w_OI = recipe.reconstruction.rebuild(
-                    linear.w_OI, linear.ranks_OI, counts_O, statistics[name], recipe.group
-                )
+                ranks_OI = allocated.ranks.get(name, linear.ranks_OI)
+                w_OI = recipe.reconstruction.rebuild(linear.w_OI, ranks_OI, counts_O, statistics[name], recipe.group)
             unit.weight(name).copy_(w_OI)
     return linears, allocated, quantized
 

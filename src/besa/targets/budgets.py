@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from besa.allocation import Structured
 from besa.budget import Budget, apportion, split, zeros_for
 from besa.errors import BesaError
 from besa.models.blocks import Block
+from besa.models.couplings import alike
 from besa.models.prunable import Prunable
 from besa.models.units import sharing, units
 
@@ -32,8 +34,10 @@ def budgets(blocks: list[Block], recipe: Recipe, targets: Sequence[float] | None
 
     Raises:
         BesaError: a pattern matches nothing, two patterns of `sparsity_of` ask different things of one
-            linear, all is skipped, or the model has no parts of that granularity.
+            linear, all is skipped, or the model has no parts of that granularity or no units of that kind.
     """
+    if isinstance(recipe.allocation, Structured):
+        return _of_units(blocks, recipe, recipe.allocation)
     whole = units(blocks, recipe.granularity)
     prunables = {name: prunable for unit in whole for name, prunable in unit.prunables.items()}
     common, own = shared_names(blocks, recipe)
@@ -58,6 +62,16 @@ def budgets(blocks: list[Block], recipe: Recipe, targets: Sequence[float] | None
         for block in unit.blocks:
             plan[-1] += [_alone(name, prunables[name].numel, rate) for name, rate in own[blocks.index(block)].items()]
     return plan
+
+
+def _of_units(blocks: list[Block], recipe: Recipe, allocation: Structured) -> list[list[Budget]]:
+    """What whole units come to, the same in every block."""
+    alike(blocks)
+    common, _ = shared_names(blocks, recipe)
+    plan = [allocation.budget(block, names, recipe.sparsity) for block, names in zip(blocks, common, strict=True)]
+    if len({(budget.weights, budget.zeros) for budget in plan}) > 1:
+        raise BesaError("structured pruning leaves every block the same shapes: skip the same linears in all of them.")
+    return [[budget] for budget in plan]
 
 
 def shared_names(blocks: list[Block], recipe: Recipe) -> tuple[list[tuple[str, ...]], list[dict[str, float]]]:

@@ -1,0 +1,183 @@
+"""Shrinking: a checkpoint without the feed-forward channels and heads that nothing reads, as smaller dense matrices.
+
+Shape suffixes: N sequences, T tokens, C channels of the residual stream, U units (channels or heads), K units that stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor
+
+from besa.checkpoint.files import appearing
+from besa.checkpoint.formats.container import header
+from besa.checkpoint.rewriting import config_of, folder_of, local, rewrite, size_of
+from besa.errors import BesaError
+from besa.models.blocks import capture_inputs, find_blocks
+from besa.models.couplings import CALLED, Kind, alike, couplings, take_out
+from besa.models.files import STEM
+from besa.models.loading import Source, read_config, skeleton
+from besa.models.streaming import DecoderOnDisk
+from besa.progress import Progress, silent
+
+CPU = torch.device("cpu")
+TOKENS = 32  # of the sequence by which the written blocks are compared with those they were made of
+TOLERANCE = 8  # machine epsilons, relative to the norm of a block's output: sums are taken in another order
+
+Kept = dict[Kind, list[Tensor]]
+
+
+class Shrinking(BaseModel):
+    """What shrinking did to a checkpoint.
+
+    Attributes:
+        units: before and after, in each block, by kind: feed-forward channels (``ffn``), key-value heads (``heads``).
+        file_bytes_before: of all weight files of the model.
+        file_bytes: of all weight files that were written.
+    """
+
+    units: dict[Kind, tuple[int, int]]
+    file_bytes_before: int
+    file_bytes: int = 0
+
+
+def shrink(
+    model: str | Path, out: str | Path, *, trust_remote_code: bool = False, progress: Progress = silent
+) -> Shrinking:
+    """Write a checkpoint whose unread feed-forward channels and heads are gone, the same number in every block.
+
+    What is read by zero columns only is unread, however it was pruned; biases of its rows go with it. The written
+    blocks are run beside those they were made of, before the folder appears.
+
+    Args:
+        model: Hugging Face id or local folder: dense safetensors.
+        out: folder to write; must not exist.
+        trust_remote_code: run model code that comes with the checkpoint.
+        progress: told (parts done, parts, name of the part).
+
+    Raises:
+        BesaError: the model cannot be read, some block has no such channels, or the family's configuration cannot say
+            the smaller shapes; or `out` exists or cannot be written.
+    """
+    source = local(model, progress)
+    if header(folder_of(source)) is not None:
+        raise BesaError(f"{model} is packed: make it dense with `besa unpack` first.")
+    decoder = DecoderOnDisk(source, trust_remote_code=trust_remote_code)
+    kept = _kept(decoder, str(model))
+    config = _smaller_config(source, decoder, kept, trust_remote_code)
+    blocks = len(decoder.blocks)
+
+    def parts() -> Iterator[dict[str, Tensor]]:
+        for name, tensor in decoder.rest():
+            yield {name: tensor}
+        for block in decoder.blocks:
+            found = couplings(block)
+            with decoder.opened(block, CPU):
+                for coupling in found:
+                    if coupling.kind in kept:
+                        take_out(block, coupling, kept[coupling.kind][block.index])
+                yield decoder.stored(block)
+            progress(block.index + 1, 2 * blocks, block.name)
+
+    sizes = {own.kind: (own.units, len(kept[own.kind][0])) for own in couplings(decoder.blocks[0]) if own.kind in kept}
+    before = size_of(folder_of(source).glob("*.safetensors"))
+    with appearing(Path(out)) as folder:
+        rewrite(source, folder, parts(), config, STEM)
+        written = DecoderOnDisk(Source(str(out), str(folder)), trust_remote_code=trust_remote_code)
+        _compare(DecoderOnDisk(source, trust_remote_code=trust_remote_code), written, progress)
+        after = size_of(folder.glob("*.safetensors"))
+    return Shrinking(units=sizes, file_bytes_before=before, file_bytes=after)
+
+
+def _kept(decoder: DecoderOnDisk, model: str) -> Kept:
+    """The units that stay (K,), by kind and block: as many in each block, all others being unread.
+
+    Raises:
+        BesaError: that are all.
+    """
+    known = alike(decoder.blocks)
+    unread: Kept = {coupling.kind: [] for coupling in known}
+    for block in decoder.blocks:
+        with decoder.opened(block, CPU):
+            for coupling in couplings(block):
+                unread[coupling.kind].append(coupling.unread({name: block.weight(name) for name in coupling.columns}))
+    kept: Kept = {}
+    for kind, found in unread.items():
+        number = min(min(int(own_U.sum()) for own_U in found), len(found[0]) - 1)
+        if number:
+            kept[kind] = [_without_first(own_U, number) for own_U in found]
+    if not kept:
+        called = " or ".join(CALLED[coupling.kind] for coupling in known)
+        raise BesaError(
+            f"{model} has blocks in which no {called} are without effect: prune with "
+            "allocation.method=structured first."
+        )
+    return kept
+
+
+def _without_first(unread_U: Tensor, number: int) -> Tensor:
+    """Indices (K,) of all units but the first so many of the unread ones."""
+    stay_U = torch.ones_like(unread_U)
+    stay_U[unread_U.nonzero().flatten()[:number]] = False
+    return stay_U.nonzero().flatten()
+
+
+def _smaller_config(source: Source, decoder: DecoderOnDisk, kept: Kept, trust_remote_code: bool) -> dict[str, Any]:
+    """What config.json is to say.
+
+    Raises:
+        BesaError: a model made from it has other shapes than what will be written.
+    """
+    config = config_of(source)
+    like = read_config(source, trust_remote_code)
+    for coupling in couplings(decoder.blocks[0]):
+        if coupling.kind in kept:
+            config |= coupling.settings(like, len(kept[coupling.kind][0]))
+    smaller = type(like).from_dict(config)
+    smaller.dtype = decoder.model.dtype
+    with torch.device("meta"):
+        wanted = skeleton(source, like, trust_remote_code)
+        for block in find_blocks(wanted):
+            for coupling in couplings(block):
+                if coupling.kind in kept:
+                    take_out(block, coupling, kept[coupling.kind][block.index].to("meta"))
+        found = skeleton(source, smaller, trust_remote_code)
+    shapes = {name: tensor.shape for name, tensor in found.state_dict().items()}
+    for name, tensor in wanted.state_dict().items():
+        if shapes.get(name) != tensor.shape:
+            called = " and ".join(CALLED[kind] for kind in kept)
+            raise BesaError(
+                f"{source.name} is a {like.model_type} model, whose configuration cannot say fewer {called}: {name} "
+                "would be of another shape."
+            )
+    return config
+
+
+@torch.no_grad()
+def _compare(before: DecoderOnDisk, after: DecoderOnDisk, progress: Progress) -> None:
+    """Run the blocks of both on the same hidden states, one pair in memory at a time.
+
+    Raises:
+        BesaError: their outputs differ by more than rounding.
+    """
+    vocabulary = before.model.get_input_embeddings().weight.shape[0]
+    tokens_NT = torch.randint(vocabulary, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+    with before.embeddings():
+        (x_NTC,) = capture_inputs(before.model, before.blocks, tokens_NT, 1)
+    with after.embeddings():
+        list(capture_inputs(after.model, after.blocks, tokens_NT, 1))  # for the arguments of its blocks
+    for block, smaller in zip(before.blocks, after.blocks, strict=True):
+        with before.opened(block, CPU), after.opened(smaller, CPU):
+            y_NTC, found_NTC = block(x_NTC), smaller(x_NTC)
+        allowed = TOLERANCE * torch.finfo(y_NTC.dtype).eps * float(y_NTC.float().norm())
+        if not float((found_NTC.float() - y_NTC.float()).norm()) <= allowed:
+            raise BesaError(
+                f"{block.name} computes something else with smaller matrices: what is zero in this model cannot be "
+                "taken out of it."
+            )
+        x_NTC = y_NTC
+        progress(len(before.blocks) + block.index + 1, 2 * len(before.blocks), f"{block.name} compared")
