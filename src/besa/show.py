@@ -21,9 +21,9 @@ from besa.demo import Row
 from besa.evaluation.result import Evaluation
 from besa.evaluation.zero_shot import ZeroShot
 from besa.kinds import shortened
+from besa.models.couplings import CALLED
 from besa.paper import Finding
 from besa.planning import Plan
-from besa.models.couplings import CALLED
 from besa.progress import Progress
 from besa.record import RunRecord
 from besa.runtime.timings import Bench

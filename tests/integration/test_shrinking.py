@@ -1,0 +1,164 @@
+"""Shrunk checkpoints: smaller dense shapes, the same logits, refused in a sentence where that cannot be."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import besa
+from besa import BesaError, Recipe, cli
+from besa.checkpoint import shrinking
+from besa.models.blocks import find_blocks
+from besa.models.couplings import couplings
+from tests.integration.test_families import TOKENS, config_of, load, random_model, saved
+
+TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
+TEXT = str(TINY / "calibration.txt")
+TOKENS_NT = torch.arange(60).reshape(2, 30) * 17 % 1024
+
+
+def logits(model: PreTrainedModel, tokens_NT: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(tokens_NT, use_cache=False).logits
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama without half of its heads and a part of its channels."""
+    recipe = Recipe.load(
+        "fast",
+        0.4,
+        [
+            "allocation={method: structured, heads: 0.5}",
+            "targets.method=uniform",
+            "finetune.epochs=1",
+            "finetune.method=adam",
+        ],
+    )
+    out = tmp_path_factory.mktemp("shrinking") / "pruned"
+    besa.compress(TINY, recipe, TEXT, out=out, samples=4, seqlen=32)
+    return out
+
+
+def unread(model: PreTrainedModel, kind: str, counts: list[int]) -> None:
+    """Zero the columns that read so many units of each block, every other one from the second on; nothing else."""
+    for block, count in zip(find_blocks(model), counts, strict=True):
+        ((name, size),) = next(found for found in couplings(block) if found.kind == kind).columns.items()
+        for unit in range(1, 2 * count, 2):
+            block.weight(name)[:, unit * size : (unit + 1) * size] = 0
+
+
+def refusal(action: Callable[[], Any]) -> str:
+    with pytest.raises(BesaError) as caught:
+        action()
+    assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_the_tiny_llama_gets_smaller_and_says_the_same(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(sys, "argv", ["besa", "shrink", str(pruned), str(tmp_path / "small")])
+    cli.main()
+    shown = capsys.readouterr().out
+    assert "key-value heads from 2 to 1, feed-forward channels from 256 to 160 in each block" in shown
+    before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (pruned, tmp_path / "small"))
+    config = after.config
+    assert (config.intermediate_size, config.num_attention_heads, config.num_key_value_heads) == (160, 2, 1)
+    assert config.head_dim == 24
+    for layer in after.model.layers:
+        assert layer.mlp.gate_proj.weight.shape == layer.mlp.up_proj.weight.shape == (160, 96)
+        assert layer.mlp.down_proj.weight.shape == (96, 160)
+        assert layer.self_attn.q_proj.weight.shape == (48, 96)
+        assert layer.self_attn.k_proj.weight.shape == layer.self_attn.v_proj.weight.shape == (24, 96)
+        assert layer.self_attn.o_proj.weight.shape == (96, 48)
+        assert all(bool((parameter != 0).all()) for parameter in layer.parameters())
+    torch.testing.assert_close(logits(after, TOKENS_NT), logits(before, TOKENS_NT), rtol=1e-4, atol=1e-4)
+    assert {path.name for path in (tmp_path / "small").iterdir()} == {path.name for path in pruned.iterdir()}
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+    kept = {"intermediate_size", "num_attention_heads", "num_key_value_heads"}
+    old, new = (json.loads((path / "config.json").read_text()) for path in (pruned, tmp_path / "small"))
+    assert {key for key in old | new if old.get(key) != new.get(key)} == kept
+
+
+def test_records_count_what_whole_units_come_to(pruned: Path) -> None:
+    record = json.loads((pruned / "besa_run.json").read_text())
+    assert record["zeros"] == 8 * (96 * (48 + 24 + 24 + 48) + 96 * 3 * 96)
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "units", "dtype"),
+    [
+        ("qwen2", "heads", 2, torch.float32),
+        ("qwen3", "ffn", 96, torch.bfloat16),
+        ("gemma3", "heads", 2, torch.float32),
+        ("phi", "heads", 4, torch.float32),
+        ("starcoder2", "ffn", 96, torch.float32),
+        ("opt", "ffn", 96, torch.float32),
+        ("gpt2", "ffn", 256, torch.float32),
+        ("falcon", "ffn", 256, torch.bfloat16),
+    ],
+)
+def test_families_lose_what_nothing_reads_whatever_its_rows_and_biases_are(
+    family: str, kind: str, units: int, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """The blocks have different numbers of unread units: as many go as every block has."""
+    dense = random_model(config_of(family)).to(dtype)
+    unread(dense, kind, [1, 2] if kind == "heads" and units > 2 else [1, 1] if kind == "heads" else [30, 20])
+    found = besa.shrink(saved(dense, tmp_path / "dense"), tmp_path / "small")
+    lost = 1 if kind == "heads" else 20
+    assert found.units == {kind: (units, units - lost)}
+    assert found.file_bytes < found.file_bytes_before
+    small = load(tmp_path / "small")
+    assert small.dtype == dtype
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    expected, logits_ = logits(dense, TOKENS.tokens_NT), logits(small, TOKENS.tokens_NT)
+    torch.testing.assert_close(logits_, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_heads_under_a_common_norm_are_not_pruned(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    folder = saved(random_model(config_of("olmo2")), tmp_path / "dense")
+    recipe = Recipe(sparsity=0.3, allocation={"method": "structured", "heads": 0.5})
+    words = refusal(lambda: besa.compress(folder, recipe, TOKENS, out=tmp_path / "out", tokenizer=tiny_tokenizer))
+    assert "The key-value heads of model.layers.0 are not independent" in words
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "words"),
+    [
+        ("olmo2", "heads", "configuration cannot say fewer key-value heads"),
+        ("opt", "heads", "configuration cannot say fewer key-value heads"),
+        ("bloom", "ffn", "configuration cannot say fewer feed-forward channels"),
+        ("phi3", "", "no feed-forward or heads that can be told apart"),
+        ("mixtral", "", "no feed-forward or heads that can be told apart"),
+        ("deepseek_v3", "", "blocks of this model are of different shapes"),
+        ("llama", "", "no key-value heads or feed-forward channels are without effect"),
+    ],
+)
+def test_what_cannot_be_shrunk(family: str, kind: str, words: str, tmp_path: Path) -> None:
+    dense = random_model(config_of(family))
+    if kind:
+        unread(dense, kind, [1, 1])
+    saved(dense, tmp_path / "dense")
+    assert words in refusal(lambda: besa.shrink(tmp_path / "dense", tmp_path / "small"))
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+def test_a_wrong_cut_is_seen_before_the_folder_appears(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shrinking, "_without_first", lambda unread_U, number: torch.arange(len(unread_U) - number))
+    assert "computes something else" in refusal(lambda: besa.shrink(pruned, tmp_path / "small"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_packed_models_and_folders_that_are_there_are_refused(pruned: Path, tmp_path: Path) -> None:
+    besa.pack(pruned, tmp_path / "packed")
+    assert "besa unpack" in refusal(lambda: besa.shrink(tmp_path / "packed", tmp_path / "small"))
+    assert "exists already" in refusal(lambda: besa.shrink(pruned, tmp_path / "packed"))

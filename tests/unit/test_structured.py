@@ -1,0 +1,154 @@
+"""Structured pruning: scores and choices against brute force, whole units only, as near to the sparsity as can be."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from besa.allocation import RankedLinear, Structured
+from besa.allocation.structured import lowest_units
+from besa.calibration import Calibration
+from besa.errors import BesaError
+from besa.importance import Magnitude
+from besa.models.blocks import find_blocks
+from besa.models.couplings import Coupling, couplings
+from besa.models.streaming import DecoderInMemory
+from besa.pruning import prune_blocks
+from besa.recipe import Recipe
+from besa.reconstruction import ADMM, ConjugateGradient, OBSUpdate
+from besa.targets.budgets import budgets
+
+TOKENS = Calibration(torch.randint(0, 1024, (4, 16), generator=torch.Generator().manual_seed(0)), "random", 0)
+
+
+def prune(model, sparsity, reconstruction=None, **settings_):
+    recipe = Recipe(
+        sparsity=sparsity,
+        importance=Magnitude(),
+        allocation=Structured(**settings_),
+        **({"reconstruction": reconstruction} if reconstruction else {}),
+    )
+    return prune_blocks(DecoderInMemory(model), recipe, TOKENS)
+
+
+@given(data=st.data())
+@settings(max_examples=50, deadline=None)
+def test_the_lowest_units_are_those_of_a_sort(data):
+    """Ties, which small whole numbers make many of, fall to the earlier unit."""
+    units, size, power = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 3)), data.draw(st.sampled_from([1, 2]))
+    number = data.draw(st.integers(0, units))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))
+    importance_OI = torch.randint(0, 3, (2, units * size), generator=generator).float()
+    linear = RankedLinear(importance_OI, importance_OI, importance_OI, power=power)
+    coupling = Coupling("ffn", units, {}, {"down": size}, 2 * size)
+    errors = [
+        sum(float(row[u * size + k]) ** power for row in importance_OI for k in range(size)) for u in range(units)
+    ]
+    expected = sorted(range(units), key=lambda u: (errors[u], u))[:number]
+    assert lowest_units(coupling, {"down": linear}, number).nonzero().flatten().tolist() == sorted(expected)
+
+
+@given(sparsity=st.floats(0, 0.6), multiple=st.integers(1, 40))
+@settings(max_examples=50, deadline=None)
+def test_the_budget_is_the_nearest_that_whole_units_allow(pristine_tiny_llama, sparsity, multiple):
+    blocks = find_blocks(pristine_tiny_llama)[:2]
+    recipe = Recipe(sparsity=sparsity, allocation=Structured(multiple=multiple))
+    plan = budgets(blocks, recipe)
+    weights, channel = blocks[0].weights, 3 * 96
+    possible = [(256 - kept) * channel for kept in {256, *range(multiple, 257, multiple)}]
+    for block, (budget,) in zip(blocks, plan, strict=True):
+        assert budget.zeros == plan[0][0].zeros
+        assert (256 - budget.zeros // channel) % multiple == 0 or budget.zeros == 0
+        nearest = min(abs(zeros - sparsity * weights) for zeros in possible)
+        assert abs(budget.zeros - sparsity * weights) <= max(nearest, multiple * channel / 2) + 1e-6
+        again = recipe.allocation.budget(block, budget.names, budget.sparsity)
+        assert again == budget
+
+
+def test_channels_and_heads_go_whole_and_the_rest_stays(tiny_llama, pristine_tiny_llama):
+    records = prune(tiny_llama, 0.3, heads=0.5, multiple=16)
+    for before, after, record in zip(pristine_tiny_llama.model.layers, tiny_llama.model.layers, records, strict=True):
+        down_CI, o_CI = before.mlp.down_proj.weight, before.self_attn.o_proj.weight
+        head = int(o_CI.square().reshape(96, 2, 48).sum(dim=(0, 2)).argmin())
+        taken = 96 * (48 + 24 + 24 + 48)
+        wanted = (0.3 * record.weights - taken) / (3 * 96)
+        gone = 256 - 16 * round((256 - wanted) / 16)
+        channels = down_CI.square().sum(dim=0).argsort(stable=True)[:gone]
+        for name, rows in [("gate_proj", channels), ("up_proj", channels)]:
+            expected_OI = getattr(before.mlp, name).weight.clone()
+            expected_OI[rows] = 0
+            assert torch.equal(getattr(after.mlp, name).weight, expected_OI)
+        expected_OI = down_CI.clone()
+        expected_OI[:, channels] = 0
+        assert torch.equal(after.mlp.down_proj.weight, expected_OI)
+        for name, size in [("q_proj", 48), ("k_proj", 24), ("v_proj", 24)]:
+            expected_OI = getattr(before.self_attn, name).weight.clone()
+            expected_OI[head * size : (head + 1) * size] = 0
+            assert torch.equal(getattr(after.self_attn, name).weight, expected_OI)
+        expected_OI = o_CI.clone()
+        expected_OI[:, head * 48 : (head + 1) * 48] = 0
+        assert torch.equal(after.self_attn.o_proj.weight, expected_OI)
+        assert record.zeros == taken + gone * 3 * 96
+
+
+def test_least_squares_move_what_stays_and_zeros_that_were_there_stay(tiny_llama):
+    down_CI = tiny_llama.model.layers[0].mlp.down_proj.weight
+    down_CI[:, 7] = 0  # goes before all others
+    down_CI[5, ::2] = 0
+    before_CI = down_CI.clone()
+    prune(tiny_llama, 0.2, ConjugateGradient())
+    gone_I = (down_CI == 0).all(dim=0)
+    assert bool(gone_I[7])
+    assert torch.equal(down_CI == 0, (before_CI == 0) | gone_I)
+    assert not torch.equal(down_CI[:, ~gone_I], before_CI[:, ~gone_I])
+
+
+def test_with_attention_skipped_the_sparsity_is_of_the_channels(pristine_tiny_llama):
+    recipe = Recipe(sparsity=0.25, skip=("*attn*",), allocation=Structured())
+    for (budget,) in budgets(find_blocks(pristine_tiny_llama), recipe):
+        assert (budget.weights, budget.zeros) == (3 * 96 * 256, 3 * 96 * 64)
+
+
+def test_couplings_of_the_tiny_llama(pristine_tiny_llama):
+    heads, ffn = couplings(find_blocks(pristine_tiny_llama)[2])
+    at = "model.layers.2"
+    assert heads.rows == {f"{at}.self_attn.q_proj": 48, f"{at}.self_attn.k_proj": 24, f"{at}.self_attn.v_proj": 24}
+    assert heads.columns == {f"{at}.self_attn.o_proj": 48}
+    assert (heads.units, heads.weights) == (2, 96 * (48 + 24 + 24 + 48))
+    assert ffn.rows == {f"{at}.mlp.gate_proj": 1, f"{at}.mlp.up_proj": 1}
+    assert ffn.columns == {f"{at}.mlp.down_proj": 1}
+    assert (ffn.units, ffn.weights) == (256, 3 * 96)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"reconstruction": OBSUpdate()}, "reconstruction.mask=fixed"),
+        ({"reconstruction": ADMM()}, "set reconstruction.method to none or cg"),
+        ({"sparsity_of": {"*.k_proj": 0.3}}, "leave out sparsity_of"),
+        ({"targets": {"method": "owl"}}, "targets.method=uniform"),
+        ({"quantization": {"method": "minmax", "clipping": "first"}}, "quantization.method=none"),
+    ],
+)
+def test_what_does_not_go_with_it(changes, words):
+    Recipe(allocation=Structured(), reconstruction=OBSUpdate(mask="fixed"))
+    with pytest.raises(ValueError, match=words):
+        Recipe.model_validate({"allocation": Structured(), **changes})
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "settings_", "skip", "words"),
+    [
+        (0.9, {}, (), "no feed-forward channels left"),
+        (0.1, {"heads": 0.5}, (), "more than the sparsity asks for"),
+        (0.5, {"heads": 0.9}, (), "no heads left"),
+        (0.5, {}, ("*.up_proj",), "has no feed-forward whose linears"),
+        (0.5, {"heads": 0.5}, ("*.k_proj",), "has no heads whose linears"),
+        (0.3, {}, ("*.3.self_attn.*",), "skip the same linears"),
+    ],
+)
+def test_budgets_that_cannot_be(pristine_tiny_llama, sparsity, settings_, skip, words):
+    recipe = Recipe(sparsity=sparsity, skip=skip, allocation=Structured(**settings_))
+    with pytest.raises(BesaError, match=words) as refusal:
+        budgets(find_blocks(pristine_tiny_llama), recipe)
+    assert str(refusal.value).endswith(".")
