@@ -76,8 +76,6 @@ class Recipe(Settings):
                 "structured pruning needs a reconstruction that keeps the mask: set reconstruction.method to none or "
                 "cg, or reconstruction.mask=fixed"
             )
-        if self.sparsity_of:
-            raise ValueError("structured pruning takes whole units out of several linears: leave out sparsity_of")
         if not (isinstance(self.targets, Even) and isinstance(self.quantization, Unquantized)):
             raise ValueError("structured pruning goes with targets.method=uniform and quantization.method=none")
 

@@ -109,6 +109,12 @@ def test_with_attention_skipped_the_sparsity_is_of_the_channels(pristine_tiny_ll
         assert (budget.weights, budget.zeros) == (3 * 96 * 256, 3 * 96 * 64)
 
 
+def test_no_linear_has_a_sparsity_of_its_own(pristine_tiny_llama):
+    recipe = Recipe(sparsity=0.3, allocation=Structured()).with_exceptions([], ["*.k_proj=0.3"])
+    with pytest.raises(BesaError, match="leave out sparsity_of"):
+        budgets(find_blocks(pristine_tiny_llama), recipe)
+
+
 def test_couplings_of_the_tiny_llama(pristine_tiny_llama):
     heads, ffn = couplings(find_blocks(pristine_tiny_llama)[2])
     at = "model.layers.2"
@@ -125,7 +131,6 @@ def test_couplings_of_the_tiny_llama(pristine_tiny_llama):
     [
         ({"reconstruction": OBSUpdate()}, "reconstruction.mask=fixed"),
         ({"reconstruction": ADMM()}, "set reconstruction.method to none or cg"),
-        ({"sparsity_of": {"*.k_proj": 0.3}}, "leave out sparsity_of"),
         ({"targets": {"method": "owl"}}, "targets.method=uniform"),
         ({"quantization": {"method": "minmax", "clipping": "first"}}, "quantization.method=none"),
     ],

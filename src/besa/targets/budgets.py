@@ -67,7 +67,9 @@ def budgets(blocks: list[Block], recipe: Recipe, targets: Sequence[float] | None
 def _of_units(blocks: list[Block], recipe: Recipe, allocation: Structured) -> list[list[Budget]]:
     """What whole units come to, the same in every block."""
     alike(blocks)
-    common, _ = shared_names(blocks, recipe)
+    common, own = shared_names(blocks, recipe)
+    if any(own):
+        raise BesaError("structured pruning takes whole units out of several linears: leave out sparsity_of.")
     plan = [allocation.budget(block, names, recipe.sparsity) for block, names in zip(blocks, common, strict=True)]
     if len({(budget.weights, budget.zeros) for budget in plan}) > 1:
         raise BesaError("structured pruning leaves every block the same shapes: skip the same linears in all of them.")
