@@ -40,7 +40,7 @@ def cases(options: Options) -> list[Case]:
     """All methods at every sparsity, then those that keep to a pattern."""
     by_name = [(at(name, s), recipe) for s in options.points for name, recipe in methods(options, s).items()]
     for name, (base, *settings) in PATTERNS.items():
-        recipe = Recipe.load(base, 0.5, ["allocation={method: nm}", *settings])
+        recipe = Recipe.load(base, 0.5, ["allocation.method=nm", *settings])
         by_name.append((f"{name} at {PATTERN}", _spending(options, recipe) if name == OURS else recipe))
     return [DENSE_CASE, *(Case(label, recipe) for label, recipe in by_name)]
 

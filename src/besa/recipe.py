@@ -156,7 +156,8 @@ class Recipe(Settings):
         Args:
             recipe: name such as ``besa`` or ``wanda``, or path of a YAML file.
             sparsity: replaces the recipe's own.
-            overrides: ``key.key=value`` pairs, the value in YAML, applied last.
+            overrides: ``key.key=value`` pairs, the value in YAML, applied last; where one changes a method, what the
+                recipe set for the former goes.
 
         Raises:
             BesaError: no such recipe, not YAML, an unknown key, or a value out of bounds.
@@ -164,8 +165,8 @@ class Recipe(Settings):
         content = _read(recipe)
         if sparsity is not None:
             content["sparsity"] = sparsity
-        for override in overrides:
-            _override(content, override)
+        for override in sorted(overrides, key=lambda pair: not pair.partition("=")[0].endswith(".method")):
+            _override(content, override)  # methods first: another one begins with its own settings
         try:
             return cls.model_validate(content)
         except ValidationError as error:
@@ -202,9 +203,12 @@ def _override(content: dict[str, Any], override: str) -> None:
         if not isinstance(content, dict):
             raise BesaError(f"--set {shown}: {parent} is a value, not a group of settings.")
     try:
-        content[key] = yaml.safe_load(value)
+        chosen = yaml.safe_load(value)
     except (yaml.YAMLError, ValueError):  # ValueError: 2001-99-99
         raise BesaError(f"--set {shown}: the value is not YAML.") from None
+    if key == "method" and content.get(key) != chosen:
+        content.clear()
+    content[key] = chosen
 
 
 def _first_complaint(error: ValidationError) -> str:

@@ -117,6 +117,13 @@ def test_overrides_may_change_the_method_and_add_a_part(write):
     assert Recipe.load("besa", overrides=["name=a=b"]).name == "a=b"
 
 
+def test_another_method_begins_with_its_own_settings():
+    pattern = Recipe.load("wanda", overrides=["allocation.of=8", "allocation.keep=4", "allocation.method=nm"])
+    assert pattern.allocation.model_dump() == {"method": "nm", "keep": 4, "of": 8, "mixed": False}
+    same = Recipe.load("besa-layerwise", overrides=["allocation.method=besa"])
+    assert same == Recipe.load("besa-layerwise")
+
+
 @pytest.mark.parametrize(
     ("override", "told"),
     [
