@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from markupsafe import Markup
 from matplotlib.axes import Axes
@@ -14,7 +15,8 @@ from besa.report.plots import APART, CHARACTER, COLORS, DASHES, Series, brief, n
 from besa.report.svg import TEXT, Drawing
 from besa.report.wording import significant
 
-WIDTH, HEIGHT = 480, 320  # of a panel, pixels
+WIDTH, HEIGHT = 480, 320  # of a panel, pixels; where it has many names below, it is wider
+NAME = 68  # pixels for each of these
 TICKS = 12  # at most, on the axis below
 
 
@@ -60,10 +62,11 @@ class Panel:
 
 def curves(title: str, panels: Sequence[Panel]) -> Markup:
     """Panels from left to right; a scale is logarithmic where values of one lie far apart."""
-    with Drawing(title, WIDTH * len(panels), HEIGHT) as drawing:
-        for place, panel in enumerate(panels):
+    widths = [max(WIDTH, 62 + 34 + NAME * len(panel.ticks)) for panel in panels]
+    with Drawing(title, sum(widths), HEIGHT) as drawing:
+        for left, width, panel in zip(accumulate(widths, initial=0), widths, panels, strict=False):
             right = 34 + CHARACTER * max(len(brief(curve.label)) for curve in panel.curves)
-            _panel(drawing.axes(place * WIDTH + 62, 14, WIDTH - 62 - right, HEIGHT - 62), panel)
+            _panel(drawing.axes(left + 62, 14, width - 62 - right, HEIGHT - 62), panel)
     return drawing.svg
 
 
@@ -108,7 +111,7 @@ def _panel(axes: Axes, panel: Panel) -> None:
     if len(places) > TICKS:
         axes.xaxis.set_major_locator(MaxNLocator(TICKS, integer=True, steps=[1, 2, 5, 10]))
     else:
-        axes.set_xticks(places, [tick.replace("-", "-\n") for tick in panel.ticks] or None)
+        axes.set_xticks(places, [tick.replace("-", "-\n").replace(" ", "\n") for tick in panel.ticks] or None)
     axes.minorticks_off()
     if not panel.ticks:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
