@@ -178,7 +178,7 @@ def test_files_say_what_was_done_and_found(results: dict[str, tuple[Found, Path]
     assert result["model"] == "two-blocks"
     assert [row["recipe"] for row in result["rows"]] == list(found.rows)
     assert result["verdict"]["found"].endswith(".")
-    assert isinstance(result["verdict"]["holds"], bool)
+    assert result["verdict"]["holds"] in ((True, False, None) if name == "table2" else (True, False))
     assert str(folder.parent) not in json.dumps(result)
     page = (folder / f"{name}.md").read_text()
     assert result["verdict"]["found"] in page
