@@ -46,11 +46,12 @@ Work = Callable[[], object]
 
 def main(
     quick: Annotated[bool, typer.Option(help="4096 × 4096 at 50 %, a few rounds.")] = False,
+    rounds: Annotated[int, typer.Option(help="Measurements of each case.")] = 21,
     dtypes: Annotated[list[str] | None, typer.Option("--dtype", help="Of the weights; all by default.")] = None,
 ) -> None:
     """Measure, print, and write results/kernels.json (unless quick)."""
     dense = _dense_kernels()
-    rounds, shapes = (5, SHAPES[:1]) if quick else (21, SHAPES)
+    rounds, shapes = (5, SHAPES[:1]) if quick else (rounds, SHAPES)
     found: list[dict[str, Any]] = []
     for shape, dtype, threads in itertools.product(shapes, dtypes or DTYPES, (1, 2)):
         torch.set_num_threads(threads)
@@ -60,7 +61,13 @@ def main(
                 found.append(case)
                 print(json.dumps(case), flush=True)
     if not quick:
-        result = {"cases": found, "machine": machine(torch.device("cpu")), "versions": versions(), "created": now()}
+        result = {
+            "cases": found,
+            "rounds": rounds,
+            "machine": machine(torch.device("cpu")),
+            "versions": versions(),
+            "created": now(),
+        }
         (HERE / "results" / "kernels.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
