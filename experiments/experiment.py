@@ -38,8 +38,8 @@ class Options:
     changes: tuple[str, ...] = ()
 
     def besa(self, *settings: str, name: str = "besa", sparsity: float | None = None) -> Recipe:
-        """BESA as the paper runs it: one epoch, a whole sequence at each step."""
-        epoch = (f"allocation.steps={self.conditions.samples}", "allocation.crop=1")
+        """BESA as the paper runs it: one epoch, a whole sequence at each step; in its loss all channels count alike."""
+        epoch = (f"allocation.steps={self.conditions.samples}", "allocation.crop=1", "allocation.plain=0")
         return Recipe.load(name, sparsity or self.sparsity, [*epoch, *settings, *self.changes])
 
     def baseline(self, name: str, sparsity: float | None = None) -> Recipe:

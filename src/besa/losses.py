@@ -11,13 +11,20 @@ from torch import Tensor
 from besa.activations import HiddenStates
 
 
-def reconstruction_error(y_NTC: Tensor, target_NTC: Tensor) -> Tensor:
+def reconstruction_error(y_NTC: Tensor, target_NTC: Tensor, plain: float = 0.0) -> Tensor:
     """Mean over channels of ‖y − target‖² / ‖target‖² (scalar, float32): the first term of eq. 1, made scale-free.
 
     Each channel is measured against its own norm over sequences and tokens, so the few channels that carry massive
     activations do not rule the loss, and one penalty weight serves every block and model.
+
+    Args:
+        y_NTC: what a block puts out.
+        target_NTC: what it should.
+        plain: share of the result that is ‖y − target‖² / ‖target‖² over all channels at once, which these few rule.
     """
-    return _relative(*_squares(y_NTC, target_NTC))
+    error_C, norm_C = _squares(y_NTC, target_NTC)
+    relative = _relative(error_C, norm_C)
+    return relative if not plain else (1 - plain) * relative + plain * error_C.sum() / norm_C.sum().clamp_min(1e-12)
 
 
 def token_weighted_error(y_NTC: Tensor, target_NTC: Tensor, power: float) -> Tensor:

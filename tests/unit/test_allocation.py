@@ -35,6 +35,10 @@ def test_reconstruction_error_is_relative_and_per_channel():
     assert float(reconstruction_error(y_NTC, target_NTC)) == pytest.approx(expected, rel=1e-6)
     assert float(reconstruction_error(y_NTC.bfloat16(), target_NTC.bfloat16())) == pytest.approx(expected, rel=1e-6)
     assert float(reconstruction_error(target_NTC, target_NTC)) == 0
+    plain = float((y_NTC - target_NTC).square().sum() / target_NTC.square().sum())
+    for share in (0.25, 1.0):
+        mixed = (1 - share) * expected + share * plain
+        assert float(reconstruction_error(y_NTC, target_NTC, share)) == pytest.approx(mixed, rel=1e-5)
 
 
 def test_a_channel_that_should_be_silent_does_not_break_the_loss():

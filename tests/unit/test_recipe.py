@@ -13,7 +13,7 @@ from besa.recipe import RECIPES, Recipe, shipped
 from besa.reconstruction import Frozen, OBSUpdate
 
 METHODS = {
-    "besa": (Wanda(), Besa(rates="row"), Frozen()),
+    "besa": (Wanda(), Besa(rates="row", plain=0.5), Frozen()),
     "besa-layerwise": (Wanda(), Besa(rates="layer", travel=3.2), Frozen()),
     "magnitude": (Magnitude(), Uniform(per="linear"), Frozen()),
     "sparsegpt": (OBS(), Uniform(per="row"), OBSUpdate(mask="adaptive")),
@@ -99,13 +99,13 @@ def test_sparsity_replaces_the_recipes_own(write):
         (["allocation.travel=1e-3"], {"travel": 0.001}),  # a string to YAML 1.1
         (["allocation.rates=layer", "allocation.mask=probability"], {"rates": "layer", "mask": "probability"}),
         (["allocation.steps=3", "allocation.steps=4"], {"steps": 4}),
-        (["allocation={method: besa, penalty: 7}"], {"penalty": 7.0}),
+        (["allocation={method: besa, penalty: 7}"], {"penalty": 7.0, "plain": 0.0}),
         ([], {}),
     ],
 )
 def test_overrides(overrides, changed):
     recipe = Recipe.load("besa", overrides=overrides)
-    assert recipe.allocation == Besa(**changed)
+    assert recipe.allocation == Besa(**{"plain": 0.5} | changed)
     assert (recipe.importance, recipe.reconstruction) == (Wanda(), Frozen())
 
 

@@ -37,6 +37,12 @@ class Descent(Settings):
     travel: float = Field(
         default=12.0, gt=0, description="logits that Adam's steps add up to; they fall linearly to zero"
     )
+    plain: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="share of the loss that is the plain squared error, which massive activations rule; 0.5 at 70 %",
+    )
     penalty: float = Field(
         default=100.0, ge=0, description="weight λ of the sparsity term of eq. 1, as a multiple of the loss at the step"
     )
@@ -63,7 +69,7 @@ class Descent(Settings):
             for part in parts:
                 part.update()
             with autocast:
-                loss = problem.error(chosen_N, tokens, weights)
+                loss = problem.error(chosen_N, tokens, weights, self.plain)
             loss.backward()
             for part in parts:
                 # Relative to the loss, one λ serves any sparsity and model: the loss grows tenfold from 50 to 90 %.

@@ -87,18 +87,20 @@ class BlockProblem:
         """In which the block is."""
         return next(iter(self.linears.values())).w_OI.dtype
 
-    def error(self, chosen_N: Tensor, tokens: int, weights: Mapping[str, Tensor]) -> Tensor:
+    def error(self, chosen_N: Tensor, tokens: int, weights: Mapping[str, Tensor], plain: float = 0.0) -> Tensor:
         """The first term of eq. 1 (scalar, float32).
 
         Args:
             chosen_N: which sequences.
             tokens: of each, from its beginning.
             weights: matrices by full name that are not the block's own; gradients reach them.
+            plain: as in `reconstruction_error`; errors of linears by themselves have no such part.
         """
         x_NTC = self.inputs_NTC[chosen_N][:, :tokens].to(self.device)
         if self.own_outputs:
             return errors_of_linears(self.block, x_NTC, weights)
-        return reconstruction_error(self.block(x_NTC, weights), self.targets_NTC[chosen_N][:, :tokens].to(self.device))
+        targets_NTC = self.targets_NTC[chosen_N][:, :tokens].to(self.device)
+        return reconstruction_error(self.block(x_NTC, weights), targets_NTC, plain)
 
 
 @dataclass(frozen=True)
