@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from besa.cli.consoles import err, out
+from besa.cli.consoles import err, keep, out
 from besa.cli.options import (
     BatchOption,
     DataOption,
@@ -52,7 +52,6 @@ def evaluate_command(
 ) -> None:
     """Measure a model's perplexity on texts, and its accuracy on zero-shot tasks."""
     from besa.api import evaluate
-    from besa.checkpoint.files import write_file
     from besa.show import evaluated, progress_bar
 
     with progress_bar(err) as tracker:
@@ -71,23 +70,20 @@ def evaluate_command(
             trust_remote_code=trust_remote_code,
             progress=tracker,
         )
-    if json is not None:
-        write_file(json, result.model_dump_json(indent=2) + "\n")
+    keep(result, json)
     out.print(evaluated(result))
 
 
 @commands.command("inspect", rich_help_panel=PANEL)
 def inspect_command(model: Model, json: JsonOption = None, trust_remote_code: TrustOption = False) -> None:
     """Count sparsity and size by block and linear, in the files."""
-    from besa.checkpoint.files import write_file
     from besa.checkpoint.inspection import inspect
     from besa.models.loading import locate
     from besa.show import contents, progress_bar
 
     with progress_bar(err) as tracker:
         found = inspect(locate(model, tracker), trust_remote_code, tracker)
-    if json is not None:
-        write_file(json, found.model_dump_json(indent=2) + "\n")
+    keep(found, json)
     out.print(contents(found))
 
 
@@ -105,7 +101,6 @@ def simulate_command(
 ) -> None:
     """Count the cycles that ViTCoD, an accelerator for sparse weights, would take (the paper's Table 4)."""
     from besa.api import simulate
-    from besa.checkpoint.files import write_file
     from besa.show import progress_bar, simulated
     from besa.simulator import check_alike
 
@@ -115,8 +110,7 @@ def simulate_command(
             for name in [model, *(method_baseline or ())]
         ]
     check_alike(found)
-    if json is not None:
-        write_file(json, found[0].model_dump_json(indent=2) + "\n")
+    keep(found[0], json)
     out.print(simulated(found[0], found[1:]))
 
 

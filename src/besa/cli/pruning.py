@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from besa.cli.consoles import err, out
+from besa.cli.consoles import err, keep, out
 from besa.cli.options import (
     BatchOption,
     BudgetOption,
@@ -157,7 +157,6 @@ def plan_command(
 ) -> None:
     """Say what pruning a model will take, from its configuration alone, and whether it fits here."""
     from besa.api import plan
-    from besa.checkpoint.files import write_file
     from besa.show import planned
 
     found = plan(
@@ -172,8 +171,7 @@ def plan_command(
         activation_budget=None if activation_budget is None else round(activation_budget * 1e9),
         trust_remote_code=trust_remote_code,
     )
-    if json is not None:
-        write_file(json, found.model_dump_json(indent=2) + "\n")
+    keep(found, json)
     out.print(planned(found))
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from besa.cli.consoles import err, out
+from besa.cli.consoles import err, keep, out
 from besa.cli.options import Device, DeviceOption, Dtype, DtypeOption, JsonOption, Model, TrustOption
 
 commands = typer.Typer()
@@ -93,7 +93,6 @@ def bench_command(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Measure tokens a second, time to the first token and memory of models, beside what reading their bytes allows."""
-    from besa.checkpoint.files import write_file
     from besa.runtime.speed import bench
     from besa.show import benched, progress_bar
 
@@ -106,6 +105,5 @@ def bench_command(
             trust_remote_code=trust_remote_code,
             progress=tracker,
         )
-    if json is not None:
-        write_file(json, found.model_dump_json(indent=2) + "\n")
+    keep(found, json)
     out.print(benched(found))
