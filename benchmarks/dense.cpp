@@ -12,7 +12,7 @@ template <typename Kind> struct Dense {
     INLINE typename Kind::Vector next(Dense& dense, int64_t, int64_t r) {
         const uint8_t* at = dense.rows[r];
         dense.rows[r] += SIZE;
-        _mm_prefetch(reinterpret_cast<const char*>(at + (Kind::CODES ? 4096 : 256)), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(at + 8192), _MM_HINT_T1);
         if constexpr (std::is_same_v<Kind, Float32>)
             return _mm512_loadu_ps(at);
         else if constexpr (std::is_same_v<Kind, Int4>)
@@ -48,7 +48,7 @@ TARGET int64_t read_part(const char* from, int64_t bytes) {
 #pragma GCC unroll 8
         for (int k = 0; k < 8; ++k) {
             const char* at = from + bytes / 8 * k + i;
-            _mm_prefetch(at + 1024, _MM_HINT_T0);
+            _mm_prefetch(at + 4096, _MM_HINT_T1);
             seen[k] = _mm512_xor_si512(seen[k], _mm512_loadu_si512(at));
         }
     for (int k = 1; k < 8; ++k) seen[0] = _mm512_xor_si512(seen[0], seen[k]);
