@@ -1,6 +1,6 @@
 """What learning an allocation costs, in forward equivalents, by phase, and how it grows.
 
-    python -m benchmarks.cost methods    # SmolLM2-135M by besa, besa-layerwise, wanda, sparsegpt
+    python -m benchmarks.cost methods    # SmolLM2-135M by wanda, sparsegpt, besa, besa-layerwise, fast
     python -m benchmarks.cost masks      # the mask work of a learning step against its bytes limit
     python -m benchmarks.cost growth     # with samples, tokens, width and depth
 
@@ -41,6 +41,7 @@ METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "besa": ("besa", ()),
     "besa-layerwise": ("besa-layerwise", ()),
     "besa, one epoch": ("besa", EPOCH),
+    "fast": ("fast", ()),
 }
 app = typer.Typer(help=__doc__, add_completion=False)
 Samples = Annotated[int, typer.Option(help="Calibration sequences.")]

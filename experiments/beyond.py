@@ -20,7 +20,7 @@ PATTERNS = {  # recipe and settings; a pattern leaves no sparsity to share
     "sparsegpt": ("sparsegpt",),
     "uniform + admm": ("wanda", "reconstruction.method=admm"),
     "fast": ("fast", "targets.method=uniform", "reconstruction.method=admm"),
-    "best": ("best", "targets.method=uniform", "reconstruction.method=admm"),
+    "best": ("best", "targets.method=uniform"),
 }
 
 
@@ -28,7 +28,7 @@ def methods(options: Options, sparsity: float) -> dict[str, Recipe]:
     """Those that meet a sparsity, by name."""
     return {
         **{name: options.baseline(name, sparsity) for name in ("magnitude", "wanda", "sparsegpt")},
-        "besa": options.besa(sparsity=sparsity),
+        "besa": Recipe.load("besa", sparsity, options.changes),
         "owl + sparsegpt": Recipe.load("sparsegpt", sparsity, ["targets.method=owl"]),
         "uniform + admm": Recipe.load("wanda", sparsity, ["reconstruction.method=admm"]),
         "fast": options.baseline("fast", sparsity),

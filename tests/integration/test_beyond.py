@@ -81,6 +81,6 @@ def test_mixtures_of_experts():
     )
     model = AutoModelForCausalLM.from_config(config).eval()
     calibration = Calibration(torch.randint(0, 64, (8, 16)), "random", 0)
-    recipe = Recipe.load("best", 0.5, ["finetune.epochs=1", "reconstruction.target=dense"])
+    recipe = Recipe.load("best", 0.5, ["finetune.epochs=1", "reconstruction={method: cg, target: dense}"])
     records = prune_blocks(DecoderInMemory(model), recipe, calibration)
     assert sum(block.zeros for block in records) == round(0.5 * sum(block.weights for block in records))
