@@ -9,19 +9,22 @@ from besa.planning import forward_passes, spending
 from besa.recipe import Recipe
 
 
+HALF_STEPS = 88 / 64 / 2  # passes over half of every sequence
+
+
 @pytest.mark.parametrize(
     ("recipe", "settings", "passes"),
     [
         ("wanda", (), 0.5 / 16 + 2),
-        ("besa", (), 0.5 + 2 + 3 * 0.5),
-        ("besa", ("allocation.crop=1",), 1 + 2 + 3),
-        ("besa", ("allocation.granularity=attn-mlp",), 0.5 + 2 + 0.5 + 3),
+        ("besa", (), 0.5 + 2 + 3 * HALF_STEPS),
+        ("besa", ("allocation.crop=1", "allocation.steps=64"), 1 + 2 + 3),
+        ("besa", ("allocation.granularity=attn-mlp",), 0.5 + 2 + 0.5 + 2 * 3 * HALF_STEPS),
         ("fast", (), 0.5 / 16 + 2 + 3 / 8 + 2 / 4),
         ("wanda", ("targets.method=search",), 0.5 / 16 + 2 + (3 + 1 + 4) / 8),
         ("wanda", ("targets={method: search, every: 4, strengths: [0, 1]}",), 0.5 / 16 + 2 + (3 + 1 + 2) / 4),
         ("wanda", ("allocation={method: nm, mixed: true}",), 0.5 / 16 + 2 + 2 / 4),
         ("wanda", ("allocation={method: nm}",), 0.5 / 16 + 2),
-        ("besa", ("allocation.guess=0.5",), 0.5 + 2 + 3 * 0.5 + 2 / 4),
+        ("besa", ("allocation.guess=0.5",), 0.5 + 2 + 3 * HALF_STEPS + 2 / 4),
         ("best", ("finetune.epochs=4",), 1 + 2 + 3 / 8 + 2 / 4 + 4 * (3 * 15 + 1) / 16 + 1 / 16),
     ],
 )

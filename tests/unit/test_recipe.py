@@ -13,7 +13,7 @@ from besa.recipe import RECIPES, Recipe, shipped
 from besa.reconstruction import Frozen, OBSUpdate
 
 METHODS = {
-    "besa": (Wanda(), Besa(rates="row", plain=0.5), Frozen()),
+    "besa": (Wanda(), Besa(rates="row", plain=0.5, steps=88), Frozen()),
     "besa-layerwise": (Wanda(), Besa(rates="layer", travel=3.2), Frozen()),
     "magnitude": (Magnitude(), Uniform(per="linear"), Frozen()),
     "sparsegpt": (OBS(), Uniform(per="row"), OBSUpdate(mask="adaptive")),
@@ -99,13 +99,13 @@ def test_sparsity_replaces_the_recipes_own(write):
         (["allocation.travel=1e-3"], {"travel": 0.001}),  # a string to YAML 1.1
         (["allocation.rates=layer", "allocation.mask=probability"], {"rates": "layer", "mask": "probability"}),
         (["allocation.steps=3", "allocation.steps=4"], {"steps": 4}),
-        (["allocation={method: besa, penalty: 7}"], {"penalty": 7.0, "plain": 0.0}),
+        (["allocation={method: besa, penalty: 7}"], {"penalty": 7.0, "plain": 0.0, "steps": 64}),
         ([], {}),
     ],
 )
 def test_overrides(overrides, changed):
     recipe = Recipe.load("besa", overrides=overrides)
-    assert recipe.allocation == Besa(**{"plain": 0.5} | changed)
+    assert recipe.allocation == Besa(**{"plain": 0.5, "steps": 88} | changed)
     assert (recipe.importance, recipe.reconstruction) == (Wanda(), Frozen())
 
 
@@ -132,7 +132,7 @@ def test_another_method_begins_with_its_own_settings():
         ("allocation.steps=many", "steps: input should be a valid integer"),
         ("allocation.steps=2.5", "steps: input should be a valid integer"),
         ("allocation.steps=", "steps: input should be a valid integer"),
-        ("allocation.steps.x=2", "steps: input should be a valid integer"),
+        ("allocation.steps.x=2", "steps is a value, not a group of settings"),
         ("allocation.steps=0", "steps: input should be greater than or equal to 1 (it is 0)"),
         ("allocation.candidate_step=0.6", "candidate_step: input should be less than or equal to 0.5 (it is 0.6)"),
         ("allocation.penalty=-1", "penalty: input should be greater than or equal to 0 (it is -1)"),
