@@ -120,6 +120,7 @@ class Experiment:
         tasks: zero-shot accuracy is measured on.
         points: what is varied, where something is.
         scores: what is looked at of each run.
+        claim: that the verdict is on.
     """
 
     name: str
@@ -131,6 +132,7 @@ class Experiment:
     tasks: tuple[str, ...] = ()
     points: tuple[float, ...] = ()
     scores: Callable[[Outcome], dict[str, float]] = SCORES
+    claim: str = "The paper's trend"
 
 
 DENSE_CASE = Case(DENSE, None)

@@ -18,9 +18,9 @@ from besa.report.svg import standalone
 from experiments.experiment import Experiment, Found, Options
 
 TRENDS = {
-    True: "The paper's trend holds.",
-    False: "The paper's trend does not hold here.",
-    None: "Differences are within the noise: nothing can be said of the paper's trend.",
+    True: "{} holds.",
+    False: "{} does not hold here.",
+    None: "Differences are within the noise. {} is open.",
 }
 RESULTS = Path(__file__).parent / "results"
 
@@ -77,7 +77,7 @@ def write(experiment: Experiment, found: Found, folder: Path, arguments: Sequenc
         "created": now(),
     }
     write_file(folder / f"{experiment.name}.json", json.dumps(result, indent=2) + "\n")
-    write_file(folder / f"{experiment.name}.md", _page(result, found))
+    write_file(folder / f"{experiment.name}.md", _page(experiment, result, found))
     write_file(folder / f"{experiment.name}.svg", standalone(curves(experiment.title, panels)))
 
 
@@ -96,7 +96,7 @@ def shown(arguments: Sequence[str]) -> list[str]:
     return kept
 
 
-def _page(result: Mapping[str, Any], found: Found) -> str:
+def _page(experiment: Experiment, result: Mapping[str, Any], found: Found) -> str:
     """Table, picture and verdict in Markdown."""
     measured = [result["calibration"]]
     if found.options.measures.texts:
@@ -105,7 +105,7 @@ def _page(result: Mapping[str, Any], found: Found) -> str:
     if found.options.measures.tasks:
         measured.append(f"first {result['limit']} questions of each task" if result["limit"] else "all questions")
     machine_ = f"{result['machine']['processor']}, {result['machine']['threads']} threads"
-    holds = TRENDS[result["verdict"]["holds"]]
+    holds = TRENDS[result["verdict"]["holds"]].format(experiment.claim)
     lines = [
         f"# {result['title']}",
         "",

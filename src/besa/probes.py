@@ -42,7 +42,7 @@ class RowSensitivities:
         x_NTC = x_NTC.detach().requires_grad_()
         with torch.enable_grad(), ExitStack() as stack:
             for block in self.block.blocks if isinstance(self.block, Unit) else (self.block,):
-                stack.enter_context(Products(block.module, block.prunables, self._listen))
+                stack.enter_context(Products(block.module, block.prunables, outputs=self._listen))
             y_NTC = self.block(x_NTC)
         if seeds_NTC is None:
             seeds_NTC = random_signs(y_NTC, seed)
@@ -55,7 +55,7 @@ class RowSensitivities:
             return torch.zeros(prunable.rows, device=self.block.weight(name).device)
         return self._sums[name] / self._tokens[name]
 
-    def _listen(self, name: str, _: Tensor, y: Tensor) -> None:
+    def _listen(self, name: str, y: Tensor) -> None:
         def add(gradient: Tensor) -> None:
             squares_O = gradient.float().square().reshape(-1, gradient.shape[-1]).sum(dim=0)
             self._sums[name] = self._sums[name] + squares_O if name in self._sums else squares_O

@@ -1,6 +1,6 @@
 """The products of a block with its prunable matrices, seen where they are computed, whatever module computes them.
 
-Shape suffixes: E experts, T tokens, I input channels, O output channels.
+Shape suffixes: E experts, T tokens, C channels, I input channels, O output channels.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ PRODUCTS: dict[Any, tuple[int, int]] = {
     torch.bmm: (0, 1),  # all experts at once
 }
 
+Told = Callable[[str, Tensor], None]
+
 
 class Products(TorchFunctionMode):
     """While open, tells of every product with one of a block's matrices; a matrix is known by its memory.
@@ -34,15 +36,20 @@ class Products(TorchFunctionMode):
     Args:
         block: whose parameters are multiplied by.
         prunables: its matrices by name.
-        told: called with the name of the matrix, the input (..., I) and the output (..., O) of each product.
+        inputs: called before each product with the name of the matrix and the input (..., I).
+        outputs: called after it with the name and the output (..., O).
     """
 
     def __init__(
-        self, block: nn.Module, prunables: Mapping[str, Prunable], told: Callable[[str, Tensor, Tensor], None]
+        self,
+        block: nn.Module,
+        prunables: Mapping[str, Prunable],
+        inputs: Told | None = None,
+        outputs: Told | None = None,
     ) -> None:
         super().__init__()
         self._prunables = prunables
-        self._told = told
+        self._inputs, self._outputs = inputs, outputs
         self._places: list[tuple[int, int, str]] = []  # first byte, bytes, name
         parameters = dict(block.named_parameters())
         for name, prunable in prunables.items():
@@ -53,22 +60,25 @@ class Products(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func in PRODUCTS:
-            at_input, at_weight = PRODUCTS[func]
-            if len(args) > at_weight:
-                self._observe(args[at_input], args[at_weight], result)
-        return result
+        if func not in PRODUCTS or len(args) <= max(PRODUCTS[func]):
+            return func(*args, **(kwargs or {}))
+        x, weight = (args[place] for place in PRODUCTS[func])
+        if self._inputs:
+            self._tell(self._inputs, x, weight, x)
+        y = func(*args, **(kwargs or {}))
+        if self._outputs:
+            self._tell(self._outputs, x, weight, y)
+        return y
 
-    def _observe(self, x: Tensor, weight: Tensor, y: Tensor) -> None:
+    def _tell(self, told: Told, x: Tensor, weight: Tensor, shown: Tensor) -> None:
         place = bisect_right(self._places, weight.data_ptr(), key=lambda place: place[0]) - 1
         if place < 0 or weight.data_ptr() >= sum(self._places[place][:2]):
             return
         if weight.dim() == 3:  # all experts, each with tokens of its own: (E, T, I)
-            for x_TI, matrix, y_TO in zip(x, weight, y, strict=True):
-                self._observe(x_TI, matrix, y_TO)
+            for x_TI, matrix, shown_TC in zip(x, weight, shown, strict=True):
+                self._tell(told, x_TI, matrix, shown_TC)
             return
         name = self._places[place][2]
         if x.shape[-1] != self._prunables[name].columns:
             raise BesaError(f"{name} is multiplied the other way round than besa expects: leave it out with --skip.")
-        self._told(name, x, y)
+        told(name, shown)

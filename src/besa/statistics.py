@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +13,7 @@ from besa.activations import HiddenStates
 from besa.errors import BesaError
 from besa.models.blocks import Block
 from besa.models.prunable import Prunable
+from besa.models.units import Unit
 from besa.products import Products
 
 
@@ -97,6 +98,44 @@ def collect(block: nn.Module, prunables: Mapping[str, Prunable], gram: bool) -> 
     sums.fill_up(block, prunables)
 
 
+@torch.no_grad()
+def look(unit: Unit, x_NTC: HiddenStates, batch: int, gram: bool) -> dict[str, InputStatistics]:
+    """The input statistics of all matrices of a unit, from passes that nobody wants the outputs of.
+
+    If in the first pass every matrix sees every token once, all others end before the product with the last matrix.
+
+    Args:
+        unit: as it is.
+        x_NTC: its inputs.
+        batch: sequences in a forward pass.
+        gram: whether Gram matrices are summed up.
+    """
+    sums = [_Sums(gram) for _ in unit.blocks]
+    final: str | None = None
+
+    def add(name: str, x: Tensor) -> None:
+        sums[-1].add(name, x)
+        if name == final:
+            raise _Enough
+
+    with ExitStack() as stack:
+        for block, told in zip(unit.blocks, [*(own.add for own in sums[:-1]), add], strict=True):
+            stack.enter_context(Products(block.module, block.prunables, told))
+        for start in range(0, len(x_NTC), batch):
+            own_NTC = x_NTC[start : start + batch]
+            with suppress(_Enough):
+                unit(own_NTC.to(unit.device))
+            if start == 0 and sums[-1].saw_all_once(unit.blocks[-1], own_NTC.shape[0] * own_NTC.shape[1]):
+                final = list(sums[-1].statistics)[-1]
+    for block, own in zip(unit.blocks, sums, strict=True):
+        own.fill_up(block.module, block.prunables)
+    return {name: found for own in sums for name, found in own.statistics.items()}
+
+
+class _Enough(Exception):  # noqa: N818 - not an error
+    """A pass has shown what it was for."""
+
+
 def collect_both(
     block: Block, dense_NTC: HiddenStates, pruned_NTC: HiddenStates, batch: int, into: HiddenStates | None = None
 ) -> dict[str, InputStatistics]:
@@ -150,12 +189,12 @@ class _Sums:
         self._dense: dict[str, Tensor] = {}
         self._last: tuple[Tensor, InputStatistics, set[str]] | None = None  # input, statistics, what it has reached
 
-    def remember(self, name: str, x: Tensor, _: Tensor) -> None:
+    def remember(self, name: str, x: Tensor) -> None:
         """Keep an input of the dense path until the pruned path's comes, if it is of all tokens of the pass."""
         if x.numel() == self.whole * x.shape[-1]:
             self._dense[name] = x.detach().reshape(-1, x.shape[-1])
 
-    def add(self, name: str, x: Tensor, _: Tensor) -> None:
+    def add(self, name: str, x: Tensor) -> None:
         """Count an input in."""
         dense_TI = self._dense.pop(name, None)
         if self._last is not None and x is self._last[0] and name not in self._last[2]:
@@ -166,6 +205,12 @@ class _Sums:
             self.statistics[name] = InputStatistics.empty(x.shape[-1], self._gram, x.device)
         self.statistics[name].add(x.detach().reshape(-1, x.shape[-1]), dense_TI)
         self._last = (x, self.statistics[name], {name})
+
+    def saw_all_once(self, block: Block, tokens: int) -> bool:
+        """Whether every matrix of a block has had so many tokens, and there are no others."""
+        return len(self.statistics) == len(block.prunables) and all(
+            own.tokens == tokens for own in self.statistics.values()
+        )
 
     def fill_up(self, block: nn.Module, prunables: Mapping[str, Prunable]) -> None:
         """Give what no token reached statistics of no tokens."""

@@ -8,7 +8,6 @@ from besa.errors import BesaError
 from besa.planning import forward_passes, spending
 from besa.recipe import Recipe
 
-
 HALF_STEPS = 88 / 64 / 2  # passes over half of every sequence
 
 

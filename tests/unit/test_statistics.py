@@ -8,7 +8,8 @@ from transformers.pytorch_utils import Conv1D
 from besa.errors import BesaError
 from besa.models.blocks import Block
 from besa.models.prunable import Prunable, find_prunables
-from besa.statistics import InputStatistics, collect, collect_both
+from besa.models.units import Unit
+from besa.statistics import InputStatistics, collect, collect_both, look
 
 
 class Attention(nn.Module):
@@ -299,6 +300,59 @@ def test_both_paths_side_by_side(batch, keep):
         assert statistics[name].tokens == 35
         torch.testing.assert_close(statistics[name].gram_II, x.T @ x)
         torch.testing.assert_close(statistics[name].cross_II, d.T @ x)
+
+
+class Twice(Residual):
+    """The first linear has another turn after the second."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y + self.up(y).sum(dim=-1, keepdim=True)
+
+
+class Chosen(Residual):
+    """The second linear has only the tokens that begin with a positive number."""
+
+    def forward(self, x):
+        y = x.clone()
+        y[x[..., 0] > 0] += self.down(self.up(x[x[..., 0] > 0]))
+        return self.up(y).sum(dim=-1, keepdim=True) + y
+
+
+@pytest.mark.parametrize(("kind", "skipped"), [(Residual, 2), (Twice, 0), (Chosen, 0)])
+@pytest.mark.parametrize("gram", [False, True])
+def test_a_look_is_as_good_as_whole_passes_and_ends_early_where_it_may(kind, skipped, gram):
+    torch.manual_seed(0)
+    modules = [kind().requires_grad_(False) for _ in range(2)]
+    arguments = {(n, 5): {} for n in (1, 2)}
+    blocks = []
+    for i, module in enumerate(modules):
+        prunables = {f"b{i}.{name}": own for name, own in find_prunables(module).items()}
+        blocks.append(Block(i, f"b{i}", module, prunables, arguments))
+    x_NTC = torch.randn(5, 5, 6)
+    with (
+        collect(modules[0], blocks[0].prunables, gram) as first,
+        collect(modules[1], blocks[1].prunables, gram) as last,
+    ):
+        for own_NTC in x_NTC.split(2):
+            modules[1](modules[0](own_NTC))
+    calls = [0, 0]
+
+    def count(place):
+        def hook(*_):
+            calls[place] += 1
+
+        return hook
+
+    for place, module in enumerate(modules):
+        module.down.register_forward_hook(count(place))
+    found = look(Unit(tuple(blocks)), x_NTC, 2, gram)
+    assert list(found) == [*first, *last]
+    for name, expected in (first | last).items():
+        assert found[name].tokens == expected.tokens
+        assert torch.equal(found[name].squares_I, expected.squares_I)
+        assert (found[name].gram_II is None) if not gram else torch.equal(found[name].gram_II, expected.gram_II)
+    assert calls == [3, 3 - skipped]
 
 
 def test_experts_that_get_other_tokens_on_each_path_have_no_products_of_both():

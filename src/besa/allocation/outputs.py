@@ -44,7 +44,7 @@ class _Errors(Products):
         parameters = dict(block.named_parameters())
         self._own = {name: prunable.of(parameters[prunable.parameter]) for name, prunable in prunables.items()}
 
-    def _seen(self, name: str, x: Tensor, _: Tensor) -> None:
+    def _seen(self, name: str, x: Tensor) -> None:
         if x.numel() == 0:
             return
         x_NTI = x.detach().reshape(1, -1, x.shape[-1])

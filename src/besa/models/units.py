@@ -47,6 +47,11 @@ class Unit:
         """Position of its first block in the decoder."""
         return self.blocks[0].index
 
+    @property
+    def device(self) -> torch.device:
+        """Where it is computed."""
+        return next(self.blocks[0].module.parameters()).device
+
     def weight(self, name: str) -> Tensor:
         """The prunable matrix (O, I) of that name, as a view of what its block holds now."""
         return next(block for block in self.blocks if name in block.prunables).weight(name)
@@ -70,8 +75,7 @@ class Unit:
         Raises:
             BesaError: an output is NaN or infinite.
         """
-        device = next(self.blocks[0].module.parameters()).device
-        send(self, self.blocks[-1].name, x_NTC, batch, device, into)
+        send(self, self.blocks[-1].name, x_NTC, batch, self.device, into)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from besa.pruning.paths import ERROR_SHARE, ERROR_TOKENS, Resources
 from besa.quantization import MinMax, Quantized
 from besa.recipe import Recipe
 from besa.record import BlockRecord, linear_record
-from besa.statistics import InputStatistics, collect, collect_both
+from besa.statistics import InputStatistics, collect, collect_both, look
 from besa.stopwatch import Stopwatch
 
 
@@ -79,7 +79,7 @@ def _watched(step: Step, own_NTC: HiddenStates | None) -> tuple[dict[str, InputS
 
     Args:
         step: whose unit is still dense.
-        own_NTC: where the outputs of the pruned path go; None throws them away.
+        own_NTC: where the outputs of the pruned path go; None where nobody wants them.
 
     Returns:
         The statistics of the linears' inputs on the pruned path, and what the dense path has after each block.
@@ -94,6 +94,9 @@ def _watched(step: Step, own_NTC: HiddenStates | None) -> tuple[dict[str, InputS
         for block in unit.blocks:
             block.run(step.dense_NTC, batch, into=step.dense_NTC)
             between.append(step.dense_NTC if block is unit.blocks[-1] else _sampled(step))
+    if own_NTC is None:
+        with watch("statistics"):
+            return look(unit, step.pruned_NTC, batch, recipe.needs_gram), between
     with watch("statistics"), ExitStack() as stack:
         collected = [
             stack.enter_context(collect(block.module, block.prunables, recipe.needs_gram)) for block in unit.blocks
