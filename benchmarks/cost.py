@@ -54,28 +54,32 @@ def methods(
     samples: Samples = 64,
     seqlen: Seqlen = 512,
     dtype: str = "float32",
+    only: Annotated[
+        list[str] | None, typer.Option(help="Methods to run (repeatable); the others' results stay.")
+    ] = None,
 ) -> None:
     """Whole runs on SmolLM2-135M, from a folder of safetensors to folders of safetensors."""
     source = locate("smollm2")
     load_model(source, dtype).save_pretrained(folder / "dense")
     load_tokenizer(source).save_pretrained(folder / "dense")
-    rows: list[dict[str, Any]] = []
+    path = RESULTS / f"cost-methods-{dtype}.json"
+    rows = {row["method"]: row for row in json.loads(path.read_text("utf-8"))["methods"]} if only else {}
     memory.stay_lean()  # as runs do: it may change the time of a pass
     dense = [_dense_pass(folder / "dense", samples, seqlen)]
-    for name, (recipe, overrides) in METHODS.items():
+    for name in only or METHODS:
+        recipe, overrides = METHODS[name]
         settings = Recipe.load(recipe, 0.5, [override.format(samples=samples) for override in overrides])
         row = {"method": name} | _run(
             folder / "dense", folder / name.replace(", ", "-").replace(" ", "-"), settings, samples, seqlen
         )
         dense.append(_dense_pass(folder / "dense", samples, seqlen))
         forward = statistics.mean(dense[-2:])  # before and after the run: the machine may have changed
-        rows.append(row | {"forward_equivalents": {phase: value / forward for phase, value in row["seconds"].items()}})
-        parts = ", ".join(f"{phase} {value:.2f}" for phase, value in rows[-1]["forward_equivalents"].items())
+        equivalents = {phase: value / forward for phase, value in row["seconds"].items()}
+        rows[name] = row | {"forward_equivalents": equivalents, "dense_pass": forward, "created": now()}
+        parts = ", ".join(f"{phase} {value:.2f}" for phase, value in equivalents.items())
         print(f"{name}: {parts}; {row['peak_memory_bytes'] / 1e9:.2f} GB", flush=True)
-        _write(
-            f"cost-methods-{dtype}.json",
-            {"calibration": f"{samples} × {seqlen} tokens", "dtype": dtype, "dense_passes": dense, "methods": rows},
-        )
+        found = [rows[name] for name in METHODS if name in rows]
+        _write(path.name, {"calibration": f"{samples} × {seqlen} tokens", "dtype": dtype, "methods": found})
 
 
 def _run(model: Path, out: Path, recipe: Recipe, samples: int, seqlen: int) -> dict[str, Any]:
