@@ -14,7 +14,6 @@ from torch import Tensor
 from besa.allocation.problem import Allocated, BlockProblem, RankedLinear
 from besa.allocation.sensitivity import Sensitivity, row_sensitivities
 from besa.budget import Budget, cheapest
-from besa.errors import BesaError
 from besa.probes import RowSensitivities
 from besa.settings import Settings
 
@@ -43,8 +42,7 @@ class NM(Settings):
     def allocate(self, problem: BlockProblem) -> Allocated:
         """The same zeros for every row of a linear.
 
-        Raises:
-            BesaError: a group has more zeros already than the pattern makes.
+        A group with more zeros than the pattern makes keeps them, unless a reconstruction finds a use for the place.
         """
         gone = dict.fromkeys(problem.linears, self.of - self.keep)
         if self.mixed:
@@ -53,17 +51,12 @@ class NM(Settings):
                 gone |= self._mix(problem, budget, found)
         counts = {}
         for name, linear in problem.linears.items():
-            if self._most_zeros(linear) > gone[name]:
-                raise BesaError(
-                    f"{name} has groups of {self.of} with more than {gone[name]} zeros already: "
-                    "leave it out with --skip, or prune without a pattern."
-                )
             rows, width = linear.w_OI.shape
             counts[name] = torch.full((rows,), width // self.of * gone[name])
         return Allocated(counts)
 
     def _mix(self, problem: BlockProblem, budget: Budget, found: RowSensitivities) -> dict[str, int]:
-        """Weights that go from each group of each linear; none where zeros that are there leave no way."""
+        """Weights that go from each group of each linear; none where no such numbers add up to the budget."""
         linears = [problem.linears[name] for name in budget.names]
         costs = [self._costs(own, found.rows(name)) for name, own in zip(budget.names, linears, strict=True)]
         gone = cheapest(costs, [own.w_OI.numel() // self.of for own in linears], budget.zeros)
@@ -75,11 +68,4 @@ class NM(Settings):
             return [0.0 if gone == self.of - self.keep else torch.inf for gone in range(self.of)]
         error_OI = linear.errors(gradients_O)
         places_OI = linear.ranks_OI // (linear.w_OI.shape[1] // self.of)
-        least = self._most_zeros(linear)
-        made = [float(error_OI.where(places_OI < gone, 0).sum(dtype=torch.float64)) for gone in range(least, self.of)]
-        return [torch.inf] * least + made
-
-    def _most_zeros(self, linear: RankedLinear) -> int:
-        """Of a group, before anything is pruned."""
-        zero_OGM = (linear.w_OI == 0).reshape(len(linear.w_OI), -1, self.of)
-        return int(zero_OGM.sum(dim=2).max())
+        return [float(error_OI.where(places_OI < gone, 0).sum(dtype=torch.float64)) for gone in range(self.of)]
