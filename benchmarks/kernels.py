@@ -41,7 +41,7 @@ SPARSITIES = (0.5, 0.6, 0.7)
 SPREAD = 0.15  # of the rates of learned rows, to either side
 GROUP = 128  # columns that share a step, of int4; of int8, a row does
 CACHE = 32 << 20  # bytes, of the last cache; 4 times as much is gone through before a copy is met again
-SETTLING = 0.05  # seconds that a processor takes to get used to another way of reading
+SETTLING = 0.05  # seconds of the same work before it is measured: what comes first in a round is slower without
 Work = Callable[[], object]
 
 
