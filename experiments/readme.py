@@ -59,6 +59,23 @@ def trends() -> str:
     return "\n".join([*lines, "", ""])
 
 
+def past() -> str:
+    """Methods by sparsity, on the first text, of the experiment that goes past the paper."""
+    found = json.loads((RESULTS / "beyond" / "beyond.json").read_text(encoding="utf-8"))
+    text = next(iter(found["rows"][0]["mean"]))
+    scores = {
+        (name, column): row["mean"][text]
+        for row in found["rows"]
+        for name, _, column in [row["recipe"].partition(" at ")]
+    }
+    columns = list(dict.fromkeys(column for _, column in scores if column))
+    lines = ["", f"| {text} | {' | '.join(columns)} |", "|---" + "|---:" * len(columns) + "|"]
+    for name in dict.fromkeys(name for name, column in scores if column):
+        own = [scores.get((name, column)) for column in columns]
+        lines.append(f"| {name} | {' | '.join('' if value is None else f'{value:,.2f}' for value in own)} |")
+    return "\n".join([*lines, "", ""])
+
+
 def with_results(text: str) -> str:
     """`text` with the present content of every marked result; of an experiment's page, its table alone."""
     return MARKED.sub(lambda match: match[1] + _content(match[2]) + match[3], text)
@@ -81,6 +98,7 @@ def main() -> None:
         path.write_text(before + table(name) + after, encoding="utf-8")
     (RESULTS / "README.md").write_text(INDEX + markdown(findings(RESULTS)), encoding="utf-8")
     (RESULTS / "trends.md").write_text(trends(), encoding="utf-8")
+    (RESULTS / "past.md").write_text(past(), encoding="utf-8")
     readme = ROOT / "README.md"
     readme.write_text(with_results(readme.read_text(encoding="utf-8")), encoding="utf-8")
 

@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 
 from besa.checkpoint.formats import bitmask
 from besa.kernels import sparse, sparse_native
-from besa.quantization import Quantized
+from besa.quantization import Grid, Quantized
 from besa.quantization.minmax import codes, extremes, grid
 from tests.unit.test_bitmask import quantized, weights
 from tests.unit.test_kernels import compiled
@@ -48,7 +48,9 @@ def assert_close(y_NO, x_NI, weight):
         zero_OI, step_OI = (t.double().repeat_interleave(each, dim=1) for t in (found.grid.zero_OG, found.grid.step_OG))
         w_OI = (found.codes_OI.double() - zero_OI) * step_OI
         largest_OI = torch.maximum(found.codes_OI.double(), zero_OI) * step_OI
-        bound_NO = 2**-22 * x_NI.abs().amax(dim=1, keepdim=True) * largest_OI.sum(dim=1)
+        size_NI = x_NI.abs()
+        rounding_N1 = 2**-12 * size_NI.mean(dim=1, keepdim=True) + 2**-22 * size_NI.amax(dim=1, keepdim=True)
+        bound_NO = rounding_N1 * largest_OI.sum(dim=1)
     bound_NO = bound_NO + (weight.shape[1] / 8 + 16) * 2**-24 * linear(x_NI.abs(), largest_OI)
     assert y_NO.dtype == torch.float32
     assert ((y_NO.double() - linear(x_NI, w_OI)).abs() <= bound_NO).all()
@@ -129,6 +131,19 @@ def test_rows_longer_than_a_tile(path, dtype):
     for batch in (1, 7):
         x_NI = row_of_x(weight, batch)
         assert_close(sparse_native.multiply(x_NI.float(), weight, path), x_NI, weight)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_few_numbers_a_thousand_times_the_rest_leave_the_rest_its_places(path):
+    """One column a row shows one number of x: the small ones must not drown in the rounding of the large ones."""
+    w_OI = torch.zeros(200, 200).fill_diagonal_(127.0)
+    steps = Grid(torch.ones(200, 1), torch.full((200, 1), 128.0), 8)
+    weight = bitmask.pack_codes(Quantized(codes(w_OI, steps).to(torch.uint8), steps, True, torch.float32))
+    x_NI = torch.linspace(1, 2, 400).reshape(2, 200)
+    x_NI[0, [3, 130]] = torch.tensor([-3000.0, 1000.0])
+    mean_N1 = x_NI.abs().mean(dim=1, keepdim=True)
+    y_NI = sparse_native.multiply(x_NI, weight, path) / 127
+    assert ((y_NI - x_NI).abs() <= 2**-12 * mean_N1 + 128 / 127 * 2**-22 * 3000).all()
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -34,7 +34,8 @@ namespace {
 constexpr int64_t ROWS = 4;                // of a band
 constexpr int64_t TILE = 64;               // chunks expanded at a time where a batch shares them: half a first cache
 constexpr int64_t AHEAD = 6144;            // bytes
-constexpr float LARGEST = 127 * 65793.0f;  // number of three digits between -128 and 127, to the base 256
+constexpr float TWO = 127 * 257.0f, THREE = 127 * 65793.0f;  // largest numbers of so many digits, to the base 256
+constexpr float FINE = 2048;               // units in the mean of a row of x, at least
 
 INLINE __m512i loaded(const void* at) {
     __m512i values = _mm512_loadu_si512(at);
@@ -113,30 +114,38 @@ struct BFloat16Pairs : Float16 {  // exact products, two at a time
     }
 };
 
-// Codes are multiplied as whole numbers, with x in fixed point, as three digits of eight bits: nothing is rounded until
-// the end of a group. A pruned weight has its row's code of zero, times which the sum of x is taken off in the end.
+// Codes are multiplied as whole numbers, with x in fixed point, as digits of eight bits: nothing is rounded until the end
+// of a group. A pruned weight has its row's code of zero, times which the sum of x is taken off in the end.
 struct Int8 {
     using Word = uint64_t;
-    using X = int8_t;
+    struct alignas(64) X {  // what meets a chunk
+        int8_t digits[3][64];
+        int64_t wide;  // whether a number has a third digit: few are so much larger than the rest
+    };
     using Vector = __m512i;
     struct Inputs {
+        __m512i low, middle;
+        const X* of;
+    };
+    struct Sum {
         __m512i digits[3];
     };
-    using Sum = Inputs;
     static constexpr bool CODES = true;
     static constexpr int DIRECT = 2, TOGETHER = 1, BANDS = 1;
-    static constexpr int64_t LENGTH = 64, STRIDE = 192;
+    static constexpr int64_t LENGTH = 64, STRIDE = 1;
     INLINE int64_t size(uint64_t mask) { return _mm_popcnt_u64(mask); }
     INLINE Vector expand(Word mask, const uint8_t* at, __m512i fill) {
         return _mm512_mask_expand_epi8(fill, mask, loaded(at));
     }
     INLINE Inputs inputs(const X* x) {
-        return {{_mm512_loadu_si512(x), _mm512_loadu_si512(x + 64), _mm512_loadu_si512(x + 128)}};
+        return {_mm512_load_si512(x->digits[0]), _mm512_load_si512(x->digits[1]), x};
     }
     INLINE Sum none() { return {{_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512()}}; }
     INLINE Sum add(Sum sum, Vector w, Inputs x) {
         // Written out, as with the intrinsic gcc 12 copies every sum to and fro.
-        for (int k = 0; k < 3; ++k) asm("vpdpbusd %2, %1, %0" : "+v"(sum.digits[k]) : "v"(w), "v"(x.digits[k]));
+        asm("vpdpbusd %2, %1, %0" : "+v"(sum.digits[0]) : "v"(w), "v"(x.low));
+        asm("vpdpbusd %2, %1, %0" : "+v"(sum.digits[1]) : "v"(w), "v"(x.middle));
+        if (x.of->wide) asm("vpdpbusd %2, %1, %0" : "+v"(sum.digits[2]) : "v"(w), "m"(x.of->digits[2]));
         return sum;
     }
     INLINE __m512 total(Sum sum) {
@@ -182,20 +191,23 @@ template <typename Kind> struct Rows {
         std::memcpy(&bits, &number, sizeof bits);
         return uint16_t(bits >> 16);
     }
-    // A row in units of its largest number over LARGEST, as digits. Where it has an infinite number, or one that is none,
-    // the unit is no number.
-    TARGET void split(const Weight& weight, const float* x, int8_t* to) {
+    // A row as digits, in units that let most numbers do with two of them and the largest with three. Where it has an
+    // infinite number, or one that is none, the unit is no number.
+    TARGET void split(const Weight& weight, const float* x, typename Kind::X* to) {
         const int64_t columns = weight.columns;
-        __m512 most = _mm512_setzero_ps(), sound = _mm512_setzero_ps();
+        __m512 most = _mm512_setzero_ps(), all = most, sound = most;
         for (int64_t i = 0; i < columns; i += 16) {
             const __m512 part = _mm512_maskz_loadu_ps(inside(columns - i), x + i);
             most = _mm512_max_ps(most, _mm512_abs_ps(part));
+            all = _mm512_add_ps(all, _mm512_abs_ps(part));
             sound = _mm512_fmadd_ps(part, _mm512_setzero_ps(), sound);
         }
-        const float trouble = _mm512_reduce_add_ps(sound), unit = _mm512_reduce_max_ps(most) / LARGEST;
+        const float trouble = _mm512_reduce_add_ps(sound), largest = _mm512_reduce_max_ps(most);
+        const float fine = _mm512_reduce_add_ps(all) / float(columns) / FINE;
+        const float unit = std::max(largest / THREE, std::min(largest / TWO, fine));
         const __m512 inverse = _mm512_set1_ps(trouble == 0 && unit > 0 ? 1 / unit : 0);
-        const __m512i limit = _mm512_set1_epi32(int32_t(LARGEST)), opposite = _mm512_set1_epi32(-int32_t(LARGEST));
-        std::vector<int32_t> whole(size_t(stride / 3));
+        const __m512i limit = _mm512_set1_epi32(int32_t(THREE)), opposite = _mm512_set1_epi32(-int32_t(THREE));
+        std::vector<int32_t> whole(size_t(stride * 64));
         for (int64_t i = 0; i < columns; i += 16) {
             const __m512 part = _mm512_maskz_loadu_ps(inside(columns - i), x + i);
             __m512i number = _mm512_cvtps_epi32(_mm512_mul_ps(part, inverse));
@@ -203,7 +215,8 @@ template <typename Kind> struct Rows {
             _mm512_storeu_si512(whole.data() + i, number);
             for (int64_t k = 0; k < 3; ++k) {
                 const __m128i digits = _mm512_cvtepi32_epi8(number);
-                _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i / 64 * 192 + k * 64 + i % 64), digits);
+                _mm_store_si128(reinterpret_cast<__m128i*>(&to[i / 64].digits[k][i % 64]), digits);
+                if (k == 2) to[i / 64].wide |= _mm512_test_epi32_mask(number, number);
                 number = _mm512_srai_epi32(_mm512_sub_epi32(number, _mm512_cvtepi8_epi32(digits)), 8);
             }
         }
@@ -287,7 +300,8 @@ template <typename Kind> struct Stream {
     INLINE typename Kind::Vector next(Stream& stream, int64_t, int64_t r) {
         _mm_prefetch(reinterpret_cast<const char*>(stream.values + AHEAD), _MM_HINT_T1);
         if (r == 0) _mm_prefetch(reinterpret_cast<const char*>(stream.masks) + AHEAD / 4, _MM_HINT_T1);
-        const typename Kind::Word mask = *stream.masks++;
+        uint64_t mask = *stream.masks++;
+        asm("" : "+r"(mask));
         typename Kind::Vector w;
         if constexpr (Kind::CODES)
             w = Kind::expand(mask, stream.values, stream.fills[r]);
