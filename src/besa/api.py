@@ -97,13 +97,15 @@ def compress(
         sparsity: share of the prunable weights to set to zero, in [0, 1); replaces the recipe's.
         samples: calibration sequences, where `calibration` is a text.
         seqlen: tokens of a calibration sequence, where `calibration` is a text.
-        seed: of the calibration sample and of the learning order; a run is bit-equal when repeated on one machine.
+        seed: of the calibration sample and of the learning order; a run is bit-equal when repeated on one machine
+            with as many threads.
         tokenizer: needed with a loaded model; otherwise the model's own.
         device: ``cpu`` or ``cuda``; one block at a time is moved there.
         dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
         batch: calibration sequences in a forward pass; by default about 2048 tokens, on a GPU 8192.
         activation_budget: bytes of hidden states kept in memory, by default half of what is free; more go into a file.
-        resume: go on with a run towards `out` that was interrupted; its result is bit-equal to an uninterrupted one.
+        resume: go on with a run towards `out` that was interrupted; with as many threads its result is
+            bit-equal to an uninterrupted one.
         dequantized: write quantised weights as the numbers they stand for, and not as packed codes.
         trust_remote_code: run model code that comes with the checkpoint.
         command: what the user typed, for the record.

@@ -294,8 +294,8 @@ def test_command_repeats_the_run(three):
     commands = [shlex.split(line) for line in re.search(r"<h3>besa</h3>\s*<pre>(.*?)</pre>", html, re.DOTALL)[1]
                 .replace("\\\n", "").splitlines()]  # fmt: skip
     assert " ".join(commands[0]) == (
-        "besa prune tiny besa --recipe besa --sparsity 0.5 --calibration c4 --samples 16 --seqlen 128 --seed 7 "
-        "--dtype float32"
+        "OMP_NUM_THREADS=2 besa prune tiny besa --recipe besa --sparsity 0.5 --calibration c4 --samples 16 --seqlen 128 "
+        "--seed 7 --dtype float32"
     )
     assert " ".join(commands[1]) == (
         "besa eval besa --ppl wiki --ppl c4 --window 128 --max-windows 40 --json besa/besa_eval.json"
@@ -372,6 +372,7 @@ def test_a_run_of_few_facts(folder):
     page = Page(render([folder("run", run)]))
     assert "GPT2LMHeadModel" in page.text and page.rows()["mine"][-1] == "5 MB"
     assert "besa prune GPT2LMHeadModel mine --recipe mine.yaml" in page.text and "--device cuda" in page.text
+    assert "OMP_NUM_THREADS" not in page.text
 
 
 def test_a_run_without_blocks(folder):

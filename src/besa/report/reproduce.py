@@ -25,7 +25,8 @@ def folder(entry: Entry) -> str:
 
 
 def prune(entry: Entry, record: RunRecord) -> str:
-    """The `besa prune` that repeats the run, all that matters spelled out."""
+    """The `besa prune` that repeats the run, all that matters spelled out; sums on a CPU depend on how many threads add."""
+    gpu, threads = record.machine.get("gpu"), record.machine.get("threads")
     model = record.model.get("source") or record.model.get("architecture") or "MODEL"
     return _line(
         ["prune", str(model), folder(entry)],
@@ -36,7 +37,8 @@ def prune(entry: Entry, record: RunRecord) -> str:
         seqlen=record.calibration.get("seqlen"),
         seed=record.seed,
         dtype=record.model.get("dtype"),
-        device="cuda" if record.machine.get("gpu") else None,
+        device="cuda" if gpu else None,
+        variables={} if gpu or not threads else {"OMP_NUM_THREADS": threads},
     )
 
 
@@ -82,9 +84,9 @@ def files(entries: list[Entry]) -> list[str]:
     return [name for name in names if name not in {*EMBEDDED, *TEST_SETS} and not name.startswith("hf:")]
 
 
-def _line(words: list[str], **options: Any) -> str:
+def _line(words: list[str], variables: dict[str, Any] | None = None, **options: Any) -> str:
     """A command, continued where it grows long; a list is an option given several times, True a flag."""
-    lines = [shlex.join(["besa", *words])]
+    lines = [shlex.join([*(f"{name}={value}" for name, value in (variables or {}).items()), "besa", *words])]
     for option, value in options.items():
         for one in value if isinstance(value, list) else [] if value in (None, False) else [value]:
             more = shlex.join([f"--{option.replace('_', '-')}", *([] if one is True else [str(one)])])
