@@ -8,7 +8,7 @@ Costs are forward passes of the calibration set, counted (`besa.planning.passes`
 from besa.planning import forward_passes, spending
 from besa.recipe import Recipe
 from besa.report.curves import Curve, Panel
-from experiments.experiment import DENSE_CASE, Case, Experiment, Found, Options, Verdict, at, by_sparsity, numbers
+from experiments.experiment import DENSE_CASE, Case, Experiment, Found, Options, Verdict, at, by_sparsity
 from experiments.running import run
 
 PASSES = 20  # that `best` may take
@@ -52,12 +52,19 @@ def verdict(found: Found) -> Verdict:
     """`best` is first in every column of every text."""
     columns = [f"{100 * point:g} %" for point in found.options.points] + [PATTERN]
     scores = {column: _column(found, column) for column in columns}
-    winners = [min(own, key=lambda name: own[name][text]) for own in scores.values() for text in found.drawn]
-    told = "; ".join(
-        f"{column}: {numbers(found, [f'{name} at {column}' for name in scores[column]])}" for column in columns
-    )
+    winners = [_ranked(own, text)[0] for own in scores.values() for text in found.drawn]
     first = winners.count(OURS)
-    return Verdict(f"{OURS} is first in {first} of {len(winners)} columns; {told}.", first == len(winners))
+    told = "; ".join(
+        f"{column}: {', '.join(f'{name} {own[name][found.text]:,.2f}' for name in _ranked(own, found.text)[:2])}"
+        for column, own in scores.items()
+    )
+    sentence = f"{OURS} is first in {first} of {len(winners)} columns; the first two on {found.text}: {told}."
+    return Verdict(sentence, first == len(winners))
+
+
+def _ranked(own: dict[str, dict[str, float]], text: str) -> list[str]:
+    """Methods from the lowest perplexity on a text to the highest."""
+    return sorted(own, key=lambda name: own[name][text])
 
 
 def _column(found: Found, column: str) -> dict[str, dict[str, float]]:
@@ -81,9 +88,9 @@ def frontier(found: Found) -> Panel:
     for name in sorted(shown, key=lambda name: (cost[name], values[name])):
         if not line or values[name] < values[line[-1]]:
             line.append(name)
-    edge = Curve("frontier", len(shown), [cost[name] for name in line], [values[name] for name in line])
-    points = [Curve(name, color, [cost[name]], [values[name]]) for color, name in enumerate(shown)]
-    return Panel([*points, edge], f"forward passes at {100 * point:g} %", f"perplexity {found.text}")
+    edge = Curve("frontier", None, [cost[name] for name in line], [values[name] for name in line])
+    points = [Curve(name, c, [cost[name]], [values[name]]) for c, name in enumerate(cost) if name in shown]
+    return Panel([edge, *points], f"forward passes at {100 * point:g} %", f"perplexity {found.text}", log_x=True)
 
 
 EXPERIMENT = Experiment(

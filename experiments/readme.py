@@ -69,7 +69,8 @@ def past() -> str:
         for name, _, column in [row["recipe"].partition(" at ")]
     }
     columns = list(dict.fromkeys(column for _, column in scores if column))
-    lines = ["", f"| {text} | {' | '.join(columns)} |", "|---" + "|---:" * len(columns) + "|"]
+    head = f"{text} (dense {scores['dense', '']:,.2f})"
+    lines = ["", f"| {head} | {' | '.join(columns)} |", "|---" + "|---:" * len(columns) + "|"]
     for name in dict.fromkeys(name for name, column in scores if column):
         own = [scores.get((name, column)) for column in columns]
         lines.append(f"| {name} | {' | '.join('' if value is None else f'{value:,.2f}' for value in own)} |")

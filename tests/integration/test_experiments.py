@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from besa.calibration import read_documents
 from besa.evaluation import zero_shot
 from besa.paper import findings, markdown
+from besa.report.curves import Curve, Panel, curves
 from besa.workspace import DENSE, Conditions, Measures, Workspace
 from experiments.experiment import ERRORS, Experiment, Found, Options, Verdict
 from experiments.running import carry_out, planned
@@ -326,6 +327,14 @@ def test_besa_paper_shows_them(results: dict[str, tuple[Found, Path]]) -> None:
     assert "The coarser the better" in shown_.output
 
 
+def test_points_alone_are_named_where_they_are_and_crowded_places_get_round_ticks() -> None:
+    points = [Curve(name, i, [x], [9.0 - x]) for i, (name, x) in enumerate((("first", 2.05), ("next", 2.2), ("last", 7)))]
+    drawing = ElementTree.fromstring(str(curves("A title", [Panel(points, "passes", "perplexity", log_x=True)])))
+    texts = ["".join(found.itertext()).strip() for found in drawing.iter() if found.tag.endswith("text")]
+    assert {"first", "next", "last"} <= set(texts)
+    assert {"2", "4"} <= set(texts) and "2.05" not in texts
+
+
 def test_beyond_names_its_winner_and_draws_the_frontier() -> None:
     from experiments.beyond import PATTERN, PATTERNS, frontier, methods
 
@@ -336,7 +345,7 @@ def test_beyond_names_its_winner_and_draws_the_frontier() -> None:
     assert judged("beyond", **scores).holds
     lost = judged("beyond", **scores | {"sparsegpt at 70 %": 6.0})
     assert lost.found.startswith("best is first in 2 of 3 columns") and not lost.holds
-    *points, edge = frontier(fake(**scores)).curves
+    edge, *points = frontier(fake(**scores)).curves
     assert {point.label for point in points} == set(names) - {"magnitude"}
     assert edge.y == [9.0, 8.0, 7.0] and list(edge.x) == sorted(edge.x)
     spent = names["best"].finetune.epochs

@@ -8,7 +8,7 @@ from pathlib import Path
 import typer.testing
 
 from besa.cli import app
-from experiments.readme import MARKED, with_results
+from experiments.readme import MARKED, RESULTS, past, with_results
 
 ROOT = Path(__file__).parent.parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -17,7 +17,8 @@ BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, re.DOTALL)
 
 def test_result_tables_are_the_measured_ones() -> None:
     assert with_results(TEXT) == TEXT
-    assert TEXT.count("<!-- results:") == TEXT.count("<!-- /results -->") == len(re.findall(MARKED, TEXT)) == 5
+    assert TEXT.count("<!-- results:") == TEXT.count("<!-- /results -->") == len(re.findall(MARKED, TEXT)) == 6
+    assert (RESULTS / "past.md").read_text(encoding="utf-8") == past()
 
 
 def test_links_lead_to_files() -> None:

@@ -294,8 +294,8 @@ def test_command_repeats_the_run(three):
     commands = [shlex.split(line) for line in re.search(r"<h3>besa</h3>\s*<pre>(.*?)</pre>", html, re.DOTALL)[1]
                 .replace("\\\n", "").splitlines()]  # fmt: skip
     assert " ".join(commands[0]) == (
-        "OMP_NUM_THREADS=2 besa prune tiny besa --recipe besa --sparsity 0.5 --calibration c4 --samples 16 --seqlen 128 "
-        "--seed 7 --dtype float32"
+        "OMP_NUM_THREADS=2 besa prune tiny besa --recipe besa --sparsity 0.5 --calibration c4 --samples 16 "
+        "--seqlen 128 --seed 7 --dtype float32"
     )
     assert " ".join(commands[1]) == (
         "besa eval besa --ppl wiki --ppl c4 --window 128 --max-windows 40 --json besa/besa_eval.json"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from besa.report.plots import APART, CHARACTER, COLORS, DASHES, Series, brief, name_ends, set_scale, spread
 from besa.report.svg import TEXT, Drawing
@@ -26,14 +26,14 @@ class Curve:
 
     Attributes:
         label: its name.
-        color: its place among the colours.
+        color: its place among the colours, None for muted.
         x: where its points are, from left to right.
         y: their values; not finite leaves a gap.
         spread: of the values, drawn to both sides.
     """
 
     label: str
-    color: int
+    color: int | None
     x: Sequence[float]
     y: Sequence[float]
     spread: Sequence[float] = ()
@@ -64,9 +64,11 @@ def curves(title: str, panels: Sequence[Panel]) -> Markup:
     """Panels from left to right; a scale is logarithmic where values of one lie far apart."""
     widths = [max(WIDTH, 62 + 34 + NAME * len(panel.ticks)) for panel in panels]
     with Drawing(title, sum(widths), HEIGHT) as drawing:
-        for left, width, panel in zip(accumulate(widths, initial=0), widths, panels, strict=False):
+        for start, width, panel in zip(accumulate(widths, initial=0), widths, panels, strict=False):
+            highest = max((value for curve in panel.curves for value in curve.y if math.isfinite(value)), default=0)
+            left = max(62, 34 + CHARACTER * len(f"{highest:,.0f}"))
             right = 34 + CHARACTER * max(len(brief(curve.label)) for curve in panel.curves)
-            _panel(drawing.axes(left + 62, 14, width - 62 - right, HEIGHT - 62), panel)
+            _panel(drawing.axes(start + left, 14, width - left - right, HEIGHT - 62), panel)
     return drawing.svg
 
 
@@ -91,7 +93,7 @@ def _panel(axes: Axes, panel: Panel) -> None:
             marker="o",
             markersize=4,
             capsize=3,
-            linestyle="none" if panel.ticks else DASHES[curve.color // COLORS % len(DASHES)],
+            linestyle="none" if panel.ticks else DASHES[(curve.color or 0) // COLORS % len(DASHES)],
         )
         if panel.ticks:
             _name_values(axes, curve)
@@ -108,7 +110,9 @@ def _panel(axes: Axes, panel: Panel) -> None:
             va="top" if below else "bottom",
         )
     places = sorted({x for curve in panel.curves for x in curve.x})
-    if len(places) > TICKS:
+    if panel.log_x and any(after / before < math.sqrt(2) for before, after in pairwise(places)):
+        axes.xaxis.set_major_locator(LogLocator(2))
+    elif len(places) > TICKS:
         axes.xaxis.set_major_locator(MaxNLocator(TICKS, integer=True, steps=[1, 2, 5, 10]))
     else:
         axes.set_xticks(places, [tick.replace("-", "-\n").replace(" ", "\n") for tick in panel.ticks] or None)
@@ -119,7 +123,25 @@ def _panel(axes: Axes, panel: Panel) -> None:
     axes.set_ylabel(panel.y_label)
     if len(panel.curves) > 1:
         axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())  # names are placed by what the limits end as
-        name_ends(axes, [Series(curve.label, curve.color, curve.y) for curve in panel.curves], gap=14 / (HEIGHT - 62))
+        alone = [curve for curve in panel.curves if len(curve.x) == 1 < len(places) and not panel.ticks]
+        for curve in alone:
+            _name_point(axes, curve)
+        ends = [Series(curve.label, curve.color, curve.y) for curve in panel.curves if curve not in alone]
+        name_ends(axes, ends, gap=14 / (HEIGHT - 62))
+
+
+def _name_point(axes: Axes, curve: Curve) -> None:
+    """Put the name beside its only point, or above it where the axes end soon."""
+    point = (curve.x[0], curve.y[0])
+    far = (axes.transData + axes.transAxes.inverted()).transform(point)[0] > 0.5
+    axes.annotate(
+        brief(curve.label),
+        point,
+        (0, 7) if far else (6, 3),
+        textcoords="offset points",
+        ha="center" if far else "left",
+        color=Series(curve.label, curve.color, curve.y).stand_in,
+    )
 
 
 def _name_values(axes: Axes, curve: Curve) -> None:
