@@ -25,8 +25,9 @@ def multiplied(x_NI: Tensor, weight: Bitmask) -> Tensor:
 
     Products are added in float32, in an order that differs between kernels: y is off by at most I/8 + 16 roundings of
     2^-24 Σ|w||x|. Codes are multiplied as they are (for the weight, read the larger of code and zero point, times the
-    step); with AVX-512, x is rounded first, by at most 2^-12 of the mean |x| of its row, or 2^-22 of the largest if
-    that is more. What a code stands for is not rounded to the weight's dtype, as it is where the weight is made dense.
+    step); with AVX-512, x is rounded first, by at most 2^-22 of the largest number in its row, or in half precision
+    2^-12 of the mean |x| if that is more. What a code stands for is not rounded to the weight's dtype, as it is where
+    the weight is made dense.
 
     Args:
         x_NI: of the weight's dtype.

@@ -35,7 +35,7 @@ constexpr int64_t ROWS = 4;                // of a band
 constexpr int64_t TILE = 64;               // chunks expanded at a time where a batch shares them: half a first cache
 constexpr int64_t AHEAD = 6144;            // bytes
 constexpr float TWO = 127 * 257.0f, THREE = 127 * 65793.0f;  // largest numbers of so many digits, to the base 256
-constexpr float FINE = 2048;               // units in the mean of a row of x, at least
+constexpr float FINE = 2048;               // units in the mean of a row of x in half precision, at least
 
 INLINE __m512i loaded(const void* at) {
     __m512i values = _mm512_loadu_si512(at);
@@ -191,8 +191,8 @@ template <typename Kind> struct Rows {
         std::memcpy(&bits, &number, sizeof bits);
         return uint16_t(bits >> 16);
     }
-    // A row as digits, in units that let most numbers do with two of them and the largest with three. Where it has an
-    // infinite number, or one that is none, the unit is no number.
+    // A row as digits: in float32 as fine as three of them are, in half precision in units that let most numbers do with
+    // two. Where it has an infinite number, or one that is none, the unit is no number.
     TARGET void split(const Weight& weight, const float* x, typename Kind::X* to) {
         const int64_t columns = weight.columns;
         __m512 most = _mm512_setzero_ps(), all = most, sound = most;
@@ -203,7 +203,7 @@ template <typename Kind> struct Rows {
             sound = _mm512_fmadd_ps(part, _mm512_setzero_ps(), sound);
         }
         const float trouble = _mm512_reduce_add_ps(sound), largest = _mm512_reduce_max_ps(most);
-        const float fine = _mm512_reduce_add_ps(all) / float(columns) / FINE;
+        const float fine = weight.scale_type ? _mm512_reduce_add_ps(all) / float(columns) / FINE : 0;
         const float unit = std::max(largest / THREE, std::min(largest / TWO, fine));
         const __m512 inverse = _mm512_set1_ps(trouble == 0 && unit > 0 ? 1 / unit : 0);
         const __m512i limit = _mm512_set1_epi32(int32_t(THREE)), opposite = _mm512_set1_epi32(-int32_t(THREE));
