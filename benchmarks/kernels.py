@@ -50,7 +50,7 @@ def main(
     rounds: Annotated[int, typer.Option(help="Measurements of each case.")] = 21,
     dtypes: Annotated[list[str] | None, typer.Option("--dtype", help="Of the weights; all by default.")] = None,
 ) -> None:
-    """Measure, print, and write results/kernels.json (unless quick)."""
+    """Measure, print, and write results/kernels.json (unless quick, or of some dtypes only)."""
     dense = _dense_kernels()
     rounds, shapes = (5, SHAPES[:1]) if quick else (rounds, SHAPES)
     found: list[dict[str, Any]] = []
@@ -61,7 +61,7 @@ def main(
             for case in _measure(dense, shape, dtype, batch, sparsities if batch == 1 else SPARSITIES[:1], rounds):
                 found.append(case)
                 print(json.dumps(case), flush=True)
-    if not quick:
+    if not (quick or dtypes):
         result = {
             "cases": found,
             "rounds": rounds,

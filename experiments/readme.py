@@ -2,7 +2,8 @@
 
 A marker pair `<!-- results:NAME -->` … `<!-- /results -->` holds `experiments/results/NAME.md`; the table in it is made
 of the `besa_run.json` and `besa_eval.json` of its runs. Nothing of it is typed by hand but the words.
-`experiments/results/README.md` lists the paper's tables and figures with the verdicts of the experiments.
+`past.md` is made of `beyond/beyond.json`; `experiments/results/README.md` lists the paper's tables and figures with
+the verdicts of the experiments.
 """
 
 import json

@@ -25,7 +25,7 @@ def folder(entry: Entry) -> str:
 
 
 def prune(entry: Entry, record: RunRecord) -> str:
-    """The `besa prune` that repeats the run, all that matters spelled out: on a CPU, sums depend on the threads too."""
+    """The `besa prune` that repeats the run, all that matters spelled out, on a CPU the number of threads too."""
     gpu, threads = record.machine.get("gpu"), record.machine.get("threads")
     model = record.model.get("source") or record.model.get("architecture") or "MODEL"
     return _line(
