@@ -32,7 +32,7 @@ from besa.progress import Progress, silent
 from besa.pruning import Resources, prune_blocks
 from besa.quantization import MinMax
 from besa.recipe import Recipe
-from besa.record import RunRecord, now
+from besa.record import PASSED_NAMES, PassedThrough, RunRecord, now
 from besa.runtime.loading import load
 from besa.simulator import Accelerator, Simulation
 from besa.simulator import simulate as simulate_checkpoint
@@ -156,6 +156,9 @@ def compress(
             seconds=time.perf_counter() - began,
             peak_memory_bytes=memory.peak_bytes(),
             peak_gpu_memory_bytes=memory.peak_gpu_bytes(device),
+            passed_through=PassedThrough(
+                tensors=len(decoder.unbuilt), bytes=decoder.unbuilt_bytes, names=decoder.unbuilt[:PASSED_NAMES]
+            ),
             restored_blocks=journal.restored if journal else 0,
         )
         if journal and out:

@@ -11,15 +11,16 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 
+from besa.checkpoint.companions import read_config_json, with_dtype
 from besa.checkpoint.files import appearing
 from besa.checkpoint.formats import bitmask, packed
 from besa.checkpoint.formats.container import HEADER, Container, header, tensors_of
-from besa.checkpoint.rewriting import config_of, folder_of, local, rewrite, size_of
+from besa.checkpoint.rewriting import folder_of, local, rewrite, size_of
 from besa.errors import BesaError
 from besa.models.blocks import find_blocks
 from besa.models.files import SPARSE_STEM, STEM, WeightFiles
+from besa.models.layout import renaming
 from besa.models.loading import Source, quantization_of, read_config, skeleton
-from besa.models.streaming import renaming
 from besa.progress import Progress, silent
 
 
@@ -104,12 +105,11 @@ def pack(
         if not found.packed:
             raise BesaError(f"{model} has too few zeros: no linear would get smaller; prune it first.")
 
-    config = config_of(source)
+    config = read_config_json(folder_of(source))
     codes = {"quantization_config": config.pop("quantization_config")} if quantization else {}
     config["besa"] = config.get("besa", {}) | HEADER | codes
     if dtype != "auto":
-        config.pop("torch_dtype", None)  # what older configurations call it
-        config["dtype"] = dtype
+        config = with_dtype(config, dtype)
     with appearing(Path(out)) as folder:
         rewrite(source, folder, parts(), config, SPARSE_STEM)
         found.file_bytes = size_of(folder.glob("*.safetensors"))
@@ -139,7 +139,7 @@ def unpack(model: str | Path, out: str | Path, *, trust_remote_code: bool = Fals
             yield dict(files.read(group.tensors))
             progress(done, len(groups), group.name)
 
-    config = config_of(source)
+    config = read_config_json(folder_of(source))
     about = config.pop("besa")
     if "quantization_config" in about:
         config["quantization_config"] = about.pop("quantization_config")

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights  # type: ignore[import-untyped]
-from huggingface_hub import snapshot_download
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
@@ -28,11 +29,11 @@ from transformers.utils import logging as transformers_logging
 
 from besa import assets
 from besa.errors import BesaError
+from besa.models import hub
 from besa.models.files import WeightFiles
 from besa.progress import Progress, silent
 
 EMBEDDED = "smollm2"
-NEEDED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]  # of a repository: no pickles, no images
 EDGE = 1 << 20  # bytes of a weight file's head and tail that go into its fingerprint
 
 
@@ -64,7 +65,7 @@ class Source:
         if self.folder is not None:
             return self
         with quiet(), model_explained(self.name):
-            return Source(self.name, snapshot_download(self.location, allow_patterns=NEEDED))
+            return Source(self.name, str(hub.fetch(self.location)))
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -111,8 +112,9 @@ def load_model(source: Source, dtype: str = "auto", trust_remote_code: bool = Fa
     """
     if source.folder and not source.gguf:
         WeightFiles(source.folder)  # its complaints are clearer
+    loader = AutoModelForCausalLM if source.gguf else _loader(read_config(source, trust_remote_code))
     with quiet(), model_explained(source.name):
-        model = AutoModelForCausalLM.from_pretrained(
+        model = loader.from_pretrained(
             **source.arguments,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             use_safetensors=None if source.gguf else True,
@@ -184,11 +186,24 @@ def skeleton(source: Source, config: PreTrainedConfig, trust_remote_code: bool =
         BesaError: no causal language model can be made of the configuration.
     """
     with quiet(), model_explained(source.name), init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
+        model = _loader(config).from_config(
             config, dtype=config.dtype, trust_remote_code=trust_remote_code, experts_implementation="eager"
         )
     model.tie_weights()  # undone as every parameter was replaced by one without memory
     return model.eval().requires_grad_(False)
+
+
+def _loader(config: PreTrainedConfig) -> Any:
+    """The class of transformers that makes the model: that of causal language models, or else of those with images."""
+    wrappers = (AutoModelForImageTextToText, AutoModelForMultimodalLM)
+    known = (loader for loader in wrappers if type(config) in loader._model_mapping)
+    return AutoModelForCausalLM if _is_causal(config) else next(known, AutoModelForCausalLM)
+
+
+def _is_causal(config: PreTrainedConfig) -> bool:
+    """Whether transformers has, or the checkpoint brings, a causal language model for the configuration."""
+    own = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    return own or type(config) in AutoModelForCausalLM._model_mapping
 
 
 def describe(model: PreTrainedModel, source: Source | None = None) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from besa.checkpoint.formats.bitmask import Bitmask
 from besa.checkpoint.formats.container import Container, header
 from besa.errors import BesaError
 from besa.machine import resolve_device
+from besa.models.layout import fill, renaming
 from besa.models.loading import Source, is_quantized, load_model, locate, read_config, read_generation_config, skeleton
-from besa.models.streaming import DecoderOnDisk, fill, renaming
+from besa.models.streaming import DecoderOnDisk
 from besa.progress import Progress, silent
 from besa.runtime.linear import SparseLinear
 
