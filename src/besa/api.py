@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from besa import memory
 from besa.calibration import Calibration, sample
+from besa.checkpoint.companions import companions
 from besa.checkpoint.files import check_space
 from besa.checkpoint.formats.container import header
 from besa.checkpoint.journal import journal_for
@@ -379,6 +380,8 @@ def _opened(
             raise BesaError(f"{source.name} is packed: make it dense with `besa unpack` first.")
         if from_disk or not is_quantized(read_config(source, trust_remote_code)):
             decoder = DecoderOnDisk(source, dtype, trust_remote_code)
+        if from_disk and source.folder:
+            companions(source.folder)  # found out before the work
     if decoder is None or not from_disk:  # by now, what is wrong with a folder was found out
         decoder = DecoderInMemory(load_model(source, dtype, trust_remote_code))
     tokenizer = tokenizer or load_tokenizer(source, trust_remote_code)

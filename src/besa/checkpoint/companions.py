@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -59,19 +59,26 @@ def pass_on(source: Path, folder: Path, config: dict[str, Any], also: Iterable[s
     Raises:
         BesaError: a file is a link out of the folder.
     """
-    for path in [*_companions(source), *(source / name for name in also if (source / name).is_file())]:
-        _refuse_foreign(path, source)
+    for path in [*companions(source), *(source / name for name in also if (source / name).is_file())]:
         copy = folder / path.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, copy)
     write_file(folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
-def _companions(folder: Path) -> Iterator[Path]:
+def companions(folder: Path) -> list[Path]:
+    """The files of a model's folder that belong to it beside its weights, but for its config.json.
+
+    Raises:
+        BesaError: one is a link out of the folder.
+    """
+    found = []
     for path in sorted([*folder.iterdir(), *folder.glob(TEMPLATES)]):
         belongs = any(path.match(pattern) for pattern in (*COMPANIONS, TEMPLATES)) or re.match(LICENCES, path.name)
         if belongs and path.is_file() and not any(path.match(pattern) for pattern in WRITTEN):
-            yield path
+            _refuse_foreign(path, folder)
+            found.append(path)
+    return found
 
 
 def _refuse_foreign(path: Path, source: Path) -> None:

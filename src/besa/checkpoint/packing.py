@@ -18,7 +18,7 @@ from besa.checkpoint.formats.container import HEADER, Container, header, tensors
 from besa.checkpoint.rewriting import folder_of, local, rewrite, size_of
 from besa.errors import BesaError
 from besa.models.blocks import find_blocks
-from besa.models.files import SPARSE_STEM, STEM, WeightFiles
+from besa.models.files import FLOATS, SPARSE_STEM, STEM, WeightFiles
 from besa.models.layout import renaming
 from besa.models.loading import Source, quantization_of, read_config, skeleton
 from besa.progress import Progress, silent
@@ -201,7 +201,7 @@ def _rounded(name: str, tensor: Tensor, dtype: str) -> Tensor:
     Raises:
         BesaError: a number is too large for it.
     """
-    if dtype == "auto" or not tensor.is_floating_point():
+    if dtype == "auto" or tensor.dtype not in FLOATS.values():
         return tensor
     rounded = tensor.to(getattr(torch, dtype))
     if not bool(rounded.isfinite().all()):

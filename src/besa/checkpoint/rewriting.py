@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from besa.checkpoint.companions import pass_on
+from besa.checkpoint.companions import companions, pass_on
 from besa.checkpoint.files import save_tensors
 from besa.checkpoint.formats.container import ABOUT
 from besa.checkpoint.writer import assemble
@@ -24,12 +24,14 @@ def local(model: str | Path, progress: Progress) -> Source:
     """The model's files in a folder.
 
     Raises:
-        BesaError: they cannot be had, or are a .gguf file.
+        BesaError: they cannot be had, are a .gguf file, or are links out of the folder.
     """
     source = locate(model, progress)
     if source.gguf:
         raise BesaError(f"{model} is a .gguf file, of which nothing is pruned: give a folder that `besa prune` wrote.")
-    return source.local()
+    source = source.local()
+    companions(folder_of(source))  # found out before the work
+    return source
 
 
 def folder_of(source: Source) -> Path:

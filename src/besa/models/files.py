@@ -83,7 +83,7 @@ class WeightFiles:
             for name in own:
                 with safe_open(path, framework="pt") as file:  # anew each time: a mapped file counts as memory
                     tensor = _tensor(file, name, path).clone()
-                if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                if tensor.dtype in FLOATS.values() and not bool(tensor.isfinite().all()):
                     raise BesaError(f"The tensor {name} of {path} holds NaN or infinity: the checkpoint is damaged.")
                 yield name, tensor
 

@@ -80,7 +80,7 @@ class Layout:
         beyond: set[int] = set()
         for stored in self._files.names:
             name, merged = renamed(stored)
-            if name not in state and not merged:
+            if name not in state:
                 self.unbuilt.append(stored)
                 if (match := later.match(name)) and int(match[1]) >= len(blocks):
                     beyond.add(int(match[1]))

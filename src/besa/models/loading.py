@@ -112,14 +112,15 @@ def load_model(source: Source, dtype: str = "auto", trust_remote_code: bool = Fa
     """
     if source.folder and not source.gguf:
         WeightFiles(source.folder)  # its complaints are clearer
-    loader = AutoModelForCausalLM if source.gguf else _loader(read_config(source, trust_remote_code))
+    config = None if source.gguf else read_config(source, trust_remote_code)
     with quiet(), model_explained(source.name):
-        model = loader.from_pretrained(
+        model = _loader(config).from_pretrained(
             **source.arguments,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             use_safetensors=None if source.gguf else True,
             trust_remote_code=trust_remote_code,
         )
+    _keep_about(config, model)
     if source.gguf:
         model.hf_quantizer.remove_quantization_config(model)  # the weights are plain floats from here on
     elif compressor := getattr(getattr(model, "hf_quantizer", None), "compressor", None):
@@ -190,20 +191,23 @@ def skeleton(source: Source, config: PreTrainedConfig, trust_remote_code: bool =
             config, dtype=config.dtype, trust_remote_code=trust_remote_code, experts_implementation="eager"
         )
     model.tie_weights()  # undone as every parameter was replaced by one without memory
+    _keep_about(config, model)
     return model.eval().requires_grad_(False)
 
 
-def _loader(config: PreTrainedConfig) -> Any:
+def _loader(config: PreTrainedConfig | None) -> Any:
     """The class of transformers that makes the model: that of causal language models, or else of those with images."""
-    wrappers = (AutoModelForImageTextToText, AutoModelForMultimodalLM)
-    known = (loader for loader in wrappers if type(config) in loader._model_mapping)
-    return AutoModelForCausalLM if _is_causal(config) else next(known, AutoModelForCausalLM)
+    for loader in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        own = loader.__name__ in (getattr(config, "auto_map", None) or {})
+        if own or type(config) in loader._model_mapping:
+            return loader
+    return AutoModelForCausalLM  # whose complaint is the right one
 
 
-def _is_causal(config: PreTrainedConfig) -> bool:
-    """Whether transformers has, or the checkpoint brings, a causal language model for the configuration."""
-    own = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    return own or type(config) in AutoModelForCausalLM._model_mapping
+def _keep_about(config: PreTrainedConfig | None, model: PreTrainedModel) -> None:
+    """Let a text decoder that was taken out of a wrapper know what besa wrote into the wrapper's configuration."""
+    if config is not None and hasattr(config, "besa"):
+        model.config.besa = config.besa
 
 
 def describe(model: PreTrainedModel, source: Source | None = None) -> dict[str, Any]:
