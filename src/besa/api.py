@@ -130,7 +130,7 @@ def compress(
         batch = batch or default_batch(calibration.seqlen, device)
         if journal is not None:
             journal.begin(_decisive(recipe, identity, calibration, seed, batch, device) | {"dequantized": dequantized})
-            size = decoder.model.num_parameters() * decoder.model.dtype.itemsize
+            size = decoder.model.num_parameters() * decoder.model.dtype.itemsize + decoder.unbuilt_bytes
             check_space(journal.folder, disk_bytes(size) - journal.bytes)
         memory.stay_lean()
         memory.reset_peak(device)
@@ -379,9 +379,10 @@ def _opened(
         if source.folder and header(source.folder) is not None:
             raise BesaError(f"{source.name} is packed: make it dense with `besa unpack` first.")
         if from_disk or not is_quantized(read_config(source, trust_remote_code)):
-            decoder = DecoderOnDisk(source, dtype, trust_remote_code)
-        if from_disk and source.folder:
-            companions(source.folder)  # found out before the work
+            decoder = on_disk = DecoderOnDisk(source, dtype, trust_remote_code)
+            if from_disk and source.folder:  # what could not be written is found out before the work
+                on_disk.check_writable()
+                companions(source.folder)
     if decoder is None or not from_disk:  # by now, what is wrong with a folder was found out
         decoder = DecoderInMemory(load_model(source, dtype, trust_remote_code))
     tokenizer = tokenizer or load_tokenizer(source, trust_remote_code)

@@ -221,6 +221,14 @@ def test_another_dtype_is_written_where_it_is_asked_for(tmp_path: Path) -> None:
     assert (config["torch_dtype"], "dtype" in config) == ("float32", False)
 
 
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "lm_head.weight"])
+def test_numbers_too_large_for_the_dtype_asked_for_are_refused(tmp_path: Path, name: str) -> None:
+    source = llama(tmp_path / "model")
+    change(source, lambda tensors: tensors[name][3].mul_(1e9))
+    with pytest.raises(BesaError, match=rf"{name} holds numbers too large for float16"):
+        besa.compress(source, "wanda", out=tmp_path / "out", dtype="float16", **SMALL)
+
+
 def with_further_layer(folder: Path) -> Path:
     """GLM-4.5 keeps the layer that predicts a further token behind its blocks."""
     config = transformers.Glm4MoeConfig(

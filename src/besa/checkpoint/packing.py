@@ -19,7 +19,7 @@ from besa.checkpoint.rewriting import folder_of, local, rewrite, size_of
 from besa.errors import BesaError
 from besa.models.blocks import find_blocks
 from besa.models.files import FLOATS, SPARSE_STEM, STEM, WeightFiles
-from besa.models.layout import renaming
+from besa.models.layout import in_dtype, renaming
 from besa.models.loading import Source, quantization_of, read_config, skeleton
 from besa.progress import Progress, silent
 
@@ -203,7 +203,4 @@ def _rounded(name: str, tensor: Tensor, dtype: str) -> Tensor:
     """
     if dtype == "auto" or tensor.dtype not in FLOATS.values():
         return tensor
-    rounded = tensor.to(getattr(torch, dtype))
-    if not bool(rounded.isfinite().all()):
-        raise BesaError(f"{name} holds numbers too large for {dtype}: choose bfloat16 or float32.")
-    return rounded
+    return in_dtype(name, tensor, getattr(torch, dtype))

@@ -68,6 +68,7 @@ def shrink(
     if header(folder_of(source)) is not None:
         raise BesaError(f"{model} is packed: make it dense with `besa unpack` first.")
     decoder = DecoderOnDisk(source, trust_remote_code=trust_remote_code)
+    decoder.check_writable()
     kept = _kept(decoder, str(model))
     config = _smaller_config(source, decoder, kept, trust_remote_code)
     blocks = len(decoder.blocks)

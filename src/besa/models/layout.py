@@ -50,8 +50,8 @@ class Layout:
         blocks: of the model.
 
     Raises:
-        BesaError: a weight is missing, of another shape, in a format that besa does not compute in, or could not be
-            written back as it is stored; or the files have more blocks than the configuration says.
+        BesaError: a weight is missing, of another shape, or in a format that besa does not compute in; or the files
+            have more blocks than the configuration says.
     """
 
     def __init__(self, source: str, files: WeightFiles, model: PreTrainedModel, blocks: list[Block]) -> None:
@@ -64,10 +64,9 @@ class Layout:
         self.outside: list[str] = []
         self.head: list[str] = []
         self.unbuilt: list[str] = []
+        self._blocks = blocks
         self._sort(blocks)
         self._check()
-        for block in blocks:
-            self._check_way_back(block)
 
     def _sort(self, blocks: list[Block]) -> None:
         """Find the place of every stored tensor."""
@@ -124,23 +123,42 @@ class Layout:
             if not alike & filled:
                 raise BesaError(f"{self._source} lacks the weight {name}: the checkpoint is incomplete.")
 
-    def _check_way_back(self, block: Block) -> None:
-        """Find out whether what the block merges can be taken apart again, as the files have it."""
-        merged = self._merged.intersection(self.of_block[block.name])
-        if not merged:
-            return
-        with quiet(), model_explained(self._source):
-            back = self._reverted(_state(block, torch.device("meta")))
-        if missing := merged.difference(back):
-            raise BesaError(
-                f"{self._source}: {min(missing)} is merged with other weights in transformers and could not be written "
-                "back: save the model once with transformers' save_pretrained, and prune that."
-            )
+    def check_way_back(self) -> None:
+        """Find out whether what blocks merge can be taken apart again, as the files have it.
+
+        Raises:
+            BesaError: it cannot, so that the model could be pruned, but not written.
+        """
+        for block in self._blocks:
+            merged = self._merged.intersection(self.of_block[block.name])
+            with quiet(), model_explained(self._source):
+                missing = merged.difference(self._reverted(_state(block)) if merged else ())
+            if missing:
+                raise BesaError(
+                    f"{self._source}: {min(missing)} is merged with other weights in transformers and could not be "
+                    "written back: save the model once with transformers' save_pretrained, and prune that."
+                )
 
     @property
     def unbuilt_bytes(self) -> int:
         """Of the tensors that the model has no place for."""
         return sum(tensor.nbytes for _, tensor in self._files.mapped(self.unbuilt))
+
+    def read(self, model: PreTrainedModel, names: list[str]) -> None:
+        """Fill modules from the files.
+
+        Args:
+            model: of the same modules as the layout's.
+            names: in the files.
+
+        Raises:
+            BesaError: a tensor is damaged, not finite, or too large for the dtype of the model.
+        """
+        tensors = dict(self._files.read(names))
+        for name, tensor in tensors.items():
+            if tensor.dtype != model.dtype and tensor.dtype in FLOATS.values():
+                in_dtype(name, tensor, model.dtype)
+        self.fill(model, tensors)
 
     def fill(self, model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
         """Load tensors under their names in the files into the parameters of a model of the same modules."""
@@ -181,7 +199,7 @@ class Layout:
         for name, tensor in self._files.read([*self.outside, *self.head]):
             place = self._places.get(name, "")
             cast = rounded and place in parameters and not any(part in place for part in exact)
-            yield name, tensor.to(self._model.dtype) if cast else tensor
+            yield name, in_dtype(name, tensor, self._model.dtype) if cast else tensor
         yield from self._files.mapped(self.unbuilt)
 
     def _reverted(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -224,6 +242,19 @@ def in_files(model: PreTrainedModel, block: Block) -> dict[str, Tensor]:
     """The tensors of a block of a model in memory, named and laid out as transformers would save them."""
     tensors: dict[str, Tensor] = revert_weight_conversion(model, _state(block))
     return tensors
+
+
+def in_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor `name` in another floating-point format.
+
+    Raises:
+        BesaError: a number is too large for it.
+    """
+    rounded = tensor.to(dtype)
+    if not bool(rounded.isfinite().all()):
+        called = str(dtype).removeprefix("torch.")
+        raise BesaError(f"{name} holds numbers too large for {called}: choose bfloat16 or float32.")
+    return rounded
 
 
 def refuse_shape(source: str, name: str, found: Iterable[int], expected: Iterable[int]) -> NoReturn:

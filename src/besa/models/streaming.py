@@ -171,7 +171,7 @@ class DecoderOnDisk:
     def _outside(self, names: list[str]) -> Iterator[None]:
         within = {module for block in self.blocks for module in block.module.modules()}
         try:
-            self._read(names)
+            self._layout.read(self.model, names)
             absent = {name for name, weight in self.model.named_parameters(remove_duplicate=False) if weight.is_meta}
             with quiet():
                 self.model.tie_weights(missing_keys=absent, recompute_mapping=False)  # of either name in the files
@@ -186,7 +186,7 @@ class DecoderOnDisk:
         """Read the block, and forget it afterwards."""
         modules = list(block.module.modules())
         try:
-            self._read(self._layout.of_block[block.name])
+            self._layout.read(self.model, self._layout.of_block[block.name])
             block.module.to(device)
             yield
         finally:
@@ -197,13 +197,13 @@ class DecoderOnDisk:
         """See `Decoder`: the block is read while another is computed."""
         self._files.expect(self._layout.of_block[block.name])
 
-    def _read(self, names: list[str]) -> None:
-        """Fill modules from the files.
+    def check_writable(self) -> None:
+        """Find out before the work whether blocks can be written as the files have them.
 
         Raises:
-            BesaError: a tensor is damaged, or not finite.
+            BesaError: they cannot.
         """
-        self._layout.fill(self.model, dict(self._files.read(names)))
+        self._layout.check_way_back()
 
     def stored(self, block: Block) -> dict[str, Tensor]:
         """See `Decoder`; unless another dtype was asked for, numbers that did not change keep dtype and bits."""
