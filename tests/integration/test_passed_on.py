@@ -363,6 +363,33 @@ def test_a_wrapper_stays_the_wrapper_and_its_text_decoder_is_pruned(tmp_path: Pa
     assert besa.evaluate(tmp_path / "out", [str(TINY / "heldout.txt")], window=32, max_windows=2).sparsity == 0.5
 
 
+@pytest.mark.parametrize("recipe", ["wanda", "wanda-int4"])
+def test_names_of_an_older_release_stay_in_the_files(tmp_path: Path, recipe: str) -> None:
+    """Gemma 3's first checkpoints say language_model.model.layers; codes are written under such names too."""
+    _, source = wrapper("gemma3", tmp_path / "model")
+
+    def rename(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            older = name.replace("model.language_model.", "language_model.model.")
+            tensors[older if older != name else name.removeprefix("model.")] = tensors.pop(name)
+
+    change(source, rename)
+    besa.compress(source, recipe, out=tmp_path / "out", **SMALL)
+    if recipe == "wanda":
+        assert assert_only_pruned(source, tmp_path / "out") == 4 * 7
+        return
+    linear = "language_model.model.layers.0.mlp.up_proj"
+    found = load_file(tmp_path / "out" / WEIGHTS)
+    assert f"{linear}.weight_packed" in found and f"{linear}.weight" not in found
+    besa.compress(source, recipe, out=tmp_path / "dense", dequantized=True, **SMALL)
+    text = [str(TINY / "heldout.txt")]
+    coded, dense = (
+        besa.evaluate(tmp_path / name, text, window=32, max_windows=2).perplexity["heldout"]
+        for name in ("out", "dense")
+    )
+    assert coded == dense
+
+
 def with_own_code(folder: Path) -> Path:
     llama(folder)
     model, config = "modeling_tiny.py", "configuration_tiny.py"

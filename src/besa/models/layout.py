@@ -59,6 +59,7 @@ class Layout:
         self._conversions = get_model_conversion_mapping(model)
         self._dtypes = files.dtypes()
         self._places: dict[str, str] = {}  # of tensors that are one tensor of the model too, by name in the files
+        self._names: dict[str, str] = {}  # the other way round
         self._merged: set[str] = set()  # tensors that the model has as parts of others
         self.of_block: dict[str, list[str]] = {block.name: [] for block in blocks}
         self.outside: list[str] = []
@@ -88,6 +89,7 @@ class Layout:
                 self._merged.add(stored)
             else:
                 self._places[stored] = name
+                self._names[name] = stored
             owner = next((part for part in _prefixes(name) if part in self.of_block), None)
             group = self.of_block[owner] if owner else self.head if name in head else self.outside
             group.append(stored)
@@ -138,6 +140,10 @@ class Layout:
                     f"{self._source}: {min(missing)} is merged with other weights in transformers and could not be "
                     "written back: save the model once with transformers' save_pretrained, and prune that."
                 )
+
+    def name_in_files(self, name: str) -> str:
+        """What the files call a plain linear of the model."""
+        return self._names.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight")
 
     @property
     def unbuilt_bytes(self) -> int:

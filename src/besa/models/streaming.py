@@ -55,6 +55,9 @@ class Decoder(Protocol):
     def stored(self, block: Block) -> dict[str, Tensor]:
         """The tensors of an open block, named and laid out as in the checkpoint's files."""
 
+    def name_in_files(self, name: str) -> str:
+        """What the checkpoint's files call the linear that the model calls `name`."""
+
     def fill(self, block: Block, tensors: Mapping[str, Tensor]) -> None:
         """Give an open block tensors that `stored` took from it."""
 
@@ -102,6 +105,10 @@ class DecoderInMemory:
     def stored(self, block: Block) -> dict[str, Tensor]:
         """See `Decoder`."""
         return in_files(self.model, block)
+
+    def name_in_files(self, name: str) -> str:
+        """See `Decoder`."""
+        return name
 
     def fill(self, block: Block, tensors: Mapping[str, Tensor]) -> None:
         """See `Decoder`."""
@@ -208,6 +215,10 @@ class DecoderOnDisk:
     def stored(self, block: Block) -> dict[str, Tensor]:
         """See `Decoder`; unless another dtype was asked for, numbers that did not change keep dtype and bits."""
         return self._layout.stored(block, rounded=self.dtype is not None)
+
+    def name_in_files(self, name: str) -> str:
+        """See `Decoder`."""
+        return self._layout.name_in_files(name)
 
     def fill(self, block: Block, tensors: Mapping[str, Tensor]) -> None:
         """See `Decoder`."""
