@@ -27,6 +27,7 @@ from besa.machine import machine, resolve_device, versions
 from besa.models.blocks import find_blocks
 from besa.models.loading import describe, is_quantized, load_model, load_tokenizer, locate, read_config, skeleton
 from besa.models.streaming import Decoder, DecoderInMemory, DecoderOnDisk
+from besa.names import path_of
 from besa.planning import Plan, work_out
 from besa.progress import Progress, silent
 from besa.pruning import Resources, prune_blocks
@@ -34,6 +35,7 @@ from besa.quantization import MinMax
 from besa.recipe import Recipe
 from besa.record import RunRecord, now
 from besa.runtime.loading import load
+from besa.seeds import check_seed
 from besa.simulator import Accelerator, Simulation
 from besa.simulator import simulate as simulate_checkpoint
 
@@ -115,6 +117,7 @@ def compress(
         BesaError: bad input or a refused situation, in one sentence; nothing is written then.
     """
     device = resolve_device(device)
+    check_seed(seed)
     if resume and isinstance(model, PreTrainedModel):
         raise BesaError("A loaded model cannot be told from another: give its path to go on with a run.")
     if not isinstance(recipe, Recipe):
@@ -126,7 +129,7 @@ def compress(
         decoder, tokenizer, identity = _opened(model, tokenizer, dtype, trust_remote_code, out is not None, progress)
         if not isinstance(calibration, Calibration):
             calibration = sample(calibration, tokenizer, samples, seqlen, seed, progress)
-        batch = batch or default_batch(calibration.seqlen, device)
+        batch = min(calibration.samples, batch or default_batch(calibration.seqlen, device))
         if journal is not None:
             journal.begin(_decisive(recipe, identity, calibration, seed, batch, device) | {"dequantized": dequantized})
             size = decoder.model.num_parameters() * decoder.model.dtype.itemsize
@@ -232,7 +235,7 @@ def plan(
         batch=min(samples, batch or default_batch(seqlen, torch.device(device))),
         device=torch.device(device),
         activation_budget=_room(activation_budget),
-        folder=Path(out),
+        folder=path_of(out),
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -16,6 +15,7 @@ from besa.checkpoint.files import write_file
 from besa.evaluation.result import Evaluation
 from besa.evaluation.texts import text_name
 from besa.models.loading import fingerprint, locate
+from besa.names import path_of, plain
 from besa.progress import Progress, labelled, silent
 from besa.recipe import Recipe
 from besa.record import RECORD_NAME, RunRecord
@@ -171,8 +171,8 @@ class Workspace:
             "model": self._model(),
             "dtype": self.conditions.dtype,
         }
-        name = re.sub(r"[^\w.]+", "-", text_name(measures.texts[0])) if measures.texts else "zero-shot"
-        return f"{name}-{_digest(decisive)}"
+        name = text_name(measures.texts[0]) if measures.texts else "zero-shot"
+        return f"{plain(name)}-{_digest(decisive)}"
 
     def _model(self) -> str:
         """The model's name, or of local files a digest."""
@@ -190,5 +190,5 @@ def _digest(content: dict[str, Any]) -> str:
 
 def _content(text: str) -> str:
     """The name of a text, or of a local file a digest of what is in it."""
-    path = Path(text)
+    path = path_of(text)
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else text

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import os
+import stat
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -9,6 +12,7 @@ from typing import Annotated, TypeVar
 import typer
 
 from besa.errors import BesaError
+from besa.names import path_of
 
 Number = TypeVar("Number", int, float)
 
@@ -111,7 +115,40 @@ BudgetOption = Annotated[
         "--activation-budget", min=0, help="GB of activations in memory, more on disk; default: half of what is free."
     ),
 ]
-JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result here as JSON too.")]
+
+
+def to_write(file: Path | None) -> Path | None:
+    """A file that a command writes at its end, looked at before the work: new, or in the place of a plain file.
+
+    Raises:
+        BesaError: it cannot be written, or is a folder, a link or a device.
+    """
+    if file is not None:
+        place = path_of(file).absolute()
+        folder = next(parent for parent in (place.parent, *place.parents) if parent.exists())
+        other = os.path.lexists(file) and not stat.S_ISREG(file.lstat().st_mode)
+        if other or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+            raise BesaError(f"No file can be written to {file}: give the name of one, in a folder of yours.")
+    return file
+
+
+JsonOption = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", callback=to_write, help="Write the result here as JSON too."),
+]
+
+
+def bytes_of(gigabytes: float | None) -> int | None:
+    """What `--activation-budget` asks for.
+
+    Raises:
+        BesaError: no number that bytes can have.
+    """
+    if gigabytes is None:
+        return None
+    if not math.isfinite(1e9 * gigabytes):
+        raise BesaError(f"--activation-budget {gigabytes}: give a number of GB.")
+    return round(1e9 * gigabytes)
 
 
 def words(text: str) -> list[str]:

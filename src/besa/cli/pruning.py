@@ -33,6 +33,7 @@ from besa.cli.options import (
     SparsityOption,
     TasksOption,
     TrustOption,
+    bytes_of,
     files_of,
     numbers,
     words,
@@ -111,7 +112,7 @@ def prune(
             device=device.value,
             dtype=dtype.value,
             batch=batch,
-            activation_budget=None if activation_budget is None else round(activation_budget * 1e9),
+            activation_budget=bytes_of(activation_budget),
             resume=resume,
             dequantized=dequantized,
             trust_remote_code=trust_remote_code,
@@ -168,7 +169,7 @@ def plan_command(
         device=device.value,
         dtype=dtype.value,
         batch=batch,
-        activation_budget=None if activation_budget is None else round(activation_budget * 1e9),
+        activation_budget=bytes_of(activation_budget),
         trust_remote_code=trust_remote_code,
     )
     keep(found, json)

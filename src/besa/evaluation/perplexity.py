@@ -73,7 +73,7 @@ def perplexity(
         windows = min(windows, max_windows)
     tokens_WT = tokens_L[: windows * window].reshape(windows, window)
     total, done = 0.0, 0
-    for part_WT in tokens_WT.split(batch or max(1, LOGITS // window)):
+    for part_WT in tokens_WT.split(min(batch or max(1, LOGITS // window), windows)):
         total += _negative_log_likelihood(model, part_WT.to(model.device))
         done += len(part_WT)
         if not math.isfinite(total):

@@ -29,6 +29,7 @@ from transformers.utils import logging as transformers_logging
 from besa import assets
 from besa.errors import BesaError
 from besa.models.files import WeightFiles
+from besa.names import path_of
 from besa.progress import Progress, silent
 
 EMBEDDED = "smollm2"
@@ -79,7 +80,7 @@ def locate(model: str | Path, progress: Progress = silent) -> Source:
     Raises:
         BesaError: a path that is neither a model folder nor a .gguf file, or the embedded model cannot be had.
     """
-    path = Path(model)
+    path = path_of(model)
     if str(model) == EMBEDDED:
         path = assets.fetch(EMBEDDED, progress)
         return Source(EMBEDDED, str(path.parent), path.name)

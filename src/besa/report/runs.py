@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 from besa.budget import zeros_for
 from besa.errors import BesaError
 from besa.evaluation.zero_shot import ZeroShot
+from besa.names import path_of, printable
 from besa.record import RECORD_NAME, Record, RunRecord
 from besa.runtime.timings import BENCH_NAME, Bench
 from besa.simulator import Simulation
@@ -127,7 +128,7 @@ def load_run(path: Path) -> Run:
     Raises:
         BesaError: there is no such folder, it holds neither file, or a file is not what its name says.
     """
-    if not path.is_dir():
+    if not path_of(path).is_dir():
         raise BesaError(f"{path} is not a folder: give one that `besa prune` or `besa eval` wrote to.")
     record, evaluation = path / RECORD_NAME, path / EVALUATION_NAME
     bench, simulation = path / BENCH_NAME, path / SIMULATION_NAME
@@ -169,8 +170,3 @@ def labels(runs: list[Run]) -> list[str]:
     counts = Counter(names)
     numbered = (f"{name} #{names[:i].count(name) + 1}" for i, name in enumerate(names))
     return [new if counts[name] > 1 else name for name, new in zip(names, numbered, strict=True)]
-
-
-def printable(text: str) -> str:
-    """The text without control characters, which neither HTML nor SVG can hold."""
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
