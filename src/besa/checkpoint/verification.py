@@ -116,11 +116,10 @@ def _recorded(record: Path) -> dict[str, str]:
 
 def _sound(name: str, digest: Any) -> bool:
     """Whether a name is of a file in the folder or below it, and a digest is one."""
-    parts = PurePosixPath(name).parts
-    inside = (
-        ".." not in parts and not name.startswith("/") and "\0" not in name and all(len(part) < 256 for part in parts)
-    )
-    return inside and isinstance(digest, str) and re.fullmatch(r"[0-9a-f]{64}", digest) is not None
+    path = PurePosixPath(name)
+    inside = not path.is_absolute() and ".." not in path.parts
+    possible = "\0" not in name and all(len(part) < 256 for part in path.parts)
+    return inside and possible and isinstance(digest, str) and re.fullmatch(r"[0-9a-f]{64}", digest) is not None
 
 
 def _name(path: Path, folder: Path) -> str:

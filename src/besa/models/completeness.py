@@ -37,8 +37,8 @@ def check_complete(source: str, shapes: Iterable[tuple[str, tuple[int, ...]]], e
         sizes[name] += math.prod(shape)
         if name in state and not merged and shape != tuple(state[name].shape):
             raise BesaError(
-                f"{source}: the weight {name} is {shape}, its config.json says {tuple(state[name].shape)}: it is damaged, "
-                "or belongs to another checkpoint."
+                f"{source}: the weight {name} is {shape}, its config.json says {tuple(state[name].shape)}: it is "
+                "damaged, or belongs to another checkpoint."
             )
         beyond = re.match(rf"{re.escape(stack)}\.\d+(?=\.)", name)
         if beyond and beyond[0] not in blocks and not re.search(spare, name):
@@ -49,6 +49,5 @@ def check_complete(source: str, shapes: Iterable[tuple[str, tuple[int, ...]]], e
     for name, parameter in empty.named_parameters(remove_duplicate=False):
         found = sizes[name] or sizes[empty.all_tied_weights_keys.get(name, name)]
         if found < parameter.numel():  # of one that is merged of several, a part
-            raise BesaError(
-                f"{source} lacks {'a part of ' * bool(found)}the weight {name}: the checkpoint is incomplete."
-            )
+            what = f"a part of the weight {name}" if found else f"the weight {name}"
+            raise BesaError(f"{source} lacks {what}: the checkpoint is incomplete.")

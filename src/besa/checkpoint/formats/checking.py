@@ -45,8 +45,8 @@ def check_packed(files: WeightFiles) -> None:
         usual = next(iter(scales.values()))
         if dtype != usual:
             raise BesaError(
-                f"The scales of {linear} are {_called(dtype)}, others of {files.folder} {_called(usual)}: it is damaged; "
-                "get or make the checkpoint anew."
+                f"The scales of {linear} are {_called(dtype)}, others of {files.folder} {_called(usual)}: the "
+                "checkpoint is damaged; get or make it anew."
             )
     for name, tensor in tensors.items():
         if not is_finite(tensor):

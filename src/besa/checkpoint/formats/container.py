@@ -49,8 +49,9 @@ def header(folder: Path) -> dict[str, Any] | None:
         return None
     if found["format"] != FORMAT or found.get("version") != VERSION:
         raise BesaError(
-            f"{folder} is packed in the format {found['format']!r}, version {found.get('version')!r}, and this besa reads "
-            f"{FORMAT!r}, version {VERSION}: use the besa that packed it, or unpack it with that and pack it with this."
+            f"{folder} is packed in the format {found['format']!r}, version {found.get('version')!r}, and this besa "
+            f"reads {FORMAT!r}, version {VERSION}: use the besa that packed it, or unpack it with that and pack it "
+            "with this."
         )
     return found
 
@@ -211,12 +212,10 @@ def bits_in(files: WeightFiles) -> int | None:
 def dense_shapes(files: WeightFiles) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and shapes that the tensors of a checkpoint have when it is dense, no codes and no bitmasks."""
     shapes = dict(WeightFiles.shapes(files))
-    packed_linears = {name.removesuffix(f".{SHAPE}") for name in shapes if name.endswith(f".{SHAPE}")}
-    for name, tensor in WeightFiles.mapped(files, [f"{linear}.{SHAPE}" for linear in packed_linears]):
+    for name, tensor in files.mapped([name for name in shapes if name.endswith(f".{SHAPE}")]):
         yield f"{name.removesuffix(f'.{SHAPE}')}.weight", tuple(tensor.tolist())
-    for name, shape in shapes.items():
-        if name.rpartition(".")[0] not in packed_linears:
-            yield name, shape
+    parts = (*PURPOSES, *packed.KEYS)
+    yield from ((name, shape) for name, shape in shapes.items() if name.rpartition(".")[2] not in parts)
 
 
 def _config(folder: Path) -> Any:
