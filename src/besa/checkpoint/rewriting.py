@@ -12,6 +12,7 @@ from torch import Tensor
 
 from besa.checkpoint.files import save_tensors, write_file
 from besa.checkpoint.formats.container import ABOUT
+from besa.checkpoint.verification import seal
 from besa.checkpoint.writer import assemble
 from besa.errors import BesaError
 from besa.models.files import SPARSE_STEM
@@ -74,6 +75,7 @@ def rewrite(
         if not weights and (path.name == RECORD_NAME or not path.match(OWN)):
             shutil.copyfile(path, folder / path.name)
     write_file(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    seal(folder)
 
 
 def size_of(paths: Iterable[Path]) -> int:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from besa.checkpoint.files import explained, join_tensors, read_header, save_tensors, write_file
 from besa.checkpoint.formats.packed import quantization_config
 from besa.checkpoint.journal import Journal
+from besa.checkpoint.verification import seal
 from besa.models.files import STEM
 from besa.models.loading import quiet
 from besa.models.streaming import Decoder
@@ -74,6 +75,7 @@ def finish(
                 decoder.model.generation_config.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
         write_file(folder / RECORD_NAME, record.model_dump_json(indent=2) + "\n")
+        seal(folder)
         folder.rename(out)
 
 

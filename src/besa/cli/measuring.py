@@ -1,4 +1,4 @@
-"""Commands that measure and show: eval, inspect, simulate, report, paper."""
+"""Commands that measure and show: eval, inspect, verify, simulate, report, paper."""
 
 from __future__ import annotations
 
@@ -86,6 +86,19 @@ def inspect_command(model: Model, json: JsonOption = None, trust_remote_code: Tr
         found = inspect(locate(model, tracker), trust_remote_code, tracker)
     keep(found, json)
     out.print(contents(found))
+
+
+@commands.command("verify", rich_help_panel=PANEL)
+def verify_command(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="That prune, pack, unpack or shrink wrote.")],
+) -> None:
+    """Compare a checkpoint with the digests of its files; of a packed one, look at every number too."""
+    from besa.checkpoint.verification import verify
+    from besa.show import progress_bar, verified
+
+    with progress_bar(err) as tracker:
+        found = verify(folder, progress=tracker)
+    out.print(verified(found, folder))
 
 
 @commands.command("simulate", rich_help_panel=PANEL)

@@ -12,8 +12,10 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from besa.budget import zeros_for
+from besa.checkpoint.formats.container import header
 from besa.errors import BesaError
 from besa.evaluation.zero_shot import ZeroShot
+from besa.models.files import check_regular
 from besa.names import path_of, printable
 from besa.record import RECORD_NAME, Record, RunRecord
 from besa.runtime.timings import BENCH_NAME, Bench
@@ -130,16 +132,18 @@ def load_run(path: Path) -> Run:
     """
     if not path_of(path).is_dir():
         raise BesaError(f"{path} is not a folder: give one that `besa prune` or `besa eval` wrote to.")
-    record, evaluation = path / RECORD_NAME, path / EVALUATION_NAME
+    check_regular(path)
+    header(path)  # of no format that only a later besa knows
+    record, evaluation = RunRecord.of(path), path / EVALUATION_NAME
     bench, simulation = path / BENCH_NAME, path / SIMULATION_NAME
-    if not record.exists() and not evaluation.exists():
+    if record is None and not evaluation.exists():
         raise BesaError(
             f"{path} holds neither {RECORD_NAME} nor {EVALUATION_NAME}: give a folder that `besa prune` or `besa eval` "
             "wrote to."
         )
     return Run(
         folder=path,
-        record=RunRecord.read(record) if record.exists() else None,
+        record=record,
         measured=_read(evaluation, Measured, "evaluation", "eval") if evaluation.exists() else None,
         bench=_read(bench, Bench, "measurement of speed", "bench") if bench.exists() else None,
         simulated=_read(simulation, Simulation, "simulation", "simulate") if simulation.exists() else None,
