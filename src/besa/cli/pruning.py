@@ -181,9 +181,14 @@ def compare_command(
     model: Model,
     recipes: Annotated[str, typer.Option(metavar="NAMES", help="Recipes, shipped or YAML files, by commas.")],
     sparsity: Annotated[str, typer.Option(metavar="SHARES", help="Shares of the prunable weights, by commas.")] = "0.5",
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each, with the seeds 0, 1, …")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="Runs of each, with the seeds 0, 1, …")] = 1,
     out_dir: Annotated[
-        Path, typer.Option("--out", metavar="DIR", help="Folder for runs, table and plot; what it has is used again.")
+        Path,
+        typer.Option(
+            "--out",
+            metavar="DIR",
+            help="Folder for runs, table and plot; what it has is used again, and its table gets more rows.",
+        ),
     ] = Path("compare"),
     keep: Annotated[bool, typer.Option("--keep", help="Keep the pruned checkpoints, not their records only.")] = False,
     ppl: EvaluationOption = None,
