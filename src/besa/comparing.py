@@ -176,8 +176,8 @@ def _seeds(recipe: Recipe, seeds: int, rows: Mapping[tuple[str, float], Row], fo
         return seeds
     if found.settings != settings:
         raise BesaError(
-            f"The table in {folder} has another recipe named {recipe.name}: give each its own name in its YAML file, or "
-            "choose another --out."
+            f"The table in {folder} has another recipe named {recipe.name}: give each its own name in its YAML file, "
+            "or choose another --out."
         )
     return max(seeds, found.seeds)
 

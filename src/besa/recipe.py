@@ -241,6 +241,8 @@ def _first_complaint(error: ValidationError) -> str:
     if complaint["type"] == "extra_forbidden":
         return f"unknown key {place}"
     if complaint["type"] == "union_tag_invalid":
-        return f"{place}.method is {complaint['ctx']['tag']!r:.80} but must be one of {complaint['ctx']['expected_tags']}"
+        return (
+            f"{place}.method is {complaint['ctx']['tag']!r:.80} but must be one of {complaint['ctx']['expected_tags']}"
+        )
     message = complaint["msg"][0].lower() + complaint["msg"][1:]
     return f"{place}: {message} (it is {complaint['input']!r:.80})"

@@ -220,7 +220,7 @@ def test_what_pip_says_becomes_one_cause(index, tmp_path, monkeypatch, said, tol
 
 @pytest.mark.parametrize("path", [None, "", "."])
 def test_code_of_the_working_folder_is_not_run(index, tmp_path, monkeypatch, path):
-    """A `pip.py`, or what Python itself imports as it starts; found beside the user, or by a PYTHONPATH that is relative."""
+    """A `pip.py`, or what Python itself imports as it starts, beside the user or where a PYTHONPATH says."""
     (hostile := tmp_path / "hostile").mkdir()
     for name in ("pip", "usercustomize", "sitecustomize", "zipfile", "random"):
         (hostile / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")

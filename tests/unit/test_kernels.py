@@ -225,7 +225,9 @@ def test_nothing_is_loaded_from_a_folder_of_others(fresh, tmp_path, monkeypatch,
         __attribute__((constructor)) static void run() {{ fclose(fopen("{ran}", "w")); }}""")
     subprocess.run([shutil.which("c++"), "-shared", "-fPIC", code, "-o", tmp_path / "planted.so"], check=True)
     built.unlink()
-    planted = (tmp_path / "planted.so").rename(fresh / build._name(built.name.partition("-")[0], tmp_path / "planted.so"))
+    planted = (tmp_path / "planted.so").rename(
+        fresh / build._name(built.name.partition("-")[0], tmp_path / "planted.so")
+    )
     if whose == "anybody's":
         fresh.chmod(0o777)
     elif whose == "another's":

@@ -15,6 +15,7 @@ from besa.checkpoint.formats.checking import check_packed
 from besa.checkpoint.formats.container import open_files
 from besa.errors import BesaError
 from besa.models.files import check_regular
+from besa.names import path_of
 from besa.progress import Progress, silent
 from besa.record import RECORD_NAME
 
@@ -72,7 +73,7 @@ def verify(folder: str | Path, *, progress: Progress = silent) -> Verified:
         BesaError: a file is missing or has other bytes than it was written with, weights are there that were not
             written, or the folder has no digests; the sentence names the first such file.
     """
-    folder = Path(folder)
+    folder = path_of(folder)
     if not folder.is_dir():
         raise BesaError(f"{folder} is no folder: give one that `besa prune`, `pack`, `unpack` or `shrink` wrote.")
     check_regular(folder)

@@ -64,9 +64,9 @@ def guard_streams() -> None:
         except OSError:  # closed: the next file to be opened would take its place, and get what is meant for it
             os.open(os.devnull, os.O_RDWR)
     if sys.stdout is not None:
-        sys.stdout = _Guarded(sys.stdout, _unwritten)  # type: ignore[assignment]
+        sys.stdout = _Guarded(sys.stdout, _unwritten)
     if sys.stderr is not None:
-        sys.stderr = _Guarded(sys.stderr, lambda error: None)  # type: ignore[assignment]
+        sys.stderr = _Guarded(sys.stderr, lambda error: None)
 
 
 def _unwritten(error: OSError) -> None:

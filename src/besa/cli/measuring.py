@@ -133,7 +133,9 @@ def report(
     runs: Annotated[
         list[Path], typer.Argument(metavar="RUN...", help="Folders that `besa prune` wrote, or with a besa_eval.json.")
     ],
-    page: Annotated[Path, typer.Option("--out", metavar="FILE", callback=to_write, help="The page to write.")] = Path("report.html"),
+    page: Annotated[Path, typer.Option("--out", metavar="FILE", callback=to_write, help="The page to write.")] = Path(
+        "report.html"
+    ),
 ) -> None:
     """Put runs side by side on one self-contained HTML page."""
     from besa.checkpoint.files import write_file

@@ -70,8 +70,12 @@ def generate(
         raise BesaError("The prompt is empty: give at least one word to go on from.")
     room = _positions(model) - tokens_1T.shape[1]
     if room < 1:
-        raise BesaError(f"The prompt has {tokens_1T.shape[1]:,} tokens, which is all the model has positions for: cut it.")
-    sampling = {"do_sample": True, "logits_processor": [_Tempered(temperature)]} if temperature else {"do_sample": False}
+        raise BesaError(
+            f"The prompt has {tokens_1T.shape[1]:,} tokens, which is all the model has positions for: cut it."
+        )
+    sampling = (
+        {"do_sample": True, "logits_processor": [_Tempered(temperature)]} if temperature else {"do_sample": False}
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         made_1T = model.generate(
