@@ -142,6 +142,6 @@ def test_any_call_ends_as_it_should(place, call):
 
 @pytest.mark.slow
 @given(calls())
-@settings(max_examples=4000, **QUIET)
+@settings(max_examples=1500, **QUIET)
 def test_any_of_many_calls_ends_as_it_should(place, call):
     check(call, place)
