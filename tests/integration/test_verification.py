@@ -1,4 +1,4 @@
-"""Checkpoints that are not as they were written, or as nobody writes them: found by digests, and by one check for all."""
+"""Checkpoints that are not as they were written, or as nobody writes them: found by digests, and by one check."""
 
 import hashlib
 import json
@@ -35,7 +35,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made")
     for form in ("float32", "joint"):
         besa.pack(pruned(form, folder / form), folder / f"{form}-packed")
-    half = {name: tensor * (tensor > 0) if "_proj" in name else tensor for name, tensor in load_file(TINY / DENSE).items()}
+    half = {
+        name: tensor * (tensor > 0) if "_proj" in name else tensor for name, tensor in load_file(TINY / DENSE).items()
+    }
     for block in range(8):
         half[f"model.layers.{block}.mlp.down_proj.weight"][:, :10] = 0
     shutil.copytree(TINY, folder / "foreign")
@@ -283,7 +285,10 @@ def test_codes_beyond_their_bits(copy: Callable[[str], Path], tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda folder: change_tensors(folder, lambda t: t.pop("model.norm.weight")), "lacks the weight model.norm.weight"),
+        (
+            lambda folder: change_tensors(folder, lambda t: t.pop("model.norm.weight")),
+            "lacks the weight model.norm.weight",
+        ),
         (
             lambda folder: change_tensors(
                 folder, lambda t: [t.pop(name) for name in [*t] if name.startswith("model.layers.7.")]
