@@ -1,4 +1,4 @@
-"""Checkpoints that are not as they were written, or as nobody writes them: found by digests, and by one check for all."""
+"""Checkpoints that are not as they were written, or as nobody writes them: found by digests, and by one check."""
 
 import hashlib
 import json
@@ -23,6 +23,8 @@ from besa.checkpoint.inspection import inspect
 from besa.checkpoint.verification import seal
 from besa.models.loading import locate
 from besa.report import load_run
+from tests.integration.kill_and_repeat import sparse_model
+from tests.integration.test_families import config_of, random_model, saved
 from tests.integration.test_packing import SIZES, TEXT, TINY, pruned
 
 DENSE, PACKED = "model.safetensors", "bitmask.safetensors"
@@ -35,11 +37,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made")
     for form in ("float32", "joint"):
         besa.pack(pruned(form, folder / form), folder / f"{form}-packed")
-    half = {name: tensor * (tensor > 0) if "_proj" in name else tensor for name, tensor in load_file(TINY / DENSE).items()}
-    for block in range(8):
-        half[f"model.layers.{block}.mlp.down_proj.weight"][:, :10] = 0
-    shutil.copytree(TINY, folder / "foreign")
-    save_file(half, folder / "foreign" / DENSE, {"format": "pt"})
+    sparse_model(TINY, folder / "foreign")
     return folder
 
 
@@ -279,17 +277,19 @@ def test_codes_beyond_their_bits(copy: Callable[[str], Path], tmp_path: Path) ->
         assert re.search(r"(values|zero points) are no codes of 3 bits", sentence(action))
 
 
+def without(prefix: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        change_tensors(folder, lambda tensors: [tensors.pop(name) for name in [*tensors] if name.startswith(prefix)])
+
+    return change
+
+
 @pytest.mark.parametrize("name", ["float32", "float32-packed", "joint", "joint-packed"])
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda folder: change_tensors(folder, lambda t: t.pop("model.norm.weight")), "lacks the weight model.norm.weight"),
-        (
-            lambda folder: change_tensors(
-                folder, lambda t: [t.pop(name) for name in [*t] if name.startswith("model.layers.7.")]
-            ),
-            "lacks the weight model.layers.7.",
-        ),
+        (without("model.norm.weight"), "lacks the weight model.norm.weight"),
+        (without("model.layers.7."), "lacks the weight model.layers.7."),
         (lambda folder: change_config(folder, num_hidden_layers=9), "lacks the weight model.layers.8."),
         (lambda folder: change_config(folder, num_hidden_layers=7), "holds model.layers.7, a block more than"),
     ],
@@ -397,3 +397,10 @@ def test_numbers_too_large_for_the_dtype_asked_for(copy: Callable[[str], Path]) 
     change_tensors(folder, lambda tensors: tensors[f"{UP}.weight"][3, 4].fill_(1e6))
     assert "too large for float16" in sentence(lambda: besa.load(folder, dtype="float16"))
     besa.load(folder)
+
+
+def test_an_expert_that_is_missing_from_a_merged_weight(tmp_path: Path) -> None:
+    folder = saved(random_model(config_of("mixtral")), tmp_path / "model")
+    name = min(name for name in load_file(folder / DENSE) if ".experts.1." in name)
+    without(name)(folder)
+    assert "lacks a part of the weight model.layers." in sentence(lambda: besa.pack(folder, tmp_path / "out"))

@@ -48,7 +48,12 @@ def claimed(folder: Path, out: Path) -> Iterator[None]:
     """
     with explained(out):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / LOCK).open("w")
+        try:
+            lock = (folder / LOCK).open("w")
+        except OSError:
+            with suppress(OSError):  # not empty: of an earlier process
+                folder.rmdir()
+            raise
     with lock:
         if not _locked(lock) or _removed(lock):  # removed by who had it until now
             raise BesaError(f"Another besa is at work on {out}: wait for it, or choose another name.")
@@ -64,11 +69,11 @@ def appearing(out: Path) -> Iterator[Path]:
     Raises:
         BesaError: `out` exists already, another process is at it, or it cannot be written.
     """
-    check_absent(out)
     partial = out.with_name(f".{out.name}.partial")
     with claimed(partial, out), explained(out):
         folder = partial / "checkpoint"
         try:
+            check_absent(out)
             if folder.exists():
                 shutil.rmtree(folder)
             folder.mkdir()
