@@ -34,6 +34,7 @@ class Conditions:
     device: str = "cpu"
     dtype: str = "auto"
     batch: int | None = None
+    bos: str = "auto"
     trust_remote_code: bool = False
 
 
@@ -141,6 +142,7 @@ class Workspace:
             batch=self.conditions.batch,
             device=self.conditions.device,
             dtype=self.conditions.dtype,
+            bos=self.conditions.bos,
             trust_remote_code=self.conditions.trust_remote_code,
             progress=labelled(self.progress, _label(model) if isinstance(model, Path) else DENSE),
             **asdict(self.measures.only(texts, tasks)),
@@ -170,6 +172,7 @@ class Workspace:
             "data": {name: _content(file) for name, file in measures.data.items()},
             "model": self._model(),
             "dtype": self.conditions.dtype,
+            "bos": self.conditions.bos,
         }
         name = re.sub(r"[^\w.]+", "-", text_name(measures.texts[0])) if measures.texts else "zero-shot"
         return f"{name}-{_digest(decisive)}"
@@ -191,4 +194,7 @@ def _digest(content: dict[str, Any]) -> str:
 def _content(text: str) -> str:
     """The name of a text, or of a local file a digest of what is in it."""
     path = Path(text)
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else text
+    if not path.is_file():
+        return text
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
