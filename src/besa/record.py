@@ -93,6 +93,7 @@ class RunRecord(Record):
     seconds: float
     peak_memory_bytes: int
     peak_gpu_memory_bytes: int | None = None
+    notes: list[str] = Field(default=[], description="what a user should know, a sentence each")
     restored_blocks: int = Field(default=0, description="taken from the journal of an interrupted run")
     files: dict[str, str] = Field(default={}, description="sha256 of each file of the folder, once that is written")
 

@@ -17,7 +17,8 @@ from besa.evaluation.result import Evaluation
 from besa.evaluation.texts import read_texts, text_name
 from besa.evaluation.zero_shot import check_tasks
 from besa.machine import resolve_device
-from besa.models.loading import fingerprint, load_tokenizer, locate
+from besa.models.bos import bos_token
+from besa.models.loading import fingerprint, load_tokenizer, locate, read_config
 from besa.names import path_of, plain
 from besa.progress import Progress, labelled, silent
 from besa.recipe import Recipe
@@ -37,6 +38,7 @@ class Conditions:
     device: str = "cpu"
     dtype: str = "auto"
     batch: int | None = None
+    bos: str = "auto"
     trust_remote_code: bool = False
 
 
@@ -140,8 +142,10 @@ class Workspace:
         resolve_device(given.device)
         check_tasks(self.measures.tasks)
         read_texts(self.measures.texts, self.measures.data, self.progress)
-        tokenizer = load_tokenizer(locate(given.model, self.progress), given.trust_remote_code)
-        sample(given.calibration, tokenizer, given.samples, given.seqlen, 0, self.progress)
+        source = locate(given.model, self.progress)
+        tokenizer = load_tokenizer(source, given.trust_remote_code)
+        first = bos_token(given.bos, tokenizer, read_config(source, given.trust_remote_code))
+        sample(given.calibration, tokenizer, given.samples, given.seqlen, 0, self.progress, bos=first)
 
     def _files(self, recipe: Recipe | None, seed: int) -> tuple[str, dict[Measures, Path]]:
         """The key of a run, and where its evaluations are."""
@@ -163,6 +167,7 @@ class Workspace:
             batch=self.conditions.batch,
             device=self.conditions.device,
             dtype=self.conditions.dtype,
+            bos=self.conditions.bos,
             trust_remote_code=self.conditions.trust_remote_code,
             progress=labelled(self.progress, _label(model) if isinstance(model, Path) else DENSE),
             **asdict(self.measures.only(texts, tasks)),
@@ -201,6 +206,7 @@ class Workspace:
             "data": {name: _content(file) for name, file in measures.data.items()},
             "model": self._model(),
             "dtype": self.conditions.dtype,
+            "bos": self.conditions.bos,
         }
 
     def _model(self) -> str:
@@ -220,4 +226,7 @@ def _digest(content: dict[str, Any]) -> str:
 def _content(text: str) -> str:
     """The name of a text, or of a local file a digest of what is in it."""
     path = path_of(text)
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else text
+    if not path.is_file():
+        return text
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -24,6 +24,14 @@ class Device(StrEnum):
     cuda = "cuda"
 
 
+class Bos(StrEnum):
+    """Whether sequences begin with the token that begins a text."""
+
+    auto = "auto"
+    yes = "yes"
+    no = "no"
+
+
 class Dtype(StrEnum):
     """Floating-point format of weights and computation; auto is the checkpoint's."""
 
@@ -36,7 +44,8 @@ class Dtype(StrEnum):
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Hugging Face id, folder, .gguf file, or smollm2 (embedded).")
 ]
-TEXTS = "c4, wiki, a .txt, .jsonl or .parquet file, or hf:<dataset>"
+FILES = "a file of JSON (told by its content: lines or an array, fields text), parquet or plain text, also .gz or .zst"
+TEXTS = f"c4, wiki, {FILES}, or hf:<dataset>"
 CalibrationOption = Annotated[str, typer.Option(metavar="TEXT", help=f"Text to calibrate on: {TEXTS}.")]
 EvaluationOption = Annotated[
     list[str] | None,
@@ -44,7 +53,7 @@ EvaluationOption = Annotated[
         "--ppl",
         metavar="TEXT",
         help="Measure perplexity (repeatable) on wikitext2, ptb or c4, the papers' test sets, or on another text: wiki "
-        "(embedded), a .txt, .jsonl or .parquet file, or hf:<dataset>.",
+        f"(embedded), {FILES}, or hf:<dataset>.",
     ),
 ]
 DataOption = Annotated[
@@ -85,7 +94,17 @@ PassesOption = Annotated[
     ),
 ]
 SamplesOption = Annotated[int, typer.Option(min=1, help="Calibration sequences.")]
-SeqlenOption = Annotated[int, typer.Option(min=2, help="Tokens of a calibration sequence.")]
+SeqlenOption = Annotated[
+    int | None,
+    typer.Option(min=2, help="Tokens of a calibration sequence; default: 2048, or as many as the model has positions."),
+]
+BosOption = Annotated[
+    Bos,
+    typer.Option(
+        help="Begin calibration sequences and windows with the tokenizer's BOS token; auto: where it adds one by "
+        "itself, but not for Llama and OPT, whose published figures have none."
+    ),
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option(

@@ -32,6 +32,7 @@ class Windows(Record):
     """How much of a text was used, and what was found on it."""
 
     windows: int | None = None
+    bos: bool = False
     perplexity: float | None = None
     bits_per_byte: float | None = None
 
@@ -44,6 +45,7 @@ class Measured(Record):
     window: int
     details: dict[str, Windows] = Field(default_factory=dict)
     other_windows: dict[int, dict[str, Windows]] = Field(default_factory=dict)
+    bos: str = "auto"
     zero_shot: ZeroShot | None = None
     sparsity: float | None = None
     seconds: float | None = None
@@ -119,9 +121,12 @@ class Run:
         """Perplexity on a text, None if it was not measured."""
         return self.measured.perplexity.get(text) if self.measured else None
 
-    def basis(self, text: str) -> tuple[int, int | None] | None:
-        """What two perplexities on a text must share to be compared: window length and number of windows."""
-        return (self.measured.window, self.measured.details.get(text, Windows()).windows) if self.measured else None
+    def basis(self, text: str) -> tuple[int, int | None, bool] | None:
+        """What two perplexities on a text must share to be compared: length of windows, their number, a BOS token."""
+        if not self.measured:
+            return None
+        found = self.measured.details.get(text, Windows())
+        return self.measured.window, found.windows, found.bos
 
 
 def load_run(path: Path) -> Run:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from besa.errors import BesaError
+from besa.models.limits import positions
 from besa.models.loading import load_tokenizer, locate
 from besa.progress import Progress, silent
 from besa.runtime.loading import load
@@ -68,7 +69,7 @@ def generate(
     tokens_1T = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
     if tokens_1T.numel() == 0:
         raise BesaError("The prompt is empty: give at least one word to go on from.")
-    room = _positions(model) - tokens_1T.shape[1]
+    room = (positions(model).most or sys.maxsize) - tokens_1T.shape[1]
     if room < 1:
         raise BesaError(
             f"The prompt has {tokens_1T.shape[1]:,} tokens, which is all the model has positions for: cut it."
@@ -87,11 +88,6 @@ def generate(
             **sampling,
         )
     return str(tokenizer.decode(made_1T[0, tokens_1T.shape[1] :], skip_special_tokens=True))
-
-
-def _positions(model: PreTrainedModel) -> int:
-    """How many tokens the model can tell the places of, as far as its configuration says so."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 class _Tempered(LogitsProcessor):  # type: ignore[misc]
