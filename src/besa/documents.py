@@ -14,6 +14,7 @@ from besa.progress import Progress, silent
 from besa.textfiles import file_documents
 
 WHOLE = 64 << 20  # characters of a text that is held in memory and tokenised whole
+HUB_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
 HUB_DOCUMENTS = 20_000  # far more than a calibration set needs, and still a download of seconds
 BEGINNING = 80  # characters of a text that records show
 
@@ -76,7 +77,7 @@ def shown(document: str) -> str:
 
 def _hub_documents(source: str, progress: Progress) -> list[str]:
     dataset, config, split, *rest = [*source.removeprefix("hf:").split(":"), "", ""]
-    if not dataset or any(rest):
+    if any(rest) or not HUB_NAME.fullmatch(dataset):  # else it may lead to a folder
         raise BesaError(f"Cannot read {source}: write hf:<dataset>, hf:<dataset>:<config> or add :<split> to that.")
     where = {"path": dataset, "name": config or None, "split": split or "train"}
     return beginning(hub_column(source, where, "text", HUB_DOCUMENTS, progress), WHOLE)

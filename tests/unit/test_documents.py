@@ -87,7 +87,7 @@ def test_hub_datasets(monkeypatch):
         {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "test", "streaming": True},
         {"path": "allenai/c4", "name": "en", "split": "train", "streaming": True},
     ]
-    for nonsense in ("hf:", "hf:a:b:c:d"):
+    for nonsense in ("hf:", "hf:a:b:c:d", "hf:../..", "hf:/etc", "hf:a/b/c", "hf:./a", "hf:a\0"):
         assert "write hf:<dataset>" in refusal(read, nonsense)
 
 

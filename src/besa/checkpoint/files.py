@@ -69,6 +69,7 @@ def appearing(out: Path) -> Iterator[Path]:
     Raises:
         BesaError: `out` exists already, another process is at it, or it cannot be written.
     """
+    check_absent(out)
     partial = out.with_name(f".{out.name}.partial")
     with claimed(partial, out), explained(out):
         folder = partial / "checkpoint"
