@@ -27,8 +27,8 @@ NUMBERS = [
 NAMES = [
     "", " ", ".", "..", "/", "~", "x" * 300, "x" * 250, "a/" * 3000 + "b", "../../x", "nul\0", "\udcff", "new\nline",
     "\x1b[31m", "[bold]", "é", "*", "[", "{", "a=b", "a=", "=", "=0.5", ",", "a,b", "hf:", "hf:../..", "hf:a:b:c",
-    "none.gguf", "wikitext2", "ptb=none", "wanda", "besa", "best", "int4", "allocation.steps=2", "name=../../x", "name=.nan",
-    "cpu", "cuda", "float16", "mmlu", "nowhere/x/y",
+    "none.gguf", "wikitext2", "ptb=none", "wanda", "besa", "best", "int4", "allocation.steps=2", "name=../../x",
+    "name=.nan", "cpu", "cuda", "float16", "mmlu", "nowhere/x/y",
 ]  # fmt: skip
 THERE = ["@tiny", "@pruned", "@packed", "@pipe", "@latin.yaml", "@deep.yaml", "@calibration.txt"]
 VALUES = st.sampled_from(NUMBERS) | st.sampled_from(NAMES) | st.sampled_from(THERE) | st.text(max_size=20)
@@ -145,3 +145,63 @@ def test_any_call_ends_as_it_should(place, call):
 @settings(max_examples=1500, **QUIET)
 def test_any_of_many_calls_ends_as_it_should(place, call):
     check(call, place)
+
+
+@pytest.mark.parametrize(
+    ("name", "odd", "words"),
+    [
+        ("prune", {"seed": str(2**70)}, "There is no seed 1180591620717411303424: use a whole number from 0 to"),
+        ("generate", {"seed": "-1"}, "There is no seed -1"),
+        ("generate", {"temperature": "nan"}, "value for '--temperature'"),
+        ("generate", {"temperature": "inf"}, "There is no temperature inf"),
+        ("generate", {"prompt": "a b " * 600}, "which is all the model has positions for"),
+        ("prune", {"activation_budget": "inf"}, "--activation-budget inf: give a number of GB"),
+        ("plan", {"activation_budget": "1e308"}, "--activation-budget 1e+308: give a number of GB"),
+        ("plan", {"passes": "inf", "recipe": "best"}, "inf passes are more than can be counted"),
+        ("plan", {"passes": "nan", "recipe": "best"}, "value for '--passes'"),
+        ("plan", {"passes": "1e308", "recipe": "best"}, "1e+308 passes are more than can be counted"),
+        ("plan", {"seqlen": str(10**12)}, "tokens do not go through a block here"),
+        ("prune", {"seqlen": str(10**9)}, "use a longer text"),
+        ("prune", {"samples": str(10**12)}, "use a longer text"),
+        ("prune", {"sparsity": "nan"}, "sparsity"),
+        ("prune", {"out_dir": "x" * 300}, "File name too long"),
+        ("prune", {"out_dir": ""}, "exists already"),
+        ("pack", {"out_dir": "."}, "exists already"),
+        ("prune", {"set_": "name=../../x"}, "the name '../../x' is not plain"),
+        ("prune", {"recipe": "@latin.yaml"}, "cannot be read as YAML"),
+        ("prune", {"recipe": "@deep.yaml"}, "it has aliases, or more than 8 levels"),
+        ("eval", {"ppl": "hf:../.."}, "write hf:<dataset>"),
+        ("eval", {"json": "/"}, "No file can be written to /"),
+        ("inspect", {"json": ""}, "No file can be written to ."),
+        ("eval", {"json": "@pipe"}, "No file can be written to"),
+        ("report", {"page": "@calibration.txt/x"}, "No file can be written to"),
+        ("simulate", {"tokens": str(2**70)}, "at most 2,147,483,647"),
+        ("bench", {"rounds": str(10**12)}, "--rounds"),
+        ("compare", {"seeds": str(10**12)}, "--seeds"),
+        ("inspect", {"model": "nul\0"}, "embedded null byte"),
+        ("inspect", {"model": "\udcff"}, "is not UTF-8"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_what_it_is(place, tmp_path, name, odd, words):
+    code, said = leave(written(name, odd, place), tmp_path)
+    assert code == 2
+    assert words in said
+    assert list(tmp_path.iterdir()) == []
+    assert (place / "pipe").is_fifo()
+
+
+@pytest.mark.parametrize(
+    ("name", "odd"),
+    [
+        ("generate", {"max_new_tokens": str(10**12)}),
+        ("generate", {"temperature": "5e-324"}),
+        ("generate", {"temperature": "1e308"}),
+        ("eval", {"batch": str(10**12)}),
+        ("eval", {"max_windows": str(10**12)}),
+        ("prune", {"batch": str(2**70)}),
+        ("prune", {"activation_budget": "1e290"}),
+        ("plan", {"samples": str(10**12)}),
+    ],
+)
+def test_what_is_only_odd_is_done(place, tmp_path, name, odd):
+    assert leave(written(name, odd, place), tmp_path)[0] == 0
