@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from besa import memory
 from besa.calibration import Calibration, sample
+from besa.checkpoint.companions import companions
 from besa.checkpoint.files import check_space
 from besa.checkpoint.formats.container import header
 from besa.checkpoint.journal import journal_for
@@ -35,7 +36,7 @@ from besa.progress import Progress, silent
 from besa.pruning import Resources, prune_blocks
 from besa.quantization import MinMax
 from besa.recipe import Recipe
-from besa.record import RunRecord, now
+from besa.record import PASSED_NAMES, PassedThrough, RunRecord, now
 from besa.runtime.loading import load
 from besa.seeds import check_seed
 from besa.simulator import Accelerator, Simulation
@@ -145,7 +146,7 @@ def compress(
         batch = min(calibration.samples, batch or default_batch(calibration.seqlen, device))
         if journal is not None:
             journal.begin(_decisive(recipe, identity, calibration, seed, batch, device) | {"dequantized": dequantized})
-            size = decoder.model.num_parameters() * decoder.model.dtype.itemsize
+            size = decoder.model.num_parameters() * decoder.model.dtype.itemsize + decoder.unbuilt_bytes
             check_space(journal.folder, disk_bytes(size) - journal.bytes)
         memory.stay_lean()
         memory.reset_peak(device)
@@ -173,6 +174,9 @@ def compress(
             peak_memory_bytes=memory.peak_bytes(),
             peak_gpu_memory_bytes=memory.peak_gpu_bytes(device),
             notes=notes,
+            passed_through=PassedThrough(
+                tensors=len(decoder.unbuilt), bytes=decoder.unbuilt_bytes, names=decoder.unbuilt[:PASSED_NAMES]
+            ),
             restored_blocks=journal.restored if journal else 0,
         )
         if journal and out:
@@ -413,7 +417,10 @@ def _opened(
         if source.folder and header(source.folder) is not None:
             raise BesaError(f"{source.name} is packed: make it dense with `besa unpack` first.")
         if from_disk or not is_quantized(read_config(source, trust_remote_code)):
-            decoder = DecoderOnDisk(source, dtype, trust_remote_code)
+            decoder = on_disk = DecoderOnDisk(source, dtype, trust_remote_code)
+            if from_disk and source.folder:  # what could not be written is found out before the work
+                on_disk.check_writable()
+                companions(source.folder)
     if decoder is None or not from_disk:  # by now, what is wrong with a folder was found out
         decoder = DecoderInMemory(load_model(source, dtype, trust_remote_code))
     tokenizer = tokenizer or load_tokenizer(source, trust_remote_code)

@@ -15,6 +15,7 @@ from besa.errors import BesaError
 
 RECORD_NAME = "besa_run.json"
 HISTOGRAM_BINS = 50
+PASSED_NAMES = 8  # as an example: they may be many
 
 
 class Record(BaseModel):
@@ -74,6 +75,14 @@ class BlockRecord(Record):
     linears: list[LinearRecord]
 
 
+class PassedThrough(Record):
+    """Stored tensors that transformers does not build: written as they were read, to the bit."""
+
+    tensors: int = 0
+    bytes: int = 0
+    names: list[str] = Field(default=[], description=f"of the first {PASSED_NAMES}")
+
+
 class RunRecord(Record):
     """Everything needed to understand a pruned model and to make it again."""
 
@@ -94,6 +103,7 @@ class RunRecord(Record):
     peak_memory_bytes: int
     peak_gpu_memory_bytes: int | None = None
     notes: list[str] = Field(default=[], description="what a user should know, a sentence each")
+    passed_through: PassedThrough = PassedThrough()
     restored_blocks: int = Field(default=0, description="taken from the journal of an interrupted run")
     files: dict[str, str] = Field(default={}, description="sha256 of each file of the folder, once that is written")
 

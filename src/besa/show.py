@@ -87,11 +87,18 @@ def pruned(record: RunRecord, folder: Path) -> RenderableType:
     unreached = (
         f"\n{record.unreached} experts saw no calibration token: pruned by magnitude" if record.unreached else ""
     )
+    passed = record.passed_through
+    unbuilt = (
+        f"\n{passed.tensors:,} tensors that transformers does not build were passed through as they are "
+        f"({passed.bytes / 1e6:,.1f} MB), such as {passed.names[0]}"
+        if passed.tensors
+        else ""
+    )
     return Text(
         f"{folder}: {record.zeros:,} of {record.weights:,} prunable weights are zero ({record.sparsity:.4%})\n"
         f"recipe {record.recipe['name']}, {record.seconds:,.0f} s, "
         f"peak memory {record.peak_memory_bytes / 1e9:.2f} GB{gpu}\n"
-        f"reconstruction error {errors[0]:.4f} in the first block, {errors[-1]:.4f} in the last{unreached}"
+        f"reconstruction error {errors[0]:.4f} in the first block, {errors[-1]:.4f} in the last{unreached}{unbuilt}"
     )
 
 

@@ -121,14 +121,12 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def tried(
-    action: Callable[[Path], object], whole_or_not: bool, folder: Path, seed: int, moments: int
-) -> dict[str, int]:
+def tried(action: Callable[[Path], object], appears: bool, folder: Path, seed: int, moments: int) -> dict[str, int]:
     """Stop a command at some moments.
 
     Args:
         action: the command, towards a folder.
-        whole_or_not: whether its folder appears by one rename.
+        appears: whether its folder is not there before it is whole.
         folder: to work in.
         seed: of the moments.
         moments: how many of each kind.
@@ -143,7 +141,7 @@ def tried(
             code = ended(started(lambda full=full, at=at: watched(action, out, at, full, counts)))
             assert code == (FULL if full else -signal.SIGKILL), (full, at, code)
             stops["filled" if full else "died"] += 1
-            if whole_or_not:
+            if appears:
                 assert not full or names(folder) == there, at
                 if out.exists():
                     assert content(out) == expected, (full, at)
@@ -155,7 +153,7 @@ def tried(
             shutil.rmtree(out)
     codes = sorted(ended(child) for child in [started(lambda: action(out)) for _ in range(2)])
     assert codes in ([0, 0], [0, REFUSED]), codes  # two at once: both are served, or one is told to wait
-    if not whole_or_not:
+    if not appears:
         assert ended(started(lambda: action(out))) == 0
     assert content(out) == expected
     assert names(folder) == there | {"out"}

@@ -19,6 +19,7 @@ from besa import cli
 TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+SHARD = "model-00001-of-00001.safetensors"
 HEADER = 8 + int.from_bytes((TINY / WEIGHTS).read_bytes()[:8], "little")  # where the numbers begin
 FIRST, UP = "model.layers.0.mlp.up_proj.weight", "model.layers.2.mlp.up_proj.weight"
 COMMANDS = ("prune", "inspect", "eval")
@@ -164,14 +165,24 @@ def overwritten(start: int, data: bytes) -> Damage:
     return damage
 
 
-def indexed(file: Any = WEIGHTS, **changes: Any) -> Damage:
+def sharded(damage: Damage) -> Damage:
+    """The damage of a folder whose weights are in a shard: beside a whole file an index does not count."""
+
+    def both(folder: Path) -> None:
+        (folder / WEIGHTS).rename(folder / SHARD)
+        damage(folder)
+
+    return both
+
+
+def indexed(file: Any = SHARD, **changes: Any) -> Damage:
     """An index that puts all tensors into `file`; what `changes` names is replaced or added."""
 
     def damage(folder: Path) -> None:
-        weight_map = dict.fromkeys(load_file(folder / WEIGHTS), file)
+        weight_map = dict.fromkeys(load_file(folder / SHARD), file)
         (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map} | changes))
 
-    return damage
+    return sharded(damage)
 
 
 def pickled(folder: Path) -> None:
@@ -217,11 +228,11 @@ WEIGHT_FILES: dict[str, tuple[Damage, list[str]]] = {
     ),
 }
 INDICES: dict[str, tuple[Damage, list[str]]] = {
-    "index is cut": (written(INDEX, '{"weight_map": {'), [INDEX, "damaged"]),
-    "index nests": (written(INDEX, NESTED), [INDEX, "damaged"]),
-    "index is a list": (written(INDEX, "[]"), [INDEX, "damaged"]),
-    "index is no text": (written(INDEX, b"\xff\xfe\x00"), [INDEX, "damaged"]),
-    "index without a map": (written(INDEX, "{}"), [INDEX, "damaged"]),
+    "index is cut": (sharded(written(INDEX, '{"weight_map": {')), [INDEX, "damaged"]),
+    "index nests": (sharded(written(INDEX, NESTED)), [INDEX, "damaged"]),
+    "index is a list": (sharded(written(INDEX, "[]")), [INDEX, "damaged"]),
+    "index is no text": (sharded(written(INDEX, b"\xff\xfe\x00")), [INDEX, "damaged"]),
+    "index without a map": (sharded(written(INDEX, "{}")), [INDEX, "damaged"]),
     "map is a list": (indexed(weight_map=["a"]), [INDEX, "damaged"]),
     "map is null": (indexed(weight_map=None), [INDEX, "damaged"]),
     "map is empty": (indexed(weight_map={}), [INDEX, "no tensors"]),
@@ -234,9 +245,9 @@ INDICES: dict[str, tuple[Damage, list[str]]] = {
     "missing file": (indexed("model-00002-of-00002.safetensors"), ["model-00002-of-00002.safetensors", "incomplete"]),
     "file is a number": (indexed(7), [INDEX, "'7'"]),
     "file is null": (indexed(None), [INDEX, "'None'"]),
-    "file is a list": (indexed([WEIGHTS]), [INDEX]),
+    "file is a list": (indexed([SHARD]), [INDEX]),
     "null character": (indexed("a\x00.safetensors"), [INDEX.split(".")[0]]),
-    "promises too much": (indexed(weight_map={"model.layers.99.weight": WEIGHTS}), ["model.layers.99.weight", INDEX]),
+    "promises too much": (indexed(weight_map={"model.layers.99.weight": SHARD}), ["model.layers.99.weight", INDEX]),
 }
 CONFIGS: dict[str, tuple[Damage, list[str]]] = {
     "no config": (removed("config.json"), ["config.json"]),

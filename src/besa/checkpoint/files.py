@@ -98,7 +98,8 @@ def replacing(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         for other in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
             with suppress(OSError), other.open("r+b") as file:
-                if _locked(file):  # nobody writes it any more
+                # Nobody writes it any more, and it still is what the name says.
+                if _locked(file) and os.path.samestat(os.fstat(file.fileno()), other.stat()):
                     other.unlink()
         with _held(partial):
             try:

@@ -11,17 +11,17 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 
+from besa.checkpoint.companions import read_config_json, with_dtype
 from besa.checkpoint.files import appearing
 from besa.checkpoint.formats import bitmask, packed
 from besa.checkpoint.formats.checking import check_packed
-from besa.checkpoint.formats.container import HEADER, dense_shapes, header, open_files, tensors_of
-from besa.checkpoint.rewriting import config_of, folder_of, local, rewrite, size_of
+from besa.checkpoint.formats.container import HEADER, AsDense, header, open_files, tensors_of
+from besa.checkpoint.rewriting import folder_of, local, rewrite, size_of
 from besa.errors import BesaError
 from besa.models.blocks import find_blocks
-from besa.models.completeness import check_complete
-from besa.models.files import SPARSE_STEM, STEM, WeightFiles
+from besa.models.files import FLOATS, SPARSE_STEM, STEM, WeightFiles
+from besa.models.layout import Layout, in_dtype, renaming
 from besa.models.loading import Source, quantization_of, read_config, skeleton
-from besa.models.streaming import renaming
 from besa.progress import Progress, silent
 
 
@@ -107,12 +107,11 @@ def pack(
         if not found.packed:
             raise BesaError(f"{model} has too few zeros: no linear would get smaller; prune it first.")
 
-    config = config_of(source)
+    config = read_config_json(folder_of(source))
     codes = {"quantization_config": config.pop("quantization_config")} if quantization else {}
     config["besa"] = config.get("besa", {}) | HEADER | codes
     if dtype != "auto":
-        config.pop("torch_dtype", None)  # what older configurations call it
-        config["dtype"] = dtype
+        config = with_dtype(config, dtype)
     with appearing(Path(out)) as folder:
         rewrite(source, folder, parts(), config, SPARSE_STEM)
         found.file_bytes = size_of(folder.glob("*.safetensors"))
@@ -143,7 +142,7 @@ def unpack(model: str | Path, out: str | Path, *, trust_remote_code: bool = Fals
             yield dict(files.read(group.tensors))
             progress(done, len(groups), group.name)
 
-    config = config_of(source)
+    config = read_config_json(folder_of(source))
     about = config.pop("besa")
     if "quantization_config" in about:
         config["quantization_config"] = about.pop("quantization_config")
@@ -184,8 +183,8 @@ def _groups(source: Source, files: WeightFiles, trust_remote_code: bool) -> list
     """
     with torch.device("meta"):
         empty = skeleton(source, read_config(source, trust_remote_code), trust_remote_code)
-    check_complete(source.name, dense_shapes(files), empty)
     blocks = find_blocks(empty)
+    Layout(source.name, AsDense(files), empty, blocks)  # refuses what is incomplete
     plain = {name for name, module in empty.named_modules() if isinstance(module, nn.Linear)}
     plain &= {name for block in blocks for name in block.prunables}
     renamed = renaming(empty, get_model_conversion_mapping(empty))
@@ -210,9 +209,6 @@ def _rounded(name: str, tensor: Tensor, dtype: str) -> Tensor:
     Raises:
         BesaError: a number is too large for it.
     """
-    if dtype == "auto" or not tensor.is_floating_point():
+    if dtype == "auto" or tensor.dtype not in FLOATS.values():
         return tensor
-    rounded = tensor.to(getattr(torch, dtype))
-    if not bool(rounded.isfinite().all()):
-        raise BesaError(f"{name} holds numbers too large for {dtype}: choose bfloat16 or float32.")
-    return rounded
+    return in_dtype(name, tensor, getattr(torch, dtype))

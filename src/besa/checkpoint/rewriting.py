@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,29 +9,30 @@ from typing import Any
 
 from torch import Tensor
 
-from besa.checkpoint.files import save_tensors, write_file
+from besa.checkpoint.companions import companions, pass_on
+from besa.checkpoint.files import save_tensors
 from besa.checkpoint.formats.container import ABOUT
 from besa.checkpoint.verification import seal
 from besa.checkpoint.writer import assemble
 from besa.errors import BesaError
 from besa.models.files import SPARSE_STEM
-from besa.models.loading import NEEDED, Source, locate
+from besa.models.loading import Source, locate
 from besa.progress import Progress
 from besa.record import RECORD_NAME
-
-OWN = "besa_*.json"  # what besa wrote beside the weights; measurements in it are of these very files
 
 
 def local(model: str | Path, progress: Progress) -> Source:
     """The model's files in a folder.
 
     Raises:
-        BesaError: they cannot be had, or are a .gguf file.
+        BesaError: they cannot be had, are a .gguf file, or are links out of the folder.
     """
     source = locate(model, progress)
     if source.gguf:
         raise BesaError(f"{model} is a .gguf file, of which nothing is pruned: give a folder that `besa prune` wrote.")
-    return source.local()
+    source = source.local()
+    companions(folder_of(source))  # found out before the work
+    return source
 
 
 def folder_of(source: Source) -> Path:
@@ -41,19 +41,13 @@ def folder_of(source: Source) -> Path:
     return source.folder
 
 
-def config_of(source: Source) -> dict[str, Any]:
-    """What stands in config.json."""
-    config: dict[str, Any] = json.loads((folder_of(source) / "config.json").read_text(encoding="utf-8"))
-    return config
-
-
 def rewrite(
     source: Source, folder: Path, parts: Iterable[dict[str, Tensor]], config: dict[str, Any], stem: str
 ) -> None:
-    """Fill a folder with a checkpoint of these parts, and with the tokenizer, the run record and the like of another.
+    """Fill a folder with a checkpoint of these parts, and with what another has beside its weights.
 
     Args:
-        source: whose files are copied, but for weights and measurements.
+        source: whose files are passed on, the run record too, but no measurements.
         folder: to fill.
         parts: tensors by name, of which one part at a time is in memory.
         config: what is to stand in config.json.
@@ -70,11 +64,7 @@ def rewrite(
         save_tensors(written[-1], tensors, about)
     assemble(folder, written, stem, about)
     shutil.rmtree(folder / "parts")
-    for path in sorted(path for pattern in NEEDED for path in folder_of(source).glob(pattern)):
-        weights = path.name.endswith((".safetensors", ".index.json"))
-        if not weights and (path.name == RECORD_NAME or not path.match(OWN)):
-            shutil.copyfile(path, folder / path.name)
-    write_file(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    pass_on(folder_of(source), folder, config, also=[RECORD_NAME])
     seal(folder)
 
 

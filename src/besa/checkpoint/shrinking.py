@@ -13,9 +13,10 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
+from besa.checkpoint.companions import read_config_json
 from besa.checkpoint.files import appearing
 from besa.checkpoint.formats.container import header
-from besa.checkpoint.rewriting import config_of, folder_of, local, rewrite, size_of
+from besa.checkpoint.rewriting import folder_of, local, rewrite, size_of
 from besa.errors import BesaError
 from besa.models.blocks import capture_inputs, find_blocks
 from besa.models.couplings import CALLED, Kind, alike, couplings, take_out
@@ -67,6 +68,7 @@ def shrink(
     if header(folder_of(source)) is not None:
         raise BesaError(f"{model} is packed: make it dense with `besa unpack` first.")
     decoder = DecoderOnDisk(source, trust_remote_code=trust_remote_code)
+    decoder.check_writable()
     kept = _kept(decoder, str(model))
     config = _smaller_config(source, decoder, kept, trust_remote_code)
     blocks = len(decoder.blocks)
@@ -132,7 +134,7 @@ def _smaller_config(source: Source, decoder: DecoderOnDisk, kept: Kept, trust_re
     Raises:
         BesaError: a model made from it has other shapes than what will be written.
     """
-    config = config_of(source)
+    config = read_config_json(folder_of(source))
     like = read_config(source, trust_remote_code)
     for coupling in couplings(decoder.blocks[0]):
         if coupling.kind in kept:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import GENERATION_CONFIG_NAME
 
+from besa.checkpoint.companions import pass_on, read_config_json, with_dtype
 from besa.checkpoint.files import explained, join_tensors, read_header, save_tensors, write_file
 from besa.checkpoint.formats.packed import quantization_config
 from besa.checkpoint.journal import Journal
@@ -58,25 +63,44 @@ def finish(
         folder.mkdir()
         parts = [_save_rest(journal.folder, decoder), *(journal.path(block.index) for block in decoder.blocks)]
         assemble(folder, parts)
-        decoder.model.config.besa = {
-            "recipe": record.recipe["name"],
-            "sparsity": record.sparsity,
-            "record": RECORD_NAME,
-        }
-        if packed is not None:
-            quantized = {linear.name for block in record.blocks for linear in block.linears}
-            ignored = [name for name, part in decoder.model.named_modules() if isinstance(part, nn.Linear)]
-            ignored = [name for name in ignored if name not in quantized]
-            decoder.model.config.quantization_config = quantization_config(packed, ignored)
-        decoder.model.config.architectures = [type(decoder.model).__name__]
-        with quiet():
-            decoder.model.config.save_pretrained(folder)
-            if decoder.model.generation_config is not None:
-                decoder.model.generation_config.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+        added = _about(decoder.model, record, packed)
+        if decoder.folder is None:
+            _serialise(folder, decoder.model, tokenizer, added)
+        else:
+            config = read_config_json(decoder.folder)
+            if decoder.dtype is not None:
+                config = with_dtype(config, decoder.dtype)
+            pass_on(decoder.folder, folder, config | added)
         write_file(folder / RECORD_NAME, record.model_dump_json(indent=2) + "\n")
         seal(folder)
         folder.rename(out)
+
+
+def _about(model: PreTrainedModel, record: RunRecord, packed: MinMax | None) -> dict[str, Any]:
+    """What config.json says besides what it said of the dense model."""
+    about: dict[str, Any] = {
+        "besa": {"recipe": record.recipe["name"], "sparsity": record.sparsity, "record": RECORD_NAME}
+    }
+    if packed is not None:
+        quantized = {linear.name for block in record.blocks for linear in block.linears}
+        plain = [name for name, part in model.named_modules() if isinstance(part, nn.Linear)]
+        about["quantization_config"] = quantization_config(packed, [name for name in plain if name not in quantized])
+    return about
+
+
+def _serialise(
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, added: Mapping[str, Any]
+) -> None:
+    """Write what belongs to a model in memory, of which there are no files to pass on."""
+    config = copy.deepcopy(model.config)  # the caller's stays as it is
+    config.update({"architectures": [type(model).__name__], **added})
+    with quiet():
+        if model._auto_class is not None:  # the model's code is its own
+            custom_object_save(model, folder, config=config)
+        config.save_pretrained(folder)
+        if model.generation_config is not None:  # as it is: its own save_pretrained refuses what loading takes
+            model.generation_config.to_json_file(folder / GENERATION_CONFIG_NAME, use_diff=True)
+        tokenizer.save_pretrained(folder)
 
 
 def _save_rest(folder: Path, decoder: Decoder) -> Path:

@@ -16,11 +16,16 @@ from besa.errors import BesaError
 
 STEM = "model"  # what the names of weight files begin with
 SPARSE_STEM = "bitmask"  # the same of packed checkpoints: another one, lest transformers fill a model at random
-SINGLE = f"{STEM}.safetensors"
+INDEX = ".safetensors.index.json"  # what the name of an index ends with
+# What a weight may be stored as, by the name that safetensors has for it.
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class WeightFiles:
     """The tensors of a folder by name; their headers are read, and nothing else until asked for.
+
+    Of several weight files, those count that transformers would load: ``model.safetensors``, else the shards that
+    ``model.safetensors.index.json`` names. Files beside them (other formats, adapters, stale shards) do not count.
 
     Args:
         folder: of a Hugging Face model.
@@ -31,9 +36,7 @@ class WeightFiles:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        indices = [folder / f"{stem}.safetensors.index.json" for stem in (STEM, SPARSE_STEM)]
-        index = next((path for path in indices if path.is_file()), None)
-        self._holders = _indexed(index) if index else _single(folder)
+        self._holders, index = _chosen(folder)
         self.paths = sorted(set(self._holders.values()))
         for path in self.paths:
             missing = {name for name, holder in self._holders.items() if holder == path}.difference(_names(path))
@@ -55,12 +58,20 @@ class WeightFiles:
                     if holder == path:
                         yield name, tuple(file.get_slice(name).get_shape())
 
+    def dtypes(self) -> dict[str, str]:
+        """Formats of all tensors in the files by name, from the headers, as safetensors calls them."""
+        found: dict[str, str] = {}
+        for path in self.paths:
+            with safe_open(path, framework="pt") as file:
+                found |= {
+                    name: file.get_slice(name).get_dtype() for name, holder in self._holders.items() if holder == path
+                }
+        return found
+
     def dtype(self) -> torch.dtype:
         """Of the first tensor of floating-point numbers; float32 where there is none."""
-        for _, tensor in self.read(self.names):
-            if tensor.is_floating_point():
-                return tensor.dtype
-        return torch.float32
+        found = self.dtypes()
+        return next((FLOATS[found[name]] for name in self._holders if found[name] in FLOATS), torch.float32)
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Read tensors, one at a time and copied out of their files, which are closed afterwards.
@@ -118,17 +129,19 @@ def _tensor(file: Any, name: str, path: Path) -> Tensor:
     return tensor
 
 
-def _single(folder: Path) -> dict[str, Path]:
-    """Tensors of a folder without an index, by the file that holds them."""
-    paths = sorted(folder.glob("*.safetensors"))
-    if not paths:
-        raise BesaError(
-            f"{folder} has no .safetensors weights: convert the model first (load it where you trust it and "
-            "call save_pretrained), as besa reads no pickled weights."
-        )
-    if (folder / SINGLE) in paths:
-        paths = [folder / SINGLE]
-    return {name: path for path in paths for name in _names(path)}
+def _chosen(folder: Path) -> tuple[dict[str, Path], Path | None]:
+    """Tensors of a folder by the file that holds them, and the index that says so, if one does."""
+    for stem in (STEM, SPARSE_STEM):
+        whole, index = folder / f"{stem}.safetensors", folder / f"{stem}{INDEX}"
+        if whole.is_file():
+            return dict.fromkeys(_names(whole), whole), None
+        if index.is_file():
+            return _indexed(index), index
+    raise BesaError(
+        f"{folder} has no .safetensors weights that transformers would load ({STEM}.safetensors, or {STEM}{INDEX} with "
+        "its shards): convert the model first (load it where you trust it and call save_pretrained), as besa reads no "
+        "pickled weights."
+    )
 
 
 def _indexed(index: Path) -> dict[str, Path]:
@@ -158,7 +171,7 @@ def _names(path: Path) -> list[str]:
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether a tensor holds neither NaN nor infinity; its extremes tell, and are found forty times as fast."""
-    if not tensor.is_floating_point() or tensor.numel() == 0:
+    if tensor.dtype not in FLOATS.values() or tensor.numel() == 0:
         return True
     return all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
 

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights  # type: ignore[import-untyped]
-from huggingface_hub import snapshot_download
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
@@ -28,12 +29,12 @@ from transformers.utils import logging as transformers_logging
 
 from besa import assets
 from besa.errors import BesaError
+from besa.models import hub
 from besa.models.files import WeightFiles, check_regular
 from besa.names import path_of
 from besa.progress import Progress, silent
 
 EMBEDDED = "smollm2"
-NEEDED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]  # of a repository: no pickles, no images
 EDGE = 1 << 20  # bytes of a weight file's head and tail that go into its fingerprint
 
 
@@ -65,7 +66,7 @@ class Source:
         if self.folder is not None:
             return self
         with quiet(), model_explained(self.name):
-            return Source(self.name, snapshot_download(self.location, allow_patterns=NEEDED))
+            return Source(self.name, str(hub.fetch(self.location)))
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -113,13 +114,15 @@ def load_model(source: Source, dtype: str = "auto", trust_remote_code: bool = Fa
     """
     if source.folder and not source.gguf:
         WeightFiles(source.folder)  # its complaints are clearer
+    config = None if source.gguf else read_config(source, trust_remote_code)
     with quiet(), model_explained(source.name):
-        model = AutoModelForCausalLM.from_pretrained(
+        model = _loader(config).from_pretrained(
             **source.arguments,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             use_safetensors=None if source.gguf else True,
             trust_remote_code=trust_remote_code,
         )
+    _keep_about(config, model)
     if source.gguf:
         model.hf_quantizer.remove_quantization_config(model)  # the weights are plain floats from here on
     elif compressor := getattr(getattr(model, "hf_quantizer", None), "compressor", None):
@@ -186,11 +189,27 @@ def skeleton(source: Source, config: PreTrainedConfig, trust_remote_code: bool =
         BesaError: no causal language model can be made of the configuration.
     """
     with quiet(), model_explained(source.name), init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
+        model = _loader(config).from_config(
             config, dtype=config.dtype, trust_remote_code=trust_remote_code, experts_implementation="eager"
         )
     model.tie_weights()  # undone as every parameter was replaced by one without memory
+    _keep_about(config, model)
     return model.eval().requires_grad_(False)
+
+
+def _loader(config: PreTrainedConfig | None) -> Any:
+    """The class of transformers that makes the model: that of causal language models, or else of those with images."""
+    for loader in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        own = loader.__name__ in (getattr(config, "auto_map", None) or {})
+        if own or type(config) in loader._model_mapping:
+            return loader
+    return AutoModelForCausalLM  # whose complaint is the right one
+
+
+def _keep_about(config: PreTrainedConfig | None, model: PreTrainedModel) -> None:
+    """Let a text decoder that was taken out of a wrapper know what besa wrote into the wrapper's configuration."""
+    if config is not None and hasattr(config, "besa"):
+        model.config.besa = config.besa
 
 
 def describe(model: PreTrainedModel, source: Source | None = None) -> dict[str, Any]:

@@ -90,7 +90,11 @@ def prune_blocks(
             if journal is not None:
                 with watch("write"):
                     for block, record in zip(unit.blocks, found, strict=True):
-                        own = {name: quantized[name] for name in block.prunables if name in quantized}
+                        own = {
+                            decoder.name_in_files(name): quantized[name]
+                            for name in block.prunables
+                            if name in quantized
+                        }
                         journal.keep(packed.pack(decoder.stored(block), own if resources.pack else {}), record)
         memory.trim()
         progress(

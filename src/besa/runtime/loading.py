@@ -13,14 +13,15 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from besa.checkpoint.formats import bitmask, packed
 from besa.checkpoint.formats.bitmask import Bitmask
 from besa.checkpoint.formats.checking import check_packed
-from besa.checkpoint.formats.container import Container, dense_shapes, open_files
+from besa.checkpoint.formats.container import AsDense, Container, open_files
 from besa.checkpoint.verification import verify as verify_folder
 from besa.errors import BesaError
 from besa.machine import resolve_device
-from besa.models.completeness import check_complete
+from besa.models.blocks import find_blocks
 from besa.models.files import is_finite
+from besa.models.layout import Layout, fill, renaming
 from besa.models.loading import Source, is_quantized, load_model, locate, read_config, read_generation_config, skeleton
-from besa.models.streaming import DecoderOnDisk, fill, renaming
+from besa.models.streaming import DecoderOnDisk
 from besa.progress import Progress, silent
 from besa.runtime.linear import SparseLinear
 
@@ -78,7 +79,8 @@ def _load_folder(source: Source, dtype: str, trust_remote_code: bool) -> PreTrai
         return _load_packed(source, files, config, dtype, trust_remote_code)
     if is_quantized(config):
         with torch.device("meta"):
-            check_complete(source.name, dense_shapes(files), skeleton(source, config, trust_remote_code))
+            empty = skeleton(source, config, trust_remote_code)
+        Layout(source.name, AsDense(files), empty, find_blocks(empty))  # refuses what is incomplete
     else:
         DecoderOnDisk(source, dtype, trust_remote_code)
     return load_model(source, dtype, trust_remote_code)
@@ -89,7 +91,7 @@ def _load_packed(
 ) -> PreTrainedModel:
     config.dtype = getattr(torch, dtype) if dtype != "auto" else config.dtype or files.dtype()
     model = skeleton(source, config, trust_remote_code)
-    check_complete(source.name, dense_shapes(files), model)
+    Layout(source.name, AsDense(files), model, find_blocks(model))  # refuses what is incomplete
     conversions = get_model_conversion_mapping(model)
     renamed = renaming(model, conversions)
     modules = dict(model.named_modules())

@@ -209,13 +209,28 @@ def bits_in(files: WeightFiles) -> int | None:
     return packed.bits_of(codes, str(files.folder)) if codes else None
 
 
-def dense_shapes(files: WeightFiles) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes that the tensors of a checkpoint have when it is dense, no codes and no bitmasks."""
-    shapes = dict(WeightFiles.shapes(files))
-    for name, tensor in files.mapped([name for name in shapes if name.endswith(f".{SHAPE}")]):
-        yield f"{name.removesuffix(f'.{SHAPE}')}.weight", tuple(tensor.tolist())
-    parts = (*PURPOSES, *packed.KEYS)
-    yield from ((name, shape) for name, shape in shapes.items() if name.rpartition(".")[2] not in parts)
+class AsDense(WeightFiles):
+    """The headers of a checkpoint, packed or not, as they are when its weights are dense: no codes and no bitmasks.
+
+    Args:
+        files: of the checkpoint, checked.
+    """
+
+    def __init__(self, files: WeightFiles) -> None:
+        super().__init__(files.folder)
+        shapes, packed_parts = dict(super().shapes()), {*PURPOSES, *packed.KEYS}
+        self._shapes = {name: shape for name, shape in shapes.items() if name.rpartition(".")[2] not in packed_parts}
+        for name, tensor in self.mapped([name for name in shapes if name.endswith(f".{SHAPE}")]):
+            self._shapes[f"{name.removesuffix(f'.{SHAPE}')}.weight"] = tuple(tensor.tolist())
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all weights."""
+        return list(self._shapes)
+
+    def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Names and shapes of all weights."""
+        yield from self._shapes.items()
 
 
 def _config(folder: Path) -> Any:

@@ -46,7 +46,7 @@ def pack(tensors: Mapping[str, Tensor], quantized: Mapping[str, Quantized]) -> d
 
     Args:
         tensors: named as in the checkpoint's files.
-        quantized: by full name of the linear.
+        quantized: by name of the linear in the files.
 
     Raises:
         BesaError: a quantised weight is no tensor of its own in the files (as a fused stack of experts).

@@ -1,0 +1,94 @@
+"""The files that belong to a model beside its weights: passed on as they are, to the byte."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from besa.checkpoint.files import write_file
+from besa.errors import BesaError
+from besa.models.hub import COMPANIONS, LICENCES, TEMPLATES
+
+CONFIG = "config.json"
+OWN = "besa_*.json"  # what besa wrote beside the weights; measurements in it are of these very files
+WRITTEN = (CONFIG, "*.index.json", OWN)  # what besa writes itself
+
+
+def read_config_json(folder: Path) -> dict[str, Any]:
+    """What stands in config.json.
+
+    Raises:
+        BesaError: it is no JSON object.
+    """
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict):
+        raise BesaError(f"{folder / CONFIG} is no JSON object: the file is damaged.")
+    return config
+
+
+def with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """A configuration that says this dtype, under the key that it has for it; the parts of a wrapper have their own."""
+    changed = _with_dtype(config, dtype)
+    return changed if {"dtype", "torch_dtype"} & changed.keys() else changed | {"dtype": dtype}
+
+
+def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    changed = {key: _with_dtype(value, dtype) if isinstance(value, dict) else value for key, value in config.items()}
+    return changed | {key: dtype for key in ("dtype", "torch_dtype") if key in config}
+
+
+def pass_on(source: Path, folder: Path, config: dict[str, Any], also: Iterable[str] = ()) -> None:
+    """Copy what belongs to a model beside its weights, and write its configuration.
+
+    Tokenizer files, generation and processor configurations, chat templates, model code and licences are copied;
+    weights in any format are not.
+
+    Args:
+        source: folder of a model.
+        folder: to fill.
+        config: what is to stand in config.json.
+        also: names of further files to copy, where they are there.
+
+    Raises:
+        BesaError: a file is a link out of the folder.
+    """
+    for path in [*companions(source), *(source / name for name in also if (source / name).is_file())]:
+        copy = folder / path.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
+    write_file(folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+def companions(folder: Path) -> list[Path]:
+    """The files of a model's folder that belong to it beside its weights, but for its config.json.
+
+    Raises:
+        BesaError: one is a link out of the folder.
+    """
+    found = []
+    for path in sorted([*folder.iterdir(), *folder.glob(TEMPLATES)]):
+        belongs = any(path.match(pattern) for pattern in (*COMPANIONS, TEMPLATES)) or re.match(LICENCES, path.name)
+        if belongs and path.is_file() and not any(path.match(pattern) for pattern in WRITTEN):
+            _refuse_foreign(path, folder)
+            found.append(path)
+    return found
+
+
+def _refuse_foreign(path: Path, source: Path) -> None:
+    """Let links lead to files of the model only: in its folder, or in the store of the Hugging Face cache.
+
+    Raises:
+        BesaError: this one does not.
+    """
+    homes = [source.resolve()]
+    if source.resolve().parent.name == "snapshots":  # of the cache: models--a--b/snapshots/commit
+        homes.append(source.resolve().parent.parent / "blobs")
+    if not any(path.resolve().is_relative_to(home) for home in homes):
+        raise BesaError(f"{path} is a link to a file outside the model's folder: put a copy of the file in its place.")

@@ -1,0 +1,303 @@
+"""Which tensors of a checkpoint's files are which of the model, and how a block goes back to its files.
+
+Names and layouts of the files may differ from those of the modules, for experts above all. transformers' own
+conversion leads from one to the other, and back.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+
+from besa.errors import BesaError
+from besa.models.blocks import Block
+from besa.models.files import FLOATS, WeightFiles
+from besa.models.loading import model_explained, quiet
+
+# Layers that predict further tokens stand behind the blocks, and transformers does not build them.
+FURTHER = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
+
+
+class Layout:
+    """The tensors of a checkpoint's files, by the part of the model they belong to.
+
+    Attributes:
+        of_block: names in the files by name of the block.
+        outside: names of what else the inner model has: embeddings, the final norm.
+        head: names of what the model has besides the inner model.
+        unbuilt: names of what the model has no place for, as transformers does not build it: layers that predict
+            further tokens, vision towers, buffers of older releases.
+
+    Args:
+        source: what the user calls the checkpoint.
+        files: of the checkpoint.
+        model: on the meta device, buffers too.
+        blocks: of the model.
+
+    Raises:
+        BesaError: a weight is missing, of another shape, or in a format that besa does not compute in; or the files
+            have more blocks than the configuration says.
+    """
+
+    def __init__(self, source: str, files: WeightFiles, model: PreTrainedModel, blocks: list[Block]) -> None:
+        self._source, self._files, self._model = source, files, model
+        self._conversions = get_model_conversion_mapping(model)
+        self._dtypes = files.dtypes()
+        self._places: dict[str, str] = {}  # of tensors that are one tensor of the model too, by name in the files
+        self._names: dict[str, str] = {}  # the other way round
+        self._merged: set[str] = set()  # tensors that the model has as parts of others
+        self.of_block: dict[str, list[str]] = {block.name: [] for block in blocks}
+        self.outside: list[str] = []
+        self.head: list[str] = []
+        self.unbuilt: list[str] = []
+        self._blocks = blocks
+        self._sort(blocks)
+        self._check()
+
+    def _sort(self, blocks: list[Block]) -> None:
+        """Find the place of every stored tensor."""
+        state, renamed = self._model.state_dict(), renaming(self._model, self._conversions)
+        inner = {id(parameter) for parameter in self._model.base_model.parameters()}
+        head = {name for name, parameter in self._model.named_parameters() if id(parameter) not in inner}
+        prefix = f"{self._model.base_model_prefix}."  # which files may leave out, as GPT-2's do
+        stack = blocks[0].name.rpartition(".")[0].removeprefix(prefix)
+        later = re.compile(rf"(?:{re.escape(prefix)})?{re.escape(stack)}\.(\d+)\.")
+        beyond: set[int] = set()
+        for stored in self._files.names:
+            name, merged = renamed(stored)
+            if name not in state:
+                self.unbuilt.append(stored)
+                if (match := later.match(name)) and int(match[1]) >= len(blocks):
+                    beyond.add(int(match[1]))
+                continue
+            if merged:
+                self._merged.add(stored)
+            else:
+                self._places[stored] = name
+                self._names[name] = stored
+            owner = next((part for part in _prefixes(name) if part in self.of_block), None)
+            group = self.of_block[owner] if owner else self.head if name in head else self.outside
+            group.append(stored)
+        config = self._model.config.get_text_config()
+        if len(beyond) > max(int(getattr(config, key, 0) or 0) for key in FURTHER):
+            raise BesaError(
+                f"{self._source} holds {len(blocks) + len(beyond)} blocks, its config.json says {len(blocks)}: it is "
+                "damaged, or belongs to another checkpoint."
+            )
+
+    def _check(self) -> None:
+        """Find out from the headers alone whether a weight is missing, or is none that besa could compute with."""
+        state, filled = self._model.state_dict(), {*self._places.values()}
+        renamed = renaming(self._model, self._conversions)
+        merged: Counter[str] = Counter()  # numbers that are there of each weight that is merged of several
+        for stored, shape in self._files.shapes():
+            if stored in self._merged:
+                merged[renamed(stored)[0]] += math.prod(shape)
+            elif stored in self._places and shape != tuple(state[self._places[stored]].shape):
+                refuse_shape(self._source, self._places[stored], shape, state[self._places[stored]].shape)
+        for stored in [*self._places, *self._merged]:
+            place = state.get(self._places.get(stored, ""))
+            dtype = self._dtypes.get(stored, "F32")  # what lies packed in the files has a check of its own
+            if dtype not in FLOATS and (place is None or place.is_floating_point()):
+                raise BesaError(
+                    f"{self._source} stores {stored} as {dtype}, which besa does not compute in: take the checkpoint "
+                    "in bfloat16, float16 or float32."
+                )
+        together: dict[str, set[str]] = {}  # tied weights: either name will do, as for transformers
+        for target, origin in self._model.all_tied_weights_keys.items():
+            together.setdefault(origin, {origin}).add(target)
+        for name, _ in self._model.named_parameters(remove_duplicate=False):
+            if 0 < merged[name] < state[name].numel():
+                raise BesaError(f"{self._source} lacks a part of the weight {name}: the checkpoint is incomplete.")
+            alike = next((names for names in together.values() if name in names), {name})
+            if not alike & (filled | merged.keys()):
+                raise BesaError(f"{self._source} lacks the weight {name}: the checkpoint is incomplete.")
+
+    def check_way_back(self) -> None:
+        """Find out whether what blocks merge can be taken apart again, as the files have it.
+
+        Raises:
+            BesaError: it cannot, so that the model could be pruned, but not written.
+        """
+        for block in self._blocks:
+            merged = self._merged.intersection(self.of_block[block.name])
+            with quiet(), model_explained(self._source):
+                missing = merged.difference(self._reverted(_state(block)) if merged else ())
+            if missing:
+                raise BesaError(
+                    f"{self._source}: {min(missing)} is merged with other weights in transformers and could not be "
+                    "written back: save the model once with transformers' save_pretrained, and prune that."
+                )
+
+    def name_in_files(self, name: str) -> str:
+        """What the files call a plain linear of the model."""
+        return self._names.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight")
+
+    @property
+    def unbuilt_bytes(self) -> int:
+        """Of the tensors that the model has no place for."""
+        return sum(tensor.nbytes for _, tensor in self._files.mapped(self.unbuilt))
+
+    def read(self, model: PreTrainedModel, names: list[str]) -> None:
+        """Fill modules from the files.
+
+        Args:
+            model: of the same modules as the layout's.
+            names: in the files.
+
+        Raises:
+            BesaError: a tensor is damaged, not finite, or too large for the dtype of the model.
+        """
+        tensors = dict(self._files.read(names))
+        for name, tensor in tensors.items():
+            if tensor.dtype != model.dtype and tensor.dtype in FLOATS.values():
+                in_dtype(name, tensor, model.dtype)
+        self.fill(model, tensors)
+
+    def fill(self, model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
+        """Load tensors under their names in the files into the parameters of a model of the same modules."""
+        fill(model, tensors, self._conversions, self._source)
+
+    def stored(self, block: Block, rounded: bool) -> dict[str, Tensor]:
+        """The tensors of an open block, named and laid out as in the files, on the CPU.
+
+        Args:
+            block: whose weights are there, pruned or not.
+            rounded: write parameters in the dtype of the model. Else every tensor keeps the dtype it has in the files,
+                and every number that did not change keeps its bits.
+        """
+        state = _state(block, torch.device("cpu"))
+        names = self.of_block[block.name]
+        merged = self._reverted(state) if self._merged.intersection(names) else {}
+        parameters = {f"{block.name}.{name}" for name, _ in block.module.named_parameters()}
+        found: dict[str, Tensor] = {}
+        other: list[str] = []  # those stored in another dtype
+        for stored in names:
+            place = self._places.get(stored)
+            found[stored] = merged[stored] if place is None else state[place]
+            as_asked = rounded and (place is None or place in parameters)
+            if not as_asked and FLOATS.get(self._dtypes[stored]) not in (None, found[stored].dtype):
+                other.append(stored)
+        for stored, old in self._files.read(other):
+            found[stored] = _in_dtype_of(old, found[stored])
+        return found
+
+    def rest(self, rounded: bool) -> Iterator[tuple[str, Tensor]]:
+        """The stored tensors that belong to no block, one by one, to the bit unless `rounded` says otherwise.
+
+        Args:
+            rounded: as for `stored`; what the model has no place for is never rounded.
+        """
+        parameters = {name for name, _ in self._model.named_parameters(remove_duplicate=False)}
+        exact = self._model._get_dtype_plan(self._model.dtype)  # stay in float32 whatever the model's dtype
+        for name, tensor in self._files.read([*self.outside, *self.head]):
+            place = self._places.get(name, "")
+            cast = rounded and place in parameters and not any(part in place for part in exact)
+            yield name, in_dtype(name, tensor, self._model.dtype) if cast else tensor
+        yield from self._files.mapped(self.unbuilt)
+
+    def _reverted(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A block's tensors as the files have them, where these are merged in the model."""
+        self._model._weight_conversions = [entry for entry in self._conversions if entry.was_used()]
+        tensors: dict[str, Tensor] = revert_weight_conversion(self._model, state)
+        return tensors
+
+
+def renaming(model: PreTrainedModel, conversions: list[WeightTransform]) -> Callable[[str], tuple[str, bool]]:
+    """A function from a name in the files to that in the model, and whether the tensor is merged with others there."""
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    state = model.state_dict()
+
+    def renamed(stored: str) -> tuple[str, bool]:
+        name, pattern = rename_source_key(stored, renamings, converters, model.base_model_prefix, state)
+        return name, pattern is not None
+
+    return renamed
+
+
+def fill(
+    model: PreTrainedModel, tensors: Mapping[str, Tensor], conversions: list[WeightTransform], source: str
+) -> None:
+    """Load tensors under their names in the files into the model's parameters, in the dtype of the model."""
+    config = LoadStateDictConfig(
+        dtype=model.dtype, dtype_plan=model._get_dtype_plan(model.dtype), weight_mapping=conversions
+    )
+    with quiet(), model_explained(source):
+        info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), config)
+    for name, found, expected in info.mismatched_keys:
+        refuse_shape(source, name, found, expected)
+    for name, reason in info.conversion_errors.items():
+        raise BesaError(f"{source}: the weight {name} cannot be read: {' '.join(reason.split())[:200]}.")
+    model.requires_grad_(False)
+
+
+def in_files(model: PreTrainedModel, block: Block) -> dict[str, Tensor]:
+    """The tensors of a block of a model in memory, named and laid out as transformers would save them."""
+    tensors: dict[str, Tensor] = revert_weight_conversion(model, _state(block))
+    return tensors
+
+
+def in_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor `name` in another floating-point format.
+
+    Raises:
+        BesaError: a number is too large for it.
+    """
+    rounded = tensor.to(dtype)
+    if not bool(rounded.isfinite().all()):
+        called = str(dtype).removeprefix("torch.")
+        raise BesaError(f"{name} holds numbers too large for {called}: choose bfloat16 or float32.")
+    return rounded
+
+
+def refuse_shape(source: str, name: str, found: Iterable[int], expected: Iterable[int]) -> NoReturn:
+    """Say that a weight does not fit its configuration.
+
+    Raises:
+        BesaError: always.
+    """
+    raise BesaError(
+        f"{source}: the weight {name} is {tuple(found)}, its config.json says {tuple(expected)}: "
+        "it is damaged, or belongs to another checkpoint."
+    )
+
+
+def _in_dtype_of(old: Tensor, new: Tensor) -> Tensor:
+    """The tensor `new` in the dtype of `old`, with the bits of `old` where it is the same number.
+
+    Where a number that moved is too small or too large for that dtype, the tensor stays in its own.
+    """
+    rounded = new.to(old.dtype)
+    if bool(((rounded == 0) != (new == 0)).any()) or not bool(rounded.isfinite().all()):
+        return new
+    return torch.where(new == old.to(new.dtype), old, rounded) if new.shape == old.shape else rounded
+
+
+def _state(block: Block, device: torch.device | None = None) -> dict[str, Tensor]:
+    """The tensors of a block by their names in the model; with `device`, moved there."""
+    state = block.module.state_dict()
+    return {f"{block.name}.{name}": tensor.to(device or tensor.device) for name, tensor in state.items()}
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    """a, a.b, … of a.b.c."""
+    parts = name.split(".")
+    return (".".join(parts[:end]) for end in range(1, len(parts)))

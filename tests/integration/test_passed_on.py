@@ -1,0 +1,538 @@
+"""What a checkpoint has besides pruned weights comes out as it went in: files to the byte, tensors to the bit."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import besa
+from besa.checkpoint.packing import pack, unpack
+from besa.checkpoint.shrinking import shrink
+from besa.errors import BesaError
+from besa.models import hub
+
+TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
+WEIGHTS = "model.safetensors"
+SMALL = {"calibration": str(TINY / "calibration.txt"), "samples": 4, "seqlen": 32}
+TEXT: dict[str, Any] = {
+    "vocab_size": 1024,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+
+
+def saved(model: transformers.PreTrainedModel, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(TINY / name, folder / name)
+    return folder
+
+
+def llama(folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**TEXT | {"tie_word_embeddings": False} | changes)
+    return saved(transformers.LlamaForCausalLM(config).to(dtype), folder)
+
+
+def change(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    edit(tensors)
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+
+
+def configure(folder: Path, drop: tuple[str, ...] = (), **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if key not in drop}))
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8)
+
+
+def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
+    return left.dtype == right.dtype and left.shape == right.shape and torch.equal(bits(left), bits(right))
+
+
+def assert_only_pruned(before: Path, after: Path) -> int:
+    """Every tensor is there and as it was, but for zeros in what was pruned; returns how many tensors have new ones."""
+    old, new = load_file(before / WEIGHTS), load_file(after / WEIGHTS)
+    assert new.keys() == old.keys()
+    pruned = 0
+    for name, tensor in old.items():
+        if not same_bits(tensor, new[name]):
+            pruned += 1
+            gone = new[name] == 0  # a negative zero becomes one without a sign
+            assert new[name].dtype == tensor.dtype, name
+            assert torch.equal(bits(tensor.masked_fill(gone, 0)), bits(new[name].masked_fill(gone, 0))), name
+    return pruned
+
+
+def older_llama(folder: Path) -> Path:
+    """A folder as the Hub has them since Llama 3, with all that stands beside the weights."""
+    llama(folder, torch.bfloat16, rope_parameters={"rope_type": "default", "rope_theta": 500000.0})
+    older = {"rope_theta": 500000.0, "rope_scaling": None, "torch_dtype": "bfloat16", "transformers_version": "4.46.0"}
+    configure(folder, ("rope_parameters", "dtype"), **older, temperature=0.7, max_length=200, do_sample=True)
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    tokenizer.pop("backend", None)
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(tokenizer | {"tokenizer_class": "PreTrainedTokenizerFast"})
+    )
+    generation = {"_from_model_config": True, "bos_token_id": 0, "temperature": 0.9, "top_p": 0.6, "do_sample": False}
+    (folder / "generation_config.json").write_text(json.dumps(generation))  # transformers reads this, and saves it not
+    texts = {
+        "LICENSE": "Some community licence",
+        "USE_POLICY.md": "be kind",
+        "Notice.txt": "built with",
+        "chat_template.jinja": "{{ messages }}",
+        "additional_chat_templates/tools.jinja": "{{ tools }}",
+        "preprocessor_config.json": "{}",
+        "special_tokens_map.json": "{}",
+        "vocab.txt": "a\nb\n",
+        "merges.tiktoken": "YQ== 0\n",
+        "helper.py": "x = 1\n",
+    }
+    (folder / "additional_chat_templates").mkdir()
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    (folder / "tokenizer.model").write_bytes(b"\x00\x01 a sentencepiece model")
+    return folder
+
+
+def with_other_weights(folder: Path) -> set[str]:
+    """Add weights in other formats and places; returns their names."""
+    others = {"pytorch_model.bin", "consolidated.00.pth", "model.onnx", "tf_model.h5", "original/consolidated.json"}
+    others |= {"model.safetensors.index.json", "model-00001-of-00002.safetensors", "adapter_model.safetensors"}
+    (folder / "original").mkdir()
+    for name in others:
+        (folder / name).write_bytes(b"not what you think")
+    return others
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_at_zero_sparsity_a_folder_comes_out_as_it_went_in(tmp_path: Path) -> None:
+    source = older_llama(tmp_path / "model")
+    others = with_other_weights(source)
+    besa.compress(source, "wanda", out=tmp_path / "out", sparsity=0, **SMALL)
+    before, after = files(source), files(tmp_path / "out")
+    assert after.keys() == before.keys() - others | {"besa_run.json"}
+    assert [name for name in before.keys() & after.keys() if before[name] != after[name]] in (
+        ["config.json"],
+        ["config.json", WEIGHTS],
+        [WEIGHTS, "config.json"],
+    )
+    config = json.loads(after["config.json"])
+    own = config.pop("besa")
+    assert list(config.items()) == list(json.loads(before["config.json"]).items())  # the order too
+    assert own["sparsity"] == 0
+    assert assert_only_pruned(source, tmp_path / "out") == 0
+
+
+def test_files_come_along_to_every_folder_that_is_made_of_another(tmp_path: Path) -> None:
+    source = older_llama(tmp_path / "model")
+    besa.compress(source, "wanda", out=tmp_path / "out", sparsity=0.5, **SMALL)
+    pack(tmp_path / "out", tmp_path / "packed")
+    unpack(tmp_path / "packed", tmp_path / "unpacked")
+    before = files(source)
+    for name in ("out", "packed", "unpacked"):
+        after = files(tmp_path / name)
+        assert all(after[file] == content for file, content in before.items() if file not in ("config.json", WEIGHTS))
+    assert assert_only_pruned(source, tmp_path / "unpacked") == 14
+
+
+def test_sampling_settings_that_cannot_be_saved_do_not_stop_a_run(tmp_path: Path, tiny_tokenizer) -> None:
+    """Also of a model in memory, which has no files."""
+    settings = '{"temperature": 0.9, "top_p": 0.6, "do_sample": false}'
+    (llama(tmp_path / "model") / "generation_config.json").write_text(settings)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    config = model.config.to_dict()
+    besa.compress(model, "wanda", out=tmp_path / "out", tokenizer=tiny_tokenizer, **SMALL)
+    found = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert (found["temperature"], found["top_p"]) == (0.9, 0.6)
+    assert model.config.to_dict() == config
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["besa"]["sparsity"] == 0.5
+
+
+@pytest.mark.parametrize("recipe", ["wanda", "sparsegpt"])
+def test_tensors_keep_the_dtype_they_are_stored_in(tmp_path: Path, recipe: str) -> None:
+    """Norms, a head and one linear in float32 among bfloat16."""
+    source = llama(tmp_path / "model", torch.bfloat16)
+
+    def mix(tensors: dict[str, torch.Tensor]) -> None:
+        wide = [name for name in tensors if "norm" in name or name == "lm_head.weight"]
+        for name in [*wide, "model.layers.1.mlp.up_proj.weight"]:
+            noise = torch.rand(tensors[name].shape, generator=torch.Generator().manual_seed(1)) * 1e-4
+            tensors[name] = tensors[name].float() + noise
+        tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = -0.0
+
+    change(source, mix)
+    besa.compress(source, recipe, out=tmp_path / "out", sparsity=0.5, **SMALL)
+    before, after = load_file(source / WEIGHTS), load_file(tmp_path / "out" / WEIGHTS)
+    assert {name: tensor.dtype for name, tensor in after.items()} == {name: t.dtype for name, t in before.items()}
+    assert all(same_bits(before[name], after[name]) for name in before if "_proj" not in name)
+    linears = [tensor for name, tensor in after.items() if "_proj" in name]
+    assert 2 * sum(int((tensor == 0).sum()) for tensor in linears) == sum(tensor.numel() for tensor in linears)
+    if recipe == "wanda":  # whose kept weights do not move
+        assert assert_only_pruned(source, tmp_path / "out") == 14
+
+
+def test_experts_that_are_stored_apart_keep_their_dtypes(tmp_path: Path) -> None:
+    config = transformers.MixtralConfig(**TEXT | {"num_local_experts": 4, "num_experts_per_tok": 2})
+    torch.manual_seed(0)
+    source = saved(transformers.MixtralForCausalLM(config).to(torch.bfloat16), tmp_path / "model")
+    names = [name for name in load_file(source / WEIGHTS) if "experts.2." in name or "gate.weight" in name]
+    assert len(names) == 8
+
+    def widen(tensors: dict[str, torch.Tensor]) -> None:
+        tensors |= {name: tensors[name].float() * 1.0001 for name in names}
+
+    change(source, widen)
+    besa.compress(source, "wanda", out=tmp_path / "out", sparsity=0.5, **SMALL)
+    assert assert_only_pruned(source, tmp_path / "out") == 2 * (4 + 3 * 4)
+
+
+def test_another_dtype_is_written_where_it_is_asked_for(tmp_path: Path) -> None:
+    source = older_llama(tmp_path / "model")
+    change(source, lambda tensors: tensors.update({"model.layers.7.extra": torch.ones(3)}))
+    configure(source, num_nextn_predict_layers=1)
+    besa.compress(source, "wanda", out=tmp_path / "out", dtype="float32", **SMALL)
+    found = load_file(tmp_path / "out" / WEIGHTS)
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["torch_dtype"], "dtype" in config) == ("float32", False)
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "lm_head.weight"])
+def test_numbers_too_large_for_the_dtype_asked_for_are_refused(tmp_path: Path, name: str) -> None:
+    source = llama(tmp_path / "model")
+    change(source, lambda tensors: tensors[name][3].mul_(1e9))
+    with pytest.raises(BesaError, match=rf"{name} holds numbers too large for float16"):
+        besa.compress(source, "wanda", out=tmp_path / "out", dtype="float16", **SMALL)
+
+
+def with_further_layer(folder: Path) -> Path:
+    """GLM-4.5 keeps the layer that predicts a further token behind its blocks."""
+    config = transformers.Glm4MoeConfig(
+        **TEXT
+        | {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1}
+        | {"n_group": 1, "topk_group": 1, "num_nextn_predict_layers": 1}
+    )
+    torch.manual_seed(0)
+    saved(transformers.Glm4MoeForCausalLM(config), folder)
+
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        last = {name: tensor for name, tensor in tensors.items() if ".layers.1." in name}
+        tensors |= {name.replace(".layers.1.", ".layers.2."): tensor.clone() for name, tensor in last.items()}
+        tensors["model.layers.2.eh_proj.weight"] = torch.randn(64, 128).to(torch.float8_e4m3fn)
+
+    change(folder, add)
+    return folder
+
+
+def test_layers_that_transformers_does_not_build_are_passed_through_and_counted(tmp_path: Path) -> None:
+    source = with_further_layer(tmp_path / "model")
+    record = besa.compress(source, "wanda", out=tmp_path / "out", **SMALL).record
+    before, after = load_file(source / WEIGHTS), load_file(tmp_path / "out" / WEIGHTS)
+    further = [name for name in before if ".layers.2." in name]
+    assert after.keys() == before.keys()
+    assert all(same_bits(before[name], after[name]) for name in further)
+    assert record.passed_through.tensors == len(further)
+    assert record.passed_through.bytes == sum(before[name].nbytes for name in further)
+    assert set(record.passed_through.names) <= set(further)
+    pack(tmp_path / "out", tmp_path / "packed")
+    unpack(tmp_path / "packed", tmp_path / "unpacked")
+    again = load_file(tmp_path / "unpacked" / WEIGHTS)
+    assert all(same_bits(before[name], again[name]) for name in further)
+
+
+def test_more_blocks_than_the_configuration_says_are_refused(tmp_path: Path) -> None:
+    source = with_further_layer(tmp_path / "model")
+    configure(source, num_nextn_predict_layers=0)
+    with pytest.raises(BesaError, match=r"holds 3 blocks, its config.json says 2"):
+        besa.compress(source, "wanda", out=tmp_path / "out", **SMALL)
+    configure(source, num_nextn_predict_layers=1, num_hidden_layers=1)
+    with pytest.raises(BesaError, match=r"holds 3 blocks, its config.json says 1"):
+        besa.compress(source, "wanda", out=tmp_path / "out", **SMALL)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_tied_weights_may_stand_under_either_name(tmp_path: Path) -> None:
+    name, other = "model.embed_tokens.weight", "lm_head.weight"
+    source = llama(tmp_path / "one", tie_word_embeddings=True)
+    shutil.copytree(source, tmp_path / "two")
+    change(tmp_path / "two", lambda tensors: tensors.update({other: tensors.pop(name)}))
+    shutil.copytree(source, tmp_path / "both")
+    change(tmp_path / "both", lambda tensors: tensors.update({other: tensors[name].clone()}))
+    for case in ("one", "two", "both"):
+        besa.compress(tmp_path / case, "fast", out=tmp_path / f"{case}-out", **SMALL)  # looks at the loss, so the head
+    found = {case: load_file(tmp_path / f"{case}-out" / WEIGHTS) for case in ("one", "two", "both")}
+    assert same_bits(found["one"][name], found["two"].pop(other))
+    assert same_bits(found["one"].pop(name), found["both"].pop(name)) and found["both"].pop(other) is not None
+    assert found["one"].keys() == found["two"].keys() == found["both"].keys()
+    for case in ("two", "both"):
+        assert all(same_bits(tensor, found[case][key]) for key, tensor in found["one"].items())
+
+
+def test_heads_that_differ_from_embeddings_are_not_tied(tmp_path: Path) -> None:
+    """Whatever config.json says of it: so transformers loads them."""
+    source = llama(tmp_path / "model", tie_word_embeddings=True)
+    change(source, lambda tensors: tensors.update({"lm_head.weight": torch.randn(1024, 64) * 0.02}))
+    besa.compress(source, "fast", out=tmp_path / "out", **SMALL)
+    tied, loaded = tmp_path / "tied", AutoModelForCausalLM.from_pretrained(source)
+    loaded.config.tie_word_embeddings = False
+    saved(loaded, tied)
+    besa.compress(tied, "fast", out=tmp_path / "tied-out", **SMALL)
+    found, expected = load_file(tmp_path / "out" / WEIGHTS), load_file(tmp_path / "tied-out" / WEIGHTS)
+    assert found.keys() == expected.keys()
+    assert all(same_bits(tensor, found[name]) for name, tensor in expected.items())
+
+
+def test_a_float8_weight_is_refused_before_the_work(tmp_path: Path) -> None:
+    source = llama(tmp_path / "model", torch.bfloat16)
+    name = "model.layers.0.mlp.up_proj.weight"
+    change(source, lambda tensors: tensors.update({name: tensors[name].to(torch.float8_e4m3fn)}))
+    with pytest.raises(BesaError, match=rf"stores {name} as F8_E4M3"):
+        besa.compress(source, "wanda", out=tmp_path / "out", **SMALL)
+
+
+def wrapper(kind: str, folder: Path) -> tuple[type[transformers.PreTrainedModel], Path]:
+    """A small model with a vision tower, as its own class saves it."""
+    text = TEXT | {"num_hidden_layers": 4}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "patch_size": 8}
+    if kind == "qwen3_5":
+        linear = {"linear_num_value_heads": 4, "linear_num_key_heads": 2}
+        linear |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
+        vision |= {"depth": 2, "num_heads": 2, "out_hidden_size": 64, "num_position_embeddings": 16}
+        config = transformers.Qwen3_5Config(text_config=text | linear, vision_config=vision)
+        cls = transformers.Qwen3_5ForConditionalGeneration
+    elif kind == "gemma3":
+        vision |= {"num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32}
+        sliding = text | {"sliding_window": 16}
+        config = transformers.Gemma3Config(text_config=sliding, vision_config=vision, mm_tokens_per_image=4)
+        cls = transformers.Gemma3ForConditionalGeneration
+    elif kind == "llama4":
+        experts = {"intermediate_size_mlp": 96, "num_local_experts": 4, "num_experts_per_tok": 1}
+        vision |= {"num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "intermediate_size": 128}
+        vision |= {"vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32}
+        config = transformers.Llama4Config(text_config=text | experts | {"moe_layers": [1, 3]}, vision_config=vision)
+        cls = transformers.Llama4ForConditionalGeneration
+    else:
+        rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+        vision |= {"depth": 2, "num_heads": 2, "out_hidden_size": 64}
+        config = transformers.Qwen2_5_VLConfig(text_config=text | {"rope_parameters": rope}, vision_config=vision)
+        cls = transformers.Qwen2_5_VLForConditionalGeneration
+    torch.manual_seed(0)
+    return cls, saved(cls(config), folder)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5", "gemma3", "llama4", "qwen2_5_vl"])
+def test_a_wrapper_stays_the_wrapper_and_its_text_decoder_is_pruned(tmp_path: Path, kind: str) -> None:
+    cls, source = wrapper(kind, tmp_path / "model")
+    (source / "processor_config.json").write_text('{"image_seq_length": 4}')
+    record = besa.compress(source, "wanda", out=tmp_path / "out", **SMALL).record
+    assert assert_only_pruned(source, tmp_path / "out") > 0
+    assert record.zeros * 2 == record.weights
+    before, after = load_file(source / WEIGHTS), load_file(tmp_path / "out" / WEIGHTS)
+    changed = [name for name, tensor in before.items() if not same_bits(tensor, after[name])]
+    assert not [name for name in changed if "visi" in name or "visual" in name or "projector" in name]
+    config = json.loads((source / "config.json").read_text())
+    found = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert found.pop("besa") and found == config
+    assert (tmp_path / "out" / "processor_config.json").read_text() == '{"image_seq_length": 4}'
+    _, told = cls.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not told["missing_keys"] and not told["unexpected_keys"] and not told["mismatched_keys"]
+    assert besa.evaluate(tmp_path / "out", [str(TINY / "heldout.txt")], window=32, max_windows=2).sparsity == 0.5
+
+
+@pytest.mark.parametrize("recipe", ["wanda", "wanda-int4"])
+def test_names_of_an_older_release_stay_in_the_files(tmp_path: Path, recipe: str) -> None:
+    """Gemma 3's first checkpoints say language_model.model.layers; codes are written under such names too."""
+    _, source = wrapper("gemma3", tmp_path / "model")
+
+    def rename(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            older = name.replace("model.language_model.", "language_model.model.")
+            tensors[older if older != name else name.removeprefix("model.")] = tensors.pop(name)
+
+    change(source, rename)
+    besa.compress(source, recipe, out=tmp_path / "out", **SMALL)
+    if recipe == "wanda":
+        assert assert_only_pruned(source, tmp_path / "out") == 4 * 7
+        return
+    linear = "language_model.model.layers.0.mlp.up_proj"
+    found = load_file(tmp_path / "out" / WEIGHTS)
+    assert f"{linear}.weight_packed" in found and f"{linear}.weight" not in found
+    besa.compress(source, recipe, out=tmp_path / "dense", dequantized=True, **SMALL)
+    text = [str(TINY / "heldout.txt")]
+    coded, dense = (
+        besa.evaluate(tmp_path / name, text, window=32, max_windows=2).perplexity["heldout"]
+        for name in ("out", "dense")
+    )
+    assert coded == dense
+
+
+def with_own_code(folder: Path) -> Path:
+    llama(folder)
+    model, config = "modeling_tiny.py", "configuration_tiny.py"
+    (folder / model).write_text(
+        "from transformers import LlamaForCausalLM\nfrom .configuration_tiny import TinyConfig\n"
+        "class TinyForCausalLM(LlamaForCausalLM):\n    config_class = TinyConfig\n"
+    )
+    (folder / config).write_text(
+        'from transformers import LlamaConfig\nclass TinyConfig(LlamaConfig):\n    model_type = "tinyown"\n'
+    )
+    places = {"AutoConfig": "configuration_tiny.TinyConfig", "AutoModelForCausalLM": "modeling_tiny.TinyForCausalLM"}
+    configure(folder, model_type="tinyown", architectures=["TinyForCausalLM"], auto_map=places)
+    return folder
+
+
+def test_models_with_code_of_their_own_load_anywhere_afterwards(tmp_path: Path) -> None:
+    source = with_own_code(tmp_path / "model")
+    recipe = besa.Recipe.load("wanda", overrides=["allocation.method=structured"])
+    trusted: dict[str, Any] = {"trust_remote_code": True}
+    besa.compress(source, recipe, out=tmp_path / "out", **trusted, **SMALL)
+    pack(tmp_path / "out", tmp_path / "packed", **trusted)
+    unpack(tmp_path / "packed", tmp_path / "unpacked", **trusted)
+    shrink(tmp_path / "out", tmp_path / "shrunk", **trusted)
+    shutil.rmtree(source)
+    logits = {}
+    for name in ("out", "unpacked", "shrunk"):
+        elsewhere = tmp_path / "elsewhere" / name
+        shutil.copytree(tmp_path / name, elsewhere)
+        model = AutoModelForCausalLM.from_pretrained(elsewhere, trust_remote_code=True)
+        assert type(model).__name__ == "TinyForCausalLM"
+        logits[name] = model(torch.arange(3, 20)[None]).logits
+    assert torch.equal(logits["out"], logits["unpacked"])
+    torch.testing.assert_close(logits["shrunk"], logits["out"], atol=1e-5, rtol=1e-5)
+    text = [str(TINY / "heldout.txt")]
+    found = [
+        besa.evaluate(tmp_path / name, text, window=32, max_windows=2, **trusted).perplexity["heldout"]
+        for name in ("out", "packed")
+    ]
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_links_out_of_the_folder_are_refused(tmp_path: Path) -> None:
+    source = llama(tmp_path / "model")
+    (tmp_path / "secret.txt").write_text("of somebody else")
+    (source / "merges.txt").symlink_to(tmp_path / "secret.txt")
+    with pytest.raises(BesaError, match=r"merges.txt is a link to a file outside"):
+        pack(source, tmp_path / "packed")
+    with pytest.raises(BesaError, match=r"merges.txt is a link to a file outside"):
+        besa.compress(source, "wanda", out=tmp_path / "out", **SMALL)
+    (source / "merges.txt").unlink()
+    (source / "merges.txt").symlink_to("tokenizer.json")  # within
+    besa.compress(source, "wanda", out=tmp_path / "out", **SMALL)
+    assert (tmp_path / "out" / "merges.txt").read_bytes() == (source / "tokenizer.json").read_bytes()
+
+
+def test_the_cache_of_the_hub_is_made_of_links(tmp_path: Path) -> None:
+    source = llama(tmp_path / "model")
+    store, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "c0ffee"
+    store.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, path in enumerate(sorted(source.iterdir())):
+        path.rename(store / str(number))
+        (snapshot / path.name).symlink_to(Path("..", "..", "blobs", str(number)))
+    besa.compress(snapshot, "wanda", out=tmp_path / "out", **SMALL)
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (TINY / "tokenizer.json").read_bytes()
+    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+
+
+class Repository:
+    """Stands for huggingface_hub: a listing, and what is asked for of it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, names: set[str]) -> None:
+        self.names, self.asked, self.online = names, set[str](), True
+        monkeypatch.setattr(hub, "HfApi", lambda: self)
+        monkeypatch.setattr(hub, "hf_hub_download", lambda _, name: folder / name)
+        monkeypatch.setattr(hub, "snapshot_download", self.download)
+        self._folder = folder
+
+    def model_info(self, _: str) -> Any:
+        if not self.online:
+            raise ConnectionError("no network")
+        siblings = [type("Sibling", (), {"rfilename": name}) for name in self.names]
+        return type("Info", (), {"siblings": siblings})
+
+    def download(self, _: str, allow_patterns: list[str], local_files_only: bool = False) -> str:
+        assert local_files_only is not self.online
+        self.asked = set(allow_patterns)
+        return str(self._folder)
+
+
+def test_of_a_repository_only_what_is_needed_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    beside = {"config.json", "tokenizer.json", "tokenizer.model", "LICENSE", "modeling_x.py", "chat_template.jinja"}
+    beside |= {"additional_chat_templates/tools.jinja", "USE_POLICY.md"}
+    never = {"pytorch_model.bin", "consolidated.safetensors", "original/params.json", "onnx/model.onnx", "figure.png"}
+    never |= {"model.fp16.safetensors", "README.md", "original/consolidated.safetensors"}
+    shards = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict(zip("ab", sorted(shards), strict=True))}))
+    repository = Repository(monkeypatch, tmp_path, beside | never | shards | {index.name})
+    assert hub.fetch("a/b") == tmp_path
+    assert repository.asked == beside | shards | {index.name}
+    repository.names |= {WEIGHTS}  # beside a stale index
+    hub.fetch("a/b")
+    assert repository.asked == beside | {WEIGHTS, index.name}
+    repository.online = False
+    assert hub.fetch("a/b") == tmp_path
+
+
+OLDER = """
+import sys, torch, transformers
+from functools import partial
+assert transformers.__version__ == "4.57.3", transformers.__version__
+load = partial(transformers.AutoModelForCausalLM.from_pretrained, dtype="auto")
+before, after = load(sys.argv[1]), load(sys.argv[2])
+x = torch.arange(5, 205)[None]
+assert before.config.rope_theta == after.config.rope_theta == 500000.0
+assert before.dtype == after.dtype == torch.bfloat16
+assert torch.equal(before(x).logits, after(x).logits)
+assert before.generation_config.to_dict() == after.generation_config.to_dict()
+assert transformers.AutoTokenizer.from_pretrained(sys.argv[2])("a word") == transformers.AutoTokenizer.from_pretrained(
+    sys.argv[1]
+)("a word")
+"""
+
+
+@pytest.mark.slow
+def test_older_and_present_transformers_load_the_result_alike(tmp_path: Path) -> None:
+    source = older_llama(tmp_path / "model")
+    (source / "tokenizer.model").unlink()  # of no real tokenizer
+    besa.compress(source, "wanda", out=tmp_path / "out", sparsity=0, **SMALL)
+    before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (source, tmp_path / "out"))
+    x = torch.arange(5, 205)[None]
+    assert torch.equal(before(x).logits, after(x).logits)
+    older = tmp_path / "older"  # beside the packages of this environment, and before them
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", f"--target={older}", "transformers==4.57.3"], check=True
+    )
+    for package in [*older.glob("numpy*"), *older.glob("torch*")]:
+        shutil.rmtree(package)
+    run = subprocess.run(
+        [sys.executable, "-c", OLDER, str(source), str(tmp_path / "out")],
+        env={"PYTHONPATH": str(older), "PATH": "", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
