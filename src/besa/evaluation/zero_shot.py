@@ -219,6 +219,8 @@ def _scorer(
         def _loglikelihood_tokens(self, requests: list[Any], **settings: Any) -> list[tuple[float, bool]]:
             for _, question, answer in requests:
                 check_known(torch.tensor([*question, *answer]), embedding_rows(model), tokenizer)
+                if len(answer) > self.max_length:
+                    raise BesaError(f"An answer has {len(answer)} tokens, and the model {self.max_length} positions.")
             scores: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, **settings)
             return scores
 
@@ -231,8 +233,7 @@ def _scorer(
             progress(self.done, self.answers, "zero-shot")
             return logits
 
-    # Longer questions lose their beginning.
-    longest = positions(model).most
+    longest = positions(model).most  # questions that are longer lose their beginning
     return Scorer(pretrained=model, tokenizer=tokenizer, batch_size=batch, max_length=longest, add_bos_token=bos)
 
 
