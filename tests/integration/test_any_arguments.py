@@ -124,7 +124,7 @@ def check(call, place):
         assert code in (0, 2, 130)
         assert "Traceback" not in said
         if code == 2:
-            *notices, sentence = said.strip().splitlines()
+            *notices, sentence = filter(None, said.splitlines())
             assert all(notice.startswith("besa: ") for notice in notices), said
             assert sentence.startswith("besa: ")
             assert sentence.endswith(".")
