@@ -27,7 +27,7 @@ demo: $(READY)   ## prune SmolLM2-135M by Wanda and BESA, and show what is left 
 test: $(READY)   ## the fast tests
 	$(BIN)/python -m pytest -m 'not slow' --numprocesses auto --dist loadfile
 
-test-slow: $(READY) ## the tests that prune SmolLM2-135M
+test-slow: $(READY) ## the tests that take minutes: SmolLM2-135M, sanitizers, calls of every kind
 	$(BIN)/python -m pytest -m slow
 
 lint: $(READY)   ## ruff and mypy

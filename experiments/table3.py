@@ -16,8 +16,8 @@ from typing import Annotated, Any
 import typer
 
 import besa
-from besa.calibration import read_documents
 from besa.checkpoint.inspection import inspect
+from besa.documents import read_documents
 from besa.machine import machine, resolve_device, versions
 from besa.models.loading import locate
 from besa.record import RunRecord, now

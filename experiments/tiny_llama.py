@@ -19,7 +19,7 @@ import typer
 from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from besa.calibration import read_documents
+from besa.documents import read_documents
 
 # Tensor names: B sequences of a batch, T tokens of a sequence, N all tokens of a text.
 
@@ -151,7 +151,7 @@ def main(
     if out.exists() and not (out / "perplexity.json").is_file():
         raise typer.BadParameter(f"{out} exists and is no folder of this script, so it will not be replaced.")
     torch.manual_seed(seed)
-    (wiki, held_out), c4 = split(read_documents("wiki")), read_documents("c4")
+    (wiki, held_out), c4 = split(list(read_documents("wiki"))), list(read_documents("c4"))
     documents, heldout = wiki + c4, excerpt(held_out, HELDOUT_BYTES)
 
     tokenizer = train_tokenizer(documents)

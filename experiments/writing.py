@@ -8,9 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from besa.calibration import read_documents
 from besa.checkpoint.files import write_file
 from besa.comparing import markdown
+from besa.documents import read_documents
 from besa.machine import machine, resolve_device, versions
 from besa.record import now
 from besa.report.curves import curves
@@ -33,7 +33,7 @@ def without_calibration(options: Options, folder: Path) -> tuple[dict[str, str],
             notes.append(f"{name} is {Path(file).name}")
             continue
         calibrated = set(read_documents(options.conditions.calibration))
-        documents = read_documents(file)
+        documents = list(read_documents(file))
         left = [document for document in documents if document not in calibrated]
         if len(left) < len(documents):
             data[name] = str(folder / f"{name}.jsonl")

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from besa.calibration import Calibration
     from besa.checkpoint.packing import pack, unpack
     from besa.checkpoint.shrinking import shrink
+    from besa.checkpoint.verification import verify
     from besa.evaluation.result import Evaluation
     from besa.recipe import Recipe
     from besa.runtime.generation import generate
@@ -39,6 +40,7 @@ __all__ = [
     "shrink",
     "simulate",
     "unpack",
+    "verify",
 ]
 
 _HOMES = {
@@ -58,6 +60,7 @@ _HOMES = {
     "shrink": "besa.checkpoint.shrinking",
     "simulate": "besa.api",
     "unpack": "besa.checkpoint.packing",
+    "verify": "besa.checkpoint.verification",
 }
 
 

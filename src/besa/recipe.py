@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from besa.allocation import NM, Allocation, Besa, Sensitivity, Structured, Uniform
 from besa.allocation.descent import Descent
@@ -16,18 +16,20 @@ from besa.errors import BesaError
 from besa.finetuning import Finetuning, MaskedAdam, Untuned
 from besa.importance import Importance, Wanda
 from besa.models.units import Granularity
+from besa.names import check_plain
 from besa.quantization import MinMax, Quantization, Unquantized
 from besa.reconstruction import ADMM, Frozen, OBSUpdate, Reconstruction
 from besa.settings import Settings
 from besa.targets import Even, Targets
 
 RECIPES = resources.files("besa") / "recipes"
+DEEPEST = 8  # levels of YAML
 
 
 class Recipe(Settings):
     """Importance, allocation, reconstruction, fine-tuning and quantisation, applied block by block."""
 
-    name: str = "custom"
+    name: Annotated[str, AfterValidator(check_plain)] = "custom"
     sparsity: float = Field(default=0.5, ge=0, lt=1, description="share of the prunable weights that end as zeros")
     skip: tuple[str, ...] = Field(default=(), description="patterns of names of linears that stay dense")
     sparsity_of: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(
@@ -181,7 +183,7 @@ def shipped() -> list[str]:
 def _read(recipe: str | Path) -> dict[str, Any]:
     source = RECIPES / f"{recipe}.yaml" if str(recipe) in shipped() else Path(recipe)
     try:
-        content = yaml.safe_load(source.read_text(encoding="utf-8"))
+        content = _yaml(source.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BesaError(f"No recipe {recipe}: choose one of {', '.join(shipped())}, or give a YAML file.") from None
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -190,6 +192,24 @@ def _read(recipe: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise BesaError(f"Recipe {recipe} must be a YAML mapping with the keys {', '.join(Recipe.model_fields)}.")
     return content
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML as deep as recipes are and without aliases: a few lines of those can stand for more than a machine holds."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        self.depth += 1
+        if self.depth > DEEPEST or self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"it has aliases, or more than {DEEPEST} levels")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+def _yaml(text: str) -> Any:
+    return yaml.load(text, _PlainLoader)
 
 
 def _override(content: dict[str, Any], override: str) -> None:
@@ -203,7 +223,7 @@ def _override(content: dict[str, Any], override: str) -> None:
         if not isinstance(content, dict):
             raise BesaError(f"--set {shown}: {parent} is a value, not a group of settings.")
     try:
-        chosen = yaml.safe_load(value)
+        chosen = _yaml(value)
     except (yaml.YAMLError, ValueError):  # ValueError: 2001-99-99
         raise BesaError(f"--set {shown}: the value is not YAML.") from None
     if key == "method" and content.get(key) != chosen:
@@ -213,7 +233,7 @@ def _override(content: dict[str, Any], override: str) -> None:
 
 def _first_complaint(error: ValidationError) -> str:
     complaint = error.errors()[0]
-    if complaint["type"] == "value_error":  # of `Recipe` itself
+    if complaint["type"] == "value_error":  # a sentence of ours
         return str(complaint["ctx"]["error"])
     # The second of three or more is the method's tag, which pydantic puts in: nobody writes it.
     keys = [str(key) for at, key in enumerate(complaint["loc"]) if at != 1 or len(complaint["loc"]) == 2]
@@ -221,6 +241,8 @@ def _first_complaint(error: ValidationError) -> str:
     if complaint["type"] == "extra_forbidden":
         return f"unknown key {place}"
     if complaint["type"] == "union_tag_invalid":
-        return f"{place}.method is {complaint['ctx']['tag']!r} but must be one of {complaint['ctx']['expected_tags']}"
+        return (
+            f"{place}.method is {complaint['ctx']['tag']!r:.80} but must be one of {complaint['ctx']['expected_tags']}"
+        )
     message = complaint["msg"][0].lower() + complaint["msg"][1:]
-    return f"{place}: {message} (it is {complaint['input']!r})"
+    return f"{place}: {message} (it is {complaint['input']!r:.80})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -101,8 +102,10 @@ class RunRecord(Record):
     seconds: float
     peak_memory_bytes: int
     peak_gpu_memory_bytes: int | None = None
+    notes: list[str] = Field(default=[], description="what a user should know, a sentence each")
     passed_through: PassedThrough = PassedThrough()
     restored_blocks: int = Field(default=0, description="taken from the journal of an interrupted run")
+    files: dict[str, str] = Field(default={}, description="sha256 of each file of the folder, once that is written")
 
     @property
     def unreached(self) -> int:
@@ -122,6 +125,23 @@ class RunRecord(Record):
             raise BesaError(f"{path} cannot be read: give a folder that `besa prune` wrote.") from None
         except (ValidationError, UnicodeDecodeError):
             raise BesaError(f"{path} is not a besa run record: give a folder that `besa prune` wrote.") from None
+
+    @classmethod
+    def of(cls, folder: Path) -> RunRecord | None:
+        """The record of a folder; None where no run made it: there is none, or one of digests alone.
+
+        Raises:
+            BesaError: it is no run record.
+        """
+        path = folder / RECORD_NAME
+        if not path.exists():
+            return None
+        try:
+            if set(json.loads(path.read_text(encoding="utf-8"))) == {"files"}:
+                return None
+        except (OSError, ValueError, TypeError, RecursionError):
+            pass  # told below
+        return cls.read(path)
 
 
 def now() -> str:

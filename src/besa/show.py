@@ -16,6 +16,7 @@ from rich.text import Text
 from besa.checkpoint.inspection import Contents
 from besa.checkpoint.packing import Packing
 from besa.checkpoint.shrinking import Shrinking
+from besa.checkpoint.verification import Verified
 from besa.comparing import LABELS, Comparison, cell
 from besa.demo import Row
 from besa.evaluation.result import Evaluation
@@ -116,6 +117,11 @@ def planned(plan: Plan) -> RenderableType:
     table.add_row("forward passes", f"{plan.forward_passes:.3g} of the calibration set, a backward pass counted as two")
     table.add_row("fits here", "yes" if plan.fits else f"no: too little {' and '.join(plan.lacking)}")
     return table
+
+
+def verified(found: Verified, folder: Path) -> RenderableType:
+    """That a checkpoint is as it was written, in one line."""
+    return Text(f"{folder}: {found.files} files with {found.bytes:,} bytes are as they were written")
 
 
 def packed(found: Packing, folder: Path) -> RenderableType:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -12,10 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from besa.api import compress, evaluate
+from besa.calibration import sample
 from besa.checkpoint.files import write_file
 from besa.evaluation.result import Evaluation
-from besa.evaluation.texts import text_name
-from besa.models.loading import fingerprint, locate
+from besa.evaluation.texts import read_texts, text_name
+from besa.evaluation.zero_shot import check_tasks
+from besa.machine import resolve_device
+from besa.models.bos import bos_token
+from besa.models.loading import fingerprint, load_tokenizer, locate, read_config
+from besa.names import path_of, plain
 from besa.progress import Progress, labelled, silent
 from besa.recipe import Recipe
 from besa.record import RECORD_NAME, RunRecord
@@ -34,6 +38,7 @@ class Conditions:
     device: str = "cpu"
     dtype: str = "auto"
     batch: int | None = None
+    bos: str = "auto"
     trust_remote_code: bool = False
 
 
@@ -110,10 +115,9 @@ class Workspace:
         Raises:
             BesaError: as `compress` and `evaluate`.
         """
-        key = DENSE if recipe is None else self._key(recipe, seed)
+        key, files = self._files(recipe, seed)
         record, checkpoint = self.folder / f"{key}.run.json", self.folder / key
         kept = self.keep or checkpoint.exists()
-        files = {measures: self.folder / f"{key}.{self._name(measures)}.json" for measures in self.measures.each()}
         missing = {measures: path for measures, path in files.items() if not path.exists()}
         if recipe is not None and (missing or not record.exists()):
             self._prune(recipe, seed, checkpoint, record)
@@ -125,6 +129,28 @@ class Workspace:
             RunRecord.read(record) if recipe is not None else None,
             [Evaluation.model_validate_json(path.read_text(encoding="utf-8")) for path in files.values()],
         )
+
+    def check(self, runs: Iterable[tuple[Recipe | None, int]]) -> None:
+        """Find out before the work what would end it, where something of the runs (recipes and seeds) is missing.
+
+        Raises:
+            BesaError: a text, a task, the model or the device cannot be had, or the text to calibrate on is too short.
+        """
+        if all(path.exists() for run in runs for path in self._files(*run)[1].values()):
+            return
+        given = self.conditions
+        resolve_device(given.device)
+        check_tasks(self.measures.tasks)
+        read_texts(self.measures.texts, self.measures.data, self.progress)
+        source = locate(given.model, self.progress)
+        tokenizer = load_tokenizer(source, given.trust_remote_code)
+        first = bos_token(given.bos, tokenizer, read_config(source, given.trust_remote_code))
+        sample(given.calibration, tokenizer, given.samples, given.seqlen, 0, self.progress, bos=first)
+
+    def _files(self, recipe: Recipe | None, seed: int) -> tuple[str, dict[Measures, Path]]:
+        """The key of a run, and where its evaluations are."""
+        key = DENSE if recipe is None else self._key(recipe, seed)
+        return key, {each: self.folder / f"{key}.{self._name(each)}.json" for each in self.measures.each()}
 
     def _prune(self, recipe: Recipe, seed: int, checkpoint: Path, record: Path) -> None:
         if not checkpoint.exists():
@@ -141,6 +167,7 @@ class Workspace:
             batch=self.conditions.batch,
             device=self.conditions.device,
             dtype=self.conditions.dtype,
+            bos=self.conditions.bos,
             trust_remote_code=self.conditions.trust_remote_code,
             progress=labelled(self.progress, _label(model) if isinstance(model, Path) else DENSE),
             **asdict(self.measures.only(texts, tasks)),
@@ -149,30 +176,38 @@ class Workspace:
             part = found.of(text_name(measures.texts[0]) if measures.texts else None)
             write_file(path, part.model_dump_json(indent=2) + "\n")
 
+    def decisive(self) -> dict[str, Any]:
+        """Whatever decides results besides recipe and seed, in types of JSON; files by what is in them."""
+        decisive: dict[str, Any] = json.loads(json.dumps(self._of_runs() | self._of_evaluation(self.measures)))
+        return decisive
+
     def _key(self, recipe: Recipe, seed: int) -> str:
         """A name that a reader knows the run by, and a digest of all that decides its result."""
         settings = recipe.model_dump(mode="json")
         name = settings.pop("name")
-        decisive = asdict(self.conditions) | {
-            "recipe": settings,
+        decisive = self._of_runs() | {"recipe": settings, "seed": seed}
+        return f"{name}-{recipe.sparsity:g}-seed{seed}-{_digest(decisive)}"
+
+    def _name(self, measures: Measures) -> str:
+        """What a reader knows an evaluation by, and a digest of what its numbers depend on besides the pruned model."""
+        name = text_name(measures.texts[0]) if measures.texts else "zero-shot"
+        return f"{plain(name)}-{_digest(self._of_evaluation(measures))}"
+
+    def _of_runs(self) -> dict[str, Any]:
+        return asdict(self.conditions) | {
             "model": self._model(),
             "calibration": _content(self.conditions.calibration),
         }
-        return f"{name}-{recipe.sparsity:g}-seed{seed}-{_digest(decisive | {'seed': seed})}"
 
-    def _name(self, measures: Measures) -> str:
-        """What a reader knows an evaluation by, and a digest of what its numbers depend on besides the pruned model.
-
-        Of the dense model they depend on that too, and on its dtype.
-        """
-        decisive = asdict(measures) | {
+    def _of_evaluation(self, measures: Measures) -> dict[str, Any]:
+        """Of the dense model, numbers depend on that too, and on its dtype."""
+        return asdict(measures) | {
             "texts": [_content(text) for text in measures.texts],
             "data": {name: _content(file) for name, file in measures.data.items()},
             "model": self._model(),
             "dtype": self.conditions.dtype,
+            "bos": self.conditions.bos,
         }
-        name = re.sub(r"[^\w.]+", "-", text_name(measures.texts[0])) if measures.texts else "zero-shot"
-        return f"{name}-{_digest(decisive)}"
 
     def _model(self) -> str:
         """The model's name, or of local files a digest."""
@@ -190,5 +225,8 @@ def _digest(content: dict[str, Any]) -> str:
 
 def _content(text: str) -> str:
     """The name of a text, or of a local file a digest of what is in it."""
-    path = Path(text)
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else text
+    path = path_of(text)
+    if not path.is_file():
+        return text
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

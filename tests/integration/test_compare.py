@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -12,6 +13,7 @@ import pytest
 
 import besa
 from besa import workspace as workspace_module
+from besa.checkpoint.files import claimed
 from besa.comparing import Comparison, compare
 from besa.errors import BesaError
 from besa.recipe import Recipe
@@ -73,14 +75,13 @@ def test_the_folder_holds_records_and_no_weights(made: tuple[Workspace, Comparis
     assert sum(name.endswith(".run.json") for name in names) == 8
     assert sum(name.startswith("wanda-0.7-seed1-") for name in names) == 3
     assert sum(".heldout-" in name for name in names) == sum(".little-" in name for name in names) == 9
-    assert [name for name in names if not name.endswith(".json")] == ["compare.md", "compare.svg"]
+    assert [name for name in names if not name.endswith(".json")] == ["compare.md", "compare.svg", "lock"]
 
 
 def test_nothing_is_run_twice(made: tuple[Workspace, Comparison], nothing_runs: None) -> None:
     workspace, found = made
-    again = compare(workspace, ["wanda"], [0.7], 2)
-    assert again.rows == [found.rows[3]]
-    compare(workspace, RECIPES, SPARSITIES, 2)  # the files are of the last command; other tests read them
+    again = compare(workspace, ["wanda"], [0.7], 1)
+    assert again.rows == found.rows  # and one with more seeds keeps them
 
 
 @pytest.mark.parametrize(
@@ -165,6 +166,86 @@ def test_table_plot_and_json_agree(made: tuple[Workspace, Comparison]) -> None:
     for word in ("magnitude", "wanda", "dense", "perplexity heldout", "perplexity little", "sparsity in %"):
         assert word in text
     assert "var(" not in (workspace.folder / "compare.svg").read_text()
+
+
+def copied(workspace: Workspace, folder: Path) -> Workspace:
+    return replace(workspace, folder=shutil.copytree(workspace.folder, folder / "copy"))
+
+
+def test_another_comparison_adds_its_rows_to_the_table(made: tuple[Workspace, Comparison], tmp_path: Path) -> None:
+    workspace, found = made
+    workspace = copied(workspace, tmp_path)
+    (mine := tmp_path / "mine.yaml").write_text("name: mine\nimportance: {method: magnitude}")
+    more = compare(workspace, [str(mine)], [0.6], 1)
+    assert [row for row in more.rows if row.recipe != "mine"] == found.rows
+    assert [(row.recipe, row.seeds) for row in more.rows] == [
+        ("magnitude", 2), ("wanda", 2), ("mine", 1), ("magnitude", 2), ("wanda", 2)
+    ]  # fmt: skip
+    table = (workspace.folder / "compare.md").read_text()
+    assert [line.split()[1] for line in table.splitlines()[2:]] == ["dense", *(row.recipe for row in more.rows)]
+    before = {path.name: path.read_bytes() for path in workspace.folder.iterdir()}
+    mine.write_text("name: mine\nimportance: {method: obs}")
+    with pytest.raises(BesaError, match="another recipe named mine: give each its own name"):
+        compare(workspace, [str(mine)], [0.6], 1)
+    assert {path.name: path.read_bytes() for path in workspace.folder.iterdir()} == before
+
+
+def test_a_table_of_other_conditions_is_not_written_over(
+    made: tuple[Workspace, Comparison], tmp_path: Path, nothing_runs: None
+) -> None:
+    workspace = copied(made[0], tmp_path)
+    before = (workspace.folder / "compare.json").read_bytes()
+    wider = replace(workspace, measures=replace(workspace.measures, window=16))
+    with pytest.raises(BesaError, match="was made with another window: choose another --out"):
+        compare(wider, ["wanda"], [0.5], 1)
+    assert (workspace.folder / "compare.json").read_bytes() == before
+    (workspace.folder / "compare.json").write_text("{}")
+    with pytest.raises(BesaError, match="is no table that rows can be added to"):
+        compare(workspace, ["wanda"], [0.5], 1)
+
+
+def test_two_at_once_in_one_folder_do_not_meet(made: tuple[Workspace, Comparison], nothing_runs: None) -> None:
+    workspace, _ = made
+    with (
+        claimed(workspace.folder, workspace.folder),
+        pytest.raises(BesaError, match=f"Another besa is at work on {workspace.folder}"),
+    ):
+        compare(workspace, ["wanda"], [0.5], 1)
+
+
+@pytest.mark.parametrize("name", ["../../evil", "/tmp/evil", "nul\\0", "x" * 300, ".hidden", "-dash"])
+def test_names_of_recipes_lead_nowhere(
+    tmp_path: Path, tiny_llama_folder: Path, text: str, nothing_runs: None, name: str
+) -> None:
+    (tmp_path / "recipe.yaml").write_text(f'name: "{name}"')
+    workspace = workspace_in(tmp_path / "a" / "b" / "out", tiny_llama_folder, text)
+    with pytest.raises(BesaError, match="is not plain"):
+        compare(workspace, [str(tmp_path / "recipe.yaml")], [0.5], 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_files_of_evaluations_have_plain_names(made: tuple[Workspace, Comparison], tmp_path: Path) -> None:
+    for source in ("hf:../../x", str(tmp_path / ("x" * 250)), str(tmp_path / "ü\n.txt")):
+        assert re.fullmatch(r"[\w.-]{1,80}", made[0]._name(Measures((source,))), re.ASCII)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda w: replace(w, conditions=replace(w.conditions, calibration="none.txt")), "none.txt"),
+        (lambda w: replace(w, conditions=replace(w.conditions, samples=10**12)), "tokens"),
+        (lambda w: replace(w, conditions=replace(w.conditions, device="tpu")), "device tpu"),
+        (lambda w: replace(w, measures=replace(w.measures, texts=("none.txt",))), "none.txt"),
+        (lambda w: replace(w, measures=replace(w.measures, tasks=("mmlu",))), "mmlu"),
+    ],
+)
+def test_what_would_end_the_work_is_found_before_it(
+    tmp_path: Path, tiny_llama_folder: Path, text: str, nothing_runs: None, change, words: str
+) -> None:
+    workspace = change(workspace_in(tmp_path / "out", tiny_llama_folder, text))
+    with pytest.raises(BesaError, match=words):
+        compare(workspace, ["wanda"], [0.5], 1)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_hopeless_model_leaves_a_gap(made: tuple[Workspace, Comparison]) -> None:

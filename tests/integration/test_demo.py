@@ -60,3 +60,49 @@ def test_demo_refuses_a_folder_that_is_not_its_own(tmp_path: Path, tiny_llama_fo
         run(tmp_path / "demo", tiny_llama_folder, sparsity=0.6)
     with pytest.raises(BesaError, match="not this demo's"):
         run(tmp_path, tiny_llama_folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"sparsity": 1.5}, "sparsity"),
+        ({"sparsity": float("nan")}, "sparsity"),
+        ({"texts": ["none.txt"]}, "none.txt"),
+        ({"texts": ["c4"]}, "c4|hub|Hub"),
+        ({"calibration": "none.txt"}, "none.txt"),
+        ({"calibration": "short.txt"}, "tokens"),
+        ({"device": "tpu"}, "device|compute"),
+        ({"out": Path("x" * 300)}, "xxx"),
+        ({"out": Path("file")}, "file exists already"),
+    ],
+)
+def test_demo_refuses_before_it_works_and_leaves_nothing(
+    tmp_path: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, object], words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name in ("short.txt", "file"):
+        Path(name).write_text("Too short.")
+    for work in ("compress", "evaluate"):
+        monkeypatch.setattr(demo, work, lambda *_, **__: pytest.fail("it has begun"))
+    usual = {
+        "out": Path("demo"), "plan": PLAN, "sparsity": 0.5, "texts": [str(tiny_llama_folder / "heldout.txt")],
+        "calibration": str(tiny_llama_folder / "calibration.txt"),
+    }  # fmt: skip
+    with pytest.raises(BesaError, match=words):
+        demo.run_demo(**usual | change)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "short.txt"]
+
+
+def test_demo_that_is_refused_or_stopped_before_its_first_result_leaves_nothing(
+    tmp_path: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for error in (BesaError("The text is too short."), KeyboardInterrupt()):
+
+        def fail(*_: object, error: BaseException = error, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr(demo, "evaluate", fail)
+        with pytest.raises(type(error)):
+            run(tmp_path / "demo", tiny_llama_folder)
+        assert list(tmp_path.iterdir()) == []

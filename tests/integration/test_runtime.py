@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     FalconConfig,
     Gemma3TextConfig,
     GPT2Config,
@@ -229,6 +230,41 @@ def test_bench(
 def test_a_model_named_twice_is_refused(plain: tuple[Path, Path]) -> None:
     with pytest.raises(BesaError, match="named twice"):
         besa.bench([plain[0], plain[0]])
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"temperature": math.nan}, "no temperature nan"),
+        ({"temperature": -0.1}, "no temperature -0.1"),
+        ({"seed": 2**32}, "no seed 4294967296"),
+        ({"max_new_tokens": 0}, "ask for at least 1"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused_before_the_model_is_read(given: dict[str, float], words: str) -> None:
+    with pytest.raises(BesaError, match=words):
+        besa.generate("none", PROMPT, **given)
+
+
+def test_temperatures_from_none_to_all_but_infinite(plain: tuple[Path, Path]) -> None:
+    """The least is the likeliest token each time, the largest takes any of those that are looked at."""
+    coldest, cold, hot, hottest = (
+        besa.generate(plain[0], PROMPT, max_new_tokens=12, temperature=temperature, seed=1)
+        for temperature in (0.0, 5e-324, 1e10, 1.7e308)
+    )
+    assert cold == coldest
+    assert hot == hottest != cold
+
+
+def test_a_text_ends_where_the_positions_do(plain: tuple[Path, Path]) -> None:
+    model, tokenizer = besa.load(plain[0]), AutoTokenizer.from_pretrained(plain[0])
+    model.config.max_position_embeddings = len(tokenizer(PROMPT)["input_ids"]) + 3
+    model.generation_config.eos_token_id = None
+    made = besa.generate(model, PROMPT, max_new_tokens=10**12, tokenizer=tokenizer)
+    assert made == besa.generate(plain[0], PROMPT, max_new_tokens=3)
+    model.config.max_position_embeddings -= 3
+    with pytest.raises(BesaError, match="which is all the model has positions for"):
+        besa.generate(model, PROMPT, tokenizer=tokenizer)
 
 
 def test_commands(

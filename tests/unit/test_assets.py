@@ -218,6 +218,28 @@ def test_what_pip_says_becomes_one_cause(index, tmp_path, monkeypatch, said, tol
     assert told.format(cache=assets.cache_dir()) in refusal("small")
 
 
+@pytest.mark.parametrize("path", [None, "", "."])
+def test_code_of_the_working_folder_is_not_run(index, tmp_path, monkeypatch, path):
+    """A `pip.py`, or what Python itself imports as it starts, beside the user or where a PYTHONPATH says."""
+    (hostile := tmp_path / "hostile").mkdir()
+    for name in ("pip", "usercustomize", "sitecustomize", "zipfile", "random"):
+        (hostile / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    monkeypatch.chdir(hostile)
+    if path is not None:
+        monkeypatch.setenv("PYTHONPATH", path)
+    assert assets.fetch("small").read_bytes() == SMALL
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_the_user_set_for_pip_holds(index, tmp_path, monkeypatch):
+    """A configuration file, and paths in it and in the environment that are relative to the folder the user is in."""
+    monkeypatch.delenv("PIP_FIND_LINKS")
+    (tmp_path / "pip.conf").write_text("[global]\nfind-links = index/simple/besa-fake\n")
+    monkeypatch.setenv("PIP_CONFIG_FILE", "pip.conf")
+    monkeypatch.chdir(tmp_path)
+    assert assets.fetch("small").read_bytes() == SMALL
+
+
 def test_an_unknown_name(index):
     assert refusal("medium") == "There is no embedded asset 'medium': choose one of big, small."
 

@@ -1,19 +1,15 @@
 import json
-import logging
-import sys
-from types import SimpleNamespace
+from collections import Counter
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from besa import calibration
-from besa.calibration import Calibration, read_documents, sample, tokenize
+from besa.calibration import Calibration, sample
 from besa.errors import BesaError
 
 LONGEST = 400
@@ -26,17 +22,7 @@ def counting_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-def byte_tokenizer(**options) -> PreTrainedTokenizerFast:
-    """GPT-2's splitting of words, over single bytes; a blank line that stands alone is one token."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {piece: i for i, piece in enumerate([*alphabet, "ĊĊ", "<s>"])}
-    tokenizer = Tokenizer(models.BPE(vocabulary, [("Ċ", "Ċ")]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", vocabulary["<s>"])])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)
-
-
-COUNTING, BYTES = counting_tokenizer(), byte_tokenizer()
+COUNTING = counting_tokenizer()
 
 
 def refusal(call, *arguments) -> str:
@@ -46,16 +32,6 @@ def refusal(call, *arguments) -> str:
     assert "\n" not in sentence
     assert sentence.endswith(".")
     return sentence
-
-
-@pytest.fixture
-def write(tmp_path):
-    def write(name: str, content: str | bytes) -> str:
-        path = tmp_path / name
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return str(path)
-
-    return write
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +45,6 @@ def numbers(tmp_path_factory):
         return str(path)
 
     return text
-
-
-# --- sample ---
 
 
 @given(
@@ -131,148 +104,83 @@ def test_counts_that_make_no_sense(samples, seqlen, word):
     assert word in refusal(sample, "not even read", COUNTING, samples, seqlen, 0)
 
 
-# --- tokenize ---
+# --- a first token, and tokens that are not known ---
 
 
-def ids(text: str) -> list[int]:
-    return BYTES(text, add_special_tokens=False)["input_ids"]
+def test_every_window_begins_with_the_bos_token(numbers):
+    """T tokens in all, of which the first is the same for each."""
+    source = numbers(LONGEST)
+    drawn = sample(source, COUNTING, 8, 16, 3, bos=7)
+    assert drawn.tokens_NT.shape == (8, 16)
+    assert drawn.tokens_NT.dtype == torch.int64
+    assert drawn.tokens_NT[:, 0].tolist() == [7] * 8
+    plain = sample(source, COUNTING, 8, 15, 3)
+    assert torch.equal(drawn.tokens_NT[:, 1:], plain.tokens_NT)
+    assert (drawn.describe()["bos"], plain.describe()["bos"]) == (True, False)
+    assert drawn.sha256 != plain.sha256
+    assert "8 sequences of 49 tokens need 392" in refusal(lambda: sample(numbers(391), COUNTING, 8, 50, 3, bos=7))
 
 
-@given(st.text(st.characters(exclude_categories=["Cs"])))
-def test_one_document_is_tokenised_as_the_tokenizer_would(document):
-    assert tokenize([document], "\n\n", BYTES).tolist() == ids(document)
+def test_the_whole_text_is_held_to_the_embeddings(numbers):
+    """By luck of the sample a token may not be drawn: it is one of the model's all the same."""
+    source = numbers(100)
+    assert sample(source, COUNTING, 1, 2, 0, rows=100).samples == 1
+    assert "'99' with the id 99, but the model's embeddings have 99 rows only" in refusal(
+        lambda: sample(source, COUNTING, 1, 2, 0, rows=99)
+    )
 
 
-def test_many_documents_are_tokenised_like_their_joined_text(monkeypatch):
-    monkeypatch.setattr(calibration, "TOKENIZER_BATCH", 2)
-    documents = ["One here.", "Two\n\nparagraphs.", "Three", "4", "Fünf"]
-    stream = tokenize(documents, "\n\n", BYTES)
-    assert stream.dtype == torch.int64
-    assert stream.tolist() == ids("\n\n".join(documents))
-    assert BYTES.convert_tokens_to_ids("ĊĊ") not in stream
-    assert tokenize(documents, "", BYTES).tolist() == [token for document in documents for token in ids(document)]
+# --- texts that are too long to be read whole ---
 
 
-def test_a_long_stream_is_worth_no_warning():
-    heard = []
-    handler = logging.Handler()
-    handler.emit = heard.append
-    logging.getLogger("transformers").addHandler(handler)
-    try:
-        tokenize(["word " * 20], "\n\n", byte_tokenizer(model_max_length=8))
-        assert heard == []
-        byte_tokenizer(model_max_length=8)("word " * 20)
-        assert len(heard) == 1
-    finally:
-        logging.getLogger("transformers").removeHandler(handler)
+@pytest.fixture
+def corpus(tmp_path, monkeypatch):
+    """A hundred documents of four numbers each, longer than what is held in memory."""
+    monkeypatch.setattr(calibration, "WHOLE", 100)
+    path = tmp_path / "corpus.jsonl"
+    rows = (" ".join(str(4 * place + one) for one in range(4)) for place in range(100))
+    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    return str(path)
 
 
-# --- read_documents ---
+def test_a_long_text_is_drawn_from_everywhere(corpus):
+    drawn = Counter()
+    for seed in range(60):
+        found = sample(corpus, COUNTING, 1, 4, seed)
+        assert not found.describe()["whole"]
+        assert found.describe()["beginning"] == "0 1 2 3"
+        drawn.update(number // 40 for number in found.tokens_NT.flatten().tolist())
+    assert len(drawn) == 10  # every tenth of the text
+    assert max(drawn.values()) < 3 * 24  # of 240 numbers, about 24 in each
 
 
-def test_embedded_texts(write, monkeypatch, tmp_path):
-    c4 = "menu\n" * 9 + "First.\nSecond\u2028line.\n"
-    wiki = '<doc id="1" title="A">\nA\n\nText of A.\n\n</doc>\n<doc id="2" title="B">\nB\n\n</doc>\n'
-    embedded = {"c4": tmp_path / "c4.utf8", "wiki": tmp_path / "wiki.utf8"}
-    write("c4.utf8", c4)
-    write("wiki.utf8", wiki)
-    write("c4", "a file of the same name")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(calibration, "fetch", lambda name, progress: embedded[name])
-    assert read_documents("c4") == ["First.", "Second\u2028line."]
-    assert read_documents("./c4") == ["a file of the same name"]
-    assert read_documents("wiki") == ["A\n\nText of A.", "B"]
+def test_a_long_text_is_drawn_alike_for_a_seed(corpus):
+    first, again, other = (sample(corpus, COUNTING, 2, 4, seed).tokens_NT for seed in (5, 5, 6))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert sample(corpus, COUNTING, 2, 4, 7).tokens_NT.tolist() == [[27, 328, 329, 330], [227, 84, 85, 86]]
 
 
-@pytest.mark.parametrize("name", ["text.txt", "wiki.test.raw", "README"])
-def test_a_text_file_is_one_document(write, name):
-    assert read_documents(write(name, "\ufeffOne.\r\n\r\nStill one: é.\n")) == ["One.\n\nStill one: é.\n"]
+def test_a_long_text_is_drawn_without_repetition(corpus):
+    tokens = sample(corpus, COUNTING, 20, 8, 1).tokens_NT
+    assert len(tokens.unique()) == 160
 
 
-def test_jsonl(write):
-    assert read_documents(write("a.jsonl", '{"text": "One."}\n\n{"text": " ", "id": 1}\n{"text": "Two.\\n"}')) == [
-        "One.",
-        "Two.\n",
-    ]
+def test_of_a_long_text_only_so_much_is_tokenised(corpus, monkeypatch):
+    asked = []
+    original = calibration.tokenize
+    monkeypatch.setattr(
+        calibration,
+        "tokenize",
+        lambda found, *a, **o: asked.append((len(found), o["enough"])) or original(found, *a, **o),
+    )
+    sample(corpus, COUNTING, 1, 4, 0)
+    ((held, enough),) = asked
+    assert enough == 16
+    assert 7 <= held < 15  # documents of 100 characters, of 7 to 15 each
 
 
-@pytest.mark.parametrize(
-    "line", ["{", '{"txt": "x"}', '{"text": 3}', '{"text": null}', "[1]", "7", r'{"text": "\ud800"}']
-)
-def test_a_bad_line_of_jsonl_is_named(write, line):
-    assert refusal(read_documents, write("a.jsonl", f'{{"text": "fine"}}\n{line}\n')).startswith("Line 2 of ")
-
-
-@pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
-def test_parquet(tmp_path, kind):
-    path = tmp_path / "a.parquet"
-    pq.write_table(pa.table({"text": pa.array(["One.", None, "", "Two."], kind), "id": [1, 2, 3, 4]}), path)
-    assert read_documents(str(path)) == ["One.", "Two."]
-
-
-@pytest.mark.parametrize("columns", [{"body": ["One."]}, {"text": [3]}])
-def test_parquet_without_a_column_of_text(tmp_path, columns):
-    path = tmp_path / "a.parquet"
-    pq.write_table(pa.table(columns), path)
-    assert 'has no column "text" of strings' in refusal(read_documents, str(path))
-
-
-def test_damaged_parquet(tmp_path):
-    path = tmp_path / "a.parquet"
-    pq.write_table(pa.table({"text": ["One." * 1000]}), path, compression="none")
-    whole = path.read_bytes()
-    for damaged in (b"", b"nonsense", whole[:-100], whole[:4] + b"\xff" * 300 + whole[304:]):
-        path.write_bytes(damaged)
-        assert "is not a readable parquet file" in refusal(read_documents, str(path))
-
-
-def test_a_library_that_is_missing(write, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    for source in (write("a.parquet", b""), "hf:allenai/c4"):
-        assert 'pip install "besa-llm[data]"' in refusal(read_documents, source)
-
-
-def test_texts_that_cannot_be_read(write, tmp_path):
-    for missing in ("no-such-text", "", str(tmp_path), "nul\0"):
-        assert "embedded one (c4, wiki)" in refusal(read_documents, missing)
-    assert "Could not read" in refusal(read_documents, "x" * 5000)
-    assert "is not UTF-8 text (byte 3)" in refusal(read_documents, write("latin.txt", "Café\n".encode("latin-1")))
-    for blank in (write("a.txt", " \n"), write("a.jsonl", "\n")):
-        assert "is empty" in refusal(read_documents, blank)
-
-
-def test_hub_datasets(monkeypatch):
-    calls = []
-
-    def load_dataset(**where):
-        calls.append(where)
-        return ({"text": json.dumps(i)} for i in range(10**9))
-
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    monkeypatch.setattr(calibration, "HUB_DOCUMENTS", 3)
-    heard = []
-    assert read_documents("hf:allenai/c4", lambda *told: heard.append(told)) == ["0", "1", "2"]
-    assert heard[-1] == (3, 3, "reading hf:allenai/c4")
-    read_documents("hf:Salesforce/wikitext:wikitext-2-raw-v1:test")
-    read_documents("hf:allenai/c4:en")
-    assert calls == [
-        {"path": "allenai/c4", "name": None, "split": "train", "streaming": True},
-        {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "test", "streaming": True},
-        {"path": "allenai/c4", "name": "en", "split": "train", "streaming": True},
-    ]
-    for nonsense in ("hf:", "hf:a:b:c:d"):
-        assert "write hf:<dataset>" in refusal(read_documents, nonsense)
-
-
-def test_hub_datasets_that_fail(monkeypatch):
-    def unreachable(*_, **__):
-        raise ConnectionError("Couldn't reach the Hub.\nMany more lines")
-
-    for load_dataset, reason in [
-        (unreachable, "(Couldn't reach the Hub):"),
-        (lambda *_, **__: [{"content": "x"}], '(a row has no string "text"):'),
-        (lambda *_, **__: [{"text": ["x"]}], '(a row has no string "text"):'),
-    ]:
-        monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-        assert reason in refusal(read_documents, "hf:some/data")
+def test_a_text_of_just_the_size_is_read_whole(corpus, tmp_path):
+    path = tmp_path / "small.jsonl"
+    path.write_text('{"text": "' + "1 " * 49 + '11"}\n')
+    assert sample(str(path), COUNTING, 1, 4, 0).whole

@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -150,3 +152,114 @@ def test_what_cannot_fit_is_refused_at_once(tmp_path: Path) -> None:
     files.check_space(tmp_path / "not" / "yet", 1000)
     with pytest.raises(BesaError, match="make room"):
         files.check_space(tmp_path / "not" / "yet", 10**18)
+
+
+def test_a_folder_appears_when_it_is_full(tmp_path: Path) -> None:
+    out = tmp_path / "a" / "out"
+    with files.appearing(out) as folder:
+        (folder / "file").write_text("content")
+        assert not out.exists()
+    assert names(out) == ["file"]
+    assert names(out.parent) == ["out"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), KeyboardInterrupt(), BesaError("no.")])
+def test_a_folder_that_fails_leaves_nothing(tmp_path: Path, error: BaseException) -> None:
+    with pytest.raises(type(error)), files.appearing(tmp_path / "out") as folder:
+        (folder / "file").write_text("content")
+        raise error
+    assert names(tmp_path) == []
+
+
+def test_a_folder_that_is_there_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(BesaError, match="exists already"), files.appearing(tmp_path / "out"):
+        pytest.fail("it was begun")
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_name_that_no_file_can_have_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(BesaError, match=r"^[^\n]*cannot be written: File name too long\.$"):
+        files.check_absent(tmp_path / ("x" * 300))
+    with pytest.raises(BesaError, match="too long"), files.appearing(tmp_path / ("x" * 300)):
+        pytest.fail("it was begun")
+
+
+def test_one_process_at_a_time_makes_a_folder(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with files.appearing(out) as folder:
+        (folder / "file").write_text("mine")
+        with pytest.raises(BesaError, match=f"^Another besa is at work on {out}: "), files.appearing(out):
+            pytest.fail("it was begun")
+    assert (out / "file").read_text() == "mine"
+
+
+def killed(action: Callable[[], object]) -> None:
+    """A child that acts until it kills itself."""
+    child = os.fork()
+    if child == 0:
+        action()
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def test_what_a_killed_process_left_of_a_folder_goes(tmp_path: Path) -> None:
+    def half() -> None:
+        with files.appearing(tmp_path / "out") as folder:
+            (folder / "half").write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    killed(half)
+    assert [path.name for path in tmp_path.rglob("half")] == ["half"]
+    with files.appearing(tmp_path / "out") as folder:
+        (folder / "file").write_text("content")
+    assert names(tmp_path) == ["out"]
+    assert names(tmp_path / "out") == ["file"]
+
+
+def test_what_a_killed_process_left_of_a_file_goes(tmp_path: Path) -> None:
+    def half() -> None:
+        with files.replacing(tmp_path / "file[1]") as partial:
+            partial.write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    killed(half)
+    assert len(names(tmp_path)) == 1
+    files.write_file(tmp_path / "other", "content")
+    assert len(names(tmp_path)) == 2
+    with files.replacing(tmp_path / "file[1]"):  # one that lives keeps its own
+        left = names(tmp_path)
+        (own,) = (name for name in left if name.startswith(".file"))
+        assert f".{os.getpid()}." in own
+        child = os.fork()
+        if child == 0:
+            files.write_file(tmp_path / "file[1]", "another's")
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        assert (tmp_path / own).exists()
+        (tmp_path / own).write_text("content")
+    assert sorted(names(tmp_path)) == ["file[1]", "other"]
+    assert (tmp_path / "file[1]").read_text() == "content"
+
+
+def test_processes_that_write_the_same_file_at_once(tmp_path: Path) -> None:
+    """Each time it is the whole text of one of them, and nothing is left in the end."""
+    texts = [str(number) * 10_000 for number in range(3)]
+    children = []
+    for text in texts:
+        child = os.fork()
+        if child == 0:
+            try:
+                for _ in range(60):
+                    files.write_file(tmp_path / "file", text)
+            except BaseException:
+                os._exit(1)
+            os._exit(0)
+        children.append(child)
+    running = True
+    while running:
+        running = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+        if (tmp_path / "file").exists():
+            assert (tmp_path / "file").read_text() in texts
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+    assert names(tmp_path) == ["file"]

@@ -4,7 +4,10 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from importlib import resources
 
 import pytest
 import torch
@@ -157,30 +160,131 @@ def test_what_has_no_kernel_goes_to_the_reference(monkeypatch):
 
 @pytest.fixture
 def fresh(tmp_path, monkeypatch):
-    """An empty cache, and nothing remembered."""
+    """An empty cache, nothing remembered, and a compiler that does not take long."""
     monkeypatch.setenv("BESA_CACHE", str(tmp_path))
+    monkeypatch.setattr(build, "FLAGS", ("-O0", *build.FLAGS[1:]))
     build.load.cache_clear()
     yield tmp_path / "kernels"
     build.load.cache_clear()
 
 
+def load_anew(source="masks.cpp"):
+    build.load.cache_clear()
+    return build.load(source)
+
+
+def assert_works():
+    w_OI, ranks_OI = torch.ones(5, 3), torch.tensor([[0, 1, 2]] * 5, dtype=torch.int16)
+    assert masked(native, w_OI, ranks_OI, torch.tensor([0, 1, 2, 3, 0])).sum(dim=1).tolist() == [3, 2, 1, 0, 3]
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+    """The sources that are compiled."""
+    found, call = [], build._call
+
+    def noting(*command):
+        found.extend(argument for argument in command if argument.endswith(".cpp"))
+        return call(*command)
+
+    monkeypatch.setattr(build, "_call", noting)
+    return found
+
+
 @compiled
-def test_built_once(fresh, monkeypatch):
-    assert build.load("masks.cpp") is not None
+def test_built_once(fresh, compilations):
+    assert load_anew() is not None
     (built,) = fresh.iterdir()  # no scratch left
     assert built.suffix == ".so"
-    build.load.cache_clear()
-    monkeypatch.setattr(build, "_call", lambda *_: pytest.fail("compiled again"))
-    assert build.load("masks.cpp") is not None
+    assert (fresh.stat().st_mode & 0o777, len(compilations)) == (0o700, 1)
+    assert load_anew() is not None
+    assert len(compilations) == 1
 
 
-@pytest.mark.parametrize("broken", ["false", "no compiler", "folder"])
-def test_without_a_compiler_there_is_a_notice(fresh, monkeypatch, broken):
-    if broken == "folder":
-        fresh.write_text("in the way")
+@compiled
+@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[: len(b) // 2], lambda b: b[:-9] + b"x" + b[-8:]])
+def test_a_damaged_library_is_built_anew(fresh, compilations, damage):
+    load_anew()
+    (built,) = fresh.iterdir()
+    whole = built.read_bytes()
+    built.unlink()  # it is in use
+    built.write_bytes(damage(whole))
+    assert load_anew() is not None
+    assert_works()
+    assert len(compilations) == 2
+    assert built.read_bytes() == whole
+
+
+@compiled
+@pytest.mark.parametrize("whose", ["anybody's", "another's", "a link's"])
+def test_nothing_is_loaded_from_a_folder_of_others(fresh, tmp_path, monkeypatch, compilations, whose):
+    load_anew()
+    (built,) = fresh.iterdir()
+    ran, code = tmp_path / "ran", tmp_path / "planted.cpp"
+    code.write_text(f"""#include <cstdio>
+        __attribute__((constructor)) static void run() {{ fclose(fopen("{ran}", "w")); }}""")
+    subprocess.run([shutil.which("c++"), "-shared", "-fPIC", code, "-o", tmp_path / "planted.so"], check=True)
+    built.unlink()
+    planted = (tmp_path / "planted.so").rename(
+        fresh / build._name(built.name.partition("-")[0], tmp_path / "planted.so")
+    )
+    if whose == "anybody's":
+        fresh.chmod(0o777)
+    elif whose == "another's":
+        monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
     else:
-        monkeypatch.setattr(build, "COMPILERS", ())
-        monkeypatch.setenv("CXX", broken)
+        fresh.rename(tmp_path / "elsewhere").chmod(0o700)
+        fresh.symlink_to(tmp_path / "elsewhere")
+    with pytest.warns(Notice, match="not this user's alone to write: remove it, or point BESA_CACHE to"):
+        assert load_anew() is not None
+    assert_works()
+    assert not ran.exists()
+    assert list(fresh.iterdir()) == [fresh / planted.name]
+    assert len(compilations) == 2
+
+
+@compiled
+def test_a_library_belongs_to_source_compiler_and_flags(fresh, tmp_path, monkeypatch):
+    compiler, version = tmp_path / "compiler", tmp_path / "version"
+    compiler.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exec cat {version}\nexec c++ "$@"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    for number in (1, 2):
+        version.write_text(f"compiler {number}")
+        load_anew()
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-DOTHER"))
+    load_anew()
+    load_anew("sparse.cpp")
+    assert len({path.name.partition("-")[0] for path in fresh.iterdir()}) == len(list(fresh.iterdir())) == 4
+
+
+@compiled
+def test_two_may_build_at_once(fresh, compilations):
+    text = (resources.files("besa.kernels") / "masks.cpp").read_bytes()
+    both = threading.Barrier(2)
+
+    def build_one(compiler):
+        both.wait()
+        return build._loaded(compiler, build.FLAGS, text)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert len(list(pool.map(build_one, 2 * [shutil.which("c++")]))) == len(compilations) == 2
+    (built,) = fresh.iterdir()
+    assert built.name == build._name(built.name.partition("-")[0], built)
+
+
+@compiled
+def test_a_cache_that_cannot_be_is_done_without(fresh):
+    fresh.write_text("in the way")
+    with pytest.warns(Notice, match="for this run only, as .* cannot be made"):
+        assert load_anew() is not None
+    assert_works()
+
+
+@pytest.mark.parametrize("broken", ["false", "no compiler"])
+def test_without_a_compiler_there_is_a_notice(fresh, monkeypatch, broken):
+    monkeypatch.setattr(build, "COMPILERS", ())
+    monkeypatch.setenv("CXX", broken)
     with pytest.warns(Notice, match="more slowly") as said:
         assert build.load("masks.cpp") is None
     assert build.load("masks.cpp") is None
@@ -202,5 +306,4 @@ def test_a_compiler_without_openmp_serves_too(fresh, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert build.load("masks.cpp") is not None
-    w_OI, ranks_OI = torch.ones(5, 3), torch.tensor([[0, 1, 2]] * 5, dtype=torch.int16)
-    assert masked(native, w_OI, ranks_OI, torch.tensor([0, 1, 2, 3, 0])).sum(dim=1).tolist() == [3, 2, 1, 0, 3]
+    assert_works()

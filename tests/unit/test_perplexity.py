@@ -53,6 +53,20 @@ def test_bits_per_byte_are_those_of_the_tokens_by_their_bytes(tiny_llama, tokens
     assert perplexity(tiny_llama, tokens_L[:100], 20).bits_per_byte is None
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("windows", [1, 3])
+def test_with_a_bos_token_all_tokens_of_the_text_are_predicted(tiny_llama, tokens_L, windows):
+    losses = []
+    for start in range(0, windows * 19, 19):
+        own_T = tokens_L[start : start + 19]
+        logits_TV = tiny_llama(input_ids=torch.cat([torch.tensor([5]), own_T])[None]).logits[0].double()
+        losses += [-math.log(logits_TV[place].softmax(dim=0)[own_T[place]]) for place in range(19)]
+    result = perplexity(tiny_llama, tokens_L[: windows * 19 + 18], 20, bos=5)
+    assert result.perplexity == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+    assert (result.windows, result.predicted, result.bos) == (windows, windows * 19, True)
+    assert not perplexity(tiny_llama, tokens_L[:100], 20).bos
+
+
 @pytest.mark.parametrize("batch", [1, 2, 7, 100])
 def test_perplexity_does_not_depend_on_the_batch(tiny_llama, tokens_L, batch):
     expected = perplexity(tiny_llama, tokens_L[:300], 30)

@@ -114,7 +114,7 @@ def test_overrides_may_change_the_method_and_add_a_part(write):
     assert recipe.reconstruction == OBSUpdate(mask="fixed")
     recipe = Recipe.load(write("name: mine"), overrides=["allocation.method=besa", "importance={method: obs}"])
     assert (recipe.name, recipe.allocation, recipe.importance) == ("mine", Besa(), OBS())
-    assert Recipe.load("besa", overrides=["name=a=b"]).name == "a=b"
+    assert Recipe.load("besa", overrides=["skip=['a=b']"]).skip == ("a=b",)
 
 
 def test_another_method_begins_with_its_own_settings():
@@ -236,6 +236,13 @@ def test_sparsity_out_of_bounds(sparsity):
         (b"\xff\xfe\x00", "cannot be read as YAML"),
         (b"name: caf\xe9", "cannot be read as YAML"),
         (b"name: \x00", "cannot be read as YAML"),
+        ("[" * 100_000, "it has aliases, or more than 8 levels"),
+        ("- " * 5000, "it has aliases, or more than 8 levels"),
+        ("skip: &a [x]\nb: *a", "it has aliases, or more than 8 levels"),
+        ("a: &a {x: 1}\nb: {<<: *a}", "it has aliases, or more than 8 levels"),
+        ("finetune: {method: adam, epochs: 2147483648}", "epochs is larger than 2,147,483,647"),
+        (f"allocation: {{method: besa, steps: {10**400}}}", "steps is larger than 2,147,483,647"),
+        (f"name: [{'x, ' * 10_000}]", "(it is ['x', 'x', "),
     ],
 )
 def test_files_that_are_wrong(write, content, told):
@@ -243,6 +250,40 @@ def test_files_that_are_wrong(write, content, told):
     sentence = refusal(path)
     assert sentence.startswith(f"Recipe {path}")
     assert told in sentence
+
+
+@pytest.mark.parametrize("name", ["a", "_", "0", "besa-int4", "mine.v2_b-3", "x" * 64])
+def test_plain_names(write, name):
+    assert Recipe.load(write(f"name: '{name}'")).name == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        ".",
+        "..",
+        "../../evil",
+        "/etc/evil",
+        "a/b",
+        "a\\\\b",
+        ".hidden",
+        "-dash",
+        "nul\\0",
+        "a b",
+        "a\\n",
+        "a=b",
+        "é",
+        "x" * 65,
+    ],
+)
+def test_names_that_are_not_plain(write, name):
+    sentence = refusal(write(f'name: "{name}"'))
+    assert sentence.endswith(
+        "is not plain: use at most 64 letters (a to z), digits, dots, dashes and underscores, and begin with none of "
+        "dot and dash."
+    )
+    assert len(sentence) < 350
 
 
 def test_overrides_meet_a_group_without_settings(write):

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from besa import tokens
 from besa.errors import BesaError
 from besa.evaluation import texts
 from besa.evaluation.texts import TEST_SETS, read_texts
@@ -48,7 +49,6 @@ def test_wikitext_rows_keep_their_ends_and_are_joined_by_blank_lines(write):
     text = one("wikitext2", write("raw", RAW))
     assert text.parts == ROWS
     assert whole(text) == "\n\n".join(ROWS)
-    assert text.bytes == len("\n\n".join(ROWS).encode())
     assert (text.name, text.source, text.tokens) == ("wikitext2", "raw", None)
 
 
@@ -67,12 +67,42 @@ def test_c4_is_its_first_documents_and_tokens(write, tiny_tokenizer):
     assert whole(text) == " ".join(documents[:1100])
     assert text.tokens == 256 * 2048
     expected = tiny_tokenizer(" ".join(documents[:1100]), add_special_tokens=False, verbose=False)["input_ids"]
-    assert text.tokenized(tiny_tokenizer).tolist() == expected  # one string, not one by one
+    tokens_L, ratio = text.tokenized(tiny_tokenizer)
+    assert tokens_L.tolist() == expected  # one string, not one by one
+    assert ratio == len(" ".join(documents[:1100])) / len(expected)
 
 
-def test_any_other_text_is_documents_joined_by_blank_lines(write):
+def test_any_other_text_is_documents_joined_by_blank_lines(write, tiny_tokenizer):
     (text,) = read_texts([write("mine.jsonl", '{"text": "One."}\n{"text": "Zwölf."}')], {})
-    assert (text.name, whole(text), text.bytes) == ("mine", "One.\n\nZwölf.", 13)
+    assert (text.name, whole(text), text.beginning) == ("mine", "One.\n\nZwölf.", "One.")
+    tokens_L, ratio = text.tokenized(tiny_tokenizer, enough=1)
+    assert tokens_L.tolist() == tiny_tokenizer("One.\n\nZwölf.")["input_ids"]
+    assert ratio == 13 / len(tokens_L)
+
+
+@pytest.mark.parametrize("name", ["c4-validation.json", "c4.JSONL", "c4.json.gz", "c4.txt"])
+def test_documents_of_a_set_are_told_by_the_content_of_its_file(write, name):
+    text = one("c4", write(name, json.dumps([{"text": 'First "one".'}, {"text": "Two."}])))
+    assert (whole(text), text.beginning) == ('First "one". Two.', 'First "one".')
+
+
+def test_of_a_long_text_no_more_is_read_than_its_windows_need(write, tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr(texts, "WHOLE", 1000)
+    monkeypatch.setattr(tokens, "BATCH_DOCUMENTS", 4)
+    documents = [f"Document {place}: {'the cité ' * (place % 5)}" for place in range(999)]
+    file = write("long.jsonl", "\n".join(json.dumps({"text": document}) for document in documents))
+    told = []
+    (text,) = read_texts([file], {})
+    found, ratio = text.tokenized(tiny_tokenizer, enough=200, progress=lambda *news: told.append(news))
+    assert len(text.parts) < 100
+    assert 200 <= len(found) < 400
+    read = next(n for n in range(0, 999, 4) if tokens.tokenize(documents[:n], "\n\n", tiny_tokenizer).equal(found))
+    assert ratio == len("\n\n".join(documents[:read]).encode()) / len(found)
+    assert told[-1][1:] == (200, "tokenising")
+    (text,) = read_texts([file], {})
+    found, ratio = text.tokenized(tiny_tokenizer)
+    assert found.equal(tokens.tokenize(documents, "\n\n", tiny_tokenizer))
+    assert ratio == len("\n\n".join(documents).encode()) / len(found)
 
 
 def test_sets_come_from_the_hub_unless_there_is_a_file(write, monkeypatch):

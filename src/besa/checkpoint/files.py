@@ -1,15 +1,17 @@
-"""Writing files whole or not at all."""
+"""Writing files whole or not at all, whoever else writes there and whatever stops the process."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
+import glob
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -18,24 +20,66 @@ from torch import Tensor
 from besa.errors import BesaError
 
 COPY = 1 << 24  # bytes copied at a time
+LOCK = "lock"  # name of the file that whoever is at work in a folder has locked
 METADATA = {"format": "pt"}  # what transformers looks for in a safetensors file
+
+
+def check_absent(out: Path) -> None:
+    """Refuse to write over what is there.
+
+    Raises:
+        BesaError: `out` exists already, or can be no file's name.
+    """
+    with explained(out):
+        if out.exists():
+            raise BesaError(f"{out} exists already: choose another name, or remove it first.")
+
+
+@contextmanager
+def claimed(folder: Path, out: Path) -> Iterator[None]:
+    """Have a folder, made where needed, to oneself; a process gives up its claim when it ends, however it does.
+
+    Args:
+        folder: to work in.
+        out: what is made there, for the message.
+
+    Raises:
+        BesaError: another process has the folder, or it cannot be written.
+    """
+    with explained(out):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = (folder / LOCK).open("w")
+        except OSError:
+            with suppress(OSError):  # not empty: of an earlier process
+                folder.rmdir()
+            raise
+    with lock:
+        if not _locked(lock) or _removed(lock):  # removed by who had it until now
+            raise BesaError(f"Another besa is at work on {out}: wait for it, or choose another name.")
+        yield
 
 
 @contextmanager
 def appearing(out: Path) -> Iterator[Path]:
     """A folder to fill, which becomes `out` when all went well; nothing is left of it otherwise.
 
+    What a killed process left of its own is removed first.
+
     Raises:
-        BesaError: `out` exists already, or cannot be written.
+        BesaError: `out` exists already, another process is at it, or it cannot be written.
     """
-    if out.exists():
-        raise BesaError(f"{out} exists already: choose another name, or remove it first.")
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    with explained(out):
+    check_absent(out)
+    partial = out.with_name(f".{out.name}.partial")
+    with claimed(partial, out), explained(out):
+        folder = partial / "checkpoint"
         try:
-            partial.mkdir(parents=True)
-            yield partial
-            partial.rename(out)
+            check_absent(out)
+            if folder.exists():
+                shutil.rmtree(folder)
+            folder.mkdir()
+            yield folder
+            folder.rename(out)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -44,19 +88,52 @@ def appearing(out: Path) -> Iterator[Path]:
 def replacing(path: Path) -> Iterator[Path]:
     """A name to write to, which becomes `path` when all went well: on the disk by then, and never half there.
 
+    Several processes may write the same file: it is that of the last one. What killed ones left is removed.
+
     Raises:
         BesaError: the file cannot be written.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield partial
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        for other in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+            with suppress(OSError), other.open("r+b") as file:
+                # Nobody writes it any more, and it still is what the name says.
+                if _locked(file) and os.path.samestat(os.fstat(file.fileno()), other.stat()):
+                    other.unlink()
+        with _held(partial):
+            try:
+                yield partial
+                with partial.open("rb") as file:
+                    os.fsync(file.fileno())
+                partial.replace(path)
+            finally:
+                partial.unlink(missing_ok=True)
+
+
+def _held(path: Path) -> IO[bytes]:
+    """A new file, locked: who takes it for an abandoned one before it is, removes it, and it is made again."""
+    while True:
+        file = path.open("wb")
+        with suppress(OSError):  # a file system without locks: nobody removes what others left there
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if not _removed(file):
+            return file
+        file.close()
+
+
+def _locked(file: IO[Any]) -> bool:
+    """Lock a file that nobody else has locked."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _removed(file: IO[Any]) -> bool:
+    """Whether an open file has no name any more."""
+    return os.fstat(file.fileno()).st_nlink == 0
 
 
 def write_file(path: Path, text: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import shutil
@@ -15,7 +14,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from besa.checkpoint.files import explained, save_tensors, write_file
+from besa.checkpoint.files import check_absent, claimed, save_tensors, write_file
 from besa.errors import BesaError, Interrupted
 from besa.record import BlockRecord
 
@@ -138,17 +137,9 @@ def journal_for(out: Path, resume: bool) -> Iterator[Journal]:
         BesaError: `out` exists, another process is at it, or an earlier run left blocks and `resume` is not set.
         Interrupted: Ctrl-C, after at least one finished block.
     """
-    if out.exists():
-        raise BesaError(f"{out} exists already: choose another name, or remove it first.")
+    check_absent(out)
     journal = Journal(partial_folder(out))
-    with explained(out):
-        journal.folder.mkdir(parents=True, exist_ok=True)
-        lock = (journal.folder / "lock").open("w")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise BesaError(f"Another besa is at work on {out}: wait for it, or choose another name.") from None
+    with claimed(journal.folder, out):
         if journal.blocks and not resume:
             raise BesaError(
                 f"{journal.folder} holds {journal.blocks} finished blocks of an interrupted run: go on with --resume, "

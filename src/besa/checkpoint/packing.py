@@ -14,12 +14,13 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from besa.checkpoint.companions import read_config_json, with_dtype
 from besa.checkpoint.files import appearing
 from besa.checkpoint.formats import bitmask, packed
-from besa.checkpoint.formats.container import HEADER, Container, header, tensors_of
+from besa.checkpoint.formats.checking import check_packed
+from besa.checkpoint.formats.container import HEADER, AsDense, header, open_files, tensors_of
 from besa.checkpoint.rewriting import folder_of, local, rewrite, size_of
 from besa.errors import BesaError
 from besa.models.blocks import find_blocks
 from besa.models.files import FLOATS, SPARSE_STEM, STEM, WeightFiles
-from besa.models.layout import in_dtype, renaming
+from besa.models.layout import Layout, in_dtype, renaming
 from besa.models.loading import Source, quantization_of, read_config, skeleton
 from besa.progress import Progress, silent
 
@@ -81,17 +82,18 @@ def pack(
         progress: told (parts done, parts, name of the part).
 
     Raises:
-        BesaError: the model cannot be read, is packed already, or would not get smaller; or `out` exists or cannot be
-            written.
+        BesaError: the model cannot be read, is incomplete or packed already, or would not get smaller; or `out` exists
+            or cannot be written.
     """
     source = local(model, progress)
     if header(folder_of(source)) is not None:
         raise BesaError(f"{model} is packed already: copy the folder, or make it dense with `besa unpack`.")
+    files = open_files(folder_of(source))
+    check_packed(files)
     quantization = quantization_of(read_config(source, trust_remote_code))
     if quantization and dtype != "auto":
         raise BesaError(f"{model} holds codes, whose dtype is what it is: leave out --dtype.")
     bits = packed.bits_of(quantization, str(model)) if quantization else None
-    files = WeightFiles(folder_of(source))
     groups = _groups(source, files, trust_remote_code)
     found = Packing(linears=sum(len(group.linears) for group in groups), file_bytes_before=size_of(files.paths))
 
@@ -126,12 +128,13 @@ def unpack(model: str | Path, out: str | Path, *, trust_remote_code: bool = Fals
         progress: told (parts done, parts, name of the part).
 
     Raises:
-        BesaError: the model is not packed, or damaged; or `out` exists or cannot be written.
+        BesaError: the model is not packed, incomplete or damaged; or `out` exists or cannot be written.
     """
     source = local(model, progress)
     if header(folder_of(source)) is None:
         raise BesaError(f"{model} is not packed: `besa unpack` takes what `besa pack` wrote.")
-    files = Container(folder_of(source))
+    files = open_files(folder_of(source))
+    check_packed(files)
     groups = _groups(source, files, trust_remote_code)
 
     def parts() -> Iterator[dict[str, Tensor]]:
@@ -173,10 +176,15 @@ def _pack_linear(tensors: dict[str, Tensor], linear: str, bits: int | None, foun
 
 
 def _groups(source: Source, files: WeightFiles, trust_remote_code: bool) -> list[_Group]:
-    """All tensors of the files: those of a block together, every other by itself, as embeddings are large."""
+    """All tensors of the files: those of a block together, every other by itself, as embeddings are large.
+
+    Raises:
+        BesaError: they are not all that the model needs.
+    """
     with torch.device("meta"):
         empty = skeleton(source, read_config(source, trust_remote_code), trust_remote_code)
     blocks = find_blocks(empty)
+    Layout(source.name, AsDense(files), empty, blocks)  # refuses what is incomplete
     plain = {name for name, module in empty.named_modules() if isinstance(module, nn.Linear)}
     plain &= {name for block in blocks for name in block.prunables}
     renamed = renaming(empty, get_model_conversion_mapping(empty))

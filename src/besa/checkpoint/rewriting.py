@@ -12,6 +12,7 @@ from torch import Tensor
 from besa.checkpoint.companions import companions, pass_on
 from besa.checkpoint.files import save_tensors
 from besa.checkpoint.formats.container import ABOUT
+from besa.checkpoint.verification import seal
 from besa.checkpoint.writer import assemble
 from besa.errors import BesaError
 from besa.models.files import SPARSE_STEM
@@ -64,6 +65,7 @@ def rewrite(
     assemble(folder, written, stem, about)
     shutil.rmtree(folder / "parts")
     pass_on(folder_of(source), folder, config, also=[RECORD_NAME])
+    seal(folder)
 
 
 def size_of(paths: Iterable[Path]) -> int:

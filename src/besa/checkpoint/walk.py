@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from besa.checkpoint.formats import packed
+from besa.checkpoint.formats.checking import check_packed
 from besa.checkpoint.formats.container import Container, open_files
 from besa.models.files import WeightFiles
 from besa.models.loading import Source, is_quantized, load_model, quantization_of, read_config
@@ -55,6 +56,8 @@ def stored_weights(source: Source, trust_remote_code: bool, progress: Progress) 
     source = source.local()
     assert source.folder is not None
     files = None if source.gguf else open_files(source.folder)
+    if files:
+        check_packed(files)
     for weight in _weights(source, files, trust_remote_code, progress):
         parts = files.parts(weight.name) if isinstance(files, Container) else {}
         yield replace(weight, parts=parts) if parts else weight

@@ -19,6 +19,7 @@ from besa.checkpoint.companions import pass_on, read_config_json, with_dtype
 from besa.checkpoint.files import explained, join_tensors, read_header, save_tensors, write_file
 from besa.checkpoint.formats.packed import quantization_config
 from besa.checkpoint.journal import Journal
+from besa.checkpoint.verification import seal
 from besa.models.files import STEM
 from besa.models.loading import quiet
 from besa.models.streaming import Decoder
@@ -71,6 +72,7 @@ def finish(
                 config = with_dtype(config, decoder.dtype)
             pass_on(decoder.folder, folder, config | added)
         write_file(folder / RECORD_NAME, record.model_dump_json(indent=2) + "\n")
+        seal(folder)
         folder.rename(out)
 
 

@@ -11,8 +11,9 @@ import typer
 from rich.text import Text
 
 from besa.cli import measuring, pruning, running
-from besa.cli.consoles import err
+from besa.cli.consoles import err, guard_streams
 from besa.errors import BesaError, Interrupted, Notice
+from besa.names import printable
 
 UsageError: Any = typer.BadParameter.__base__  # of all complaints about arguments; typer exports only this child
 app = typer.Typer(
@@ -28,7 +29,9 @@ def main() -> None:
     """Entry point of `besa`: a sentence and exit code 2 for bad input, 130 after Ctrl-C."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.showwarning = _note
+    guard_streams()
     try:
+        _check_text(sys.argv[1:])
         code = app(sys.argv[1:] or ["--help"], prog_name="besa", standalone_mode=False)
         if code == 130:  # what typer makes of Ctrl-C
             raise KeyboardInterrupt
@@ -42,6 +45,15 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         err.print("besa: interrupted; what was under way was not kept.", highlight=False)
         sys.exit(130)
+
+
+def _check_text(arguments: list[str]) -> None:
+    """Refuse what no record could hold: on Linux, arguments may be any bytes."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise BesaError(f"The argument {argument!r} is not UTF-8: write it so, or rename the file.") from None
 
 
 def _note(
@@ -65,5 +77,5 @@ def _note(
 
 
 def _refuse(sentence: str) -> None:
-    err.print("besa:", Text(" ".join(sentence.split())), style="red", highlight=False, soft_wrap=True)
+    err.print("besa:", Text(printable(" ".join(sentence.split()))), style="red", highlight=False, soft_wrap=True)
     sys.exit(2)

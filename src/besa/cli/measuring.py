@@ -1,4 +1,4 @@
-"""Commands that measure and show: eval, inspect, simulate, report, paper."""
+"""Commands that measure and show: eval, inspect, verify, simulate, report, paper."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import typer
 from besa.cli.consoles import err, keep, out
 from besa.cli.options import (
     BatchOption,
+    Bos,
+    BosOption,
     DataOption,
     Device,
     DeviceOption,
@@ -24,6 +26,7 @@ from besa.cli.options import (
     TrustOption,
     files_of,
     numbers,
+    to_write,
     words,
 )
 
@@ -37,13 +40,18 @@ def evaluate_command(
     ppl: EvaluationOption = None,
     data: DataOption = None,
     window: Annotated[
-        str,
-        typer.Option(metavar="TOKENS", help="Tokens of a window, or several lengths by commas; only equal compare."),
-    ] = "2048",
+        str | None,
+        typer.Option(
+            metavar="TOKENS",
+            help="Tokens of a window, or several lengths by commas; only equal compare. Default: 2048, or as many as "
+            "the model has positions.",
+        ),
+    ] = None,
     max_windows: Annotated[int | None, typer.Option(min=1, help="Use only so many windows of each text.")] = None,
     tasks: TasksOption = "",
     limit: LimitOption = None,
     hub: HubOption = False,
+    bos: BosOption = Bos.auto,
     device: DeviceOption = Device.cpu,
     dtype: DtypeOption = Dtype.auto,
     batch: BatchOption = None,
@@ -59,11 +67,12 @@ def evaluate_command(
             model,
             ppl or (),
             data=files_of(data),
-            window=numbers("--window", window, int),
+            window=None if window is None else numbers("--window", window, int),
             max_windows=max_windows,
             tasks=words(tasks),
             limit=limit,
             hub=hub,
+            bos=bos.value,
             batch=batch,
             device=device.value,
             dtype=dtype.value,
@@ -85,6 +94,19 @@ def inspect_command(model: Model, json: JsonOption = None, trust_remote_code: Tr
         found = inspect(locate(model, tracker), trust_remote_code, tracker)
     keep(found, json)
     out.print(contents(found))
+
+
+@commands.command("verify", rich_help_panel=PANEL)
+def verify_command(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="That prune, pack, unpack or shrink wrote.")],
+) -> None:
+    """Compare a checkpoint with the digests of its files; of a packed one, look at every number too."""
+    from besa.checkpoint.verification import verify
+    from besa.show import progress_bar, verified
+
+    with progress_bar(err) as tracker:
+        found = verify(folder, progress=tracker)
+    out.print(verified(found, folder))
 
 
 @commands.command("simulate", rich_help_panel=PANEL)
@@ -119,7 +141,9 @@ def report(
     runs: Annotated[
         list[Path], typer.Argument(metavar="RUN...", help="Folders that `besa prune` wrote, or with a besa_eval.json.")
     ],
-    page: Annotated[Path, typer.Option("--out", metavar="FILE", help="The page to write.")] = Path("report.html"),
+    page: Annotated[Path, typer.Option("--out", metavar="FILE", callback=to_write, help="The page to write.")] = Path(
+        "report.html"
+    ),
 ) -> None:
     """Put runs side by side on one self-contained HTML page."""
     from besa.checkpoint.files import write_file

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import os
+import stat
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -9,6 +12,7 @@ from typing import Annotated, TypeVar
 import typer
 
 from besa.errors import BesaError
+from besa.names import path_of
 
 Number = TypeVar("Number", int, float)
 
@@ -18,6 +22,14 @@ class Device(StrEnum):
 
     cpu = "cpu"
     cuda = "cuda"
+
+
+class Bos(StrEnum):
+    """Whether sequences begin with the token that begins a text."""
+
+    auto = "auto"
+    yes = "yes"
+    no = "no"
 
 
 class Dtype(StrEnum):
@@ -32,7 +44,8 @@ class Dtype(StrEnum):
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Hugging Face id, folder, .gguf file, or smollm2 (embedded).")
 ]
-TEXTS = "c4, wiki, a .txt, .jsonl or .parquet file, or hf:<dataset>"
+FILES = "a file of JSON (told by its content: lines or an array, fields text), parquet or plain text, also .gz or .zst"
+TEXTS = f"c4, wiki, {FILES}, or hf:<dataset>"
 CalibrationOption = Annotated[str, typer.Option(metavar="TEXT", help=f"Text to calibrate on: {TEXTS}.")]
 EvaluationOption = Annotated[
     list[str] | None,
@@ -40,7 +53,7 @@ EvaluationOption = Annotated[
         "--ppl",
         metavar="TEXT",
         help="Measure perplexity (repeatable) on wikitext2, ptb or c4, the papers' test sets, or on another text: wiki "
-        "(embedded), a .txt, .jsonl or .parquet file, or hf:<dataset>.",
+        f"(embedded), {FILES}, or hf:<dataset>.",
     ),
 ]
 DataOption = Annotated[
@@ -81,7 +94,17 @@ PassesOption = Annotated[
     ),
 ]
 SamplesOption = Annotated[int, typer.Option(min=1, help="Calibration sequences.")]
-SeqlenOption = Annotated[int, typer.Option(min=2, help="Tokens of a calibration sequence.")]
+SeqlenOption = Annotated[
+    int | None,
+    typer.Option(min=2, help="Tokens of a calibration sequence; default: 2048, or as many as the model has positions."),
+]
+BosOption = Annotated[
+    Bos,
+    typer.Option(
+        help="Begin calibration sequences and windows with the tokenizer's BOS token; auto: where it adds one by "
+        "itself, but not for Llama and OPT, whose published figures have none."
+    ),
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -111,7 +134,40 @@ BudgetOption = Annotated[
         "--activation-budget", min=0, help="GB of activations in memory, more on disk; default: half of what is free."
     ),
 ]
-JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result here as JSON too.")]
+
+
+def to_write(file: Path | None) -> Path | None:
+    """A file that a command writes at its end, looked at before the work: new, or in the place of a plain file.
+
+    Raises:
+        BesaError: it cannot be written, or is a folder, a link or a device.
+    """
+    if file is not None:
+        place = path_of(file).absolute()
+        folder = next(parent for parent in (place.parent, *place.parents) if parent.exists())
+        other = os.path.lexists(file) and not stat.S_ISREG(file.lstat().st_mode)
+        if other or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+            raise BesaError(f"No file can be written to {file}: give the name of one, in a folder of yours.")
+    return file
+
+
+JsonOption = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", callback=to_write, help="Write the result here as JSON too."),
+]
+
+
+def bytes_of(gigabytes: float | None) -> int | None:
+    """What `--activation-budget` asks for.
+
+    Raises:
+        BesaError: no number that bytes can have.
+    """
+    if gigabytes is None:
+        return None
+    if not math.isfinite(1e9 * gigabytes):
+        raise BesaError(f"--activation-budget {gigabytes}: give a number of GB.")
+    return round(1e9 * gigabytes)
 
 
 def words(text: str) -> list[str]:

@@ -11,6 +11,8 @@ import typer
 from besa.cli.consoles import err, keep, out
 from besa.cli.options import (
     BatchOption,
+    Bos,
+    BosOption,
     BudgetOption,
     CalibrationOption,
     DataOption,
@@ -33,6 +35,7 @@ from besa.cli.options import (
     SparsityOption,
     TasksOption,
     TrustOption,
+    bytes_of,
     files_of,
     numbers,
     words,
@@ -80,7 +83,8 @@ def prune(
     passes: PassesOption = None,
     calibration: CalibrationOption = "c4",
     samples: SamplesOption = 128,
-    seqlen: SeqlenOption = 2048,
+    seqlen: SeqlenOption = None,
+    bos: BosOption = Bos.auto,
     seed: Annotated[int, typer.Option(help="Of the calibration sample and the learning order.")] = 0,
     device: DeviceOption = Device.cpu,
     dtype: DtypeOption = Dtype.auto,
@@ -102,16 +106,17 @@ def prune(
     with progress_bar(err) as tracker:
         result = compress(
             model,
-            _recipe(recipe, sparsity, set_, skip, sparsity_of, passes, samples, seqlen),
+            _recipe(recipe, sparsity, set_, skip, sparsity_of, passes, samples, seqlen, model, trust_remote_code),
             calibration,
             out=out_dir,
             samples=samples,
             seqlen=seqlen,
+            bos=bos.value,
             seed=seed,
             device=device.value,
             dtype=dtype.value,
             batch=batch,
-            activation_budget=None if activation_budget is None else round(activation_budget * 1e9),
+            activation_budget=bytes_of(activation_budget),
             resume=resume,
             dequantized=dequantized,
             trust_remote_code=trust_remote_code,
@@ -144,7 +149,7 @@ def plan_command(
     sparsity: SparsityOption = None,
     passes: PassesOption = None,
     samples: SamplesOption = 128,
-    seqlen: SeqlenOption = 2048,
+    seqlen: SeqlenOption = None,
     device: DeviceOption = Device.cpu,
     dtype: DtypeOption = Dtype.auto,
     batch: BatchOption = None,
@@ -161,14 +166,14 @@ def plan_command(
 
     found = plan(
         model,
-        _recipe(recipe, sparsity, set_, skip, sparsity_of, passes, samples, seqlen),
+        _recipe(recipe, sparsity, set_, skip, sparsity_of, passes, samples, seqlen, model, trust_remote_code),
         out=out_dir,
         samples=samples,
         seqlen=seqlen,
         device=device.value,
         dtype=dtype.value,
         batch=batch,
-        activation_budget=None if activation_budget is None else round(activation_budget * 1e9),
+        activation_budget=bytes_of(activation_budget),
         trust_remote_code=trust_remote_code,
     )
     keep(found, json)
@@ -180,21 +185,30 @@ def compare_command(
     model: Model,
     recipes: Annotated[str, typer.Option(metavar="NAMES", help="Recipes, shipped or YAML files, by commas.")],
     sparsity: Annotated[str, typer.Option(metavar="SHARES", help="Shares of the prunable weights, by commas.")] = "0.5",
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each, with the seeds 0, 1, …")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="Runs of each, with the seeds 0, 1, …")] = 1,
     out_dir: Annotated[
-        Path, typer.Option("--out", metavar="DIR", help="Folder for runs, table and plot; what it has is used again.")
+        Path,
+        typer.Option(
+            "--out",
+            metavar="DIR",
+            help="Folder for runs, table and plot; what it has is used again, and its table gets more rows.",
+        ),
     ] = Path("compare"),
     keep: Annotated[bool, typer.Option("--keep", help="Keep the pruned checkpoints, not their records only.")] = False,
     ppl: EvaluationOption = None,
     data: DataOption = None,
-    window: Annotated[int, typer.Option(help="Tokens of a window; compare only equal windows.")] = 2048,
+    window: Annotated[
+        int | None,
+        typer.Option(help="Tokens of a window; default: 2048, or as many as the model has positions."),
+    ] = None,
     max_windows: Annotated[int | None, typer.Option(min=1, help="Use only so many windows of each text.")] = None,
     tasks: TasksOption = "",
     limit: LimitOption = None,
     hub: HubOption = False,
     calibration: CalibrationOption = "c4",
     samples: SamplesOption = 128,
-    seqlen: SeqlenOption = 2048,
+    seqlen: SeqlenOption = None,
+    bos: BosOption = Bos.auto,
     device: DeviceOption = Device.cpu,
     dtype: DtypeOption = Dtype.auto,
     batch: BatchOption = None,
@@ -202,13 +216,15 @@ def compare_command(
 ) -> None:
     """Prune by several recipes, at several sparsities and seeds, and put what comes out into one table and one plot."""
     from besa.comparing import compare
+    from besa.models.limits import usual_length
     from besa.show import compared, progress_bar
     from besa.workspace import Conditions, Measures, Workspace
 
     texts = tuple(ppl or ([] if tasks else ["wiki"]))
-    measures = Measures(texts, files_of(data), window, max_windows, tuple(words(tasks)), limit, hub)
+    usual = usual_length(model, trust_remote_code) if seqlen is None or window is None else 0
+    measures = Measures(texts, files_of(data), window or usual, max_windows, tuple(words(tasks)), limit, hub)
     conditions = Conditions(
-        model, calibration, samples, seqlen, device.value, dtype.value, batch, trust_remote_code=trust_remote_code
+        model, calibration, samples, seqlen or usual, device.value, dtype.value, batch, bos.value, trust_remote_code
     )
     with progress_bar(err) as tracker:
         workspace = Workspace(out_dir, conditions, measures, keep, tracker)
@@ -226,15 +242,20 @@ def _recipe(
     sparsity_of: list[str] | None,
     passes: float | None,
     samples: int,
-    seqlen: int,
+    seqlen: int | None,
+    model: str,
+    trust_remote_code: bool,
 ) -> Recipe:
     """The recipe that the options describe.
 
     Raises:
-        BesaError: no such recipe, or a setting that it cannot have.
+        BesaError: no such recipe, a setting that it cannot have, or a model that cannot be read.
     """
+    from besa.models.limits import usual_length
     from besa.planning import spending
     from besa.recipe import Recipe
 
     recipe = Recipe.load(name, sparsity, settings or ()).with_exceptions(skip or (), sparsity_of or ())
-    return recipe if passes is None else spending(recipe, passes, samples, seqlen)
+    if passes is None:
+        return recipe
+    return spending(recipe, passes, samples, usual_length(model, trust_remote_code) if seqlen is None else seqlen)

@@ -86,7 +86,7 @@ def bench_command(
     models: Annotated[
         list[str], typer.Argument(metavar="MODEL [PACKED...]", help="Models; the others are compared with the first.")
     ],
-    rounds: Annotated[int, typer.Option(min=1, help="Measurements of each kind; one more comes before.")] = 7,
+    rounds: Annotated[int, typer.Option(min=1, max=1000, help="Measurements of each kind; one more comes before.")] = 7,
     device: DeviceOption = Device.cpu,
     dtype: DtypeOption = Dtype.auto,
     json: JsonOption = None,

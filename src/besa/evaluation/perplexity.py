@@ -26,6 +26,7 @@ class Perplexity(BaseModel):
         perplexity: exp of the mean negative log-likelihood.
         windows: how many windows of the text were used.
         predicted: tokens predicted, window − 1 in each window.
+        bos: whether each window began with the token that begins a text.
         bits_per_byte: mean bits for a token, by the mean bytes of the text's tokens, which makes it comparable
             between tokenizers; None where the text's bytes are not known.
     """
@@ -33,6 +34,7 @@ class Perplexity(BaseModel):
     perplexity: float
     windows: int
     predicted: int
+    bos: bool = False
     bits_per_byte: float | None = None
 
 
@@ -43,18 +45,23 @@ def perplexity(
     max_windows: int | None = None,
     batch: int | None = None,
     bytes_per_token: float | None = None,
+    bos: int | None = None,
     progress: Progress = silent,
 ) -> Perplexity:
     """exp of the mean cross-entropy over all predicted tokens of the text's windows; the tail is dropped.
 
+    A window of T tokens is T tokens of the text, of which the first is not predicted. With a BOS token it is that and
+    T − 1 tokens of the text, all of which are predicted.
+
     Args:
         model: causal decoder; it runs where it is.
         tokens_L: the whole text as token ids (L,), int64.
-        window: tokens of a window; the first of each is not predicted.
+        window: T, the tokens of a window.
         max_windows: use only so many windows from the text's beginning.
         batch: windows in a forward pass; by default as many as 2048 tokens hold. The number does not depend on it
             beyond rounding.
-        bytes_per_token: of the whole text, in UTF-8.
+        bytes_per_token: of the text, in UTF-8.
+        bos: token that begins every window, None for none.
         progress: told (windows done, windows, perplexity so far).
 
     Raises:
@@ -64,16 +71,19 @@ def perplexity(
         raise BesaError(f"A window of {window} tokens predicts nothing: use at least 2.")
     if max_windows is not None and max_windows < 1:
         raise BesaError(f"Perplexity over {max_windows} windows is impossible: use at least 1.")
-    windows = len(tokens_L) // window
+    own = window if bos is None else window - 1  # tokens of the text in a window
+    windows = len(tokens_L) // own
     if windows == 0:
         raise BesaError(
-            f"The text has {len(tokens_L):,} tokens, fewer than one window of {window:,}: use a smaller --window."
+            f"The text has {len(tokens_L):,} tokens, fewer than one window of {own:,}: use a smaller --window."
         )
     if max_windows is not None:
         windows = min(windows, max_windows)
-    tokens_WT = tokens_L[: windows * window].reshape(windows, window)
+    tokens_WT = tokens_L[: windows * own].reshape(windows, own)
+    if bos is not None:
+        tokens_WT = torch.cat([torch.full((windows, 1), bos), tokens_WT], dim=1)
     total, done = 0.0, 0
-    for part_WT in tokens_WT.split(batch or max(1, LOGITS // window)):
+    for part_WT in tokens_WT.split(min(batch or max(1, LOGITS // window), windows)):
         total += _negative_log_likelihood(model, part_WT.to(model.device))
         done += len(part_WT)
         if not math.isfinite(total):
@@ -85,6 +95,7 @@ def perplexity(
         perplexity=_exp(total, predicted),
         windows=windows,
         predicted=predicted,
+        bos=bos is not None,
         bits_per_byte=bits / bytes_per_token if bytes_per_token else None,
     )
 

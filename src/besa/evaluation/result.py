@@ -20,6 +20,9 @@ class Evaluation(BaseModel):
         details: windows, predicted tokens and bits per byte by name of the text.
         other_windows: the same for windows of other lengths, by their tokens.
         sources: where each text came from, by its name: ``hub``, a file's name, or as it was given.
+        beginnings: of each text, by its name: whether it was read as it is meant.
+        notes: what a user should know, a sentence each.
+        bos: what was asked for: ``auto``, ``yes`` or ``no``; what came of it stands in the details and with the tasks.
         zero_shot: accuracies, where tasks were asked for.
         sparsity: share of zeros as the checkpoint declares it, None for a model besa did not prune.
         seconds: evaluation time.
@@ -35,6 +38,9 @@ class Evaluation(BaseModel):
     details: dict[str, Perplexity]
     other_windows: dict[int, dict[str, Perplexity]] = {}
     sources: dict[str, str] = {}
+    beginnings: dict[str, str] = {}
+    notes: list[str] = []
+    bos: str = "auto"
     zero_shot: ZeroShot | None = None
     sparsity: float | None
     seconds: float
@@ -53,6 +59,7 @@ class Evaluation(BaseModel):
                 "details": only(self.details),
                 "other_windows": {length: only(found) for length, found in self.other_windows.items()},
                 "sources": only(self.sources),
+                "beginnings": only(self.beginnings),
                 "zero_shot": self.zero_shot if text is None else None,
             }
         )

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from besa.calibration import EMBEDDED, file_documents, hub_column, read_documents, tokenize
+from besa.documents import EMBEDDED, WHOLE, beginning, hub_column, read_documents, shown
 from besa.errors import BesaError
 from besa.progress import Progress, silent
+from besa.textfiles import file_documents, is_plain_text
+from besa.tokens import tokenize
 
 
 @dataclass(frozen=True)
@@ -88,10 +90,11 @@ class Text:
 
     Attributes:
         name: under which the result stands.
-        parts: of the text, in order.
+        parts: of the text, in order; of one that is longer than 64 Mi characters, those it begins with.
         separator: stands between two of them.
         source: where it was read from, for the record.
         tokens: only so many from the beginning count, None for all.
+        further: parts that come behind, which are read when they are needed, and once.
     """
 
     name: str
@@ -99,17 +102,40 @@ class Text:
     separator: str
     source: str
     tokens: int | None = None
+    further: Iterator[str] = field(default_factory=lambda: iter(()))
 
     @property
-    def bytes(self) -> int:
-        """Of the whole text in UTF-8."""
-        return sum(len(part.encode()) for part in self.parts) + len(self.separator) * max(0, len(self.parts) - 1)
+    def beginning(self) -> str:
+        """Of the first part that is not blank."""
+        return shown(next(part for part in self.parts if part.strip()))
 
-    def tokenized(self, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-        """Token ids (L,) of the whole text, int64."""
+    def tokenized(
+        self, tokenizer: PreTrainedTokenizerBase, enough: int | None = None, progress: Progress = silent
+    ) -> tuple[torch.Tensor, float]:
+        """Token ids (L,) of the text, int64, and the mean bytes of a token in UTF-8.
+
+        Args:
+            tokenizer: of the model.
+            enough: of a text with parts that are yet to be read, only about so many tokens are needed, and the mean is
+                over these; None for all. Other texts are tokenised whole.
+            progress: told how far it is.
+        """
+        parts, more = self.parts, list(islice(self.further, 1))
         if self.name in TEST_SETS:  # as the papers do: one string
-            return tokenize([self.separator.join(self.parts)], "", tokenizer)
-        return tokenize(self.parts, self.separator, tokenizer)
+            parts = [self.separator.join(self.parts)]
+        sizes: list[int] = []
+
+        def counted() -> Iterator[str]:
+            for part in chain(parts, more, self.further):
+                sizes.append(len(part.encode()))
+                yield part
+
+        if more:
+            tokens_L = tokenize(counted(), self.separator, tokenizer, enough=enough, progress=progress)
+        else:
+            tokens_L = tokenize(counted(), self.separator, tokenizer, total=len(parts), progress=progress)
+        size = sum(sizes) + len(self.separator) * (len(sizes) - 1)
+        return tokens_L, size / max(1, len(tokens_L))
 
 
 def read_texts(texts: Iterable[str], data: Mapping[str, str | Path], progress: Progress = silent) -> list[Text]:
@@ -139,9 +165,7 @@ def read_texts(texts: Iterable[str], data: Mapping[str, str | Path], progress: P
                 f"--ppl {name} --data {name}={text}, else rename it."
             )
     return [
-        _test_set(text, data.get(text), progress)
-        if text in TEST_SETS
-        else Text(name, read_documents(text, progress), "\n\n", text)
+        _test_set(text, data.get(text), progress) if text in TEST_SETS else _other(text, name, progress)
         for text, name in zip(asked, names, strict=True)
     ]
 
@@ -151,21 +175,26 @@ def text_name(text: str) -> str:
     return text if text in EMBEDDED or text in TEST_SETS or text.startswith("hf:") else Path(text).stem
 
 
+def _other(text: str, name: str, progress: Progress) -> Text:
+    documents = read_documents(text, progress)
+    return Text(name, beginning(documents, WHOLE), "\n\n", text, further=documents)
+
+
 def _test_set(name: str, file: str | Path | None, progress: Progress) -> Text:
     wanted = TEST_SETS[name]
     if file is None:
         try:
-            rows = hub_column(name, wanted.hub, wanted.column, wanted.rows, progress)
+            rows = list(hub_column(name, wanted.hub, wanted.column, wanted.rows, progress))
         except BesaError as error:
             raise BesaError(f"{str(error).rstrip('.')} (--data {name}=FILE).") from None
         return Text(name, rows, wanted.separator, "hub", wanted.tokens)
     path = Path(file)
-    if path.suffix in (".jsonl", ".parquet"):
-        rows = list(islice(file_documents(path), wanted.rows))
+    if not is_plain_text(path):
+        rows = list(islice(file_documents(path, progress), wanted.rows))
     elif wanted.lines is None:
-        raise BesaError(f"--data {name}={file}: it must keep documents apart, so give a .jsonl or .parquet file.")
+        raise BesaError(f"--data {name}={file}: it must keep documents apart, so give a file of JSON lines or parquet.")
     else:
-        rows = list(wanted.lines("".join(file_documents(path))))
+        rows = list(wanted.lines("\n\n".join(file_documents(path, progress))))
     if not any(row.strip() for row in rows):
         raise BesaError(f"The text {file} is empty: give one that holds some words.")
     return Text(name, rows, wanted.separator, path.name, wanted.tokens)

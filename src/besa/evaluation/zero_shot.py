@@ -22,7 +22,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from besa.errors import BesaError
 from besa.evaluation.questions import TASKS, questions
+from besa.models.bos import adds_bos
+from besa.models.limits import embedding_rows, positions
 from besa.progress import Progress, silent
+from besa.tokens import check_known
 
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
@@ -68,6 +71,7 @@ class ZeroShot(BaseModel):
         mean: of `acc` over the tasks.
         source: where the questions came from, ``embedded`` or ``hub``.
         limit: how many of each task's questions were asked at most, None for all.
+        bos: whether each question began with the token that begins a text.
         lm_eval: its version.
     """
 
@@ -75,6 +79,7 @@ class ZeroShot(BaseModel):
     mean: float
     source: str
     limit: int | None
+    bos: bool = False
     lm_eval: str
 
     @property
@@ -108,6 +113,7 @@ def zero_shot(
     limit: int | None = None,
     hub: bool = False,
     batch: int | None = None,
+    bos: str = "auto",
     progress: Progress = silent,
 ) -> ZeroShot:
     """Ask a model the questions of zero-shot tasks.
@@ -119,17 +125,22 @@ def zero_shot(
         limit: ask only so many questions of each, from the beginning.
         hub: take the questions from the Hugging Face Hub, as lm_eval does by itself, and not the embedded ones.
         batch: answers in a forward pass; the numbers do not depend on it beyond rounding.
+        bos: whether questions begin with the token that begins a text: ``auto``, where the tokenizer puts it there by
+            itself, as lm_eval has it; ``yes`` or ``no``.
         progress: told (answers scored, answers, state).
 
     Raises:
-        BesaError: as `check_tasks`, the questions cannot be had, or the model's output is not finite.
+        BesaError: as `check_tasks`, the questions cannot be had, the model does not know one of their tokens, the
+            tokenizer puts no token before a text, though it should, or the model's output is not finite.
     """
     check_tasks(tasks)
+    if bos == "yes" and not adds_bos(tokenizer):
+        raise BesaError("--bos yes: the tokenizer puts no token before a text, so lm_eval cannot, and tasks need auto.")
     from lm_eval.evaluator import evaluate
 
     with _quiet():
         chosen = {task: _task(task, hub, progress) for task in tasks}
-        lm = _scorer(model, tokenizer, batch or BATCH, progress)
+        lm = _scorer(model, tokenizer, batch or BATCH, {"auto": None, "yes": True, "no": False}[bos], progress)
         found = evaluate(lm, task_dict={"tasks": chosen, "groups": {}}, limit=limit, log_samples=False)
     accuracies = {task: _accuracy(found, task) for task in tasks}
     return ZeroShot(
@@ -137,6 +148,7 @@ def zero_shot(
         mean=sum(accuracy.acc for accuracy in accuracies.values()) / len(accuracies),
         source="hub" if hub else "embedded",
         limit=limit,
+        bos=bos != "no" and adds_bos(tokenizer),
         lm_eval=version("lm_eval"),
     )
 
@@ -191,7 +203,9 @@ def _task(name: str, hub: bool, progress: Progress) -> ConfigurableTask:
         ) from error
 
 
-def _scorer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: int, progress: Progress) -> Any:
+def _scorer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: int, bos: bool | None, progress: Progress
+) -> Any:
     """lm_eval's way to score answers with a model, which tells how far it is."""
     from lm_eval.models.huggingface import HFLM
 
@@ -200,6 +214,14 @@ def _scorer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: i
             self.done, self.answers = 0, len(requests)
             scores: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
             progress(self.answers, self.answers, "zero-shot")
+            return scores
+
+        def _loglikelihood_tokens(self, requests: list[Any], **settings: Any) -> list[tuple[float, bool]]:
+            for _, question, answer in requests:
+                check_known(torch.tensor([*question, *answer]), embedding_rows(model), tokenizer)
+                if len(answer) > self.max_length:
+                    raise BesaError(f"An answer has {len(answer)} tokens, and the model {self.max_length} positions.")
+            scores: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, **settings)
             return scores
 
         @torch.inference_mode()
@@ -211,7 +233,8 @@ def _scorer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: i
             progress(self.done, self.answers, "zero-shot")
             return logits
 
-    return Scorer(pretrained=model, tokenizer=tokenizer, batch_size=batch)
+    longest = positions(model).most  # questions that are longer lose their beginning
+    return Scorer(pretrained=model, tokenizer=tokenizer, batch_size=batch, max_length=longest, add_bos_token=bos)
 
 
 @contextmanager

@@ -6,7 +6,9 @@ conversion leads from one to the other, and back.
 
 from __future__ import annotations
 
+import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NoReturn
 
@@ -104,9 +106,10 @@ class Layout:
         """Find out from the headers alone whether a weight is missing, or is none that besa could compute with."""
         state, filled = self._model.state_dict(), {*self._places.values()}
         renamed = renaming(self._model, self._conversions)
+        merged: Counter[str] = Counter()  # numbers that are there of each weight that is merged of several
         for stored, shape in self._files.shapes():
             if stored in self._merged:
-                filled.add(renamed(stored)[0])
+                merged[renamed(stored)[0]] += math.prod(shape)
             elif stored in self._places and shape != tuple(state[self._places[stored]].shape):
                 refuse_shape(self._source, self._places[stored], shape, state[self._places[stored]].shape)
         for stored in [*self._places, *self._merged]:
@@ -121,8 +124,10 @@ class Layout:
         for target, origin in self._model.all_tied_weights_keys.items():
             together.setdefault(origin, {origin}).add(target)
         for name, _ in self._model.named_parameters(remove_duplicate=False):
+            if 0 < merged[name] < state[name].numel():
+                raise BesaError(f"{self._source} lacks a part of the weight {name}: the checkpoint is incomplete.")
             alike = next((names for names in together.values() if name in names), {name})
-            if not alike & filled:
+            if not alike & (filled | merged.keys()):
                 raise BesaError(f"{self._source} lacks the weight {name}: the checkpoint is incomplete.")
 
     def check_way_back(self) -> None:

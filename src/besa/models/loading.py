@@ -30,7 +30,8 @@ from transformers.utils import logging as transformers_logging
 from besa import assets
 from besa.errors import BesaError
 from besa.models import hub
-from besa.models.files import WeightFiles
+from besa.models.files import WeightFiles, check_regular
+from besa.names import path_of
 from besa.progress import Progress, silent
 
 EMBEDDED = "smollm2"
@@ -80,7 +81,7 @@ def locate(model: str | Path, progress: Progress = silent) -> Source:
     Raises:
         BesaError: a path that is neither a model folder nor a .gguf file, or the embedded model cannot be had.
     """
-    path = Path(model)
+    path = path_of(model)
     if str(model) == EMBEDDED:
         path = assets.fetch(EMBEDDED, progress)
         return Source(EMBEDDED, str(path.parent), path.name)
@@ -89,6 +90,7 @@ def locate(model: str | Path, progress: Progress = silent) -> Source:
             raise BesaError(f"{model} does not exist: give the path of a .gguf file.")
         return Source(str(model), str(path.parent), path.name)
     if path.is_dir():
+        check_regular(path)
         if not (path / "config.json").is_file():
             raise BesaError(f"{path} has no config.json: give the folder of a Hugging Face model.")
         return Source(str(model), str(path))

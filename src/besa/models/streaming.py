@@ -148,12 +148,6 @@ class DecoderOnDisk:
         if is_quantized(config):
             raise BesaError(f"{source.name} is quantised: prune the model it was made from.")
         config.dtype = getattr(torch, dtype) if self.dtype else config.dtype or self._files.dtype()
-        depth = getattr(config.get_text_config(), "num_hidden_layers", 0)
-        if depth > len(self._files.names):
-            raise BesaError(
-                f"The config.json of {source.name} says {depth:,} blocks, its files hold {len(self._files.names):,} "
-                "tensors: it is damaged, or belongs to another checkpoint."
-            )
         with torch.device("meta"):  # wrong sizes are found out before anything of that size is made
             empty = skeleton(source, config, trust_remote_code)
         self._layout = Layout(source.name, self._files, empty, find_blocks(empty))

@@ -11,6 +11,7 @@ from besa.errors import BesaError
 from besa.finetuning import MaskedAdam
 from besa.pruning.paths import dense_share
 from besa.recipe import Recipe
+from besa.settings import LARGEST
 from besa.targets import LossSensitivity, Owl, Search
 
 
@@ -54,7 +55,7 @@ def spending(recipe: Recipe, passes: float, samples: int, seqlen: int) -> Recipe
         seqlen: tokens of each.
 
     Raises:
-        BesaError: the recipe does not fine-tune, or the passes do not suffice for one epoch.
+        BesaError: the recipe does not fine-tune, or the passes do not suffice for one epoch, or for too many.
     """
     if not isinstance(recipe.finetune, MaskedAdam):
         raise BesaError(
@@ -63,10 +64,12 @@ def spending(recipe: Recipe, passes: float, samples: int, seqlen: int) -> Recipe
         )
     epoch = _epoch(recipe.finetune)
     least = forward_passes(recipe, samples, seqlen) - (recipe.finetune.epochs - 1) * epoch
-    if passes < least:
+    if not passes >= least:
         raise BesaError(
             f"{passes:g} passes are too few: {recipe.name} takes {least:.1f} with one epoch of fine-tuning."
         )
+    if (passes - least) / epoch >= LARGEST:
+        raise BesaError(f"{passes:g} passes are more than can be counted: ask for less.")
     finetune = recipe.finetune.model_copy(update={"epochs": 1 + int((passes - least) / epoch)})
     return recipe.model_copy(update={"finetune": finetune})
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from besa import memory
 from besa.allocation import first_tokens
 from besa.checkpoint.writer import disk_bytes
+from besa.errors import BesaError
 from besa.models.blocks import Block
 from besa.models.units import Unit, units
 from besa.planning.passes import forward_passes
@@ -93,7 +94,7 @@ def work_out(
         folder: where the checkpoint would be written.
 
     Raises:
-        BesaError: a pattern of the recipe matches nothing.
+        BesaError: a pattern of the recipe matches nothing, or a batch alone is more than this machine's memory.
     """
     whole, parts = units(blocks, recipe.granularity), [budget for own in budgets(blocks, recipe) for budget in own]
     parameters, item = model.num_parameters(), model.dtype.itemsize
@@ -113,6 +114,8 @@ def work_out(
         kept_at_once = max(len(blocks) + 1, trials + 2)  # inputs of all blocks; then those of a block in every trial
         streams = max(streams, stream // samples * -(-samples // recipe.targets.every) * kept_at_once)
     on_disk = stream > activation_budget // 2
+    if batch * seqlen * model.config.get_text_config().hidden_size * item > memory.total_bytes():
+        raise BesaError(f"{batch:,} × {seqlen:,} tokens do not go through a block here: shorten --seqlen or --batch.")
     crop = first_tokens(seqlen, recipe.descent.crop if recipe.descent else 1.0)
     learn_arguments(model, blocks, {(batch, seqlen), (1, seqlen), (1, crop)})
     inside = {id(parameter) for block in blocks for parameter in block.module.parameters()}

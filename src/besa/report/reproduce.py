@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from besa.calibration import EMBEDDED
+from besa.documents import EMBEDDED
 from besa.errors import BesaError
 from besa.evaluation.texts import TEST_SETS
 from besa.recipe import Recipe, shipped
@@ -35,6 +35,7 @@ def prune(entry: Entry, record: RunRecord) -> str:
         calibration=record.calibration.get("source"),
         samples=record.calibration.get("samples"),
         seqlen=record.calibration.get("seqlen"),
+        bos=None if (bos := record.calibration.get("bos")) is None else "yes" if bos else "no",
         seed=record.seed,
         dtype=record.model.get("dtype"),
         device="cuda" if gpu else None,
@@ -54,6 +55,7 @@ def evaluate(entry: Entry) -> str | None:
         ppl=entry.run.texts,
         window=",".join(map(str, [measured.window, *measured.other_windows])) if used else None,
         max_windows=max((basis[1] for basis in used if basis and basis[1]), default=None),
+        bos=measured.bos if measured.bos != "auto" else None,
         tasks=",".join(asked.tasks) if asked else None,
         limit=asked.limit if asked else None,
         hub=asked is not None and asked.source == "hub",

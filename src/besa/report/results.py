@@ -147,7 +147,8 @@ def _asked(compared: list[Entry]) -> str:
 
 def notes(entries: list[Entry]) -> list[str]:
     """What keeps the numbers from meaning what they seem to mean."""
-    return [*_window_notes(entries), *_coverage_notes(entries), *_origin_notes(entries), *_sparsity_notes(entries)]
+    parts = [_window_notes, _bos_notes, _coverage_notes, _origin_notes, _sparsity_notes]
+    return [note for part in parts for note in part(entries)]
 
 
 def _window_notes(entries: list[Entry]) -> Iterator[str]:
@@ -161,6 +162,20 @@ def _window_notes(entries: list[Entry]) -> Iterator[str]:
             f"Perplexities were measured in windows of different length and do not compare: {parts}. Ratios and bold "
             "type stay within one length."
         )
+
+
+def _bos_notes(entries: list[Entry]) -> Iterator[str]:
+    """Texts whose windows began with a BOS token in some runs only."""
+    for text in texts(entries):
+        bases = [
+            (entry.label, basis) for entry in entries if text in entry.run.texts and (basis := entry.run.basis(text))
+        ]
+        began = [label for label, (_, _, bos) in bases if bos]
+        if 0 < len(began) < len(bases):
+            yield (
+                f"Windows of {text} began with a BOS token for {wording.listed(began)} only: perplexities with and "
+                "without one do not compare."
+            )
 
 
 def _coverage_notes(entries: list[Entry]) -> Iterator[str]:

@@ -12,8 +12,11 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from besa.budget import zeros_for
+from besa.checkpoint.formats.container import header
 from besa.errors import BesaError
 from besa.evaluation.zero_shot import ZeroShot
+from besa.models.files import check_regular
+from besa.names import path_of, printable
 from besa.record import RECORD_NAME, Record, RunRecord
 from besa.runtime.timings import BENCH_NAME, Bench
 from besa.simulator import Simulation
@@ -29,6 +32,7 @@ class Windows(Record):
     """How much of a text was used, and what was found on it."""
 
     windows: int | None = None
+    bos: bool = False
     perplexity: float | None = None
     bits_per_byte: float | None = None
 
@@ -41,6 +45,7 @@ class Measured(Record):
     window: int
     details: dict[str, Windows] = Field(default_factory=dict)
     other_windows: dict[int, dict[str, Windows]] = Field(default_factory=dict)
+    bos: str = "auto"
     zero_shot: ZeroShot | None = None
     sparsity: float | None = None
     seconds: float | None = None
@@ -116,9 +121,12 @@ class Run:
         """Perplexity on a text, None if it was not measured."""
         return self.measured.perplexity.get(text) if self.measured else None
 
-    def basis(self, text: str) -> tuple[int, int | None] | None:
-        """What two perplexities on a text must share to be compared: window length and number of windows."""
-        return (self.measured.window, self.measured.details.get(text, Windows()).windows) if self.measured else None
+    def basis(self, text: str) -> tuple[int, int | None, bool] | None:
+        """What two perplexities on a text must share to be compared: length of windows, their number, a BOS token."""
+        if not self.measured:
+            return None
+        found = self.measured.details.get(text, Windows())
+        return self.measured.window, found.windows, found.bos
 
 
 def load_run(path: Path) -> Run:
@@ -127,18 +135,20 @@ def load_run(path: Path) -> Run:
     Raises:
         BesaError: there is no such folder, it holds neither file, or a file is not what its name says.
     """
-    if not path.is_dir():
+    if not path_of(path).is_dir():
         raise BesaError(f"{path} is not a folder: give one that `besa prune` or `besa eval` wrote to.")
-    record, evaluation = path / RECORD_NAME, path / EVALUATION_NAME
+    check_regular(path)
+    header(path)  # of no format that only a later besa knows
+    record, evaluation = RunRecord.of(path), path / EVALUATION_NAME
     bench, simulation = path / BENCH_NAME, path / SIMULATION_NAME
-    if not record.exists() and not evaluation.exists():
+    if record is None and not evaluation.exists():
         raise BesaError(
             f"{path} holds neither {RECORD_NAME} nor {EVALUATION_NAME}: give a folder that `besa prune` or `besa eval` "
             "wrote to."
         )
     return Run(
         folder=path,
-        record=RunRecord.read(record) if record.exists() else None,
+        record=record,
         measured=_read(evaluation, Measured, "evaluation", "eval") if evaluation.exists() else None,
         bench=_read(bench, Bench, "measurement of speed", "bench") if bench.exists() else None,
         simulated=_read(simulation, Simulation, "simulation", "simulate") if simulation.exists() else None,
@@ -169,8 +179,3 @@ def labels(runs: list[Run]) -> list[str]:
     counts = Counter(names)
     numbered = (f"{name} #{names[:i].count(name) + 1}" for i, name in enumerate(names))
     return [new if counts[name] > 1 else name for name, new in zip(names, numbered, strict=True)]
-
-
-def printable(text: str) -> str:
-    """The text without control characters, which neither HTML nor SVG can hold."""
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from besa.names import printable
 from besa.report import wording
 from besa.report.figures import Table
 from besa.report.results import Entry
-from besa.report.runs import printable
 from besa.runtime.timings import Bench
 
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from torch import Tensor
+from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from besa.errors import BesaError
+from besa.models.limits import positions
 from besa.models.loading import load_tokenizer, locate
 from besa.progress import Progress, silent
 from besa.runtime.loading import load
+from besa.seeds import check_seed
 
 
 def generate(
@@ -33,7 +38,7 @@ def generate(
     Args:
         model: whatever `besa.load` takes, or a loaded model.
         prompt: the text to continue, as it is: no chat template is put around it.
-        max_new_tokens: at most; the model may end sooner.
+        max_new_tokens: at most; the model may end sooner, and does where it has no more positions.
         temperature: of the softmax that tokens are drawn from; 0 takes the likeliest token each time.
         seed: of the draws.
         tokenizer: needed with a loaded model; otherwise the model's own.
@@ -47,8 +52,14 @@ def generate(
         The continuation, without the prompt.
 
     Raises:
-        BesaError: the model cannot be read, the prompt is empty, or a loaded model came without its tokenizer.
+        BesaError: the model cannot be read, the prompt is empty or longer than the model's positions, a number is none
+            that it can be, or a loaded model came without its tokenizer.
     """
+    check_seed(seed)
+    if not 0 <= temperature < math.inf:
+        raise BesaError(f"There is no temperature {temperature}: use 0 or a positive number.")
+    if max_new_tokens < 1:
+        raise BesaError(f"A text cannot go on for {max_new_tokens} tokens: ask for at least 1.")
     if not isinstance(model, PreTrainedModel):
         source = locate(model, progress)
         tokenizer = tokenizer or load_tokenizer(source, trust_remote_code)
@@ -58,17 +69,36 @@ def generate(
     tokens_1T = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
     if tokens_1T.numel() == 0:
         raise BesaError("The prompt is empty: give at least one word to go on from.")
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    room = (positions(model).most or sys.maxsize) - tokens_1T.shape[1]
+    if room < 1:
+        raise BesaError(
+            f"The prompt has {tokens_1T.shape[1]:,} tokens, which is all the model has positions for: cut it."
+        )
+    sampling = (
+        {"do_sample": True, "logits_processor": [_Tempered(temperature)]} if temperature else {"do_sample": False}
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         made_1T = model.generate(
             tokens_1T,
             attention_mask=torch.ones_like(tokens_1T),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=min(max_new_tokens, room),
             streamer=_Telling(tokenizer, tell) if tell else None,
+            temperature=None,  # not again, nor that of the checkpoint's sampling settings
             **sampling,
         )
     return str(tokenizer.decode(made_1T[0, tokens_1T.shape[1] :], skip_special_tokens=True))
+
+
+class _Tempered(LogitsProcessor):  # type: ignore[misc]
+    """Logits over any temperature: as distances to the largest, in double precision, none of them overflows."""
+
+    def __init__(self, temperature: float) -> None:
+        self._temperature = temperature
+
+    def __call__(self, input_ids: Tensor, scores_NV: Tensor) -> Tensor:
+        distances_NV = scores_NV.double() - scores_NV.double().amax(dim=-1, keepdim=True)
+        return distances_NV / self._temperature
 
 
 class _Telling(TextStreamer):  # type: ignore[misc]

@@ -7,15 +7,19 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from besa.checkpoint.formats import bitmask, packed
 from besa.checkpoint.formats.bitmask import Bitmask
-from besa.checkpoint.formats.container import Container, header
+from besa.checkpoint.formats.checking import check_packed
+from besa.checkpoint.formats.container import AsDense, Container, open_files
+from besa.checkpoint.verification import verify as verify_folder
 from besa.errors import BesaError
 from besa.machine import resolve_device
-from besa.models.layout import fill, renaming
+from besa.models.blocks import find_blocks
+from besa.models.files import is_finite
+from besa.models.layout import Layout, fill, renaming
 from besa.models.loading import Source, is_quantized, load_model, locate, read_config, read_generation_config, skeleton
 from besa.models.streaming import DecoderOnDisk
 from besa.progress import Progress, silent
@@ -28,6 +32,7 @@ def load(
     device: str | torch.device = "cpu",
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    verify: bool = False,
     progress: Progress = silent,
 ) -> PreTrainedModel:
     """A model to evaluate or to generate text with.
@@ -41,28 +46,52 @@ def load(
         dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``; in another dtype than their own,
             packed weights are converted, one at a time, and no longer in the file.
         trust_remote_code: run model code that comes with the checkpoint.
-        progress: told about a download.
+        verify: compare the files with the digests that besa wrote beside them, before any is read.
+        progress: told about a download, and of files that are verified.
 
     Raises:
-        BesaError: the model cannot be read, or there is no such device.
+        BesaError: the model cannot be read, is incomplete, is not what was written (`verify`) or holds NaN or infinity;
+            or there is no such device.
     """
     device = resolve_device(device)
     source = locate(model, progress)
     if not source.gguf:
         source = source.local()
-        if source.folder and header(source.folder) is not None:
-            return _load_packed(source, dtype, trust_remote_code).to(device)
-        if not is_quantized(read_config(source, trust_remote_code)):
-            DecoderOnDisk(source, dtype, trust_remote_code)  # its complaints are clearer
-    return load_model(source, dtype, trust_remote_code).to(device)
+    if verify:
+        verify_folder(source.location, progress=progress)
+    loaded = load_model(source, dtype) if source.gguf else _load_folder(source, dtype, trust_remote_code)
+    for name, parameter in loaded.named_parameters():
+        if not is_finite(parameter):
+            too_large = "" if dtype == "auto" else f", or its numbers are too large for {dtype}"
+            raise BesaError(
+                f"The tensor {name} of {source.name} holds NaN or infinity: the checkpoint is damaged{too_large}."
+            )
+    return loaded.to(device)
 
 
-def _load_packed(source: Source, dtype: str, trust_remote_code: bool) -> PreTrainedModel:
+def _load_folder(source: Source, dtype: str, trust_remote_code: bool) -> PreTrainedModel:
+    """A model of safetensors; what is wrong with its files is told by us, as our complaints are clearer."""
     assert source.folder is not None
-    files = Container(source.folder)
+    files = open_files(source.folder)
+    check_packed(files)
     config = read_config(source, trust_remote_code)
+    if isinstance(files, Container):
+        return _load_packed(source, files, config, dtype, trust_remote_code)
+    if is_quantized(config):
+        with torch.device("meta"):
+            empty = skeleton(source, config, trust_remote_code)
+        Layout(source.name, AsDense(files), empty, find_blocks(empty))  # refuses what is incomplete
+    else:
+        DecoderOnDisk(source, dtype, trust_remote_code)
+    return load_model(source, dtype, trust_remote_code)
+
+
+def _load_packed(
+    source: Source, files: Container, config: PreTrainedConfig, dtype: str, trust_remote_code: bool
+) -> PreTrainedModel:
     config.dtype = getattr(torch, dtype) if dtype != "auto" else config.dtype or files.dtype()
     model = skeleton(source, config, trust_remote_code)
+    Layout(source.name, AsDense(files), model, find_blocks(model))  # refuses what is incomplete
     conversions = get_model_conversion_mapping(model)
     renamed = renaming(model, conversions)
     modules = dict(model.named_modules())
@@ -71,12 +100,9 @@ def _load_packed(source: Source, dtype: str, trust_remote_code: bool) -> PreTrai
         dense = modules.get(name)
         if not isinstance(dense, nn.Linear) or (dense.out_features, dense.in_features) != weight.shape:
             raise BesaError(f"{source.name}: {linear} {weight.shape} has no place in the model that config.json says.")
-        model.set_submodule(name, SparseLinear(_in_dtype(weight, config.dtype), dense.bias))
+        model.set_submodule(name, SparseLinear(_in_dtype(weight, config.dtype, linear), dense.bias))
     fill(model, _dense_tensors(files), conversions, source.name)
     model.tie_weights()
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise BesaError(f"{source.name} lacks the weight {name}: the checkpoint is incomplete.")
     model.generation_config = read_generation_config(source, model)
     return model.eval()
 
@@ -84,17 +110,21 @@ def _load_packed(source: Source, dtype: str, trust_remote_code: bool) -> PreTrai
 def _dense_tensors(files: Container) -> dict[str, Tensor]:
     """What is not packed, in its files; linears that are stored as codes but are no bitmasks, as numbers."""
     tensors = dict(files.mapped(files.dense))
-    if files.bits is not None:
-        coded = [name for name in tensors if name.endswith(f".{packed.WEIGHT}")]
-        for linear in (name.removesuffix(f".{packed.WEIGHT}") for name in coded):
-            own = {key: tensors.pop(f"{linear}.{key}") for key in packed.KEYS if f"{linear}.{key}" in tensors}
-            tensors[f"{linear}.weight"] = packed.quantized(own, files.bits).weight()
+    for linear in packed.linears(tensors):
+        own = packed.of_linear(tensors, linear)
+        assert files.bits is not None
+        tensors[f"{linear}.weight"] = packed.quantized(own, files.bits).weight()
+        for key in own:
+            del tensors[f"{linear}.{key}"]
     return tensors
 
 
-def _in_dtype(weight: Bitmask, dtype: torch.dtype) -> Bitmask:
+def _in_dtype(weight: Bitmask, dtype: torch.dtype, name: str) -> Bitmask:
     if weight.dtype == dtype:
         return weight
     if weight.scales_OG is not None:
-        return replace(weight, scales_OG=weight.scales_OG.to(dtype))
-    return bitmask.pack(weight.unpack().to(dtype))
+        converted = replace(weight, scales_OG=weight.scales_OG.to(dtype))
+    else:
+        converted = bitmask.pack(weight.unpack().to(dtype))
+    converted.check(name)
+    return converted

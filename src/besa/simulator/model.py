@@ -20,6 +20,7 @@ from besa.machine import versions
 from besa.models.loading import Source
 from besa.progress import Progress, silent
 from besa.record import now
+from besa.settings import LARGEST
 from besa.simulator.memory import load_cycles
 from besa.simulator.vitcod import Accelerator, Cycles, cycles
 
@@ -148,10 +149,11 @@ def simulate(
         progress: told (blocks done, blocks, name of the block).
 
     Raises:
-        BesaError: a number of tokens is not positive, or as `stored_weights` does.
+        BesaError: a number of tokens is not positive or too large, or as `stored_weights` does.
     """
-    if not tokens or min(tokens) < 1:
-        raise BesaError(f"Numbers of tokens must be positive, not {', '.join(map(str, tokens)) or 'none at all'}.")
+    if not tokens or min(tokens) < 1 or max(tokens) > LARGEST:
+        given = ", ".join(map(str, tokens)) or "none at all"
+        raise BesaError(f"Numbers of tokens must be positive and at most {LARGEST:,}, not {given}.")
     linears = [
         simulate_weight(weight, tuple(tokens), accelerator)
         for weight in stored_weights(source, trust_remote_code, progress)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from besa.errors import BesaError
+from besa.models.files import is_finite
 from besa.quantization import Grid, Quantized
 from besa.quantization.minmax import dequantized
 
@@ -101,21 +102,29 @@ class Bitmask:
         return Quantized(codes_OI, self._grid(slice(None)), self.zeros_OG is None, self.dtype)
 
     def check(self, name: str) -> None:
-        """Refuse what a kernel would read beyond the end of, or unpack to something else.
+        """Refuse what a kernel would read beyond the end of, or unpack to something else; reads all of it once.
 
         Args:
             name: of the weight, for the message.
 
         Raises:
-            BesaError: the tensors do not fit each other.
+            BesaError: the tensors do not fit each other, or hold what no weight is packed to.
         """
         if not self._fits():
-            raise BesaError(f"The sparse weight {name} is damaged: its masks and values do not fit; pack it again.")
+            flaw = "its masks and values do not fit"
+        elif self.bits is None:
+            flaw = "" if is_finite(self.values) else "its values hold NaN or infinity"
+        else:
+            flaw = self._flaw_of_codes(2**self.bits - 1)
+        if flaw:
+            raise BesaError(f"The sparse weight {name} is damaged: {flaw}; pack it again.")
 
     def _fits(self) -> bool:
         rows, columns = self.shape
         coded = self.bits is not None
         if self.values.dtype not in ((torch.uint8,) if coded else FLOATS) or self.bits not in (None, *range(2, 9)):
+            return False
+        if min(rows, columns) < 1 or self.values.dim() != 1:
             return False
         length, word = CHUNKS[self.kind]
         bands = -(-rows // ROWS)
@@ -125,13 +134,25 @@ class Bitmask:
         if coded != (self.scales_OG is not None) or (self.zeros_OG is not None and not coded):
             return False
         if self.scales_OG is not None:
-            groups = self.scales_OG.shape[-1]
+            groups = self.scales_OG.shape[-1] if self.scales_OG.dim() else 0
             if groups == 0 or columns % groups:
                 return False
             tensors += [(self.scales_OG, (rows, groups), FLOATS)]
             tensors += [(self.zeros_OG, (rows, groups), (torch.uint8,))] if self.zeros_OG is not None else []
         fit = all(found.shape == shape and found.dtype in dtypes for found, shape, dtypes in tensors)
         return fit and self._ends()
+
+    def _flaw_of_codes(self, largest: int) -> str:
+        """What is wrong with the numbers of a weight of codes up to the largest, in words; empty where nothing is."""
+        assert self.scales_OG is not None
+        if not is_positive(self.scales_OG):
+            return "its scales are not all positive numbers"
+        if self.zeros_OG is not None and int(self.zeros_OG.max()) > largest:
+            return f"its zero points are no codes of {self.bits} bits"
+        halves = (self.values & 15, self.values >> 4) if self.kind == "int4" else (self.values,)
+        if max(int(codes.max()) for codes in halves) > largest:
+            return f"its values are no codes of {self.bits} bits"
+        return ""
 
     def _ends(self) -> bool:
         """Whether every band ends where its masks say, and no mask has bits beyond the last row or column."""
@@ -144,7 +165,7 @@ class Bitmask:
         rows, columns = (-self.shape[0] % ROWS, -self.shape[1] % CHUNKS[self.kind][0])
         below_CR, beyond_BRL = self.masks_BCR[-1, :, ROWS - rows :], _bits(self.masks_BCR[:, -1])[..., -columns:]
         clean = not bool(below_CR.any()) and not (columns and bool(beyond_BRL.any()))
-        return clean and int(self.offsets[0]) == 0 and self.values.nbytes >= end + PADDING
+        return clean and int(self.offsets[0]) == 0 and self.values.nbytes == end + PADDING
 
     def _expanded(self, bands: slice) -> Tensor:
         """Values, or codes, of the rows of some bands, with zero, or its code, where a weight is pruned (O, I)."""
@@ -168,6 +189,11 @@ class Bitmask:
         if self.zeros_OG is None:
             return Grid(step_OG, torch.full_like(step_OG, 2.0 ** (self.bits - 1)), self.bits)
         return Grid(step_OG, self.zeros_OG[rows].float(), self.bits)
+
+
+def is_positive(scales: Tensor) -> bool:
+    """Whether scales are finite numbers above zero."""
+    return is_finite(scales) and bool((scales > 0).all())
 
 
 def pack(w_OI: Tensor) -> Bitmask:

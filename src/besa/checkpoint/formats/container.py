@@ -29,6 +29,7 @@ PURPOSES = {
 }
 HEADER = {"format": FORMAT, "version": VERSION}
 ABOUT = {"besa": json.dumps(HEADER)}  # metadata of the weight files
+DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")  # what families call the number of their blocks
 DAMAGED = "the packed checkpoint is damaged"
 
 
@@ -36,18 +37,21 @@ def header(folder: Path) -> dict[str, Any] | None:
     """What config.json says under `besa` of a packed checkpoint; None for any other.
 
     Raises:
-        BesaError: it was packed in a version of the format that this besa does not know.
+        BesaError: it is packed in a format, or in a version of ours, that this besa does not know, or is damaged.
     """
-    try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))["besa"]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return None  # no checkpoint of ours; whoever opens it says what is wrong with it
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
+    config = _config(folder)
+    if not isinstance(config, dict) or "besa" not in config:
         return None
-    if found.get("version") != VERSION:
+    found = config["besa"]
+    if not isinstance(found, dict):
+        raise BesaError(f'{folder / "config.json"} is damaged: under "besa" it holds no settings.')
+    if "format" not in found:
+        return None
+    if found["format"] != FORMAT or found.get("version") != VERSION:
         raise BesaError(
-            f"{folder} is packed in version {found.get('version')} of the format, and this besa reads version "
-            f"{VERSION}: use the besa that packed it, or unpack it with that and pack it with this."
+            f"{folder} is packed in the format {found['format']!r}, version {found.get('version')!r}, and this besa "
+            f"reads {FORMAT!r}, version {VERSION}: use the besa that packed it, or unpack it with that and pack it "
+            "with this."
         )
     return found
 
@@ -85,7 +89,8 @@ class Container(WeightFiles):
         codes = found.get("quantization_config")
         self.bits = packed.bits_of(codes, str(folder)) if codes else None
         stored = set(self._holders)
-        linears = [name.removesuffix(f".{MASK}") for name in self._holders if name.endswith(f".{MASK}")]
+        own = (MASK, VALUES, OFFSETS)
+        linears = sorted({linear for linear, _, key in (name.rpartition(".") for name in stored) if key in own})
         self.sparse = {
             linear: [name for key in PURPOSES if (name := f"{linear}.{key}") in stored] for linear in linears
         }
@@ -124,7 +129,7 @@ class Container(WeightFiles):
         """Read tensors as they were before packing, one linear at a time.
 
         Raises:
-            BesaError: a tensor cannot be read, does not fit its mask, or has a NaN or an infinite value.
+            BesaError: a tensor cannot be read, or is not what `check` lets pass.
         """
         linears: dict[str, None] = {}
         for name in names:
@@ -150,7 +155,7 @@ class Container(WeightFiles):
         """Every sparse weight by its linear; it stays in its file.
 
         Raises:
-            BesaError: one cannot be read, or its tensors do not fit each other.
+            BesaError: one cannot be read, or has no shape.
         """
         stored = dict(super().mapped(name for names in self.sparse.values() for name in names))
         for linear, names in self.sparse.items():
@@ -172,15 +177,73 @@ class Container(WeightFiles):
             raise BesaError(f"{linear}.{SHAPE} of {self.folder} holds no shape: {DAMAGED}.")
         rows, columns = own[SHAPE].tolist()
         bits = self.bits if SCALE in own else None
-        weight = Bitmask((rows, columns), own[MASK], own[VALUES], own[OFFSETS], own.get(SCALE), own.get(ZERO), bits)
-        weight.check(linear)
-        return weight
+        return Bitmask((rows, columns), own[MASK], own[VALUES], own[OFFSETS], own.get(SCALE), own.get(ZERO), bits)
 
 
 def open_files(folder: Path) -> WeightFiles:
     """The weight files of a checkpoint under the names and as the tensors they have when not packed as bitmasks.
 
     Raises:
-        BesaError: as `WeightFiles` and `Container` do.
+        BesaError: as `WeightFiles` and `Container` do, or config.json says more blocks than there are tensors.
     """
-    return WeightFiles(folder) if header(folder) is None else Container(folder)
+    files = WeightFiles(folder) if header(folder) is None else Container(folder)
+    depth, tensors = _depth(_config(folder)), len(files.names)
+    if depth > tensors:  # found out before a model of so many is made
+        raise BesaError(
+            f"The config.json of {folder} says {depth:,.0f} blocks, its files hold {tensors:,} tensors: it is damaged, "
+            "or belongs to another checkpoint."
+        )
+    return files
+
+
+def bits_in(files: WeightFiles) -> int | None:
+    """Bits of a code, of a checkpoint whose weights are codes; None of any other.
+
+    Raises:
+        BesaError: they are codes of another format, or of no number of bits.
+    """
+    if isinstance(files, Container):
+        return files.bits
+    config = _config(files.folder)
+    codes = config.get("quantization_config") if isinstance(config, dict) else None
+    return packed.bits_of(codes, str(files.folder)) if codes else None
+
+
+class AsDense(WeightFiles):
+    """The headers of a checkpoint, packed or not, as they are when its weights are dense: no codes and no bitmasks.
+
+    Args:
+        files: of the checkpoint, checked.
+    """
+
+    def __init__(self, files: WeightFiles) -> None:
+        super().__init__(files.folder)
+        shapes, packed_parts = dict(super().shapes()), {*PURPOSES, *packed.KEYS}
+        self._shapes = {name: shape for name, shape in shapes.items() if name.rpartition(".")[2] not in packed_parts}
+        for name, tensor in self.mapped([name for name in shapes if name.endswith(f".{SHAPE}")]):
+            self._shapes[f"{name.removesuffix(f'.{SHAPE}')}.weight"] = tuple(tensor.tolist())
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all weights."""
+        return list(self._shapes)
+
+    def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Names and shapes of all weights."""
+        yield from self._shapes.items()
+
+
+def _config(folder: Path) -> Any:
+    """What stands in config.json; None where that cannot be read, which whoever needs it will say."""
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def _depth(config: Any) -> float:
+    """The largest number of blocks that a configuration names, or one of those within it."""
+    if not isinstance(config, dict):
+        return 0
+    own = [config[key] for key in DEPTHS if isinstance(config.get(key), int | float)]
+    return max([*own, *(_depth(part) for part in config.values())], default=0)

@@ -14,6 +14,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32,
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from torch import Tensor, nn
 
+from besa.checkpoint.formats.bitmask import FLOATS, is_positive
 from besa.errors import BesaError
 from besa.quantization import Grid, MinMax, Quantized
 
@@ -79,13 +80,9 @@ def tensors_of(weight: Quantized) -> dict[str, Tensor]:
 def unpack(tensors: Mapping[str, Tensor], quantization: MinMax) -> dict[str, Tensor]:
     """The dense tensors that `pack` packed, to the bit."""
     dense = {name: tensor for name, tensor in tensors.items() if not name.endswith(KEYS)}
-    for name in tensors:
-        if name.endswith(f".{WEIGHT}"):
-            linear = name.removesuffix(f".{WEIGHT}")
-            own = {
-                key: tensors[f"{linear}.{key}"] for key in (WEIGHT, SCALE, ZERO, SHAPE) if f"{linear}.{key}" in tensors
-            }
-            dense[f"{linear}.weight"] = PackedQuantizationCompressor.decompress(own, _scheme(quantization))["weight"]
+    for linear in linears(tensors):
+        stored = of_linear(tensors, linear)
+        dense[f"{linear}.weight"] = PackedQuantizationCompressor.decompress(stored, _scheme(quantization))["weight"]
     return dense
 
 
@@ -106,6 +103,50 @@ def quantized(own: Mapping[str, Tensor], bits: int) -> Quantized:
     return Quantized(codes_OI.to(torch.uint8), Grid(step_OG, zero_OG, bits), ZERO not in own, own[SCALE].dtype)
 
 
+def linears(names: Iterable[str]) -> list[str]:
+    """The linears whose weights are stored as codes, by the names of all tensors."""
+    return [name.removesuffix(f".{WEIGHT}") for name in names if name.endswith(f".{WEIGHT}")]
+
+
+def of_linear(tensors: Mapping[str, Tensor], linear: str) -> dict[str, Tensor]:
+    """The tensors of one linear by the last part of their names."""
+    return {key: tensors[f"{linear}.{key}"] for key in KEYS if f"{linear}.{key}" in tensors}
+
+
+def check_codes(own: Mapping[str, Tensor], bits: int, name: str) -> None:
+    """Refuse tensors of a linear that do not fit each other, or scales that are none; arguments as in `quantized`.
+
+    Args:
+        own: the tensors of one linear by the last part of their names.
+        bits: of a code.
+        name: of the linear, for the message.
+
+    Raises:
+        BesaError: so they are.
+    """
+    flaw = ""
+    if missing := [key for key in (WEIGHT, SCALE, SHAPE) if key not in own]:
+        flaw = f"it has no {missing[0]}"
+    elif own[SHAPE].shape != (2,) or own[SHAPE].dtype not in (torch.int64, torch.int32) or int(own[SHAPE].min()) < 1:
+        flaw = f"its {SHAPE} holds no shape"
+    elif not _fits(own, bits):
+        flaw = "its codes, scales and zero points do not fit"
+    elif not is_positive(own[SCALE]):
+        flaw = "its scales are not all positive numbers"
+    if flaw:
+        raise BesaError(f"The quantised weight {name} is damaged: {flaw}; get or make the checkpoint anew.")
+
+
+def _fits(own: Mapping[str, Tensor], bits: int) -> bool:
+    rows, columns = own[SHAPE].tolist()
+    groups = own[SCALE].shape[-1] if own[SCALE].dim() else 0
+    if groups == 0 or columns % groups:
+        return False
+    shapes = {WEIGHT: (rows, -(-columns * bits // 32)), SCALE: (rows, groups), ZERO: (-(-rows * bits // 32), groups)}
+    kinds = {WEIGHT: (torch.int32,), SCALE: FLOATS, ZERO: (torch.int32,)}
+    return all(own[key].shape == shapes[key] and own[key].dtype in kinds[key] for key in own if key in kinds)
+
+
 def is_zero(own: Mapping[str, Tensor], bits: int) -> Tensor:
     """Where a packed weight is zero (O, I), boolean; arguments as in `quantized`."""
     weight = quantized(own, bits)
@@ -123,6 +164,8 @@ def bits_of(config: Mapping[str, Any], source: str) -> int:
         raise BesaError(f"{source} is quantised in a format that besa does not read: only {FORMAT} is.")
     try:
         (bits,) = {int(group["weights"]["num_bits"]) for group in config["config_groups"].values()}
+        if bits not in range(2, 9):
+            raise ValueError
     except (KeyError, TypeError, ValueError, AttributeError):
         raise BesaError(f"{source} does not say how many bits its codes have: config.json is damaged.") from None
     return bits

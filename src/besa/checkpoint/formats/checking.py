@@ -1,0 +1,57 @@
+"""The one check of a packed checkpoint, before it is run, unpacked, counted or packed further."""
+
+from __future__ import annotations
+
+import torch
+
+from besa.checkpoint.formats import packed
+from besa.checkpoint.formats.container import Container, bits_in
+from besa.errors import BesaError
+from besa.models.files import WeightFiles, is_finite
+
+
+def check_packed(files: WeightFiles) -> None:
+    """Read a packed checkpoint once, where it lies, and refuse what nobody packs.
+
+    Masks, values, codes, scales and zero points fit each other and are in range, all scales have one dtype, and no
+    number is NaN or infinite. Of a checkpoint that is not packed, nothing is read.
+
+    Args:
+        files: of a checkpoint with bitmasks, packed codes or both.
+
+    Raises:
+        BesaError: a tensor is not so; its name is in the sentence.
+    """
+    sparse = dict(files.weights()) if isinstance(files, Container) else {}
+    names = files.dense if isinstance(files, Container) else files.names
+    coded = packed.linears(names)
+    if not sparse and not coded:
+        return
+    scales: dict[str, torch.dtype] = {}
+    for linear, weight in sparse.items():
+        weight.check(linear)
+        if weight.scales_OG is not None:
+            scales[linear] = weight.scales_OG.dtype
+    tensors, bits = dict(files.mapped(names)), bits_in(files)
+    for linear in coded:
+        if bits is None:
+            raise BesaError(
+                f"{files.folder} holds codes for {linear}, of which its config.json says nothing: it is damaged."
+            )
+        own = packed.of_linear(tensors, linear)
+        packed.check_codes(own, bits, linear)
+        scales[linear] = own[packed.SCALE].dtype
+    for linear, dtype in scales.items():
+        usual = next(iter(scales.values()))
+        if dtype != usual:
+            raise BesaError(
+                f"The scales of {linear} are {_called(dtype)}, others of {files.folder} {_called(usual)}: the "
+                "checkpoint is damaged; get or make it anew."
+            )
+    for name, tensor in tensors.items():
+        if not is_finite(tensor):
+            raise BesaError(f"The tensor {name} of {files.folder} holds NaN or infinity: the checkpoint is damaged.")
+
+
+def _called(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,138 @@
+"""Digests of all files of a checkpoint: written into its record last of all, and compared with the files later."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pydantic import BaseModel
+
+from besa.checkpoint.files import write_file
+from besa.checkpoint.formats.checking import check_packed
+from besa.checkpoint.formats.container import open_files
+from besa.errors import BesaError
+from besa.models.files import check_regular
+from besa.names import path_of
+from besa.progress import Progress, silent
+from besa.record import RECORD_NAME
+
+FILES = "files"  # key of the record
+BLANK = "0" * 64  # stands for the record's own digest in the text that this digest is of
+WEIGHTS = (".safetensors", ".bin", ".gguf", ".h5", ".msgpack", ".pt", ".pth", ".index.json")  # whoever loads them
+
+
+class Verified(BaseModel):
+    """A checkpoint that is as it was written.
+
+    Attributes:
+        files: how many were compared with their digests.
+        bytes: of these files.
+    """
+
+    files: int
+    bytes: int
+
+
+def seal(folder: Path) -> None:
+    """Write the sha256 of each file of a finished folder into its record, and those of shards into their index too.
+
+    The record gets one where a model came without. Its own digest is that of its text with 64 zeros in place of it.
+
+    Args:
+        folder: in which nothing is written afterwards but measurements.
+
+    Raises:
+        BesaError: the disk is full.
+    """
+    digests = {path.name: _sha256(path) for path in folder.glob("*.safetensors")}
+    for path in folder.glob("*.safetensors.index.json"):
+        index = json.loads(path.read_text(encoding="utf-8"))
+        shards = sorted(set(index["weight_map"].values()))
+        index.setdefault("metadata", {})["sha256"] = {shard: digests[shard] for shard in shards}
+        write_file(path, json.dumps(index, indent=2) + "\n")
+    record = folder / RECORD_NAME
+    content = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+    content.pop(FILES, None)  # of the folder that this one was made of
+    names = sorted(_name(path, folder) for path in folder.rglob("*") if path.is_file() and path != record)
+    content[FILES] = {name: digests.get(name) or _sha256(folder / name) for name in names} | {RECORD_NAME: BLANK}
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    write_file(record, hashlib.sha256(text.encode()).hexdigest().join(text.rsplit(BLANK, 1)))
+
+
+def verify(folder: str | Path, *, progress: Progress = silent) -> Verified:
+    """Compare a checkpoint that besa wrote with the digests in its record; of packed ones, look at every number too.
+
+    Args:
+        folder: that `prune`, `pack`, `unpack` or `shrink` wrote.
+        progress: told (bytes done, bytes, name of the file).
+
+    Raises:
+        BesaError: a file is missing or has other bytes than it was written with, weights are there that were not
+            written, or the folder has no digests; the sentence names the first such file.
+    """
+    folder = path_of(folder)
+    if not folder.is_dir():
+        raise BesaError(f"{folder} is no folder: give one that `besa prune`, `pack`, `unpack` or `shrink` wrote.")
+    check_regular(folder)
+    digests = _recorded(folder / RECORD_NAME)
+    for name in digests:
+        if not (folder / name).is_file():
+            raise BesaError(f"{folder} lacks {name}, which was written with it: get the folder anew.")
+    for path in sorted(folder.iterdir()):
+        if path.name.endswith(WEIGHTS) and path.name not in digests:
+            raise BesaError(f"{path} was not written with the other files: remove it, or get the folder anew.")
+    sizes = {name: (folder / name).stat().st_size for name in digests}
+    done = 0
+    for name, digest in digests.items():
+        if digest != (_record_sha256(folder / name, digest) if name == RECORD_NAME else _sha256(folder / name)):
+            raise BesaError(f"{folder / name} is not as it was written, its sha256 is another: get the folder anew.")
+        done += sizes[name]
+        progress(done, sum(sizes.values()), name)
+    check_packed(open_files(folder))
+    return Verified(files=len(digests), bytes=done)
+
+
+def _recorded(record: Path) -> dict[str, str]:
+    """The digests in a record by name of the file; the record's own comes first.
+
+    Raises:
+        BesaError: there are none, or they are of no files of a folder.
+    """
+    try:
+        content = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+    except (OSError, ValueError, RecursionError):
+        raise BesaError(f"{record} is damaged: get the folder anew.") from None
+    if not isinstance(content, dict) or not content.get(FILES):
+        raise BesaError(
+            f"{record.parent} has no digests to verify it by: an older besa or another tool wrote it, so make it anew."
+        )
+    found = content[FILES]
+    if not isinstance(found, dict) or RECORD_NAME not in found or not all(map(_sound, found, found.values())):
+        raise BesaError(f"{record} is damaged: what it lists are no digests of files beside it; get the folder anew.")
+    return {RECORD_NAME: found.pop(RECORD_NAME), **found}
+
+
+def _sound(name: str, digest: Any) -> bool:
+    """Whether a name is of a file in the folder or below it, and a digest is one."""
+    path = PurePosixPath(name)
+    inside = not path.is_absolute() and ".." not in path.parts
+    possible = "\0" not in name and all(len(part) < 256 for part in path.parts)
+    return inside and possible and isinstance(digest, str) and re.fullmatch(r"[0-9a-f]{64}", digest) is not None
+
+
+def _name(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).as_posix()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _record_sha256(record: Path, digest: str) -> str:
+    """Of the record, as its own digest was made."""
+    before, _, after = record.read_bytes().rpartition(digest.encode())
+    return hashlib.sha256(before + BLANK.encode() + after).hexdigest()

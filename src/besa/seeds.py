@@ -1,0 +1,17 @@
+"""Seeds: what decides every draw."""
+
+from __future__ import annotations
+
+from besa.errors import BesaError
+
+LARGEST = 2**32 - 1
+
+
+def check_seed(seed: int) -> None:
+    """Refuse what no generator takes.
+
+    Raises:
+        BesaError: no whole number from 0 to 2³² − 1.
+    """
+    if not 0 <= seed <= LARGEST:
+        raise BesaError(f"There is no seed {seed}: use a whole number from 0 to {LARGEST:,}.")

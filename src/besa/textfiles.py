@@ -1,0 +1,230 @@
+"""Documents of a local text file, told by what is in it and not by its name, one after another."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from besa.errors import BesaError
+from besa.progress import Progress, silent
+
+DOCUMENT = 16 << 20  # characters of a plain text that is one document: tokenizers take 200 bytes for each
+PIECE = 1 << 15  # characters of a piece of a longer one, or up to twice as many
+CHUNK = 1 << 16  # characters or bytes read at a time
+TOLD = 1 << 22  # bytes read between two words on the progress
+
+BOM = b"\xef\xbb\xbf"
+GZIP, ZSTD, PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
+PACKED = (".gz", ".zst")
+JSON_NAMES = (".json", ".jsonl", ".ndjson")
+TABLES = (".csv", ".tsv")
+JSON_BEGINS = re.compile(rb'\s*(\{\s*["}]|\[\s*["{\]])')  # an object, or an array of objects or strings
+BETWEEN = re.compile(r"[\s,]*")  # two elements of an array
+BREAKS = ("\n\n", "\n", " ")  # where a long text is cut, the best first
+
+
+def file_documents(path: Path, progress: Progress = silent) -> Iterator[str]:
+    """The documents of a local file in their order, blank ones too.
+
+    JSON lines are objects with a string "text"; a JSON array has such objects, or strings; a parquet file has a column
+    "text". These and plain text may be packed by gzip or zstd. Plain text is one document; of one that is longer than
+    16 Mi characters, each 32 to 64 Ki are, cut at blank lines where there are some.
+
+    Args:
+        path: of the file.
+        progress: told how far the reading is, of a file that takes long.
+
+    Raises:
+        BesaError: there is no such file, it cannot be read, or its form is none of these.
+    """
+    with _opened(path) as file:
+        if _is_parquet(path, file):
+            yield from _parquet(path, progress)
+        else:
+            yield from _told(_contents(path, _unpacked(path, file)), path, file, progress)
+
+
+def is_plain_text(path: Path) -> bool:
+    """Whether a local file is one document, and not JSON or parquet, which keep documents apart.
+
+    Raises:
+        BesaError: there is no such file, or it cannot be read.
+    """
+    with _opened(path) as file:
+        return not _is_parquet(path, file) and not _is_json(path, _unpacked(path, file))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[io.BufferedReader]:
+    try:
+        if not path.is_file():
+            raise BesaError(
+                f"There is no text {path}: give an embedded one (c4, wiki), a file of text, JSON lines or parquet, or "
+                "hf:<dataset>."
+            )
+        with path.open("rb") as file:
+            yield file
+    except GeneratorExit:  # as late as when Python ends, and names are gone
+        raise
+    except (OSError, EOFError, zlib.error) as exc:
+        reason = getattr(exc, "strerror", None) or " ".join(str(exc).split()).rstrip(".")
+        raise BesaError(f"Could not read {path} ({reason}): give a file that can be read.") from exc
+
+
+def _is_parquet(path: Path, file: io.BufferedReader) -> bool:
+    return file.peek(len(PARQUET)).startswith(PARQUET) or path.suffix.lower() == ".parquet"
+
+
+def _unpacked(path: Path, file: io.BufferedReader) -> io.BufferedReader:
+    """The content of the file, which is packed by gzip or zstd, or not at all."""
+    head = file.peek(4)
+    if head.startswith(GZIP):
+        return io.BufferedReader(gzip.GzipFile(fileobj=file), CHUNK)
+    if not head.startswith(ZSTD):
+        return file
+    try:
+        import pyarrow as pa
+    except ImportError as exc:
+        raise BesaError(f'Reading {path}, packed by zstd, needs pyarrow: pip install "besa-llm[data]".') from exc
+    return io.BufferedReader(pa.CompressedInputStream(file, "zstd"), CHUNK)
+
+
+def _told(documents: Iterator[str], path: Path, file: BinaryIO, progress: Progress) -> Iterator[str]:
+    """The same documents; how much of the file has been read is told on the way."""
+    size, told = path.stat().st_size, 0
+    for document in documents:
+        if file.tell() - told >= TOLD:
+            told = file.tell()
+            progress(told, size, f"reading {path.name}")
+        yield document
+
+
+def _ending(path: Path) -> str:
+    """The ending of a name in small letters, without that of a packer."""
+    names = [suffix.lower() for suffix in path.suffixes]
+    if names and names[-1] in PACKED:
+        names.pop()
+    return names[-1] if names else ""
+
+
+def _is_json(path: Path, stream: io.BufferedReader) -> bool:
+    return _ending(path) in JSON_NAMES or JSON_BEGINS.match(stream.peek(CHUNK).removeprefix(BOM)) is not None
+
+
+def _contents(path: Path, stream: io.BufferedReader) -> Iterator[str]:
+    if _ending(path) in TABLES:
+        raise BesaError(f'{path} is a table: give its texts as JSON lines, objects with a "text", or as parquet.')
+    if not _is_json(path, stream):
+        form = _text
+    else:
+        form = _array if stream.peek(CHUNK).removeprefix(BOM).lstrip().startswith(b"[") else _lines
+    try:
+        yield from form(path, stream)
+    except UnicodeDecodeError as exc:
+        at = stream.tell() - len(exc.object) + exc.start
+        raise BesaError(f"{path} is not UTF-8 text (byte {at:,}): convert it to UTF-8 first.") from exc
+
+
+def _lines(path: Path, stream: io.BufferedReader) -> Iterator[str]:
+    for number, line in enumerate(stream, start=1):
+        if number == 1:
+            line = line.removeprefix(BOM)
+        if line.strip():
+            try:
+                yield _string(json.loads(line.decode())["text"])
+            except (ValueError, TypeError, KeyError, RecursionError) as exc:
+                raise BesaError(
+                    f'Line {number:,} of {path}, which holds JSON lines, is no object with a string "text": correct or '
+                    "remove it."
+                ) from exc
+
+
+def _array(path: Path, stream: io.BufferedReader) -> Iterator[str]:
+    """Elements one by one, of an array that may be larger than the memory."""
+    text, decoder = io.TextIOWrapper(stream, encoding="utf-8-sig"), json.JSONDecoder()
+    number, held, place = 1, text.read(CHUNK).lstrip()[1:], 0
+    while True:
+        place = BETWEEN.match(held, place).end()  # type: ignore[union-attr]
+        if held[place : place + 1] == "]":
+            if (held[place + 1 :] + text.read(CHUNK)).strip():
+                raise BesaError(f"Something follows the JSON array {path}: remove it, or write JSON lines.")
+            return
+        try:
+            element, place = decoder.raw_decode(held, place)
+            yield _string(element if isinstance(element, str) else element["text"])
+        except json.JSONDecodeError as exc:  # cut off, or wrong: doubled, what is held costs linear time
+            more = text.read(max(CHUNK, len(held) - place)) if len(held) - place < DOCUMENT else ""
+            if not more:
+                raise BesaError(f"Element {number:,} of the JSON array {path} is damaged or cut off.") from exc
+            held, place = held[place:] + more, 0
+        except (ValueError, TypeError, KeyError, RecursionError) as exc:
+            raise BesaError(
+                f'Element {number:,} of the JSON array {path} is neither a string nor an object with a string "text": '
+                "correct or remove it."
+            ) from exc
+        else:
+            number += 1
+
+
+def _string(found: Any) -> str:
+    """The same, if it is a string.
+
+    Raises:
+        TypeError: it is none.
+        ValueError: it has half a surrogate pair, which no tokenizer takes.
+    """
+    if not isinstance(found, str):
+        raise TypeError
+    found.encode()
+    return found
+
+
+def _text(path: Path, stream: io.BufferedReader) -> Iterator[str]:
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig")  # -sig: a byte order mark is no part of the text
+    held = text.read(DOCUMENT + 1)
+    if "\0" in held:
+        raise BesaError(f"{path} is no text, as it holds zero bytes: give a file of text, JSON lines or parquet.")
+    yield from [held] if len(held) <= DOCUMENT else _pieces(held, text)
+
+
+def _pieces(held: str, text: io.TextIOWrapper) -> Iterator[str]:
+    """A long text, cut."""
+    place = 0
+    while True:
+        if len(held) - place < 2 * PIECE:
+            held, place = held[place:] + text.read(DOCUMENT), 0
+            if len(held) < 2 * PIECE:
+                yield held
+                return
+        first, last = place + PIECE, place + 2 * PIECE
+        end, gap = next(((at, gap) for gap in BREAKS if (at := held.rfind(gap, first, last)) >= 0), (last, ""))
+        yield held[place:end]
+        place = end + len(gap)
+
+
+def _parquet(path: Path, progress: Progress) -> Iterator[str]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as exc:
+        raise BesaError('Reading .parquet files needs pyarrow: pip install "besa-llm[data]".') from exc
+    try:
+        with pq.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            if "text" not in schema.names or schema.field("text").type not in (pa.string(), pa.large_string()):
+                raise BesaError(f'{path} has no column "text" of strings, only {", ".join(schema.names)}: rename one.')
+            done = 0
+            for batch in file.iter_batches(1024, columns=["text"]):
+                yield from (document for document in batch["text"].to_pylist() if document is not None)
+                done += len(batch)
+                progress(done, file.metadata.num_rows, f"reading {path.name}")
+    except (pa.ArrowException, OSError, ValueError) as exc:
+        reason = str(exc).partition("\n")[0].rstrip(".")
+        raise BesaError(f"{path} is not a readable parquet file ({reason}): write it anew.") from exc

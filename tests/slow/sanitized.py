@@ -1,0 +1,83 @@
+"""The process of `test_sanitizers.py`: kernels with the sanitizers' checks in them, on weights of odd shapes.
+
+Give `overrun` to have a kernel write beyond its output, which the sanitizers must see.
+"""
+
+import random
+import sys
+
+import torch
+
+from besa.checkpoint.formats import bitmask
+from besa.kernels import build, native, reference, sparse_native
+
+build.FLAGS = ("-O1", "-g", *build.FLAGS[1:], "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+from tests.unit.test_sparse import codes_weight, half_pruned, row_of_x  # noqa: E402 (it loads the kernels)
+
+CALLS = 1500  # of each kind
+
+
+def masks(draw: random.Random, generator: torch.Generator) -> int:
+    """Both kernels of masks.cpp, by every path."""
+    rows, columns = draw.randint(1, 20), draw.choice([draw.randint(1, 70), draw.randint(1, 3000)])
+    dtype = draw.choice(list(native.NUMBERS))
+    w_OI, gradient_OI = torch.randn(2, rows, columns, generator=generator).to(dtype)
+    ranks_OI = torch.rand(rows, columns, generator=generator).argsort(dim=1)
+    ranks_OI = ranks_OI.to(draw.choice([torch.int16, torch.int32]))
+    counts_O = torch.randint(columns + 1, (rows,), generator=generator)
+    bins = draw.choice([1, 2, 11, 101])
+    bins_I = torch.randint(bins, (columns,), generator=generator).sort().values.to(torch.int16)
+    expected_OI, expected_OB = torch.empty_like(w_OI), torch.empty(rows, bins)
+    reference.masked(w_OI, ranks_OI, counts_O, expected_OI)
+    reference.binned(gradient_OI, w_OI, ranks_OI, bins_I, expected_OB)
+    for path in native.paths():
+        out_OI, out_OB = torch.empty_like(w_OI), torch.empty(rows, bins)
+        native.masked(w_OI, ranks_OI, counts_O, out_OI, path=path)
+        native.binned(gradient_OI, w_OI, ranks_OI, bins_I, out_OB, path=path)
+        assert torch.equal(out_OI, expected_OI)
+        assert torch.equal(out_OB, expected_OB)
+    return 2 * len(native.paths())
+
+
+def products(draw: random.Random, generator: torch.Generator) -> int:
+    """Products with a bitmask and its expansion, by every path."""
+    rows, seed = draw.randint(1, 40), draw.randint(0, 10**6)
+    if draw.random() < 0.5:
+        columns = draw.choice([draw.randint(1, 70), draw.randint(1, 2500)])
+        weight = bitmask.pack(half_pruned(rows, columns, seed).to(draw.choice(list(bitmask.FLOATS))))
+    else:
+        group = draw.choice([0, 4, 8, 16, 32, 64, 128])  # 0: a row is one
+        columns = group * draw.randint(1, 20) or draw.randint(1, 1500)
+        weight = codes_weight(
+            rows, columns, columns // group if group else 1, draw.randint(2, 8), draw.random() < 0.5, seed
+        )
+    x_NI = row_of_x(weight, draw.choice([1, 2, 3, 4, 5, 7, 8, 9, 33, 63]), seed).float()
+    first = draw.randrange(len(weight.masks_BCR))
+    bands = slice(first, draw.randint(first + 1, len(weight.masks_BCR)))
+    assert sparse_native.serves(weight)
+    for path in sparse_native.paths():
+        assert sparse_native.multiply(x_NI, weight, path).isfinite().all()
+        sparse_native.expand(weight, bands, path)
+    return 2 * len(sparse_native.paths())
+
+
+def overrun() -> None:
+    """A call that says more columns than its tensors have."""
+    tensors = (
+        torch.ones(4, 8),
+        torch.zeros(4, 8, dtype=torch.int32),
+        torch.zeros(4, dtype=torch.int64),
+        torch.ones(4, 8),
+    )
+    native._call("masked_32_32_plain", *tensors, 4, 8 + 64)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["overrun"]:
+        overrun()
+    draw, generator = random.Random(0), torch.Generator().manual_seed(0)
+    called = 0
+    for _ in range(CALLS):
+        torch.set_num_threads(draw.randint(1, 3))
+        called += masks(draw, generator) + products(draw, generator)
+    print(called, *sparse_native.paths(), *native.paths())
