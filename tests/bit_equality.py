@@ -8,6 +8,7 @@ What is compared of each recipe: the tensors that are written, the decisions in 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import sys
@@ -22,7 +23,8 @@ from besa.recipe import shipped
 from besa.record import RECORD_NAME
 from besa.report import load_run, render
 
-TINY = Path(__file__).parent / "assets" / "tiny-llama"
+ASSETS = Path(__file__).parent / "assets"
+TINY = Path("tiny-llama")  # named without a path, as records have names
 SETTINGS: dict[str, Any] = {"calibration": str(TINY / "calibration.txt"), "samples": 6, "seqlen": 32, "seed": 0}
 # What differs between two runs that decide alike, by the value that takes its place.
 VOLATILE: dict[str, Any] = {
@@ -73,7 +75,7 @@ def steady(value: Any) -> Any:
 def main(command: str, file: str) -> int:
     """Make the digests, or compare with them; the exit code."""
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(ASSETS):
         found = digests(Path(scratch))
     if command == "make":
         Path(file).write_text(json.dumps(found, indent=2) + "\n")
