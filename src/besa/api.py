@@ -240,6 +240,8 @@ def plan(
     source = locate(model)
     if source.gguf:
         raise BesaError(f"{model} is a .gguf file, which is loaded whole: plan for a folder of safetensors.")
+    if source.folder and header(source.folder) is not None:
+        raise BesaError(f"{source.name} is packed: make it dense with `besa unpack` first.")
     config = read_config(source, trust_remote_code)
     config.dtype = getattr(torch, dtype) if dtype != "auto" else config.dtype or torch.float32
     empty = skeleton(source, config, trust_remote_code)

@@ -301,7 +301,7 @@ def test_incomplete_checkpoints(
     folder = copy(name)
     change(folder)
     opened = actions(folder, tmp_path / "out")
-    told = [sentence(opened[command]) for command in ("load", "rewrite")]
+    told = [sentence(opened[command]) for command in ("load", "inspect", "rewrite")]
     assert all(words in text for text in told), told
     assert not (tmp_path / "out").exists()
 
@@ -315,6 +315,7 @@ def all_commands(folder: Path, out: Path) -> dict[str, Callable[[], object]]:
         "prune": lambda: besa.compress(folder, "wanda", TEXT, out=out, **SIZES),
         "shrink": lambda: besa.shrink(folder, out),
         "pack": lambda: besa.pack(folder, out),
+        "plan": lambda: besa.plan(folder),
     }
     return actions(folder, out) | more
 

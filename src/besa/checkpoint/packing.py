@@ -14,14 +14,14 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from besa.checkpoint.companions import read_config_json, with_dtype
 from besa.checkpoint.files import appearing
 from besa.checkpoint.formats import bitmask, packed
-from besa.checkpoint.formats.checking import check_packed
-from besa.checkpoint.formats.container import HEADER, AsDense, header, open_files, tensors_of
+from besa.checkpoint.formats.checking import check_complete, check_packed
+from besa.checkpoint.formats.container import HEADER, header, open_files, tensors_of
 from besa.checkpoint.rewriting import folder_of, local, rewrite, size_of
 from besa.errors import BesaError
 from besa.models.blocks import find_blocks
 from besa.models.files import FLOATS, SPARSE_STEM, STEM, WeightFiles
-from besa.models.layout import Layout, in_dtype, renaming
-from besa.models.loading import Source, quantization_of, read_config, skeleton
+from besa.models.layout import in_dtype, renaming
+from besa.models.loading import Source, quantization_of, read_config
 from besa.progress import Progress, silent
 
 
@@ -181,10 +181,8 @@ def _groups(source: Source, files: WeightFiles, trust_remote_code: bool) -> list
     Raises:
         BesaError: they are not all that the model needs.
     """
-    with torch.device("meta"):
-        empty = skeleton(source, read_config(source, trust_remote_code), trust_remote_code)
+    empty = check_complete(source, files, read_config(source, trust_remote_code), trust_remote_code)
     blocks = find_blocks(empty)
-    Layout(source.name, AsDense(files), empty, blocks)  # refuses what is incomplete
     plain = {name for name, module in empty.named_modules() if isinstance(module, nn.Linear)}
     plain &= {name for block in blocks for name in block.prunables}
     renamed = renaming(empty, get_model_conversion_mapping(empty))

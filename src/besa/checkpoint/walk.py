@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from besa.checkpoint.formats import packed
-from besa.checkpoint.formats.checking import check_packed
+from besa.checkpoint.formats.checking import check_complete, check_packed
 from besa.checkpoint.formats.container import Container, open_files
 from besa.models.files import WeightFiles
 from besa.models.loading import Source, is_quantized, load_model, quantization_of, read_config
@@ -69,6 +69,7 @@ def _weights(
     """The same with the bytes that they take where they are no bitmasks."""
     config = read_config(source, trust_remote_code)
     if files and is_quantized(config):
+        check_complete(source, files, config, trust_remote_code)
         yield from _packed(files, source.name, quantization_of(config), progress)
         return
     if source.gguf:

@@ -12,14 +12,13 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from besa.checkpoint.formats import bitmask, packed
 from besa.checkpoint.formats.bitmask import Bitmask
-from besa.checkpoint.formats.checking import check_packed
-from besa.checkpoint.formats.container import AsDense, Container, open_files
+from besa.checkpoint.formats.checking import check_complete, check_packed
+from besa.checkpoint.formats.container import Container, open_files
 from besa.checkpoint.verification import verify as verify_folder
 from besa.errors import BesaError
 from besa.machine import resolve_device
-from besa.models.blocks import find_blocks
 from besa.models.files import is_finite
-from besa.models.layout import Layout, fill, renaming
+from besa.models.layout import fill, renaming
 from besa.models.loading import Source, is_quantized, load_model, locate, read_config, read_generation_config, skeleton
 from besa.models.streaming import DecoderOnDisk
 from besa.progress import Progress, silent
@@ -75,14 +74,12 @@ def _load_folder(source: Source, dtype: str, trust_remote_code: bool) -> PreTrai
     files = open_files(source.folder)
     check_packed(files)
     config = read_config(source, trust_remote_code)
-    if isinstance(files, Container):
-        return _load_packed(source, files, config, dtype, trust_remote_code)
-    if is_quantized(config):
-        with torch.device("meta"):
-            empty = skeleton(source, config, trust_remote_code)
-        Layout(source.name, AsDense(files), empty, find_blocks(empty))  # refuses what is incomplete
+    if isinstance(files, Container) or is_quantized(config):
+        check_complete(source, files, config, trust_remote_code)
     else:
         DecoderOnDisk(source, dtype, trust_remote_code)
+    if isinstance(files, Container):
+        return _load_packed(source, files, config, dtype, trust_remote_code)
     return load_model(source, dtype, trust_remote_code)
 
 
@@ -91,7 +88,6 @@ def _load_packed(
 ) -> PreTrainedModel:
     config.dtype = getattr(torch, dtype) if dtype != "auto" else config.dtype or files.dtype()
     model = skeleton(source, config, trust_remote_code)
-    Layout(source.name, AsDense(files), model, find_blocks(model))  # refuses what is incomplete
     conversions = get_model_conversion_mapping(model)
     renamed = renaming(model, conversions)
     modules = dict(model.named_modules())

@@ -1,13 +1,17 @@
-"""The one check of a packed checkpoint, before it is run, unpacked, counted or packed further."""
+"""The checks of a packed checkpoint, before it is run, unpacked, counted or packed further; one for all who open it."""
 
 from __future__ import annotations
 
 import torch
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from besa.checkpoint.formats import packed
-from besa.checkpoint.formats.container import Container, bits_in
+from besa.checkpoint.formats.container import AsDense, Container, bits_in
 from besa.errors import BesaError
+from besa.models.blocks import find_blocks
 from besa.models.files import WeightFiles, is_finite
+from besa.models.layout import Layout
+from besa.models.loading import Source, skeleton
 
 
 def check_packed(files: WeightFiles) -> None:
@@ -51,6 +55,29 @@ def check_packed(files: WeightFiles) -> None:
     for name, tensor in tensors.items():
         if not is_finite(tensor):
             raise BesaError(f"The tensor {name} of {files.folder} holds NaN or infinity: the checkpoint is damaged.")
+
+
+def check_complete(
+    source: Source, files: WeightFiles, config: PreTrainedConfig, trust_remote_code: bool
+) -> PreTrainedModel:
+    """Find out from the headers whether a checkpoint has each weight of its model, in its shape, and no block more.
+
+    Args:
+        source: a local folder.
+        files: of the folder, packed or not, after `check_packed`.
+        config: of the folder.
+        trust_remote_code: run model code that comes with the checkpoint.
+
+    Returns:
+        The model, on the meta device.
+
+    Raises:
+        BesaError: it is incomplete, or belongs to another configuration.
+    """
+    with torch.device("meta"):
+        empty = skeleton(source, config, trust_remote_code)
+    Layout(source.name, AsDense(files), empty, find_blocks(empty))
+    return empty
 
 
 def _called(dtype: torch.dtype) -> str:
