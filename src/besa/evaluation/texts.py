@@ -21,7 +21,7 @@ from besa.errors import BesaError
 from besa.evaluation.perplexity import Perplexity, perplexity
 from besa.models.limits import embedding_rows
 from besa.progress import Progress, silent
-from besa.textfiles import file_documents, is_plain_text
+from besa.textfiles import PACKED, file_documents, is_plain_text
 from besa.tokens import check_known, tokenize
 
 
@@ -214,7 +214,10 @@ def perplexities(
 
 def text_name(text: str) -> str:
     """The key under which a text's results stand: its embedded or hub name, that of a test set, or the file's stem."""
-    return text if text in EMBEDDED or text in TEST_SETS or text.startswith("hf:") else Path(text).stem
+    if text in EMBEDDED or text in TEST_SETS or text.startswith("hf:"):
+        return text
+    path = Path(text)
+    return (path.with_suffix("") if path.suffix.lower() in PACKED else path).stem
 
 
 def _other(text: str, name: str, progress: Progress) -> Text:
