@@ -20,9 +20,8 @@ from besa.checkpoint.formats.container import header
 from besa.checkpoint.journal import journal_for
 from besa.checkpoint.writer import disk_bytes, finish
 from besa.errors import BesaError
-from besa.evaluation.perplexity import Perplexity, perplexity
 from besa.evaluation.result import Evaluation
-from besa.evaluation.texts import read_texts
+from besa.evaluation.texts import perplexities, read_texts
 from besa.evaluation.zero_shot import check_tasks, zero_shot
 from besa.machine import machine, resolve_device, versions
 from besa.models.blocks import find_blocks
@@ -326,22 +325,10 @@ def evaluate(
     room, first = positions(loaded), bos_token(bos, tokenizer, loaded.config)
     windows = [room.usual] if windows is None else windows
     notes = [note for length in windows for note in room.checked(length, "--window")] if parts else []
-    enough = None if max_windows is None else max_windows * max(windows)
-    tokens = {part.name: part.tokenized(tokenizer, enough, progress) for part in parts}
-    for tokens_L, _ in tokens.values():
-        check_known(tokens_L, embedding_rows(loaded), tokenizer)
-    measured: dict[int, dict[str, Perplexity]] = {length: {} for length in windows}
-    for part in parts:
-        tokens_L, ratio = tokens.pop(part.name)
-        for length, results in measured.items():
-            results[part.name] = perplexity(
-                loaded, tokens_L[: part.tokens], length, max_windows, batch, ratio, first, progress
-            )
-    asked = (
-        zero_shot(loaded, tokenizer, tasks, limit=limit, hub=hub, batch=batch, bos=bos, progress=progress)
-        if tasks
-        else None
-    )
+    measured = perplexities(loaded, tokenizer, parts, windows, max_windows, batch, first, progress)
+    asked = None
+    if tasks:
+        asked = zero_shot(loaded, tokenizer, tasks, limit=limit, hub=hub, batch=batch, bos=bos, progress=progress)
     details = measured.pop(windows[0])
     return Evaluation(
         model=name,

@@ -326,6 +326,18 @@ def test_windows_of_different_length_are_told_and_not_compared(three, folder):
     assert "different" not in Page(render(three)).text
 
 
+def test_windows_with_a_bos_token_do_not_compare_with_others(three, folder):
+    details = {"wiki": {"perplexity": 22.0, "windows": 40, "predicted": 1, "bos": True}}
+    measured = evaluation({"wiki": 22.0}, details=details, bos="yes")
+    calibration = record("magnitude")["calibration"] | {"bos": True}
+    other = folder("other", record("magnitude", calibration=calibration), measured)
+    page = Page(render([*three, other]))
+    assert "Windows of wiki began with a BOS token for magnitude only" in page.text
+    assert page.rows()["magnitude"][2] == ""  # no ratio to dense
+    assert page.text.count("--bos yes") == 2  # prune and eval
+    assert "BOS" not in Page(render(three)).text and "--bos" not in Page(render(three)).text
+
+
 def test_different_amounts_of_text_are_told(three, folder):
     other = folder("other", record("magnitude"), evaluation({"wiki": 22.0}, windows=10))
     assert "different amounts of wiki (40 and 10 windows of 128 tokens)" in Page(render([*three, other])).text

@@ -141,6 +141,7 @@ def test_the_embedded_c4_is_not_the_test_set(monkeypatch):
 def test_names_that_could_be_taken_for_others_are_refused(write):
     file = write("c4.jsonl", '{"text": "One."}')
     assert f"--ppl c4 --data c4={file}" in refusal([file])
+    assert "--ppl c4 --data c4=c4.json.gz" in refusal(["c4.json.gz"])
     assert "would stand under the name wikitext2" in refusal(["wikitext2", write("wikitext2.txt", "x")])
     assert "would stand under the name x" in refusal([write("x.txt", "x"), write("x.jsonl", '{"text": "x"}')])
     assert "no test set c5" in refusal(["wiki"], {"c5": file})

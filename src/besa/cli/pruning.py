@@ -222,9 +222,19 @@ def compare_command(
 
     texts = tuple(ppl or ([] if tasks else ["wiki"]))
     usual = usual_length(model, trust_remote_code) if seqlen is None or window is None else 0
-    measures = Measures(texts, files_of(data), window or usual, max_windows, tuple(words(tasks)), limit, hub)
+    measures = Measures(
+        texts, files_of(data), usual if window is None else window, max_windows, tuple(words(tasks)), limit, hub
+    )
     conditions = Conditions(
-        model, calibration, samples, seqlen or usual, device.value, dtype.value, batch, bos.value, trust_remote_code
+        model,
+        calibration,
+        samples,
+        usual if seqlen is None else seqlen,
+        device.value,
+        dtype.value,
+        batch,
+        bos.value,
+        trust_remote_code,
     )
     with progress_bar(err) as tracker:
         workspace = Workspace(out_dir, conditions, measures, keep, tracker)

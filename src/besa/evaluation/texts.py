@@ -8,19 +8,21 @@ calibrated on, are not measured on by their name.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from besa.documents import EMBEDDED, WHOLE, beginning, hub_column, read_documents, shown
 from besa.errors import BesaError
+from besa.evaluation.perplexity import Perplexity, perplexity
+from besa.models.limits import embedding_rows
 from besa.progress import Progress, silent
-from besa.textfiles import file_documents, is_plain_text
-from besa.tokens import tokenize
+from besa.textfiles import PACKED, file_documents, is_plain_text
+from besa.tokens import check_known, tokenize
 
 
 @dataclass(frozen=True)
@@ -170,9 +172,52 @@ def read_texts(texts: Iterable[str], data: Mapping[str, str | Path], progress: P
     ]
 
 
+def perplexities(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[Text],
+    windows: Sequence[int],
+    max_windows: int | None = None,
+    batch: int | None = None,
+    bos: int | None = None,
+    progress: Progress = silent,
+) -> dict[int, dict[str, Perplexity]]:
+    """Measure on every text in windows of every length; all texts are tokenised and checked before.
+
+    Args:
+        model: causal decoder; it runs where it is.
+        tokenizer: of the model.
+        texts: from `read_texts`; each can be measured on once.
+        windows: tokens of a window, one or several lengths.
+        max_windows: as in `perplexity`.
+        batch: as in `perplexity`.
+        bos: as in `perplexity`.
+        progress: told (windows done, windows, perplexity so far) for each text.
+
+    Returns:
+        What was found, by length and by name of the text.
+
+    Raises:
+        BesaError: the model does not know a token of a text, or as `perplexity`.
+    """
+    enough = None if max_windows is None else max_windows * max(windows)
+    tokenized = [text.tokenized(tokenizer, enough, progress) for text in texts]
+    for tokens_L, _ in tokenized:
+        check_known(tokens_L, embedding_rows(model), tokenizer)
+    measured: dict[int, dict[str, Perplexity]] = {length: {} for length in windows}
+    for text, (tokens_L, ratio) in zip(texts, tokenized, strict=True):
+        for length, found in measured.items():
+            own_L = tokens_L[: text.tokens]
+            found[text.name] = perplexity(model, own_L, length, max_windows, batch, ratio, bos, progress)
+    return measured
+
+
 def text_name(text: str) -> str:
     """The key under which a text's results stand: its embedded or hub name, that of a test set, or the file's stem."""
-    return text if text in EMBEDDED or text in TEST_SETS or text.startswith("hf:") else Path(text).stem
+    if text in EMBEDDED or text in TEST_SETS or text.startswith("hf:"):
+        return text
+    path = Path(text)
+    return (path.with_suffix("") if path.suffix.lower() in PACKED else path).stem
 
 
 def _other(text: str, name: str, progress: Progress) -> Text:
