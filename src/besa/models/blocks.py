@@ -6,8 +6,10 @@ Shape suffixes: N sequences, T tokens, C channels of the residual stream.
 from __future__ import annotations
 
 import dis
+import re
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -171,6 +173,28 @@ def _refuse_shared_weights(model: PreTrainedModel, blocks: list[Block]) -> None:
                 raise BesaError(
                     f"{type(model).__name__} cannot be pruned block by block: {other} and {name} are one weight."
                 )
+
+
+def left_dense(blocks: Iterable[Block], pruned: Collection[str]) -> dict[str, int]:
+    """Weights of the matrices that are not pruned, such as routers, convolutions and what is skipped.
+
+    Args:
+        blocks: of a decoder.
+        pruned: full names of the prunable matrices that are.
+
+    Returns:
+        Sums over blocks by name within the block, with ``*`` for numbers. Norms and biases are no matrices.
+    """
+    dense: Counter[str] = Counter()
+    for block in blocks:
+        gone: Counter[str] = Counter()
+        for name, prunable in block.prunables.items():
+            gone[prunable.parameter] += prunable.numel if name in pruned else 0
+        for name, parameter in block.module.named_parameters():
+            weights = parameter.numel() - gone[name]
+            if weights and sum(size > 1 for size in parameter.shape) > 1 and not name.endswith("bias"):
+                dense[re.sub(r"\.\d+(?=\.)", ".*", name.removesuffix(".weight"))] += weights
+    return dict(dense)
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from besa.errors import BesaError
 PLAIN = (type(None), bool, int, float, complex, str, bytes, slice, torch.dtype, torch.device)
 
 
-class Elsewhere(LookupError):
+class ElsewhereError(LookupError):
     """A block looks into a mapping for what another block left there."""
 
 
@@ -30,11 +30,11 @@ class Apart(UserDict[Any, Any]):
     """A mapping that blocks share, as one of them alone sees it: its own entries are there, and no others."""
 
     def __missing__(self, key: Any) -> Any:
-        raise Elsewhere(key)
+        raise ElsewhereError(key)
 
     def __contains__(self, key: object) -> bool:
         if key not in self.data:
-            raise Elsewhere(key)
+            raise ElsewhereError(key)
         return True
 
 
@@ -53,7 +53,7 @@ def named(module: nn.Module, inputs: tuple[Any, ...], keywords: Mapping[str, Any
     names = [own.name for own in parameters if own.kind is own.POSITIONAL_OR_KEYWORD]
     if not names or len(inputs) > len(names):
         raise BesaError(
-            f"{type(module).__name__} takes arguments that have no names (*args): besa cannot call it as its model does."
+            f"{type(module).__name__} takes arguments without names (*args): besa cannot call it as its model does."
         )
     arguments = dict(zip(names, inputs, strict=False)) | dict(keywords)
     return arguments.pop(names[0]), arguments

@@ -1,9 +1,9 @@
 """The check before the work: blocks as besa runs them compute what the model computes, seen on two short batches.
 
-Besa calls a block by itself, for any sequences, with the arguments that the model made once for sequences of that shape.
-That is right where arguments do not depend on the tokens or on other blocks, and where the model calls its blocks once
-each, in order, each with what the one before it put out. All of this is found out without the blocks' weights. What
-blocks put out is compared where their weights are: at once for a model in memory, else as each block is opened.
+Besa calls a block by itself, for any sequences and for their beginnings, with the arguments that the model made once
+for that many. That is right where arguments do not depend on the tokens or on other blocks, and where the model calls
+its blocks once each, in order, each with what the one before it put out. All of this is found out without the blocks'
+weights. What blocks put out is compared where their weights are: at once for a model in memory, else as each is opened.
 
 Shape suffixes: N sequences, T tokens, C channels of the residual stream.
 """
@@ -23,11 +23,22 @@ from transformers import PreTrainedModel
 
 from besa.errors import BesaError
 from besa.models.blocks import Block, Call, standing_aside
-from besa.models.calls import Elsewhere, Unknown, equal, hidden_states_of, moved, replayed, shares, stranger, versions
+from besa.models.calls import (
+    ElsewhereError,
+    Unknown,
+    equal,
+    hidden_states_of,
+    moved,
+    replayed,
+    shares,
+    stranger,
+    versions,
+)
 from besa.models.streaming import Decoder, DecoderInMemory
 
 SHAPES = ((2, 16), (1, 11))  # sequences and tokens of the batches
 ROUNDING = 4  # times the step of the dtype: by how much outputs may differ, relative to their norm
+AHEAD = 1e-3  # by how much most tokens may change, at least, where sequences end earlier: other shapes round otherwise
 META = torch.device("meta")
 
 
@@ -99,7 +110,18 @@ class Check:
                 self._refuse(
                     f"what {block.name} puts out by itself is off by {apart:.2%} from what it does in the model"
                 )
+            if batch is self._batches[0]:
+                self._look_ahead(block, x_NTC, y_NTC)
             batch.x_NTC = y_NTC
+
+    def _look_ahead(self, block: Block, x_NTC: Tensor, y_NTC: Tensor) -> None:
+        """Refuse a block whose outputs depend on later tokens: they are others where sequences end earlier."""
+        samples, tokens = self._batches[1].tokens_NT.shape
+        start_NTC, whole_NTC = x_NTC[:samples, :tokens], y_NTC[:samples, :tokens]
+        changed_NT = (block(start_NTC) - whole_NTC).float().norm(dim=-1)
+        share = float((changed_NT / (whole_NTC - start_NTC).float().norm(dim=-1).clamp_min(1e-30)).median())
+        if not share <= max(AHEAD, ROUNDING * torch.finfo(y_NTC.dtype).eps):
+            self._refuse(f"{block.name} looks ahead: what it puts out for a token depends on those that follow")
 
     def _begin(self, decoder: Decoder, first_NT: Tensor, other_NT: Tensor) -> _Batch:
         """Have the arguments of the blocks made for two batches of one shape; the blocks keep those of the first."""
@@ -164,11 +186,12 @@ class Check:
         module = call.block.module
         tensors = {name: own.to(META) for name, own in chain(module.named_parameters(), module.named_buffers())}
         arguments = {name: replayed(value, META) for name, value in call.arguments.items()}
-        with self._explained(call.block):
-            try:
-                functional_call(module, tensors, (call.x_NTC.to(META),), arguments)
-            except (RuntimeError, NotImplementedError, TypeError, ValueError):  # computed with values: seen when opened
-                pass
+        try:
+            functional_call(module, tensors, (call.x_NTC.to(META),), arguments)
+        except ElsewhereError as error:
+            self._refuse_sharing(call.block, error)
+        except Exception:  # what computes with values is seen when it has some
+            pass
 
     def _own_outputs(self, decoder: DecoderInMemory, batch: _Batch) -> list[Tensor]:
         """What the blocks put out in the model's own forward pass of a batch."""
@@ -192,14 +215,17 @@ class Check:
             yield
         except (KeyboardInterrupt, MemoryError, torch.OutOfMemoryError, BesaError):
             raise
-        except Elsewhere as error:
+        except ElsewhereError as error:
             assert block is not None
-            names = [name for own in block.arguments.values() for name in own if shares(own[name])]
-            self._refuse(f"{block.name} looks in {names[0]} for what other blocks left there ({error.args[0]!r})")
+            self._refuse_sharing(block, error)
         except Exception as error:  # model code may raise anything
             what = block.name if block else "the model"
             reason = " ".join(str(error).split()).rstrip(".")[:200]
             self._refuse(f"{what} cannot be run apart from the others ({type(error).__name__}: {reason})")
+
+    def _refuse_sharing(self, block: Block, error: ElsewhereError) -> NoReturn:
+        names = [name for own in block.arguments.values() for name, value in own.items() if shares(value)]
+        self._refuse(f"{block.name} looks in {names[0]} for what other blocks left there ({error.args[0]!r})")
 
     def _refuse(self, reason: str) -> NoReturn:
         raise BesaError(f"{type(self._model).__name__} cannot be pruned block by block: {reason}.")
