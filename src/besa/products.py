@@ -6,7 +6,7 @@ Shape suffixes: E experts, T tokens, C channels, I input channels, O output chan
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -40,11 +40,19 @@ Told = Callable[[str, Tensor], None]
 
 @dataclass(frozen=True)
 class _Factors:
-    """An input (..., I), a weight that it meets, and which axis of the weight is summed over."""
+    """What a product is made of.
+
+    Attributes:
+        x: the input (..., I).
+        weight: a matrix, or a stack of them.
+        axis: of the weight, which is summed over.
+        left: the weight stands on the left, so that the output is (..., O, T).
+    """
 
     x: Tensor
     weight: Tensor
     axis: int
+    left: bool = False
 
     def of_experts(self) -> Tensor:
         """The inputs (E, T, I) of all experts, which may be the same for each."""
@@ -84,26 +92,32 @@ class Products(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         given = kwargs or {}
-        factors = _factors(func, args, given)
+        factors, matrices = self._found(func, args, given)
         if factors is None:
             return func(*args, **given)
-        matrices = self._matrices(factors)
         for name, expert in matrices if self._inputs else ():
             assert self._inputs is not None
             self._inputs(name, factors.x if expert is None else factors.of_experts()[expert])
         y = func(*args, **given)
-        if self._gradients and matrices and y.requires_grad:
-            y.register_hook(partial(self._hear, matrices))
+        if self._gradients and y.requires_grad:
+            y.register_hook(partial(self._hear, matrices, factors.left))
         return y
 
-    def _matrices(self, factors: _Factors) -> list[tuple[str, int | None]]:
-        """Names of the block's matrices among the factors; and of experts multiplied at once, which each of them is."""
-        weight = factors.weight
-        if weight.dim() == 3 and len(weight) > 1:
-            each = [(self._name(matrix, factors), place) for place, matrix in enumerate(weight)]
-            return [(name, place) for name, place in each if name is not None]
-        name = self._name(weight, factors)
-        return [] if name is None else [(name, None)]
+    def _found(
+        self, func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]
+    ) -> tuple[_Factors | None, list[tuple[str, int | None]]]:
+        """The factors of a product, and the names of the block's matrices among them: none where there are none.
+
+        Of experts that are multiplied at once, the place of each stands beside its name.
+        """
+        for factors in _factors(func, args, kwargs):
+            if factors.weight.dim() == 3 and len(factors.weight) > 1:
+                each = [(self._name(matrix, factors), place) for place, matrix in enumerate(factors.weight)]
+            else:
+                each = [(self._name(factors.weight, factors), None)]
+            if matrices := [(name, place) for name, place in each if name is not None]:
+                return factors, matrices
+        return None, []
 
     def _name(self, matrix: Tensor, factors: _Factors) -> str | None:
         """What the block calls a matrix, None for one that it does not have.
@@ -120,36 +134,38 @@ class Products(TorchFunctionMode):
             raise BesaError(f"{name} is multiplied the other way round than besa expects: leave it out with --skip.")
         return name
 
-    def _hear(self, matrices: list[tuple[str, int | None]], gradient: Tensor) -> None:
+    def _hear(self, matrices: list[tuple[str, int | None]], left: bool, gradient: Tensor) -> None:
         assert self._gradients is not None
+        gradient = gradient.transpose(-1, -2) if left else gradient
         for name, expert in matrices:
             self._gradients(name, gradient if expert is None else gradient[expert])
 
 
-def _factors(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> _Factors | None:
-    """What is multiplied; None for any function that is no product with a weight."""
+def _factors(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Iterator[_Factors]:
+    """The ways in which a function call may be a product with a weight."""
     if func is torch.einsum:
-        return _summed(*args)
-    if func not in PRODUCTS:
-        return None
-    *factors, axis = PRODUCTS[func]
-    x, weight = (args[place] if place < len(args) else kwargs[name] for place, name in factors)
-    return _Factors(x, weight, axis) if weight.dim() in (2, 3) else None
+        yield from _summed(*args)
+    elif func in PRODUCTS:
+        *places, axis = PRODUCTS[func]
+        x, weight = (args[place] if place < len(args) else kwargs[name] for place, name in places)
+        if weight.dim() in (2, 3):
+            yield _Factors(x, weight, axis)
+        if axis == -2 and x.dim() in (2, 3) and weight.dim() > 1:
+            yield _Factors(weight.transpose(-1, -2), x, -1, left=True)
 
 
-def _summed(equation: Any, *operands: Any) -> _Factors | None:
+def _summed(equation: Any, *operands: Any) -> Iterator[_Factors]:
     """What an ``einsum`` multiplies, if it sums over the last axis of an input (..., I) and gives (..., O).
 
     A matrix that is only multiplied in other sums counts as one that is not seen.
     """
     given = operands[0] if len(operands) == 1 else operands
     if not isinstance(equation, str) or len(given) != 2:
-        return None
+        return
     terms, _, result = equation.replace(" ", "").partition("->")
     named = list(zip(given, terms.split(","), strict=True))
     for (x, axes), (weight, own) in (named, named[::-1]):
         stacked = len(own) == 3 and own[0] == axes[0] == result[:1]
         matrix = own[1:] if stacked else own
         if len(matrix) == 2 and result and set(matrix) == {axes[-1], result[-1]} and axes[-1] not in result:
-            return _Factors(x, weight, own.index(axes[-1]) - len(own))
-    return None
+            yield _Factors(x, weight, own.index(axes[-1]) - len(own))

@@ -24,6 +24,8 @@ from besa.errors import BesaError
 from besa.models.calls import Unknown, hidden_states_of, named, replayed
 from besa.models.prunable import Prunable, find_prunables, replaced
 
+DEPTHS = ("num_hidden_layers", "num_layers", "decoder_layers")  # how configurations call the number of blocks
+
 
 @dataclass(frozen=True)
 class Block:
@@ -63,10 +65,10 @@ class Block:
         captured = self.arguments[x_NTC.shape[0], x_NTC.shape[1]]
         arguments = {name: replayed(value, x_NTC.device) for name, value in captured.items()}
         if weights is None:
-            output: Any = self.module(x_NTC, **arguments)
+            output: Any = self.module(x_NTC.contiguous(), **arguments)
         else:
             parameters = replaced(dict(self.module.named_parameters()), self.prunables, weights)
-            output = functional_call(self.module, parameters, (x_NTC,), arguments)
+            output = functional_call(self.module, parameters, (x_NTC.contiguous(),), arguments)
         return hidden_states_of(output)
 
     def run(self, x_NTC: HiddenStates, batch: int, into: HiddenStates | None = None) -> None:
@@ -125,9 +127,10 @@ def find_blocks(model: PreTrainedModel) -> list[Block]:
     Raises:
         BesaError: no list of decoder blocks is found, a block has no matrix to prune, or blocks share weights.
     """
-    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    stacks = _stacks(model, _text_tower(model), depth) or _stacks(model, model, depth)
-    if not stacks or not depth:
+    config = model.config.get_text_config()
+    depths = {getattr(config, name) for name in DEPTHS if hasattr(config, name)}
+    stacks = _stacks(model, _text_tower(model), depths) or _stacks(model, model, depths)
+    if not stacks:
         raise BesaError(
             f"{type(model).__name__} has no stack of decoder blocks that besa can find: use a causal decoder."
         )
@@ -149,13 +152,13 @@ def _text_tower(model: PreTrainedModel) -> nn.Module:
     return tower
 
 
-def _stacks(model: nn.Module, tower: nn.Module, depth: int | None) -> dict[str, list[dict[str, Prunable]]]:
-    """What is prunable in each module of every list of `depth` modules, by the path of the list."""
+def _stacks(model: nn.Module, tower: nn.Module, depths: set[int]) -> dict[str, list[dict[str, Prunable]]]:
+    """What is prunable in each module of every list of as many as the model is deep, by the path of the list."""
     inside = set(tower.modules())
     return {
         path: [find_prunables(part) for part in module]
         for path, module in model.named_modules()
-        if module in inside and isinstance(module, nn.ModuleList) and len(module) == depth
+        if module in inside and isinstance(module, nn.ModuleList) and len(module) in depths
     }
 
 
@@ -192,7 +195,7 @@ def left_dense(blocks: Iterable[Block], pruned: Collection[str]) -> dict[str, in
             gone[prunable.parameter] += prunable.numel if name in pruned else 0
         for name, parameter in block.module.named_parameters():
             weights = parameter.numel() - gone[name]
-            if weights and sum(size > 1 for size in parameter.shape) > 1 and not name.endswith("bias"):
+            if weights and parameter.dim() > 1 and not name.endswith("bias"):
                 dense[re.sub(r"\.\d+(?=\.)", ".*", name.removesuffix(".weight"))] += weights
     return dict(dense)
 
@@ -211,13 +214,18 @@ def capture_inputs(
     with standing_aside(blocks) as calls:
         for size in range(1, min(batch, len(tokens_NT)) + 1):
             for length in {tokens_NT.shape[1], *lengths}:
-                model.base_model(input_ids=tokens_NT[:size, :length].to(model.device), use_cache=False)
+                run_base(model, tokens_NT[:size, :length])
         for part_NT in tokens_NT.split(batch):
             calls.clear()
-            model.base_model(input_ids=part_NT.to(model.device), use_cache=False)
+            run_base(model, part_NT)
             x_NTC = calls[0].x_NTC
             calls.clear()
             yield x_NTC
+
+
+def run_base(model: PreTrainedModel, tokens_NT: Tensor) -> None:
+    """Run a model without its head, which may have no weights, on token ids (N, T)."""
+    model.base_model(input_ids=tokens_NT.to(model.get_input_embeddings().weight.device), use_cache=False)
 
 
 def logits_of(model: PreTrainedModel, blocks: list[Block], tokens_NT: Tensor, y_NTC: Tensor) -> Tensor:

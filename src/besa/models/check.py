@@ -22,7 +22,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from besa.errors import BesaError
-from besa.models.blocks import Block, Call, standing_aside
+from besa.models.blocks import Block, Call, run_base, standing_aside
 from besa.models.calls import (
     ElsewhereError,
     Unknown,
@@ -156,14 +156,14 @@ class Check:
         """
         with self._explained(None), standing_aside(decoder.blocks) as calls:
             try:
-                self._model.base_model(input_ids=tokens_NT.to(self._model.device), use_cache=False)
+                run_base(self._model, tokens_NT)
             finally:  # of hidden states that are laid out in another way, models make what they will
                 self._look_at_layout(calls, tuple(tokens_NT.shape))
         order = [call.block.index for call in calls]
+        if not order:
+            self._refuse(f"{decoder.blocks[0].name} and those after it take no part in what it computes of token ids")
         if order != list(range(len(decoder.blocks))):
-            self._refuse(
-                f"it calls its blocks not once each, in order, but {', '.join(map(str, order[:20])) or 'never'}"
-            )
+            self._refuse(f"it calls its blocks not once each, in order, but {', '.join(map(str, order[:20]))}")
         for call in calls[1:]:
             if not equal(call.x_NTC, calls[0].x_NTC):
                 self._refuse(f"{call.block.name} gets something else than the block before it puts out")
@@ -202,7 +202,7 @@ class Check:
         ]
         try:
             with torch.no_grad(), self._explained(None):
-                self._model.base_model(input_ids=batch.tokens_NT.to(self._model.device), use_cache=False)
+                run_base(self._model, batch.tokens_NT)
         finally:
             for handle in handles:
                 handle.remove()
