@@ -153,7 +153,7 @@ def compress(
             weights=weights,
             zeros=zeros,
             sparsity=zeros / weights,
-            model_sparsity=zeros / decoder.model.num_parameters(),
+            model_sparsity=zeros / identity["parameters"],
             dense=left_dense(decoder.blocks, {linear.name for block in blocks for linear in block.linears}),
             seconds=time.perf_counter() - began,
             peak_memory_bytes=memory.peak_bytes(),

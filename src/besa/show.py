@@ -86,10 +86,12 @@ def pruned(record: RunRecord, folder: Path) -> RenderableType:
     unreached = (
         f"\n{record.unreached} experts saw no calibration token: pruned by magnitude" if record.unreached else ""
     )
-    whole = f"{record.model_sparsity:.2%} of the model pruned\n" if record.model_sparsity is not None else ""
+    whole = ""
+    if record.model_sparsity is not None:
+        whole = f"{record.model_sparsity:.2%} of the whole model pruned; {_dense(record.dense)}\n"
     return Text(
         f"{folder}: {record.zeros:,} of {record.weights:,} prunable weights are zero ({record.sparsity:.4%})\n"
-        f"{whole}{_dense(record.dense)}\n"
+        f"{whole}"
         f"recipe {record.recipe['name']}, {record.seconds:,.0f} s, "
         f"peak memory {record.peak_memory_bytes / 1e9:.2f} GB{gpu}\n"
         f"reconstruction error {errors[0]:.4f} in the first block, {errors[-1]:.4f} in the last{unreached}"
@@ -102,7 +104,7 @@ def planned(plan: Plan) -> RenderableType:
     table.add_row("architecture", f"{plan.architecture}, {plan.blocks} blocks, {plan.parameters:,} parameters")
     share = plan.zeros / plan.prunable_weights
     table.add_row("prunable weights", f"{plan.prunable_weights:,}, of which {plan.zeros:,} go ({share:.2%})")
-    table.add_row("of the model", f"{plan.model_sparsity:.2%} of all parameters pruned; {_dense(plan.dense)}")
+    table.add_row("whole model", f"{plan.model_sparsity:.2%} of all parameters go; {_dense(plan.dense)}")
     table.add_row("memory", f"{plan.memory_bytes / 1e9:.2f} GB at the peak")
     if plan.gpu_memory_bytes is not None:
         table.add_row("GPU memory", f"{plan.gpu_memory_bytes / 1e9:.2f} GB at the peak")

@@ -73,7 +73,7 @@ def _stacked(path: str, module: nn.Module, routed: bool) -> dict[str, Prunable]:
     for name, value in own.items():
         rows, columns = value.shape[:0:-1] if transposed else value.shape[1:]
         for expert in range(value.shape[0]):
-            parameter = f"{path}.{name}"
+            parameter = f"{path}.{name}".lstrip(".")
             found[f"{parameter}.{expert}"] = Prunable(parameter, rows, columns, transposed, expert, routed)
     return found
 
