@@ -111,6 +111,7 @@ class Products(TorchFunctionMode):
         Of experts that are multiplied at once, the place of each stands beside its name.
         """
         for factors in _factors(func, args, kwargs):
+            each: list[tuple[str | None, int | None]]
             if factors.weight.dim() == 3 and len(factors.weight) > 1:
                 each = [(self._name(matrix, factors), place) for place, matrix in enumerate(factors.weight)]
             else:
@@ -120,19 +121,22 @@ class Products(TorchFunctionMode):
         return None, []
 
     def _name(self, matrix: Tensor, factors: _Factors) -> str | None:
-        """What the block calls a matrix, None for one that it does not have.
+        """What the block calls a matrix; None for one that it does not have, or of which it sums over other channels.
 
         Raises:
-            BesaError: not its input channels are summed over.
+            BesaError: they are of an expert.
         """
         place = bisect_right(self._places, matrix.data_ptr(), key=lambda place: place[0]) - 1
         if place < 0 or matrix.data_ptr() >= sum(self._places[place][:2]):
             return None
         name = self._places[place][2]
+        prunable = self._prunables[name]
         turned = matrix.stride(factors.axis) != self._steps[name] and min(matrix.shape[-2:]) > 1
-        if turned or factors.x.shape[-1] != self._prunables[name].columns:
-            raise BesaError(f"{name} is multiplied the other way round than besa expects: leave it out with --skip.")
-        return name
+        if not turned and factors.x.shape[-1] == prunable.columns:
+            return name
+        if prunable.routed:  # no other is taken for one that saw no token
+            raise BesaError(f"{name} is multiplied the other way round than besa expects: it cannot be pruned.")
+        return None
 
     def _hear(self, matrices: list[tuple[str, int | None]], left: bool, gradient: Tensor) -> None:
         assert self._gradients is not None

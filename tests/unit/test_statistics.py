@@ -249,13 +249,18 @@ def test_sums_that_are_no_plain_product_do_not_count():
 
 
 @pytest.mark.parametrize("rows", [3, 5])
-def test_a_product_the_other_way_round_is_refused(rows):
+def test_a_product_the_other_way_round_does_not_count_and_of_an_expert_is_refused(rows):
     """A square matrix is told by how it lies in memory."""
     block = nn.Module()
     block.weight = nn.Parameter(torch.randn(rows, 5))
+    with collect(block, {"w": Prunable("weight", rows, 5)}, gram=False) as statistics:
+        torch.ones(2, rows) @ block.weight
+    assert statistics["w"].tokens == 0
     with (
-        pytest.raises(BesaError, match=r"^w is multiplied the other way round .* --skip\.$"),
-        collect(block, {"w": Prunable("weight", rows, 5)}, gram=False),
+        pytest.raises(
+            BesaError, match=r"^w is multiplied the other way round than besa expects: it cannot be pruned\.$"
+        ),
+        collect(block, {"w": Prunable("weight", rows, 5, routed=True)}, gram=False),
     ):
         torch.ones(2, rows) @ block.weight
 

@@ -6,7 +6,6 @@ Shape suffixes: N sequences, T tokens, C channels of the residual stream.
 from __future__ import annotations
 
 import dis
-import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -22,7 +21,7 @@ from transformers import PreTrainedModel
 from besa.activations import HiddenStates
 from besa.errors import BesaError
 from besa.models.calls import Unknown, hidden_states_of, named, replayed
-from besa.models.prunable import Prunable, find_prunables, replaced
+from besa.models.prunable import Prunable, everywhere, find_prunables, replaced
 
 DEPTHS = ("num_hidden_layers", "num_layers", "decoder_layers")  # how configurations call the number of blocks
 
@@ -196,7 +195,7 @@ def left_dense(blocks: Iterable[Block], pruned: Collection[str]) -> dict[str, in
         for name, parameter in block.module.named_parameters():
             weights = parameter.numel() - gone[name]
             if weights and parameter.dim() > 1 and not name.endswith("bias"):
-                dense[re.sub(r"\.\d+(?=\.)", ".*", name.removesuffix(".weight"))] += weights
+                dense[everywhere(name.removesuffix(".weight"))] += weights
     return dict(dense)
 
 

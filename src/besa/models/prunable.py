@@ -5,6 +5,7 @@ Shape suffixes: O rows (output channels), I columns (input channels), E experts.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -44,6 +45,11 @@ class Prunable:
         """The matrix (O, I) as a view of its parameter."""
         matrix = parameter if self.expert is None else parameter[self.expert]
         return matrix.T if self.transposed else matrix
+
+
+def everywhere(name: str) -> str:
+    """The pattern of a name that fits it in every block, and every expert."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
 def find_prunables(block: nn.Module) -> dict[str, Prunable]:

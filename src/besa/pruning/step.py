@@ -18,6 +18,7 @@ from besa.errors import BesaError
 from besa.finetuning import Finetuned
 from besa.losses import error_between
 from besa.masks import rank
+from besa.models.prunable import everywhere
 from besa.models.units import Part, Unit, parts
 from besa.pruning import quantizing
 from besa.pruning.paths import ERROR_SHARE, ERROR_TOKENS, Resources
@@ -113,14 +114,14 @@ def _refuse_unseen(step: Step, statistics: Mapping[str, InputStatistics]) -> Non
     Raises:
         BesaError: a matrix is to be pruned that was not seen in any product, and that no router stands before.
     """
-    for block in step.unit.blocks:
-        asked = {name for budget in step.budgets if budget.zeros for name in budget.names}
-        for name in (name for name, prunable in block.prunables.items() if name in asked and not prunable.routed):
-            if statistics[name].tokens == 0:
-                raise BesaError(
-                    f"No token reaches {name}, or its block multiplies by it in a way that besa cannot see: leave it "
-                    f"out with --skip '*{name.removeprefix(block.name)}'."
-                )
+    asked = [name for budget in step.budgets if budget.zeros for name in budget.names]
+    unseen = [name for name in asked if not statistics[name].tokens and not step.unit.prunables[name].routed]
+    if unseen:
+        patterns = " ".join(f"--skip '{pattern}'" for pattern in dict.fromkeys(map(everywhere, unseen)))
+        raise BesaError(
+            f"No token reaches {', '.join(unseen)}, or their block multiplies in a way that besa cannot see: leave "
+            f"them out with {patterns}."
+        )
 
 
 def _prune(
