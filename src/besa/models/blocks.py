@@ -127,7 +127,7 @@ def find_blocks(model: PreTrainedModel) -> list[Block]:
         BesaError: no list of decoder blocks is found, a block has no matrix to prune, or blocks share weights.
     """
     config = model.config.get_text_config()
-    depths = {getattr(config, name) for name in DEPTHS if hasattr(config, name)}
+    depths = [getattr(config, name) for name in DEPTHS if hasattr(config, name)]
     stacks = _stacks(model, _text_tower(model), depths) or _stacks(model, model, depths)
     if not stacks:
         raise BesaError(
@@ -151,13 +151,13 @@ def _text_tower(model: PreTrainedModel) -> nn.Module:
     return tower
 
 
-def _stacks(model: nn.Module, tower: nn.Module, depths: set[int]) -> dict[str, list[dict[str, Prunable]]]:
+def _stacks(model: nn.Module, tower: nn.Module, depths: list[int]) -> dict[str, list[dict[str, Prunable]]]:
     """What is prunable in each module of every list of as many as the model is deep, by the path of the list."""
     inside = set(tower.modules())
     return {
         path: [find_prunables(part) for part in module]
         for path, module in model.named_modules()
-        if module in inside and isinstance(module, nn.ModuleList) and len(module) in depths
+        if module in inside and isinstance(module, nn.ModuleList) and 0 < len(module) in depths
     }
 
 
