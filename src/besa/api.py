@@ -24,7 +24,7 @@ from besa.evaluation.result import Evaluation
 from besa.evaluation.texts import perplexities, read_texts
 from besa.evaluation.zero_shot import check_tasks, zero_shot
 from besa.machine import machine, resolve_device, versions
-from besa.models.blocks import find_blocks
+from besa.models.blocks import find_blocks, left_dense
 from besa.models.bos import bos_token
 from besa.models.limits import embedding_rows, positions
 from besa.models.loading import describe, is_quantized, load_model, load_tokenizer, locate, read_config, skeleton
@@ -169,6 +169,8 @@ def compress(
             weights=weights,
             zeros=zeros,
             sparsity=zeros / weights,
+            model_sparsity=zeros / identity["parameters"],
+            dense=left_dense(decoder.blocks, {linear.name for block in blocks for linear in block.linears}),
             seconds=time.perf_counter() - began,
             peak_memory_bytes=memory.peak_bytes(),
             peak_gpu_memory_bytes=memory.peak_gpu_bytes(device),

@@ -42,7 +42,7 @@ class RowSensitivities:
         x_NTC = x_NTC.detach().requires_grad_()
         with torch.enable_grad(), ExitStack() as stack:
             for block in self.block.blocks if isinstance(self.block, Unit) else (self.block,):
-                stack.enter_context(Products(block.module, block.prunables, outputs=self._listen))
+                stack.enter_context(Products(block.module, block.prunables, gradients=self._add))
             y_NTC = self.block(x_NTC)
         if seeds_NTC is None:
             seeds_NTC = random_signs(y_NTC, seed)
@@ -55,14 +55,10 @@ class RowSensitivities:
             return torch.zeros(prunable.rows, device=self.block.weight(name).device)
         return self._sums[name] / self._tokens[name]
 
-    def _listen(self, name: str, y: Tensor) -> None:
-        def add(gradient: Tensor) -> None:
-            squares_O = gradient.float().square().reshape(-1, gradient.shape[-1]).sum(dim=0)
-            self._sums[name] = self._sums[name] + squares_O if name in self._sums else squares_O
-            self._tokens[name] = self._tokens.get(name, 0) + gradient.numel() // gradient.shape[-1]
-
-        if y.requires_grad:
-            y.register_hook(add)
+    def _add(self, name: str, gradient: Tensor) -> None:
+        squares_O = gradient.float().square().reshape(-1, gradient.shape[-1]).sum(dim=0)
+        self._sums[name] = self._sums[name] + squares_O if name in self._sums else squares_O
+        self._tokens[name] = self._tokens.get(name, 0) + gradient.numel() // gradient.shape[-1]
 
 
 def random_signs(like: Tensor, seed: int) -> Tensor:

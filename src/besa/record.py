@@ -99,6 +99,12 @@ class RunRecord(Record):
     weights: int
     zeros: int
     sparsity: float
+    model_sparsity: float | None = Field(
+        default=None, description="share of all parameters of the model that is pruned"
+    )
+    dense: dict[str, int] = Field(
+        default={}, description="weights of the blocks' matrices that stay dense, by name within a block"
+    )
     seconds: float
     peak_memory_bytes: int
     peak_gpu_memory_bytes: int | None = None

@@ -81,7 +81,7 @@ def comparison(rows: Sequence[Row]) -> RenderableType:
 
 
 def pruned(record: RunRecord, folder: Path) -> RenderableType:
-    """What a run did, in three lines."""
+    """What a run did, in a few lines."""
     errors = [block.reconstruction_error for block in record.blocks]
     gpu = f", GPU {record.peak_gpu_memory_bytes / 1e9:.2f} GB" if record.peak_gpu_memory_bytes else ""
     unreached = (
@@ -94,8 +94,12 @@ def pruned(record: RunRecord, folder: Path) -> RenderableType:
         if passed.tensors
         else ""
     )
+    whole = ""
+    if record.model_sparsity is not None:
+        whole = f"{record.model_sparsity:.2%} of the whole model pruned; {_dense(record.dense)}\n"
     return Text(
         f"{folder}: {record.zeros:,} of {record.weights:,} prunable weights are zero ({record.sparsity:.4%})\n"
+        f"{whole}"
         f"recipe {record.recipe['name']}, {record.seconds:,.0f} s, "
         f"peak memory {record.peak_memory_bytes / 1e9:.2f} GB{gpu}\n"
         f"reconstruction error {errors[0]:.4f} in the first block, {errors[-1]:.4f} in the last{unreached}{unbuilt}"
@@ -108,6 +112,7 @@ def planned(plan: Plan) -> RenderableType:
     table.add_row("architecture", f"{plan.architecture}, {plan.blocks} blocks, {plan.parameters:,} parameters")
     share = plan.zeros / plan.prunable_weights
     table.add_row("prunable weights", f"{plan.prunable_weights:,}, of which {plan.zeros:,} go ({share:.2%})")
+    table.add_row("whole model", f"{plan.model_sparsity:.2%} of all parameters go; {_dense(plan.dense)}")
     table.add_row("memory", f"{plan.memory_bytes / 1e9:.2f} GB at the peak")
     if plan.gpu_memory_bytes is not None:
         table.add_row("GPU memory", f"{plan.gpu_memory_bytes / 1e9:.2f} GB at the peak")
@@ -122,6 +127,13 @@ def planned(plan: Plan) -> RenderableType:
 def verified(found: Verified, folder: Path) -> RenderableType:
     """That a checkpoint is as it was written, in one line."""
     return Text(f"{folder}: {found.files} files with {found.bytes:,} bytes are as they were written")
+
+
+def _dense(dense: dict[str, int]) -> str:
+    """What stays dense in the blocks."""
+    if not dense:
+        return "every matrix of the blocks is pruned"
+    return f"{sum(dense.values()):,} weights of the blocks stay dense: {', '.join(sorted(dense))}"
 
 
 def packed(found: Packing, folder: Path) -> RenderableType:

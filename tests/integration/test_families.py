@@ -15,8 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from besa import BesaError, Calibration, compress
 from besa.errors import Interrupted
-from besa.models.blocks import find_blocks
-from besa.models.prunable import find_prunables
+from besa.models.blocks import find_blocks, left_dense
 
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
 TABLE = re.compile(r"^\| family .*?(?=^\n|\Z)", re.DOTALL | re.MULTILINE)
@@ -287,12 +286,6 @@ def test_what_is_no_attention_decoder_is_refused(
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
-def left_dense(block: torch.nn.Module) -> list[str]:
-    """Names of the matrices of a block that are not prunable."""
-    known = {prunable.parameter for prunable in find_prunables(block).values()}
-    return [name for name, p in block.named_parameters() if p.dim() > 1 and name not in known]
-
-
 def table() -> str:
     """What is in the blocks of each family, in Markdown."""
     lines = ["| family | class | prunable | stays dense besides norms and biases | experts |", "|---|---|---|---|---|"]
@@ -301,11 +294,10 @@ def table() -> str:
             model = AutoModelForCausalLM.from_config(config_of(family))
         blocks = find_blocks(model)
         whole = sum(parameter.numel() for block in blocks for parameter in block.module.parameters())
-        dense = {re.sub(r"\.\d+\.", ".*.", name) for block in blocks for name in left_dense(block.module)}
-        dense = {name for name in dense if not name.endswith("_bias")}  # of a stack of experts: a matrix of biases
+        dense = left_dense(blocks, {name for block in blocks for name in block.prunables})
         experts = any(prunable.expert is not None for block in blocks for prunable in block.prunables.values())
         share = sum(block.weights for block in blocks) / whole
-        names = ", ".join(f"`{name.removesuffix('.weight')}`" for name in sorted(dense)) or "nothing"
+        names = ", ".join(f"`{name}`" for name in sorted(dense)) or "nothing"
         lines.append(f"| {family} | `{type(model).__name__}` | {share:.1%} | {names} | {'yes' if experts else 'no'} |")
     return "\n".join(lines) + "\n"
 

@@ -1,15 +1,21 @@
 """What a plan says, against what a run then does."""
 
+import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
-from transformers import FalconConfig, LlamaConfig, MixtralConfig
+from transformers import FalconConfig, LlamaConfig, MixtralConfig, MixtralForCausalLM
 
 import besa
+from besa import Calibration, show
 from besa.planning.shapes import _LiveBytes
 from besa.recipe import Recipe
+from besa.record import RunRecord
+from besa.report import load_run, render
 
 LLAMA_70B = LlamaConfig(
     vocab_size=32000,
@@ -37,6 +43,8 @@ def test_counts_are_those_of_the_run(tiny_llama_folder: Path, tmp_path: Path) ->
     text = str(tiny_llama_folder / "calibration.txt")
     record = besa.compress(tiny_llama_folder, "besa", text, out=tmp_path / "out", **sizes).record
     assert (planned.prunable_weights, planned.zeros) == (record.weights, record.zeros)
+    assert planned.model_sparsity == record.model_sparsity == record.zeros / record.model["parameters"]
+    assert planned.dense == record.dense == {}
     assert planned.architecture == record.model["architecture"]
     assert (planned.blocks, planned.parameters) == (len(record.blocks), record.model["parameters"])
     written = (tmp_path / "out" / "model.safetensors").stat().st_size
@@ -112,6 +120,38 @@ def test_experts_are_planned_without_values(tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
     planned = besa.plan(tmp_path, "besa", samples=4, seqlen=32)
     assert planned.prunable_weights == 2 * (2 * 64 * 64 + 2 * 64 * 8 * 16 + 8 * 3 * 64 * 96)
+
+
+def test_what_stays_dense_is_told_by_plan_record_terminal_and_report(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    config = MixtralConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        num_local_experts=4,
+    )
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "dense")
+    recipe = Recipe.load("wanda").model_copy(update={"skip": ("*.k_proj",)})
+    tokens = Calibration(torch.arange(64).reshape(4, 16), "text", 0)
+    planned = besa.plan(tmp_path / "dense", recipe, samples=4, seqlen=16)
+    record = besa.compress(tmp_path / "dense", recipe, tokens, out=tmp_path / "out", tokenizer=tiny_tokenizer).record
+    assert planned.dense == record.dense == {"mlp.gate": 2 * 4 * 32, "self_attn.k_proj": 2 * 16 * 32}
+    assert planned.model_sparsity == record.model_sparsity == record.zeros / record.model["parameters"]
+    share, dense = f"{record.model_sparsity:.2%}", "mlp.gate, self_attn.k_proj"
+    for shown in (show.planned(planned), show.pruned(record, tmp_path)):
+        console = Console(record=True, width=200, file=io.StringIO())
+        console.print(shown)
+        text = console.export_text()
+        assert share in text
+        assert f"1,280 weights of the blocks stay dense: {dense}" in text
+    page = render([load_run(tmp_path / "out")])
+    assert dense in page
+    assert share.replace("%", "\N{NO-BREAK SPACE}%") in page
+    old = record.model_dump(exclude={"dense", "model_sparsity"})  # of an earlier besa
+    assert RunRecord.model_validate(old).model_sparsity is None
+    assert "stay dense" not in show.pruned(RunRecord.model_validate(old), tmp_path).plain
 
 
 def test_gguf_is_no_matter_for_plans(tmp_path: Path) -> None:

@@ -110,8 +110,8 @@ def test_a_stack_of_its_own_is_stored_outputs_first():
 
 def test_routers_stay_dense():
     """As many outputs as experts, or one output beside experts; without experts, both are linears like any other."""
-    linears = {"router": nn.Linear(4, EXPERTS), "shared_gate": nn.Linear(4, 1), "up": nn.Linear(4, 6)}
-    assert list(find_prunables(nn.ModuleDict(linears))) == ["router", "shared_gate", "up"]
+    linears = {"chooser": nn.Linear(4, EXPERTS), "shared_gate": nn.Linear(4, 1), "up": nn.Linear(4, 6)}
+    assert list(find_prunables(nn.ModuleDict(linears))) == ["chooser", "shared_gate", "up"]
     stacked = nn.ModuleDict({**linears, "experts": Experts(False)})
     assert list(find_prunables(stacked)) == ["up", *expert_names("experts")]
     listed = nn.ModuleDict({**linears, "experts": nn.ModuleList(nn.Linear(4, 4) for _ in range(EXPERTS))})

@@ -181,3 +181,36 @@ def test_learned_rates_may_start_there(problem):
     by_linear = Besa(guess=1, rates="layer", **still).allocate(problem).counts
     for name, own in there.items():
         assert abs(int(by_linear[name].sum()) - int(own.sum())) <= len(own)
+
+
+class AtOnce(nn.Module):
+    """Two experts that are multiplied at once, each with a half of the tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.stack = nn.Parameter(torch.randn(2, WIDTH, WIDTH))
+
+    def forward(self, x):
+        return x + torch.bmm(x.reshape(2, -1, WIDTH), self.stack.transpose(1, 2)).reshape(x.shape)
+
+
+class OnTheLeft(nn.Module):
+    """A linear whose weight stands on the left."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH, bias=False)
+
+    def forward(self, x):
+        return x + (self.linear.weight @ x.transpose(1, 2)).transpose(1, 2)
+
+
+@pytest.mark.parametrize("kind", [AtOnce, OnTheLeft])
+def test_gradients_reach_matrices_however_they_are_multiplied(kind):
+    module = kind().requires_grad_(False)
+    block = Block(0, "b", module, find_prunables(module), {(1, 4): {}})
+    rows, seeds_NTC = RowSensitivities(block), torch.randn(1, 4, WIDTH)
+    rows.send_back(torch.randn(1, 4, WIDTH), seeds_NTC)
+    halves = seeds_NTC[0].split(2) if kind is AtOnce else [seeds_NTC[0]]
+    for name, own_TC in zip(block.prunables, halves, strict=True):
+        torch.testing.assert_close(rows.rows(name), own_TC.square().mean(dim=0))

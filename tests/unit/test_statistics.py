@@ -162,6 +162,18 @@ PRODUCTS = {
     "method": lambda x_TI, w_OI: x_TI.matmul(w_OI.T),
     "operator": lambda x_TI, w_OI: x_TI @ w_OI.T,
     "batched": lambda x_TI, w_OI: torch.bmm(x_TI[None], w_OI.T[None])[0],
+    "linear by names": lambda x_TI, w_OI: nn.functional.linear(input=x_TI, weight=w_OI),
+    "addmm by names": lambda x_TI, w_OI: torch.addmm(torch.zeros(5), mat1=x_TI, mat2=w_OI.T),
+    "matmul by names": lambda x_TI, w_OI: torch.matmul(input=x_TI, other=w_OI.T),
+    "mm": lambda x_TI, w_OI: torch.mm(x_TI, mat2=w_OI.T),
+    "mm method": lambda x_TI, w_OI: x_TI.mm(w_OI.T),
+    "batched by names": lambda x_TI, w_OI: torch.bmm(input=x_TI[None], mat2=w_OI.T[None])[0],
+    "baddbmm": lambda x_TI, w_OI: torch.baddbmm(torch.zeros(1, 1, 5), batch1=x_TI[None], batch2=w_OI.T[None])[0],
+    "one for all": lambda x_TI, w_OI: torch.matmul(x_TI.reshape(2, 1, 3), w_OI.T[None])[:, 0],
+    "on the left": lambda x_TI, w_OI: (w_OI @ x_TI.T).T,
+    "einsum": lambda x_TI, w_OI: torch.einsum("ti,oi->to", x_TI, w_OI),
+    "einsum, weight first": lambda x_TI, w_OI: torch.einsum("oi, ...i -> ...o", w_OI, x_TI),
+    "einsum of a list": lambda x_TI, w_OI: torch.einsum("ti,io->to", [x_TI, w_OI.T]),
 }
 
 
@@ -206,7 +218,9 @@ def test_experts_count_the_tokens_that_reach_them(experts):
     assert [statistics[name].squares_I.tolist() for name in prunables] == [[10, 20], [0, 0], [26, 37]]
 
 
-@pytest.mark.parametrize("product", [torch.bmm, torch.matmul])
+@pytest.mark.parametrize(
+    "product", [torch.bmm, torch.matmul, lambda x_ETI, w_EIO: torch.einsum("eti,eio->eto", x_ETI, w_EIO)]
+)
 def test_experts_multiplied_all_at_once_count_apart(experts, product):
     block, prunables = experts
     x_ETI = torch.arange(12.0).reshape(3, 2, 2)
@@ -217,14 +231,38 @@ def test_experts_multiplied_all_at_once_count_apart(experts, product):
         assert statistics[name].squares_I.tolist() == x_ETI[expert].square().sum(dim=0).tolist()
 
 
-def test_a_product_the_other_way_round_is_refused():
+def test_experts_that_all_get_the_same_tokens_count_them_each(experts):
+    block, prunables = experts
+    x_TI = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    with collect(block, prunables, gram=False) as statistics:
+        torch.matmul(x_TI, block.stack.transpose(1, 2))
+    assert [statistics[name].squares_I.tolist() for name in prunables] == [[10, 20]] * 3
+
+
+def test_sums_that_are_no_plain_product_do_not_count():
+    linear = nn.Linear(3, 3, bias=False)
+    with collected(gram=False, linear=linear) as statistics:
+        torch.einsum("ti,oi->t", torch.ones(2, 3), linear.weight)
+        torch.einsum("ti,oi", torch.ones(2, 3), linear.weight)
+        torch.einsum("ii->i", linear.weight)
+    assert statistics["linear"].tokens == 0
+
+
+@pytest.mark.parametrize("rows", [3, 5])
+def test_a_product_the_other_way_round_does_not_count_and_of_an_expert_is_refused(rows):
+    """A square matrix is told by how it lies in memory."""
     block = nn.Module()
-    block.weight = nn.Parameter(torch.randn(3, 5))
+    block.weight = nn.Parameter(torch.randn(rows, 5))
+    with collect(block, {"w": Prunable("weight", rows, 5)}, gram=False) as statistics:
+        torch.ones(2, rows) @ block.weight
+    assert statistics["w"].tokens == 0
     with (
-        pytest.raises(BesaError, match=r"^w is multiplied the other way round .* --skip\.$"),
-        collect(block, {"w": Prunable("weight", 3, 5)}, gram=False),
+        pytest.raises(
+            BesaError, match=r"^w is multiplied the other way round than besa expects: it cannot be pruned\.$"
+        ),
+        collect(block, {"w": Prunable("weight", rows, 5, routed=True)}, gram=False),
     ):
-        torch.ones(2, 3) @ block.weight
+        torch.ones(2, rows) @ block.weight
 
 
 def gathered(x_TI) -> InputStatistics:

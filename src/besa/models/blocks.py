@@ -5,7 +5,10 @@ Shape suffixes: N sequences, T tokens, C channels of the residual stream.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+import dis
+import sys
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +20,10 @@ from transformers import PreTrainedModel
 
 from besa.activations import HiddenStates
 from besa.errors import BesaError
-from besa.models.prunable import Prunable, find_prunables, replaced
+from besa.models.calls import Unknown, hidden_states_of, named, replayed
+from besa.models.prunable import Prunable, everywhere, find_prunables, replaced
+
+DEPTHS = ("num_hidden_layers", "num_layers", "decoder_layers")  # how configurations call the number of blocks
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,7 @@ class Block:
         name: module path in the model, such as ``model.layers.3``.
         module: the block itself.
         prunables: its prunable matrices by full module path, in module order.
-        arguments: keyword arguments of its call by number of sequences and of tokens (masks, rotary embeddings).
+        arguments: of its call by number of sequences and of tokens (masks, rotary embeddings), by name.
     """
 
     index: int
@@ -56,14 +62,13 @@ class Block:
             weights: matrices by full name, to be used instead of the block's own; gradients reach them.
         """
         captured = self.arguments[x_NTC.shape[0], x_NTC.shape[1]]
-        arguments = {key: _moved(value, x_NTC.device) for key, value in captured.items()}
+        arguments = {name: replayed(value, x_NTC.device) for name, value in captured.items()}
         if weights is None:
-            output: Any = self.module(x_NTC, **arguments)
+            output: Any = self.module(x_NTC.contiguous(), **arguments)
         else:
             parameters = replaced(dict(self.module.named_parameters()), self.prunables, weights)
-            output = functional_call(self.module, parameters, (x_NTC,), arguments)
-        y_NTC: Tensor = output[0] if isinstance(output, tuple) else output
-        return y_NTC
+            output = functional_call(self.module, parameters, (x_NTC.contiguous(),), arguments)
+        return hidden_states_of(output)
 
     def run(self, x_NTC: HiddenStates, batch: int, into: HiddenStates | None = None) -> None:
         """Send all sequences through the block, `batch` at a time on the block's device.
@@ -112,39 +117,86 @@ def send(
             into[part] = y_NTC
 
 
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, tuple):
-        return tuple(_moved(item, device) for item in value)
-    return value
-
-
 def find_blocks(model: PreTrainedModel) -> list[Block]:
     """The decoder blocks of a causal language model, from its module tree.
 
+    Of several towers, the one that reads text is looked at; of its lists of modules that are as long as it is deep,
+    the one with the most to prune is the decoder.
+
     Raises:
-        BesaError: no list of decoder blocks is found, or a block has no matrix to prune.
+        BesaError: no list of decoder blocks is found, a block has no matrix to prune, or blocks share weights.
     """
-    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    stacks = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == depth
-    ]
-    if not stacks or not depth:
+    config = model.config.get_text_config()
+    depths = [getattr(config, name) for name in DEPTHS if hasattr(config, name)]
+    stacks = _stacks(model, _text_tower(model), depths) or _stacks(model, model, depths)
+    if not stacks:
         raise BesaError(
             f"{type(model).__name__} has no stack of decoder blocks that besa can find: use a causal decoder."
         )
-    path, stack = max(stacks, key=lambda item: sum(parameter.numel() for parameter in item[1].parameters()))
+    path, found = max(stacks.items(), key=lambda item: sum(own.numel for part in item[1] for own in part.values()))
     blocks = []
-    for index, module in enumerate(stack):
+    for index, (module, inner) in enumerate(zip(model.get_submodule(path), found, strict=True)):
         name = f"{path}.{index}"
-        prunables = {f"{name}.{inner}": prunable for inner, prunable in find_prunables(module).items()}
-        if not prunables:
+        if not inner:
             raise BesaError(f"{name} of {type(model).__name__} has no linear weights to prune.")
+        prunables = {f"{name}.{place}": prunable for place, prunable in inner.items()}
         blocks.append(Block(index, name, module, prunables))
+    _refuse_shared_weights(model, blocks)
     return blocks
+
+
+def _text_tower(model: PreTrainedModel) -> nn.Module:
+    """The part of a model that reads text: the model itself where it has no other."""
+    tower: nn.Module = model.get_decoder() if isinstance(model, PreTrainedModel) else model
+    return tower
+
+
+def _stacks(model: nn.Module, tower: nn.Module, depths: list[int]) -> dict[str, list[dict[str, Prunable]]]:
+    """What is prunable in each module of every list of as many as the model is deep, by the path of the list."""
+    inside = set(tower.modules())
+    return {
+        path: [find_prunables(part) for part in module]
+        for path, module in model.named_modules()
+        if module in inside and isinstance(module, nn.ModuleList) and 0 < len(module) in depths
+    }
+
+
+def _refuse_shared_weights(model: PreTrainedModel, blocks: list[Block]) -> None:
+    """Blocks are pruned one after another, so no weight may stand in two places.
+
+    Raises:
+        BesaError: one does.
+    """
+    places: dict[int, str] = {}
+    for block in blocks:
+        for inner, parameter in block.module.named_parameters(remove_duplicate=False):
+            name = f"{block.name}.{inner}"
+            if (other := places.setdefault(id(parameter), name)) != name:
+                raise BesaError(
+                    f"{type(model).__name__} cannot be pruned block by block: {other} and {name} are one weight."
+                )
+
+
+def left_dense(blocks: Iterable[Block], pruned: Collection[str]) -> dict[str, int]:
+    """Weights of the matrices that are not pruned, such as routers, convolutions and what is skipped.
+
+    Args:
+        blocks: of a decoder.
+        pruned: full names of the prunable matrices that are.
+
+    Returns:
+        Sums over blocks by name within the block, with ``*`` for numbers. Norms and biases are no matrices.
+    """
+    dense: Counter[str] = Counter()
+    for block in blocks:
+        gone: Counter[str] = Counter()
+        for name, prunable in block.prunables.items():
+            gone[prunable.parameter] += prunable.numel if name in pruned else 0
+        for name, parameter in block.module.named_parameters():
+            weights = parameter.numel() - gone[name]
+            if weights and parameter.dim() > 1 and not name.endswith("bias"):
+                dense[everywhere(name.removesuffix(".weight"))] += weights
+    return dict(dense)
 
 
 @torch.no_grad()
@@ -158,14 +210,21 @@ def capture_inputs(
     filled in, for every batch size up to `batch`, as masks and position biases may depend on it: for sequences of T
     tokens, and for their beginnings of the `lengths` asked for.
     """
-    with standing_aside(blocks) as hidden:
+    with standing_aside(blocks) as calls:
         for size in range(1, min(batch, len(tokens_NT)) + 1):
             for length in {tokens_NT.shape[1], *lengths}:
-                model.base_model(input_ids=tokens_NT[:size, :length].to(model.device), use_cache=False)
-        hidden.clear()
+                run_base(model, tokens_NT[:size, :length])
         for part_NT in tokens_NT.split(batch):
-            model.base_model(input_ids=part_NT.to(model.device), use_cache=False)
-            yield hidden.pop()
+            calls.clear()
+            run_base(model, part_NT)
+            x_NTC = calls[0].x_NTC
+            calls.clear()
+            yield x_NTC
+
+
+def run_base(model: PreTrainedModel, tokens_NT: Tensor) -> None:
+    """Run a model without its head, which may have no weights, on token ids (N, T)."""
+    model.base_model(input_ids=tokens_NT.to(model.get_input_embeddings().weight.device), use_cache=False)
 
 
 def logits_of(model: PreTrainedModel, blocks: list[Block], tokens_NT: Tensor, y_NTC: Tensor) -> Tensor:
@@ -179,14 +238,23 @@ def logits_of(model: PreTrainedModel, blocks: list[Block], tokens_NT: Tensor, y_
     return logits_NTV
 
 
+@dataclass(frozen=True)
+class Call:
+    """A call of a block by its model, while blocks stand aside: hidden states (N, T, C), and what else was handed."""
+
+    block: Block
+    x_NTC: Tensor
+    arguments: dict[str, Any]
+
+
 @contextmanager
-def standing_aside(blocks: list[Block]) -> Iterator[list[Tensor]]:
-    """While open, blocks hand their input on and keep their arguments; gives the list that first inputs go into."""
-    hidden: list[Tensor] = []
+def standing_aside(blocks: list[Block]) -> Iterator[list[Call]]:
+    """While open, blocks hand their input on and keep their arguments; gives the list that their calls go into."""
+    calls: list[Call] = []
     with ExitStack() as stack:
         for block in blocks:
-            stack.enter_context(_standing_aside(block, hidden))
-        yield hidden
+            stack.enter_context(_standing_aside(block, calls))
+        yield calls
 
 
 class _Passed(Tensor):
@@ -196,31 +264,34 @@ class _Passed(Tensor):
 
     def __getitem__(self, index: Any) -> Any:
         whole = self.as_subclass(Tensor)
-        return whole if isinstance(index, int) and index == 0 else whole[index]
+        if isinstance(index, int):
+            return whole if index == 0 else Unknown()
+        return whole[index]
+
+    def __iter__(self) -> Iterator[Any]:
+        """As many values as the model unpacks it into, of which the input is the first."""
+        whole, frame = self.as_subclass(Tensor), sys._getframe(1)
+        operation, number = frame.f_code.co_code[frame.f_lasti : frame.f_lasti + 2]
+        if dis.opname[operation] not in ("UNPACK_SEQUENCE", "UNPACK_EX"):
+            return iter(whole)
+        return iter([whole, *(Unknown() for _ in range(1, number))])
 
 
 @contextmanager
-def _standing_aside(block: Block, hidden: list[Tensor]) -> Iterator[None]:
+def _standing_aside(block: Block, calls: list[Call]) -> Iterator[None]:
     """While open, calls of the block return their input and leave their arguments in the block."""
 
-    def record(_: nn.Module, inputs: tuple[Any, ...], arguments: dict[str, Any]) -> None:
-        x_NTC = inputs[0] if inputs else arguments["hidden_states"]
-        if block.index == 0:
-            hidden.append(x_NTC)
-        kept = {key: value for key, value in arguments.items() if key != "hidden_states"}
-        block.arguments[x_NTC.shape[0], x_NTC.shape[1]] = kept
-
-    def pass_on(*inputs: Any, **arguments: Any) -> Any:
-        x_NTC = inputs[0] if inputs else arguments["hidden_states"]
+    def pass_on(*inputs: Any, **keywords: Any) -> Any:
+        x_NTC, arguments = named(block.module, inputs, keywords)
+        calls.append(Call(block, x_NTC, arguments))
+        block.arguments[x_NTC.shape[0], x_NTC.shape[1]] = arguments
         return x_NTC.as_subclass(_Passed)
 
-    handle = block.module.register_forward_pre_hook(record, with_kwargs=True)
     before = vars(block.module).get("forward")  # accelerate sets one of its own
     block.module.forward = pass_on
     try:
         yield
     finally:
-        handle.remove()
         del block.module.forward  # the class's own forward shows again
         if before is not None:
             block.module.forward = before

@@ -5,12 +5,15 @@ Shape suffixes: O rows (output channels), I columns (input channels), E experts.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from besa.models.experts import find_experts, stacks
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class Prunable:
         columns: I.
         transposed: the parameter is stored (I, O), as GPT-2's ``Conv1D`` does.
         expert: which slice of a three-dimensional parameter it is, None for a parameter that is one matrix.
+        routed: whether only those tokens reach it that a router sends there.
     """
 
     parameter: str
@@ -30,6 +34,7 @@ class Prunable:
     columns: int
     transposed: bool = False
     expert: int | None = None
+    routed: bool = False
 
     @property
     def numel(self) -> int:
@@ -42,52 +47,44 @@ class Prunable:
         return matrix.T if self.transposed else matrix
 
 
+def everywhere(name: str) -> str:
+    """The pattern of a name that fits it in every block, and every expert."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
+
+
 def find_prunables(block: nn.Module) -> dict[str, Prunable]:
     """The prunable matrices of a block by the path of their module within it, in module order.
 
     These are the weights of ``nn.Linear`` (Falcon's included) and GPT-2's ``Conv1D``, and each expert of a stack (E, O,
-    I). Routers stay dense: the linears with one output for each expert, or with a single output.
+    I). What chooses or weighs experts stays dense.
     """
-    experts = _expert_counts(block)
+    experts = find_experts(block)
     found: dict[str, Prunable] = {}
     for path, module in block.named_modules():
-        if isinstance(module, nn.Linear | Conv1D):
+        routed = experts.hold(path)
+        if not isinstance(module, nn.Linear | Conv1D):
+            found |= _stacked(path, module, routed)
+        elif path not in experts.routers:
             transposed = isinstance(module, Conv1D)
             rows, columns = module.weight.shape[::-1] if transposed else module.weight.shape
-            if not (experts and rows in {1, *experts}):
-                found[path] = Prunable(f"{path}.weight", rows, columns, transposed)
-        else:
-            found |= _stacked(path, module)
+            found[path] = Prunable(f"{path}.weight", rows, columns, transposed, routed=routed)
     return found
 
 
-def _expert_counts(block: nn.Module) -> set[int]:
-    """How many experts the block's mixtures have: lengths of stacks of matrices and of lists of like modules."""
-    counts = {stack.shape[0] for module in block.modules() for _, stack in _stacks(module)}
-    lists = [module for module in block.modules() if isinstance(module, nn.ModuleList) and len(module) > 1]
-    return counts | {len(module) for module in lists if len({type(part) for part in module}) == 1}
-
-
-def _stacked(path: str, module: nn.Module) -> dict[str, Prunable]:
+def _stacked(path: str, module: nn.Module, routed: bool) -> dict[str, Prunable]:
     """The experts of a module that keeps them as three-dimensional parameters."""
-    stacks = _stacks(module)
-    transposed = _stored_transposed(module, [value for _, value in stacks])
+    own = stacks(module)
+    transposed = _stored_transposed(module, list(own.values()))
     found = {}
-    for name, value in stacks:
+    for name, value in own.items():
         rows, columns = value.shape[:0:-1] if transposed else value.shape[1:]
         for expert in range(value.shape[0]):
-            found[f"{path}.{name}.{expert}"] = Prunable(f"{path}.{name}", rows, columns, transposed, expert)
+            parameter = f"{path}.{name}".lstrip(".")
+            found[f"{parameter}.{expert}"] = Prunable(parameter, rows, columns, transposed, expert, routed)
     return found
 
 
-def _stacks(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """The three-dimensional parameters of a module itself; those of a convolution are none of experts."""
-    if isinstance(module, nn.Conv1d):
-        return []
-    return [(name, value) for name, value in module.named_parameters(recurse=False) if value.dim() == 3]
-
-
-def _stored_transposed(module: nn.Module, stacks: list[Tensor]) -> bool:
+def _stored_transposed(module: nn.Module, own: list[Tensor]) -> bool:
     """Whether experts are stored (E, I, O).
 
     transformers says so where it dispatches experts itself. Elsewhere the shapes tell: the output of the last stack is
@@ -95,7 +92,7 @@ def _stored_transposed(module: nn.Module, stacks: list[Tensor]) -> bool:
     """
     if hasattr(module, "is_transposed"):
         return bool(module.is_transposed)
-    return len(stacks) > 1 and stacks[0].shape[2] != stacks[-1].shape[1] and stacks[0].shape[1] == stacks[-1].shape[2]
+    return len(own) > 1 and own[0].shape[2] != own[-1].shape[1] and own[0].shape[1] == own[-1].shape[2]
 
 
 def replaced(

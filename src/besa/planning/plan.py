@@ -14,7 +14,7 @@ from besa import memory
 from besa.allocation import first_tokens
 from besa.checkpoint.writer import disk_bytes
 from besa.errors import BesaError
-from besa.models.blocks import Block
+from besa.models.blocks import Block, left_dense
 from besa.models.units import Unit, units
 from besa.planning.passes import forward_passes
 from besa.planning.peak import stored_bytes, unit_bytes
@@ -38,6 +38,8 @@ class Plan(BaseModel):
         parameters: of the whole model.
         prunable_weights: of the blocks, less what is skipped.
         zeros: what the recipe will make of them.
+        model_sparsity: share of all parameters of the model that these are.
+        dense: weights of the blocks' matrices that stay dense, by name within a block.
         checkpoint_bytes: of the pruned checkpoint.
         disk_bytes: free space needed while the run goes on: journal, checkpoint and activations.
         activation_bytes: of all hidden states kept between blocks.
@@ -55,6 +57,8 @@ class Plan(BaseModel):
     parameters: int
     prunable_weights: int
     zeros: int
+    model_sparsity: float
+    dense: dict[str, int]
     checkpoint_bytes: int
     disk_bytes: int
     activation_bytes: int
@@ -129,6 +133,7 @@ def work_out(
     needs = kept + max(outside, 2 * unit_size if on_gpu else work)
     disk = disk_bytes(size) + (streams if on_disk else 0)
     gpu = work if on_gpu else None
+    zeros = sum(part.zeros for part in parts)
     lacking = list(_lacking(needs, gpu, disk, device, folder))
     return Plan(
         model=name,
@@ -136,7 +141,9 @@ def work_out(
         blocks=len(blocks),
         parameters=parameters,
         prunable_weights=sum(part.weights for part in parts),
-        zeros=sum(part.zeros for part in parts),
+        zeros=zeros,
+        model_sparsity=zeros / parameters,
+        dense=left_dense(blocks, {name for part in parts for name in part.names}),
         checkpoint_bytes=size,
         disk_bytes=disk,
         activation_bytes=streams,

@@ -8,6 +8,7 @@ from besa import memory
 from besa.calibration import Calibration
 from besa.checkpoint.formats import packed
 from besa.checkpoint.journal import Journal
+from besa.models.check import Check
 from besa.models.streaming import Decoder
 from besa.models.units import Unit, units
 from besa.progress import Progress, silent
@@ -45,11 +46,13 @@ def prune_blocks(
         progress: told (blocks done, blocks, state) after every block.
 
     Raises:
-        BesaError: activations are not finite, a block's zeros exceed its budget already, or the disk is full.
+        BesaError: the blocks cannot be run one by one, activations are not finite, a block's zeros exceed its budget
+            already, or the disk is full.
     """
     blocks = decoder.blocks
     whole = units(blocks, recipe.granularity)
     done = _done(journal, whole)
+    check = Check(decoder, calibration.tokens_NT) if len(done) < len(blocks) else None
     targets = _targets(decoder, recipe, calibration, seed, resources, journal) if len(done) < len(blocks) else None
     plan = budgets(blocks, recipe, targets)
     quantization = recipe.quantization if isinstance(recipe.quantization, MinMax) else None
@@ -59,9 +62,9 @@ def prune_blocks(
             packed.check(decoder.model, (name for own in plan for budget in own for name in budget.names))
     if journal is not None:
         journal.restored = len(done)
-    last = max((place for place, unit in enumerate(whole) if unit.index not in done), default=-1)
-    if last < 0:  # stopped while the checkpoint was put together
+    if check is None:  # stopped while the checkpoint was put together
         return [done[block.index] for block in blocks]
+    last = max(place for place, unit in enumerate(whole) if unit.index not in done)
     progress(0, len(blocks), "embeddings")
     pruned_NTC, dense_NTC = first_inputs(decoder, recipe, calibration, resources)  # line 1
     records: list[BlockRecord] = []
@@ -71,6 +74,9 @@ def prune_blocks(
             with watch("load"):
                 for block in unit.blocks:
                     stack.enter_context(decoder.opened(block, resources.device))
+            with watch("check"):
+                for block in unit.blocks:
+                    check.see(block)
             if place < last:
                 for block in whole[place + 1].blocks:
                     decoder.expect(block)

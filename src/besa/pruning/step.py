@@ -14,9 +14,11 @@ import torch
 from besa.activations import HiddenStates, allocate
 from besa.allocation import Allocated, BlockProblem, RankedLinear, first_tokens
 from besa.budget import Budget
+from besa.errors import BesaError
 from besa.finetuning import Finetuned
 from besa.losses import error_between
 from besa.masks import rank
+from besa.models.prunable import everywhere
 from besa.models.units import Part, Unit, parts
 from besa.pruning import quantizing
 from besa.pruning.paths import ERROR_SHARE, ERROR_TOKENS, Resources
@@ -59,6 +61,7 @@ def prune_unit(step: Step) -> tuple[list[BlockRecord], dict[str, Quantized]]:
         halfway = [_halfway(step, part) for part in halves[:-1]]
     own_NTC = step.room_like(step.pruned_NTC) if recipe.teacher == "pruned" else None
     statistics, between = _watched(step, own_NTC)
+    _refuse_unseen(step, statistics)
     linears: dict[str, RankedLinear] = {}
     losses: list[float] = []
     quantized: dict[str, Quantized] = {}
@@ -103,6 +106,22 @@ def _watched(step: Step, own_NTC: HiddenStates | None) -> tuple[dict[str, InputS
         ]
         unit.run(step.pruned_NTC, batch, into=own_NTC)
     return {name: found for own in collected for name, found in own.items()}, between
+
+
+def _refuse_unseen(step: Step, statistics: Mapping[str, InputStatistics]) -> None:
+    """Only experts may go by magnitude for want of tokens: of any other matrix, besa does not know what it multiplies.
+
+    Raises:
+        BesaError: a matrix is to be pruned that was not seen in any product, and that no router stands before.
+    """
+    asked = [name for budget in step.budgets if budget.zeros for name in budget.names]
+    unseen = [name for name in asked if not statistics[name].tokens and not step.unit.prunables[name].routed]
+    if unseen:
+        patterns = " ".join(f"--skip '{pattern}'" for pattern in dict.fromkeys(map(everywhere, unseen)))
+        raise BesaError(
+            f"No token reaches {', '.join(unseen)}, or their block multiplies in a way that besa cannot see: leave "
+            f"them out with {patterns}."
+        )
 
 
 def _prune(

@@ -99,6 +99,8 @@ def _facts(entries: list[Entry], records: list[RunRecord]) -> list[tuple[str, st
         ),
         ("Number format", model("dtype")),
         ("Sparsity", [entry.sparsity for entry in entries if entry.run.record]),
+        ("Pruned, of the whole model", [wording.percent(r.model_sparsity) for r in records if r.model_sparsity]),
+        ("Dense in the blocks", [", ".join(sorted(record.dense)) for record in records]),
         ("Calibration", [_calibration(record) for record in records]),
         ("Perplexity windows", [f"{window:,} tokens" for window in results.windows(entries)]),
         ("Date", sorted(record.created[:10] for record in records)),

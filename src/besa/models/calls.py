@@ -1,0 +1,144 @@
+"""What a model calls its blocks with: named, kept, compared, and handed over again.
+
+Shape suffixes: N sequences, T tokens, C channels of the residual stream.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import UserDict
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from besa.errors import BesaError
+
+PLAIN = (type(None), bool, int, float, complex, str, bytes, slice, torch.dtype, torch.device)
+
+
+class ElsewhereError(LookupError):
+    """A block looks into a mapping for what another block left there."""
+
+
+class Unknown:
+    """What a block that stands aside would have put out beside its hidden states."""
+
+
+class Apart(UserDict[Any, Any]):
+    """A mapping that blocks share, as one of them alone sees it: its own entries are there, and no others."""
+
+    def __missing__(self, key: Any) -> Any:
+        raise ElsewhereError(key)
+
+    def __contains__(self, key: object) -> bool:
+        if key not in self.data:
+            raise ElsewhereError(key)
+        return True
+
+
+def named(module: nn.Module, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """The hidden states of a call, which are its first parameter, and all other arguments by their names.
+
+    Args:
+        module: what is called.
+        inputs: arguments by position.
+        keywords: arguments by name.
+
+    Raises:
+        BesaError: some have no names.
+    """
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    names = [own.name for own in parameters if own.kind is own.POSITIONAL_OR_KEYWORD]
+    if not names or len(inputs) > len(names):
+        raise BesaError(
+            f"{type(module).__name__} takes arguments without names (*args): besa cannot call it as its model does."
+        )
+    arguments = dict(zip(names, inputs, strict=False)) | dict(keywords)
+    return arguments.pop(names[0]), arguments
+
+
+def hidden_states_of(output: Any) -> Tensor:
+    """The hidden states (N, T, C) in what a block puts out: itself, or the first of several."""
+    y_NTC: Tensor = output if isinstance(output, Tensor) else output[0]
+    return y_NTC
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """An argument on a device; lists and mappings stay the objects that they are."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        return _like(value, [moved(item, device) for item in value])
+    if isinstance(value, list):
+        value[:] = [moved(item, device) for item in value]
+    if isinstance(value, dict | UserDict):
+        value.update({key: moved(item, device) for key, item in value.items()})
+    return value
+
+
+def replayed(value: Any, device: torch.device) -> Any:
+    """An argument on a device, for one more call: what the block leaves in lists and mappings stays with that call."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        return _like(value, [replayed(item, device) for item in value])
+    if isinstance(value, list):
+        return [replayed(item, device) for item in value]
+    if _is_shared(value):
+        return Apart({key: replayed(item, device) for key, item in value.items()})
+    if isinstance(value, dict):
+        return {key: replayed(item, device) for key, item in value.items()}
+    return value
+
+
+def _like(value: tuple[Any, ...], items: list[Any]) -> tuple[Any, ...]:
+    """A tuple of the same class, which may have names."""
+    return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+
+
+def _is_shared(value: Any) -> bool:
+    """Whether blocks may leave something for each other in it: a mapping of no plain class, or with nothing in it."""
+    return isinstance(value, UserDict) or (isinstance(value, dict) and not value)
+
+
+def shares(value: Any) -> bool:
+    """Whether an argument has a mapping in it that blocks may leave something for each other in."""
+    return any(_is_shared(part) for part in parts(value))
+
+
+def parts(value: Any) -> Iterator[Any]:
+    """An argument and all that is in it."""
+    yield value
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    for item in inner:
+        yield from parts(item)
+
+
+def stranger(value: Any) -> Any:
+    """The first part of an argument that may be another at the next call, such as a cache; None where there is none."""
+    known = (*PLAIN, Tensor, tuple, dict, UserDict)
+    for part in parts(value):
+        if not isinstance(part, known) and not (isinstance(part, list) and part):
+            return part
+    return None
+
+
+def equal(one: Any, other: Any) -> bool:
+    """Whether two arguments are the same, bit for bit."""
+    if isinstance(one, Tensor):
+        if not isinstance(other, Tensor) or (one.shape, one.dtype) != (other.shape, other.dtype):
+            return False
+        return bool(((one == other) | ((one != one) & (other != other))).all())
+    if isinstance(one, Mapping):
+        return isinstance(other, Mapping) and one.keys() == other.keys() and all(equal(one[k], other[k]) for k in one)
+    if isinstance(one, list | tuple):
+        same = isinstance(other, list | tuple) and len(one) == len(other)
+        return same and all(equal(*pair) for pair in zip(one, other, strict=True))
+    return bool(one == other)
+
+
+def versions(value: Any) -> list[int]:
+    """How often each tensor of an argument was written into."""
+    return [part._version for part in parts(value) if isinstance(part, Tensor)]

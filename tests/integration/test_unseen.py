@@ -1,0 +1,110 @@
+"""What no token reaches, or what is multiplied out of sight, is refused by name; experts alone go by magnitude."""
+
+import copy
+from fnmatch import fnmatch
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from besa import BesaError, Calibration, compress
+from besa.models.blocks import find_blocks
+from besa.recipe import Recipe
+
+TOKENS = Calibration(torch.randint(3, 64, (4, 16), generator=torch.Generator().manual_seed(0)), "random", 0)
+SMALL = {"vocab_size": 64, "pad_token_id": 0}
+BART = transformers.BartConfig(
+    **SMALL, d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48, max_position_embeddings=64
+)
+RECURRENT_GEMMA = transformers.RecurrentGemmaConfig(
+    **SMALL,
+    hidden_size=32,
+    lru_width=32,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=1,
+    intermediate_size=48,
+)
+LLAMA = transformers.LlamaConfig(
+    **SMALL, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
+)
+
+
+def random_model(config: transformers.PreTrainedConfig) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
+
+
+def pruned(model: PreTrainedModel, tokenizer: Any, *skip: str) -> PreTrainedModel:
+    recipe = Recipe.load("wanda").model_copy(update={"skip": skip})
+    return compress(model, recipe, TOKENS, tokenizer=tokenizer).model
+
+
+@pytest.mark.parametrize(
+    ("config", "words", "skip"),
+    [
+        (
+            BART,
+            "No token reaches model.decoder.layers.0.encoder_attn.k_proj, ",
+            [f"model.decoder.layers.*.encoder_attn.{name}" for name in ("k_proj", "v_proj", "q_proj", "out_proj")],
+        ),
+        (
+            RECURRENT_GEMMA,  # stored inputs first, which no shape tells of a square
+            "No token reaches model.layers.0.temporal_block.rg_lru.input_gate_weight.0, ",
+            [f"model.layers.*.temporal_block.rg_lru.{name}_gate_weight.*" for name in ("input", "recurrent")],
+        ),
+    ],
+    ids=["unreached", "turned"],
+)
+def test_a_matrix_that_besa_cannot_judge_is_refused_and_can_be_left_out(
+    config: transformers.PreTrainedConfig, words: str, skip: list[str], tiny_tokenizer: Any
+) -> None:
+    model = random_model(config)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(BesaError) as refusal:
+        pruned(model, tiny_tokenizer)
+    assert str(refusal.value).startswith(words)
+    assert str(refusal.value).endswith(" ".join(f"--skip '{pattern}'" for pattern in skip) + ".")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    for block in find_blocks(pruned(model, tiny_tokenizer, *skip)):
+        for name in block.prunables:
+            zeros = float((block.weight(name) == 0).float().mean())
+            assert zeros == (0 if any(fnmatch(name, pattern) for pattern in skip) else 0.5)
+
+
+class Hidden(nn.Module):
+    """A linear that multiplies by a copy of its weight."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.inner = linear
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.inner.weight.clone().T
+
+
+def test_a_product_out_of_sight_is_refused(tiny_tokenizer: Any) -> None:
+    model = random_model(LLAMA)
+    model.model.layers[1].mlp.up_proj = Hidden(model.model.layers[1].mlp.up_proj)
+    with pytest.raises(
+        BesaError, match=r"^No token reaches model\.layers\.1\.mlp\.up_proj\.inner, .*up_proj\.inner'\.$"
+    ):
+        pruned(model, tiny_tokenizer)
+
+
+class Named(Hidden):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(input=x, weight=self.inner.weight)
+
+
+def test_a_product_by_names_is_as_good_as_one_by_position(tiny_tokenizer: Any) -> None:
+    model, other = random_model(LLAMA), random_model(LLAMA)
+    for layer in model.model.layers:
+        layer.mlp.up_proj = Named(layer.mlp.up_proj)
+    pruned(model, tiny_tokenizer)
+    pruned(other, tiny_tokenizer)
+    for own, expected in zip(model.model.layers, other.model.layers, strict=True):
+        assert torch.equal(own.mlp.up_proj.inner.weight, expected.mlp.up_proj.weight)
