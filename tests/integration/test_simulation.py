@@ -13,7 +13,7 @@ import besa
 from besa import BesaError
 from besa.checkpoint.inspection import inspect
 from besa.cli import app
-from besa.models import loading
+from besa.models import hub, loading
 from besa.simulator import Accelerator, cycles
 from besa.simulator.memory import load_cycles
 
@@ -124,11 +124,11 @@ def test_table_and_json(half: Path, tmp_path: Path) -> None:
 def test_a_hugging_face_id_is_fetched(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def fetch(name: str, **_: object) -> str:
+    def fetch(name: str) -> Path:
         asked.append(name)
-        return str(half)
+        return half
 
-    monkeypatch.setattr(loading, "snapshot_download", fetch)
+    monkeypatch.setattr(hub, "fetch", fetch)
     assert besa.simulate("somebody/model", [1]).linears == besa.simulate(half, [1]).linears
     assert inspect(loading.locate("somebody/model")).zeros == inspect(loading.locate(half)).zeros
     assert set(asked) == {"somebody/model"}
