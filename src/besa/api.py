@@ -25,9 +25,20 @@ from besa.evaluation.texts import perplexities, read_texts
 from besa.evaluation.zero_shot import check_tasks, zero_shot
 from besa.machine import machine, resolve_device, versions
 from besa.models.blocks import find_blocks, left_dense
+from besa.models.borrowed import borrowed, tokenizer_of_caller
 from besa.models.bos import bos_token
 from besa.models.limits import embedding_rows, positions
-from besa.models.loading import describe, is_quantized, load_model, load_tokenizer, locate, read_config, skeleton
+from besa.models.loading import (
+    check_decoder,
+    describe,
+    is_quantized,
+    load_model,
+    load_tokenizer,
+    locate,
+    read_config,
+    refuse_quantized,
+    skeleton,
+)
 from besa.models.streaming import Decoder, DecoderInMemory, DecoderOnDisk
 from besa.names import path_of
 from besa.planning import Plan, work_out
@@ -42,7 +53,6 @@ from besa.simulator import Accelerator, Simulation
 from besa.simulator import simulate as simulate_checkpoint
 from besa.tokens import check_known
 
-NO_TOKENIZER = "A loaded model needs its tokenizer: pass tokenizer=."
 BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}  # in a forward pass, unless asked otherwise: a GPU needs more to be busy
 
 
@@ -60,12 +70,13 @@ class Compressed:
     record: RunRecord
     _model: PreTrainedModel | None
     out: Path | None
+    _trusted: bool = False
 
     @property
     def model(self) -> PreTrainedModel:
         """The pruned model; one that was pruned from disk to disk is loaded when first asked for."""
         if self._model is None:
-            self._model = load_model(locate(str(self.out)))
+            self._model = load_model(locate(str(self.out)), trust_remote_code=self._trusted)
         return self._model
 
 
@@ -152,9 +163,10 @@ def compress(
         began = time.perf_counter()
         folder = journal.folder if journal else None
         resources = Resources(batch, device, _room(activation_budget), folder, pack=not dequantized)
-        blocks = prune_blocks(
-            decoder, recipe, calibration, seed=seed, resources=resources, journal=journal, progress=progress
-        )
+        with borrowed(decoder.model):
+            blocks = prune_blocks(
+                decoder, recipe, calibration, seed=seed, resources=resources, journal=journal, progress=progress
+            )
         weights, zeros = sum(block.weights for block in blocks), sum(block.zeros for block in blocks)
         record = RunRecord(
             created=now(),
@@ -184,7 +196,7 @@ def compress(
             quantization = recipe.quantization if isinstance(recipe.quantization, MinMax) else None
             finish(journal, decoder, tokenizer, record, out, packed=None if dequantized else quantization)
     in_place = out is None or isinstance(model, PreTrainedModel)
-    return Compressed(tokenizer, record, decoder.model if in_place else None, out)
+    return Compressed(tokenizer, record, decoder.model if in_place else None, out, trust_remote_code)
 
 
 def _room(activation_budget: int | None) -> int:
@@ -244,6 +256,7 @@ def plan(
     if source.folder and header(source.folder) is not None:
         raise BesaError(f"{source.name} is packed: make it dense with `besa unpack` first.")
     config = read_config(source, trust_remote_code)
+    refuse_quantized(source, config)
     config.dtype = getattr(torch, dtype) if dtype != "auto" else config.dtype or torch.float32
     empty = skeleton(source, config, trust_remote_code)
     room = positions(empty)
@@ -317,9 +330,8 @@ def evaluate(
         raise BesaError("There is nothing to evaluate: name a text (--ppl) or zero-shot tasks (--tasks).")
     check_tasks(tasks)
     if isinstance(model, PreTrainedModel):
-        if tokenizer is None:
-            raise BesaError(NO_TOKENIZER)
-        loaded, name = model.to(device), model.name_or_path
+        tokenizer = tokenizer_of_caller(tokenizer)
+        loaded, name = model, model.name_or_path
     else:
         loaded = load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, progress=progress)
         tokenizer, name = tokenizer or load_tokenizer(locate(model, progress), trust_remote_code), str(model)
@@ -327,10 +339,11 @@ def evaluate(
     room, first = positions(loaded), bos_token(bos, tokenizer, loaded.config)
     windows = [room.usual] if windows is None else windows
     notes = [note for length in windows for note in room.checked(length, "--window")] if parts else []
-    measured = perplexities(loaded, tokenizer, parts, windows, max_windows, batch, first, progress)
     asked = None
-    if tasks:
-        asked = zero_shot(loaded, tokenizer, tasks, limit=limit, hub=hub, batch=batch, bos=bos, progress=progress)
+    with borrowed(loaded, device):
+        measured = perplexities(loaded, tokenizer, parts, windows, max_windows, batch, first, progress)
+        if tasks:
+            asked = zero_shot(loaded, tokenizer, tasks, limit=limit, hub=hub, batch=batch, bos=bos, progress=progress)
     details = measured.pop(windows[0])
     return Evaluation(
         model=name,
@@ -398,9 +411,10 @@ def _opened(
         progress: told about a download.
     """
     if isinstance(model, PreTrainedModel):
-        if tokenizer is None:
-            raise BesaError(NO_TOKENIZER)
-        return DecoderInMemory(model), tokenizer, describe(model)
+        check_decoder(type(model).__name__, model.config)
+        if absent := next((name for name, weight in model.named_parameters() if weight.is_meta), None):
+            raise BesaError(f"{absent} of {type(model).__name__} has no memory (meta device): load the weights first.")
+        return DecoderInMemory(model), tokenizer_of_caller(tokenizer), describe(model)
     source = locate(model, progress)
     decoder: Decoder | None = None
     if not source.gguf:

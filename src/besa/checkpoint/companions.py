@@ -11,7 +11,8 @@ from typing import Any
 
 from besa.checkpoint.files import write_file
 from besa.errors import BesaError
-from besa.models.hub import COMPANIONS, LICENCES, TEMPLATES
+from besa.models.hub import TEMPLATES, belongs
+from besa.names import path_of
 
 CONFIG = "config.json"
 OWN = "besa_*.json"  # what besa wrote beside the weights; measurements in it are of these very files
@@ -63,20 +64,26 @@ def pass_on(source: Path, folder: Path, config: dict[str, Any], also: Iterable[s
         copy = folder / path.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, copy)
-    write_file(folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    write_file(folder / CONFIG, _as_json(config))
+
+
+def _as_json(config: dict[str, Any]) -> str:
+    """The text of a config.json, in any language; halves of characters stay escaped, as no file can hold them."""
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    return re.sub(r"[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", text)
 
 
 def companions(folder: Path) -> list[Path]:
     """The files of a model's folder that belong to it beside its weights, but for its config.json.
 
     Raises:
-        BesaError: one is a link out of the folder.
+        BesaError: one is a link out of the folder, or its name is no text.
     """
     found = []
     for path in sorted([*folder.iterdir(), *folder.glob(TEMPLATES)]):
-        belongs = any(path.match(pattern) for pattern in (*COMPANIONS, TEMPLATES)) or re.match(LICENCES, path.name)
-        if belongs and path.is_file() and not any(path.match(pattern) for pattern in WRITTEN):
-            _refuse_foreign(path, folder)
+        written = any(path.match(pattern) for pattern in WRITTEN)
+        if belongs(path.relative_to(folder).as_posix()) and path.is_file() and not written:
+            _refuse_foreign(path_of(path), folder)
             found.append(path)
     return found
 

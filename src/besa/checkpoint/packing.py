@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from besa.checkpoint.formats.container import HEADER, header, open_files, tensor
 from besa.checkpoint.rewriting import folder_of, local, rewrite, size_of
 from besa.errors import BesaError
 from besa.models.blocks import find_blocks
-from besa.models.files import FLOATS, SPARSE_STEM, STEM, WeightFiles
+from besa.models.files import SPARSE_STEM, STEM, WeightFiles
 from besa.models.layout import in_dtype, renaming
 from besa.models.loading import Source, quantization_of, read_config
 from besa.progress import Progress, silent
@@ -51,13 +51,20 @@ class _Group:
 
     Attributes:
         name: of the block, or of the one tensor that is in none.
-        tensors: their names in the files.
-        linears: which of them are weights of plain linears, without the last part of their names.
+        weights: names in the files of what are parameters of the model.
+        others: names of buffers and of what the model has no place for, which are never rounded.
+        linears: which of the weights are of plain linears, without the last part of their names.
     """
 
     name: str
-    tensors: list[str]
-    linears: dict[str, None]
+    weights: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+    linears: dict[str, None] = field(default_factory=dict)
+
+    def read(self, files: WeightFiles) -> Iterator[tuple[str, Tensor]]:
+        """Its tensors; weights must be finite, the others may hold infinity, as bounds and masks do."""
+        yield from files.read(self.weights)
+        yield from files.mapped(self.others)
 
 
 def pack(
@@ -99,13 +106,15 @@ def pack(
 
     def parts() -> Iterator[dict[str, Tensor]]:
         for done, group in enumerate(groups, start=1):
-            tensors = {name: _rounded(name, tensor, dtype) for name, tensor in files.read(group.tensors)}
+            tensors = dict(group.read(files))
+            if dtype != "auto":
+                tensors |= {name: in_dtype(name, tensors[name], getattr(torch, dtype)) for name in group.weights}
             for linear in group.linears:
                 _pack_linear(tensors, linear, bits, found)
             yield tensors
             progress(done, len(groups), group.name)
         if not found.packed:
-            raise BesaError(f"{model} has too few zeros: no linear would get smaller; prune it first.")
+            raise BesaError(f"{model}: no linear would get smaller, {_why_not(found, files)}.")
 
     config = read_config_json(folder_of(source))
     codes = {"quantization_config": config.pop("quantization_config")} if quantization else {}
@@ -139,7 +148,7 @@ def unpack(model: str | Path, out: str | Path, *, trust_remote_code: bool = Fals
 
     def parts() -> Iterator[dict[str, Tensor]]:
         for done, group in enumerate(groups, start=1):
-            yield dict(files.read(group.tensors))
+            yield dict(group.read(files))
             progress(done, len(groups), group.name)
 
     config = read_config_json(folder_of(source))
@@ -186,27 +195,26 @@ def _groups(source: Source, files: WeightFiles, trust_remote_code: bool) -> list
     plain = {name for name, module in empty.named_modules() if isinstance(module, nn.Linear)}
     plain &= {name for block in blocks for name in block.prunables}
     renamed = renaming(empty, get_model_conversion_mapping(empty))
-    of_blocks = {block.name: _Group(block.name, [], {}) for block in blocks}
+    parameters = {name for name, _ in empty.named_parameters(remove_duplicate=False)}
+    of_blocks = {block.name: _Group(block.name) for block in blocks}
     groups: list[_Group] = []
     for stored in files.names:
         linear, _, last = stored.rpartition(".")
         name, merged = renamed(f"{linear}.weight" if last in packed.KEYS else stored)
         group = next((of_blocks[block.name] for block in blocks if name.startswith(f"{block.name}.")), None)
         if group is None:
-            groups.append(_Group(stored, [stored], {}))
-            continue
-        group.tensors.append(stored)
+            group = _Group(stored)
+            groups.append(group)
+        (group.weights if merged or name in parameters else group.others).append(stored)
         if last in ("weight", *packed.KEYS) and not merged and name.removesuffix(".weight") in plain:
             group.linears[linear] = None
-    return [*groups, *(group for group in of_blocks.values() if group.tensors)]
+    return [*groups, *of_blocks.values()]
 
 
-def _rounded(name: str, tensor: Tensor, dtype: str) -> Tensor:
-    """The tensor in another floating-point format.
-
-    Raises:
-        BesaError: a number is too large for it.
-    """
-    if dtype == "auto" or tensor.dtype not in FLOATS.values():
-        return tensor
-    return in_dtype(name, tensor, getattr(torch, dtype))
+def _why_not(found: Packing, files: WeightFiles) -> str:
+    """Why nothing was packed, and what to do."""
+    if not found.linears:
+        return "as its blocks have no plain ones: transposed ones and stacks of experts stay as they are"
+    if files.dtype() not in bitmask.FLOATS:
+        return f"as bitmasks hold no {str(files.dtype()).removeprefix('torch.')}: choose --dtype float32"
+    return "as there are too few zeros: prune it first"

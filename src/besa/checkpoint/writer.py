@@ -98,8 +98,9 @@ def _serialise(
         if model._auto_class is not None:  # the model's code is its own
             custom_object_save(model, folder, config=config)
         config.save_pretrained(folder)
-        if model.generation_config is not None:  # as it is: its own save_pretrained refuses what loading takes
-            model.generation_config.to_json_file(folder / GENERATION_CONFIG_NAME, use_diff=True)
+        generation = getattr(model, "generation_config", None)  # as it is: its save_pretrained refuses what loads
+        if generation is not None:
+            generation.to_json_file(folder / GENERATION_CONFIG_NAME, use_diff=True)
         tokenizer.save_pretrained(folder)
 
 

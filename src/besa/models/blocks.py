@@ -124,7 +124,8 @@ def find_blocks(model: PreTrainedModel) -> list[Block]:
     the one with the most to prune is the decoder.
 
     Raises:
-        BesaError: no list of decoder blocks is found, a block has no matrix to prune, or blocks share weights.
+        BesaError: no list of decoder blocks is found, a block has no matrix to prune, one is computed from other
+            parameters, or blocks share weights.
     """
     config = model.config.get_text_config()
     depths = [getattr(config, name) for name in DEPTHS if hasattr(config, name)]
@@ -139,6 +140,12 @@ def find_blocks(model: PreTrainedModel) -> list[Block]:
         name = f"{path}.{index}"
         if not inner:
             raise BesaError(f"{name} of {type(model).__name__} has no linear weights to prune.")
+        parameters = {own for own, _ in module.named_parameters()}
+        if computed := [place for place, prunable in inner.items() if prunable.parameter not in parameters]:
+            raise BesaError(
+                f"The weight of {name}.{computed[0]} is no parameter but computed from others: remove its "
+                "parametrization (torch.nn.utils), so that it is one."
+            )
         prunables = {f"{name}.{place}": prunable for place, prunable in inner.items()}
         blocks.append(Block(index, name, module, prunables))
     _refuse_shared_weights(model, blocks)

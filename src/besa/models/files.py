@@ -25,7 +25,8 @@ class WeightFiles:
     """The tensors of a folder by name; their headers are read, and nothing else until asked for.
 
     Of several weight files, those count that transformers would load: ``model.safetensors``, else the shards that
-    ``model.safetensors.index.json`` names. Files beside them (other formats, adapters, stale shards) do not count.
+    ``model.safetensors.index.json`` names, with all that is in them. Files beside them (other formats, adapters, stale
+    shards) do not count.
 
     Args:
         folder: of a Hugging Face model.
@@ -36,14 +37,8 @@ class WeightFiles:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._holders, index = _chosen(folder)
+        self._holders = _chosen(folder)
         self.paths = sorted(set(self._holders.values()))
-        for path in self.paths:
-            missing = {name for name, holder in self._holders.items() if holder == path}.difference(_names(path))
-            if missing and index:
-                raise BesaError(
-                    f"{path} lacks the tensor {min(missing)} that {index.name} promises: the file is damaged."
-                )
 
     @property
     def names(self) -> list[str]:
@@ -129,14 +124,14 @@ def _tensor(file: Any, name: str, path: Path) -> Tensor:
     return tensor
 
 
-def _chosen(folder: Path) -> tuple[dict[str, Path], Path | None]:
-    """Tensors of a folder by the file that holds them, and the index that says so, if one does."""
+def _chosen(folder: Path) -> dict[str, Path]:
+    """The tensors of a folder by the file that holds them."""
     for stem in (STEM, SPARSE_STEM):
         whole, index = folder / f"{stem}.safetensors", folder / f"{stem}{INDEX}"
         if whole.is_file():
-            return dict.fromkeys(_names(whole), whole), None
+            return dict.fromkeys(_names(whole), whole)
         if index.is_file():
-            return _indexed(index), index
+            return _indexed(index)
     raise BesaError(
         f"{folder} has no .safetensors weights that transformers would load ({STEM}.safetensors, or {STEM}{INDEX} with "
         "its shards): convert the model first (load it where you trust it and call save_pretrained), as besa reads no "
@@ -145,20 +140,30 @@ def _chosen(folder: Path) -> tuple[dict[str, Path], Path | None]:
 
 
 def _indexed(index: Path) -> dict[str, Path]:
-    """Tensors of a sharded checkpoint by the file that holds them, as the index says."""
+    """The tensors of a sharded checkpoint by the file that holds them.
+
+    As for transformers, an index says which files count, and not where a tensor is: of two alike, the last one counts.
+    """
     try:
         entries = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        holders = {str(name): str(file) for name, file in entries.items()}
+        promised = {str(name): str(file) for name, file in entries.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise BesaError(f"{index} is no index of a checkpoint: the file is damaged.") from None
-    for file in holders.values():
+    shards = sorted(set(promised.values()))
+    for file in shards:
         if Path(file).name != file or not file.endswith(".safetensors"):
             raise BesaError(f"{index} names the file {file!r}: only .safetensors in its own folder are read.")
         if not (index.parent / file).is_file():
             raise BesaError(f"{index.parent} lacks {file}, which {index.name} names: the checkpoint is incomplete.")
-    if not holders:
+    if not shards:
         raise BesaError(f"{index} names no tensors: the file is damaged.")
-    return {name: index.parent / file for name, file in holders.items()}
+    holders = {name: index.parent / file for file in shards for name in _names(index.parent / file)}
+    if missing := promised.keys() - holders.keys():
+        name = min(missing)
+        raise BesaError(
+            f"{index.parent / promised[name]} lacks the tensor {name} that {index.name} promises: the file is damaged."
+        )
+    return holders
 
 
 def _names(path: Path) -> list[str]:

@@ -11,10 +11,12 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from besa.models.files import INDEX, SPARSE_STEM, STEM
 
-# What belongs to a model beside its weights, by name: configurations, tokenizers, model code, chat templates.
-COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "*.tiktoken", "*.bpe", "*.vocab", "*.spm")
+# What belongs to a model beside its weights, by name: configurations, model code, chat templates, tokenizers.
+CONFIGURATIONS = ("*.json", "*.txt", "*.jinja", "*.py")
+TOKENIZERS = ("*.model", "tokenizer.model.*", "*.tiktoken", "*.bpe", "*.codes", "*.vocab", "*.spm")
 LICENCES = r"(?i)(licen[cs]e|notice|copying|use[-_]policy)"  # how their names begin
 TEMPLATES = "additional_chat_templates/*.jinja"
+ADAPTER = "adapter_config.json"  # of an adapter beside the model; peft would look for its weights, and its own base
 
 
 def fetch(model: str) -> Path:
@@ -36,7 +38,7 @@ def fetch(model: str) -> Path:
             return Path(snapshot_download(model, allow_patterns=["config.json"], local_files_only=True))
         except LocalEntryNotFoundError:
             raise error from None
-    wanted = [name for name in names if _belongs(name)]
+    wanted = [name for name in names if belongs(name)]
     stem = next((stem for stem in (STEM, SPARSE_STEM) if {f"{stem}.safetensors", f"{stem}{INDEX}"} & {*names}), STEM)
     if f"{stem}.safetensors" in names:
         wanted.append(f"{stem}.safetensors")
@@ -46,11 +48,17 @@ def fetch(model: str) -> Path:
     return Path(snapshot_download(model, allow_patterns=wanted))
 
 
-def _belongs(name: str) -> bool:
+def belongs(name: str) -> bool:
+    """Whether a file belongs to a model beside its weights.
+
+    Args:
+        name: of the file, relative to the model's folder.
+    """
     path = Path(name)
     if len(path.parts) > 1:
         return path.match(TEMPLATES)
-    return any(path.match(pattern) for pattern in COMPANIONS) or re.match(LICENCES, name) is not None
+    named_so = any(path.match(pattern) for pattern in (*CONFIGURATIONS, *TOKENIZERS))
+    return (named_so and name != ADAPTER) or re.match(LICENCES, name) is not None
 
 
 def _shards(index: Path) -> list[str]:

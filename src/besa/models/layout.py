@@ -260,6 +260,13 @@ def fill(
     model.requires_grad_(False)
 
 
+def tie(model: PreTrainedModel) -> None:
+    """Share tied weights, whichever of their names was in the files; where both were, and differ, they stay apart."""
+    absent = {name for name, weight in model.named_parameters(remove_duplicate=False) if weight.is_meta}
+    with quiet():
+        model.tie_weights(missing_keys=absent, recompute_mapping=False)
+
+
 def in_files(model: PreTrainedModel, block: Block) -> dict[str, Tensor]:
     """The tensors of a block of a model in memory, named and laid out as transformers would save them."""
     tensors: dict[str, Tensor] = revert_weight_conversion(model, _state(block))

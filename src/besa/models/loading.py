@@ -30,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 from besa import assets
 from besa.errors import BesaError
 from besa.models import hub
-from besa.models.files import WeightFiles, check_regular
+from besa.models.files import STEM, WeightFiles, check_regular
 from besa.names import path_of
 from besa.progress import Progress, silent
 
@@ -79,8 +79,12 @@ def locate(model: str | Path, progress: Progress = silent) -> Source:
     """Find a MODEL argument; fetches the embedded model if it is asked for.
 
     Raises:
-        BesaError: a path that is neither a model folder nor a .gguf file, or the embedded model cannot be had.
+        BesaError: neither a model folder nor a .gguf file nor a name, or the embedded model cannot be had.
     """
+    if not isinstance(model, str | Path):
+        raise BesaError(
+            f"{type(model).__name__} is no model that besa knows: give a path, a Hugging Face id or a PreTrainedModel."
+        )
     path = path_of(model)
     if str(model) == EMBEDDED:
         path = assets.fetch(EMBEDDED, progress)
@@ -145,16 +149,34 @@ def read_config(source: Source, trust_remote_code: bool = False) -> PreTrainedCo
     """The model's configuration.
 
     Raises:
-        BesaError: it cannot be read, or is of no causal decoder.
+        BesaError: it cannot be read, is of no causal decoder, or has its weights in a file of another name.
     """
     with quiet(), model_explained(source.name):
         config = AutoConfig.from_pretrained(**source.arguments, trust_remote_code=trust_remote_code)
-    kind = f"{source.name} is a {config.model_type} model"
+    check_decoder(source.name, config)
+    if named := getattr(config, "transformers_weights", None):
+        raise BesaError(
+            f"The config.json of {source.name} says that the weights are in {named} (transformers_weights): rename "
+            f"that file to {STEM}.safetensors, and take the key out."
+        )
+    return config
+
+
+def check_decoder(name: str, config: PreTrainedConfig) -> None:
+    """Refuse what is no causal decoder.
+
+    Args:
+        name: what to call the model.
+        config: of the model.
+
+    Raises:
+        BesaError: it is an encoder-decoder, or has no attention.
+    """
+    kind = f"{name} is a {config.model_type} model"
     if config.is_encoder_decoder:
         raise BesaError(f"{kind}, an encoder-decoder: besa prunes causal decoders.")
     if not hasattr(config.get_text_config(), "num_attention_heads"):
         raise BesaError(f"{kind}, which has no attention (state-space or recurrent): besa prunes causal decoders.")
-    return config
 
 
 def read_generation_config(source: Source, model: PreTrainedModel) -> GenerationConfig | None:
@@ -171,13 +193,24 @@ def read_generation_config(source: Source, model: PreTrainedModel) -> Generation
 
 def quantization_of(config: PreTrainedConfig) -> dict[str, Any]:
     """What is said of the quantiser whose codes the weights are, packed or not; empty where they are none."""
-    said = getattr(config, "quantization_config", None) or getattr(config, "besa", {}).get("quantization_config")
-    return said if isinstance(said, dict) else {}
+    said = [getattr(part, "quantization_config", None) for part in (config, config.get_text_config())]
+    said.append(getattr(config, "besa", {}).get("quantization_config"))
+    return next((own for own in said if own and isinstance(own, dict)), {})
 
 
 def is_quantized(config: PreTrainedConfig) -> bool:
     """Whether the weights are stored as codes of a quantiser."""
     return bool(quantization_of(config))
+
+
+def refuse_quantized(source: Source, config: PreTrainedConfig) -> None:
+    """Refuse to prune codes.
+
+    Raises:
+        BesaError: the weights are codes of a quantiser.
+    """
+    if is_quantized(config):
+        raise BesaError(f"{source.name} is quantised: prune the model it was made from.")
 
 
 def skeleton(source: Source, config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:

@@ -15,10 +15,9 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from besa.checkpoint.formats.container import open_files
-from besa.errors import BesaError
 from besa.models.blocks import Block, find_blocks
-from besa.models.layout import Layout, fill, in_files
-from besa.models.loading import Source, is_quantized, quiet, read_config, read_generation_config, skeleton
+from besa.models.layout import Layout, fill, in_files, tie
+from besa.models.loading import Source, read_config, read_generation_config, refuse_quantized, skeleton
 
 
 class Decoder(Protocol):
@@ -145,8 +144,7 @@ class DecoderOnDisk:
         self.dtype = None if dtype == "auto" else dtype
         self._files = open_files(source.folder)
         config = read_config(source, trust_remote_code)
-        if is_quantized(config):
-            raise BesaError(f"{source.name} is quantised: prune the model it was made from.")
+        refuse_quantized(source, config)
         config.dtype = getattr(torch, dtype) if self.dtype else config.dtype or self._files.dtype()
         with torch.device("meta"):  # wrong sizes are found out before anything of that size is made
             empty = skeleton(source, config, trust_remote_code)
@@ -173,9 +171,7 @@ class DecoderOnDisk:
         within = {module for block in self.blocks for module in block.module.modules()}
         try:
             self._layout.read(self.model, names)
-            absent = {name for name, weight in self.model.named_parameters(remove_duplicate=False) if weight.is_meta}
-            with quiet():
-                self.model.tie_weights(missing_keys=absent, recompute_mapping=False)  # of either name in the files
+            tie(self.model)
             yield
         finally:
             for module in self.model.modules():

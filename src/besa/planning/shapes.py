@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
+from besa.errors import BesaError
 from besa.models.blocks import Block, standing_aside
 from besa.models.units import Unit
 
@@ -47,7 +48,11 @@ def forward_bytes(unit: Unit, model: PreTrainedModel, batch: int, seqlen: int, l
 
 @torch.no_grad()
 def learn_arguments(model: PreTrainedModel, blocks: list[Block], sizes: set[tuple[int, int]]) -> None:
-    """Fill in the call arguments of every block, for sizes of (sequences, tokens), without any weight of the model."""
+    """Fill in the call arguments of every block, for sizes of (sequences, tokens), without any weight of the model.
+
+    Raises:
+        BesaError: the model cannot be run with its blocks aside.
+    """
     embeddings = model.get_input_embeddings()
     within = {module for block in blocks for module in block.module.modules()}
     for module in model.base_model.modules():
@@ -60,7 +65,14 @@ def learn_arguments(model: PreTrainedModel, blocks: list[Block], sizes: set[tupl
     with standing_aside(blocks):
         for samples, tokens in sizes:
             x_NTC = torch.zeros(samples, tokens, embeddings.weight.shape[1], dtype=model.dtype)
-            model.base_model(inputs_embeds=x_NTC, use_cache=False)
+            try:
+                model.base_model(inputs_embeds=x_NTC, use_cache=False)
+            except Exception as error:  # model code raises whatever it likes
+                reason = " ".join(str(error).split()).rstrip(".")[:200]
+                raise BesaError(
+                    f"{type(model).__name__} cannot be pruned block by block: it cannot be run with its blocks aside "
+                    f"({type(error).__name__}: {reason})."
+                ) from error
 
 
 def _dropped(weight: Tensor) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from besa.errors import BesaError
+from besa.models.borrowed import borrowed, tokenizer_of_caller
 from besa.models.limits import positions
 from besa.models.loading import load_tokenizer, locate
 from besa.progress import Progress, silent
@@ -64,8 +65,8 @@ def generate(
         source = locate(model, progress)
         tokenizer = tokenizer or load_tokenizer(source, trust_remote_code)
         model = load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, progress=progress)
-    elif tokenizer is None:
-        raise BesaError("A loaded model needs its tokenizer: pass tokenizer=.")
+    else:
+        tokenizer = tokenizer_of_caller(tokenizer)
     tokens_1T = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
     if tokens_1T.numel() == 0:
         raise BesaError("The prompt is empty: give at least one word to go on from.")
@@ -77,7 +78,7 @@ def generate(
     sampling = (
         {"do_sample": True, "logits_processor": [_Tempered(temperature)]} if temperature else {"do_sample": False}
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), borrowed(model):
         torch.manual_seed(seed)
         made_1T = model.generate(
             tokens_1T,

@@ -18,7 +18,7 @@ from besa.checkpoint.verification import verify as verify_folder
 from besa.errors import BesaError
 from besa.machine import resolve_device
 from besa.models.files import is_finite
-from besa.models.layout import fill, renaming
+from besa.models.layout import fill, renaming, tie
 from besa.models.loading import Source, is_quantized, load_model, locate, read_config, read_generation_config, skeleton
 from besa.models.streaming import DecoderOnDisk
 from besa.progress import Progress, silent
@@ -98,7 +98,7 @@ def _load_packed(
             raise BesaError(f"{source.name}: {linear} {weight.shape} has no place in the model that config.json says.")
         model.set_submodule(name, SparseLinear(_in_dtype(weight, config.dtype, linear), dense.bias))
     fill(model, _dense_tensors(files), conversions, source.name)
-    model.tie_weights()
+    tie(model)
     model.generation_config = read_generation_config(source, model)
     return model.eval()
 

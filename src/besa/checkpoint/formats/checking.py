@@ -11,14 +11,15 @@ from besa.errors import BesaError
 from besa.models.blocks import find_blocks
 from besa.models.files import WeightFiles, is_finite
 from besa.models.layout import Layout
-from besa.models.loading import Source, skeleton
+from besa.models.loading import Source, is_quantized, quantization_of, skeleton
 
 
 def check_packed(files: WeightFiles) -> None:
     """Read a packed checkpoint once, where it lies, and refuse what nobody packs.
 
     Masks, values, codes, scales and zero points fit each other and are in range, all scales have one dtype, and no
-    number is NaN or infinite. Of a checkpoint that is not packed, nothing is read.
+    number of a weight or bias is NaN or infinite (buffers may hold infinity, as masks do). Of a checkpoint that is not
+    packed, nothing is read.
 
     Args:
         files: of a checkpoint with bitmasks, packed codes or both.
@@ -53,7 +54,7 @@ def check_packed(files: WeightFiles) -> None:
                 "checkpoint is damaged; get or make it anew."
             )
     for name, tensor in tensors.items():
-        if not is_finite(tensor):
+        if name.endswith((".weight", ".bias")) and not is_finite(tensor):
             raise BesaError(f"The tensor {name} of {files.folder} holds NaN or infinity: the checkpoint is damaged.")
 
 
@@ -72,8 +73,10 @@ def check_complete(
         The model, on the meta device.
 
     Raises:
-        BesaError: it is incomplete, or belongs to another configuration.
+        BesaError: it is incomplete, belongs to another configuration, or holds codes of another format.
     """
+    if is_quantized(config):
+        packed.bits_of(quantization_of(config), source.name)
     with torch.device("meta"):
         empty = skeleton(source, config, trust_remote_code)
     Layout(source.name, AsDense(files), empty, find_blocks(empty))
