@@ -5,6 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.utils import prune
+from transformers import (
+    AutoModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedModel,
+)
 
 import besa
 from besa.losses import reconstruction_error
@@ -12,6 +21,7 @@ from besa.models.blocks import capture_inputs, find_blocks
 from besa.pruning.paths import ERROR_SHARE
 
 SAMPLES, SEQLEN, WINDOW = 48, 64, 128
+SMALL = LlamaConfig(vocab_size=1024, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
 
 
 @pytest.fixture(scope="module")
@@ -188,3 +198,55 @@ def test_a_loaded_model_is_pruned_in_place(
     result = besa.compress(tiny_llama, "wanda", calibration, samples=4, seqlen=32, tokenizer=tiny_tokenizer)
     assert result.model is tiny_llama
     assert int((tiny_llama.model.layers[0].mlp.up_proj.weight == 0).sum()) == 256 * 48
+
+
+def test_a_callers_model_is_used_in_evaluation_mode_and_given_back_as_it_was(
+    tiny_tokenizer, tiny_llama_folder: Path
+) -> None:
+    text = str(tiny_llama_folder / "calibration.txt")
+    found = {}
+    for training in (False, True):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**SMALL.to_dict() | {"attention_dropout": 0.5})).train(training)
+        model.model.layers[1].mlp.eval()  # a mode of its own
+        modes = [module.training for module in model.modules()]
+        result = besa.compress(model, "besa", text, samples=4, seqlen=32, tokenizer=tiny_tokenizer)
+        measured = besa.evaluate(model, [text], window=32, max_windows=2, tokenizer=tiny_tokenizer)
+        said = besa.generate(model, "The", max_new_tokens=8, tokenizer=tiny_tokenizer)
+        found[training] = ({name: own.clone() for name, own in model.state_dict().items()}, measured.perplexity, said)
+        assert [module.training for module in model.modules()] == modes
+        assert result.model is model and not any(parameter.grad is not None for parameter in model.parameters())
+        assert all(parameter.requires_grad for parameter in model.parameters())
+    assert found[True][1:] == found[False][1:]
+    assert all(torch.equal(tensor, found[True][0][name]) for name, tensor in found[False][0].items())
+
+
+def parametrized() -> PreTrainedModel:
+    model = LlamaForCausalLM(SMALL)
+    prune.random_unstructured(model.model.layers[1].mlp.up_proj, "weight", 0.5)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: torch.compile(LlamaForCausalLM(SMALL)), "OptimizedModule is no model that besa knows"),
+        (lambda: None, "NoneType is no model that besa knows"),
+        (lambda: LlamaForCausalLM(SMALL).to("meta"), "model.embed_tokens.weight of LlamaForCausalLM has no memory"),
+        (parametrized, "weight of model.layers.1.mlp.up_proj is no parameter"),
+        (lambda: MambaForCausalLM(MambaConfig(vocab_size=1024, hidden_size=32, num_hidden_layers=1)), "no attention"),
+    ],
+)
+def test_what_cannot_be_pruned_in_memory_is_told_in_a_sentence(make, reason, tiny_tokenizer, tiny_llama_folder) -> None:
+    text = str(tiny_llama_folder / "calibration.txt")
+    with pytest.raises(besa.BesaError, match=reason):
+        besa.compress(make(), "wanda", text, samples=2, seqlen=16, tokenizer=tiny_tokenizer)
+
+
+def test_a_model_without_a_head_is_pruned_and_written(tiny_tokenizer, tiny_llama_folder: Path, tmp_path: Path) -> None:
+    text = str(tiny_llama_folder / "calibration.txt")
+    model = LlamaForCausalLM(SMALL).model
+    besa.compress(model, "wanda", text, samples=2, seqlen=16, tokenizer=tiny_tokenizer, out=tmp_path / "out")
+    written = AutoModel.from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(tensor, written[name]) for name, tensor in model.state_dict().items())
+    assert int((written["layers.0.mlp.up_proj.weight"] == 0).sum()) == 32 * 48 // 2

@@ -1,6 +1,7 @@
 """What a checkpoint has besides pruned weights comes out as it went in: files to the byte, tensors to the bit."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -105,13 +106,15 @@ def older_llama(folder: Path) -> Path:
         "preprocessor_config.json": "{}",
         "special_tokens_map.json": "{}",
         "vocab.txt": "a\nb\n",
+        "bpe.codes": "a b\n",
         "merges.tiktoken": "YQ== 0\n",
         "helper.py": "x = 1\n",
     }
     (folder / "additional_chat_templates").mkdir()
     for name, text in texts.items():
         (folder / name).write_text(text)
-    (folder / "tokenizer.model").write_bytes(b"\x00\x01 a sentencepiece model")
+    for name in ("tokenizer.model", "tokenizer.model.v3"):
+        (folder / name).write_bytes(b"\x00\x01 a sentencepiece model")
     return folder
 
 
@@ -119,6 +122,7 @@ def with_other_weights(folder: Path) -> set[str]:
     """Add weights in other formats and places; returns their names."""
     others = {"pytorch_model.bin", "consolidated.00.pth", "model.onnx", "tf_model.h5", "original/consolidated.json"}
     others |= {"model.safetensors.index.json", "model-00001-of-00002.safetensors", "adapter_model.safetensors"}
+    others |= {"adapter_config.json"}  # without the adapter's weights, peft would load something else
     (folder / "original").mkdir()
     for name in others:
         (folder / name).write_bytes(b"not what you think")
@@ -157,6 +161,60 @@ def test_files_come_along_to_every_folder_that_is_made_of_another(tmp_path: Path
         after = files(tmp_path / name)
         assert all(after[file] == content for file, content in before.items() if file not in ("config.json", WEIGHTS))
     assert assert_only_pruned(source, tmp_path / "unpacked") == 14
+
+
+def test_whatever_a_configuration_says_comes_out_again(tmp_path: Path) -> None:
+    source = llama(tmp_path / "model")
+    odd = {
+        "limit": float("inf"),
+        "note": "日本語 ü",
+        "half": "\ud800",
+        "inner": {"none": None, "list": [1, {"a": 1e-45}]},
+    }
+    configure(source, **odd, large=2**70)
+    besa.compress(source, "wanda", out=tmp_path / "out", sparsity=0, **SMALL)
+    text = (tmp_path / "out" / "config.json").read_text(encoding="utf-8")
+    found = json.loads(text)
+    assert found.pop("besa") and found == json.loads((source / "config.json").read_text())
+    assert "日本語" in text  # as a person wrote it
+
+
+def test_weights_under_a_name_of_their_own_are_refused(tmp_path: Path) -> None:
+    """transformers would load them, and not the model.safetensors beside them."""
+    source = llama(tmp_path / "model")
+    (source / "other.safetensors").write_bytes((source / WEIGHTS).read_bytes())
+    configure(source, transformers_weights="other.safetensors")
+    for call in (besa.plan, besa.load, lambda model: besa.compress(model, "wanda", out=tmp_path / "out", **SMALL)):
+        with pytest.raises(BesaError, match=r"weights are in other.safetensors .*rename that file"):
+            call(source)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_of_shards_all_that_is_in_them_counts(tmp_path: Path) -> None:
+    """An index that forgets tensors, or has them in the wrong file, is read as transformers reads it."""
+    source = llama(tmp_path / "whole")
+    shutil.copytree(source, tmp_path / "shards")
+    tensors = load_file(source / WEIGHTS)
+    names = sorted(tensors)
+    halves = {f"model-0000{number}-of-00002.safetensors": names[number - 1 :: 2] for number in (1, 2)}
+    for file, own in halves.items():
+        save_file({name: tensors[name] for name in own}, tmp_path / "shards" / file, {"format": "pt"})
+    (tmp_path / "shards" / WEIGHTS).unlink()
+    first, second = halves
+    places = {
+        names[0]: second,
+        names[1]: second,
+        names[2]: first,
+    }  # the first one's place is wrong, the rest is missing
+    (tmp_path / "shards" / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": places})
+    )
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "shards").state_dict()
+    assert all(same_bits(tensor, loaded[name]) for name, tensor in tensors.items())
+    for case in ("whole", "shards"):
+        besa.compress(tmp_path / case, "wanda", out=tmp_path / f"{case}-out", **SMALL)
+    found, expected = load_file(tmp_path / "shards-out" / WEIGHTS), load_file(tmp_path / "whole-out" / WEIGHTS)
+    assert found.keys() == expected.keys() and all(same_bits(found[name], own) for name, own in expected.items())
 
 
 def test_sampling_settings_that_cannot_be_saved_do_not_stop_a_run(tmp_path: Path, tiny_tokenizer) -> None:
@@ -275,6 +333,43 @@ def test_more_blocks_than_the_configuration_says_are_refused(tmp_path: Path) -> 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
+def test_what_is_not_built_is_packed_as_it_is(tmp_path: Path) -> None:
+    """Masks hold infinity, and no dtype that is asked for is theirs."""
+    further = {
+        "model.layers.0.self_attn.mask": torch.full((4, 4), -torch.inf).triu(1),
+        "vision.scale_inv": torch.ones(3, dtype=torch.float8_e4m3fn),
+        "vision.index": torch.arange(3),
+        "vision.scalar": torch.tensor(3.1),
+    }
+    source = llama(tmp_path / "model", torch.bfloat16)
+    change(source, lambda tensors: tensors.update(further))
+    besa.compress(source, "wanda", out=tmp_path / "out", **SMALL)
+    for dtype in ("auto", "float16"):
+        pack(tmp_path / "out", tmp_path / f"packed-{dtype}", dtype=dtype)
+        besa.verify(tmp_path / f"packed-{dtype}")
+        unpack(tmp_path / f"packed-{dtype}", tmp_path / f"unpacked-{dtype}")
+        found = load_file(tmp_path / f"unpacked-{dtype}" / WEIGHTS)
+        assert all(torch.equal(found[name], tensor) for name, tensor in further.items() if tensor.itemsize > 1)
+        assert {name: found[name].dtype for name in further} == {name: own.dtype for name, own in further.items()}
+        assert found["model.norm.weight"].dtype == {"auto": torch.bfloat16, "float16": torch.float16}[dtype]
+
+
+@pytest.mark.parametrize("case", ["either name", "not tied"])
+def test_packed_checkpoints_tie_what_dense_ones_tie(tmp_path: Path, case: str) -> None:
+    source = llama(tmp_path / "model", tie_word_embeddings=True)
+
+    def rename(tensors: dict[str, torch.Tensor]) -> None:
+        embeddings = tensors["model.embed_tokens.weight"]
+        tensors["lm_head.weight"] = 2 * embeddings if case == "not tied" else tensors.pop("model.embed_tokens.weight")
+
+    change(source, rename)
+    besa.compress(source, "wanda", out=tmp_path / "out", **SMALL)
+    pack(tmp_path / "out", tmp_path / "packed")
+    x = torch.arange(3, 20)[None]
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(x).logits
+    torch.testing.assert_close(besa.load(tmp_path / "packed")(x).logits, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_tied_weights_may_stand_under_either_name(tmp_path: Path) -> None:
     name, other = "model.embed_tokens.weight", "lm_head.weight"
     source = llama(tmp_path / "one", tie_word_embeddings=True)
@@ -312,6 +407,25 @@ def test_a_float8_weight_is_refused_before_the_work(tmp_path: Path) -> None:
     change(source, lambda tensors: tensors.update({name: tensors[name].to(torch.float8_e4m3fn)}))
     with pytest.raises(BesaError, match=rf"stores {name} as F8_E4M3"):
         besa.compress(source, "wanda", out=tmp_path / "out", **SMALL)
+
+
+@pytest.mark.parametrize("part", ["whole", "text_config"])
+def test_codes_of_any_format_are_refused_as_such(tmp_path: Path, part: str) -> None:
+    """Not as an incomplete checkpoint; wrappers may say it of their text decoder."""
+    source = llama(tmp_path / "model") if part == "whole" else wrapper("qwen2_5_vl", tmp_path / "model")[1]
+    own = {"quant_method": "mxfp4"}
+    config = json.loads((source / "config.json").read_text())
+    configure(
+        source,
+        **({"quantization_config": own} if part == "whole" else {part: config[part] | {"quantization_config": own}}),
+    )
+    change(source, lambda tensors: [tensors.pop(name) for name in list(tensors) if "up_proj" in name])
+    for call in (besa.plan, lambda model: besa.compress(model, "wanda", out=tmp_path / "out", **SMALL)):
+        with pytest.raises(BesaError, match="is quantised: prune the model it was made from"):
+            call(source)
+    for call in (besa.load, lambda model: pack(model, tmp_path / "out")):
+        with pytest.raises(BesaError, match="is quantised in a format that besa does not read"):
+            call(source)
 
 
 def wrapper(kind: str, folder: Path) -> tuple[type[transformers.PreTrainedModel], Path]:
@@ -422,7 +536,8 @@ def test_models_with_code_of_their_own_load_anywhere_afterwards(tmp_path: Path) 
     source = with_own_code(tmp_path / "model")
     recipe = besa.Recipe.load("wanda", overrides=["allocation.method=structured"])
     trusted: dict[str, Any] = {"trust_remote_code": True}
-    besa.compress(source, recipe, out=tmp_path / "out", **trusted, **SMALL)
+    result = besa.compress(source, recipe, out=tmp_path / "out", **trusted, **SMALL)
+    assert type(result.model).__name__ == "TinyForCausalLM"
     pack(tmp_path / "out", tmp_path / "packed", **trusted)
     unpack(tmp_path / "packed", tmp_path / "unpacked", **trusted)
     shrink(tmp_path / "out", tmp_path / "shrunk", **trusted)
@@ -456,6 +571,14 @@ def test_links_out_of_the_folder_are_refused(tmp_path: Path) -> None:
     (source / "merges.txt").symlink_to("tokenizer.json")  # within
     besa.compress(source, "wanda", out=tmp_path / "out", **SMALL)
     assert (tmp_path / "out" / "merges.txt").read_bytes() == (source / "tokenizer.json").read_bytes()
+
+
+def test_a_file_whose_name_is_no_text_is_refused_before_the_work(tmp_path: Path) -> None:
+    source = llama(tmp_path / "model")
+    (source / os.fsdecode(b"merges\xff.txt")).write_text("a b")
+    with pytest.raises(BesaError, match="not UTF-8: rename that file"):
+        besa.compress(source, "wanda", out=tmp_path / "out", **SMALL)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
 def test_the_cache_of_the_hub_is_made_of_links(tmp_path: Path) -> None:
@@ -495,9 +618,9 @@ class Repository:
 
 def test_of_a_repository_only_what_is_needed_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     beside = {"config.json", "tokenizer.json", "tokenizer.model", "LICENSE", "modeling_x.py", "chat_template.jinja"}
-    beside |= {"additional_chat_templates/tools.jinja", "USE_POLICY.md"}
+    beside |= {"additional_chat_templates/tools.jinja", "USE_POLICY.md", "tokenizer.model.v3"}
     never = {"pytorch_model.bin", "consolidated.safetensors", "original/params.json", "onnx/model.onnx", "figure.png"}
-    never |= {"model.fp16.safetensors", "README.md", "original/consolidated.safetensors"}
+    never |= {"model.fp16.safetensors", "README.md", "original/consolidated.safetensors", "adapter_config.json"}
     shards = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": dict(zip("ab", sorted(shards), strict=True))}))

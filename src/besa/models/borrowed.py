@@ -13,14 +13,17 @@ from besa.errors import BesaError
 
 @contextmanager
 def borrowed(model: PreTrainedModel, device: torch.device | None = None) -> Iterator[None]:
-    """While open, a model computes as in evaluation, without dropout; its mode and device are the caller's afterwards.
+    """While open, a model computes as in evaluation, without dropout and gradients of its own.
+
+    Its modes, its device, and what has gradients are as the caller left them afterwards.
 
     Args:
         model: whose modules may be in any mode.
         device: where it computes meanwhile, None where it is.
     """
     home, training = model.device, [module for module in model.modules() if module.training]
-    model.eval()
+    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    model.eval().requires_grad_(False)
     try:
         if device is not None:
             model.to(device)
@@ -28,6 +31,8 @@ def borrowed(model: PreTrainedModel, device: torch.device | None = None) -> Iter
     finally:
         for module in training:
             module.training = True
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in learning)
         if device is not None:
             model.to(home)
 

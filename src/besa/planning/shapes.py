@@ -19,11 +19,16 @@ from transformers import PreTrainedModel
 
 from besa.errors import BesaError
 from besa.models.blocks import Block, standing_aside
+from besa.models.calls import ElsewhereError
 from besa.models.units import Unit
 
 
 def forward_bytes(unit: Unit, model: PreTrainedModel, batch: int, seqlen: int, learning: bool) -> int:
-    """Peak of what a forward pass keeps alive, with the backward pass to its weights when `learning`."""
+    """Peak of what a forward pass keeps alive, with the backward pass to its weights when `learning`.
+
+    Raises:
+        BesaError: a block looks for what another one left behind.
+    """
     channels: int = model.config.get_text_config().hidden_size
     x_NTC = torch.empty(batch, seqlen, channels, dtype=model.dtype, device="meta")
     weights = {
@@ -39,6 +44,11 @@ def forward_bytes(unit: Unit, model: PreTrainedModel, batch: int, seqlen: int, l
             y_NTC = unit(x_NTC, weights)
             if learning:
                 (y_NTC.float() - x_NTC.float()).square().sum().backward()
+    except ElsewhereError as error:
+        raise BesaError(
+            f"{type(model).__name__} cannot be pruned block by block: {unit.blocks[0].name} looks for what other "
+            f"blocks left behind ({error.args[0]!r})."
+        ) from error
     except (RuntimeError, NotImplementedError, TypeError, ValueError):  # blocks that compute with values
         wide = sum({prunable.parameter: prunable.rows for prunable in unit.prunables.values()}.values())
         return batch * seqlen * (12 * channels + (3 if learning else 1) * wide) * 4
@@ -51,7 +61,7 @@ def learn_arguments(model: PreTrainedModel, blocks: list[Block], sizes: set[tupl
     """Fill in the call arguments of every block, for sizes of (sequences, tokens), without any weight of the model.
 
     Raises:
-        BesaError: the model cannot be run with its blocks aside.
+        BesaError: the model cannot be run with its blocks aside, or calls them otherwise than token by token.
     """
     embeddings = model.get_input_embeddings()
     within = {module for block in blocks for module in block.module.modules()}
@@ -73,6 +83,11 @@ def learn_arguments(model: PreTrainedModel, blocks: list[Block], sizes: set[tupl
                     f"{type(model).__name__} cannot be pruned block by block: it cannot be run with its blocks aside "
                     f"({type(error).__name__}: {reason})."
                 ) from error
+            if any((samples, tokens) not in block.arguments for block in blocks):
+                raise BesaError(
+                    f"{type(model).__name__} cannot be pruned block by block: its hidden states are not one vector for "
+                    "each token, or it leaves out blocks."
+                )
 
 
 def _dropped(weight: Tensor) -> None:
