@@ -162,12 +162,23 @@ def test_shards(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         besa.load(tmp_path / "packed")
 
 
+def in_double(folder: Path) -> Path:
+    shutil.copytree(TINY, folder)
+    tensors = {name: own.double() for name, own in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
 def test_refusals_leave_nothing_behind(plain: Path, made: Callable[[str], Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     for action, says in [
         (lambda: besa.pack(plain / "packed", out), "packed already"),
         (lambda: besa.unpack(plain / "dense", out), "not packed"),
         (lambda: besa.pack(TINY, out), "too few zeros"),
+        (
+            lambda: besa.pack(in_double(tmp_path.with_name(f"{tmp_path.name}-double")), out),
+            "hold no float64: choose --dtype float32",
+        ),
         (lambda: besa.pack(tmp_path / "nowhere", out), "not a model folder"),
         (lambda: besa.pack(plain / "dense", plain), "exists already"),
         (lambda: besa.compress(plain / "packed", "wanda", TEXT, out=out, **SIZES), "besa unpack"),

@@ -559,6 +559,46 @@ def test_models_with_code_of_their_own_load_anywhere_afterwards(tmp_path: Path) 
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
+def test_code_of_its_own_need_not_know_of_generation(tmp_path: Path) -> None:
+    """As ChatGLM's, which is a plain PreTrainedModel, and takes token ids only."""
+    source = with_own_code(tmp_path / "speechless")  # transformers keeps code by the folder's name
+    (source / "modeling_tiny.py").write_text(
+        "from transformers import LlamaModel, LlamaPreTrainedModel\nfrom torch import nn\n"
+        "from transformers.modeling_outputs import CausalLMOutputWithPast\n"
+        "from .configuration_tiny import TinyConfig\n"
+        "class TinyForCausalLM(LlamaPreTrainedModel):\n"
+        "    config_class = TinyConfig\n"
+        "    def __init__(self, config):\n"
+        "        super().__init__(config)\n"
+        "        self.model = LlamaModel(config)\n"
+        "        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)\n"
+        "        self.post_init()\n"
+        "    def forward(self, input_ids, use_cache=False):\n"
+        "        return CausalLMOutputWithPast(logits=self.lm_head(self.model(input_ids)[0]))\n"
+    )
+    trusted: dict[str, Any] = {"trust_remote_code": True}
+    assert besa.plan(source, "wanda", **trusted).blocks == 2
+    besa.compress(source, "wanda", out=tmp_path / "speechless-out", **trusted, **SMALL)
+    assert assert_only_pruned(source, tmp_path / "speechless-out") == 14
+    with pytest.raises(BesaError, match="TinyForCausalLM has no way to generate text"):
+        besa.generate(tmp_path / "speechless-out", "The", **trusted)
+    llama(tmp_path / "known")
+    besa.compress(tmp_path / "known", "wanda", out=tmp_path / "known-out", **SMALL)
+    text = [str(TINY / "heldout.txt")]
+    found, expected = (
+        besa.evaluate(tmp_path / name, text, window=32, max_windows=2, **trusted).perplexity
+        for name in ("speechless-out", "known-out")
+    )
+    assert found == expected
+
+
+def test_code_that_leaves_python_is_one_sentence(tmp_path: Path) -> None:
+    source = with_own_code(tmp_path / "leaving")
+    (source / "modeling_tiny.py").write_text("import sys\nsys.exit('I need a licence key')\n")
+    with pytest.raises(BesaError, match="cannot be read: I need a licence key"):
+        besa.compress(source, "wanda", out=tmp_path / "out", trust_remote_code=True, **SMALL)
+
+
 def test_links_out_of_the_folder_are_refused(tmp_path: Path) -> None:
     source = llama(tmp_path / "model")
     (tmp_path / "secret.txt").write_text("of somebody else")

@@ -69,7 +69,7 @@ class Layout:
         self.head: list[str] = []
         self.unbuilt: list[str] = []
         self._blocks = blocks
-        self._parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        self._parameters = dict.fromkeys(name for name, _ in model.named_parameters(remove_duplicate=False))
         self._sort(blocks)
         self._check()
 
@@ -125,7 +125,7 @@ class Layout:
         together: dict[str, set[str]] = {}  # tied weights: either name will do, as for transformers
         for target, origin in self._model.all_tied_weights_keys.items():
             together.setdefault(origin, {origin}).add(target)
-        for name in sorted(self._parameters):
+        for name in self._parameters:
             if 0 < merged[name] < state[name].numel():
                 raise BesaError(f"{self._source} lacks a part of the weight {name}: the checkpoint is incomplete.")
             alike = next((names for names in together.values() if name in names), {name})

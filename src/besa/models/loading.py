@@ -180,13 +180,13 @@ def check_decoder(name: str, config: PreTrainedConfig) -> None:
 
 
 def read_generation_config(source: Source, model: PreTrainedModel) -> GenerationConfig | None:
-    """The sampling settings that the checkpoint comes with, or what the model has by itself.
+    """The sampling settings that the checkpoint comes with, or what the model has by itself, if it has any.
 
     Raises:
         BesaError: the file is damaged.
     """
     if source.folder is None or not (source.folder / GENERATION_CONFIG_NAME).is_file():
-        return model.generation_config
+        return getattr(model, "generation_config", None)
     with quiet(), model_explained(source.name):
         return GenerationConfig.from_pretrained(source.folder)
 
@@ -281,7 +281,7 @@ def model_explained(name: str) -> Iterator[None]:
         yield
     except (KeyboardInterrupt, MemoryError, BesaError):
         raise
-    except Exception as error:  # transformers, safetensors and huggingface_hub share no base class of their errors
+    except (Exception, SystemExit) as error:  # transformers, safetensors and huggingface_hub share no base class
         reason = " ".join(str(error).split()).rstrip(".")
         if "trust_remote_code" in reason:
             reason = "it needs model code of its own; pass --trust-remote-code if you trust it"

@@ -72,11 +72,10 @@ def learn_arguments(model: PreTrainedModel, blocks: list[Block], sizes: set[tupl
             and next(module.parameters(recurse=False), None) is not None
         ):
             module.to_empty(device="cpu", recurse=False)
-    with standing_aside(blocks):
+    with standing_aside(blocks), _embedding_zeros(embeddings, model.dtype):
         for samples, tokens in sizes:
-            x_NTC = torch.zeros(samples, tokens, embeddings.weight.shape[1], dtype=model.dtype)
             try:
-                model.base_model(inputs_embeds=x_NTC, use_cache=False)
+                model.base_model(input_ids=torch.zeros(samples, tokens, dtype=torch.int64), use_cache=False)
             except Exception as error:  # model code raises whatever it likes
                 reason = " ".join(str(error).split()).rstrip(".")[:200]
                 raise BesaError(
@@ -88,6 +87,17 @@ def learn_arguments(model: PreTrainedModel, blocks: list[Block], sizes: set[tupl
                     f"{type(model).__name__} cannot be pruned block by block: its hidden states are not one vector for "
                     "each token, or it leaves out blocks."
                 )
+
+
+@contextmanager
+def _embedding_zeros(embeddings: Any, dtype: torch.dtype) -> Iterator[None]:
+    """While open, any token is embedded as zeros, which takes no weight."""
+    channels = embeddings.weight.shape[1]
+    embeddings.forward = lambda tokens, *_, **__: torch.zeros(*tokens.shape, channels, dtype=dtype)
+    try:
+        yield
+    finally:
+        del embeddings.forward
 
 
 def _dropped(weight: Tensor) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import GenerationMixin, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from besa.errors import BesaError
 from besa.models.borrowed import borrowed, tokenizer_of_caller
@@ -67,6 +67,8 @@ def generate(
         model = load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, progress=progress)
     else:
         tokenizer = tokenizer_of_caller(tokenizer)
+    if not isinstance(model, GenerationMixin):
+        raise BesaError(f"{type(model).__name__} has no way to generate text: its code is no GenerationMixin.")
     tokens_1T = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
     if tokens_1T.numel() == 0:
         raise BesaError("The prompt is empty: give at least one word to go on from.")
