@@ -10,7 +10,7 @@ import json
 import re
 from pathlib import Path
 
-from besa.paper import findings, markdown
+from experiments.paper import findings, markdown
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
@@ -20,7 +20,7 @@ RUNS = {
 }
 INDEX = """# The paper's tables and figures
 
-Made by `python -m experiments.readme` of the result files beside it; `besa paper` shows the same.
+Made by `python -m experiments.readme` of the result files beside it; `python -m experiments` shows the same.
 
 """
 MARKED = re.compile(r"(<!-- results:([\w/]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
