@@ -10,7 +10,7 @@ import os
 import re
 from pathlib import Path
 
-from besa.paper import findings, markdown
+from experiments.paper import findings, markdown
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
@@ -21,7 +21,8 @@ RUNS = {
 }
 INDEX = """# The paper's tables and figures
 
-`python -m experiments.readme` writes this page from the result files in this folder. `besa paper` prints the same.
+`python -m experiments.readme` writes this page from the result files in this folder. `python -m experiments` prints the
+same.
 
 """
 LINK = re.compile(r"(?<=\]\()(?!https?:)[^)]+(?=\))")

@@ -97,7 +97,8 @@ def test_recipes_and_settings_of_commands_exist() -> None:
 
 
 def test_modules_of_commands_exist() -> None:
-    modules = {name for page in DOCS for name in re.findall(r"python -m ((?:\w+)(?:\.\w+)+)", text_of(page))}
+    pattern = r"python -m ((?:besa|benchmarks|experiments)(?:\.\w+)*)"
+    modules = {name for page in DOCS for name in re.findall(pattern, text_of(page))}
     assert modules
     for name in modules:
         assert importlib.util.find_spec(name), name
