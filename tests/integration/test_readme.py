@@ -17,7 +17,13 @@ from experiments.readme import MARKED, PAGES, RESULTS, past, trends, with_result
 
 ROOT = Path(__file__).parent.parent.parent
 README = ROOT / "README.md"
-DOCS = [README, ROOT / "benchmarks" / "README.md", RESULTS / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+DOCS = [
+    README,
+    ROOT / "CHANGELOG.md",
+    ROOT / "benchmarks" / "README.md",
+    RESULTS / "README.md",
+    *sorted(ROOT.glob("docs/*.md")),
+]
 
 
 def text_of(page: Path) -> str:
