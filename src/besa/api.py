@@ -25,7 +25,7 @@ from besa.evaluation.texts import perplexities, read_texts
 from besa.evaluation.zero_shot import check_tasks, zero_shot
 from besa.machine import machine, resolve_device, versions
 from besa.models.blocks import find_blocks, left_dense
-from besa.models.borrowed import borrowed, tokenizer_of_caller
+from besa.models.borrowing import borrowed, tokenizer_of_caller
 from besa.models.bos import bos_token
 from besa.models.limits import embedding_rows, positions
 from besa.models.loading import (
@@ -106,7 +106,7 @@ def compress(
 
     Args:
         model: Hugging Face id, local folder, .gguf file, ``smollm2`` (embedded), or a loaded model, which is pruned in
-            place.
+            place; its device, mode and gradients stay as they are.
         recipe: a `Recipe`, the name of a shipped one (``besa``, ``wanda``, …), or a YAML file.
         calibration: token batches, or the text to sample them from: ``c4``, ``wiki``, a file, ``hf:<dataset>``.
         out: folder to write the checkpoint and `besa_run.json` to; must not exist. With it, a model that is named and
@@ -143,7 +143,8 @@ def compress(
     elif sparsity is not None:
         recipe = Recipe.model_validate(recipe.model_dump() | {"sparsity": sparsity})
     out = Path(out) if out is not None else None
-    with journal_for(out, resume) if out else nullcontext() as journal:
+    lent = borrowed(model) if isinstance(model, PreTrainedModel) else nullcontext()
+    with lent, journal_for(out, resume) if out else nullcontext() as journal:
         decoder, tokenizer, identity = _opened(model, tokenizer, dtype, trust_remote_code, out is not None, progress)
         room, rows = positions(decoder.model), embedding_rows(decoder.model)
         if isinstance(calibration, Calibration):
@@ -158,15 +159,14 @@ def compress(
             journal.begin(_decisive(recipe, identity, calibration, seed, batch, device) | {"dequantized": dequantized})
             size = decoder.model.num_parameters() * decoder.model.dtype.itemsize + decoder.unbuilt_bytes
             check_space(journal.folder, disk_bytes(size) - journal.bytes)
-        memory.stay_lean()
+        memory.trim()
         memory.reset_peak(device)
         began = time.perf_counter()
         folder = journal.folder if journal else None
         resources = Resources(batch, device, _room(activation_budget), folder, pack=not dequantized)
-        with borrowed(decoder.model):
-            blocks = prune_blocks(
-                decoder, recipe, calibration, seed=seed, resources=resources, journal=journal, progress=progress
-            )
+        blocks = prune_blocks(
+            decoder, recipe, calibration, seed=seed, resources=resources, journal=journal, progress=progress
+        )
         weights, zeros = sum(block.weights for block in blocks), sum(block.zeros for block in blocks)
         record = RunRecord(
             created=now(),

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GenerationMixin, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from besa.errors import BesaError
-from besa.models.borrowed import borrowed, tokenizer_of_caller
+from besa.models.borrowing import borrowed, tokenizer_of_caller
 from besa.models.limits import positions
 from besa.models.loading import load_tokenizer, locate
 from besa.progress import Progress, silent
@@ -80,7 +80,7 @@ def generate(
     sampling = (
         {"do_sample": True, "logits_processor": [_Tempered(temperature)]} if temperature else {"do_sample": False}
     )
-    with torch.random.fork_rng(), borrowed(model):
+    with borrowed(model), torch.random.fork_rng():
         torch.manual_seed(seed)
         made_1T = model.generate(
             tokens_1T,
