@@ -16,6 +16,7 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
+    JambaConfig,
     MixtralConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -80,7 +81,7 @@ def test_same_logits_tokens_and_perplexity_as_dense(pair: tuple[Path, Path]) -> 
 
 def test_bfloat16_within_its_rounding(pair: tuple[Path, Path]) -> None:
     dense, packed = (besa.load(folder, dtype="bfloat16") for folder in pair)
-    assert all(module.weight.dtype == torch.bfloat16 for module in sparse(packed).values())
+    assert all(module.bitmask.dtype == torch.bfloat16 for module in sparse(packed).values())
     exact = logits(besa.load(pair[0]))
     errors = [float((logits(model).float() - exact).square().mean()) for model in (packed, dense)]
     assert errors[0] < 2 * errors[1]
@@ -92,7 +93,7 @@ def test_weights_stay_in_the_file(plain: tuple[Path, Path]) -> None:
     lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(file)]
     ranges = [tuple(int(end, 16) for end in line[0].split("-")) for line in lines]
     for name, module in sparse(model).items():
-        for tensor in (module.weight.masks_BCR, module.weight.values):
+        for tensor in (module.bitmask.masks_BCR, module.bitmask.values):
             assert any(begin <= tensor.data_ptr() < end for begin, end in ranges), name
 
 
@@ -114,11 +115,19 @@ def test_what_a_packed_linear_cannot_do_is_refused(plain: tuple[Path, Path]) -> 
 
 SIZE = {"vocab_size": 1024, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 HEADS = {"num_key_value_heads": 2, "intermediate_size": 96}
+STATE = {
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+    "num_experts": 1,
+    "mamba_dt_rank": 32,
+    "use_mamba_kernels": False,
+}
 FAMILIES = {  # with how many linears of a block are packed
     "gemma3": (Gemma3TextConfig(**SIZE, **HEADS, head_dim=16), 7),  # tied, with buffers of its own
     "gpt_neox": (GPTNeoXConfig(**SIZE, intermediate_size=96), 4),  # biases
     "falcon": (FalconConfig(**SIZE), 4),  # a linear of its own
     "mixtral": (MixtralConfig(**SIZE, **HEADS, num_local_experts=4), 4),  # experts stay dense
+    "jamba": (JambaConfig(**SIZE, **HEADS, **STATE), 7),  # reads the weight of a linear, and does not call it
 }
 
 
