@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from besa.arguments import checked
 from besa.checkpoint.files import write_file
 from besa.checkpoint.formats.checking import check_packed
 from besa.checkpoint.formats.container import open_files
@@ -62,6 +63,7 @@ def seal(folder: Path) -> None:
     write_file(record, hashlib.sha256(text.encode()).hexdigest().join(text.rsplit(BLANK, 1)))
 
 
+@checked
 def verify(folder: str | Path, *, progress: Progress = silent) -> Verified:
     """Compare a checkpoint that besa wrote with the digests in its record; of packed ones, look at every number too.
 
