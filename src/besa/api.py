@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from besa import memory
+from besa.arguments import Bos, Bytes, Count, Dtype, Length, checked
 from besa.calibration import Calibration, sample
 from besa.checkpoint.companions import companions
 from besa.checkpoint.files import check_space
@@ -20,10 +21,11 @@ from besa.checkpoint.formats.container import header
 from besa.checkpoint.journal import journal_for
 from besa.checkpoint.writer import disk_bytes, finish
 from besa.errors import BesaError
+from besa.evaluation.perplexity import check_window
 from besa.evaluation.result import Evaluation
 from besa.evaluation.texts import perplexities, read_texts
 from besa.evaluation.zero_shot import check_tasks, zero_shot
-from besa.machine import machine, resolve_device, versions
+from besa.machine import machine, named_device, resolve_device, versions
 from besa.models.blocks import find_blocks, left_dense
 from besa.models.borrowing import borrowed, tokenizer_of_caller
 from besa.models.bos import bos_token
@@ -80,6 +82,7 @@ class Compressed:
         return self._model
 
 
+@checked
 def compress(
     model: str | Path | PreTrainedModel,
     recipe: Recipe | str | Path,
@@ -87,15 +90,15 @@ def compress(
     *,
     out: str | Path | None = None,
     sparsity: float | None = None,
-    samples: int = 128,
-    seqlen: int | None = None,
-    bos: str = "auto",
+    samples: Count = 128,
+    seqlen: Length | None = None,
+    bos: Bos = "auto",
     seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
     device: str | torch.device = "cpu",
-    dtype: str = "auto",
-    batch: int | None = None,
-    activation_budget: int | None = None,
+    dtype: Dtype = "auto",
+    batch: Count | None = None,
+    activation_budget: Bytes | None = None,
     resume: bool = False,
     dequantized: bool = False,
     trust_remote_code: bool = False,
@@ -138,11 +141,8 @@ def compress(
     check_seed(seed)
     if resume and isinstance(model, PreTrainedModel):
         raise BesaError("A loaded model cannot be told from another: give its path to go on with a run.")
-    if not isinstance(recipe, Recipe):
-        recipe = Recipe.load(recipe, sparsity)
-    elif sparsity is not None:
-        recipe = Recipe.model_validate(recipe.model_dump() | {"sparsity": sparsity})
-    out = Path(out) if out is not None else None
+    recipe = _chosen(recipe, sparsity)
+    out = path_of(out) if out is not None else None
     lent = borrowed(model) if isinstance(model, PreTrainedModel) else nullcontext()
     with lent, journal_for(out, resume) if out else nullcontext() as journal:
         decoder, tokenizer, identity = _opened(model, tokenizer, dtype, trust_remote_code, out is not None, progress)
@@ -199,6 +199,13 @@ def compress(
     return Compressed(tokenizer, record, decoder.model if in_place else None, out, trust_remote_code)
 
 
+def _chosen(recipe: Recipe | str | Path, sparsity: float | None) -> Recipe:
+    """The recipe that an argument stands for, at another sparsity where one is given."""
+    if not isinstance(recipe, Recipe):
+        return Recipe.load(recipe, sparsity)
+    return recipe if sparsity is None else recipe.at(sparsity)
+
+
 def _room(activation_budget: int | None) -> int:
     """Bytes of hidden states that may be in memory."""
     return memory.half_of_available() if activation_budget is None else activation_budget
@@ -218,18 +225,19 @@ def _decisive(
     }
 
 
+@checked
 def plan(
     model: str | Path,
     recipe: Recipe | str | Path = "besa",
     *,
     out: str | Path = ".",
     sparsity: float | None = None,
-    samples: int = 128,
-    seqlen: int | None = None,
-    device: str = "cpu",
-    dtype: str = "auto",
-    batch: int | None = None,
-    activation_budget: int | None = None,
+    samples: Count = 128,
+    seqlen: Length | None = None,
+    device: str | torch.device = "cpu",
+    dtype: Dtype = "auto",
+    batch: Count | None = None,
+    activation_budget: Bytes | None = None,
     trust_remote_code: bool = False,
 ) -> Plan:
     """Say beforehand what `compress` will take, from the model's configuration alone.
@@ -250,6 +258,7 @@ def plan(
     Raises:
         BesaError: the configuration cannot be read or is of no decoder that besa can prune.
     """
+    device = named_device(device)
     source = locate(model)
     if source.gguf:
         raise BesaError(f"{model} is a .gguf file, which is loaded whole: plan for a folder of safetensors.")
@@ -266,31 +275,32 @@ def plan(
         source.name,
         empty,
         find_blocks(empty),
-        recipe if isinstance(recipe, Recipe) else Recipe.load(recipe, sparsity),
+        _chosen(recipe, sparsity),
         samples=samples,
         seqlen=seqlen,
-        batch=min(samples, batch or default_batch(seqlen, torch.device(device))),
-        device=torch.device(device),
+        batch=min(samples, batch or default_batch(seqlen, device)),
+        device=device,
         activation_budget=_room(activation_budget),
         folder=path_of(out),
     )
 
 
+@checked
 def evaluate(
     model: str | Path | PreTrainedModel,
-    texts: Iterable[str] = (),
+    texts: Sequence[str] = (),
     *,
     data: Mapping[str, str | Path] | None = None,
     window: int | Sequence[int] | None = None,
-    max_windows: int | None = None,
+    max_windows: Count | None = None,
     tasks: Sequence[str] = (),
-    limit: int | None = None,
+    limit: Count | None = None,
     hub: bool = False,
-    bos: str = "auto",
-    batch: int | None = None,
+    bos: Bos = "auto",
+    batch: Count | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     device: str | torch.device = "cpu",
-    dtype: str = "auto",
+    dtype: Dtype = "auto",
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> Evaluation:
@@ -326,6 +336,8 @@ def evaluate(
     windows = [window] if isinstance(window, int) else window
     if windows is not None and not windows:
         raise BesaError("No length of a window is given: published numbers use 2048 tokens.")
+    for length in windows or ():
+        check_window(length)
     if not parts and not tasks:
         raise BesaError("There is nothing to evaluate: name a text (--ppl) or zero-shot tasks (--tasks).")
     check_tasks(tasks)
@@ -363,9 +375,10 @@ def evaluate(
     )
 
 
+@checked
 def simulate(
     model: str | Path,
-    tokens: Sequence[int] = (1, 8, 32, 128, 512),
+    tokens: Sequence[Count] = (1, 8, 32, 128, 512),
     *,
     accelerator: Accelerator | None = None,
     trust_remote_code: bool = False,

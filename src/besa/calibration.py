@@ -47,6 +47,22 @@ class Calibration:
     beginning: str = ""
     whole: bool = True
 
+    def __post_init__(self) -> None:
+        """Refuse what are no sequences of token ids.
+
+        Raises:
+            BesaError: `tokens_NT` is no tensor of int64 on the CPU, or has not two dimensions of at least 1.
+        """
+        tokens = self.tokens_NT
+        ids = isinstance(tokens, torch.Tensor) and tokens.dtype == torch.int64 and tokens.device.type == "cpu"
+        if not ids or tokens.dim() != 2 or tokens.numel() == 0:
+            shown = (
+                f"a tensor of {tokens.dtype} and shape {tuple(tokens.shape)} on {tokens.device}"
+                if isinstance(tokens, torch.Tensor)
+                else type(tokens).__name__
+            )
+            raise BesaError(f"A calibration is sequences of token ids: give a torch.int64 tensor (N, T), not {shown}.")
+
     @property
     def samples(self) -> int:
         """N, the number of sequences."""

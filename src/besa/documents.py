@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -83,6 +84,23 @@ def _hub_documents(source: str, progress: Progress) -> list[str]:
     return beginning(hub_column(source, where, "text", HUB_DOCUMENTS, progress), WHOLE)
 
 
+def check_remote(name: str, dataset: str) -> None:
+    """Refuse a data set of the Hub in whose place the datasets library would read, or run, what is here.
+
+    Args:
+        name: what to call it.
+        dataset: its name on the Hub.
+
+    Raises:
+        BesaError: there is a folder or file of the data set's name.
+    """
+    if os.path.lexists(dataset):
+        raise BesaError(
+            f"{name} is a data set on the Hub, but there is a {dataset} here too, which would be read in its place: "
+            "run besa in another folder, or give local files by their own names."
+        )
+
+
 def hub_column(
     name: str, where: Mapping[str, Any], column: str, rows: int | None, progress: Progress = silent
 ) -> Iterator[str]:
@@ -96,8 +114,9 @@ def hub_column(
         progress: told how many rows have come, where it is known how many shall.
 
     Raises:
-        BesaError: it cannot be read.
+        BesaError: it cannot be read, or the library would take a folder or file here for it.
     """
+    check_remote(name, where["path"])
     try:
         import datasets
     except ImportError as exc:

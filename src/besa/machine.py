@@ -15,11 +15,11 @@ from besa.kernels import native
 from besa.version import __version__
 
 
-def resolve_device(device: str | torch.device) -> torch.device:
-    """The device to compute on.
+def named_device(device: str | torch.device) -> torch.device:
+    """The device of a kind that besa computes on, be it here or not.
 
     Raises:
-        BesaError: no such device on this machine.
+        BesaError: there is none by that name.
     """
     try:
         resolved = torch.device(device)
@@ -27,6 +27,16 @@ def resolve_device(device: str | torch.device) -> torch.device:
         raise BesaError(f"There is no device {device}: use cpu or cuda.") from None
     if resolved.type not in ("cpu", "cuda"):
         raise BesaError(f"besa does not compute on {device}: use cpu or cuda.")
+    return resolved
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """The device to compute on.
+
+    Raises:
+        BesaError: no such device on this machine.
+    """
+    resolved = named_device(device)
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise BesaError("There is no CUDA device that torch can use here: use --device cpu.")
     return resolved

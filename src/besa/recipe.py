@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -147,6 +147,14 @@ class Recipe(Settings):
                 raise BesaError(f"--sparsity-of {pair}: write it as pattern=sparsity, such as *.k_proj=0.3.")
         return self.model_copy(update={"skip": (*self.skip, *skip), "sparsity_of": own})
 
+    def at(self, sparsity: float) -> Recipe:
+        """The recipe with another sparsity.
+
+        Raises:
+            BesaError: it is out of bounds, alone or with the rest of the recipe.
+        """
+        return self._validated(self.name, self.model_dump() | {"sparsity": sparsity})
+
     def to_yaml(self) -> str:
         """The recipe as YAML, every setting spelled out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
@@ -169,10 +177,14 @@ class Recipe(Settings):
             content["sparsity"] = sparsity
         for override in sorted(overrides, key=lambda pair: not pair.partition("=")[0].endswith(".method")):
             _override(content, override)  # methods first: another one begins with its own settings
+        return cls._validated(recipe, content)
+
+    @classmethod
+    def _validated(cls, name: str | Path, content: Mapping[str, Any]) -> Recipe:
         try:
             return cls.model_validate(content)
         except ValidationError as error:
-            raise BesaError(f"Recipe {recipe}: {_first_complaint(error)}.") from None
+            raise BesaError(f"Recipe {name}: {_first_complaint(error)}.") from None
 
 
 def shipped() -> list[str]:

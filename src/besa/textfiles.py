@@ -23,6 +23,17 @@ TOLD = 1 << 22  # bytes read between two words on the progress
 BOM = b"\xef\xbb\xbf"
 GZIP, ZSTD, PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
 PACKED = (".gz", ".zst")
+# What else files begin with whose content could pass for text, as it need not hold bytes that no text has.
+FOREIGN = {
+    b"%PDF-": "a PDF",
+    b"{\\rtf": "an RTF document",
+    b"PK\x03\x04": "a zip archive",
+    b"BZh91AY&SY": "packed by bzip2",
+    b"\xfd7zXZ": "packed by xz",
+    b"\x04\x22\x4d\x18": "packed by lz4",
+    b"<!doctype html": "HTML",
+    b"<html": "HTML",
+}
 JSON_NAMES = (".json", ".jsonl", ".ndjson")
 TABLES = (".csv", ".tsv")
 JSON_BEGINS = re.compile(rb'\s*(\{\s*["}]|\[\s*["{\]])')  # an object, or an array of objects or strings
@@ -121,6 +132,9 @@ def _is_json(path: Path, stream: io.BufferedReader) -> bool:
 def _contents(path: Path, stream: io.BufferedReader) -> Iterator[str]:
     if _ending(path) in TABLES:
         raise BesaError(f'{path} is a table: give its texts as JSON lines, objects with a "text", or as parquet.')
+    head = stream.peek(CHUNK).removeprefix(BOM).lstrip()[:16].lower()
+    if other := next((form for begins, form in FOREIGN.items() if head.startswith(begins.lower())), None):
+        raise BesaError(f"{path} is {other}: give its texts as plain text, JSON lines or parquet, also .gz or .zst.")
     if not _is_json(path, stream):
         form = _text
     else:
@@ -139,6 +153,8 @@ def _lines(path: Path, stream: io.BufferedReader) -> Iterator[str]:
         if line.strip():
             try:
                 yield _string(json.loads(line.decode())["text"])
+            except UnicodeDecodeError:
+                raise
             except (ValueError, TypeError, KeyError, RecursionError) as exc:
                 raise BesaError(
                     f'Line {number:,} of {path}, which holds JSON lines, is no object with a string "text": correct or '
@@ -209,6 +225,14 @@ def _pieces(held: str, text: io.TextIOWrapper) -> Iterator[str]:
         place = end + len(gap)
 
 
+def _of_strings(kind: Any) -> bool:
+    """Whether a column of an Arrow type holds strings, however they are laid out."""
+    import pyarrow.types as pt
+
+    kind = kind.value_type if pt.is_dictionary(kind) else kind
+    return bool(pt.is_string(kind) or pt.is_large_string(kind) or pt.is_string_view(kind))
+
+
 def _parquet(path: Path, progress: Progress) -> Iterator[str]:
     try:
         import pyarrow as pa
@@ -218,8 +242,9 @@ def _parquet(path: Path, progress: Progress) -> Iterator[str]:
     try:
         with pq.ParquetFile(path) as file:
             schema = file.schema_arrow
-            if "text" not in schema.names or schema.field("text").type not in (pa.string(), pa.large_string()):
-                raise BesaError(f'{path} has no column "text" of strings, only {", ".join(schema.names)}: rename one.')
+            if "text" not in schema.names or not _of_strings(schema.field("text").type):
+                columns = ", ".join(f"{field.name} ({field.type})" for field in schema) or "none at all"
+                raise BesaError(f'{path} has no column "text" of strings, only {columns}: rename or convert one.')
             done = 0
             for batch in file.iter_batches(1024, columns=["text"]):
                 yield from (document for document in batch["text"].to_pylist() if document is not None)

@@ -69,12 +69,16 @@ def check_known(tokens: torch.Tensor, rows: int, tokenizer: PreTrainedTokenizerB
         tokenizer: knows what the tokens are called.
 
     Raises:
-        BesaError: an id is too large.
+        BesaError: an id is too large, or negative.
     """
-    largest = int(tokens.max()) if tokens.numel() else 0
+    smallest, largest = map(int, tokens.aminmax()) if tokens.numel() else (0, 0)
+    if smallest < 0:
+        raise BesaError(f"The text has a token with the id {smallest:,}: the ids of tokens begin with 0.")
     if largest >= rows:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        named = "a token" if token is None else f"the token {token!r}"  # None: the tokenizer does not know it either
         raise BesaError(
-            f"The text has the token {tokenizer.convert_ids_to_tokens(largest)!r} with the id {largest:,}, but the "
+            f"The text has {named} with the id {largest:,}, but the "
             f"model's embeddings have {rows:,} rows only: use the tokenizer that belongs to the model, or resize its "
             "embeddings."
         )

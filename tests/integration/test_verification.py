@@ -153,7 +153,7 @@ def test_values_that_only_digests_can_tell(copy: Callable[[str], Path]) -> None:
         (lambda folder: (folder / "tokenizer.json").unlink(), "lacks tokenizer.json, which was written with it"),
         (lambda folder: (folder / PACKED).unlink(), f"lacks {PACKED}"),
         (lambda folder: (folder / "besa_run.json").unlink(), "has no digests to verify it by"),
-        (lambda folder: (folder / "besa_run.json").write_text("[]"), "has no digests to verify it by"),
+        (lambda folder: (folder / "besa_run.json").write_text("[]"), "besa_run.json is damaged"),
         (lambda folder: (folder / "besa_run.json").write_text("{"), "besa_run.json is damaged"),
         (lambda folder: shutil.copy(TINY / DENSE, folder), f"{DENSE} was not written with the other files"),
         (lambda folder: (folder / "pytorch_model.bin").write_bytes(b""), "pytorch_model.bin was not written with"),
@@ -173,6 +173,25 @@ def test_a_record_that_lists_what_is_no_file_beside_it(name: str, copy: Callable
     record["files"][name] = "0" * 64
     (folder / "besa_run.json").write_text(json.dumps(record))
     assert "no digests of files beside it" in sentence(lambda: besa.verify(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "last", "action"), [("float32-packed", "weight_values", besa.unpack), ("float32", "weight", besa.pack)]
+)
+def test_what_is_made_of_damaged_weights_is_not_sealed(
+    name: str, last: str, action: Callable[[Path, Path], object], copy: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder, out = copy(name), tmp_path / "out"
+    (path,) = folder.glob("*.safetensors")
+    change_tensors(folder, lambda tensors: tensors[f"{UP}.{last}"][:1].neg_())
+    assert sentence(lambda: action(folder, out)).startswith(f"{path} is not as it was written, its sha256 is another")
+    assert not out.exists()
+    record = folder / "besa_run.json"
+    record.write_text("[]")
+    assert sentence(lambda: action(folder, out)) == f"{record} is damaged: get the folder anew."
+    record.unlink()  # as the first sentence says
+    action(folder, out)
+    assert besa.verify(out).files == len(list(out.iterdir()))
 
 
 def test_measurements_beside_are_no_damage(copy: Callable[[str], Path]) -> None:

@@ -91,6 +91,16 @@ def test_hub_datasets(monkeypatch):
         assert "write hf:<dataset>" in refusal(read, nonsense)
 
 
+def test_a_folder_here_is_not_taken_for_the_data_set_of_that_name(monkeypatch, tmp_path):
+    read_here = SimpleNamespace(load_dataset=lambda **_: [{"text": "from here"}])
+    monkeypatch.setitem(sys.modules, "datasets", read_here)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some").mkdir()
+    assert read("hf:some/data") == ["from here"]
+    (tmp_path / "some" / "data").mkdir()
+    assert "there is a some/data here too, which would be read in its place" in refusal(read, "hf:some/data")
+
+
 def test_hub_datasets_that_fail(monkeypatch):
     def unreachable(*_, **__):
         raise ConnectionError("Couldn't reach the Hub.\nMany more lines")

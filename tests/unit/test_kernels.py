@@ -4,10 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 import warnings
-from concurrent.futures import ThreadPoolExecutor
-from importlib import resources
 
 import pytest
 import torch
@@ -259,16 +256,17 @@ def test_a_library_belongs_to_source_compiler_and_flags(fresh, tmp_path, monkeyp
 
 
 @compiled
-def test_two_may_build_at_once(fresh, compilations):
-    text = (resources.files("besa.kernels") / "masks.cpp").read_bytes()
-    both = threading.Barrier(2)
-
-    def build_one(compiler):
-        both.wait()
-        return build._loaded(compiler, build.FLAGS, text)
-
-    with ThreadPoolExecutor(2) as pool:
-        assert len(list(pool.map(build_one, 2 * [shutil.which("c++")]))) == len(compilations) == 2
+def test_two_processes_may_fill_the_cache_at_once(fresh, tmp_path):
+    compiler, here = tmp_path / "compiler", tmp_path / "here"
+    # Each compiles only when the other is about to: none finds the library of the other.
+    waits = f'echo >> {here}; while [ "$(wc -l < {here})" -lt 2 ]; do sleep 0.01; done'
+    compiler.write_text(f'#!/bin/sh\n[ "$1" = -O0 ] && {{ {waits}; }}\nexec c++ "$@"\n')
+    compiler.chmod(0o755)
+    environment = {**os.environ, "CXX": str(compiler), "BESA_CACHE": str(tmp_path)}
+    code = f"from besa.kernels import build; build.FLAGS = {build.FLAGS!r}; assert build.load('masks.cpp') is not None"
+    both = [subprocess.Popen([sys.executable, "-W", "error", "-c", code], env=environment) for _ in range(2)]
+    assert [process.wait(timeout=120) for process in both] == [0, 0]
+    assert len(here.read_text().splitlines()) == 2
     (built,) = fresh.iterdir()
     assert built.name == build._name(built.name.partition("-")[0], built)
 

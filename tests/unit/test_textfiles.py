@@ -163,7 +163,7 @@ def packed_folder(kind: str) -> bytes:
         ("wide.txt", "One.".encode("utf-16-le"), "holds zero bytes"),
         ("a.tar", packed_folder("w:"), "holds zero bytes"),
         ("a.json.tar.gz", packed_folder("w:gz"), "holds zero bytes"),
-        ("a.zip", packed_folder("zip"), "is no"),
+        ("a.zip", packed_folder("zip"), "is a zip archive"),
         ("a.csv", "id,text\n1,One.", "is a table"),
         ("a.TSV.gz", gzip.compress(b"id\ttext\n1\tOne."), "is a table"),
         ("a.json.gz", gzip.compress(LINES.encode() * 99)[:-20], "Could not read"),
@@ -265,3 +265,40 @@ def test_progress_of_a_long_file(write, monkeypatch):
     read(path, lambda *news: told.append(news))
     assert [done for done, _, _ in told] == sorted(done for done, _, _ in told)
     assert told[0][1:] == (len(LINES) * 500, "reading a.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("content", "form"),
+    [
+        (b"%PDF-1.4\n1 0 obj", "a PDF"),
+        (b"{\\rtf1\\ansi Text}", "an RTF document"),
+        (b"PK\x03\x04text", "a zip archive"),
+        (b"BZh91AY&SYtext", "packed by bzip2"),
+        (b"\xfd7zXZ\x00text", "packed by xz"),
+        (b"\x04\x22\x4d\x18text", "packed by lz4"),
+        (b"\xef\xbb\xbf\n<!DOCTYPE html><p>Text", "HTML"),
+        (gzip.compress(b"<html><p>Text"), "HTML"),
+    ],
+)
+def test_other_forms_that_could_pass_for_text_are_refused(tmp_path, content, form):
+    path = tmp_path / "text.txt"
+    path.write_bytes(content)
+    assert refusal(read, path) == (
+        f"{path} is {form}: give its texts as plain text, JSON lines or parquet, also .gz or .zst."
+    )
+
+
+@pytest.mark.parametrize("ending", ["json", "jsonl", "jsonl.gz"])
+def test_json_lines_in_another_encoding_are_refused_as_such(tmp_path, ending):
+    for encoding, at in [("utf-16", 0), ("latin-1", 12)]:
+        path = tmp_path / f"{encoding}.{ending}"
+        content = '{"text": "Zwölf Boxkämpfer."}\n'.encode(encoding)
+        path.write_bytes(gzip.compress(content) if ending.endswith("gz") else content)
+        assert refusal(read, path) == f"{path} is not UTF-8 text (byte {at}): convert it to UTF-8 first."
+
+
+@pytest.mark.parametrize("lay_out", [lambda t: t.dictionary_encode(), lambda t: t.cast(pa.string_view()), lambda t: t])
+def test_parquet_columns_of_strings_however_laid_out(tmp_path, lay_out):
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"text": lay_out(pa.array(TEXTS))}), path)
+    assert read(path) == TEXTS

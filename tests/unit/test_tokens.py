@@ -80,6 +80,15 @@ def test_long_documents_are_tokenised_few_at_a_time(monkeypatch):
     assert told == [(2, 4, "tokenising")]
 
 
+def test_ids_that_no_token_has():
+    for ids_T, words in [
+        ([3, -1], "the id -1: the ids of tokens begin with 0"),
+        ([10**6], "a token with the id 1,000,000"),
+    ]:
+        with pytest.raises(BesaError, match=words):
+            check_known(torch.tensor(ids_T), 257, BYTES)
+
+
 def test_a_token_that_the_model_does_not_know_is_named():
     known = torch.tensor([[1, 2], [3, 256]])
     check_known(known, 257, BYTES)

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from besa.errors import BesaError
+from besa.names import path_of
 
 COPY = 1 << 24  # bytes copied at a time
 LOCK = "lock"  # name of the file that whoever is at work in a folder has locked
@@ -31,7 +32,7 @@ def check_absent(out: Path) -> None:
         BesaError: `out` exists already, or can be no file's name.
     """
     with explained(out):
-        if out.exists():
+        if path_of(out).exists():
             raise BesaError(f"{out} exists already: choose another name, or remove it first.")
 
 

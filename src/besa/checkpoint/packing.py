@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 
+from besa.arguments import Dtype, checked
 from besa.checkpoint.companions import read_config_json, with_dtype
 from besa.checkpoint.files import appearing
 from besa.checkpoint.formats import bitmask, packed
@@ -67,11 +68,12 @@ class _Group:
         yield from files.mapped(self.others)
 
 
+@checked
 def pack(
     model: str | Path,
     out: str | Path,
     *,
-    dtype: str = "auto",
+    dtype: Dtype = "auto",
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> Packing:
@@ -127,6 +129,7 @@ def pack(
     return found
 
 
+@checked
 def unpack(model: str | Path, out: str | Path, *, trust_remote_code: bool = False, progress: Progress = silent) -> None:
     """Write the checkpoint that `pack` packed: the same tensors, to the bit.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from besa.checkpoint.companions import companions, pass_on
 from besa.checkpoint.files import save_tensors
 from besa.checkpoint.formats.container import ABOUT
-from besa.checkpoint.verification import seal
+from besa.checkpoint.verification import check_weights, seal
 from besa.checkpoint.writer import assemble
 from besa.errors import BesaError
 from besa.models.files import SPARSE_STEM
@@ -54,8 +54,9 @@ def rewrite(
         stem: what the names of weight files begin with.
 
     Raises:
-        BesaError: it cannot be written.
+        BesaError: it cannot be written, or the source's weights are not those that its record was written with.
     """
+    check_weights(folder_of(source))
     about = ABOUT if stem == SPARSE_STEM else None
     (folder / "parts").mkdir()
     written = []

@@ -13,6 +13,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
+from besa.arguments import checked
 from besa.checkpoint.companions import read_config_json
 from besa.checkpoint.files import appearing
 from besa.checkpoint.formats.container import header
@@ -46,6 +47,7 @@ class Shrinking(BaseModel):
     file_bytes: int = 0
 
 
+@checked
 def shrink(
     model: str | Path, out: str | Path, *, trust_remote_code: bool = False, progress: Progress = silent
 ) -> Shrinking:

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from besa.arguments import checked
 from besa.checkpoint.files import write_file
 from besa.checkpoint.formats.checking import check_packed
 from besa.checkpoint.formats.container import open_files
@@ -62,6 +63,7 @@ def seal(folder: Path) -> None:
     write_file(record, hashlib.sha256(text.encode()).hexdigest().join(text.rsplit(BLANK, 1)))
 
 
+@checked
 def verify(folder: str | Path, *, progress: Progress = silent) -> Verified:
     """Compare a checkpoint that besa wrote with the digests in its record; of packed ones, look at every number too.
 
@@ -78,6 +80,10 @@ def verify(folder: str | Path, *, progress: Progress = silent) -> Verified:
         raise BesaError(f"{folder} is no folder: give one that `besa prune`, `pack`, `unpack` or `shrink` wrote.")
     check_regular(folder)
     digests = _recorded(folder / RECORD_NAME)
+    if not digests:
+        raise BesaError(
+            f"{folder} has no digests to verify it by: an older besa or another tool wrote it, so make it anew."
+        )
     for name in digests:
         if not (folder / name).is_file():
             raise BesaError(f"{folder} lacks {name}, which was written with it: get the folder anew.")
@@ -95,21 +101,36 @@ def verify(folder: str | Path, *, progress: Progress = silent) -> Verified:
     return Verified(files=len(digests), bytes=done)
 
 
-def _recorded(record: Path) -> dict[str, str]:
-    """The digests in a record by name of the file; the record's own comes first.
+def check_weights(folder: Path) -> None:
+    """Refuse weights that their record was not written with: what is made of them would be sealed as if whole.
 
     Raises:
-        BesaError: there are none, or they are of no files of a folder.
+        BesaError: the record has a digest of a weight file that is another's, or is damaged.
+    """
+    for name, digest in _recorded(folder / RECORD_NAME).items():
+        path = folder / name
+        if path.suffix == ".safetensors" and path.is_file() and digest != _sha256(path):
+            raise BesaError(
+                f"{path} is not as it was written, its sha256 is another: get the folder anew, or remove its "
+                f"{RECORD_NAME} if you changed the weights yourself."
+            )
+
+
+def _recorded(record: Path) -> dict[str, str]:
+    """The digests in a record by name of the file, the record's own first; empty where there are none.
+
+    Raises:
+        BesaError: it is damaged, or its digests are of no files of a folder.
     """
     try:
         content = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
     except (OSError, ValueError, RecursionError):
         raise BesaError(f"{record} is damaged: get the folder anew.") from None
-    if not isinstance(content, dict) or not content.get(FILES):
-        raise BesaError(
-            f"{record.parent} has no digests to verify it by: an older besa or another tool wrote it, so make it anew."
-        )
-    found = content[FILES]
+    if not isinstance(content, dict):
+        raise BesaError(f"{record} is damaged: get the folder anew.")
+    found = content.get(FILES)
+    if not found:
+        return {}
     if not isinstance(found, dict) or RECORD_NAME not in found or not all(map(_sound, found, found.values())):
         raise BesaError(f"{record} is damaged: what it lists are no digests of files beside it; get the folder anew.")
     return {RECORD_NAME: found.pop(RECORD_NAME), **found}

@@ -203,7 +203,7 @@ def compare_command(
     data: DataOption = None,
     window: Annotated[
         int | None,
-        typer.Option(help="Tokens of a window; default: 2048, or as many as the model has positions."),
+        typer.Option(min=2, help="Tokens of a window; default: 2048, or as many as the model has positions."),
     ] = None,
     max_windows: Annotated[int | None, typer.Option(min=1, help="Use only so many windows of each text.")] = None,
     tasks: TasksOption = "",

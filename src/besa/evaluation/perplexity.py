@@ -67,8 +67,7 @@ def perplexity(
     Raises:
         BesaError: the text is shorter than one window, or the model's output is not finite.
     """
-    if window < 2:
-        raise BesaError(f"A window of {window} tokens predicts nothing: use at least 2.")
+    check_window(window)
     if max_windows is not None and max_windows < 1:
         raise BesaError(f"Perplexity over {max_windows} windows is impossible: use at least 1.")
     own = window if bos is None else window - 1  # tokens of the text in a window
@@ -98,6 +97,16 @@ def perplexity(
         bos=bos is not None,
         bits_per_byte=bits / bytes_per_token if bytes_per_token else None,
     )
+
+
+def check_window(window: int) -> None:
+    """Refuse a window in which nothing is predicted.
+
+    Raises:
+        BesaError: it has fewer than two tokens.
+    """
+    if window < 2:
+        raise BesaError(f"A window of {window} tokens predicts nothing: use at least 2.")
 
 
 @torch.inference_mode()

@@ -20,6 +20,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from besa.documents import check_remote
 from besa.errors import BesaError
 from besa.evaluation.questions import TASKS, questions
 from besa.models.bos import adds_bos
@@ -188,7 +189,9 @@ def _task(name: str, hub: bool, progress: Progress) -> ConfigurableTask:
 
     config = load_yaml(_definitions() / DEFINITIONS[name]) | {"num_fewshot": 0}
     config.pop("tag", None)
-    if not hub:
+    if hub:
+        check_remote(name, config["dataset_path"])
+    else:
         import datasets
 
         rows = datasets.Dataset.from_list(questions(name, progress))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from besa.arguments import Count, Dtype, checked
 from besa.errors import BesaError
 from besa.models.borrowing import borrowed, tokenizer_of_caller
 from besa.models.limits import positions
@@ -20,16 +21,17 @@ from besa.runtime.loading import load
 from besa.seeds import check_seed
 
 
+@checked
 def generate(
     model: str | Path | PreTrainedModel,
     prompt: str,
     *,
-    max_new_tokens: int = 128,
+    max_new_tokens: Count = 128,
     temperature: float = 0.0,
     seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
     device: str | torch.device = "cpu",
-    dtype: str = "auto",
+    dtype: Dtype = "auto",
     trust_remote_code: bool = False,
     tell: Callable[[str], None] | None = None,
     progress: Progress = silent,
@@ -59,8 +61,10 @@ def generate(
     check_seed(seed)
     if not 0 <= temperature < math.inf:
         raise BesaError(f"There is no temperature {temperature}: use 0 or a positive number.")
-    if max_new_tokens < 1:
-        raise BesaError(f"A text cannot go on for {max_new_tokens} tokens: ask for at least 1.")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise BesaError("The prompt holds half a surrogate pair, which is no character: remove it.") from None
     if not isinstance(model, PreTrainedModel):
         source = locate(model, progress)
         tokenizer = tokenizer or load_tokenizer(source, trust_remote_code)

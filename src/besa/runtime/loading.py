@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
+from besa.arguments import Dtype, checked
 from besa.checkpoint.formats import bitmask, packed
 from besa.checkpoint.formats.bitmask import Bitmask
 from besa.checkpoint.formats.checking import check_complete, check_packed
@@ -25,11 +26,12 @@ from besa.progress import Progress, silent
 from besa.runtime.linear import SparseLinear
 
 
+@checked
 def load(
     model: str | Path,
     *,
     device: str | torch.device = "cpu",
-    dtype: str = "auto",
+    dtype: Dtype = "auto",
     trust_remote_code: bool = False,
     verify: bool = False,
     progress: Progress = silent,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from besa import memory
+from besa.arguments import Count, Dtype, checked
 from besa.errors import BesaError
 from besa.machine import machine, resolve_device, versions
 from besa.models.files import WeightFiles
@@ -75,12 +76,13 @@ class _Contender:
     seconds: dict[str, list[float]] = field(default_factory=lambda: {work.name: [] for work in WORKS})
 
 
+@checked
 def bench(
-    models: Iterable[str | Path],
+    models: Sequence[str | Path],
     *,
-    rounds: int = 7,
+    rounds: Count = 7,
     device: str | torch.device = "cpu",
-    dtype: str = "auto",
+    dtype: Dtype = "auto",
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> Bench:
@@ -98,9 +100,11 @@ def bench(
         progress: told (measurements done, measurements, model and work).
 
     Raises:
-        BesaError: a model cannot be read, or one is named twice.
+        BesaError: a model cannot be read, one is named twice, or none is named.
     """
     names = [str(model) for model in models]
+    if not names:
+        raise BesaError("There is nothing to measure: name a model.")
     if len(set(names)) < len(names):
         raise BesaError("A model is named twice: name each once.")
     device = resolve_device(device)

@@ -1,0 +1,80 @@
+"""What the public functions take: each argument is held against its annotation before any work."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Annotated, Any, ParamSpec, TypeVar, get_type_hints
+
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+
+from besa.errors import BesaError
+
+P = ParamSpec("P")
+Result = TypeVar("Result")
+
+SHOWN = 80  # characters of a value in a sentence
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+BOS = ("auto", "yes", "no")
+
+
+def _one_of(names: tuple[str, ...]) -> AfterValidator:
+    def check(name: str) -> str:
+        if name not in names:
+            raise ValueError(f"should be {', '.join(names[:-1])} or {names[-1]}")
+        return name
+
+    return AfterValidator(check)
+
+
+Count = Annotated[int, Field(ge=1)]
+Length = Annotated[int, Field(ge=2)]  # tokens of a sequence: of a single one, nothing is predicted
+Bytes = Annotated[int, Field(ge=0)]
+Dtype = Annotated[str, _one_of(DTYPES)]
+Bos = Annotated[str, _one_of(BOS)]
+
+
+def checked(function: Callable[P, Result]) -> Callable[P, Result]:
+    """The same function, which refuses an argument that is not what its annotation says.
+
+    Nothing is converted: "2" is no number, and True is none either.
+
+    Args:
+        function: fully annotated, with types that exist at run time.
+
+    Returns:
+        A function that raises `BesaError` on such an argument, and hands all others on as they are.
+    """
+    signature = inspect.signature(function)
+
+    @cache
+    def adapter(name: str) -> TypeAdapter[Any]:
+        kind = get_type_hints(function, include_extras=True)[name]
+        return TypeAdapter(kind, config=ConfigDict(arbitrary_types_allowed=True, strict=True))
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> Result:
+        for name, value in signature.bind(*args, **kwargs).arguments.items():
+            try:
+                adapter(name).validate_python(value)
+            except ValidationError as error:
+                raise BesaError(f"{function.__name__}: {name} {_complaint(error)}, not {_shown(value)}.") from None
+        return function(*args, **kwargs)
+
+    return call
+
+
+def _complaint(error: ValidationError) -> str:
+    """What a value should be; of several types that it could have, each."""
+    complaints = (complaint["msg"].removeprefix("Value error, ") for complaint in error.errors())
+    choices = dict.fromkeys(
+        re.sub("^(Input )?should be (a valid dictionary or )?", "", complaint) for complaint in complaints
+    )
+    return f"should be {' or '.join(choices)}"
+
+
+def _shown(value: Any) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
