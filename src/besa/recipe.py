@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from besa.allocation import NM, Allocation, Besa, Sensitivity, Structured, Uniform
 from besa.allocation.descent import Descent
 from besa.errors import BesaError
-from besa.finetuning import Finetuning, MaskedAdam, Untuned
+from besa.finetuning import Finetuning, Untuned
 from besa.importance import Importance, Wanda
 from besa.models.units import Granularity
 from besa.names import check_plain
@@ -52,8 +52,6 @@ class Recipe(Settings):
                 )
             if self.quantization.clipping == "joint" and not isinstance(self.allocation, Besa):
                 raise ValueError("nothing is learned that clipping could join: set quantization.clipping=first")
-        if self.reconstruction.needs_cross and self.granularity == "two-blocks":
-            raise ValueError("reconstruction.target=dense looks at one block: choose another allocation.granularity")
         if isinstance(self.allocation, NM):
             self._keeps_to(self.allocation)
         if isinstance(self.allocation, Structured):
@@ -99,9 +97,8 @@ class Recipe(Settings):
         """One calibration sequence in so many is sent back through each block; None where the allocation needs none."""
         if isinstance(self.allocation, Sensitivity):
             return self.allocation.every
-        guesses = isinstance(self.allocation, Besa) and self.allocation.guess > 0
         mixes = isinstance(self.allocation, NM) and self.allocation.mixed
-        return Sensitivity().every if guesses or mixes else None
+        return Sensitivity().every if mixes else None
 
     @property
     def teacher(self) -> Literal["dense", "pruned"] | None:
@@ -120,11 +117,6 @@ class Recipe(Settings):
     def needs_gram(self) -> bool:
         """Whether some choice looks at the Gram matrix of the linears' inputs."""
         return self.importance.needs_gram or self.reconstruction.needs_gram
-
-    @property
-    def whole_dense_path(self) -> bool:
-        """Whether all tokens of all sequences are wanted on the dense path too."""
-        return self.reconstruction.needs_cross or isinstance(self.finetune, MaskedAdam)
 
     def with_exceptions(self, skip: Sequence[str], sparsity_of: Sequence[str]) -> Recipe:
         """The recipe with further patterns.

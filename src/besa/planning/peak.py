@@ -33,10 +33,6 @@ def unit_bytes(model: PreTrainedModel, unit: Unit, recipe: Recipe, batch: int, s
     ranked = 4 * weights + (2 if widest < 1 << 15 else 4) * weights  # importance and ranks, kept together
     whole = most if getattr(recipe.allocation, "per", "row") == "linear" else CHUNK  # weights sorted at once
     ranking = ranked + 12 * most + 32 * min(whole, most)
-    if recipe.reconstruction.needs_cross:
-        widths = sum(prunable.columns for prunable in unit.prunables.values())
-        statistics += batch * seqlen * widths * item  # inputs of the dense path, until the pruned path's come
-        gram *= 2
     phases = [read, statistics + gram, ranking + gram]
     if recipe.descent is not None:
         quantized = isinstance(recipe.quantization, MinMax)

@@ -25,7 +25,7 @@ from besa.pruning.paths import ERROR_SHARE, ERROR_TOKENS, Resources
 from besa.quantization import MinMax, Quantized
 from besa.recipe import Recipe
 from besa.record import BlockRecord, linear_record
-from besa.statistics import InputStatistics, collect, collect_both, look
+from besa.statistics import InputStatistics, collect, look
 from besa.stopwatch import Stopwatch
 
 
@@ -88,10 +88,6 @@ def _watched(step: Step, own_NTC: HiddenStates | None) -> tuple[dict[str, InputS
         The statistics of the linears' inputs on the pruned path, and what the dense path has after each block.
     """
     unit, recipe, batch, watch = step.unit, step.recipe, step.resources.batch, step.watch
-    if recipe.reconstruction.needs_cross:
-        (block,) = unit.blocks
-        with watch("statistics"):
-            return collect_both(block, step.dense_NTC, step.pruned_NTC, batch, into=own_NTC), [step.dense_NTC]
     between = []
     with watch("teacher"):
         for block in unit.blocks:

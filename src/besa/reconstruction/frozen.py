@@ -16,7 +16,6 @@ class Frozen(Settings):
 
     method: Literal["none"] = "none"
     needs_gram: ClassVar[bool] = False
-    needs_cross: ClassVar[bool] = False
 
     def rebuild(
         self,

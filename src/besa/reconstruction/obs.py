@@ -32,7 +32,6 @@ class OBSUpdate(Settings):
     damping: float = Field(default=0.01, gt=0, description="added to the Hessian's diagonal, as a share of its mean")
     mask: Literal["adaptive", "fixed"] = "adaptive"
     needs_gram: ClassVar[bool] = True
-    needs_cross: ClassVar[bool] = False
 
     def rebuild(
         self,
