@@ -13,7 +13,6 @@ import torch
 from besa.activations import HiddenStates, allocate
 from besa.allocation import first_tokens
 from besa.calibration import Calibration
-from besa.finetuning import MaskedAdam
 from besa.models.blocks import capture_inputs
 from besa.models.streaming import Decoder
 from besa.recipe import Recipe
@@ -69,7 +68,7 @@ def first_inputs(
 
 def dense_share(recipe: Recipe, seqlen: int) -> tuple[int, int]:
     """What the dense path is needed for: one sequence in how many, and how many tokens of it from its beginning."""
-    if isinstance(recipe.finetune, MaskedAdam):
+    if recipe.finetune.moves_weights:
         return 1, seqlen
     if recipe.descent is None or recipe.teacher != "dense":
         return ERROR_SHARE, first_tokens(seqlen, ERROR_TOKENS)

@@ -22,7 +22,7 @@ from besa.models.prunable import everywhere
 from besa.models.units import Part, Unit, parts
 from besa.pruning import quantizing
 from besa.pruning.paths import ERROR_SHARE, ERROR_TOKENS, Resources
-from besa.quantization import MinMax, Quantized
+from besa.quantization import Quantized
 from besa.recipe import Recipe
 from besa.record import BlockRecord, linear_record
 from besa.statistics import InputStatistics, collect, look
@@ -132,8 +132,8 @@ def _prune(
     problem = BlockProblem(at, linears, step.pruned_NTC, targets_NTC, own, step.seed + unit.index)
     quantized: dict[str, Quantized] = {}
     with watch("allocate"):
-        if isinstance(recipe.quantization, MinMax):
-            allocated, quantized = quantizing.allocate(problem, recipe, recipe.quantization, statistics)
+        if recipe.quantization.coding is not None:
+            allocated, quantized = quantizing.allocate(problem, recipe, recipe.quantization.coding, statistics)
         else:
             allocated = recipe.allocation.allocate(problem)  # lines 5 to 10
     with watch("rebuild"), torch.no_grad():

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from besa.masks import hard_mask, rank
 from besa.reconstruction.cg import solve
+from besa.reconstruction.rebuilder import Rebuilder
 from besa.reconstruction.written import written
-from besa.settings import Settings
 from besa.statistics import InputStatistics
 
 
-class ADMM(Settings):
+class ADMM(Rebuilder):
     """Alternating directions: weights free of the mask, and weights that have it, drawn together ever more strongly.
 
     Each row keeps its number of zeros, but chooses anew which they are. Columns are scaled so that the Hessian's
@@ -31,7 +31,12 @@ class ADMM(Settings):
     growth: float = Field(default=1.1, ge=1, description="by which the pull grows from round to round")
     iterations: int = Field(default=20, ge=1, description="steps of conjugate gradient on the last mask")
     damping: float = Field(default=0.01, gt=0, description="added to the Hessian's diagonal, as a share of its mean")
-    needs_gram: ClassVar[bool] = True
+    solver_bytes: ClassVar[int] = 44
+
+    @property
+    def keeps_mask(self) -> bool:
+        """No: each row chooses its zeros anew."""
+        return False
 
     def rebuild(
         self,

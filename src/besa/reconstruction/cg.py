@@ -12,12 +12,12 @@ from pydantic import Field
 from torch import Tensor
 
 from besa.masks import hard_mask
+from besa.reconstruction.rebuilder import Rebuilder
 from besa.reconstruction.written import written
-from besa.settings import Settings
 from besa.statistics import InputStatistics
 
 
-class ConjugateGradient(Settings):
+class ConjugateGradient(Rebuilder):
     """Preconditioned conjugate gradient on the least squares that a mask leaves (the end of ALPS; Meng et al., 2024).
 
     Minimises ‖W X − W̄ X‖² over the kept weights of W, with X the linear's inputs on the pruned path and W̄ the dense
@@ -27,7 +27,7 @@ class ConjugateGradient(Settings):
     method: Literal["cg"] = "cg"
     iterations: int = Field(default=20, ge=1, description="steps, each a product with the Hessian")
     damping: float = Field(default=0.01, gt=0, description="added to the Hessian's diagonal, as a share of its mean")
-    needs_gram: ClassVar[bool] = True
+    solver_bytes: ClassVar[int] = 32
 
     def rebuild(
         self,
