@@ -33,7 +33,6 @@ class NM(Allocator):
     keep: int = Field(default=2, ge=1, description="N: weights kept in a group")
     of: int = Field(default=4, ge=2, description="M: consecutive columns of a group")
     mixed: bool = Field(default=False, description="each linear has an N of its own, `keep` in the mean of the block")
-
     shaped: ClassVar[bool] = True
 
     @model_validator(mode="after")
@@ -44,7 +43,7 @@ class NM(Allocator):
 
     @property
     def only_sparsity(self) -> float:
-        """What the pattern leaves."""
+        """The share that the pattern prunes; mixed patterns prune it in the mean."""
         return 1 - self.keep / self.of
 
     @property

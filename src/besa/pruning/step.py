@@ -105,7 +105,7 @@ def _watched(step: Step, own_NTC: HiddenStates | None) -> tuple[dict[str, InputS
 
 
 def _refuse_unseen(step: Step, statistics: Mapping[str, InputStatistics]) -> None:
-    """Only experts may go by magnitude for want of tokens: of any other matrix, besa does not know what it multiplies.
+    """Only experts are pruned where no token came: of any other matrix, besa does not know what it multiplies.
 
     Raises:
         BesaError: a matrix is to be pruned that was not seen in any product, and that no router stands before.
