@@ -19,7 +19,7 @@ class LossSensitivity(Bounded):
 
     @property
     def passes(self) -> float:
-        """A forward pass, and a backward pass to activations and weights' outputs, which counts as two."""
+        """A forward pass, then another with a backward pass to activations, which counts as one."""
         return 3 / self.every
 
     def sequences_kept(self, samples: int, blocks: int) -> int:
