@@ -1,28 +1,31 @@
-"""Put measured tables into the README: `python -m experiments.readme` makes them from run records and evaluations.
+"""Put measured tables into the README and docs/results.md: `python -m experiments.readme` makes them from result files.
 
-A marker pair `<!-- results:NAME -->` … `<!-- /results -->` holds `experiments/results/NAME.md`; the table in it is made
-of the `besa_run.json` and `besa_eval.json` of its runs. Nothing of it is typed by hand but the words.
-`past.md` is made of `beyond/beyond.json`; `experiments/results/README.md` lists the paper's tables and figures with
-the verdicts of the experiments.
+A marker pair `<!-- results:NAME -->` … `<!-- /results -->` holds the content of `experiments/results/NAME.md`. The
+tables come from the `besa_run.json` and `besa_eval.json` of their runs, from `beyond/beyond.json`, and from the
+verdicts of the experiments. Only the sentences around them are written by hand.
 """
 
 import json
+import os
 import re
 from pathlib import Path
 
-from besa.paper import findings, markdown
+from experiments.paper import findings, markdown
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
 RUNS = {
     "50": ("demo-full-50", ["dense", "magnitude", "wanda", "sparsegpt", "besa-layerwise", "besa"]),
     "70": ("smollm2-70", ["wanda", "besa"]),
 }
 INDEX = """# The paper's tables and figures
 
-Made by `python -m experiments.readme` of the result files beside it; `besa paper` shows the same.
+`python -m experiments.readme` writes this page from the result files in this folder. `python -m experiments` prints the
+same.
 
 """
+LINK = re.compile(r"(?<=\]\()(?!https?:)[^)]+(?=\))")
 MARKED = re.compile(r"(<!-- results:([\w/]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 TABLE = re.compile(r"^\|.*?\n(?!\|)", re.DOTALL | re.MULTILINE)
 DENSE = RESULTS / "demo-full-50" / "dense"
@@ -54,8 +57,7 @@ def trends() -> str:
     """Each of the paper's experiments with its verdict, in short."""
     lines = ["", "| experiment | the paper found | holds here |", "|---|---|---|"]
     for finding in findings(RESULTS):
-        place = RESULTS.relative_to(ROOT) / finding.name / f"{finding.name}.md"
-        name = finding.name if finding.here is None else f"[{finding.name}]({place})"
+        name = finding.name if finding.here is None else f"[{finding.name}]({finding.name}/{finding.name}.md)"
         lines.append(f"| {name}: {finding.title} | {finding.paper.partition(' (')[0].rstrip('.')} | {finding.trend} |")
     return "\n".join([*lines, "", ""])
 
@@ -78,22 +80,25 @@ def past() -> str:
     return "\n".join([*lines, "", ""])
 
 
-def with_results(text: str) -> str:
-    """`text` with the present content of every marked result; of an experiment's page, its table alone."""
-    return MARKED.sub(lambda match: match[1] + _content(match[2]) + match[3], text)
+def with_results(page: Path) -> str:
+    """The text of a page with the present content of every marked result."""
+    text = page.read_text(encoding="utf-8")
+    return MARKED.sub(lambda match: match[1] + _content(match[2], page.parent) + match[3], text)
 
 
-def _content(name: str) -> str:
-    page = (RESULTS / f"{name}.md").read_text(encoding="utf-8")
-    if not page.startswith("# "):
-        return page
-    table = TABLE.search(page)
-    assert table is not None, f"{name}.md has no table"
-    return f"\n{table[0]}\n"
+def _content(name: str, folder: Path) -> str:
+    """A result as a page in `folder` shows it; of an experiment's page, only the table."""
+    path = RESULTS / f"{name}.md"
+    text = path.read_text(encoding="utf-8")
+    if text.startswith("# "):
+        table = TABLE.search(text)
+        assert table is not None, f"{name}.md has no table"
+        text = f"\n{table[0]}\n"
+    return LINK.sub(lambda link: os.path.relpath(path.parent / link[0], folder), text)
 
 
 def main() -> None:
-    """Bring the tables and the README up to date."""
+    """Bring the tables and the pages that show them up to date."""
     for name in RUNS:
         path = RESULTS / f"{name}.md"
         before, after = TABLE.split(path.read_text(encoding="utf-8"), maxsplit=1)
@@ -101,8 +106,8 @@ def main() -> None:
     (RESULTS / "README.md").write_text(INDEX + markdown(findings(RESULTS)), encoding="utf-8")
     (RESULTS / "trends.md").write_text(trends(), encoding="utf-8")
     (RESULTS / "past.md").write_text(past(), encoding="utf-8")
-    readme = ROOT / "README.md"
-    readme.write_text(with_results(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(with_results(page), encoding="utf-8")
 
 
 if __name__ == "__main__":

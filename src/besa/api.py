@@ -25,6 +25,7 @@ from besa.evaluation.texts import perplexities, read_texts
 from besa.evaluation.zero_shot import check_tasks, zero_shot
 from besa.machine import machine, resolve_device, versions
 from besa.models.blocks import find_blocks, left_dense
+from besa.models.borrowing import borrowed
 from besa.models.bos import bos_token
 from besa.models.limits import embedding_rows, positions
 from besa.models.loading import describe, is_quantized, load_model, load_tokenizer, locate, read_config, skeleton
@@ -94,7 +95,7 @@ def compress(
 
     Args:
         model: Hugging Face id, local folder, .gguf file, ``smollm2`` (embedded), or a loaded model, which is pruned in
-            place.
+            place; its device, mode and gradients stay as they are.
         recipe: a `Recipe`, the name of a shipped one (``besa``, ``wanda``, …), or a YAML file.
         calibration: token batches, or the text to sample them from: ``c4``, ``wiki``, a file, ``hf:<dataset>``.
         out: folder to write the checkpoint and `besa_run.json` to; must not exist. With it, a model that is named and
@@ -131,7 +132,8 @@ def compress(
     elif sparsity is not None:
         recipe = Recipe.model_validate(recipe.model_dump() | {"sparsity": sparsity})
     out = Path(out) if out is not None else None
-    with journal_for(out, resume) if out else nullcontext() as journal:
+    lent = borrowed(model) if isinstance(model, PreTrainedModel) else nullcontext()
+    with lent, journal_for(out, resume) if out else nullcontext() as journal:
         decoder, tokenizer, identity = _opened(model, tokenizer, dtype, trust_remote_code, out is not None, progress)
         room, rows = positions(decoder.model), embedding_rows(decoder.model)
         if isinstance(calibration, Calibration):
@@ -146,7 +148,7 @@ def compress(
             journal.begin(_decisive(recipe, identity, calibration, seed, batch, device) | {"dequantized": dequantized})
             size = decoder.model.num_parameters() * decoder.model.dtype.itemsize + decoder.unbuilt_bytes
             check_space(journal.folder, disk_bytes(size) - journal.bytes)
-        memory.stay_lean()
+        memory.trim()
         memory.reset_peak(device)
         began = time.perf_counter()
         folder = journal.folder if journal else None
@@ -318,7 +320,7 @@ def evaluate(
     if isinstance(model, PreTrainedModel):
         if tokenizer is None:
             raise BesaError(NO_TOKENIZER)
-        loaded, name = model.to(device), model.name_or_path
+        loaded, name = model, model.name_or_path
     else:
         loaded = load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, progress=progress)
         tokenizer, name = tokenizer or load_tokenizer(locate(model, progress), trust_remote_code), str(model)
@@ -326,10 +328,11 @@ def evaluate(
     room, first = positions(loaded), bos_token(bos, tokenizer, loaded.config)
     windows = [room.usual] if windows is None else windows
     notes = [note for length in windows for note in room.checked(length, "--window")] if parts else []
-    measured = perplexities(loaded, tokenizer, parts, windows, max_windows, batch, first, progress)
     asked = None
-    if tasks:
-        asked = zero_shot(loaded, tokenizer, tasks, limit=limit, hub=hub, batch=batch, bos=bos, progress=progress)
+    with borrowed(loaded, device):
+        measured = perplexities(loaded, tokenizer, parts, windows, max_windows, batch, first, progress)
+        if tasks:
+            asked = zero_shot(loaded, tokenizer, tasks, limit=limit, hub=hub, batch=batch, bos=bos, progress=progress)
     details = measured.pop(windows[0])
     return Evaluation(
         model=name,

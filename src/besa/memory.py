@@ -68,6 +68,8 @@ def half_of_available() -> int:
 def stay_lean() -> None:
     """Have large tensors' memory go back to the system when they go; glibc would keep ever more of it in pieces.
 
+    It sets how the whole process allocates, so it is for programs to call, and not for a library.
+
     Smaller ones, such as activations, come from memory that stays: fresh pages for each would cost a seventh of the
     time of a forward pass. `trim` gives that back. Other C libraries do not know the settings, and are left alone.
     """

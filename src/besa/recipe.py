@@ -54,9 +54,9 @@ class Recipe(Settings):
             raise ValueError("nothing is learned that clipping could join: set quantization.clipping=first")
         if allocation.compares_errors and self.importance.power is None:
             raise ValueError(
-                f"allocation.method={allocation.method} compares errors of outputs, and "
-                f"importance.method={self.importance.method} is no such error: set importance.method=wanda, or another "
-                "allocation.method"
+                f"allocation.method={allocation.method} compares output errors, which "
+                f"importance.method={self.importance.method} does not measure: set importance.method=wanda, or choose "
+                "another allocation.method"
             )
         if allocation.whole_units and not self.reconstruction.keeps_mask:
             raise ValueError(
@@ -66,8 +66,8 @@ class Recipe(Settings):
         only = allocation.only_sparsity
         if only is not None and {self.sparsity, *self.sparsity_of.values()} != {only}:
             raise ValueError(
-                f"allocation.method={allocation.method} with these settings leaves no choice: set sparsity={only:g} "
-                "and no sparsity_of"
+                f"allocation.method={allocation.method} prunes exactly {only:.4g} of the weights with these settings: "
+                f"set sparsity={only:g} and no sparsity_of"
             )
         if allocation.shaped and (coded or self.targets.measuring is not None):
             raise ValueError(

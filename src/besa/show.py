@@ -23,7 +23,6 @@ from besa.evaluation.result import Evaluation
 from besa.evaluation.zero_shot import ZeroShot
 from besa.kinds import shortened
 from besa.models.couplings import CALLED
-from besa.paper import Finding
 from besa.planning import Plan
 from besa.progress import Progress
 from besa.record import RunRecord
@@ -211,18 +210,6 @@ def compared(found: Comparison) -> RenderableType:
     for row in [found.dense, *found.rows]:
         cells = [f"{row.sparsity:.4%}", *(cell(row, score) for score in row.mean)]
         table.add_row(row.recipe, *cells, "" if row.seconds is None else f"{row.seconds:,.0f}")
-    return table
-
-
-def listed(found: Sequence[Finding]) -> RenderableType:
-    """The paper's tables and figures."""
-    table = Table(box=SIMPLE, show_lines=True, caption="run one by python -m experiments.NAME, in the project's folder")
-    for column in ("name", "the paper found", "found here", "holds"):
-        table.add_column(column, overflow="fold")
-    for finding in found:
-        about = ", ".join(part for part in (finding.model, finding.date) if part)
-        here = "" if finding.here is None else f"{finding.here} ({about})"
-        table.add_row(finding.name, f"{finding.title}. {finding.paper}", here, finding.trend)
     return table
 
 

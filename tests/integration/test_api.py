@@ -188,3 +188,32 @@ def test_a_loaded_model_is_pruned_in_place(
     result = besa.compress(tiny_llama, "wanda", calibration, samples=4, seqlen=32, tokenizer=tiny_tokenizer)
     assert result.model is tiny_llama
     assert int((tiny_llama.model.layers[0].mlp.up_proj.weight == 0).sum()) == 256 * 48
+
+
+def test_a_model_of_the_caller_stays_as_it_was_but_for_its_zeros(tiny_llama, tiny_tokenizer, tiny_llama_folder):
+    """Mode, gradients, what learns, device and configuration."""
+    model, frozen = tiny_llama, "model.layers.1.self_attn.q_proj.weight"
+    model.requires_grad_(True)
+    model.train()
+    model.model.layers[2].eval()
+    model.get_parameter(frozen).requires_grad_(False)
+    model(input_ids=torch.arange(2, 12)[None]).logits.sum().backward()
+    config, learning = model.config.to_dict(), {n: p.requires_grad for n, p in model.named_parameters()}
+    modes = {name: module.training for name, module in model.named_modules()}
+    gradients = {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+    identities = {name: id(parameter) for name, parameter in model.named_parameters()}
+    text = str(tiny_llama_folder / "heldout.txt")
+    first = besa.evaluate(model, [text], tokenizer=tiny_tokenizer, window=64, max_windows=2).perplexity
+    besa.generate(model, "One day", tokenizer=tiny_tokenizer, max_new_tokens=3)
+    calibration = str(tiny_llama_folder / "calibration.txt")
+    besa.compress(model, "besa", calibration, tokenizer=tiny_tokenizer, samples=2, seqlen=32)
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == learning
+    assert {name: id(parameter) for name, parameter in model.named_parameters()} == identities
+    assert model.config.to_dict() == config
+    for name, parameter in model.named_parameters():
+        before = gradients[name]
+        assert (parameter.grad is None) == (before is None)
+        assert before is None or torch.equal(parameter.grad, before)
+    assert (model.model.layers[0].mlp.up_proj.weight == 0).double().mean() > 0.3
+    assert first["heldout"] > 1

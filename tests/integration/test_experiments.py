@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from besa.documents import read_documents
 from besa.evaluation import zero_shot
-from besa.paper import findings, markdown
 from besa.report.curves import Curve, Panel, curves
 from besa.workspace import DENSE, Conditions, Measures, Workspace
 from experiments.experiment import ERRORS, Experiment, Found, Options, Verdict
+from experiments.paper import findings, markdown
 from experiments.running import carry_out, planned
 from experiments.writing import shown, without_calibration, write
 from tests.tiny_questions import rows
@@ -316,15 +316,18 @@ def test_the_list_of_findings(results: dict[str, tuple[Found, Path]], tmp_path: 
         findings(tmp_path)
 
 
-def test_besa_paper_shows_them(results: dict[str, tuple[Found, Path]]) -> None:
-    from typer.testing import CliRunner
-
-    from besa.cli import app
-
-    shown_ = CliRunner().invoke(app, ["paper", "--results", str(results["table1"][1].parent)], env={"COLUMNS": "300"})
-    assert shown_.exit_code == 0, shown_.output
-    assert "not run" in shown_.output
-    assert "The coarser the better" in shown_.output
+def test_experiments_are_listed_with_their_verdicts(results: dict[str, tuple[Found, Path]]) -> None:
+    folder = str(results["table1"][1].parent)
+    run = subprocess.run(
+        [sys.executable, "-m", "experiments", folder],
+        cwd=ROOT,
+        env=os.environ | {"COLUMNS": "300"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "not run" in run.stdout
+    assert "The coarser the better" in run.stdout
 
 
 def test_points_alone_are_named_where_they_are_and_crowded_places_get_round_ticks() -> None:

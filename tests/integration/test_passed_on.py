@@ -390,6 +390,19 @@ def test_names_of_an_older_release_stay_in_the_files(tmp_path: Path, recipe: str
     assert coded == dense
 
 
+def test_infinite_bounds_are_no_damage_and_infinite_weights_are(tmp_path: Path) -> None:
+    """A buffer may say by infinity that an expert is never chosen, or that there is no bound."""
+    source = with_further_layer(tmp_path / "model")
+    bias = "model.layers.1.mlp.gate.e_score_correction_bias"
+    change(source, lambda tensors: tensors[bias][0].fill_(-torch.inf))
+    record = besa.compress(source, "wanda", out=tmp_path / "out", **SMALL).record
+    assert record.unreached == 2  # gate and up are one matrix
+    assert same_bits(load_file(tmp_path / "out" / WEIGHTS)[bias], load_file(source / WEIGHTS)[bias])
+    change(source, lambda tensors: tensors["model.norm.weight"][0].fill_(torch.inf))
+    with pytest.raises(BesaError, match=r"model.norm.weight of .* holds NaN or infinity"):
+        besa.compress(source, "fast", out=tmp_path / "again", **SMALL)
+
+
 def with_own_code(folder: Path) -> Path:
     llama(folder)
     model, config = "modeling_tiny.py", "configuration_tiny.py"

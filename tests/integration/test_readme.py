@@ -1,46 +1,84 @@
-"""The README says only what is there."""
+"""The README and the pages of docs/ say only what is there."""
 
+import importlib.util
+import itertools
 import re
 import shlex
 import tomllib
+import typing
 from pathlib import Path
 
+import pytest
 import typer.testing
 
 from besa.cli import app
-from experiments.readme import MARKED, RESULTS, past, with_results
+from besa.recipe import Recipe, shipped
+from experiments.readme import MARKED, PAGES, RESULTS, past, trends, with_results
 
 ROOT = Path(__file__).parent.parent.parent
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, re.DOTALL)
+README = ROOT / "README.md"
+DOCS = [
+    README,
+    ROOT / "CHANGELOG.md",
+    ROOT / "benchmarks" / "README.md",
+    RESULTS / "README.md",
+    *sorted(ROOT.glob("docs/*.md")),
+]
 
 
-def test_result_tables_are_the_measured_ones() -> None:
-    assert with_results(TEXT) == TEXT
-    assert TEXT.count("<!-- results:") == TEXT.count("<!-- /results -->") == len(re.findall(MARKED, TEXT)) == 6
-    assert (RESULTS / "past.md").read_text(encoding="utf-8") == past()
+def text_of(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
 
 
-def test_links_lead_to_files() -> None:
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", TEXT) if not link.startswith("http")]
-    assert links
-    for link in links:
-        assert (ROOT / link).exists(), link
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text_of(page), re.DOTALL)
 
 
-def test_make_commands_are_targets() -> None:
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    commands = re.findall(
-        r"^make (\S+)", "\n".join(body for language, body in BLOCKS if language == "sh"), re.MULTILINE
-    )
+def besa_commands() -> list[list[str]]:
+    """The arguments of every besa command in a shell block."""
+    lines = [line for page in DOCS for body in blocks(page, "sh") for line in body.splitlines()]
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("besa ")]
+
+
+def anchors(page: Path) -> set[str]:
+    """What links to sections of a page end with, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.+)$", text_of(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize(("page", "results"), [(PAGES[0], 1), (PAGES[1], 5)], ids=["README.md", "results.md"])
+def test_result_tables_are_the_measured_ones(page: Path, results: int) -> None:
+    text = text_of(page)
+    assert with_results(page) == text
+    assert text.count("<!-- results:") == text.count("<!-- /results -->") == len(re.findall(MARKED, text)) == results
+
+
+def test_results_are_those_of_the_experiments() -> None:
+    assert text_of(RESULTS / "past.md") == past()
+    assert text_of(RESULTS / "trends.md") == trends()
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files_and_sections(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", text_of(page)):
+        if not link.startswith("http"):
+            name, _, section = link.partition("#")
+            target = page.parent / name if name else page
+            assert target.exists(), link
+            assert not section or section in anchors(target), link
+
+
+def test_readme_is_short_and_its_make_commands_are_targets() -> None:
+    assert len(text_of(README).splitlines()) <= 180
+    targets = set(re.findall(r"^([a-z-]+):", text_of(ROOT / "Makefile"), re.MULTILINE))
+    commands = re.findall(r"^make (\S+)", "\n".join(blocks(README, "sh")), re.MULTILINE)
     assert commands == ["demo", "test"]
     assert targets.issuperset(commands)
 
 
 def test_commands_parse_as_written() -> None:
-    lines = [line for language, body in BLOCKS if language == "sh" for line in body.splitlines()]
-    commands = [shlex.split(line)[1:] for line in lines if line.startswith("besa ")]
-    assert len(commands) >= 5
+    commands = besa_commands()
+    assert len(commands) >= 20
     runner = typer.testing.CliRunner()
     for arguments in commands:
         # --help is eager, so nothing runs; unknown commands and options are still refused.
@@ -50,28 +88,45 @@ def test_commands_parse_as_written() -> None:
             assert option in known.output, (arguments, option)
 
 
-def test_recipes_and_choices_of_the_tables_exist() -> None:
-    from besa.recipe import Recipe, shipped
+def test_recipes_and_settings_of_commands_exist() -> None:
+    changed = 0
+    for arguments in besa_commands():
+        given = list(itertools.pairwise(arguments))
+        (name,) = [value for option, value in given if option == "--recipe"] or ["besa"]
+        settings = [value for option, value in given if option == "--set"]
+        Recipe.load(name, overrides=settings)
+        changed += len(settings)
+    assert changed
+    for page in DOCS:
+        for name in re.findall(r"--recipe ([\w-]+)(?![\w.-])", text_of(page)):
+            assert name in shipped(), (page, name)
 
-    table = TEXT[TEXT.index("## Every method is a few choices") :]
-    rows = {"targets": 4, "importance": 3, "allocation": 5, "reconstruction": 4, "finetune": 2}
-    for row, choices in rows.items():
-        line = next(line for line in table.splitlines() if line.startswith(f"| {row} "))
-        methods = re.findall(r"`([\w-]+)`", line)
-        assert len(methods) == choices
-        for method in methods:
-            Recipe.model_validate({row: {"method": method}})
-    for name in re.findall(r"--recipe (\w+)(?= )", TEXT):
-        assert name in shipped()
+
+def test_modules_of_commands_exist() -> None:
+    pattern = r"python -m ((?:besa|benchmarks|experiments)(?:\.\w+)*)"
+    modules = {name for page in DOCS for name in re.findall(pattern, text_of(page))}
+    assert modules
+    for name in modules:
+        assert importlib.util.find_spec(name), name
 
 
-def test_python_example_is_valid_and_uses_public_names() -> None:
+@pytest.mark.parametrize("stage", ["targets", "importance", "allocation", "reconstruction", "finetune", "quantization"])
+def test_table_of_stages_lists_every_method(stage: str) -> None:
+    lines = text_of(ROOT / "docs" / "architecture.md").splitlines()
+    listed = re.findall(r"`([\w-]+)`", next(line for line in lines if line.startswith(f"| {stage} ")))
+    choices = typing.get_args(Recipe.model_fields[stage].annotation)
+    assert sorted(listed) == sorted(choice.model_fields["method"].default for choice in choices)
+
+
+def test_python_examples_are_valid_and_use_public_names() -> None:
     import besa
 
-    (example,) = [body for language, body in BLOCKS if language == "python"]
-    compile(example, "README.md", "exec")
-    for name in re.findall(r"besa\.(\w+)\(", example):
-        assert name in besa.__all__
+    examples = [body for page in DOCS for body in blocks(page, "python")]
+    assert any("besa.compress(" in example for example in examples)
+    for example in examples:
+        compile(example, "example", "exec")
+        for name in re.findall(r"besa\.(\w+)", example):
+            assert name in besa.__all__
 
 
 def test_pins_satisfy_the_ranges() -> None:

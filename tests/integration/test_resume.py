@@ -202,7 +202,7 @@ def test_without_resume_a_second_run_is_refused(
         ),
         ({"samples": 4}, "calibration.samples = 8, not 4"),
         ({"bos": "yes"}, "calibration.bos = False, not True"),
-        ({"batch": 3}, "batch = 64, not 3"),
+        ({"batch": 3}, "batch = 8, not 3"),
         ({"dtype": "bfloat16"}, "model.dtype = 'float32', not 'bfloat16'"),
     ],
 )

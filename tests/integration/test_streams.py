@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 BESA = [sys.executable, "-m", "besa.cli"]
+TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
 full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full here")
 
 
@@ -24,7 +25,7 @@ def shell(command: str, *arguments: object, **environment: str) -> subprocess.Co
 
 
 @full
-@pytest.mark.parametrize("arguments", [["--help"], ["paper", "--results", "none"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["plan", str(TINY)]])
 def test_a_full_device_behind_standard_output(arguments: list[str]) -> None:
     result = shell('"$@" > /dev/full', *arguments)
     assert (result.returncode, result.stderr) == (

@@ -81,8 +81,8 @@ def test_what_compares_errors_refuses_an_importance_that_is_none(allocation):
     changes = [f"allocation={allocation}" if "{" in allocation else f"allocation.method={allocation}"]
     Recipe.load("wanda", overrides=changes)
     assert refusal("wanda", overrides=[*changes, "importance.method=ria"]) == (
-        f"Recipe wanda: allocation.method={'nm' if '{' in allocation else allocation} compares errors of outputs, and "
-        "importance.method=ria is no such error: set importance.method=wanda, or another allocation.method."
+        f"Recipe wanda: allocation.method={'nm' if '{' in allocation else allocation} compares output errors, which "
+        "importance.method=ria does not measure: set importance.method=wanda, or choose another allocation.method."
     )
 
 

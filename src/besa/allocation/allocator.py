@@ -15,11 +15,11 @@ from besa.settings import Settings
 
 
 class Allocator(Settings):
-    """Base of all allocations; by default one that decides block by block, from the ranks alone.
+    """Base of all allocations. By default it needs nothing but the ranks of a block's weights.
 
     Attributes:
-        whole_units: zeros are whole channels and heads, so the reconstruction has to keep the mask.
-        shaped: zeros have a shape of their own, so blocks cannot differ in sparsity and rounding cannot add zeros.
+        whole_units: whether it prunes whole channels and heads; the reconstruction must then keep the mask.
+        shaped: whether zeros follow a pattern or whole units; targets by block and quantisation would break these.
     """
 
     whole_units: ClassVar[bool] = False
@@ -80,7 +80,7 @@ class Allocator(Settings):
         return Budget(tuple(names), weights, zeros_for(sparsity, weights))
 
     def learning_bytes(self, shapes: Sequence[tuple[int, int]]) -> int:
-        """Bytes that what it learns of linears takes, beside their weights.
+        """Bytes of its parameters and their gradients while it learns linears.
 
         Args:
             shapes: rows and columns of each linear.

@@ -1,4 +1,4 @@
-"""Commands that measure and show: eval, inspect, verify, simulate, report, paper."""
+"""Commands that measure and show: eval, inspect, verify, simulate, report."""
 
 from __future__ import annotations
 
@@ -151,16 +151,3 @@ def report(
 
     write_file(page, render([load_run(run) for run in runs]))
     out.print(f"Report: {page}")
-
-
-@commands.command("paper", rich_help_panel=PANEL)
-def paper_command(
-    results: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the experiments' results.")] = Path(
-        "experiments/results"
-    ),
-) -> None:
-    """List the paper's tables and figures: what it found, what was found here, and whether the trend holds."""
-    from besa.paper import findings
-    from besa.show import listed
-
-    out.print(listed(findings(results)))

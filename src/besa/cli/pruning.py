@@ -63,11 +63,13 @@ def demo(
     dtype: DtypeOption = Dtype.auto,
 ) -> None:
     """Prune the embedded SmolLM2-135M by BESA and by the methods it must beat, and show what is left of it."""
+    from besa import memory
     from besa.demo import FULL, QUICK, run_demo
     from besa.show import comparison, progress_bar
 
     plan = FULL if full else QUICK
     out.print(f"[bold]besa demo[/]: {plan.summary(sparsity)}")
+    memory.stay_lean()
     with progress_bar(err) as tracker:
         page, rows = run_demo(out_dir, plan, sparsity, ppl or ["wiki"], calibration, device.value, dtype.value, tracker)
     out.print(comparison(rows))
@@ -100,9 +102,11 @@ def prune(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Prune a model block by block and write a checkpoint that transformers loads, with a run record."""
+    from besa import memory
     from besa.api import compress
     from besa.show import progress_bar, pruned
 
+    memory.stay_lean()
     with progress_bar(err) as tracker:
         result = compress(
             model,
@@ -215,6 +219,7 @@ def compare_command(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Prune by several recipes, at several sparsities and seeds, and put what comes out into one table and one plot."""
+    from besa import memory
     from besa.comparing import compare
     from besa.models.limits import usual_length
     from besa.show import compared, progress_bar
@@ -236,6 +241,7 @@ def compare_command(
         bos.value,
         trust_remote_code,
     )
+    memory.stay_lean()
     with progress_bar(err) as tracker:
         workspace = Workspace(out_dir, conditions, measures, keep, tracker)
         command = ["besa", *sys.argv[1:]]

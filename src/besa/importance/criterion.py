@@ -15,9 +15,10 @@ class Criterion(Settings):
     """Base of all importances.
 
     Attributes:
-        needs_gram: `score` looks at the Gram matrix of the linear's inputs, which is then summed up.
-        power: importance to this power is the squared error that the loss of a weight makes at its linear's output.
-            None where it is no such error and only orders the weights of a linear: what compares errors refuses it.
+        needs_gram: whether `score` needs the Gram matrix of the linear's inputs.
+        power: importance to this power is the squared error at the linear's output when this one weight is removed.
+            None if importance does not measure that error: it only orders the weights of a linear, and a recipe refuses
+            allocations that compare errors.
     """
 
     needs_gram: ClassVar[bool] = False

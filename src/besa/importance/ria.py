@@ -14,13 +14,13 @@ from torch import Tensor
 from besa.importance.criterion import Criterion
 from besa.statistics import InputStatistics
 
-TINY = torch.finfo(torch.float32).tiny  # for rows and columns of zeros, whose shares are zero
+TINY = torch.finfo(torch.float32).tiny  # the least divisor: weights in a row or column of zeros have a share of zero
 
 
 class RIA(Criterion):
     """Importance (|W| / Σ|W| of its row + |W| / Σ|W| of its column) · ‖x‖₂ to the power of `exponent`.
 
-    Shares of rows and columns compare within a linear. They are no errors of its output, so `power` stays None.
+    Shares compare weights within a linear. They do not measure errors of its output, so `power` stays None.
     """
 
     method: Literal["ria"] = "ria"

@@ -20,6 +20,7 @@ from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
     WeightTransform,
+    build_glob_alternation,
     convert_and_load_state_dict_in_model,
     rename_source_key,
     revert_weight_conversion,
@@ -68,6 +69,7 @@ class Layout:
         self.head: list[str] = []
         self.unbuilt: list[str] = []
         self._blocks = blocks
+        self._parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         self._sort(blocks)
         self._check()
 
@@ -123,7 +125,7 @@ class Layout:
         together: dict[str, set[str]] = {}  # tied weights: either name will do, as for transformers
         for target, origin in self._model.all_tied_weights_keys.items():
             together.setdefault(origin, {origin}).add(target)
-        for name, _ in self._model.named_parameters(remove_duplicate=False):
+        for name in sorted(self._parameters):
             if 0 < merged[name] < state[name].numel():
                 raise BesaError(f"{self._source} lacks a part of the weight {name}: the checkpoint is incomplete.")
             alike = next((names for names in together.values() if name in names), {name})
@@ -165,11 +167,20 @@ class Layout:
         Raises:
             BesaError: a tensor is damaged, not finite, or too large for the dtype of the model.
         """
-        tensors = dict(self._files.read(names))
+        tensors = dict(self._tensors(names))
         for name, tensor in tensors.items():
-            if tensor.dtype != model.dtype and tensor.dtype in FLOATS.values():
+            if tensor.dtype != model.dtype and self._is_weight(name):
                 in_dtype(name, tensor, model.dtype)
         self.fill(model, tensors)
+
+    def _tensors(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        """Tensors of the files; buffers may hold infinity, as bounds do, and weights may not."""
+        yield from self._files.read([name for name in names if self._is_weight(name)])
+        yield from self._files.mapped([name for name in names if not self._is_weight(name)])
+
+    def _is_weight(self, stored: str) -> bool:
+        """Whether a stored tensor is a parameter of the model, or is merged into one."""
+        return stored in self._merged or self._places[stored] in self._parameters
 
     def fill(self, model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
         """Load tensors under their names in the files into the parameters of a model of the same modules."""
@@ -186,13 +197,12 @@ class Layout:
         state = _state(block, torch.device("cpu"))
         names = self.of_block[block.name]
         merged = self._reverted(state) if self._merged.intersection(names) else {}
-        parameters = {f"{block.name}.{name}" for name, _ in block.module.named_parameters()}
         found: dict[str, Tensor] = {}
         other: list[str] = []  # those stored in another dtype
         for stored in names:
             place = self._places.get(stored)
             found[stored] = merged[stored] if place is None else state[place]
-            as_asked = rounded and (place is None or place in parameters)
+            as_asked = rounded and self._is_weight(stored)
             if not as_asked and FLOATS.get(self._dtypes[stored]) not in (None, found[stored].dtype):
                 other.append(stored)
         for stored, old in self._files.read(other):
@@ -205,11 +215,10 @@ class Layout:
         Args:
             rounded: as for `stored`; what the model has no place for is never rounded.
         """
-        parameters = {name for name, _ in self._model.named_parameters(remove_duplicate=False)}
-        exact = self._model._get_dtype_plan(self._model.dtype)  # stay in float32 whatever the model's dtype
-        for name, tensor in self._files.read([*self.outside, *self.head]):
-            place = self._places.get(name, "")
-            cast = rounded and place in parameters and not any(part in place for part in exact)
+        plan = list(self._model._get_dtype_plan(self._model.dtype))  # stay in float32 whatever the model's dtype
+        exact = build_glob_alternation(plan)[0] if plan else None
+        for name, tensor in self._tensors([*self.outside, *self.head]):
+            cast = rounded and self._is_weight(name) and not (exact and exact.search(self._places.get(name, "")))
             yield name, in_dtype(name, tensor, self._model.dtype) if cast else tensor
         yield from self._files.mapped(self.unbuilt)
 
@@ -228,6 +237,8 @@ def renaming(model: PreTrainedModel, conversions: list[WeightTransform]) -> Call
 
     def renamed(stored: str) -> tuple[str, bool]:
         name, pattern = rename_source_key(stored, renamings, converters, model.base_model_prefix, state)
+        if name not in state and stored in state:  # a renaming was too eager, as transformers knows
+            name, pattern = rename_source_key(stored, [], [], model.base_model_prefix, state)
         return name, pattern is not None
 
     return renamed

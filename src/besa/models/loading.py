@@ -6,7 +6,7 @@ import hashlib
 import io
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,7 @@ def load_model(source: Source, dtype: str = "auto", trust_remote_code: bool = Fa
     if source.folder and not source.gguf:
         WeightFiles(source.folder)  # its complaints are clearer
     config = None if source.gguf else read_config(source, trust_remote_code)
-    with quiet(), model_explained(source.name):
+    with quiet(), model_explained(source.name), _without_bar(source):
         model = _loader(config).from_pretrained(
             **source.arguments,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
@@ -258,6 +258,11 @@ def model_explained(name: str) -> Iterator[None]:
         raise BesaError(f"Model {name}{where} cannot be read: {reason[:300] or type(error).__name__}.") from error
 
 
+def _without_bar(source: Source) -> AbstractContextManager[object]:
+    """Silence for transformers' reader of .gguf files, whose progress bar heeds no setting."""
+    return redirect_stderr(io.StringIO()) if source.gguf else nullcontext()
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep transformers' own progress bars and warnings out of the terminal."""
@@ -265,8 +270,7 @@ def quiet() -> Iterator[None]:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity(logging.ERROR)
     try:
-        with redirect_stderr(io.StringIO()):  # the bar of its .gguf reader heeds no setting
-            yield
+        yield
     finally:
         transformers_logging.set_verbosity(level)
         if bars:

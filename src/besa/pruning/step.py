@@ -113,10 +113,11 @@ def _refuse_unseen(step: Step, statistics: Mapping[str, InputStatistics]) -> Non
     asked = [name for budget in step.budgets if budget.zeros for name in budget.names]
     unseen = [name for name in asked if not statistics[name].tokens and not step.unit.prunables[name].routed]
     if unseen:
+        more = f" and {len(unseen) - 1} more" if len(unseen) > 1 else ""
         patterns = " ".join(f"--skip '{pattern}'" for pattern in dict.fromkeys(map(everywhere, unseen)))
         raise BesaError(
-            f"No token reaches {', '.join(unseen)}, or their block multiplies in a way that besa cannot see: leave "
-            f"them out with {patterns}."
+            f"No token reaches {unseen[0]}{more}, or the block multiplies in a way that besa cannot see: take "
+            f"{patterns} to leave such matrices dense."
         )
 
 

@@ -15,9 +15,9 @@ class Rebuilder(Settings):
     """Base of all reconstructions; by default one that moves the kept weights of a mask it is given.
 
     Attributes:
-        needs_gram: `rebuild` looks at the Gram matrix of the linear's inputs, which is then summed up.
-        moves_weights: kept weights change.
-        solver_bytes: bytes that `rebuild` takes for each weight of a linear, beside what is of (I, I).
+        needs_gram: whether `rebuild` needs the Gram matrix of the linear's inputs.
+        moves_weights: whether kept weights change.
+        solver_bytes: bytes that `rebuild` needs per weight of a linear, without its matrices of (I, I).
     """
 
     needs_gram: ClassVar[bool] = True

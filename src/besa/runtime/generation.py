@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from besa.errors import BesaError
+from besa.models.borrowing import borrowed
 from besa.models.limits import positions
 from besa.models.loading import load_tokenizer, locate
 from besa.progress import Progress, silent
@@ -77,7 +78,7 @@ def generate(
     sampling = (
         {"do_sample": True, "logits_processor": [_Tempered(temperature)]} if temperature else {"do_sample": False}
     )
-    with torch.random.fork_rng():
+    with borrowed(model), torch.random.fork_rng():
         torch.manual_seed(seed)
         made_1T = model.generate(
             tokens_1T,

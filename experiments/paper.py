@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
 import yaml
@@ -12,7 +11,8 @@ import yaml
 from besa.errors import BesaError
 from besa.names import path_of
 
-RESULTS = Path("experiments") / "results"
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def findings(results: Path = RESULTS) -> list[Finding]:
         BesaError: a result file is damaged, or there can be no such folder.
     """
     results = path_of(results)
-    listed = yaml.safe_load((resources.files("besa") / "paper.yaml").read_text(encoding="utf-8"))
+    listed = yaml.safe_load((HERE / "paper.yaml").read_text(encoding="utf-8"))
     return [_found(Finding(entry["name"], entry["title"], entry["found"]), results) for entry in listed]
 
 

@@ -1,0 +1,30 @@
+"""List the paper's tables and figures: what it found, what was found here, and whether the trend holds.
+
+`python -m experiments` in the project's folder; `python -m experiments.NAME` runs one.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from experiments.paper import RESULTS, Finding, findings
+
+
+def listed(found: Sequence[Finding]) -> Table:
+    """The tables and figures, one a row."""
+    table = Table(box=SIMPLE, show_lines=True, caption="python -m experiments.NAME runs one")
+    for column in ("name", "the paper found", "found here", "holds"):
+        table.add_column(column, overflow="fold")
+    for finding in found:
+        about = ", ".join(part for part in (finding.model, finding.date) if part)
+        here = "" if finding.here is None else f"{finding.here} ({about})"
+        table.add_row(finding.name, f"{finding.title}. {finding.paper}", here, finding.trend)
+    return table
+
+
+if __name__ == "__main__":
+    Console().print(listed(findings(Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS)))
