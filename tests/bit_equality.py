@@ -34,6 +34,7 @@ VOLATILE: dict[str, Any] = {
     "peak_memory_bytes": 1,
     "versions": {},
     "machine": {},
+    RECORD_NAME: "",  # the record's own digest, of what it was before this
 }
 VARIANTS = {  # of recipes, for what none of the shipped ones does
     "besa-layer-pruned-teacher": ("besa", ["allocation.rates=layer", "allocation.teacher=pruned"]),

@@ -46,7 +46,6 @@ from besa.names import path_of
 from besa.planning import Plan, work_out
 from besa.progress import Progress, silent
 from besa.pruning import Resources, prune_blocks
-from besa.quantization import MinMax
 from besa.recipe import Recipe
 from besa.record import PASSED_NAMES, PassedThrough, RunRecord, now
 from besa.runtime.loading import load
@@ -193,8 +192,8 @@ def compress(
             restored_blocks=journal.restored if journal else 0,
         )
         if journal and out:
-            quantization = recipe.quantization if isinstance(recipe.quantization, MinMax) else None
-            finish(journal, decoder, tokenizer, record, out, packed=None if dequantized else quantization)
+            coding = None if dequantized else recipe.quantization.coding
+            finish(journal, decoder, tokenizer, record, out, packed=coding)
     in_place = out is None or isinstance(model, PreTrainedModel)
     return Compressed(tokenizer, record, decoder.model if in_place else None, out, trust_remote_code)
 

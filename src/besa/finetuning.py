@@ -5,9 +5,10 @@ Shape suffixes: N sequences, T tokens, C channels of the residual stream, O rows
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -30,7 +31,49 @@ class Finetuned:
     losses: list[float] = field(default_factory=list)
 
 
-class Untuned(Settings):
+class Finetuner(Settings):
+    """Base of all ways to fine-tune; by default one that does nothing.
+
+    Attributes:
+        moves_weights: kept weights change, towards the outputs of the dense path of all tokens.
+    """
+
+    moves_weights: ClassVar[bool] = False
+
+    @property
+    def epoch_passes(self) -> float:
+        """Forward passes of the calibration set that an epoch takes; a backward pass counts as two."""
+        return 0.0
+
+    @property
+    def passes(self) -> float:
+        """Forward passes of the calibration set that all epochs take at most."""
+        return 0.0
+
+    def bytes_per_weight(self, item: int) -> int:
+        """Bytes that are kept for each weight, beside itself.
+
+        Args:
+            item: bytes of a weight of the model.
+        """
+        return 0
+
+    @abstractmethod
+    def tune(
+        self, block: Block | Unit, names: list[str], inputs_NTC: HiddenStates, targets_NTC: HiddenStates, seed: int
+    ) -> Finetuned:
+        """Learn from a pruned block; the block itself is not changed.
+
+        Args:
+            block: with its pruned weights.
+            names: of the matrices that may move.
+            inputs_NTC: of the pruned path.
+            targets_NTC: outputs of the dense path, of the same tokens.
+            seed: of the order of sequences.
+        """
+
+
+class Untuned(Finetuner):
     """Weights stay as the reconstruction left them."""
 
     method: Literal["none"] = "none"
@@ -42,7 +85,7 @@ class Untuned(Settings):
         return Finetuned()
 
 
-class MaskedAdam(Settings):
+class MaskedAdam(Finetuner):
     """Adam on the weights that are not zero, a sequence at a time, with steps that fall linearly to zero.
 
     Sequences that are held out tell whether an epoch helped: the best weights are kept, and an epoch that does not help
@@ -63,19 +106,27 @@ class MaskedAdam(Settings):
     autocast: bool = Field(
         default=True, description="multiply in bfloat16 while learning, where a float32 run is faster with it"
     )
+    moves_weights: ClassVar[bool] = True
+
+    @property
+    def epoch_passes(self) -> float:
+        """Forward and back over what is learned from, and a look at what is held out."""
+        held = 1 / self.held_out
+        return 3 * (1 - held) + held
+
+    @property
+    def passes(self) -> float:
+        """All epochs, and a look at what is held out before the first."""
+        return self.epochs * self.epoch_passes + 1 / self.held_out
+
+    def bytes_per_weight(self, item: int) -> int:
+        """Weight, gradient, two moments and the best so far as float32, the mask, copies to multiply with."""
+        return 21 + item + 2
 
     def tune(
         self, block: Block | Unit, names: list[str], inputs_NTC: HiddenStates, targets_NTC: HiddenStates, seed: int
     ) -> Finetuned:
-        """Learn from a pruned block; the block itself is not changed.
-
-        Args:
-            block: with its pruned weights.
-            names: of the matrices that may move.
-            inputs_NTC: of the pruned path.
-            targets_NTC: outputs of the dense path, of the same tokens.
-            seed: of the order of sequences.
-        """
+        """The weights of the epoch that served what is held out best."""
         if not names:
             return Finetuned()
         before = {name: block.weight(name).detach() for name in names}

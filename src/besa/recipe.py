@@ -10,15 +10,15 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from besa.allocation import NM, Allocation, Besa, Sensitivity, Structured, Uniform
+from besa.allocation import Allocation, Uniform
 from besa.allocation.descent import Descent
 from besa.errors import BesaError
-from besa.finetuning import Finetuning, MaskedAdam, Untuned
+from besa.finetuning import Finetuning, Untuned
 from besa.importance import Importance, Wanda
 from besa.models.units import Granularity
 from besa.names import check_plain
-from besa.quantization import MinMax, Quantization, Unquantized
-from besa.reconstruction import ADMM, Frozen, OBSUpdate, Reconstruction
+from besa.quantization import Quantization, Unquantized
+from besa.reconstruction import Frozen, Reconstruction
 from besa.settings import Settings
 from besa.targets import Even, Targets
 
@@ -44,87 +44,65 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if isinstance(self.quantization, MinMax):
-            if not (isinstance(self.reconstruction, Frozen) and isinstance(self.finetune, Untuned)):
-                raise ValueError(
-                    "quantization takes weights that stay where they are: set reconstruction.method=none and "
-                    "finetune.method=none"
-                )
-            if self.quantization.clipping == "joint" and not isinstance(self.allocation, Besa):
-                raise ValueError("nothing is learned that clipping could join: set quantization.clipping=first")
-        if self.reconstruction.needs_cross and self.granularity == "two-blocks":
-            raise ValueError("reconstruction.target=dense looks at one block: choose another allocation.granularity")
-        if isinstance(self.allocation, NM):
-            self._keeps_to(self.allocation)
-        if isinstance(self.allocation, Structured):
-            self._keeps_units()
-        return self
-
-    def _keeps_to(self, pattern: NM) -> None:
-        if pattern.keep >= pattern.of:
-            raise ValueError("an n:m pattern keeps fewer than it is of: set allocation.keep below allocation.of")
-        if {self.sparsity, *self.sparsity_of.values()} != {pattern.sparsity}:
+        allocation, coded = self.allocation, self.quantization.coding is not None
+        if coded and (self.reconstruction.moves_weights or self.finetune.moves_weights):
             raise ValueError(
-                f"a {pattern.keep}:{pattern.of} pattern leaves no choice: set sparsity={pattern.sparsity:g} and no "
-                "sparsity_of"
+                "quantization takes weights that stay where they are: set reconstruction.method=none and "
+                "finetune.method=none"
             )
-        if not (isinstance(self.targets, Even) and isinstance(self.quantization, Unquantized)):
-            raise ValueError("an n:m pattern goes with targets.method=uniform and quantization.method=none")
-
-    def _keeps_units(self) -> None:
-        adaptive = isinstance(self.reconstruction, OBSUpdate) and self.reconstruction.mask == "adaptive"
-        if adaptive or isinstance(self.reconstruction, ADMM):
+        if self.quantization.learns_jointly and allocation.descent is None:
+            raise ValueError("nothing is learned that clipping could join: set quantization.clipping=first")
+        if allocation.compares_errors and self.importance.power is None:
+            raise ValueError(
+                f"allocation.method={allocation.method} compares output errors, which "
+                f"importance.method={self.importance.method} does not measure: set importance.method=wanda, or choose "
+                "another allocation.method"
+            )
+        if allocation.whole_units and not self.reconstruction.keeps_mask:
             raise ValueError(
                 "structured pruning needs a reconstruction that keeps the mask: set reconstruction.method to none or "
                 "cg, or reconstruction.mask=fixed"
             )
-        if not (isinstance(self.targets, Even) and isinstance(self.quantization, Unquantized)):
-            raise ValueError("structured pruning goes with targets.method=uniform and quantization.method=none")
+        only = allocation.only_sparsity
+        if only is not None and {self.sparsity, *self.sparsity_of.values()} != {only}:
+            raise ValueError(
+                f"allocation.method={allocation.method} prunes exactly {only:.4g} of the weights with these settings: "
+                f"set sparsity={only:g} and no sparsity_of"
+            )
+        if allocation.shaped and (coded or self.targets.measuring is not None):
+            raise ValueError(
+                f"allocation.method={allocation.method} goes with targets.method=uniform and quantization.method=none"
+            )
+        return self
 
     @property
     def group(self) -> int | None:
         """Consecutive columns of which every group keeps as many, None where there is no such pattern."""
-        return self.allocation.of if isinstance(self.allocation, NM) else None
+        return self.allocation.group
 
     @property
     def descent(self) -> Descent | None:
         """How it learns, whatever it learns; None where nothing is learned."""
-        if isinstance(self.allocation, Besa):
-            return self.allocation
-        clips = isinstance(self.quantization, MinMax) and self.quantization.clipping == "first"
-        return Descent() if clips else None
-
-    @property
-    def probed(self) -> int | None:
-        """One calibration sequence in so many is sent back through each block; None where the allocation needs none."""
-        if isinstance(self.allocation, Sensitivity):
-            return self.allocation.every
-        guesses = isinstance(self.allocation, Besa) and self.allocation.guess > 0
-        mixes = isinstance(self.allocation, NM) and self.allocation.mixed
-        return Sensitivity().every if guesses or mixes else None
+        if self.allocation.descent is not None:
+            return self.allocation.descent
+        return Descent() if self.quantization.learns_first else None
 
     @property
     def teacher(self) -> Literal["dense", "pruned"] | None:
         """The inputs of the teacher of units: the dense path's or the pruned path's; None where there is none."""
-        if isinstance(self.allocation, Besa) and self.allocation.granularity != "linear":
-            return self.allocation.teacher
-        clips = isinstance(self.quantization, MinMax) and self.quantization.clipping == "first"
-        return "dense" if clips else None  # a linear is its own teacher
+        if self.allocation.teacher_path is not None:
+            return self.allocation.teacher_path
+        return "dense" if self.quantization.learns_first else None
 
     @property
     def granularity(self) -> Granularity:
         """Which linears share a budget, and on whose output its loss is."""
-        return self.allocation.granularity if isinstance(self.allocation, Besa) else "block"
+        return self.allocation.scope
 
     @property
     def needs_gram(self) -> bool:
         """Whether some choice looks at the Gram matrix of the linears' inputs."""
         return self.importance.needs_gram or self.reconstruction.needs_gram
-
-    @property
-    def whole_dense_path(self) -> bool:
-        """Whether all tokens of all sequences are wanted on the dense path too."""
-        return self.reconstruction.needs_cross or isinstance(self.finetune, MaskedAdam)
 
     def with_exceptions(self, skip: Sequence[str], sparsity_of: Sequence[str]) -> Recipe:
         """The recipe with further patterns.
@@ -134,7 +112,7 @@ class Recipe(Settings):
             sparsity_of: ``pattern=sparsity`` pairs.
 
         Raises:
-            BesaError: a pair without a sparsity in [0, 1].
+            BesaError: a pair without a sparsity in [0, 1], or a sparsity that the allocation cannot make.
         """
         own = dict(self.sparsity_of)
         for pair in sparsity_of:
@@ -145,7 +123,7 @@ class Recipe(Settings):
                 own[pattern] = -1.0
             if not (pattern and 0 <= own[pattern] <= 1):
                 raise BesaError(f"--sparsity-of {pair}: write it as pattern=sparsity, such as *.k_proj=0.3.")
-        return self.model_copy(update={"skip": (*self.skip, *skip), "sparsity_of": own})
+        return self._validated(self.name, self.model_dump() | {"skip": (*self.skip, *skip), "sparsity_of": own})
 
     def at(self, sparsity: float) -> Recipe:
         """The recipe with another sparsity.

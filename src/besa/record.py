@@ -33,7 +33,7 @@ class LinearRecord(Record):
     sparsity: float
     importance_kept: float = Field(description="mean importance of the kept weights")
     reached: bool = Field(
-        default=True, description="whether calibration tokens reached it; if not, pruned by magnitude"
+        default=True, description="whether calibration tokens reached it; if not, its weights alone decided"
     )
     row_rates: list[int] = Field(description=f"rows by pruning rate, in {HISTOGRAM_BINS} equal bins of [0, 1]")
 

@@ -25,14 +25,11 @@ class InputStatistics:
         squares_I: Σ x², float64.
         gram_II: Σ x xᵀ, float32, or None where no method of the recipe needs it.
         tokens: how many tokens were seen.
-        cross_II: Σ d xᵀ, float32, with d what reached the linear at the same place on the dense path; None where the
-            paths were not seen side by side.
     """
 
     squares_I: Tensor
     gram_II: Tensor | None
     tokens: int = 0
-    cross_II: Tensor | None = None
     _inverses: dict[float, Tensor] = field(default_factory=dict, repr=False)  # by damping
 
     @classmethod
@@ -41,17 +38,13 @@ class InputStatistics:
         gram_II = torch.zeros(width, width, device=device) if gram else None
         return cls(torch.zeros(width, dtype=torch.float64, device=device), gram_II)
 
-    def add(self, x_TI: Tensor, dense_TI: Tensor | None = None) -> None:
-        """Count the tokens `x_TI` (tokens, channels) of any float dtype in, and the same tokens of the dense path."""
+    def add(self, x_TI: Tensor) -> None:
+        """Count the tokens `x_TI` (tokens, channels) of any float dtype in."""
         self._inverses.clear()
         x_TI = x_TI.float()
         self.squares_I += x_TI.square().sum(dim=0).double()
         if self.gram_II is not None:
             self.gram_II.addmm_(x_TI.T, x_TI)
-        if dense_TI is not None:
-            if self.cross_II is None:
-                self.cross_II = torch.zeros(x_TI.shape[1], x_TI.shape[1], device=x_TI.device)
-            self.cross_II.addmm_(dense_TI.float().T, x_TI)
         self.tokens += x_TI.shape[0]
 
     @property
@@ -136,41 +129,6 @@ class _Enough(Exception):  # noqa: N818 - not an error
     """A pass has shown what it was for."""
 
 
-def collect_both(
-    block: Block, dense_NTC: HiddenStates, pruned_NTC: HiddenStates, batch: int, into: HiddenStates | None = None
-) -> dict[str, InputStatistics]:
-    """Statistics of the pruned path's inputs, with their products with the dense path's; moves the dense path on.
-
-    Both paths go through the block as it is, `batch` sequences at a time, side by side. Where a matrix gets other
-    tokens on one path than on the other (experts), there are no such products.
-
-    Args:
-        block: still dense.
-        dense_NTC: inputs of the dense path, which become its outputs.
-        pruned_NTC: inputs of the pruned path, of the same tokens.
-        batch: sequences in a forward pass.
-        into: where the outputs of the pruned path go; None throws them away.
-
-    Raises:
-        BesaError: an output is NaN or infinite.
-    """
-    sums = _Sums(gram=True)
-    for start in range(0, len(pruned_NTC), batch):
-        part = slice(start, start + batch)
-        x_NTC = pruned_NTC[part]
-        y_NTC, own_NTC = torch.empty_like(x_NTC), torch.empty_like(x_NTC)
-        sums.whole = x_NTC.shape[0] * x_NTC.shape[1]
-        with Products(block.module, block.prunables, sums.remember):
-            block.run(dense_NTC[part], batch, into=y_NTC)
-        with Products(block.module, block.prunables, sums.add):
-            block.run(x_NTC, batch, into=own_NTC)
-        dense_NTC[part] = y_NTC  # only now: what was remembered may be the input itself
-        if into is not None:
-            into[part] = own_NTC
-    sums.fill_up(block.module, block.prunables)
-    return sums.statistics
-
-
 class _Sums:
     """Statistics that grow by what products are made of.
 
@@ -179,31 +137,22 @@ class _Sums:
 
     Attributes:
         statistics: by name of the matrix.
-        whole: tokens of a pass that sees both paths.
     """
 
     def __init__(self, gram: bool) -> None:
         self.statistics: dict[str, InputStatistics] = {}
-        self.whole = 0
         self._gram = gram
-        self._dense: dict[str, Tensor] = {}
         self._last: tuple[Tensor, InputStatistics, set[str]] | None = None  # input, statistics, what it has reached
-
-    def remember(self, name: str, x: Tensor) -> None:
-        """Keep an input of the dense path until the pruned path's comes, if it is of all tokens of the pass."""
-        if x.numel() == self.whole * x.shape[-1]:
-            self._dense[name] = x.detach().reshape(-1, x.shape[-1])
 
     def add(self, name: str, x: Tensor) -> None:
         """Count an input in."""
-        dense_TI = self._dense.pop(name, None)
         if self._last is not None and x is self._last[0] and name not in self._last[2]:
             self._last[2].add(name)
             if self.statistics.setdefault(name, self._last[1]) is self._last[1]:
                 return
         if name not in self.statistics:
             self.statistics[name] = InputStatistics.empty(x.shape[-1], self._gram, x.device)
-        self.statistics[name].add(x.detach().reshape(-1, x.shape[-1]), dense_TI)
+        self.statistics[name].add(x.detach().reshape(-1, x.shape[-1]))
         self._last = (x, self.statistics[name], {name})
 
     def saw_all_once(self, block: Block, tokens: int) -> bool:

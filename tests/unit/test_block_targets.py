@@ -16,7 +16,7 @@ from besa.models.blocks import find_blocks
 from besa.models.loading import locate
 from besa.models.streaming import DecoderInMemory, DecoderOnDisk
 from besa.recipe import Recipe
-from besa.targets import Bounded, LossSensitivity, Owl, Search
+from besa.targets import LossSensitivity, Owl, Search
 from besa.targets.bounded import Survey
 from besa.targets.budgets import budgets
 from besa.targets.fisher import one_threshold
@@ -45,7 +45,7 @@ def survey(decoder, calibration, sparsity=0.5, names=None, activation_budget=1 <
 @settings(deadline=None)
 def test_bounds_hold_and_the_mean_is_the_sparsity(wanted, sparsity, least, data):
     sizes = data.draw(st.lists(st.integers(1, 1000), min_size=len(wanted), max_size=len(wanted)))
-    found = Bounded(least_pruned=least[0], least_kept=least[1]).bounded(wanted, sizes, sparsity)
+    found = Owl(least_pruned=least[0], least_kept=least[1]).bounded(wanted, sizes, sparsity)
     assert sum(rate * size for rate, size in zip(found, sizes, strict=True)) / sum(sizes) == pytest.approx(
         sparsity, abs=1e-6
     )
@@ -55,7 +55,7 @@ def test_bounds_hold_and_the_mean_is_the_sparsity(wanted, sparsity, least, data)
 
 
 def test_within_the_bounds_targets_are_what_is_wanted_shifted():
-    found = Bounded().bounded([0.4, 0.5, 0.7], [10, 10, 20], 0.5)
+    found = Owl().bounded([0.4, 0.5, 0.7], [10, 10, 20], 0.5)
     assert found == pytest.approx([0.325, 0.425, 0.625])
 
 

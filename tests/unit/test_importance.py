@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from besa.errors import BesaError
-from besa.importance import OBS, Magnitude, Wanda
+from besa.importance import OBS, RIA, Magnitude, Wanda
 from besa.statistics import InputStatistics
 
 
@@ -90,7 +90,7 @@ def test_obs_of_independent_channels_is_wandas_square():
 
 
 def test_weights_that_are_zero_have_no_importance(w_OI, x_TI):
-    for importance in (Magnitude(), Wanda(), OBS()):
+    for importance in (Magnitude(), Wanda(), RIA(), OBS()):
         score_OI = importance.score(w_OI, gathered(x_TI))
         assert (score_OI >= 0).all()
         assert (score_OI == 0).nonzero().tolist() == [[1, 2]]
@@ -103,4 +103,4 @@ def test_a_hessian_that_cannot_be_inverted_is_refused(w_OI):
 
 
 def test_only_obs_needs_the_gram_matrix():
-    assert [importance.needs_gram for importance in (Magnitude, Wanda, OBS)] == [False, False, True]
+    assert [importance.needs_gram for importance in (Magnitude, Wanda, RIA, OBS)] == [False, False, False, True]

@@ -23,7 +23,6 @@ HALF_STEPS = 88 / 64 / 2  # passes over half of every sequence
         ("wanda", ("targets={method: search, every: 4, strengths: [0, 1]}",), 0.5 / 16 + 2 + (3 + 1 + 2) / 4),
         ("wanda", ("allocation={method: nm, mixed: true}",), 0.5 / 16 + 2 + 2 / 4),
         ("wanda", ("allocation={method: nm}",), 0.5 / 16 + 2),
-        ("besa", ("allocation.guess=0.5",), 0.5 + 2 + 3 * HALF_STEPS + 2 / 4),
         ("best", ("finetune.epochs=4",), 1 + 2 + 3 / 8 + 2 / 4 + 4 * (3 * 15 + 1) / 16 + 1 / 16),
     ],
 )

@@ -101,9 +101,15 @@ def test_groups_with_more_zeros_than_the_pattern_makes_fit_it(w_OI, x_TI, method
 @pytest.mark.parametrize(
     ("settings_", "told"),
     [
-        ({"sparsity": 0.6}, "2:4 pattern leaves no choice: set sparsity=0.5"),
-        ({"sparsity_of": {"*.k_proj": 0.3}}, "2:4 pattern leaves no choice"),
-        ({"allocation": NM(keep=4, of=4)}, "keeps fewer than it is of"),
+        (
+            {"sparsity": 0.6},
+            "these settings: set sparsity=0.5 and no sparsity_of",
+        ),
+        (
+            {"sparsity_of": {"*.k_proj": 0.3}},
+            "these settings: set sparsity=0.5 and no sparsity_of",
+        ),
+        ({"allocation": {"method": "nm", "keep": 4, "of": 4}}, "keeps fewer than it is of"),
         ({"targets": {"method": "owl"}}, "targets.method=uniform"),
         ({"quantization": {"method": "minmax", "clipping": "none"}}, "quantization.method=none"),
     ],
@@ -111,6 +117,13 @@ def test_groups_with_more_zeros_than_the_pattern_makes_fit_it(w_OI, x_TI, method
 def test_what_a_pattern_does_not_go_with(settings_, told):
     with pytest.raises(ValueError, match=told):
         Recipe.model_validate({"allocation": NM(), **settings_})
+
+
+def test_exceptions_that_a_pattern_cannot_make_are_refused():
+    recipe = Recipe(name="mine", allocation=NM())
+    assert recipe.with_exceptions(["*.o_proj"], ["*.k_proj=0.5"]).sparsity_of == {"*.k_proj": 0.5}
+    with pytest.raises(BesaError, match=r"^Recipe mine: allocation\.method=nm prunes exactly 0\.5 of"):
+        recipe.with_exceptions([], ["*.k_proj=0.3"])
 
 
 @pytest.mark.parametrize("importance", ["magnitude", "wanda", "obs"])
@@ -204,7 +217,7 @@ def two_problem(seed: int, pattern: NM, names=("up", "down", "out", "gate")) -> 
         score_OI = w_OI.abs() * torch.rand(w_OI.shape[1])
         linears[name] = RankedLinear(w_OI, score_OI, rank(score_OI, w_OI, pattern.of))
     weights = sum(linear.w_OI.numel() for linear in linears.values())
-    budget = Budget(tuple(names), weights, zeros_for(pattern.sparsity, weights))
+    budget = Budget(tuple(names), weights, zeros_for(pattern.only_sparsity, weights))
     inputs_NTC = torch.randn(5, 5, 8)
     return BlockProblem(block, linears, inputs_NTC, inputs_NTC, [budget], seed=seed)
 

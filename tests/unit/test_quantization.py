@@ -72,7 +72,7 @@ def test_equation_7_word_for_word(case):
             low, high = min(0, *part), max(0, *part)
             if symmetric:
                 low, high = -max(high, -low), max(high, -low)
-            h = max((high - low) / (2**bits - 1), 1e-8)
+            h = max((high - low) / (2**bits - 1), 1e-7)
             assert found.step_OG[o, g].item() == pytest.approx(h, rel=1e-5)
             z = int(found.zero_OG[o, g])
             assert 0 <= z <= 2**bits - 1

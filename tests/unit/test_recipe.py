@@ -1,14 +1,19 @@
 """Recipes: what ships parses, what is overridden arrives, and what is wrong is told in one sentence."""
 
+import ast
+from pathlib import Path
+from typing import get_args
+
 import pytest
 import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+import besa
 from besa.allocation import Besa, Uniform
 from besa.errors import BesaError
-from besa.importance import OBS, Magnitude, Wanda
+from besa.importance import OBS, RIA, Magnitude, Wanda
 from besa.recipe import RECIPES, Recipe, shipped
 from besa.reconstruction import Frozen, OBSUpdate
 
@@ -16,6 +21,7 @@ METHODS = {
     "besa": (Wanda(), Besa(rates="row", plain=0.5, steps=88), Frozen()),
     "besa-layerwise": (Wanda(), Besa(rates="layer", travel=3.2), Frozen()),
     "magnitude": (Magnitude(), Uniform(per="linear"), Frozen()),
+    "ria": (RIA(), Uniform(per="linear"), Frozen()),
     "sparsegpt": (OBS(), Uniform(per="row"), OBSUpdate(mask="adaptive")),
     "wanda": (Wanda(), Uniform(per="row"), Frozen()),
 }
@@ -68,6 +74,53 @@ def test_needs_gram_if_any_choice_does():
     assert Recipe(importance=OBS()).needs_gram
     assert Recipe(reconstruction=OBSUpdate()).needs_gram
     assert not Recipe().needs_gram
+
+
+@pytest.mark.parametrize("allocation", ["sensitivity", "structured", "{method: nm, mixed: true}"])
+def test_what_compares_errors_refuses_an_importance_that_is_none(allocation):
+    changes = [f"allocation={allocation}" if "{" in allocation else f"allocation.method={allocation}"]
+    Recipe.load("wanda", overrides=changes)
+    assert refusal("wanda", overrides=[*changes, "importance.method=ria"]) == (
+        f"Recipe wanda: allocation.method={'nm' if '{' in allocation else allocation} compares output errors, which "
+        "importance.method=ria does not measure: set importance.method=wanda, or choose another allocation.method."
+    )
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "besa", "nm"])
+def test_what_only_orders_weights_takes_any_importance(allocation):
+    assert Recipe.load("ria", overrides=[f"allocation.method={allocation}"]).importance == RIA()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["quantization.method=minmax", "reconstruction.method=cg"], "quantization takes weights that stay"),
+        (["quantization.method=minmax", "finetune.method=adam"], "quantization takes weights that stay"),
+        (["quantization.method=minmax"], "nothing is learned that clipping could join"),
+        (["allocation.method=structured", "reconstruction.method=admm"], "needs a reconstruction that keeps the mask"),
+        (["allocation.method=structured", "reconstruction.method=obs"], "needs a reconstruction that keeps the mask"),
+        (["allocation.method=structured", "targets.method=owl"], "allocation.method=structured goes with targets."),
+        (["allocation.method=nm", "targets.method=search"], "allocation.method=nm goes with targets.method=uniform"),
+    ],
+)
+def test_methods_that_do_not_go_together(overrides, told):
+    assert told in refusal("wanda", overrides=overrides)
+
+
+def test_nothing_asks_which_method_it_has():
+    """What a method is like, it says itself: no `isinstance` in besa names a class of a recipe's parts."""
+    classes = {
+        method.__name__
+        for name in ("targets", "importance", "allocation", "reconstruction", "finetune", "quantization")
+        for method in get_args(Recipe.model_fields[name].annotation)
+    }
+    assert {"Even", "Wanda", "Besa", "ADMM", "MaskedAdam", "MinMax"} < classes
+    asking = []
+    for path in sorted(Path(besa.__file__).parent.rglob("*.py")):
+        nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        calls = [node for node in nodes if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance"]
+        asking += [f"{path.name}:{c.lineno}" for c in calls if classes & set(ast.unparse(c.args[1]).split(" | "))]
+    assert asking == []
 
 
 def test_an_empty_file_of_settings_is_the_default(write):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from besa.allocation import Besa, BlockProblem, RankedLinear, Sensitivity
+from besa.allocation import BlockProblem, RankedLinear, Sensitivity
 from besa.allocation.sensitivity import lowest
 from besa.budget import Budget
 from besa.errors import BesaError
@@ -160,27 +160,6 @@ def test_zeros_go_first_and_too_many_are_refused(problem):
     assert Sensitivity().allocate(problem).counts["up"][:3].tolist() == [4, 4, 4]
     with pytest.raises(BesaError, match="12 zeros already and cannot have exactly 11"):
         Sensitivity().allocate(dataclasses.replace(problem, budgets=[Budget(tuple(problem.linears), 60, 11)]))
-
-
-def test_learned_rates_may_start_there(problem):
-    """A descent that hardly moves leaves them where they start: at the target, there, or between."""
-    there = Sensitivity().allocate(problem).counts
-    still = {"steps": 1, "travel": 1e-9, "crop": 1.0}
-    assert {n: c.tolist() for n, c in Besa(guess=1, **still).allocate(problem).counts.items()} == {
-        n: c.tolist() for n, c in there.items()
-    }
-    rates = {
-        guess: torch.cat([c / problem.linears[n].w_OI.shape[1] for n, c in found.items()])
-        for guess in (0, 0.5)
-        for found in [Besa(guess=guess, **still).allocate(problem).counts]
-    }
-    full = torch.cat([c / problem.linears[n].w_OI.shape[1] for n, c in there.items()])
-    assert (rates[0] - 0.5).abs().max() <= 0.125  # half of 4 or of 5 columns, as the budget falls
-    assert ((rates[0.5] - (0.5 + full) / 2).abs() <= 0.2).all()  # within a column
-
-    by_linear = Besa(guess=1, rates="layer", **still).allocate(problem).counts
-    for name, own in there.items():
-        assert abs(int(by_linear[name].sum()) - int(own.sum())) <= len(own)
 
 
 class AtOnce(nn.Module):

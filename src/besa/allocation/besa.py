@@ -5,6 +5,7 @@ Shape suffixes: O rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -12,17 +13,19 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from besa.allocation.allocator import Allocator
 from besa.allocation.changing import ChangingLinears
 from besa.allocation.descent import Descent
 from besa.allocation.problem import Allocated, BlockProblem
 from besa.allocation.rates import Rates
-from besa.allocation.sensitivity import Sensitivity, rates_by_threshold, row_sensitivities
 from besa.budget import Budget, apportion
 from besa.masks import hard_mask
 from besa.models.units import Granularity
 
+OPTIMIZER = 7  # copies of the logits: themselves, gradient, two moments, beta, its gradient, the tails
 
-class Besa(Descent):
+
+class Besa(Descent, Allocator):
     """Rates learned by gradient descent on coefficients beta, then made integers that meet the budget exactly.
 
     Where the weights are quantised and their clipping is to be learned with the rates, one descent moves both.
@@ -41,10 +44,28 @@ class Besa(Descent):
         description="prune ⌊alpha·I⌋ weights of a row, or those whose probability reaches alpha (eq. 5)",
     )
     candidate_step: float = Field(default=0.01, ge=0.001, le=0.5, description="distance of the candidate pruning rates")
-    start_width: float = Field(default=0.1, gt=0, description="spread of the first beta around where a rate starts")
-    guess: float = Field(
-        default=0.0, ge=0, le=1, description="where rates start: 0 at the target, 1 at the threshold's of `sensitivity`"
-    )
+    start_width: float = Field(default=0.1, gt=0, description="spread of the first beta around the target")
+
+    @property
+    def scope(self) -> Granularity:
+        """As `granularity` says."""
+        return self.granularity
+
+    @property
+    def descent(self) -> Descent:
+        """Itself."""
+        return self
+
+    @property
+    def teacher_path(self) -> Literal["dense", "pruned"] | None:
+        """As `teacher` says; a linear is its own teacher."""
+        return None if self.granularity == "linear" else self.teacher
+
+    def learning_bytes(self, shapes: Sequence[tuple[int, int]]) -> int:
+        """Bytes of the coefficients of all rate groups, and of the gradients' sums of all rows."""
+        rows = sum(own for own, _ in shapes)
+        groups = rows if self.rates == "row" else len(shapes)
+        return 4 * round(1 / self.candidate_step) * (OPTIMIZER * groups + rows)
 
     def allocate(self, problem: BlockProblem) -> Allocated:
         """Learn the block's rates and apportion its zeros to rows (lines 5 to 10 of Algorithm 1).
@@ -84,15 +105,8 @@ class Besa(Descent):
             spread=self.start_width,
             mask=self.mask,
             device=problem.device,
-            guess_R=self._guess(problem, budget, list(linears)) if self.guess else None,
         )
         return ChangingLinears(linears, rates, problem.clippings, self.dtype(problem))
-
-    def _guess(self, problem: BlockProblem, budget: Budget, names: list[str]) -> Tensor:
-        """Where the rate of each group starts (R,), float64: towards what the sensitivity of rows or linears says."""
-        rates = rates_by_threshold(problem, budget, row_sensitivities(problem, Sensitivity().every))
-        own = [rates[name] if self.rates == "row" else rates[name].mean().reshape(1) for name in names]
-        return budget.sparsity + self.guess * (torch.cat(own) - budget.sparsity)
 
 
 def _constant(problem: BlockProblem, learned: set[str]) -> dict[str, Tensor]:

@@ -5,20 +5,20 @@ Shape suffixes: O rows (output channels), I columns (input channels), G groups o
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from besa.allocation.allocator import Allocator
 from besa.allocation.problem import Allocated, BlockProblem, RankedLinear
 from besa.allocation.sensitivity import Sensitivity, row_sensitivities
 from besa.budget import Budget, cheapest
 from besa.probes import RowSensitivities
-from besa.settings import Settings
 
 
-class NM(Settings):
+class NM(Allocator):
     """Keep `keep` of each `of` consecutive weights, as 2:4 hardware wants it.
 
     The ranks that a block's problem comes with put a weight's place within its group first (`masks.rank`), so that the
@@ -33,11 +33,33 @@ class NM(Settings):
     keep: int = Field(default=2, ge=1, description="N: weights kept in a group")
     of: int = Field(default=4, ge=2, description="M: consecutive columns of a group")
     mixed: bool = Field(default=False, description="each linear has an N of its own, `keep` in the mean of the block")
+    shaped: ClassVar[bool] = True
+
+    @model_validator(mode="after")
+    def _keeps_fewer(self) -> Self:
+        if self.keep >= self.of:
+            raise ValueError("an n:m pattern keeps fewer than it is of: set allocation.keep below allocation.of")
+        return self
 
     @property
-    def sparsity(self) -> float:
-        """What the pattern leaves no choice about."""
+    def only_sparsity(self) -> float:
+        """The share that the pattern prunes; mixed patterns prune it in the mean."""
         return 1 - self.keep / self.of
+
+    @property
+    def group(self) -> int:
+        """M."""
+        return self.of
+
+    @property
+    def probes_every(self) -> int | None:
+        """As `Sensitivity`, where patterns are mixed."""
+        return Sensitivity().every if self.mixed else None
+
+    @property
+    def compares_errors(self) -> bool:
+        """Between linears, where patterns are mixed."""
+        return self.mixed
 
     def allocate(self, problem: BlockProblem) -> Allocated:
         """The same zeros for every row of a linear.

@@ -29,19 +29,25 @@ class RankedLinear:
         importance_OI: float32, from the recipe's criterion.
         ranks_OI: place in the pruning order of its row, 0 = first.
         reached: whether calibration tokens reached it; no token reaches an expert that is never chosen.
-        power: importance to this power is a squared error of the linear's output.
+        power: importance to this power is a squared error of the linear's output; None where it is no such error.
     """
 
     w_OI: Tensor
     importance_OI: Tensor
     ranks_OI: Tensor
     reached: bool = True
-    power: int = 2
+    power: int | None = 2
 
     @property
     def zeros_O(self) -> Tensor:
         """Weights of each row (O,) that are zero already, int64 on the CPU."""
         return (self.w_OI == 0).sum(dim=1).cpu()
+
+    @property
+    def errors_OI(self) -> Tensor:
+        """The squared error of the linear's output that each weight's loss makes (O, I), float32."""
+        assert self.power is not None, "a recipe refuses importances that are no errors where they are compared"
+        return self.importance_OI.float().pow(self.power)
 
     def errors(self, gradients_O: Tensor) -> Tensor:
         """The squared error of the block's output that each weight's loss makes (O, I), float32.
@@ -49,7 +55,7 @@ class RankedLinear:
         Args:
             gradients_O: squared gradients from there to the rows, as from `probes.RowSensitivities`.
         """
-        return self.importance_OI.float().pow(self.power) * gradients_O[:, None]
+        return self.errors_OI * gradients_O[:, None]
 
 
 @dataclass(frozen=True)

@@ -40,16 +40,15 @@ def candidate_bins(rates_D: Tensor, width: int) -> Tensor:
     return torch.searchsorted(candidate_ranks(rates_D, width), ranks_I, right=True).to(torch.int16)
 
 
-def starting_logits(rates_D: Tensor, targets_R: Tensor, width: float) -> Tensor:
-    """Logits (R, D) of bells of standard deviation `width`, placed so that alpha (eq. 3) is each target."""
+def starting_logits(rates_D: Tensor, target: float, width: float) -> Tensor:
+    """Logits (D,) of a bell of standard deviation `width`, placed so that alpha (eq. 3) is the target."""
     steep = 20.0 * len(rates_D)  # so steep that neighbours differ by e²⁰: alpha as good as 0, or as good as 1
-    low_R, high_R = torch.full_like(targets_R, -steep), torch.full_like(targets_R, width**-2 + steep)
+    low, high = -steep, width**-2 + steep
     for _ in range(100):
-        slope_R = (low_R + high_R) / 2  # centre of the bell / width²
-        logits_RD = slope_R[:, None] * rates_D - rates_D**2 / (2 * width**2)
-        below_R = logits_RD.softmax(-1) @ rates_D < targets_R
-        low_R, high_R = torch.where(below_R, slope_R, low_R), torch.where(below_R, high_R, slope_R)
-    return (logits_RD - logits_RD.amax(dim=-1, keepdim=True)).float()
+        slope = (low + high) / 2  # centre of the bell / width²
+        logits_D = slope * rates_D - rates_D**2 / (2 * width**2)
+        low, high = (slope, high) if float(logits_D.softmax(-1) @ rates_D) < target else (low, slope)
+    return (logits_D - logits_D.max()).float()
 
 
 @dataclass(frozen=True)
@@ -83,9 +82,8 @@ class Rates:
         spread: float,
         mask: str,
         device: torch.device,
-        guess_R: Tensor | None = None,
     ) -> Rates:
-        """Every rate at the target, or at a guess.
+        """Every rate at the target.
 
         Args:
             shapes: rows and columns of each linear.
@@ -95,15 +93,13 @@ class Rates:
             spread: standard deviation of the first beta around the target.
             mask: the mask rule.
             device: where the rates are learned.
-            guess_R: where each begins, float64; by default at the target.
         """
         rates_D = candidate_rates(step)
         groups = [(rows if per_row else 1, rows * columns, columns) for rows, columns in shapes]
         width_R = torch.cat([torch.full((n,), columns, dtype=torch.float64) for n, _, columns in groups])
         share_R = torch.cat([torch.full((n,), weights / n) for n, weights, _ in groups])
-        starts_R = torch.tensor([sparsity], dtype=torch.float64) if guess_R is None else guess_R
-        logits_RD = starting_logits(rates_D, starts_R, spread).to(device)
-        logits_RD = logits_RD.repeat(len(width_R) // len(logits_RD), 1).requires_grad_()
+        logits_D = starting_logits(rates_D, sparsity, spread).to(device)
+        logits_RD = logits_D.repeat(len(width_R), 1).requires_grad_()
         share_R = (share_R / share_R.sum()).to(device)
         return cls(logits_RD, rates_D.to(device), width_R.to(device), share_R, sparsity, mask)
 

@@ -12,15 +12,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from besa.allocation.allocator import Allocator
 from besa.allocation.problem import Allocated, BlockProblem, RankedLinear
 from besa.budget import Budget, apportion, split
 from besa.probes import RowSensitivities
-from besa.settings import Settings
 
 HALF = 1 << 16
 
 
-class Sensitivity(Settings):
+class Sensitivity(Allocator):
     """Prune the lowest (error of the row's output) × (squared gradient from the block's output to the row).
 
     The first is what importance stands for, such as Wanda's W²·Σx²; the second is found by sending random ±1 back
@@ -30,6 +30,16 @@ class Sensitivity(Settings):
 
     method: Literal["sensitivity"] = "sensitivity"
     every: int = Field(default=4, ge=1, description="one sequence in so many is sent forward and back")
+
+    @property
+    def probes_every(self) -> int:
+        """One calibration sequence in so many is sent back through each block."""
+        return self.every
+
+    @property
+    def compares_errors(self) -> bool:
+        """Yes: between all rows of the linears of a budget."""
+        return True
 
     def allocate(self, problem: BlockProblem) -> Allocated:
         """Zeros of every row, adding up to the budgets; linears that no token reached keep their budget's sparsity.

@@ -6,12 +6,13 @@ Shape suffixes: O rows, I columns, U units (channels of the feed-forward, or hea
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from besa.allocation.allocator import Allocator
 from besa.allocation.problem import Allocated, BlockProblem, RankedLinear
 from besa.budget import Budget
 from besa.errors import BesaError
@@ -19,10 +20,9 @@ from besa.masks import rank
 from besa.models.blocks import Block
 from besa.models.couplings import Coupling, check, couplings
 from besa.models.units import Unit
-from besa.settings import Settings
 
 
-class Structured(Settings):
+class Structured(Allocator):
     """Prune the channels, and the key-value heads with their query heads, whose loss moves the block least.
 
     A unit's score is the squared error that its columns leave in the output of the linear that reads it; all that makes
@@ -34,6 +34,13 @@ class Structured(Settings):
         default=0.0, ge=0, lt=1, description="share of key-value heads that go; the feed-forward loses the rest"
     )
     multiple: int = Field(default=8, ge=1, description="the feed-forward channels that stay are a multiple of it")
+    whole_units: ClassVar[bool] = True
+    shaped: ClassVar[bool] = True
+
+    @property
+    def compares_errors(self) -> bool:
+        """Yes: between units, summed up over their columns."""
+        return True
 
     def budget(self, block: Block, names: Sequence[str], sparsity: float) -> Budget:
         """The zeros nearest to the sparsity that whole units can have, among these linears of a block.
@@ -96,7 +103,7 @@ def lowest_units(coupling: Coupling, linears: Mapping[str, RankedLinear], number
     """Which units (U,) go, boolean: the lowest squared errors; ties fall to the earlier unit."""
     ((name, size),) = coupling.columns.items()
     linear = linears[name]
-    error_I = linear.importance_OI.float().pow(linear.power).sum(dim=0, dtype=torch.float64)
+    error_I = linear.errors_OI.sum(dim=0, dtype=torch.float64)
     order_U = error_I.reshape(coupling.units, size).sum(dim=1).argsort(stable=True)
     gone_U = torch.zeros(coupling.units, dtype=torch.bool, device=error_I.device)
     gone_U[order_U[:number]] = True

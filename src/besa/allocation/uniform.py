@@ -9,20 +9,25 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from besa.allocation.allocator import Allocator
 from besa.allocation.problem import Allocated, BlockProblem
 from besa.budget import Budget, apportion, split
 from besa.errors import BesaError
 from besa.masks import rank
-from besa.settings import Settings
 
 
-class Uniform(Settings):
+class Uniform(Allocator):
     """The target for each row (as Wanda does), or for each linear with one threshold over it (as magnitude pruning)."""
 
     method: Literal["uniform"] = "uniform"
     per: Literal["row", "linear"] = Field(
         default="row", description="what is compared: weights of a row, or of the linear"
     )
+
+    @property
+    def sorts_linears(self) -> bool:
+        """Whether one threshold goes over a whole linear."""
+        return self.per == "linear"
 
     def allocate(self, problem: BlockProblem) -> Allocated:
         """Zeros of every row, adding up to the budgets.

@@ -1,8 +1,7 @@
 """Importance: which weights of a row matter least?
 
 Each file holds one criterion; its settings class is the method, and `score` is a pure function of the weight and of the
-statistics of the linear's input. To `power` it is a squared error of the linear's output. A new criterion is a file of
-the same shape and one name in the union below.
+statistics of the linear's input. A new criterion is a file of the same shape and one name in the union below.
 """
 
 from __future__ import annotations
@@ -13,8 +12,9 @@ from pydantic import Field
 
 from besa.importance.magnitude import Magnitude
 from besa.importance.obs import OBS
+from besa.importance.ria import RIA
 from besa.importance.wanda import Wanda
 
-Importance = Annotated[Magnitude | Wanda | OBS, Field(discriminator="method")]
+Importance = Annotated[Magnitude | Wanda | OBS | RIA, Field(discriminator="method")]
 
-__all__ = ["OBS", "Importance", "Magnitude", "Wanda"]
+__all__ = ["OBS", "RIA", "Importance", "Magnitude", "Wanda"]

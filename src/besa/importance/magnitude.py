@@ -6,16 +6,15 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from besa.settings import Settings
+from besa.importance.criterion import Criterion
 from besa.statistics import InputStatistics
 
 
-class Magnitude(Settings):
-    """Importance |W|: needs no calibration data."""
+class Magnitude(Criterion):
+    """Importance |W|: needs no calibration data. Its square is the output error of independent inputs of norm 1."""
 
     method: Literal["magnitude"] = "magnitude"
-    needs_gram: ClassVar[bool] = False
-    power: ClassVar[int] = 2
+    power: ClassVar[int | None] = 2
 
     def score(self, w_OI: Tensor, statistics: InputStatistics) -> Tensor:
         """Importance (O, I), float32, of the weight `w_OI`; the statistics are not looked at."""

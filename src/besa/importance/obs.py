@@ -7,17 +7,17 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from besa.settings import Settings
+from besa.importance.criterion import Criterion
 from besa.statistics import InputStatistics
 
 
-class OBS(Settings):
+class OBS(Criterion):
     """Importance w²/[H⁻¹]ⱼⱼ with H = X Xᵀ (Hassibi & Stork, 1992; the score of SparseGPT, Frantar & Alistarh, 2023)."""
 
     method: Literal["obs"] = "obs"
     damping: float = Field(default=0.01, gt=0, description="added to H's diagonal, as a share of its mean")
     needs_gram: ClassVar[bool] = True
-    power: ClassVar[int] = 1
+    power: ClassVar[int | None] = 1
 
     def score(self, w_OI: Tensor, statistics: InputStatistics) -> Tensor:
         """Importance (O, I), float32, of the weight `w_OI`, from the Gram matrix (I, I) of its inputs.

@@ -6,16 +6,15 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from besa.settings import Settings
+from besa.importance.criterion import Criterion
 from besa.statistics import InputStatistics
 
 
-class Wanda(Settings):
+class Wanda(Criterion):
     """Importance |W|·‖x‖₂, the norm of each input channel taken over all calibration tokens."""
 
     method: Literal["wanda"] = "wanda"
-    needs_gram: ClassVar[bool] = False
-    power: ClassVar[int] = 2
+    power: ClassVar[int | None] = 2
 
     def score(self, w_OI: Tensor, statistics: InputStatistics) -> Tensor:
         """Importance (O, I), float32, of the weight `w_OI`, from the squared norms of its input channels.

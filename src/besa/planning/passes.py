@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from besa.allocation import first_tokens
 from besa.errors import BesaError
-from besa.finetuning import MaskedAdam
 from besa.pruning.paths import dense_share
 from besa.recipe import Recipe
 from besa.settings import LARGEST
-from besa.targets import LossSensitivity, Owl, Search
 
 
 def forward_passes(recipe: Recipe, samples: int, seqlen: int) -> float:
@@ -32,17 +30,9 @@ def forward_passes(recipe: Recipe, samples: int, seqlen: int) -> float:
     if recipe.descent is not None:
         seen = recipe.descent.steps * first_tokens(seqlen, recipe.descent.crop)
         passes += 3 * halves * seen / (samples * seqlen)
-    if isinstance(recipe.targets, Owl):
-        passes += 1 / recipe.targets.every
-    if isinstance(recipe.targets, LossSensitivity | Search):
-        passes += 3 / recipe.targets.every
-    if isinstance(recipe.targets, Search):
-        passes += (1 + len(recipe.targets.strengths)) / recipe.targets.every
-    if recipe.probed is not None:
-        passes += 2 / recipe.probed
-    if isinstance(recipe.finetune, MaskedAdam):
-        passes += recipe.finetune.epochs * _epoch(recipe.finetune) + 1 / recipe.finetune.held_out
-    return passes
+    if recipe.allocation.probes_every is not None:
+        passes += 2 / recipe.allocation.probes_every
+    return passes + recipe.targets.passes + recipe.finetune.passes
 
 
 def spending(recipe: Recipe, passes: float, samples: int, seqlen: int) -> Recipe:
@@ -57,24 +47,20 @@ def spending(recipe: Recipe, passes: float, samples: int, seqlen: int) -> Recipe
     Raises:
         BesaError: the recipe does not fine-tune, or the passes do not suffice for one epoch, or for too many.
     """
-    if not isinstance(recipe.finetune, MaskedAdam):
+    if not recipe.finetune.moves_weights:
         raise BesaError(
             f"Recipe {recipe.name} does not fine-tune, so it has nothing to spend passes on: take best, or set "
             "finetune.method=adam."
         )
-    epoch = _epoch(recipe.finetune)
-    least = forward_passes(recipe, samples, seqlen) - (recipe.finetune.epochs - 1) * epoch
+    epoch, least = recipe.finetune.epoch_passes, forward_passes(_with_epochs(recipe, 1), samples, seqlen)
     if not passes >= least:
         raise BesaError(
             f"{passes:g} passes are too few: {recipe.name} takes {least:.1f} with one epoch of fine-tuning."
         )
     if (passes - least) / epoch >= LARGEST:
         raise BesaError(f"{passes:g} passes are more than can be counted: ask for less.")
-    finetune = recipe.finetune.model_copy(update={"epochs": 1 + int((passes - least) / epoch)})
-    return recipe.model_copy(update={"finetune": finetune})
+    return _with_epochs(recipe, 1 + int((passes - least) / epoch))
 
 
-def _epoch(finetune: MaskedAdam) -> float:
-    """Passes of an epoch, with the look at what is held out."""
-    held = 1 / finetune.held_out
-    return 3 * (1 - held) + held
+def _with_epochs(recipe: Recipe, epochs: int) -> Recipe:
+    return recipe.model_copy(update={"finetune": recipe.finetune.model_copy(update={"epochs": epochs})})

@@ -22,7 +22,6 @@ from besa.planning.shapes import learn_arguments
 from besa.pruning.paths import dense_share
 from besa.quantization import MinMax
 from besa.recipe import Recipe
-from besa.targets import LossSensitivity, Search
 from besa.targets.budgets import budgets
 
 TEXT = 64 << 20  # of the tokenizer and the calibration text, while they are read
@@ -103,9 +102,10 @@ def work_out(
     whole, parts = units(blocks, recipe.granularity), [budget for own in budgets(blocks, recipe) for budget in own]
     parameters, item = model.num_parameters(), model.dtype.itemsize
     size = parameters * item
-    if isinstance(recipe.quantization, MinMax):
+    if recipe.quantization.coding is not None:
         names = {name for part in parts for name in part.names}
-        size += _packed_bytes(recipe.quantization, blocks, names, item) - item * sum(part.weights for part in parts)
+        size -= item * sum(part.weights for part in parts)
+        size += _packed_bytes(recipe.quantization.coding, blocks, names, item)
     stream = samples * seqlen * model.config.get_text_config().hidden_size * item
     teacher = recipe.teacher
     share, tokens = dense_share(recipe, seqlen)
@@ -113,10 +113,8 @@ def work_out(
     apart = recipe.granularity == "attn-mlp"  # attention has a teacher of its own, and steps of its own
     target = stream if teacher == "pruned" else dense_stream
     streams = stream + dense_stream + (stream if teacher == "pruned" else 0) + (target if apart else 0)
-    if isinstance(recipe.targets, LossSensitivity | Search):  # before the others are there
-        trials = len(recipe.targets.strengths) if isinstance(recipe.targets, Search) else 0
-        kept_at_once = max(len(blocks) + 1, trials + 2)  # inputs of all blocks; then those of a block in every trial
-        streams = max(streams, stream // samples * -(-samples // recipe.targets.every) * kept_at_once)
+    surveyed = stream // samples * recipe.targets.sequences_kept(samples, len(blocks))
+    streams = max(streams, surveyed)  # what targets keep is gone before the others are there
     on_disk = stream > activation_budget // 2
     if batch * seqlen * model.config.get_text_config().hidden_size * item > memory.total_bytes():
         raise BesaError(f"{batch:,} × {seqlen:,} tokens do not go through a block here: shorten --seqlen or --batch.")
@@ -124,7 +122,7 @@ def work_out(
     learn_arguments(model, blocks, {(batch, seqlen), (1, seqlen), (1, crop)})
     inside = {id(parameter) for block in blocks for parameter in block.module.parameters()}
     outside = sum(parameter.nbytes for parameter in model.parameters() if id(parameter) not in inside)
-    if isinstance(recipe.targets, LossSensitivity | Search):  # predictions, their logarithms and gradients
+    if recipe.targets.needs_loss:  # predictions, their logarithms and gradients
         outside += 20 * seqlen * model.config.get_text_config().vocab_size
     work = max(unit_bytes(model, unit, recipe, batch, seqlen) for unit in _distinct(whole))
     unit_size = max(stored_bytes(unit) for unit in whole)

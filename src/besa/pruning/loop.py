@@ -15,11 +15,9 @@ from besa.progress import Progress, silent
 from besa.pruning import quantizing
 from besa.pruning.paths import PLAIN, Resources, first_inputs
 from besa.pruning.step import Step, prune_unit
-from besa.quantization import MinMax
 from besa.recipe import Recipe
 from besa.record import BlockRecord
 from besa.stopwatch import Stopwatch
-from besa.targets import Even
 from besa.targets.bounded import Survey
 from besa.targets.budgets import budgets, shared_names
 
@@ -55,7 +53,7 @@ def prune_blocks(
     check = Check(decoder, calibration.tokens_NT) if len(done) < len(blocks) else None
     targets = _targets(decoder, recipe, calibration, seed, resources, journal) if len(done) < len(blocks) else None
     plan = budgets(blocks, recipe, targets)
-    quantization = recipe.quantization if isinstance(recipe.quantization, MinMax) else None
+    quantization = recipe.quantization.coding
     if quantization is not None:
         quantizing.check(quantization, whole, plan)
         if journal is not None and resources.pack:
@@ -127,7 +125,8 @@ def _targets(
     decoder: Decoder, recipe: Recipe, calibration: Calibration, seed: int, resources: Resources, journal: Journal | None
 ) -> list[float] | None:
     """The sparsity of each block, None where it is the same; what was measured once is in the journal."""
-    if isinstance(recipe.targets, Even):
+    measuring = recipe.targets.measuring
+    if measuring is None:
         return None
     names, _ = shared_names(decoder.blocks, recipe)
     survey = Survey(
@@ -145,7 +144,7 @@ def _targets(
         return None
     wanted = journal.targets if journal is not None else None
     if wanted is None:
-        wanted = recipe.targets.measure(survey)
+        wanted = measuring.measure(survey)
         if journal is not None:
             journal.keep_targets(wanted)
-    return recipe.targets.bounded(wanted, survey.sizes, recipe.sparsity)
+    return measuring.bounded(wanted, survey.sizes, recipe.sparsity)

@@ -68,7 +68,7 @@ def first_inputs(
 
 def dense_share(recipe: Recipe, seqlen: int) -> tuple[int, int]:
     """What the dense path is needed for: one sequence in how many, and how many tokens of it from its beginning."""
-    if recipe.whole_dense_path:
+    if recipe.finetune.moves_weights:
         return 1, seqlen
     if recipe.descent is None or recipe.teacher != "dense":
         return ERROR_SHARE, first_tokens(seqlen, ERROR_TOKENS)

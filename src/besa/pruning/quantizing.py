@@ -55,14 +55,14 @@ def allocate(
     """
     clippings = {name: quantization.clipping_of(name, linear.w_OI) for name, linear in problem.linears.items()}
     losses: list[float] = []
-    if quantization.clipping == "first" and recipe.descent is not None:
+    if quantization.learns_first and recipe.descent is not None:
         losses = learn_clipping(problem, clippings, recipe.descent)
     if quantization.ranks == "quantized" and quantization.clipping != "none":
         linears = {
             name: _ranked(recipe, linear, clippings[name], statistics[name]) for name, linear in problem.linears.items()
         }
         problem = replace(problem, linears=linears)
-    if quantization.clipping == "joint":
+    if quantization.learns_jointly:
         problem = replace(problem, clippings=clippings)
     asked = [budget for budget in problem.budgets if budget.zeros]  # to prune nothing is to keep what zeros there are
     allocated = recipe.allocation.allocate(replace(problem, budgets=asked))

@@ -22,10 +22,10 @@ from besa.models.prunable import everywhere
 from besa.models.units import Part, Unit, parts
 from besa.pruning import quantizing
 from besa.pruning.paths import ERROR_SHARE, ERROR_TOKENS, Resources
-from besa.quantization import MinMax, Quantized
+from besa.quantization import Quantized
 from besa.recipe import Recipe
 from besa.record import BlockRecord, linear_record
-from besa.statistics import InputStatistics, collect, collect_both, look
+from besa.statistics import InputStatistics, collect, look
 from besa.stopwatch import Stopwatch
 
 
@@ -88,10 +88,6 @@ def _watched(step: Step, own_NTC: HiddenStates | None) -> tuple[dict[str, InputS
         The statistics of the linears' inputs on the pruned path, and what the dense path has after each block.
     """
     unit, recipe, batch, watch = step.unit, step.recipe, step.resources.batch, step.watch
-    if recipe.reconstruction.needs_cross:
-        (block,) = unit.blocks
-        with watch("statistics"):
-            return collect_both(block, step.dense_NTC, step.pruned_NTC, batch, into=own_NTC), [step.dense_NTC]
     between = []
     with watch("teacher"):
         for block in unit.blocks:
@@ -109,7 +105,7 @@ def _watched(step: Step, own_NTC: HiddenStates | None) -> tuple[dict[str, InputS
 
 
 def _refuse_unseen(step: Step, statistics: Mapping[str, InputStatistics]) -> None:
-    """Only experts may go by magnitude for want of tokens: of any other matrix, besa does not know what it multiplies.
+    """Only experts are pruned where no token came: of any other matrix, besa does not know what it multiplies.
 
     Raises:
         BesaError: a matrix is to be pruned that was not seen in any product, and that no router stands before.
@@ -137,8 +133,8 @@ def _prune(
     problem = BlockProblem(at, linears, step.pruned_NTC, targets_NTC, own, step.seed + unit.index)
     quantized: dict[str, Quantized] = {}
     with watch("allocate"):
-        if isinstance(recipe.quantization, MinMax):
-            allocated, quantized = quantizing.allocate(problem, recipe, recipe.quantization, statistics)
+        if recipe.quantization.coding is not None:
+            allocated, quantized = quantizing.allocate(problem, recipe, recipe.quantization.coding, statistics)
         else:
             allocated = recipe.allocation.allocate(problem)  # lines 5 to 10
     with watch("rebuild"), torch.no_grad():

@@ -16,13 +16,32 @@ from besa.quantization.minmax import Grid
 from besa.settings import Settings
 
 
-class Unquantized(Settings):
+class Quantizer(Settings):
+    """Base of all ways to quantise; by default one that does nothing."""
+
+    @property
+    def coding(self) -> MinMax | None:
+        """What makes codes of weights; None where they stay what they are."""
+        return None
+
+    @property
+    def learns_first(self) -> bool:
+        """Whether clipping is learned by itself, before anything is pruned."""
+        return False
+
+    @property
+    def learns_jointly(self) -> bool:
+        """Whether clipping is learned together with what the allocation learns."""
+        return False
+
+
+class Unquantized(Quantizer):
     """Weights stay in the floating-point format of the model."""
 
     method: Literal["none"] = "none"
 
 
-class MinMax(Settings):
+class MinMax(Quantizer):
     """Weights become N-bit codes on a grid between clipped extremes (eq. 7)."""
 
     method: Literal["minmax"] = "minmax"
@@ -38,6 +57,21 @@ class MinMax(Settings):
     ranks: Literal["weight", "quantized"] = Field(
         default="weight", description="whose importance decides the pruning order: of W or of Q(W)"
     )
+
+    @property
+    def coding(self) -> MinMax:
+        """Itself."""
+        return self
+
+    @property
+    def learns_first(self) -> bool:
+        """As `clipping` says."""
+        return self.clipping == "first"
+
+    @property
+    def learns_jointly(self) -> bool:
+        """As `clipping` says."""
+        return self.clipping == "joint"
 
     def groups(self, name: str, columns: int) -> int:
         """How many groups a row of the linear `name` has.

@@ -12,13 +12,13 @@ from pydantic import Field
 from torch import Tensor
 
 from besa.masks import hard_mask, rank
-from besa.reconstruction.cg import normal_equations, solve
+from besa.reconstruction.cg import solve
+from besa.reconstruction.rebuilder import Rebuilder
 from besa.reconstruction.written import written
-from besa.settings import Settings
 from besa.statistics import InputStatistics
 
 
-class ADMM(Settings):
+class ADMM(Rebuilder):
     """Alternating directions: weights free of the mask, and weights that have it, drawn together ever more strongly.
 
     Each row keeps its number of zeros, but chooses anew which they are. Columns are scaled so that the Hessian's
@@ -31,8 +31,12 @@ class ADMM(Settings):
     growth: float = Field(default=1.1, ge=1, description="by which the pull grows from round to round")
     iterations: int = Field(default=20, ge=1, description="steps of conjugate gradient on the last mask")
     damping: float = Field(default=0.01, gt=0, description="added to the Hessian's diagonal, as a share of its mean")
-    needs_gram: ClassVar[bool] = True
-    needs_cross: ClassVar[bool] = False
+    solver_bytes: ClassVar[int] = 44
+
+    @property
+    def keeps_mask(self) -> bool:
+        """No: each row chooses its zeros anew."""
+        return False
 
     def rebuild(
         self,
@@ -43,10 +47,10 @@ class ADMM(Settings):
         group: int | None = None,
     ) -> Tensor:
         """The weight (O, I) in its dtype with `counts_O` zeros in each row; `ranks_OI` are where the mask starts."""
-        hessian_II, wanted_OI = normal_equations(w_OI.float(), statistics, self.damping)
+        hessian_II = statistics.hessian(self.damping)
         scale_I = hessian_II.diagonal().sqrt()
         kept_OI = self._mask(w_OI, ranks_OI, counts_O, hessian_II / scale_I / scale_I[:, None], scale_I, group)
-        rebuilt_OI = solve(w_OI.float().where(kept_OI, 0), kept_OI, hessian_II, wanted_OI, self.iterations)
+        rebuilt_OI = solve(w_OI.float(), kept_OI, hessian_II, self.iterations)
         return written(rebuilt_OI, kept_OI, w_OI.dtype)
 
     def _mask(

@@ -7,16 +7,17 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from besa.masks import hard_mask
-from besa.settings import Settings
+from besa.reconstruction.rebuilder import Rebuilder
 from besa.statistics import InputStatistics
 
 
-class Frozen(Settings):
+class Frozen(Rebuilder):
     """Prune the lowest ranks of each row and touch nothing else."""
 
     method: Literal["none"] = "none"
     needs_gram: ClassVar[bool] = False
-    needs_cross: ClassVar[bool] = False
+    moves_weights: ClassVar[bool] = False
+    solver_bytes: ClassVar[int] = 0
 
     def rebuild(
         self,

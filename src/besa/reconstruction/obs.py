@@ -14,12 +14,12 @@ from torch import Tensor
 from besa.budget import apportion
 from besa.errors import BesaError
 from besa.masks import hard_mask, rank
+from besa.reconstruction.rebuilder import Rebuilder
 from besa.reconstruction.written import written
-from besa.settings import Settings
 from besa.statistics import InputStatistics
 
 
-class OBSUpdate(Settings):
+class OBSUpdate(Rebuilder):
     """Optimal-brain-surgeon update of the kept weights, left to right in blocks of columns.
 
     With an *adaptive* mask, each block of columns chooses anew, by w²/[H⁻¹]ⱼⱼ of the weights as they are by then, which
@@ -31,8 +31,12 @@ class OBSUpdate(Settings):
     columns: int = Field(default=128, ge=1, description="columns pruned before the rest is brought up to date")
     damping: float = Field(default=0.01, gt=0, description="added to the Hessian's diagonal, as a share of its mean")
     mask: Literal["adaptive", "fixed"] = "adaptive"
-    needs_gram: ClassVar[bool] = True
-    needs_cross: ClassVar[bool] = False
+    solver_bytes: ClassVar[int] = 12
+
+    @property
+    def keeps_mask(self) -> bool:
+        """Whether the zeros are the lowest ranks of each row, as the allocation gave them."""
+        return self.mask == "fixed"
 
     def rebuild(
         self,

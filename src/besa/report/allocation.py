@@ -66,5 +66,4 @@ def deviation(record: RunRecord) -> float:
 
 def learned_rows(record: RunRecord) -> bool:
     """Whether the run learned a pruning rate for each row."""
-    allocation = record.recipe.get("allocation", {})
-    return bool(allocation.get("method") == "besa" and allocation.get("rates") == "row")
+    return bool(record.recipe.get("allocation", {}).get("rates") == "row")

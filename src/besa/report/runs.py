@@ -110,7 +110,7 @@ class Run:
     @property
     def learned(self) -> bool:
         """Whether the sparsity of each part was learned."""
-        return self.record is not None and self.record.recipe.get("allocation", {}).get("method") == "besa"
+        return self.record is not None and "rates" in self.record.recipe.get("allocation", {})
 
     @property
     def texts(self) -> list[str]:

@@ -5,6 +5,7 @@ Shape suffixes: N sequences, T tokens, C channels of the residual stream, B bloc
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,7 @@ from besa.activations import HiddenStates, allocate
 from besa.calibration import Calibration
 from besa.models.blocks import capture_inputs
 from besa.models.streaming import Decoder
-from besa.settings import Settings
+from besa.targets.targeting import Targeting
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Survey:
         return allocate((samples, tokens, width), x_NTC.dtype, self.activation_budget // share, self.folder)
 
 
-class Bounded(Settings):
+class Bounded(Targeting):
     """Blocks may differ in sparsity, each within bounds that follow the model's."""
 
     every: int = Field(default=8, ge=1, description="one calibration sequence in so many is looked at")
@@ -79,6 +80,27 @@ class Bounded(Settings):
         le=1,
         description="of what a block would keep at the model's sparsity it keeps this share at least",
     )
+
+    @property
+    def measuring(self) -> Bounded:
+        """Itself."""
+        return self
+
+    @property
+    def passes(self) -> float:
+        """A forward pass over the sequences that are looked at."""
+        return 1 / self.every
+
+    @abstractmethod
+    def measure(self, survey: Survey) -> list[float]:
+        """The sparsity that each block wants, from a look at the dense model; `bounded` makes targets of them.
+
+        Args:
+            survey: whose model is looked at.
+
+        Raises:
+            BesaError: there are too few sequences.
+        """
 
     def bounded(self, wanted: list[float], sizes: list[int], sparsity: float) -> list[float]:
         """The sparsity of each block: `wanted`, all shifted by the same, within the bounds, `sparsity` in the mean.

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from besa.allocation import Structured
 from besa.budget import Budget, apportion, split, zeros_for
 from besa.errors import BesaError
 from besa.models.blocks import Block
@@ -36,8 +35,8 @@ def budgets(blocks: list[Block], recipe: Recipe, targets: Sequence[float] | None
         BesaError: a pattern matches nothing, two patterns of `sparsity_of` ask different things of one
             linear, all is skipped, or the model has no parts of that granularity or no units of that kind.
     """
-    if isinstance(recipe.allocation, Structured):
-        return _of_units(blocks, recipe, recipe.allocation)
+    if recipe.allocation.whole_units:
+        return _of_units(blocks, recipe)
     whole = units(blocks, recipe.granularity)
     prunables = {name: prunable for unit in whole for name, prunable in unit.prunables.items()}
     common, own = shared_names(blocks, recipe)
@@ -60,17 +59,20 @@ def budgets(blocks: list[Block], recipe: Recipe, targets: Sequence[float] | None
     for unit, groups in zip(whole, shared, strict=True):
         plan.append([Budget(group, sum(prunables[n].numel for n in group), next(zeros)) for group in groups])
         for block in unit.blocks:
-            plan[-1] += [_alone(name, prunables[name].numel, rate) for name, rate in own[blocks.index(block)].items()]
+            alone = own[blocks.index(block)]
+            plan[-1] += [recipe.allocation.budget(block, (name,), sparsity) for name, sparsity in alone.items()]
     return plan
 
 
-def _of_units(blocks: list[Block], recipe: Recipe, allocation: Structured) -> list[list[Budget]]:
+def _of_units(blocks: list[Block], recipe: Recipe) -> list[list[Budget]]:
     """What whole units come to, the same in every block."""
     alike(blocks)
     common, own = shared_names(blocks, recipe)
     if any(own):
         raise BesaError("structured pruning takes whole units out of several linears: leave out sparsity_of.")
-    plan = [allocation.budget(block, names, recipe.sparsity) for block, names in zip(blocks, common, strict=True)]
+    plan = [
+        recipe.allocation.budget(block, names, recipe.sparsity) for block, names in zip(blocks, common, strict=True)
+    ]
     if len({(budget.weights, budget.zeros) for budget in plan}) > 1:
         raise BesaError("structured pruning leaves every block the same shapes: skip the same linears in all of them.")
     return [[budget] for budget in plan]
@@ -112,10 +114,6 @@ def _check_groups(group: int, prunables: dict[str, Prunable]) -> None:
                 f"{name} has {prunable.columns} columns, which are no whole number of groups of {group}: leave it out "
                 "with --skip."
             )
-
-
-def _alone(name: str, weights: int, sparsity: float) -> Budget:
-    return Budget((name,), weights, zeros_for(sparsity, weights))
 
 
 def _matching(pattern: str, names: Iterable[str], key: str) -> list[str]:

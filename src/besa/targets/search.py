@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -39,6 +39,21 @@ class Search(Bounded):
     strengths: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field(
         default=(0.0, 0.35, 0.7, 1.0), min_length=2, description="parts of the way from uniform to the threshold"
     )
+    needs_loss: ClassVar[bool] = True
+
+    @property
+    def passes(self) -> float:
+        """As `LossSensitivity`, and one forward pass of the dense model and of each trial."""
+        return (3 + 1 + self.trials) / self.every
+
+    @property
+    def trials(self) -> int:
+        """One for each strength."""
+        return len(self.strengths)
+
+    def sequences_kept(self, samples: int, blocks: int) -> int:
+        """As `LossSensitivity`; after that at one block, of the embeddings, the dense model and every trial."""
+        return -(-samples // self.every) * max(blocks + 1, self.trials + 2)
 
     def measure(self, survey: Survey) -> list[float]:
         """The sparsity that each block wants; of strengths that do as well, the first counts.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from besa.settings import Settings
+from besa.targets.targeting import Targeting
 
 
-class Even(Settings):
+class Even(Targeting):
     """The same sparsity for every block; nothing is measured."""
 
     method: Literal["uniform"] = "uniform"
