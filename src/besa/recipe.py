@@ -16,7 +16,7 @@ from besa.errors import BesaError
 from besa.finetuning import Finetuning, Untuned
 from besa.importance import Importance, Wanda
 from besa.models.units import Granularity
-from besa.names import check_plain
+from besa.names import check_plain, path_of
 from besa.quantization import Quantization, Unquantized
 from besa.reconstruction import Frozen, Reconstruction
 from besa.settings import Settings
@@ -171,7 +171,9 @@ def shipped() -> list[str]:
 
 
 def _read(recipe: str | Path) -> dict[str, Any]:
-    source = RECIPES / f"{recipe}.yaml" if str(recipe) in shipped() else Path(recipe)
+    source = RECIPES / f"{recipe}.yaml" if str(recipe) in shipped() else path_of(recipe)
+    if isinstance(source, Path) and source.exists() and not source.is_file():  # a pipe would be waited for
+        raise BesaError(f"Recipe {recipe} is no file: choose one of {', '.join(shipped())}, or give a YAML file.")
     try:
         content = _yaml(source.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -263,3 +263,10 @@ def test_processes_that_write_the_same_file_at_once(tmp_path: Path) -> None:
             assert (tmp_path / "file").read_text() in texts
     assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
     assert names(tmp_path) == ["file"]
+
+
+def test_a_folder_with_a_pipe_is_not_claimed(tmp_path: Path) -> None:
+    """Nobody would ever write into it."""
+    os.mkfifo(tmp_path / "run.json")
+    with pytest.raises(BesaError, match=r"run.json is no regular file"), files.claimed(tmp_path, tmp_path / "out"):
+        pass

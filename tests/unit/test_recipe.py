@@ -1,6 +1,7 @@
 """Recipes: what ships parses, what is overridden arrives, and what is wrong is told in one sentence."""
 
 import ast
+import os
 from pathlib import Path
 from typing import get_args
 
@@ -355,3 +356,10 @@ def test_names_that_no_file_can_have(name):
 
 def test_a_folder_is_no_recipe(tmp_path):
     assert "cannot be read as YAML" in refusal(tmp_path)
+
+
+def test_a_recipe_that_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for name in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(BesaError, match=r"is no file: choose one of"):
+            Recipe.load(name)

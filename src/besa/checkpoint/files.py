@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from besa.errors import BesaError
+from besa.models.files import check_regular
 from besa.names import path_of
 
 COPY = 1 << 24  # bytes copied at a time
@@ -45,10 +46,11 @@ def claimed(folder: Path, out: Path) -> Iterator[None]:
         out: what is made there, for the message.
 
     Raises:
-        BesaError: another process has the folder, or it cannot be written.
+        BesaError: another process has the folder, it cannot be written, or there is a pipe or a device in it.
     """
     with explained(out):
         folder.mkdir(parents=True, exist_ok=True)
+        check_regular(folder)
         try:
             lock = (folder / LOCK).open("w")
         except OSError:

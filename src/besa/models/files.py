@@ -189,4 +189,4 @@ def check_regular(folder: Path) -> None:
     """
     for path in sorted(folder.iterdir()):
         if path.exists() and not path.is_file() and not path.is_dir():
-            raise BesaError(f"{path} is no regular file: a checkpoint has no pipes, sockets or devices.")
+            raise BesaError(f"{path} is no regular file: remove it, as besa uses no pipes, sockets or devices.")
