@@ -354,10 +354,6 @@ def test_names_that_no_file_can_have(name):
     refusal(name)
 
 
-def test_a_folder_is_no_recipe(tmp_path):
-    assert "cannot be read as YAML" in refusal(tmp_path)
-
-
 def test_a_recipe_that_is_no_file_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for name in (tmp_path, tmp_path / "pipe"):
