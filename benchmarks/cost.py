@@ -24,13 +24,14 @@ import torch
 import typer
 
 from benchmarks.random_model import SHAPES, TOKENIZER, config, write
-from besa import Recipe, compress, kernels, memory
-from besa.allocation.rates import candidate_bins, candidate_rates
-from besa.calibration import sample
-from besa.machine import machine, versions
+from besa import Recipe, compress, kernels
+from besa.data.calibration import sample
+from besa.methods.allocation.rates import candidate_bins, candidate_rates
 from besa.models.blocks import capture_inputs, find_blocks
 from besa.models.loading import load_model, load_tokenizer, locate
 from besa.record import RunRecord, now
+from besa.system import memory
+from besa.system.machine import machine, versions
 
 RESULTS = Path(__file__).parent / "results"
 CPU = torch.device("cpu")

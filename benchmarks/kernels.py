@@ -27,12 +27,12 @@ import torch
 import typer
 from torch import Tensor
 
-from besa.checkpoint.formats import bitmask
-from besa.checkpoint.formats.bitmask import Bitmask
 from besa.kernels import build, sparse, sparse_native
-from besa.machine import machine, versions
 from besa.quantization import Grid, Quantized
 from besa.record import now
+from besa.storage.formats import bitmask
+from besa.storage.formats.bitmask import Bitmask
+from besa.system.machine import machine, versions
 
 HERE = Path(__file__).parent
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008)]

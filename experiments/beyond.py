@@ -5,8 +5,8 @@ python -m experiments.beyond --model smollm2 --data wikitext2=FILE --data c4=FIL
 Costs are forward passes of the calibration set, counted (`besa.planning.passes`); solving for weights comes on top.
 """
 
+from besa.methods.recipe import Recipe
 from besa.planning import forward_passes, spending
-from besa.recipe import Recipe
 from besa.report.curves import Curve, Panel
 from experiments.experiment import DENSE_CASE, Case, Experiment, Found, Options, Verdict, at, by_sparsity
 from experiments.running import run

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from besa.comparing import SCORES, Row
-from besa.evaluation.questions import TASKS
+from besa.data.questions import TASKS
+from besa.methods.recipe import Recipe
 from besa.models.blocks import find_blocks
 from besa.models.loading import locate, read_config, skeleton
-from besa.recipe import Recipe
 from besa.report.curves import Curve, Panel
-from besa.workspace import DENSE, Conditions, Measures, Outcome
+from besa.studies.comparing import SCORES, Row
+from besa.studies.workspace import DENSE, Conditions, Measures, Outcome
 
 
 @dataclass(frozen=True)

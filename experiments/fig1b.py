@@ -3,8 +3,8 @@
 python -m experiments.fig1b --model smollm2 --data wikitext2=wikitext2.test.raw --points 0.3,0.5,0.7,0.9
 """
 
-from besa.kinds import kind, shortened
-from besa.workspace import DENSE
+from besa.models.kinds import kind, shortened
+from besa.studies.workspace import DENSE
 from experiments.experiment import (
     DENSE_CASE,
     Case,

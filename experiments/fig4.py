@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from besa.report.curves import Curve, Panel
-from besa.workspace import DENSE
+from besa.studies.workspace import DENSE
 from experiments.experiment import DENSE_CASE, Case, Experiment, Found, Options, Verdict, numbers
 from experiments.running import run
 

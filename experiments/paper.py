@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from besa.errors import BesaError
-from besa.names import path_of
+from besa.storage.names import path_of
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

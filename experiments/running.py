@@ -11,10 +11,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from besa.comparing import row
+from besa.cli.show import progress_bar
 from besa.errors import BesaError
-from besa.show import progress_bar
-from besa.workspace import Conditions, Measures, Outcome, Workspace
+from besa.studies.comparing import row
+from besa.studies.workspace import Conditions, Measures, Outcome, Workspace
 from experiments.experiment import Experiment, Found, Options, linear_names
 from experiments.writing import RESULTS, without_calibration, write
 

@@ -3,7 +3,7 @@
 python -m experiments.table2 --model smollm2
 """
 
-from besa.evaluation.questions import TASKS
+from besa.data.questions import TASKS
 from experiments.experiment import DENSE_CASE, Case, Experiment, Found, Options, Verdict, by_method, numbers
 from experiments.running import run
 

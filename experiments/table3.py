@@ -17,10 +17,10 @@ import typer
 
 import besa
 from besa.checkpoint.inspection import inspect
-from besa.documents import read_documents
-from besa.machine import machine, resolve_device, versions
+from besa.data.documents import read_documents
 from besa.models.loading import locate
 from besa.record import RunRecord, now
+from besa.system.machine import machine, resolve_device, versions
 
 RESULTS = Path(__file__).parent / "results" / "table3"
 RECIPES = {

@@ -22,10 +22,10 @@ from matplotlib.figure import Figure
 
 import besa
 from besa.checkpoint.walk import StoredWeight
-from besa.kinds import shortened
-from besa.machine import machine, resolve_device, versions
+from besa.models.kinds import shortened
 from besa.record import RECORD_NAME, RunRecord, now
 from besa.simulator import Simulation, check_alike, described, simulate_weight
+from besa.system.machine import machine, resolve_device, versions
 
 RESULTS = Path(__file__).parent / "results" / "table4"
 RANDOM = [

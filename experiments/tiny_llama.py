@@ -19,7 +19,7 @@ import typer
 from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from besa.documents import read_documents
+from besa.data.documents import read_documents
 
 # Tensor names: B sequences of a batch, T tokens of a sequence, N all tokens of a text.
 

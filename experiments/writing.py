@@ -8,13 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from besa.checkpoint.files import write_file
-from besa.comparing import markdown
-from besa.documents import read_documents
-from besa.machine import machine, resolve_device, versions
+from besa.data.documents import read_documents
 from besa.record import now
 from besa.report.curves import curves
 from besa.report.svg import standalone
+from besa.storage.writing import write_file
+from besa.studies.comparing import markdown
+from besa.system.machine import machine, resolve_device, versions
 from experiments.experiment import Experiment, Found, Options
 
 TRENDS = {

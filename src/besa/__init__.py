@@ -10,14 +10,14 @@ from besa.version import __version__
 
 if TYPE_CHECKING:
     from besa.api import Compressed, compress, evaluate, plan, simulate
-    from besa.calibration import Calibration
     from besa.checkpoint.packing import pack, unpack
     from besa.checkpoint.shrinking import shrink
     from besa.checkpoint.verification import verify
+    from besa.data.calibration import Calibration
     from besa.evaluation.result import Evaluation
-    from besa.recipe import Recipe
+    from besa.methods.recipe import Recipe
     from besa.runtime.generation import generate
-    from besa.runtime.loading import load
+    from besa.runtime.sparse_models import load
     from besa.runtime.speed import bench
     from besa.simulator import Accelerator, Simulation
 
@@ -45,16 +45,16 @@ __all__ = [
 
 _HOMES = {
     "Accelerator": "besa.simulator",
-    "Calibration": "besa.calibration",
+    "Calibration": "besa.data.calibration",
     "Compressed": "besa.api",
     "Evaluation": "besa.evaluation.result",
-    "Recipe": "besa.recipe",
+    "Recipe": "besa.methods.recipe",
     "Simulation": "besa.simulator",
     "bench": "besa.runtime.speed",
     "compress": "besa.api",
     "evaluate": "besa.api",
     "generate": "besa.runtime.generation",
-    "load": "besa.runtime.loading",
+    "load": "besa.runtime.sparse_models",
     "pack": "besa.checkpoint.packing",
     "plan": "besa.api",
     "shrink": "besa.checkpoint.shrinking",

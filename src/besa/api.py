@@ -12,20 +12,18 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from besa import memory
-from besa.arguments import Bos, Bytes, Count, Dtype, Length, checked
-from besa.calibration import Calibration, sample
 from besa.checkpoint.companions import companions
-from besa.checkpoint.files import check_space
-from besa.checkpoint.formats.container import header
-from besa.checkpoint.journal import journal_for
 from besa.checkpoint.writer import disk_bytes, finish
+from besa.data.arguments import Bos, Bytes, Count, Dtype, Length, checked
+from besa.data.calibration import Calibration, sample
+from besa.data.seeds import check_seed
+from besa.data.tokens import check_known
 from besa.errors import BesaError
 from besa.evaluation.perplexity import check_window
 from besa.evaluation.result import Evaluation
 from besa.evaluation.texts import perplexities, read_texts
 from besa.evaluation.zero_shot import check_tasks, zero_shot
-from besa.machine import machine, named_device, resolve_device, versions
+from besa.methods.recipe import Recipe
 from besa.models.blocks import find_blocks, left_dense
 from besa.models.borrowing import borrowed, tokenizer_of_caller
 from besa.models.bos import bos_token
@@ -42,17 +40,19 @@ from besa.models.loading import (
     skeleton,
 )
 from besa.models.streaming import Decoder, DecoderInMemory, DecoderOnDisk
-from besa.names import path_of
 from besa.planning import Plan, work_out
 from besa.progress import Progress, silent
 from besa.pruning import Resources, prune_blocks
-from besa.recipe import Recipe
 from besa.record import PASSED_NAMES, PassedThrough, RunRecord, now
-from besa.runtime.loading import load
-from besa.seeds import check_seed
+from besa.runtime.sparse_models import load
 from besa.simulator import Accelerator, Simulation
 from besa.simulator import simulate as simulate_checkpoint
-from besa.tokens import check_known
+from besa.storage.formats.container import header
+from besa.storage.journal import journal_for
+from besa.storage.names import path_of
+from besa.storage.writing import check_space
+from besa.system import memory
+from besa.system.machine import machine, named_device, resolve_device, versions
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}  # in a forward pass, unless asked otherwise: a GPU needs more to be busy
 

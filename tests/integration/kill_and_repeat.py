@@ -28,9 +28,9 @@ import besa
 from besa.api import evaluate
 from besa.checkpoint.packing import pack, unpack
 from besa.checkpoint.shrinking import shrink
-from besa.comparing import compare
 from besa.errors import BesaError
-from besa.workspace import Conditions, Measures, Workspace
+from besa.studies.comparing import compare
+from besa.studies.workspace import Conditions, Measures, Workspace
 
 IMPORTED = (PreTrainedTokenizerFast, modeling_llama, evaluate)  # lazily otherwise, in every child
 TOUCHES = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link")

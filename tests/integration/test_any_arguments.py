@@ -15,9 +15,9 @@ import typer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from besa import demo
 from besa.cli import app, main
 from besa.runtime import speed
+from besa.studies import demo
 
 COMMANDS = typer.main.get_command(app).commands
 NUMBERS = [

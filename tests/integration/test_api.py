@@ -16,8 +16,8 @@ from transformers import (
 )
 
 import besa
-from besa.losses import reconstruction_error
 from besa.models.blocks import capture_inputs, find_blocks
+from besa.observing.losses import reconstruction_error
 from besa.pruning.paths import ERROR_SHARE
 
 SAMPLES, SEQLEN, WINDOW = 48, 64, 128
@@ -81,7 +81,7 @@ def test_uniform_prunes_every_row_alike_and_besa_does_not(results: dict[str, tup
 def test_recorded_error_is_that_of_the_written_model(
     results: dict[str, tuple[besa.Compressed, float]], tiny_llama_folder: Path, tiny_llama: torch.nn.Module
 ) -> None:
-    from besa.calibration import sample
+    from besa.data.calibration import sample
 
     result, _ = results["besa"]
     tokens = sample(str(tiny_llama_folder / "calibration.txt"), result.tokenizer, SAMPLES, SEQLEN, 0).tokens_NT

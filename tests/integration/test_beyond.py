@@ -7,10 +7,10 @@ import torch
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 import besa
-from besa.calibration import Calibration
+from besa.data.calibration import Calibration
+from besa.methods.recipe import Recipe
 from besa.models.streaming import DecoderInMemory
 from besa.pruning import prune_blocks
-from besa.recipe import Recipe
 
 SIZES = {"samples": 16, "seqlen": 64}
 QUICK = ["finetune.epochs=2"]

@@ -12,12 +12,12 @@ from xml.etree import ElementTree
 import pytest
 
 import besa
-from besa import workspace as workspace_module
-from besa.checkpoint.files import claimed
-from besa.comparing import Comparison, compare
 from besa.errors import BesaError
-from besa.recipe import Recipe
-from besa.workspace import Conditions, Measures, Workspace
+from besa.methods.recipe import Recipe
+from besa.storage.writing import claimed
+from besa.studies import workspace as workspace_module
+from besa.studies.comparing import Comparison, compare
+from besa.studies.workspace import Conditions, Measures, Workspace
 
 RECIPES, SPARSITIES = ["magnitude", "wanda"], [0.5, 0.7]
 
@@ -249,7 +249,7 @@ def test_what_would_end_the_work_is_found_before_it(
 
 
 def test_a_hopeless_model_leaves_a_gap(made: tuple[Workspace, Comparison]) -> None:
-    from besa.comparing import markdown, plot
+    from besa.studies.comparing import markdown, plot
 
     _, found = made
     broken = found.rows[0].model_copy(update={"mean": {"heldout": math.inf, "little": math.inf}, "spread": {}})

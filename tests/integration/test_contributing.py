@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from besa.calibration import sample
+from besa.data.calibration import sample
 from besa.record import RunRecord
 
 ROOT = Path(__file__).parent.parent.parent

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from besa import demo
 from besa.errors import BesaError
+from besa.studies import demo
 
 PLAN = demo.Plan(("wanda", "besa"), samples=8, seqlen=64, window=64, max_windows=10)
 

@@ -14,10 +14,10 @@ from xml.etree import ElementTree
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from besa.documents import read_documents
+from besa.data.documents import read_documents
 from besa.evaluation import zero_shot
 from besa.report.curves import Curve, Panel, curves
-from besa.workspace import DENSE, Conditions, Measures, Workspace
+from besa.studies.workspace import DENSE, Conditions, Measures, Workspace
 from experiments.experiment import ERRORS, Experiment, Found, Options, Verdict
 from experiments.paper import findings, markdown
 from experiments.running import carry_out, planned
@@ -203,7 +203,7 @@ def test_errors_are_those_of_the_records(results: dict[str, tuple[Found, Path]])
 
 def fake(points: tuple[float, ...] = (0.5, 0.7), **scores: float) -> Found:
     """Found perplexities."""
-    from besa.comparing import Row
+    from besa.studies.comparing import Row
 
     options = Options(Conditions("m"), Measures(), 0.5, 1, points)
     made = {

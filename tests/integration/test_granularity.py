@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import besa
-from besa.checkpoint.journal import Journal
-from besa.losses import reconstruction_error
+from besa.methods.recipe import Recipe
 from besa.models.blocks import capture_inputs, find_blocks
 from besa.models.units import Granularity, sharing, units
+from besa.observing.losses import reconstruction_error
 from besa.pruning.paths import ERROR_SHARE
-from besa.recipe import Recipe
+from besa.storage.journal import Journal
 
 GRANULARITIES: tuple[Granularity, ...] = ("linear", "attn-mlp", "block", "two-blocks")
 SAMPLES, SEQLEN = 8, 32
@@ -62,7 +62,7 @@ def test_rows_of_a_linear_differ_where_every_linear_has_a_budget(results: dict[s
 def test_errors_within_a_pair_of_blocks_are_those_of_the_written_model(
     results: dict[str, besa.Compressed], tiny_llama_folder: Path, tiny_llama: torch.nn.Module
 ) -> None:
-    from besa.calibration import sample
+    from besa.data.calibration import sample
 
     result = results["two-blocks"]
     tokens = sample(str(tiny_llama_folder / "calibration.txt"), result.tokenizer, SAMPLES, SEQLEN, 0).tokens_NT

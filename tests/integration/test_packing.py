@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 import besa
 from besa import BesaError, Recipe
 from besa.checkpoint import writer
-from besa.checkpoint.formats import bitmask
-from besa.checkpoint.formats.container import Container
 from besa.checkpoint.inspection import inspect
 from besa.models.loading import locate
+from besa.storage.formats import bitmask
+from besa.storage.formats.container import Container
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
 TEXT = str(TINY / "calibration.txt")

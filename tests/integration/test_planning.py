@@ -11,9 +11,10 @@ from torch import nn
 from transformers import FalconConfig, LlamaConfig, MixtralConfig, MixtralForCausalLM
 
 import besa
-from besa import Calibration, show
+from besa import Calibration
+from besa.cli import show
+from besa.methods.recipe import Recipe
 from besa.planning.shapes import _LiveBytes
-from besa.recipe import Recipe
 from besa.record import RunRecord
 from besa.report import load_run, render
 

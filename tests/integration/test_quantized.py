@@ -157,7 +157,7 @@ def test_learned_clipping_pays(tmp_path: Path) -> None:
 def test_a_joint_run_goes_on_where_it_stopped(
     joint: Compressed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from besa.checkpoint.journal import Journal
+    from besa.storage.journal import Journal
 
     keep = Journal.keep
 

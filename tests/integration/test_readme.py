@@ -12,7 +12,7 @@ import pytest
 import typer.testing
 
 from besa.cli import app
-from besa.recipe import Recipe, shipped
+from besa.methods.recipe import Recipe, shipped
 from experiments.readme import MARKED, PAGES, RESULTS, past, trends, with_results
 
 ROOT = Path(__file__).parent.parent.parent

@@ -21,10 +21,10 @@ from transformers import PreTrainedModel
 
 from besa import BesaError, Recipe, cli, compress
 from besa.api import Compressed
-from besa.checkpoint import files
-from besa.checkpoint.journal import Journal
 from besa.errors import Interrupted
-from besa.models.files import WeightFiles
+from besa.storage import writing as files
+from besa.storage.journal import Journal
+from besa.storage.weights import WeightFiles
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "tests" / "assets" / "tiny-llama"

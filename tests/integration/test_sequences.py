@@ -11,10 +11,10 @@ from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, GemmaConfig, GPT2Config
 
 import besa
-from besa.calibration import Calibration, sample
 from besa.cli import app
+from besa.data import questions as embedded
+from besa.data.calibration import Calibration, sample
 from besa.errors import BesaError, Notice
-from besa.evaluation import questions as embedded
 from besa.evaluation.zero_shot import zero_shot
 from besa.models.limits import usual_length
 from tests.unit.test_zero_shot import write as write_questions

@@ -15,7 +15,7 @@ from besa.checkpoint.inspection import inspect
 from besa.cli import app
 from besa.models import hub, loading
 from besa.simulator import Accelerator, cycles
-from besa.simulator.memory import load_cycles
+from besa.simulator.bandwidth import load_cycles
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
 KINDS = [

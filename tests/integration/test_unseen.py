@@ -11,8 +11,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from besa import BesaError, Calibration, compress
+from besa.methods.recipe import Recipe
 from besa.models.blocks import find_blocks
-from besa.recipe import Recipe
 
 TOKENS = Calibration(torch.randint(3, 64, (4, 16), generator=torch.Generator().manual_seed(0)), "random", 0)
 SMALL = {"vocab_size": 64, "pad_token_id": 0}

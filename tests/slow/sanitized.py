@@ -8,8 +8,8 @@ import sys
 
 import torch
 
-from besa.checkpoint.formats import bitmask
 from besa.kernels import build, native, reference, sparse_native
+from besa.storage.formats import bitmask
 
 build.FLAGS = ("-O1", "-g", *build.FLAGS[1:], "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 from tests.unit.test_sparse import codes_weight, half_pruned, row_of_x  # noqa: E402 (it loads the kernels)

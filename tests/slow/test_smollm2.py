@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from besa import demo
-from besa.calibration import read_documents
+from besa.data.calibration import read_documents
+from besa.studies import demo
 
 pytestmark = pytest.mark.slow
 
@@ -52,7 +52,7 @@ def test_reported_perplexity_is_a_hand_written_loop_over_the_plain_checkpoint(ou
 
 
 def test_the_embedded_questions_are_all_there() -> None:
-    from besa.evaluation.questions import TASKS, questions
+    from besa.data.questions import TASKS, questions
 
     counts = {
         "piqa": 1838,

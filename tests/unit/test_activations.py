@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from besa.activations import MappedStates, allocate
 from besa.errors import BesaError
+from besa.models.activations import MappedStates, allocate
 
 N, T, C = 7, 3, 5
 

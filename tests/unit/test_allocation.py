@@ -8,18 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from besa import machine
-from besa.allocation import Allocated, Besa, BlockProblem, RankedLinear, Uniform
-from besa.allocation import besa as besa_module
-from besa.allocation.changing import ChangingLinears
-from besa.budget import Budget, split
+from besa.counting.budget import Budget, split
+from besa.counting.masks import rank
 from besa.errors import BesaError
-from besa.importance import Wanda
-from besa.losses import error_between, reconstruction_error
-from besa.masks import rank
+from besa.methods.allocation import Allocated, Besa, BlockProblem, RankedLinear, Uniform
+from besa.methods.allocation import besa as besa_module
+from besa.methods.allocation.changing import ChangingLinears
+from besa.methods.importance import Wanda
+from besa.methods.reconstruction import Frozen
 from besa.models.blocks import Block, capture_inputs, find_blocks
-from besa.reconstruction import Frozen
-from besa.statistics import collect
+from besa.observing.input_statistics import collect
+from besa.observing.losses import error_between, reconstruction_error
+from besa.system import machine
 
 TARGETS = [0.05, 0.3, 0.7, 0.95]
 

@@ -7,7 +7,7 @@ import torch
 
 import besa
 from besa import BesaError
-from besa.arguments import Bos, Bytes, Count, Dtype, Length, checked
+from besa.data.arguments import Bos, Bytes, Count, Dtype, Length, checked
 from besa.progress import Progress, silent
 
 

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from besa import assets
+from besa.data import assets
 from besa.errors import BesaError
 
 BIG = random.Random(0).randbytes(600_000)  # pip tells the progress of downloads above half a megabyte

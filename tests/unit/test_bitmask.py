@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from besa.checkpoint.formats import bitmask
 from besa.errors import BesaError
 from besa.quantization import Quantized
 from besa.quantization.minmax import codes, dequantized, extremes, grid
+from besa.storage.formats import bitmask
 
 SPARSITIES = [0, 0.3, 0.5, 0.9, 1]
 

@@ -10,17 +10,17 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 import besa
-from besa.calibration import Calibration
+from besa.data.calibration import Calibration
 from besa.errors import BesaError
+from besa.methods.recipe import Recipe
+from besa.methods.targets import LossSensitivity, Owl, Search
+from besa.methods.targets.bounded import Survey
+from besa.methods.targets.budgets import budgets
+from besa.methods.targets.fisher import one_threshold
+from besa.methods.targets.search import divergences
 from besa.models.blocks import find_blocks
 from besa.models.loading import locate
 from besa.models.streaming import DecoderInMemory, DecoderOnDisk
-from besa.recipe import Recipe
-from besa.targets import LossSensitivity, Owl, Search
-from besa.targets.bounded import Survey
-from besa.targets.budgets import budgets
-from besa.targets.fisher import one_threshold
-from besa.targets.search import divergences
 
 CPU = torch.device("cpu")
 
@@ -265,7 +265,7 @@ def test_a_run_meets_the_sparsity_and_goes_on_after_an_interruption(method, tiny
 
 @pytest.mark.parametrize("damage", ["", "[", "{}", '["a"]', None])
 def test_targets_that_are_damaged_are_measured_again(damage, tiny_llama_folder, tmp_path):
-    from besa.checkpoint.journal import Journal
+    from besa.storage.journal import Journal
 
     journal = Journal(tmp_path)
     journal.keep_targets([0.25, 0.5])

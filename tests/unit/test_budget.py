@@ -10,7 +10,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from besa.budget import apportion, cheapest, split, zeros_for
+from besa.counting.budget import apportion, cheapest, split, zeros_for
 from besa.errors import BesaError
 
 SIZES = st.lists(st.integers(1, 50) | st.integers(1, 10**15), min_size=1, max_size=8)

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from besa import calibration
-from besa.calibration import Calibration, sample
+from besa.data import calibration
+from besa.data.calibration import Calibration, sample
 from besa.errors import BesaError
 
 LONGEST = 400

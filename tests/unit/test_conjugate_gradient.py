@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from besa.masks import hard_mask, rank
-from besa.reconstruction import ConjugateGradient, Frozen
-from besa.statistics import InputStatistics
+from besa.counting.masks import hard_mask, rank
+from besa.methods.reconstruction import ConjugateGradient, Frozen
+from besa.observing.input_statistics import InputStatistics
 
 
 def gathered(x_TI) -> InputStatistics:

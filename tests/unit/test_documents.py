@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from besa import documents
-from besa.documents import beginning, read_documents
+from besa.data import documents
+from besa.data.documents import beginning, read_documents
 from besa.errors import BesaError
 
 

@@ -12,8 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from besa.checkpoint import files
 from besa.errors import BesaError
+from besa.storage import writing as files
 
 
 def names(folder: Path) -> list[str]:

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from besa.finetuning import MaskedAdam, Untuned
-from besa.losses import token_weighted_error
+from besa.methods.finetuning import MaskedAdam, Untuned
 from besa.models.blocks import Block
 from besa.models.prunable import find_prunables
+from besa.observing.losses import token_weighted_error
 
 TOKENS, WIDTH = 6, 8
 

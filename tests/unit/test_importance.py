@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from besa.errors import BesaError
-from besa.importance import OBS, RIA, Magnitude, Wanda
-from besa.statistics import InputStatistics
+from besa.methods.importance import OBS, RIA, Magnitude, Wanda
+from besa.observing.input_statistics import InputStatistics
 
 
 def gathered(x_TI, gram=True) -> InputStatistics:

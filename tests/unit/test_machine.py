@@ -6,7 +6,7 @@ import torch
 from besa import cli
 from besa.errors import Notice
 from besa.kernels import native
-from besa.machine import machine, multiplies_bfloat16, versions
+from besa.system.machine import machine, multiplies_bfloat16, versions
 
 
 def test_the_machine_tells_what_computes(monkeypatch):

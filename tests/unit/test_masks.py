@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from besa import masks
-from besa.masks import hard_mask, rank
+from besa.counting import masks
+from besa.counting.masks import hard_mask, rank
 
 IMPORTANCES = [0.0, 1e-45, 1.1754944e-38, 0.5, np.nextafter(np.float32(0.5), np.float32(1)), 1.0, 3e38, math.inf]
 SHAPES = st.tuples(st.integers(1, 5), st.integers(1, 9))

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from besa.errors import BesaError
-from besa.names import LONGEST, PLAIN, path_of, plain, printable
+from besa.storage.names import LONGEST, PLAIN, path_of, plain, printable
 
 
 def test_paths_that_can_be(tmp_path):

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from besa.errors import BesaError
+from besa.methods.recipe import Recipe
 from besa.planning import forward_passes, spending
-from besa.recipe import Recipe
 
 HALF_STEPS = 88 / 64 / 2  # passes over half of every sequence
 

@@ -10,16 +10,16 @@ from hypothesis import strategies as st
 from torch import nn
 
 import besa
-from besa.allocation import NM, BlockProblem, RankedLinear
-from besa.allocation.sensitivity import row_sensitivities
-from besa.budget import Budget, zeros_for
+from besa.counting.budget import Budget, zeros_for
+from besa.counting.masks import hard_mask, rank
 from besa.errors import BesaError
-from besa.masks import hard_mask, rank
+from besa.methods.allocation import NM, BlockProblem, RankedLinear
+from besa.methods.allocation.sensitivity import row_sensitivities
+from besa.methods.recipe import Recipe
+from besa.methods.reconstruction import ADMM, ConjugateGradient, Frozen, OBSUpdate
 from besa.models.blocks import Block
 from besa.models.prunable import find_prunables
-from besa.recipe import Recipe
-from besa.reconstruction import ADMM, ConjugateGradient, Frozen, OBSUpdate
-from besa.statistics import InputStatistics
+from besa.observing.input_statistics import InputStatistics
 
 WIDTH = 16
 METHODS = [Frozen(), ConjugateGradient(), ADMM(), OBSUpdate(), OBSUpdate(mask="fixed"), OBSUpdate(columns=5)]

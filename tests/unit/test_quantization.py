@@ -5,14 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from besa.allocation import RankedLinear
-from besa.budget import Budget
-from besa.checkpoint.formats.packed import KEYS, is_zero, pack, unpack
+from besa.counting.budget import Budget
+from besa.counting.masks import rank
 from besa.errors import BesaError
-from besa.masks import rank
+from besa.methods.allocation import RankedLinear
 from besa.pruning.quantizing import settle
 from besa.quantization import Clipping, MinMax
 from besa.quantization.minmax import codes, dequantized, extremes, grid, step_gradient
+from besa.storage.formats.packed import KEYS, is_zero, pack, unpack
 
 
 def test_equation_7_by_hand():

@@ -10,10 +10,10 @@ import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from besa.allocation import RankedLinear
-from besa.allocation.changing import ChangingLinears
-from besa.allocation.rates import Rates, candidate_bins, candidate_ranks, candidate_rates, starting_logits
-from besa.masks import rank
+from besa.counting.masks import rank
+from besa.methods.allocation import RankedLinear
+from besa.methods.allocation.changing import ChangingLinears
+from besa.methods.allocation.rates import Rates, candidate_bins, candidate_ranks, candidate_rates, starting_logits
 
 
 def test_candidate_rates():

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 import besa
-from besa.allocation import Besa, Uniform
 from besa.errors import BesaError
-from besa.importance import OBS, RIA, Magnitude, Wanda
-from besa.recipe import RECIPES, Recipe, shipped
-from besa.reconstruction import Frozen, OBSUpdate
+from besa.methods.allocation import Besa, Uniform
+from besa.methods.importance import OBS, RIA, Magnitude, Wanda
+from besa.methods.recipe import RECIPES, Recipe, shipped
+from besa.methods.reconstruction import Frozen, OBSUpdate
 
 METHODS = {
     "besa": (Wanda(), Besa(rates="row", plain=0.5, steps=88), Frozen()),

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from besa.counting.masks import hard_mask, rank
 from besa.errors import BesaError
-from besa.masks import hard_mask, rank
-from besa.reconstruction import Frozen, OBSUpdate
-from besa.reconstruction.obs import inverse_factor, sweep
-from besa.statistics import InputStatistics
+from besa.methods.reconstruction import Frozen, OBSUpdate
+from besa.methods.reconstruction.obs_update import inverse_factor, sweep
+from besa.observing.input_statistics import InputStatistics
 
 ROWS, WIDTH, TOKENS = 6, 24, 120
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from besa.importance import RIA
-from besa.statistics import InputStatistics
+from besa.methods.importance import RIA
+from besa.observing.input_statistics import InputStatistics
 
 
 @pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])

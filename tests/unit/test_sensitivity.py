@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from besa.allocation import BlockProblem, RankedLinear, Sensitivity
-from besa.allocation.sensitivity import lowest
-from besa.budget import Budget
+from besa.counting.budget import Budget
+from besa.counting.masks import rank
 from besa.errors import BesaError
-from besa.masks import rank
+from besa.methods.allocation import BlockProblem, RankedLinear, Sensitivity
+from besa.methods.allocation.sensitivity import lowest
 from besa.models.blocks import Block
 from besa.models.prunable import Prunable, find_prunables
-from besa.probes import RowSensitivities, random_signs
+from besa.observing.probes import RowSensitivities, random_signs
 
 TOKENS, WIDTH = 3, 4
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from besa.simulator import Accelerator, Cycles, cycles
-from besa.simulator.memory import load_cycles
+from besa.simulator.bandwidth import load_cycles
 
 VITCOD = Accelerator()
 SMALL = Accelerator(lines=4, multipliers=3)

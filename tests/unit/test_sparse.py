@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import linear
 
-from besa.checkpoint.formats import bitmask
 from besa.kernels import sparse, sparse_native
 from besa.quantization import Grid, Quantized
 from besa.quantization.minmax import codes, extremes, grid
+from besa.storage.formats import bitmask
 from tests.unit.test_bitmask import quantized, weights
 from tests.unit.test_kernels import compiled
 

@@ -9,7 +9,7 @@ from besa.errors import BesaError
 from besa.models.blocks import Block
 from besa.models.prunable import Prunable, find_prunables
 from besa.models.units import Unit
-from besa.statistics import InputStatistics, collect, look
+from besa.observing.input_statistics import InputStatistics, collect, look
 
 
 class Attention(nn.Module):

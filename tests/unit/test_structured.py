@@ -5,18 +5,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from besa.allocation import RankedLinear, Structured
-from besa.allocation.structured import lowest_units
-from besa.calibration import Calibration
+from besa.data.calibration import Calibration
 from besa.errors import BesaError
-from besa.importance import Magnitude
+from besa.methods.allocation import RankedLinear, Structured
+from besa.methods.allocation.structured import lowest_units
+from besa.methods.importance import Magnitude
+from besa.methods.recipe import Recipe
+from besa.methods.reconstruction import ADMM, ConjugateGradient, OBSUpdate
+from besa.methods.targets.budgets import budgets
 from besa.models.blocks import find_blocks
 from besa.models.couplings import Coupling, couplings
 from besa.models.streaming import DecoderInMemory
 from besa.pruning import prune_blocks
-from besa.recipe import Recipe
-from besa.reconstruction import ADMM, ConjugateGradient, OBSUpdate
-from besa.targets.budgets import budgets
 
 TOKENS = Calibration(torch.randint(0, 1024, (4, 16), generator=torch.Generator().manual_seed(0)), "random", 0)
 

@@ -5,12 +5,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from besa.budget import Budget, zeros_for
+from besa.counting.budget import Budget, zeros_for
 from besa.errors import BesaError
+from besa.methods.recipe import Recipe
+from besa.methods.targets.budgets import budgets
 from besa.models.blocks import Block
 from besa.models.prunable import Prunable
-from besa.recipe import Recipe
-from besa.targets.budgets import budgets
 
 SHAPES = {"attn.q": (4, 6), "attn.k": (2, 6), "mlp.up": (5, 7)}  # 24 + 12 + 35 = 71 weights
 

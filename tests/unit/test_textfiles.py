@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from besa import textfiles
+from besa.data import textfiles
+from besa.data.textfiles import file_documents, is_plain_text
 from besa.errors import BesaError
-from besa.textfiles import file_documents, is_plain_text
 
 C4 = [
     {"text": 'Beginners BBQ Class!\nDo you "want" to?', "timestamp": "2019-04-25T12:57:54Z", "url": "https://x.com"},

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from besa import tokens
+from besa.data import tokens
 from besa.errors import BesaError
 from besa.evaluation import texts
 from besa.evaluation.texts import TEST_SETS, read_texts

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from besa import tokens
+from besa.data import tokens
+from besa.data.tokens import check_known, tokenize
 from besa.errors import BesaError
-from besa.tokens import check_known, tokenize
 
 
 def byte_tokenizer(**options) -> PreTrainedTokenizerFast:

@@ -14,9 +14,9 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from besa.data import questions as embedded
+from besa.data.questions import TASKS, questions
 from besa.errors import BesaError
-from besa.evaluation import questions as embedded
-from besa.evaluation.questions import TASKS, questions
 from besa.evaluation.zero_shot import DEFINITIONS, check_tasks, zero_shot
 from tests.tiny_questions import NOUNS, rows
 

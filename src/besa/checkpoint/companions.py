@@ -9,10 +9,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from besa.checkpoint.files import write_file
 from besa.errors import BesaError
 from besa.models.hub import TEMPLATES, belongs
-from besa.names import path_of
+from besa.storage.names import path_of
+from besa.storage.writing import write_file
 
 CONFIG = "config.json"
 OWN = "besa_*.json"  # what besa wrote beside the weights; measurements in it are of these very files

@@ -9,9 +9,9 @@ from typing import Any
 from pydantic import BaseModel
 
 from besa.checkpoint.walk import StoredWeight, stored_weights
-from besa.models.files import WeightFiles
 from besa.models.loading import Source
 from besa.progress import Progress, silent
+from besa.storage.weights import WeightFiles
 
 
 class LinearContents(BaseModel):

@@ -11,19 +11,19 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from besa.arguments import Dtype, checked
+from besa.checkpoint.checking import check_complete, check_packed
 from besa.checkpoint.companions import read_config_json, with_dtype
-from besa.checkpoint.files import appearing
-from besa.checkpoint.formats import bitmask, packed
-from besa.checkpoint.formats.checking import check_complete, check_packed
-from besa.checkpoint.formats.container import HEADER, header, open_files, tensors_of
 from besa.checkpoint.rewriting import folder_of, local, rewrite, size_of
+from besa.data.arguments import Dtype, checked
 from besa.errors import BesaError
 from besa.models.blocks import find_blocks
-from besa.models.files import SPARSE_STEM, STEM, WeightFiles
 from besa.models.layout import in_dtype, renaming
 from besa.models.loading import Source, quantization_of, read_config
 from besa.progress import Progress, silent
+from besa.storage.formats import bitmask, packed
+from besa.storage.formats.container import HEADER, header, open_files, tensors_of
+from besa.storage.weights import SPARSE_STEM, STEM, WeightFiles
+from besa.storage.writing import appearing
 
 
 class Packing(BaseModel):

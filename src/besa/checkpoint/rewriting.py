@@ -10,15 +10,15 @@ from typing import Any
 from torch import Tensor
 
 from besa.checkpoint.companions import companions, pass_on
-from besa.checkpoint.files import save_tensors
-from besa.checkpoint.formats.container import ABOUT
 from besa.checkpoint.verification import check_weights, seal
 from besa.checkpoint.writer import assemble
 from besa.errors import BesaError
-from besa.models.files import SPARSE_STEM
 from besa.models.loading import Source, locate
 from besa.progress import Progress
 from besa.record import RECORD_NAME
+from besa.storage.formats.container import ABOUT
+from besa.storage.weights import SPARSE_STEM
+from besa.storage.writing import save_tensors
 
 
 def local(model: str | Path, progress: Progress) -> Source:

@@ -13,18 +13,18 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from besa.arguments import checked
 from besa.checkpoint.companions import read_config_json
-from besa.checkpoint.files import appearing
-from besa.checkpoint.formats.container import header
 from besa.checkpoint.rewriting import folder_of, local, rewrite, size_of
+from besa.data.arguments import checked
 from besa.errors import BesaError
 from besa.models.blocks import capture_inputs, find_blocks
 from besa.models.couplings import CALLED, Kind, alike, couplings, take_out
-from besa.models.files import STEM
 from besa.models.loading import Source, read_config, skeleton
 from besa.models.streaming import DecoderOnDisk
 from besa.progress import Progress, silent
+from besa.storage.formats.container import header
+from besa.storage.weights import STEM
+from besa.storage.writing import appearing
 
 CPU = torch.device("cpu")
 TOKENS = 32  # of the sequence by which the written blocks are compared with those they were made of

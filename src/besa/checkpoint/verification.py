@@ -10,15 +10,15 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from besa.arguments import checked
-from besa.checkpoint.files import write_file
-from besa.checkpoint.formats.checking import check_packed
-from besa.checkpoint.formats.container import open_files
+from besa.checkpoint.checking import check_packed
+from besa.data.arguments import checked
 from besa.errors import BesaError
-from besa.models.files import check_regular
-from besa.names import path_of
 from besa.progress import Progress, silent
 from besa.record import RECORD_NAME
+from besa.storage.formats.container import open_files
+from besa.storage.names import path_of
+from besa.storage.weights import check_regular
+from besa.storage.writing import write_file
 
 FILES = "files"  # key of the record
 BLANK = "0" * 64  # stands for the record's own digest in the text that this digest is of

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from besa.checkpoint.formats import packed
-from besa.checkpoint.formats.checking import check_complete, check_packed
-from besa.checkpoint.formats.container import Container, open_files
-from besa.models.files import WeightFiles
+from besa.checkpoint.checking import check_complete, check_packed
 from besa.models.loading import Source, is_quantized, load_model, quantization_of, read_config
 from besa.models.streaming import Decoder, DecoderInMemory, DecoderOnDisk
 from besa.progress import Progress
+from besa.storage.formats import packed
+from besa.storage.formats.container import Container, open_files
+from besa.storage.weights import WeightFiles
 
 
 @dataclass(frozen=True)

@@ -16,15 +16,15 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from besa.checkpoint.companions import pass_on, read_config_json, with_dtype
-from besa.checkpoint.files import explained, join_tensors, read_header, save_tensors, write_file
-from besa.checkpoint.formats.packed import quantization_config
-from besa.checkpoint.journal import Journal
 from besa.checkpoint.verification import seal
-from besa.models.files import STEM
 from besa.models.loading import quiet
 from besa.models.streaming import Decoder
 from besa.quantization import MinMax
 from besa.record import RECORD_NAME, RunRecord
+from besa.storage.formats.packed import quantization_config
+from besa.storage.journal import Journal
+from besa.storage.weights import STEM
+from besa.storage.writing import explained, join_tensors, read_header, save_tensors, write_file
 
 ONE_FILE = 4 << 30  # bytes of weights up to which they are in one file; beyond, each block is a shard
 

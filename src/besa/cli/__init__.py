@@ -13,7 +13,7 @@ from rich.text import Text
 from besa.cli import measuring, pruning, running
 from besa.cli.consoles import err, guard_streams
 from besa.errors import BesaError, Interrupted, Notice
-from besa.names import printable
+from besa.storage.names import printable
 
 UsageError: Any = typer.BadParameter.__base__  # of all complaints about arguments; typer exports only this child
 app = typer.Typer(

@@ -81,7 +81,7 @@ def keep(result: BaseModel, file: Path | None) -> None:
     Raises:
         BesaError: the file cannot be written.
     """
-    from besa.checkpoint.files import write_file
+    from besa.storage.writing import write_file
 
     if file is not None:
         write_file(file, result.model_dump_json(indent=2) + "\n")

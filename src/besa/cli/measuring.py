@@ -60,7 +60,7 @@ def evaluate_command(
 ) -> None:
     """Measure a model's perplexity on texts, and its accuracy on zero-shot tasks."""
     from besa.api import evaluate
-    from besa.show import evaluated, progress_bar
+    from besa.cli.show import evaluated, progress_bar
 
     with progress_bar(err) as tracker:
         result = evaluate(
@@ -87,8 +87,8 @@ def evaluate_command(
 def inspect_command(model: Model, json: JsonOption = None, trust_remote_code: TrustOption = False) -> None:
     """Count sparsity and size by block and linear, in the files."""
     from besa.checkpoint.inspection import inspect
+    from besa.cli.show import contents, progress_bar
     from besa.models.loading import locate
-    from besa.show import contents, progress_bar
 
     with progress_bar(err) as tracker:
         found = inspect(locate(model, tracker), trust_remote_code, tracker)
@@ -102,7 +102,7 @@ def verify_command(
 ) -> None:
     """Compare a checkpoint with the digests of its files; of a packed one, look at every number too."""
     from besa.checkpoint.verification import verify
-    from besa.show import progress_bar, verified
+    from besa.cli.show import progress_bar, verified
 
     with progress_bar(err) as tracker:
         found = verify(folder, progress=tracker)
@@ -123,7 +123,7 @@ def simulate_command(
 ) -> None:
     """Count the cycles that ViTCoD, an accelerator for sparse weights, would take (the paper's Table 4)."""
     from besa.api import simulate
-    from besa.show import progress_bar, simulated
+    from besa.cli.show import progress_bar, simulated
     from besa.simulator import check_alike
 
     with progress_bar(err) as tracker:
@@ -146,8 +146,8 @@ def report(
     ),
 ) -> None:
     """Put runs side by side on one self-contained HTML page."""
-    from besa.checkpoint.files import write_file
     from besa.report import load_run, render
+    from besa.storage.writing import write_file
 
     write_file(page, render([load_run(run) for run in runs]))
     out.print(f"Report: {page}")

@@ -12,7 +12,7 @@ from typing import Annotated, TypeVar
 import typer
 
 from besa.errors import BesaError
-from besa.names import path_of
+from besa.storage.names import path_of
 
 Number = TypeVar("Number", int, float)
 

@@ -42,7 +42,7 @@ from besa.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from besa.recipe import Recipe
+    from besa.methods.recipe import Recipe
 
 commands = typer.Typer()
 PANEL = "Prune"
@@ -63,9 +63,9 @@ def demo(
     dtype: DtypeOption = Dtype.auto,
 ) -> None:
     """Prune the embedded SmolLM2-135M by BESA and by the methods it must beat, and show what is left of it."""
-    from besa import memory
-    from besa.demo import FULL, QUICK, run_demo
-    from besa.show import comparison, progress_bar
+    from besa.cli.show import comparison, progress_bar
+    from besa.studies.demo import FULL, QUICK, run_demo
+    from besa.system import memory
 
     plan = FULL if full else QUICK
     out.print(f"[bold]besa demo[/]: {plan.summary(sparsity)}")
@@ -102,9 +102,9 @@ def prune(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Prune a model block by block and write a checkpoint that transformers loads, with a run record."""
-    from besa import memory
     from besa.api import compress
-    from besa.show import progress_bar, pruned
+    from besa.cli.show import progress_bar, pruned
+    from besa.system import memory
 
     memory.stay_lean()
     with progress_bar(err) as tracker:
@@ -138,7 +138,7 @@ def shrink(
 ) -> None:
     """Write a pruned model without its dead feed-forward channels and heads: smaller and dense, for transformers."""
     from besa.checkpoint.shrinking import shrink as shrink_checkpoint
-    from besa.show import progress_bar, shrunk
+    from besa.cli.show import progress_bar, shrunk
 
     with progress_bar(err) as tracker:
         found = shrink_checkpoint(model, out_dir, trust_remote_code=trust_remote_code, progress=tracker)
@@ -166,7 +166,7 @@ def plan_command(
 ) -> None:
     """Say what pruning a model will take, from its configuration alone, and whether it fits here."""
     from besa.api import plan
-    from besa.show import planned
+    from besa.cli.show import planned
 
     found = plan(
         model,
@@ -219,11 +219,11 @@ def compare_command(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Prune by several recipes, at several sparsities and seeds, and put what comes out into one table and one plot."""
-    from besa import memory
-    from besa.comparing import compare
+    from besa.cli.show import compared, progress_bar
     from besa.models.limits import usual_length
-    from besa.show import compared, progress_bar
-    from besa.workspace import Conditions, Measures, Workspace
+    from besa.studies.comparing import compare
+    from besa.studies.workspace import Conditions, Measures, Workspace
+    from besa.system import memory
 
     texts = tuple(ppl or ([] if tasks else ["wiki"]))
     usual = usual_length(model, trust_remote_code) if seqlen is None or window is None else 0
@@ -267,9 +267,9 @@ def _recipe(
     Raises:
         BesaError: no such recipe, a setting that it cannot have, or a model that cannot be read.
     """
+    from besa.methods.recipe import Recipe
     from besa.models.limits import usual_length
     from besa.planning import spending
-    from besa.recipe import Recipe
 
     recipe = Recipe.load(name, sparsity, settings or ()).with_exceptions(skip or (), sparsity_of or ())
     if passes is None:

@@ -24,7 +24,7 @@ def pack(
 ) -> None:
     """Store a pruned checkpoint as bits and kept values: smaller, and run as it is by eval, generate and bench."""
     from besa.checkpoint.packing import pack as pack_checkpoint
-    from besa.show import packed, progress_bar
+    from besa.cli.show import packed, progress_bar
 
     with progress_bar(err) as tracker:
         found = pack_checkpoint(
@@ -41,7 +41,7 @@ def unpack(
 ) -> None:
     """Make a packed checkpoint dense again, as transformers loads it, to the bit."""
     from besa.checkpoint.packing import unpack as unpack_checkpoint
-    from besa.show import progress_bar
+    from besa.cli.show import progress_bar
 
     with progress_bar(err) as tracker:
         unpack_checkpoint(model, out_dir, trust_remote_code=trust_remote_code, progress=tracker)
@@ -62,8 +62,8 @@ def generate_command(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Continue a text with a model, packed or not, word by word."""
+    from besa.cli.show import progress_bar
     from besa.runtime.generation import generate
-    from besa.show import progress_bar
 
     with progress_bar(err) as tracker:
         generate(
@@ -93,8 +93,8 @@ def bench_command(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Measure tokens a second, time to the first token and memory of models, beside what reading their bytes allows."""
+    from besa.cli.show import benched, progress_bar
     from besa.runtime.speed import bench
-    from besa.show import benched, progress_bar
 
     with progress_bar(err) as tracker:
         found = bench(

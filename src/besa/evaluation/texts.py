@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from besa.documents import EMBEDDED, WHOLE, beginning, hub_column, read_documents, shown
+from besa.data.documents import EMBEDDED, WHOLE, beginning, hub_column, read_documents, shown
+from besa.data.textfiles import PACKED, file_documents, is_plain_text
+from besa.data.tokens import check_known, tokenize
 from besa.errors import BesaError
 from besa.evaluation.perplexity import Perplexity, perplexity
 from besa.models.limits import embedding_rows
 from besa.progress import Progress, silent
-from besa.textfiles import PACKED, file_documents, is_plain_text
-from besa.tokens import check_known, tokenize
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,13 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from besa.documents import check_remote
+from besa.data.documents import check_remote
+from besa.data.questions import TASKS, questions
+from besa.data.tokens import check_known
 from besa.errors import BesaError
-from besa.evaluation.questions import TASKS, questions
 from besa.models.bos import adds_bos
 from besa.models.limits import embedding_rows, positions
 from besa.progress import Progress, silent
-from besa.tokens import check_known
 
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask

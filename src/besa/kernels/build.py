@@ -19,7 +19,7 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 
-from besa.assets import cache_dir
+from besa.data.assets import cache_dir
 from besa.errors import Notice
 
 COMPILERS = ("c++", "g++", "clang++")

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from besa.checkpoint.formats.bitmask import ROWS, Bitmask
 from besa.kernels import sparse_native
+from besa.storage.formats.bitmask import ROWS, Bitmask
 
 MANY = 64  # rows of x
 PANEL = 512  # rows of a weight

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from besa.checkpoint.formats.bitmask import ROWS, Bitmask
+from besa.storage.formats.bitmask import ROWS, Bitmask
 
 KINDS = ("bfloat16", "float16")
 FEW = 8  # rows of x

@@ -8,8 +8,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from besa.checkpoint.formats.bitmask import ROWS, Bitmask
 from besa.kernels.build import load
+from besa.storage.formats.bitmask import ROWS, Bitmask
 
 SOURCES = {
     "avx512bf16": "sparse_avx512.cpp",

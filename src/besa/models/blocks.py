@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from besa.activations import HiddenStates
 from besa.errors import BesaError
+from besa.models.activations import HiddenStates
 from besa.models.calls import Unknown, hidden_states_of, named, replayed
 from besa.models.prunable import Prunable, everywhere, find_prunables, replaced
 

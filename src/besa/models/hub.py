@@ -9,7 +9,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from besa.models.files import INDEX, SPARSE_STEM, STEM
+from besa.storage.weights import INDEX, SPARSE_STEM, STEM
 
 # What belongs to a model beside its weights, by name: configurations, model code, chat templates, tokenizers.
 CONFIGURATIONS = ("*.json", "*.txt", "*.jinja", "*.py")

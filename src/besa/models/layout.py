@@ -29,8 +29,8 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from besa.errors import BesaError
 from besa.models.blocks import Block
-from besa.models.files import FLOATS, WeightFiles
 from besa.models.loading import model_explained, quiet
+from besa.storage.weights import FLOATS, WeightFiles
 
 # Layers that predict further tokens stand behind the blocks, and transformers does not build them.
 FURTHER = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")

@@ -27,12 +27,12 @@ from transformers import (
 from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
-from besa import assets
+from besa.data import assets
 from besa.errors import BesaError
 from besa.models import hub
-from besa.models.files import STEM, WeightFiles, check_regular
-from besa.names import path_of
 from besa.progress import Progress, silent
+from besa.storage.names import path_of
+from besa.storage.weights import STEM, WeightFiles, check_regular
 
 EMBEDDED = "smollm2"
 EDGE = 1 << 20  # bytes of a weight file's head and tail that go into its fingerprint

@@ -14,10 +14,10 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from besa.checkpoint.formats.container import open_files
 from besa.models.blocks import Block, find_blocks
 from besa.models.layout import Layout, fill, in_files, tie
 from besa.models.loading import Source, read_config, read_generation_config, refuse_quantized, skeleton
+from besa.storage.formats.container import open_files
 
 
 class Decoder(Protocol):

@@ -14,8 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from besa.activations import HiddenStates
 from besa.errors import BesaError
+from besa.models.activations import HiddenStates
 from besa.models.blocks import Block, send
 from besa.models.prunable import Prunable
 

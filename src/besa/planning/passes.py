@@ -6,10 +6,10 @@ Solving for weights, which `cg`, `admm` and `obs` do between passes, is not coun
 
 from __future__ import annotations
 
-from besa.allocation import first_tokens
 from besa.errors import BesaError
+from besa.methods.allocation import first_tokens
+from besa.methods.recipe import Recipe
 from besa.pruning.paths import dense_share
-from besa.recipe import Recipe
 from besa.settings import LARGEST
 
 

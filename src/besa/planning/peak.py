@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from besa.allocation import first_tokens
-from besa.masks import CHUNK
+from besa.counting.masks import CHUNK
+from besa.methods.allocation import first_tokens
+from besa.methods.recipe import Recipe
 from besa.models.units import Unit
 from besa.planning.shapes import forward_bytes
-from besa.recipe import Recipe
 
 
 def unit_bytes(model: PreTrainedModel, unit: Unit, recipe: Recipe, batch: int, seqlen: int) -> int:

@@ -10,10 +10,11 @@ import torch
 from pydantic import BaseModel
 from transformers import PreTrainedModel
 
-from besa import memory
-from besa.allocation import first_tokens
 from besa.checkpoint.writer import disk_bytes
 from besa.errors import BesaError
+from besa.methods.allocation import first_tokens
+from besa.methods.recipe import Recipe
+from besa.methods.targets.budgets import budgets
 from besa.models.blocks import Block, left_dense
 from besa.models.units import Unit, units
 from besa.planning.passes import forward_passes
@@ -21,8 +22,7 @@ from besa.planning.peak import stored_bytes, unit_bytes
 from besa.planning.shapes import learn_arguments
 from besa.pruning.paths import dense_share
 from besa.quantization import MinMax
-from besa.recipe import Recipe
-from besa.targets.budgets import budgets
+from besa.system import memory
 
 TEXT = 64 << 20  # of the tokenizer and the calibration text, while they are read
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
-from besa import memory
-from besa.calibration import Calibration
-from besa.checkpoint.formats import packed
-from besa.checkpoint.journal import Journal
+from besa.data.calibration import Calibration
+from besa.methods.recipe import Recipe
+from besa.methods.targets.bounded import Survey
+from besa.methods.targets.budgets import budgets, shared_names
 from besa.models.check import Check
 from besa.models.streaming import Decoder
 from besa.models.units import Unit, units
@@ -15,11 +15,11 @@ from besa.progress import Progress, silent
 from besa.pruning import quantizing
 from besa.pruning.paths import PLAIN, Resources, first_inputs
 from besa.pruning.step import Step, prune_unit
-from besa.recipe import Recipe
 from besa.record import BlockRecord
-from besa.stopwatch import Stopwatch
-from besa.targets.bounded import Survey
-from besa.targets.budgets import budgets, shared_names
+from besa.storage.formats import packed
+from besa.storage.journal import Journal
+from besa.system import memory
+from besa.system.stopwatch import Stopwatch
 
 
 def prune_blocks(

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
-from besa.activations import HiddenStates, allocate
-from besa.allocation import first_tokens
-from besa.calibration import Calibration
+from besa.data.calibration import Calibration
+from besa.methods.allocation import first_tokens
+from besa.methods.recipe import Recipe
+from besa.models.activations import HiddenStates, allocate
 from besa.models.blocks import capture_inputs
 from besa.models.streaming import Decoder
-from besa.recipe import Recipe
 
 CPU = torch.device("cpu")
 # The error against the dense path is measured on one sequence in so many, and on this share of its tokens from the

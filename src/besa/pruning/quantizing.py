@@ -11,15 +11,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from besa.allocation import Allocated, BlockProblem, RankedLinear
-from besa.allocation.changing import ChangingLinears
-from besa.allocation.descent import Descent
-from besa.budget import Budget, apportion
-from besa.masks import hard_mask, rank
+from besa.counting.budget import Budget, apportion
+from besa.counting.masks import hard_mask, rank
+from besa.methods.allocation import Allocated, BlockProblem, RankedLinear
+from besa.methods.allocation.changing import ChangingLinears
+from besa.methods.allocation.descent import Descent
+from besa.methods.recipe import Recipe
 from besa.models.units import Unit
+from besa.observing.input_statistics import InputStatistics
 from besa.quantization import Clipping, MinMax, Quantized
-from besa.recipe import Recipe
-from besa.statistics import InputStatistics
 
 
 def check(quantization: MinMax, whole: list[Unit], plan: list[list[Budget]]) -> None:

@@ -11,22 +11,22 @@ from dataclasses import dataclass
 
 import torch
 
-from besa.activations import HiddenStates, allocate
-from besa.allocation import Allocated, BlockProblem, RankedLinear, first_tokens
-from besa.budget import Budget
+from besa.counting.budget import Budget
+from besa.counting.masks import rank
 from besa.errors import BesaError
-from besa.finetuning import Finetuned
-from besa.losses import error_between
-from besa.masks import rank
+from besa.methods.allocation import Allocated, BlockProblem, RankedLinear, first_tokens
+from besa.methods.finetuning import Finetuned
+from besa.methods.recipe import Recipe
+from besa.models.activations import HiddenStates, allocate
 from besa.models.prunable import everywhere
 from besa.models.units import Part, Unit, parts
+from besa.observing.input_statistics import InputStatistics, collect, look
+from besa.observing.losses import error_between
 from besa.pruning import quantizing
 from besa.pruning.paths import ERROR_SHARE, ERROR_TOKENS, Resources
 from besa.quantization import Quantized
-from besa.recipe import Recipe
 from besa.record import BlockRecord, linear_record
-from besa.statistics import InputStatistics, collect, look
-from besa.stopwatch import Stopwatch
+from besa.system.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from besa.evaluation.zero_shot import Accuracy, ZeroShot
-from besa.names import printable
 from besa.report import wording
 from besa.report.figures import Table
 from besa.report.results import Entry
 from besa.report.runs import Windows
+from besa.storage.names import printable
 
 
 def accuracies(entries: list[Entry]) -> list[Table]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from besa.kinds import kind, shortened
+from besa.models.kinds import kind, shortened
 from besa.record import HISTOGRAM_BINS, BlockRecord, RunRecord
 
 UNIFORM = 0.001  # deviation of a linear from its run's sparsity that is still rounding

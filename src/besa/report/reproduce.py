@@ -8,10 +8,10 @@ from typing import Any
 
 import yaml
 
-from besa.documents import EMBEDDED
+from besa.data.documents import EMBEDDED
 from besa.errors import BesaError
 from besa.evaluation.texts import TEST_SETS
-from besa.recipe import Recipe, shipped
+from besa.methods.recipe import Recipe, shipped
 from besa.record import RunRecord
 from besa.report.results import Entry
 from besa.report.runs import EVALUATION_NAME, SIMULATION_NAME

@@ -11,15 +11,15 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
-from besa.budget import zeros_for
-from besa.checkpoint.formats.container import header
+from besa.counting.budget import zeros_for
 from besa.errors import BesaError
 from besa.evaluation.zero_shot import ZeroShot
-from besa.models.files import check_regular
-from besa.names import path_of, printable
 from besa.record import RECORD_NAME, Record, RunRecord
 from besa.runtime.timings import BENCH_NAME, Bench
 from besa.simulator import Simulation
+from besa.storage.formats.container import header
+from besa.storage.names import path_of, printable
+from besa.storage.weights import check_regular
 
 EVALUATION_NAME = "besa_eval.json"
 SIMULATION_NAME = "besa_simulation.json"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from besa.kinds import shortened
+from besa.models.kinds import shortened
 from besa.report import plots, wording
 from besa.report.figures import Plot, Table
 from besa.report.plots import Series

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from besa.names import printable
 from besa.report import wording
 from besa.report.figures import Table
 from besa.report.results import Entry
 from besa.runtime.timings import Bench
+from besa.storage.names import printable
 
 
 def tables(entries: list[Entry]) -> list[Table]:

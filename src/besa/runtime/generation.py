@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from besa.arguments import Count, Dtype, checked
+from besa.data.arguments import Count, Dtype, checked
+from besa.data.seeds import check_seed
 from besa.errors import BesaError
 from besa.models.borrowing import borrowed, tokenizer_of_caller
 from besa.models.limits import positions
 from besa.models.loading import load_tokenizer, locate
 from besa.progress import Progress, silent
-from besa.runtime.loading import load
-from besa.seeds import check_seed
+from besa.runtime.sparse_models import load
 
 
 @checked

@@ -11,10 +11,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from besa.checkpoint.formats.bitmask import Bitmask
-from besa.checkpoint.formats.container import MASK, OFFSETS, SCALE, VALUES, ZERO, tensors_of
 from besa.errors import BesaError
 from besa.kernels import sparse
+from besa.storage.formats.bitmask import Bitmask
+from besa.storage.formats.container import MASK, OFFSETS, SCALE, VALUES, ZERO, tensors_of
 
 
 class SparseLinear(nn.Module):

@@ -16,18 +16,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from besa import memory
-from besa.arguments import Count, Dtype, checked
+from besa.data.arguments import Count, Dtype, checked
 from besa.errors import BesaError
-from besa.machine import machine, resolve_device, versions
-from besa.models.files import WeightFiles
 from besa.models.loading import locate
 from besa.progress import Progress, silent
 from besa.record import now
 from besa.runtime.linear import SparseLinear
-from besa.runtime.loading import load
 from besa.runtime.prepacked import prepacked
+from besa.runtime.sparse_models import load
 from besa.runtime.timings import DENSE, FIRST, PREPACKED, SPARSE, Bench, ModelSpeed, Timing
+from besa.storage.weights import WeightFiles
+from besa.system import memory
+from besa.system.machine import machine, resolve_device, versions
 
 DECODE = (1, 4, 16)  # sequences at a time
 PREFILL = (64, 512)  # tokens of one prompt

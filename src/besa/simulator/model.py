@@ -15,14 +15,14 @@ from pydantic import BaseModel, computed_field
 
 from besa.checkpoint.walk import StoredWeight, stored_weights
 from besa.errors import BesaError
-from besa.kinds import kind
-from besa.machine import versions
+from besa.models.kinds import kind
 from besa.models.loading import Source
 from besa.progress import Progress, silent
 from besa.record import now
 from besa.settings import LARGEST
-from besa.simulator.memory import load_cycles
+from besa.simulator.bandwidth import load_cycles
 from besa.simulator.vitcod import Accelerator, Cycles, cycles
+from besa.system.machine import versions
 
 Number = TypeVar("Number", int, float)
 RULES = {  # figures of `Cycles` that know no memory

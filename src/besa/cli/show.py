@@ -1,0 +1,286 @@
+"""How results look in a terminal: tables and progress bars, built here and printed by the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.box import SIMPLE
+from rich.console import Console, Group, RenderableType
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+from rich.text import Text
+
+from besa.checkpoint.inspection import Contents
+from besa.checkpoint.packing import Packing
+from besa.checkpoint.shrinking import Shrinking
+from besa.checkpoint.verification import Verified
+from besa.evaluation.result import Evaluation
+from besa.evaluation.zero_shot import ZeroShot
+from besa.models.couplings import CALLED
+from besa.models.kinds import shortened
+from besa.planning import Plan
+from besa.progress import Progress
+from besa.record import RunRecord
+from besa.runtime.timings import Bench
+from besa.simulator import Simulation, described
+from besa.studies.comparing import LABELS, Comparison, cell
+from besa.studies.demo import Row
+
+
+@contextmanager
+def progress_bar(console: Console) -> Iterator[Progress]:
+    """A bar that follows one piece of work after another; a new total starts a new bar."""
+    bars = Bars(
+        TextColumn("{task.percentage:>3.0f}%"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[count]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        transient=True,
+    )
+    with bars:
+        task = None
+        last = float("inf")
+
+        def tell(done: float, total: float, note: str = "") -> None:
+            nonlocal task, last
+            if task is None or done < last or bars.tasks[0].total != total:
+                if task is not None:
+                    bars.remove_task(task)
+                task = bars.add_task("", total=total, count="", note="")
+            last = done
+            count = f"{done:,.0f}/{total:,.0f}" if total < 1e6 else f"{done / 1e6:,.1f}/{total / 1e6:,.1f} MB"
+            bars.update(task, completed=done, total=total, count=count, note=note)
+
+        yield tell
+
+
+def comparison(rows: Sequence[Row]) -> RenderableType:
+    """The demo's table: each method beside the dense model."""
+    dense = rows[0].evaluation
+    table = Table(caption=f"perplexity in windows of {dense.window} tokens; × is the ratio to dense")
+    table.add_column("method")
+    table.add_column("sparsity", justify="right")
+    for text in dense.perplexity:
+        table.add_column(f"perplexity {text}", justify="right")
+        table.add_column("×", justify="right")
+    table.add_column("seconds", justify="right")
+    for row in rows:
+        cells = [row.method, f"{row.record.sparsity:.4%}" if row.record else "0 %"]
+        for text, value in row.evaluation.perplexity.items():
+            cells += [f"{value:,.2f}", f"{value / dense.perplexity[text]:.2f}"]
+        table.add_row(*cells, f"{row.record.seconds:,.0f}" if row.record else "")
+    return table
+
+
+def pruned(record: RunRecord, folder: Path) -> RenderableType:
+    """What a run did, in a few lines."""
+    errors = [block.reconstruction_error for block in record.blocks]
+    gpu = f", GPU {record.peak_gpu_memory_bytes / 1e9:.2f} GB" if record.peak_gpu_memory_bytes else ""
+    unreached = (
+        f"\n{record.unreached} experts saw no calibration token: pruned by weights alone" if record.unreached else ""
+    )
+    passed = record.passed_through
+    unbuilt = (
+        f"\n{passed.tensors:,} tensors that transformers does not build were passed through as they are "
+        f"({passed.bytes / 1e6:,.1f} MB), such as {passed.names[0]}"
+        if passed.tensors
+        else ""
+    )
+    whole = ""
+    if record.model_sparsity is not None:
+        whole = f"{record.model_sparsity:.2%} of the whole model pruned; {_dense(record.dense)}\n"
+    return Text(
+        f"{folder}: {record.zeros:,} of {record.weights:,} prunable weights are zero ({record.sparsity:.4%})\n"
+        f"{whole}"
+        f"recipe {record.recipe['name']}, {record.seconds:,.0f} s, "
+        f"peak memory {record.peak_memory_bytes / 1e9:.2f} GB{gpu}\n"
+        f"reconstruction error {errors[0]:.4f} in the first block, {errors[-1]:.4f} in the last{unreached}{unbuilt}"
+    )
+
+
+def planned(plan: Plan) -> RenderableType:
+    """What a run will take."""
+    table = Table(title=plan.model, show_header=False)
+    table.add_row("architecture", f"{plan.architecture}, {plan.blocks} blocks, {plan.parameters:,} parameters")
+    share = plan.zeros / plan.prunable_weights
+    table.add_row("prunable weights", f"{plan.prunable_weights:,}, of which {plan.zeros:,} go ({share:.2%})")
+    table.add_row("whole model", f"{plan.model_sparsity:.2%} of all parameters go; {_dense(plan.dense)}")
+    table.add_row("memory", f"{plan.memory_bytes / 1e9:.2f} GB at the peak")
+    if plan.gpu_memory_bytes is not None:
+        table.add_row("GPU memory", f"{plan.gpu_memory_bytes / 1e9:.2f} GB at the peak")
+    place = "on disk" if plan.activations_on_disk else "in memory"
+    table.add_row("activations", f"{plan.activation_bytes / 1e9:.2f} GB between blocks, {place}")
+    table.add_row("disk", f"{plan.disk_bytes / 1e9:.2f} GB free, {plan.checkpoint_bytes / 1e9:.2f} GB of it stays")
+    table.add_row("forward passes", f"{plan.forward_passes:.3g} of the calibration set, a backward pass counted as two")
+    table.add_row("fits here", "yes" if plan.fits else f"no: too little {' and '.join(plan.lacking)}")
+    return table
+
+
+def verified(found: Verified, folder: Path) -> RenderableType:
+    """That a checkpoint is as it was written, in one line."""
+    return Text(f"{folder}: {found.files} files with {found.bytes:,} bytes are as they were written")
+
+
+def _dense(dense: dict[str, int]) -> str:
+    """What stays dense in the blocks."""
+    if not dense:
+        return "every matrix of the blocks is pruned"
+    return f"{sum(dense.values()):,} weights of the blocks stay dense: {', '.join(sorted(dense))}"
+
+
+def packed(found: Packing, folder: Path) -> RenderableType:
+    """What packing did, in two lines."""
+    return Text(
+        f"{folder}: {found.packed:,} of {found.linears:,} linears packed, from {found.dense_bytes / 1e6:,.1f} to "
+        f"{found.packed_bytes / 1e6:,.1f} MB ({found.packed_bytes / found.dense_bytes:.3f} of the bytes)\n"
+        f"weight files: from {found.file_bytes_before / 1e6:,.1f} to {found.file_bytes / 1e6:,.1f} MB"
+    )
+
+
+def shrunk(found: Shrinking, folder: Path) -> RenderableType:
+    """What shrinking did, in two lines."""
+    units = ", ".join(f"{CALLED[kind]} from {before:,} to {after:,}" for kind, (before, after) in found.units.items())
+    return Text(
+        f"{folder}: {units} in each block\n"
+        f"weight files: from {found.file_bytes_before / 1e6:,.1f} to {found.file_bytes / 1e6:,.1f} MB"
+    )
+
+
+def benched(found: Bench) -> RenderableType:
+    """Tokens a second by work and model, and what each model takes."""
+    reference = found.models[0].model
+    speeds = Table(
+        title="tokens a second: median and quartiles",
+        caption=f"×: to {reference} in its fastest form; limit: weights read at {found.bandwidth / 1e9:.1f} GB/s; "
+        f"{found.rounds} rounds, {found.machine['threads']} threads",
+        box=SIMPLE,
+    )
+    for name in ("work", "model", "form"):
+        speeds.add_column(name)
+    for name in ("tokens/s", "quartiles", "×", "limit", "of limit"):
+        speeds.add_column(name, justify="right")
+    for work in found.works():
+        for model, timing, ratio in found.of(work):
+            middle, low, high, limit = timing.paces()
+            share = f"{timing.limit / timing.seconds:.0%}"
+            speeds.add_row(work, model.model, model.form, middle, f"{low}–{high}", f"{ratio:.2f}", limit, share)
+    sizes = Table(box=SIMPLE)
+    for name in ("model", "form", "dtype"):
+        sizes.add_column(name)
+    for name in ("file", "resident", "read by a step"):
+        sizes.add_column(f"{name}, MB", justify="right")
+    for model in found.models:
+        resident = "" if model.resident_bytes is None else f"{model.resident_bytes / 1e6:,.0f}"
+        files, step = (f"{size / 1e6:,.0f}" for size in (model.file_bytes, model.step_bytes))
+        sizes.add_row(model.model, model.form, model.dtype, files, resident, step)
+    return Group(speeds, sizes)
+
+
+def evaluated(evaluation: Evaluation) -> RenderableType:
+    """Perplexities and accuracies of one model."""
+    tables: list[RenderableType] = []
+    if evaluation.details:
+        table = Table(title=evaluation.model)
+        table.add_column("text")
+        for column in ("window", "windows", "perplexity", "bits per byte"):
+            table.add_column(column, justify="right")
+        for window, details in {evaluation.window: evaluation.details, **evaluation.other_windows}.items():
+            for text, result in details.items():
+                bits = "" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f}"
+                table.add_row(text, f"{window:,}", f"{result.windows:,}", f"{result.perplexity:,.3f}", bits)
+        tables.append(table)
+    if evaluation.zero_shot is not None:
+        tables.append(_answered(evaluation.model, evaluation.zero_shot))
+    return Group(*tables)
+
+
+def compared(found: Comparison) -> RenderableType:
+    """Recipes side by side."""
+    table = Table(title=found.model, caption=f"{found.calibration}; perplexity in windows of {found.window} tokens")
+    table.add_column("recipe")
+    for column in ("sparsity", *(LABELS.get(score, score) for score in found.dense.mean), "seconds"):
+        table.add_column(column, justify="right")
+    for row in [found.dense, *found.rows]:
+        cells = [f"{row.sparsity:.4%}", *(cell(row, score) for score in row.mean)]
+        table.add_row(row.recipe, *cells, "" if row.seconds is None else f"{row.seconds:,.0f}")
+    return table
+
+
+def _answered(model: str, found: ZeroShot) -> RenderableType:
+    """Accuracies with their standard errors, in per cent."""
+    table = Table(title=model, caption=f"zero-shot, lm_eval {found.lm_eval}, questions {found.source}")
+    table.add_column("task")
+    for column in ("questions", "acc %", "acc_norm %"):
+        table.add_column(column, justify="right")
+    for task, accuracy in found.tasks.items():
+        shares = [(accuracy.acc, accuracy.acc_stderr), (accuracy.acc_norm, accuracy.acc_norm_stderr)]
+        table.add_row(task, f"{accuracy.questions:,}", *(_share(*share) for share in shares))
+    table.add_row("mean", "", f"{100 * found.mean:.2f}", "")
+    return table
+
+
+def _share(share: float | None, error: float | None) -> str:
+    if share is None:
+        return ""
+    return f"{100 * share:.2f}" + ("" if error is None else f" ± {100 * error:.2f}")
+
+
+def contents(found: Contents) -> RenderableType:
+    """Sparsity by block (rows) and linear (columns), and bytes."""
+    table = Table(title=f"{found.model}: sparsity of the prunable weights in %", box=SIMPLE)
+    table.add_column("block")
+    linears_of = {
+        block.name: [linear for linear in found.linears if linear.name.startswith(f"{block.name}.")]
+        for block in found.blocks
+    }
+    short = [linear.name.rpartition(".")[2].removesuffix("_proj") for linear in linears_of[found.blocks[0].name]]
+    for name in [*short, "all", "MB"]:
+        table.add_column(name, justify="right")
+    for block in found.blocks:
+        linears = linears_of[block.name]
+        cells = [f"{100 * share:.2f}" for share in [*(linear.sparsity for linear in linears), block.sparsity]]
+        table.add_row(block.name.rpartition(".")[2], *cells, f"{block.bytes / 1e6:,.1f}")
+    shares = ", ".join(f"{name} {8 * size / found.weights:.3f}" for name, size in found.parts.items())
+    total = (
+        f"{found.zeros:,} of {found.weights:,} weights are zero ({found.sparsity:.4%}); "
+        f"{found.bytes / 1e6:,.1f} MB of prunable weights in {found.file_bytes / 1e6:,.1f} MB of files\n"
+        f"{found.bits_per_weight:.3f} bits a weight: {shares}"
+    )
+    return Group(table, Text(total))
+
+
+def simulated(simulation: Simulation, baselines: Sequence[Simulation]) -> RenderableType:
+    """Like the paper's Table 4, once for each figure: mean cycles of each kind of linear, dense and in checkpoints."""
+    table = Table(title=f"{simulation.model}: cycles on a simulated accelerator, mean over blocks", box=SIMPLE)
+    table.add_column("")
+    shown = [*baselines, simulation]
+    labels = [Path(one.model).name for one in shown]
+    if len(set(labels)) < len(labels):
+        labels = [one.model for one in shown]
+    columns = [*simulation.kinds, simulation.block]
+    for name in shortened([kind.name for kind in columns]):
+        table.add_column(name if "." in name else name.removesuffix("_proj"), justify="right")
+    for figure in simulation.block.each():
+        table.add_row(f"[bold]{described(figure)}")
+        table.add_row("  dense", *(_cycles(column.dense.each()[figure]) for column in columns))
+        for label, one in zip(labels, shown, strict=True):
+            own = {column.name: column.each()[figure] for column in [*one.kinds, one.block]}
+            table.add_row(f"  {label}", *(_cycles(own[column.name]) for column in columns))
+        ratios = [column.speedup[figure] for column in columns]
+        table.add_row("  speed-up", *(f"{ratio:.2f}×" if ratio else "" for ratio in ratios), end_section=True)
+    table.add_row("[bold]sparsity", *(f"{column.sparsity:.2%}" for column in columns))
+    return table
+
+
+def _cycles(number: float) -> str:
+    """In six characters or less."""
+    if number < 1e3:
+        return f"{number:.1f}"
+    return f"{number:,.0f}" if number < 1e5 else f"{number / 1e3:.4g}k" if number < 1e6 else f"{number / 1e6:.4g}M"

@@ -1,0 +1,1 @@
+"""Integers: budgets that add up exactly, and masks from ranks."""

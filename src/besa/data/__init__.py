@@ -1,0 +1,1 @@
+"""What a run takes in: arguments, seeds, texts, questions, and fetched files."""

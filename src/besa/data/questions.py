@@ -1,0 +1,62 @@
+"""The questions of the paper's six zero-shot tasks, embedded, as rows that lm_eval's own definitions take."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+from besa.data.assets import fetch
+from besa.progress import Progress, silent
+
+TASKS = ("piqa", "boolq", "hellaswag", "winogrande", "arc_easy", "arc_challenge")  # in the order of Table 2
+
+Row = dict[str, Any]
+
+
+def questions(task: str, progress: Progress = silent) -> list[Row]:
+    """The evaluation split of one of `TASKS`, with the columns of its data set on the Hugging Face Hub.
+
+    Args:
+        task: one of `TASKS`.
+        progress: told about the download, where one is needed; it serves all tasks.
+
+    Raises:
+        BesaError: they cannot be fetched.
+    """
+    path = fetch(f"zero-shot-{task}", progress)
+    if task.startswith("arc_"):
+        return _arc(path)
+    rows = _arrow(path)
+    # The file has the answer as it was first published, the Hub that of SuperGLUE.
+    return [{**row, "label": int(row["answer"])} for row in rows] if task == "boolq" else rows
+
+
+def _arrow(path: Path) -> list[Row]:
+    """The rows of an Arrow stream."""
+    import pyarrow as pa
+
+    with path.open("rb") as file, pa.ipc.open_stream(file) as stream:
+        rows: list[Row] = stream.read_all().to_pylist()
+    return rows
+
+
+def _arc(path: Path) -> list[Row]:
+    """The questions behind requests, one a line, of which every answer of a question has several."""
+    documents: dict[str, Row] = {}
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        for line in file:
+            document = json.loads(line)["doc"]
+            documents.setdefault(document["id"], document)
+    return [_arc_row(document) for document in documents.values()]
+
+
+def _arc_row(document: Row) -> Row:
+    labels = [chr(ord("A") + place) for place in range(len(document["choices"]))]
+    return {
+        "id": document["id"],
+        "question": document["query"].removeprefix("Question: ").removesuffix("\nAnswer:"),
+        "choices": {"text": document["choices"], "label": labels},
+        "answerKey": labels[document["gold"]],
+    }

@@ -1,0 +1,143 @@
+"""Weights that change at every learning step: masked, quantised or both; and what their gradients say of the rates.
+
+Shape suffixes: O rows, I columns, D candidate pruning rates, R rate groups (rows, or linears whose rows share a rate).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from besa import kernels
+from besa.methods.allocation.problem import RankedLinear
+from besa.methods.allocation.rates import Rates, candidate_bins
+from besa.quantization import Clipping
+
+
+class ChangingLinears:
+    """Linears of one budget that learn together, straight through hard masks (eqs. 4 to 6) and rounding (eq. 7).
+
+    The weights are leaves of the block's computation. As soon as one has its gradient, that is summed up and dropped,
+    so that those of two weights are never there together.
+
+    Args:
+        linears: by full name.
+        rates: of their rows, or of themselves; None where nothing is pruned.
+        clippings: of those that are quantised, by full name.
+        dtype: of the weights that the block runs with.
+
+    Attributes:
+        rates: what is learned of pruning.
+        weights: Q(W) ⊙ M (O, I) by full name, as `update` last left them.
+    """
+
+    def __init__(
+        self,
+        linears: Mapping[str, RankedLinear],
+        rates: Rates | None,
+        clippings: Mapping[str, Clipping],
+        dtype: torch.dtype,
+    ) -> None:
+        self.rates = rates
+        self.weights: dict[str, Tensor] = {}
+        self._parts: list[_Changing] = []
+        for name, linear in linears.items():
+            part = _Changing(linear, rates, clippings.get(name), dtype)
+            self.weights[name] = torch.empty_like(part.w_OI).requires_grad_()
+            self.weights[name].register_post_accumulate_grad_hook(part.take)
+            self._parts.append(part)
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """What a descent moves: the logits of beta, and those of gamma."""
+        clippings = [part.clipping.logits_2OG for part in self._parts if part.clipping is not None]
+        return [*([self.rates.logits_RD] if self.rates else []), *clippings]
+
+    def update(self) -> None:
+        """Make the weights anew from what the parameters are now."""
+        counts_R = None
+        if self.rates is not None:
+            self._beta_RD = self.rates.beta()
+            self._alpha_R = self.rates.alpha(self._beta_RD)
+            counts_R = self.rates.counts(self._beta_RD, self._alpha_R)
+        with torch.no_grad():
+            for part, leaf_OI, counts_O in zip(self._parts, self.weights.values(), self._by_row(counts_R), strict=True):
+                part.update(leaf_OI, counts_O)
+
+    def backward(self, penalty: Tensor) -> None:
+        """Give the parameters their gradients, after a backward pass has come to the weights since `update`.
+
+        Args:
+            penalty: weight of the second term of eq. 1.
+        """
+        if self.rates is not None:
+            missed = self.rates.missed(self._alpha_R)
+            torch.autograd.backward([self._beta_RD, missed], [self._gradient(), penalty])
+
+    def _gradient(self) -> Tensor:
+        """dL/dbeta (R, D): −Σ_j dL/dM_j · [candidate d prunes rank j]."""
+        sums = [part.sums_OD for part in self._parts]
+        if not self._per_row:
+            sums = [sums_OD.sum(dim=0, keepdim=True) for sums_OD in sums]
+        return torch.cat(sums).cumsum(dim=1).neg_()
+
+    def row_rates(self) -> dict[str, Tensor]:
+        """Learned rate of each row (O,) by full name, float64 on the CPU."""
+        assert self.rates is not None
+        with torch.no_grad():
+            alpha_R = self.rates.alpha(self.rates.beta()).double().cpu()
+        return {name: part for name, part in zip(self.weights, self._by_row(alpha_R), strict=True) if part is not None}
+
+    @property
+    def _per_row(self) -> bool:
+        return self.rates is not None and len(self.rates.width_R) > len(self._parts)
+
+    def _by_row(self, x_R: Tensor | None) -> list[Tensor | None]:
+        """What belongs to the rows (O,) of each linear, of something that belongs to rate groups."""
+        rows = [len(part.w_OI) for part in self._parts]
+        if x_R is None:
+            return [None] * len(rows)
+        if self._per_row:
+            return list(x_R.split(rows))
+        return [x.expand(n) for x, n in zip(x_R, rows, strict=True)]
+
+
+class _Changing:
+    """One of them, all but its leaf: a leaf whose hook knew it would keep itself alive."""
+
+    def __init__(
+        self, linear: RankedLinear, rates: Rates | None, clipping: Clipping | None, dtype: torch.dtype
+    ) -> None:
+        self.w_OI = linear.w_OI.to(dtype).contiguous()
+        if clipping is not None and self.w_OI is linear.w_OI:
+            self.w_OI = torch.empty_like(self.w_OI)  # it will hold Q(W)
+        self.clipping = clipping
+        self._ranks_OI = linear.ranks_OI
+        self._counts_O: Tensor | None = None
+        rows, columns = self.w_OI.shape
+        candidates = len(rates.rates_D) if rates else 0
+        self.sums_OD = torch.zeros(rows, candidates, device=self.w_OI.device)
+        self._bins_I = candidate_bins(rates.rates_D, columns) if rates else None
+
+    def update(self, leaf_OI: Tensor, counts_O: Tensor | None) -> None:
+        """Write the weight as it is to be now to its leaf."""
+        if self.clipping is not None:
+            self.clipping.quantize(self.w_OI)
+        self._counts_O = None if counts_O is None else counts_O.contiguous()
+        if self._counts_O is None:
+            leaf_OI.copy_(self.w_OI)
+        else:
+            kernels.masked(self.w_OI, self._ranks_OI, self._counts_O, leaf_OI)
+
+    def take(self, leaf_OI: Tensor) -> None:
+        """Sum up the gradient that a leaf has just got, and drop it."""
+        assert leaf_OI.grad is not None
+        gradient_OI, leaf_OI.grad = leaf_OI.grad.contiguous(), None
+        if self._bins_I is not None:
+            kernels.binned(gradient_OI, self.w_OI, self._ranks_OI, self._bins_I, self.sums_OD)
+        if self.clipping is not None and self.clipping.logits_2OG.requires_grad:
+            if self._counts_O is not None:
+                kernels.masked(gradient_OI, self._ranks_OI, self._counts_O, gradient_OI)
+            self.clipping.backward(gradient_OI)

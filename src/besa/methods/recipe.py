@@ -1,0 +1,240 @@
+"""A recipe: the choices that make a pruning method, and the sparsity it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import AfterValidator, Field, ValidationError, model_validator
+
+from besa.errors import BesaError
+from besa.methods.allocation import Allocation, Uniform
+from besa.methods.allocation.descent import Descent
+from besa.methods.finetuning import Finetuning, Untuned
+from besa.methods.importance import Importance, Wanda
+from besa.methods.reconstruction import Frozen, Reconstruction
+from besa.methods.targets import Even, Targets
+from besa.models.units import Granularity
+from besa.quantization import Quantization, Unquantized
+from besa.settings import Settings
+from besa.storage.names import check_plain, path_of
+
+RECIPES = resources.files("besa.methods") / "recipes"
+DEEPEST = 8  # levels of YAML
+
+
+class Recipe(Settings):
+    """Importance, allocation, reconstruction, fine-tuning and quantisation, applied block by block."""
+
+    name: Annotated[str, AfterValidator(check_plain)] = "custom"
+    sparsity: float = Field(default=0.5, ge=0, lt=1, description="share of the prunable weights that end as zeros")
+    skip: tuple[str, ...] = Field(default=(), description="patterns of names of linears that stay dense")
+    sparsity_of: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(
+        default={}, description="patterns of names of linears, each with a sparsity of its own"
+    )
+    targets: Targets = Even()
+    importance: Importance = Wanda()
+    allocation: Allocation = Uniform()
+    reconstruction: Reconstruction = Frozen()
+    finetune: Finetuning = Untuned()
+    quantization: Quantization = Unquantized()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        allocation, coded = self.allocation, self.quantization.coding is not None
+        if coded and (self.reconstruction.moves_weights or self.finetune.moves_weights):
+            raise ValueError(
+                "quantization takes weights that stay where they are: set reconstruction.method=none and "
+                "finetune.method=none"
+            )
+        if self.quantization.learns_jointly and allocation.descent is None:
+            raise ValueError("nothing is learned that clipping could join: set quantization.clipping=first")
+        if allocation.compares_errors and self.importance.power is None:
+            raise ValueError(
+                f"allocation.method={allocation.method} compares output errors, which "
+                f"importance.method={self.importance.method} does not measure: set importance.method=wanda, or choose "
+                "another allocation.method"
+            )
+        if allocation.whole_units and not self.reconstruction.keeps_mask:
+            raise ValueError(
+                "structured pruning needs a reconstruction that keeps the mask: set reconstruction.method to none or "
+                "cg, or reconstruction.mask=fixed"
+            )
+        only = allocation.only_sparsity
+        if only is not None and {self.sparsity, *self.sparsity_of.values()} != {only}:
+            raise ValueError(
+                f"allocation.method={allocation.method} prunes exactly {only:.4g} of the weights with these settings: "
+                f"set sparsity={only:g} and no sparsity_of"
+            )
+        if allocation.shaped and (coded or self.targets.measuring is not None):
+            raise ValueError(
+                f"allocation.method={allocation.method} goes with targets.method=uniform and quantization.method=none"
+            )
+        return self
+
+    @property
+    def group(self) -> int | None:
+        """Consecutive columns of which every group keeps as many, None where there is no such pattern."""
+        return self.allocation.group
+
+    @property
+    def descent(self) -> Descent | None:
+        """How it learns, whatever it learns; None where nothing is learned."""
+        if self.allocation.descent is not None:
+            return self.allocation.descent
+        return Descent() if self.quantization.learns_first else None
+
+    @property
+    def teacher(self) -> Literal["dense", "pruned"] | None:
+        """The inputs of the teacher of units: the dense path's or the pruned path's; None where there is none."""
+        if self.allocation.teacher_path is not None:
+            return self.allocation.teacher_path
+        return "dense" if self.quantization.learns_first else None
+
+    @property
+    def granularity(self) -> Granularity:
+        """Which linears share a budget, and on whose output its loss is."""
+        return self.allocation.scope
+
+    @property
+    def needs_gram(self) -> bool:
+        """Whether some choice looks at the Gram matrix of the linears' inputs."""
+        return self.importance.needs_gram or self.reconstruction.needs_gram
+
+    def with_exceptions(self, skip: Sequence[str], sparsity_of: Sequence[str]) -> Recipe:
+        """The recipe with further patterns.
+
+        Args:
+            skip: patterns of names of linears that stay dense.
+            sparsity_of: ``pattern=sparsity`` pairs.
+
+        Raises:
+            BesaError: a pair without a sparsity in [0, 1], or a sparsity that the allocation cannot make.
+        """
+        own = dict(self.sparsity_of)
+        for pair in sparsity_of:
+            pattern, _, value = pair.rpartition("=")
+            try:
+                own[pattern] = float(value)
+            except ValueError:
+                own[pattern] = -1.0
+            if not (pattern and 0 <= own[pattern] <= 1):
+                raise BesaError(f"--sparsity-of {pair}: write it as pattern=sparsity, such as *.k_proj=0.3.")
+        return self._validated(self.name, self.model_dump() | {"skip": (*self.skip, *skip), "sparsity_of": own})
+
+    def at(self, sparsity: float) -> Recipe:
+        """The recipe with another sparsity.
+
+        Raises:
+            BesaError: it is out of bounds, alone or with the rest of the recipe.
+        """
+        return self._validated(self.name, self.model_dump() | {"sparsity": sparsity})
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML, every setting spelled out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    @classmethod
+    def load(cls, recipe: str | Path, sparsity: float | None = None, overrides: Sequence[str] = ()) -> Recipe:
+        """Read a shipped recipe by name, or one from a YAML file.
+
+        Args:
+            recipe: name such as ``besa`` or ``wanda``, or path of a YAML file.
+            sparsity: replaces the recipe's own.
+            overrides: ``key.key=value`` pairs, the value in YAML, applied last; where one changes a method, what the
+                recipe set for the former goes.
+
+        Raises:
+            BesaError: no such recipe, not YAML, an unknown key, or a value out of bounds.
+        """
+        content = _read(recipe)
+        if sparsity is not None:
+            content["sparsity"] = sparsity
+        for override in sorted(overrides, key=lambda pair: not pair.partition("=")[0].endswith(".method")):
+            _override(content, override)  # methods first: another one begins with its own settings
+        return cls._validated(recipe, content)
+
+    @classmethod
+    def _validated(cls, name: str | Path, content: Mapping[str, Any]) -> Recipe:
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            raise BesaError(f"Recipe {name}: {_first_complaint(error)}.") from None
+
+
+def shipped() -> list[str]:
+    """Names of the recipes that come with besa."""
+    return sorted(entry.name.removesuffix(".yaml") for entry in RECIPES.iterdir() if entry.name.endswith(".yaml"))
+
+
+def _read(recipe: str | Path) -> dict[str, Any]:
+    source = RECIPES / f"{recipe}.yaml" if str(recipe) in shipped() else path_of(recipe)
+    if isinstance(source, Path) and source.exists() and not source.is_file():  # a pipe would be waited for
+        raise BesaError(f"Recipe {recipe} is no file: choose one of {', '.join(shipped())}, or give a YAML file.")
+    try:
+        content = _yaml(source.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BesaError(f"No recipe {recipe}: choose one of {', '.join(shipped())}, or give a YAML file.") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise BesaError(f"Recipe {recipe} cannot be read as YAML: {reason}.") from None
+    if not isinstance(content, dict):
+        raise BesaError(f"Recipe {recipe} must be a YAML mapping with the keys {', '.join(Recipe.model_fields)}.")
+    return content
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML as deep as recipes are and without aliases: a few lines of those can stand for more than a machine holds."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        self.depth += 1
+        if self.depth > DEEPEST or self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"it has aliases, or more than {DEEPEST} levels")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+def _yaml(text: str) -> Any:
+    return yaml.load(text, _PlainLoader)
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    path, separator, value = override.partition("=")
+    *parents, key = path.split(".")
+    shown = " ".join(override.split())
+    if not separator or not key:
+        raise BesaError(f"--set {shown}: write it as key.key=value, such as allocation.steps=64.")
+    for parent in parents:
+        content = content.setdefault(parent, {})
+        if not isinstance(content, dict):
+            raise BesaError(f"--set {shown}: {parent} is a value, not a group of settings.")
+    try:
+        chosen = _yaml(value)
+    except (yaml.YAMLError, ValueError):  # ValueError: 2001-99-99
+        raise BesaError(f"--set {shown}: the value is not YAML.") from None
+    if key == "method" and content.get(key) != chosen:
+        content.clear()
+    content[key] = chosen
+
+
+def _first_complaint(error: ValidationError) -> str:
+    complaint = error.errors()[0]
+    if complaint["type"] == "value_error":  # a sentence of ours
+        return str(complaint["ctx"]["error"])
+    # The second of three or more is the method's tag, which pydantic puts in: nobody writes it.
+    keys = [str(key) for at, key in enumerate(complaint["loc"]) if at != 1 or len(complaint["loc"]) == 2]
+    place = " ".join(".".join(keys).split())
+    if complaint["type"] == "extra_forbidden":
+        return f"unknown key {place}"
+    if complaint["type"] == "union_tag_invalid":
+        return (
+            f"{place}.method is {complaint['ctx']['tag']!r:.80} but must be one of {complaint['ctx']['expected_tags']}"
+        )
+    message = complaint["msg"][0].lower() + complaint["msg"][1:]
+    return f"{place}: {message} (it is {complaint['input']!r:.80})"

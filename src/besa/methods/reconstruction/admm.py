@@ -1,0 +1,81 @@
+"""ADMM: the mask and the kept weights in turn, until they agree (ALPS; Meng et al., 2024).
+
+Shape suffixes: O rows (output channels), I columns (input channels).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from besa.counting.masks import hard_mask, rank
+from besa.methods.reconstruction.cg import solve
+from besa.methods.reconstruction.rebuilder import Rebuilder
+from besa.methods.reconstruction.written import written
+from besa.observing.input_statistics import InputStatistics
+
+
+class ADMM(Rebuilder):
+    """Alternating directions: weights free of the mask, and weights that have it, drawn together ever more strongly.
+
+    Each row keeps its number of zeros, but chooses anew which they are. Columns are scaled so that the Hessian's
+    diagonal is 1, and the size of a weight tells its worth. Conjugate gradient on the last mask ends it.
+    """
+
+    method: Literal["admm"] = "admm"
+    rounds: int = Field(default=30, ge=1, description="times that weights and mask are found in turn")
+    penalty: float = Field(default=0.1, gt=0, description="first strength of the pull, as a share of H's diagonal")
+    growth: float = Field(default=1.1, ge=1, description="by which the pull grows from round to round")
+    iterations: int = Field(default=20, ge=1, description="steps of conjugate gradient on the last mask")
+    damping: float = Field(default=0.01, gt=0, description="added to the Hessian's diagonal, as a share of its mean")
+    solver_bytes: ClassVar[int] = 44
+
+    @property
+    def keeps_mask(self) -> bool:
+        """No: each row chooses its zeros anew."""
+        return False
+
+    def rebuild(
+        self,
+        w_OI: Tensor,
+        ranks_OI: Tensor,
+        counts_O: Tensor,
+        statistics: InputStatistics,
+        group: int | None = None,
+    ) -> Tensor:
+        """The weight (O, I) in its dtype with `counts_O` zeros in each row; `ranks_OI` are where the mask starts."""
+        hessian_II = statistics.hessian(self.damping)
+        scale_I = hessian_II.diagonal().sqrt()
+        kept_OI = self._mask(w_OI, ranks_OI, counts_O, hessian_II / scale_I / scale_I[:, None], scale_I, group)
+        rebuilt_OI = solve(w_OI.float(), kept_OI, hessian_II, self.iterations)
+        return written(rebuilt_OI, kept_OI, w_OI.dtype)
+
+    def _mask(
+        self,
+        w_OI: Tensor,
+        ranks_OI: Tensor,
+        counts_O: Tensor,
+        hessian_II: Tensor,
+        scale_I: Tensor,
+        group: int | None,
+    ) -> Tensor:
+        """The mask that alternating ends with, of the scaled problem."""
+        values_I, vectors_II = torch.linalg.eigh(hessian_II)
+        dense_OI = w_OI.float() * scale_I
+        linear_OI = dense_OI @ hessian_II
+        kept_OI = hard_mask(ranks_OI, counts_O)
+        masked_OI = dense_OI.where(kept_OI, 0)
+        dual_OI = torch.zeros_like(dense_OI)
+        penalty = self.penalty
+        for _ in range(self.rounds):
+            right_OI = linear_OI + penalty * masked_OI - dual_OI
+            free_OI = (right_OI @ vectors_II).div_(values_I + penalty) @ vectors_II.T
+            pulled_OI = free_OI + dual_OI / penalty
+            kept_OI = hard_mask(rank(pulled_OI.abs(), w_OI, group), counts_O)
+            masked_OI = pulled_OI.where(kept_OI, 0)
+            dual_OI += penalty * (free_OI - masked_OI)
+            penalty *= self.growth
+        return kept_OI

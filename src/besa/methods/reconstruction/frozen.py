@@ -1,0 +1,31 @@
+"""No reconstruction: kept weights stay as they are."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from besa.counting.masks import hard_mask
+from besa.methods.reconstruction.rebuilder import Rebuilder
+from besa.observing.input_statistics import InputStatistics
+
+
+class Frozen(Rebuilder):
+    """Prune the lowest ranks of each row and touch nothing else."""
+
+    method: Literal["none"] = "none"
+    needs_gram: ClassVar[bool] = False
+    moves_weights: ClassVar[bool] = False
+    solver_bytes: ClassVar[int] = 0
+
+    def rebuild(
+        self,
+        w_OI: Tensor,
+        ranks_OI: Tensor,
+        counts_O: Tensor,
+        statistics: InputStatistics,
+        group: int | None = None,
+    ) -> Tensor:
+        """The weight (O, I) with the `counts_O` lowest ranks of each row set to zero."""
+        return w_OI.where(hard_mask(ranks_OI, counts_O), 0)

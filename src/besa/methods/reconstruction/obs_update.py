@@ -1,0 +1,123 @@
+"""SparseGPT: prune column by column, and let the columns to the right make up for each loss (Frantar & Alistarh, 2023).
+
+Shape suffixes: O rows (output channels), I columns (input channels), B columns of the block under way.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from besa.counting.budget import apportion
+from besa.counting.masks import hard_mask, rank
+from besa.errors import BesaError
+from besa.methods.reconstruction.rebuilder import Rebuilder
+from besa.methods.reconstruction.written import written
+from besa.observing.input_statistics import InputStatistics
+
+
+class OBSUpdate(Rebuilder):
+    """Optimal-brain-surgeon update of the kept weights, left to right in blocks of columns.
+
+    With an *adaptive* mask, each block of columns chooses anew, by w²/[H⁻¹]ⱼⱼ of the weights as they are by then, which
+    of its weights go: the linear keeps its number of zeros, the rows do not keep theirs. With a *fixed* mask the zeros
+    are the lowest ranks of each row, as the allocation gave them.
+    """
+
+    method: Literal["obs"] = "obs"
+    columns: int = Field(default=128, ge=1, description="columns pruned before the rest is brought up to date")
+    damping: float = Field(default=0.01, gt=0, description="added to the Hessian's diagonal, as a share of its mean")
+    mask: Literal["adaptive", "fixed"] = "adaptive"
+    solver_bytes: ClassVar[int] = 12
+
+    @property
+    def keeps_mask(self) -> bool:
+        """Whether the zeros are the lowest ranks of each row, as the allocation gave them."""
+        return self.mask == "fixed"
+
+    def rebuild(
+        self,
+        w_OI: Tensor,
+        ranks_OI: Tensor,
+        counts_O: Tensor,
+        statistics: InputStatistics,
+        group: int | None = None,
+    ) -> Tensor:
+        """The pruned weight (O, I) in the dtype of `w_OI`, with exactly Σ `counts_O` zeros.
+
+        Raises:
+            BesaError: the damped Hessian is not positive definite.
+        """
+        kept_OI = hard_mask(ranks_OI, counts_O) if self.mask == "fixed" else None
+        factor_II = inverse_factor(statistics, self.damping)
+        dense_OI = w_OI.float()
+        zeros = int(counts_O.sum())
+        columns = self.columns if group is None else group
+        rebuilt_OI = sweep(dense_OI, dense_OI == 0, factor_II, columns, zeros, kept_OI, per_row=group is not None)
+        return written(rebuilt_OI, rebuilt_OI != 0, w_OI.dtype)
+
+
+def inverse_factor(statistics: InputStatistics, damping: float) -> Tensor:
+    """Upper triangular U (I, I) with H⁻¹ = Uᵀ U; row j over U_jj is what removing weight j does to those after it.
+
+    Raises:
+        BesaError: the inverse of the damped Hessian is not positive definite.
+    """
+    upper_II: Tensor
+    upper_II, failed = torch.linalg.cholesky_ex(statistics.inverse_hessian(damping), upper=True)
+    if failed:
+        raise BesaError(
+            f"The inverse Hessian of a linear's inputs is not positive definite at damping {damping:g}: "
+            "use more calibration samples or a larger damping in the recipe."
+        )
+    return upper_II
+
+
+def sweep(
+    w_OI: Tensor,
+    zero_OI: Tensor,
+    factor_II: Tensor,
+    columns: int,
+    zeros: int,
+    kept_OI: Tensor | None = None,
+    per_row: bool = False,
+) -> Tensor:
+    """Prune `zeros` weights of `w_OI` from left to right, updating what is still to the right.
+
+    Args:
+        w_OI: float32 weight, not changed.
+        zero_OI: weights that are zero already: they go first.
+        factor_II: `inverse_factor` of the input's Hessian.
+        columns: width of a block; the blocks share the zeros in proportion to their width.
+        zeros: weights to prune when the mask is chosen here.
+        kept_OI: the fixed mask, or None to choose it block by block.
+        per_row: every row of a block loses as many, as patterns have it.
+    """
+    w_OI = w_OI.clone()
+    rows, width = w_OI.shape
+    starts = range(0, width, columns)
+    sizes = [min(columns, width - start) for start in starts]
+    present = torch.tensor([int(part.sum()) for part in zero_OI.split(sizes, dim=1)])
+    shares = apportion(torch.full((len(sizes),), zeros / w_OI.numel()), rows * torch.tensor(sizes), zeros, present)
+    for start, size, share in zip(starts, sizes, shares.tolist(), strict=True):
+        end = start + size
+        block_OB, factor_BB = w_OI[:, start:end], factor_II[start:end, start:end]  # a view: updated in place
+        if kept_OI is None:
+            prunable_OB = block_OB.masked_fill(zero_OI[:, start:end], 0)
+            score_OB = prunable_OB.square() / factor_BB.diagonal().square()
+            shape = (rows, size) if per_row else (1, rows * size)
+            order_OB = rank(score_OB.reshape(shape), prunable_OB.reshape(shape)).reshape(rows, size)
+            kept_OB = order_OB >= (share // rows if per_row else share)
+        else:
+            kept_OB = kept_OI[:, start:end]
+        error_OB = torch.zeros_like(block_OB)
+        for j in range(size):
+            pruned_O = block_OB[:, j].masked_fill(kept_OB[:, j], 0)
+            error_OB[:, j] = pruned_O / factor_BB[j, j]
+            block_OB[:, j:] -= error_OB[:, j : j + 1] * factor_BB[j, j:]
+            block_OB[:, j].masked_fill_(~kept_OB[:, j], 0)  # exactly, whatever the rounding
+        w_OI[:, end:] -= error_OB @ factor_II[start:end, end:]
+    return w_OI

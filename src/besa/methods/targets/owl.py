@@ -1,0 +1,41 @@
+"""OWL: blocks with more outliers lose less (Yin et al., 2024).
+
+Shape suffixes: O rows, I columns.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from besa.methods.importance import Wanda
+from besa.methods.targets.bounded import Bounded, Survey
+from besa.observing.input_statistics import collect
+
+
+class Owl(Bounded):
+    """A block's outlier ratio is the share of weights whose |W|·‖x‖ is above `outlier` times the mean of its linear.
+
+    Ratios are stretched so that the blocks' sparsities span `span`, the most outliers getting the least.
+    """
+
+    method: Literal["owl"] = "owl"
+    outlier: float = Field(default=5.0, gt=1, description="M: how many times the mean an outlier is")
+    span: float = Field(default=0.16, ge=0, le=1, description="2λ: distance of the highest target from the lowest")
+
+    def measure(self, survey: Survey) -> list[float]:
+        """The sparsity that each block wants, from a forward pass through the dense model."""
+        decoder, ratios = survey.decoder, []
+        x_NTC = survey.embedded(self.tokens(survey))
+        for block, names, size in zip(decoder.blocks, survey.names, survey.sizes, strict=True):
+            with decoder.opened(block, survey.device):
+                with collect(block.module, block.prunables, gram=False) as statistics:
+                    block.run(x_NTC, survey.batch, into=x_NTC)
+                outliers = 0
+                for name in names:
+                    score_OI = Wanda().score(block.weight(name), statistics[name])
+                    outliers += int((score_OI > self.outlier * score_OI.mean()).sum())
+            ratios.append(outliers / max(1, size))
+        spread = max(ratios) - min(ratios)
+        return [survey.sparsity - self.span * (ratio - min(ratios)) / max(spread, 1e-12) for ratio in ratios]

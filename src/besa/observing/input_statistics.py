@@ -1,0 +1,169 @@
+"""What importance and reconstruction know of a matrix's input: channel norms, and the Gram matrix when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from besa.errors import BesaError
+from besa.models.activations import HiddenStates
+from besa.models.blocks import Block
+from besa.models.prunable import Prunable
+from besa.models.units import Unit
+from besa.observing.products import Products
+
+
+@dataclass
+class InputStatistics:
+    """Sums over all calibration tokens x (I,) that reached one linear.
+
+    Attributes:
+        squares_I: Σ x², float64.
+        gram_II: Σ x xᵀ, float32, or None where no method of the recipe needs it.
+        tokens: how many tokens were seen.
+    """
+
+    squares_I: Tensor
+    gram_II: Tensor | None
+    tokens: int = 0
+    _inverses: dict[float, Tensor] = field(default_factory=dict, repr=False)  # by damping
+
+    @classmethod
+    def empty(cls, width: int, gram: bool, device: torch.device) -> InputStatistics:
+        """Statistics of no tokens for inputs of `width` channels."""
+        gram_II = torch.zeros(width, width, device=device) if gram else None
+        return cls(torch.zeros(width, dtype=torch.float64, device=device), gram_II)
+
+    def add(self, x_TI: Tensor) -> None:
+        """Count the tokens `x_TI` (tokens, channels) of any float dtype in."""
+        self._inverses.clear()
+        x_TI = x_TI.float()
+        self.squares_I += x_TI.square().sum(dim=0).double()
+        if self.gram_II is not None:
+            self.gram_II.addmm_(x_TI.T, x_TI)
+        self.tokens += x_TI.shape[0]
+
+    @property
+    def reached(self) -> bool:
+        """Whether any token came; one that is all zeros (of another expert, where all compute all tokens) is none."""
+        return bool(self.squares_I.any())
+
+    def hessian(self, damping: float) -> Tensor:
+        """H = Σ x xᵀ (I, I), its diagonal raised by `damping` × its mean; 1 where a channel is always zero."""
+        assert self.gram_II is not None, "the recipe did not ask for the Gram matrix"
+        hessian_II = self.gram_II.clone()
+        diagonal_I = hessian_II.diagonal()
+        diagonal_I[diagonal_I == 0] = 1.0
+        diagonal_I += damping * diagonal_I.mean()
+        return hessian_II
+
+    def inverse_hessian(self, damping: float) -> Tensor:
+        """Inverse (I, I) of the damped Hessian, by Cholesky; kept, as linears with one input share it.
+
+        Raises:
+            BesaError: the damped Hessian is not positive definite.
+        """
+        if damping in self._inverses:
+            return self._inverses[damping]
+        factor_II, failed = torch.linalg.cholesky_ex(self.hessian(damping))
+        if failed:
+            raise BesaError(
+                f"The Hessian of a linear's inputs is not positive definite at damping {damping:g}: "
+                "use more calibration samples or a larger damping in the recipe."
+            )
+        return self._inverses.setdefault(damping, torch.cholesky_inverse(factor_II))
+
+
+@contextmanager
+def collect(block: nn.Module, prunables: Mapping[str, Prunable], gram: bool) -> Iterator[dict[str, InputStatistics]]:
+    """While open, gather the input statistics of each of `prunables` from every forward pass through `block`.
+
+    Matrices that are handed the very same tensor (q, k and v; gate and up) share one object, so the work is done once.
+    What no token reached (experts that were not chosen) has statistics of zero tokens afterwards.
+    """
+    sums = _Sums(gram)
+    with Products(block, prunables, sums.add):
+        yield sums.statistics
+    sums.fill_up(block, prunables)
+
+
+@torch.no_grad()
+def look(unit: Unit, x_NTC: HiddenStates, batch: int, gram: bool) -> dict[str, InputStatistics]:
+    """The input statistics of all matrices of a unit, from passes that nobody wants the outputs of.
+
+    If in the first pass every matrix sees every token once, all others end before the product with the last matrix.
+
+    Args:
+        unit: as it is.
+        x_NTC: its inputs.
+        batch: sequences in a forward pass.
+        gram: whether Gram matrices are summed up.
+    """
+    sums = [_Sums(gram) for _ in unit.blocks]
+    final: str | None = None
+
+    def add(name: str, x: Tensor) -> None:
+        sums[-1].add(name, x)
+        if name == final:
+            raise _Enough
+
+    with ExitStack() as stack:
+        for block, told in zip(unit.blocks, [*(own.add for own in sums[:-1]), add], strict=True):
+            stack.enter_context(Products(block.module, block.prunables, told))
+        for start in range(0, len(x_NTC), batch):
+            own_NTC = x_NTC[start : start + batch]
+            with suppress(_Enough):
+                unit(own_NTC.to(unit.device))
+            if start == 0 and sums[-1].saw_all_once(unit.blocks[-1], own_NTC.shape[0] * own_NTC.shape[1]):
+                final = list(sums[-1].statistics)[-1]
+    for block, own in zip(unit.blocks, sums, strict=True):
+        own.fill_up(block.module, block.prunables)
+    return {name: found for own in sums for name, found in own.statistics.items()}
+
+
+class _Enough(Exception):  # noqa: N818 - not an error
+    """A pass has shown what it was for."""
+
+
+class _Sums:
+    """Statistics that grow by what products are made of.
+
+    Args:
+        gram: whether Gram matrices are summed up.
+
+    Attributes:
+        statistics: by name of the matrix.
+    """
+
+    def __init__(self, gram: bool) -> None:
+        self.statistics: dict[str, InputStatistics] = {}
+        self._gram = gram
+        self._last: tuple[Tensor, InputStatistics, set[str]] | None = None  # input, statistics, what it has reached
+
+    def add(self, name: str, x: Tensor) -> None:
+        """Count an input in."""
+        if self._last is not None and x is self._last[0] and name not in self._last[2]:
+            self._last[2].add(name)
+            if self.statistics.setdefault(name, self._last[1]) is self._last[1]:
+                return
+        if name not in self.statistics:
+            self.statistics[name] = InputStatistics.empty(x.shape[-1], self._gram, x.device)
+        self.statistics[name].add(x.detach().reshape(-1, x.shape[-1]))
+        self._last = (x, self.statistics[name], {name})
+
+    def saw_all_once(self, block: Block, tokens: int) -> bool:
+        """Whether every matrix of a block has had so many tokens, and there are no others."""
+        return len(self.statistics) == len(block.prunables) and all(
+            own.tokens == tokens for own in self.statistics.values()
+        )
+
+    def fill_up(self, block: nn.Module, prunables: Mapping[str, Prunable]) -> None:
+        """Give what no token reached statistics of no tokens."""
+        parameters = dict(block.named_parameters())
+        for name, prunable in prunables.items():
+            device = parameters[prunable.parameter].device
+            self.statistics.setdefault(name, InputStatistics.empty(prunable.columns, self._gram, device))

@@ -1,0 +1,66 @@
+"""How far a block's output is from what it should be.
+
+Shape suffixes: N sequences, T tokens, C channels of the residual stream.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from besa.models.activations import HiddenStates
+
+
+def reconstruction_error(y_NTC: Tensor, target_NTC: Tensor, plain: float = 0.0) -> Tensor:
+    """Mean over channels of ‖y − target‖² / ‖target‖² (scalar, float32): the first term of eq. 1, made scale-free.
+
+    Each channel is measured against its own norm over sequences and tokens, so the few channels that carry massive
+    activations do not rule the loss, and one penalty weight serves every block and model.
+
+    Args:
+        y_NTC: what a block puts out.
+        target_NTC: what it should.
+        plain: share of the result that is ‖y − target‖² / ‖target‖² over all channels at once, which these few rule.
+    """
+    error_C, norm_C = _squares(y_NTC, target_NTC)
+    relative = _relative(error_C, norm_C)
+    return relative if not plain else (1 - plain) * relative + plain * error_C.sum() / norm_C.sum().clamp_min(1e-12)
+
+
+def token_weighted_error(y_NTC: Tensor, target_NTC: Tensor, power: float) -> Tensor:
+    """Σ_t ‖y_t − target_t‖² / ‖target_t‖^power, relative to the same sum of ‖target_t‖² (scalar, float32).
+
+    With power 0, a few tokens with massive activations rule it; with power 2 all tokens count alike.
+    """
+    squares_NT = target_NTC.float().square().sum(dim=-1)
+    weights_NT = squares_NT.clamp_min(1e-12).pow(-power / 2)
+    error_NT = (y_NTC.float() - target_NTC.float()).square().sum(dim=-1)
+    return (error_NT * weights_NT).sum() / (squares_NT * weights_NT).sum().clamp_min(1e-12)
+
+
+def error_between(y_NTC: HiddenStates, target_NTC: HiddenStates, share: int, tokens: int) -> float:
+    """`reconstruction_error` of the first `tokens` tokens of every `share`-th sequence, a sequence at a time.
+
+    Args:
+        y_NTC: N sequences.
+        target_NTC: as many, or only every `share`-th of them; each at least of its first `tokens` tokens.
+        share: from 1 on.
+        tokens: of a sequence.
+    """
+    stride = share if len(target_NTC) == len(y_NTC) else 1
+    squares = [
+        _squares(y_NTC[place : place + 1][:, :tokens], target_NTC[at * stride : at * stride + 1][:, :tokens])
+        for at, place in enumerate(range(0, len(y_NTC), share))
+    ]
+    error_C, norm_C = (torch.stack(part).sum(dim=0) for part in zip(*squares, strict=True))
+    return float(_relative(error_C, norm_C))
+
+
+def _squares(y_NTC: Tensor, target_NTC: Tensor) -> tuple[Tensor, Tensor]:
+    """‖y − target‖² and ‖target‖² of each channel (C,), float32."""
+    error_C = (y_NTC.float() - target_NTC.float()).square().sum(dim=(0, 1))
+    return error_C, target_NTC.float().square().sum(dim=(0, 1))
+
+
+def _relative(error_C: Tensor, norm_C: Tensor) -> Tensor:
+    return (error_C / norm_C.clamp_min(1e-12)).mean()

@@ -1,0 +1,67 @@
+"""How strongly a block's output, or the model's loss, moves with each row of its matrices: random probes, sent back.
+
+Shape suffixes: N sequences, T tokens, C channels of the residual stream, O rows (output channels).
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from besa.models.blocks import Block
+from besa.models.units import Unit
+from besa.observing.products import Products
+
+
+@dataclass
+class RowSensitivities:
+    """Mean over tokens of the squared gradient at each output channel of a block's matrices.
+
+    With random ±1 sent back from the block's output, an error e at a matrix's output adds, in the mean over probes,
+    Σ_o e_o² E[(Jᵀv)_o²] to the squared error of the block's output, as far as channels do not correlate.
+
+    Args:
+        block: whose rows are looked at; its weights are left alone.
+    """
+
+    block: Block | Unit
+    _sums: dict[str, Tensor] = field(default_factory=dict)
+    _tokens: dict[str, int] = field(default_factory=dict)
+
+    def send_back(self, x_NTC: Tensor, seeds_NTC: Tensor | None = None, seed: int = 0) -> Tensor:
+        """Send gradients from the block's output to its matrices and count them in; returns those at its input.
+
+        Args:
+            x_NTC: inputs, on the block's device.
+            seeds_NTC: gradients at the output; by default random ±1.
+            seed: of these.
+        """
+        x_NTC = x_NTC.detach().requires_grad_()
+        with torch.enable_grad(), ExitStack() as stack:
+            for block in self.block.blocks if isinstance(self.block, Unit) else (self.block,):
+                stack.enter_context(Products(block.module, block.prunables, gradients=self._add))
+            y_NTC = self.block(x_NTC)
+        if seeds_NTC is None:
+            seeds_NTC = random_signs(y_NTC, seed)
+        return torch.autograd.grad(y_NTC, x_NTC, seeds_NTC.to(y_NTC))[0]
+
+    def rows(self, name: str) -> Tensor:
+        """E[(Jᵀv)²] (O,), float32, of the matrix `name`; zeros where no token reached it."""
+        prunable = self.block.prunables[name]
+        if name not in self._sums:
+            return torch.zeros(prunable.rows, device=self.block.weight(name).device)
+        return self._sums[name] / self._tokens[name]
+
+    def _add(self, name: str, gradient: Tensor) -> None:
+        squares_O = gradient.float().square().reshape(-1, gradient.shape[-1]).sum(dim=0)
+        self._sums[name] = self._sums[name] + squares_O if name in self._sums else squares_O
+        self._tokens[name] = self._tokens.get(name, 0) + gradient.numel() // gradient.shape[-1]
+
+
+def random_signs(like: Tensor, seed: int) -> Tensor:
+    """±1 at random in the shape, dtype and device of `like`; the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 2, like.shape, generator=generator).mul_(2).sub_(1).to(like)

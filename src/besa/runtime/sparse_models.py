@@ -1,0 +1,128 @@
+"""Loading a model to run it: sparse where it is packed, as transformers does it where not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+
+from besa.checkpoint.checking import check_complete, check_packed
+from besa.checkpoint.verification import verify as verify_folder
+from besa.data.arguments import Dtype, checked
+from besa.errors import BesaError
+from besa.models.layout import fill, renaming, tie
+from besa.models.loading import Source, is_quantized, load_model, locate, read_config, read_generation_config, skeleton
+from besa.models.streaming import DecoderOnDisk
+from besa.progress import Progress, silent
+from besa.runtime.linear import SparseLinear
+from besa.storage.formats import bitmask, packed
+from besa.storage.formats.bitmask import Bitmask
+from besa.storage.formats.container import Container, open_files
+from besa.storage.weights import is_finite
+from besa.system.machine import resolve_device
+
+
+@checked
+def load(
+    model: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: Dtype = "auto",
+    trust_remote_code: bool = False,
+    verify: bool = False,
+    progress: Progress = silent,
+) -> PreTrainedModel:
+    """A model to evaluate or to generate text with.
+
+    Of a packed checkpoint, linears stay packed: on the CPU their weights stay in the file, mapped into memory, and no
+    weight is ever dense as a whole. Any other model is an ordinary one of transformers.
+
+    Args:
+        model: Hugging Face id, local folder (packed or not), .gguf file, or ``smollm2`` (embedded).
+        device: ``cpu`` or ``cuda``.
+        dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``; in another dtype than their own,
+            packed weights are converted, one at a time, and no longer in the file.
+        trust_remote_code: run model code that comes with the checkpoint.
+        verify: compare the files with the digests that besa wrote beside them, before any is read.
+        progress: told about a download, and of files that are verified.
+
+    Raises:
+        BesaError: the model cannot be read, is incomplete, is not what was written (`verify`) or holds NaN or infinity;
+            or there is no such device.
+    """
+    device = resolve_device(device)
+    source = locate(model, progress)
+    if not source.gguf:
+        source = source.local()
+    if verify:
+        verify_folder(source.location, progress=progress)
+    loaded = load_model(source, dtype) if source.gguf else _load_folder(source, dtype, trust_remote_code)
+    for name, parameter in loaded.named_parameters():
+        if not is_finite(parameter):
+            too_large = "" if dtype == "auto" else f", or its numbers are too large for {dtype}"
+            raise BesaError(
+                f"The tensor {name} of {source.name} holds NaN or infinity: the checkpoint is damaged{too_large}."
+            )
+    return loaded.to(device)
+
+
+def _load_folder(source: Source, dtype: str, trust_remote_code: bool) -> PreTrainedModel:
+    """A model of safetensors; what is wrong with its files is told by us, as our complaints are clearer."""
+    assert source.folder is not None
+    files = open_files(source.folder)
+    check_packed(files)
+    config = read_config(source, trust_remote_code)
+    if isinstance(files, Container) or is_quantized(config):
+        check_complete(source, files, config, trust_remote_code)
+    else:
+        DecoderOnDisk(source, dtype, trust_remote_code)
+    if isinstance(files, Container):
+        return _load_packed(source, files, config, dtype, trust_remote_code)
+    return load_model(source, dtype, trust_remote_code)
+
+
+def _load_packed(
+    source: Source, files: Container, config: PreTrainedConfig, dtype: str, trust_remote_code: bool
+) -> PreTrainedModel:
+    config.dtype = getattr(torch, dtype) if dtype != "auto" else config.dtype or files.dtype()
+    model = skeleton(source, config, trust_remote_code)
+    conversions = get_model_conversion_mapping(model)
+    renamed = renaming(model, conversions)
+    modules = dict(model.named_modules())
+    for linear, weight in files.weights():
+        name = renamed(f"{linear}.weight")[0].removesuffix(".weight")
+        dense = modules.get(name)
+        if not isinstance(dense, nn.Linear) or (dense.out_features, dense.in_features) != weight.shape:
+            raise BesaError(f"{source.name}: {linear} {weight.shape} has no place in the model that config.json says.")
+        model.set_submodule(name, SparseLinear(_in_dtype(weight, config.dtype, linear), dense.bias))
+    fill(model, _dense_tensors(files), conversions, source.name)
+    tie(model)
+    model.generation_config = read_generation_config(source, model)
+    return model.eval()
+
+
+def _dense_tensors(files: Container) -> dict[str, Tensor]:
+    """What is not packed, in its files; linears that are stored as codes but are no bitmasks, as numbers."""
+    tensors = dict(files.mapped(files.dense))
+    for linear in packed.linears(tensors):
+        own = packed.of_linear(tensors, linear)
+        assert files.bits is not None
+        tensors[f"{linear}.weight"] = packed.quantized(own, files.bits).weight()
+        for key in own:
+            del tensors[f"{linear}.{key}"]
+    return tensors
+
+
+def _in_dtype(weight: Bitmask, dtype: torch.dtype, name: str) -> Bitmask:
+    if weight.dtype == dtype:
+        return weight
+    if weight.scales_OG is not None:
+        converted = replace(weight, scales_OG=weight.scales_OG.to(dtype))
+    else:
+        converted = bitmask.pack(weight.unpack().to(dtype))
+    converted.check(name)
+    return converted

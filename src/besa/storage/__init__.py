@@ -1,0 +1,1 @@
+"""Files: written whole, kept in a journal, and the formats of weights."""

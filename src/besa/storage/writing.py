@@ -1,0 +1,224 @@
+"""Writing files whole or not at all, whoever else writes there and whatever stops the process."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import glob
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from besa.errors import BesaError
+from besa.storage.names import path_of
+from besa.storage.weights import check_regular
+
+COPY = 1 << 24  # bytes copied at a time
+LOCK = "lock"  # name of the file that whoever is at work in a folder has locked
+METADATA = {"format": "pt"}  # what transformers looks for in a safetensors file
+
+
+def check_absent(out: Path) -> None:
+    """Refuse to write over what is there.
+
+    Raises:
+        BesaError: `out` exists already, or can be no file's name.
+    """
+    with explained(out):
+        if path_of(out).exists():
+            raise BesaError(f"{out} exists already: choose another name, or remove it first.")
+
+
+@contextmanager
+def claimed(folder: Path, out: Path) -> Iterator[None]:
+    """Have a folder, made where needed, to oneself; a process gives up its claim when it ends, however it does.
+
+    Args:
+        folder: to work in.
+        out: what is made there, for the message.
+
+    Raises:
+        BesaError: another process has the folder, it cannot be written, or there is a pipe or a device in it.
+    """
+    with explained(out):
+        folder.mkdir(parents=True, exist_ok=True)
+        check_regular(folder)
+        try:
+            lock = (folder / LOCK).open("w")
+        except OSError:
+            with suppress(OSError):  # not empty: of an earlier process
+                folder.rmdir()
+            raise
+    with lock:
+        if not _locked(lock) or _removed(lock):  # removed by who had it until now
+            raise BesaError(f"Another besa is at work on {out}: wait for it, or choose another name.")
+        yield
+
+
+@contextmanager
+def appearing(out: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `out` when all went well; nothing is left of it otherwise.
+
+    What a killed process left of its own is removed first.
+
+    Raises:
+        BesaError: `out` exists already, another process is at it, or it cannot be written.
+    """
+    check_absent(out)
+    partial = out.with_name(f".{out.name}.partial")
+    with claimed(partial, out), explained(out):
+        folder = partial / "checkpoint"
+        try:
+            check_absent(out)
+            if folder.exists():
+                shutil.rmtree(folder)
+            folder.mkdir()
+            yield folder
+            folder.rename(out)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name to write to, which becomes `path` when all went well: on the disk by then, and never half there.
+
+    Several processes may write the same file: it is that of the last one. What killed ones left is removed.
+
+    Raises:
+        BesaError: the file cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for other in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+            with suppress(OSError), other.open("r+b") as file:
+                # Nobody writes it any more, and it still is what the name says.
+                if _locked(file) and os.path.samestat(os.fstat(file.fileno()), other.stat()):
+                    other.unlink()
+        with _held(partial):
+            try:
+                yield partial
+                with partial.open("rb") as file:
+                    os.fsync(file.fileno())
+                partial.replace(path)
+            finally:
+                partial.unlink(missing_ok=True)
+
+
+def _held(path: Path) -> IO[bytes]:
+    """A new file, locked: who takes it for an abandoned one before it is, removes it, and it is made again."""
+    while True:
+        file = path.open("wb")
+        with suppress(OSError):  # a file system without locks: nobody removes what others left there
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if not _removed(file):
+            return file
+        file.close()
+
+
+def _locked(file: IO[Any]) -> bool:
+    """Lock a file that nobody else has locked."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _removed(file: IO[Any]) -> bool:
+    """Whether an open file has no name any more."""
+    return os.fstat(file.fileno()).st_nlink == 0
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write `text` to `path`.
+
+    Raises:
+        BesaError: the file cannot be written.
+    """
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str] | None = None) -> None:
+    """Write tensors of any device and layout as safetensors, with further metadata if there is some to say.
+
+    Raises:
+        BesaError: the file cannot be written.
+    """
+    with replacing(path) as partial:
+        save_file(
+            {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial, METADATA | dict(about or {})
+        )
+
+
+def join_tensors(path: Path, parts: Sequence[Path], about: Mapping[str, str] | None = None) -> None:
+    """Write the tensors of several safetensors files into one, without having them in memory.
+
+    Raises:
+        BesaError: the file cannot be written.
+    """
+    header: dict[str, Any] = {"__metadata__": METADATA | dict(about or {})}
+    begin, starts = 0, []
+    for part in parts:
+        entries, start = read_header(part)
+        for name, entry in entries.items():
+            header[name] = entry | {"data_offsets": [begin + offset for offset in entry["data_offsets"]]}
+        begin += part.stat().st_size - start
+        starts.append(start)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at multiples of eight bytes
+    with replacing(path) as partial, partial.open("wb") as joined:
+        joined.write(len(text).to_bytes(8, "little") + text)
+        for part, start in zip(parts, starts, strict=True):
+            with part.open("rb") as file:
+                file.seek(start)
+                shutil.copyfileobj(file, joined, COPY)
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """What a safetensors file says of its tensors, by name, and where the first one begins."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        entries = json.loads(file.read(size))
+    entries.pop("__metadata__", None)
+    return entries, 8 + size
+
+
+def check_space(out: Path, size: int) -> None:
+    """Refuse at once what cannot fit.
+
+    Args:
+        out: where something will be written.
+        size: its bytes.
+
+    Raises:
+        BesaError: the disk has fewer bytes free.
+    """
+    place = next(folder for folder in [out, *out.absolute().parents] if folder.is_dir())
+    free = shutil.disk_usage(place).free
+    if free < size:
+        raise BesaError(
+            f"{out} needs {size / 1e9:.2f} GB but only {free / 1e9:.2f} GB are free there: make room first."
+        )
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn an operating system's refusal to write `path` into one sentence."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or f"(os error {errno.ENOSPC})" in str(error):  # safetensors writes in Rust and has no errno
+            raise BesaError(f"The disk is full: {path} was not written; make room and run again.") from error
+        raise BesaError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}.") from error

@@ -1,0 +1,232 @@
+"""A folder of runs and evaluations under the keys of what decides them: what is there is not done again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from besa.api import compress, evaluate
+from besa.data.calibration import sample
+from besa.evaluation.result import Evaluation
+from besa.evaluation.texts import read_texts, text_name
+from besa.evaluation.zero_shot import check_tasks
+from besa.methods.recipe import Recipe
+from besa.models.bos import bos_token
+from besa.models.loading import fingerprint, load_tokenizer, locate, read_config
+from besa.progress import Progress, labelled, silent
+from besa.record import RECORD_NAME, RunRecord
+from besa.storage.names import path_of, plain
+from besa.storage.writing import write_file
+from besa.system.machine import resolve_device
+
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What pruning runs have in common; fields as the arguments of `compress`."""
+
+    model: str
+    calibration: str = "c4"
+    samples: int = 128
+    seqlen: int = 2048
+    device: str = "cpu"
+    dtype: str = "auto"
+    batch: int | None = None
+    bos: str = "auto"
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What models are measured by; fields as the arguments of `evaluate`."""
+
+    texts: tuple[str, ...] = ()
+    data: dict[str, str] = field(default_factory=dict, hash=False)
+    window: int = 2048
+    max_windows: int | None = None
+    tasks: tuple[str, ...] = ()
+    limit: int | None = None
+    hub: bool = False
+
+    def only(self, texts: Iterable[str], tasks: tuple[str, ...] = ()) -> Measures:
+        """The same of some texts, and of these tasks."""
+        texts = tuple(texts)
+        data = {name: file for name, file in self.data.items() if name in texts}
+        return replace(self, texts=texts, data=data, tasks=tasks)
+
+    def each(self) -> list[Measures]:
+        """One text each, and all tasks together: each is kept for itself, so that other sets of texts find it."""
+        return [*(self.only([text]) for text in self.texts), *([self.only([], self.tasks)] if self.tasks else [])]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A run and how good its model is.
+
+    Attributes:
+        record: of the run; the dense model has none.
+        evaluations: one for each text, and one for all tasks.
+    """
+
+    record: RunRecord | None
+    evaluations: list[Evaluation]
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Perplexity by text, accuracy in per cent by task, and `accuracy`, their mean."""
+        scores: dict[str, float] = {}
+        for evaluation in self.evaluations:
+            scores |= evaluation.perplexity
+            if (asked := evaluation.zero_shot) is not None:
+                scores |= {task: 100 * found.acc for task, found in asked.tasks.items()} | {
+                    "accuracy": 100 * asked.mean
+                }
+        return scores
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Where runs and evaluations are kept, as `KEY.run.json` and `KEY.EVALUATION.json`.
+
+    Attributes:
+        folder: is made when needed.
+        conditions: of the runs.
+        measures: of the evaluations.
+        keep: leave pruned weights in `KEY/`; else those pruned now go once they are evaluated, and another evaluation
+            prunes anew.
+        progress: told about each piece of work in turn.
+    """
+
+    folder: Path
+    conditions: Conditions
+    measures: Measures
+    keep: bool = False
+    progress: Progress = silent
+
+    def outcome(self, recipe: Recipe | None, seed: int = 0) -> Outcome:
+        """The run of a recipe (None: the dense model) and its evaluations; done now, or gone on with, where missing.
+
+        Raises:
+            BesaError: as `compress` and `evaluate`.
+        """
+        key, files = self._files(recipe, seed)
+        record, checkpoint = self.folder / f"{key}.run.json", self.folder / key
+        kept = self.keep or checkpoint.exists()
+        missing = {measures: path for measures, path in files.items() if not path.exists()}
+        if recipe is not None and (missing or not record.exists()):
+            self._prune(recipe, seed, checkpoint, record)
+        if missing:
+            self._measure(checkpoint if recipe is not None else self.conditions.model, missing)
+        if not kept and checkpoint.exists():
+            shutil.rmtree(checkpoint)
+        return Outcome(
+            RunRecord.read(record) if recipe is not None else None,
+            [Evaluation.model_validate_json(path.read_text(encoding="utf-8")) for path in files.values()],
+        )
+
+    def check(self, runs: Iterable[tuple[Recipe | None, int]]) -> None:
+        """Find out before the work what would end it, where something of the runs (recipes and seeds) is missing.
+
+        Raises:
+            BesaError: a text, a task, the model or the device cannot be had, or the text to calibrate on is too short.
+        """
+        if all(path.exists() for run in runs for path in self._files(*run)[1].values()):
+            return
+        given = self.conditions
+        resolve_device(given.device)
+        check_tasks(self.measures.tasks)
+        read_texts(self.measures.texts, self.measures.data, self.progress)
+        source = locate(given.model, self.progress)
+        tokenizer = load_tokenizer(source, given.trust_remote_code)
+        first = bos_token(given.bos, tokenizer, read_config(source, given.trust_remote_code))
+        sample(given.calibration, tokenizer, given.samples, given.seqlen, 0, self.progress, bos=first)
+
+    def _files(self, recipe: Recipe | None, seed: int) -> tuple[str, dict[Measures, Path]]:
+        """The key of a run, and where its evaluations are."""
+        key = DENSE if recipe is None else self._key(recipe, seed)
+        return key, {each: self.folder / f"{key}.{self._name(each)}.json" for each in self.measures.each()}
+
+    def _prune(self, recipe: Recipe, seed: int, checkpoint: Path, record: Path) -> None:
+        if not checkpoint.exists():
+            told, settings = labelled(self.progress, _label(checkpoint)), asdict(self.conditions)
+            compress(settings.pop("model"), recipe, out=checkpoint, seed=seed, resume=True, progress=told, **settings)
+        write_file(record, (checkpoint / RECORD_NAME).read_text(encoding="utf-8"))
+
+    def _measure(self, model: str | Path, missing: Mapping[Measures, Path]) -> None:
+        """Evaluate once, and keep the parts apart."""
+        texts = [text for measures in missing for text in measures.texts]
+        tasks = next((measures.tasks for measures in missing if measures.tasks), ())
+        found = evaluate(
+            model,
+            batch=self.conditions.batch,
+            device=self.conditions.device,
+            dtype=self.conditions.dtype,
+            bos=self.conditions.bos,
+            trust_remote_code=self.conditions.trust_remote_code,
+            progress=labelled(self.progress, _label(model) if isinstance(model, Path) else DENSE),
+            **asdict(self.measures.only(texts, tasks)),
+        )
+        for measures, path in missing.items():
+            part = found.of(text_name(measures.texts[0]) if measures.texts else None)
+            write_file(path, part.model_dump_json(indent=2) + "\n")
+
+    def decisive(self) -> dict[str, Any]:
+        """Whatever decides results besides recipe and seed, in types of JSON; files by what is in them."""
+        decisive: dict[str, Any] = json.loads(json.dumps(self._of_runs() | self._of_evaluation(self.measures)))
+        return decisive
+
+    def _key(self, recipe: Recipe, seed: int) -> str:
+        """A name that a reader knows the run by, and a digest of all that decides its result."""
+        settings = recipe.model_dump(mode="json")
+        name = settings.pop("name")
+        decisive = self._of_runs() | {"recipe": settings, "seed": seed}
+        return f"{name}-{recipe.sparsity:g}-seed{seed}-{_digest(decisive)}"
+
+    def _name(self, measures: Measures) -> str:
+        """What a reader knows an evaluation by, and a digest of what its numbers depend on besides the pruned model."""
+        name = text_name(measures.texts[0]) if measures.texts else "zero-shot"
+        return f"{plain(name)}-{_digest(self._of_evaluation(measures))}"
+
+    def _of_runs(self) -> dict[str, Any]:
+        return asdict(self.conditions) | {
+            "model": self._model(),
+            "calibration": _content(self.conditions.calibration),
+        }
+
+    def _of_evaluation(self, measures: Measures) -> dict[str, Any]:
+        """Of the dense model, numbers depend on that too, and on its dtype."""
+        return asdict(measures) | {
+            "texts": [_content(text) for text in measures.texts],
+            "data": {name: _content(file) for name, file in measures.data.items()},
+            "model": self._model(),
+            "dtype": self.conditions.dtype,
+            "bos": self.conditions.bos,
+        }
+
+    def _model(self) -> str:
+        """The model's name, or of local files a digest."""
+        return fingerprint(locate(self.conditions.model, self.progress)) or self.conditions.model
+
+
+def _label(checkpoint: Path) -> str:
+    """The key without its digest."""
+    return checkpoint.name.rpartition("-")[0]
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def _content(text: str) -> str:
+    """The name of a text, or of a local file a digest of what is in it."""
+    path = path_of(text)
+    if not path.is_file():
+        return text
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,1 @@
+"""What a run runs on, and what it takes of it."""
