@@ -30,10 +30,11 @@ test: $(READY)   ## the fast tests
 test-slow: $(READY) ## the tests that take minutes: SmolLM2-135M, sanitizers, calls of every kind
 	$(BIN)/python -m pytest -m slow
 
-lint: $(READY)   ## ruff and mypy
+lint: $(READY)   ## ruff, mypy, and the contract that imports point down
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: $(READY) ## let ruff write the format
 	$(BIN)/ruff format .
