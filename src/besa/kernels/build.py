@@ -45,10 +45,14 @@ def load(source: str) -> ctypes.CDLL | None:
     if compiler is not None:
         for way in WAYS:
             try:
-                return _loaded(compiler, (*FLAGS, *way), text)
+                library = _loaded(compiler, (*FLAGS, *way), text)
             except (OSError, subprocess.CalledProcessError) as error:
                 said = getattr(error, "stderr", None) or str(error)
                 reason = f"{compiler} failed: {' '.join(said.split())[:200]}"
+                continue
+            if not way:
+                warnings.warn(f"besa's kernels use one thread, without OpenMP: {reason}.", Notice, stacklevel=2)
+            return library
     warnings.warn(f"besa computes more slowly than it could, in plain torch: {reason}.", Notice, stacklevel=2)
     return None
 
