@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 
 from besa.errors import BesaError
+from besa.report.markdown import table
 from besa.storage.names import path_of
 
 HERE = Path(__file__).parent
@@ -75,12 +76,12 @@ def _found(finding: Finding, results: Path) -> Finding:
     return Finding(finding.name, finding.title, finding.paper, here, holds, model, date)
 
 
-def markdown(found: list[Finding]) -> str:
-    """The list as a table in Markdown."""
-    lines = ["| experiment | the paper found | found here | holds |", "|---|---|---|---|"]
+def listed(found: list[Finding]) -> str:
+    """The tables and figures in Markdown, one a row."""
+    rows = []
     for finding in found:
         about = f" ({finding.model}, {finding.date})" if finding.model else f" ({finding.date})" if finding.date else ""
         here = "" if finding.here is None else finding.here + about
         name = f"[{finding.name}]({finding.name}/{finding.name}.md)" if finding.here is not None else finding.name
-        lines.append(f"| {name}: {finding.title} | {finding.paper} | {here} | {finding.trend} |")
-    return "\n".join(lines) + "\n"
+        rows.append([f"{name}: {finding.title}", finding.paper, here, finding.trend])
+    return table(["experiment", "the paper found", "found here", "holds"], rows, words=4)

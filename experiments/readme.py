@@ -10,7 +10,8 @@ import os
 import re
 from pathlib import Path
 
-from experiments.paper import findings, markdown
+from besa.report.markdown import table
+from experiments.paper import findings, listed
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
@@ -37,11 +38,11 @@ def perplexity(folder: Path) -> float:
     return float(value)
 
 
-def table(name: str) -> str:
+def runs(name: str) -> str:
     """Sparsity, perplexity and seconds of some runs, in Markdown."""
     folder, methods = RUNS[name]
     dense = perplexity(DENSE)
-    lines = ["| method | sparsity | WikiText-2 perplexity | × dense | seconds |", "|---|---:|---:|---:|---:|"]
+    rows = []
     for method in dict.fromkeys(["dense", *methods]):
         place = DENSE if method == "dense" else RESULTS / folder / method
         sparsity, seconds = "0 %", ""
@@ -49,17 +50,17 @@ def table(name: str) -> str:
             record = json.loads((place / "besa_run.json").read_text(encoding="utf-8"))
             sparsity, seconds = f"{record['sparsity']:.4%}", f"{record['seconds']:,.0f}"
         value = perplexity(place)
-        lines.append(f"| {method} | {sparsity} | {value:,.2f} | {value / dense:.3f} | {seconds} |")
-    return "\n".join(lines) + "\n"
+        rows.append([method, sparsity, f"{value:,.2f}", f"{value / dense:.3f}", seconds])
+    return table(["method", "sparsity", "WikiText-2 perplexity", "× dense", "seconds"], rows)
 
 
 def trends() -> str:
     """Each of the paper's experiments with its verdict, in short."""
-    lines = ["", "| experiment | the paper found | holds here |", "|---|---|---|"]
+    rows = []
     for finding in findings(RESULTS):
         name = finding.name if finding.here is None else f"[{finding.name}]({finding.name}/{finding.name}.md)"
-        lines.append(f"| {name}: {finding.title} | {finding.paper.partition(' (')[0].rstrip('.')} | {finding.trend} |")
-    return "\n".join([*lines, "", ""])
+        rows.append([f"{name}: {finding.title}", finding.paper.partition(" (")[0].rstrip("."), finding.trend])
+    return f"\n{table(['experiment', 'the paper found', 'holds here'], rows, words=3)}\n"
 
 
 def past() -> str:
@@ -73,11 +74,11 @@ def past() -> str:
     }
     columns = list(dict.fromkeys(column for _, column in scores if column))
     head = f"{text} (dense {scores['dense', '']:,.2f})"
-    lines = ["", f"| {head} | {' | '.join(columns)} |", "|---" + "|---:" * len(columns) + "|"]
+    rows = []
     for name in dict.fromkeys(name for name, column in scores if column):
         own = [scores.get((name, column)) for column in columns]
-        lines.append(f"| {name} | {' | '.join('' if value is None else f'{value:,.2f}' for value in own)} |")
-    return "\n".join([*lines, "", ""])
+        rows.append([name, *("" if value is None else f"{value:,.2f}" for value in own)])
+    return f"\n{table([head, *columns], rows)}\n"
 
 
 def with_results(page: Path) -> str:
@@ -91,9 +92,9 @@ def _content(name: str, folder: Path) -> str:
     path = RESULTS / f"{name}.md"
     text = path.read_text(encoding="utf-8")
     if text.startswith("# "):
-        table = TABLE.search(text)
-        assert table is not None, f"{name}.md has no table"
-        text = f"\n{table[0]}\n"
+        shown = TABLE.search(text)
+        assert shown is not None, f"{name}.md has no table"
+        text = f"\n{shown[0]}\n"
     return LINK.sub(lambda link: os.path.relpath(path.parent / link[0], folder), text)
 
 
@@ -102,8 +103,8 @@ def main() -> None:
     for name in RUNS:
         path = RESULTS / f"{name}.md"
         before, after = TABLE.split(path.read_text(encoding="utf-8"), maxsplit=1)
-        path.write_text(before + table(name) + after, encoding="utf-8")
-    (RESULTS / "README.md").write_text(INDEX + markdown(findings(RESULTS)), encoding="utf-8")
+        path.write_text(before + runs(name) + after, encoding="utf-8")
+    (RESULTS / "README.md").write_text(INDEX + listed(findings(RESULTS)), encoding="utf-8")
     (RESULTS / "trends.md").write_text(trends(), encoding="utf-8")
     (RESULTS / "past.md").write_text(past(), encoding="utf-8")
     for page in PAGES:

@@ -16,6 +16,7 @@ from besa.errors import BesaError
 from besa.methods.recipe import Recipe
 from besa.record import now
 from besa.report.curves import Curve, Panel, curves
+from besa.report.markdown import table
 from besa.report.svg import standalone
 from besa.storage.names import path_of
 from besa.storage.writing import claimed, write_file
@@ -208,15 +209,16 @@ def row(recipe: str, outcomes: Sequence[Outcome], scores: Callable[[Outcome], di
 def markdown(rows: Sequence[Row], first: str = "recipe") -> str:
     """A table in Markdown; ± is the standard deviation over seeds."""
     scores = list(rows[0].mean)
-    lines = [
-        f"| {' | '.join([first, 'sparsity', *(LABELS.get(score, score) for score in scores), 'seconds'])} |",
-        "|---" + "|---:" * (len(scores) + 2) + "|",
+    cells = [
+        [
+            found.recipe,
+            f"{found.sparsity:.4%}",
+            *(cell(found, score) for score in scores),
+            "" if found.seconds is None else f"{found.seconds:,.0f}",
+        ]
+        for found in rows
     ]
-    for found in rows:
-        cells = [found.recipe, f"{found.sparsity:.4%}", *(cell(found, score) for score in scores)]
-        cells.append("" if found.seconds is None else f"{found.seconds:,.0f}")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return table([first, "sparsity", *(LABELS.get(score, score) for score in scores), "seconds"], cells)
 
 
 def cell(found: Row, score: str) -> str:
