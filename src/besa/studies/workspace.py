@@ -127,7 +127,7 @@ class Workspace:
             shutil.rmtree(checkpoint)
         return Outcome(
             RunRecord.read(record) if recipe is not None else None,
-            [Evaluation.model_validate_json(path.read_text(encoding="utf-8")) for path in files.values()],
+            [Evaluation.read(path) for path in files.values()],
         )
 
     def check(self, runs: Iterable[tuple[Recipe | None, int]]) -> None:
