@@ -13,7 +13,7 @@ from besa.record import now
 from besa.report.curves import curves
 from besa.report.svg import standalone
 from besa.storage.writing import write_file
-from besa.studies.comparing import markdown
+from besa.studies.rows import markdown
 from besa.system.machine import machine, resolve_device, versions
 from experiments.experiment import Experiment, Found, Options
 
@@ -109,7 +109,7 @@ def _page(experiment: Experiment, result: Mapping[str, Any], found: Found) -> st
     lines = [
         f"# {result['title']}",
         "",
-        markdown(list(found.rows.values()), "case"),
+        markdown(list(found.rows.values()), first="case"),
         f"![{result['title']}]({result['name']}.svg)",
         "",
         f"{result['verdict']['found']} {holds}",

@@ -203,7 +203,7 @@ def test_errors_are_those_of_the_records(results: dict[str, tuple[Found, Path]])
 
 def fake(points: tuple[float, ...] = (0.5, 0.7), **scores: float) -> Found:
     """Found perplexities."""
-    from besa.studies.comparing import Row
+    from besa.studies.rows import Row
 
     options = Options(Conditions("m"), Measures(), 0.5, 1, points)
     made = {
