@@ -17,12 +17,12 @@ from experiments.paper import RESULTS, Finding, findings
 def listed(found: Sequence[Finding]) -> Table:
     """The tables and figures, one a row."""
     table = Table(box=SIMPLE, show_lines=True, caption="python -m experiments.NAME runs one")
-    for column in ("name", "the paper found", "found here", "holds"):
+    for column in ("name", "the paper found", "found here", "holds", "made by"):
         table.add_column(column, overflow="fold")
     for finding in found:
-        about = ", ".join(part for part in (finding.model, finding.date) if part)
-        here = "" if finding.here is None else f"{finding.here} ({about})"
-        table.add_row(finding.name, f"{finding.title}. {finding.paper}", here, finding.trend)
+        here = "" if finding.here is None else f"{finding.here} ({finding.about})"
+        made_by = finding.origin.label if finding.origin else ""
+        table.add_row(finding.name, f"{finding.title}. {finding.paper}", here, finding.trend, made_by)
     return table
 
 

@@ -13,7 +13,7 @@ from besa.methods.recipe import Recipe
 from besa.models.blocks import find_blocks
 from besa.models.loading import locate, read_config, skeleton
 from besa.report.curves import Curve, Panel
-from besa.studies.comparing import SCORES, Row
+from besa.studies.rows import SCORES, Row
 from besa.studies.workspace import DENSE, Conditions, Measures, Outcome
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
 
-from besa.errors import BesaError
+from besa.report.markdown import table
 from besa.storage.names import path_of
+from besa.studies.origin import Origin
+from experiments.experiment import Verdict
+from experiments.result import Result
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -27,6 +29,7 @@ class Finding:
         holds: whether the paper's trend is there, None where that is open.
         model: on which it was run.
         date: when.
+        origin: what made it.
     """
 
     name: str
@@ -36,11 +39,12 @@ class Finding:
     holds: bool | None = None
     model: str = ""
     date: str = ""
+    origin: Origin | None = None
 
     @property
-    def command(self) -> str:
-        """What runs it."""
-        return f"python -m experiments.{self.name}"
+    def about(self) -> str:
+        """Model and date, as far as they are known."""
+        return ", ".join(part for part in (self.model, self.date) if part)
 
     @property
     def trend(self) -> str:
@@ -65,22 +69,25 @@ def _found(finding: Finding, results: Path) -> Finding:
     path = results / finding.name / f"{finding.name}.json"
     if not path.is_file():
         return finding
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        verdict = result.get("verdict") or {"found": f"See {path.with_suffix('.md').name}.", "holds": None}
-        here, holds = verdict["found"], verdict["holds"]
-        model, date = str(result.get("model", "")), str(result["created"])[:10]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise BesaError(f"{path} is not the result of an experiment: run {finding.command} again.") from None
-    return Finding(finding.name, finding.title, finding.paper, here, holds, model, date)
+    result = Result.read(path)
+    verdict = result.verdict or Verdict(f"See {path.with_suffix('.md').name}.", None)
+    return replace(
+        finding,
+        here=verdict.found,
+        holds=verdict.holds,
+        model=result.model,
+        date=result.created[:10],
+        origin=result.origin,
+    )
 
 
-def markdown(found: list[Finding]) -> str:
-    """The list as a table in Markdown."""
-    lines = ["| experiment | the paper found | found here | holds |", "|---|---|---|---|"]
+def listed(found: list[Finding]) -> str:
+    """The tables and figures in Markdown, one a row."""
+    rows = []
     for finding in found:
-        about = f" ({finding.model}, {finding.date})" if finding.model else f" ({finding.date})" if finding.date else ""
+        about = f" ({finding.about})" if finding.about else ""
         here = "" if finding.here is None else finding.here + about
         name = f"[{finding.name}]({finding.name}/{finding.name}.md)" if finding.here is not None else finding.name
-        lines.append(f"| {name}: {finding.title} | {finding.paper} | {here} | {finding.trend} |")
-    return "\n".join(lines) + "\n"
+        made_by = finding.origin.label if finding.origin else ""
+        rows.append([f"{name}: {finding.title}", finding.paper, here, finding.trend, made_by])
+    return table(["experiment", "the paper found", "found here", "holds", "made by"], rows, words=5)

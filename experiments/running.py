@@ -13,7 +13,7 @@ from rich.console import Console
 
 from besa.cli.show import progress_bar
 from besa.errors import BesaError
-from besa.studies.comparing import row
+from besa.studies.rows import row
 from besa.studies.workspace import Conditions, Measures, Outcome, Workspace
 from experiments.experiment import Experiment, Found, Options, linear_names
 from experiments.writing import RESULTS, without_calibration, write

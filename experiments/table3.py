@@ -20,6 +20,7 @@ from besa.checkpoint.inspection import inspect
 from besa.data.documents import read_documents
 from besa.models.loading import locate
 from besa.record import RunRecord, now
+from besa.report.markdown import table
 from besa.system.machine import machine, resolve_device, versions
 
 RESULTS = Path(__file__).parent / "results" / "table3"
@@ -135,17 +136,14 @@ def _verdict(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 def _markdown(result: dict[str, Any]) -> str:
     texts = list(result["rows"][0]["perplexity"])
-    lines = [
-        f"| method | sparsity | bits a weight | {' | '.join(texts)} | seconds |",
-        f"|---|---:|---:|{'---:|' * len(texts)}---:|",
-    ]
+    rows = []
     for row in result["rows"]:
         cells = [f"{row['perplexity'][text]:,.2f}" for text in texts]
         about = ["0 %", "", *cells, ""]
         if row["recipe"] != "dense":
             about = [f"{row['sparsity']:.4%}", f"{row['bits_per_weight']:.3f}", *cells, f"{row['seconds']:,.0f}"]
-        lines.append(f"| {RECIPES[row['recipe']]} | {' | '.join(about)} |")
-    return "\n".join(["", *lines, "", ""])
+        rows.append([RECIPES[row["recipe"]], *about])
+    return f"\n{table(['method', 'sparsity', 'bits a weight', *texts, 'seconds'], rows)}\n"
 
 
 if __name__ == "__main__":

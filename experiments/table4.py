@@ -24,6 +24,7 @@ import besa
 from besa.checkpoint.walk import StoredWeight
 from besa.models.kinds import shortened
 from besa.record import RECORD_NAME, RunRecord, now
+from besa.report.markdown import table
 from besa.simulator import Simulation, check_alike, described, simulate_weight
 from besa.system.machine import machine, resolve_device, versions
 
@@ -109,36 +110,40 @@ def _random(rows: int, columns: int, sparsity: float, seed: int) -> dict[str, An
 def _markdown(simulations: dict[str, Simulation], random: list[dict[str, Any]]) -> str:
     """Speed-ups of whole blocks, then random masks, then cycles by linear."""
     dense = next(iter(simulations.values()))
-    lines = [
-        "Speed-up over the same weights without zeros, all linears of a block together:",
-        "",
-        f"| figure | {' | '.join(simulations)} |",
-        f"|---|{'---:|' * len(simulations)}",
+    gains = [
+        [described(figure), *(f"{simulation.block.speedup[figure]:.2f}×" for simulation in simulations.values())]
+        for figure in dense.block.each()
     ]
-    for figure in dense.block.each():
-        ratios = [f"{simulation.block.speedup[figure]:.2f}×" for simulation in simulations.values()]
-        lines.append(f"| {described(figure)} | {' | '.join(ratios)} |")
-    lines += ["", "Cycles of random masks, the same number of zeros in each row:", ""]
-    lines += ["| rows × columns | sparsity | seed | published formula | corrected formula | work bound |"]
-    lines += ["|---|---:|---:|---:|---:|---:|"]
-    for own in random:
-        figures = [f"{own[f'cycles_{rule}']:,}" for rule in ("published", "corrected", "bound")]
-        about = [f"{own['shape'][0]} × {own['shape'][1]}", f"{own['sparsity']:.1%}", str(own["seed"])]
-        lines.append(f"| {' | '.join(about + figures)} |")
-    names = shortened([kind.name for kind in dense.kinds])
-    lines += ["", "Cycles, mean over blocks:", "", f"| figure | method | {' | '.join(names)} | all |"]
-    lines.append(f"|---|---|{'---:|' * (len(names) + 1)}")
+    masks = [
+        [
+            f"{own['shape'][0]} × {own['shape'][1]}",
+            f"{own['sparsity']:.1%}",
+            str(own["seed"]),
+            *(f"{own[f'cycles_{rule}']:,}" for rule in ("published", "corrected", "bound")),
+        ]
+        for own in random
+    ]
+    cycles = []
     for figure in dense.block.each():
         rows = {"dense": [column.dense.each()[figure] for column in [*dense.kinds, dense.block]]}
         rows |= {
             name: [own.each()[figure] for own in [*found.kinds, found.block]] for name, found in simulations.items()
         }
-        for name, numbers in rows.items():
-            lines.append(f"| {described(figure)} | {name} | {' | '.join(f'{number:,.1f}' for number in numbers)} |")
+        cycles += [[described(figure), name, *(f"{n:,.1f}" for n in numbers)] for name, numbers in rows.items()]
     for name, found in simulations.items():
-        shares = [f"{own.sparsity:.2%}" for own in [*found.kinds, found.block]]
-        lines.append(f"| sparsity | {name} | {' | '.join(shares)} |")
-    return "\n".join([*lines, ""])
+        cycles.append(["sparsity", name, *(f"{own.sparsity:.2%}" for own in [*found.kinds, found.block])])
+    rules = [f"{rule} formula" for rule in ("published", "corrected")]
+    names = shortened([kind.name for kind in dense.kinds])
+    return "\n".join(
+        [
+            "Speed-up over the same weights without zeros, all linears of a block together:\n",
+            table(["figure", *simulations], gains),
+            "Cycles of random masks, the same number of zeros in each row:\n",
+            table(["rows × columns", "sparsity", "seed", *rules, "work bound"], masks),
+            "Cycles, mean over blocks:\n",
+            table(["figure", "method", *names, "all"], cycles, words=2),
+        ]
+    )
 
 
 def _draw(simulations: dict[str, Simulation], path: Path) -> None:

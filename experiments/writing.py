@@ -13,7 +13,8 @@ from besa.record import now
 from besa.report.curves import curves
 from besa.report.svg import standalone
 from besa.storage.writing import write_file
-from besa.studies.comparing import markdown
+from besa.studies.origin import Origin
+from besa.studies.rows import markdown
 from besa.system.machine import machine, resolve_device, versions
 from experiments.experiment import Experiment, Found, Options
 
@@ -65,7 +66,7 @@ def write(experiment: Experiment, found: Found, folder: Path, arguments: Sequenc
         "limit": measures.limit,
         "notes": list(found.notes),
         "verdict": asdict(verdict),
-        "rows": [one.model_dump(mode="json") for one in found.rows.values()],
+        "rows": [one.model_dump(mode="json", exclude={"origin"}) for one in found.rows.values()],
         "settings": {
             case.label: case.recipe.model_dump(mode="json")
             for case in experiment.cases(found.options)
@@ -104,17 +105,17 @@ def _page(experiment: Experiment, result: Mapping[str, Any], found: Found) -> st
         measured.append(f"perplexity in {windows}" + (f" (first {n})" if (n := result["max_windows"]) else ""))
     if found.options.measures.tasks:
         measured.append(f"first {result['limit']} questions of each task" if result["limit"] else "all questions")
-    machine_ = f"{result['machine']['processor']}, {result['machine']['threads']} threads"
+    made_by = Origin(versions=result["versions"], machine=result["machine"]).label
     holds = TRENDS[result["verdict"]["holds"]].format(experiment.claim)
     lines = [
         f"# {result['title']}",
         "",
-        markdown(list(found.rows.values()), "case"),
+        markdown(list(found.rows.values()), first="case"),
         f"![{result['title']}]({result['name']}.svg)",
         "",
         f"{result['verdict']['found']} {holds}",
         "",
-        f"{result['model']}, {'; '.join([*measured, *result['notes']])}. {machine_}, {result['created'][:10]}, by",
+        f"{result['model']}, {'; '.join([*measured, *result['notes']])}. Made by {made_by}, {result['created'][:10]}:",
         f"`{' '.join(result['command'])}`.",
     ]
     return "\n".join(lines) + "\n"

@@ -17,6 +17,7 @@ from besa.methods.recipe import Recipe
 from besa.storage.writing import claimed
 from besa.studies import workspace as workspace_module
 from besa.studies.comparing import Comparison, compare
+from besa.studies.origin import Origin
 from besa.studies.workspace import Conditions, Measures, Workspace
 
 RECIPES, SPARSITIES = ["magnitude", "wanda"], [0.5, 0.7]
@@ -136,6 +137,17 @@ def test_another_evaluation_prunes_anew_only_where_weights_are_gone(
     assert replace(workspace, measures=Measures()).outcome(recipe).scores == {}
 
 
+def test_weights_that_are_to_be_kept_are_pruned_anew_where_they_are_gone(
+    tmp_path: Path, tiny_llama_folder: Path, text: str
+) -> None:
+    workspace, recipe = workspace_in(tmp_path, tiny_llama_folder, text), Recipe.load("magnitude", 0.5)
+    first = workspace.outcome(recipe)
+    assert not workspace.checkpoint(recipe).exists()
+    again = replace(workspace, keep=True).outcome(recipe)
+    assert (workspace.checkpoint(recipe) / "model.safetensors").exists()
+    assert again.scores == first.scores
+
+
 def test_an_interrupted_run_goes_on(tmp_path: Path, tiny_llama_folder: Path, text: str) -> None:
     def stop(done: float, total: float, note: str = "") -> None:
         if done == 5 and "error" in note:
@@ -188,6 +200,63 @@ def test_another_comparison_adds_its_rows_to_the_table(made: tuple[Workspace, Co
     with pytest.raises(BesaError, match="another recipe named mine: give each its own name"):
         compare(workspace, [str(mine)], [0.6], 1)
     assert {path.name: path.read_bytes() for path in workspace.folder.iterdir()} == before
+
+
+def of_another(monkeypatch: pytest.MonkeyPatch, **changes: object) -> None:
+    """As if another besa, or the same on another machine, went on."""
+    here = Origin.here("cpu")
+    parts = {name: getattr(here, name) | change for name, change in changes.items()}
+    monkeypatch.setattr(Origin, "here", lambda device: here.model_copy(update=parts))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"versions": {"besa": "9.9.9"}}, "besa 9.9.9"),
+        ({"versions": {"torch": "9.9"}}, "torch 9.9"),
+        ({"machine": {"processor": "Another"}}, "on Another"),
+        ({"machine": {"threads": 99}}, "99 threads"),
+        ({"machine": {"gpu": "A GPU"}}, "on A GPU"),
+    ],
+)
+def test_rows_of_another_besa_or_machine_are_shown_as_such_and_made_anew(
+    made: tuple[Workspace, Comparison], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes, words: str
+) -> None:
+    workspace = copied(made[0], tmp_path)
+    own = compare(workspace, ["wanda"], [0.7], 1)
+    pruned, compress = [], workspace_module.compress
+    monkeypatch.setattr(workspace_module, "compress", lambda *a, **k: pruned.append(a) or compress(*a, **k))
+    with monkeypatch.context() as patch:
+        of_another(patch, **changes)
+        workspace = replace(workspace)  # as a new process has it
+        found = compare(workspace, ["wanda"], [0.7], 1)
+        assert words in workspace.origin.label
+    assert len(pruned) == 1
+    assert [(row.recipe, row.origin) for row in found.rows] == [("wanda", workspace.origin)]
+    assert found.dense.origin == workspace.origin
+    assert found.earlier == [own.dense, *own.rows]
+    head, _, *lines = (workspace.folder / "compare.md").read_text().splitlines()
+    assert head.endswith("| seconds | made by |")
+    assert [line.split("|")[-2].strip() for line in lines] == ["", "", *[own.dense.origin.label] * 5]
+    back = compare(replace(workspace), ["wanda"], [0.7], 1)
+    assert len(pruned) == 1
+    assert back.rows == own.rows
+    assert back.earlier == [found.dense, *found.rows]
+
+
+def test_rows_of_before_versions_were_kept_are_shown_as_old(
+    made: tuple[Workspace, Comparison], tmp_path: Path, nothing_runs: None
+) -> None:
+    workspace = copied(made[0], tmp_path)
+    path = workspace.folder / "compare.json"
+    content = json.loads(path.read_text())
+    for row in (content["dense"], *content["rows"]):
+        del row["origin"]
+    path.write_text(json.dumps(content))
+    found = compare(workspace, ["wanda"], [0.7], 2)
+    assert [row.recipe for row in found.rows] == ["wanda"]
+    assert len(found.earlier) == 5
+    assert (workspace.folder / "compare.md").read_text().count("| an earlier besa |") == 5
 
 
 def test_a_table_of_other_conditions_is_not_written_over(
@@ -249,7 +318,8 @@ def test_what_would_end_the_work_is_found_before_it(
 
 
 def test_a_hopeless_model_leaves_a_gap(made: tuple[Workspace, Comparison]) -> None:
-    from besa.studies.comparing import markdown, plot
+    from besa.studies.comparing import plot
+    from besa.studies.rows import markdown
 
     _, found = made
     broken = found.rows[0].model_copy(update={"mean": {"heldout": math.inf, "little": math.inf}, "spread": {}})

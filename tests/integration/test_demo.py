@@ -1,12 +1,14 @@
 """The demo, with the tiny Llama in the place of the embedded model."""
 
-import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import besa
 from besa.errors import BesaError
-from besa.studies import demo
+from besa.studies import demo, workspace
+from besa.studies.demo import Demo
 
 PLAN = demo.Plan(("wanda", "besa"), samples=8, seqlen=64, window=64, max_windows=10)
 
@@ -16,50 +18,59 @@ def tiny(monkeypatch: pytest.MonkeyPatch, tiny_llama_folder: Path) -> None:
     monkeypatch.setattr(demo, "EMBEDDED", str(tiny_llama_folder))
 
 
-def run(out: Path, folder: Path, sparsity: float = 0.5) -> tuple[Path, list[demo.Row]]:
-    return demo.run_demo(out, PLAN, sparsity, [str(folder / "heldout.txt")], str(folder / "calibration.txt"))
+def run(out: Path, folder: Path, plan: demo.Plan = PLAN, sparsity: float = 0.5) -> Demo:
+    return demo.run_demo(out, plan, sparsity, [str(folder / "heldout.txt")], str(folder / "calibration.txt"))
 
 
 def test_demo_ends_with_checkpoints_a_table_and_a_page(tmp_path: Path, tiny_llama_folder: Path) -> None:
     out = tmp_path / "demo"
-    page, rows = run(out, tiny_llama_folder)
-    assert [row.method for row in rows] == ["dense", "wanda", "besa"]
-    assert [row.record and row.record.sparsity for row in rows] == [None, 0.5, 0.5]
-    assert page.read_text().lower().startswith("<!doctype html>")
-    for row in rows:
-        measured = json.loads((out / row.method / "besa_eval.json").read_text())
-        assert measured["perplexity"]["heldout"] == row.evaluation.perplexity["heldout"]
-    table = (out / "results.md").read_text().splitlines()
-    assert table[0] == "| method | sparsity | heldout | × | seconds |"
-    assert table[2].startswith("| dense | 0 % |")
-    assert table[4].startswith(f"| besa | 50.0000% | {rows[2].evaluation.perplexity['heldout']:.2f} |")
+    made = run(out, tiny_llama_folder)
+    rows = [made.comparison.dense, *made.comparison.rows]
+    assert [(row.recipe, row.sparsity) for row in rows] == [("dense", 0), ("wanda", 0.5), ("besa", 0.5)]
+    table = (out / "compare.md").read_text().splitlines()
+    assert table[4].startswith(f"| besa | 50.0000% | {rows[2].mean['heldout']:.2f} |")
+    assert list(made.checkpoints) == ["wanda", "besa"]
+    text = [str(tiny_llama_folder / "heldout.txt")]
+    page = made.page.read_text()
+    assert page.lower().startswith("<!doctype html>")
+    for row, model in zip(rows, [tiny_llama_folder, *made.checkpoints.values()], strict=True):
+        measured = besa.evaluate(model, text, window=64, max_windows=10).perplexity["heldout"]
+        assert row.mean["heldout"] == pytest.approx(measured, rel=1e-6)
+        assert f"{measured:.2f}" in page
 
 
 def test_demo_goes_on_where_it_was_interrupted(
     tmp_path: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "demo"
-    compress, calls = demo.compress, []
+    compress, calls = workspace.compress, []
 
-    def interrupted(model: str, recipe: str, *arguments: object, **settings: object) -> object:
-        calls.append(recipe)
+    def interrupted(model: str, recipe: besa.Recipe, *arguments: object, **settings: object) -> object:
+        calls.append(recipe.name)
         if calls == ["wanda", "besa"]:
             raise KeyboardInterrupt
         return compress(model, recipe, *arguments, **settings)
 
-    monkeypatch.setattr(demo, "compress", interrupted)
+    monkeypatch.setattr(workspace, "compress", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(out, tiny_llama_folder)
     run(out, tiny_llama_folder)
     assert calls == ["wanda", "besa", "besa"]
+    monkeypatch.setattr(workspace, "evaluate", lambda *_, **__: pytest.fail("it was measured again"))
+    (out / demo.PAGE).unlink()
+    assert run(out, tiny_llama_folder).page.exists()
+    assert len(calls) == 3
 
 
-def test_demo_refuses_a_folder_that_is_not_its_own(tmp_path: Path, tiny_llama_folder: Path) -> None:
-    run(tmp_path / "demo", tiny_llama_folder)
-    with pytest.raises(BesaError, match="not this demo's"):
-        run(tmp_path / "demo", tiny_llama_folder, sparsity=0.6)
-    with pytest.raises(BesaError, match="not this demo's"):
-        run(tmp_path, tiny_llama_folder)
+def test_demo_adds_to_its_own_folder_and_refuses_one_of_other_sizes(tmp_path: Path, tiny_llama_folder: Path) -> None:
+    out, plan = tmp_path / "demo", replace(PLAN, recipes=("magnitude",))
+    run(out, tiny_llama_folder, plan)
+    more = run(out, tiny_llama_folder, plan, sparsity=0.6)
+    assert [row.sparsity for row in more.comparison.rows] == pytest.approx([0.5, 0.6], abs=1e-4)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(BesaError, match="was made with another max_windows: choose another --out"):
+        run(out, tiny_llama_folder, replace(plan, max_windows=5))
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize(
@@ -73,7 +84,7 @@ def test_demo_refuses_a_folder_that_is_not_its_own(tmp_path: Path, tiny_llama_fo
         ({"calibration": "short.txt"}, "tokens"),
         ({"device": "tpu"}, "device|compute"),
         ({"out": Path("x" * 300)}, "xxx"),
-        ({"out": Path("file")}, "file exists already"),
+        ({"out": Path("file")}, "file cannot be written"),
     ],
 )
 def test_demo_refuses_before_it_works_and_leaves_nothing(
@@ -84,7 +95,7 @@ def test_demo_refuses_before_it_works_and_leaves_nothing(
     for name in ("short.txt", "file"):
         Path(name).write_text("Too short.")
     for work in ("compress", "evaluate"):
-        monkeypatch.setattr(demo, work, lambda *_, **__: pytest.fail("it has begun"))
+        monkeypatch.setattr(workspace, work, lambda *_, **__: pytest.fail("it has begun"))
     usual = {
         "out": Path("demo"), "plan": PLAN, "sparsity": 0.5, "texts": [str(tiny_llama_folder / "heldout.txt")],
         "calibration": str(tiny_llama_folder / "calibration.txt"),
@@ -102,7 +113,7 @@ def test_demo_that_is_refused_or_stopped_before_its_first_result_leaves_nothing(
         def fail(*_: object, error: BaseException = error, **__: object) -> None:
             raise error
 
-        monkeypatch.setattr(demo, "evaluate", fail)
+        monkeypatch.setattr(workspace, "evaluate", fail)
         with pytest.raises(type(error)):
             run(tmp_path / "demo", tiny_llama_folder)
         assert list(tmp_path.iterdir()) == []

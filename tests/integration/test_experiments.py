@@ -19,7 +19,7 @@ from besa.evaluation import zero_shot
 from besa.report.curves import Curve, Panel, curves
 from besa.studies.workspace import DENSE, Conditions, Measures, Workspace
 from experiments.experiment import ERRORS, Experiment, Found, Options, Verdict
-from experiments.paper import findings, markdown
+from experiments.paper import findings, listed
 from experiments.running import carry_out, planned
 from experiments.writing import shown, without_calibration, write
 from tests.tiny_questions import rows
@@ -203,7 +203,7 @@ def test_errors_are_those_of_the_records(results: dict[str, tuple[Found, Path]])
 
 def fake(points: tuple[float, ...] = (0.5, 0.7), **scores: float) -> Found:
     """Found perplexities."""
-    from besa.studies.comparing import Row
+    from besa.studies.rows import Row
 
     options = Options(Conditions("m"), Measures(), 0.5, 1, points)
     made = {
@@ -297,15 +297,15 @@ def test_commands_are_shown_without_folders(tmp_path: Path) -> None:
 
 def test_the_list_of_findings(results: dict[str, tuple[Found, Path]], tmp_path: Path) -> None:
     folder = results["table1"][1].parent
-    listed = {finding.name: finding for finding in findings(folder)}
-    assert set(NAMES) | {"table3", "table4"} == set(listed)
-    for name in listed:
+    found = {finding.name: finding for finding in findings(folder)}
+    assert set(NAMES) | {"table3", "table4"} == set(found)
+    for name in found:
         assert (ROOT / "experiments" / f"{name}.py").is_file()
-    assert listed["table3"].trend == "not run"
+    assert found["table3"].trend == "not run"
     verdict = experiment("table1").verdict(results["table1"][0])
-    assert (listed["table1"].here, listed["table1"].holds) == (verdict.found, verdict.holds)
-    assert listed["table1"].trend == ("yes" if verdict.holds else "no")
-    page = markdown(list(listed.values()))
+    assert (found["table1"].here, found["table1"].holds) == (verdict.found, verdict.holds)
+    assert found["table1"].trend == ("yes" if verdict.holds else "no")
+    page = listed(list(found.values()))
     assert f"{verdict.found} (two-blocks, 20" in page
     assert "| table3: " in page
     (tmp_path / "table1").mkdir()

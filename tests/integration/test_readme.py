@@ -13,7 +13,7 @@ import typer.testing
 
 from besa.cli import app
 from besa.methods.recipe import Recipe, shipped
-from experiments.readme import MARKED, PAGES, RESULTS, past, trends, with_results
+from experiments.readme import MARKED, PAGES, RESULTS, index, past, runs, trends, with_results
 
 ROOT = Path(__file__).parent.parent.parent
 README = ROOT / "README.md"
@@ -56,6 +56,17 @@ def test_result_tables_are_the_measured_ones(page: Path, results: int) -> None:
 def test_results_are_those_of_the_experiments() -> None:
     assert text_of(RESULTS / "past.md") == past()
     assert text_of(RESULTS / "trends.md") == trends()
+    assert text_of(RESULTS / "README.md") == index()
+    assert runs("50") in text_of(RESULTS / "50.md")
+    assert runs("70") in text_of(RESULTS / "70.md")
+
+
+def test_results_say_which_besa_on_which_machine_made_them() -> None:
+    lines = [line for line in index().splitlines() if line.startswith("| [")]
+    assert len(lines) > 15
+    for line in lines:
+        assert re.search(r"besa \d+\.\d+\.\d+, torch .* on (AMD EPYC, \d threads? \|$|an unknown machine)", line), line
+    assert sum("unknown machine" in line for line in lines) == 2  # evaluations of the dense model
 
 
 @pytest.mark.parametrize("page", DOCS, ids=lambda page: str(page.relative_to(ROOT)))

@@ -51,7 +51,10 @@ PANEL = "Prune"
 @commands.command(rich_help_panel=PANEL)
 def demo(
     out_dir: Annotated[
-        Path, typer.Option("--out", metavar="DIR", help="Folder for checkpoints and report; must not exist.")
+        Path,
+        typer.Option(
+            "--out", metavar="DIR", help="Folder for checkpoints, table and report; what it has is used again."
+        ),
     ] = Path("demo"),
     full: Annotated[
         bool, typer.Option("--full", help="All methods, 64 × 512 tokens of calibration: about half an hour on 2 cores.")
@@ -63,7 +66,7 @@ def demo(
     dtype: DtypeOption = Dtype.auto,
 ) -> None:
     """Prune the embedded SmolLM2-135M by BESA and by the methods it must beat, and show what is left of it."""
-    from besa.cli.show import comparison, progress_bar
+    from besa.cli.show import compared, progress_bar
     from besa.studies.demo import FULL, QUICK, run_demo
     from besa.system import memory
 
@@ -71,9 +74,14 @@ def demo(
     out.print(f"[bold]besa demo[/]: {plan.summary(sparsity)}")
     memory.stay_lean()
     with progress_bar(err) as tracker:
-        page, rows = run_demo(out_dir, plan, sparsity, ppl or ["wiki"], calibration, device.value, dtype.value, tracker)
-    out.print(comparison(rows))
-    out.print(f"Report: {page}")
+        command = ["besa", *sys.argv[1:]]
+        found = run_demo(
+            out_dir, plan, sparsity, ppl or ["wiki"], calibration, device.value, dtype.value, command, tracker
+        )
+    out.print(compared(found.comparison))
+    for method, folder in found.checkpoints.items():
+        out.print(f"Pruned by {method}: {folder}")
+    out.print(f"Report: {found.page}")
 
 
 @commands.command(rich_help_panel=PANEL)

@@ -26,8 +26,8 @@ from besa.progress import Progress
 from besa.record import RunRecord
 from besa.runtime.timings import Bench
 from besa.simulator import Simulation, described
-from besa.studies.comparing import LABELS, Comparison, cell
-from besa.studies.demo import Row
+from besa.studies.comparing import Comparison
+from besa.studies.rows import listed
 
 
 @contextmanager
@@ -59,24 +59,6 @@ def progress_bar(console: Console) -> Iterator[Progress]:
             bars.update(task, completed=done, total=total, count=count, note=note)
 
         yield tell
-
-
-def comparison(rows: Sequence[Row]) -> RenderableType:
-    """The demo's table: each method beside the dense model."""
-    dense = rows[0].evaluation
-    table = Table(caption=f"perplexity in windows of {dense.window} tokens; × is the ratio to dense")
-    table.add_column("method")
-    table.add_column("sparsity", justify="right")
-    for text in dense.perplexity:
-        table.add_column(f"perplexity {text}", justify="right")
-        table.add_column("×", justify="right")
-    table.add_column("seconds", justify="right")
-    for row in rows:
-        cells = [row.method, f"{row.record.sparsity:.4%}" if row.record else "0 %"]
-        for text, value in row.evaluation.perplexity.items():
-            cells += [f"{value:,.2f}", f"{value / dense.perplexity[text]:.2f}"]
-        table.add_row(*cells, f"{row.record.seconds:,.0f}" if row.record else "")
-    return table
 
 
 def pruned(record: RunRecord, folder: Path) -> RenderableType:
@@ -204,12 +186,11 @@ def evaluated(evaluation: Evaluation) -> RenderableType:
 def compared(found: Comparison) -> RenderableType:
     """Recipes side by side."""
     table = Table(title=found.model, caption=f"{found.calibration}; perplexity in windows of {found.window} tokens")
-    table.add_column("recipe")
-    for column in ("sparsity", *(LABELS.get(score, score) for score in found.dense.mean), "seconds"):
-        table.add_column(column, justify="right")
-    for row in [found.dense, *found.rows]:
-        cells = [f"{row.sparsity:.4%}", *(cell(row, score) for score in row.mean)]
-        table.add_row(row.recipe, *cells, "" if row.seconds is None else f"{row.seconds:,.0f}")
+    head, *cells = listed([found.dense, *found.rows], found.earlier)
+    for column in head:
+        table.add_column(column, justify="left" if column in (head[0], "made by") else "right")
+    for line in cells:
+        table.add_row(*line)
     return table
 
 

@@ -6,9 +6,10 @@ Shape suffixes: W windows, T tokens of a window, V vocabulary.
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
@@ -17,6 +18,10 @@ from besa.errors import BesaError
 from besa.progress import Progress, silent
 
 LOGITS = 2048  # tokens whose logits are in memory at a time, unless one window is longer
+
+
+# JSON has no infinity. It is written as `Infinity`; earlier files have null in its place.
+Infinite = Annotated[float, BeforeValidator(lambda value: math.inf if value is None else value)]
 
 
 class Perplexity(BaseModel):
@@ -31,7 +36,9 @@ class Perplexity(BaseModel):
             between tokenizers; None where the text's bytes are not known.
     """
 
-    perplexity: float
+    model_config = ConfigDict(ser_json_inf_nan="constants")
+
+    perplexity: Infinite
     windows: int
     predicted: int
     bos: bool = False

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from besa.evaluation.perplexity import Perplexity
+from besa.errors import BesaError
+from besa.evaluation.perplexity import Infinite, Perplexity
 from besa.evaluation.zero_shot import ZeroShot
+
+EVALUATION_NAME = "besa_eval.json"
 
 
 class Evaluation(BaseModel):
@@ -32,20 +37,52 @@ class Evaluation(BaseModel):
 
     model_config = ConfigDict(ser_json_inf_nan="constants")
 
-    model: str
-    perplexity: dict[str, float]
+    model: str = ""
+    perplexity: dict[str, Infinite]
     window: int
-    details: dict[str, Perplexity]
+    details: dict[str, Perplexity] = {}
     other_windows: dict[int, dict[str, Perplexity]] = {}
     sources: dict[str, str] = {}
     beginnings: dict[str, str] = {}
     notes: list[str] = []
     bos: str = "auto"
     zero_shot: ZeroShot | None = None
-    sparsity: float | None
-    seconds: float
-    created: str
-    versions: dict[str, str]
+    sparsity: float | None = None
+    seconds: float | None = None
+    created: str = ""
+    versions: dict[str, str] = {}
+
+    @classmethod
+    def read(cls, path: Path) -> Evaluation:
+        """Read what `besa eval` wrote, also with less in it than this besa writes.
+
+        Raises:
+            BesaError: the file cannot be read, or is no evaluation.
+        """
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except OSError:
+            raise BesaError(f"{path} cannot be read: check its permissions.") from None
+        except (ValidationError, UnicodeDecodeError):
+            raise BesaError(f"{path} is not a besa evaluation: write it anew with `besa eval`.") from None
+
+    @classmethod
+    def joined(cls, parts: Sequence[Evaluation]) -> Evaluation:
+        """One evaluation of parts as `of` makes them: they are of one model in windows of one length."""
+
+        def together(found: Iterable[dict[str, Any]]) -> dict[str, Any]:
+            return {name: value for one in found for name, value in one.items()}
+
+        lengths = dict.fromkeys(length for part in parts for length in part.other_windows)
+        update = {
+            "perplexity": together(part.perplexity for part in parts),
+            "details": together(part.details for part in parts),
+            "other_windows": {n: together(part.other_windows.get(n, {}) for part in parts) for n in lengths},
+            "sources": together(part.sources for part in parts),
+            "beginnings": together(part.beginnings for part in parts),
+            "zero_shot": next((part.zero_shot for part in parts if part.zero_shot), None),
+        }
+        return parts[0].model_copy(update=update)
 
     def of(self, text: str | None) -> Evaluation:
         """The part of one text, or for None of the tasks."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from besa.evaluation.perplexity import Perplexity
 from besa.evaluation.zero_shot import Accuracy, ZeroShot
 from besa.report import wording
 from besa.report.figures import Table
 from besa.report.results import Entry
-from besa.report.runs import Windows
 from besa.storage.names import printable
 
 
@@ -56,8 +56,8 @@ def lengths(entries: list[Entry]) -> list[Table]:
             entry.label,
             printable(text),
             wording.count(window),
-            wording.NO_VALUE if found.windows is None else wording.count(found.windows),
-            wording.NO_VALUE if found.perplexity is None else wording.perplexity(found.perplexity),
+            wording.count(found.windows),
+            wording.perplexity(found.perplexity),
             wording.NO_VALUE if found.bits_per_byte is None else f"{found.bits_per_byte:.4f}",
         ]
         for entry in entries
@@ -67,7 +67,7 @@ def lengths(entries: list[Entry]) -> list[Table]:
     return [Table("Perplexity by length of the window", head, rows)] if rows else []
 
 
-def _found(entry: Entry) -> Iterator[tuple[int, str, Windows]]:
+def _found(entry: Entry) -> Iterator[tuple[int, str, Perplexity]]:
     measured = entry.run.measured
     if measured is None or not (measured.other_windows or any(own.bits_per_byte for own in measured.details.values())):
         return

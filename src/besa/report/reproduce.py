@@ -10,11 +10,12 @@ import yaml
 
 from besa.data.documents import EMBEDDED
 from besa.errors import BesaError
+from besa.evaluation.result import EVALUATION_NAME
 from besa.evaluation.texts import TEST_SETS
 from besa.methods.recipe import Recipe, shipped
 from besa.record import RunRecord
 from besa.report.results import Entry
-from besa.report.runs import EVALUATION_NAME, SIMULATION_NAME
+from besa.report.runs import SIMULATION_NAME
 
 WIDTH = 96  # of a command line on the page
 

@@ -2,62 +2,28 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import BaseModel, ValidationError
 
 from besa.counting.budget import zeros_for
 from besa.errors import BesaError
-from besa.evaluation.zero_shot import ZeroShot
-from besa.record import RECORD_NAME, Record, RunRecord
+from besa.evaluation.result import EVALUATION_NAME, Evaluation
+from besa.record import RECORD_NAME, RunRecord
 from besa.runtime.timings import BENCH_NAME, Bench
 from besa.simulator import Simulation
 from besa.storage.formats.container import header
 from besa.storage.names import path_of, printable
 from besa.storage.weights import check_regular
 
-EVALUATION_NAME = "besa_eval.json"
 SIMULATION_NAME = "besa_simulation.json"
 
 
 Content = TypeVar("Content", bound=BaseModel)
-
-
-class Windows(Record):
-    """How much of a text was used, and what was found on it."""
-
-    windows: int | None = None
-    bos: bool = False
-    perplexity: float | None = None
-    bits_per_byte: float | None = None
-
-
-class Measured(Record):
-    """The part of an evaluation that the report shows."""
-
-    model: str = ""
-    perplexity: dict[str, float]
-    window: int
-    details: dict[str, Windows] = Field(default_factory=dict)
-    other_windows: dict[int, dict[str, Windows]] = Field(default_factory=dict)
-    bos: str = "auto"
-    zero_shot: ZeroShot | None = None
-    sparsity: float | None = None
-    seconds: float | None = None
-    versions: dict[str, str] = Field(default_factory=dict)
-
-    @field_validator("perplexity", mode="before")
-    @classmethod
-    def _null_is_infinite(cls, perplexity: Any) -> Any:
-        """JSON has no infinity: it is written as null."""
-        if not isinstance(perplexity, dict):
-            return perplexity
-        return {text: math.inf if value is None else value for text, value in perplexity.items()}
 
 
 @dataclass(frozen=True)
@@ -74,7 +40,7 @@ class Run:
 
     folder: Path
     record: RunRecord | None = None
-    measured: Measured | None = None
+    measured: Evaluation | None = None
     bench: Bench | None = None
     simulated: Simulation | None = None
 
@@ -125,8 +91,8 @@ class Run:
         """What two perplexities on a text must share to be compared: length of windows, their number, a BOS token."""
         if not self.measured:
             return None
-        found = self.measured.details.get(text, Windows())
-        return self.measured.window, found.windows, found.bos
+        found = self.measured.details.get(text)
+        return (self.measured.window, found.windows, found.bos) if found else (self.measured.window, None, False)
 
 
 def load_run(path: Path) -> Run:
@@ -149,7 +115,7 @@ def load_run(path: Path) -> Run:
     return Run(
         folder=path,
         record=record,
-        measured=_read(evaluation, Measured, "evaluation", "eval") if evaluation.exists() else None,
+        measured=Evaluation.read(evaluation) if evaluation.exists() else None,
         bench=_read(bench, Bench, "measurement of speed", "bench") if bench.exists() else None,
         simulated=_read(simulation, Simulation, "simulation", "simulate") if simulation.exists() else None,
     )

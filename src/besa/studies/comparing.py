@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from math import isfinite
-from operator import attrgetter, itemgetter
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from operator import itemgetter
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from besa.data.questions import TASKS
 from besa.errors import BesaError
@@ -18,39 +18,12 @@ from besa.record import now
 from besa.report.curves import Curve, Panel, curves
 from besa.report.svg import standalone
 from besa.storage.names import path_of
-from besa.storage.writing import claimed, write_file
-from besa.studies.workspace import DENSE, Outcome, Workspace
-from besa.system.machine import machine, resolve_device, versions
+from besa.storage.writing import LOCK, claimed, write_file
+from besa.studies.origin import Origin
+from besa.studies.rows import LABELS, Row, markdown, row
+from besa.studies.workspace import DENSE, Workspace
 
 NAME = "compare"
-SCORES: Callable[[Outcome], dict[str, float]] = attrgetter("scores")
-LABELS = {"accuracy": "mean accuracy in %"}
-
-
-class Row(BaseModel):
-    """A recipe at a sparsity.
-
-    Attributes:
-        recipe: its name.
-        settings: of the recipe; of a dense model there are none.
-        sparsity: counted in the written tensors.
-        seeds: how many runs.
-        mean: of every score over the seeds.
-        spread: their standard deviation, where there are several and all are finite.
-        values: the scores by seed.
-        seconds: of pruning, mean.
-    """
-
-    model_config = ConfigDict(ser_json_inf_nan="constants")
-
-    recipe: str
-    settings: dict[str, Any] | None = None
-    sparsity: float
-    seeds: int
-    mean: dict[str, float]
-    spread: dict[str, float]
-    values: dict[str, list[float]]
-    seconds: float | None
 
 
 class Comparison(BaseModel):
@@ -65,9 +38,8 @@ class Comparison(BaseModel):
         conditions: whatever decides a result besides recipe and seed.
         dense: the model that was pruned.
         rows: recipes by sparsity, in the order they were first given in.
+        earlier: rows of another besa or another machine, those of its dense model among them.
         created: when.
-        machine: what it ran on.
-        versions: of besa and of what the numbers depend on.
     """
 
     command: list[str] | None
@@ -78,9 +50,8 @@ class Comparison(BaseModel):
     conditions: dict[str, Any]
     dense: Row
     rows: list[Row]
+    earlier: list[Row] = []
     created: str
-    machine: dict[str, object]
-    versions: dict[str, str]
 
 
 def compare(
@@ -93,7 +64,8 @@ def compare(
     """Run what is missing of every recipe at every sparsity with the seeds 0, 1, …, and put it side by side.
 
     Writes `compare.json`, `compare.md` and `compare.svg` into the workspace's folder. Rows that its table has already
-    stay, as long as they were made under the same conditions.
+    stay, as long as they were made under the same conditions. Those made by another besa or on another machine are
+    shown as such, and not taken for what is asked for here.
 
     Args:
         workspace: model, data, measures, and where to keep what is done.
@@ -113,8 +85,8 @@ def compare(
         raise BesaError("Two recipes to compare have the same name: give each its own in its YAML file.")
     folder, conditions = path_of(workspace.folder), workspace.decisive()
     workspace.check([(None, 0), *((recipe, seed) for recipe in asked for seed in range(seeds))])
-    with claimed(folder, folder):
-        rows = _earlier(folder, conditions)
+    with _claimed(folder):
+        rows, earlier = _earlier(folder, conditions, workspace.origin)
         wanted = [(recipe, _seeds(recipe, seeds, rows, folder)) for recipe in asked]
         dense = row(DENSE, [workspace.outcome(None)])
         for recipe, own in wanted:
@@ -130,14 +102,25 @@ def compare(
             conditions=conditions,
             dense=dense,
             rows=[rows[place] for place in sorted(rows, key=itemgetter(1))],
+            earlier=earlier,
             created=now(),
-            machine=machine(resolve_device(given.device)),
-            versions=versions(),
         )
         write_file(folder / f"{NAME}.json", compared.model_dump_json(indent=2) + "\n")
-        write_file(folder / f"{NAME}.md", markdown([dense, *compared.rows]))
+        write_file(folder / f"{NAME}.md", markdown([dense, *compared.rows], earlier))
         write_file(folder / f"{NAME}.svg", plot(compared))
     return compared
+
+
+@contextmanager
+def _claimed(folder: Path) -> Iterator[None]:
+    """Have the folder to oneself; a new one goes again where nothing came of the work."""
+    new = not folder.exists()
+    with claimed(folder, folder):
+        try:
+            yield
+        finally:
+            if new and [path.name for path in folder.iterdir()] == [LOCK]:
+                shutil.rmtree(folder)
 
 
 def _place(settings: dict[str, Any] | None) -> tuple[str, float]:
@@ -146,8 +129,10 @@ def _place(settings: dict[str, Any] | None) -> tuple[str, float]:
     return settings["name"], settings["sparsity"]
 
 
-def _earlier(folder: Path, conditions: dict[str, Any]) -> dict[tuple[str, float], Row]:
-    """Rows that the table in a folder has.
+def _earlier(
+    folder: Path, conditions: dict[str, Any], origin: Origin
+) -> tuple[dict[tuple[str, float], Row], list[Row]]:
+    """Rows that the table in a folder has: recipes of this origin by their places, and all rows of others.
 
     Raises:
         BesaError: they were made under other conditions, or the table cannot be read.
@@ -156,12 +141,13 @@ def _earlier(folder: Path, conditions: dict[str, Any]) -> dict[tuple[str, float]
     try:
         found = Comparison.model_validate_json(path.read_bytes())
     except FileNotFoundError:
-        return {}
+        return {}, []
     except (OSError, ValidationError):
         raise BesaError(f"{path} is no table that rows can be added to: choose another --out.") from None
     if other := [key for key, value in conditions.items() if found.conditions.get(key) != value]:
         raise BesaError(f"The table in {folder} was made with another {' and '.join(other)}: choose another --out.")
-    return {_place(row.settings): row for row in found.rows}
+    own = {_place(row.settings): row for row in (*found.rows, *found.earlier) if row.origin == origin and row.settings}
+    return own, [row for row in (found.dense, *found.rows, *found.earlier) if row.origin != origin]
 
 
 def _seeds(recipe: Recipe, seeds: int, rows: Mapping[tuple[str, float], Row], folder: Path) -> int:
@@ -182,51 +168,8 @@ def _seeds(recipe: Recipe, seeds: int, rows: Mapping[tuple[str, float], Row], fo
     return max(seeds, found.seeds)
 
 
-def row(recipe: str, outcomes: Sequence[Outcome], scores: Callable[[Outcome], dict[str, float]] = SCORES) -> Row:
-    """Mean and spread of one recipe's outcomes.
-
-    Args:
-        recipe: its name.
-        outcomes: one for each seed.
-        scores: what is looked at.
-    """
-    each = [scores(outcome) for outcome in outcomes]
-    values = {score: [found[score] for found in each] for score in each[0]}
-    records = [outcome.record for outcome in outcomes if outcome.record]
-    return Row(
-        recipe=recipe,
-        settings=records[0].recipe if records else None,
-        sparsity=mean(record.sparsity for record in records) if records else 0.0,
-        seeds=len(outcomes),
-        mean={score: mean(found) for score, found in values.items()},
-        spread={score: stdev(found) for score, found in values.items() if len(found) > 1 and all(map(isfinite, found))},
-        values=values,
-        seconds=mean(record.seconds for record in records) if records else None,
-    )
-
-
-def markdown(rows: Sequence[Row], first: str = "recipe") -> str:
-    """A table in Markdown; ± is the standard deviation over seeds."""
-    scores = list(rows[0].mean)
-    lines = [
-        f"| {' | '.join([first, 'sparsity', *(LABELS.get(score, score) for score in scores), 'seconds'])} |",
-        "|---" + "|---:" * (len(scores) + 2) + "|",
-    ]
-    for found in rows:
-        cells = [found.recipe, f"{found.sparsity:.4%}", *(cell(found, score) for score in scores)]
-        cells.append("" if found.seconds is None else f"{found.seconds:,.0f}")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def cell(found: Row, score: str) -> str:
-    """A score and its spread."""
-    spread, digits = found.spread.get(score), 2 if abs(found.mean[score]) >= 1 else 4
-    return f"{found.mean[score]:,.{digits}f}" + ("" if spread is None else f" ± {spread:,.{digits}f}")
-
-
 def plot(found: Comparison) -> str:
-    """Scores against sparsity, a line for each recipe, as an SVG document."""
+    """Scores against sparsity, a line for each recipe, as an SVG document; earlier rows are not drawn."""
     names = list(dict.fromkeys(row.recipe for row in found.rows))
     panels = []
     for score in (score for score in found.dense.mean if score not in TASKS):  # of tasks, their mean

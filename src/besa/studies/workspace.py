@@ -1,4 +1,7 @@
-"""A folder of runs and evaluations under the keys of what decides them: what is there is not done again."""
+"""A folder of runs and evaluations under the keys of what decides them: what is there is not done again.
+
+Versions and machine are part of every key: what another besa or another machine left in the folder is not used.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,7 @@ from besa.progress import Progress, labelled, silent
 from besa.record import RECORD_NAME, RunRecord
 from besa.storage.names import path_of, plain
 from besa.storage.writing import write_file
+from besa.studies.origin import Origin
 from besa.system.machine import resolve_device
 
 DENSE = "dense"
@@ -72,10 +77,12 @@ class Outcome:
     Attributes:
         record: of the run; the dense model has none.
         evaluations: one for each text, and one for all tasks.
+        origin: versions and machine that made them; None where nobody knows.
     """
 
     record: RunRecord | None
     evaluations: list[Evaluation]
+    origin: Origin | None = None
 
     @property
     def scores(self) -> dict[str, float]:
@@ -89,6 +96,11 @@ class Outcome:
                 }
         return scores
 
+    @property
+    def evaluation(self) -> Evaluation:
+        """All evaluations as one."""
+        return Evaluation.joined(self.evaluations)
+
 
 @dataclass(frozen=True)
 class Workspace:
@@ -98,7 +110,7 @@ class Workspace:
         folder: is made when needed.
         conditions: of the runs.
         measures: of the evaluations.
-        keep: leave pruned weights in `KEY/`; else those pruned now go once they are evaluated, and another evaluation
+        keep: have pruned weights in `KEY/`; else those pruned now go once they are evaluated, and another evaluation
             prunes anew.
         progress: told about each piece of work in turn.
     """
@@ -108,6 +120,11 @@ class Workspace:
     measures: Measures
     keep: bool = False
     progress: Progress = silent
+
+    @cached_property
+    def origin(self) -> Origin:
+        """Versions and machine of what is made now."""
+        return Origin.here(self.conditions.device)
 
     def outcome(self, recipe: Recipe | None, seed: int = 0) -> Outcome:
         """The run of a recipe (None: the dense model) and its evaluations; done now, or gone on with, where missing.
@@ -119,7 +136,8 @@ class Workspace:
         record, checkpoint = self.folder / f"{key}.run.json", self.folder / key
         kept = self.keep or checkpoint.exists()
         missing = {measures: path for measures, path in files.items() if not path.exists()}
-        if recipe is not None and (missing or not record.exists()):
+        gone = self.keep and not checkpoint.exists()
+        if recipe is not None and (missing or gone or not record.exists()):
             self._prune(recipe, seed, checkpoint, record)
         if missing:
             self._measure(checkpoint if recipe is not None else self.conditions.model, missing)
@@ -127,7 +145,8 @@ class Workspace:
             shutil.rmtree(checkpoint)
         return Outcome(
             RunRecord.read(record) if recipe is not None else None,
-            [Evaluation.model_validate_json(path.read_text(encoding="utf-8")) for path in files.values()],
+            [Evaluation.read(path) for path in files.values()],
+            self.origin,
         )
 
     def check(self, runs: Iterable[tuple[Recipe | None, int]]) -> None:
@@ -146,6 +165,10 @@ class Workspace:
         tokenizer = load_tokenizer(source, given.trust_remote_code)
         first = bos_token(given.bos, tokenizer, read_config(source, given.trust_remote_code))
         sample(given.calibration, tokenizer, given.samples, given.seqlen, 0, self.progress, bos=first)
+
+    def checkpoint(self, recipe: Recipe, seed: int = 0) -> Path:
+        """Where the pruned weights of a run are, if they are kept."""
+        return self.folder / self._key(recipe, seed)
 
     def _files(self, recipe: Recipe | None, seed: int) -> tuple[str, dict[Measures, Path]]:
         """The key of a run, and where its evaluations are."""
@@ -186,12 +209,16 @@ class Workspace:
         settings = recipe.model_dump(mode="json")
         name = settings.pop("name")
         decisive = self._of_runs() | {"recipe": settings, "seed": seed}
-        return f"{name}-{recipe.sparsity:g}-seed{seed}-{_digest(decisive)}"
+        return f"{name}-{recipe.sparsity:g}-seed{seed}-{self._digest(decisive)}"
 
     def _name(self, measures: Measures) -> str:
         """What a reader knows an evaluation by, and a digest of what its numbers depend on besides the pruned model."""
         name = text_name(measures.texts[0]) if measures.texts else "zero-shot"
-        return f"{plain(name)}-{_digest(self._of_evaluation(measures))}"
+        return f"{plain(name)}-{self._digest(self._of_evaluation(measures))}"
+
+    def _digest(self, decisive: dict[str, Any]) -> str:
+        content = decisive | {"origin": self.origin.model_dump()}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
 
     def _of_runs(self) -> dict[str, Any]:
         return asdict(self.conditions) | {
@@ -217,10 +244,6 @@ class Workspace:
 def _label(checkpoint: Path) -> str:
     """The key without its digest."""
     return checkpoint.name.rpartition("-")[0]
-
-
-def _digest(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
 
 
 def _content(text: str) -> str:

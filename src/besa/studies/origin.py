@@ -1,0 +1,40 @@
+"""What made a result: the versions and the machine that its numbers depend on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel
+
+from besa.system.machine import machine, resolve_device, versions
+
+
+class Origin(BaseModel):
+    """Results of one origin can stand side by side; those of another are shown as such, and not used again.
+
+    Attributes:
+        versions: of besa and of the packages that its numbers depend on.
+        machine: processor, threads, GPU and kernels, as in run records.
+    """
+
+    versions: dict[str, str]
+    machine: dict[str, Any]
+
+    @classmethod
+    def here(cls, device: str) -> Origin:
+        """Of what is computed here on a device; Python's own version changes no number.
+
+        Raises:
+            BesaError: there is no such device here.
+        """
+        packages = {name: version for name, version in versions().items() if name != "python"}
+        return cls(versions=packages, machine=machine(resolve_device(device)))
+
+    @property
+    def label(self) -> str:
+        """Versions and machine in words, as far as they are known."""
+        packages = ", ".join(f"{name} {version}" for name, version in self.versions.items() if name != "python")
+        processor = self.machine.get("gpu") or self.machine.get("processor")
+        threads = self.machine.get("threads")
+        counted = f", {threads} thread{'' if threads == 1 else 's'}" if threads else ""
+        return f"{packages or 'an unknown besa'} on {processor or 'an unknown machine'}{counted}"

@@ -1,0 +1,108 @@
+"""Rows of a table of results: what was found of a recipe, and by which besa on which machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import isfinite
+from operator import attrgetter
+from statistics import mean, stdev
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from besa.report.markdown import table
+from besa.studies.origin import Origin
+from besa.studies.workspace import Outcome
+
+SCORES: Callable[[Outcome], dict[str, float]] = attrgetter("scores")
+LABELS = {"accuracy": "mean accuracy in %"}
+
+
+class Row(BaseModel):
+    """A recipe at a sparsity.
+
+    Attributes:
+        recipe: its name.
+        settings: of the recipe; of a dense model there are none.
+        sparsity: counted in the written tensors.
+        seeds: how many runs.
+        mean: of every score over the seeds.
+        spread: their standard deviation, where there are several and all are finite.
+        values: the scores by seed.
+        seconds: of pruning, mean.
+        origin: versions and machine that made it; None where a file does not say.
+    """
+
+    model_config = ConfigDict(ser_json_inf_nan="constants")
+
+    recipe: str
+    settings: dict[str, Any] | None = None
+    sparsity: float
+    seeds: int
+    mean: dict[str, float]
+    spread: dict[str, float]
+    values: dict[str, list[float]]
+    seconds: float | None
+    origin: Origin | None = None
+
+
+def row(recipe: str, outcomes: Sequence[Outcome], scores: Callable[[Outcome], dict[str, float]] = SCORES) -> Row:
+    """Mean and spread of one recipe's outcomes.
+
+    Args:
+        recipe: its name.
+        outcomes: one for each seed, all of one origin.
+        scores: what is looked at.
+    """
+    each = [scores(outcome) for outcome in outcomes]
+    values = {score: [found[score] for found in each] for score in each[0]}
+    records = [outcome.record for outcome in outcomes if outcome.record]
+    return Row(
+        recipe=recipe,
+        settings=records[0].recipe if records else None,
+        sparsity=mean(record.sparsity for record in records) if records else 0.0,
+        seeds=len(outcomes),
+        mean={score: mean(found) for score, found in values.items()},
+        spread={score: stdev(found) for score, found in values.items() if len(found) > 1 and all(map(isfinite, found))},
+        values=values,
+        seconds=mean(record.seconds for record in records) if records else None,
+        origin=outcomes[0].origin,
+    )
+
+
+def listed(rows: Sequence[Row], earlier: Sequence[Row] = (), first: str = "recipe") -> list[list[str]]:
+    """The cells of a table of rows, its head first; ± is the standard deviation over seeds.
+
+    Args:
+        rows: made by this besa on this machine.
+        earlier: made by others; a last column says by which.
+        first: name of the first column.
+    """
+    scores = list(rows[0].mean)
+    head = [first, "sparsity", *(LABELS.get(score, score) for score in scores), "seconds"]
+    cells = [
+        [
+            one.recipe,
+            f"{one.sparsity:.4%}",
+            *(cell(one, score) for score in scores),
+            "" if one.seconds is None else f"{one.seconds:,.0f}",
+        ]
+        for one in (*rows, *earlier)
+    ]
+    if earlier:
+        origins = [one.origin.label if one.origin else "an earlier besa" for one in earlier]
+        made_by = ["made by", *[""] * len(rows), *origins]
+        return [[*line, origin] for line, origin in zip([head, *cells], made_by, strict=True)]
+    return [head, *cells]
+
+
+def cell(row: Row, score: str) -> str:
+    """A score and its spread."""
+    spread, digits = row.spread.get(score), 2 if abs(row.mean[score]) >= 1 else 4
+    return f"{row.mean[score]:,.{digits}f}" + ("" if spread is None else f" ± {spread:,.{digits}f}")
+
+
+def markdown(rows: Sequence[Row], earlier: Sequence[Row] = (), first: str = "recipe") -> str:
+    """The table that `listed` describes, in Markdown."""
+    head, *cells = listed(rows, earlier, first)
+    return table(head, cells)
