@@ -124,7 +124,7 @@ def test_table_and_json(half: Path, tmp_path: Path) -> None:
 def test_a_hugging_face_id_is_fetched(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def fetch(name: str) -> Path:
+    def fetch(name: str, revision: str | None) -> Path:
         asked.append(name)
         return half
 

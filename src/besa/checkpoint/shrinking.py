@@ -6,6 +6,7 @@ Shape suffixes: N sequences, T tokens, C channels of the residual stream, U unit
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +67,13 @@ def shrink(
         BesaError: the model cannot be read, some block has no such channels, or the family's configuration cannot say
             the smaller shapes; or `out` exists or cannot be written.
     """
-    source = local(model, progress)
+    source = local(model, progress, trust_remote_code)
     if header(folder_of(source)) is not None:
         raise BesaError(f"{model} is packed: make it dense with `besa unpack` first.")
-    decoder = DecoderOnDisk(source, trust_remote_code=trust_remote_code)
+    decoder = DecoderOnDisk(source)
     decoder.check_writable()
     kept = _kept(decoder, str(model))
-    config = _smaller_config(source, decoder, kept, trust_remote_code)
+    config = _smaller_config(source, decoder, kept)
     blocks = len(decoder.blocks)
 
     def parts() -> Iterator[dict[str, Tensor]]:
@@ -91,8 +92,8 @@ def shrink(
     before = size_of(folder_of(source).glob("*.safetensors"))
     with appearing(Path(out)) as folder:
         rewrite(source, folder, parts(), config, STEM)
-        written = DecoderOnDisk(Source(str(out), str(folder)), trust_remote_code=trust_remote_code)
-        _compare(DecoderOnDisk(source, trust_remote_code=trust_remote_code), written, progress)
+        written = DecoderOnDisk(replace(source, name=str(out), location=str(folder)))
+        _compare(DecoderOnDisk(source), written, progress)
         after = size_of(folder.glob("*.safetensors"))
     return Shrinking(units=sizes, file_bytes_before=before, file_bytes=after)
 
@@ -130,28 +131,28 @@ def _without_first(unread_U: Tensor, number: int) -> Tensor:
     return stay_U.nonzero().flatten()
 
 
-def _smaller_config(source: Source, decoder: DecoderOnDisk, kept: Kept, trust_remote_code: bool) -> dict[str, Any]:
+def _smaller_config(source: Source, decoder: DecoderOnDisk, kept: Kept) -> dict[str, Any]:
     """What config.json is to say.
 
     Raises:
         BesaError: a model made from it has other shapes than what will be written.
     """
     config = read_config_json(folder_of(source))
-    like = read_config(source, trust_remote_code)
+    like = read_config(source)
     for coupling in couplings(decoder.blocks[0]):
         if coupling.kind in kept:
             config |= coupling.settings(like, len(kept[coupling.kind][0]))
     smaller = type(like).from_dict(config)
     smaller.dtype = decoder.model.dtype
     with torch.device("meta"):
-        wanted = skeleton(source, like, trust_remote_code)
+        wanted = skeleton(source, like)
         for block in find_blocks(wanted):
             for coupling in couplings(block):
                 if coupling.kind in kept:
                     take_out(block, coupling, kept[coupling.kind][block.index].to("meta"))
         shapes = {name: tensor.shape for name, tensor in wanted.state_dict().items()}
         try:
-            found = skeleton(source, smaller, trust_remote_code).state_dict()
+            found = skeleton(source, smaller).state_dict()
         except BesaError:  # a family that looks at its configuration
             found = {}
     if {name: tensor.shape for name, tensor in found.items()} != shapes:

@@ -132,24 +132,23 @@ class DecoderOnDisk:
     Args:
         source: a local folder.
         dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
-        trust_remote_code: run model code that comes with the checkpoint.
 
     Raises:
         BesaError: configuration or weight files are damaged, or of no decoder that besa can prune.
     """
 
-    def __init__(self, source: Source, dtype: str = "auto", trust_remote_code: bool = False) -> None:
+    def __init__(self, source: Source, dtype: str = "auto") -> None:
         assert source.folder is not None
         self.folder: Path | None = source.folder
         self.dtype = None if dtype == "auto" else dtype
         self._files = open_files(source.folder)
-        config = read_config(source, trust_remote_code)
+        config = read_config(source)
         refuse_quantized(source, config)
         config.dtype = getattr(torch, dtype) if self.dtype else config.dtype or self._files.dtype()
         with torch.device("meta"):  # wrong sizes are found out before anything of that size is made
-            empty = skeleton(source, config, trust_remote_code)
+            empty = skeleton(source, config)
         self._layout = Layout(source.name, self._files, empty, find_blocks(empty))
-        self.model = skeleton(source, config, trust_remote_code)
+        self.model = skeleton(source, config)
         self.model.generation_config = read_generation_config(source, self.model)
         self.blocks = find_blocks(self.model)
         self.unbuilt, self.unbuilt_bytes = self._layout.unbuilt, self._layout.unbuilt_bytes
