@@ -77,7 +77,7 @@ def shrink(
     blocks = len(decoder.blocks)
 
     def parts() -> Iterator[dict[str, Tensor]]:
-        for name, tensor in decoder.rest():
+        for name, tensor in decoder.tensors_outside_blocks():
             yield {name: tensor}
         for block in decoder.blocks:
             found = couplings(block)

@@ -14,7 +14,7 @@ from besa.checkpoint.checking import check_complete, check_packed
 from besa.checkpoint.verification import verify as verify_folder
 from besa.data.arguments import Dtype, checked
 from besa.errors import BesaError
-from besa.models.layout import fill, renaming, tie
+from besa.models.layout import load_tensors, renaming, tie
 from besa.models.loading import Source, is_quantized, load_model, locate, read_config, read_generation_config, skeleton
 from besa.models.streaming import DecoderOnDisk
 from besa.progress import Progress, silent
@@ -105,7 +105,7 @@ def _load_packed(source: Source, files: Container, config: PreTrainedConfig, dty
         if not isinstance(dense, nn.Linear) or (dense.out_features, dense.in_features) != weight.shape:
             raise BesaError(f"{source.name}: {linear} {weight.shape} has no place in the model that config.json says.")
         model.set_submodule(name, SparseLinear(_in_dtype(weight, config.dtype, linear), dense.bias))
-    fill(model, _dense_tensors(files), conversions, source.name)
+    load_tensors(model, _dense_tensors(files), conversions, source.name)
     tie(model)
     model.generation_config = read_generation_config(source, model)
     return model.eval()
