@@ -126,7 +126,7 @@ def test_heads_under_a_common_norm_are_not_pruned(tiny_tokenizer: Any, tmp_path:
     folder = saved(random_model(config_of("olmo2")), tmp_path / "dense")
     recipe = Recipe(sparsity=0.3, allocation={"method": "structured", "heads": 0.5})
     words = refusal(lambda: besa.compress(folder, recipe, TOKENS, out=tmp_path / "out", tokenizer=tiny_tokenizer))
-    assert "The key-value heads of model.layers.0 are not independent" in words
+    assert "The key-value heads of model.layers.0 depend on each other" in words
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_heads_under_a_common_norm_are_not_pruned(tiny_tokenizer: Any, tmp_path:
         ("bloom", "ffn", "configuration cannot describe fewer feed-forward channels"),
         ("phi3", "", "no feed-forward channels or heads that besa can separate"),
         ("mixtral", "", "no feed-forward channels or heads that besa can separate"),
-        ("deepseek_v3", "", "blocks of this model are of different shapes"),
+        ("deepseek_v3", "", "blocks of this model have different shapes"),
         ("llama", "", "blocks without unread key-value heads or feed-forward channels"),
     ],
 )
