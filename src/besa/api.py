@@ -29,6 +29,7 @@ from besa.models.borrowing import borrowed, tokenizer_of_caller
 from besa.models.bos import bos_token
 from besa.models.limits import embedding_rows, positions
 from besa.models.loading import (
+    Source,
     check_decoder,
     describe,
     is_quantized,
@@ -43,8 +44,8 @@ from besa.models.streaming import Decoder, DecoderInMemory, DecoderOnDisk
 from besa.planning import Plan, work_out
 from besa.progress import Progress, silent
 from besa.pruning import Resources, prune_blocks
-from besa.record import PASSED_NAMES, PassedThrough, RunRecord, now
-from besa.runtime.sparse_models import load
+from besa.record import PASSED_NAMES, BlockRecord, PassedThrough, RunRecord, now
+from besa.runtime.sparse_models import load_source
 from besa.simulator import Accelerator, Simulation
 from besa.simulator import simulate as simulate_checkpoint
 from besa.storage.formats.container import header
@@ -77,7 +78,7 @@ class Compressed:
     def model(self) -> PreTrainedModel:
         """The pruned model; one that was pruned from disk to disk is loaded when first asked for."""
         if self._model is None:
-            self._model = load_model(locate(str(self.out)), trust_remote_code=self._trusted)
+            self._model = load_model(locate(str(self.out), trust_remote_code=self._trusted))
         return self._model
 
 
@@ -144,15 +145,15 @@ def compress(
     out = path_of(out) if out is not None else None
     lent = borrowed(model) if isinstance(model, PreTrainedModel) else nullcontext()
     with lent, journal_for(out, resume) if out else nullcontext() as journal:
-        decoder, tokenizer, identity = _opened(model, tokenizer, dtype, trust_remote_code, out is not None, progress)
-        room, rows = positions(decoder.model), embedding_rows(decoder.model)
-        if isinstance(calibration, Calibration):
-            notes = room.checked(calibration.seqlen, "A calibration sequence of")
-            check_known(calibration.tokens_NT, rows, tokenizer)
-        else:
-            seqlen = room.usual if seqlen is None else seqlen
-            notes, first = room.checked(seqlen, "--seqlen"), bos_token(bos, tokenizer, decoder.model.config)
-            calibration = sample(calibration, tokenizer, samples, seqlen, seed, progress, bos=first, rows=rows)
+        opened = (
+            model
+            if isinstance(model, PreTrainedModel)
+            else locate(model, progress, trust_remote_code=trust_remote_code)
+        )
+        decoder, tokenizer, identity = _opened(opened, tokenizer, dtype, out is not None)
+        calibration, notes = _calibration(
+            calibration, decoder.model, tokenizer, samples=samples, seqlen=seqlen, bos=bos, seed=seed, progress=progress
+        )
         batch = min(calibration.samples, batch or default_batch(calibration.seqlen, device))
         if journal is not None:
             journal.begin(_decisive(recipe, identity, calibration, seed, batch, device) | {"dequantized": dequantized})
@@ -166,7 +167,6 @@ def compress(
         blocks = prune_blocks(
             decoder, recipe, calibration, seed=seed, resources=resources, journal=journal, progress=progress
         )
-        weights, zeros = sum(block.weights for block in blocks), sum(block.zeros for block in blocks)
         record = RunRecord(
             created=now(),
             command=command,
@@ -177,18 +177,11 @@ def compress(
             versions=versions(),
             machine=machine(device),
             blocks=blocks,
-            weights=weights,
-            zeros=zeros,
-            sparsity=zeros / weights,
-            model_sparsity=zeros / identity["parameters"],
-            dense=left_dense(decoder.blocks, {linear.name for block in blocks for linear in block.linears}),
+            **_totals(blocks, decoder, identity["parameters"]),
             seconds=time.perf_counter() - began,
             peak_memory_bytes=memory.peak_bytes(),
             peak_gpu_memory_bytes=memory.peak_gpu_bytes(device),
             notes=notes,
-            passed_through=PassedThrough(
-                tensors=len(decoder.unbuilt), bytes=decoder.unbuilt_bytes, names=decoder.unbuilt[:PASSED_NAMES]
-            ),
             restored_blocks=journal.restored if journal else 0,
         )
         if journal and out:
@@ -196,6 +189,85 @@ def compress(
             finish(journal, decoder, tokenizer, record, out, packed=coding)
     in_place = out is None or isinstance(model, PreTrainedModel)
     return Compressed(tokenizer, record, decoder.model if in_place else None, out, trust_remote_code)
+
+
+def _opened(
+    model: Source | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, dtype: str, from_disk: bool
+) -> tuple[Decoder, PreTrainedTokenizerBase, dict[str, Any]]:
+    """Decoder, tokenizer and identity of the model that the caller gave.
+
+    Args:
+        model: located, or loaded by the caller.
+        tokenizer: as in `compress`.
+        dtype: as in `compress`.
+        from_disk: leave the weights on the disk; those of a .gguf file are loaded all the same.
+    """
+    if isinstance(model, PreTrainedModel):
+        check_decoder(type(model).__name__, model.config)
+        if absent := next((name for name, weight in model.named_parameters() if weight.is_meta), None):
+            raise BesaError(f"{absent} of {type(model).__name__} has no memory (meta device): load the weights first.")
+        return DecoderInMemory(model), tokenizer_of_caller(tokenizer), describe(model)
+    source = model.local()
+    if source.gguf:
+        decoder: Decoder = DecoderInMemory(load_model(source, dtype))
+    else:
+        decoder = _decoder_of_folder(source, dtype, from_disk)
+    return decoder, tokenizer or load_tokenizer(source), describe(decoder.model, source)
+
+
+def _decoder_of_folder(source: Source, dtype: str, from_disk: bool) -> Decoder:
+    """The decoder of a folder of safetensors, on the disk or in memory.
+
+    Raises:
+        BesaError: the folder is packed or damaged, or, `from_disk`, its model could be pruned but not written.
+    """
+    assert source.folder is not None
+    if header(source.folder) is not None:
+        raise BesaError(f"{source.name} is packed: make it dense with `besa unpack` first.")
+    if from_disk or not is_quantized(read_config(source)):
+        on_disk = DecoderOnDisk(source, dtype)  # its error messages are the clearest, also where the model is loaded
+        if from_disk:
+            on_disk.check_writable()
+            companions(source.folder)
+            return on_disk
+    return DecoderInMemory(load_model(source, dtype))
+
+
+def _calibration(
+    calibration: Calibration | str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    samples: int,
+    seqlen: int | None,
+    bos: str,
+    seed: int,
+    progress: Progress,
+) -> tuple[Calibration, list[str]]:
+    """Token batches that the model can read, and notes on their length; arguments as of `compress`."""
+    room, rows = positions(model), embedding_rows(model)
+    if isinstance(calibration, Calibration):
+        notes = room.checked(calibration.seqlen, "A calibration sequence of")
+        check_known(calibration.tokens_NT, rows, tokenizer)
+        return calibration, notes
+    seqlen = room.usual if seqlen is None else seqlen
+    notes, first = room.checked(seqlen, "--seqlen"), bos_token(bos, tokenizer, model.config)
+    return sample(calibration, tokenizer, samples, seqlen, seed, progress, bos=first, rows=rows), notes
+
+
+def _totals(blocks: list[BlockRecord], decoder: Decoder, parameters: int) -> dict[str, Any]:
+    """The fields of a `RunRecord` that add up its blocks, and those on the weights that were not pruned."""
+    weights, zeros = sum(block.weights for block in blocks), sum(block.zeros for block in blocks)
+    return {
+        "weights": weights,
+        "zeros": zeros,
+        "sparsity": zeros / weights,
+        "model_sparsity": zeros / parameters,
+        "dense": left_dense(decoder.blocks, {linear.name for block in blocks for linear in block.linears}),
+        "passed_through": PassedThrough(
+            tensors=len(decoder.unbuilt), bytes=decoder.unbuilt_bytes, names=decoder.unbuilt[:PASSED_NAMES]
+        ),
+    }
 
 
 def _chosen(recipe: Recipe | str | Path, sparsity: float | None) -> Recipe:
@@ -258,15 +330,15 @@ def plan(
         BesaError: the configuration cannot be read or is of no decoder that besa can prune.
     """
     device = named_device(device)
-    source = locate(model)
+    source = locate(model, trust_remote_code=trust_remote_code)
     if source.gguf:
         raise BesaError(f"{model} is a .gguf file, which is loaded whole: plan for a folder of safetensors.")
     if source.folder and header(source.folder) is not None:
         raise BesaError(f"{source.name} is packed: make it dense with `besa unpack` first.")
-    config = read_config(source, trust_remote_code)
+    config = read_config(source)
     refuse_quantized(source, config)
     config.dtype = getattr(torch, dtype) if dtype != "auto" else config.dtype or torch.float32
-    empty = skeleton(source, config, trust_remote_code)
+    empty = skeleton(source, config)
     room = positions(empty)
     seqlen = room.usual if seqlen is None else seqlen
     room.checked(seqlen, "--seqlen")
@@ -331,12 +403,7 @@ def evaluate(
             one window, or an output that is not finite.
     """
     device = resolve_device(device)
-    parts = read_texts(texts, data or {}, progress)
-    windows = [window] if isinstance(window, int) else window
-    if windows is not None and not windows:
-        raise BesaError("No length of a window is given: published numbers use 2048 tokens.")
-    for length in windows or ():
-        check_window(length)
+    parts, windows = read_texts(texts, data or {}, progress), _windows(window)
     if not parts and not tasks:
         raise BesaError("There is nothing to evaluate: name a text (--ppl) or zero-shot tasks (--tasks).")
     check_tasks(tasks)
@@ -344,34 +411,51 @@ def evaluate(
         tokenizer = tokenizer_of_caller(tokenizer)
         loaded, name = model, model.name_or_path
     else:
-        loaded = load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, progress=progress)
-        tokenizer, name = tokenizer or load_tokenizer(locate(model, progress), trust_remote_code), str(model)
+        source = locate(model, progress, trust_remote_code=trust_remote_code)
+        loaded, name = load_source(source, device, dtype), source.name
+        tokenizer = tokenizer or load_tokenizer(source)
     began = time.perf_counter()
     room, first = positions(loaded), bos_token(bos, tokenizer, loaded.config)
-    windows = [room.usual] if windows is None else windows
+    windows = windows or [room.usual]
     notes = [note for length in windows for note in room.checked(length, "--window")] if parts else []
-    asked = None
+    answers = None
     with borrowed(loaded, device):
-        measured = perplexities(loaded, tokenizer, parts, windows, max_windows, batch, first, progress)
+        by_window = perplexities(loaded, tokenizer, parts, windows, max_windows, batch, first, progress)
         if tasks:
-            asked = zero_shot(loaded, tokenizer, tasks, limit=limit, hub=hub, batch=batch, bos=bos, progress=progress)
-    details = measured.pop(windows[0])
+            answers = zero_shot(loaded, tokenizer, tasks, limit=limit, hub=hub, batch=batch, bos=bos, progress=progress)
+    details = by_window.pop(windows[0])
     return Evaluation(
         model=name,
         perplexity={text: result.perplexity for text, result in details.items()},
         window=windows[0],
         details=details,
-        other_windows=measured,
+        other_windows=by_window,
         sources={part.name: part.source for part in parts},
         beginnings={part.name: part.beginning for part in parts},
         notes=notes,
         bos=bos,
-        zero_shot=asked,
+        zero_shot=answers,
         sparsity=getattr(loaded.config, "besa", {}).get("sparsity"),
         seconds=time.perf_counter() - began,
         created=now(),
         versions=versions(),
     )
+
+
+def _windows(window: int | Sequence[int] | None) -> Sequence[int]:
+    """The lengths of windows that were asked for; empty for that of the model.
+
+    Raises:
+        BesaError: a list is empty, or a length is none.
+    """
+    if window is None:
+        return ()
+    lengths = [window] if isinstance(window, int) else window
+    if not lengths:
+        raise BesaError("No length of a window is given: published numbers use 2048 tokens.")
+    for length in lengths:
+        check_window(length)
+    return lengths
 
 
 @checked
@@ -395,50 +479,10 @@ def simulate(
     Raises:
         BesaError: the model cannot be read, or a number of tokens is not positive.
     """
-    source = locate(model, progress)
-    return simulate_checkpoint(source, tokens, accelerator or Accelerator(), trust_remote_code, progress)
+    source = locate(model, progress, trust_remote_code=trust_remote_code)
+    return simulate_checkpoint(source, tokens, accelerator or Accelerator(), progress)
 
 
 def default_batch(seqlen: int, device: torch.device) -> int:
     """Sequences in a forward pass so that it keeps the device busy."""
     return max(1, BATCH_TOKENS[device.type] // seqlen)
-
-
-def _opened(
-    model: str | Path | PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    dtype: str,
-    trust_remote_code: bool,
-    from_disk: bool,
-    progress: Progress,
-) -> tuple[Decoder, PreTrainedTokenizerBase, dict[str, Any]]:
-    """Decoder, tokenizer and identity of whatever the caller gave as a model.
-
-    Args:
-        model: as in `compress`.
-        tokenizer: as in `compress`.
-        dtype: as in `compress`.
-        trust_remote_code: as in `compress`.
-        from_disk: whether weights may stay on the disk; those of a .gguf file cannot.
-        progress: told about a download.
-    """
-    if isinstance(model, PreTrainedModel):
-        check_decoder(type(model).__name__, model.config)
-        if absent := next((name for name, weight in model.named_parameters() if weight.is_meta), None):
-            raise BesaError(f"{absent} of {type(model).__name__} has no memory (meta device): load the weights first.")
-        return DecoderInMemory(model), tokenizer_of_caller(tokenizer), describe(model)
-    source = locate(model, progress)
-    decoder: Decoder | None = None
-    if not source.gguf:
-        source = source.local()
-        if source.folder and header(source.folder) is not None:
-            raise BesaError(f"{source.name} is packed: make it dense with `besa unpack` first.")
-        if from_disk or not is_quantized(read_config(source, trust_remote_code)):
-            decoder = on_disk = DecoderOnDisk(source, dtype, trust_remote_code)
-            if from_disk and source.folder:  # what could not be written is found out before the work
-                on_disk.check_writable()
-                companions(source.folder)
-    if decoder is None or not from_disk:  # by now, what is wrong with a folder was found out
-        decoder = DecoderInMemory(load_model(source, dtype, trust_remote_code))
-    tokenizer = tokenizer or load_tokenizer(source, trust_remote_code)
-    return decoder, tokenizer, describe(decoder.model, source)

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import besa
+from besa.checkpoint.inspection import inspect
 from besa.checkpoint.packing import pack, unpack
 from besa.checkpoint.shrinking import shrink
 from besa.errors import BesaError
 from besa.models import hub
+from besa.models.loading import Source, locate
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
 WEIGHTS = "model.safetensors"
@@ -592,6 +595,35 @@ def test_code_of_its_own_need_not_know_of_generation(tmp_path: Path) -> None:
     assert found == expected
 
 
+def test_no_function_runs_code_that_is_not_trusted(tmp_path: Path) -> None:
+    source, out, text = with_own_code(tmp_path / "distrusted"), tmp_path / "out", [str(TINY / "heldout.txt")]
+    calls: dict[str, Callable[..., Any]] = {
+        "bench": lambda **trust: besa.bench([source], rounds=1, **trust),
+        "compress": lambda **trust: besa.compress(source, "wanda", out=out, **trust, **SMALL),
+        "evaluate": lambda **trust: besa.evaluate(source, text, window=32, max_windows=1, **trust),
+        "generate": lambda **trust: besa.generate(source, "The", max_new_tokens=1, **trust),
+        "inspect": lambda **trust: inspect(locate(source, **trust)),
+        "load": lambda **trust: besa.load(source, **trust),
+        "plan": lambda **trust: besa.plan(source, "wanda", seqlen=32, **trust),
+        "simulate": lambda **trust: besa.simulate(source, [1], **trust),
+    }
+    for name, call in calls.items():
+        with pytest.raises(BesaError, match="it needs model code of its own; pass --trust-remote-code"):
+            call()
+        assert call(trust_remote_code=True), name
+    trusted = {"trust_remote_code": True}
+    besa.compress(
+        source,
+        besa.Recipe.load("wanda", overrides=["allocation.method=structured"]),
+        out=tmp_path / "dead",
+        **trusted,
+        **SMALL,
+    )
+    for name, rewrite in {"pack": pack, "shrink": shrink}.items():
+        with pytest.raises(BesaError, match="it needs model code of its own; pass --trust-remote-code"):
+            rewrite(tmp_path / "dead", tmp_path / name)
+
+
 def test_code_that_leaves_python_is_one_sentence(tmp_path: Path) -> None:
     source = with_own_code(tmp_path / "leaving")
     (source / "modeling_tiny.py").write_text("import sys\nsys.exit('I need a licence key')\n")
@@ -639,19 +671,26 @@ class Repository:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, names: set[str]) -> None:
         self.names, self.asked, self.online = names, set[str](), True
+        self.revisions: set[str | None] = set()
         monkeypatch.setattr(hub, "HfApi", lambda: self)
-        monkeypatch.setattr(hub, "hf_hub_download", lambda _, name: folder / name)
+        monkeypatch.setattr(hub, "hf_hub_download", self.download_one)
         monkeypatch.setattr(hub, "snapshot_download", self.download)
         self._folder = folder
 
-    def model_info(self, _: str) -> Any:
+    def model_info(self, _: str, revision: str | None) -> Any:
+        self.revisions.add(revision)
         if not self.online:
             raise ConnectionError("no network")
         siblings = [type("Sibling", (), {"rfilename": name}) for name in self.names]
         return type("Info", (), {"siblings": siblings})
 
-    def download(self, _: str, allow_patterns: list[str], local_files_only: bool = False) -> str:
+    def download_one(self, _: str, name: str, revision: str | None) -> str:
+        self.revisions.add(revision)
+        return str(self._folder / name)
+
+    def download(self, _: str, revision: str | None, allow_patterns: list[str], local_files_only: bool = False) -> str:
         assert local_files_only is not self.online
+        self.revisions.add(revision)
         self.asked = set(allow_patterns)
         return str(self._folder)
 
@@ -672,6 +711,19 @@ def test_of_a_repository_only_what_is_needed_is_downloaded(tmp_path: Path, monke
     assert repository.asked == beside | {WEIGHTS, index.name}
     repository.online = False
     assert hub.fetch("a/b") == tmp_path
+    assert repository.revisions == {None}
+
+
+@pytest.mark.parametrize("online", [True, False])
+def test_a_revision_is_the_one_that_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, online: bool) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00001.safetensors"}}))
+    repository = Repository(monkeypatch, tmp_path, {"config.json", index.name})
+    repository.online = online
+    source = Source("a/b", "a/b", revision="v2", trust_remote_code=True)
+    assert source.arguments["revision"] == "v2"
+    assert source.local() == replace(source, location=str(tmp_path))
+    assert repository.revisions == {"v2"}
 
 
 OLDER = """

@@ -17,6 +17,7 @@ from besa.data.calibration import Calibration, sample
 from besa.errors import BesaError, Notice
 from besa.evaluation.zero_shot import zero_shot
 from besa.models.limits import usual_length
+from besa.models.loading import locate
 from tests.unit.test_zero_shot import write as write_questions
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny-llama"
@@ -71,7 +72,7 @@ def test_by_default_sequences_are_as_long_as_learned_positions_allow(gpt2):
     assert record.notes == []
     assert besa.evaluate(gpt2, [HELDOUT], max_windows=2).window == 32
     assert besa.plan(gpt2, "wanda", samples=4) == besa.plan(gpt2, "wanda", samples=4, seqlen=32)
-    assert (usual_length(gpt2), usual_length(TINY)) == (32, 512)
+    assert (usual_length(locate(gpt2)), usual_length(locate(TINY))) == (32, 512)
 
 
 def test_more_than_learned_positions_is_refused(gpt2, tmp_path):

@@ -46,11 +46,11 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def unread(model: PreTrainedModel, kind: str, counts: list[int]) -> None:
-    """Zero the columns that read so many units of each block, every other one from the second on; nothing else."""
+    """Zero the columns that read so many structures of each block, every other one from the second on; nothing else."""
     for block, count in zip(find_blocks(model), counts, strict=True):
         ((name, size),) = next(found for found in couplings(block) if found.kind == kind).columns.items()
-        for unit in range(1, 2 * count, 2):
-            block.weight(name)[:, unit * size : (unit + 1) * size] = 0
+        for structure in range(1, 2 * count, 2):
+            block.weight(name)[:, structure * size : (structure + 1) * size] = 0
 
 
 def refusal(action: Callable[[], Any]) -> str:
@@ -87,13 +87,13 @@ def test_the_tiny_llama_gets_smaller_and_says_the_same(
     assert {key for key in old | new if old.get(key) != new.get(key)} == kept
 
 
-def test_records_count_what_whole_units_come_to(pruned: Path) -> None:
+def test_records_count_what_whole_structures_come_to(pruned: Path) -> None:
     record = json.loads((pruned / "besa_run.json").read_text())
     assert record["zeros"] == 8 * (96 * (48 + 24 + 24 + 48) + 96 * 3 * 96)
 
 
 @pytest.mark.parametrize(
-    ("family", "kind", "units", "dtype"),
+    ("family", "kind", "structures", "dtype"),
     [
         ("qwen2", "heads", 2, torch.float32),
         ("qwen3", "ffn", 96, torch.bfloat16),
@@ -106,14 +106,14 @@ def test_records_count_what_whole_units_come_to(pruned: Path) -> None:
     ],
 )
 def test_families_lose_what_nothing_reads_whatever_its_rows_and_biases_are(
-    family: str, kind: str, units: int, dtype: torch.dtype, tmp_path: Path
+    family: str, kind: str, structures: int, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    """The blocks have different numbers of unread units: as many go as every block has."""
+    """The blocks have different numbers of unread structures: as many go as every block has."""
     dense = random_model(config_of(family)).to(dtype)
-    unread(dense, kind, [1, 2] if kind == "heads" and units > 2 else [1, 1] if kind == "heads" else [30, 20])
+    unread(dense, kind, [1, 2] if kind == "heads" and structures > 2 else [1, 1] if kind == "heads" else [30, 20])
     found = besa.shrink(saved(dense, tmp_path / "dense"), tmp_path / "small")
     lost = 1 if kind == "heads" else 20
-    assert found.units == {kind: (units, units - lost)}
+    assert found.structures == {kind: (structures, structures - lost)}
     assert found.file_bytes < found.file_bytes_before
     small = load(tmp_path / "small")
     assert small.dtype == dtype
@@ -126,19 +126,19 @@ def test_heads_under_a_common_norm_are_not_pruned(tiny_tokenizer: Any, tmp_path:
     folder = saved(random_model(config_of("olmo2")), tmp_path / "dense")
     recipe = Recipe(sparsity=0.3, allocation={"method": "structured", "heads": 0.5})
     words = refusal(lambda: besa.compress(folder, recipe, TOKENS, out=tmp_path / "out", tokenizer=tiny_tokenizer))
-    assert "The key-value heads of model.layers.0 are not independent" in words
+    assert "The key-value heads of model.layers.0 depend on each other" in words
 
 
 @pytest.mark.parametrize(
     ("family", "kind", "words"),
     [
-        ("olmo2", "heads", "configuration cannot say fewer key-value heads"),
-        ("opt", "heads", "configuration cannot say fewer key-value heads"),
-        ("bloom", "ffn", "configuration cannot say fewer feed-forward channels"),
-        ("phi3", "", "no feed-forward or heads that can be told apart"),
-        ("mixtral", "", "no feed-forward or heads that can be told apart"),
-        ("deepseek_v3", "", "blocks of this model are of different shapes"),
-        ("llama", "", "no key-value heads or feed-forward channels are without effect"),
+        ("olmo2", "heads", "configuration cannot describe fewer key-value heads"),
+        ("opt", "heads", "configuration cannot describe fewer key-value heads"),
+        ("bloom", "ffn", "configuration cannot describe fewer feed-forward channels"),
+        ("phi3", "", "no feed-forward channels or heads that besa can separate"),
+        ("mixtral", "", "no feed-forward channels or heads that besa can separate"),
+        ("deepseek_v3", "", "blocks of this model have different shapes"),
+        ("llama", "", "blocks without unread key-value heads or feed-forward channels"),
     ],
 )
 def test_what_cannot_be_shrunk(family: str, kind: str, words: str, tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_what_cannot_be_shrunk(family: str, kind: str, words: str, tmp_path: Pat
 def test_a_wrong_cut_is_seen_before_the_folder_appears(
     pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shrinking, "_without_first", lambda unread_U, number: torch.arange(len(unread_U) - number))
+    monkeypatch.setattr(shrinking, "_without_first", lambda unread_S, number: torch.arange(len(unread_S) - number))
     assert "computes something else" in refusal(lambda: besa.shrink(pruned, tmp_path / "small"))
     assert not list(tmp_path.iterdir())
 

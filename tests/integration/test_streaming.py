@@ -111,7 +111,7 @@ def test_dtype_of_the_result_is_the_one_asked_for(tiny_llama_folder, settings, t
 def test_a_hub_id_is_fetched_and_streamed(tiny_llama_folder, settings, tmp_path, monkeypatch):
     asked = []
 
-    def fetch(name: str) -> Path:
+    def fetch(name: str, revision: str | None) -> Path:
         asked.append(name)
         return tiny_llama_folder
 

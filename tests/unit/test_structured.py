@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from besa.data.calibration import Calibration
 from besa.errors import BesaError
 from besa.methods.allocation import RankedLinear, Structured
-from besa.methods.allocation.structured import lowest_units
+from besa.methods.allocation.structured import lowest_structures
 from besa.methods.importance import Magnitude
 from besa.methods.recipe import Recipe
 from besa.methods.reconstruction import ADMM, ConjugateGradient, OBSUpdate
@@ -33,7 +33,7 @@ def prune(model, sparsity, reconstruction=None, **settings_):
 
 @given(data=st.data())
 @settings(max_examples=50, deadline=None)
-def test_the_lowest_units_are_those_of_a_sort(data):
+def test_the_lowest_structures_are_those_of_a_sort(data):
     """Ties, which small whole numbers make many of, fall to the earlier unit."""
     units, size, power = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 3)), data.draw(st.sampled_from([1, 2]))
     number = data.draw(st.integers(0, units))
@@ -45,12 +45,12 @@ def test_the_lowest_units_are_those_of_a_sort(data):
         sum(float(row[u * size + k]) ** power for row in importance_OI for k in range(size)) for u in range(units)
     ]
     expected = sorted(range(units), key=lambda u: (errors[u], u))[:number]
-    assert lowest_units(coupling, {"down": linear}, number).nonzero().flatten().tolist() == sorted(expected)
+    assert lowest_structures(coupling, {"down": linear}, number).nonzero().flatten().tolist() == sorted(expected)
 
 
 @given(sparsity=st.floats(0, 0.6), multiple=st.integers(1, 40))
 @settings(max_examples=50, deadline=None)
-def test_the_budget_is_the_nearest_that_whole_units_allow(pristine_tiny_llama, sparsity, multiple):
+def test_the_budget_is_the_nearest_that_whole_structures_allow(pristine_tiny_llama, sparsity, multiple):
     blocks = find_blocks(pristine_tiny_llama)[:2]
     recipe = Recipe(sparsity=sparsity, allocation=Structured(multiple=multiple))
     plan = budgets(blocks, recipe)
@@ -120,10 +120,10 @@ def test_couplings_of_the_tiny_llama(pristine_tiny_llama):
     at = "model.layers.2"
     assert heads.rows == {f"{at}.self_attn.q_proj": 48, f"{at}.self_attn.k_proj": 24, f"{at}.self_attn.v_proj": 24}
     assert heads.columns == {f"{at}.self_attn.o_proj": 48}
-    assert (heads.units, heads.weights) == (2, 96 * (48 + 24 + 24 + 48))
+    assert (heads.structures, heads.weights) == (2, 96 * (48 + 24 + 24 + 48))
     assert ffn.rows == {f"{at}.mlp.gate_proj": 1, f"{at}.mlp.up_proj": 1}
     assert ffn.columns == {f"{at}.mlp.down_proj": 1}
-    assert (ffn.units, ffn.weights) == (256, 3 * 96)
+    assert (ffn.structures, ffn.weights) == (256, 3 * 96)
 
 
 @pytest.mark.parametrize(

@@ -58,16 +58,13 @@ def check_packed(files: WeightFiles) -> None:
             raise BesaError(f"The tensor {name} of {files.folder} holds NaN or infinity: the checkpoint is damaged.")
 
 
-def check_complete(
-    source: Source, files: WeightFiles, config: PreTrainedConfig, trust_remote_code: bool
-) -> PreTrainedModel:
+def check_complete(source: Source, files: WeightFiles, config: PreTrainedConfig) -> PreTrainedModel:
     """Find out from the headers whether a checkpoint has each weight of its model, in its shape, and no block more.
 
     Args:
         source: a local folder.
         files: of the folder, packed or not, after `check_packed`.
         config: of the folder.
-        trust_remote_code: run model code that comes with the checkpoint.
 
     Returns:
         The model, on the meta device.
@@ -78,7 +75,7 @@ def check_complete(
     if is_quantized(config):
         packed.bits_of(quantization_of(config), source.name)
     with torch.device("meta"):
-        empty = skeleton(source, config, trust_remote_code)
+        empty = skeleton(source, config)
     Layout(source.name, AsDense(files), empty, find_blocks(empty))
     return empty
 

@@ -9,9 +9,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from besa.checkpoint.walk import StoredWeight, stored_weights
-from besa.models.loading import Source
+from besa.models.loading import Source, weight_paths
 from besa.progress import Progress, silent
-from besa.storage.weights import WeightFiles
 
 
 class LinearContents(BaseModel):
@@ -52,7 +51,7 @@ class Contents(BaseModel):
     linears: list[LinearContents]
 
 
-def inspect(source: Source, trust_remote_code: bool = False, progress: Progress = silent) -> Contents:
+def inspect(source: Source, progress: Progress = silent) -> Contents:
     """Count zeros and bytes of every prunable weight of a checkpoint; that of a Hugging Face id is fetched first.
 
     Raises:
@@ -60,22 +59,16 @@ def inspect(source: Source, trust_remote_code: bool = False, progress: Progress 
     """
     source = source.local()
     blocks: dict[str, list[LinearContents]] = {}
-    for weight in stored_weights(source, trust_remote_code, progress):
+    for weight in stored_weights(source, progress):
         blocks.setdefault(weight.block, []).append(_count(weight))
     linears = [linear for own in blocks.values() for linear in own]
     return Contents(
         model=source.name,
-        file_bytes=_file_bytes(source),
+        file_bytes=sum(path.stat().st_size for path in weight_paths(source)),
         blocks=[BlockContents(name=name, **_totals(own)) for name, own in blocks.items()],
         linears=linears,
         **_totals(linears),
     )
-
-
-def _file_bytes(source: Source) -> int:
-    assert source.folder is not None
-    paths = [source.folder / source.gguf] if source.gguf else WeightFiles(source.folder).paths
-    return sum(path.stat().st_size for path in paths)
 
 
 def _count(weight: StoredWeight) -> LinearContents:

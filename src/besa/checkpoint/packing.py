@@ -94,16 +94,16 @@ def pack(
         BesaError: the model cannot be read, is incomplete or packed already, or would not get smaller; or `out` exists
             or cannot be written.
     """
-    source = local(model, progress)
+    source = local(model, progress, trust_remote_code)
     if header(folder_of(source)) is not None:
         raise BesaError(f"{model} is packed already: copy the folder, or make it dense with `besa unpack`.")
     files = open_files(folder_of(source))
     check_packed(files)
-    quantization = quantization_of(read_config(source, trust_remote_code))
+    quantization = quantization_of(read_config(source))
     if quantization and dtype != "auto":
         raise BesaError(f"{model} holds codes, whose dtype is what it is: leave out --dtype.")
     bits = packed.bits_of(quantization, str(model)) if quantization else None
-    groups = _groups(source, files, trust_remote_code)
+    groups = _groups(source, files)
     found = Packing(linears=sum(len(group.linears) for group in groups), file_bytes_before=size_of(files.paths))
 
     def parts() -> Iterator[dict[str, Tensor]]:
@@ -142,12 +142,12 @@ def unpack(model: str | Path, out: str | Path, *, trust_remote_code: bool = Fals
     Raises:
         BesaError: the model is not packed, incomplete or damaged; or `out` exists or cannot be written.
     """
-    source = local(model, progress)
+    source = local(model, progress, trust_remote_code)
     if header(folder_of(source)) is None:
         raise BesaError(f"{model} is not packed: `besa unpack` takes what `besa pack` wrote.")
     files = open_files(folder_of(source))
     check_packed(files)
-    groups = _groups(source, files, trust_remote_code)
+    groups = _groups(source, files)
 
     def parts() -> Iterator[dict[str, Tensor]]:
         for done, group in enumerate(groups, start=1):
@@ -187,13 +187,13 @@ def _pack_linear(tensors: dict[str, Tensor], linear: str, bits: int | None, foun
         found.packed_bytes += after
 
 
-def _groups(source: Source, files: WeightFiles, trust_remote_code: bool) -> list[_Group]:
+def _groups(source: Source, files: WeightFiles) -> list[_Group]:
     """All tensors of the files: those of a block together, every other by itself, as embeddings are large.
 
     Raises:
         BesaError: they are not all that the model needs.
     """
-    empty = check_complete(source, files, read_config(source, trust_remote_code), trust_remote_code)
+    empty = check_complete(source, files, read_config(source))
     blocks = find_blocks(empty)
     plain = {name for name, module in empty.named_modules() if isinstance(module, nn.Linear)}
     plain &= {name for block in blocks for name in block.prunables}

@@ -21,13 +21,18 @@ from besa.storage.weights import SPARSE_STEM
 from besa.storage.writing import save_tensors
 
 
-def local(model: str | Path, progress: Progress) -> Source:
+def local(model: str | Path, progress: Progress, trust_remote_code: bool) -> Source:
     """The model's files in a folder.
+
+    Args:
+        model: as `locate` takes it.
+        progress: told about a download.
+        trust_remote_code: as of `locate`.
 
     Raises:
         BesaError: they cannot be had, are a .gguf file, or are links out of the folder.
     """
-    source = locate(model, progress)
+    source = locate(model, progress, trust_remote_code=trust_remote_code)
     if source.gguf:
         raise BesaError(f"{model} is a .gguf file, of which nothing is pruned: give a folder that `besa prune` wrote.")
     source = source.local()

@@ -1,11 +1,12 @@
-"""Shrinking: a checkpoint without the feed-forward channels and heads that nothing reads, as smaller dense matrices.
+"""Shrinking: writing a checkpoint without its unread feed-forward channels and heads, as smaller dense matrices.
 
-Shape suffixes: N sequences, T tokens, C channels of the residual stream, U units, K units that stay.
+Shape suffixes: N sequences, T tokens, C channels of the residual stream, S structures, K structures that stay.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ from besa.storage.weights import STEM
 from besa.storage.writing import appearing
 
 CPU = torch.device("cpu")
-TOKENS = 32  # of the sequence by which the written blocks are compared with those they were made of
-TOLERANCE = 8  # machine epsilons, relative to the norm of a block's output: sums are taken in another order
+TOKENS = 32  # length of the sequence on which the smaller blocks are compared with the original ones
+TOLERANCE = 8  # machine epsilons, relative to the norm of a block's output, because sums are taken in another order
 
 Kept = dict[Kind, list[Tensor]]
 
@@ -37,12 +38,13 @@ class Shrinking(BaseModel):
     """What shrinking did to a checkpoint.
 
     Attributes:
-        units: before and after, in each block, by kind: feed-forward channels (``ffn``), key-value heads (``heads``).
+        structures: number in each block before and after, by kind: feed-forward channels (``ffn``), key-value heads
+            (``heads``).
         file_bytes_before: of all weight files of the model.
         file_bytes: of all weight files that were written.
     """
 
-    units: dict[Kind, tuple[int, int]]
+    structures: dict[Kind, tuple[int, int]]
     file_bytes_before: int
     file_bytes: int = 0
 
@@ -51,10 +53,10 @@ class Shrinking(BaseModel):
 def shrink(
     model: str | Path, out: str | Path, *, trust_remote_code: bool = False, progress: Progress = silent
 ) -> Shrinking:
-    """Write a checkpoint whose unread feed-forward channels and heads are gone, the same number in every block.
+    """Write a checkpoint without its unread feed-forward channels and heads, the same number less in every block.
 
-    What is read by zero columns only is unread, however it was pruned; biases of its rows go with it. The written
-    blocks are run beside those they were made of, before the folder appears.
+    A channel or head is unread if only zero columns read it, whichever method pruned it. Its biases are removed too.
+    Before the folder appears, the smaller blocks are run and compared with the original ones.
 
     Args:
         model: Hugging Face id or local folder: dense safetensors.
@@ -63,45 +65,46 @@ def shrink(
         progress: told (parts done, parts, name of the part).
 
     Raises:
-        BesaError: the model cannot be read, some block has no such channels, or the family's configuration cannot say
-            the smaller shapes; or `out` exists or cannot be written.
+        BesaError: the model cannot be read, some block has no unread channels or heads, the family's configuration
+            cannot describe the smaller shapes, or `out` exists or cannot be written.
     """
-    source = local(model, progress)
+    source = local(model, progress, trust_remote_code)
     if header(folder_of(source)) is not None:
         raise BesaError(f"{model} is packed: make it dense with `besa unpack` first.")
-    decoder = DecoderOnDisk(source, trust_remote_code=trust_remote_code)
+    decoder = DecoderOnDisk(source)
     decoder.check_writable()
     kept = _kept(decoder, str(model))
-    config = _smaller_config(source, decoder, kept, trust_remote_code)
+    config = _smaller_config(source, decoder, kept)
     blocks = len(decoder.blocks)
 
     def parts() -> Iterator[dict[str, Tensor]]:
-        for name, tensor in decoder.rest():
+        for name, tensor in decoder.tensors_outside_blocks():
             yield {name: tensor}
         for block in decoder.blocks:
-            found = couplings(block)
+            dense_couplings = couplings(block)  # of the widths before
             with decoder.opened(block, CPU):
-                for coupling in found:
+                for coupling in dense_couplings:
                     if coupling.kind in kept:
                         take_out(block, coupling, kept[coupling.kind][block.index])
                 yield decoder.stored(block)
             progress(block.index + 1, 2 * blocks, block.name)
 
-    sizes = {own.kind: (own.units, len(kept[own.kind][0])) for own in couplings(decoder.blocks[0]) if own.kind in kept}
+    numbers = {coupling.kind: coupling.structures for coupling in couplings(decoder.blocks[0])}
+    sizes = {kind: (numbers[kind], len(indices[0])) for kind, indices in kept.items()}
     before = size_of(folder_of(source).glob("*.safetensors"))
     with appearing(Path(out)) as folder:
         rewrite(source, folder, parts(), config, STEM)
-        written = DecoderOnDisk(Source(str(out), str(folder)), trust_remote_code=trust_remote_code)
-        _compare(DecoderOnDisk(source, trust_remote_code=trust_remote_code), written, progress)
+        written = DecoderOnDisk(replace(source, name=str(out), location=str(folder)))
+        _compare(DecoderOnDisk(source), written, progress)
         after = size_of(folder.glob("*.safetensors"))
-    return Shrinking(units=sizes, file_bytes_before=before, file_bytes=after)
+    return Shrinking(structures=sizes, file_bytes_before=before, file_bytes=after)
 
 
 def _kept(decoder: DecoderOnDisk, model: str) -> Kept:
-    """The units that stay (K,), by kind and block: as many in each block, all others being unread.
+    """Indices (K,) of the structures that stay, by kind and block: the same number in each block.
 
     Raises:
-        BesaError: that are all.
+        BesaError: some block has no unread structures of any kind.
     """
     known = alike(decoder.blocks)
     unread: Kept = {coupling.kind: [] for coupling in known}
@@ -110,64 +113,64 @@ def _kept(decoder: DecoderOnDisk, model: str) -> Kept:
             for coupling in couplings(block):
                 unread[coupling.kind].append(coupling.unread({name: block.weight(name) for name in coupling.columns}))
     kept: Kept = {}
-    for kind, found in unread.items():
-        number = min(min(int(own_U.sum()) for own_U in found), len(found[0]) - 1)
+    for kind, by_block in unread.items():
+        number = min(min(int(unread_S.sum()) for unread_S in by_block), len(by_block[0]) - 1)
         if number:
-            kept[kind] = [_without_first(own_U, number) for own_U in found]
+            kept[kind] = [_without_first(unread_S, number) for unread_S in by_block]
     if not kept:
-        called = " or ".join(CALLED[coupling.kind] for coupling in known)
-        raise BesaError(
-            f"{model} has blocks in which no {called} are without effect: prune with "
-            "allocation.method=structured first."
-        )
+        kinds = " or ".join(CALLED[coupling.kind] for coupling in known)
+        raise BesaError(f"{model} has blocks without unread {kinds}: prune with allocation.method=structured first.")
     return kept
 
 
-def _without_first(unread_U: Tensor, number: int) -> Tensor:
-    """Indices (K,) of all units but the first so many of the unread ones."""
-    stay_U = torch.ones_like(unread_U)
-    stay_U[unread_U.nonzero().flatten()[:number]] = False
-    return stay_U.nonzero().flatten()
+def _without_first(unread_S: Tensor, number: int) -> Tensor:
+    """Indices (K,) of all structures but the first `number` unread ones."""
+    stay_S = torch.ones_like(unread_S)
+    stay_S[unread_S.nonzero().flatten()[:number]] = False
+    return stay_S.nonzero().flatten()
 
 
-def _smaller_config(source: Source, decoder: DecoderOnDisk, kept: Kept, trust_remote_code: bool) -> dict[str, Any]:
-    """What config.json is to say.
+def _smaller_config(source: Source, decoder: DecoderOnDisk, kept: Kept) -> dict[str, Any]:
+    """The config.json of the smaller model.
 
     Raises:
-        BesaError: a model made from it has other shapes than what will be written.
+        BesaError: a model made from it has other shapes than the tensors that will be written.
     """
     config = read_config_json(folder_of(source))
-    like = read_config(source, trust_remote_code)
+    like = read_config(source)
     for coupling in couplings(decoder.blocks[0]):
         if coupling.kind in kept:
             config |= coupling.settings(like, len(kept[coupling.kind][0]))
     smaller = type(like).from_dict(config)
     smaller.dtype = decoder.model.dtype
     with torch.device("meta"):
-        wanted = skeleton(source, like, trust_remote_code)
-        for block in find_blocks(wanted):
+        written = skeleton(source, like)
+        for block in find_blocks(written):
             for coupling in couplings(block):
                 if coupling.kind in kept:
                     take_out(block, coupling, kept[coupling.kind][block.index].to("meta"))
-        shapes = {name: tensor.shape for name, tensor in wanted.state_dict().items()}
         try:
-            found = skeleton(source, smaller, trust_remote_code).state_dict()
-        except BesaError:  # a family that looks at its configuration
-            found = {}
-    if {name: tensor.shape for name, tensor in found.items()} != shapes:
+            described = skeleton(source, smaller).state_dict()
+        except BesaError:  # a family that checks its configuration
+            described = {}
+    if _shapes(described) != _shapes(written.state_dict()):
         raise BesaError(
-            f"{source.name} is a {like.model_type} model, whose configuration cannot say fewer "
+            f"{source.name} is a {like.model_type} model, whose configuration cannot describe fewer "
             f"{' and '.join(CALLED[kind] for kind in kept)}."
         )
     return config
 
 
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in state.items()}
+
+
 @torch.no_grad()
 def _compare(before: DecoderOnDisk, after: DecoderOnDisk, progress: Progress) -> None:
-    """Run the blocks of both on the same hidden states, one pair in memory at a time.
+    """Run the blocks of both models on the same hidden states, with one pair in memory at a time.
 
     Raises:
-        BesaError: their outputs differ by more than rounding.
+        BesaError: the outputs of a pair differ by more than rounding.
     """
     vocabulary = before.model.get_input_embeddings().weight.shape[0]
     tokens_NT = torch.randint(vocabulary, (1, TOKENS), generator=torch.Generator().manual_seed(0))
@@ -177,12 +180,12 @@ def _compare(before: DecoderOnDisk, after: DecoderOnDisk, progress: Progress) ->
         list(capture_inputs(after.model, after.blocks, tokens_NT, 1))  # for the arguments of its blocks
     for block, smaller in zip(before.blocks, after.blocks, strict=True):
         with before.opened(block, CPU), after.opened(smaller, CPU):
-            y_NTC, found_NTC = block(x_NTC), smaller(x_NTC)
+            y_NTC, smaller_NTC = block(x_NTC), smaller(x_NTC)
         allowed = TOLERANCE * torch.finfo(y_NTC.dtype).eps * float(y_NTC.float().norm())
-        if not float((found_NTC.float() - y_NTC.float()).norm()) <= allowed:
+        if not float((smaller_NTC.float() - y_NTC.float()).norm()) <= allowed:
             raise BesaError(
-                f"{block.name} computes something else with smaller matrices: what is zero in this model cannot be "
-                "taken out of it."
+                f"{block.name} computes something else with smaller matrices: the zeros of this model cannot be "
+                "removed from it."
             )
         x_NTC = y_NTC
         progress(len(before.blocks) + block.index + 1, 2 * len(before.blocks), f"{block.name} compared")

@@ -39,7 +39,7 @@ class StoredWeight:
     parts: dict[str, int]
 
 
-def stored_weights(source: Source, trust_remote_code: bool, progress: Progress) -> Iterator[StoredWeight]:
+def stored_weights(source: Source, progress: Progress) -> Iterator[StoredWeight]:
     """All prunable weights of a checkpoint, block after block.
 
     One block is in memory at a time; a .gguf file is dequantised whole, and its bytes are those of
@@ -47,7 +47,6 @@ def stored_weights(source: Source, trust_remote_code: bool, progress: Progress) 
 
     Args:
         source: dense, pruned or packed.
-        trust_remote_code: run model code that comes with the checkpoint.
         progress: told (blocks done, blocks, name of the block).
 
     Raises:
@@ -58,24 +57,19 @@ def stored_weights(source: Source, trust_remote_code: bool, progress: Progress) 
     files = None if source.gguf else open_files(source.folder)
     if files:
         check_packed(files)
-    for weight in _weights(source, files, trust_remote_code, progress):
+    for weight in _weights(source, files, progress):
         parts = files.parts(weight.name) if isinstance(files, Container) else {}
         yield replace(weight, parts=parts) if parts else weight
 
 
-def _weights(
-    source: Source, files: WeightFiles | None, trust_remote_code: bool, progress: Progress
-) -> Iterator[StoredWeight]:
+def _weights(source: Source, files: WeightFiles | None, progress: Progress) -> Iterator[StoredWeight]:
     """The same with the bytes that they take where they are no bitmasks."""
-    config = read_config(source, trust_remote_code)
+    config = read_config(source)
     if files and is_quantized(config):
-        check_complete(source, files, config, trust_remote_code)
+        check_complete(source, files, config)
         yield from _packed(files, source.name, quantization_of(config), progress)
         return
-    if source.gguf:
-        decoder: Decoder = DecoderInMemory(load_model(source))
-    else:
-        decoder = DecoderOnDisk(source, trust_remote_code=trust_remote_code)
+    decoder: Decoder = DecoderInMemory(load_model(source)) if source.gguf else DecoderOnDisk(source)
     for done, block in enumerate(decoder.blocks, start=1):
         with decoder.opened(block, torch.device("cpu")):
             for name in block.prunables:

@@ -61,7 +61,10 @@ def finish(
     with explained(out):
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped right here
         folder.mkdir()
-        parts = [_save_rest(journal.folder, decoder), *(journal.path(block.index) for block in decoder.blocks)]
+        parts = [
+            _save_outside_blocks(journal.folder, decoder),
+            *(journal.path(block.index) for block in decoder.blocks),
+        ]
         assemble(folder, parts)
         added = _about(decoder.model, record, packed)
         if decoder.folder is None:
@@ -104,11 +107,11 @@ def _serialise(
         tokenizer.save_pretrained(folder)
 
 
-def _save_rest(folder: Path, decoder: Decoder) -> Path:
+def _save_outside_blocks(folder: Path, decoder: Decoder) -> Path:
     """What is in no block, in one file, a tensor at a time: embeddings can be larger than a block."""
     whole = folder / "rest.safetensors"
     parts: list[Path] = []
-    for name, tensor in decoder.rest():
+    for name, tensor in decoder.tensors_outside_blocks():
         parts.append(folder / f"rest-{len(parts):05}.safetensors")
         save_tensors(parts[-1], {name: tensor})
     join_tensors(whole, parts)

@@ -91,7 +91,7 @@ def inspect_command(model: Model, json: JsonOption = None, trust_remote_code: Tr
     from besa.models.loading import locate
 
     with progress_bar(err) as tracker:
-        found = inspect(locate(model, tracker), trust_remote_code, tracker)
+        found = inspect(locate(model, tracker, trust_remote_code=trust_remote_code), tracker)
     keep(found, json)
     out.print(contents(found))
 

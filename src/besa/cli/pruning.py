@@ -229,12 +229,14 @@ def compare_command(
     """Prune by several recipes, at several sparsities and seeds, and put what comes out into one table and one plot."""
     from besa.cli.show import compared, progress_bar
     from besa.models.limits import usual_length
+    from besa.models.loading import locate
     from besa.studies.comparing import compare
     from besa.studies.workspace import Conditions, Measures, Workspace
     from besa.system import memory
 
     texts = tuple(ppl or ([] if tasks else ["wiki"]))
-    usual = usual_length(model, trust_remote_code) if seqlen is None or window is None else 0
+    source = locate(model, trust_remote_code=trust_remote_code)
+    usual = usual_length(source) if seqlen is None or window is None else 0
     measures = Measures(
         texts, files_of(data), usual if window is None else window, max_windows, tuple(words(tasks)), limit, hub
     )
@@ -277,9 +279,12 @@ def _recipe(
     """
     from besa.methods.recipe import Recipe
     from besa.models.limits import usual_length
+    from besa.models.loading import locate
     from besa.planning import spending
 
     recipe = Recipe.load(name, sparsity, settings or ()).with_exceptions(skip or (), sparsity_of or ())
     if passes is None:
         return recipe
-    return spending(recipe, passes, samples, usual_length(model, trust_remote_code) if seqlen is None else seqlen)
+    if seqlen is None:
+        seqlen = usual_length(locate(model, trust_remote_code=trust_remote_code))
+    return spending(recipe, passes, samples, seqlen)

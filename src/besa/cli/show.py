@@ -128,9 +128,9 @@ def packed(found: Packing, folder: Path) -> RenderableType:
 
 def shrunk(found: Shrinking, folder: Path) -> RenderableType:
     """What shrinking did, in two lines."""
-    units = ", ".join(f"{CALLED[kind]} from {before:,} to {after:,}" for kind, (before, after) in found.units.items())
+    changes = [f"{CALLED[kind]} from {before:,} to {after:,}" for kind, (before, after) in found.structures.items()]
     return Text(
-        f"{folder}: {units} in each block\n"
+        f"{folder}: {', '.join(changes)} in each block\n"
         f"weight files: from {found.file_bytes_before / 1e6:,.1f} to {found.file_bytes / 1e6:,.1f} MB"
     )
 

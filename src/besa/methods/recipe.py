@@ -58,7 +58,7 @@ class Recipe(Settings):
                 f"importance.method={self.importance.method} does not measure: set importance.method=wanda, or choose "
                 "another allocation.method"
             )
-        if allocation.whole_units and not self.reconstruction.keeps_mask:
+        if allocation.whole_structures and not self.reconstruction.keeps_mask:
             raise ValueError(
                 "structured pruning needs a reconstruction that keeps the mask: set reconstruction.method to none or "
                 "cg, or reconstruction.mask=fixed"

@@ -19,7 +19,7 @@ TEMPLATES = "additional_chat_templates/*.jinja"
 ADAPTER = "adapter_config.json"  # of an adapter beside the model; peft would look for its weights, and its own base
 
 
-def fetch(model: str) -> Path:
+def fetch(model: str, revision: str | None = None) -> Path:
     """The folder of a model's files in the local cache, downloaded where they are not there yet.
 
     Of the weights come those that transformers would load: ``model.safetensors``, or else the shards of its index.
@@ -27,15 +27,17 @@ def fetch(model: str) -> Path:
 
     Args:
         model: Hugging Face id.
+        revision: branch, tag or commit, None for the default branch.
 
     Raises:
         Exception: as huggingface_hub does: there is no such model, no access to it, or no connection.
     """
     try:
-        names = [file.rfilename for file in HfApi().model_info(model).siblings or []]
+        names = [file.rfilename for file in HfApi().model_info(model, revision=revision).siblings or []]
     except Exception as error:  # its errors of connections have no base class of their own
         try:
-            return Path(snapshot_download(model, allow_patterns=["config.json"], local_files_only=True))
+            cached = snapshot_download(model, revision=revision, allow_patterns=["config.json"], local_files_only=True)
+            return Path(cached)
         except LocalEntryNotFoundError:
             raise error from None
     wanted = [name for name in names if belongs(name)]
@@ -43,9 +45,9 @@ def fetch(model: str) -> Path:
     if f"{stem}.safetensors" in names:
         wanted.append(f"{stem}.safetensors")
     elif f"{stem}{INDEX}" in names:
-        index = Path(hf_hub_download(model, f"{stem}{INDEX}"))
+        index = Path(hf_hub_download(model, f"{stem}{INDEX}", revision=revision))
         wanted += _shards(index)
-    return Path(snapshot_download(model, allow_patterns=wanted))
+    return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
 
 
 def belongs(name: str) -> bool:

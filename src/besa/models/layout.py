@@ -41,7 +41,7 @@ class Layout:
 
     Attributes:
         of_block: names in the files by name of the block.
-        outside: names of what else the inner model has: embeddings, the final norm.
+        embeddings: names of what the inner model has outside its blocks: embeddings, the final norm.
         head: names of what the model has besides the inner model.
         unbuilt: names of what the model has no place for, as transformers does not build it: layers that predict
             further tokens, vision towers, buffers of older releases.
@@ -65,7 +65,7 @@ class Layout:
         self._names: dict[str, str] = {}  # the other way round
         self._merged: set[str] = set()  # tensors that the model has as parts of others
         self.of_block: dict[str, list[str]] = {block.name: [] for block in blocks}
-        self.outside: list[str] = []
+        self.embeddings: list[str] = []
         self.head: list[str] = []
         self.unbuilt: list[str] = []
         self._blocks = blocks
@@ -95,7 +95,7 @@ class Layout:
                 self._places[stored] = name
                 self._names[name] = stored
             owner = next((part for part in _prefixes(name) if part in self.of_block), None)
-            group = self.of_block[owner] if owner else self.head if name in head else self.outside
+            group = self.of_block[owner] if owner else self.head if name in head else self.embeddings
             group.append(stored)
         config = self._model.config.get_text_config()
         if len(beyond) > max(int(getattr(config, key, 0) or 0) for key in FURTHER):
@@ -171,7 +171,7 @@ class Layout:
         for name, tensor in tensors.items():
             if tensor.dtype != model.dtype and self._is_weight(name):
                 in_dtype(name, tensor, model.dtype)
-        self.fill(model, tensors)
+        self.load_tensors(model, tensors)
 
     def _tensors(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
         """Tensors of the files; buffers may hold infinity, as bounds do, and weights may not."""
@@ -182,9 +182,9 @@ class Layout:
         """Whether a stored tensor is a parameter of the model, or is merged into one."""
         return stored in self._merged or self._places[stored] in self._parameters
 
-    def fill(self, model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
+    def load_tensors(self, model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
         """Load tensors under their names in the files into the parameters of a model of the same modules."""
-        fill(model, tensors, self._conversions, self._source)
+        load_tensors(model, tensors, self._conversions, self._source)
 
     def stored(self, block: Block, rounded: bool) -> dict[str, Tensor]:
         """The tensors of an open block, named and laid out as in the files, on the CPU.
@@ -209,7 +209,7 @@ class Layout:
             found[stored] = _in_dtype_of(old, found[stored])
         return found
 
-    def rest(self, rounded: bool) -> Iterator[tuple[str, Tensor]]:
+    def tensors_outside_blocks(self, rounded: bool) -> Iterator[tuple[str, Tensor]]:
         """The stored tensors that belong to no block, one by one, to the bit unless `rounded` says otherwise.
 
         Args:
@@ -217,7 +217,7 @@ class Layout:
         """
         plan = list(self._model._get_dtype_plan(self._model.dtype))  # stay in float32 whatever the model's dtype
         exact = build_glob_alternation(plan)[0] if plan else None
-        for name, tensor in self._tensors([*self.outside, *self.head]):
+        for name, tensor in self._tensors([*self.embeddings, *self.head]):
             cast = rounded and self._is_weight(name) and not (exact and exact.search(self._places.get(name, "")))
             yield name, in_dtype(name, tensor, self._model.dtype) if cast else tensor
         yield from self._files.mapped(self.unbuilt)
@@ -244,7 +244,7 @@ def renaming(model: PreTrainedModel, conversions: list[WeightTransform]) -> Call
     return renamed
 
 
-def fill(
+def load_tensors(
     model: PreTrainedModel, tensors: Mapping[str, Tensor], conversions: list[WeightTransform], source: str
 ) -> None:
     """Load tensors under their names in the files into the model's parameters, in the dtype of the model."""

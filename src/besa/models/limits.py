@@ -5,13 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from besa.errors import BesaError, Notice
-from besa.models.loading import locate, read_config, skeleton
+from besa.models.loading import Source, read_config, skeleton
 
 USUAL = 2048  # tokens of a sequence or window unless asked otherwise: what the papers use
 OFFSETS = range(3)  # rows that a table of positions may have besides one for each; OPT has two
@@ -80,19 +79,13 @@ def _tables(model: PreTrainedModel, stated: int) -> Iterator[int]:
             yield stated
 
 
-def usual_length(model: str | Path, trust_remote_code: bool = False) -> int:
+def usual_length(source: Source) -> int:
     """Tokens of a sequence or window for a model unless asked otherwise: 2048, or as many as it has positions.
-
-    Args:
-        model: as `locate` takes it.
-        trust_remote_code: run model code that comes with the checkpoint.
 
     Raises:
         BesaError: its configuration cannot be read.
     """
-    source = locate(model)
-    config = read_config(source, trust_remote_code)
-    return positions(skeleton(source, config, trust_remote_code)).usual
+    return positions(skeleton(source, read_config(source))).usual
 
 
 def embedding_rows(model: PreTrainedModel) -> int:

@@ -7,7 +7,7 @@ import io
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +40,21 @@ EDGE = 1 << 20  # bytes of a weight file's head and tail that go into its finger
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model's files are.
+    """Where a model's files are, and how they are opened.
 
     Attributes:
         name: what the user called it.
         location: folder, or Hugging Face id.
         gguf: name of the .gguf file in the folder, if it is one.
+        trust_remote_code: run model code that comes with the checkpoint.
+        revision: branch, tag or commit of a Hugging Face id, None for its default branch.
     """
 
     name: str
     location: str
     gguf: str | None = None
+    trust_remote_code: bool = False
+    revision: str | None = None
 
     @property
     def folder(self) -> Path | None:
@@ -66,17 +70,26 @@ class Source:
         if self.folder is not None:
             return self
         with quiet(), model_explained(self.name):
-            return Source(self.name, str(hub.fetch(self.location)))
+            return replace(self, location=str(hub.fetch(self.location, self.revision)))
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """How `from_pretrained` is told to find it."""
-        extra = {"gguf_file": self.gguf} if self.gguf else {}
-        return {"pretrained_model_name_or_path": self.location, **extra}
+        """The arguments of `from_pretrained` that open it."""
+        opening = {"pretrained_model_name_or_path": self.location, "trust_remote_code": self.trust_remote_code}
+        if self.gguf:
+            opening["gguf_file"] = self.gguf
+        if self.revision:
+            opening["revision"] = self.revision
+        return opening
 
 
-def locate(model: str | Path, progress: Progress = silent) -> Source:
-    """Find a MODEL argument; fetches the embedded model if it is asked for.
+def locate(model: str | Path, progress: Progress = silent, *, trust_remote_code: bool = False) -> Source:
+    """Find a MODEL argument. The embedded model is fetched.
+
+    Args:
+        model: Hugging Face id, local folder, .gguf file, or ``smollm2`` (embedded).
+        progress: told about a download.
+        trust_remote_code: run model code that comes with the checkpoint, whenever this source is opened.
 
     Raises:
         BesaError: neither a model folder nor a .gguf file nor a name, or the embedded model cannot be had.
@@ -88,43 +101,41 @@ def locate(model: str | Path, progress: Progress = silent) -> Source:
     path = path_of(model)
     if str(model) == EMBEDDED:
         path = assets.fetch(EMBEDDED, progress)
-        return Source(EMBEDDED, str(path.parent), path.name)
+        return Source(EMBEDDED, str(path.parent), path.name, trust_remote_code)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise BesaError(f"{model} does not exist: give the path of a .gguf file.")
-        return Source(str(model), str(path.parent), path.name)
+        return Source(str(model), str(path.parent), path.name, trust_remote_code)
     if path.is_dir():
         check_regular(path)
         if not (path / "config.json").is_file():
             raise BesaError(f"{path} has no config.json: give the folder of a Hugging Face model.")
-        return Source(str(model), str(path))
+        return Source(str(model), str(path), trust_remote_code=trust_remote_code)
     if path.exists() or str(model).count("/") > 1 or str(model).startswith((".", "~", "/")):
         raise BesaError(
             f"{model} is not a model folder: give a folder with a config.json, a .gguf file or a Hugging Face id."
         )
-    return Source(str(model), str(model))
+    return Source(str(model), str(model), trust_remote_code=trust_remote_code)
 
 
-def load_model(source: Source, dtype: str = "auto", trust_remote_code: bool = False) -> PreTrainedModel:
+def load_model(source: Source, dtype: str = "auto") -> PreTrainedModel:
     """The whole model on the CPU, in evaluation mode, without gradients.
 
     Args:
         source: from `locate`.
         dtype: ``auto`` (the checkpoint's; float32 for a dequantised .gguf), ``float32``, ``bfloat16`` or ``float16``.
-        trust_remote_code: run model code that comes with the checkpoint.
 
     Raises:
         BesaError: the model cannot be read, or its code is not trusted.
     """
     if source.folder and not source.gguf:
         WeightFiles(source.folder)  # its complaints are clearer
-    config = None if source.gguf else read_config(source, trust_remote_code)
+    config = None if source.gguf else read_config(source)
     with quiet(), model_explained(source.name), _without_bar(source):
         model = _loader(config).from_pretrained(
             **source.arguments,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             use_safetensors=None if source.gguf else True,
-            trust_remote_code=trust_remote_code,
         )
     _keep_about(config, model)
     if source.gguf:
@@ -135,24 +146,24 @@ def load_model(source: Source, dtype: str = "auto", trust_remote_code: bool = Fa
     return model.eval().requires_grad_(False)
 
 
-def load_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to the model.
 
     Raises:
         BesaError: there is none, or it cannot be read.
     """
     with quiet(), model_explained(source.name):
-        return AutoTokenizer.from_pretrained(**source.arguments, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(**source.arguments)
 
 
-def read_config(source: Source, trust_remote_code: bool = False) -> PreTrainedConfig:
+def read_config(source: Source) -> PreTrainedConfig:
     """The model's configuration.
 
     Raises:
         BesaError: it cannot be read, is of no causal decoder, or has its weights in a file of another name.
     """
     with quiet(), model_explained(source.name):
-        config = AutoConfig.from_pretrained(**source.arguments, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(**source.arguments)
     check_decoder(source.name, config)
     if named := getattr(config, "transformers_weights", None):
         raise BesaError(
@@ -213,7 +224,7 @@ def refuse_quantized(source: Source, config: PreTrainedConfig) -> None:
         raise BesaError(f"{source.name} is quantised: prune the model it was made from.")
 
 
-def skeleton(source: Source, config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+def skeleton(source: Source, config: PreTrainedConfig) -> PreTrainedModel:
     """The model's modules in the dtype of `config`, parameters on the meta device and buffers real, for evaluation.
 
     Mixtures of experts compute expert by expert, as plain matrix products that can be watched.
@@ -223,7 +234,7 @@ def skeleton(source: Source, config: PreTrainedConfig, trust_remote_code: bool =
     """
     with quiet(), model_explained(source.name), init_empty_weights(include_buffers=False):
         model = _loader(config).from_config(
-            config, dtype=config.dtype, trust_remote_code=trust_remote_code, experts_implementation="eager"
+            config, dtype=config.dtype, trust_remote_code=source.trust_remote_code, experts_implementation="eager"
         )
     model.tie_weights()  # undone as every parameter was replaced by one without memory
     _keep_about(config, model)
@@ -256,6 +267,16 @@ def describe(model: PreTrainedModel, source: Source | None = None) -> dict[str, 
         "revision": getattr(model.config, "_commit_hash", None),
         "fingerprint": fingerprint(source) if source else None,
     }
+
+
+def weight_paths(source: Source) -> list[Path]:
+    """The files that a local source has its weights in.
+
+    Raises:
+        BesaError: there are none.
+    """
+    assert source.folder is not None
+    return [source.folder / source.gguf] if source.gguf else WeightFiles(source.folder).paths
 
 
 def fingerprint(source: Source) -> str | None:

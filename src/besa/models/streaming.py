@@ -15,7 +15,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from besa.models.blocks import Block, find_blocks
-from besa.models.layout import Layout, fill, in_files, tie
+from besa.models.layout import Layout, in_files, load_tensors, tie
 from besa.models.loading import Source, read_config, read_generation_config, refuse_quantized, skeleton
 from besa.storage.formats.container import open_files
 
@@ -28,7 +28,7 @@ class Decoder(Protocol):
         blocks: of the model.
         folder: of the checkpoint that is read, None for a model in memory.
         dtype: name of the dtype that was asked for in place of the checkpoint's, None where that stays.
-        unbuilt: names of stored tensors that the model has no place for; `rest` has them.
+        unbuilt: names of stored tensors that the model has no place for; `tensors_outside_blocks` yields them.
         unbuilt_bytes: what these take.
     """
 
@@ -42,13 +42,13 @@ class Decoder(Protocol):
     def embeddings(self) -> AbstractContextManager[None]:
         """While open, what the inner model has outside its blocks has its weights."""
 
-    def ends(self) -> AbstractContextManager[None]:
+    def outside_blocks(self) -> AbstractContextManager[None]:
         """While open, all that comes before the first block and after the last has its weights, the head too."""
 
     def opened(self, block: Block, device: torch.device) -> AbstractContextManager[None]:
         """While open, the block has its weights on `device`."""
 
-    def expect(self, block: Block) -> None:
+    def prefetch(self, block: Block) -> None:
         """Get ready for opening the block soon."""
 
     def stored(self, block: Block) -> dict[str, Tensor]:
@@ -57,10 +57,10 @@ class Decoder(Protocol):
     def name_in_files(self, name: str) -> str:
         """What the checkpoint's files call the linear that the model calls `name`."""
 
-    def fill(self, block: Block, tensors: Mapping[str, Tensor]) -> None:
+    def load_tensors(self, block: Block, tensors: Mapping[str, Tensor]) -> None:
         """Give an open block tensors that `stored` took from it."""
 
-    def rest(self) -> Iterator[tuple[str, Tensor]]:
+    def tensors_outside_blocks(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors that belong to no block, one by one, named as in the checkpoint's files."""
 
 
@@ -80,7 +80,7 @@ class DecoderInMemory:
         """Nothing to do: they are there."""
         yield
 
-    def ends(self) -> AbstractContextManager[None]:
+    def outside_blocks(self) -> AbstractContextManager[None]:
         """Nothing to do either."""
         return self.embeddings()
 
@@ -98,7 +98,7 @@ class DecoderInMemory:
             if self.model._can_set_experts_implementation():
                 self.model.set_experts_implementation(experts)
 
-    def expect(self, block: Block) -> None:
+    def prefetch(self, block: Block) -> None:
         """Nothing to do: it is there."""
 
     def stored(self, block: Block) -> dict[str, Tensor]:
@@ -109,13 +109,13 @@ class DecoderInMemory:
         """See `Decoder`."""
         return name
 
-    def fill(self, block: Block, tensors: Mapping[str, Tensor]) -> None:
+    def load_tensors(self, block: Block, tensors: Mapping[str, Tensor]) -> None:
         """See `Decoder`."""
         device = next(block.module.parameters()).device
-        fill(self.model, tensors, get_model_conversion_mapping(self.model), self.model.name_or_path)
+        load_tensors(self.model, tensors, get_model_conversion_mapping(self.model), self.model.name_or_path)
         block.module.to(device)
 
-    def rest(self) -> Iterator[tuple[str, Tensor]]:
+    def tensors_outside_blocks(self) -> Iterator[tuple[str, Tensor]]:
         """See `Decoder`; of tied tensors comes the one that loading expects."""
         inside = tuple(f"{block.name}." for block in self.blocks)
         state = remove_tied_weights_from_state_dict(dict(self.model.state_dict()), self.model)
@@ -132,24 +132,23 @@ class DecoderOnDisk:
     Args:
         source: a local folder.
         dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
-        trust_remote_code: run model code that comes with the checkpoint.
 
     Raises:
         BesaError: configuration or weight files are damaged, or of no decoder that besa can prune.
     """
 
-    def __init__(self, source: Source, dtype: str = "auto", trust_remote_code: bool = False) -> None:
+    def __init__(self, source: Source, dtype: str = "auto") -> None:
         assert source.folder is not None
         self.folder: Path | None = source.folder
         self.dtype = None if dtype == "auto" else dtype
         self._files = open_files(source.folder)
-        config = read_config(source, trust_remote_code)
+        config = read_config(source)
         refuse_quantized(source, config)
         config.dtype = getattr(torch, dtype) if self.dtype else config.dtype or self._files.dtype()
         with torch.device("meta"):  # wrong sizes are found out before anything of that size is made
-            empty = skeleton(source, config, trust_remote_code)
+            empty = skeleton(source, config)
         self._layout = Layout(source.name, self._files, empty, find_blocks(empty))
-        self.model = skeleton(source, config, trust_remote_code)
+        self.model = skeleton(source, config)
         self.model.generation_config = read_generation_config(source, self.model)
         self.blocks = find_blocks(self.model)
         self.unbuilt, self.unbuilt_bytes = self._layout.unbuilt, self._layout.unbuilt_bytes
@@ -157,17 +156,17 @@ class DecoderOnDisk:
     @contextmanager
     def embeddings(self) -> Iterator[None]:
         """Read what the inner model has outside its blocks, and forget it afterwards."""
-        with self._outside(self._layout.outside):
+        with self._read_outside_blocks(self._layout.embeddings):
             yield
 
     @contextmanager
-    def ends(self) -> Iterator[None]:
+    def outside_blocks(self) -> Iterator[None]:
         """Read what the model has outside its blocks, and forget it afterwards."""
-        with self._outside([*self._layout.outside, *self._layout.head]):
+        with self._read_outside_blocks([*self._layout.embeddings, *self._layout.head]):
             yield
 
     @contextmanager
-    def _outside(self, names: list[str]) -> Iterator[None]:
+    def _read_outside_blocks(self, names: list[str]) -> Iterator[None]:
         within = {module for block in self.blocks for module in block.module.modules()}
         try:
             self._layout.read(self.model, names)
@@ -190,9 +189,9 @@ class DecoderOnDisk:
             for module in modules:
                 _forget(module)
 
-    def expect(self, block: Block) -> None:
+    def prefetch(self, block: Block) -> None:
         """See `Decoder`: the block is read while another is computed."""
-        self._files.expect(self._layout.of_block[block.name])
+        self._files.prefetch(self._layout.of_block[block.name])
 
     def check_writable(self) -> None:
         """Find out before the work whether blocks can be written as the files have them.
@@ -210,15 +209,15 @@ class DecoderOnDisk:
         """See `Decoder`."""
         return self._layout.name_in_files(name)
 
-    def fill(self, block: Block, tensors: Mapping[str, Tensor]) -> None:
+    def load_tensors(self, block: Block, tensors: Mapping[str, Tensor]) -> None:
         """See `Decoder`."""
         device = next(block.module.parameters()).device
-        self._layout.fill(self.model, tensors)
+        self._layout.load_tensors(self.model, tensors)
         block.module.to(device)
 
-    def rest(self) -> Iterator[tuple[str, Tensor]]:
+    def tensors_outside_blocks(self) -> Iterator[tuple[str, Tensor]]:
         """See `Decoder`; also what the model has no place for."""
-        yield from self._layout.rest(rounded=self.dtype is not None)
+        yield from self._layout.tensors_outside_blocks(rounded=self.dtype is not None)
 
 
 def _forget(module: nn.Module) -> None:

@@ -77,13 +77,13 @@ def prune_blocks(
                     check.see(block)
             if place < last:
                 for block in whole[place + 1].blocks:
-                    decoder.expect(block)
+                    decoder.prefetch(block)
             if unit.index in done:
                 assert journal is not None
                 for block in unit.blocks:
                     block.run(dense_NTC, resources.batch, into=dense_NTC)
                     tensors = journal.tensors(block.index)
-                    decoder.fill(block, packed.unpack(tensors, quantization) if quantization else tensors)
+                    decoder.load_tensors(block, packed.unpack(tensors, quantization) if quantization else tensors)
                     block.run(pruned_NTC, resources.batch, into=pruned_NTC)
                     records.append(done[block.index])
                 progress(len(records), len(blocks), "taken from the journal")

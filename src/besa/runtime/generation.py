@@ -18,7 +18,8 @@ from besa.models.borrowing import borrowed, tokenizer_of_caller
 from besa.models.limits import positions
 from besa.models.loading import load_tokenizer, locate
 from besa.progress import Progress, silent
-from besa.runtime.sparse_models import load
+from besa.runtime.sparse_models import load_source
+from besa.system.machine import resolve_device
 
 
 @checked
@@ -66,9 +67,9 @@ def generate(
     except UnicodeEncodeError:
         raise BesaError("The prompt holds half a surrogate pair, which is no character: remove it.") from None
     if not isinstance(model, PreTrainedModel):
-        source = locate(model, progress)
-        tokenizer = tokenizer or load_tokenizer(source, trust_remote_code)
-        model = load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, progress=progress)
+        source = locate(model, progress, trust_remote_code=trust_remote_code)
+        tokenizer = tokenizer or load_tokenizer(source)
+        model = load_source(source, resolve_device(device), dtype)
     else:
         tokenizer = tokenizer_of_caller(tokenizer)
     if not isinstance(model, GenerationMixin):

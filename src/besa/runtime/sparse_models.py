@@ -14,7 +14,7 @@ from besa.checkpoint.checking import check_complete, check_packed
 from besa.checkpoint.verification import verify as verify_folder
 from besa.data.arguments import Dtype, checked
 from besa.errors import BesaError
-from besa.models.layout import fill, renaming, tie
+from besa.models.layout import load_tensors, renaming, tie
 from besa.models.loading import Source, is_quantized, load_model, locate, read_config, read_generation_config, skeleton
 from besa.models.streaming import DecoderOnDisk
 from besa.progress import Progress, silent
@@ -55,12 +55,20 @@ def load(
             or there is no such device.
     """
     device = resolve_device(device)
-    source = locate(model, progress)
-    if not source.gguf:
-        source = source.local()
+    source = locate(model, progress, trust_remote_code=trust_remote_code).local()
     if verify:
         verify_folder(source.location, progress=progress)
-    loaded = load_model(source, dtype) if source.gguf else _load_folder(source, dtype, trust_remote_code)
+    return load_source(source, device, dtype)
+
+
+def load_source(source: Source, device: torch.device, dtype: str) -> PreTrainedModel:
+    """The same of a model that was located; arguments as of `load`.
+
+    Raises:
+        BesaError: as `load`.
+    """
+    source = source.local()
+    loaded = load_model(source, dtype) if source.gguf else _load_folder(source, dtype)
     for name, parameter in loaded.named_parameters():
         if not is_finite(parameter):
             too_large = "" if dtype == "auto" else f", or its numbers are too large for {dtype}"
@@ -70,26 +78,24 @@ def load(
     return loaded.to(device)
 
 
-def _load_folder(source: Source, dtype: str, trust_remote_code: bool) -> PreTrainedModel:
+def _load_folder(source: Source, dtype: str) -> PreTrainedModel:
     """A model of safetensors; what is wrong with its files is told by us, as our complaints are clearer."""
     assert source.folder is not None
     files = open_files(source.folder)
     check_packed(files)
-    config = read_config(source, trust_remote_code)
+    config = read_config(source)
     if isinstance(files, Container) or is_quantized(config):
-        check_complete(source, files, config, trust_remote_code)
+        check_complete(source, files, config)
     else:
-        DecoderOnDisk(source, dtype, trust_remote_code)
+        DecoderOnDisk(source, dtype)
     if isinstance(files, Container):
-        return _load_packed(source, files, config, dtype, trust_remote_code)
-    return load_model(source, dtype, trust_remote_code)
+        return _load_packed(source, files, config, dtype)
+    return load_model(source, dtype)
 
 
-def _load_packed(
-    source: Source, files: Container, config: PreTrainedConfig, dtype: str, trust_remote_code: bool
-) -> PreTrainedModel:
+def _load_packed(source: Source, files: Container, config: PreTrainedConfig, dtype: str) -> PreTrainedModel:
     config.dtype = getattr(torch, dtype) if dtype != "auto" else config.dtype or files.dtype()
-    model = skeleton(source, config, trust_remote_code)
+    model = skeleton(source, config)
     conversions = get_model_conversion_mapping(model)
     renamed = renaming(model, conversions)
     modules = dict(model.named_modules())
@@ -99,7 +105,7 @@ def _load_packed(
         if not isinstance(dense, nn.Linear) or (dense.out_features, dense.in_features) != weight.shape:
             raise BesaError(f"{source.name}: {linear} {weight.shape} has no place in the model that config.json says.")
         model.set_submodule(name, SparseLinear(_in_dtype(weight, config.dtype, linear), dense.bias))
-    fill(model, _dense_tensors(files), conversions, source.name)
+    load_tensors(model, _dense_tensors(files), conversions, source.name)
     tie(model)
     model.generation_config = read_generation_config(source, model)
     return model.eval()

@@ -18,14 +18,13 @@ from transformers import PreTrainedModel
 
 from besa.data.arguments import Count, Dtype, checked
 from besa.errors import BesaError
-from besa.models.loading import locate
+from besa.models.loading import Source, locate, weight_paths
 from besa.progress import Progress, silent
 from besa.record import now
 from besa.runtime.linear import SparseLinear
 from besa.runtime.prepacked import prepacked
-from besa.runtime.sparse_models import load
+from besa.runtime.sparse_models import load_source
 from besa.runtime.timings import DENSE, FIRST, PREPACKED, SPARSE, Bench, ModelSpeed, Timing
-from besa.storage.weights import WeightFiles
 from besa.system import memory
 from besa.system.machine import machine, resolve_device, versions
 
@@ -110,7 +109,7 @@ def bench(
     device = resolve_device(device)
     contenders: list[_Contender] = []
     for name in names:
-        contenders += _contenders(name, device, dtype, trust_remote_code, progress)
+        contenders += _contenders(locate(name, progress, trust_remote_code=trust_remote_code), device, dtype)
     read = torch.zeros(READ // 4, device=device)
     reading: list[float] = []
     total = (rounds + 1) * len(WORKS) * len(contenders)
@@ -134,24 +133,19 @@ def bench(
     )
 
 
-def _contenders(
-    name: str, device: torch.device, dtype: str, trust_remote_code: bool, progress: Progress
-) -> list[_Contender]:
+def _contenders(source: Source, device: torch.device, dtype: str) -> list[_Contender]:
     """The forms in which a model can run here."""
     memory.trim()
     before = _resident(device)
-    model = load(name, device=device, dtype=dtype, trust_remote_code=trust_remote_code, progress=progress)
+    model = load_source(source, device, dtype)
     _measure(model, WORKS[0])
     resident = _resident(device) - before
-    source = locate(name)
-    folder = Path((source if source.gguf else source.local()).location)
-    paths = [folder / source.gguf] if source.gguf else WeightFiles(folder).paths
-    size = sum(path.stat().st_size for path in paths)
+    size = sum(path.stat().st_size for path in weight_paths(source.local()))
     sparse = any(isinstance(module, SparseLinear) for module in model.modules())
     read = step_bytes(model)
-    found = [_Contender(name, SPARSE if sparse else DENSE, model, size, resident, read)]
+    found = [_Contender(source.name, SPARSE if sparse else DENSE, model, size, resident, read)]
     if not sparse and (other := prepacked(model)) is not None:
-        found.append(_Contender(name, PREPACKED, other, size, None, read))
+        found.append(_Contender(source.name, PREPACKED, other, size, None, read))
     return found
 
 

@@ -133,11 +133,7 @@ class Simulation(BaseModel):
 
 
 def simulate(
-    source: Source,
-    tokens: Sequence[int],
-    accelerator: Accelerator,
-    trust_remote_code: bool = False,
-    progress: Progress = silent,
+    source: Source, tokens: Sequence[int], accelerator: Accelerator, progress: Progress = silent
 ) -> Simulation:
     """Simulate every prunable weight of a local checkpoint.
 
@@ -145,7 +141,6 @@ def simulate(
         source: dense, pruned or packed.
         tokens: numbers of input vectors for the figures with memory.
         accelerator: what computes.
-        trust_remote_code: run model code that comes with the checkpoint.
         progress: told (blocks done, blocks, name of the block).
 
     Raises:
@@ -154,10 +149,7 @@ def simulate(
     if not tokens or min(tokens) < 1 or max(tokens) > LARGEST:
         given = ", ".join(map(str, tokens)) or "none at all"
         raise BesaError(f"Numbers of tokens must be positive and at most {LARGEST:,}, not {given}.")
-    linears = [
-        simulate_weight(weight, tuple(tokens), accelerator)
-        for weight in stored_weights(source, trust_remote_code, progress)
-    ]
+    linears = [simulate_weight(weight, tuple(tokens), accelerator) for weight in stored_weights(source, progress)]
     by_kind: dict[str, list[LinearSimulation]] = {}
     for linear in linears:
         by_kind.setdefault(kind(linear.name, linear.block), []).append(linear)

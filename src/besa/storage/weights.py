@@ -99,7 +99,7 @@ class WeightFiles:
             found.setdefault(self._holders[name], []).append(name)
         return found.items()
 
-    def expect(self, names: Iterable[str]) -> None:
+    def prefetch(self, names: Iterable[str]) -> None:
         """Have the system read these tensors in the background, into its own memory, where it knows how to."""
         if not hasattr(os, "posix_fadvise"):
             return

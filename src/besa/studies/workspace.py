@@ -161,9 +161,9 @@ class Workspace:
         resolve_device(given.device)
         check_tasks(self.measures.tasks)
         read_texts(self.measures.texts, self.measures.data, self.progress)
-        source = locate(given.model, self.progress)
-        tokenizer = load_tokenizer(source, given.trust_remote_code)
-        first = bos_token(given.bos, tokenizer, read_config(source, given.trust_remote_code))
+        source = locate(given.model, self.progress, trust_remote_code=given.trust_remote_code)
+        tokenizer = load_tokenizer(source)
+        first = bos_token(given.bos, tokenizer, read_config(source))
         sample(given.calibration, tokenizer, given.samples, given.seqlen, 0, self.progress, bos=first)
 
     def checkpoint(self, recipe: Recipe, seed: int = 0) -> Path:

@@ -18,11 +18,11 @@ class Allocator(Settings):
     """Base of all allocations. By default it needs nothing but the ranks of a block's weights.
 
     Attributes:
-        whole_units: whether it prunes whole channels and heads; the reconstruction must then keep the mask.
+        whole_structures: whether it prunes whole channels and heads; the reconstruction must then keep the mask.
         shaped: whether zeros follow a pattern or whole units; targets by block and quantisation would break these.
     """
 
-    whole_units: ClassVar[bool] = False
+    whole_structures: ClassVar[bool] = False
     shaped: ClassVar[bool] = False
 
     @property

@@ -1,6 +1,6 @@
 """Structured: whole channels of the feed-forward go, and whole heads, as many in every block.
 
-Shape suffixes: O rows, I columns, U units (channels of the feed-forward, or heads).
+Shape suffixes: O rows, I columns, S structures (channels of the feed-forward, or heads).
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from besa.models.units import Unit
 class Structured(Allocator):
     """Prune the channels, and the key-value heads with their query heads, whose loss moves the block least.
 
-    A unit's score is the squared error that its columns leave in the output of the linear that reads it; all that makes
-    the unit goes with it. What is left can be written as smaller dense matrices (`checkpoint.shrinking`).
+    A structure's score is the squared error that removing its columns causes in the output of the linear that reads
+    it. The rows that write the structure are removed with it. The rest can be written as smaller dense matrices
+    (`checkpoint.shrinking`).
     """
 
     method: Literal["structured"] = "structured"
@@ -34,26 +35,27 @@ class Structured(Allocator):
         default=0.0, ge=0, lt=1, description="share of key-value heads that go; the feed-forward loses the rest"
     )
     multiple: int = Field(default=8, ge=1, description="the feed-forward channels that stay are a multiple of it")
-    whole_units: ClassVar[bool] = True
+    whole_structures: ClassVar[bool] = True
     shaped: ClassVar[bool] = True
 
     @property
     def compares_errors(self) -> bool:
-        """Yes: between units, summed up over their columns."""
+        """Yes: between structures, summed up over their columns."""
         return True
 
     def budget(self, block: Block, names: Sequence[str], sparsity: float) -> Budget:
-        """The zeros nearest to the sparsity that whole units can have, among these linears of a block.
+        """The zeros nearest to the sparsity that whole structures can have, among these linears of a block.
 
         Raises:
-            BesaError: the block has no such units, some of a unit's linears stay dense, or no unit would be left.
+            BesaError: the block has no such structures, some of a structure's linears stay dense, or none would be
+                left.
         """
         weights = sum(block.prunables[name].numel for name in names)
         gone = self._gone(block, names, sparsity * weights)
         return Budget(tuple(names), weights, sum(number * coupling.weights for coupling, number in gone))
 
     def _gone(self, block: Block, names: Sequence[str], zeros: float) -> list[tuple[Coupling, int]]:
-        """How many units of each coupling are to go, so that there are about so many zeros."""
+        """How many structures of each coupling are to go, so that there are about so many zeros."""
         found = {coupling.kind: coupling for coupling in couplings(block) if set(coupling.names) <= set(names)}
         if "ffn" not in found or (self.heads and "heads" not in found):
             missing = "heads" if "ffn" in found else "feed-forward"
@@ -64,47 +66,47 @@ class Structured(Allocator):
         gone = []
         if self.heads:
             heads = found["heads"]
-            gone.append((heads, round(self.heads * heads.units)))
+            gone.append((heads, round(self.heads * heads.structures)))
             zeros -= gone[0][1] * heads.weights
-            if gone[0][1] == heads.units:
+            if gone[0][1] == heads.structures:
                 raise BesaError(f"{block.name} would have no heads left: set allocation.heads lower.")
             if zeros < 0:
                 raise BesaError("allocation.heads takes more than the sparsity asks for: set it lower.")
         ffn = found["ffn"]
-        kept = min(ffn.units, self.multiple * int((ffn.units - zeros / ffn.weights) / self.multiple + 0.5))
+        kept = min(ffn.structures, self.multiple * int((ffn.structures - zeros / ffn.weights) / self.multiple + 0.5))
         if kept < 1:
             raise BesaError(
                 f"{block.name} would have no feed-forward channels left: ask for less sparsity, or set "
                 "allocation.heads higher."
             )
-        return [*gone, (ffn, ffn.units - kept)]
+        return [*gone, (ffn, ffn.structures - kept)]
 
     def allocate(self, problem: BlockProblem) -> Allocated:
-        """Rows and columns of the units that go; weights that are zero already go on top of them.
+        """Rows and columns of the structures that go; weights that are zero already go on top of them.
 
         Raises:
-            BesaError: as `budget`; or what makes a unit matters though nothing reads it.
+            BesaError: as `budget`; or a structure matters though nothing reads it.
         """
         assert isinstance(problem.block, Unit)
         (block,) = problem.block.blocks
         (budget,) = problem.budgets
         weights = {name: linear.w_OI for name, linear in problem.linears.items()}
         for coupling, number in self._gone(block, budget.names, budget.zeros):
-            gone_U = lowest_units(coupling, problem.linears, number)
-            check(block, coupling, gone_U, problem.inputs_NTC[:1].to(problem.device))
-            weights |= coupling.without(weights, gone_U)
+            gone_S = lowest_structures(coupling, problem.linears, number)
+            check(block, coupling, gone_S, problem.inputs_NTC[:1].to(problem.device))
+            weights |= coupling.without(weights, gone_S)
         counts = {name: (w_OI == 0).sum(dim=1).cpu() for name, w_OI in weights.items()}
         # Zeros come first in every row's order, so the columns of what goes do too.
         ranks = {name: rank(linear.importance_OI, weights[name]) for name, linear in problem.linears.items()}
         return Allocated(counts, ranks=ranks)
 
 
-def lowest_units(coupling: Coupling, linears: Mapping[str, RankedLinear], number: int) -> Tensor:
-    """Which units (U,) go, boolean: the lowest squared errors; ties fall to the earlier unit."""
+def lowest_structures(coupling: Coupling, linears: Mapping[str, RankedLinear], number: int) -> Tensor:
+    """Which structures (S,) go, boolean: the lowest squared errors; ties fall to the earlier structure."""
     ((name, size),) = coupling.columns.items()
     linear = linears[name]
     error_I = linear.errors_OI.sum(dim=0, dtype=torch.float64)
-    order_U = error_I.reshape(coupling.units, size).sum(dim=1).argsort(stable=True)
-    gone_U = torch.zeros(coupling.units, dtype=torch.bool, device=error_I.device)
-    gone_U[order_U[:number]] = True
-    return gone_U
+    order_S = error_I.reshape(coupling.structures, size).sum(dim=1).argsort(stable=True)
+    gone_S = torch.zeros(coupling.structures, dtype=torch.bool, device=error_I.device)
+    gone_S[order_S[:number]] = True
+    return gone_S

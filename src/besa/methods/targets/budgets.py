@@ -35,7 +35,7 @@ def budgets(blocks: list[Block], recipe: Recipe, targets: Sequence[float] | None
         BesaError: a pattern matches nothing, two patterns of `sparsity_of` ask different things of one
             linear, all is skipped, or the model has no parts of that granularity or no units of that kind.
     """
-    if recipe.allocation.whole_units:
+    if recipe.allocation.whole_structures:
         return _of_units(blocks, recipe)
     whole = units(blocks, recipe.granularity)
     prunables = {name: prunable for unit in whole for name, prunable in unit.prunables.items()}

@@ -81,7 +81,7 @@ def _forward(survey: Survey, tokens_NT: Tensor) -> list[HiddenStates]:
 def _loss_gradients(decoder: Decoder, states_NTC: HiddenStates, tokens_NT: Tensor, seed: int) -> None:
     """Replace the outputs of the last block by the gradients of the loss there, for labels drawn from the model."""
     generator = torch.Generator().manual_seed(seed)
-    with decoder.ends():
+    with decoder.outside_blocks():
         for n in range(len(tokens_NT)):
             y_NTC = states_NTC[n : n + 1].to(decoder.model.device).requires_grad_()
             with torch.enable_grad():

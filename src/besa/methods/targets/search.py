@@ -112,7 +112,7 @@ def _from_dense(
 ) -> list[float]:
     """The divergence that each of the outputs `pruned` of the last block comes to, a sequence at a time."""
     sums = [0.0] * len(pruned)
-    with decoder.ends():
+    with decoder.outside_blocks():
         for n in range(len(tokens_NT)):
             one = slice(n, n + 1)
             dense_TV = _predicted(decoder, tokens_NT[one], dense_NTC[one])

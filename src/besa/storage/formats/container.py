@@ -145,11 +145,11 @@ class Container(WeightFiles):
                 own = packed.tensors_of(weight.unpack_codes())
                 yield from ((f"{linear}.{key}", tensor) for key, tensor in own.items())
 
-    def expect(self, names: Iterable[str]) -> None:
+    def prefetch(self, names: Iterable[str]) -> None:
         """See `WeightFiles`."""
         linears = {self._originals[name] for name in names if name in self._originals}
         own = [name for linear in linears for name in self.sparse[linear]]
-        super().expect([*(name for name in names if name not in self._originals), *own])
+        super().prefetch([*(name for name in names if name not in self._originals), *own])
 
     def weights(self) -> Iterator[tuple[str, Bitmask]]:
         """Every sparse weight by its linear; it stays in its file.
