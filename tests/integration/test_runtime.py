@@ -247,7 +247,7 @@ def test_a_model_named_twice_is_refused(plain: tuple[Path, Path]) -> None:
         ({"temperature": math.nan}, "no temperature nan"),
         ({"temperature": -0.1}, "no temperature -0.1"),
         ({"seed": 2**32}, "no seed 4294967296"),
-        ({"max_new_tokens": 0}, "ask for at least 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens should be greater than or equal to 1"),
     ],
 )
 def test_numbers_that_cannot_be_are_refused_before_the_model_is_read(given: dict[str, float], words: str) -> None:
