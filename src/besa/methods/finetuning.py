@@ -73,7 +73,7 @@ class Finetuner(Settings):
         """
 
 
-class Untuned(Finetuner):
+class NoFinetuning(Finetuner):
     """Weights stay as the reconstruction left them."""
 
     method: Literal["none"] = "none"
@@ -194,4 +194,4 @@ def _root_mean_square(w_OI: Tensor) -> float:
     return float((w_OI.square().sum() / (w_OI != 0).sum().clamp_min(1)).sqrt())
 
 
-Finetuning = Annotated[Untuned | MaskedAdam, Field(discriminator="method")]
+Finetuning = Annotated[NoFinetuning | MaskedAdam, Field(discriminator="method")]

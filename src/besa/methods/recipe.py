@@ -13,12 +13,12 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from besa.errors import BesaError
 from besa.methods.allocation import Allocation, Uniform
 from besa.methods.allocation.descent import Descent
-from besa.methods.finetuning import Finetuning, Untuned
+from besa.methods.finetuning import Finetuning, NoFinetuning
 from besa.methods.importance import Importance, Wanda
-from besa.methods.reconstruction import Frozen, Reconstruction
-from besa.methods.targets import Even, Targets
+from besa.methods.reconstruction import NoReconstruction, Reconstruction
+from besa.methods.targets import Targets, UniformTargets
 from besa.models.units import Granularity
-from besa.quantization import Quantization, Unquantized
+from besa.quantization import NoQuantization, Quantization
 from besa.settings import Settings
 from besa.storage.names import check_plain, path_of
 
@@ -35,12 +35,12 @@ class Recipe(Settings):
     sparsity_of: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(
         default={}, description="patterns of names of linears, each with a sparsity of its own"
     )
-    targets: Targets = Even()
+    targets: Targets = UniformTargets()
     importance: Importance = Wanda()
     allocation: Allocation = Uniform()
-    reconstruction: Reconstruction = Frozen()
-    finetune: Finetuning = Untuned()
-    quantization: Quantization = Unquantized()
+    reconstruction: Reconstruction = NoReconstruction()
+    finetune: Finetuning = NoFinetuning()
+    quantization: Quantization = NoQuantization()
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

@@ -13,9 +13,9 @@ from pydantic import Field
 
 from besa.methods.reconstruction.admm import ADMM
 from besa.methods.reconstruction.cg import ConjugateGradient
-from besa.methods.reconstruction.frozen import Frozen
+from besa.methods.reconstruction.none import NoReconstruction
 from besa.methods.reconstruction.obs_update import OBSUpdate
 
-Reconstruction = Annotated[Frozen | OBSUpdate | ConjugateGradient | ADMM, Field(discriminator="method")]
+Reconstruction = Annotated[NoReconstruction | OBSUpdate | ConjugateGradient | ADMM, Field(discriminator="method")]
 
-__all__ = ["ADMM", "ConjugateGradient", "Frozen", "OBSUpdate", "Reconstruction"]
+__all__ = ["ADMM", "ConjugateGradient", "NoReconstruction", "OBSUpdate", "Reconstruction"]

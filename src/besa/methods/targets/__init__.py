@@ -14,8 +14,8 @@ from besa.methods.targets.bounded import Bounded
 from besa.methods.targets.loss_sensitivity import LossSensitivity
 from besa.methods.targets.owl import Owl
 from besa.methods.targets.search import Search
-from besa.methods.targets.uniform import Even
+from besa.methods.targets.uniform import UniformTargets
 
-Targets = Annotated[Even | Owl | LossSensitivity | Search, Field(discriminator="method")]
+Targets = Annotated[UniformTargets | Owl | LossSensitivity | Search, Field(discriminator="method")]
 
-__all__ = ["Bounded", "Even", "LossSensitivity", "Owl", "Search", "Targets"]
+__all__ = ["Bounded", "LossSensitivity", "Owl", "Search", "Targets", "UniformTargets"]

@@ -7,7 +7,7 @@ from typing import Literal
 from besa.methods.targets.targeting import Targeting
 
 
-class Even(Targeting):
+class UniformTargets(Targeting):
     """The same sparsity for every block; nothing is measured."""
 
     method: Literal["uniform"] = "uniform"

@@ -11,7 +11,7 @@ from besa.methods.reconstruction.rebuilder import Rebuilder
 from besa.observing.input_statistics import InputStatistics
 
 
-class Frozen(Rebuilder):
+class NoReconstruction(Rebuilder):
     """Prune the lowest ranks of each row and touch nothing else."""
 
     method: Literal["none"] = "none"
