@@ -16,7 +16,7 @@ from besa.pruning import quantizing
 from besa.pruning.paths import PLAIN, Resources, first_inputs
 from besa.pruning.step import Step, prune_unit
 from besa.record import BlockRecord
-from besa.storage.formats import packed
+from besa.storage.formats import codes
 from besa.storage.journal import Journal
 from besa.system import memory
 from besa.system.stopwatch import Stopwatch
@@ -56,8 +56,8 @@ def prune_blocks(
     quantization = recipe.quantization.coding
     if quantization is not None:
         quantizing.check(quantization, whole, plan)
-        if journal is not None and resources.pack:
-            packed.check(decoder.model, (name for own in plan for budget in own for name in budget.names))
+        if journal is not None and resources.codes:
+            codes.check(decoder.model, (name for own in plan for budget in own for name in budget.names))
     if journal is not None:
         journal.restored = len(done)
     if check is None:  # stopped while the checkpoint was put together
@@ -83,7 +83,7 @@ def prune_blocks(
                 for block in unit.blocks:
                     block.run(dense_NTC, resources.batch, into=dense_NTC)
                     tensors = journal.tensors(block.index)
-                    decoder.fill(block, packed.unpack(tensors, quantization) if quantization else tensors)
+                    decoder.fill(block, codes.decode(tensors, quantization) if quantization else tensors)
                     block.run(pruned_NTC, resources.batch, into=pruned_NTC)
                     records.append(done[block.index])
                 progress(len(records), len(blocks), "taken from the journal")
@@ -99,7 +99,7 @@ def prune_blocks(
                             for name in block.prunables
                             if name in quantized
                         }
-                        journal.keep(packed.pack(decoder.stored(block), own if resources.pack else {}), record)
+                        journal.keep(codes.encode(decoder.stored(block), own if resources.codes else {}), record)
         memory.trim()
         progress(
             len(records),

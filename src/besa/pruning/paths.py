@@ -33,14 +33,14 @@ class Resources:
         device: where blocks are computed.
         activation_budget: bytes of hidden states kept in memory; more go into a file.
         folder: where that file is made; by default where temporary files go.
-        pack: quantised weights are kept as packed codes; else as the numbers they stand for.
+        codes: keep quantised weights as codes; else as the numbers they stand for.
     """
 
     batch: int = 4
     device: torch.device = CPU
     activation_budget: int = 1 << 62
     folder: Path | None = None
-    pack: bool = True
+    codes: bool = True
 
 
 PLAIN = Resources()
