@@ -95,13 +95,25 @@ def test_what_only_orders_weights_takes_any_importance(allocation):
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
-        (["quantization.method=minmax", "reconstruction.method=cg"], "quantization takes weights that stay"),
-        (["quantization.method=minmax", "finetune.method=adam"], "quantization takes weights that stay"),
-        (["quantization.method=minmax"], "nothing is learned that clipping could join"),
+        (
+            ["quantization.method=minmax", "reconstruction.method=cg"],
+            "quantization works only if kept weights do not change",
+        ),
+        (
+            ["quantization.method=minmax", "finetune.method=adam"],
+            "quantization works only if kept weights do not change",
+        ),
+        (["quantization.method=minmax"], "quantization.clipping=joint needs an allocation that learns"),
         (["allocation.method=structured", "reconstruction.method=admm"], "needs a reconstruction that keeps the mask"),
         (["allocation.method=structured", "reconstruction.method=obs"], "needs a reconstruction that keeps the mask"),
-        (["allocation.method=structured", "targets.method=owl"], "allocation.method=structured goes with targets."),
-        (["allocation.method=nm", "targets.method=search"], "allocation.method=nm goes with targets.method=uniform"),
+        (
+            ["allocation.method=structured", "targets.method=owl"],
+            "allocation.method=structured works only with targets.",
+        ),
+        (
+            ["allocation.method=nm", "targets.method=search"],
+            "allocation.method=nm works only with targets.method=uniform",
+        ),
     ],
 )
 def test_methods_that_do_not_go_together(overrides, told):

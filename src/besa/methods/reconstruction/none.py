@@ -12,7 +12,7 @@ from besa.observing.input_statistics import InputStatistics
 
 
 class NoReconstruction(Rebuilder):
-    """Prune the lowest ranks of each row and touch nothing else."""
+    """Prune the lowest ranks of each row and leave the other weights unchanged."""
 
     method: Literal["none"] = "none"
     needs_gram: ClassVar[bool] = False

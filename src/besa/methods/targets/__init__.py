@@ -1,7 +1,7 @@
-"""Targets: which block loses how much of the model's sparsity?
+"""Targets: how many weights may each block lose?
 
-Each file holds one method; its settings class is the method. `measure` looks at the dense model, before anything is
-pruned, and says which sparsity each block wants; `bounded` keeps that near the model's. `budgets` makes it exact.
+Each file holds one method. Its settings class is the method. `measure` runs the dense model before anything is pruned
+and returns a sparsity for each block. `bounded` keeps these near the model's sparsity. `budgets` makes them exact.
 """
 
 from __future__ import annotations

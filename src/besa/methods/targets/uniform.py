@@ -8,6 +8,6 @@ from besa.methods.targets.targeting import Targeting
 
 
 class UniformTargets(Targeting):
-    """The same sparsity for every block; nothing is measured."""
+    """Every block has the sparsity of the model; nothing is measured."""
 
     method: Literal["uniform"] = "uniform"
