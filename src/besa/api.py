@@ -129,7 +129,7 @@ def compress(
         activation_budget: bytes of hidden states kept in memory, by default half of what is free; more go into a file.
         resume: go on with a run towards `out` that was interrupted; with as many threads its result is
             bit-equal to an uninterrupted one.
-        dequantized: write quantised weights as the numbers they stand for, and not as packed codes.
+        dequantized: write quantised weights as the numbers they stand for, not as codes.
         trust_remote_code: run model code that comes with the checkpoint.
         command: what the user typed, for the record.
         progress: told (blocks done, blocks, state) as the run goes.
@@ -163,7 +163,7 @@ def compress(
         memory.reset_peak(device)
         began = time.perf_counter()
         folder = journal.folder if journal else None
-        resources = Resources(batch, device, _room(activation_budget), folder, pack=not dequantized)
+        resources = Resources(batch, device, _room(activation_budget), folder, codes=not dequantized)
         blocks = prune_blocks(
             decoder, recipe, calibration, seed=seed, resources=resources, journal=journal, progress=progress
         )
@@ -186,7 +186,7 @@ def compress(
         )
         if journal and out:
             coding = None if dequantized else recipe.quantization.coding
-            finish(journal, decoder, tokenizer, record, out, packed=coding)
+            finish(journal, decoder, tokenizer, record, out, quantization=coding)
     in_place = out is None or isinstance(model, PreTrainedModel)
     return Compressed(tokenizer, record, decoder.model if in_place else None, out, trust_remote_code)
 
@@ -470,7 +470,7 @@ def simulate(
     """Count the cycles that an accelerator for sparse weights would take (section 4.5 and Table 4 of the paper).
 
     Args:
-        model: Hugging Face id, local folder (dense, pruned, or with packed codes), .gguf file, or ``smollm2``.
+        model: Hugging Face id, local folder (dense, pruned, or with codes), .gguf file, or ``smollm2``.
         tokens: numbers of input vectors for the figures that include memory.
         accelerator: what is simulated, by default ViTCoD.
         trust_remote_code: run model code that comes with the checkpoint.

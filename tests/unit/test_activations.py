@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from besa.errors import BesaError
-from besa.models.activations import MappedStates, allocate
+from besa.models.activations import MappedStates, empty_states
 
 N, T, C = 7, 3, 5
 
 
 def mapped(x_NTC: torch.Tensor, folder: Path | None = None) -> MappedStates:
-    states = allocate(tuple(x_NTC.shape), x_NTC.dtype, budget=0, folder=folder)
+    states = empty_states(tuple(x_NTC.shape), x_NTC.dtype, budget=0, folder=folder)
     assert isinstance(states, MappedStates)
     states[:] = x_NTC
     return states
@@ -82,10 +82,10 @@ def test_values_of_another_dtype_are_converted():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_memory_up_to_the_budget_and_a_file_above(dtype):
     size = N * T * C * dtype.itemsize
-    within = allocate((N, T, C), dtype, size)
+    within = empty_states((N, T, C), dtype, size)
     assert isinstance(within, torch.Tensor)
     assert (within.shape, within.dtype) == ((N, T, C), dtype)
-    above = allocate((N, T, C), dtype, size - 1)
+    above = empty_states((N, T, C), dtype, size - 1)
     assert isinstance(above, MappedStates)
     assert above[:].shape == (N, T, C)
     assert above[:].dtype == dtype
@@ -114,7 +114,7 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(BesaError) as caught:
-        allocate((1000, 1000, 600), torch.float32, budget=10**9, folder=tmp_path)
+        empty_states((1000, 1000, 600), torch.float32, budget=10**9, folder=tmp_path)
     assert str(caught.value) == (
         "2.4 GB of activations do not fit into the activation budget, nor into a file (No space left on device): "
         "make room, raise --activation-budget or use fewer --samples."
@@ -124,4 +124,4 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
 
 def test_a_folder_that_is_not_there_is_one_sentence(tmp_path):
     with pytest.raises(BesaError, match=r"nor into a file \(No such file or directory\): .*\.$"):
-        allocate((N, T, C), torch.float32, budget=0, folder=tmp_path / "missing")
+        empty_states((N, T, C), torch.float32, budget=0, folder=tmp_path / "missing")

@@ -15,7 +15,7 @@ from besa.methods.allocation import Allocated, Besa, BlockProblem, RankedLinear,
 from besa.methods.allocation import besa as besa_module
 from besa.methods.allocation.changing import ChangingLinears
 from besa.methods.importance import Wanda
-from besa.methods.reconstruction import Frozen
+from besa.methods.reconstruction import NoReconstruction
 from besa.models.blocks import Block, capture_inputs, find_blocks
 from besa.observing.input_statistics import collect
 from besa.observing.losses import error_between, reconstruction_error
@@ -121,7 +121,7 @@ def small_problem(weights, zeros, importances=None) -> BlockProblem:
 def error(problem: BlockProblem, counts: dict[str, torch.Tensor]) -> float:
     """Loss of the block when each row loses its lowest ranks, on all sequences at once."""
     weights = {
-        name: Frozen().rebuild(linear.w_OI, linear.ranks_OI, counts[name], statistics=None)
+        name: NoReconstruction().rebuild(linear.w_OI, linear.ranks_OI, counts[name], statistics=None)
         for name, linear in problem.linears.items()
     }
     zeros = sum(int((weight == 0).sum()) for weight in weights.values())
@@ -403,7 +403,7 @@ def test_a_linear_without_a_budget_stays_dense_while_others_learn(problem):
         for name in budget.names:
             linear = one.linears[name]
             counts_O = torch.full(linear.w_OI.shape[:1], int(budget.sparsity * linear.w_OI.shape[1]))
-            masked[name] = Frozen().rebuild(linear.w_OI, linear.ranks_OI, counts_O, statistics=None)
+            masked[name] = NoReconstruction().rebuild(linear.w_OI, linear.ranks_OI, counts_O, statistics=None)
     (left_out,) = set(one.block.prunables) - set(masked)
 
     def expected() -> float:

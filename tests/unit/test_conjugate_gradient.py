@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from besa.counting.masks import hard_mask, rank
-from besa.methods.reconstruction import ConjugateGradient, Frozen
+from besa.methods.reconstruction import ConjugateGradient, NoReconstruction
 from besa.observing.input_statistics import InputStatistics
 
 
@@ -64,12 +64,12 @@ def test_it_ends_at_the_least_squares_solution(problem, damping):
 
 @given(problem=problems(), iterations=st.integers(1, 30))
 @settings(max_examples=40, deadline=None)
-def test_no_row_is_worse_than_frozen(problem, iterations):
+def test_no_row_is_worse_than_no_reconstruction(problem, iterations):
     w_OI, x_TI, counts_O = problem
     ranks_OI = rank(w_OI.abs(), w_OI)
     statistics = gathered(x_TI)
     rebuilt_OI = ConjugateGradient(iterations=iterations, damping=1e-4).rebuild(w_OI, ranks_OI, counts_O, statistics)
-    frozen_OI = Frozen().rebuild(w_OI, ranks_OI, counts_O, statistics)
+    frozen_OI = NoReconstruction().rebuild(w_OI, ranks_OI, counts_O, statistics)
     target_OT = w_OI @ x_TI.T
     error_O, before_O = ((weight @ x_TI.T - target_OT).square().sum(dim=1) for weight in (rebuilt_OI, frozen_OI))
     assert (error_O <= before_O * 1.001 + 1e-3).all()
@@ -84,7 +84,7 @@ def problem():
 
 def test_more_steps_lower_the_error(problem):
     w_OI, ranks_OI, counts_O, x_TI = problem
-    methods = [Frozen(), *(ConjugateGradient(iterations=n) for n in (1, 3, 10))]
+    methods = [NoReconstruction(), *(ConjugateGradient(iterations=n) for n in (1, 3, 10))]
     moved = [method.rebuild(w_OI, ranks_OI, counts_O, gathered(x_TI)) - w_OI for method in methods]
     errors = [float((x_TI @ moved_OI.T).norm()) for moved_OI in moved]
     assert errors == sorted(errors, reverse=True)
@@ -95,7 +95,7 @@ def test_without_tokens_kept_weights_stay(problem):
     w_OI, ranks_OI, counts_O, _ = problem
     nothing = InputStatistics.empty(24, True, w_OI.device)
     rebuilt_OI = ConjugateGradient().rebuild(w_OI, ranks_OI, counts_O, nothing)
-    torch.testing.assert_close(rebuilt_OI, Frozen().rebuild(w_OI, ranks_OI, counts_O, nothing))
+    torch.testing.assert_close(rebuilt_OI, NoReconstruction().rebuild(w_OI, ranks_OI, counts_O, nothing))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from besa.methods.finetuning import MaskedAdam, Untuned
+from besa.methods.finetuning import MaskedAdam, NoFinetuning
 from besa.models.blocks import Block
 from besa.models.prunable import find_prunables
 from besa.observing.losses import token_weighted_error
@@ -53,7 +53,7 @@ def test_token_weighted_error_by_hand():
 
 
 def test_nothing_moves_untuned(task):
-    found = Untuned().tune(*task, seed=0)
+    found = NoFinetuning().tune(*task, seed=0)
     assert (found.weights, found.losses) == ({}, [])
 
 

@@ -12,7 +12,7 @@ from besa.methods.allocation import RankedLinear
 from besa.pruning.quantizing import settle
 from besa.quantization import Clipping, MinMax
 from besa.quantization.minmax import codes, dequantized, extremes, grid, step_gradient
-from besa.storage.formats.packed import KEYS, is_zero, pack, unpack
+from besa.storage.formats.codes import KEYS, decode, encode, is_zero
 
 
 def test_equation_7_by_hand():
@@ -157,23 +157,23 @@ def test_zeros_survive_packing_and_meet_the_budget(case, sparsity, dtype):
     kept_OI = q_OI != 0
     assert torch.equal(q_OI[kept_OI], clipping.quantized(dtype).weight()[kept_OI])
 
-    packed = pack({"b.w.weight": w_OI, "b.w.bias": w_OI[0]}, settled)
-    assert ("b.w.weight_zero_point" in packed) != symmetric
-    own = {key: packed[f"b.w.{key}"] for key in KEYS if f"b.w.{key}" in packed}
-    assert torch.equal(is_zero(own, bits), ~kept_OI)
+    stored = encode({"b.w.weight": w_OI, "b.w.bias": w_OI[0]}, settled)
+    assert ("b.w.weight_zero_point" in stored) != symmetric
+    of_linear = {key: stored[f"b.w.{key}"] for key in KEYS if f"b.w.{key}" in stored}
+    assert torch.equal(is_zero(of_linear, bits), ~kept_OI)
     settings_ = MinMax(bits=bits, symmetric=symmetric)
     if groups > 1:
         settings_ = settings_.model_copy(update={"group": columns // groups})
-    dense = unpack(packed, settings_)
+    dense = decode(stored, settings_)
     assert dense.keys() == {"b.w.weight", "b.w.bias"}
     assert torch.equal(dense["b.w.weight"], q_OI)
 
 
-def test_what_is_no_linear_in_the_file_cannot_be_packed():
+def test_only_linears_of_the_file_are_stored_as_codes():
     w_OI = torch.randn(4, 6)
     quantized = {"b.experts.0": Clipping(w_OI, 1, 4, False, learned=False).quantized(torch.float32)}
-    with pytest.raises(BesaError, match=r"b\.experts\.0 cannot be packed.*--dequantized"):
-        pack({"b.experts": torch.randn(2, 4, 6)}, quantized)
+    with pytest.raises(BesaError, match=r"b\.experts\.0 cannot be stored as codes.*--dequantized"):
+        encode({"b.experts": torch.randn(2, 4, 6)}, quantized)
 
 
 def test_odd_groups_are_refused():
@@ -186,4 +186,4 @@ def test_a_few_rows_of_several_groups_are_refused():
     w_OI = torch.randn(8, 64)
     quantized = {"b": Clipping(w_OI, 2, 4, False, learned=False).quantized(torch.float32)}
     with pytest.raises(BesaError, match="b has only 8 rows"):
-        pack({"b.weight": w_OI}, quantized)
+        encode({"b.weight": w_OI}, quantized)

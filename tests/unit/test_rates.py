@@ -147,8 +147,8 @@ def test_counts_follow_the_rules_word_for_word(parts, width):
 
 def test_what_is_missed_is_relative():
     found = rates(torch.zeros(3, 3), [(2, 4), (1, 8)], 0.25)
-    assert float(found.missed(torch.tensor([0.5, 0.0, 0.5]))) == pytest.approx((0.375 / 0.25 - 1) ** 2)
-    assert float(found.missed(torch.tensor([0.0, 0.5, 0.25]))) == pytest.approx(0)
+    assert float(found.sparsity_term(torch.tensor([0.5, 0.0, 0.5]))) == pytest.approx((0.375 / 0.25 - 1) ** 2)
+    assert float(found.sparsity_term(torch.tensor([0.0, 0.5, 0.25]))) == pytest.approx(0)
 
 
 # The budget at every step

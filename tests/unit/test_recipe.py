@@ -16,15 +16,15 @@ from besa.errors import BesaError
 from besa.methods.allocation import Besa, Uniform
 from besa.methods.importance import OBS, RIA, Magnitude, Wanda
 from besa.methods.recipe import RECIPES, Recipe, shipped
-from besa.methods.reconstruction import Frozen, OBSUpdate
+from besa.methods.reconstruction import NoReconstruction, OBSUpdate
 
 METHODS = {
-    "besa": (Wanda(), Besa(rates="row", plain=0.5, steps=88), Frozen()),
-    "besa-layerwise": (Wanda(), Besa(rates="layer", travel=3.2), Frozen()),
-    "magnitude": (Magnitude(), Uniform(per="linear"), Frozen()),
-    "ria": (RIA(), Uniform(per="linear"), Frozen()),
+    "besa": (Wanda(), Besa(rates="row", plain=0.5, steps=88), NoReconstruction()),
+    "besa-layerwise": (Wanda(), Besa(rates="layer", travel=3.2), NoReconstruction()),
+    "magnitude": (Magnitude(), Uniform(per="linear"), NoReconstruction()),
+    "ria": (RIA(), Uniform(per="linear"), NoReconstruction()),
     "sparsegpt": (OBS(), Uniform(per="row"), OBSUpdate(mask="adaptive")),
-    "wanda": (Wanda(), Uniform(per="row"), Frozen()),
+    "wanda": (Wanda(), Uniform(per="row"), NoReconstruction()),
 }
 
 
@@ -95,13 +95,25 @@ def test_what_only_orders_weights_takes_any_importance(allocation):
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
-        (["quantization.method=minmax", "reconstruction.method=cg"], "quantization takes weights that stay"),
-        (["quantization.method=minmax", "finetune.method=adam"], "quantization takes weights that stay"),
-        (["quantization.method=minmax"], "nothing is learned that clipping could join"),
+        (
+            ["quantization.method=minmax", "reconstruction.method=cg"],
+            "quantization works only if kept weights do not change",
+        ),
+        (
+            ["quantization.method=minmax", "finetune.method=adam"],
+            "quantization works only if kept weights do not change",
+        ),
+        (["quantization.method=minmax"], "quantization.clipping=joint needs an allocation that learns"),
         (["allocation.method=structured", "reconstruction.method=admm"], "needs a reconstruction that keeps the mask"),
         (["allocation.method=structured", "reconstruction.method=obs"], "needs a reconstruction that keeps the mask"),
-        (["allocation.method=structured", "targets.method=owl"], "allocation.method=structured goes with targets."),
-        (["allocation.method=nm", "targets.method=search"], "allocation.method=nm goes with targets.method=uniform"),
+        (
+            ["allocation.method=structured", "targets.method=owl"],
+            "allocation.method=structured works only with targets.",
+        ),
+        (
+            ["allocation.method=nm", "targets.method=search"],
+            "allocation.method=nm works only with targets.method=uniform",
+        ),
     ],
 )
 def test_methods_that_do_not_go_together(overrides, told):
@@ -115,7 +127,7 @@ def test_nothing_asks_which_method_it_has():
         for name in ("targets", "importance", "allocation", "reconstruction", "finetune", "quantization")
         for method in get_args(Recipe.model_fields[name].annotation)
     }
-    assert {"Even", "Wanda", "Besa", "ADMM", "MaskedAdam", "MinMax"} < classes
+    assert {"UniformTargets", "Wanda", "Besa", "ADMM", "MaskedAdam", "MinMax"} < classes
     asking = []
     for path in sorted(Path(besa.__file__).parent.rglob("*.py")):
         nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
@@ -160,7 +172,7 @@ def test_sparsity_replaces_the_recipes_own(write):
 def test_overrides(overrides, changed):
     recipe = Recipe.load("besa", overrides=overrides)
     assert recipe.allocation == Besa(**{"plain": 0.5, "steps": 88} | changed)
-    assert (recipe.importance, recipe.reconstruction) == (Wanda(), Frozen())
+    assert (recipe.importance, recipe.reconstruction) == (Wanda(), NoReconstruction())
 
 
 def test_overrides_may_change_the_method_and_add_a_part(write):

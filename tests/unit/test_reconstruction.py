@@ -5,7 +5,7 @@ import torch
 
 from besa.counting.masks import hard_mask, rank
 from besa.errors import BesaError
-from besa.methods.reconstruction import Frozen, OBSUpdate
+from besa.methods.reconstruction import NoReconstruction, OBSUpdate
 from besa.methods.reconstruction.obs_update import inverse_factor, sweep
 from besa.observing.input_statistics import InputStatistics
 
@@ -83,23 +83,23 @@ def output_error(w_OI, rebuilt_OI, x_TI) -> float:
     return float((x_TI @ (w_OI - rebuilt_OI).T).square().sum())
 
 
-# Frozen
+# No reconstruction
 
 
-def test_frozen_keeps_what_it_does_not_prune(w_OI, counts_O):
+def test_no_reconstruction_keeps_what_it_does_not_prune(w_OI, counts_O):
     ranks_OI = rank(w_OI.abs(), w_OI)
     for dtype in (torch.float32, torch.bfloat16):
-        rebuilt_OI = Frozen().rebuild(w_OI.to(dtype), ranks_OI, counts_O, statistics=None)
+        rebuilt_OI = NoReconstruction().rebuild(w_OI.to(dtype), ranks_OI, counts_O, statistics=None)
         assert rebuilt_OI.dtype == dtype
         for w_I, rebuilt_I, count in zip(w_OI.to(dtype).tolist(), rebuilt_OI.tolist(), counts_O.tolist(), strict=True):
             lowest = sorted(abs(w) for w in w_I)[:count]
             assert rebuilt_I == [0 if abs(w) in lowest else w for w in w_I]
 
 
-def test_frozen_does_not_let_infinity_through():
+def test_no_reconstruction_does_not_let_infinity_through():
     """A mask that multiplies would make NaN of it."""
     w_OI = torch.tensor([[torch.inf, 1.0]])
-    rebuilt_OI = Frozen().rebuild(w_OI, torch.tensor([[0, 1]]), torch.tensor([1]), statistics=None)
+    rebuilt_OI = NoReconstruction().rebuild(w_OI, torch.tensor([[0, 1]]), torch.tensor([1]), statistics=None)
     assert rebuilt_OI.tolist() == [[0, 1]]
 
 
@@ -174,7 +174,7 @@ def test_zeros_that_are_there_already_keep_the_rest_as_it_is(w_OI, x_TI):
 @pytest.mark.parametrize("columns", [6, 128])
 def test_moving_the_kept_weights_lowers_the_error(w_OI, x_TI, columns):
     ranks_OI, counts_O = rank(w_OI.abs(), w_OI), torch.full((ROWS,), WIDTH // 2)
-    frozen_OI = Frozen().rebuild(w_OI, ranks_OI, counts_O, gathered(x_TI))
+    frozen_OI = NoReconstruction().rebuild(w_OI, ranks_OI, counts_O, gathered(x_TI))
     fixed_OI = OBSUpdate(mask="fixed", columns=columns).rebuild(w_OI, ranks_OI, counts_O, gathered(x_TI))
     adaptive_OI = OBSUpdate(columns=columns).rebuild(w_OI, ranks_OI, counts_O, gathered(x_TI))
     assert output_error(w_OI, fixed_OI, x_TI) < 0.95 * output_error(w_OI, frozen_OI, x_TI)

@@ -147,8 +147,8 @@ def test_what_does_not_go_with_it(changes, words):
         (0.9, {}, (), "no feed-forward channels left"),
         (0.1, {"heads": 0.5}, (), "more than the sparsity asks for"),
         (0.5, {"heads": 0.9}, (), "no heads left"),
-        (0.5, {}, ("*.up_proj",), "has no feed-forward whose linears"),
-        (0.5, {"heads": 0.5}, ("*.k_proj",), "has no heads whose linears"),
+        (0.5, {}, ("*.up_proj",), "has no feed-forward that can be pruned whole"),
+        (0.5, {"heads": 0.5}, ("*.k_proj",), "has no heads that can be pruned whole"),
         (0.3, {}, ("*.3.self_attn.*",), "skip the same linears"),
     ],
 )

@@ -9,7 +9,7 @@ from besa.errors import BesaError
 from besa.models.blocks import find_blocks
 from besa.models.layout import Layout
 from besa.models.loading import Source, is_quantized, quantization_of, skeleton
-from besa.storage.formats import packed
+from besa.storage.formats import codes
 from besa.storage.formats.container import AsDense, Container, bits_in
 from besa.storage.weights import WeightFiles, is_finite
 
@@ -22,14 +22,14 @@ def check_packed(files: WeightFiles) -> None:
     packed, nothing is read.
 
     Args:
-        files: of a checkpoint with bitmasks, packed codes or both.
+        files: of a checkpoint with bitmasks, codes or both.
 
     Raises:
         BesaError: a tensor is not so; its name is in the sentence.
     """
     sparse = dict(files.weights()) if isinstance(files, Container) else {}
     names = files.dense if isinstance(files, Container) else files.names
-    coded = packed.linears(names)
+    coded = codes.linears(names)
     if not sparse and not coded:
         return
     scales: dict[str, torch.dtype] = {}
@@ -43,9 +43,9 @@ def check_packed(files: WeightFiles) -> None:
             raise BesaError(
                 f"{files.folder} holds codes for {linear}, of which its config.json says nothing: it is damaged."
             )
-        own = packed.of_linear(tensors, linear)
-        packed.check_codes(own, bits, linear)
-        scales[linear] = own[packed.SCALE].dtype
+        own = codes.of_linear(tensors, linear)
+        codes.check_codes(own, bits, linear)
+        scales[linear] = own[codes.SCALE].dtype
     for linear, dtype in scales.items():
         usual = next(iter(scales.values()))
         if dtype != usual:
@@ -73,7 +73,7 @@ def check_complete(source: Source, files: WeightFiles, config: PreTrainedConfig)
         BesaError: it is incomplete, belongs to another configuration, or holds codes of another format.
     """
     if is_quantized(config):
-        packed.bits_of(quantization_of(config), source.name)
+        codes.bits_of(quantization_of(config), source.name)
     with torch.device("meta"):
         empty = skeleton(source, config)
     Layout(source.name, AsDense(files), empty, find_blocks(empty))

@@ -20,7 +20,7 @@ from besa.models.blocks import find_blocks
 from besa.models.layout import in_dtype, renaming
 from besa.models.loading import Source, quantization_of, read_config
 from besa.progress import Progress, silent
-from besa.storage.formats import bitmask, packed
+from besa.storage.formats import bitmask, codes
 from besa.storage.formats.container import HEADER, header, open_files, tensors_of
 from besa.storage.weights import SPARSE_STEM, STEM, WeightFiles
 from besa.storage.writing import appearing
@@ -102,7 +102,7 @@ def pack(
     quantization = quantization_of(read_config(source))
     if quantization and dtype != "auto":
         raise BesaError(f"{model} holds codes, whose dtype is what it is: leave out --dtype.")
-    bits = packed.bits_of(quantization, str(model)) if quantization else None
+    bits = codes.bits_of(quantization, str(model)) if quantization else None
     groups = _groups(source, files)
     found = Packing(linears=sum(len(group.linears) for group in groups), file_bytes_before=size_of(files.paths))
 
@@ -119,8 +119,8 @@ def pack(
             raise BesaError(f"{model}: no linear would get smaller, {_why_not(found, files)}.")
 
     config = read_config_json(folder_of(source))
-    codes = {"quantization_config": config.pop("quantization_config")} if quantization else {}
-    config["besa"] = config.get("besa", {}) | HEADER | codes
+    about_codes = {"quantization_config": config.pop("quantization_config")} if quantization else {}
+    config["besa"] = config.get("besa", {}) | HEADER | about_codes
     if dtype != "auto":
         config = with_dtype(config, dtype)
     with appearing(Path(out)) as folder:
@@ -166,12 +166,12 @@ def unpack(model: str | Path, out: str | Path, *, trust_remote_code: bool = Fals
 
 def _pack_linear(tensors: dict[str, Tensor], linear: str, bits: int | None, found: Packing) -> None:
     """Replace the tensors of a linear by those of its bitmask where these are smaller."""
-    own = {key: tensors[f"{linear}.{key}"] for key in ("weight", *packed.KEYS) if f"{linear}.{key}" in tensors}
+    own = {key: tensors[f"{linear}.{key}"] for key in ("weight", *codes.KEYS) if f"{linear}.{key}" in tensors}
     if f"{linear}.weight_g_idx" in tensors:
         raise BesaError(f"{linear} has its columns in another order (weight_g_idx), which bitmasks cannot hold.")
     if "weight" not in own:
         assert bits is not None
-        weight = bitmask.pack_codes(packed.quantized(own, bits))
+        weight = bitmask.pack_codes(codes.quantized(own, bits))
     elif own["weight"].dtype in bitmask.FLOATS:
         weight = bitmask.pack(own["weight"])
     else:
@@ -203,13 +203,13 @@ def _groups(source: Source, files: WeightFiles) -> list[_Group]:
     groups: list[_Group] = []
     for stored in files.names:
         linear, _, last = stored.rpartition(".")
-        name, merged = renamed(f"{linear}.weight" if last in packed.KEYS else stored)
+        name, merged = renamed(f"{linear}.weight" if last in codes.KEYS else stored)
         group = next((of_blocks[block.name] for block in blocks if name.startswith(f"{block.name}.")), None)
         if group is None:
             group = _Group(stored)
             groups.append(group)
         (group.weights if merged or name in parameters else group.others).append(stored)
-        if last in ("weight", *packed.KEYS) and not merged and name.removesuffix(".weight") in plain:
+        if last in ("weight", *codes.KEYS) and not merged and name.removesuffix(".weight") in plain:
             group.linears[linear] = None
     return [*groups, *of_blocks.values()]
 

@@ -17,7 +17,7 @@ from besa.checkpoint.checking import check_complete, check_packed
 from besa.models.loading import Source, is_quantized, load_model, quantization_of, read_config
 from besa.models.streaming import Decoder, DecoderInMemory, DecoderOnDisk
 from besa.progress import Progress
-from besa.storage.formats import packed
+from besa.storage.formats import codes
 from besa.storage.formats.container import Container, open_files
 from besa.storage.weights import WeightFiles
 
@@ -67,7 +67,7 @@ def _weights(source: Source, files: WeightFiles | None, progress: Progress) -> I
     config = read_config(source)
     if files and is_quantized(config):
         check_complete(source, files, config)
-        yield from _packed(files, source.name, quantization_of(config), progress)
+        yield from _coded(files, source.name, quantization_of(config), progress)
         return
     decoder: Decoder = DecoderInMemory(load_model(source)) if source.gguf else DecoderOnDisk(source)
     for done, block in enumerate(decoder.blocks, start=1):
@@ -77,21 +77,21 @@ def _weights(source: Source, files: WeightFiles | None, progress: Progress) -> I
         progress(done, len(decoder.blocks), block.name)
 
 
-def _packed(files: WeightFiles, source: str, config: dict[str, Any], progress: Progress) -> Iterator[StoredWeight]:
-    """Those of a checkpoint of packed codes; its blocks are told by the first number in a name."""
-    bits = packed.bits_of(config, source)
+def _coded(files: WeightFiles, source: str, config: dict[str, Any], progress: Progress) -> Iterator[StoredWeight]:
+    """Those of a checkpoint of codes; the first number in a name tells its block."""
+    bits = codes.bits_of(config, source)
     owners: dict[str, list[str]] = {}
     for name in files.names:
         match = re.match(r"(.*?\.\d+)\.", name)
-        if match and name.endswith((f".{packed.WEIGHT}", ".weight")):
+        if match and name.endswith((f".{codes.WEIGHT}", ".weight")):
             owners.setdefault(match[1], []).append(name)
     for done, block in enumerate(sorted(owners, key=lambda name: int(name.rpartition(".")[2])), start=1):
         for stored in owners[block]:
             name, _, last = stored.rpartition(".")
-            if last == packed.WEIGHT:
-                keys = [key for key in packed.KEYS if f"{name}.{key}" in files.names]
+            if last == codes.WEIGHT:
+                keys = [key for key in codes.KEYS if f"{name}.{key}" in files.names]
                 own = {key.rpartition(".")[2]: t for key, t in files.read([f"{name}.{key}" for key in keys])}
-                yield StoredWeight(block, name, packed.is_zero(own, bits), packed.bytes_of(own))
+                yield StoredWeight(block, name, codes.is_zero(own, bits), codes.bytes_of(own))
             else:
                 ((_, w_OI),) = files.read([stored])
                 if w_OI.dim() == 2:  # left out of quantisation

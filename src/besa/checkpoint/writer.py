@@ -21,7 +21,7 @@ from besa.models.loading import quiet
 from besa.models.streaming import Decoder
 from besa.quantization import MinMax
 from besa.record import RECORD_NAME, RunRecord
-from besa.storage.formats.packed import quantization_config
+from besa.storage.formats.codes import quantization_config
 from besa.storage.journal import Journal
 from besa.storage.weights import STEM
 from besa.storage.writing import explained, join_tensors, read_header, save_tensors, write_file
@@ -40,7 +40,7 @@ def finish(
     tokenizer: PreTrainedTokenizerBase,
     record: RunRecord,
     out: Path,
-    packed: MinMax | None = None,
+    quantization: MinMax | None = None,
 ) -> None:
     """Make the checkpoint of the blocks in the journal and of the rest of the model; `out` is whole when it appears.
 
@@ -52,7 +52,7 @@ def finish(
         tokenizer: of the model.
         record: of the run.
         out: must not exist.
-        packed: how the weights are quantised that the journal holds as codes.
+        quantization: settings of the codes in the journal; None if it holds dense weights.
 
     Raises:
         BesaError: it cannot be written; the journal stays then.
@@ -66,7 +66,7 @@ def finish(
             *(journal.path(block.index) for block in decoder.blocks),
         ]
         assemble(folder, parts)
-        added = _about(decoder.model, record, packed)
+        added = _about(decoder.model, record, quantization)
         if decoder.folder is None:
             _serialise(folder, decoder.model, tokenizer, added)
         else:
@@ -79,15 +79,16 @@ def finish(
         folder.rename(out)
 
 
-def _about(model: PreTrainedModel, record: RunRecord, packed: MinMax | None) -> dict[str, Any]:
+def _about(model: PreTrainedModel, record: RunRecord, quantization: MinMax | None) -> dict[str, Any]:
     """What config.json says besides what it said of the dense model."""
     about: dict[str, Any] = {
         "besa": {"recipe": record.recipe["name"], "sparsity": record.sparsity, "record": RECORD_NAME}
     }
-    if packed is not None:
+    if quantization is not None:
         quantized = {linear.name for block in record.blocks for linear in block.linears}
         plain = [name for name, part in model.named_modules() if isinstance(part, nn.Linear)]
-        about["quantization_config"] = quantization_config(packed, [name for name in plain if name not in quantized])
+        ignored = [name for name in plain if name not in quantized]
+        about["quantization_config"] = quantization_config(quantization, ignored)
     return about
 
 

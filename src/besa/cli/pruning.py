@@ -104,7 +104,7 @@ def prune(
     sparsity_of: SparsityOfOption = None,
     activation_budget: BudgetOption = None,
     dequantized: Annotated[
-        bool, typer.Option("--dequantized", help="Write quantised weights as dense numbers, not as packed codes.")
+        bool, typer.Option("--dequantized", help="Write quantised weights as dense numbers, not as codes.")
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run towards OUT.")] = False,
     trust_remote_code: TrustOption = False,

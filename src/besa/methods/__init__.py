@@ -1,1 +1,1 @@
-"""What a pruning method is made of: a recipe and its choices, one file each."""
+"""Pruning methods: a recipe and its choices, one file each."""

@@ -1,4 +1,4 @@
-"""Fine-tuning: the kept weights of a block move together, so that its output comes closer to the dense path's.
+"""Fine-tuning: the kept weights of a block change together to bring its output closer to that of the dense path.
 
 Shape suffixes: N sequences, T tokens, C channels of the residual stream, O rows, I columns.
 """
@@ -25,33 +25,38 @@ from besa.system.machine import learning_dtype
 
 @dataclass(frozen=True)
 class Finetuned:
-    """Weights (O, I) by full name, as they are to be written, and the held-out loss before and after every epoch."""
+    """The result of fine-tuning.
+
+    Attributes:
+        weights: (O, I) by full name, in the dtype of the model.
+        losses: on held-out sequences, before the first epoch and after every epoch.
+    """
 
     weights: dict[str, Tensor] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
 
 
 class Finetuner(Settings):
-    """Base of all ways to fine-tune; by default one that does nothing.
+    """Base of all ways to fine-tune. The defaults describe one that does nothing.
 
     Attributes:
-        moves_weights: kept weights change, towards the outputs of the dense path of all tokens.
+        moves_weights: whether kept weights change; the dense path then needs the outputs of all tokens.
     """
 
     moves_weights: ClassVar[bool] = False
 
     @property
     def epoch_passes(self) -> float:
-        """Forward passes of the calibration set that an epoch takes; a backward pass counts as two."""
+        """Forward passes over the calibration set in an epoch; a backward pass counts as two."""
         return 0.0
 
     @property
     def passes(self) -> float:
-        """Forward passes of the calibration set that all epochs take at most."""
+        """Forward passes over the calibration set in all epochs, at most."""
         return 0.0
 
     def bytes_per_weight(self, item: int) -> int:
-        """Bytes that are kept for each weight, beside itself.
+        """Bytes that fine-tuning keeps for each weight, besides the weight itself.
 
         Args:
             item: bytes of a weight of the model.
@@ -62,40 +67,40 @@ class Finetuner(Settings):
     def tune(
         self, block: Block | Unit, names: list[str], inputs_NTC: HiddenStates, targets_NTC: HiddenStates, seed: int
     ) -> Finetuned:
-        """Learn from a pruned block; the block itself is not changed.
+        """Fine-tune a pruned block. The block itself is not changed.
 
         Args:
             block: with its pruned weights.
-            names: of the matrices that may move.
-            inputs_NTC: of the pruned path.
-            targets_NTC: outputs of the dense path, of the same tokens.
+            names: full names of the matrices that may change.
+            inputs_NTC: inputs on the pruned path.
+            targets_NTC: outputs of the dense path, for the same tokens.
             seed: of the order of sequences.
         """
 
 
-class Untuned(Finetuner):
-    """Weights stay as the reconstruction left them."""
+class NoFinetuning(Finetuner):
+    """Weights stay as the reconstruction left them; `finetune.method=none`."""
 
     method: Literal["none"] = "none"
 
     def tune(
         self, block: Block | Unit, names: list[str], inputs_NTC: HiddenStates, targets_NTC: HiddenStates, seed: int
     ) -> Finetuned:
-        """Nothing moves."""
+        """No weights and no losses."""
         return Finetuned()
 
 
 class MaskedAdam(Finetuner):
-    """Adam on the weights that are not zero, a sequence at a time, with steps that fall linearly to zero.
+    """Adam on the weights that are not zero, one sequence per step, with a step size that falls linearly to zero.
 
-    Sequences that are held out tell whether an epoch helped: the best weights are kept, and an epoch that does not help
-    is the last.
+    The loss on held-out sequences is measured after every epoch. The best weights are kept. The first epoch that does
+    not lower the loss is the last.
     """
 
     method: Literal["adam"] = "adam"
     epochs: int = Field(default=2, ge=1, description="passes over the calibration set, at most")
-    rate: float = Field(default=1e-3, gt=0, description="first step, as a share of a matrix's root mean square")
-    held_out: int = Field(default=16, ge=2, description="one sequence in so many is not learned from")
+    rate: float = Field(default=1e-3, gt=0, description="first step size, as a share of a matrix's root mean square")
+    held_out: int = Field(default=16, ge=2, description="one sequence in so many is held out")
     loss: Literal["channel", "token"] = Field(
         default="token",
         description="squared error relative to each channel's norm, or weighted by a power of each token's norm",
@@ -104,35 +109,35 @@ class MaskedAdam(Finetuner):
         default=1.0, ge=0, le=2, description="tokens weigh 1 / norm to this power: 0 is the plain squared error"
     )
     autocast: bool = Field(
-        default=True, description="multiply in bfloat16 while learning, where a float32 run is faster with it"
+        default=True, description="multiply in bfloat16 while learning, if that makes a float32 run faster"
     )
     moves_weights: ClassVar[bool] = True
 
     @property
     def epoch_passes(self) -> float:
-        """Forward and back over what is learned from, and a look at what is held out."""
+        """Forward and backward over the sequences learned from, and forward over those held out."""
         held = 1 / self.held_out
         return 3 * (1 - held) + held
 
     @property
     def passes(self) -> float:
-        """All epochs, and a look at what is held out before the first."""
+        """All epochs, and a forward pass over the held-out sequences before the first."""
         return self.epochs * self.epoch_passes + 1 / self.held_out
 
     def bytes_per_weight(self, item: int) -> int:
-        """Weight, gradient, two moments and the best so far as float32, the mask, copies to multiply with."""
+        """Weight, gradient, two moments and the best weight so far in float32, the mask, and copies to multiply."""
         return 21 + item + 2
 
     def tune(
         self, block: Block | Unit, names: list[str], inputs_NTC: HiddenStates, targets_NTC: HiddenStates, seed: int
     ) -> Finetuned:
-        """The weights of the epoch that served what is held out best."""
+        """The weights with the lowest loss on the held-out sequences."""
         if not names:
             return Finetuned()
         before = {name: block.weight(name).detach() for name in names}
         leaves = {name: w_OI.float().clone().requires_grad_() for name, w_OI in before.items()}
         kept = {name: w_OI != 0 for name, w_OI in before.items()}
-        held, learned = self._parted(len(inputs_NTC))
+        held, learned = self._split(len(inputs_NTC))
         steps = self.epochs * len(learned)
         groups = [{"params": [leaf], "lr": self.rate * _root_mean_square(leaf)} for leaf in leaves.values()]
         optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
@@ -145,7 +150,7 @@ class MaskedAdam(Finetuner):
             for chosen_N in order.split(1):
                 self._loss(block, leaves, inputs_NTC[chosen_N], targets_NTC[chosen_N]).backward()
                 for name, leaf in leaves.items():
-                    if leaf.grad is not None:  # None: an expert that no token of these sequences reached
+                    if leaf.grad is not None:  # None if no token of this sequence reached an expert
                         leaf.grad.masked_fill_(~kept[name], 0)
                 optimizer.step()
                 optimizer.zero_grad()
@@ -158,8 +163,8 @@ class MaskedAdam(Finetuner):
         weights = {name: written(w_OI, kept[name], before[name].dtype) for name, w_OI in best.items()}
         return Finetuned(weights, losses)
 
-    def _parted(self, samples: int) -> tuple[Tensor, Tensor]:
-        """Sequences to hold out and to learn from; of a single sequence both."""
+    def _split(self, samples: int) -> tuple[Tensor, Tensor]:
+        """Positions of the sequences to hold out and to learn from; a single sequence serves as both."""
         places = torch.arange(samples)
         held = places % self.held_out == 0
         return (places[held], places[~held]) if samples > 1 else (places, places)
@@ -177,7 +182,7 @@ class MaskedAdam(Finetuner):
         return float(torch.stack(losses).mean())
 
     def _loss(self, block: Block | Unit, weights: Mapping[str, Tensor], x_NTC: Tensor, target_NTC: Tensor) -> Tensor:
-        """Of the block with these float32 weights."""
+        """The loss (scalar) of the block with these float32 weights."""
         stored = block.weight(next(iter(weights)))
         dtype = learning_dtype(stored.dtype, stored.device) if self.autocast else stored.dtype
         with torch.autocast(stored.device.type, dtype, enabled=dtype != stored.dtype):
@@ -189,9 +194,9 @@ class MaskedAdam(Finetuner):
 
 
 def _root_mean_square(w_OI: Tensor) -> float:
-    """Of the weights that are not zero."""
+    """The root mean square of the weights that are not zero."""
     w_OI = w_OI.detach()
     return float((w_OI.square().sum() / (w_OI != 0).sum().clamp_min(1)).sqrt())
 
 
-Finetuning = Annotated[Untuned | MaskedAdam, Field(discriminator="method")]
+Finetuning = Annotated[NoFinetuning | MaskedAdam, Field(discriminator="method")]

@@ -1,4 +1,4 @@
-"""A recipe: the choices that make a pruning method, and the sparsity it is asked for."""
+"""A recipe: the choices that make a pruning method, and its sparsity."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from besa.errors import BesaError
 from besa.methods.allocation import Allocation, Uniform
 from besa.methods.allocation.descent import Descent
-from besa.methods.finetuning import Finetuning, Untuned
+from besa.methods.finetuning import Finetuning, NoFinetuning
 from besa.methods.importance import Importance, Wanda
-from besa.methods.reconstruction import Frozen, Reconstruction
-from besa.methods.targets import Even, Targets
+from besa.methods.reconstruction import NoReconstruction, Reconstruction
+from besa.methods.targets import Targets, UniformTargets
 from besa.models.units import Granularity
-from besa.quantization import Quantization, Unquantized
+from besa.quantization import NoQuantization, Quantization
 from besa.settings import Settings
 from besa.storage.names import check_plain, path_of
 
@@ -30,28 +30,31 @@ class Recipe(Settings):
     """Importance, allocation, reconstruction, fine-tuning and quantisation, applied block by block."""
 
     name: Annotated[str, AfterValidator(check_plain)] = "custom"
-    sparsity: float = Field(default=0.5, ge=0, lt=1, description="share of the prunable weights that end as zeros")
+    sparsity: float = Field(default=0.5, ge=0, lt=1, description="share of the prunable weights that become zero")
     skip: tuple[str, ...] = Field(default=(), description="patterns of names of linears that stay dense")
     sparsity_of: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(
-        default={}, description="patterns of names of linears, each with a sparsity of its own"
+        default={}, description="patterns of names of linears, each with its own sparsity"
     )
-    targets: Targets = Even()
+    targets: Targets = UniformTargets()
     importance: Importance = Wanda()
     allocation: Allocation = Uniform()
-    reconstruction: Reconstruction = Frozen()
-    finetune: Finetuning = Untuned()
-    quantization: Quantization = Unquantized()
+    reconstruction: Reconstruction = NoReconstruction()
+    finetune: Finetuning = NoFinetuning()
+    quantization: Quantization = NoQuantization()
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         allocation, coded = self.allocation, self.quantization.coding is not None
         if coded and (self.reconstruction.moves_weights or self.finetune.moves_weights):
             raise ValueError(
-                "quantization takes weights that stay where they are: set reconstruction.method=none and "
+                "quantization works only if kept weights do not change: set reconstruction.method=none and "
                 "finetune.method=none"
             )
         if self.quantization.learns_jointly and allocation.descent is None:
-            raise ValueError("nothing is learned that clipping could join: set quantization.clipping=first")
+            raise ValueError(
+                "quantization.clipping=joint needs an allocation that learns, and allocation.method="
+                f"{allocation.method} learns nothing: set quantization.clipping=first"
+            )
         if allocation.compares_errors and self.importance.power is None:
             raise ValueError(
                 f"allocation.method={allocation.method} compares output errors, which "
@@ -71,37 +74,38 @@ class Recipe(Settings):
             )
         if allocation.shaped and (coded or self.targets.measuring is not None):
             raise ValueError(
-                f"allocation.method={allocation.method} goes with targets.method=uniform and quantization.method=none"
+                f"allocation.method={allocation.method} works only with targets.method=uniform and "
+                "quantization.method=none"
             )
         return self
 
     @property
     def group(self) -> int | None:
-        """Consecutive columns of which every group keeps as many, None where there is no such pattern."""
+        """Columns in each group of an n:m pattern; None without such a pattern."""
         return self.allocation.group
 
     @property
     def descent(self) -> Descent | None:
-        """How it learns, whatever it learns; None where nothing is learned."""
+        """Settings of the descent on rates, clipping or both; None if nothing is learned."""
         if self.allocation.descent is not None:
             return self.allocation.descent
         return Descent() if self.quantization.learns_first else None
 
     @property
     def teacher(self) -> Literal["dense", "pruned"] | None:
-        """The inputs of the teacher of units: the dense path's or the pruned path's; None where there is none."""
+        """The path whose hidden states are the teacher's inputs; None without a teacher."""
         if self.allocation.teacher_path is not None:
             return self.allocation.teacher_path
         return "dense" if self.quantization.learns_first else None
 
     @property
     def granularity(self) -> Granularity:
-        """Which linears share a budget, and on whose output its loss is."""
+        """Which linears share a budget, and whose output the loss compares."""
         return self.allocation.scope
 
     @property
     def needs_gram(self) -> bool:
-        """Whether some choice looks at the Gram matrix of the linears' inputs."""
+        """Whether any choice needs the Gram matrix of the linears' inputs."""
         return self.importance.needs_gram or self.reconstruction.needs_gram
 
     def with_exceptions(self, skip: Sequence[str], sparsity_of: Sequence[str]) -> Recipe:
@@ -112,29 +116,30 @@ class Recipe(Settings):
             sparsity_of: ``pattern=sparsity`` pairs.
 
         Raises:
-            BesaError: a pair without a sparsity in [0, 1], or a sparsity that the allocation cannot make.
+            BesaError: a pair has no sparsity in [0, 1], or the allocation cannot make that sparsity.
         """
-        own = dict(self.sparsity_of)
+        sparsities = dict(self.sparsity_of)
         for pair in sparsity_of:
             pattern, _, value = pair.rpartition("=")
             try:
-                own[pattern] = float(value)
+                sparsities[pattern] = float(value)
             except ValueError:
-                own[pattern] = -1.0
-            if not (pattern and 0 <= own[pattern] <= 1):
+                sparsities[pattern] = -1.0
+            if not (pattern and 0 <= sparsities[pattern] <= 1):
                 raise BesaError(f"--sparsity-of {pair}: write it as pattern=sparsity, such as *.k_proj=0.3.")
-        return self._validated(self.name, self.model_dump() | {"skip": (*self.skip, *skip), "sparsity_of": own})
+        exceptions = {"skip": (*self.skip, *skip), "sparsity_of": sparsities}
+        return self._validated(self.name, self.model_dump() | exceptions)
 
     def at(self, sparsity: float) -> Recipe:
         """The recipe with another sparsity.
 
         Raises:
-            BesaError: it is out of bounds, alone or with the rest of the recipe.
+            BesaError: the sparsity is out of bounds, or does not go with the rest of the recipe.
         """
         return self._validated(self.name, self.model_dump() | {"sparsity": sparsity})
 
     def to_yaml(self) -> str:
-        """The recipe as YAML, every setting spelled out."""
+        """The recipe as YAML, with every setting."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
     @classmethod
@@ -144,17 +149,17 @@ class Recipe(Settings):
         Args:
             recipe: name such as ``besa`` or ``wanda``, or path of a YAML file.
             sparsity: replaces the recipe's own.
-            overrides: ``key.key=value`` pairs, the value in YAML, applied last; where one changes a method, what the
-                recipe set for the former goes.
+            overrides: ``key.key=value`` pairs, the value in YAML, applied last. A pair that changes a method drops the
+                recipe's settings of the former method.
 
         Raises:
-            BesaError: no such recipe, not YAML, an unknown key, or a value out of bounds.
+            BesaError: there is no such recipe, it is no YAML, a key is unknown, or a value is out of bounds.
         """
         content = _read(recipe)
         if sparsity is not None:
             content["sparsity"] = sparsity
         for override in sorted(overrides, key=lambda pair: not pair.partition("=")[0].endswith(".method")):
-            _override(content, override)  # methods first: another one begins with its own settings
+            _override(content, override)  # methods first, because a new method drops the settings of the former
         return cls._validated(recipe, content)
 
     @classmethod
@@ -172,7 +177,7 @@ def shipped() -> list[str]:
 
 def _read(recipe: str | Path) -> dict[str, Any]:
     source = RECIPES / f"{recipe}.yaml" if str(recipe) in shipped() else path_of(recipe)
-    if isinstance(source, Path) and source.exists() and not source.is_file():  # a pipe would be waited for
+    if isinstance(source, Path) and source.exists() and not source.is_file():  # reading a pipe would wait forever
         raise BesaError(f"Recipe {recipe} is no file: choose one of {', '.join(shipped())}, or give a YAML file.")
     try:
         content = _yaml(source.read_text(encoding="utf-8"))
@@ -187,7 +192,7 @@ def _read(recipe: str | Path) -> dict[str, Any]:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """YAML as deep as recipes are and without aliases: a few lines of those can stand for more than a machine holds."""
+    """YAML without aliases and not deeper than recipes: a few lines of aliases can expand beyond any memory."""
 
     depth = 0
 
@@ -225,9 +230,9 @@ def _override(content: dict[str, Any], override: str) -> None:
 
 def _first_complaint(error: ValidationError) -> str:
     complaint = error.errors()[0]
-    if complaint["type"] == "value_error":  # a sentence of ours
+    if complaint["type"] == "value_error":  # one of besa's own sentences
         return str(complaint["ctx"]["error"])
-    # The second of three or more is the method's tag, which pydantic puts in: nobody writes it.
+    # Of three or more parts, the second is the method's tag. Pydantic adds it; it is no key of the YAML.
     keys = [str(key) for at, key in enumerate(complaint["loc"]) if at != 1 or len(complaint["loc"]) == 2]
     place = " ".join(".".join(keys).split())
     if complaint["type"] == "extra_forbidden":

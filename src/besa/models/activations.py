@@ -31,8 +31,10 @@ class HiddenStates(Protocol):
         """Replace those sequences."""
 
 
-def allocate(shape: tuple[int, int, int], dtype: torch.dtype, budget: int, folder: Path | None = None) -> HiddenStates:
-    """Room for hidden states (N, T, C).
+def empty_states(
+    shape: tuple[int, int, int], dtype: torch.dtype, budget: int, folder: Path | None = None
+) -> HiddenStates:
+    """Hidden states (N, T, C), not yet written: in memory, or in a mapped file if they are too large.
 
     Args:
         shape: N, T, C.

@@ -1,4 +1,4 @@
-"""Pruning: Algorithm 1 over the blocks (`loop`), one step of it (`step`), and what flows on to the next (`paths`)."""
+"""Pruning: Algorithm 1 over the blocks (`loop`), one step of it (`step`), and the hidden states between (`paths`)."""
 
 from besa.pruning.loop import prune_blocks
 from besa.pruning.paths import Resources

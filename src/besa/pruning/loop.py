@@ -16,7 +16,7 @@ from besa.pruning import quantizing
 from besa.pruning.paths import PLAIN, Resources, first_inputs
 from besa.pruning.step import Step, prune_unit
 from besa.record import BlockRecord
-from besa.storage.formats import packed
+from besa.storage.formats import codes
 from besa.storage.journal import Journal
 from besa.system import memory
 from besa.system.stopwatch import Stopwatch
@@ -32,41 +32,42 @@ def prune_blocks(
     journal: Journal | None = None,
     progress: Progress = silent,
 ) -> list[BlockRecord]:
-    """Prune a decoder by `recipe`, one block at a time, and tell what was done to each block.
+    """Prune a decoder by `recipe`, one block at a time, and return a record of each block.
 
     Args:
         decoder: causal decoder in evaluation mode.
         recipe: the method.
         calibration: token ids (N, T).
-        seed: of whatever the allocation draws.
+        seed: of random choices, such as the order of sequences.
         resources: how to compute.
-        journal: gets every block as it is done; blocks that it has already are taken from there.
-        progress: told (blocks done, blocks, state) after every block.
+        journal: every finished block is written to it; blocks that it already holds are not pruned again.
+        progress: is called with (blocks done, blocks, state) after every block.
 
     Raises:
-        BesaError: the blocks cannot be run one by one, activations are not finite, a block's zeros exceed its budget
-            already, or the disk is full.
+        BesaError: the blocks cannot be run one by one, activations are not finite, a block already has more zeros than
+            its budget allows, or the disk is full.
     """
     blocks = decoder.blocks
-    whole = units(blocks, recipe.granularity)
-    done = _done(journal, whole)
+    in_order = units(blocks, recipe.granularity)
+    done = _done(journal, in_order)
     check = Check(decoder, calibration.tokens_NT) if len(done) < len(blocks) else None
     targets = _targets(decoder, recipe, calibration, seed, resources, journal) if len(done) < len(blocks) else None
     plan = budgets(blocks, recipe, targets)
     quantization = recipe.quantization.coding
     if quantization is not None:
-        quantizing.check(quantization, whole, plan)
-        if journal is not None and resources.pack:
-            packed.check(decoder.model, (name for own in plan for budget in own for name in budget.names))
+        quantizing.check(quantization, in_order, plan)
+        if journal is not None and resources.codes:
+            planned = (name for unit_budgets in plan for budget in unit_budgets for name in budget.names)
+            codes.check(decoder.model, planned)
     if journal is not None:
         journal.restored = len(done)
-    if check is None:  # stopped while the checkpoint was put together
+    if check is None:  # the earlier run stopped while it assembled the checkpoint
         return [done[block.index] for block in blocks]
-    last = max(place for place, unit in enumerate(whole) if unit.index not in done)
+    last = max(place for place, unit in enumerate(in_order) if unit.index not in done)
     progress(0, len(blocks), "embeddings")
     pruned_NTC, dense_NTC = first_inputs(decoder, recipe, calibration, resources)  # line 1
     records: list[BlockRecord] = []
-    for place, (unit, unit_budgets) in enumerate(zip(whole[: last + 1], plan, strict=False)):  # line 2
+    for place, (unit, unit_budgets) in enumerate(zip(in_order[: last + 1], plan, strict=False)):  # line 2
         watch = Stopwatch(resources.device)
         with ExitStack() as stack:
             with watch("load"):
@@ -76,55 +77,55 @@ def prune_blocks(
                 for block in unit.blocks:
                     check.see(block)
             if place < last:
-                for block in whole[place + 1].blocks:
+                for block in in_order[place + 1].blocks:
                     decoder.prefetch(block)
             if unit.index in done:
                 assert journal is not None
                 for block in unit.blocks:
                     block.run(dense_NTC, resources.batch, into=dense_NTC)
                     tensors = journal.tensors(block.index)
-                    decoder.load_tensors(block, packed.unpack(tensors, quantization) if quantization else tensors)
+                    decoder.load_tensors(block, codes.decode(tensors, quantization) if quantization else tensors)
                     block.run(pruned_NTC, resources.batch, into=pruned_NTC)
                     records.append(done[block.index])
                 progress(len(records), len(blocks), "taken from the journal")
                 continue
             step = Step(unit, unit_budgets, recipe, pruned_NTC, dense_NTC, seed, resources, watch)
-            found, quantized = prune_unit(step)  # lines 3 to 12
-            records += found
+            unit_records, quantized = prune_unit(step)  # lines 3 to 12
+            records += unit_records
             if journal is not None:
                 with watch("write"):
-                    for block, record in zip(unit.blocks, found, strict=True):
-                        own = {
+                    for block, record in zip(unit.blocks, unit_records, strict=True):
+                        coded = {
                             decoder.name_in_files(name): quantized[name]
                             for name in block.prunables
-                            if name in quantized
+                            if name in quantized and resources.codes
                         }
-                        journal.keep(packed.pack(decoder.stored(block), own if resources.pack else {}), record)
+                        journal.keep(codes.encode(decoder.stored(block), coded), record)
         memory.trim()
         progress(
             len(records),
             len(blocks),
             f"error {records[-1].reconstruction_error:.4f}, sparsity {records[-1].sparsity:.2%}",
         )
-    records += [done[block.index] for unit in whole[last + 1 :] for block in unit.blocks]
+    records += [done[block.index] for unit in in_order[last + 1 :] for block in unit.blocks]
     return records
 
 
-def _done(journal: Journal | None, whole: list[Unit]) -> dict[int, BlockRecord]:
-    """Records of the blocks that need not be pruned again, by index: those of units of which the journal has all."""
+def _done(journal: Journal | None, in_order: list[Unit]) -> dict[int, BlockRecord]:
+    """Records by index of the blocks that need no pruning: the journal holds all blocks of their unit."""
     done: dict[int, BlockRecord] = {}
-    for unit in whole if journal else ():
+    for unit in in_order if journal else ():
         assert journal is not None
-        found = [journal.record(block.index) for block in unit.blocks]
-        if all(found):
-            done |= {record.index: record for record in found if record}
+        kept = [journal.record(block.index) for block in unit.blocks]
+        if all(kept):
+            done |= {record.index: record for record in kept if record}
     return done
 
 
 def _targets(
     decoder: Decoder, recipe: Recipe, calibration: Calibration, seed: int, resources: Resources, journal: Journal | None
 ) -> list[float] | None:
-    """The sparsity of each block, None where it is the same; what was measured once is in the journal."""
+    """The sparsity of each block; None if all are the same. The journal keeps what was measured."""
     measuring = recipe.targets.measuring
     if measuring is None:
         return None
@@ -142,9 +143,9 @@ def _targets(
     )
     if not any(survey.sizes):
         return None
-    wanted = journal.targets if journal is not None else None
-    if wanted is None:
-        wanted = measuring.measure(survey)
+    measured = journal.targets if journal is not None else None
+    if measured is None:
+        measured = measuring.measure(survey)
         if journal is not None:
-            journal.keep_targets(wanted)
-    return measuring.bounded(wanted, survey.sizes, recipe.sparsity)
+            journal.keep_targets(measured)
+    return measuring.bounded(measured, survey.sizes, recipe.sparsity)

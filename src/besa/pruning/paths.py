@@ -1,4 +1,4 @@
-"""The two paths through the model, pruned and dense: what is kept of them, and how a run is computed.
+"""The two paths through the model, pruned and dense: which hidden states are kept, and how a run is computed.
 
 Shape suffixes: N sequences, T tokens, C channels of the residual stream.
 """
@@ -13,34 +13,34 @@ import torch
 from besa.data.calibration import Calibration
 from besa.methods.allocation import first_tokens
 from besa.methods.recipe import Recipe
-from besa.models.activations import HiddenStates, allocate
+from besa.models.activations import HiddenStates, empty_states
 from besa.models.blocks import capture_inputs
 from besa.models.streaming import Decoder
 
 CPU = torch.device("cpu")
-# The error against the dense path is measured on one sequence in so many, and on this share of its tokens from the
-# beginning: the same for every method, as the dense path need not go on with more for its sake.
+# The error against the dense path is measured on one sequence in ERROR_SHARE, and on this share of its tokens from the
+# beginning. Every method has the same, so that measuring never makes the dense path longer.
 ERROR_SHARE = 16
 ERROR_TOKENS = 0.5
 
 
 @dataclass(frozen=True)
 class Resources:
-    """How a run is computed; none of it changes what is learned beyond the order of floating-point sums.
+    """How a run is computed. The result changes only by the order of floating-point sums.
 
     Attributes:
         batch: sequences in a forward pass.
         device: where blocks are computed.
-        activation_budget: bytes of hidden states kept in memory; more go into a file.
-        folder: where that file is made; by default where temporary files go.
-        pack: quantised weights are kept as packed codes; else as the numbers they stand for.
+        activation_budget: bytes of hidden states kept in memory; larger ones go into a file.
+        folder: of that file; by default the folder of temporary files.
+        codes: keep quantised weights as codes; else as the numbers they stand for.
     """
 
     batch: int = 4
     device: torch.device = CPU
     activation_budget: int = 1 << 62
     folder: Path | None = None
-    pack: bool = True
+    codes: bool = True
 
 
 PLAIN = Resources()
@@ -49,7 +49,7 @@ PLAIN = Resources()
 def first_inputs(
     decoder: Decoder, recipe: Recipe, calibration: Calibration, resources: Resources
 ) -> tuple[HiddenStates, HiddenStates]:
-    """Inputs of the first block: all of them for the pruned path, as much as the recipe needs for the dense path."""
+    """Inputs of the first block: all for the pruned path, and as many as the recipe needs for the dense path."""
     samples, seqlen = calibration.tokens_NT.shape
     share, length = dense_share(recipe, seqlen)
     lengths = {length, first_tokens(seqlen, recipe.descent.crop if recipe.descent else 1.0)}
@@ -57,9 +57,10 @@ def first_inputs(
         parts = capture_inputs(decoder.model, decoder.blocks, calibration.tokens_NT, resources.batch, lengths)
         for start, part_NTC in zip(range(0, samples, resources.batch), parts, strict=True):
             if start == 0:
-                width, room = part_NTC.shape[-1], resources.activation_budget // 2
-                pruned_NTC = allocate((samples, seqlen, width), part_NTC.dtype, room, resources.folder)
-                dense_NTC = allocate((-(-samples // share), length, width), part_NTC.dtype, room, resources.folder)
+                width, dtype = part_NTC.shape[-1], part_NTC.dtype
+                limit, folder = resources.activation_budget // 2, resources.folder
+                pruned_NTC = empty_states((samples, seqlen, width), dtype, limit, folder)
+                dense_NTC = empty_states((-(-samples // share), length, width), dtype, limit, folder)
             pruned_NTC[start : start + len(part_NTC)] = part_NTC
     for place in range(len(dense_NTC)):
         dense_NTC[place : place + 1] = pruned_NTC[place * share : place * share + 1][:, :length]
@@ -67,7 +68,11 @@ def first_inputs(
 
 
 def dense_share(recipe: Recipe, seqlen: int) -> tuple[int, int]:
-    """What the dense path is needed for: one sequence in how many, and how many tokens of it from its beginning."""
+    """The part of the calibration set that the dense path needs.
+
+    Returns:
+        One sequence in how many, and how many tokens of it from its beginning.
+    """
     if recipe.finetune.moves_weights:
         return 1, seqlen
     if recipe.descent is None or recipe.teacher != "dense":

@@ -1,4 +1,4 @@
-"""What quantisation adds to the pruning of a block: where clipping starts, how it is learned, and where weights settle.
+"""What quantisation adds to the pruning of a block: it learns the clipping and puts the weights on their final grids.
 
 Shape suffixes: O rows, I columns.
 """
@@ -22,33 +22,36 @@ from besa.observing.input_statistics import InputStatistics
 from besa.quantization import Clipping, MinMax, Quantized
 
 
-def check(quantization: MinMax, whole: list[Unit], plan: list[list[Budget]]) -> None:
-    """Refuse beforehand what could not be quantised.
+def check(quantization: MinMax, in_order: list[Unit], plan: list[list[Budget]]) -> None:
+    """Check that every linear of the plan can be quantised.
 
     Args:
         quantization: settings.
-        whole: the units of the model.
-        plan: the budgets of every unit; what stands in none stays as it is.
+        in_order: the units of the model.
+        plan: the budgets of every unit; linears without a budget are not quantised.
 
     Raises:
-        BesaError: rows of a linear are no whole number of groups.
+        BesaError: the columns of a linear are no whole number of groups.
     """
-    for unit, own in zip(whole, plan, strict=True):
-        for budget in own:
+    for unit, unit_budgets in zip(in_order, plan, strict=True):
+        for budget in unit_budgets:
             for name in budget.names:
                 quantization.groups(name, unit.prunables[name].columns)
 
 
-def allocate(
+def allocate_and_quantize(
     problem: BlockProblem, recipe: Recipe, quantization: MinMax, statistics: Mapping[str, InputStatistics]
 ) -> tuple[Allocated, dict[str, Quantized]]:
-    """Decide a block's zeros and its codes.
+    """Decide the zeros and the codes of a block.
 
     Args:
-        problem: with the ranks of the weights as they are.
-        recipe: whose allocation and importance to use.
+        problem: of the block; its ranks are those of the dense weights.
+        recipe: gives allocation, importance and descent.
         quantization: of the recipe.
-        statistics: of the linears' inputs.
+        statistics: of the linears' inputs, by full name.
+
+    Returns:
+        The zeros of each row, and the quantised weights by full name.
 
     Raises:
         BesaError: rounding alone makes more zeros than a budget allows.
@@ -64,21 +67,21 @@ def allocate(
         problem = replace(problem, linears=linears)
     if quantization.learns_jointly:
         problem = replace(problem, clippings=clippings)
-    asked = [budget for budget in problem.budgets if budget.zeros]  # to prune nothing is to keep what zeros there are
-    allocated = recipe.allocation.allocate(replace(problem, budgets=asked))
+    pruning = [budget for budget in problem.budgets if budget.zeros]  # a budget of no zeros accepts those of rounding
+    allocated = recipe.allocation.allocate(replace(problem, budgets=pruning))
     quantized = settle(problem.linears, clippings, allocated.counts, problem.budgets)
     return replace(allocated, losses=[*losses, *allocated.losses]), quantized
 
 
 def _ranked(recipe: Recipe, linear: RankedLinear, clipping: Clipping, statistics: InputStatistics) -> RankedLinear:
-    """The same weight, in the order in which its quantised one is pruned; what is rounded to zero comes first."""
+    """The weight with the pruning order of its quantised form; weights that round to zero come first."""
     q_OI = clipping.quantized(linear.w_OI.dtype).weight()
     importance_OI = recipe.importance.score(q_OI, statistics)
     return replace(linear, importance_OI=importance_OI, ranks_OI=rank(importance_OI, q_OI))
 
 
 def learn_clipping(problem: BlockProblem, clippings: Mapping[str, Clipping], descent: Descent) -> list[float]:
-    """Learn the clipping of a block that is not pruned, as OmniQuant does; returns the loss at every step."""
+    """Learn the clipping while the block is still dense, as OmniQuant does; returns the loss at every step."""
     linears = {name: linear for name, linear in problem.linears.items() if linear.reached}
     if not linears:
         return []
@@ -92,10 +95,16 @@ def settle(
     counts: Mapping[str, Tensor],
     budgets: list[Budget],
 ) -> dict[str, Quantized]:
-    """The weights as they will be written: on their final grids, with the zeros of each budget, exactly.
+    """The weights as they will be written: on their final grids, with exactly the zeros of each budget.
 
-    Weights that are rounded to zero count first, before those of the lowest ranks; so rows that have more of them than
-    they were to lose lose no others. A budget of no zeros prunes nothing, and has what rounding leaves.
+    Weights that round to zero go first, then those of the lowest ranks. A row that rounding gives more zeros than its
+    count loses no others. A budget of no zeros prunes nothing and keeps the zeros of rounding.
+
+    Args:
+        linears: ranked weights by full name.
+        clippings: of every linear.
+        counts: zeros of each row (O,) by full name, before rounding is considered.
+        budgets: to be met.
 
     Raises:
         BesaError: rounding alone makes more zeros than a budget allows.
@@ -108,9 +117,9 @@ def settle(
             continue
         zero = {name: part.weight() == 0 for name, part in parts.items()}
         widths = torch.cat([torch.full((len(z_OI),), z_OI.shape[1]) for z_OI in zero.values()])
-        wanted = torch.cat([counts[name] for name in budget.names]) / widths
+        rates = torch.cat([counts[name] for name in budget.names]) / widths
         least = torch.cat([z_OI.sum(dim=1).cpu() for z_OI in zero.values()])
-        shares = apportion(wanted, widths, budget.zeros, least).split([len(z_OI) for z_OI in zero.values()])
+        shares = apportion(rates, widths, budget.zeros, least).split([len(z_OI) for z_OI in zero.values()])
         for (name, part), counts_O in zip(parts.items(), shares, strict=True):
             ranks_OI = rank(linears[name].importance_OI, part.weight())
             settled[name] = part.pruned(hard_mask(ranks_OI, counts_O.to(ranks_OI.device)))

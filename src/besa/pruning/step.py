@@ -1,4 +1,4 @@
-"""What is done to one unit of the model: lines 3 to 12 of Algorithm 1.
+"""One unit of the model is pruned: lines 3 to 12 of Algorithm 1.
 
 Shape suffixes: N sequences, T tokens, C channels of the residual stream, O rows, I columns.
 """
@@ -17,7 +17,7 @@ from besa.errors import BesaError
 from besa.methods.allocation import Allocated, BlockProblem, RankedLinear, first_tokens
 from besa.methods.finetuning import Finetuned
 from besa.methods.recipe import Recipe
-from besa.models.activations import HiddenStates, allocate
+from besa.models.activations import HiddenStates, empty_states
 from besa.models.prunable import everywhere
 from besa.models.units import Part, Unit, parts
 from besa.observing.input_statistics import InputStatistics, collect, look
@@ -31,7 +31,18 @@ from besa.system.stopwatch import Stopwatch
 
 @dataclass(frozen=True)
 class Step:
-    """What is pruned at once, and what reaches it on both paths."""
+    """A unit to prune, and its inputs on both paths.
+
+    Attributes:
+        unit: still dense.
+        budgets: of the unit.
+        recipe: the method.
+        pruned_NTC: inputs on the pruned path; replaced by the outputs of the pruned unit.
+        dense_NTC: inputs on the dense path, of the sequences and tokens that it has; replaced by the outputs.
+        seed: of the run.
+        resources: how to compute.
+        watch: counts the seconds of each phase.
+    """
 
     unit: Unit
     budgets: list[Budget]
@@ -42,76 +53,81 @@ class Step:
     resources: Resources
     watch: Stopwatch
 
-    def room_like(self, x_NTC: HiddenStates) -> HiddenStates:
-        """Room for as many hidden states again."""
+    def empty_like(self, x_NTC: HiddenStates) -> HiddenStates:
+        """Hidden states of the same shape and dtype, not yet written."""
         first_NTC = x_NTC[:1]
         shape = (len(x_NTC), first_NTC.shape[1], first_NTC.shape[2])
-        return allocate(shape, first_NTC.dtype, self.resources.activation_budget // 2, self.resources.folder)
+        return empty_states(shape, first_NTC.dtype, self.resources.activation_budget // 2, self.resources.folder)
 
 
 def prune_unit(step: Step) -> tuple[list[BlockRecord], dict[str, Quantized]]:
-    """Decide what goes, take it out of the unit, and move both paths on to its outputs.
+    """Prune a unit in place, and move both paths on to its outputs.
 
     Returns:
-        What was done to each block, and the unit's quantised weights by name.
+        A record of each block, and the quantised weights of the unit by full name.
+
+    Raises:
+        BesaError: no token reaches a matrix that is to be pruned, or the block already has more zeros than its budget
+            allows.
     """
     unit, recipe, watch = step.unit, step.recipe, step.watch
-    halves = parts(unit, recipe.granularity)
+    in_turn = parts(unit, recipe.granularity)
     with watch("teacher"):
-        halfway = [_halfway(step, part) for part in halves[:-1]]
-    own_NTC = step.room_like(step.pruned_NTC) if recipe.teacher == "pruned" else None
-    statistics, between = _watched(step, own_NTC)
-    _refuse_unseen(step, statistics)
+        part_targets = [_part_targets(step, part) for part in in_turn[:-1]]
+    outputs_NTC = step.empty_like(step.pruned_NTC) if recipe.teacher == "pruned" else None
+    statistics, dense_outputs = _observe(step, outputs_NTC)
+    _check_seen(step, statistics)
+    unit_targets_NTC = step.dense_NTC if outputs_NTC is None else outputs_NTC
     linears: dict[str, RankedLinear] = {}
     losses: list[float] = []
     quantized: dict[str, Quantized] = {}
-    for part, targets_NTC in zip(halves, [*halfway, step.dense_NTC if own_NTC is None else own_NTC], strict=True):
-        ranked, allocated, codes = _prune(step, part, targets_NTC, statistics)
-        linears |= ranked
+    for part, targets_NTC in zip(in_turn, [*part_targets, unit_targets_NTC], strict=True):
+        part_linears, allocated, part_quantized = _prune(step, part, targets_NTC, statistics)
+        linears |= part_linears
         losses += allocated.losses
-        quantized |= codes
+        quantized |= part_quantized
     with watch("finetune"):
         finetuned = recipe.finetune.tune(unit, list(linears), step.pruned_NTC, step.dense_NTC, step.seed + unit.index)
         for name, w_OI in finetuned.weights.items():
             unit.weight(name).detach().copy_(w_OI)
-    return _records(step, linears, losses, finetuned, between), quantized
+    return _records(step, linears, losses, finetuned, dense_outputs), quantized
 
 
-def _watched(step: Step, own_NTC: HiddenStates | None) -> tuple[dict[str, InputStatistics], list[HiddenStates]]:
-    """Move the dense path on (line 3), and send the pruned path through the unit as it is.
+def _observe(step: Step, outputs_NTC: HiddenStates | None) -> tuple[dict[str, InputStatistics], list[HiddenStates]]:
+    """Move the dense path on (line 3), and run the pruned path through the dense unit.
 
     Args:
-        step: whose unit is still dense.
-        own_NTC: where the outputs of the pruned path go; None where nobody wants them.
+        step: its unit is still dense.
+        outputs_NTC: receives the outputs on the pruned path; None if they are not needed.
 
     Returns:
-        The statistics of the linears' inputs on the pruned path, and what the dense path has after each block.
+        The statistics of the linears' inputs on the pruned path, and the outputs of each block on the dense path.
     """
     unit, recipe, batch, watch = step.unit, step.recipe, step.resources.batch, step.watch
-    between = []
+    dense_outputs = []
     with watch("teacher"):
         for block in unit.blocks:
             block.run(step.dense_NTC, batch, into=step.dense_NTC)
-            between.append(step.dense_NTC if block is unit.blocks[-1] else _sampled(step))
-    if own_NTC is None:
+            dense_outputs.append(step.dense_NTC if block is unit.blocks[-1] else _error_sample(step))
+    if outputs_NTC is None:
         with watch("statistics"):
-            return look(unit, step.pruned_NTC, batch, recipe.needs_gram), between
+            return look(unit, step.pruned_NTC, batch, recipe.needs_gram), dense_outputs
     with watch("statistics"), ExitStack() as stack:
         collected = [
             stack.enter_context(collect(block.module, block.prunables, recipe.needs_gram)) for block in unit.blocks
         ]
-        unit.run(step.pruned_NTC, batch, into=own_NTC)
-    return {name: found for own in collected for name, found in own.items()}, between
+        unit.run(step.pruned_NTC, batch, into=outputs_NTC)
+    return {name: one for block_statistics in collected for name, one in block_statistics.items()}, dense_outputs
 
 
-def _refuse_unseen(step: Step, statistics: Mapping[str, InputStatistics]) -> None:
-    """Only experts are pruned where no token came: of any other matrix, besa does not know what it multiplies.
+def _check_seen(step: Step, statistics: Mapping[str, InputStatistics]) -> None:
+    """Check that every matrix to be pruned has inputs. Only experts may have none: the router did not choose them.
 
     Raises:
-        BesaError: a matrix is to be pruned that was not seen in any product, and that no router stands before.
+        BesaError: a matrix to be pruned appeared in no product and has no router before it.
     """
-    asked = [name for budget in step.budgets if budget.zeros for name in budget.names]
-    unseen = [name for name in asked if not statistics[name].tokens and not step.unit.prunables[name].routed]
+    pruned = [name for budget in step.budgets if budget.zeros for name in budget.names]
+    unseen = [name for name in pruned if not statistics[name].tokens and not step.unit.prunables[name].routed]
     if unseen:
         more = f" and {len(unseen) - 1} more" if len(unseen) > 1 else ""
         patterns = " ".join(f"--skip '{pattern}'" for pattern in dict.fromkeys(map(everywhere, unseen)))
@@ -124,17 +140,19 @@ def _refuse_unseen(step: Step, statistics: Mapping[str, InputStatistics]) -> Non
 def _prune(
     step: Step, part: Part, targets_NTC: HiddenStates, statistics: Mapping[str, InputStatistics]
 ) -> tuple[dict[str, RankedLinear], Allocated, dict[str, Quantized]]:
-    """Prune a part of the unit in place; returns what it was, what was decided, and its quantised weights."""
+    """Prune a part of the unit in place; returns its dense linears, its zeros, and its quantised weights."""
     unit, recipe, watch = step.unit, step.recipe, step.watch
-    own = [budget for budget in step.budgets if budget.names[0] in part.names]
+    budgets = [budget for budget in step.budgets if budget.names[0] in part.names]
     with watch("rank"):
-        linears = {name: _ranked(unit, name, recipe, statistics[name]) for budget in own for name in budget.names}
-    at = unit.silencing(part.silent)
-    problem = BlockProblem(at, linears, step.pruned_NTC, targets_NTC, own, step.seed + unit.index)
+        linears = {name: _ranked(unit, name, recipe, statistics[name]) for budget in budgets for name in budget.names}
+    block = unit.silencing(part.silent)
+    problem = BlockProblem(block, linears, step.pruned_NTC, targets_NTC, budgets, step.seed + unit.index)
     quantized: dict[str, Quantized] = {}
     with watch("allocate"):
         if recipe.quantization.coding is not None:
-            allocated, quantized = quantizing.allocate(problem, recipe, recipe.quantization.coding, statistics)
+            allocated, quantized = quantizing.allocate_and_quantize(
+                problem, recipe, recipe.quantization.coding, statistics
+            )
         else:
             allocated = recipe.allocation.allocate(problem)  # lines 5 to 10
     with watch("rebuild"), torch.no_grad():
@@ -149,23 +167,23 @@ def _prune(
     return linears, allocated, quantized
 
 
-def _halfway(step: Step, part: Part) -> HiddenStates:
-    """What the teacher puts out with the silent matrices of a part silent."""
-    source_NTC = step.pruned_NTC if step.recipe.teacher == "pruned" else step.dense_NTC
-    into_NTC = step.room_like(source_NTC)
-    step.unit.silencing(part.silent).run(source_NTC, step.resources.batch, into=into_NTC)
-    return into_NTC
+def _part_targets(step: Step, part: Part) -> HiddenStates:
+    """The outputs of the teacher with the silent matrices of the part set to zero."""
+    inputs_NTC = step.pruned_NTC if step.recipe.teacher == "pruned" else step.dense_NTC
+    targets_NTC = step.empty_like(inputs_NTC)
+    step.unit.silencing(part.silent).run(inputs_NTC, step.resources.batch, into=targets_NTC)
+    return targets_NTC
 
 
-def _sampled(step: Step) -> HiddenStates:
-    """As much of the dense path's states as the error is measured on."""
+def _error_sample(step: Step) -> HiddenStates:
+    """The hidden states of the dense path on which the error is measured."""
     stride = ERROR_SHARE if len(step.dense_NTC) == len(step.pruned_NTC) else 1
     tokens = first_tokens(step.pruned_NTC[:1].shape[1], ERROR_TOKENS)
     return torch.cat([step.dense_NTC[at : at + 1][:, :tokens] for at in range(0, len(step.dense_NTC), stride)])
 
 
 def _ranked(unit: Unit, name: str, recipe: Recipe, statistics: InputStatistics) -> RankedLinear:
-    """A weight of the unit in the order in which the recipe prunes it (line 4, eq. 2)."""
+    """A weight of the unit with its importance (eq. 2) and its pruning order (line 4)."""
     w_OI = unit.weight(name).detach()
     importance_OI = recipe.importance.score(w_OI, statistics)
     ranks_OI = rank(importance_OI, w_OI, recipe.group)
@@ -177,34 +195,35 @@ def _records(
     linears: dict[str, RankedLinear],
     losses: list[float],
     finetuned: Finetuned,
-    between: list[HiddenStates],
+    dense_outputs: list[HiddenStates],
 ) -> list[BlockRecord]:
-    """Move the pruned path on (line 11) and say what was done, counted in the blocks' weights as they are now.
+    """Move the pruned path on (line 11) and make the record of each block, counted in its pruned weights.
 
     Args:
-        step: whose weights are pruned by now.
-        linears: what was pruned, by full name.
+        step: its unit is pruned.
+        linears: the pruned linears as they were when dense, by full name.
         losses: of the learning steps.
-        finetuned: how the kept weights moved.
-        between: what the dense path has after each block.
+        finetuned: result of the fine-tuning.
+        dense_outputs: outputs of each block on the dense path.
     """
     watch, counted = step.watch, []
-    for block, dense_NTC in zip(step.unit.blocks, between, strict=True):
+    for block, dense_NTC in zip(step.unit.blocks, dense_outputs, strict=True):
         with watch("propagate"):
             block.run(step.pruned_NTC, step.resources.batch, into=step.pruned_NTC)  # line 11
         with watch("measure"):
             tokens = first_tokens(step.pruned_NTC[:1].shape[1], ERROR_TOKENS)
             error = error_between(step.pruned_NTC, dense_NTC, ERROR_SHARE, tokens)
-            own = [
+            block_linears = [
                 linear_record(name, block.weight(name).detach(), linear.importance_OI, linear.reached)
                 for name, linear in linears.items()
                 if name in block.prunables
             ]
-        counted.append((block, error, own))
+        counted.append((block, error, block_linears))
     share = len(counted)
     records = []
-    for block, error, own in counted:
-        weights, zeros = sum(linears[part.name].w_OI.numel() for part in own), sum(part.zeros for part in own)
+    for block, error, block_linears in counted:
+        weights = sum(linears[linear.name].w_OI.numel() for linear in block_linears)
+        zeros = sum(linear.zeros for linear in block_linears)
         records.append(
             BlockRecord(
                 index=block.index,
@@ -217,7 +236,7 @@ def _records(
                 finetuning=finetuned.losses if block is step.unit.blocks[-1] else [],
                 seconds=sum(watch.seconds.values()) / share,
                 phases={phase: seconds / share for phase, seconds in watch.seconds.items()},
-                linears=own,
+                linears=block_linears,
             )
         )
     return records

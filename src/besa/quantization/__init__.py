@@ -35,7 +35,7 @@ class Quantizer(Settings):
         return False
 
 
-class Unquantized(Quantizer):
+class NoQuantization(Quantizer):
     """Weights stay in the floating-point format of the model."""
 
     method: Literal["none"] = "none"
@@ -94,6 +94,6 @@ class MinMax(Quantizer):
         return Clipping(w_OI, groups, self.bits, self.symmetric, learned=self.clipping != "none")
 
 
-Quantization = Annotated[Unquantized | MinMax, Field(discriminator="method")]
+Quantization = Annotated[NoQuantization | MinMax, Field(discriminator="method")]
 
-__all__ = ["Clipping", "Grid", "MinMax", "Quantization", "Quantized", "Unquantized"]
+__all__ = ["Clipping", "Grid", "MinMax", "NoQuantization", "Quantization", "Quantized"]

@@ -19,7 +19,7 @@ from besa.models.loading import Source, is_quantized, load_model, locate, read_c
 from besa.models.streaming import DecoderOnDisk
 from besa.progress import Progress, silent
 from besa.runtime.linear import SparseLinear
-from besa.storage.formats import bitmask, packed
+from besa.storage.formats import bitmask, codes
 from besa.storage.formats.bitmask import Bitmask
 from besa.storage.formats.container import Container, open_files
 from besa.storage.weights import is_finite
@@ -114,10 +114,10 @@ def _load_packed(source: Source, files: Container, config: PreTrainedConfig, dty
 def _dense_tensors(files: Container) -> dict[str, Tensor]:
     """What is not packed, in its files; linears that are stored as codes but are no bitmasks, as numbers."""
     tensors = dict(files.mapped(files.dense))
-    for linear in packed.linears(tensors):
-        own = packed.of_linear(tensors, linear)
+    for linear in codes.linears(tensors):
+        own = codes.of_linear(tensors, linear)
         assert files.bits is not None
-        tensors[f"{linear}.weight"] = packed.quantized(own, files.bits).weight()
+        tensors[f"{linear}.weight"] = codes.quantized(own, files.bits).weight()
         for key in own:
             del tensors[f"{linear}.{key}"]
     return tensors

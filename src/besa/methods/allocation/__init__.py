@@ -1,7 +1,7 @@
 """Allocation: how many weights may each row, linear and block lose?
 
-Each file holds one method; its settings class is the method, and `allocate` turns a block's problem into zeros per row
-that add up exactly.
+Each file holds one method. Its settings class is the method. `allocate` turns a block's problem into zeros per row that
+add up exactly.
 """
 
 from __future__ import annotations

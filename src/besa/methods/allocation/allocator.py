@@ -1,4 +1,4 @@
-"""What besa asks of every allocation."""
+"""The interface of allocations: their capabilities and `allocate`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from besa.settings import Settings
 
 
 class Allocator(Settings):
-    """Base of all allocations. By default it needs nothing but the ranks of a block's weights.
+    """Base of all allocations. The defaults describe one that needs only the ranks of a block's weights.
 
     Attributes:
         whole_structures: whether it prunes whole channels and heads; the reconstruction must then keep the mask.
-        shaped: whether zeros follow a pattern or whole units; targets by block and quantisation would break these.
+        shaped: whether zeros follow a pattern or whole structures; targets that differ by block, and quantisation,
+            would break these.
     """
 
     whole_structures: ClassVar[bool] = False
@@ -27,60 +28,60 @@ class Allocator(Settings):
 
     @property
     def scope(self) -> Granularity:
-        """Which linears share a budget, and on whose output a loss is."""
+        """Which linears share a budget, and whose output the loss compares."""
         return "block"
 
     @property
     def descent(self) -> Descent | None:
-        """How it learns; None where it does not."""
+        """Settings of its descent; None if it does not learn."""
         return None
 
     @property
     def teacher_path(self) -> Literal["dense", "pruned"] | None:
-        """The path whose states are the teacher's inputs; None where it has no teacher."""
+        """The path whose hidden states are the teacher's inputs; None without a teacher."""
         return None
 
     @property
     def probes_every(self) -> int | None:
-        """One calibration sequence in so many is sent back through each block; None where none is."""
+        """One calibration sequence in so many is sent backward through each block; None if none is."""
         return None
 
     @property
     def compares_errors(self) -> bool:
-        """Whether it compares the output errors that importance stands for: between rows, linears or units."""
+        """Whether it compares output errors, as importance gives them, between rows, linears or units."""
         return False
 
     @property
     def sorts_linears(self) -> bool:
-        """Whether all weights of a linear are sorted at once, and not row by row."""
+        """Whether it sorts all weights of a linear at once, not row by row."""
         return False
 
     @property
     def group(self) -> int | None:
-        """Consecutive columns of which every group keeps as many; None where there is no such pattern."""
+        """Columns in each group of an n:m pattern; None without such a pattern."""
         return None
 
     @property
     def only_sparsity(self) -> float | None:
-        """The one sparsity that it can make; None where it can make any."""
+        """The only sparsity that it can reach; None if it can reach any."""
         return None
 
     def budget(self, block: Block, names: Sequence[str], sparsity: float) -> Budget:
-        """The zeros nearest to the sparsity that these linears of a block can have together.
+        """The budget of these linears: the number of zeros, among those it can make, nearest to the sparsity.
 
         Args:
             block: of the model.
-            names: full names of linears of it.
-            sparsity: of them together.
+            names: full names of linears in the block.
+            sparsity: of these linears together.
 
         Raises:
-            BesaError: the block has no zeros of that shape.
+            BesaError: the block has no units that it could prune whole.
         """
         weights = sum(block.prunables[name].numel for name in names)
         return Budget(tuple(names), weights, zeros_for(sparsity, weights))
 
     def learning_bytes(self, shapes: Sequence[tuple[int, int]]) -> int:
-        """Bytes of its parameters and their gradients while it learns linears.
+        """Bytes of its parameters and their gradients while it learns.
 
         Args:
             shapes: rows and columns of each linear.
@@ -89,8 +90,8 @@ class Allocator(Settings):
 
     @abstractmethod
     def allocate(self, problem: BlockProblem) -> Allocated:
-        """Zeros of every row, adding up to the budgets of the problem.
+        """The zeros of every row. They add up to the budgets of the problem.
 
         Raises:
-            BesaError: the block has more zeros already than it is to end with.
+            BesaError: the block already has more zeros than its budget.
         """

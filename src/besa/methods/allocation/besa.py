@@ -26,15 +26,15 @@ OPTIMIZER = 7  # copies of the logits: themselves, gradient, two moments, beta, 
 
 
 class Besa(Descent, Allocator):
-    """Rates learned by gradient descent on coefficients beta, then made integers that meet the budget exactly.
+    """Pruning rates are learned by gradient descent on coefficients beta, then rounded to meet the budget exactly.
 
-    Where the weights are quantised and their clipping is to be learned with the rates, one descent moves both.
+    If the clipping of a quantiser is learned jointly, one descent moves rates and clipping.
     """
 
     method: Literal["besa"] = "besa"
     rates: Literal["row", "layer"] = Field(default="row", description="one rate for each row, or for each linear")
     granularity: Granularity = Field(
-        default="block", description="which linears share a budget, and on whose output the loss is (Table 6)"
+        default="block", description="which linears share a budget, and whose output the loss compares (Table 6)"
     )
     teacher: Literal["dense", "pruned"] = Field(
         default="dense", description="inputs of the teacher: the dense path's (Algorithm 1) or the pruned path's"
@@ -53,27 +53,27 @@ class Besa(Descent, Allocator):
 
     @property
     def descent(self) -> Descent:
-        """Itself."""
+        """The allocation's own settings."""
         return self
 
     @property
     def teacher_path(self) -> Literal["dense", "pruned"] | None:
-        """As `teacher` says; a linear is its own teacher."""
+        """As `teacher` says; None for linears, which need no teacher."""
         return None if self.granularity == "linear" else self.teacher
 
     def learning_bytes(self, shapes: Sequence[tuple[int, int]]) -> int:
-        """Bytes of the coefficients of all rate groups, and of the gradients' sums of all rows."""
-        rows = sum(own for own, _ in shapes)
+        """Bytes of the coefficients of all rate groups, and of the summed gradients of all rows."""
+        rows = sum(rows_of_linear for rows_of_linear, _ in shapes)
         groups = rows if self.rates == "row" else len(shapes)
         return 4 * round(1 / self.candidate_step) * (OPTIMIZER * groups + rows)
 
     def allocate(self, problem: BlockProblem) -> Allocated:
         """Learn the block's rates and apportion its zeros to rows (lines 5 to 10 of Algorithm 1).
 
-        Linears that no token reached have nothing to learn from: they keep the sparsity of their budget.
+        Linears that no token reached cannot learn. They get the sparsity of their budget.
 
         Raises:
-            BesaError: the block has more zeros already than it is to end with.
+            BesaError: the block already has more zeros than its budget.
         """
         if self.granularity == "linear":
             problem = replace(problem, own_outputs=True)
@@ -84,8 +84,8 @@ class Besa(Descent, Allocator):
         counts: dict[str, Tensor] = {}
         for budget in problem.budgets:
             linears = [problem.linears[name] for name in budget.names]
-            even = [torch.full((len(linear.w_OI),), budget.sparsity, dtype=torch.float64) for linear in linears]
-            rates = torch.cat([learned.get(name, rates_O) for name, rates_O in zip(budget.names, even, strict=True)])
+            uniform = [torch.full((len(linear.w_OI),), budget.sparsity, dtype=torch.float64) for linear in linears]
+            rates = torch.cat([learned.get(name, rates_O) for name, rates_O in zip(budget.names, uniform, strict=True)])
             widths = torch.cat([torch.full((len(linear.w_OI),), linear.w_OI.shape[1]) for linear in linears])
             zeros_now = torch.cat([linear.zeros_O for linear in linears])
             shares = apportion(rates, widths, budget.zeros, zeros_now).split([len(linear.w_OI) for linear in linears])
@@ -93,7 +93,7 @@ class Besa(Descent, Allocator):
         return Allocated(counts, losses)
 
     def _start(self, problem: BlockProblem, budget: Budget) -> ChangingLinears | None:
-        """Those linears of a budget that can learn, every rate where it starts."""
+        """The linears of a budget that can learn, with every rate at its start; None if no linear can."""
         linears = {name: problem.linears[name] for name in budget.names if problem.linears[name].reached}
         if not linears or not 0 < budget.zeros < budget.weights:
             return None

@@ -1,4 +1,4 @@
-"""Weights that change at every learning step: masked, quantised or both; and what their gradients say of the rates.
+"""Weights that change at every learning step (masked, quantised or both), and the gradients of their rates.
 
 Shape suffixes: O rows, I columns, D candidate pruning rates, R rate groups (rows, or linears whose rows share a rate).
 """
@@ -19,18 +19,18 @@ from besa.quantization import Clipping
 class ChangingLinears:
     """Linears of one budget that learn together, straight through hard masks (eqs. 4 to 6) and rounding (eq. 7).
 
-    The weights are leaves of the block's computation. As soon as one has its gradient, that is summed up and dropped,
-    so that those of two weights are never there together.
+    The weights are leaves of the block's computation. As soon as a leaf has its gradient, the gradient is summed up and
+    dropped. Memory never holds the gradients of two weights at once.
 
     Args:
         linears: by full name.
-        rates: of their rows, or of themselves; None where nothing is pruned.
-        clippings: of those that are quantised, by full name.
+        rates: of the rows or of the linears; None if nothing is pruned.
+        clippings: of the quantised linears, by full name.
         dtype: of the weights that the block runs with.
 
     Attributes:
-        rates: what is learned of pruning.
-        weights: Q(W) ⊙ M (O, I) by full name, as `update` last left them.
+        rates: the pruning rates that are learned.
+        weights: Q(W) ⊙ M (O, I) by full name, as the last `update` wrote them.
     """
 
     def __init__(
@@ -42,21 +42,21 @@ class ChangingLinears:
     ) -> None:
         self.rates = rates
         self.weights: dict[str, Tensor] = {}
-        self._parts: list[_Changing] = []
+        self._parts: list[_ChangingLinear] = []
         for name, linear in linears.items():
-            part = _Changing(linear, rates, clippings.get(name), dtype)
+            part = _ChangingLinear(linear, rates, clippings.get(name), dtype)
             self.weights[name] = torch.empty_like(part.w_OI).requires_grad_()
-            self.weights[name].register_post_accumulate_grad_hook(part.take)
+            self.weights[name].register_post_accumulate_grad_hook(part.sum_up)
             self._parts.append(part)
 
     @property
     def parameters(self) -> list[Tensor]:
-        """What a descent moves: the logits of beta, and those of gamma."""
+        """The parameters to learn: the logits of beta and those of gamma."""
         clippings = [part.clipping.logits_2OG for part in self._parts if part.clipping is not None]
         return [*([self.rates.logits_RD] if self.rates else []), *clippings]
 
     def update(self) -> None:
-        """Make the weights anew from what the parameters are now."""
+        """Compute the weights from the present parameters."""
         counts_R = None
         if self.rates is not None:
             self._beta_RD = self.rates.beta()
@@ -67,16 +67,16 @@ class ChangingLinears:
                 part.update(leaf_OI, counts_O)
 
     def backward(self, penalty: Tensor) -> None:
-        """Give the parameters their gradients, after a backward pass has come to the weights since `update`.
+        """Compute the gradients of the parameters, after a backward pass to the weights of the last `update`.
 
         Args:
             penalty: weight of the second term of eq. 1.
         """
         if self.rates is not None:
-            missed = self.rates.missed(self._alpha_R)
-            torch.autograd.backward([self._beta_RD, missed], [self._gradient(), penalty])
+            sparsity_term = self.rates.sparsity_term(self._alpha_R)
+            torch.autograd.backward([self._beta_RD, sparsity_term], [self._beta_gradient(), penalty])
 
-    def _gradient(self) -> Tensor:
+    def _beta_gradient(self) -> Tensor:
         """dL/dbeta (R, D): −Σ_j dL/dM_j · [candidate d prunes rank j]."""
         sums = [part.sums_OD for part in self._parts]
         if not self._per_row:
@@ -84,7 +84,7 @@ class ChangingLinears:
         return torch.cat(sums).cumsum(dim=1).neg_()
 
     def row_rates(self) -> dict[str, Tensor]:
-        """Learned rate of each row (O,) by full name, float64 on the CPU."""
+        """The learned rate of each row (O,) by full name, float64 on the CPU."""
         assert self.rates is not None
         with torch.no_grad():
             alpha_R = self.rates.alpha(self.rates.beta()).double().cpu()
@@ -95,7 +95,7 @@ class ChangingLinears:
         return self.rates is not None and len(self.rates.width_R) > len(self._parts)
 
     def _by_row(self, x_R: Tensor | None) -> list[Tensor | None]:
-        """What belongs to the rows (O,) of each linear, of something that belongs to rate groups."""
+        """Values of the rate groups (R,) as values of the rows (O,) of each linear."""
         rows = [len(part.w_OI) for part in self._parts]
         if x_R is None:
             return [None] * len(rows)
@@ -104,8 +104,8 @@ class ChangingLinears:
         return [x.expand(n) for x, n in zip(x_R, rows, strict=True)]
 
 
-class _Changing:
-    """One of them, all but its leaf: a leaf whose hook knew it would keep itself alive."""
+class _ChangingLinear:
+    """One changing linear without its leaf: a leaf that its own hook refers to would never be freed."""
 
     def __init__(
         self, linear: RankedLinear, rates: Rates | None, clipping: Clipping | None, dtype: torch.dtype
@@ -122,7 +122,7 @@ class _Changing:
         self._bins_I = candidate_bins(rates.rates_D, columns) if rates else None
 
     def update(self, leaf_OI: Tensor, counts_O: Tensor | None) -> None:
-        """Write the weight as it is to be now to its leaf."""
+        """Write the present weight to its leaf."""
         if self.clipping is not None:
             self.clipping.quantize(self.w_OI)
         self._counts_O = None if counts_O is None else counts_O.contiguous()
@@ -131,8 +131,8 @@ class _Changing:
         else:
             kernels.masked(self.w_OI, self._ranks_OI, self._counts_O, leaf_OI)
 
-    def take(self, leaf_OI: Tensor) -> None:
-        """Sum up the gradient that a leaf has just got, and drop it."""
+    def sum_up(self, leaf_OI: Tensor) -> None:
+        """Sum up the gradient of the leaf by candidates, and drop it."""
         assert leaf_OI.grad is not None
         gradient_OI, leaf_OI.grad = leaf_OI.grad.contiguous(), None
         if self._bins_I is not None:

@@ -1,4 +1,4 @@
-"""The descent on a block's output error, whatever it moves: pruning rates, clipping of a quantiser, or both.
+"""Gradient descent on the output error of a block, for pruning rates, the clipping of a quantiser, or both.
 
 Shape suffixes: N sequences.
 """
@@ -18,30 +18,30 @@ from besa.system.machine import learning_dtype
 
 
 class Descent(Settings):
-    """Adam, a sequence at a time, with steps that fall linearly to zero."""
+    """Adam, one sequence per step, with a step size that falls linearly to zero."""
 
     crop: float = Field(
-        default=0.5, gt=0, le=1, description="share of a sequence, from its beginning, that a step sees"
+        default=0.5, gt=0, le=1, description="share of a sequence, from its beginning, that a step uses"
     )
     steps: int = Field(
-        default=64, ge=1, description="learning steps, a sequence each; those beyond the calibration set see it again"
+        default=64, ge=1, description="learning steps of one sequence each; further steps repeat the calibration set"
     )
     tolerance: float = Field(
         default=0.01,
         ge=0,
-        description="stop after a pass over the calibration set that lowers the loss by less; 0: never",
+        description="stop after a pass over the calibration set that lowers the loss by a smaller share; 0: never",
     )
     autocast: bool = Field(
-        default=True, description="multiply in bfloat16 while learning, where a float32 run is faster with it"
+        default=True, description="multiply in bfloat16 while learning, if that makes a float32 run faster"
     )
     travel: float = Field(
-        default=12.0, gt=0, description="logits that Adam's steps add up to; they fall linearly to zero"
+        default=12.0, gt=0, description="sum of Adam's step sizes, in logits; the step size falls linearly to zero"
     )
     plain: float = Field(
         default=0.0,
         ge=0,
         le=1,
-        description="share of the loss that is the plain squared error, which massive activations rule; 0.5 at 70 %",
+        description="share of the plain squared error in the loss; massive activations dominate it; 0.5 serves 70 %",
     )
     penalty: float = Field(
         default=100.0, ge=0, description="weight λ of the sparsity term of eq. 1, as a multiple of the loss at the step"
@@ -50,12 +50,12 @@ class Descent(Settings):
     def descend(
         self, problem: BlockProblem, parts: Sequence[ChangingLinears], constant: dict[str, Tensor]
     ) -> list[float]:
-        """Descend on eq. 1; returns the reconstruction loss at every step.
+        """Minimise eq. 1; returns the reconstruction loss at every step.
 
         Args:
             problem: the block.
-            parts: what learns.
-            constant: other weights by full name that are not the block's own.
+            parts: the linears that learn.
+            constant: weights (O, I) by full name that replace others of the block and do not learn.
         """
         parameters = [parameter for part in parts for parameter in part.parameters]
         optimizer = torch.optim.Adam(parameters, lr=2 * self.travel / self.steps, fused=True)
@@ -72,7 +72,7 @@ class Descent(Settings):
                 loss = problem.error(chosen_N, tokens, weights, self.plain)
             loss.backward()
             for part in parts:
-                # Relative to the loss, one λ serves any sparsity and model: the loss grows tenfold from 50 to 90 %.
+                # Relative to the loss, which grows tenfold from 50 to 90 %, one λ fits every sparsity and model.
                 part.backward(self.penalty * loss.detach())
             optimizer.step()
             optimizer.zero_grad()
@@ -83,18 +83,18 @@ class Descent(Settings):
         return losses
 
     def dtype(self, problem: BlockProblem) -> torch.dtype:
-        """In which learning steps multiply; statistics, teacher and pruned path keep the run's precision."""
+        """The dtype in which learning steps multiply; statistics, teacher and pruned path keep the run's dtype."""
         return learning_dtype(problem.dtype, problem.device) if self.autocast else problem.dtype
 
     def _sequences(self, samples: int, seed: int) -> Iterator[Tensor]:
-        """One sequence for each step (1,), every pass over the calibration set in an order of its own."""
+        """The position (1,) of the sequence of each step; every pass over the calibration set has its own order."""
         generator = torch.Generator().manual_seed(seed)
         passes = -(-self.steps // samples)
         order = torch.cat([torch.randperm(samples, generator=generator) for _ in range(passes)])
         yield from order[: self.steps].split(1)
 
     def _converged(self, losses: list[float], samples: int) -> bool:
-        """Whether a pass just ended that brought less than the tolerance; all passes see the same sequences."""
+        """Whether a pass has just ended that lowered the loss by less than the tolerance."""
         if not self.tolerance or len(losses) % samples or len(losses) == samples:
             return False
         return sum(losses[-samples:]) > (1 - self.tolerance) * sum(losses[-2 * samples : -samples])

@@ -1,4 +1,4 @@
-"""What an allocation is given and what it returns: one block with its weights ranked, and zeros per row.
+"""The input and output of an allocation: a block with ranked weights, and zeros per row.
 
 Shape suffixes: N sequences, T tokens, C channels of the residual stream, O rows, I columns.
 """
@@ -22,14 +22,14 @@ from besa.quantization import Clipping
 
 @dataclass(frozen=True)
 class RankedLinear:
-    """A weight of the block with the order in which its entries go.
+    """A weight of the block with its pruning order.
 
     Attributes:
         w_OI: the dense weight.
         importance_OI: float32, from the recipe's criterion.
-        ranks_OI: place in the pruning order of its row, 0 = first.
+        ranks_OI: place of each weight in the pruning order of its row, 0 = first.
         reached: whether calibration tokens reached it; no token reaches an expert that is never chosen.
-        power: importance to this power is a squared error of the linear's output; None where it is no such error.
+        power: importance to this power is the squared error of the linear's output; None if importance is no error.
     """
 
     w_OI: Tensor
@@ -45,33 +45,33 @@ class RankedLinear:
 
     @property
     def errors_OI(self) -> Tensor:
-        """The squared error of the linear's output that each weight's loss makes (O, I), float32."""
-        assert self.power is not None, "a recipe refuses importances that are no errors where they are compared"
+        """The squared error of the linear's output if one weight is removed (O, I), float32."""
+        assert self.power is not None, "recipes refuse to compare importances that are no errors"
         return self.importance_OI.float().pow(self.power)
 
     def errors(self, gradients_O: Tensor) -> Tensor:
-        """The squared error of the block's output that each weight's loss makes (O, I), float32.
+        """The squared error of the block's output if one weight is removed (O, I), float32.
 
         Args:
-            gradients_O: squared gradients from there to the rows, as from `probes.RowSensitivities`.
+            gradients_O: squared gradients from the block's output to the rows, as from `probes.RowSensitivities`.
         """
         return self.errors_OI * gradients_O[:, None]
 
 
 @dataclass(frozen=True)
 class BlockProblem:
-    """Which weights of a block to prune, so that its linears end with the zeros of their budgets, exactly.
+    """A block to prune, so that its linears end with exactly the zeros of their budgets.
 
     Attributes:
-        block: the block, or what else is pruned at once; runs with any weights.
+        block: the block or unit; it can run with any weights.
         linears: ranked weights by full name.
-        inputs_NTC: hidden states that reach the block on the pruned path.
-        targets_NTC: block outputs to stay close to (the teacher's), for so many tokens from the beginning of each
-            sequence as the allocation asks for at least.
-        budgets: each linear stands in one of them.
-        seed: of whatever the allocation draws.
+        inputs_NTC: inputs of the block on the pruned path.
+        targets_NTC: outputs of the teacher, for at least as many tokens from the beginning of each sequence as the
+            allocation uses.
+        budgets: each linear belongs to one of them.
+        seed: of random choices.
         clippings: of the weights that are quantised while the rates are learned, by full name.
-        own_outputs: the loss is on each linear's own output, for the inputs it has in the dense block.
+        own_outputs: whether the loss compares each linear's own output, for its inputs in the dense block.
     """
 
     block: Block | Unit
@@ -85,22 +85,22 @@ class BlockProblem:
 
     @property
     def device(self) -> torch.device:
-        """Where the block is; the hidden states may live elsewhere."""
+        """The device of the block; the hidden states may be elsewhere."""
         return next(iter(self.linears.values())).w_OI.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which the block is."""
+        """The dtype of the block."""
         return next(iter(self.linears.values())).w_OI.dtype
 
     def error(self, chosen_N: Tensor, tokens: int, weights: Mapping[str, Tensor], plain: float = 0.0) -> Tensor:
         """The first term of eq. 1 (scalar, float32).
 
         Args:
-            chosen_N: which sequences.
-            tokens: of each, from its beginning.
-            weights: matrices by full name that are not the block's own; gradients reach them.
-            plain: as in `reconstruction_error`; errors of linears by themselves have no such part.
+            chosen_N: positions of the sequences.
+            tokens: how many tokens of each, from its beginning.
+            weights: matrices (O, I) by full name that replace the block's; gradients reach them.
+            plain: as in `reconstruction_error`; unused if the loss compares the linears' own outputs.
         """
         x_NTC = self.inputs_NTC[chosen_N][:, :tokens].to(self.device)
         if self.own_outputs:
@@ -111,12 +111,12 @@ class BlockProblem:
 
 @dataclass(frozen=True)
 class Allocated:
-    """What is to be zero.
+    """The result of an allocation: how many weights of each row become zero.
 
     Attributes:
-        counts: zeros of each row of each linear, int64 on the CPU.
+        counts: zeros of each row (O,) by full name, int64 on the CPU.
         losses: at every learning step, if any.
-        ranks: places in the pruning order of a row, for linears in which it is not that of the problem.
+        ranks: ranks (O, I) by full name, for linears whose pruning order differs from that of the problem.
     """
 
     counts: dict[str, Tensor]
@@ -125,5 +125,5 @@ class Allocated:
 
 
 def first_tokens(seqlen: int, share: float) -> int:
-    """How many tokens a share of a sequence is."""
+    """The number of tokens in a share of a sequence, at least one."""
     return max(1, round(share * seqlen))

@@ -1,4 +1,4 @@
-"""Learned pruning rates: from coefficients beta to the ranks that a row loses, and back to the gradient (eqs. 3 to 6).
+"""Learned pruning rates: from coefficients beta to the pruned ranks of a row, and back to gradients (eqs. 3 to 6).
 
 Shape suffixes: O rows, I columns, D candidate pruning rates, R rate groups (rows, or linears whose rows share
 a rate).
@@ -15,18 +15,18 @@ from torch import Tensor
 def candidate_rates(step: float) -> Tensor:
     """Candidate pruning rates p_d = 0, step, …, 1 (D,), float64; the step is adjusted to divide 1 evenly.
 
-    The paper sets the last coefficient to zero so that the most important weight always stays; besa keeps it, so that
-    any target sparsity below 1 can be reached.
+    The paper sets the last coefficient to zero so that the most important weight always stays. Besa keeps it, so that
+    it can reach any sparsity below 1.
     """
     intervals = round(1 / step)
     return torch.arange(intervals + 1, dtype=torch.float64) / intervals
 
 
 def candidate_ranks(rates_D: Tensor, width: int | Tensor) -> Tensor:
-    """How many ranks of a row of `width` weights each candidate pruning rate takes, ⌈p_d·I⌉; (D,), int64.
+    """How many ranks of a row of `width` weights each candidate prunes, ⌈p_d·I⌉; (D,), int64.
 
-    Eq. 4 prunes rank j (from 0) at candidate d where j < p_d·I. Products within 1e-6 of an integer are that integer,
-    so that 0.07 × 100 is 7 ranks and not 8; that takes float64 rates.
+    Eq. 4 prunes rank j (from 0) at candidate d if j < p_d·I. Products within 1e-6 of an integer count as that integer:
+    0.07 × 100 is 7 ranks, not 8. This needs rates in float64.
     """
     return (rates_D * width - 1e-6).ceil().long()
 
@@ -34,7 +34,7 @@ def candidate_ranks(rates_D: Tensor, width: int | Tensor) -> Tensor:
 def candidate_bins(rates_D: Tensor, width: int) -> Tensor:
     """The first candidate that prunes each rank of a row of `width` weights; (I,), int16.
 
-    dL/dbeta_d = −Σ_j dL/dM_j · [candidate d prunes rank j] is then a running sum over these bins.
+    With these bins, dL/dbeta_d = −Σ_j dL/dM_j · [candidate d prunes rank j] is a running sum over bins.
     """
     ranks_I = torch.arange(width, device=rates_D.device)
     return torch.searchsorted(candidate_ranks(rates_D, width), ranks_I, right=True).to(torch.int16)
@@ -42,7 +42,7 @@ def candidate_bins(rates_D: Tensor, width: int) -> Tensor:
 
 def starting_logits(rates_D: Tensor, target: float, width: float) -> Tensor:
     """Logits (D,) of a bell of standard deviation `width`, placed so that alpha (eq. 3) is the target."""
-    steep = 20.0 * len(rates_D)  # so steep that neighbours differ by e²⁰: alpha as good as 0, or as good as 1
+    steep = 20.0 * len(rates_D)  # neighbours differ by e²⁰, which brings alpha to 0 or to 1
     low, high = -steep, width**-2 + steep
     for _ in range(100):
         slope = (low + high) / 2  # centre of the bell / width²
@@ -53,14 +53,14 @@ def starting_logits(rates_D: Tensor, target: float, width: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Rates:
-    """Pruning rates that are learned together, to meet one sparsity.
+    """Pruning rates that are learned together to meet one sparsity.
 
     Attributes:
-        logits_RD: what is learned; beta is their softmax.
+        logits_RD: the parameters; beta is their softmax.
         rates_D: candidate pruning rates p_d, float64.
-        width_R: weights in a row, float64.
-        share_R: share of all the weights, float32.
-        sparsity: to be met.
+        width_R: weights in a row of each group, float64.
+        share_R: share of each group in all weights, float32.
+        sparsity: the target.
         mask: the mask rule, ``count`` or ``probability``.
     """
 
@@ -83,12 +83,12 @@ class Rates:
         mask: str,
         device: torch.device,
     ) -> Rates:
-        """Every rate at the target.
+        """Rates that all start at the target.
 
         Args:
             shapes: rows and columns of each linear.
             sparsity: the target.
-            per_row: each row has a rate of its own; else each linear.
+            per_row: each row has its own rate; else each linear.
             step: distance of the candidate pruning rates.
             spread: standard deviation of the first beta around the target.
             mask: the mask rule.
@@ -111,29 +111,30 @@ class Rates:
         """Expected pruning rate of each group (R,), eq. 3."""
         return beta_RD @ self.rates_D.float()
 
-    def missed(self, alpha_R: Tensor) -> Tensor:
-        """Squared relative distance of the expected sparsity from the target (scalar), the second term of eq. 1."""
+    def sparsity_term(self, alpha_R: Tensor) -> Tensor:
+        """The second term of eq. 1 (scalar): squared relative distance of the expected sparsity from the target."""
         return ((alpha_R @ self.share_R - self.sparsity) / self.sparsity) ** 2
 
     @torch.no_grad()
     def counts(self, beta_RD: Tensor, alpha_R: Tensor) -> Tensor:
-        """How many of the lowest ranks of a row go (R,), int64, by the mask rule.
+        """How many of the lowest ranks of a row are pruned (R,), int64, by the mask rule.
 
-        By the count rule the masks meet the sparsity at every step: what alpha misses is made up for by one shift of
-        all rates, as the exact budget does in the end. So the loss is always that of the sparsity asked for.
+        By the count rule, the masks meet the sparsity at every step. One shift of all rates makes up for what alpha
+        misses, as the exact budget does at the end. The loss is therefore always that of the target sparsity. No
+        gradient flows through the shift.
 
-        The probability of eq. 4 never rises with rank, so eq. 5 too prunes a row's lowest ranks: those that the largest
-        candidate d prunes whose tail probability Σ_{e≥d} beta_e still reaches alpha.
+        The probability of eq. 4 never rises with rank, so eq. 5 also prunes the lowest ranks of a row: those of the
+        largest candidate d whose tail probability Σ_{e≥d} beta_e still reaches alpha.
         """
         if self.mask == "count":
             rates_R = (alpha_R + self._shift(alpha_R)).clamp_(0, 1)
             return (rates_R * self.width_R + 1e-3).floor().long()
         tail_RD = beta_RD.flip(-1).cumsum(-1).flip(-1)
-        reaching_R = (tail_RD >= alpha_R[:, None]).sum(dim=-1) - 1  # tails fall with d: the last that reaches
+        reaching_R = (tail_RD >= alpha_R[:, None]).sum(dim=-1) - 1  # tails fall with d, so the last one that reaches
         return candidate_ranks(self.rates_D[reaching_R.clamp_min_(0)], self.width_R)
 
     def _shift(self, alpha_R: Tensor) -> Tensor:
-        """What to add to all rates so that they prune the share asked for, each rate staying within [0, 1]."""
+        """The shift (scalar) of all rates that makes them meet the sparsity, with every rate clamped to [0, 1]."""
         low, high = alpha_R.new_tensor(-1.0), alpha_R.new_tensor(1.0)
         for _ in range(20):
             middle = (low + high) / 2

@@ -1,4 +1,4 @@
-"""Sensitivity: one threshold for the whole block, on how much each weight's loss moves the block's output.
+"""Sensitivity: one threshold for the block, on the error of the block's output if a weight is removed.
 
 Shape suffixes: O rows (output channels), I columns (input channels).
 """
@@ -21,19 +21,18 @@ HALF = 1 << 16
 
 
 class Sensitivity(Allocator):
-    """Prune the lowest (error of the row's output) × (squared gradient from the block's output to the row).
+    """Prune the weights with the lowest (error of the row's output) × (squared gradient from the block's output).
 
-    The first is what importance stands for, such as Wanda's W²·Σx²; the second is found by sending random ±1 back
-    through the dense block (`probes`). Every linear of a budget competes with every other, and within a row the order
-    stays that of the ranks.
+    Importance gives the first factor, such as Wanda's W²·Σx². Random ±1 sent backward through the dense block give the
+    second (`probes`). All linears of a budget compete. Within a row, the order is that of the ranks.
     """
 
     method: Literal["sensitivity"] = "sensitivity"
-    every: int = Field(default=4, ge=1, description="one sequence in so many is sent forward and back")
+    every: int = Field(default=4, ge=1, description="one sequence in so many is sent forward and backward")
 
     @property
     def probes_every(self) -> int:
-        """One calibration sequence in so many is sent back through each block."""
+        """As `every` says."""
         return self.every
 
     @property
@@ -42,16 +41,16 @@ class Sensitivity(Allocator):
         return True
 
     def allocate(self, problem: BlockProblem) -> Allocated:
-        """Zeros of every row, adding up to the budgets; linears that no token reached keep their budget's sparsity.
+        """The zeros of every row; linears that no token reached get the sparsity of their budget.
 
         Raises:
-            BesaError: the block has more zeros already than it is to end with.
+            BesaError: the block already has more zeros than its budget.
         """
-        found = row_sensitivities(problem, self.every)
+        sensitivities = row_sensitivities(problem, self.every)
         counts: dict[str, Tensor] = {}
         for budget in problem.budgets:
-            rates = rates_by_threshold(problem, budget, found)
-            rows = [len(own_O) for own_O in rates.values()]
+            rates = rates_by_threshold(problem, budget, sensitivities)
+            rows = [len(rates_O) for rates_O in rates.values()]
             widths = [problem.linears[name].w_OI.shape[1] for name in rates]
             widths_R = torch.tensor(widths).repeat_interleave(torch.tensor(rows))
             zeros_R = torch.cat([problem.linears[name].zeros_O for name in rates])
@@ -61,26 +60,32 @@ class Sensitivity(Allocator):
 
 
 def row_sensitivities(problem: BlockProblem, every: int) -> RowSensitivities:
-    """Of the block's rows, from one calibration sequence in so many."""
-    found = RowSensitivities(problem.block)
+    """The sensitivities of the block's rows, from one calibration sequence in `every`."""
+    sensitivities = RowSensitivities(problem.block)
     for place in range(0, len(problem.inputs_NTC), every):
-        found.send_back(problem.inputs_NTC[place : place + 1].to(problem.device), seed=problem.seed + place)
-    return found
+        x_NTC = problem.inputs_NTC[place : place + 1].to(problem.device)
+        sensitivities.send_back(x_NTC, seed=problem.seed + place)
+    return sensitivities
 
 
-def rates_by_threshold(problem: BlockProblem, budget: Budget, found: RowSensitivities) -> dict[str, Tensor]:
-    """The pruning rate of each row (O,), float64 on the CPU, that one threshold for all reached linears gives."""
+def rates_by_threshold(problem: BlockProblem, budget: Budget, sensitivities: RowSensitivities) -> dict[str, Tensor]:
+    """The pruning rate of each row (O,) by full name, float64 on the CPU, from one threshold for all reached linears.
+
+    Linears that no token reached have the sparsity of the budget.
+    """
     linears = {name: problem.linears[name] for name in budget.names}
-    rates = {name: torch.full((len(own.w_OI),), budget.sparsity, dtype=torch.float64) for name, own in linears.items()}
+    rates = {name: torch.full((len(one.w_OI),), budget.sparsity, dtype=torch.float64) for name, one in linears.items()}
     competing = [name for name, linear in linears.items() if linear.reached]
     weights = sum(linears[name].w_OI.numel() for name in competing)
     total = split(budget.zeros, [weights, budget.weights - weights])[0]
-    counts = lowest([_keys(linears[name], found.rows(name)) for name in competing], total)
-    return rates | {n: own_O.double() / linears[n].w_OI.shape[1] for n, own_O in zip(competing, counts, strict=True)}
+    counts = lowest([_keys(linears[name], sensitivities.rows(name)) for name in competing], total)
+    for name, counts_O in zip(competing, counts, strict=True):
+        rates[name] = counts_O.double() / linears[name].w_OI.shape[1]
+    return rates
 
 
 def _keys(linear: RankedLinear, gradients_O: Tensor) -> Callable[[], Tensor]:
-    """Integers (O, I) that sort as the weights are to go: zeros first, then by the error that a loss makes."""
+    """A function that makes integers (O, I) in pruning order: zeros first, then by the error of removing a weight."""
 
     def keys_OI() -> Tensor:
         return (linear.errors(gradients_O).view(torch.int32) + 1).masked_fill_(linear.w_OI == 0, 0)
@@ -89,14 +94,14 @@ def _keys(linear: RankedLinear, gradients_O: Tensor) -> Callable[[], Tensor]:
 
 
 def lowest(keys: Sequence[Callable[[], Tensor]], total: int) -> list[Tensor]:
-    """How many of the `total` lowest keys of all matrices each row has (O,), int64 on the CPU.
+    """How many of the `total` lowest keys of all matrices are in each row (O,), int64 on the CPU.
 
-    The threshold is found in two histograms, of the upper and of the lower half of the bits, so that no two matrices of
-    keys are there at once. Keys that equal it fall to the earlier matrix and row.
+    Two histograms, of the upper and of the lower half of the bits, give the threshold. Memory therefore never holds the
+    keys of two matrices at once. Of keys equal to the threshold, those of the earlier matrix and row count first.
 
     Args:
         keys: each makes the keys (O, I) of a matrix, non-negative int32.
-        total: at most as many as there are keys.
+        total: at most the number of keys.
     """
     if not total:
         return [torch.zeros(len(make()), dtype=torch.int64) for make in keys]
@@ -115,7 +120,7 @@ def lowest(keys: Sequence[Callable[[], Tensor]], total: int) -> list[Tensor]:
 
 
 def _bucket(values: Iterable[Tensor], total: int) -> tuple[int, int]:
-    """The `total`-th lowest of all values, which are below 2^16, and how many are lower than it."""
+    """The `total`-th lowest of all values (below 2^16), and how many values are lower."""
     histogram = sum(torch.bincount(part.flatten(), minlength=HALF).cpu() for part in values)
     assert isinstance(histogram, Tensor)
     upto = histogram.cumsum(0)

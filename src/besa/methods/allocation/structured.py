@@ -1,4 +1,4 @@
-"""Structured: whole channels of the feed-forward go, and whole heads, as many in every block.
+"""Structured: prune whole channels of the feed-forward and whole heads, the same number in every block.
 
 Shape suffixes: O rows, I columns, S structures (channels of the feed-forward, or heads).
 """
@@ -23,18 +23,18 @@ from besa.models.units import Unit
 
 
 class Structured(Allocator):
-    """Prune the channels, and the key-value heads with their query heads, whose loss moves the block least.
+    """Prune the channels, and the key-value heads with their query heads, whose removal changes the block least.
 
-    A structure's score is the squared error that removing its columns causes in the output of the linear that reads
-    it. The rows that write the structure are removed with it. The rest can be written as smaller dense matrices
-    (`checkpoint.shrinking`).
+    The score of a structure is the squared error in the output of the linear that reads it, if its columns are
+    removed. The rows that write the structure go with it. `checkpoint.shrinking` writes the rest as smaller dense
+    matrices.
     """
 
     method: Literal["structured"] = "structured"
     heads: float = Field(
-        default=0.0, ge=0, lt=1, description="share of key-value heads that go; the feed-forward loses the rest"
+        default=0.0, ge=0, lt=1, description="share of key-value heads to prune; the feed-forward loses the rest"
     )
-    multiple: int = Field(default=8, ge=1, description="the feed-forward channels that stay are a multiple of it")
+    multiple: int = Field(default=8, ge=1, description="the number of feed-forward channels kept is a multiple of this")
     whole_structures: ClassVar[bool] = True
     shaped: ClassVar[bool] = True
 
@@ -44,35 +44,34 @@ class Structured(Allocator):
         return True
 
     def budget(self, block: Block, names: Sequence[str], sparsity: float) -> Budget:
-        """The zeros nearest to the sparsity that whole structures can have, among these linears of a block.
+        """The budget of these linears: the number of zeros of whole structures nearest to the sparsity.
 
         Raises:
-            BesaError: the block has no such structures, some of a structure's linears stay dense, or none would be
-                left.
+            BesaError: the block has no such structures, a linear of a structure stays dense, or none would be left.
         """
         weights = sum(block.prunables[name].numel for name in names)
         gone = self._gone(block, names, sparsity * weights)
         return Budget(tuple(names), weights, sum(number * coupling.weights for coupling, number in gone))
 
     def _gone(self, block: Block, names: Sequence[str], zeros: float) -> list[tuple[Coupling, int]]:
-        """How many structures of each coupling are to go, so that there are about so many zeros."""
-        found = {coupling.kind: coupling for coupling in couplings(block) if set(coupling.names) <= set(names)}
-        if "ffn" not in found or (self.heads and "heads" not in found):
-            missing = "heads" if "ffn" in found else "feed-forward"
+        """How many structures of each coupling to prune, to make about `zeros` zeros."""
+        by_kind = {coupling.kind: coupling for coupling in couplings(block) if set(coupling.names) <= set(names)}
+        if "ffn" not in by_kind or (self.heads and "heads" not in by_kind):
+            missing = "heads" if "ffn" in by_kind else "feed-forward"
             raise BesaError(
-                f"{block.name} has no {missing} whose linears are told apart and pruned together: it is fused, of "
-                "experts, skipped in part or of unknown names; choose another allocation."
+                f"{block.name} has no {missing} that can be pruned whole: its linears are fused, belong to experts, "
+                "are skipped in part, or have unknown names; choose another allocation."
             )
         gone = []
         if self.heads:
-            heads = found["heads"]
+            heads = by_kind["heads"]
             gone.append((heads, round(self.heads * heads.structures)))
             zeros -= gone[0][1] * heads.weights
             if gone[0][1] == heads.structures:
                 raise BesaError(f"{block.name} would have no heads left: set allocation.heads lower.")
             if zeros < 0:
                 raise BesaError("allocation.heads takes more than the sparsity asks for: set it lower.")
-        ffn = found["ffn"]
+        ffn = by_kind["ffn"]
         kept = min(ffn.structures, self.multiple * int((ffn.structures - zeros / ffn.weights) / self.multiple + 0.5))
         if kept < 1:
             raise BesaError(
@@ -82,10 +81,10 @@ class Structured(Allocator):
         return [*gone, (ffn, ffn.structures - kept)]
 
     def allocate(self, problem: BlockProblem) -> Allocated:
-        """Rows and columns of the structures that go; weights that are zero already go on top of them.
+        """The zeros of the rows and columns of the pruned structures, plus the weights that are zero already.
 
         Raises:
-            BesaError: as `budget`; or a structure matters though nothing reads it.
+            BesaError: as `budget`; or a structure still has an effect when nothing reads it.
         """
         assert isinstance(problem.block, Unit)
         (block,) = problem.block.blocks
@@ -96,13 +95,13 @@ class Structured(Allocator):
             check(block, coupling, gone_S, problem.inputs_NTC[:1].to(problem.device))
             weights |= coupling.without(weights, gone_S)
         counts = {name: (w_OI == 0).sum(dim=1).cpu() for name, w_OI in weights.items()}
-        # Zeros come first in every row's order, so the columns of what goes do too.
+        # Zeros come first in the order of every row, and so do the columns of pruned units.
         ranks = {name: rank(linear.importance_OI, weights[name]) for name, linear in problem.linears.items()}
         return Allocated(counts, ranks=ranks)
 
 
 def lowest_structures(coupling: Coupling, linears: Mapping[str, RankedLinear], number: int) -> Tensor:
-    """Which structures (S,) go, boolean: the lowest squared errors; ties fall to the earlier structure."""
+    """Which structures (S,) to prune, boolean: those with the lowest squared errors; of equal ones, the earlier."""
     ((name, size),) = coupling.columns.items()
     linear = linears[name]
     error_I = linear.errors_OI.sum(dim=0, dtype=torch.float64)

@@ -17,28 +17,28 @@ from besa.methods.allocation.problem import Allocated, BlockProblem
 
 
 class Uniform(Allocator):
-    """The target for each row (as Wanda does), or for each linear with one threshold over it (as magnitude pruning)."""
+    """The target sparsity for each row (as Wanda), or for each linear with one threshold (as magnitude pruning)."""
 
     method: Literal["uniform"] = "uniform"
     per: Literal["row", "linear"] = Field(
-        default="row", description="what is compared: weights of a row, or of the linear"
+        default="row", description="whether the weights of a row compete, or those of a linear"
     )
 
     @property
     def sorts_linears(self) -> bool:
-        """Whether one threshold goes over a whole linear."""
+        """Whether a linear has one threshold."""
         return self.per == "linear"
 
     def allocate(self, problem: BlockProblem) -> Allocated:
-        """Zeros of every row, adding up to the budgets.
+        """The zeros of every row. They add up to the budgets.
 
         Raises:
-            BesaError: the block has more zeros already than it is to end with.
+            BesaError: the block already has more zeros than its budget.
         """
         return Allocated({name: counts for budget in problem.budgets for name, counts in self._shares(problem, budget)})
 
     def _shares(self, problem: BlockProblem, budget: Budget) -> Iterator[tuple[str, Tensor]]:
-        """Each linear of the budget with the zeros of its rows."""
+        """The full name of each linear of the budget and the zeros of its rows (O,)."""
         totals = split(budget.zeros, [problem.linears[name].w_OI.numel() for name in budget.names])
         for name, total in zip(budget.names, totals, strict=True):
             linear = problem.linears[name]

@@ -1,7 +1,7 @@
 """Importance: which weights of a row matter least?
 
-Each file holds one criterion; its settings class is the method, and `score` is a pure function of the weight and of the
-statistics of the linear's input. A new criterion is a file of the same shape and one name in the union below.
+Each file holds one criterion. Its settings class is the method. `score` is a pure function of the weight and of the
+statistics of the linear's input. A new criterion is one more file and one more name in the union below.
 """
 
 from __future__ import annotations

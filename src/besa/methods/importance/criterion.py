@@ -1,4 +1,4 @@
-"""What besa asks of every importance."""
+"""The interface of importances: their capabilities and `score`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Criterion(Settings):
     Attributes:
         needs_gram: whether `score` needs the Gram matrix of the linear's inputs.
         power: importance to this power is the squared error at the linear's output when this one weight is removed.
-            None if importance does not measure that error: it only orders the weights of a linear, and a recipe refuses
-            allocations that compare errors.
+            None if importance does not measure that error but only orders the weights of a linear. A recipe then
+            refuses allocations that compare errors.
     """
 
     needs_gram: ClassVar[bool] = False
@@ -26,9 +26,9 @@ class Criterion(Settings):
 
     @abstractmethod
     def score(self, w_OI: Tensor, statistics: InputStatistics) -> Tensor:
-        """How much each weight matters (O, I), float32, not negative; the lowest go first.
+        """The importance of each weight (O, I), float32, not negative; the lowest are pruned first.
 
         Args:
             w_OI: the weight, in the dtype of the model.
-            statistics: of the linear's input; no token may have reached it (an expert that was never chosen).
+            statistics: of the linear's input; of no tokens if the linear is in an expert that was never chosen.
         """

@@ -1,4 +1,4 @@
-"""Magnitude: the smallest weights go first."""
+"""Magnitude: the smallest weights are pruned first."""
 
 from __future__ import annotations
 
@@ -17,5 +17,5 @@ class Magnitude(Criterion):
     power: ClassVar[int | None] = 2
 
     def score(self, w_OI: Tensor, statistics: InputStatistics) -> Tensor:
-        """Importance (O, I), float32, of the weight `w_OI`; the statistics are not looked at."""
+        """Importance (O, I), float32, of the weight `w_OI`; the statistics are not used."""
         return w_OI.float().abs()

@@ -1,4 +1,4 @@
-"""Optimal brain surgeon: the least loss a weight's removal causes when the others may make up for it."""
+"""Optimal brain surgeon: the error of removing a weight when the other weights of the row may compensate."""
 
 from __future__ import annotations
 

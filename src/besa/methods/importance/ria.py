@@ -14,7 +14,7 @@ from torch import Tensor
 from besa.methods.importance.criterion import Criterion
 from besa.observing.input_statistics import InputStatistics
 
-TINY = torch.finfo(torch.float32).tiny  # the least divisor: weights in a row or column of zeros have a share of zero
+TINY = torch.finfo(torch.float32).tiny  # smallest divisor: in a row or column of zeros, every share is zero
 
 
 class RIA(Criterion):

@@ -1,4 +1,4 @@
-"""Wanda: a weight matters as much as it can move its output (BESA eq. 2; Sun et al., 2023)."""
+"""Wanda: a weight is as important as the norm of its term in the output (BESA eq. 2; Sun et al., 2023)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Reconstruction: may the kept weights move to make up for the pruned ones?
+"""Reconstruction: may the kept weights of a linear change to compensate for the pruned ones?
 
-Each file holds one method; its settings class is the method, and `rebuild` is a pure function from a dense weight, the
-statistics of its input and the zeros each row is to have, to the weight as it will be written. Where `group` is given,
-the ranks and the zeros of a row take as many of every so many consecutive columns: masks chosen anew keep to that.
+Each file holds one method. Its settings class is the method. `rebuild` is a pure function: from a dense weight, the
+statistics of its input and the zeros of each row, it computes the weight as it will be written. If `group` is given,
+every group of so many consecutive columns loses the same number of weights. Methods that choose a new mask keep to it.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from pydantic import Field
 
 from besa.methods.reconstruction.admm import ADMM
 from besa.methods.reconstruction.cg import ConjugateGradient
-from besa.methods.reconstruction.frozen import Frozen
+from besa.methods.reconstruction.none import NoReconstruction
 from besa.methods.reconstruction.obs_update import OBSUpdate
 
-Reconstruction = Annotated[Frozen | OBSUpdate | ConjugateGradient | ADMM, Field(discriminator="method")]
+Reconstruction = Annotated[NoReconstruction | OBSUpdate | ConjugateGradient | ADMM, Field(discriminator="method")]
 
-__all__ = ["ADMM", "ConjugateGradient", "Frozen", "OBSUpdate", "Reconstruction"]
+__all__ = ["ADMM", "ConjugateGradient", "NoReconstruction", "OBSUpdate", "Reconstruction"]

@@ -1,4 +1,4 @@
-"""ADMM: the mask and the kept weights in turn, until they agree (ALPS; Meng et al., 2024).
+"""ADMM: solve for the mask and the kept weights in turn (ALPS; Meng et al., 2024).
 
 Shape suffixes: O rows (output channels), I columns (input channels).
 """
@@ -19,23 +19,23 @@ from besa.observing.input_statistics import InputStatistics
 
 
 class ADMM(Rebuilder):
-    """Alternating directions: weights free of the mask, and weights that have it, drawn together ever more strongly.
+    """Alternating directions: a penalty draws weights without a mask and weights with one together, more each round.
 
-    Each row keeps its number of zeros, but chooses anew which they are. Columns are scaled so that the Hessian's
-    diagonal is 1, and the size of a weight tells its worth. Conjugate gradient on the last mask ends it.
+    Each row keeps its number of zeros but chooses a new mask. Columns are scaled so that the Hessian's diagonal is 1.
+    The mask keeps the largest scaled weights. Conjugate gradient solves for the kept weights of the last mask.
     """
 
     method: Literal["admm"] = "admm"
-    rounds: int = Field(default=30, ge=1, description="times that weights and mask are found in turn")
-    penalty: float = Field(default=0.1, gt=0, description="first strength of the pull, as a share of H's diagonal")
-    growth: float = Field(default=1.1, ge=1, description="by which the pull grows from round to round")
+    rounds: int = Field(default=30, ge=1, description="rounds of solving for the weights and then for the mask")
+    penalty: float = Field(default=0.1, gt=0, description="penalty of the first round, as a share of H's diagonal")
+    growth: float = Field(default=1.1, ge=1, description="factor of the penalty from round to round")
     iterations: int = Field(default=20, ge=1, description="steps of conjugate gradient on the last mask")
     damping: float = Field(default=0.01, gt=0, description="added to the Hessian's diagonal, as a share of its mean")
     solver_bytes: ClassVar[int] = 44
 
     @property
     def keeps_mask(self) -> bool:
-        """No: each row chooses its zeros anew."""
+        """No: each row chooses a new mask."""
         return False
 
     def rebuild(
@@ -46,7 +46,7 @@ class ADMM(Rebuilder):
         statistics: InputStatistics,
         group: int | None = None,
     ) -> Tensor:
-        """The weight (O, I) in its dtype with `counts_O` zeros in each row; `ranks_OI` are where the mask starts."""
+        """The weight (O, I) in its dtype with `counts_O` zeros in each row; `ranks_OI` give the first mask."""
         hessian_II = statistics.hessian(self.damping)
         scale_I = hessian_II.diagonal().sqrt()
         kept_OI = self._mask(w_OI, ranks_OI, counts_O, hessian_II / scale_I / scale_I[:, None], scale_I, group)
@@ -62,7 +62,7 @@ class ADMM(Rebuilder):
         scale_I: Tensor,
         group: int | None,
     ) -> Tensor:
-        """The mask that alternating ends with, of the scaled problem."""
+        """The mask (O, I) of the last round, boolean, True = kept."""
         values_I, vectors_II = torch.linalg.eigh(hessian_II)
         dense_OI = w_OI.float() * scale_I
         linear_OI = dense_OI @ hessian_II

@@ -1,4 +1,4 @@
-"""Conjugate gradient: the kept weights of a fixed mask move to where the linear's output is closest to the dense one.
+"""Conjugate gradient: the kept weights of a fixed mask that bring the linear's output closest to the dense output.
 
 Shape suffixes: O rows (output channels), I columns (input channels).
 """
@@ -18,10 +18,10 @@ from besa.observing.input_statistics import InputStatistics
 
 
 class ConjugateGradient(Rebuilder):
-    """Preconditioned conjugate gradient on the least squares that a mask leaves (the end of ALPS; Meng et al., 2024).
+    """Preconditioned conjugate gradient for least squares on a fixed mask (last step of ALPS; Meng et al., 2024).
 
-    Minimises ‖W X − W̄ X‖² over the kept weights of W, with X the linear's inputs on the pruned path and W̄ the dense
-    weight. Damping pulls towards the dense weight.
+    Minimises ‖W X − W̄ X‖² over the kept weights of W. X are the linear's inputs on the pruned path, W̄ is the dense
+    weight. Damping pulls W towards W̄.
     """
 
     method: Literal["cg"] = "cg"
@@ -37,19 +37,19 @@ class ConjugateGradient(Rebuilder):
         statistics: InputStatistics,
         group: int | None = None,
     ) -> Tensor:
-        """The weight (O, I) in its dtype, the `counts_O` lowest ranks of each row zero, the others moved."""
+        """The weight (O, I) in its dtype; the `counts_O` lowest ranks of each row are zero, the others are changed."""
         kept_OI = hard_mask(ranks_OI, counts_O)
         rebuilt_OI = solve(w_OI.float(), kept_OI, statistics.hessian(self.damping), self.iterations)
         return written(rebuilt_OI, kept_OI, w_OI.dtype)
 
 
 def solve(dense_OI: Tensor, kept_OI: Tensor, hessian_II: Tensor, iterations: int) -> Tensor:
-    """Lower (W − W̄) H (W − W̄)ᵀ of each row by its kept weights, all rows at once; the others are zero.
+    """Minimise (W − W̄) H (W − W̄)ᵀ of each row over its kept weights; returns W (O, I), the other weights zero.
 
-    Every row has a step length and a direction of its own; the preconditioner is H's diagonal.
+    All rows are solved at once, each with its own direction and step length. The preconditioner is H's diagonal.
 
     Args:
-        dense_OI: W̄, float32, whose kept weights are where W starts.
+        dense_OI: W̄, float32; W starts from its kept weights.
         kept_OI: True where a weight is kept.
         hessian_II: H, positive definite.
         iterations: steps.

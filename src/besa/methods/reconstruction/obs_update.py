@@ -1,6 +1,6 @@
-"""SparseGPT: prune column by column, and let the columns to the right make up for each loss (Frantar & Alistarh, 2023).
+"""SparseGPT: prune column by column; the columns to the right compensate (Frantar & Alistarh, 2023).
 
-Shape suffixes: O rows (output channels), I columns (input channels), B columns of the block under way.
+Shape suffixes: O rows (output channels), I columns (input channels), B columns of the present block of columns.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from besa.observing.input_statistics import InputStatistics
 class OBSUpdate(Rebuilder):
     """Optimal-brain-surgeon update of the kept weights, left to right in blocks of columns.
 
-    With an *adaptive* mask, each block of columns chooses anew, by w²/[H⁻¹]ⱼⱼ of the weights as they are by then, which
-    of its weights go: the linear keeps its number of zeros, the rows do not keep theirs. With a *fixed* mask the zeros
-    are the lowest ranks of each row, as the allocation gave them.
+    With an *adaptive* mask, each block of columns chooses its zeros by w²/[H⁻¹]ⱼⱼ of the updated weights. The number of
+    zeros stays the same for the linear, but not for each row. With a *fixed* mask, the zeros are the lowest ranks of
+    each row, as the allocation chose them.
     """
 
     method: Literal["obs"] = "obs"
-    columns: int = Field(default=128, ge=1, description="columns pruned before the rest is brought up to date")
+    columns: int = Field(default=128, ge=1, description="columns pruned before the columns to the right are updated")
     damping: float = Field(default=0.01, gt=0, description="added to the Hessian's diagonal, as a share of its mean")
     mask: Literal["adaptive", "fixed"] = "adaptive"
     solver_bytes: ClassVar[int] = 12
 
     @property
     def keeps_mask(self) -> bool:
-        """Whether the zeros are the lowest ranks of each row, as the allocation gave them."""
+        """Whether the mask is fixed."""
         return self.mask == "fixed"
 
     def rebuild(
@@ -61,7 +61,7 @@ class OBSUpdate(Rebuilder):
 
 
 def inverse_factor(statistics: InputStatistics, damping: float) -> Tensor:
-    """Upper triangular U (I, I) with H⁻¹ = Uᵀ U; row j over U_jj is what removing weight j does to those after it.
+    """Upper triangular U (I, I) with H⁻¹ = Uᵀ U; row j over U_jj is the effect of removing weight j on later ones.
 
     Raises:
         BesaError: the inverse of the damped Hessian is not positive definite.
@@ -85,16 +85,16 @@ def sweep(
     kept_OI: Tensor | None = None,
     per_row: bool = False,
 ) -> Tensor:
-    """Prune `zeros` weights of `w_OI` from left to right, updating what is still to the right.
+    """Prune weights from left to right, and update the columns to the right after each; returns the weight (O, I).
 
     Args:
         w_OI: float32 weight, not changed.
-        zero_OI: weights that are zero already: they go first.
+        zero_OI: weights that are zero already; they are pruned first.
         factor_II: `inverse_factor` of the input's Hessian.
         columns: width of a block; the blocks share the zeros in proportion to their width.
-        zeros: weights to prune when the mask is chosen here.
-        kept_OI: the fixed mask, or None to choose it block by block.
-        per_row: every row of a block loses as many, as patterns have it.
+        zeros: how many weights to prune; unused with a fixed mask.
+        kept_OI: the fixed mask; None to choose it block by block.
+        per_row: whether every row of a block loses the same number, as n:m patterns need.
     """
     w_OI = w_OI.clone()
     rows, width = w_OI.shape
@@ -118,6 +118,6 @@ def sweep(
             pruned_O = block_OB[:, j].masked_fill(kept_OB[:, j], 0)
             error_OB[:, j] = pruned_O / factor_BB[j, j]
             block_OB[:, j:] -= error_OB[:, j : j + 1] * factor_BB[j, j:]
-            block_OB[:, j].masked_fill_(~kept_OB[:, j], 0)  # exactly, whatever the rounding
+            block_OB[:, j].masked_fill_(~kept_OB[:, j], 0)  # exactly zero in spite of rounding
         w_OI[:, end:] -= error_OB @ factor_II[start:end, end:]
     return w_OI

@@ -1,4 +1,4 @@
-"""What besa asks of every reconstruction."""
+"""The interface of reconstructions: their capabilities and `rebuild`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from besa.settings import Settings
 
 
 class Rebuilder(Settings):
-    """Base of all reconstructions; by default one that moves the kept weights of a mask it is given.
+    """Base of all reconstructions. The defaults describe one that changes the kept weights of a given mask.
 
     Attributes:
         needs_gram: whether `rebuild` needs the Gram matrix of the linear's inputs.
         moves_weights: whether kept weights change.
-        solver_bytes: bytes that `rebuild` needs per weight of a linear, without its matrices of (I, I).
+        solver_bytes: bytes that `rebuild` needs for each weight of a linear, besides its matrices (I, I).
     """
 
     needs_gram: ClassVar[bool] = True
@@ -26,7 +26,7 @@ class Rebuilder(Settings):
 
     @property
     def keeps_mask(self) -> bool:
-        """Whether the zeros are the lowest ranks of each row, as the allocation gave them."""
+        """Whether the zeros are the lowest ranks of each row, as the allocation chose them."""
         return True
 
     @abstractmethod
@@ -42,8 +42,8 @@ class Rebuilder(Settings):
 
         Args:
             w_OI: the dense weight.
-            ranks_OI: places in the pruning order of each row, 0 = first.
-            counts_O: zeros that each row is to have.
+            ranks_OI: place of each weight in the pruning order of its row, 0 = first.
+            counts_O: zeros of each row.
             statistics: of the linear's input.
-            group: consecutive columns of which every group keeps as many, None where there is no such pattern.
+            group: columns in each group of an n:m pattern; None without such a pattern.
         """

@@ -1,4 +1,4 @@
-"""How rebuilt weights are written: in the dtype of the model, with no zero that was not asked for."""
+"""Rebuilt weights in the dtype of the model, without new zeros."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from torch import Tensor
 
 
 def written(rebuilt_OI: Tensor, kept_OI: Tensor, dtype: torch.dtype) -> Tensor:
-    """The float32 weight (O, I) in `dtype`; what is kept is not zero, though it be too small (float16 ends at 6e-8)."""
+    """The float32 weight (O, I) in `dtype`. A kept weight too small for it (float16: 6e-8) does not become zero."""
     written_OI = rebuilt_OI.to(dtype)
     return written_OI.masked_fill_((written_OI == 0) & kept_OI, torch.finfo(dtype).smallest_normal)

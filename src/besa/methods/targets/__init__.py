@@ -1,7 +1,7 @@
-"""Targets: which block loses how much of the model's sparsity?
+"""Targets: how many weights may each block lose?
 
-Each file holds one method; its settings class is the method. `measure` looks at the dense model, before anything is
-pruned, and says which sparsity each block wants; `bounded` keeps that near the model's. `budgets` makes it exact.
+Each file holds one method. Its settings class is the method. `measure` runs the dense model before anything is pruned
+and returns a sparsity for each block. `bounded` keeps these near the model's sparsity. `budgets` makes them exact.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from besa.methods.targets.bounded import Bounded
 from besa.methods.targets.loss_sensitivity import LossSensitivity
 from besa.methods.targets.owl import Owl
 from besa.methods.targets.search import Search
-from besa.methods.targets.uniform import Even
+from besa.methods.targets.uniform import UniformTargets
 
-Targets = Annotated[Even | Owl | LossSensitivity | Search, Field(discriminator="method")]
+Targets = Annotated[UniformTargets | Owl | LossSensitivity | Search, Field(discriminator="method")]
 
-__all__ = ["Bounded", "Even", "LossSensitivity", "Owl", "Search", "Targets"]
+__all__ = ["Bounded", "LossSensitivity", "Owl", "Search", "Targets", "UniformTargets"]

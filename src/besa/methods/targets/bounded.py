@@ -1,4 +1,4 @@
-"""What methods that tell blocks apart have in common: what they look at, and how far they may go.
+"""What the methods that measure blocks have in common: the model that they measure, and bounds on the result.
 
 Shape suffixes: N sequences, T tokens, C channels of the residual stream, B blocks.
 """
@@ -16,25 +16,25 @@ from torch import Tensor
 
 from besa.data.calibration import Calibration
 from besa.methods.targets.targeting import Targeting
-from besa.models.activations import HiddenStates, allocate
+from besa.models.activations import HiddenStates, empty_states
 from besa.models.blocks import capture_inputs
 from besa.models.streaming import Decoder
 
 
 @dataclass(frozen=True)
 class Survey:
-    """A dense model to look at before it is pruned.
+    """A dense model to measure before it is pruned.
 
     Attributes:
         decoder: the model.
         calibration: token ids (N, T).
-        names: of the matrices that share the model's sparsity, by block.
-        sparsity: that they are to have together.
+        names: full names of the matrices that share the model's sparsity, by block.
+        sparsity: of these matrices together.
         batch: sequences in a forward pass.
         device: where blocks are computed.
-        activation_budget: bytes of hidden states kept in memory.
-        folder: where more of them go.
-        seed: of whatever is drawn.
+        activation_budget: bytes of hidden states kept in memory; larger ones go into a file.
+        folder: of that file; None for the folder of temporary files.
+        seed: of random choices.
     """
 
     decoder: Decoder
@@ -49,75 +49,75 @@ class Survey:
 
     @cached_property
     def sizes(self) -> list[int]:
-        """How many weights of each block share the sparsity."""
+        """The number of weights of each block that share the sparsity."""
         blocks = zip(self.decoder.blocks, self.names, strict=True)
-        return [sum(block.prunables[name].numel for name in own) for block, own in blocks]
+        return [sum(block.prunables[name].numel for name in names) for block, names in blocks]
 
     def embedded(self, tokens_NT: Tensor) -> Tensor:
-        """What reaches the first block (N, T, C)."""
+        """The inputs of the first block (N, T, C)."""
         with self.decoder.embeddings():
             return torch.cat(list(capture_inputs(self.decoder.model, self.decoder.blocks, tokens_NT, self.batch)))
 
-    def room_like(self, x_NTC: Tensor, share: int) -> HiddenStates:
-        """Room for as many hidden states again, which may take one of so many parts of the memory for them."""
+    def empty_like(self, x_NTC: Tensor, share: int) -> HiddenStates:
+        """Hidden states of the same shape and dtype, not yet written; they may take 1 / `share` of the budget."""
         samples, tokens, width = x_NTC.shape
-        return allocate((samples, tokens, width), x_NTC.dtype, self.activation_budget // share, self.folder)
+        return empty_states((samples, tokens, width), x_NTC.dtype, self.activation_budget // share, self.folder)
 
 
 class Bounded(Targeting):
-    """Blocks may differ in sparsity, each within bounds that follow the model's."""
+    """Blocks may differ in sparsity, each within bounds around the sparsity of the model."""
 
-    every: int = Field(default=8, ge=1, description="one calibration sequence in so many is looked at")
+    every: int = Field(default=8, ge=1, description="one calibration sequence in so many is measured")
     least_pruned: float = Field(
         default=0.6,
         ge=0,
         le=1,
-        description="of what a block would lose at the model's sparsity it loses this share at least",
+        description="lower bound of a block's sparsity, as a share of the model's sparsity",
     )
     least_kept: float = Field(
         default=0.4,
         ge=0,
         le=1,
-        description="of what a block would keep at the model's sparsity it keeps this share at least",
+        description="lower bound of a block's density, as a share of the model's density",
     )
 
     @property
     def measuring(self) -> Bounded:
-        """Itself."""
+        """The method itself."""
         return self
 
     @property
     def passes(self) -> float:
-        """A forward pass over the sequences that are looked at."""
+        """A forward pass over the measured sequences."""
         return 1 / self.every
 
     @abstractmethod
     def measure(self, survey: Survey) -> list[float]:
-        """The sparsity that each block wants, from a look at the dense model; `bounded` makes targets of them.
+        """A sparsity for each block, measured on the dense model; `bounded` makes targets of them.
 
         Args:
-            survey: whose model is looked at.
+            survey: the model.
 
         Raises:
             BesaError: there are too few sequences.
         """
 
-    def bounded(self, wanted: list[float], sizes: list[int], sparsity: float) -> list[float]:
-        """The sparsity of each block: `wanted`, all shifted by the same, within the bounds, `sparsity` in the mean.
+    def bounded(self, measured: list[float], sizes: list[int], sparsity: float) -> list[float]:
+        """The target of each block: one shift of all measured sparsities, clamped to the bounds, gives the right mean.
 
         Args:
-            wanted: any real numbers.
+            measured: a sparsity for each block, any real number.
             sizes: weights of each block.
-            sparsity: of all.
+            sparsity: of all blocks together.
         """
         low, high = self.least_pruned * sparsity, 1 - self.least_kept * (1 - sparsity)
-        wanted_B = torch.tensor(wanted, dtype=torch.float64)
+        measured_B = torch.tensor(measured, dtype=torch.float64)
         share_B = torch.tensor(sizes, dtype=torch.float64) / sum(sizes)
 
         def at(shift: float) -> Tensor:
-            return (wanted_B + shift).clamp(low, high)
+            return (measured_B + shift).clamp(low, high)
 
-        least, most = low - float(wanted_B.max()), high - float(wanted_B.min())
+        least, most = low - float(measured_B.max()), high - float(measured_B.min())
         for _ in range(60):
             middle = (least + most) / 2
             least, most = (middle, most) if float(at(middle) @ share_B) < sparsity else (least, middle)
@@ -125,5 +125,5 @@ class Bounded(Targeting):
         return rates
 
     def tokens(self, survey: Survey) -> Tensor:
-        """The sequences (n, T) that are looked at."""
+        """The measured sequences (n, T)."""
         return survey.calibration.tokens_NT[:: self.every]

@@ -1,4 +1,4 @@
-"""How many zeros which linears are to have: the sparsity asked for, with its exceptions, as exact integers."""
+"""Budgets of a recipe: its sparsity, with the exceptions, as exact numbers of zeros."""
 
 from __future__ import annotations
 
@@ -22,30 +22,29 @@ if TYPE_CHECKING:
 def budgets(blocks: list[Block], recipe: Recipe, targets: Sequence[float] | None = None) -> list[list[Budget]]:
     """The budgets of every unit of the recipe's granularity.
 
-    What `recipe.skip` matches has none and stays dense; what a pattern of `recipe.sparsity_of` matches has one of its
-    own, linear by linear; the rest shares budgets as the granularity says, and all of these together meet the recipe's
-    sparsity.
+    Linears that match `recipe.skip` have no budget and stay dense. Linears that match `recipe.sparsity_of` have a
+    budget each. The others share budgets as the granularity says, and together meet the recipe's sparsity.
 
     Args:
         blocks: of the model.
-        recipe: whose sparsity, exceptions and granularity to use.
-        targets: the sparsity of what shares the recipe's, by block, which is that in the mean; by default the same.
+        recipe: gives sparsity, exceptions and granularity.
+        targets: for each block, the sparsity of the linears that share budgets; by default the recipe's.
 
     Raises:
-        BesaError: a pattern matches nothing, two patterns of `sparsity_of` ask different things of one
-            linear, all is skipped, or the model has no parts of that granularity or no units of that kind.
+        BesaError: a pattern matches nothing, two patterns of `sparsity_of` give one linear different sparsities,
+            everything is skipped, or the model has no parts of that granularity or no units to prune whole.
     """
     if recipe.allocation.whole_structures:
         return _of_units(blocks, recipe)
-    whole = units(blocks, recipe.granularity)
-    prunables = {name: prunable for unit in whole for name, prunable in unit.prunables.items()}
-    common, own = shared_names(blocks, recipe)
-    left = {name for names in common for name in names}
+    in_order = units(blocks, recipe.granularity)
+    prunables = {name: prunable for unit in in_order for name, prunable in unit.prunables.items()}
+    common, exceptions = shared_names(blocks, recipe)
+    sharers = {name for names in common for name in names}
     if recipe.group is not None:
-        _check_groups(recipe.group, {name: prunables[name] for name in left.union(*own)})
+        _check_groups(recipe.group, {name: prunables[name] for name in sharers.union(*exceptions)})
     shared = [
-        [names for group in sharing(unit, recipe.granularity) if (names := tuple(n for n in group if n in left))]
-        for unit in whole
+        [names for group in sharing(unit, recipe.granularity) if (names := tuple(n for n in group if n in sharers))]
+        for unit in in_order
     ]
     sizes = [sum(prunables[name].numel for name in group) for groups in shared for group in groups]
     total = zeros_for(recipe.sparsity, sum(sizes))
@@ -53,22 +52,22 @@ def budgets(blocks: list[Block], recipe: Recipe, targets: Sequence[float] | None
         zeros = iter(split(total, sizes))
     else:
         target_of = {name: target for names, target in zip(common, targets, strict=True) for name in names}
-        wanted = [sum(prunables[n].numel * target_of[n] for n in group) for groups in shared for group in groups]
-        zeros = iter(_nearest(wanted, sizes, total))
+        ideal = [sum(prunables[n].numel * target_of[n] for n in group) for groups in shared for group in groups]
+        zeros = iter(_nearest(ideal, sizes, total))
     plan = []
-    for unit, groups in zip(whole, shared, strict=True):
+    for unit, groups in zip(in_order, shared, strict=True):
         plan.append([Budget(group, sum(prunables[n].numel for n in group), next(zeros)) for group in groups])
         for block in unit.blocks:
-            alone = own[blocks.index(block)]
-            plan[-1] += [recipe.allocation.budget(block, (name,), sparsity) for name, sparsity in alone.items()]
+            sparsities = exceptions[blocks.index(block)]
+            plan[-1] += [recipe.allocation.budget(block, (name,), sparsity) for name, sparsity in sparsities.items()]
     return plan
 
 
 def _of_units(blocks: list[Block], recipe: Recipe) -> list[list[Budget]]:
-    """What whole units come to, the same in every block."""
+    """The budget of whole units, the same in every block."""
     alike(blocks)
-    common, own = shared_names(blocks, recipe)
-    if any(own):
+    common, exceptions = shared_names(blocks, recipe)
+    if any(exceptions):
         raise BesaError("structured pruning takes whole units out of several linears: leave out sparsity_of.")
     plan = [
         recipe.allocation.budget(block, names, recipe.sparsity) for block, names in zip(blocks, common, strict=True)
@@ -79,35 +78,36 @@ def _of_units(blocks: list[Block], recipe: Recipe) -> list[list[Budget]]:
 
 
 def shared_names(blocks: list[Block], recipe: Recipe) -> tuple[list[tuple[str, ...]], list[dict[str, float]]]:
-    """By block, the matrices that share the recipe's sparsity, and those with one of their own.
+    """For each block, the matrices that share the recipe's sparsity, and the sparsities of those in `sparsity_of`.
 
     Raises:
         BesaError: as `budgets`.
     """
     names = [name for block in blocks for name in block.prunables]
     skipped = {name for pattern in recipe.skip for name in _matching(pattern, names, "skip")}
-    own: dict[str, float] = {}
+    sparsity_of: dict[str, float] = {}
     for pattern, sparsity in recipe.sparsity_of.items():
         for name in _matching(pattern, names, "sparsity_of"):
-            if own.setdefault(name, sparsity) != sparsity:
+            if sparsity_of.setdefault(name, sparsity) != sparsity:
                 raise BesaError(f"Two patterns of sparsity_of match {name}: make them disjoint.")
     if skipped.issuperset(names):
         raise BesaError("The skip patterns leave nothing to prune: drop one.")
-    common = [tuple(n for n in block.prunables if n not in skipped and n not in own) for block in blocks]
-    alone = [{n: own[n] for n in block.prunables if n in own and n not in skipped} for block in blocks]
-    return common, alone
+    pruned = [[name for name in block.prunables if name not in skipped] for block in blocks]
+    common = [tuple(name for name in names if name not in sparsity_of) for names in pruned]
+    exceptions = [{name: sparsity_of[name] for name in names if name in sparsity_of} for names in pruned]
+    return common, exceptions
 
 
-def _nearest(wanted: list[float], sizes: list[int], total: int) -> list[int]:
-    """Integers that add up to `total`, as near to `wanted` zeros of parts of `sizes` weights as they come."""
+def _nearest(ideal: list[float], sizes: list[int], total: int) -> list[int]:
+    """Integers that add up to `total` and are nearest to the `ideal` zeros of groups of `sizes` weights."""
     sizes_B = torch.tensor(sizes, dtype=torch.int64)
-    rates_B = torch.tensor(wanted, dtype=torch.float64) / sizes_B
+    rates_B = torch.tensor(ideal, dtype=torch.float64) / sizes_B
     counts: list[int] = apportion(rates_B, sizes_B, total, torch.zeros_like(sizes_B)).tolist()
     return counts
 
 
 def _check_groups(group: int, prunables: dict[str, Prunable]) -> None:
-    """Refuse a pattern that rows are no whole number of."""
+    """Check that the columns of every matrix are a whole number of groups."""
     for name, prunable in prunables.items():
         if prunable.columns % group:
             raise BesaError(
@@ -117,7 +117,7 @@ def _check_groups(group: int, prunables: dict[str, Prunable]) -> None:
 
 
 def _matching(pattern: str, names: Iterable[str], key: str) -> list[str]:
-    found = [name for name in names if fnmatchcase(name, pattern)]
-    if not found:
+    matching = [name for name in names if fnmatchcase(name, pattern)]
+    if not matching:
         raise BesaError(f"The {key} pattern {pattern} matches no prunable weight: `besa inspect` lists their names.")
-    return found
+    return matching

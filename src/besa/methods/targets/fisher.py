@@ -1,4 +1,4 @@
-"""One threshold for the whole model on what a weight is worth to its loss, by the diagonal of the Fisher information.
+"""One threshold for the whole model, on the importance of weights to its loss (diagonal of the Fisher information).
 
 Shape suffixes: N sequences, T tokens, C channels of the residual stream, V vocabulary, O rows, I columns.
 """
@@ -17,17 +17,17 @@ from besa.models.streaming import Decoder
 from besa.observing.input_statistics import InputStatistics, collect
 from besa.observing.probes import RowSensitivities
 
-BINS = 1 << 16  # by the upper half of a float32's bits: scores are told apart to a hundredth
+BINS = 1 << 16  # the upper half of a float32's bits: scores that differ by more than a hundredth are in different bins
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """What one threshold does to the blocks of a model.
+    """The effect of one threshold on the blocks of a model.
 
     Attributes:
         sparsity: of the model.
-        rates: the sparsity of each block.
-        statistics: of the dense model's inputs, by full name of the matrix.
+        rates: sparsity of each block.
+        statistics: of the matrices' inputs in the dense model, by full name.
     """
 
     sparsity: float
@@ -35,20 +35,20 @@ class Threshold:
     statistics: dict[str, InputStatistics]
 
     def part_way(self, strength: float) -> list[float]:
-        """The sparsity of each block a part of the way from the model's to the threshold's."""
+        """A sparsity for each block between that of the model (`strength` 0) and that of the threshold (1)."""
         return [self.sparsity + strength * (rate - self.sparsity) for rate in self.rates]
 
 
 def one_threshold(survey: Survey, tokens_NT: Tensor) -> Threshold:
     """Prune the lowest W²·E[x²]·E[g²] of the whole model.
 
-    g is the gradient of the loss at the linear's output, for labels drawn from the model's own predictions: the score
-    is a weight's part in the curvature of the distance from the dense model. It takes a forward and a backward pass,
-    one block at a time in both directions.
+    g is the gradient of the loss at the linear's output, for labels drawn from the model's own predictions. The score
+    approximates W² times the weight's diagonal entry of the Fisher information. Measuring takes a forward and a
+    backward pass, one block at a time in both directions.
 
     Args:
-        survey: whose model is looked at.
-        tokens_NT: sequences to look at it with.
+        survey: the model.
+        tokens_NT: sequences to run.
     """
     decoder, blocks = survey.decoder, survey.decoder.blocks
     states = _forward(survey, tokens_NT)
@@ -58,9 +58,9 @@ def one_threshold(survey: Survey, tokens_NT: Tensor) -> Threshold:
     statistics: dict[str, InputStatistics] = {}
     for block, names in reversed(list(zip(blocks, survey.names, strict=True))):
         with decoder.opened(block, survey.device):
-            rows, found = _send_back(block, states.pop(), gradients_NTC, survey.device)
-            histograms[block.index] = _histogram(block, names, rows, found)
-        statistics |= found
+            rows, inputs = _send_back(block, states.pop(), gradients_NTC, survey.device)
+            histograms[block.index] = _histogram(block, names, rows, inputs)
+        statistics |= inputs
     upto = torch.stack(histograms).sum(dim=0).cumsum(0)
     place = int(torch.searchsorted(upto, round(survey.sparsity * int(upto[-1]))))
     rates = [float(part[: place + 1].sum()) / max(1, int(part.sum())) for part in histograms]
@@ -68,18 +68,18 @@ def one_threshold(survey: Survey, tokens_NT: Tensor) -> Threshold:
 
 
 def _forward(survey: Survey, tokens_NT: Tensor) -> list[HiddenStates]:
-    """The inputs of every block and the outputs of the last, all kept."""
+    """The inputs of every block, and the outputs of the last block."""
     first_NTC = survey.embedded(tokens_NT)
     states: list[HiddenStates] = [first_NTC]
     for block in survey.decoder.blocks:
-        states.append(survey.room_like(first_NTC, len(survey.decoder.blocks) + 1))
+        states.append(survey.empty_like(first_NTC, len(survey.decoder.blocks) + 1))
         with survey.decoder.opened(block, survey.device):
             block.run(states[-2], survey.batch, into=states[-1])
     return states
 
 
 def _loss_gradients(decoder: Decoder, states_NTC: HiddenStates, tokens_NT: Tensor, seed: int) -> None:
-    """Replace the outputs of the last block by the gradients of the loss there, for labels drawn from the model."""
+    """Replace the outputs of the last block by the loss's gradients at them, for labels drawn from the predictions."""
     generator = torch.Generator().manual_seed(seed)
     with decoder.outside_blocks():
         for n in range(len(tokens_NT)):
@@ -96,7 +96,11 @@ def _loss_gradients(decoder: Decoder, states_NTC: HiddenStates, tokens_NT: Tenso
 def _send_back(
     block: Block, inputs_NTC: HiddenStates, gradients_NTC: HiddenStates, device: torch.device
 ) -> tuple[RowSensitivities, dict[str, InputStatistics]]:
-    """What a block's rows and columns are like; the gradients at its output become those at its input."""
+    """Send gradients backward through a block: those at its outputs are replaced by those at its inputs.
+
+    Returns:
+        The sensitivities of the block's rows, and the statistics of its matrices' inputs by full name.
+    """
     rows = RowSensitivities(block)
     with collect(block.module, block.prunables, gram=False) as statistics:
         for n in range(len(inputs_NTC)):
@@ -108,7 +112,7 @@ def _send_back(
 def _histogram(
     block: Block, names: tuple[str, ...], rows: RowSensitivities, statistics: dict[str, InputStatistics]
 ) -> Tensor:
-    """How many weights of a block have which score (BINS,)."""
+    """Number of weights of a block in each bin of scores (BINS,), int64."""
     histogram = torch.zeros(BINS, dtype=torch.int64)
     for name in names:
         column_I, row_O = statistics[name].squares_I.float(), rows.rows(name)

@@ -1,4 +1,4 @@
-"""Sensitivity: blocks whose weights matter more to the model's loss lose less."""
+"""Sensitivity: blocks whose weights matter more to the model's loss lose fewer weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from besa.methods.targets.fisher import one_threshold
 
 
 class LossSensitivity(Bounded):
-    """Every block goes a part of the way from the model's sparsity to what `fisher.one_threshold` gives it."""
+    """The sparsity of a block lies between that of the model and that of one threshold (`fisher.one_threshold`)."""
 
     method: Literal["sensitivity"] = "sensitivity"
     strength: float = Field(default=0.5, ge=0, le=1, description="part of the way from uniform to that threshold")
@@ -19,13 +19,13 @@ class LossSensitivity(Bounded):
 
     @property
     def passes(self) -> float:
-        """A forward pass, then another with a backward pass to activations, which counts as one."""
+        """A forward pass, then a forward and a backward pass; a backward pass to activations counts as one."""
         return 3 / self.every
 
     def sequences_kept(self, samples: int, blocks: int) -> int:
-        """Those that are looked at, at the input of every block and at the output of the last."""
+        """The measured sequences, at the input of every block and at the output of the last."""
         return -(-samples // self.every) * (blocks + 1)
 
     def measure(self, survey: Survey) -> list[float]:
-        """The sparsity that each block wants: a forward and a backward pass, one block at a time in both directions."""
+        """A sparsity for each block, from a forward and a backward pass, one block at a time in both directions."""
         return one_threshold(survey, self.tokens(survey)).part_way(self.strength)

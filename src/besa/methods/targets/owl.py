@@ -1,4 +1,4 @@
-"""OWL: blocks with more outliers lose less (Yin et al., 2024).
+"""OWL: blocks with more outliers lose fewer weights (Yin et al., 2024).
 
 Shape suffixes: O rows, I columns.
 """
@@ -15,17 +15,17 @@ from besa.observing.input_statistics import collect
 
 
 class Owl(Bounded):
-    """A block's outlier ratio is the share of weights whose |W|·‖x‖ is above `outlier` times the mean of its linear.
+    """The outlier ratio of a block is its share of weights whose |W|·‖x‖ is above `outlier` times their linear's mean.
 
-    Ratios are stretched so that the blocks' sparsities span `span`, the most outliers getting the least.
+    Sparsities fall linearly with the outlier ratio. The highest and the lowest differ by `span`.
     """
 
     method: Literal["owl"] = "owl"
-    outlier: float = Field(default=5.0, gt=1, description="M: how many times the mean an outlier is")
-    span: float = Field(default=0.16, ge=0, le=1, description="2λ: distance of the highest target from the lowest")
+    outlier: float = Field(default=5.0, gt=1, description="M: an outlier is above so many times the mean")
+    span: float = Field(default=0.16, ge=0, le=1, description="2λ: difference of the highest and the lowest target")
 
     def measure(self, survey: Survey) -> list[float]:
-        """The sparsity that each block wants, from a forward pass through the dense model."""
+        """A sparsity for each block, from a forward pass of the dense model."""
         decoder, ratios = survey.decoder, []
         x_NTC = survey.embedded(self.tokens(survey))
         for block, names, size in zip(decoder.blocks, survey.names, survey.sizes, strict=True):

@@ -1,4 +1,4 @@
-"""Search: of a few ways to tell blocks apart, the one after which the model as a whole still predicts best.
+"""Search: of several strengths, the one after which the model's predictions change least.
 
 Shape suffixes: N sequences, T tokens, C channels of the residual stream, V vocabulary, O rows, I columns.
 """
@@ -26,24 +26,24 @@ from besa.observing.input_statistics import InputStatistics
 
 
 class Search(Bounded):
-    """A few strengths of `LossSensitivity` are tried, and the one stays that moves the model's predictions least.
+    """The strength of `LossSensitivity` that changes the model's predictions least, of a few that are tried.
 
-    For a trial the dense model loses the lowest |W|·‖x‖ of each row, every row of a block as many, and no weight moves.
-    What its predictions are compared on are other sequences than those that say where the blocks are to go.
+    For a trial, every row of a block loses the same number of weights, those of lowest |W|·‖x‖. Kept weights do not
+    change. Predictions are compared on held-out sequences, not on those that the threshold is measured on.
     """
 
     method: Literal["search"] = "search"
     every: int = Field(
-        default=8, ge=2, description="one calibration sequence in so many is looked at, another is held out"
+        default=8, ge=2, description="one calibration sequence in so many is measured, another is held out"
     )
     strengths: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field(
-        default=(0.0, 0.35, 0.7, 1.0), min_length=2, description="parts of the way from uniform to the threshold"
+        default=(0.0, 0.35, 0.7, 1.0), min_length=2, description="strengths to try: 0 is uniform, 1 one threshold"
     )
     needs_loss: ClassVar[bool] = True
 
     @property
     def passes(self) -> float:
-        """As `LossSensitivity`, and one forward pass of the dense model and of each trial."""
+        """As `LossSensitivity`, plus one forward pass of the dense model and of each trial."""
         return (3 + 1 + self.trials) / self.every
 
     @property
@@ -52,56 +52,56 @@ class Search(Bounded):
         return len(self.strengths)
 
     def sequences_kept(self, samples: int, blocks: int) -> int:
-        """As `LossSensitivity`; after that at one block, of the embeddings, the dense model and every trial."""
+        """As `LossSensitivity`; then those of the embeddings, the dense model and every trial, at one block."""
         return -(-samples // self.every) * max(blocks + 1, self.trials + 2)
 
     def measure(self, survey: Survey) -> list[float]:
-        """The sparsity that each block wants; of strengths that do as well, the first counts.
+        """A sparsity for each block; of equally good strengths, the first is chosen.
 
         Raises:
-            BesaError: no sequence is left to be held out.
+            BesaError: there is no sequence to hold out.
         """
         held_out_NT = survey.calibration.tokens_NT[1 :: self.every]
         if not len(held_out_NT):
             raise BesaError("targets.method=search holds sequences out: take at least two --samples.")
         threshold = one_threshold(survey, self.tokens(survey))
-        wanted = [threshold.part_way(strength) for strength in self.strengths]
-        trials = [self.bounded(rates, survey.sizes, survey.sparsity) for rates in wanted]
-        found = divergences(survey, threshold.statistics, trials, held_out_NT)
-        return wanted[found.index(min(found))]
+        candidates = [threshold.part_way(strength) for strength in self.strengths]
+        trials = [self.bounded(rates, survey.sizes, survey.sparsity) for rates in candidates]
+        distances = divergences(survey, threshold.statistics, trials, held_out_NT)
+        return candidates[distances.index(min(distances))]
 
 
 @torch.no_grad()
 def divergences(
     survey: Survey, statistics: Mapping[str, InputStatistics], trials: Sequence[Sequence[float]], tokens_NT: Tensor
 ) -> list[float]:
-    """How far each trial's predictions are from the dense model's: Kullback-Leibler divergence, nats per token.
+    """Kullback-Leibler divergence of each trial's predictions from those of the dense model, in nats per token.
 
-    All trials go through a block while it is there, the dense model beside them.
+    While a block is loaded, the dense model and all trials run through it.
 
     Args:
-        survey: whose model is pruned; its weights are left alone.
-        statistics: of the inputs of its matrices.
-        trials: the sparsity of each block, in each trial.
-        tokens_NT: what is predicted on.
+        survey: the dense model; its weights are not changed.
+        statistics: of the inputs of its matrices, by full name.
+        trials: sparsity of each block, for each trial.
+        tokens_NT: sequences to predict on.
     """
     first_NTC = survey.embedded(tokens_NT)
-    dense_NTC, *pruned = [survey.room_like(first_NTC, len(trials) + 1) for _ in range(len(trials) + 1)]
+    dense_NTC, *pruned = [survey.empty_like(first_NTC, len(trials) + 1) for _ in range(len(trials) + 1)]
     for path_NTC in (dense_NTC, *pruned):
         path_NTC[: len(first_NTC)] = first_NTC
     for block, names in zip(survey.decoder.blocks, survey.names, strict=True):
         with survey.decoder.opened(block, survey.device):
             block.run(dense_NTC, survey.batch, into=dense_NTC)
-            own = {name: block.weight(name).detach() for name in names}
-            ranks = {name: rank(Wanda().score(w_OI, statistics[name]), w_OI) for name, w_OI in own.items()}
+            dense = {name: block.weight(name).detach() for name in names}
+            ranks = {name: rank(Wanda().score(w_OI, statistics[name]), w_OI) for name, w_OI in dense.items()}
             for rates, path_NTC in zip(trials, pruned, strict=True):
-                weights = {name: _pruned(w_OI, ranks[name], rates[block.index]) for name, w_OI in own.items()}
+                weights = {name: _pruned(w_OI, ranks[name], rates[block.index]) for name, w_OI in dense.items()}
                 send(partial(block, weights=weights), block.name, path_NTC, survey.batch, survey.device, into=path_NTC)
     return _from_dense(survey.decoder, dense_NTC, pruned, tokens_NT)
 
 
 def _pruned(w_OI: Tensor, ranks_OI: Tensor, rate: float) -> Tensor:
-    """The weight without its lowest ranks, each row without as many; together to within half a weight."""
+    """The weight with the lowest ranks of each row set to zero; the total is `rate` to within half a weight."""
     rows, width = w_OI.shape
     upto = (rate * width * torch.arange(rows + 1, dtype=torch.float64)).round()
     return w_OI.where(hard_mask(ranks_OI, upto.diff().to(w_OI.device)), 0)
@@ -110,19 +110,19 @@ def _pruned(w_OI: Tensor, ranks_OI: Tensor, rate: float) -> Tensor:
 def _from_dense(
     decoder: Decoder, dense_NTC: HiddenStates, pruned: Sequence[HiddenStates], tokens_NT: Tensor
 ) -> list[float]:
-    """The divergence that each of the outputs `pruned` of the last block comes to, a sequence at a time."""
+    """The divergence of each pruned path from the dense path, from the outputs of the last block."""
     sums = [0.0] * len(pruned)
     with decoder.outside_blocks():
         for n in range(len(tokens_NT)):
             one = slice(n, n + 1)
             dense_TV = _predicted(decoder, tokens_NT[one], dense_NTC[one])
             for place, path_NTC in enumerate(pruned):
-                found_TV = _predicted(decoder, tokens_NT[one], path_NTC[one])
-                sums[place] += float(kl_div(found_TV, dense_TV, log_target=True, reduction="sum"))
+                pruned_TV = _predicted(decoder, tokens_NT[one], path_NTC[one])
+                sums[place] += float(kl_div(pruned_TV, dense_TV, log_target=True, reduction="sum"))
     return [total / tokens_NT.numel() for total in sums]
 
 
 def _predicted(decoder: Decoder, tokens_NT: Tensor, y_NTC: Tensor) -> Tensor:
-    """Log-probabilities (T, V), float32, of what comes next in a sequence for which the last block puts out `y_NTC`."""
+    """Log-probabilities (T, V), float32, of the next token, from the outputs `y_NTC` of the last block."""
     logits_NTV = logits_of(decoder.model, decoder.blocks, tokens_NT, y_NTC.to(decoder.model.device))
     return logits_NTV[0].float().log_softmax(dim=-1)

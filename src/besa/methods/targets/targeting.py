@@ -1,4 +1,4 @@
-"""What besa asks of every way to set the sparsities of the blocks."""
+"""The interface of targets: their capabilities."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ if TYPE_CHECKING:
 
 
 class Targeting(Settings):
-    """Base of all targets; by default every block has the sparsity of the model and nothing is measured.
+    """Base of all targets. By default every block has the sparsity of the model, and nothing is measured.
 
     Attributes:
-        needs_loss: the gradient of the model's loss is sent back through all blocks.
+        needs_loss: whether the gradient of the model's loss is sent backward through all blocks.
     """
 
     needs_loss: ClassVar[bool] = False
 
     @property
     def measuring(self) -> Bounded | None:
-        """What measures the blocks, so that they differ in sparsity; None where they do not differ."""
+        """The method that measures a sparsity for each block; None if all blocks have the same."""
         return None
 
     @property
     def passes(self) -> float:
-        """Forward passes of the calibration set through all blocks that it takes."""
+        """Forward passes over the calibration set through all blocks that measuring takes."""
         return 0.0
 
     @property
     def trials(self) -> int:
-        """How many pruned models are tried."""
+        """Number of pruned models that are compared."""
         return 0
 
     def sequences_kept(self, samples: int, blocks: int) -> int:
-        """Hidden states that it keeps at once, in sequences.
+        """Number of sequences whose hidden states are kept at once.
 
         Args:
             samples: calibration sequences.

@@ -7,7 +7,7 @@ from typing import Literal
 from besa.methods.targets.targeting import Targeting
 
 
-class Even(Targeting):
-    """The same sparsity for every block; nothing is measured."""
+class UniformTargets(Targeting):
+    """Every block has the sparsity of the model; nothing is measured."""
 
     method: Literal["uniform"] = "uniform"

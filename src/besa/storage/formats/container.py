@@ -1,6 +1,6 @@
 """A checkpoint whose sparse linears are stored as bitmasks: names, header, and how it is read.
 
-docs/formats.md specifies it. A *linear* is here what a weight's name is without its last part.
+docs/formats.md specifies it. Here, a *linear* is the name of a weight without its last part.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from besa.errors import BesaError
-from besa.storage.formats import packed
+from besa.storage.formats import codes
 from besa.storage.formats.bitmask import Bitmask
 from besa.storage.weights import WeightFiles
 
@@ -42,41 +42,41 @@ def header(folder: Path) -> dict[str, Any] | None:
     config = _config(folder)
     if not isinstance(config, dict) or "besa" not in config:
         return None
-    found = config["besa"]
-    if not isinstance(found, dict):
+    about = config["besa"]
+    if not isinstance(about, dict):
         raise BesaError(f'{folder / "config.json"} is damaged: under "besa" it holds no settings.')
-    if "format" not in found:
+    if "format" not in about:
         return None
-    if found["format"] != FORMAT or found.get("version") != VERSION:
+    if about["format"] != FORMAT or about.get("version") != VERSION:
         raise BesaError(
-            f"{folder} is packed in the format {found['format']!r}, version {found.get('version')!r}, and this besa "
+            f"{folder} is packed in the format {about['format']!r}, version {about.get('version')!r}, and this besa "
             f"reads {FORMAT!r}, version {VERSION}: use the besa that packed it, or unpack it with that and pack it "
             "with this."
         )
-    return found
+    return about
 
 
 def tensors_of(weight: Bitmask) -> dict[str, Tensor]:
     """The tensors of one linear by the last part of their names."""
     shape = torch.tensor(weight.shape)
-    found = {MASK: weight.masks_BCR, VALUES: weight.values, OFFSETS: weight.offsets, SHAPE: shape}
+    tensors = {MASK: weight.masks_BCR, VALUES: weight.values, OFFSETS: weight.offsets, SHAPE: shape}
     if weight.scales_OG is not None:
-        found[SCALE] = weight.scales_OG
+        tensors[SCALE] = weight.scales_OG
     if weight.zeros_OG is not None:
-        found[ZERO] = weight.zeros_OG
-    return found
+        tensors[ZERO] = weight.zeros_OG
+    return tensors
 
 
 class Container(WeightFiles):
-    """A packed checkpoint, read as the files it was packed from; and as it is, by who runs it.
+    """A packed checkpoint. `read` gives the tensors it was packed from, `weights` the bitmasks to run.
 
     Attributes:
-        bits: of a code, where weights are stored as codes.
-        sparse: names of the tensors in the files by linear stored as bitmask.
+        bits: of a code; None if no weights are stored as codes.
+        sparse: names of the tensors in the files, by linear stored as bitmask.
         dense: names of all other tensors.
 
     Args:
-        folder: for which `header` finds something.
+        folder: a packed checkpoint; `header` is not None.
 
     Raises:
         BesaError: its version is not known, or files are missing or damaged.
@@ -84,13 +84,13 @@ class Container(WeightFiles):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        found = header(folder)
-        assert found is not None
-        codes = found.get("quantization_config")
-        self.bits = packed.bits_of(codes, str(folder)) if codes else None
+        about = header(folder)
+        assert about is not None
+        quantization = about.get("quantization_config")
+        self.bits = codes.bits_of(quantization, str(folder)) if quantization else None
         stored = set(self._holders)
-        own = (MASK, VALUES, OFFSETS)
-        linears = sorted({linear for linear, _, key in (name.rpartition(".") for name in stored) if key in own})
+        of_bitmasks = (MASK, VALUES, OFFSETS)
+        linears = sorted({linear for linear, _, key in (name.rpartition(".") for name in stored) if key in of_bitmasks})
         self.sparse = {
             linear: [name for key in PURPOSES if (name := f"{linear}.{key}") in stored] for linear in linears
         }
@@ -107,7 +107,7 @@ class Container(WeightFiles):
         if f"{linear}.{SCALE}" not in self._holders:
             return [f"{linear}.weight"]
         zeros = f"{linear}.{ZERO}" in self._holders
-        return [f"{linear}.{key}" for key in packed.KEYS if key != packed.ZERO or zeros]
+        return [f"{linear}.{key}" for key in codes.KEYS if key != codes.ZERO or zeros]
 
     @property
     def names(self) -> list[str]:
@@ -129,7 +129,7 @@ class Container(WeightFiles):
         """Read tensors as they were before packing, one linear at a time.
 
         Raises:
-            BesaError: a tensor cannot be read, or is not what `check` lets pass.
+            BesaError: a tensor cannot be read, or does not pass `Bitmask.check`.
         """
         linears: dict[str, None] = {}
         for name in names:
@@ -138,18 +138,18 @@ class Container(WeightFiles):
             else:
                 yield from super().read([name])
         for linear in linears:
-            weight = self._taken(linear, super().read(self.sparse[linear]))
+            weight = self._bitmask(linear, super().read(self.sparse[linear]))
             if weight.scales_OG is None:
                 yield f"{linear}.weight", weight.unpack()
             else:
-                own = packed.tensors_of(weight.unpack_codes())
-                yield from ((f"{linear}.{key}", tensor) for key, tensor in own.items())
+                tensors = codes.tensors_of(weight.unpack_codes())
+                yield from ((f"{linear}.{key}", tensor) for key, tensor in tensors.items())
 
     def prefetch(self, names: Iterable[str]) -> None:
         """See `WeightFiles`."""
         linears = {self._originals[name] for name in names if name in self._originals}
-        own = [name for linear in linears for name in self.sparse[linear]]
-        super().prefetch([*(name for name in names if name not in self._originals), *own])
+        of_bitmasks = [name for linear in linears for name in self.sparse[linear]]
+        super().prefetch([*(name for name in names if name not in self._originals), *of_bitmasks])
 
     def weights(self) -> Iterator[tuple[str, Bitmask]]:
         """Every sparse weight by its linear; it stays in its file.
@@ -159,36 +159,38 @@ class Container(WeightFiles):
         """
         stored = dict(super().mapped(name for names in self.sparse.values() for name in names))
         for linear, names in self.sparse.items():
-            yield linear, self._taken(linear, ((name, stored[name]) for name in names))
+            yield linear, self._bitmask(linear, ((name, stored[name]) for name in names))
 
     def parts(self, linear: str) -> dict[str, int]:
-        """What the tensors of a linear take, in bytes, by what they are for; empty where it is no bitmask.
+        """Bytes of the tensors of a linear, by purpose; empty if the linear is not stored as a bitmask.
 
         Args:
-            linear: as the files call it, or the model, which may put one word more before it.
+            linear: its name in the files, or in the model, which may have one more word in front.
         """
         linear = linear if linear in self.sparse else linear.partition(".")[2]
         stored = super().mapped(self.sparse.get(linear, ()))
         return {PURPOSES[name.rpartition(".")[2]]: tensor.nbytes for name, tensor in stored}
 
-    def _taken(self, linear: str, tensors: Iterable[tuple[str, Tensor]]) -> Bitmask:
-        own = {name.rpartition(".")[2]: tensor for name, tensor in tensors}
-        if own[SHAPE].shape != (2,) or own[SHAPE].dtype != torch.int64:
+    def _bitmask(self, linear: str, tensors: Iterable[tuple[str, Tensor]]) -> Bitmask:
+        by_key = {name.rpartition(".")[2]: tensor for name, tensor in tensors}
+        shape = by_key[SHAPE]
+        if shape.shape != (2,) or shape.dtype != torch.int64:
             raise BesaError(f"{linear}.{SHAPE} of {self.folder} holds no shape: {DAMAGED}.")
-        rows, columns = own[SHAPE].tolist()
-        bits = self.bits if SCALE in own else None
-        return Bitmask((rows, columns), own[MASK], own[VALUES], own[OFFSETS], own.get(SCALE), own.get(ZERO), bits)
+        rows, columns = shape.tolist()
+        scales_OG, zeros_OG = by_key.get(SCALE), by_key.get(ZERO)
+        bits = None if scales_OG is None else self.bits
+        return Bitmask((rows, columns), by_key[MASK], by_key[VALUES], by_key[OFFSETS], scales_OG, zeros_OG, bits)
 
 
 def open_files(folder: Path) -> WeightFiles:
-    """The weight files of a checkpoint under the names and as the tensors they have when not packed as bitmasks.
+    """The weight files of a checkpoint; a packed one has the names and tensors that it was packed from.
 
     Raises:
         BesaError: as `WeightFiles` and `Container` do, or config.json says more blocks than there are tensors.
     """
     files = WeightFiles(folder) if header(folder) is None else Container(folder)
     depth, tensors = _depth(_config(folder)), len(files.names)
-    if depth > tensors:  # found out before a model of so many is made
+    if depth > tensors:  # refused before a model of so many blocks is built
         raise BesaError(
             f"The config.json of {folder} says {depth:,.0f} blocks, its files hold {tensors:,} tensors: it is damaged, "
             "or belongs to another checkpoint."
@@ -197,20 +199,20 @@ def open_files(folder: Path) -> WeightFiles:
 
 
 def bits_in(files: WeightFiles) -> int | None:
-    """Bits of a code, of a checkpoint whose weights are codes; None of any other.
+    """Bits of a code if the weights of the checkpoint are codes; else None.
 
     Raises:
-        BesaError: they are codes of another format, or of no number of bits.
+        BesaError: the codes have another format, or config.json does not say how many bits.
     """
     if isinstance(files, Container):
         return files.bits
     config = _config(files.folder)
-    codes = config.get("quantization_config") if isinstance(config, dict) else None
-    return packed.bits_of(codes, str(files.folder)) if codes else None
+    quantization = config.get("quantization_config") if isinstance(config, dict) else None
+    return codes.bits_of(quantization, str(files.folder)) if quantization else None
 
 
 class AsDense(WeightFiles):
-    """The headers of a checkpoint, packed or not, as they are when its weights are dense: no codes and no bitmasks.
+    """The headers that a checkpoint, packed or not, has when its weights are dense: no codes and no bitmasks.
 
     Args:
         files: of the checkpoint, checked.
@@ -218,7 +220,7 @@ class AsDense(WeightFiles):
 
     def __init__(self, files: WeightFiles) -> None:
         super().__init__(files.folder)
-        shapes, packed_parts = dict(super().shapes()), {*PURPOSES, *packed.KEYS}
+        shapes, packed_parts = dict(super().shapes()), {*PURPOSES, *codes.KEYS}
         self._shapes = {name: shape for name, shape in shapes.items() if name.rpartition(".")[2] not in packed_parts}
         for name, tensor in self.mapped([name for name in shapes if name.endswith(f".{SHAPE}")]):
             self._shapes[f"{name.removesuffix(f'.{SHAPE}')}.weight"] = tuple(tensor.tolist())
@@ -234,7 +236,7 @@ class AsDense(WeightFiles):
 
 
 def _config(folder: Path) -> Any:
-    """What stands in config.json; None where that cannot be read, which whoever needs it will say."""
+    """The contents of config.json; None if it cannot be read, which callers that need it report."""
     try:
         return json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -242,8 +244,8 @@ def _config(folder: Path) -> Any:
 
 
 def _depth(config: Any) -> float:
-    """The largest number of blocks that a configuration names, or one of those within it."""
+    """The largest number of blocks that a configuration or one nested in it names."""
     if not isinstance(config, dict):
         return 0
-    own = [config[key] for key in DEPTHS if isinstance(config.get(key), int | float)]
-    return max([*own, *(_depth(part) for part in config.values())], default=0)
+    depths = [config[key] for key in DEPTHS if isinstance(config.get(key), int | float)]
+    return max([*depths, *(_depth(part) for part in config.values())], default=0)

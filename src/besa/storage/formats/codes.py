@@ -1,6 +1,6 @@
-"""``pack-quantized`` of compressed-tensors: codes packed into int32, which transformers and vLLM load as they are.
+"""Codes in the ``pack-quantized`` format of compressed-tensors, which transformers and vLLM load as it is.
 
-Pruned weights have the code of zero, so zeros survive exactly; no mask is stored.
+Several codes share one int32. A pruned weight has the code of zero, so zeros stay exact and no mask is stored.
 """
 
 from __future__ import annotations
@@ -23,49 +23,52 @@ KEYS = WEIGHT, SCALE, ZERO, SHAPE = "weight_packed", "weight_scale", "weight_zer
 
 
 def check(model: nn.Module, names: Iterable[str]) -> None:
-    """Refuse beforehand what transformers would not load packed.
+    """Check that transformers can load these linears as codes.
 
     Args:
-        model: whose weights may be on the meta device.
-        names: full names of the linears to be packed.
+        model: may be on the meta device.
+        names: full names of the linears to be stored as codes.
 
     Raises:
-        BesaError: one is no plain linear, but a transposed one, a family's own, or an expert of a fused stack.
+        BesaError: a linear is no `nn.Linear`, but a transposed one, a family's own, or an expert of a fused stack.
     """
     modules = dict(model.named_modules())
     for name in names:
         if type(modules.get(name)) is not nn.Linear:
             raise BesaError(
-                f"{name} is no plain linear, and could not be loaded packed: use --dequantized, or leave it out "
+                f"{name} is no plain linear and cannot be loaded as codes: use --dequantized, or leave it out "
                 "with --skip."
             )
 
 
-def pack(tensors: Mapping[str, Tensor], quantized: Mapping[str, Quantized]) -> dict[str, Tensor]:
-    """The tensors of a block with its quantised weights packed.
+def encode(tensors: Mapping[str, Tensor], quantized: Mapping[str, Quantized]) -> dict[str, Tensor]:
+    """The tensors of a block with its quantised weights as codes.
 
     Args:
         tensors: named as in the checkpoint's files.
         quantized: by name of the linear in the files.
 
     Raises:
-        BesaError: a quantised weight is no tensor of its own in the files (as a fused stack of experts).
+        BesaError: a quantised weight has no tensor of its own in the files (a fused stack of experts), or a linear has
+            too few rows for codes in groups.
     """
-    packed = dict(tensors)
+    coded = dict(tensors)
     for name, weight in quantized.items():
-        stored = packed.pop(f"{name}.weight", None)
+        stored = coded.pop(f"{name}.weight", None)
         if stored is None or stored.shape != weight.codes_OI.shape:
-            raise BesaError(f"{name} cannot be packed, as its file does not hold it as a linear: use --dequantized.")
+            raise BesaError(
+                f"{name} cannot be stored as codes because its file does not hold it as a linear: use --dequantized."
+            )
         rows, groups = weight.grid.step_OG.shape
-        if groups > 1 and rows * weight.grid.bits <= 32:  # one word of zero points: compressed-tensors cannot read it
-            raise BesaError(f"{name} has only {rows} rows, too few to be packed in groups: use --dequantized.")
-        packed |= {f"{name}.{key}": tensor for key, tensor in tensors_of(weight).items()}
-    return packed
+        if groups > 1 and rows * weight.grid.bits <= 32:  # compressed-tensors cannot read a single word of zero points
+            raise BesaError(f"{name} has only {rows} rows, too few for codes in groups: use --dequantized.")
+        coded |= {f"{name}.{key}": tensor for key, tensor in tensors_of(weight).items()}
+    return coded
 
 
 def tensors_of(weight: Quantized) -> dict[str, Tensor]:
     """The tensors of one linear by the last part of their names."""
-    half = 2 ** (weight.grid.bits - 1)  # codes are signed there
+    half = 2 ** (weight.grid.bits - 1)  # compressed-tensors has signed codes
     tensors = {
         WEIGHT: pack_to_int32((weight.codes_OI.to(torch.int16) - half).to(torch.int8).cpu(), weight.grid.bits),
         SCALE: weight.grid.step_OG.to(weight.dtype).detach().cpu(),
@@ -77,8 +80,8 @@ def tensors_of(weight: Quantized) -> dict[str, Tensor]:
     return tensors
 
 
-def unpack(tensors: Mapping[str, Tensor], quantization: MinMax) -> dict[str, Tensor]:
-    """The dense tensors that `pack` packed, to the bit."""
+def decode(tensors: Mapping[str, Tensor], quantization: MinMax) -> dict[str, Tensor]:
+    """The dense tensors of a block from what `encode` returned, to the bit."""
     dense = {name: tensor for name, tensor in tensors.items() if not name.endswith(KEYS)}
     for linear in linears(tensors):
         stored = of_linear(tensors, linear)
@@ -86,21 +89,22 @@ def unpack(tensors: Mapping[str, Tensor], quantization: MinMax) -> dict[str, Ten
     return dense
 
 
-def quantized(own: Mapping[str, Tensor], bits: int) -> Quantized:
-    """The codes and their grid, to the bit as `tensors_of` packed them.
+def quantized(tensors: Mapping[str, Tensor], bits: int) -> Quantized:
+    """The codes and their grid from what `tensors_of` returned, to the bit.
 
     Args:
-        own: the tensors of one linear by the last part of their names.
+        tensors: of one linear, by the last part of their names.
         bits: of a code.
     """
     half = 2 ** (bits - 1)
-    rows, columns = own[SHAPE].tolist()
-    codes_OI = unpack_from_int32(own[WEIGHT], bits, torch.Size([rows, columns])).to(torch.int16) + half
-    step_OG = own[SCALE].float()
+    rows, columns = tensors[SHAPE].tolist()
+    codes_OI = unpack_from_int32(tensors[WEIGHT], bits, torch.Size([rows, columns])).to(torch.int16) + half
+    step_OG = tensors[SCALE].float()
     zero_OG = torch.full_like(step_OG, half)
-    if ZERO in own:
-        zero_OG += unpack_from_int32(own[ZERO], bits, torch.Size(step_OG.shape), packed_dim=0)
-    return Quantized(codes_OI.to(torch.uint8), Grid(step_OG, zero_OG, bits), ZERO not in own, own[SCALE].dtype)
+    symmetric = ZERO not in tensors
+    if not symmetric:
+        zero_OG += unpack_from_int32(tensors[ZERO], bits, torch.Size(step_OG.shape), packed_dim=0)
+    return Quantized(codes_OI.to(torch.uint8), Grid(step_OG, zero_OG, bits), symmetric, tensors[SCALE].dtype)
 
 
 def linears(names: Iterable[str]) -> list[str]:
@@ -113,52 +117,57 @@ def of_linear(tensors: Mapping[str, Tensor], linear: str) -> dict[str, Tensor]:
     return {key: tensors[f"{linear}.{key}"] for key in KEYS if f"{linear}.{key}" in tensors}
 
 
-def check_codes(own: Mapping[str, Tensor], bits: int, name: str) -> None:
-    """Refuse tensors of a linear that do not fit each other, or scales that are none; arguments as in `quantized`.
+def check_codes(tensors: Mapping[str, Tensor], bits: int, name: str) -> None:
+    """Check that the tensors of a linear fit each other and that its scales are positive.
 
     Args:
-        own: the tensors of one linear by the last part of their names.
+        tensors: of one linear, by the last part of their names.
         bits: of a code.
         name: of the linear, for the message.
 
     Raises:
-        BesaError: so they are.
+        BesaError: a tensor is missing, has the wrong shape or dtype, or a scale is no positive number.
     """
     flaw = ""
-    if missing := [key for key in (WEIGHT, SCALE, SHAPE) if key not in own]:
+    if missing := [key for key in (WEIGHT, SCALE, SHAPE) if key not in tensors]:
         flaw = f"it has no {missing[0]}"
-    elif own[SHAPE].shape != (2,) or own[SHAPE].dtype not in (torch.int64, torch.int32) or int(own[SHAPE].min()) < 1:
+    elif not _is_shape(tensors[SHAPE]):
         flaw = f"its {SHAPE} holds no shape"
-    elif not _fits(own, bits):
+    elif not _fits(tensors, bits):
         flaw = "its codes, scales and zero points do not fit"
-    elif not is_positive(own[SCALE]):
+    elif not is_positive(tensors[SCALE]):
         flaw = "its scales are not all positive numbers"
     if flaw:
         raise BesaError(f"The quantised weight {name} is damaged: {flaw}; get or make the checkpoint anew.")
 
 
-def _fits(own: Mapping[str, Tensor], bits: int) -> bool:
-    rows, columns = own[SHAPE].tolist()
-    groups = own[SCALE].shape[-1] if own[SCALE].dim() else 0
+def _is_shape(shape: Tensor) -> bool:
+    return shape.shape == (2,) and shape.dtype in (torch.int64, torch.int32) and int(shape.min()) >= 1
+
+
+def _fits(tensors: Mapping[str, Tensor], bits: int) -> bool:
+    rows, columns = tensors[SHAPE].tolist()
+    groups = tensors[SCALE].shape[-1] if tensors[SCALE].dim() else 0
     if groups == 0 or columns % groups:
         return False
     shapes = {WEIGHT: (rows, -(-columns * bits // 32)), SCALE: (rows, groups), ZERO: (-(-rows * bits // 32), groups)}
     kinds = {WEIGHT: (torch.int32,), SCALE: FLOATS, ZERO: (torch.int32,)}
-    return all(own[key].shape == shapes[key] and own[key].dtype in kinds[key] for key in own if key in kinds)
+    stored = {key: tensor for key, tensor in tensors.items() if key in kinds}
+    return all(tensor.shape == shapes[key] and tensor.dtype in kinds[key] for key, tensor in stored.items())
 
 
-def is_zero(own: Mapping[str, Tensor], bits: int) -> Tensor:
-    """Where a packed weight is zero (O, I), boolean; arguments as in `quantized`."""
-    weight = quantized(own, bits)
+def is_zero(tensors: Mapping[str, Tensor], bits: int) -> Tensor:
+    """Where the weight of a linear is zero: (O, I), boolean; arguments as in `quantized`."""
+    weight = quantized(tensors, bits)
     zero_OG = weight.grid.zero_OG.to(torch.uint8)
     return torch.eq(weight.codes_OI, zero_OG.repeat_interleave(weight.codes_OI.shape[1] // zero_OG.shape[1], dim=1))
 
 
 def bits_of(config: Mapping[str, Any], source: str) -> int:
-    """Bits of a code, by the quantization_config of the model `source`.
+    """Bits of a code, from the quantization_config of the model `source`.
 
     Raises:
-        BesaError: it is quantised in another format, or bits differ between its linears.
+        BesaError: the model is quantised in another format, or its linears differ in bits.
     """
     if not isinstance(config, Mapping) or config.get("format") != FORMAT:
         raise BesaError(f"{source} is quantised in a format that besa does not read: only {FORMAT} is.")
@@ -171,10 +180,10 @@ def bits_of(config: Mapping[str, Any], source: str) -> int:
     return bits
 
 
-def bytes_of(own: Mapping[str, Tensor]) -> dict[str, int]:
-    """What the tensors of one linear take, by what they are for."""
+def bytes_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Bytes of the tensors of one linear, by purpose."""
     names = {WEIGHT: "values", SCALE: "scales", ZERO: "zero points", SHAPE: "shapes"}
-    return {names[key]: tensor.nbytes for key, tensor in own.items()}
+    return {names[key]: tensor.nbytes for key, tensor in tensors.items()}
 
 
 def _scheme(quantization: MinMax) -> QuantizationScheme:
@@ -184,10 +193,10 @@ def _scheme(quantization: MinMax) -> QuantizationScheme:
 
 
 def quantization_config(quantization: MinMax, ignored: Iterable[str]) -> dict[str, Any]:
-    """What config.json says of it, for whoever loads the model.
+    """The quantization_config of config.json, for programs that load the model.
 
     Args:
-        quantization: of all linears but those ignored.
+        quantization: settings of all linears except those ignored.
         ignored: names of linears that are stored dense.
     """
     return {

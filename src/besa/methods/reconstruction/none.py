@@ -11,8 +11,8 @@ from besa.methods.reconstruction.rebuilder import Rebuilder
 from besa.observing.input_statistics import InputStatistics
 
 
-class Frozen(Rebuilder):
-    """Prune the lowest ranks of each row and touch nothing else."""
+class NoReconstruction(Rebuilder):
+    """Prune the lowest ranks of each row and leave the other weights unchanged."""
 
     method: Literal["none"] = "none"
     needs_gram: ClassVar[bool] = False
