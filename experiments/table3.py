@@ -2,26 +2,29 @@
 
     python -m experiments.table3 smollm2 --data wikitext2=wikitext2.test.raw --data ptb=ptb.test.txt --data c4=c4.jsonl
 
-Writes `experiments/results/table3/table3.json` and `table3.md`. Checkpoints go to `--work`; what is there already is
-not done again, so an interrupted run goes on.
+Writes `experiments/results/table3/table3.json` and `table3.md`. Runs go to `--work`; what this besa left there on this
+machine is not done again, so an interrupted run goes on.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-import besa
 from besa.checkpoint.inspection import inspect
-from besa.data.documents import read_documents
+from besa.methods.recipe import Recipe
 from besa.models.loading import locate
-from besa.record import RunRecord, now
+from besa.record import now
 from besa.report.markdown import table
+from besa.studies.workspace import DENSE, Conditions, Measures, Workspace
 from besa.system.machine import machine, resolve_device, versions
+from experiments.experiment import Options
+from experiments.writing import without_calibration
 
 RESULTS = Path(__file__).parent / "results" / "table3"
 RECIPES = {
@@ -41,21 +44,23 @@ def main(
     window: Annotated[int, typer.Option(help="Tokens of an evaluation window.")] = 512,
     max_windows: Annotated[int | None, typer.Option(help="Windows of each text.")] = 40,
     dtype: str = "auto",
-    work: Annotated[Path, typer.Option(help="Folder for checkpoints.")] = Path("table3"),
+    work: Annotated[Path, typer.Option(help="Folder of runs.")] = Path("table3"),
 ) -> None:
     """Run what is missing and write the table."""
-    calibrated = set(read_documents("c4"))
-    texts = []
-    for pair in data:
-        name, _, file = pair.partition("=")
-        texts.append(str(_text(work, name, file, calibrated)))
+    files = {name: file for name, _, file in (pair.partition("=") for pair in data)}
+    options = Options(
+        Conditions(model, samples=samples, seqlen=seqlen, dtype=dtype),
+        Measures(tuple(files), files, window, max_windows),
+        sparsity=0.5,
+        seeds=1,
+        points=(),
+    )
+    left, notes = without_calibration(options, work)
+    workspace = Workspace(work, options.conditions, replace(options.measures, data=left), keep=True)
     rows = []
-    for recipe in RECIPES:
-        folder = work / recipe
-        if recipe != "dense" and not folder.exists():
-            print(f"pruning by {recipe}", file=sys.stderr, flush=True)
-            besa.compress(model, recipe, "c4", out=folder, samples=samples, seqlen=seqlen, dtype=dtype, resume=True)
-        rows.append(_row(recipe, model, folder, texts, window, max_windows, dtype))
+    for name in RECIPES:
+        print(name, file=sys.stderr, flush=True)
+        rows.append(_row(name, workspace))
         print(json.dumps(rows[-1]["perplexity"]), file=sys.stderr, flush=True)
         result = {
             "command": [
@@ -76,6 +81,7 @@ def main(
             "window": window,
             "max_windows": max_windows,
             "dtype": dtype,
+            "notes": notes,
             "rows": rows,
             "machine": machine(resolve_device("cpu")),
             "versions": versions(),
@@ -86,42 +92,21 @@ def main(
         (RESULTS / "table3.md").write_text(_markdown(result), encoding="utf-8")
 
 
-def _text(work: Path, name: str, file: str, calibrated: set[str]) -> Path:
-    """The text of a data set as the papers join it, under its name; without documents calibrated on."""
-    path = work / f"{name}.txt"
-    if not path.exists():
-        if name == "ptb":
-            text = " ".join(line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines())
-        elif file.endswith(".jsonl"):
-            text = " ".join(document for document in read_documents(file) if document not in calibrated)
-        else:
-            text = Path(file).read_text(encoding="utf-8")
-        work.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    return path
-
-
-def _row(
-    recipe: str, model: str, folder: Path, texts: list[str], window: int, max_windows: int | None, dtype: str
-) -> dict[str, Any]:
-    measured = folder.with_suffix(".json")
-    if measured.exists():
-        row: dict[str, Any] = json.loads(measured.read_text(encoding="utf-8"))
+def _row(name: str, workspace: Workspace) -> dict[str, Any]:
+    """Perplexities of a recipe, and what its checkpoint holds."""
+    recipe = None if name == DENSE else Recipe.load(name)
+    outcome = workspace.outcome(recipe)
+    row: dict[str, Any] = {"recipe": name, "perplexity": outcome.scores}
+    if recipe is None or outcome.record is None:
         return row
-    dense = recipe == "dense"
-    evaluation = besa.evaluate(model if dense else folder, texts, window=window, max_windows=max_windows, dtype=dtype)
-    row = {"recipe": recipe, "perplexity": evaluation.perplexity}
-    if not dense:
-        contents, record = inspect(locate(folder)), RunRecord.read(folder / "besa_run.json")
-        row |= {
-            "sparsity": contents.sparsity,
-            "bits_per_weight": contents.bits_per_weight,
-            "bits": {part: 8 * size / contents.weights for part, size in contents.parts.items()},
-            "seconds": record.seconds,
-            "settings": record.recipe,
-        }
-    measured.write_text(json.dumps(row), encoding="utf-8")
-    return row
+    contents = inspect(locate(workspace.checkpoint(recipe)))
+    return row | {
+        "sparsity": contents.sparsity,
+        "bits_per_weight": contents.bits_per_weight,
+        "bits": {part: 8 * size / contents.weights for part, size in contents.parts.items()},
+        "seconds": outcome.record.seconds,
+        "settings": outcome.record.recipe,
+    }
 
 
 def _verdict(rows: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -14,12 +14,17 @@ from xml.etree import ElementTree
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+import besa
+from besa.checkpoint.inspection import inspect
 from besa.data.documents import read_documents
 from besa.evaluation import zero_shot
+from besa.models.loading import locate
 from besa.report.curves import Curve, Panel, curves
 from besa.studies.workspace import DENSE, Conditions, Measures, Workspace
+from experiments import table3
 from experiments.experiment import ERRORS, Experiment, Found, Options, Verdict
 from experiments.paper import findings, listed
+from experiments.result import Result
 from experiments.running import carry_out, planned
 from experiments.writing import shown, without_calibration, write
 from tests.tiny_questions import rows
@@ -191,6 +196,24 @@ def test_files_say_what_was_done_and_found(results: dict[str, tuple[Found, Path]
     assert drawn
     for curve in drawn:
         assert len(curve["x"]) == len(curve["y"]) >= 1
+
+
+def test_table_3_counts_what_its_checkpoints_hold(
+    two_blocks: Path, data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table3, "RESULTS", tmp_path)
+    monkeypatch.setattr(table3, "RECIPES", {name: table3.RECIPES[name] for name in ("dense", "wanda-int4")})
+    given = {"samples": 4, "seqlen": 32, "window": 32, "max_windows": 4, "work": tmp_path / "work"}
+    table3.main(str(two_blocks), [f"wikitext2={data['wikitext2']}"], **given)
+    dense, joint = Result.read(tmp_path / "table3.json").rows
+    (checkpoint,) = (tmp_path / "work").glob("wanda-int4-*/")
+    for row, model in ((dense, two_blocks), (joint, checkpoint)):
+        measured = besa.evaluate(model, ["wikitext2"], data={"wikitext2": data["wikitext2"]}, window=32, max_windows=4)
+        assert row["perplexity"] == pytest.approx(measured.perplexity, rel=1e-6)
+    contents = inspect(locate(checkpoint))
+    assert (joint["sparsity"], joint["bits_per_weight"]) == (contents.sparsity, contents.bits_per_weight)
+    line = (tmp_path / "table3.md").read_text().splitlines()[4]
+    assert line.startswith(f"| Joint-Wanda: clipping learned, then Wanda | 50.0000% | {contents.bits_per_weight:.3f} |")
 
 
 def test_errors_are_those_of_the_records(results: dict[str, tuple[Found, Path]]) -> None:
