@@ -1,4 +1,4 @@
-"""The public functions: what the command line does, from Python."""
+"""The public functions behind the command line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from besa.checkpoint.companions import companions
+from besa.checkpoint.opening import open_decoder
 from besa.checkpoint.writer import disk_bytes, finish
 from besa.data.arguments import Bos, Bytes, Count, Dtype, Length, checked
 from besa.data.calibration import Calibration, sample
@@ -29,10 +29,6 @@ from besa.models.borrowing import borrowed, tokenizer_of_caller
 from besa.models.bos import bos_token
 from besa.models.limits import embedding_rows, positions
 from besa.models.loading import (
-    Source,
-    check_decoder,
-    describe,
-    is_quantized,
     load_model,
     load_tokenizer,
     locate,
@@ -40,7 +36,7 @@ from besa.models.loading import (
     refuse_quantized,
     skeleton,
 )
-from besa.models.streaming import Decoder, DecoderInMemory, DecoderOnDisk
+from besa.models.streaming import Decoder
 from besa.planning import Plan, work_out
 from besa.progress import Progress, silent
 from besa.pruning import Resources, prune_blocks
@@ -55,7 +51,7 @@ from besa.storage.writing import check_space
 from besa.system import memory
 from besa.system.machine import machine, named_device, resolve_device, versions
 
-BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}  # in a forward pass, unless asked otherwise: a GPU needs more to be busy
+BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}  # default tokens in a forward pass: a GPU needs more to be busy
 
 
 @dataclass
@@ -63,9 +59,9 @@ class Compressed:
     """A pruned model, with the tokenizer it was calibrated with and the record of the run.
 
     Attributes:
-        tokenizer: the model's.
-        record: what was done.
-        out: the checkpoint, if one was written.
+        tokenizer: of the model.
+        record: of the run.
+        out: folder of the checkpoint, None if none was written.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -76,7 +72,7 @@ class Compressed:
 
     @property
     def model(self) -> PreTrainedModel:
-        """The pruned model; one that was pruned from disk to disk is loaded when first asked for."""
+        """The pruned model; a model that was pruned from disk to disk is loaded on first access."""
         if self._model is None:
             self._model = load_model(locate(str(self.out), trust_remote_code=self._trusted))
         return self._model
@@ -112,24 +108,24 @@ def compress(
             place; its device, mode and gradients stay as they are.
         recipe: a `Recipe`, the name of a shipped one (``besa``, ``wanda``, …), or a YAML file.
         calibration: token batches, or the text to sample them from: ``c4``, ``wiki``, a file, ``hf:<dataset>``.
-        out: folder to write the checkpoint and `besa_run.json` to; must not exist. With it, a model that is named and
-            not loaded stays on the disk, one block in memory at a time, and the finished blocks are kept in a journal.
+        out: folder to write the checkpoint and `besa_run.json` to; must not exist. A model given by name then stays on
+            the disk, with one block in memory at a time, and finished blocks are kept in a journal.
         sparsity: share of the prunable weights to set to zero, in [0, 1); replaces the recipe's.
-        samples: calibration sequences, where `calibration` is a text.
-        seqlen: tokens of a calibration sequence, where `calibration` is a text; by default 2048, or as many as the
-            model has positions.
-        bos: whether each calibration sequence begins with the token that begins a text, where `calibration` is one:
-            ``yes``, ``no``, or ``auto``, as the tokenizer does it, but not for Llama and OPT.
-        seed: of the calibration sample and of the learning order; a run is bit-equal when repeated on one machine
-            with as many threads.
+        samples: number of calibration sequences, if `calibration` is a text.
+        seqlen: tokens of a calibration sequence, if `calibration` is a text; by default 2048, or as many as the model
+            has positions.
+        bos: whether each calibration sequence begins with the token that begins a text, if `calibration` is a text:
+            ``yes``, ``no``, or ``auto``, which follows the tokenizer, but means no for Llama and OPT.
+        seed: of the calibration sample and of the learning order; a repeated run on the same machine with the same
+            number of threads is bit-equal.
         tokenizer: needed with a loaded model; otherwise the model's own.
         device: ``cpu`` or ``cuda``; one block at a time is moved there.
         dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
         batch: calibration sequences in a forward pass; by default about 2048 tokens, on a GPU 8192.
-        activation_budget: bytes of hidden states kept in memory, by default half of what is free; more go into a file.
-        resume: go on with a run towards `out` that was interrupted; with as many threads its result is
-            bit-equal to an uninterrupted one.
-        dequantized: write quantised weights as the numbers they stand for, not as codes.
+        activation_budget: bytes of hidden states in memory, by default half of the free memory; the rest is in a file.
+        resume: continue an interrupted run towards `out`; with the same number of threads, the result is bit-equal to
+            that of an uninterrupted run.
+        dequantized: write quantised weights as dense numbers instead of codes.
         trust_remote_code: run model code that comes with the checkpoint.
         command: what the user typed, for the record.
         progress: told (blocks done, blocks, state) as the run goes.
@@ -140,7 +136,7 @@ def compress(
     device = resolve_device(device)
     check_seed(seed)
     if resume and isinstance(model, PreTrainedModel):
-        raise BesaError("A loaded model cannot be told from another: give its path to go on with a run.")
+        raise BesaError("A run with a loaded model cannot be resumed, as the model has no identity: give its path.")
     recipe = _chosen(recipe, sparsity)
     out = path_of(out) if out is not None else None
     lent = borrowed(model) if isinstance(model, PreTrainedModel) else nullcontext()
@@ -150,7 +146,7 @@ def compress(
             if isinstance(model, PreTrainedModel)
             else locate(model, progress, trust_remote_code=trust_remote_code)
         )
-        decoder, tokenizer, identity = _opened(opened, tokenizer, dtype, out is not None)
+        decoder, tokenizer, identity = open_decoder(opened, tokenizer, dtype, out is not None)
         calibration, notes = _calibration(
             calibration, decoder.model, tokenizer, samples=samples, seqlen=seqlen, bos=bos, seed=seed, progress=progress
         )
@@ -191,48 +187,6 @@ def compress(
     return Compressed(tokenizer, record, decoder.model if in_place else None, out, trust_remote_code)
 
 
-def _opened(
-    model: Source | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, dtype: str, from_disk: bool
-) -> tuple[Decoder, PreTrainedTokenizerBase, dict[str, Any]]:
-    """Decoder, tokenizer and identity of the model that the caller gave.
-
-    Args:
-        model: located, or loaded by the caller.
-        tokenizer: as in `compress`.
-        dtype: as in `compress`.
-        from_disk: leave the weights on the disk; those of a .gguf file are loaded all the same.
-    """
-    if isinstance(model, PreTrainedModel):
-        check_decoder(type(model).__name__, model.config)
-        if absent := next((name for name, weight in model.named_parameters() if weight.is_meta), None):
-            raise BesaError(f"{absent} of {type(model).__name__} has no memory (meta device): load the weights first.")
-        return DecoderInMemory(model), tokenizer_of_caller(tokenizer), describe(model)
-    source = model.local()
-    if source.gguf:
-        decoder: Decoder = DecoderInMemory(load_model(source, dtype))
-    else:
-        decoder = _decoder_of_folder(source, dtype, from_disk)
-    return decoder, tokenizer or load_tokenizer(source), describe(decoder.model, source)
-
-
-def _decoder_of_folder(source: Source, dtype: str, from_disk: bool) -> Decoder:
-    """The decoder of a folder of safetensors, on the disk or in memory.
-
-    Raises:
-        BesaError: the folder is packed or damaged, or, `from_disk`, its model could be pruned but not written.
-    """
-    assert source.folder is not None
-    if header(source.folder) is not None:
-        raise BesaError(f"{source.name} is packed: make it dense with `besa unpack` first.")
-    if from_disk or not is_quantized(read_config(source)):
-        on_disk = DecoderOnDisk(source, dtype)  # its error messages are the clearest, also where the model is loaded
-        if from_disk:
-            on_disk.check_writable()
-            companions(source.folder)
-            return on_disk
-    return DecoderInMemory(load_model(source, dtype))
-
-
 def _calibration(
     calibration: Calibration | str,
     model: PreTrainedModel,
@@ -271,21 +225,21 @@ def _totals(blocks: list[BlockRecord], decoder: Decoder, parameters: int) -> dic
 
 
 def _chosen(recipe: Recipe | str | Path, sparsity: float | None) -> Recipe:
-    """The recipe that an argument stands for, at another sparsity where one is given."""
+    """The recipe of an argument, at another sparsity if one is given."""
     if not isinstance(recipe, Recipe):
         return Recipe.load(recipe, sparsity)
     return recipe if sparsity is None else recipe.at(sparsity)
 
 
 def _room(activation_budget: int | None) -> int:
-    """Bytes of hidden states that may be in memory."""
+    """Bytes that hidden states may take in memory."""
     return memory.half_of_available() if activation_budget is None else activation_budget
 
 
 def _decisive(
     recipe: Recipe, identity: dict[str, Any], calibration: Calibration, seed: int, batch: int, device: torch.device
 ) -> dict[str, Any]:
-    """Whatever decides the result of a run: its journal goes on only with the same."""
+    """Everything that decides the result of a run; a journal is resumed only if it is the same."""
     return {
         "recipe": recipe.model_dump(mode="json"),
         "model": identity,
@@ -311,7 +265,7 @@ def plan(
     activation_budget: Bytes | None = None,
     trust_remote_code: bool = False,
 ) -> Plan:
-    """Say beforehand what `compress` will take, from the model's configuration alone.
+    """Estimate from the model's configuration what `compress` will take.
 
     Args:
         model: Hugging Face id, or local folder; a config.json is enough.
@@ -320,7 +274,7 @@ def plan(
         sparsity: as in `compress`.
         samples: as in `compress`.
         seqlen: as in `compress`.
-        device: ``cpu`` or ``cuda``; a GPU need not be here.
+        device: ``cpu`` or ``cuda``; this machine need not have a GPU.
         dtype: as in `compress`.
         batch: as in `compress`.
         activation_budget: as in `compress`.
@@ -380,26 +334,26 @@ def evaluate(
     Args:
         model: as in `compress`.
         texts: ``wikitext2``, ``ptb`` and ``c4``, the test sets of the papers under their protocols; or ``wiki``
-            (embedded), files and ``hf:<dataset>``, whose documents are joined by blank lines. Results stand under the
-            name or the file's stem.
+            (embedded), files and ``hf:<dataset>``, whose documents are joined by blank lines. The keys of results are
+            these names, or the stems of files.
         data: local files of test sets by name; the others come from the Hugging Face Hub.
         window: tokens of a window, or several such lengths; by default 2048, which published numbers use, or as many
             as the model has positions.
-        max_windows: use only so many windows from each text's beginning.
+        max_windows: use only this number of windows from the beginning of each text.
         tasks: zero-shot tasks, as in `zero_shot`.
         limit: as in `zero_shot`.
         hub: as in `zero_shot`.
         bos: whether each window begins with the token that begins a text, as in `compress`; for tasks, as in
             `zero_shot`.
-        batch: windows in a forward pass, by default as many as 2048 tokens hold; of tasks, answers.
+        batch: windows in a forward pass, by default as many as have 2048 tokens; for tasks, answers.
         tokenizer: needed with a loaded model; otherwise the model's own.
         device: ``cpu`` or ``cuda``; the whole model is moved there.
         dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
         trust_remote_code: run model code that comes with the checkpoint.
-        progress: told (windows done, windows, perplexity so far) for each text, and the same of tasks.
+        progress: told (windows done, windows, perplexity so far) for each text, and likewise for tasks.
 
     Raises:
-        BesaError: bad input, a window longer than the model takes, a token that it does not know, a text shorter than
+        BesaError: bad input, a window longer than the model allows, a token without an embedding, a text shorter than
             one window, or an output that is not finite.
     """
     device = resolve_device(device)
@@ -443,10 +397,10 @@ def evaluate(
 
 
 def _windows(window: int | Sequence[int] | None) -> Sequence[int]:
-    """The lengths of windows that were asked for; empty for that of the model.
+    """The given lengths of windows; empty for the default of the model.
 
     Raises:
-        BesaError: a list is empty, or a length is none.
+        BesaError: the list is empty, or a length is below 2.
     """
     if window is None:
         return ()
@@ -484,5 +438,5 @@ def simulate(
 
 
 def default_batch(seqlen: int, device: torch.device) -> int:
-    """Sequences in a forward pass so that it keeps the device busy."""
+    """Default number of sequences in a forward pass, which keeps the device busy."""
     return max(1, BATCH_TOKENS[device.type] // seqlen)

@@ -154,7 +154,7 @@ def test_any_of_many_calls_ends_as_it_should(place, call):
         ("generate", {"seed": "-1"}, "There is no seed -1"),
         ("generate", {"temperature": "nan"}, "value for '--temperature'"),
         ("generate", {"temperature": "inf"}, "There is no temperature inf"),
-        ("generate", {"prompt": "a b " * 600}, "which is all the model has positions for"),
+        ("generate", {"prompt": "a b " * 600}, "so the model has no position left"),
         ("prune", {"activation_budget": "inf"}, "--activation-budget inf: give a number of GB"),
         ("plan", {"activation_budget": "1e308"}, "--activation-budget 1e+308: give a number of GB"),
         ("plan", {"passes": "inf", "recipe": "best"}, "inf passes are more than can be counted"),

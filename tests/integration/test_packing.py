@@ -177,7 +177,7 @@ def test_refusals_leave_nothing_behind(plain: Path, made: Callable[[str], Path],
         (lambda: besa.pack(TINY, out), "too few zeros"),
         (
             lambda: besa.pack(in_double(tmp_path.with_name(f"{tmp_path.name}-double")), out),
-            "hold no float64: choose --dtype float32",
+            "cannot hold float64: choose --dtype float32",
         ),
         (lambda: besa.pack(tmp_path / "nowhere", out), "not a model folder"),
         (lambda: besa.pack(plain / "dense", plain), "exists already"),

@@ -583,7 +583,7 @@ def test_code_of_its_own_need_not_know_of_generation(tmp_path: Path) -> None:
     assert besa.plan(source, "wanda", **trusted).blocks == 2
     besa.compress(source, "wanda", out=tmp_path / "speechless-out", **trusted, **SMALL)
     assert assert_only_pruned(source, tmp_path / "speechless-out") == 14
-    with pytest.raises(BesaError, match="TinyForCausalLM has no way to generate text"):
+    with pytest.raises(BesaError, match="TinyForCausalLM cannot generate text"):
         besa.generate(tmp_path / "speechless-out", "The", **trusted)
     llama(tmp_path / "known")
     besa.compress(tmp_path / "known", "wanda", out=tmp_path / "known-out", **SMALL)

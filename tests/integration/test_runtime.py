@@ -272,7 +272,7 @@ def test_a_text_ends_where_the_positions_do(plain: tuple[Path, Path]) -> None:
     made = besa.generate(model, PROMPT, max_new_tokens=10**12, tokenizer=tokenizer)
     assert made == besa.generate(plain[0], PROMPT, max_new_tokens=3)
     model.config.max_position_embeddings -= 3
-    with pytest.raises(BesaError, match="which is all the model has positions for"):
+    with pytest.raises(BesaError, match="so the model has no position left"):
         besa.generate(model, PROMPT, tokenizer=tokenizer)
 
 

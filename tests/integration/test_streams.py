@@ -72,5 +72,5 @@ def test_arguments_that_are_no_text(tmp_path: Path) -> None:
     )
     assert (result.returncode, result.stderr) == (
         2,
-        "besa: The argument '\\udcff' is not UTF-8: write it so, or rename the file.\n",
+        "besa: The argument '\\udcff' is not UTF-8: rename the file or change the text.\n",
     )

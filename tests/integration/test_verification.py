@@ -141,7 +141,7 @@ def test_values_that_only_digests_can_tell(copy: Callable[[str], Path]) -> None:
     folder = copy("float32-packed")
     change_tensors(folder, lambda tensors: tensors[f"{UP}.weight_values"][:1].neg_())
     besa.load(folder)
-    words = f"{folder / PACKED} is not as it was written, its sha256 is another: get the folder anew."
+    words = f"{folder / PACKED} has changed since it was written (its sha256): get the folder anew."
     assert sentence(lambda: besa.load(folder, verify=True)) == words
     seal(folder)
     besa.load(folder, verify=True)
@@ -152,7 +152,7 @@ def test_values_that_only_digests_can_tell(copy: Callable[[str], Path]) -> None:
     [
         (lambda folder: (folder / "tokenizer.json").unlink(), "lacks tokenizer.json, which was written with it"),
         (lambda folder: (folder / PACKED).unlink(), f"lacks {PACKED}"),
-        (lambda folder: (folder / "besa_run.json").unlink(), "has no digests to verify it by"),
+        (lambda folder: (folder / "besa_run.json").unlink(), "has no digests to verify"),
         (lambda folder: (folder / "besa_run.json").write_text("[]"), "besa_run.json is damaged"),
         (lambda folder: (folder / "besa_run.json").write_text("{"), "besa_run.json is damaged"),
         (lambda folder: shutil.copy(TINY / DENSE, folder), f"{DENSE} was not written with the other files"),
@@ -172,7 +172,7 @@ def test_a_record_that_lists_what_is_no_file_beside_it(name: str, copy: Callable
     record = record_of(folder)
     record["files"][name] = "0" * 64
     (folder / "besa_run.json").write_text(json.dumps(record))
-    assert "no digests of files beside it" in sentence(lambda: besa.verify(folder))
+    assert "does not list digests of the files beside it" in sentence(lambda: besa.verify(folder))
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_what_is_made_of_damaged_weights_is_not_sealed(
     folder, out = copy(name), tmp_path / "out"
     (path,) = folder.glob("*.safetensors")
     change_tensors(folder, lambda tensors: tensors[f"{UP}.{last}"][:1].neg_())
-    assert sentence(lambda: action(folder, out)).startswith(f"{path} is not as it was written, its sha256 is another")
+    assert sentence(lambda: action(folder, out)).startswith(f"{path} has changed since it was written (its sha256)")
     assert not out.exists()
     record = folder / "besa_run.json"
     record.write_text("[]")
@@ -213,7 +213,7 @@ def test_the_command(copy: Callable[[str], Path], monkeypatch: pytest.MonkeyPatc
     with pytest.raises(SystemExit) as leaving:
         cli.main()
     assert leaving.value.code == 2
-    assert f"besa: {folder / 'config.json'} is not as it was written" in capsys.readouterr().err
+    assert f"besa: {folder / 'config.json'} has changed since it was written" in capsys.readouterr().err
 
 
 # One check of what is packed, whoever opens it.

@@ -216,7 +216,7 @@ def test_outputs_that_are_not_finite_are_refused(captured, value, place):
     x_NTC[place, -1, 3] = value
     before_NTC = x_NTC.clone()
     for into in (None, x_NTC):
-        with pytest.raises(BesaError, match=r"^model\.layers\.2 puts out NaN or infinity: .*\.$") as caught:
+        with pytest.raises(BesaError, match=r"^The output of model\.layers\.2 has NaN or infinity: .*\.$") as caught:
             block.run(x_NTC, 1, into=into)
         assert "\n" not in str(caught.value)
     torch.testing.assert_close(x_NTC[place], before_NTC[place], equal_nan=True, rtol=0, atol=0)  # nothing taken over

@@ -66,7 +66,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "other blocks": (
         "Gemma4Text",
         GEMMA4 | {"num_kv_shared_layers": 2},
-        "model.layers.2 looks in shared_kv_states for what other blocks left there ('sliding_attention')",
+        "model.layers.2 looks in shared_kv_states for an entry of another block ('sliding_attention')",
     ),
     "block before": (
         "GlmMoeDsa",
@@ -81,7 +81,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "ahead": (
         "Bert",
         SIZE | {"intermediate_size": 48},
-        "bert.encoder.layer.0 looks ahead: what it puts out for a token depends on those that follow",
+        "bert.encoder.layer.0 looks ahead: its output for a token depends on later tokens",
     ),
 }
 
@@ -198,8 +198,8 @@ class Failing(Odd):
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        (InPlace, "cannot be pruned block by block: model.layers.1 changes what it is handed, in place."),
-        (Counting, "cannot be pruned block by block: what model.layers.1 puts out by itself is off by"),
+        (InPlace, "cannot be pruned block by block: model.layers.1 changes its arguments in place."),
+        (Counting, "cannot be pruned block by block: the output of model.layers.1 by itself differs by"),
         (Nameless, "Nameless takes arguments without names (*args): besa cannot call it as its model does."),
         (Failing, "block by block: it cannot be run (ZeroDivisionError: eleven tokens)."),
     ],
@@ -217,7 +217,7 @@ def test_what_happens_between_blocks_is_seen() -> None:
     model = random_model(*SERVED["llama"])
     second = model.model.layers[1]
     second.register_forward_pre_hook(lambda _, inputs: (2 * inputs[0],))
-    with pytest.raises(BesaError, match=r"model\.layers\.1 gets something else than the block before it puts out\.$"):
+    with pytest.raises(BesaError, match=r"the input of model\.layers\.1 is not the output of the block before it\.$"):
         see_all(DecoderInMemory(model))
 
 
@@ -227,7 +227,7 @@ def test_blocks_that_are_called_otherwise_than_once_in_order_are_refused(order: 
     decoder = DecoderInMemory(model)
     model.model.layers = nn.ModuleList([model.model.layers[place] for place in order])
     model.config.num_hidden_layers = len(order)
-    with pytest.raises(BesaError, match=rf"it calls its blocks not once each, in order, but {named}\.$"):
+    with pytest.raises(BesaError, match=rf"it does not call each block once, in order, but {named}\.$"):
         see_all(decoder)
 
 

@@ -102,7 +102,10 @@ def test_attention_without_a_name_is_refused():
     model.layers = nn.ModuleList([module])
     model.config = type("Config", (), {"get_text_config": lambda self: type("C", (), {"num_hidden_layers": 1})()})()
     (unit,) = units(find_blocks(model), "attn-mlp")
-    with pytest.raises(BesaError, match=r"^layers\.0 has no attention .* use allocation\.granularity=block\.$"):
+    with pytest.raises(
+        BesaError,
+        match=r"^The module names of layers\.0 do not separate attention and MLP: use allocation\.granularity=block\.$",
+    ):
         parts(unit, "attn-mlp")
     assert parts(unit, "block") == [Part(("layers.0.mixer", "layers.0.mlp"))]
 

@@ -1,4 +1,4 @@
-"""The checks of a packed checkpoint, before it is run, unpacked, counted or packed further; one for all who open it."""
+"""The checks of a packed checkpoint, before it is run, unpacked, counted or packed further."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from besa.storage.weights import WeightFiles, is_finite
 
 
 def check_packed(files: WeightFiles) -> None:
-    """Read a packed checkpoint once, where it lies, and refuse what nobody packs.
+    """Read a packed checkpoint once, and refuse invalid contents.
 
-    Masks, values, codes, scales and zero points fit each other and are in range, all scales have one dtype, and no
-    number of a weight or bias is NaN or infinite (buffers may hold infinity, as masks do). Of a checkpoint that is not
-    packed, nothing is read.
+    Masks, values, codes, scales and zero points must fit each other and be in range. All scales must have one dtype. No
+    weight or bias may hold NaN or infinity; buffers may hold infinity, as masks do. Nothing is read of a checkpoint
+    that is not packed.
 
     Args:
         files: of a checkpoint with bitmasks, codes or both.
 
     Raises:
-        BesaError: a tensor is not so; its name is in the sentence.
+        BesaError: a tensor is invalid; the message has its name.
     """
     sparse = dict(files.weights()) if isinstance(files, Container) else {}
     names = files.dense if isinstance(files, Container) else files.names
@@ -41,16 +41,17 @@ def check_packed(files: WeightFiles) -> None:
     for linear in coded:
         if bits is None:
             raise BesaError(
-                f"{files.folder} holds codes for {linear}, of which its config.json says nothing: it is damaged."
+                f"{files.folder} holds codes for {linear}, but its config.json has no quantization_config: "
+                "the checkpoint is damaged."
             )
-        own = codes.of_linear(tensors, linear)
-        codes.check_codes(own, bits, linear)
-        scales[linear] = own[codes.SCALE].dtype
+        of_linear = codes.of_linear(tensors, linear)
+        codes.check_codes(of_linear, bits, linear)
+        scales[linear] = of_linear[codes.SCALE].dtype
     for linear, dtype in scales.items():
         usual = next(iter(scales.values()))
         if dtype != usual:
             raise BesaError(
-                f"The scales of {linear} are {_called(dtype)}, others of {files.folder} {_called(usual)}: the "
+                f"The scales of {linear} are {_dtype_name(dtype)}, others of {files.folder} {_dtype_name(usual)}: the "
                 "checkpoint is damaged; get or make it anew."
             )
     for name, tensor in tensors.items():
@@ -59,7 +60,7 @@ def check_packed(files: WeightFiles) -> None:
 
 
 def check_complete(source: Source, files: WeightFiles, config: PreTrainedConfig) -> PreTrainedModel:
-    """Find out from the headers whether a checkpoint has each weight of its model, in its shape, and no block more.
+    """Check from the headers that a checkpoint has every weight of its model in the right shape, and no further block.
 
     Args:
         source: a local folder.
@@ -80,5 +81,5 @@ def check_complete(source: Source, files: WeightFiles, config: PreTrainedConfig)
     return empty
 
 
-def _called(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

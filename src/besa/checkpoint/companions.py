@@ -1,4 +1,4 @@
-"""The files that belong to a model beside its weights: passed on as they are, to the byte."""
+"""The files that belong to a model beside its weights: copied to the byte."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from besa.storage.names import path_of
 from besa.storage.writing import write_file
 
 CONFIG = "config.json"
-OWN = "besa_*.json"  # what besa wrote beside the weights; measurements in it are of these very files
-WRITTEN = (CONFIG, "*.index.json", OWN)  # what besa writes itself
+OWN = "besa_*.json"  # besa's records and measurements, which are valid for the files beside them only
+WRITTEN = (CONFIG, "*.index.json", OWN)  # files that besa writes itself
 
 
 def read_config_json(folder: Path) -> dict[str, Any]:
-    """What stands in config.json.
+    """The content of config.json.
 
     Raises:
-        BesaError: it is no JSON object.
+        BesaError: the file is no JSON object.
     """
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -35,7 +35,7 @@ def read_config_json(folder: Path) -> dict[str, Any]:
 
 
 def with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """A configuration that says this dtype, under the key that it has for it; the parts of a wrapper have their own."""
+    """A configuration with another dtype, under the key that it uses for it; parts of a wrapper have their own keys."""
     changed = _with_dtype(config, dtype)
     return changed if {"dtype", "torch_dtype"} & changed.keys() else changed | {"dtype": dtype}
 
@@ -46,7 +46,7 @@ def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def pass_on(source: Path, folder: Path, config: dict[str, Any], also: Iterable[str] = ()) -> None:
-    """Copy what belongs to a model beside its weights, and write its configuration.
+    """Copy the files that belong to a model beside its weights, and write its configuration.
 
     Tokenizer files, generation and processor configurations, chat templates, model code and licences are copied;
     weights in any format are not.
@@ -54,8 +54,8 @@ def pass_on(source: Path, folder: Path, config: dict[str, Any], also: Iterable[s
     Args:
         source: folder of a model.
         folder: to fill.
-        config: what is to stand in config.json.
-        also: names of further files to copy, where they are there.
+        config: content of config.json.
+        also: names of further files to copy if they exist.
 
     Raises:
         BesaError: a file is a link out of the folder.
@@ -68,31 +68,31 @@ def pass_on(source: Path, folder: Path, config: dict[str, Any], also: Iterable[s
 
 
 def _as_json(config: dict[str, Any]) -> str:
-    """The text of a config.json, in any language; halves of characters stay escaped, as no file can hold them."""
+    """The text of a config.json. Half surrogate pairs stay escaped, because no UTF-8 file can hold them."""
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     return re.sub(r"[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", text)
 
 
 def companions(folder: Path) -> list[Path]:
-    """The files of a model's folder that belong to it beside its weights, but for its config.json.
+    """The files of a model's folder that belong to it beside its weights, except config.json.
 
     Raises:
         BesaError: one is a link out of the folder, or its name is no text.
     """
-    found = []
+    files = []
     for path in sorted([*folder.iterdir(), *folder.glob(TEMPLATES)]):
         written = any(path.match(pattern) for pattern in WRITTEN)
         if belongs(path.relative_to(folder).as_posix()) and path.is_file() and not written:
             _refuse_foreign(path_of(path), folder)
-            found.append(path)
-    return found
+            files.append(path)
+    return files
 
 
 def _refuse_foreign(path: Path, source: Path) -> None:
-    """Let links lead to files of the model only: in its folder, or in the store of the Hugging Face cache.
+    """Refuse a link to a file outside the model's folder and its store in the Hugging Face cache.
 
     Raises:
-        BesaError: this one does not.
+        BesaError: the path is such a link.
     """
     homes = [source.resolve()]
     if source.resolve().parent.name == "snapshots":  # of the cache: models--a--b/snapshots/commit

@@ -1,4 +1,4 @@
-"""What is in a checkpoint, counted in its files."""
+"""The sparsity and size of a checkpoint, counted in its files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from besa.progress import Progress, silent
 
 
 class LinearContents(BaseModel):
-    """One prunable weight as it is stored; `parts` says of what its bytes are."""
+    """One prunable weight as it is stored; `parts` has its bytes by purpose."""
 
     name: str
     shape: list[int]
@@ -52,7 +52,7 @@ class Contents(BaseModel):
 
 
 def inspect(source: Source, progress: Progress = silent) -> Contents:
-    """Count zeros and bytes of every prunable weight of a checkpoint; that of a Hugging Face id is fetched first.
+    """Count zeros and bytes of every prunable weight of a checkpoint; a Hugging Face id is downloaded first.
 
     Raises:
         BesaError: as `stored_weights` does.

@@ -1,4 +1,4 @@
-"""Packing: a pruned checkpoint made smaller, and made dense again, with one block in memory at a time."""
+"""Packing a pruned checkpoint to make it smaller, and unpacking it, with one block in memory at a time."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Packing(BaseModel):
     """What packing did to a checkpoint.
 
     Attributes:
-        linears: plain linears of the decoder blocks.
-        packed: how many of them became bitmasks; the others would not get smaller so.
-        dense_bytes: what these took.
-        packed_bytes: what they take.
+        linears: number of plain linears in the decoder blocks.
+        packed: number of these that became bitmasks; the others would not get smaller.
+        dense_bytes: size of the packed linears before.
+        packed_bytes: size of the packed linears after.
         file_bytes_before: of all weight files of the model.
         file_bytes: of all weight files that were written.
     """
@@ -51,10 +51,10 @@ class _Group:
     """Tensors that are in memory together.
 
     Attributes:
-        name: of the block, or of the one tensor that is in none.
-        weights: names in the files of what are parameters of the model.
-        others: names of buffers and of what the model has no place for, which are never rounded.
-        linears: which of the weights are of plain linears, without the last part of their names.
+        name: of the block, or of a single tensor outside the blocks.
+        weights: names in the files of the model's parameters.
+        others: names of buffers and of tensors that the model has no module for; these are never rounded.
+        linears: names in the files of the plain linears among the weights, in order.
     """
 
     name: str
@@ -63,7 +63,7 @@ class _Group:
     linears: dict[str, None] = field(default_factory=dict)
 
     def read(self, files: WeightFiles) -> Iterator[tuple[str, Tensor]]:
-        """Its tensors; weights must be finite, the others may hold infinity, as bounds and masks do."""
+        """Its tensors. Weights must be finite; the others may hold infinity, as bounds and masks do."""
         yield from files.read(self.weights)
         yield from files.mapped(self.others)
 
@@ -77,15 +77,15 @@ def pack(
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> Packing:
-    """Write a pruned checkpoint with its linears as bitmasks: smaller, and run by `besa.load` as it is.
+    """Write a pruned checkpoint with its linears as bitmasks: it is smaller, and `besa.load` runs it without unpacking.
 
-    Linears that would not get smaller stay as they are, as does all that is no plain linear of a decoder block:
-    embeddings, the head, GPT-2's transposed linears, fused stacks of experts.
+    Only plain linears of decoder blocks that get smaller are packed. Embeddings, the head, GPT-2's transposed linears
+    and fused stacks of experts stay dense.
 
     Args:
         model: Hugging Face id or local folder: safetensors, dense or ``pack-quantized``.
         out: folder to write; must not exist.
-        dtype: ``auto`` keeps every number to the bit, but for negative zeros, which become zeros; ``float32``,
+        dtype: ``auto`` keeps every number bit-equal, except negative zeros, which become zeros; ``float32``,
             ``bfloat16`` or ``float16`` rounds first.
         trust_remote_code: run model code that comes with the checkpoint.
         progress: told (parts done, parts, name of the part).
@@ -101,10 +101,10 @@ def pack(
     check_packed(files)
     quantization = quantization_of(read_config(source))
     if quantization and dtype != "auto":
-        raise BesaError(f"{model} holds codes, whose dtype is what it is: leave out --dtype.")
+        raise BesaError(f"{model} holds codes, which cannot be rounded to another dtype: leave out --dtype.")
     bits = codes.bits_of(quantization, str(model)) if quantization else None
     groups = _groups(source, files)
-    found = Packing(linears=sum(len(group.linears) for group in groups), file_bytes_before=size_of(files.paths))
+    packing = Packing(linears=sum(len(group.linears) for group in groups), file_bytes_before=size_of(files.paths))
 
     def parts() -> Iterator[dict[str, Tensor]]:
         for done, group in enumerate(groups, start=1):
@@ -112,11 +112,11 @@ def pack(
             if dtype != "auto":
                 tensors |= {name: in_dtype(name, tensors[name], getattr(torch, dtype)) for name in group.weights}
             for linear in group.linears:
-                _pack_linear(tensors, linear, bits, found)
+                _pack_linear(tensors, linear, bits, packing)
             yield tensors
             progress(done, len(groups), group.name)
-        if not found.packed:
-            raise BesaError(f"{model}: no linear would get smaller, {_why_not(found, files)}.")
+        if not packing.packed:
+            raise BesaError(f"{model}: no linear would get smaller, {_why_not(packing, files)}.")
 
     config = read_config_json(folder_of(source))
     about_codes = {"quantization_config": config.pop("quantization_config")} if quantization else {}
@@ -125,13 +125,13 @@ def pack(
         config = with_dtype(config, dtype)
     with appearing(Path(out)) as folder:
         rewrite(source, folder, parts(), config, SPARSE_STEM)
-        found.file_bytes = size_of(folder.glob("*.safetensors"))
-    return found
+        packing.file_bytes = size_of(folder.glob("*.safetensors"))
+    return packing
 
 
 @checked
 def unpack(model: str | Path, out: str | Path, *, trust_remote_code: bool = False, progress: Progress = silent) -> None:
-    """Write the checkpoint that `pack` packed: the same tensors, to the bit.
+    """Write the dense checkpoint that was packed, with bit-equal tensors.
 
     Args:
         model: folder that `pack` wrote.
@@ -140,7 +140,7 @@ def unpack(model: str | Path, out: str | Path, *, trust_remote_code: bool = Fals
         progress: told (parts done, parts, name of the part).
 
     Raises:
-        BesaError: the model is not packed, incomplete or damaged; or `out` exists or cannot be written.
+        BesaError: the model is not packed, is incomplete or damaged; or `out` exists or cannot be written.
     """
     source = local(model, progress, trust_remote_code)
     if header(folder_of(source)) is None:
@@ -164,34 +164,34 @@ def unpack(model: str | Path, out: str | Path, *, trust_remote_code: bool = Fals
         rewrite(source, folder, parts(), config, STEM)
 
 
-def _pack_linear(tensors: dict[str, Tensor], linear: str, bits: int | None, found: Packing) -> None:
-    """Replace the tensors of a linear by those of its bitmask where these are smaller."""
-    own = {key: tensors[f"{linear}.{key}"] for key in ("weight", *codes.KEYS) if f"{linear}.{key}" in tensors}
+def _pack_linear(tensors: dict[str, Tensor], linear: str, bits: int | None, packing: Packing) -> None:
+    """Replace the tensors of a linear by those of its bitmask if these are smaller."""
+    dense = {key: tensors[f"{linear}.{key}"] for key in ("weight", *codes.KEYS) if f"{linear}.{key}" in tensors}
     if f"{linear}.weight_g_idx" in tensors:
         raise BesaError(f"{linear} has its columns in another order (weight_g_idx), which bitmasks cannot hold.")
-    if "weight" not in own:
+    if "weight" not in dense:
         assert bits is not None
-        weight = bitmask.pack_codes(codes.quantized(own, bits))
-    elif own["weight"].dtype in bitmask.FLOATS:
-        weight = bitmask.pack(own["weight"])
+        weight = bitmask.pack_codes(codes.quantized(dense, bits))
+    elif dense["weight"].dtype in bitmask.FLOATS:
+        weight = bitmask.pack(dense["weight"])
     else:
         return
-    smaller = tensors_of(weight)
-    before, after = (sum(tensor.nbytes for tensor in stored.values()) for stored in (own, smaller))
+    sparse = tensors_of(weight)
+    before, after = (sum(tensor.nbytes for tensor in stored.values()) for stored in (dense, sparse))
     if after < before:
-        for key in own:
+        for key in dense:
             del tensors[f"{linear}.{key}"]
-        tensors |= {f"{linear}.{key}": tensor for key, tensor in smaller.items()}
-        found.packed += 1
-        found.dense_bytes += before
-        found.packed_bytes += after
+        tensors |= {f"{linear}.{key}": tensor for key, tensor in sparse.items()}
+        packing.packed += 1
+        packing.dense_bytes += before
+        packing.packed_bytes += after
 
 
 def _groups(source: Source, files: WeightFiles) -> list[_Group]:
-    """All tensors of the files: those of a block together, every other by itself, as embeddings are large.
+    """All tensors of the files: one group for each block, and one for each other tensor, as embeddings are large.
 
     Raises:
-        BesaError: they are not all that the model needs.
+        BesaError: the files lack tensors of the model.
     """
     empty = check_complete(source, files, read_config(source))
     blocks = find_blocks(empty)
@@ -214,10 +214,10 @@ def _groups(source: Source, files: WeightFiles) -> list[_Group]:
     return [*groups, *of_blocks.values()]
 
 
-def _why_not(found: Packing, files: WeightFiles) -> str:
-    """Why nothing was packed, and what to do."""
-    if not found.linears:
-        return "as its blocks have no plain ones: transposed ones and stacks of experts stay as they are"
+def _why_not(packing: Packing, files: WeightFiles) -> str:
+    """The reason why nothing was packed, and what to do."""
+    if not packing.linears:
+        return "because its blocks have no plain linears: transposed linears and stacks of experts are not packed"
     if files.dtype() not in bitmask.FLOATS:
-        return f"as bitmasks hold no {str(files.dtype()).removeprefix('torch.')}: choose --dtype float32"
-    return "as there are too few zeros: prune it first"
+        return f"because bitmasks cannot hold {str(files.dtype()).removeprefix('torch.')}: choose --dtype float32"
+    return "because it has too few zeros: prune it first"

@@ -1,4 +1,4 @@
-"""A checkpoint made of another one on the disk: its weights part by part, and all else that belongs to the model."""
+"""Writing a checkpoint from another one: new weights part by part, and copies of the model's other files."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ def local(model: str | Path, progress: Progress, trust_remote_code: bool) -> Sou
         trust_remote_code: as of `locate`.
 
     Raises:
-        BesaError: they cannot be had, are a .gguf file, or are links out of the folder.
+        BesaError: the files cannot be fetched, are a .gguf file, or are links out of the folder.
     """
     source = locate(model, progress, trust_remote_code=trust_remote_code)
     if source.gguf:
-        raise BesaError(f"{model} is a .gguf file, of which nothing is pruned: give a folder that `besa prune` wrote.")
+        raise BesaError(f"{model} is a .gguf file, which has no pruned weights: give a folder that `besa prune` wrote.")
     source = source.local()
-    companions(folder_of(source))  # found out before the work
+    companions(folder_of(source))  # refuses links before the work
     return source
 
 
 def folder_of(source: Source) -> Path:
-    """Where the files of a local source are."""
+    """The folder of a local source."""
     assert source.folder is not None
     return source.folder
 
@@ -49,17 +49,17 @@ def folder_of(source: Source) -> Path:
 def rewrite(
     source: Source, folder: Path, parts: Iterable[dict[str, Tensor]], config: dict[str, Any], stem: str
 ) -> None:
-    """Fill a folder with a checkpoint of these parts, and with what another has beside its weights.
+    """Fill a folder with a checkpoint of these parts, and with copies of another checkpoint's other files.
 
     Args:
-        source: whose files are passed on, the run record too, but no measurements.
+        source: whose files are copied, the run record too, but no measurements.
         folder: to fill.
-        parts: tensors by name, of which one part at a time is in memory.
-        config: what is to stand in config.json.
-        stem: what the names of weight files begin with.
+        parts: tensors by name; one part at a time is in memory.
+        config: content of config.json.
+        stem: beginning of the names of weight files.
 
     Raises:
-        BesaError: it cannot be written, or the source's weights are not those that its record was written with.
+        BesaError: it cannot be written, or the source's weights have changed since its record was written.
     """
     check_weights(folder_of(source))
     about = ABOUT if stem == SPARSE_STEM else None

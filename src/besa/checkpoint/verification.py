@@ -1,4 +1,4 @@
-"""Digests of all files of a checkpoint: written into its record last of all, and compared with the files later."""
+"""Digests of all files of a checkpoint: written into its record at the end, and compared with the files later."""
 
 from __future__ import annotations
 
@@ -21,16 +21,25 @@ from besa.storage.weights import check_regular
 from besa.storage.writing import write_file
 
 FILES = "files"  # key of the record
-BLANK = "0" * 64  # stands for the record's own digest in the text that this digest is of
-WEIGHTS = (".safetensors", ".bin", ".gguf", ".h5", ".msgpack", ".pt", ".pth", ".index.json")  # whoever loads them
+BLANK = "0" * 64  # replaces the record's own digest in the text that is hashed
+WEIGHTS = (
+    ".safetensors",
+    ".bin",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".pt",
+    ".pth",
+    ".index.json",
+)  # in any framework's format
 
 
 class Verified(BaseModel):
-    """A checkpoint that is as it was written.
+    """A checkpoint that has not changed since it was written.
 
     Attributes:
-        files: how many were compared with their digests.
-        bytes: of these files.
+        files: number of files that were compared with their digests.
+        bytes: size of these files.
     """
 
     files: int
@@ -40,10 +49,10 @@ class Verified(BaseModel):
 def seal(folder: Path) -> None:
     """Write the sha256 of each file of a finished folder into its record, and those of shards into their index too.
 
-    The record gets one where a model came without. Its own digest is that of its text with 64 zeros in place of it.
+    A folder without a record gets one. The record's own digest is that of its text with 64 zeros in the digest's place.
 
     Args:
-        folder: in which nothing is written afterwards but measurements.
+        folder: to which only measurements are added afterwards.
 
     Raises:
         BesaError: the disk is full.
@@ -56,7 +65,7 @@ def seal(folder: Path) -> None:
         write_file(path, json.dumps(index, indent=2) + "\n")
     record = folder / RECORD_NAME
     content = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
-    content.pop(FILES, None)  # of the folder that this one was made of
+    content.pop(FILES, None)  # digests of the folder that this one was made from
     names = sorted(_name(path, folder) for path in folder.rglob("*") if path.is_file() and path != record)
     content[FILES] = {name: digests.get(name) or _sha256(folder / name) for name in names} | {RECORD_NAME: BLANK}
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
@@ -65,15 +74,15 @@ def seal(folder: Path) -> None:
 
 @checked
 def verify(folder: str | Path, *, progress: Progress = silent) -> Verified:
-    """Compare a checkpoint that besa wrote with the digests in its record; of packed ones, look at every number too.
+    """Compare a checkpoint of besa with the digests in its record; the contents of a packed one are checked too.
 
     Args:
         folder: that `prune`, `pack`, `unpack` or `shrink` wrote.
         progress: told (bytes done, bytes, name of the file).
 
     Raises:
-        BesaError: a file is missing or has other bytes than it was written with, weights are there that were not
-            written, or the folder has no digests; the sentence names the first such file.
+        BesaError: a file is missing or has changed, there are further weight files, or the folder has no digests; the
+            message names the first such file.
     """
     folder = path_of(folder)
     if not folder.is_dir():
@@ -82,7 +91,7 @@ def verify(folder: str | Path, *, progress: Progress = silent) -> Verified:
     digests = _recorded(folder / RECORD_NAME)
     if not digests:
         raise BesaError(
-            f"{folder} has no digests to verify it by: an older besa or another tool wrote it, so make it anew."
+            f"{folder} has no digests to verify, because an older besa or another tool wrote it: make it anew."
         )
     for name in digests:
         if not (folder / name).is_file():
@@ -94,7 +103,7 @@ def verify(folder: str | Path, *, progress: Progress = silent) -> Verified:
     done = 0
     for name, digest in digests.items():
         if digest != (_record_sha256(folder / name, digest) if name == RECORD_NAME else _sha256(folder / name)):
-            raise BesaError(f"{folder / name} is not as it was written, its sha256 is another: get the folder anew.")
+            raise BesaError(f"{folder / name} has changed since it was written (its sha256): get the folder anew.")
         done += sizes[name]
         progress(done, sum(sizes.values()), name)
     check_packed(open_files(folder))
@@ -102,25 +111,25 @@ def verify(folder: str | Path, *, progress: Progress = silent) -> Verified:
 
 
 def check_weights(folder: Path) -> None:
-    """Refuse weights that their record was not written with: what is made of them would be sealed as if whole.
+    """Refuse weights that have changed since their record was written, before a new checkpoint is made from them.
 
     Raises:
-        BesaError: the record has a digest of a weight file that is another's, or is damaged.
+        BesaError: the digest of a weight file is not the one in the record, or the record is damaged.
     """
     for name, digest in _recorded(folder / RECORD_NAME).items():
         path = folder / name
         if path.suffix == ".safetensors" and path.is_file() and digest != _sha256(path):
             raise BesaError(
-                f"{path} is not as it was written, its sha256 is another: get the folder anew, or remove its "
+                f"{path} has changed since it was written (its sha256): get the folder anew, or remove its "
                 f"{RECORD_NAME} if you changed the weights yourself."
             )
 
 
 def _recorded(record: Path) -> dict[str, str]:
-    """The digests in a record by name of the file, the record's own first; empty where there are none.
+    """The digests in a record by name of the file, the record's own first; empty for a record without digests.
 
     Raises:
-        BesaError: it is damaged, or its digests are of no files of a folder.
+        BesaError: the record is damaged, or lists something else than digests of files in the folder.
     """
     try:
         content = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
@@ -128,16 +137,16 @@ def _recorded(record: Path) -> dict[str, str]:
         raise BesaError(f"{record} is damaged: get the folder anew.") from None
     if not isinstance(content, dict):
         raise BesaError(f"{record} is damaged: get the folder anew.")
-    found = content.get(FILES)
-    if not found:
+    digests = content.get(FILES)
+    if not digests:
         return {}
-    if not isinstance(found, dict) or RECORD_NAME not in found or not all(map(_sound, found, found.values())):
-        raise BesaError(f"{record} is damaged: what it lists are no digests of files beside it; get the folder anew.")
-    return {RECORD_NAME: found.pop(RECORD_NAME), **found}
+    if not isinstance(digests, dict) or RECORD_NAME not in digests or not all(map(_sound, digests, digests.values())):
+        raise BesaError(f"{record} is damaged: it does not list digests of the files beside it; get the folder anew.")
+    return {RECORD_NAME: digests.pop(RECORD_NAME), **digests}
 
 
 def _sound(name: str, digest: Any) -> bool:
-    """Whether a name is of a file in the folder or below it, and a digest is one."""
+    """Whether a name is that of a file in the folder or below it, and a digest is a sha256."""
     path = PurePosixPath(name)
     inside = not path.is_absolute() and ".." not in path.parts
     possible = "\0" not in name and all(len(part) < 256 for part in path.parts)
@@ -154,6 +163,6 @@ def _sha256(path: Path) -> str:
 
 
 def _record_sha256(record: Path, digest: str) -> str:
-    """Of the record, as its own digest was made."""
+    """The sha256 of a record whose own digest is replaced by zeros."""
     before, _, after = record.read_bytes().rpartition(digest.encode())
     return hashlib.sha256(before + BLANK.encode() + after).hexdigest()

@@ -1,4 +1,4 @@
-"""The prunable weights of a checkpoint as its files hold them, one after another: where they are zero, and their bytes.
+"""The prunable weights of a checkpoint as stored in its files, one after another: their zeros and their bytes.
 
 Shape suffixes: O rows (output channels), I columns (input channels).
 """
@@ -29,8 +29,8 @@ class StoredWeight:
     Attributes:
         block: name of its decoder block.
         name: module path of its linear in the model.
-        zero_OI: where it is zero, boolean.
-        parts: its bytes, by what they are for.
+        zero_OI: boolean, true at zero weights.
+        parts: number of bytes, by purpose.
     """
 
     block: str
@@ -42,15 +42,15 @@ class StoredWeight:
 def stored_weights(source: Source, progress: Progress) -> Iterator[StoredWeight]:
     """All prunable weights of a checkpoint, block after block.
 
-    One block is in memory at a time; a .gguf file is dequantised whole, and its bytes are those of
-    the dequantised weights.
+    One block is in memory at a time. A .gguf file is dequantised whole, and the bytes of the dequantised weights are
+    counted.
 
     Args:
         source: dense, pruned or packed.
         progress: told (blocks done, blocks, name of the block).
 
     Raises:
-        BesaError: the model cannot be had, or a weight is missing or cannot be read.
+        BesaError: the model cannot be fetched, or a weight is missing or cannot be read.
     """
     source = source.local()
     assert source.folder is not None
@@ -63,7 +63,7 @@ def stored_weights(source: Source, progress: Progress) -> Iterator[StoredWeight]
 
 
 def _weights(source: Source, files: WeightFiles | None, progress: Progress) -> Iterator[StoredWeight]:
-    """The same with the bytes that they take where they are no bitmasks."""
+    """The same, with the bytes of weights that are not stored as bitmasks."""
     config = read_config(source)
     if files and is_quantized(config):
         check_complete(source, files, config)
@@ -78,7 +78,7 @@ def _weights(source: Source, files: WeightFiles | None, progress: Progress) -> I
 
 
 def _coded(files: WeightFiles, source: str, config: dict[str, Any], progress: Progress) -> Iterator[StoredWeight]:
-    """Those of a checkpoint of codes; the first number in a name tells its block."""
+    """The weights of a checkpoint of codes; the first number in a name is that of the block."""
     bits = codes.bits_of(config, source)
     owners: dict[str, list[str]] = {}
     for name in files.names:
@@ -90,8 +90,8 @@ def _coded(files: WeightFiles, source: str, config: dict[str, Any], progress: Pr
             name, _, last = stored.rpartition(".")
             if last == codes.WEIGHT:
                 keys = [key for key in codes.KEYS if f"{name}.{key}" in files.names]
-                own = {key.rpartition(".")[2]: t for key, t in files.read([f"{name}.{key}" for key in keys])}
-                yield StoredWeight(block, name, codes.is_zero(own, bits), codes.bytes_of(own))
+                tensors = {key.rpartition(".")[2]: t for key, t in files.read([f"{name}.{key}" for key in keys])}
+                yield StoredWeight(block, name, codes.is_zero(tensors, bits), codes.bytes_of(tensors))
             else:
                 ((_, w_OI),) = files.read([stored])
                 if w_OI.dim() == 2:  # left out of quantisation

@@ -1,4 +1,4 @@
-"""The checkpoint a run ends with: dense safetensors with zeros, that plain ``from_pretrained`` loads."""
+"""Writing the checkpoint of a run: dense safetensors with zeros, which plain ``from_pretrained`` loads."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ONE_FILE = 4 << 30  # bytes of weights up to which they are in one file; beyond,
 
 
 def disk_bytes(size: int) -> int:
-    """Most that a run towards a checkpoint of `size` bytes takes on the disk: one file is joined from its parts."""
+    """Most bytes on the disk during a run, for a checkpoint of `size` bytes; a single file is joined from its parts."""
     return 2 * size if size <= ONE_FILE else size
 
 
@@ -42,24 +42,24 @@ def finish(
     out: Path,
     quantization: MinMax | None = None,
 ) -> None:
-    """Make the checkpoint of the blocks in the journal and of the rest of the model; `out` is whole when it appears.
+    """Make the checkpoint from the blocks in the journal and the rest of the model; `out` appears complete.
 
-    The sparsity stands under a key of our own in config.json.
+    The sparsity is in config.json, under the key ``besa``.
 
     Args:
         journal: of all blocks.
-        decoder: what else there is of the model.
+        decoder: has all other tensors of the model.
         tokenizer: of the model.
         record: of the run.
         out: must not exist.
         quantization: settings of the codes in the journal; None if it holds dense weights.
 
     Raises:
-        BesaError: it cannot be written; the journal stays then.
+        BesaError: the checkpoint cannot be written; the journal stays.
     """
     folder = journal.folder / "checkpoint"
     with explained(out):
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped right here
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped while it assembled its checkpoint
         folder.mkdir()
         parts = [
             _save_outside_blocks(journal.folder, decoder),
@@ -80,7 +80,7 @@ def finish(
 
 
 def _about(model: PreTrainedModel, record: RunRecord, quantization: MinMax | None) -> dict[str, Any]:
-    """What config.json says besides what it said of the dense model."""
+    """The keys that are added to the dense model's config.json."""
     about: dict[str, Any] = {
         "besa": {"recipe": record.recipe["name"], "sparsity": record.sparsity, "record": RECORD_NAME}
     }
@@ -95,7 +95,7 @@ def _about(model: PreTrainedModel, record: RunRecord, quantization: MinMax | Non
 def _serialise(
     folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, added: Mapping[str, Any]
 ) -> None:
-    """Write what belongs to a model in memory, of which there are no files to pass on."""
+    """Write the other files of a model in memory, which has no files to copy."""
     config = copy.deepcopy(model.config)  # the caller's stays as it is
     config.update({"architectures": [type(model).__name__], **added})
     with quiet():
@@ -109,7 +109,7 @@ def _serialise(
 
 
 def _save_outside_blocks(folder: Path, decoder: Decoder) -> Path:
-    """What is in no block, in one file, a tensor at a time: embeddings can be larger than a block."""
+    """Write the tensors outside the blocks to one file, one tensor at a time: embeddings can be larger than a block."""
     whole = folder / "rest.safetensors"
     parts: list[Path] = []
     for name, tensor in decoder.tensors_outside_blocks():
@@ -122,12 +122,12 @@ def _save_outside_blocks(folder: Path, decoder: Decoder) -> Path:
 
 
 def assemble(folder: Path, parts: list[Path], stem: str = STEM, about: Mapping[str, str] | None = None) -> None:
-    """The weight files of a checkpoint from parts: one file, or beyond 4 GiB each part as a shard, without copying it.
+    """Assemble the weight files of a checkpoint from parts: one file, or, beyond 4 GiB, each part linked as a shard.
 
     Args:
         folder: of the checkpoint.
-        parts: safetensors on the same file system.
-        stem: what the names of weight files begin with.
+        parts: safetensors files on the same file system.
+        stem: beginning of the names of weight files.
         about: further metadata, which the parts have already.
     """
     if sum(part.stat().st_size for part in parts) <= ONE_FILE:

@@ -15,7 +15,7 @@ from besa.cli.consoles import err, guard_streams
 from besa.errors import BesaError, Interrupted, Notice
 from besa.storage.names import printable
 
-UsageError: Any = typer.BadParameter.__base__  # of all complaints about arguments; typer exports only this child
+UsageError: Any = typer.BadParameter.__base__  # the base of all usage errors; typer exports only this child of it
 app = typer.Typer(
     help="Prune large language models block by block, with learned and exact sparsity, and measure the result.",
     add_completion=False,
@@ -33,7 +33,7 @@ def main() -> None:
     try:
         _check_text(sys.argv[1:])
         code = app(sys.argv[1:] or ["--help"], prog_name="besa", standalone_mode=False)
-        if code == 130:  # what typer makes of Ctrl-C
+        if code == 130:  # typer's code for Ctrl-C
             raise KeyboardInterrupt
     except BesaError as error:
         _refuse(str(error))
@@ -43,17 +43,17 @@ def main() -> None:
         err.print("besa:", Text(str(interruption)), highlight=False, soft_wrap=True)
         sys.exit(130)
     except (KeyboardInterrupt, typer.Abort):
-        err.print("besa: interrupted; what was under way was not kept.", highlight=False)
+        err.print("besa: interrupted; unfinished work was not kept.", highlight=False)
         sys.exit(130)
 
 
 def _check_text(arguments: list[str]) -> None:
-    """Refuse what no record could hold: on Linux, arguments may be any bytes."""
+    """Refuse arguments that are no UTF-8, which no record can hold: on Linux they may be any bytes."""
     for argument in arguments:
         try:
             argument.encode()
         except UnicodeEncodeError:
-            raise BesaError(f"The argument {argument!r} is not UTF-8: write it so, or rename the file.") from None
+            raise BesaError(f"The argument {argument!r} is not UTF-8: rename the file or change the text.") from None
 
 
 def _note(
@@ -64,7 +64,7 @@ def _note(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Show a notice as a line; of other warnings, which are for developers, as much as Python would."""
+    """Show a notice as one line, and any other warning as Python shows it."""
     if issubclass(category, Notice):
         err.print("besa:", Text(str(message)), style="yellow", highlight=False, soft_wrap=True)
     else:

@@ -1,4 +1,4 @@
-"""Where commands print, and where they put what is asked for as JSON."""
+"""The streams that commands print to, and the JSON files that they write."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ err = Console(stderr=True)
 
 
 class _Guarded:
-    """A standard stream whose failures come as what `failed` makes of them; what it cannot encode is escaped."""
+    """A standard stream that passes its failures to `failed`, and escapes characters that it cannot encode."""
 
     def __init__(self, stream: TextIO, failed: Callable[[OSError], None]) -> None:
         self._stream, self._failed = stream, failed
@@ -47,21 +47,21 @@ class _Guarded:
 
     def _give_up(self, error: OSError) -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self._stream.fileno())  # for what is left in buffers, which Python writes at its end
+        os.dup2(nowhere, self._stream.fileno())  # Python writes what is left in buffers when it exits
         os.close(nowhere)
         self._failed(error)
 
 
 def guard_streams() -> None:
-    """See to it that standard output and error can be written, or say why not.
+    """Handle failures of standard output and standard error.
 
-    Work ends when its result cannot be written: with a sentence, or in silence where a pipe's reader has had enough. It
-    goes on when only what is told on the way cannot be.
+    If standard output fails, the command ends: with a sentence, or silently if the reader of a pipe has closed it. If
+    standard error fails, the command goes on without its messages.
     """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
-        except OSError:  # closed: the next file to be opened would take its place, and get what is meant for it
+        except OSError:  # closed: the next file that is opened would take its number and receive its output
             os.open(os.devnull, os.O_RDWR)
     if sys.stdout is not None:
         sys.stdout = _Guarded(sys.stdout, _unwritten)
@@ -76,7 +76,7 @@ def _unwritten(error: OSError) -> None:
 
 
 def keep(result: BaseModel, file: Path | None) -> None:
-    """Write a result as JSON, where `--json` asks for it.
+    """Write a result as JSON if `--json` names a file.
 
     Raises:
         BesaError: the file cannot be written.

@@ -43,11 +43,13 @@ def evaluate_command(
         str | None,
         typer.Option(
             metavar="TOKENS",
-            help="Tokens of a window, or several lengths by commas; only equal compare. Default: 2048, or as many as "
-            "the model has positions.",
+            help="Tokens of a window, or several lengths separated by commas; only results of equal length compare. "
+            "Default: 2048, or as many as the model has positions.",
         ),
     ] = None,
-    max_windows: Annotated[int | None, typer.Option(min=1, help="Use only so many windows of each text.")] = None,
+    max_windows: Annotated[
+        int | None, typer.Option(min=1, help="Use only this number of windows of each text.")
+    ] = None,
     tasks: TasksOption = "",
     limit: LimitOption = None,
     hub: HubOption = False,
@@ -85,7 +87,7 @@ def evaluate_command(
 
 @commands.command("inspect", rich_help_panel=PANEL)
 def inspect_command(model: Model, json: JsonOption = None, trust_remote_code: TrustOption = False) -> None:
-    """Count sparsity and size by block and linear, in the files."""
+    """Count the sparsity and size of each block and linear in the files."""
     from besa.checkpoint.inspection import inspect
     from besa.cli.show import contents, progress_bar
     from besa.models.loading import locate
@@ -98,9 +100,11 @@ def inspect_command(model: Model, json: JsonOption = None, trust_remote_code: Tr
 
 @commands.command("verify", rich_help_panel=PANEL)
 def verify_command(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="That prune, pack, unpack or shrink wrote.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="A folder that prune, pack, unpack or shrink wrote.")
+    ],
 ) -> None:
-    """Compare a checkpoint with the digests of its files; of a packed one, look at every number too."""
+    """Compare a checkpoint with the digests of its files; the contents of a packed one are checked too."""
     from besa.checkpoint.verification import verify
     from besa.cli.show import progress_bar, verified
 

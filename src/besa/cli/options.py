@@ -1,4 +1,4 @@
-"""Options that several commands have, and what is written in them."""
+"""Options that several commands share, and the parsing of their values."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Dtype(StrEnum):
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Hugging Face id, folder, .gguf file, or smollm2 (embedded).")
 ]
-FILES = "a file of JSON (told by its content: lines or an array, fields text), parquet or plain text, also .gz or .zst"
+FILES = "a file of JSON (lines or an array, with fields named text), parquet or plain text, also .gz or .zst"
 TEXTS = f"c4, wiki, {FILES}, or hf:<dataset>"
 CalibrationOption = Annotated[str, typer.Option(metavar="TEXT", help=f"Text to calibrate on: {TEXTS}.")]
 EvaluationOption = Annotated[
@@ -58,23 +58,21 @@ EvaluationOption = Annotated[
 ]
 DataOption = Annotated[
     list[str] | None,
-    typer.Option(
-        "--data", metavar="NAME=FILE", help="Local file of a test set, which else is downloaded (repeatable)."
-    ),
+    typer.Option("--data", metavar="NAME=FILE", help="Local file of a test set, instead of a download (repeatable)."),
 ]
 TasksOption = Annotated[
     str,
     typer.Option(
         metavar="NAMES",
-        help="Zero-shot tasks, of piqa,boolq,hellaswag,winogrande,arc_easy,arc_challenge, by commas.",
+        help="Zero-shot tasks, separated by commas: piqa,boolq,hellaswag,winogrande,arc_easy,arc_challenge.",
     ),
 ]
-LimitOption = Annotated[int | None, typer.Option(min=1, help="Ask only so many questions of each task.")]
+LimitOption = Annotated[int | None, typer.Option(min=1, help="Ask only this number of questions of each task.")]
 HubOption = Annotated[
-    bool, typer.Option("--hub", help="Take the questions from the Hugging Face Hub, not the embedded ones.")
+    bool, typer.Option("--hub", help="Use the questions from the Hugging Face Hub instead of the embedded ones.")
 ]
 DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
-DtypeOption = Annotated[Dtype, typer.Option(help="Weights and computation; auto: the checkpoint's.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="Dtype of weights and computation; auto: the checkpoint's.")]
 BatchOption = Annotated[
     int | None, typer.Option(min=1, help="Sequences in a forward pass; default: about 2048 tokens, on a GPU 8192.")
 ]
@@ -89,8 +87,8 @@ PassesOption = Annotated[
     float | None,
     typer.Option(
         min=0,
-        help="Fine-tune for as long as so many forward passes of the calibration set allow, all told, such as 20, 60 "
-        "or 200; default: the recipe's epochs.",
+        help="Total cost of the run in forward passes of the calibration set, such as 20, 60 or 200, which sets the "
+        "length of fine-tuning; default: the recipe's epochs.",
     ),
 ]
 SamplesOption = Annotated[int, typer.Option(min=1, help="Calibration sequences.")]
@@ -101,8 +99,8 @@ SeqlenOption = Annotated[
 BosOption = Annotated[
     Bos,
     typer.Option(
-        help="Begin calibration sequences and windows with the tokenizer's BOS token; auto: where it adds one by "
-        "itself, but not for Llama and OPT, whose published figures have none."
+        help="Begin calibration sequences and windows with the tokenizer's BOS token; auto: if the tokenizer adds one "
+        "by default, but not for Llama and OPT, whose published figures have none."
     ),
 ]
 SetOption = Annotated[
@@ -118,36 +116,38 @@ TrustOption = Annotated[
 ]
 SkipOption = Annotated[
     list[str] | None,
-    typer.Option("--skip", metavar="PATTERN", help="Leave linears dense, such as '*.k_proj' (repeatable)."),
+    typer.Option("--skip", metavar="PATTERN", help="Leave matching linears dense, such as '*.k_proj' (repeatable)."),
 ]
 SparsityOfOption = Annotated[
     list[str] | None,
     typer.Option(
         "--sparsity-of",
         metavar="PATTERN=S",
-        help="Give each linear that matches a sparsity of its own, such as '*.0.*=0.3' (repeatable).",
+        help="Set the sparsity of each linear that matches, such as '*.0.*=0.3' (repeatable).",
     ),
 ]
 BudgetOption = Annotated[
     float | None,
     typer.Option(
-        "--activation-budget", min=0, help="GB of activations in memory, more on disk; default: half of what is free."
+        "--activation-budget",
+        min=0,
+        help="GB of activations in memory, the rest goes to disk; default: half of the free memory.",
     ),
 ]
 
 
 def to_write(file: Path | None) -> Path | None:
-    """A file that a command writes at its end, looked at before the work: new, or in the place of a plain file.
+    """Check before the work that a command can write this file at its end: a new file, or one that it replaces.
 
     Raises:
-        BesaError: it cannot be written, or is a folder, a link or a device.
+        BesaError: the file cannot be written, or is a folder, a link or a device.
     """
     if file is not None:
         place = path_of(file).absolute()
         folder = next(parent for parent in (place.parent, *place.parents) if parent.exists())
-        other = os.path.lexists(file) and not stat.S_ISREG(file.lstat().st_mode)
-        if other or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-            raise BesaError(f"No file can be written to {file}: give the name of one, in a folder of yours.")
+        no_file = os.path.lexists(file) and not stat.S_ISREG(file.lstat().st_mode)
+        if no_file or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+            raise BesaError(f"No file can be written to {file}: give a file name in a folder that you can write to.")
     return file
 
 
@@ -158,10 +158,10 @@ JsonOption = Annotated[
 
 
 def bytes_of(gigabytes: float | None) -> int | None:
-    """What `--activation-budget` asks for.
+    """The bytes of `--activation-budget`.
 
     Raises:
-        BesaError: no number that bytes can have.
+        BesaError: it is no finite number.
     """
     if gigabytes is None:
         return None
@@ -171,27 +171,27 @@ def bytes_of(gigabytes: float | None) -> int | None:
 
 
 def words(text: str) -> list[str]:
-    """What stands between commas."""
+    """The words of a text with commas between them."""
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def numbers(option: str, text: str, kind: type[Number]) -> list[Number]:
-    """Numbers between commas.
+    """The numbers of a text with commas between them.
 
     Raises:
-        BesaError: something else.
+        BesaError: a word is no number.
     """
     try:
         return [kind(word) for word in words(text)]
     except ValueError:
-        raise BesaError(f"{option} {text}: give a number, or several by commas.") from None
+        raise BesaError(f"{option} {text}: give a number, or several separated by commas.") from None
 
 
 def files_of(pairs: list[str] | None) -> dict[str, str]:
-    """NAME=FILE pairs.
+    """The files of NAME=FILE pairs, by name.
 
     Raises:
-        BesaError: something else.
+        BesaError: a pair is written in another form.
     """
     files = {}
     for pair in pairs or ():

@@ -140,11 +140,16 @@ def prune(
 
 @commands.command(rich_help_panel=PANEL)
 def shrink(
-    model: Annotated[str, typer.Argument(metavar="PRUNED", help="Pruned by allocation.method=structured, or alike.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="PRUNED", help="A model with whole channels pruned, as by allocation.method=structured."
+        ),
+    ],
     out_dir: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the smaller model; must not exist.")],
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Write a pruned model without its dead feed-forward channels and heads: smaller and dense, for transformers."""
+    """Write a pruned model without its unread feed-forward channels and heads: smaller, dense, for transformers."""
     from besa.checkpoint.shrinking import shrink as shrink_checkpoint
     from besa.cli.show import progress_bar, shrunk
 
@@ -172,7 +177,7 @@ def plan_command(
     json: JsonOption = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Say what pruning a model will take, from its configuration alone, and whether it fits here."""
+    """Estimate from a model's configuration what pruning it will take, and whether it fits on this machine."""
     from besa.api import plan
     from besa.cli.show import planned
 

@@ -19,10 +19,10 @@ PANEL = "Run"
 def pack(
     model: Model,
     out_dir: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the packed checkpoint; must not exist.")],
-    dtype: Annotated[Dtype, typer.Option(help="Round weights to it first; auto keeps them to the bit.")] = Dtype.auto,
+    dtype: Annotated[Dtype, typer.Option(help="Round weights to it first; auto keeps them bit-equal.")] = Dtype.auto,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Store a pruned checkpoint as bits and kept values: smaller, and run as it is by eval, generate and bench."""
+    """Store a pruned checkpoint as bitmasks and kept values. It is smaller, and eval, generate and bench run it."""
     from besa.checkpoint.packing import pack as pack_checkpoint
     from besa.cli.show import packed, progress_bar
 
@@ -39,7 +39,7 @@ def unpack(
     out_dir: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the dense checkpoint; must not exist.")],
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Make a packed checkpoint dense again, as transformers loads it, to the bit."""
+    """Make a packed checkpoint dense again, bit-equal, for transformers."""
     from besa.checkpoint.packing import unpack as unpack_checkpoint
     from besa.cli.show import progress_bar
 
@@ -51,12 +51,12 @@ def unpack(
 @commands.command("generate", rich_help_panel=PANEL)
 def generate_command(
     model: Model,
-    prompt: Annotated[str, typer.Option(help="Text to go on from.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens at most.")] = 128,
     temperature: Annotated[
-        float, typer.Option(min=0, help="Of the draw; 0 takes the likeliest token each time.")
+        float, typer.Option(min=0, help="Of the sampling; 0 takes the likeliest token each time.")
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     device: DeviceOption = Device.cpu,
     dtype: DtypeOption = Dtype.auto,
     trust_remote_code: TrustOption = False,
@@ -86,13 +86,13 @@ def bench_command(
     models: Annotated[
         list[str], typer.Argument(metavar="MODEL [PACKED...]", help="Models; the others are compared with the first.")
     ],
-    rounds: Annotated[int, typer.Option(min=1, max=1000, help="Measurements of each kind; one more comes before.")] = 7,
+    rounds: Annotated[int, typer.Option(min=1, max=1000, help="Measurements of each kind, after one warm-up.")] = 7,
     device: DeviceOption = Device.cpu,
     dtype: DtypeOption = Dtype.auto,
     json: JsonOption = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Measure tokens a second, time to the first token and memory of models, beside what reading their bytes allows."""
+    """Measure tokens a second, time to the first token and memory of models, and the limit of the memory bandwidth."""
     from besa.cli.show import benched, progress_bar
     from besa.runtime.speed import bench
 

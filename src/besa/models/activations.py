@@ -19,13 +19,13 @@ from besa.errors import BesaError
 
 
 class HiddenStates(Protocol):
-    """N sequences of hidden states, read and written some sequences at a time; a tensor (N, T, C) is one."""
+    """N sequences of hidden states, read and written a few at a time; a tensor (N, T, C) fits this protocol."""
 
     def __len__(self) -> int:
         """N."""
 
     def __getitem__(self, index: Any) -> Tensor:
-        """The sequences that `index` (a slice or a tensor of positions) picks: (n, T, C)."""
+        """The sequences (n, T, C) at `index`, a slice or a tensor of positions."""
 
     def __setitem__(self, index: Any, x_NTC: Tensor) -> None:
         """Replace those sequences."""
@@ -52,12 +52,14 @@ def empty_states(
 
 
 class MappedStates:
-    """Hidden states in a file without a name: it is gone when the process is, whatever ends it."""
+    """Hidden states in a file without a name, which the system removes however the process ends."""
 
     def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, size: int, folder: Path | None) -> None:
         try:
             with tempfile.TemporaryFile(dir=folder) as file:
-                os.posix_fallocate(file.fileno(), 0, size)  # now, and not by a signal in the middle of the run
+                os.posix_fallocate(
+                    file.fileno(), 0, size
+                )  # a full disk is an error now, and not a signal during the run
                 self._map = mmap.mmap(file.fileno(), size)
         except OSError as error:
             raise BesaError(
@@ -79,5 +81,5 @@ class MappedStates:
         self._let_go()
 
     def _let_go(self) -> None:
-        """Give the pages back: the system keeps or writes them as it has room, and they do not count as ours."""
+        """Release the pages: the system keeps or writes them as it likes, and the process's memory does not grow."""
         self._map.madvise(mmap.MADV_DONTNEED)

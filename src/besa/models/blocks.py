@@ -23,12 +23,12 @@ from besa.models.activations import HiddenStates
 from besa.models.calls import Unknown, hidden_states_of, named, replayed
 from besa.models.prunable import Prunable, everywhere, find_prunables, replaced
 
-DEPTHS = ("num_hidden_layers", "num_layers", "decoder_layers")  # how configurations call the number of blocks
+DEPTHS = ("num_hidden_layers", "num_layers", "decoder_layers")  # the number of blocks in configurations
 
 
 @dataclass(frozen=True)
 class Block:
-    """One decoder block and the arguments, besides the hidden states, that the model calls it with.
+    """One decoder block, and the arguments beside the hidden states that the model calls it with.
 
     Attributes:
         index: position in the decoder, from 0.
@@ -50,7 +50,7 @@ class Block:
         return sum(prunable.numel for prunable in self.prunables.values())
 
     def weight(self, name: str) -> Tensor:
-        """The prunable matrix (O, I) of that name, as a view of what the block holds now."""
+        """The prunable matrix (O, I) of that name, as a view of the block's current weight."""
         prunable = self.prunables[name]
         return prunable.of(self.module.get_parameter(prunable.parameter))
 
@@ -59,7 +59,7 @@ class Block:
 
         Args:
             x_NTC: input on the block's device.
-            weights: matrices by full name, to be used instead of the block's own; gradients reach them.
+            weights: matrices by full name that replace the block's own; gradients reach them.
         """
         captured = self.arguments[x_NTC.shape[0], x_NTC.shape[1]]
         arguments = {name: replayed(value, x_NTC.device) for name, value in captured.items()}
@@ -71,12 +71,12 @@ class Block:
         return hidden_states_of(output)
 
     def run(self, x_NTC: HiddenStates, batch: int, into: HiddenStates | None = None) -> None:
-        """Send all sequences through the block, `batch` at a time on the block's device.
+        """Run the block on all sequences, `batch` at a time on the block's device.
 
         Args:
-            x_NTC: inputs (N, T, C); may live elsewhere.
+            x_NTC: inputs (N, T, C); may be on another device.
             batch: sequences in a forward pass.
-            into: where the outputs go, which may be where the inputs are; None throws them away.
+            into: receives the outputs, and may be `x_NTC` itself; None discards them.
 
         Raises:
             BesaError: an output is NaN or infinite.
@@ -93,15 +93,15 @@ def send(
     device: torch.device,
     into: HiddenStates | None,
 ) -> None:
-    """Send all sequences through a function; see `Block.run`.
+    """Apply a function to all sequences; see `Block.run`.
 
     Args:
         function: of hidden states (N, T, C).
-        name: what to call it.
-        x_NTC: inputs (N, T, C); may live elsewhere.
+        name: of the function, for the error message.
+        x_NTC: inputs (N, T, C); may be on another device.
         batch: sequences in a forward pass.
         device: of the function.
-        into: where the outputs go, which may be where the inputs are; None throws them away.
+        into: receives the outputs, and may be `x_NTC` itself; None discards them.
 
     Raises:
         BesaError: an output is NaN or infinite.
@@ -111,7 +111,7 @@ def send(
         y_NTC = function(x_NTC[part].to(device))
         if not bool(y_NTC.isfinite().all()):
             raise BesaError(
-                f"{name} puts out NaN or infinity: try --dtype float32, and check the model with `besa eval`."
+                f"The output of {name} has NaN or infinity: try --dtype float32, and check the model with `besa eval`."
             )
         if into is not None:
             into[part] = y_NTC
@@ -120,11 +120,11 @@ def send(
 def find_blocks(model: PreTrainedModel) -> list[Block]:
     """The decoder blocks of a causal language model, from its module tree.
 
-    Of several towers, the one that reads text is looked at; of its lists of modules that are as long as it is deep,
-    the one with the most to prune is the decoder.
+    The decoder is the list of modules that is as long as the model is deep and has the most prunable weights. If the
+    model has several towers, only the one that reads text counts.
 
     Raises:
-        BesaError: no list of decoder blocks is found, a block has no matrix to prune, one is computed from other
+        BesaError: no list of decoder blocks is found, a block has no matrix to prune, a matrix is computed from other
             parameters, or blocks share weights.
     """
     config = model.config.get_text_config()
@@ -134,17 +134,17 @@ def find_blocks(model: PreTrainedModel) -> list[Block]:
         raise BesaError(
             f"{type(model).__name__} has no stack of decoder blocks that besa can find: use a causal decoder."
         )
-    path, found = max(stacks.items(), key=lambda item: sum(own.numel for part in item[1] for own in part.values()))
+    path, largest = max(stacks.items(), key=lambda item: sum(each.numel for part in item[1] for each in part.values()))
     blocks = []
-    for index, (module, inner) in enumerate(zip(model.get_submodule(path), found, strict=True)):
+    for index, (module, inner) in enumerate(zip(model.get_submodule(path), largest, strict=True)):
         name = f"{path}.{index}"
         if not inner:
             raise BesaError(f"{name} of {type(model).__name__} has no linear weights to prune.")
-        parameters = {own for own, _ in module.named_parameters()}
+        parameters = {parameter for parameter, _ in module.named_parameters()}
         if computed := [place for place, prunable in inner.items() if prunable.parameter not in parameters]:
             raise BesaError(
-                f"The weight of {name}.{computed[0]} is no parameter but computed from others: remove its "
-                "parametrization (torch.nn.utils), so that it is one."
+                f"The weight of {name}.{computed[0]} is computed from other parameters: remove its parametrization "
+                "(torch.nn.utils), so that the weight itself is a parameter."
             )
         prunables = {f"{name}.{place}": prunable for place, prunable in inner.items()}
         blocks.append(Block(index, name, module, prunables))
@@ -153,13 +153,13 @@ def find_blocks(model: PreTrainedModel) -> list[Block]:
 
 
 def _text_tower(model: PreTrainedModel) -> nn.Module:
-    """The part of a model that reads text: the model itself where it has no other."""
+    """The part of a model that reads text, often the model itself."""
     tower: nn.Module = model.get_decoder() if isinstance(model, PreTrainedModel) else model
     return tower
 
 
 def _stacks(model: nn.Module, tower: nn.Module, depths: list[int]) -> dict[str, list[dict[str, Prunable]]]:
-    """What is prunable in each module of every list of as many as the model is deep, by the path of the list."""
+    """The prunable matrices of each module, for every list with as many modules as the model is deep, by its path."""
     inside = set(tower.modules())
     return {
         path: [find_prunables(part) for part in module]
@@ -169,10 +169,10 @@ def _stacks(model: nn.Module, tower: nn.Module, depths: list[int]) -> dict[str, 
 
 
 def _refuse_shared_weights(model: PreTrainedModel, blocks: list[Block]) -> None:
-    """Blocks are pruned one after another, so no weight may stand in two places.
+    """Refuse a weight that belongs to two blocks or places: blocks are pruned one after another.
 
     Raises:
-        BesaError: one does.
+        BesaError: there is such a weight.
     """
     places: dict[int, str] = {}
     for block in blocks:
@@ -185,22 +185,22 @@ def _refuse_shared_weights(model: PreTrainedModel, blocks: list[Block]) -> None:
 
 
 def left_dense(blocks: Iterable[Block], pruned: Collection[str]) -> dict[str, int]:
-    """Weights of the matrices that are not pruned, such as routers, convolutions and what is skipped.
+    """Number of weights in matrices that are not pruned, such as routers, convolutions and skipped linears.
 
     Args:
         blocks: of a decoder.
-        pruned: full names of the prunable matrices that are.
+        pruned: full names of the pruned matrices.
 
     Returns:
-        Sums over blocks by name within the block, with ``*`` for numbers. Norms and biases are no matrices.
+        Sums over blocks by name within the block, with ``*`` for numbers. Norms and biases do not count.
     """
     dense: Counter[str] = Counter()
     for block in blocks:
-        gone: Counter[str] = Counter()
+        in_pruned: Counter[str] = Counter()
         for name, prunable in block.prunables.items():
-            gone[prunable.parameter] += prunable.numel if name in pruned else 0
+            in_pruned[prunable.parameter] += prunable.numel if name in pruned else 0
         for name, parameter in block.module.named_parameters():
-            weights = parameter.numel() - gone[name]
+            weights = parameter.numel() - in_pruned[name]
             if weights and parameter.dim() > 1 and not name.endswith("bias"):
                 dense[everywhere(name.removesuffix(".weight"))] += weights
     return dict(dense)
@@ -210,12 +210,12 @@ def left_dense(blocks: Iterable[Block], pruned: Collection[str]) -> dict[str, in
 def capture_inputs(
     model: PreTrainedModel, blocks: list[Block], tokens_NT: Tensor, batch: int, lengths: Collection[int] = ()
 ) -> Iterator[Tensor]:
-    """Inputs of the first block (up to `batch`, T, C) for the token ids (N, T), in their order.
+    """Yield the inputs of the first block (up to `batch`, T, C) for the token ids (N, T), in their order.
 
-    The model runs with its blocks standing aside (each hands its input on unchanged): this costs the embeddings only,
-    and the blocks' own weights may be absent. Before the first part comes out, the call arguments of every block are
-    filled in, for every batch size up to `batch`, as masks and position biases may depend on it: for sequences of T
-    tokens, and for their beginnings of the `lengths` asked for.
+    The model runs with its blocks standing aside: each returns its input unchanged. This costs the embeddings only, and
+    the blocks need no weights. Before the first part is yielded, the call arguments of every block are captured. Masks
+    and position biases may depend on the shape, so this is done for every batch size up to `batch`, for sequences of T
+    tokens and for their beginnings of `lengths` tokens.
     """
     with standing_aside(blocks) as calls:
         for size in range(1, min(batch, len(tokens_NT)) + 1):
@@ -230,14 +230,14 @@ def capture_inputs(
 
 
 def run_base(model: PreTrainedModel, tokens_NT: Tensor) -> None:
-    """Run a model without its head, which may have no weights, on token ids (N, T)."""
+    """Run a model on token ids (N, T), without its head, which may have no weights."""
     model.base_model(input_ids=tokens_NT.to(model.get_input_embeddings().weight.device), use_cache=False)
 
 
 def logits_of(model: PreTrainedModel, blocks: list[Block], tokens_NT: Tensor, y_NTC: Tensor) -> Tensor:
-    """What the model predicts (N, T, V) where its last block puts out `y_NTC`; gradients reach that.
+    """Logits (N, T, V) of the model for the output `y_NTC` of its last block; gradients reach `y_NTC`.
 
-    The blocks stand aside: their weights may be absent, all others are used.
+    The blocks stand aside and need no weights. All other weights are used.
     """
     with standing_aside(blocks):
         blocks[-1].module.forward = lambda *_, **__: y_NTC.as_subclass(_Passed)
@@ -247,7 +247,7 @@ def logits_of(model: PreTrainedModel, blocks: list[Block], tokens_NT: Tensor, y_
 
 @dataclass(frozen=True)
 class Call:
-    """A call of a block by its model, while blocks stand aside: hidden states (N, T, C), and what else was handed."""
+    """A call of a block by its model while blocks stand aside: hidden states (N, T, C) and all other arguments."""
 
     block: Block
     x_NTC: Tensor
@@ -256,7 +256,7 @@ class Call:
 
 @contextmanager
 def standing_aside(blocks: list[Block]) -> Iterator[list[Call]]:
-    """While open, blocks hand their input on and keep their arguments; gives the list that their calls go into."""
+    """While open, blocks return their input and keep their arguments; yields the list of their calls, which grows."""
     calls: list[Call] = []
     with ExitStack() as stack:
         for block in blocks:
@@ -265,9 +265,9 @@ def standing_aside(blocks: list[Block]) -> Iterator[list[Call]]:
 
 
 class _Passed(Tensor):
-    """What a block that stands aside returns: its input, whether the model takes it as it is or as a tuple's first."""
+    """The output of a block that stands aside: its input, which also serves as the first value of a tuple."""
 
-    __torch_function__: Any = torch._C._disabled_torch_function_impl  # whatever is computed with it is a plain tensor
+    __torch_function__: Any = torch._C._disabled_torch_function_impl  # results of computations are plain tensors
 
     def __getitem__(self, index: Any) -> Any:
         whole = self.as_subclass(Tensor)
@@ -276,7 +276,7 @@ class _Passed(Tensor):
         return whole[index]
 
     def __iter__(self) -> Iterator[Any]:
-        """As many values as the model unpacks it into, of which the input is the first."""
+        """As many values as the model unpacks; the input is the first."""
         whole, frame = self.as_subclass(Tensor), sys._getframe(1)
         operation, number = frame.f_code.co_code[frame.f_lasti : frame.f_lasti + 2]
         if dis.opname[operation] not in ("UNPACK_SEQUENCE", "UNPACK_EX"):
@@ -286,7 +286,7 @@ class _Passed(Tensor):
 
 @contextmanager
 def _standing_aside(block: Block, calls: list[Call]) -> Iterator[None]:
-    """While open, calls of the block return their input and leave their arguments in the block."""
+    """While open, calls of the block return their input and store their arguments in the block."""
 
     def pass_on(*inputs: Any, **keywords: Any) -> Any:
         x_NTC, arguments = named(block.module, inputs, keywords)
@@ -294,7 +294,7 @@ def _standing_aside(block: Block, calls: list[Call]) -> Iterator[None]:
         block.arguments[x_NTC.shape[0], x_NTC.shape[1]] = arguments
         return x_NTC.as_subclass(_Passed)
 
-    before = vars(block.module).get("forward")  # accelerate sets one of its own
+    before = vars(block.module).get("forward")  # accelerate sets its own
     block.module.forward = pass_on
     try:
         yield

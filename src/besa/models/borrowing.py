@@ -1,4 +1,4 @@
-"""A model that the caller made, used as it has to be and handed back as it was; and its tokenizer."""
+"""A model of the caller: put into the state that besa needs, and restored afterwards; and its tokenizer."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from besa.errors import BesaError
 
 @contextmanager
 def borrowed(model: PreTrainedModel, device: torch.device | None = None) -> Iterator[None]:
-    """While open, a model is in evaluation mode and none of its parameters takes a gradient.
+    """While open, a model is in evaluation mode and none of its parameters requires a gradient.
 
-    Afterwards the device, the mode of every module and `requires_grad` of every parameter are as they were. So are
-    gradients, as none are made meanwhile. Values of weights that were pruned stay pruned.
+    On exit, the device, the mode of every module and `requires_grad` of every parameter are restored. Gradients do not
+    change, because none are computed meanwhile. Pruned weights stay pruned.
 
     Args:
         model: of the caller.
-        device: where to compute; by default where the model is.
+        device: where to compute, by default the model's device.
     """
     home = model.device
     training = [module for module in model.modules() if module.training]
@@ -45,7 +45,7 @@ def tokenizer_of_caller(tokenizer: PreTrainedTokenizerBase | None) -> PreTrained
     """The tokenizer that came with a loaded model.
 
     Raises:
-        BesaError: none did, or something else.
+        BesaError: there is none, or it is no tokenizer of transformers.
     """
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise BesaError("A loaded model needs its tokenizer, one of transformers: pass tokenizer=.")

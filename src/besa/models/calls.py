@@ -1,4 +1,4 @@
-"""What a model calls its blocks with: named, kept, compared, and handed over again.
+"""The arguments that a model calls its blocks with: named, kept, compared, and passed again.
 
 Shape suffixes: N sequences, T tokens, C channels of the residual stream.
 """
@@ -19,15 +19,15 @@ PLAIN = (type(None), bool, int, float, complex, str, bytes, slice, torch.dtype, 
 
 
 class ElsewhereError(LookupError):
-    """A block looks into a mapping for what another block left there."""
+    """A block looks in a mapping for an entry that another block left there."""
 
 
 class Unknown:
-    """What a block that stands aside would have put out beside its hidden states."""
+    """Stands for an output, beside the hidden states, of a block that stands aside."""
 
 
 class Apart(UserDict[Any, Any]):
-    """A mapping that blocks share, as one of them alone sees it: its own entries are there, and no others."""
+    """A mapping that blocks share, as seen by one block run alone: it has this block's entries and no others."""
 
     def __missing__(self, key: Any) -> Any:
         raise ElsewhereError(key)
@@ -39,18 +39,18 @@ class Apart(UserDict[Any, Any]):
 
 
 def named(module: nn.Module, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-    """The hidden states of a call, which are its first parameter, and all other arguments by their names.
+    """The hidden states of a call, which are its first parameter, and all other arguments by name.
 
     Args:
-        module: what is called.
-        inputs: arguments by position.
-        keywords: arguments by name.
+        module: that is called.
+        inputs: positional arguments.
+        keywords: keyword arguments.
 
     Raises:
-        BesaError: some have no names.
+        BesaError: the module's forward takes arguments without names.
     """
     parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
-    names = [own.name for own in parameters if own.kind is own.POSITIONAL_OR_KEYWORD]
+    names = [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
     if not names or len(inputs) > len(names):
         raise BesaError(
             f"{type(module).__name__} takes arguments without names (*args): besa cannot call it as its model does."
@@ -60,13 +60,13 @@ def named(module: nn.Module, inputs: tuple[Any, ...], keywords: Mapping[str, Any
 
 
 def hidden_states_of(output: Any) -> Tensor:
-    """The hidden states (N, T, C) in what a block puts out: itself, or the first of several."""
+    """The hidden states (N, T, C) in the output of a block: the output itself, or the first of several."""
     y_NTC: Tensor = output if isinstance(output, Tensor) else output[0]
     return y_NTC
 
 
 def moved(value: Any, device: torch.device) -> Any:
-    """An argument on a device; lists and mappings stay the objects that they are."""
+    """An argument on a device; lists and mappings are changed in place."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, tuple):
@@ -79,7 +79,7 @@ def moved(value: Any, device: torch.device) -> Any:
 
 
 def replayed(value: Any, device: torch.device) -> Any:
-    """An argument on a device, for one more call: what the block leaves in lists and mappings stays with that call."""
+    """An argument on a device, for one more call; lists and mappings are copied, so that calls share no changes."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, tuple):
@@ -94,39 +94,39 @@ def replayed(value: Any, device: torch.device) -> Any:
 
 
 def _like(value: tuple[Any, ...], items: list[Any]) -> tuple[Any, ...]:
-    """A tuple of the same class, which may have names."""
+    """A tuple of the same class, which may be a named tuple."""
     return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
 
 
 def _is_shared(value: Any) -> bool:
-    """Whether blocks may leave something for each other in it: a mapping of no plain class, or with nothing in it."""
+    """Whether blocks may pass values to each other in it: a mapping of another class than dict, or an empty one."""
     return isinstance(value, UserDict) or (isinstance(value, dict) and not value)
 
 
 def shares(value: Any) -> bool:
-    """Whether an argument has a mapping in it that blocks may leave something for each other in."""
+    """Whether an argument contains a mapping in which blocks may pass values to each other."""
     return any(_is_shared(part) for part in parts(value))
 
 
 def parts(value: Any) -> Iterator[Any]:
-    """An argument and all that is in it."""
+    """An argument and everything nested in it."""
     yield value
     inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
     for item in inner:
         yield from parts(item)
 
 
-def stranger(value: Any) -> Any:
-    """The first part of an argument that may be another at the next call, such as a cache; None where there is none."""
-    known = (*PLAIN, Tensor, tuple, dict, UserDict)
+def changeable(value: Any) -> Any:
+    """The first part of an argument that may change between calls, such as a cache; None if there is none."""
+    constant = (*PLAIN, Tensor, tuple, dict, UserDict)
     for part in parts(value):
-        if not isinstance(part, known) and not (isinstance(part, list) and part):
+        if not isinstance(part, constant) and not (isinstance(part, list) and part):
             return part
     return None
 
 
 def equal(one: Any, other: Any) -> bool:
-    """Whether two arguments are the same, bit for bit."""
+    """Whether two arguments are equal, bit for bit."""
     if isinstance(one, Tensor):
         if not isinstance(other, Tensor) or (one.shape, one.dtype) != (other.shape, other.dtype):
             return False
@@ -140,5 +140,5 @@ def equal(one: Any, other: Any) -> bool:
 
 
 def versions(value: Any) -> list[int]:
-    """How often each tensor of an argument was written into."""
+    """How often each tensor of an argument has been written to."""
     return [part._version for part in parts(value) if isinstance(part, Tensor)]

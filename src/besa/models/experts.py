@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-ROUTER_NAMES = ("router", "gate")  # of several that could be a router, the one that is called so
+ROUTER_NAMES = ("router", "gate")  # these decide if several modules could be the router
 
 
 @dataclass(frozen=True)
@@ -27,39 +27,39 @@ class Experts:
     routers: frozenset[str]
 
     def hold(self, path: str) -> bool:
-        """Whether the module at `path` is in a holder, so that only the tokens reach it that a router sends there."""
+        """Whether the module at `path` is in a holder, so that it gets only the tokens that a router sends there."""
         return any(f"{path}.".startswith(f"{holder}.") for holder in self.holders)
 
 
 def find_experts(block: nn.Module) -> Experts:
-    """The mixtures of a block, told by where modules stand.
+    """The mixtures of a block, recognised by the structure of its modules.
 
-    A holder is a module with stacks of matrices (E, O, I), or a list of E like modules. A router stands beside it, has
-    no other matrix than one with a row for each expert, and, of several such, is called so. Whatever has "router" in
-    its path is one, too.
+    A holder is a module with stacks of matrices (E, O, I), or a list of E modules of one type. A router is beside a
+    holder and has a single matrix, with one row for each expert. If several modules fit, their names decide. A module
+    with "router" in its path is always a router.
     """
     modules = dict(block.named_modules())
-    beside: dict[str, dict[str, int]] = {}  # experts of each holder, by what the holder stands in
+    beside: dict[str, dict[str, int]] = {}  # number of experts of each holder, by the holder's parent
     for path, module in modules.items():
         if count := _count(module):
             beside.setdefault(path.rpartition(".")[0], {})[path] = count
             if not isinstance(module, nn.ModuleList):
                 beside.setdefault(path, {})[path] = count
     holders, routers = set(), {path for path in modules if "router" in path}
-    for owner, own in beside.items():
-        lone = dict(_lone_matrices(owner, modules[owner], own))
-        for holder, count in own.items():
-            chosen = _called_so([path for path, rows in lone.items() if rows == count], owner)
+    for owner, counts in beside.items():
+        lone = dict(_lone_matrices(owner, modules[owner], counts))
+        for holder, count in counts.items():
+            chosen = _called_router([path for path, rows in lone.items() if rows == count], owner)
             if chosen:
                 holders.add(holder)
             routers |= {*chosen, *(path for path, rows in lone.items() if rows == 1)}
         if any(path.startswith(f"{owner}.".lstrip(".")) for path in modules if "router" in path):
-            holders |= own.keys()
+            holders |= counts.keys()
     return Experts(frozenset(holders), frozenset(routers))
 
 
 def stacks(module: nn.Module) -> dict[str, Tensor]:
-    """The three-dimensional parameters of a module itself; those of a convolution are none of experts."""
+    """The three-dimensional parameters of a module itself, except those of a convolution."""
     if isinstance(module, nn.Conv1d):
         return {}
     return {name: value for name, value in module.named_parameters(recurse=False) if value.dim() == 3}
@@ -73,27 +73,28 @@ def _count(module: nn.Module) -> int:
 
 
 def _lone_matrices(owner: str, module: nn.Module, holders: dict[str, int]) -> Iterator[tuple[str, int]]:
-    """The rows of what has one matrix and no more, of a module's parts that are no holders; by the matrix's module."""
+    """Path and rows of each matrix that is the only one in its child of `module`; holders are left out."""
     for name, child in module.named_children():
         path = f"{owner}.{name}".lstrip(".")
         if path in holders:
             continue
-        matrices = [(inner, own) for inner, own in child.named_modules() if _rows(own)]
+        matrices = [(inner, _rows(part)) for inner, part in child.named_modules() if _rows(part)]
         if len(matrices) == 1:
-            inner, own = matrices[0]
-            yield f"{path}.{inner}".rstrip("."), _rows(own)
+            inner, rows = matrices[0]
+            yield f"{path}.{inner}".rstrip("."), rows
 
 
 def _rows(module: nn.Module) -> int:
-    """Outputs of the first matrix that a module itself has, 0 where it has none."""
+    """Outputs of the first matrix of a module itself, 0 if it has none."""
     matrix = next((value for value in module.parameters(recurse=False) if value.dim() == 2), None)
     if matrix is None:
         return 0
     return matrix.shape[1 if isinstance(module, Conv1D) else 0]
 
 
-def _called_so(paths: list[str], owner: str) -> list[str]:
+def _called_router(paths: list[str], owner: str) -> list[str]:
+    """The paths with a name of a router in them, or all paths if none has."""
     for word in ROUTER_NAMES:
-        if found := [path for path in paths if word in path[len(owner) :]]:
-            return found
+        if matches := [path for path in paths if word in path[len(owner) :]]:
+            return matches
     return paths

@@ -1,4 +1,4 @@
-"""Linears that play the same part in every block: their common name, and how short it can be."""
+"""The common name of the linears that have the same place in every block, and its shortest unambiguous form."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 
 def kind(name: str, block: str) -> str:
-    """Path of a linear inside its block; experts share one, their number replaced by a star."""
+    """Path of a linear inside its block, with the number of an expert replaced by a star."""
     return ".".join("*" if step.isdigit() else step for step in name.removeprefix(f"{block}.").split("."))
 
 
 def shortened(kinds: Sequence[str]) -> list[str]:
-    """For each of several paths the shortest ending that no other has: `q_proj`; `attn.c_proj` beside `mlp.c_proj`."""
+    """The shortest ending of each path that no other path has: `q_proj`; `attn.c_proj` beside `mlp.c_proj`."""
     endings: dict[str, set[str]] = defaultdict(set)
     for path in kinds:
         steps = path.split(".")

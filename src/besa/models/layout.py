@@ -1,7 +1,7 @@
-"""Which tensors of a checkpoint's files are which of the model, and how a block goes back to its files.
+"""The mapping between the tensors of a checkpoint's files and those of the model, in both directions.
 
-Names and layouts of the files may differ from those of the modules, for experts above all. transformers' own
-conversion leads from one to the other, and back.
+Names and layouts in the files may differ from those of the modules, mostly for experts. transformers' own conversion
+turns one into the other, and back.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from besa.models.blocks import Block
 from besa.models.loading import model_explained, quiet
 from besa.storage.weights import FLOATS, WeightFiles
 
-# Layers that predict further tokens stand behind the blocks, and transformers does not build them.
+# Layers that predict further tokens come after the blocks, and transformers does not build them.
 FURTHER = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
 
 
@@ -42,18 +42,18 @@ class Layout:
     Attributes:
         of_block: names in the files by name of the block.
         embeddings: names of what the inner model has outside its blocks: embeddings, the final norm.
-        head: names of what the model has besides the inner model.
-        unbuilt: names of what the model has no place for, as transformers does not build it: layers that predict
-            further tokens, vision towers, buffers of older releases.
+        head: names of the tensors outside the inner model.
+        unbuilt: names of tensors that transformers builds no module for: layers that predict further tokens, vision
+            towers, buffers of older releases.
 
     Args:
-        source: what the user calls the checkpoint.
+        source: name of the checkpoint, for error messages.
         files: of the checkpoint.
         model: on the meta device, buffers too.
         blocks: of the model.
 
     Raises:
-        BesaError: a weight is missing, of another shape, or in a format that besa does not compute in; or the files
+        BesaError: a weight is missing, has another shape, or has a dtype that besa does not compute in; or the files
             have more blocks than the configuration says.
     """
 
@@ -61,9 +61,9 @@ class Layout:
         self._source, self._files, self._model = source, files, model
         self._conversions = get_model_conversion_mapping(model)
         self._dtypes = files.dtypes()
-        self._places: dict[str, str] = {}  # of tensors that are one tensor of the model too, by name in the files
-        self._names: dict[str, str] = {}  # the other way round
-        self._merged: set[str] = set()  # tensors that the model has as parts of others
+        self._places: dict[str, str] = {}  # names in the model by name in the files, of tensors that are not merged
+        self._names: dict[str, str] = {}  # the inverse
+        self._merged: set[str] = set()  # names in the files of tensors that are parts of others in the model
         self.of_block: dict[str, list[str]] = {block.name: [] for block in blocks}
         self.embeddings: list[str] = []
         self.head: list[str] = []
@@ -74,7 +74,7 @@ class Layout:
         self._check()
 
     def _sort(self, blocks: list[Block]) -> None:
-        """Find the place of every stored tensor."""
+        """Find the part of the model that every stored tensor belongs to."""
         state, renamed = self._model.state_dict(), renaming(self._model, self._conversions)
         inner = {id(parameter) for parameter in self._model.base_model.parameters()}
         head = {name for name, parameter in self._model.named_parameters() if id(parameter) not in inner}
@@ -105,10 +105,10 @@ class Layout:
             )
 
     def _check(self) -> None:
-        """Find out from the headers alone whether a weight is missing, or is none that besa could compute with."""
-        state, filled = self._model.state_dict(), {*self._places.values()}
+        """Check from the headers alone that no weight is missing, and that besa can compute with every weight."""
+        state, stored_whole = self._model.state_dict(), {*self._places.values()}
         renamed = renaming(self._model, self._conversions)
-        merged: Counter[str] = Counter()  # numbers that are there of each weight that is merged of several
+        merged: Counter[str] = Counter()  # number of stored elements of each weight that is merged from several tensors
         for stored, shape in self._files.shapes():
             if stored in self._merged:
                 merged[renamed(stored)[0]] += math.prod(shape)
@@ -116,27 +116,27 @@ class Layout:
                 refuse_shape(self._source, self._places[stored], shape, state[self._places[stored]].shape)
         for stored in [*self._places, *self._merged]:
             place = state.get(self._places.get(stored, ""))
-            dtype = self._dtypes.get(stored, "F32")  # what lies packed in the files has a check of its own
+            dtype = self._dtypes.get(stored, "F32")  # packed tensors are checked elsewhere
             if dtype not in FLOATS and (place is None or place.is_floating_point()):
                 raise BesaError(
                     f"{self._source} stores {stored} as {dtype}, which besa does not compute in: take the checkpoint "
                     "in bfloat16, float16 or float32."
                 )
-        together: dict[str, set[str]] = {}  # tied weights: either name will do, as for transformers
+        tied: dict[str, set[str]] = {}  # of tied weights, the files need one name only, as for transformers
         for target, origin in self._model.all_tied_weights_keys.items():
-            together.setdefault(origin, {origin}).add(target)
+            tied.setdefault(origin, {origin}).add(target)
         for name in self._parameters:
             if 0 < merged[name] < state[name].numel():
                 raise BesaError(f"{self._source} lacks a part of the weight {name}: the checkpoint is incomplete.")
-            alike = next((names for names in together.values() if name in names), {name})
-            if not alike & (filled | merged.keys()):
+            equivalent = next((names for names in tied.values() if name in names), {name})
+            if not equivalent & (stored_whole | merged.keys()):
                 raise BesaError(f"{self._source} lacks the weight {name}: the checkpoint is incomplete.")
 
     def check_way_back(self) -> None:
-        """Find out whether what blocks merge can be taken apart again, as the files have it.
+        """Check that tensors which the model merges can be separated again for the files.
 
         Raises:
-            BesaError: it cannot, so that the model could be pruned, but not written.
+            BesaError: they cannot, so that the model could be pruned but not written.
         """
         for block in self._blocks:
             merged = self._merged.intersection(self.of_block[block.name])
@@ -149,20 +149,20 @@ class Layout:
                 )
 
     def name_in_files(self, name: str) -> str:
-        """What the files call a plain linear of the model."""
+        """The name in the files of a plain linear of the model."""
         return self._names.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight")
 
     @property
     def unbuilt_bytes(self) -> int:
-        """Of the tensors that the model has no place for."""
+        """Size of the tensors that the model has no module for."""
         return sum(tensor.nbytes for _, tensor in self._files.mapped(self.unbuilt))
 
     def read(self, model: PreTrainedModel, names: list[str]) -> None:
-        """Fill modules from the files.
+        """Load tensors from the files into a model.
 
         Args:
-            model: of the same modules as the layout's.
-            names: in the files.
+            model: with the same modules as the layout's model.
+            names: of the tensors in the files.
 
         Raises:
             BesaError: a tensor is damaged, not finite, or too large for the dtype of the model.
@@ -174,7 +174,7 @@ class Layout:
         self.load_tensors(model, tensors)
 
     def _tensors(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-        """Tensors of the files; buffers may hold infinity, as bounds do, and weights may not."""
+        """Tensors of the files. Buffers may hold infinity, as bounds do, but weights may not."""
         yield from self._files.read([name for name in names if self._is_weight(name)])
         yield from self._files.mapped([name for name in names if not self._is_weight(name)])
 
@@ -183,39 +183,39 @@ class Layout:
         return stored in self._merged or self._places[stored] in self._parameters
 
     def load_tensors(self, model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
-        """Load tensors under their names in the files into the parameters of a model of the same modules."""
+        """Load tensors, by their names in the files, into a model with the same modules."""
         load_tensors(model, tensors, self._conversions, self._source)
 
     def stored(self, block: Block, rounded: bool) -> dict[str, Tensor]:
-        """The tensors of an open block, named and laid out as in the files, on the CPU.
+        """The tensors of an open block on the CPU, with the names and layout of the files.
 
         Args:
-            block: whose weights are there, pruned or not.
-            rounded: write parameters in the dtype of the model. Else every tensor keeps the dtype it has in the files,
+            block: with its weights, pruned or not.
+            rounded: convert parameters to the dtype of the model. Otherwise every tensor keeps its dtype in the files,
                 and every number that did not change keeps its bits.
         """
         state = _state(block, torch.device("cpu"))
         names = self.of_block[block.name]
         merged = self._reverted(state) if self._merged.intersection(names) else {}
-        found: dict[str, Tensor] = {}
-        other: list[str] = []  # those stored in another dtype
+        tensors: dict[str, Tensor] = {}
+        other: list[str] = []  # names of tensors that have another dtype in the files
         for stored in names:
             place = self._places.get(stored)
-            found[stored] = merged[stored] if place is None else state[place]
-            as_asked = rounded and self._is_weight(stored)
-            if not as_asked and FLOATS.get(self._dtypes[stored]) not in (None, found[stored].dtype):
+            tensors[stored] = merged[stored] if place is None else state[place]
+            converted = rounded and self._is_weight(stored)
+            if not converted and FLOATS.get(self._dtypes[stored]) not in (None, tensors[stored].dtype):
                 other.append(stored)
         for stored, old in self._files.read(other):
-            found[stored] = _in_dtype_of(old, found[stored])
-        return found
+            tensors[stored] = _in_dtype_of(old, tensors[stored])
+        return tensors
 
     def tensors_outside_blocks(self, rounded: bool) -> Iterator[tuple[str, Tensor]]:
-        """The stored tensors that belong to no block, one by one, to the bit unless `rounded` says otherwise.
+        """The stored tensors that belong to no block, one by one, bit-equal unless they are `rounded`.
 
         Args:
-            rounded: as for `stored`; what the model has no place for is never rounded.
+            rounded: as for `stored`; tensors that the model has no module for are never rounded.
         """
-        plan = list(self._model._get_dtype_plan(self._model.dtype))  # stay in float32 whatever the model's dtype
+        plan = list(self._model._get_dtype_plan(self._model.dtype))  # these stay in float32 whatever the model's dtype
         exact = build_glob_alternation(plan)[0] if plan else None
         for name, tensor in self._tensors([*self.embeddings, *self.head]):
             cast = rounded and self._is_weight(name) and not (exact and exact.search(self._places.get(name, "")))
@@ -223,21 +223,21 @@ class Layout:
         yield from self._files.mapped(self.unbuilt)
 
     def _reverted(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A block's tensors as the files have them, where these are merged in the model."""
+        """The tensors of a block as in the files, for tensors that are merged in the model."""
         self._model._weight_conversions = [entry for entry in self._conversions if entry.was_used()]
         tensors: dict[str, Tensor] = revert_weight_conversion(self._model, state)
         return tensors
 
 
 def renaming(model: PreTrainedModel, conversions: list[WeightTransform]) -> Callable[[str], tuple[str, bool]]:
-    """A function from a name in the files to that in the model, and whether the tensor is merged with others there."""
+    """A function from a name in the files to the name in the model, and whether the tensor is merged with others."""
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     state = model.state_dict()
 
     def renamed(stored: str) -> tuple[str, bool]:
         name, pattern = rename_source_key(stored, renamings, converters, model.base_model_prefix, state)
-        if name not in state and stored in state:  # a renaming was too eager, as transformers knows
+        if name not in state and stored in state:  # a pattern matched too much; transformers undoes it too
             name, pattern = rename_source_key(stored, [], [], model.base_model_prefix, state)
         return name, pattern is not None
 
@@ -247,28 +247,28 @@ def renaming(model: PreTrainedModel, conversions: list[WeightTransform]) -> Call
 def load_tensors(
     model: PreTrainedModel, tensors: Mapping[str, Tensor], conversions: list[WeightTransform], source: str
 ) -> None:
-    """Load tensors under their names in the files into the model's parameters, in the dtype of the model."""
+    """Load tensors, by their names in the files, into the model's parameters, in the dtype of the model."""
     config = LoadStateDictConfig(
         dtype=model.dtype, dtype_plan=model._get_dtype_plan(model.dtype), weight_mapping=conversions
     )
     with quiet(), model_explained(source):
         info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), config)
-    for name, found, expected in info.mismatched_keys:
-        refuse_shape(source, name, found, expected)
+    for name, stored, expected in info.mismatched_keys:
+        refuse_shape(source, name, stored, expected)
     for name, reason in info.conversion_errors.items():
         raise BesaError(f"{source}: the weight {name} cannot be read: {' '.join(reason.split())[:200]}.")
     model.requires_grad_(False)
 
 
 def tie(model: PreTrainedModel) -> None:
-    """Share tied weights, whichever of their names was in the files; where both were, and differ, they stay apart."""
+    """Share tied weights, whichever of their names is in the files. Two different stored tensors stay separate."""
     absent = {name for name, weight in model.named_parameters(remove_duplicate=False) if weight.is_meta}
     with quiet():
         model.tie_weights(missing_keys=absent, recompute_mapping=False)
 
 
 def in_files(model: PreTrainedModel, block: Block) -> dict[str, Tensor]:
-    """The tensors of a block of a model in memory, named and laid out as transformers would save them."""
+    """The tensors of a block of a model in memory, with the names and layout in which transformers would save them."""
     tensors: dict[str, Tensor] = revert_weight_conversion(model, _state(block))
     return tensors
 
@@ -281,27 +281,27 @@ def in_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """
     rounded = tensor.to(dtype)
     if not bool(rounded.isfinite().all()):
-        called = str(dtype).removeprefix("torch.")
-        raise BesaError(f"{name} holds numbers too large for {called}: choose bfloat16 or float32.")
+        dtype_name = str(dtype).removeprefix("torch.")
+        raise BesaError(f"{name} holds numbers too large for {dtype_name}: choose bfloat16 or float32.")
     return rounded
 
 
-def refuse_shape(source: str, name: str, found: Iterable[int], expected: Iterable[int]) -> NoReturn:
-    """Say that a weight does not fit its configuration.
+def refuse_shape(source: str, name: str, stored: Iterable[int], expected: Iterable[int]) -> NoReturn:
+    """Refuse a weight whose stored shape is not the one that the configuration gives.
 
     Raises:
         BesaError: always.
     """
     raise BesaError(
-        f"{source}: the weight {name} is {tuple(found)}, its config.json says {tuple(expected)}: "
+        f"{source}: the weight {name} is {tuple(stored)}, its config.json says {tuple(expected)}: "
         "it is damaged, or belongs to another checkpoint."
     )
 
 
 def _in_dtype_of(old: Tensor, new: Tensor) -> Tensor:
-    """The tensor `new` in the dtype of `old`, with the bits of `old` where it is the same number.
+    """The tensor `new` in the dtype of `old`, with the bits of `old` where the number is the same.
 
-    Where a number that moved is too small or too large for that dtype, the tensor stays in its own.
+    If a changed number is too small or too large for that dtype, the tensor keeps its own dtype.
     """
     rounded = new.to(old.dtype)
     if bool(((rounded == 0) != (new == 0)).any()) or not bool(rounded.isfinite().all()):

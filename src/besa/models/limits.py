@@ -1,4 +1,4 @@
-"""What the tables of a model limit: how many tokens a sequence may have, and how many tokens are known."""
+"""Limits of a model: how many tokens a sequence may have, and how many token ids exist."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from besa.errors import BesaError, Notice
 from besa.models.loading import Source, read_config, skeleton
 
-USUAL = 2048  # tokens of a sequence or window unless asked otherwise: what the papers use
-OFFSETS = range(3)  # rows that a table of positions may have besides one for each; OPT has two
+USUAL = 2048  # default tokens of a sequence or window, as in the papers
+OFFSETS = range(3)  # rows that a table of positions may have beyond one for each position; OPT has two
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Positions:
     """How many positions a model has.
 
     Attributes:
-        most: tokens of the longest sequence it is made for, None where its configuration says nothing.
-        fixed: whether there is nothing for more, as with learned positions; else they can be computed (rotary).
+        most: tokens of the longest sequence that the model is made for, None if its configuration does not say.
+        fixed: whether longer sequences are impossible, as with learned positions. Rotary positions can be computed.
     """
 
     most: int | None
@@ -30,18 +30,18 @@ class Positions:
 
     @property
     def usual(self) -> int:
-        """Tokens of a sequence unless asked otherwise."""
+        """Default tokens of a sequence."""
         return min(USUAL, self.most or USUAL)
 
     def checked(self, length: int, option: str) -> list[str]:
-        """Hold a length that was asked for against the positions.
+        """Check a length against the positions.
 
         Args:
             length: tokens of a sequence.
-            option: what it was given by.
+            option: that set the length, for the messages.
 
         Returns:
-            A sentence on what a user should know, which is also a `Notice`; or nothing.
+            A note for the user, which is also given as a `Notice`; or no note.
 
         Raises:
             BesaError: the model cannot take so many tokens.
@@ -56,7 +56,7 @@ class Positions:
 
 
 def positions(model: PreTrainedModel) -> Positions:
-    """How many positions a model has, from its modules and configuration; a skeleton will do."""
+    """How many positions a model has, from its modules and configuration. A skeleton is enough."""
     config = model.config.get_text_config()
     stated = getattr(config, "max_position_embeddings", None)
     if not isinstance(stated, int) or stated < 1:
@@ -68,11 +68,11 @@ def positions(model: PreTrainedModel) -> Positions:
 
 
 def _tables(model: PreTrainedModel, stated: int) -> Iterator[int]:
-    """How many positions each table has that is read at the place of a token: embeddings, and sinusoids of old kind."""
+    """The number of positions in each table of them: learned embeddings, and sinusoids in a buffer."""
     tokens = model.get_input_embeddings()
     for module in model.modules():
         if isinstance(module, nn.Embedding) and module is not tokens and module.num_embeddings - stated in OFFSETS:
-            # Positions begin behind the one that padding has (RoBERTa).
+            # Positions begin after the row of the padding token (RoBERTa).
             yield module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
     for buffer in model.buffers():
         if buffer.is_floating_point() and buffer.dim() == 2 and buffer.shape[0] == stated:
@@ -80,7 +80,7 @@ def _tables(model: PreTrainedModel, stated: int) -> Iterator[int]:
 
 
 def usual_length(source: Source) -> int:
-    """Tokens of a sequence or window for a model unless asked otherwise: 2048, or as many as it has positions.
+    """Default tokens of a sequence or window for a model: 2048, or as many as the model has positions.
 
     Raises:
         BesaError: its configuration cannot be read.
@@ -89,6 +89,6 @@ def usual_length(source: Source) -> int:
 
 
 def embedding_rows(model: PreTrainedModel) -> int:
-    """How many token ids the model knows."""
+    """The number of token ids that the model has an embedding for."""
     rows: int = model.get_input_embeddings().weight.shape[0]
     return rows

@@ -1,4 +1,4 @@
-"""Opening a model by whatever names it: a Hugging Face id, a local folder, a .gguf file, or the embedded one."""
+"""Opening a model by its name: a Hugging Face id, a local folder, a .gguf file, or the embedded model."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ class Source:
     """Where a model's files are, and how they are opened.
 
     Attributes:
-        name: what the user called it.
+        name: as the user wrote it.
         location: folder, or Hugging Face id.
-        gguf: name of the .gguf file in the folder, if it is one.
+        gguf: name of the .gguf file in the folder, None for safetensors.
         trust_remote_code: run model code that comes with the checkpoint.
         revision: branch, tag or commit of a Hugging Face id, None for its default branch.
     """
@@ -63,10 +63,10 @@ class Source:
         return Path(self.location) if Path(self.location).is_dir() else None
 
     def local(self) -> Source:
-        """The same with its files in a folder: those of a Hugging Face id are fetched, or found in its cache.
+        """The same source with its files in a folder: the files of a Hugging Face id are downloaded to the cache.
 
         Raises:
-            BesaError: they cannot be had.
+            BesaError: the files cannot be downloaded and are not in the cache.
         """
         if self.folder is not None:
             return self
@@ -93,7 +93,7 @@ def locate(model: str | Path, progress: Progress = silent, *, trust_remote_code:
         trust_remote_code: run model code that comes with the checkpoint, whenever this source is opened.
 
     Raises:
-        BesaError: neither a model folder nor a .gguf file nor a name, or the embedded model cannot be had.
+        BesaError: it is no model folder, .gguf file or name, or the embedded model cannot be fetched.
     """
     if not isinstance(model, str | Path):
         raise BesaError(
@@ -130,7 +130,7 @@ def load_model(source: Source, dtype: str = "auto") -> PreTrainedModel:
         BesaError: the model cannot be read, or its code is not trusted.
     """
     if source.folder and not source.gguf:
-        WeightFiles(source.folder)  # its complaints are clearer
+        WeightFiles(source.folder)  # its error messages are clearer than those of transformers
     config = None if source.gguf else read_config(source)
     with quiet(), model_explained(source.name), _without_bar(source):
         model = _loader(config).from_pretrained(
@@ -143,7 +143,7 @@ def load_model(source: Source, dtype: str = "auto") -> PreTrainedModel:
         model.hf_quantizer.remove_quantization_config(model)  # the weights are plain floats from here on
     elif compressor := getattr(getattr(model, "hf_quantizer", None), "compressor", None):
         with quiet():
-            compressor.decompress_model(model)  # now: packed linears have no weight before their first forward pass
+            compressor.decompress_model(model)  # else packed linears have no weight before their first forward pass
     return model.eval().requires_grad_(False)
 
 
@@ -151,7 +151,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to the model.
 
     Raises:
-        BesaError: there is none, or it cannot be read.
+        BesaError: the model has none, or it cannot be read.
     """
     with quiet(), model_explained(source.name):
         return AutoTokenizer.from_pretrained(**source.arguments)
@@ -161,28 +161,28 @@ def read_config(source: Source) -> PreTrainedConfig:
     """The model's configuration.
 
     Raises:
-        BesaError: it cannot be read, is of no causal decoder, or has its weights in a file of another name.
+        BesaError: it cannot be read, is of no causal decoder, or names a weight file that besa does not read.
     """
     with quiet(), model_explained(source.name):
         config = AutoConfig.from_pretrained(**source.arguments)
     check_decoder(source.name, config)
     if named := getattr(config, "transformers_weights", None):
         raise BesaError(
-            f"The config.json of {source.name} says that the weights are in {named} (transformers_weights): rename "
-            f"that file to {STEM}.safetensors, and take the key out."
+            f"The config.json of {source.name} names {named} as the weight file (transformers_weights): rename that "
+            f"file to {STEM}.safetensors, and remove the key."
         )
     return config
 
 
 def check_decoder(name: str, config: PreTrainedConfig) -> None:
-    """Refuse what is no causal decoder.
+    """Refuse a model that is no causal decoder.
 
     Args:
-        name: what to call the model.
+        name: of the model, for the error message.
         config: of the model.
 
     Raises:
-        BesaError: it is an encoder-decoder, or has no attention.
+        BesaError: the model is an encoder-decoder, or has no attention.
     """
     kind = f"{name} is a {config.model_type} model"
     if config.is_encoder_decoder:
@@ -192,7 +192,7 @@ def check_decoder(name: str, config: PreTrainedConfig) -> None:
 
 
 def read_generation_config(source: Source, model: PreTrainedModel) -> GenerationConfig | None:
-    """The sampling settings that the checkpoint comes with, or what the model has by itself, if it has any.
+    """The sampling settings of the checkpoint, or else those of the model, None where there are none.
 
     Raises:
         BesaError: the file is damaged.
@@ -204,10 +204,10 @@ def read_generation_config(source: Source, model: PreTrainedModel) -> Generation
 
 
 def quantization_of(config: PreTrainedConfig) -> dict[str, Any]:
-    """What is said of the quantiser whose codes the weights are, packed or not; empty where they are none."""
-    said = [getattr(part, "quantization_config", None) for part in (config, config.get_text_config())]
-    said.append(getattr(config, "besa", {}).get("quantization_config"))
-    return next((own for own in said if own and isinstance(own, dict)), {})
+    """The settings of the quantiser that made the stored codes, packed or not; empty for weights without codes."""
+    settings = [getattr(part, "quantization_config", None) for part in (config, config.get_text_config())]
+    settings.append(getattr(config, "besa", {}).get("quantization_config"))
+    return next((each for each in settings if each and isinstance(each, dict)), {})
 
 
 def is_quantized(config: PreTrainedConfig) -> bool:
@@ -216,49 +216,49 @@ def is_quantized(config: PreTrainedConfig) -> bool:
 
 
 def refuse_quantized(source: Source, config: PreTrainedConfig) -> None:
-    """Refuse to prune codes.
+    """Refuse to prune quantised weights.
 
     Raises:
-        BesaError: the weights are codes of a quantiser.
+        BesaError: the weights are stored as codes of a quantiser.
     """
     if is_quantized(config):
         raise BesaError(f"{source.name} is quantised: prune the model it was made from.")
 
 
 def skeleton(source: Source, config: PreTrainedConfig) -> PreTrainedModel:
-    """The model's modules in the dtype of `config`, parameters on the meta device and buffers real, for evaluation.
+    """The model's modules in the dtype of `config` and in evaluation mode, with parameters on the meta device.
 
-    Mixtures of experts compute expert by expert, as plain matrix products that can be watched.
+    Buffers are real. Mixtures of experts compute expert by expert, as plain matrix products that besa can observe.
 
     Raises:
-        BesaError: no causal language model can be made of the configuration.
+        BesaError: transformers cannot build a causal language model from the configuration.
     """
     with quiet(), model_explained(source.name), init_empty_weights(include_buffers=False):
         model = _loader(config).from_config(
             config, dtype=config.dtype, trust_remote_code=source.trust_remote_code, experts_implementation="eager"
         )
-    model.tie_weights()  # undone as every parameter was replaced by one without memory
+    model.tie_weights()  # again: replacing the parameters by those without memory has untied them
     _keep_about(config, model)
     return model.eval().requires_grad_(False)
 
 
 def _loader(config: PreTrainedConfig | None) -> Any:
-    """The class of transformers that makes the model: that of causal language models, or else of those with images."""
+    """The class of transformers that builds the model: for causal language models, or else for those with images."""
     for loader in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
-        own = loader.__name__ in (getattr(config, "auto_map", None) or {})
-        if own or type(config) in loader._model_mapping:
+        has_code = loader.__name__ in (getattr(config, "auto_map", None) or {})
+        if has_code or type(config) in loader._model_mapping:
             return loader
-    return AutoModelForCausalLM  # whose complaint is the right one
+    return AutoModelForCausalLM  # its error message is the right one
 
 
 def _keep_about(config: PreTrainedConfig | None, model: PreTrainedModel) -> None:
-    """Let a text decoder that was taken out of a wrapper know what besa wrote into the wrapper's configuration."""
+    """Copy besa's entry from the configuration of a wrapper to that of the text decoder inside."""
     if config is not None and hasattr(config, "besa"):
         model.config.besa = config.besa
 
 
 def describe(model: PreTrainedModel, source: Source | None = None) -> dict[str, Any]:
-    """Identity of a model for a run record; `source` is None for one that the caller loaded."""
+    """Identity of a model for a run record; `source` is None for a model that the caller loaded."""
     return {
         "source": source.name if source else model.name_or_path,
         "gguf": source.gguf if source else None,
@@ -298,7 +298,7 @@ def fingerprint(source: Source) -> str | None:
 
 @contextmanager
 def model_explained(name: str) -> Iterator[None]:
-    """Turn whatever a damaged, missing or foreign checkpoint makes transformers raise into one sentence."""
+    """Turn any exception of transformers about a damaged, missing or foreign checkpoint into one sentence."""
     try:
         yield
     except (KeyboardInterrupt, MemoryError, BesaError):
@@ -307,14 +307,12 @@ def model_explained(name: str) -> Iterator[None]:
         reason = " ".join(str(error).split()).rstrip(".")
         if "trust_remote_code" in reason:
             reason = "it needs model code of its own; pass --trust-remote-code if you trust it"
-        where = (
-            "" if Path(name).exists() or name == EMBEDDED else " (not a local folder, so taken as a Hugging Face id)"
-        )
+        where = "" if Path(name).exists() or name == EMBEDDED else " (no local folder, so used as a Hugging Face id)"
         raise BesaError(f"Model {name}{where} cannot be read: {reason[:300] or type(error).__name__}.") from error
 
 
 def _without_bar(source: Source) -> AbstractContextManager[object]:
-    """Silence for transformers' reader of .gguf files, whose progress bar heeds no setting."""
+    """Hide the progress bar of transformers' reader of .gguf files, which no setting turns off."""
     return redirect_stderr(io.StringIO()) if source.gguf else nullcontext()
 
 

@@ -1,4 +1,4 @@
-"""The prunable matrices of a decoder block: found by the kinds of its modules, all seen as (output, input) channels.
+"""The prunable matrices of a decoder block: found by module type, and all read as (output, input) channels.
 
 Shape suffixes: O rows (output channels), I columns (input channels), E experts.
 """
@@ -25,8 +25,8 @@ class Prunable:
         rows: O.
         columns: I.
         transposed: the parameter is stored (I, O), as GPT-2's ``Conv1D`` does.
-        expert: which slice of a three-dimensional parameter it is, None for a parameter that is one matrix.
-        routed: whether only those tokens reach it that a router sends there.
+        expert: its index in a three-dimensional parameter, None for a parameter that is one matrix.
+        routed: whether it gets only the tokens that a router sends to it.
     """
 
     parameter: str
@@ -48,7 +48,7 @@ class Prunable:
 
 
 def everywhere(name: str) -> str:
-    """The pattern of a name that fits it in every block, and every expert."""
+    """The pattern that matches a name in every block and every expert."""
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
@@ -56,49 +56,52 @@ def find_prunables(block: nn.Module) -> dict[str, Prunable]:
     """The prunable matrices of a block by the path of their module within it, in module order.
 
     These are the weights of ``nn.Linear`` (Falcon's included) and GPT-2's ``Conv1D``, and each expert of a stack (E, O,
-    I). What chooses or weighs experts stays dense.
+    I). Routers and gates of experts stay dense.
     """
     experts = find_experts(block)
-    found: dict[str, Prunable] = {}
+    prunables: dict[str, Prunable] = {}
     for path, module in block.named_modules():
         routed = experts.hold(path)
         if not isinstance(module, nn.Linear | Conv1D):
-            found |= _stacked(path, module, routed)
+            prunables |= _stacked(path, module, routed)
         elif path not in experts.routers:
             transposed = isinstance(module, Conv1D)
             rows, columns = module.weight.shape[::-1] if transposed else module.weight.shape
-            found[path] = Prunable(f"{path}.weight", rows, columns, transposed, routed=routed)
-    return found
+            prunables[path] = Prunable(f"{path}.weight", rows, columns, transposed, routed=routed)
+    return prunables
 
 
 def _stacked(path: str, module: nn.Module, routed: bool) -> dict[str, Prunable]:
     """The experts of a module that keeps them as three-dimensional parameters."""
-    own = stacks(module)
-    transposed = _stored_transposed(module, list(own.values()))
-    found = {}
-    for name, value in own.items():
+    parameters = stacks(module)
+    transposed = _stored_transposed(module, list(parameters.values()))
+    prunables = {}
+    for name, value in parameters.items():
         rows, columns = value.shape[:0:-1] if transposed else value.shape[1:]
         for expert in range(value.shape[0]):
             parameter = f"{path}.{name}".lstrip(".")
-            found[f"{parameter}.{expert}"] = Prunable(parameter, rows, columns, transposed, expert, routed)
-    return found
+            prunables[f"{parameter}.{expert}"] = Prunable(parameter, rows, columns, transposed, expert, routed)
+    return prunables
 
 
-def _stored_transposed(module: nn.Module, own: list[Tensor]) -> bool:
+def _stored_transposed(module: nn.Module, parameters: list[Tensor]) -> bool:
     """Whether experts are stored (E, I, O).
 
-    transformers says so where it dispatches experts itself. Elsewhere the shapes tell: the output of the last stack is
-    as wide as the input of the first.
+    Modules whose experts transformers dispatches have an attribute for it. For others the shapes decide: the output of
+    the last stack is as wide as the input of the first.
     """
     if hasattr(module, "is_transposed"):
         return bool(module.is_transposed)
-    return len(own) > 1 and own[0].shape[2] != own[-1].shape[1] and own[0].shape[1] == own[-1].shape[2]
+    if len(parameters) < 2:
+        return False
+    first, last = parameters[0], parameters[-1]
+    return first.shape[2] != last.shape[1] and first.shape[1] == last.shape[2]
 
 
 def replaced(
     parameters: Mapping[str, Tensor], prunables: Mapping[str, Prunable], weights: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The parameters that change when some matrices are replaced, in the layout the block stores them in.
+    """The parameters that change if some matrices are replaced, in the layout of the block.
 
     Args:
         parameters: the block's own, by name.

@@ -1,4 +1,4 @@
-"""A decoder whose weights are there one block at a time: from a checkpoint on disk, or from a model in memory."""
+"""A decoder of which one block at a time has its weights: from a checkpoint on disk, or from a model in memory."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from besa.storage.formats.container import open_files
 
 
 class Decoder(Protocol):
-    """What the block loop needs of a model, wherever its weights are.
+    """A model as the block loop uses it, wherever its weights are.
 
     Attributes:
-        model: its modules.
+        model: the modules.
         blocks: of the model.
         folder: of the checkpoint that is read, None for a model in memory.
-        dtype: name of the dtype that was asked for in place of the checkpoint's, None where that stays.
-        unbuilt: names of stored tensors that the model has no place for; `tensors_outside_blocks` yields them.
-        unbuilt_bytes: what these take.
+        dtype: name of the dtype that replaces the checkpoint's, None where the checkpoint's stays.
+        unbuilt: names of stored tensors that the model has no module for; `tensors_outside_blocks` yields them too.
+        unbuilt_bytes: size of these tensors.
     """
 
     model: PreTrainedModel
@@ -40,32 +40,32 @@ class Decoder(Protocol):
     unbuilt_bytes: int
 
     def embeddings(self) -> AbstractContextManager[None]:
-        """While open, what the inner model has outside its blocks has its weights."""
+        """While open, the inner model has its weights outside the blocks: embeddings and final norm, but no head."""
 
     def outside_blocks(self) -> AbstractContextManager[None]:
-        """While open, all that comes before the first block and after the last has its weights, the head too."""
+        """While open, the whole model has its weights outside the blocks, the head too."""
 
     def opened(self, block: Block, device: torch.device) -> AbstractContextManager[None]:
         """While open, the block has its weights on `device`."""
 
     def prefetch(self, block: Block) -> None:
-        """Get ready for opening the block soon."""
+        """Start reading the block, which will be opened soon."""
 
     def stored(self, block: Block) -> dict[str, Tensor]:
-        """The tensors of an open block, named and laid out as in the checkpoint's files."""
+        """The tensors of an open block, with the names and layout of the checkpoint's files."""
 
     def name_in_files(self, name: str) -> str:
-        """What the checkpoint's files call the linear that the model calls `name`."""
+        """The name in the checkpoint's files of the linear that the model calls `name`."""
 
     def load_tensors(self, block: Block, tensors: Mapping[str, Tensor]) -> None:
-        """Give an open block tensors that `stored` took from it."""
+        """Load into an open block tensors that `stored` returned for it."""
 
     def tensors_outside_blocks(self) -> Iterator[tuple[str, Tensor]]:
-        """The tensors that belong to no block, one by one, named as in the checkpoint's files."""
+        """The tensors that belong to no block, one by one, with their names in the checkpoint's files."""
 
 
 class DecoderInMemory:
-    """A model that is loaded whole; what is done to its blocks stays."""
+    """A model that is loaded whole; changes to its blocks stay."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -77,7 +77,7 @@ class DecoderInMemory:
 
     @contextmanager
     def embeddings(self) -> Iterator[None]:
-        """Nothing to do: they are there."""
+        """Nothing to do: the embeddings are in memory."""
         yield
 
     def outside_blocks(self) -> AbstractContextManager[None]:
@@ -99,7 +99,7 @@ class DecoderInMemory:
                 self.model.set_experts_implementation(experts)
 
     def prefetch(self, block: Block) -> None:
-        """Nothing to do: it is there."""
+        """Nothing to do: the block is in memory."""
 
     def stored(self, block: Block) -> dict[str, Tensor]:
         """See `Decoder`."""
@@ -116,7 +116,7 @@ class DecoderInMemory:
         block.module.to(device)
 
     def tensors_outside_blocks(self) -> Iterator[tuple[str, Tensor]]:
-        """See `Decoder`; of tied tensors comes the one that loading expects."""
+        """See `Decoder`; of tied tensors, only the one that loading expects."""
         inside = tuple(f"{block.name}." for block in self.blocks)
         state = remove_tied_weights_from_state_dict(dict(self.model.state_dict()), self.model)
         outside = {name: tensor for name, tensor in state.items() if not name.startswith(inside)}
@@ -126,15 +126,15 @@ class DecoderInMemory:
 class DecoderOnDisk:
     """A folder of safetensors, of which the embeddings or one block at a time are in memory.
 
-    The modules stand on the meta device, their buffers (rotary frequencies, masks) are real. transformers' own
-    conversion turns names and layouts of the files into those of the modules, and back.
+    Parameters are on the meta device until they are read. Buffers (rotary frequencies, masks) are real. transformers'
+    own conversion turns the names and layouts of the files into those of the modules, and back.
 
     Args:
         source: a local folder.
         dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
 
     Raises:
-        BesaError: configuration or weight files are damaged, or of no decoder that besa can prune.
+        BesaError: the configuration or the weight files are damaged, or are of no decoder that besa can prune.
     """
 
     def __init__(self, source: Source, dtype: str = "auto") -> None:
@@ -145,7 +145,7 @@ class DecoderOnDisk:
         config = read_config(source)
         refuse_quantized(source, config)
         config.dtype = getattr(torch, dtype) if self.dtype else config.dtype or self._files.dtype()
-        with torch.device("meta"):  # wrong sizes are found out before anything of that size is made
+        with torch.device("meta"):  # sizes are checked before anything of that size is allocated
             empty = skeleton(source, config)
         self._layout = Layout(source.name, self._files, empty, find_blocks(empty))
         self.model = skeleton(source, config)
@@ -155,31 +155,31 @@ class DecoderOnDisk:
 
     @contextmanager
     def embeddings(self) -> Iterator[None]:
-        """Read what the inner model has outside its blocks, and forget it afterwards."""
+        """Read the embeddings and the final norm, and free them afterwards."""
         with self._read_outside_blocks(self._layout.embeddings):
             yield
 
     @contextmanager
     def outside_blocks(self) -> Iterator[None]:
-        """Read what the model has outside its blocks, and forget it afterwards."""
+        """Read everything outside the blocks, and free it afterwards."""
         with self._read_outside_blocks([*self._layout.embeddings, *self._layout.head]):
             yield
 
     @contextmanager
     def _read_outside_blocks(self, names: list[str]) -> Iterator[None]:
-        within = {module for block in self.blocks for module in block.module.modules()}
+        inside = {module for block in self.blocks for module in block.module.modules()}
         try:
             self._layout.read(self.model, names)
             tie(self.model)
             yield
         finally:
             for module in self.model.modules():
-                if module not in within:
-                    _forget(module)
+                if module not in inside:
+                    _free(module)
 
     @contextmanager
     def opened(self, block: Block, device: torch.device) -> Iterator[None]:
-        """Read the block, and forget it afterwards."""
+        """Read the block, and free it afterwards."""
         modules = list(block.module.modules())
         try:
             self._layout.read(self.model, self._layout.of_block[block.name])
@@ -187,14 +187,14 @@ class DecoderOnDisk:
             yield
         finally:
             for module in modules:
-                _forget(module)
+                _free(module)
 
     def prefetch(self, block: Block) -> None:
-        """See `Decoder`: the block is read while another is computed."""
+        """See `Decoder`: the block is read while another one is computed."""
         self._files.prefetch(self._layout.of_block[block.name])
 
     def check_writable(self) -> None:
-        """Find out before the work whether blocks can be written as the files have them.
+        """Check before the work that blocks can be written in the layout of the files.
 
         Raises:
             BesaError: they cannot.
@@ -202,7 +202,7 @@ class DecoderOnDisk:
         self._layout.check_way_back()
 
     def stored(self, block: Block) -> dict[str, Tensor]:
-        """See `Decoder`; unless another dtype was asked for, numbers that did not change keep dtype and bits."""
+        """See `Decoder`; without another `dtype`, numbers that did not change keep their dtype and bits."""
         return self._layout.stored(block, rounded=self.dtype is not None)
 
     def name_in_files(self, name: str) -> str:
@@ -216,11 +216,11 @@ class DecoderOnDisk:
         block.module.to(device)
 
     def tensors_outside_blocks(self) -> Iterator[tuple[str, Tensor]]:
-        """See `Decoder`; also what the model has no place for."""
+        """See `Decoder`; also the tensors that the model has no module for."""
         yield from self._layout.tensors_outside_blocks(rounded=self.dtype is not None)
 
 
-def _forget(module: nn.Module) -> None:
-    """Parameters of the module itself back to the meta device; buffers stay."""
+def _free(module: nn.Module) -> None:
+    """Move the module's own parameters back to the meta device; buffers stay."""
     for name, parameter in module.named_parameters(recurse=False):
         setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))

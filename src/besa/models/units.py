@@ -1,4 +1,4 @@
-"""What is pruned at once: one block, two consecutive ones, or the attention of a block and then the rest of it.
+"""Units, which are pruned at once: one block, two consecutive blocks, or a block in two parts.
 
 Shape suffixes: N sequences, T tokens, C channels of the residual stream.
 """
@@ -24,14 +24,14 @@ Granularity = Literal["linear", "attn-mlp", "block", "two-blocks"]
 
 @dataclass(frozen=True)
 class Unit:
-    """Consecutive blocks as one function of hidden states, of which some matrices may be silent.
+    """Consecutive blocks as one function of hidden states, in which some matrices may be silent.
 
-    A silent matrix is taken for zero. With those of the MLP silent, a block puts out the residual stream after its
-    attention, wherever the family adds the two: one after the other, or both to the block's input.
+    A silent matrix counts as zero. If the matrices of the MLP are silent, the output is the residual stream after the
+    attention. This holds whether the family adds MLP and attention one after the other or both to the block's input.
 
     Attributes:
-        blocks: in the order they are run in.
-        silent: full names of matrices.
+        blocks: in the order in which they run.
+        silent: full names of the silent matrices.
     """
 
     blocks: tuple[Block, ...]
@@ -49,11 +49,11 @@ class Unit:
 
     @property
     def device(self) -> torch.device:
-        """Where it is computed."""
+        """The device of its weights."""
         return next(self.blocks[0].module.parameters()).device
 
     def weight(self, name: str) -> Tensor:
-        """The prunable matrix (O, I) of that name, as a view of what its block holds now."""
+        """The prunable matrix (O, I) of that name, as a view of the block's current weight."""
         return next(block for block in self.blocks if name in block.prunables).weight(name)
 
     def silencing(self, names: tuple[str, ...]) -> Unit:
@@ -65,12 +65,12 @@ class Unit:
         silent = {name: torch.zeros_like(self.weight(name)) for name in self.silent}
         given = {**(weights or {}), **silent}
         for block in self.blocks:
-            own = {name: given[name] for name in block.prunables if name in given}
-            x_NTC = block(x_NTC, own or None)
+            of_block = {name: given[name] for name in block.prunables if name in given}
+            x_NTC = block(x_NTC, of_block or None)
         return x_NTC
 
     def run(self, x_NTC: HiddenStates, batch: int, into: HiddenStates | None = None) -> None:
-        """Send all sequences through the blocks; arguments as of `Block.run`.
+        """Run the blocks on all sequences; arguments as of `Block.run`.
 
         Raises:
             BesaError: an output is NaN or infinite.
@@ -83,8 +83,8 @@ class Part:
     """Matrices of a unit that are pruned together.
 
     Attributes:
-        names: their full names.
-        silent: matrices that are silent where the effect is looked at.
+        names: full names of these matrices.
+        silent: full names of the matrices that are silent while the part is observed.
     """
 
     names: tuple[str, ...]
@@ -92,16 +92,16 @@ class Part:
 
 
 def units(blocks: Sequence[Block], granularity: Granularity) -> list[Unit]:
-    """The decoder, cut into what is pruned at once; the last of an odd number of blocks stands alone."""
+    """The units of a decoder. If a unit has two blocks and their number is odd, the last block is a unit by itself."""
     size = 2 if granularity == "two-blocks" else 1
     return [Unit(tuple(blocks[start : start + size])) for start in range(0, len(blocks), size)]
 
 
 def parts(unit: Unit, granularity: Granularity) -> list[Part]:
-    """The parts of a unit, in the order they are pruned in.
+    """The parts of a unit, in the order in which they are pruned.
 
     Raises:
-        BesaError: attention is asked for apart, and the block has no module of that name beside others.
+        BesaError: attention and MLP are separate parts, and the block's module names do not tell them apart.
     """
     names = tuple(unit.prunables)
     if granularity != "attn-mlp":
@@ -112,13 +112,13 @@ def parts(unit: Unit, granularity: Granularity) -> list[Part]:
     rest = tuple(name for name in names if name not in attention)
     if not attention or not rest:
         raise BesaError(
-            f"{block.name} has no attention that could be told from its MLP by name: use allocation.granularity=block."
+            f"The module names of {block.name} do not separate attention and MLP: use allocation.granularity=block."
         )
     return [Part(attention, silent=rest), Part(rest)]
 
 
 def sharing(unit: Unit, granularity: Granularity) -> list[tuple[str, ...]]:
-    """Which matrices of a unit share a budget.
+    """The names of the matrices of a unit, grouped by the budget that they share.
 
     Raises:
         BesaError: as `parts`.

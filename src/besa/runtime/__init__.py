@@ -1,1 +1,1 @@
-"""Running models as they are packed: sparse linears, loading, generating text, measuring speed."""
+"""Running packed models without unpacking them: sparse linears, loading, generating text, measuring speed."""

@@ -1,4 +1,4 @@
-"""Text that a model makes of a prompt, handed on as it comes."""
+"""Generating text from a prompt, passed on word by word."""
 
 from __future__ import annotations
 
@@ -41,23 +41,23 @@ def generate(
 
     Args:
         model: whatever `besa.load` takes, or a loaded model.
-        prompt: the text to continue, as it is: no chat template is put around it.
-        max_new_tokens: at most; the model may end sooner, and does where it has no more positions.
-        temperature: of the softmax that tokens are drawn from; 0 takes the likeliest token each time.
-        seed: of the draws.
+        prompt: the text to continue, without a chat template.
+        max_new_tokens: at most; the model may end sooner, and ends when it has no more positions.
+        temperature: of the softmax that tokens are sampled from; 0 takes the likeliest token each time.
+        seed: of the sampling.
         tokenizer: needed with a loaded model; otherwise the model's own.
         device: as in `besa.load`.
         dtype: as in `besa.load`.
         trust_remote_code: as in `besa.load`.
-        tell: given the text word by word, as soon as each is whole.
+        tell: called with each word as soon as it is complete.
         progress: told about a download.
 
     Returns:
         The continuation, without the prompt.
 
     Raises:
-        BesaError: the model cannot be read, the prompt is empty or longer than the model's positions, a number is none
-            that it can be, or a loaded model came without its tokenizer.
+        BesaError: the model cannot be read, the prompt is empty or longer than the model's positions, a number is
+            invalid, or a loaded model came without its tokenizer.
     """
     check_seed(seed)
     if not 0 <= temperature < math.inf:
@@ -73,15 +73,13 @@ def generate(
     else:
         tokenizer = tokenizer_of_caller(tokenizer)
     if not isinstance(model, GenerationMixin):
-        raise BesaError(f"{type(model).__name__} has no way to generate text: its code is no GenerationMixin.")
+        raise BesaError(f"{type(model).__name__} cannot generate text, because its code is no GenerationMixin.")
     tokens_1T = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
     if tokens_1T.numel() == 0:
         raise BesaError("The prompt is empty: give at least one word to go on from.")
     room = (positions(model).most or sys.maxsize) - tokens_1T.shape[1]
     if room < 1:
-        raise BesaError(
-            f"The prompt has {tokens_1T.shape[1]:,} tokens, which is all the model has positions for: cut it."
-        )
+        raise BesaError(f"The prompt has {tokens_1T.shape[1]:,} tokens, so the model has no position left: shorten it.")
     sampling = (
         {"do_sample": True, "logits_processor": [_Tempered(temperature)]} if temperature else {"do_sample": False}
     )
@@ -92,14 +90,14 @@ def generate(
             attention_mask=torch.ones_like(tokens_1T),
             max_new_tokens=min(max_new_tokens, room),
             streamer=_Telling(tokenizer, tell) if tell else None,
-            temperature=None,  # not again, nor that of the checkpoint's sampling settings
+            temperature=None,  # `_Tempered` applies it; this also switches off that of the checkpoint
             **sampling,
         )
     return str(tokenizer.decode(made_1T[0, tokens_1T.shape[1] :], skip_special_tokens=True))
 
 
 class _Tempered(LogitsProcessor):  # type: ignore[misc]
-    """Logits over any temperature: as distances to the largest, in double precision, none of them overflows."""
+    """Logits divided by any temperature; differences to the largest in double precision do not overflow."""
 
     def __init__(self, temperature: float) -> None:
         self._temperature = temperature
@@ -110,13 +108,13 @@ class _Tempered(LogitsProcessor):  # type: ignore[misc]
 
 
 class _Telling(TextStreamer):  # type: ignore[misc]
-    """transformers' way of forming words of tokens, without its printing."""
+    """transformers' way of joining tokens to words, without its printing."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, tell: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._tell = tell
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Hand on what is whole."""
+        """Pass on a complete word."""
         if text:
             self._tell(text)

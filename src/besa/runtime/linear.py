@@ -1,4 +1,4 @@
-"""A linear layer that computes from the bitmask of its weight.
+"""A linear layer that computes with the bitmask of its weight.
 
 Shape suffixes: N tokens, O rows (output channels), I columns (input channels).
 """
@@ -18,10 +18,10 @@ from besa.storage.formats.container import MASK, OFFSETS, SCALE, VALUES, ZERO, t
 
 
 class SparseLinear(nn.Module):
-    """y = x Wᵀ + b with W as it is packed, for inference; its tensors are named as in the container.
+    """y = x Wᵀ + b with the packed W, for inference; its buffers are named as the tensors of the container.
 
     Args:
-        weight: W; its tensors may be memory-mapped, and are not copied. It is `bitmask` afterwards.
+        weight: W, kept as `bitmask`; its tensors may be memory-mapped and are not copied.
         bias: b (O,), or None.
     """
 
@@ -35,14 +35,14 @@ class SparseLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """W (O, I), made dense anew: for families that read a weight and do not call its linear, as Mamba's do."""
+        """W (O, I), unpacked at each access, for families that read a weight without calling its linear (Mamba)."""
         return self.bitmask.unpack()
 
     def forward(self, x: Tensor) -> Tensor:
         """Output (…, O) for inputs (…, I) of the dtype of the weight.
 
         Raises:
-            BesaError: gradients are asked for.
+            BesaError: `x` requires gradients.
         """
         if torch.is_grad_enabled() and x.requires_grad:
             raise BesaError("Packed linears compute no gradients: train the dense model, which `besa unpack` writes.")
@@ -50,26 +50,26 @@ class SparseLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
-        """As of nn.Linear, with what a weight takes."""
+        """As of nn.Linear, with the bits of a weight."""
         rows, columns = self.bitmask.shape
         return f"{columns}, {rows}, kind={self.bitmask.kind}, bits={8 * self.bitmask.nbytes / (rows * columns):.2f}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
-        """Move to another device; the layout is that of one dtype.
+        """Move to another device; the dtype cannot change.
 
         Raises:
-            BesaError: another dtype is asked for.
+            BesaError: the dtype would change.
         """
         if fn(torch.empty(0, dtype=self.bitmask.dtype)).dtype != self.bitmask.dtype:
             raise BesaError("Packed linears keep their dtype: ask for another one with besa.load(..., dtype=).")
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        own = dict(self.named_buffers(recurse=False))
+        buffers = dict(self.named_buffers(recurse=False))
         self.bitmask = replace(
             self.bitmask,
-            masks_BCR=own[MASK],
-            values=own[VALUES],
-            offsets=own[OFFSETS],
-            scales_OG=own.get(SCALE),
-            zeros_OG=own.get(ZERO),
+            masks_BCR=buffers[MASK],
+            values=buffers[VALUES],
+            offsets=buffers[OFFSETS],
+            scales_OG=buffers.get(SCALE),
+            zeros_OG=buffers.get(ZERO),
         )
         return self

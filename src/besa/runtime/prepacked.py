@@ -1,4 +1,4 @@
-"""The fastest dense linear that torch has on a CPU: weights laid out by oneDNN for itself, as torch.compile does it."""
+"""The fastest dense linear of torch on a CPU: weights in oneDNN's own layout, as torch.compile uses it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class PrepackedLinear(nn.Module):
 
 
 def prepacked(model: Model) -> Model | None:
-    """A second model with its linears in this form, which shares all else; None where there is no such form."""
+    """A second model with prepacked linears, which shares all other tensors; None if oneDNN has no layout for it."""
     if next(model.parameters()).is_cuda or not torch.backends.mkldnn.is_available():
         return None
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}

@@ -1,4 +1,4 @@
-"""Loading a model to run it: sparse where it is packed, as transformers does it where not."""
+"""Loading a model to run it: packed linears stay sparse, any other model is loaded by transformers."""
 
 from __future__ import annotations
 
@@ -36,23 +36,23 @@ def load(
     verify: bool = False,
     progress: Progress = silent,
 ) -> PreTrainedModel:
-    """A model to evaluate or to generate text with.
+    """Load a model for evaluation or text generation.
 
-    Of a packed checkpoint, linears stay packed: on the CPU their weights stay in the file, mapped into memory, and no
-    weight is ever dense as a whole. Any other model is an ordinary one of transformers.
+    The linears of a packed checkpoint stay packed. On the CPU their weights stay in the file, mapped into memory, and
+    no weight is ever dense as a whole. Any other model becomes an ordinary model of transformers.
 
     Args:
         model: Hugging Face id, local folder (packed or not), .gguf file, or ``smollm2`` (embedded).
         device: ``cpu`` or ``cuda``.
-        dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``; in another dtype than their own,
-            packed weights are converted, one at a time, and no longer in the file.
+        dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``; to change their dtype,
+            packed weights are converted one at a time, and are then in memory instead of the file.
         trust_remote_code: run model code that comes with the checkpoint.
-        verify: compare the files with the digests that besa wrote beside them, before any is read.
-        progress: told about a download, and of files that are verified.
+        verify: first compare the files with the digests in besa's record.
+        progress: told about a download, and about files that are verified.
 
     Raises:
-        BesaError: the model cannot be read, is incomplete, is not what was written (`verify`) or holds NaN or infinity;
-            or there is no such device.
+        BesaError: the model cannot be read, is incomplete, has changed since it was written (`verify`) or holds NaN or
+            infinity; or there is no such device.
     """
     device = resolve_device(device)
     source = locate(model, progress, trust_remote_code=trust_remote_code).local()
@@ -62,7 +62,7 @@ def load(
 
 
 def load_source(source: Source, device: torch.device, dtype: str) -> PreTrainedModel:
-    """The same of a model that was located; arguments as of `load`.
+    """Load a model that was located; arguments as of `load`.
 
     Raises:
         BesaError: as `load`.
@@ -79,7 +79,7 @@ def load_source(source: Source, device: torch.device, dtype: str) -> PreTrainedM
 
 
 def _load_folder(source: Source, dtype: str) -> PreTrainedModel:
-    """A model of safetensors; what is wrong with its files is told by us, as our complaints are clearer."""
+    """A model of safetensors, whose files besa checks first, because its error messages are clearer."""
     assert source.folder is not None
     files = open_files(source.folder)
     check_packed(files)
@@ -103,7 +103,7 @@ def _load_packed(source: Source, files: Container, config: PreTrainedConfig, dty
         name = renamed(f"{linear}.weight")[0].removesuffix(".weight")
         dense = modules.get(name)
         if not isinstance(dense, nn.Linear) or (dense.out_features, dense.in_features) != weight.shape:
-            raise BesaError(f"{source.name}: {linear} {weight.shape} has no place in the model that config.json says.")
+            raise BesaError(f"{source.name}: {linear} {weight.shape} has no place in the model of its config.json.")
         model.set_submodule(name, SparseLinear(_in_dtype(weight, config.dtype, linear), dense.bias))
     load_tensors(model, _dense_tensors(files), conversions, source.name)
     tie(model)
@@ -112,13 +112,13 @@ def _load_packed(source: Source, files: Container, config: PreTrainedConfig, dty
 
 
 def _dense_tensors(files: Container) -> dict[str, Tensor]:
-    """What is not packed, in its files; linears that are stored as codes but are no bitmasks, as numbers."""
+    """The tensors that are not bitmasks, mapped from their files; linears stored as codes are dequantised."""
     tensors = dict(files.mapped(files.dense))
     for linear in codes.linears(tensors):
-        own = codes.of_linear(tensors, linear)
+        of_linear = codes.of_linear(tensors, linear)
         assert files.bits is not None
-        tensors[f"{linear}.weight"] = codes.quantized(own, files.bits).weight()
-        for key in own:
+        tensors[f"{linear}.weight"] = codes.quantized(of_linear, files.bits).weight()
+        for key in of_linear:
             del tensors[f"{linear}.{key}"]
     return tensors
 

@@ -1,4 +1,4 @@
-"""How fast models run, measured in turn so that what the machine does meanwhile befalls them alike.
+"""The speed of models, measured in turn, so that other load on the machine affects all of them alike.
 
 Shape suffixes: N sequences, T tokens.
 """
@@ -32,12 +32,12 @@ DECODE = (1, 4, 16)  # sequences at a time
 PREFILL = (64, 512)  # tokens of one prompt
 CONTEXT = 8  # tokens before the ones that are decoded
 STEPS = 16  # tokens of each sequence that one measurement decodes
-READ = 1 << 28  # bytes read to measure the bandwidth: no cache holds them
+READ = 1 << 28  # bytes read to measure the bandwidth, too many for any cache
 
 
 @dataclass(frozen=True)
 class _Work:
-    """One kind of work: decoding `steps` tokens of each sequence, or taking in `tokens` of one."""
+    """One kind of work: decoding `steps` tokens of each sequence, or prefilling `tokens` of one sequence."""
 
     name: str
     sequences: int = 1
@@ -46,12 +46,12 @@ class _Work:
 
     @property
     def counted(self) -> int:
-        """Tokens that are measured."""
+        """Number of tokens in one measurement."""
         return self.sequences * (self.steps or self.tokens)
 
     @property
     def passes(self) -> int:
-        """How often the weights are read."""
+        """Number of times the weights are read."""
         return self.steps or 1
 
 
@@ -64,7 +64,7 @@ WORKS = [
 
 @dataclass
 class _Contender:
-    """A model in one form, and what was measured of it: seconds by work."""
+    """A model in one form, with its measurements: seconds by work."""
 
     name: str
     form: str
@@ -85,14 +85,14 @@ def bench(
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> Bench:
-    """Measure tokens a second: decoding, taking in a prompt, and the time to the first token.
+    """Measure tokens a second in decoding and prefill, and the time to the first token.
 
-    Each dense model on the CPU also runs with weights in oneDNN's own layout, the fastest that torch has there. In
-    every round each model does each work once, in turn; a round beforehand is not counted.
+    Each dense model on the CPU also runs with weights in oneDNN's own layout, the fastest form of torch there. In every
+    round each model does each work once, in turn. A warm-up round is not counted.
 
     Args:
-        models: whatever `besa.load` takes; others are compared with the first.
-        rounds: measurements of each kind.
+        models: anything `besa.load` takes; the others are compared with the first.
+        rounds: measurements of each kind of work.
         device: as in `besa.load`.
         dtype: as in `besa.load`.
         trust_remote_code: as in `besa.load`.
@@ -143,10 +143,10 @@ def _contenders(source: Source, device: torch.device, dtype: str) -> list[_Conte
     size = sum(path.stat().st_size for path in weight_paths(source.local()))
     sparse = any(isinstance(module, SparseLinear) for module in model.modules())
     read = step_bytes(model)
-    found = [_Contender(source.name, SPARSE if sparse else DENSE, model, size, resident, read)]
+    forms = [_Contender(source.name, SPARSE if sparse else DENSE, model, size, resident, read)]
     if not sparse and (other := prepacked(model)) is not None:
-        found.append(_Contender(source.name, PREPACKED, other, size, None, read))
-    return found
+        forms.append(_Contender(source.name, PREPACKED, other, size, None, read))
+    return forms
 
 
 def _resident(device: torch.device) -> int:
@@ -155,7 +155,7 @@ def _resident(device: torch.device) -> int:
 
 @torch.inference_mode()
 def _measure(model: PreTrainedModel, work: _Work) -> float:
-    """Seconds of one measurement; tokens are always the same, as are so the experts that a mixture takes."""
+    """Seconds of one measurement; the tokens, and so the experts of a mixture, are always the same."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
     tokens_NT = torch.randint(vocabulary, (work.sequences, work.tokens), generator=generator).to(model.device)
@@ -171,7 +171,7 @@ def _measure(model: PreTrainedModel, work: _Work) -> float:
 
 
 def _decode(model: PreTrainedModel, tokens_NT: Tensor, steps: int) -> float:
-    """Seconds of so many greedy steps after the tokens and one step more."""
+    """Seconds of `steps` greedy steps, after a prefill of the tokens and one more step."""
     output = model(tokens_NT, use_cache=True, logits_to_keep=1)
     cache = output.past_key_values
 
@@ -203,7 +203,7 @@ def _timed(device: torch.device, work: Callable[[], object]) -> float:
 def step_bytes(model: nn.Module) -> int:
     """Bytes of weights that a decoding step reads.
 
-    Of embeddings it takes a row, unless they are the head too. Experts count as if all of them were asked.
+    Embeddings count only if they are the head too. All experts count.
     """
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     heads = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}

@@ -1,4 +1,4 @@
-"""What measuring speed found: medians, spread, and the limit that bytes set."""
+"""The results of measuring speed: medians, quartiles, and the limit set by the bytes that are read."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Timing(Record):
 
     Attributes:
         work: such as ``decode 4`` (sequences at a time), ``prefill 512`` (tokens) or ``first token``.
-        tokens: that one measurement took in or put out.
+        tokens: number in one measurement.
         seconds: of one measurement, the median.
         low: lower quartile.
         high: upper quartile.
-        limit: seconds that it takes at least to read the weights as often as the work needs them.
+        limit: lower bound in seconds: the time to read the weights as often as the work needs them.
     """
 
     work: str
@@ -33,7 +33,7 @@ class Timing(Record):
     limit: PositiveFloat
 
     def paces(self) -> list[str]:
-        """Median, quartiles and limit in words: tokens a second, or milliseconds where one token is waited for."""
+        """Median, quartiles and limit as text: tokens a second, or milliseconds to the first token."""
         seconds = (self.seconds, self.high, self.low, self.limit)
         if self.work == FIRST:
             return [f"{1e3 * value:,.0f} ms" for value in seconds]
@@ -44,13 +44,13 @@ class ModelSpeed(Record):
     """One model in one form.
 
     Attributes:
-        model: as it was named.
-        form: how its linears are computed: ``dense`` as torch does it, ``dense, prepacked`` with weights that oneDNN
-            has laid out for itself, or ``sparse``.
+        model: as the user named it.
+        form: how its linears are computed: ``dense`` by torch, ``dense, prepacked`` with weights in oneDNN's
+            own layout, or ``sparse``.
         dtype: of the model.
         file_bytes: of its weight files.
-        resident_bytes: what the process grew by loading and running it; None where it shares weights with another form.
-        step_bytes: weights that a decoding step reads.
+        resident_bytes: growth of the process by loading and running it; None if it shares weights with another form.
+        step_bytes: bytes of weights that a decoding step reads.
         timings: by work.
     """
 
@@ -64,11 +64,11 @@ class ModelSpeed(Record):
 
 
 class Bench(Record):
-    """Models beside each other, measured in turn.
+    """Several models, measured in turn.
 
     Attributes:
-        models: the first one is what the others are compared with, in its fastest form.
-        bandwidth: bytes a second that this machine reads at most.
+        models: the others are compared with the first one in its fastest form.
+        bandwidth: bytes a second that this machine can read.
         rounds: measurements of each kind.
         created: when.
         versions: of besa and of what the numbers depend on.
@@ -87,7 +87,7 @@ class Bench(Record):
         return [timing.work for timing in self.models[0].timings]
 
     def of(self, work: str) -> list[tuple[ModelSpeed, Timing, float]]:
-        """Each model with its timing and how many times as fast it is as the first model's fastest form."""
+        """Each model with its timing and its speed-up over the first model's fastest form."""
         rows = [(model, timing) for model in self.models for timing in model.timings if timing.work == work]
         best = min(timing.seconds for model, timing in rows if model.model == self.models[0].model)
         return [(model, timing, best / timing.seconds) for model, timing in rows]

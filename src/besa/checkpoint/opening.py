@@ -1,0 +1,59 @@
+"""Opening a model to prune it: from the disk, in memory, or as the caller loaded it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from besa.checkpoint.companions import companions
+from besa.errors import BesaError
+from besa.models.borrowing import tokenizer_of_caller
+from besa.models.loading import Source, check_decoder, describe, is_quantized, load_model, load_tokenizer, read_config
+from besa.models.streaming import Decoder, DecoderInMemory, DecoderOnDisk
+from besa.storage.formats.container import header
+
+
+def open_decoder(
+    model: Source | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, dtype: str, from_disk: bool
+) -> tuple[Decoder, PreTrainedTokenizerBase, dict[str, Any]]:
+    """Decoder, tokenizer and identity of a model.
+
+    Args:
+        model: located, or loaded by the caller.
+        tokenizer: needed with a loaded model; otherwise the model's own by default.
+        dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``; a loaded model keeps its own.
+        from_disk: leave the weights on the disk. A .gguf file is loaded all the same.
+
+    Raises:
+        BesaError: the model cannot be read, is packed or quantised, or, `from_disk`, could be pruned but not written.
+    """
+    if isinstance(model, PreTrainedModel):
+        check_decoder(type(model).__name__, model.config)
+        if absent := next((name for name, weight in model.named_parameters() if weight.is_meta), None):
+            raise BesaError(f"{absent} of {type(model).__name__} has no memory (meta device): load the weights first.")
+        return DecoderInMemory(model), tokenizer_of_caller(tokenizer), describe(model)
+    source = model.local()
+    if source.gguf:
+        decoder: Decoder = DecoderInMemory(load_model(source, dtype))
+    else:
+        decoder = _decoder_of_folder(source, dtype, from_disk)
+    return decoder, tokenizer or load_tokenizer(source), describe(decoder.model, source)
+
+
+def _decoder_of_folder(source: Source, dtype: str, from_disk: bool) -> Decoder:
+    """The decoder of a folder of safetensors, on the disk or in memory.
+
+    Raises:
+        BesaError: the folder is packed or damaged, or, `from_disk`, its model could be pruned but not written.
+    """
+    assert source.folder is not None
+    if header(source.folder) is not None:
+        raise BesaError(f"{source.name} is packed: make it dense with `besa unpack` first.")
+    if from_disk or not is_quantized(read_config(source)):
+        on_disk = DecoderOnDisk(source, dtype)  # its error messages are the clearest, also where the model is loaded
+        if from_disk:
+            on_disk.check_writable()
+            companions(source.folder)
+            return on_disk
+    return DecoderInMemory(load_model(source, dtype))
