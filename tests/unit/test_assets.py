@@ -206,7 +206,7 @@ def test_a_disk_too_small_for_the_wheel(served, monkeypatch):
             "Could not download besa-fake==1.0 from the package index (Download failed after 6 attempts):",
         ),
         ("python: No module named pip\n\n", "package index (python: No module named pip):"),
-        ("", "package index (pip said nothing):"),
+        ("", "package index (pip gave no reason):"),
     ],
 )
 def test_what_pip_says_becomes_one_cause(index, tmp_path, monkeypatch, said, told):

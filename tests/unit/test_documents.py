@@ -98,7 +98,7 @@ def test_a_folder_here_is_not_taken_for_the_data_set_of_that_name(monkeypatch, t
     (tmp_path / "some").mkdir()
     assert read("hf:some/data") == ["from here"]
     (tmp_path / "some" / "data").mkdir()
-    assert "there is a some/data here too, which would be read in its place" in refusal(read, "hf:some/data")
+    assert "some/data exists here too and would be read in its place" in refusal(read, "hf:some/data")
 
 
 def test_hub_datasets_that_fail(monkeypatch):

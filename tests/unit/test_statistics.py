@@ -258,7 +258,8 @@ def test_a_product_the_other_way_round_does_not_count_and_of_an_expert_is_refuse
     assert statistics["w"].tokens == 0
     with (
         pytest.raises(
-            BesaError, match=r"^w is multiplied the other way round than besa expects: it cannot be pruned\.$"
+            BesaError,
+            match=r"^w is multiplied in transposed form, which besa does not support: the model cannot be pruned\.$",
         ),
         collect(block, {"w": Prunable("weight", rows, 5, routed=True)}, gram=False),
     ):

@@ -120,7 +120,7 @@ def test_other_text_is_one_document(write, text, pack, name):
 )
 def test_a_bad_line_is_named(write, line):
     path = write("a.jsonl", f'{{"text": "fine"}}\n{line}\n')
-    assert refusal(read, path).startswith(f"Line 2 of {path}, which holds JSON lines, is no object")
+    assert refusal(read, path).startswith(f"Line 2 of the JSON lines {path} is no object")
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_a_bad_line_is_named(write, line):
         ('["One.", nonsense]', "Element 2 of the JSON array"),
         ('["One.", "Two', "damaged or cut off"),
         ('["One."', "damaged or cut off"),
-        ('["One."] ["Two."]', "Something follows"),
+        ('["One."] ["Two."]', "goes on after its JSON array"),
         ('{\n "text": "One."\n}', "Line 1 of"),
         ('{"data": [{"text": "One."}]}', "Line 1 of"),
     ],
@@ -264,7 +264,7 @@ def test_a_long_text_without_blank_lines_is_cut_all_the_same(write, monkeypatch,
 
 
 def test_progress_of_a_long_file(write, monkeypatch):
-    monkeypatch.setattr(textfiles, "TOLD", 100)
+    monkeypatch.setattr(textfiles, "REPORT", 100)
     told = []
     path = write("a.jsonl", LINES * 500)
     read(path, lambda *news: told.append(news))
@@ -278,9 +278,9 @@ def test_progress_of_a_long_file(write, monkeypatch):
         (b"%PDF-1.4\n1 0 obj", "a PDF"),
         (b"{\\rtf1\\ansi Text}", "an RTF document"),
         (b"PK\x03\x04text", "a zip archive"),
-        (b"BZh91AY&SYtext", "packed by bzip2"),
-        (b"\xfd7zXZ\x00text", "packed by xz"),
-        (b"\x04\x22\x4d\x18text", "packed by lz4"),
+        (b"BZh91AY&SYtext", "compressed by bzip2"),
+        (b"\xfd7zXZ\x00text", "compressed by xz"),
+        (b"\x04\x22\x4d\x18text", "compressed by lz4"),
         (b"\xef\xbb\xbf\n<!DOCTYPE html><p>Text", "HTML"),
         (gz(b"<html><p>Text"), "HTML"),
     ],
@@ -289,7 +289,7 @@ def test_other_forms_that_could_pass_for_text_are_refused(tmp_path, content, for
     path = tmp_path / "text.txt"
     path.write_bytes(content)
     assert refusal(read, path) == (
-        f"{path} is {form}: give its texts as plain text, JSON lines or parquet, also .gz or .zst."
+        f"{path} is {form}: give plain text, JSON lines or parquet, or these as .gz or .zst."
     )
 
 

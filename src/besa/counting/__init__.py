@@ -1,1 +1,1 @@
-"""Integers: budgets that add up exactly, and masks from ranks."""
+"""Exact numbers of zeros: budgets, and masks from ranks."""

@@ -1,4 +1,4 @@
-"""Masks from ranks: who is pruned first, and the hard mask.
+"""Masks from ranks: the pruning order of each row, and the hard mask.
 
 Shape suffixes: O rows (output channels), I columns (input channels).
 """
@@ -9,20 +9,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 22  # weights ranked at a time: bounds the 8-byte sort keys to 32 MiB
+CHUNK = 1 << 22  # weights ranked at a time, so that the 8-byte sort keys take at most 32 MiB
 
 
 def rank(importance_OI: Tensor, w_OI: Tensor, group: int | None = None) -> Tensor:
-    """Rank of each weight within its row, 0 = pruned first; (O, I), int16 where the width allows, else int32.
+    """Rank of each weight within its row, 0 = pruned first; (O, I), int16 if the width allows, else int32.
 
-    Weights that are zero already come first, then ascending importance; ties fall to the lower column. The order is
-    the same on every machine because each weight sorts by one integer: importance bits above, column below.
+    Weights that are zero already come first, then the others by ascending importance; of equal ones, that of the lower
+    column. The order is the same on every machine, because each weight sorts by one integer: the bits of its importance
+    above, its column below.
 
     Args:
         importance_OI: non-negative float32 importance.
-        w_OI: the weight the importance was taken of.
-        group: where so many consecutive columns are to lose as many as every other such group: the least important of
-            every group come first, then the second of every group, and so on.
+        w_OI: the weight itself.
+        group: columns in each group of an n:m pattern. The least important weight of every group comes first, then the
+            second of every group, and so on. None without such a pattern.
     """
     rows, width = importance_OI.shape
     if group is not None:
@@ -41,8 +42,8 @@ def rank(importance_OI: Tensor, w_OI: Tensor, group: int | None = None) -> Tenso
 
 
 def _order(importance_OI: Tensor, w_OI: Tensor) -> Tensor:
-    """Columns (O, I), int64, of each row in the order in which they are pruned."""
-    # Non-negative floats sort like their bits; + 1 leaves 0 to the weights that are zero already.
+    """Columns (O, I), int64, of each row in pruning order."""
+    # Non-negative floats sort like their bits. Adding 1 keeps 0 for the weights that are zero already.
     bits_OI = (importance_OI.float().contiguous().view(torch.int32).long() + 1).masked_fill(w_OI == 0, 0)
     keys_OI = (bits_OI << 32) | torch.arange(w_OI.shape[1], device=w_OI.device)
     if keys_OI.device.type == "cpu":  # numpy's vectorised integer sort is ~20 times torch's here

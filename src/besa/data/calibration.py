@@ -1,4 +1,4 @@
-"""Text to token batches: where the calibration samples of every method come from.
+"""Calibration samples: windows of tokens drawn from a text.
 
 Shape suffixes: N samples, T tokens of a sample, L tokens of a whole text.
 """
@@ -23,21 +23,21 @@ from besa.progress import Progress, silent
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LONGEST = 16  # characters of a token, in the mean of a text
-SPARE = 4  # of a text that is too long to be read whole, so many times the tokens that are asked for
+LONGEST = 16  # characters of a token, at most, as the mean of a text
+SPARE = 4  # of a text too long to be tokenised whole, so many times the tokens needed are tokenised
 
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """N samples of T token ids each, int64 on the CPU, and what they were drawn from.
+    """N samples of T token ids each, int64 on the CPU, and their origin.
 
     Attributes:
-        tokens_NT: the ids.
-        source: the text, as it was given.
-        seed: decided which samples.
-        bos: whether each begins with the token that begins a text.
-        beginning: of the text's first document.
-        whole: whether all of the text could be drawn, and not only a choice of its documents.
+        tokens_NT: the token ids.
+        source: the text, as the user gave it.
+        seed: of the random draw.
+        bos: whether every sample begins with the BOS token.
+        beginning: first characters of the text's first document.
+        whole: whether samples were drawn from the whole text; else from a random choice of its documents.
     """
 
     tokens_NT: torch.Tensor
@@ -48,7 +48,7 @@ class Calibration:
     whole: bool = True
 
     def __post_init__(self) -> None:
-        """Refuse what are no sequences of token ids.
+        """Check that the tokens are sequences of token ids.
 
         Raises:
             BesaError: `tokens_NT` is no tensor of int64 on the CPU, or has not two dimensions of at least 1.
@@ -61,7 +61,7 @@ class Calibration:
                 if isinstance(tokens, torch.Tensor)
                 else type(tokens).__name__
             )
-            raise BesaError(f"A calibration is sequences of token ids: give a torch.int64 tensor (N, T), not {shown}.")
+            raise BesaError(f"Calibration takes sequences of token ids: give a torch.int64 tensor (N, T), not {shown}.")
 
     @property
     def samples(self) -> int:
@@ -79,7 +79,7 @@ class Calibration:
         return hashlib.sha256(self.tokens_NT.numpy().astype("<i8").tobytes()).hexdigest()
 
     def describe(self) -> dict[str, Any]:
-        """Identity of the data for a run record."""
+        """The identity of the data, for run records."""
         about = {"source": self.source, "samples": self.samples, "seqlen": self.seqlen, "seed": self.seed}
         return about | {"bos": self.bos, "beginning": self.beginning, "whole": self.whole, "sha256": self.sha256}
 
@@ -97,28 +97,28 @@ def sample(
 ) -> Calibration:
     """Draw non-overlapping windows of tokens at random from a text; the same arguments give the same windows.
 
-    A text of up to 64 Mi characters is tokenised whole. Of a longer one, documents are drawn at random in one pass, and
-    tokenised one after another until they hold four times the tokens that are asked for; windows are drawn from these.
+    A text of up to 64 Mi characters is tokenised whole. Of a longer text, documents are drawn at random in one pass and
+    tokenised until they hold four times the tokens needed. Windows are drawn from these tokens.
 
     Args:
-        source: As `read_documents` takes it.
-        tokenizer: The tokenizer of the model to calibrate.
-        samples: N, how many windows.
+        source: as `read_documents` takes it.
+        tokenizer: of the model to calibrate.
+        samples: N, the number of windows.
         seqlen: T, tokens per window.
-        seed: Decides which windows, and their order.
-        progress: Told how far the download or the reading is, for a text that takes long.
-        bos: Token that begins every window, as the first of its T; None for none.
-        rows: Of the model's embeddings, to which the whole text's tokens are held; None for no check.
+        seed: of the random draw of windows and their order.
+        progress: is called during the download and while reading a long text.
+        bos: id of the token that begins every window, as the first of its T; None for none.
+        rows: rows of the model's embeddings, to check every token id of the text; None for no check.
 
     Raises:
-        BesaError: A count is too small, the text is too short for the windows, the model does not know one of its
+        BesaError: a count is too small, the text is too short for the windows, the model does not know one of its
             tokens, or `read_documents` refuses the source.
     """
     if samples < 1:
         raise BesaError(f"Calibration with {samples} samples is impossible: ask for at least 1.")
     if seqlen < 2:
         raise BesaError(f"Calibration sequences of {seqlen} tokens are too short: ask for a --seqlen of at least 2.")
-    drawn = seqlen if bos is None else seqlen - 1  # of the text, for each window
+    drawn = seqlen if bos is None else seqlen - 1  # tokens of the text in each window
     documents = read_documents(source, progress)
     held, further = beginning(documents, WHOLE), next(documents, None)
     first = shown(held[0])
@@ -137,7 +137,7 @@ def sample(
             f"{samples * drawn:,}: use a longer text, fewer --samples or a shorter --seqlen."
         )
     generator = torch.Generator().manual_seed(seed)
-    # A random phase lets windows begin anywhere in the text, not only at multiples of their length.
+    # With a random phase, windows begin anywhere in the text, not only at multiples of their length.
     phase = int(torch.randint(min(spare, drawn - 1) + 1, (), generator=generator))
     windows_WT = tokens_L[phase:].unfold(0, drawn, drawn)
     chosen_N = torch.randperm(len(windows_WT), generator=generator)[:samples]
@@ -148,9 +148,9 @@ def sample(
 
 
 def _choice(documents: Iterable[str], characters: int, seed: int) -> list[str]:
-    """Documents drawn at random, in random order, that hold so many characters; all are gone through, few are kept."""
+    """Random documents, in random order, that hold so many characters; one pass over all documents keeps only these."""
     draw = random.Random(seed).random
-    kept: list[tuple[float, int, str]] = []  # a heap with what goes next on top
+    kept: list[tuple[float, int, str]] = []  # a heap; the top is dropped next
     held = 0
     for place, document in enumerate(documents):
         key = -draw()

@@ -14,20 +14,20 @@ from besa.data.textfiles import file_documents
 from besa.errors import BesaError
 from besa.progress import Progress, silent
 
-WHOLE = 64 << 20  # characters of a text that is held in memory and tokenised whole
+WHOLE = 64 << 20  # characters of the longest text that is held in memory and tokenised whole
 HUB_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
-HUB_DOCUMENTS = 20_000  # far more than a calibration set needs, and still a download of seconds
+HUB_DOCUMENTS = 20_000  # far more than calibration needs, and downloaded in seconds
 BEGINNING = 80  # characters of a text that records show
 
 
 def read_documents(source: str, progress: Progress = silent) -> Iterator[str]:
-    """The documents of a text one after another, none of them blank.
+    """The documents of a text one after another, without blank ones.
 
     Args:
-        source: an embedded text (`c4`, `wiki`; it wins over a file of that name, which `./c4` still reaches); a file
-            as `file_documents` takes it; or `hf:dataset[:config[:split]]` for the first documents of a Hugging Face
-            dataset (split: train), 20,000 or as many as hold 64 Mi characters.
-        progress: told how far the download or the reading is.
+        source: an embedded text (`c4` or `wiki`; `./c4` is a file of that name); a file as `file_documents` takes it;
+            or `hf:dataset[:config[:split]]` for the first documents of a Hugging Face dataset (split: train), 20,000 or
+            as many as hold 64 Mi characters.
+        progress: is called during the download and while reading.
 
     Raises:
         BesaError: there is no such text, it cannot be read, or it is empty.
@@ -48,7 +48,7 @@ def _documents(source: str, progress: Progress) -> Iterable[str]:
 
 
 def _c4_documents(text: str) -> Iterable[str]:
-    """One document a line; the first nine are the navigation of web pages, not prose."""
+    """One document per line, without the first nine, which are navigation of web pages, not prose."""
     return text.split("\n")[9:]
 
 
@@ -61,7 +61,7 @@ EMBEDDED: dict[str, Callable[[str], Iterable[str]]] = {"c4": _c4_documents, "wik
 
 
 def beginning(documents: Iterator[str], characters: int) -> list[str]:
-    """Take documents until they hold so many characters or there are no more; the iterator goes on behind them."""
+    """The first documents that hold so many characters, or all; the iterator continues after them."""
     taken = []
     for document in documents:
         taken.append(document)
@@ -72,7 +72,7 @@ def beginning(documents: Iterator[str], characters: int) -> list[str]:
 
 
 def shown(document: str) -> str:
-    """The beginning of a document for a reader who wants to see that the text was read as it is meant."""
+    """The beginning of a document, so that a reader can see that the text was read as intended."""
     return document[:BEGINNING]
 
 
@@ -85,18 +85,18 @@ def _hub_documents(source: str, progress: Progress) -> list[str]:
 
 
 def check_remote(name: str, dataset: str) -> None:
-    """Refuse a data set of the Hub in whose place the datasets library would read, or run, what is here.
+    """Check that no local path has the name of a Hub data set: the datasets library would read or run that instead.
 
     Args:
-        name: what to call it.
+        name: of the data set in messages.
         dataset: its name on the Hub.
 
     Raises:
-        BesaError: there is a folder or file of the data set's name.
+        BesaError: there is a folder or file with the data set's name.
     """
     if os.path.lexists(dataset):
         raise BesaError(
-            f"{name} is a data set on the Hub, but there is a {dataset} here too, which would be read in its place: "
+            f"{name} is a data set on the Hub, but {dataset} exists here too and would be read in its place: "
             "run besa in another folder, or give local files by their own names."
         )
 
@@ -104,17 +104,17 @@ def check_remote(name: str, dataset: str) -> None:
 def hub_column(
     name: str, where: Mapping[str, Any], column: str, rows: int | None, progress: Progress = silent
 ) -> Iterator[str]:
-    """A column of strings of a data set on the Hugging Face Hub, one after another.
+    """The strings of a column of a data set on the Hugging Face Hub, one after another.
 
     Args:
-        name: what to call it.
-        where: it is, as `datasets.load_dataset` takes it.
+        name: of the data set in messages.
+        where: arguments of `datasets.load_dataset`.
         column: of the data set.
-        rows: only so many from its beginning, None for all.
-        progress: told how many rows have come, where it is known how many shall.
+        rows: number of rows to read from the beginning; None for all.
+        progress: is called with the number of rows read, if `rows` is given.
 
     Raises:
-        BesaError: it cannot be read, or the library would take a folder or file here for it.
+        BesaError: it cannot be read, or there is a local folder or file with its name.
     """
     check_remote(name, where["path"])
     try:
@@ -130,7 +130,7 @@ def hub_column(
             if rows:
                 progress(done, rows, f"reading {name}")
             yield row[column]
-    except Exception as exc:  # the library lets through whatever its HTTP, file and parser layers raise
+    except Exception as exc:  # the library passes on all exceptions of its HTTP, file and parser layers
         reason = str(exc).partition("\n")[0].rstrip(".") or type(exc).__name__
         raise BesaError(
             f"Could not read {name} from the Hugging Face Hub ({reason}): check the name, the config, the split and "

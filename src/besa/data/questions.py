@@ -1,4 +1,4 @@
-"""The questions of the paper's six zero-shot tasks, embedded, as rows that lm_eval's own definitions take."""
+"""The embedded questions of the paper's six zero-shot tasks, as rows for lm_eval's own task definitions."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Row = dict[str, Any]
 
 
 def questions(task: str, progress: Progress = silent) -> list[Row]:
-    """The evaluation split of one of `TASKS`, with the columns of its data set on the Hugging Face Hub.
+    """The evaluation split of a task, with the columns of its data set on the Hugging Face Hub.
 
     Args:
         task: one of `TASKS`.
-        progress: told about the download, where one is needed; it serves all tasks.
+        progress: is called during the download, if one is needed; one download serves all tasks.
 
     Raises:
         BesaError: they cannot be fetched.
@@ -29,7 +29,7 @@ def questions(task: str, progress: Progress = silent) -> list[Row]:
     if task.startswith("arc_"):
         return _arc(path)
     rows = _arrow(path)
-    # The file has the answer as it was first published, the Hub that of SuperGLUE.
+    # The file has the column of the first publication, the Hub that of SuperGLUE.
     return [{**row, "label": int(row["answer"])} for row in rows] if task == "boolq" else rows
 
 
@@ -43,7 +43,7 @@ def _arrow(path: Path) -> list[Row]:
 
 
 def _arc(path: Path) -> list[Row]:
-    """The questions behind requests, one a line, of which every answer of a question has several."""
+    """The questions of a file of requests, one per line; each question has several requests."""
     documents: dict[str, Row] = {}
     with gzip.open(path, "rt", encoding="utf-8") as file:
         for line in file:

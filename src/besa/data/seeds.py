@@ -1,4 +1,4 @@
-"""Seeds: what decides every draw."""
+"""Seeds of random choices."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ LARGEST = 2**32 - 1
 
 
 def check_seed(seed: int) -> None:
-    """Refuse what no generator takes.
+    """Check that generators accept a seed.
 
     Raises:
-        BesaError: no whole number from 0 to 2³² − 1.
+        BesaError: the seed is no whole number from 0 to 2³² − 1.
     """
     if not 0 <= seed <= LARGEST:
         raise BesaError(f"There is no seed {seed}: use a whole number from 0 to {LARGEST:,}.")

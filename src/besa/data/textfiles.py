@@ -1,4 +1,4 @@
-"""Documents of a local text file, told by what is in it and not by its name, one after another."""
+"""Documents of a local text file, one after another. The content decides the format, not the name."""
 
 from __future__ import annotations
 
@@ -15,61 +15,61 @@ from typing import Any, BinaryIO
 from besa.errors import BesaError
 from besa.progress import Progress, silent
 
-DOCUMENT = 16 << 20  # characters of a plain text that is one document: tokenizers take 200 bytes for each
-PIECE = 1 << 15  # characters of a piece of a longer one, or up to twice as many
+DOCUMENT = 16 << 20  # characters of the longest plain text that is one document; tokenizers need 200 bytes for each
+PIECE = 1 << 15  # characters of a piece of a longer text, at least; at most twice as many
 CHUNK = 1 << 16  # characters or bytes read at a time
-TOLD = 1 << 22  # bytes read between two words on the progress
+REPORT = 1 << 22  # bytes read between two reports of progress
 
 BOM = b"\xef\xbb\xbf"
 GZIP, ZSTD, PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
-PACKED = (".gz", ".zst")
-# What else files begin with whose content could pass for text, as it need not hold bytes that no text has.
+COMPRESSED = (".gz", ".zst")
+# First bytes of other formats that could pass for text.
 FOREIGN = {
     b"%PDF-": "a PDF",
     b"{\\rtf": "an RTF document",
     b"PK\x03\x04": "a zip archive",
-    b"BZh91AY&SY": "packed by bzip2",
-    b"\xfd7zXZ": "packed by xz",
-    b"\x04\x22\x4d\x18": "packed by lz4",
+    b"BZh91AY&SY": "compressed by bzip2",
+    b"\xfd7zXZ": "compressed by xz",
+    b"\x04\x22\x4d\x18": "compressed by lz4",
     b"<!doctype html": "HTML",
     b"<html": "HTML",
 }
 JSON_NAMES = (".json", ".jsonl", ".ndjson")
 TABLES = (".csv", ".tsv")
 JSON_BEGINS = re.compile(rb'\s*(\{\s*["}]|\[\s*["{\]])')  # an object, or an array of objects or strings
-BETWEEN = re.compile(r"[\s,]*")  # two elements of an array
-BREAKS = ("\n\n", "\n", " ")  # where a long text is cut, the best first
+BETWEEN = re.compile(r"[\s,]*")  # between two elements of an array
+BREAKS = ("\n\n", "\n", " ")  # where a long text is cut, best first
 
 
 def file_documents(path: Path, progress: Progress = silent) -> Iterator[str]:
-    """The documents of a local file in their order, blank ones too.
+    """The documents of a local file in order, including blank ones.
 
-    JSON lines are objects with a string "text"; a JSON array has such objects, or strings; a parquet file has a column
-    "text". These and plain text may be packed by gzip or zstd. Plain text is one document; of one that is longer than
-    16 Mi characters, each 32 to 64 Ki are, cut at blank lines where there are some.
+    JSON lines are objects with a string "text". A JSON array holds such objects, or strings. A parquet file has a
+    column "text". These and plain text may be compressed by gzip or zstd. Plain text is one document; a text longer
+    than 16 Mi characters is cut into documents of 32 to 64 Ki characters, at blank lines if possible.
 
     Args:
         path: of the file.
-        progress: told how far the reading is, of a file that takes long.
+        progress: is called while a large file is read.
 
     Raises:
-        BesaError: there is no such file, it cannot be read, or its form is none of these.
+        BesaError: there is no such file, it cannot be read, or it has none of these formats.
     """
     with _opened(path) as file:
         if _is_parquet(path, file):
             yield from _parquet(path, progress)
         else:
-            yield from _told(_contents(path, _unpacked(path, file)), path, file, progress)
+            yield from _reported(_contents(path, _decompressed(path, file)), path, file, progress)
 
 
 def is_plain_text(path: Path) -> bool:
-    """Whether a local file is one document, and not JSON or parquet, which keep documents apart.
+    """Whether a local file is one document; JSON and parquet hold several.
 
     Raises:
         BesaError: there is no such file, or it cannot be read.
     """
     with _opened(path) as file:
-        return not _is_parquet(path, file) and not _is_json(path, _unpacked(path, file))
+        return not _is_parquet(path, file) and not _is_json(path, _decompressed(path, file))
 
 
 @contextmanager
@@ -82,7 +82,7 @@ def _opened(path: Path) -> Iterator[io.BufferedReader]:
             )
         with path.open("rb") as file:
             yield file
-    except GeneratorExit:  # as late as when Python ends, and names are gone
+    except GeneratorExit:  # may come while Python ends, when the names below no longer exist
         raise
     except (OSError, EOFError, zlib.error) as exc:
         reason = getattr(exc, "strerror", None) or " ".join(str(exc).split()).rstrip(".")
@@ -93,8 +93,8 @@ def _is_parquet(path: Path, file: io.BufferedReader) -> bool:
     return file.peek(len(PARQUET)).startswith(PARQUET) or path.suffix.lower() == ".parquet"
 
 
-def _unpacked(path: Path, file: io.BufferedReader) -> io.BufferedReader:
-    """The content of the file, which is packed by gzip or zstd, or not at all."""
+def _decompressed(path: Path, file: io.BufferedReader) -> io.BufferedReader:
+    """The content of the file, decompressed if it is compressed by gzip or zstd."""
     head = file.peek(4)
     if head.startswith(GZIP):
         return io.BufferedReader(gzip.GzipFile(fileobj=file), CHUNK)
@@ -103,24 +103,24 @@ def _unpacked(path: Path, file: io.BufferedReader) -> io.BufferedReader:
     try:
         import pyarrow as pa
     except ImportError as exc:
-        raise BesaError(f'Reading {path}, packed by zstd, needs pyarrow: pip install "besa-llm[data]".') from exc
+        raise BesaError(f'Reading {path}, compressed by zstd, needs pyarrow: pip install "besa-llm[data]".') from exc
     return io.BufferedReader(pa.CompressedInputStream(file, "zstd"), CHUNK)
 
 
-def _told(documents: Iterator[str], path: Path, file: BinaryIO, progress: Progress) -> Iterator[str]:
-    """The same documents; how much of the file has been read is told on the way."""
-    size, told = path.stat().st_size, 0
+def _reported(documents: Iterator[str], path: Path, file: BinaryIO, progress: Progress) -> Iterator[str]:
+    """The same documents; progress is called with the number of bytes read."""
+    size, reported = path.stat().st_size, 0
     for document in documents:
-        if file.tell() - told >= TOLD:
-            told = file.tell()
-            progress(told, size, f"reading {path.name}")
+        if file.tell() - reported >= REPORT:
+            reported = file.tell()
+            progress(reported, size, f"reading {path.name}")
         yield document
 
 
 def _ending(path: Path) -> str:
-    """The ending of a name in small letters, without that of a packer."""
+    """The last suffix of a name in lower case, without that of a compressed file."""
     names = [suffix.lower() for suffix in path.suffixes]
-    if names and names[-1] in PACKED:
+    if names and names[-1] in COMPRESSED:
         names.pop()
     return names[-1] if names else ""
 
@@ -134,7 +134,7 @@ def _contents(path: Path, stream: io.BufferedReader) -> Iterator[str]:
         raise BesaError(f'{path} is a table: give its texts as JSON lines, objects with a "text", or as parquet.')
     head = stream.peek(CHUNK).removeprefix(BOM).lstrip()[:16].lower()
     if other := next((form for begins, form in FOREIGN.items() if head.startswith(begins.lower())), None):
-        raise BesaError(f"{path} is {other}: give its texts as plain text, JSON lines or parquet, also .gz or .zst.")
+        raise BesaError(f"{path} is {other}: give plain text, JSON lines or parquet, or these as .gz or .zst.")
     if not _is_json(path, stream):
         form = _text
     else:
@@ -157,25 +157,24 @@ def _lines(path: Path, stream: io.BufferedReader) -> Iterator[str]:
                 raise
             except (ValueError, TypeError, KeyError, RecursionError) as exc:
                 raise BesaError(
-                    f'Line {number:,} of {path}, which holds JSON lines, is no object with a string "text": correct or '
-                    "remove it."
+                    f'Line {number:,} of the JSON lines {path} is no object with a string "text": correct or remove it.'
                 ) from exc
 
 
 def _array(path: Path, stream: io.BufferedReader) -> Iterator[str]:
-    """Elements one by one, of an array that may be larger than the memory."""
+    """The elements of an array one by one; the array may be larger than memory."""
     text, decoder = io.TextIOWrapper(stream, encoding="utf-8-sig"), json.JSONDecoder()
     number, held, place = 1, text.read(CHUNK).lstrip()[1:], 0
     while True:
         place = BETWEEN.match(held, place).end()  # type: ignore[union-attr]
         if held[place : place + 1] == "]":
             if (held[place + 1 :] + text.read(CHUNK)).strip():
-                raise BesaError(f"Something follows the JSON array {path}: remove it, or write JSON lines.")
+                raise BesaError(f"{path} goes on after its JSON array: remove the rest, or write JSON lines.")
             return
         try:
             element, place = decoder.raw_decode(held, place)
             yield _string(element if isinstance(element, str) else element["text"])
-        except json.JSONDecodeError as exc:  # cut off, or wrong: doubled, what is held costs linear time
+        except json.JSONDecodeError as exc:  # cut off or wrong; doubling the text held keeps the time linear
             more = text.read(max(CHUNK, len(held) - place)) if len(held) - place < DOCUMENT else ""
             if not more:
                 raise BesaError(f"Element {number:,} of the JSON array {path} is damaged or cut off.") from exc
@@ -189,29 +188,29 @@ def _array(path: Path, stream: io.BufferedReader) -> Iterator[str]:
             number += 1
 
 
-def _string(found: Any) -> str:
-    """The same, if it is a string.
+def _string(value: Any) -> str:
+    """The value, if it is a string.
 
     Raises:
-        TypeError: it is none.
-        ValueError: it has half a surrogate pair, which no tokenizer takes.
+        TypeError: it is no string.
+        ValueError: it has half a surrogate pair, which tokenizers do not accept.
     """
-    if not isinstance(found, str):
+    if not isinstance(value, str):
         raise TypeError
-    found.encode()
-    return found
+    value.encode()
+    return value
 
 
 def _text(path: Path, stream: io.BufferedReader) -> Iterator[str]:
     text = io.TextIOWrapper(stream, encoding="utf-8-sig")  # -sig: a byte order mark is no part of the text
     held = text.read(DOCUMENT + 1)
     if "\0" in held:
-        raise BesaError(f"{path} is no text, as it holds zero bytes: give a file of text, JSON lines or parquet.")
+        raise BesaError(f"{path} holds zero bytes, so it is no text: give a file of text, JSON lines or parquet.")
     yield from [held] if len(held) <= DOCUMENT else _pieces(held, text)
 
 
 def _pieces(held: str, text: io.TextIOWrapper) -> Iterator[str]:
-    """A long text, cut."""
+    """The pieces of a long text."""
     place = 0
     while True:
         if len(held) - place < 2 * PIECE:
@@ -226,7 +225,7 @@ def _pieces(held: str, text: io.TextIOWrapper) -> Iterator[str]:
 
 
 def _of_strings(kind: Any) -> bool:
-    """Whether a column of an Arrow type holds strings, however they are laid out."""
+    """Whether a column of an Arrow type holds strings, in any layout."""
     import pyarrow.types as pt
 
     kind = kind.value_type if pt.is_dictionary(kind) else kind

@@ -18,7 +18,7 @@ from besa.progress import Progress, silent
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 1 << 20  # at a time: the tokenizer's bookkeeping dwarfs the tokens
+BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 1 << 20  # at a time, because the tokenizer's objects far outweigh the tokens
 
 
 def tokenize(
@@ -30,20 +30,20 @@ def tokenize(
     total: int | None = None,
     progress: Progress = silent,
 ) -> torch.Tensor:
-    """Turn documents, with the separator in between, into one stream of token ids (L,), int64.
+    """One stream of token ids (L,), int64, of documents with a separator in between.
 
     No special tokens are added, so a single document gives exactly `tokenizer(document, add_special_tokens=False)`.
 
     Args:
-        documents: one after another; no more are taken than needed.
-        separator: stands between two of them.
+        documents: one after another; only as many as needed are read.
+        separator: text between two documents.
         tokenizer: of the model.
-        enough: tokens after which no more documents are taken, None to take all.
-        total: documents, where it is known.
-        progress: told how far it is, where `enough` or `total` is given.
+        enough: number of tokens after which no more documents are read; None to read all.
+        total: number of documents, if known.
+        progress: is called if `enough` or `total` is given.
     """
-    # The separator leads a text and never stands alone: byte-level tokenizers cut "\n\n" and "\n\nWord" differently,
-    # and only the second is what the model meets between the paragraphs of a text.
+    # The separator is tokenised together with the document after it: byte-level tokenizers split "\n\n" and "\n\nWord"
+    # differently, and only the second occurs between the paragraphs of a text.
     texts = (separator + document if place else document for place, document in enumerate(documents))
     parts: list[torch.Tensor] = []
     taken = tokens = 0
@@ -53,23 +53,23 @@ def tokenize(
             break
         if parts and (goal := enough or total):
             progress(tokens if enough else taken, goal, "tokenising")
-        # verbose=False: that a text is longer than the model's context is meant, and worth no warning.
-        found = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
-        parts.append(torch.tensor([token for ids in found for token in ids], dtype=torch.int64))
+        # verbose=False: no warning that a text is longer than the model's context, which is intended.
+        batch_ids = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+        parts.append(torch.tensor([token for ids in batch_ids for token in ids], dtype=torch.int64))
         taken, tokens = taken + len(batch), tokens + len(parts[-1])
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
 
 
 def check_known(tokens: torch.Tensor, rows: int, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse tokens that a model's embeddings have no row for.
+    """Check that a model's embeddings have a row for every token.
 
     Args:
         tokens: ids of any shape.
-        rows: of the embeddings.
-        tokenizer: knows what the tokens are called.
+        rows: number of rows of the embeddings.
+        tokenizer: gives the tokens' names.
 
     Raises:
-        BesaError: an id is too large, or negative.
+        BesaError: an id is negative or too large.
     """
     smallest, largest = map(int, tokens.aminmax()) if tokens.numel() else (0, 0)
     if smallest < 0:
@@ -78,7 +78,6 @@ def check_known(tokens: torch.Tensor, rows: int, tokenizer: PreTrainedTokenizerB
         token = tokenizer.convert_ids_to_tokens(largest)
         named = "a token" if token is None else f"the token {token!r}"  # None: the tokenizer does not know it either
         raise BesaError(
-            f"The text has {named} with the id {largest:,}, but the "
-            f"model's embeddings have {rows:,} rows only: use the tokenizer that belongs to the model, or resize its "
-            "embeddings."
+            f"The text has {named} with the id {largest:,}, but the model's embeddings have {rows:,} rows only: use "
+            "the tokenizer that belongs to the model, or resize its embeddings."
         )

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from besa.data.documents import EMBEDDED, WHOLE, beginning, hub_column, read_documents, shown
-from besa.data.textfiles import PACKED, file_documents, is_plain_text
+from besa.data.textfiles import COMPRESSED, file_documents, is_plain_text
 from besa.data.tokens import check_known, tokenize
 from besa.errors import BesaError
 from besa.evaluation.perplexity import Perplexity, perplexity
@@ -217,7 +217,7 @@ def text_name(text: str) -> str:
     if text in EMBEDDED or text in TEST_SETS or text.startswith("hf:"):
         return text
     path = Path(text)
-    return (path.with_suffix("") if path.suffix.lower() in PACKED else path).stem
+    return (path.with_suffix("") if path.suffix.lower() in COMPRESSED else path).stem
 
 
 def _other(text: str, name: str, progress: Progress) -> Text:

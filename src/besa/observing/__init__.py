@@ -1,1 +1,1 @@
-"""What a block shows while it runs."""
+"""Measurements on a running block: statistics of its inputs, errors of its outputs, gradients."""

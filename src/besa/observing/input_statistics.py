@@ -1,4 +1,4 @@
-"""What importance and reconstruction know of a matrix's input: channel norms, and the Gram matrix when asked for."""
+"""Statistics of a matrix's input, for importance and reconstruction: channel norms and, if needed, the Gram matrix."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class InputStatistics:
 
     Attributes:
         squares_I: Σ x², float64.
-        gram_II: Σ x xᵀ, float32, or None where no method of the recipe needs it.
-        tokens: how many tokens were seen.
+        gram_II: Σ x xᵀ, float32; None if no method of the recipe needs it.
+        tokens: number of tokens.
     """
 
     squares_I: Tensor
@@ -39,7 +39,7 @@ class InputStatistics:
         return cls(torch.zeros(width, dtype=torch.float64, device=device), gram_II)
 
     def add(self, x_TI: Tensor) -> None:
-        """Count the tokens `x_TI` (tokens, channels) of any float dtype in."""
+        """Add the tokens `x_TI` (tokens, channels), of any float dtype."""
         self._inverses.clear()
         x_TI = x_TI.float()
         self.squares_I += x_TI.square().sum(dim=0).double()
@@ -49,11 +49,11 @@ class InputStatistics:
 
     @property
     def reached(self) -> bool:
-        """Whether any token came; one that is all zeros (of another expert, where all compute all tokens) is none."""
+        """Whether any token came. Tokens of zeros do not count: some experts get zeros for the tokens of others."""
         return bool(self.squares_I.any())
 
     def hessian(self, damping: float) -> Tensor:
-        """H = Σ x xᵀ (I, I), its diagonal raised by `damping` × its mean; 1 where a channel is always zero."""
+        """H = Σ x xᵀ (I, I). `damping` × the diagonal's mean is added to the diagonal, which is 1 for zero channels."""
         assert self.gram_II is not None, "the recipe did not ask for the Gram matrix"
         hessian_II = self.gram_II.clone()
         diagonal_I = hessian_II.diagonal()
@@ -62,7 +62,7 @@ class InputStatistics:
         return hessian_II
 
     def inverse_hessian(self, damping: float) -> Tensor:
-        """Inverse (I, I) of the damped Hessian, by Cholesky; kept, as linears with one input share it.
+        """Inverse (I, I) of the damped Hessian, by Cholesky. It is kept, because linears with the same input share it.
 
         Raises:
             BesaError: the damped Hessian is not positive definite.
@@ -82,8 +82,8 @@ class InputStatistics:
 def collect(block: nn.Module, prunables: Mapping[str, Prunable], gram: bool) -> Iterator[dict[str, InputStatistics]]:
     """While open, gather the input statistics of each of `prunables` from every forward pass through `block`.
 
-    Matrices that are handed the very same tensor (q, k and v; gate and up) share one object, so the work is done once.
-    What no token reached (experts that were not chosen) has statistics of zero tokens afterwards.
+    Matrices with the same input tensor (q, k and v; gate and up) share one object, so it is computed once. Matrices
+    that no token reached (experts that were not chosen) have statistics of zero tokens at the end.
     """
     sums = _Sums(gram)
     with Products(block, prunables, sums.add):
@@ -93,15 +93,15 @@ def collect(block: nn.Module, prunables: Mapping[str, Prunable], gram: bool) -> 
 
 @torch.no_grad()
 def look(unit: Unit, x_NTC: HiddenStates, batch: int, gram: bool) -> dict[str, InputStatistics]:
-    """The input statistics of all matrices of a unit, from passes that nobody wants the outputs of.
+    """The input statistics of all matrices of a unit, by full name; its outputs are not needed.
 
-    If in the first pass every matrix sees every token once, all others end before the product with the last matrix.
+    If every matrix sees every token once in the first pass, later passes stop before the last matmul.
 
     Args:
-        unit: as it is.
+        unit: runs with its own weights.
         x_NTC: its inputs.
         batch: sequences in a forward pass.
-        gram: whether Gram matrices are summed up.
+        gram: whether to sum up Gram matrices.
     """
     sums = [_Sums(gram) for _ in unit.blocks]
     final: str | None = None
@@ -112,28 +112,28 @@ def look(unit: Unit, x_NTC: HiddenStates, batch: int, gram: bool) -> dict[str, I
             raise _Enough
 
     with ExitStack() as stack:
-        for block, told in zip(unit.blocks, [*(own.add for own in sums[:-1]), add], strict=True):
-            stack.enter_context(Products(block.module, block.prunables, told))
+        for block, receive in zip(unit.blocks, [*(block_sums.add for block_sums in sums[:-1]), add], strict=True):
+            stack.enter_context(Products(block.module, block.prunables, receive))
         for start in range(0, len(x_NTC), batch):
-            own_NTC = x_NTC[start : start + batch]
+            batch_NTC = x_NTC[start : start + batch]
             with suppress(_Enough):
-                unit(own_NTC.to(unit.device))
-            if start == 0 and sums[-1].saw_all_once(unit.blocks[-1], own_NTC.shape[0] * own_NTC.shape[1]):
+                unit(batch_NTC.to(unit.device))
+            if start == 0 and sums[-1].saw_all_once(unit.blocks[-1], batch_NTC.shape[0] * batch_NTC.shape[1]):
                 final = list(sums[-1].statistics)[-1]
-    for block, own in zip(unit.blocks, sums, strict=True):
-        own.fill_up(block.module, block.prunables)
-    return {name: found for own in sums for name, found in own.statistics.items()}
+    for block, block_sums in zip(unit.blocks, sums, strict=True):
+        block_sums.fill_up(block.module, block.prunables)
+    return {name: statistics for block_sums in sums for name, statistics in block_sums.statistics.items()}
 
 
 class _Enough(Exception):  # noqa: N818 - not an error
-    """A pass has shown what it was for."""
+    """All inputs of a pass are known: the rest of it is not needed."""
 
 
 class _Sums:
-    """Statistics that grow by what products are made of.
+    """Statistics that grow with the input of every product.
 
     Args:
-        gram: whether Gram matrices are summed up.
+        gram: whether to sum up Gram matrices.
 
     Attributes:
         statistics: by name of the matrix.
@@ -142,10 +142,10 @@ class _Sums:
     def __init__(self, gram: bool) -> None:
         self.statistics: dict[str, InputStatistics] = {}
         self._gram = gram
-        self._last: tuple[Tensor, InputStatistics, set[str]] | None = None  # input, statistics, what it has reached
+        self._last: tuple[Tensor, InputStatistics, set[str]] | None = None  # input, statistics, names of its matrices
 
     def add(self, name: str, x: Tensor) -> None:
-        """Count an input in."""
+        """Add an input (..., I) of the matrix `name`."""
         if self._last is not None and x is self._last[0] and name not in self._last[2]:
             self._last[2].add(name)
             if self.statistics.setdefault(name, self._last[1]) is self._last[1]:
@@ -156,13 +156,13 @@ class _Sums:
         self._last = (x, self.statistics[name], {name})
 
     def saw_all_once(self, block: Block, tokens: int) -> bool:
-        """Whether every matrix of a block has had so many tokens, and there are no others."""
+        """Whether every matrix of the block has seen exactly so many tokens."""
         return len(self.statistics) == len(block.prunables) and all(
-            own.tokens == tokens for own in self.statistics.values()
+            statistics.tokens == tokens for statistics in self.statistics.values()
         )
 
     def fill_up(self, block: nn.Module, prunables: Mapping[str, Prunable]) -> None:
-        """Give what no token reached statistics of no tokens."""
+        """Give matrices that no token reached statistics of no tokens."""
         parameters = dict(block.named_parameters())
         for name, prunable in prunables.items():
             device = parameters[prunable.parameter].device

@@ -1,4 +1,4 @@
-"""How far a block's output is from what it should be.
+"""The error of a block's output against its target.
 
 Shape suffixes: N sequences, T tokens, C channels of the residual stream.
 """
@@ -14,13 +14,13 @@ from besa.models.activations import HiddenStates
 def reconstruction_error(y_NTC: Tensor, target_NTC: Tensor, plain: float = 0.0) -> Tensor:
     """Mean over channels of ‖y − target‖² / ‖target‖² (scalar, float32): the first term of eq. 1, made scale-free.
 
-    Each channel is measured against its own norm over sequences and tokens, so the few channels that carry massive
-    activations do not rule the loss, and one penalty weight serves every block and model.
+    Each channel is measured against its own norm over sequences and tokens. The few channels with massive activations
+    therefore do not dominate the loss, and one penalty weight fits every block and model.
 
     Args:
-        y_NTC: what a block puts out.
-        target_NTC: what it should.
-        plain: share of the result that is ‖y − target‖² / ‖target‖² over all channels at once, which these few rule.
+        y_NTC: outputs of a block.
+        target_NTC: targets of these.
+        plain: share of the plain squared error ‖y − target‖² / ‖target‖² over all channels, which these few dominate.
     """
     error_C, norm_C = _squares(y_NTC, target_NTC)
     relative = _relative(error_C, norm_C)
@@ -30,7 +30,7 @@ def reconstruction_error(y_NTC: Tensor, target_NTC: Tensor, plain: float = 0.0) 
 def token_weighted_error(y_NTC: Tensor, target_NTC: Tensor, power: float) -> Tensor:
     """Σ_t ‖y_t − target_t‖² / ‖target_t‖^power, relative to the same sum of ‖target_t‖² (scalar, float32).
 
-    With power 0, a few tokens with massive activations rule it; with power 2 all tokens count alike.
+    With power 0, a few tokens with massive activations dominate it. With power 2, all tokens count equally.
     """
     squares_NT = target_NTC.float().square().sum(dim=-1)
     weights_NT = squares_NT.clamp_min(1e-12).pow(-power / 2)
@@ -39,12 +39,12 @@ def token_weighted_error(y_NTC: Tensor, target_NTC: Tensor, power: float) -> Ten
 
 
 def error_between(y_NTC: HiddenStates, target_NTC: HiddenStates, share: int, tokens: int) -> float:
-    """`reconstruction_error` of the first `tokens` tokens of every `share`-th sequence, a sequence at a time.
+    """`reconstruction_error` of the first `tokens` tokens of every `share`-th sequence, one sequence at a time.
 
     Args:
-        y_NTC: N sequences.
-        target_NTC: as many, or only every `share`-th of them; each at least of its first `tokens` tokens.
-        share: from 1 on.
+        y_NTC: outputs of N sequences.
+        target_NTC: targets of all N or only of every `share`-th; of each, at least the first `tokens` tokens.
+        share: one sequence in so many is used; at least 1.
         tokens: of a sequence.
     """
     stride = share if len(target_NTC) == len(y_NTC) else 1

@@ -1,4 +1,4 @@
-"""How strongly a block's output, or the model's loss, moves with each row of its matrices: random probes, sent back.
+"""How strongly a block's output, or the model's loss, depends on each row of its matrices, by sending gradients back.
 
 Shape suffixes: N sequences, T tokens, C channels of the residual stream, O rows (output channels).
 """
@@ -20,11 +20,11 @@ from besa.observing.products import Products
 class RowSensitivities:
     """Mean over tokens of the squared gradient at each output channel of a block's matrices.
 
-    With random ±1 sent back from the block's output, an error e at a matrix's output adds, in the mean over probes,
-    Σ_o e_o² E[(Jᵀv)_o²] to the squared error of the block's output, as far as channels do not correlate.
+    With random ±1 (v) sent back from the block's output, an error e at a matrix's output adds Σ_o e_o² E[(Jᵀv)_o²] to
+    the squared error of the block's output, in the mean over v and if channels do not correlate.
 
     Args:
-        block: whose rows are looked at; its weights are left alone.
+        block: the block or unit; its weights are not changed.
     """
 
     block: Block | Unit
@@ -32,12 +32,12 @@ class RowSensitivities:
     _tokens: dict[str, int] = field(default_factory=dict)
 
     def send_back(self, x_NTC: Tensor, seeds_NTC: Tensor | None = None, seed: int = 0) -> Tensor:
-        """Send gradients from the block's output to its matrices and count them in; returns those at its input.
+        """Send gradients backward through the block and add those at its matrices; returns those at its input.
 
         Args:
             x_NTC: inputs, on the block's device.
             seeds_NTC: gradients at the output; by default random ±1.
-            seed: of these.
+            seed: of the random ±1.
         """
         x_NTC = x_NTC.detach().requires_grad_()
         with torch.enable_grad(), ExitStack() as stack:
@@ -49,7 +49,7 @@ class RowSensitivities:
         return torch.autograd.grad(y_NTC, x_NTC, seeds_NTC.to(y_NTC))[0]
 
     def rows(self, name: str) -> Tensor:
-        """E[(Jᵀv)²] (O,), float32, of the matrix `name`; zeros where no token reached it."""
+        """E[(Jᵀv)²] (O,), float32, of the matrix `name`; zeros if no token reached it."""
         prunable = self.block.prunables[name]
         if name not in self._sums:
             return torch.zeros(prunable.rows, device=self.block.weight(name).device)
@@ -62,6 +62,6 @@ class RowSensitivities:
 
 
 def random_signs(like: Tensor, seed: int) -> Tensor:
-    """±1 at random in the shape, dtype and device of `like`; the same on every device."""
+    """Random ±1 with the shape, dtype and device of `like`; the same numbers on every device."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 2, like.shape, generator=generator).mul_(2).sub_(1).to(like)

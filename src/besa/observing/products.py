@@ -1,4 +1,4 @@
-"""The products of a block with its prunable matrices, seen where they are computed, whatever module computes them.
+"""The products of a block with its prunable matrices, observed in torch's functions, whichever module calls them.
 
 Shape suffixes: E experts, T tokens, C channels, I input channels, O output channels.
 """
@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from besa.errors import BesaError
 from besa.models.prunable import Prunable
 
-# Where a decoder multiplies: places and names of the input and of the weight, and which axis of the weight is summed.
+# Functions that multiply: position and name of the input and of the weight, and the axis of the weight summed over.
 PRODUCTS: dict[Any, tuple[tuple[int, str], tuple[int, str], int]] = {
     functional.linear: ((0, "input"), (1, "weight"), -1),  # nn.Linear, experts
     torch.addmm: ((1, "mat1"), (2, "mat2"), -2),  # Conv1D
@@ -35,18 +35,18 @@ PRODUCTS: dict[Any, tuple[tuple[int, str], tuple[int, str], int]] = {
     Tensor.baddbmm: ((1, "batch1"), (2, "batch2"), -2),
 }
 
-Told = Callable[[str, Tensor], None]
+Receiver = Callable[[str, Tensor], None]
 
 
 @dataclass(frozen=True)
 class _Factors:
-    """What a product is made of.
+    """The factors of a product.
 
     Attributes:
         x: the input (..., I).
-        weight: a matrix, or a stack of them.
-        axis: of the weight, which is summed over.
-        left: the weight stands on the left, so that the output is (..., O, T).
+        weight: a matrix, or a stack of matrices.
+        axis: axis of the weight that is summed over.
+        left: whether the weight is the left factor; the output is then (..., O, T).
     """
 
     x: Tensor
@@ -55,32 +55,32 @@ class _Factors:
     left: bool = False
 
     def of_experts(self) -> Tensor:
-        """The inputs (E, T, I) of all experts, which may be the same for each."""
+        """The inputs (E, T, I) of all experts; they may be the same for each."""
         return self.x.expand(len(self.weight), *self.x.shape[-2:])
 
 
 class Products(TorchFunctionMode):
-    """While open, tells of every product with one of a block's matrices; a matrix is known by its memory.
+    """While open, reports every product with a matrix of the block. A matrix is recognised by its memory.
 
     Args:
-        block: whose parameters are multiplied by.
+        block: owner of the parameters.
         prunables: its matrices by name.
         inputs: called before each product with the name of the matrix and the input (..., I).
-        gradients: called with the name and the gradient (..., O) at the product, when that comes back.
+        gradients: called in the backward pass with the name and the gradient (..., O) at the product.
     """
 
     def __init__(
         self,
         block: nn.Module,
         prunables: Mapping[str, Prunable],
-        inputs: Told | None = None,
-        gradients: Told | None = None,
+        inputs: Receiver | None = None,
+        gradients: Receiver | None = None,
     ) -> None:
         super().__init__()
         self._prunables = prunables
         self._inputs, self._gradients = inputs, gradients
         self._places: list[tuple[int, int, str]] = []  # first byte, bytes, name
-        self._steps: dict[str, int] = {}  # from one input channel to the next
+        self._steps: dict[str, int] = {}  # stride from one input channel to the next
         parameters = dict(block.named_parameters())
         for name, prunable in prunables.items():
             matrix = prunable.of(parameters[prunable.parameter])
@@ -91,24 +91,24 @@ class Products(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        given = kwargs or {}
-        factors, matrices = self._found(func, args, given)
+        kwargs = kwargs or {}
+        factors, matrices = self._recognise(func, args, kwargs)
         if factors is None:
-            return func(*args, **given)
+            return func(*args, **kwargs)
         for name, expert in matrices if self._inputs else ():
             assert self._inputs is not None
             self._inputs(name, factors.x if expert is None else factors.of_experts()[expert])
-        y = func(*args, **given)
+        y = func(*args, **kwargs)
         if self._gradients and y.requires_grad:
-            y.register_hook(partial(self._hear, matrices, factors.left))
+            y.register_hook(partial(self._report_gradient, matrices, factors.left))
         return y
 
-    def _found(
+    def _recognise(
         self, func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]
     ) -> tuple[_Factors | None, list[tuple[str, int | None]]]:
-        """The factors of a product, and the names of the block's matrices among them: none where there are none.
+        """The factors of a product, and the names of the block's matrices among them; (None, []) without such matrices.
 
-        Of experts that are multiplied at once, the place of each stands beside its name.
+        For experts that are multiplied at once, each name comes with the expert's position in the stack.
         """
         for factors in _factors(func, args, kwargs):
             each: list[tuple[str | None, int | None]]
@@ -121,24 +121,26 @@ class Products(TorchFunctionMode):
         return None, []
 
     def _name(self, matrix: Tensor, factors: _Factors) -> str | None:
-        """What the block calls a matrix; None for one that it does not have, or of which it sums over other channels.
+        """The name of a matrix; None if the block does not have it, or if the product sums over its output channels.
 
         Raises:
-            BesaError: they are of an expert.
+            BesaError: the product sums over the output channels of an expert.
         """
         place = bisect_right(self._places, matrix.data_ptr(), key=lambda place: place[0]) - 1
         if place < 0 or matrix.data_ptr() >= sum(self._places[place][:2]):
             return None
         name = self._places[place][2]
         prunable = self._prunables[name]
-        turned = matrix.stride(factors.axis) != self._steps[name] and min(matrix.shape[-2:]) > 1
-        if not turned and factors.x.shape[-1] == prunable.columns:
+        transposed = matrix.stride(factors.axis) != self._steps[name] and min(matrix.shape[-2:]) > 1
+        if not transposed and factors.x.shape[-1] == prunable.columns:
             return name
-        if prunable.routed:  # no other is taken for one that saw no token
-            raise BesaError(f"{name} is multiplied the other way round than besa expects: it cannot be pruned.")
+        if prunable.routed:  # other matrices are refused later because they saw no token
+            raise BesaError(
+                f"{name} is multiplied in transposed form, which besa does not support: the model cannot be pruned."
+            )
         return None
 
-    def _hear(self, matrices: list[tuple[str, int | None]], left: bool, gradient: Tensor) -> None:
+    def _report_gradient(self, matrices: list[tuple[str, int | None]], left: bool, gradient: Tensor) -> None:
         assert self._gradients is not None
         gradient = gradient.transpose(-1, -2) if left else gradient
         for name, expert in matrices:
@@ -146,9 +148,9 @@ class Products(TorchFunctionMode):
 
 
 def _factors(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Iterator[_Factors]:
-    """The ways in which a function call may be a product with a weight."""
+    """The ways to read a function call as a product of an input with a weight."""
     if func is torch.einsum:
-        yield from _summed(*args)
+        yield from _einsum_factors(*args)
     elif func in PRODUCTS:
         *places, axis = PRODUCTS[func]
         x, weight = (args[place] if place < len(args) else kwargs[name] for place, name in places)
@@ -158,18 +160,18 @@ def _factors(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> 
             yield _Factors(weight.transpose(-1, -2), x, -1, left=True)
 
 
-def _summed(equation: Any, *operands: Any) -> Iterator[_Factors]:
-    """What an ``einsum`` multiplies, if it sums over the last axis of an input (..., I) and gives (..., O).
+def _einsum_factors(equation: Any, *operands: Any) -> Iterator[_Factors]:
+    """The factors of an ``einsum`` that sums over the last axis of an input (..., I) and gives (..., O).
 
-    A matrix that is only multiplied in other sums counts as one that is not seen.
+    A matrix that appears only in other sums counts as not seen.
     """
-    given = operands[0] if len(operands) == 1 else operands
-    if not isinstance(equation, str) or len(given) != 2:
+    pair = operands[0] if len(operands) == 1 else operands
+    if not isinstance(equation, str) or len(pair) != 2:
         return
     terms, _, result = equation.replace(" ", "").partition("->")
-    named = list(zip(given, terms.split(","), strict=True))
-    for (x, axes), (weight, own) in (named, named[::-1]):
-        stacked = len(own) == 3 and own[0] == axes[0] == result[:1]
-        matrix = own[1:] if stacked else own
-        if len(matrix) == 2 and result and set(matrix) == {axes[-1], result[-1]} and axes[-1] not in result:
-            yield _Factors(x, weight, own.index(axes[-1]) - len(own))
+    named = list(zip(pair, terms.split(","), strict=True))
+    for (x, x_axes), (weight, w_axes) in (named, named[::-1]):
+        stacked = len(w_axes) == 3 and w_axes[0] == x_axes[0] == result[:1]
+        matrix = w_axes[1:] if stacked else w_axes
+        if len(matrix) == 2 and result and set(matrix) == {x_axes[-1], result[-1]} and x_axes[-1] not in result:
+            yield _Factors(x, weight, w_axes.index(x_axes[-1]) - len(w_axes))

@@ -1,4 +1,4 @@
-"""Planning: what a run will take (`plan`): passes, memory by phases (`peak`), and what each pass keeps (`shapes`)."""
+"""Planning: what a run needs (`plan`): forward passes (`passes`), memory (`peak`), memory of a pass (`shapes`)."""
 
 from besa.planning.passes import forward_passes, spending
 from besa.planning.plan import Plan, work_out

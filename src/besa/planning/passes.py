@@ -1,7 +1,7 @@
-"""How many forward passes of the calibration set a recipe takes, and how to spend so many.
+"""How many forward passes over the calibration set a recipe takes, and the recipe for a given number of passes.
 
-A backward pass counts as two forward passes, or as one where its gradients go to activations and not to weights.
-Solving for weights, which `cg`, `admm` and `obs` do between passes, is not counted.
+A backward pass counts as two forward passes, or as one if its gradients go only to activations. Solving for weights
+between passes (`cg`, `admm` and `obs`) does not count.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from besa.settings import LARGEST
 
 
 def forward_passes(recipe: Recipe, samples: int, seqlen: int) -> float:
-    """Forward passes of the calibration set, through all blocks, that pruning by a recipe takes at most.
+    """Forward passes over the calibration set, through all blocks, that a recipe takes at most.
 
     Args:
         recipe: the method.
@@ -24,33 +24,33 @@ def forward_passes(recipe: Recipe, samples: int, seqlen: int) -> float:
     share, tokens = dense_share(recipe, seqlen)
     dense = -(-samples // share) * tokens / (samples * seqlen)
     passes = dense + 2  # the dense path, statistics, the pruned path
-    halves = 2 if recipe.granularity == "attn-mlp" else 1  # attention has a teacher of its own, and steps of its own
-    if halves == 2:
+    parts = 2 if recipe.granularity == "attn-mlp" else 1  # attention has its own teacher and its own steps
+    if parts == 2:
         passes += 1 if recipe.teacher == "pruned" else dense
     if recipe.descent is not None:
-        seen = recipe.descent.steps * first_tokens(seqlen, recipe.descent.crop)
-        passes += 3 * halves * seen / (samples * seqlen)
+        learned = recipe.descent.steps * first_tokens(seqlen, recipe.descent.crop)
+        passes += 3 * parts * learned / (samples * seqlen)
     if recipe.allocation.probes_every is not None:
         passes += 2 / recipe.allocation.probes_every
     return passes + recipe.targets.passes + recipe.finetune.passes
 
 
 def spending(recipe: Recipe, passes: float, samples: int, seqlen: int) -> Recipe:
-    """The recipe with as many epochs of fine-tuning as a number of forward passes leaves room for.
+    """The recipe with as many epochs of fine-tuning as the given forward passes allow.
 
     Args:
-        recipe: one that fine-tunes.
-        passes: to take at most.
+        recipe: must fine-tune.
+        passes: forward passes, at most.
         samples: calibration sequences.
         seqlen: tokens of each.
 
     Raises:
-        BesaError: the recipe does not fine-tune, or the passes do not suffice for one epoch, or for too many.
+        BesaError: the recipe does not fine-tune, or the passes are too few for one epoch or too many to count.
     """
     if not recipe.finetune.moves_weights:
         raise BesaError(
-            f"Recipe {recipe.name} does not fine-tune, so it has nothing to spend passes on: take best, or set "
-            "finetune.method=adam."
+            f"Recipe {recipe.name} does not fine-tune, so it has no use for more passes: choose the recipe best, or "
+            "set finetune.method=adam."
         )
     epoch, least = recipe.finetune.epoch_passes, forward_passes(_with_epochs(recipe, 1), samples, seqlen)
     if not passes >= least:

@@ -1,4 +1,4 @@
-"""The most memory that pruning one unit takes, by what its phases keep."""
+"""The peak memory of pruning one unit: the phase that keeps most."""
 
 from __future__ import annotations
 
@@ -13,15 +13,23 @@ from besa.planning.shapes import forward_bytes
 
 
 def unit_bytes(model: PreTrainedModel, unit: Unit, recipe: Recipe, batch: int, seqlen: int) -> int:
-    """Peak while a unit is pruned: its weights, and the largest of what its phases add."""
+    """Peak bytes while a unit is pruned: its weights, plus the most that a phase adds.
+
+    Args:
+        model: a skeleton on the meta device, in the dtype of the run.
+        unit: of the model.
+        recipe: the method.
+        batch: sequences in a forward pass.
+        seqlen: tokens of a sequence.
+    """
     item = model.dtype.itemsize
     sizes = [prunable.numel for prunable in unit.prunables.values()]
     widest = max(prunable.columns for prunable in unit.prunables.values())
     weights, most = sum(sizes), max(sizes)
     stored = stored_bytes(unit)
-    read = stored // len(unit.blocks)  # each tensor is copied out of its file before it becomes a parameter
-    watched = batch * seqlen * widest * 8  # a product's input as float32, and its squares
-    statistics = forward_bytes(unit, model, batch, seqlen, learning=False) + watched
+    read = stored // len(unit.blocks)  # each tensor is copied from its file before it becomes a parameter
+    observed = batch * seqlen * widest * 8  # the input of a product as float32, and its squares
+    statistics = forward_bytes(unit, model, batch, seqlen, learning=False) + observed
     gram = 4 * sum(columns**2 for columns in {p.columns for p in unit.prunables.values()}) if recipe.needs_gram else 0
     ranked = 4 * weights + (2 if widest < 1 << 15 else 4) * weights  # importance and ranks, kept together
     whole = most if recipe.allocation.sorts_linears else CHUNK  # weights sorted at once
@@ -40,7 +48,7 @@ def unit_bytes(model: PreTrainedModel, unit: Unit, recipe: Recipe, batch: int, s
         phases.append(ranked + gram + 4 * 4 * widest**2 + recipe.reconstruction.solver_bytes * most)
     if recipe.allocation.probes_every is not None or recipe.targets.needs_loss:
         phases.append(ranked + 12 * most + forward_bytes(unit, model, 1, seqlen, learning=True))
-    if recipe.targets.trials:  # ranks, and what a trial leaves of the weights
+    if recipe.targets.trials:  # ranks, and the pruned weights of a trial
         phases.append(ranked + item * weights + forward_bytes(unit, model, batch, seqlen, learning=False))
     if recipe.finetune.moves_weights:
         tuned = recipe.finetune.bytes_per_weight(item) * weights

@@ -1,4 +1,4 @@
-"""What a run will take, said beforehand from the configuration alone."""
+"""What a run needs, computed before it from the model's configuration alone."""
 
 from __future__ import annotations
 
@@ -24,30 +24,30 @@ from besa.pruning.paths import dense_share
 from besa.quantization import MinMax
 from besa.system import memory
 
-TEXT = 64 << 20  # of the tokenizer and the calibration text, while they are read
+TEXT = 64 << 20  # bytes of the tokenizer and the calibration text while they are read
 
 
 class Plan(BaseModel):
-    """What a run will take; bytes unless said otherwise.
+    """What a run needs.
 
     Attributes:
         model: its name.
         architecture: class of the model.
-        blocks: how many.
-        parameters: of the whole model.
-        prunable_weights: of the blocks, less what is skipped.
-        zeros: what the recipe will make of them.
-        model_sparsity: share of all parameters of the model that these are.
+        blocks: number of blocks.
+        parameters: number of parameters of the whole model.
+        prunable_weights: number of weights to prune: those of the blocks' matrices that are not skipped.
+        zeros: how many of these become zero.
+        model_sparsity: zeros as a share of all parameters.
         dense: weights of the blocks' matrices that stay dense, by name within a block.
-        checkpoint_bytes: of the pruned checkpoint.
-        disk_bytes: free space needed while the run goes on: journal, checkpoint and activations.
-        activation_bytes: of all hidden states kept between blocks.
+        checkpoint_bytes: size of the pruned checkpoint.
+        disk_bytes: free space needed during the run, for journal, checkpoint and activations.
+        activation_bytes: size of all hidden states kept between blocks.
         activations_on_disk: whether they exceed the activation budget.
         memory_bytes: expected peak of the process.
-        gpu_memory_bytes: expected peak on the GPU, None for a run on the CPU.
-        forward_passes: of the calibration set through all blocks; a backward pass counts as two.
-        fits: whether memory and disk here suffice; the GPU's too, where there is one.
-        lacking: what does not suffice, in words.
+        gpu_memory_bytes: expected peak on the GPU; None for a run on the CPU.
+        forward_passes: over the calibration set through all blocks; a backward pass counts as two.
+        fits: whether this machine has enough memory and disk, and GPU memory for a run on the GPU.
+        lacking: what this machine has too little of, in words.
     """
 
     model: str
@@ -82,66 +82,70 @@ def work_out(
     activation_budget: int,
     folder: Path,
 ) -> Plan:
-    """Work out a run.
+    """Work out what a run needs.
 
     Args:
-        name: what the user calls the model.
-        model: a skeleton, its parameters on the meta device, in the dtype of the run.
+        name: of the model, as the user gave it.
+        model: a skeleton on the meta device, in the dtype of the run.
         blocks: of the model.
-        recipe: what is to be done.
+        recipe: the method.
         samples: calibration sequences.
         seqlen: tokens of a calibration sequence.
         batch: sequences in a forward pass.
-        device: where blocks would be computed; need not be here.
+        device: where blocks would be computed; this machine need not have it.
         activation_budget: bytes of hidden states kept in memory.
         folder: where the checkpoint would be written.
 
     Raises:
-        BesaError: a pattern of the recipe matches nothing, or a batch alone is more than this machine's memory.
+        BesaError: a pattern of the recipe matches nothing, or one batch needs more than the memory of this machine.
     """
-    whole, parts = units(blocks, recipe.granularity), [budget for own in budgets(blocks, recipe) for budget in own]
+    in_order = units(blocks, recipe.granularity)
+    plan = [budget for unit_budgets in budgets(blocks, recipe) for budget in unit_budgets]
     parameters, item = model.num_parameters(), model.dtype.itemsize
     size = parameters * item
     if recipe.quantization.coding is not None:
-        names = {name for part in parts for name in part.names}
-        size -= item * sum(part.weights for part in parts)
-        size += _packed_bytes(recipe.quantization.coding, blocks, names, item)
+        names = {name for budget in plan for name in budget.names}
+        size -= item * sum(budget.weights for budget in plan)
+        size += _code_bytes(recipe.quantization.coding, blocks, names, item)
     stream = samples * seqlen * model.config.get_text_config().hidden_size * item
     teacher = recipe.teacher
     share, tokens = dense_share(recipe, seqlen)
     dense_stream = stream // seqlen * tokens // samples * -(-samples // share)
-    apart = recipe.granularity == "attn-mlp"  # attention has a teacher of its own, and steps of its own
+    two_parts = recipe.granularity == "attn-mlp"  # attention has its own teacher
     target = stream if teacher == "pruned" else dense_stream
-    streams = stream + dense_stream + (stream if teacher == "pruned" else 0) + (target if apart else 0)
+    streams = stream + dense_stream + (stream if teacher == "pruned" else 0) + (target if two_parts else 0)
     surveyed = stream // samples * recipe.targets.sequences_kept(samples, len(blocks))
-    streams = max(streams, surveyed)  # what targets keep is gone before the others are there
+    streams = max(streams, surveyed)  # hidden states of the targets are freed before the others are allocated
     on_disk = stream > activation_budget // 2
     if batch * seqlen * model.config.get_text_config().hidden_size * item > memory.total_bytes():
-        raise BesaError(f"{batch:,} × {seqlen:,} tokens do not go through a block here: shorten --seqlen or --batch.")
+        raise BesaError(
+            f"A batch of {batch:,} × {seqlen:,} tokens needs more memory than this machine has: lower --batch or "
+            "--seqlen."
+        )
     crop = first_tokens(seqlen, recipe.descent.crop if recipe.descent else 1.0)
     learn_arguments(model, blocks, {(batch, seqlen), (1, seqlen), (1, crop)})
     inside = {id(parameter) for block in blocks for parameter in block.module.parameters()}
     outside = sum(parameter.nbytes for parameter in model.parameters() if id(parameter) not in inside)
     if recipe.targets.needs_loss:  # predictions, their logarithms and gradients
         outside += 20 * seqlen * model.config.get_text_config().vocab_size
-    work = max(unit_bytes(model, unit, recipe, batch, seqlen) for unit in _distinct(whole))
-    unit_size = max(stored_bytes(unit) for unit in whole)
+    work = max(unit_bytes(model, unit, recipe, batch, seqlen) for unit in _distinct(in_order))
+    unit_size = max(stored_bytes(unit) for unit in in_order)
     kept = (0 if on_disk else streams) + memory.current_bytes() + TEXT
     on_gpu = device.type == "cuda"
     needs = kept + max(outside, 2 * unit_size if on_gpu else work)
     disk = disk_bytes(size) + (streams if on_disk else 0)
     gpu = work if on_gpu else None
-    zeros = sum(part.zeros for part in parts)
+    zeros = sum(budget.zeros for budget in plan)
     lacking = list(_lacking(needs, gpu, disk, device, folder))
     return Plan(
         model=name,
         architecture=type(model).__name__,
         blocks=len(blocks),
         parameters=parameters,
-        prunable_weights=sum(part.weights for part in parts),
+        prunable_weights=sum(budget.weights for budget in plan),
         zeros=zeros,
         model_sparsity=zeros / parameters,
-        dense=left_dense(blocks, {name for part in parts for name in part.names}),
+        dense=left_dense(blocks, {name for budget in plan for name in budget.names}),
         checkpoint_bytes=size,
         disk_bytes=disk,
         activation_bytes=streams,
@@ -155,7 +159,7 @@ def work_out(
 
 
 def _lacking(needs: int, gpu: int | None, disk: int, device: torch.device, folder: Path) -> Iterator[str]:
-    """What this machine has too little of."""
+    """What this machine has too little of, in words."""
     if needs > memory.total_bytes():
         yield f"memory ({memory.total_bytes() / 1e9:.1f} GB)"
     if gpu is not None:
@@ -168,14 +172,14 @@ def _lacking(needs: int, gpu: int | None, disk: int, device: torch.device, folde
         yield f"free disk ({free / 1e9:.1f} GB)"
 
 
-def _distinct(whole: list[Unit]) -> list[Unit]:
-    """One unit of each shape: most decoders repeat one."""
-    found = {tuple((p.rows, p.columns) for p in unit.prunables.values()): unit for unit in reversed(whole)}
-    return list(found.values())
+def _distinct(in_order: list[Unit]) -> list[Unit]:
+    """One unit of each shape; most decoders have only one shape."""
+    by_shapes = {tuple((p.rows, p.columns) for p in unit.prunables.values()): unit for unit in reversed(in_order)}
+    return list(by_shapes.values())
 
 
-def _packed_bytes(quantization: MinMax, blocks: list[Block], names: set[str], item: int) -> int:
-    """Of the quantised linears: codes, scales and zero points."""
+def _code_bytes(quantization: MinMax, blocks: list[Block], names: set[str], item: int) -> int:
+    """Bytes of the quantised linears as codes, with scales and zero points."""
     bits = 0
     for block in blocks:
         for name, prunable in block.prunables.items():

@@ -1,4 +1,4 @@
-"""What a forward and backward pass keeps alive, counted on the meta device, where tensors have shapes and no memory.
+"""Memory of a forward and backward pass, counted on the meta device, where tensors have shapes but no memory.
 
 Shape suffixes: N sequences, T tokens, C channels of the residual stream.
 """
@@ -24,10 +24,17 @@ from besa.models.units import Unit
 
 
 def forward_bytes(unit: Unit, model: PreTrainedModel, batch: int, seqlen: int, learning: bool) -> int:
-    """Peak of what a forward pass keeps alive, with the backward pass to its weights when `learning`.
+    """Peak bytes of the tensors of a forward pass; if `learning`, with the backward pass to the weights.
+
+    Args:
+        unit: on the meta device.
+        model: of the unit.
+        batch: sequences.
+        seqlen: tokens of each.
+        learning: whether to run the backward pass too.
 
     Raises:
-        BesaError: a block looks for what another one left behind.
+        BesaError: a block needs values that another block left behind.
     """
     channels: int = model.config.get_text_config().hidden_size
     x_NTC = torch.empty(batch, seqlen, channels, dtype=model.dtype, device="meta")
@@ -46,10 +53,10 @@ def forward_bytes(unit: Unit, model: PreTrainedModel, batch: int, seqlen: int, l
                 (y_NTC.float() - x_NTC.float()).square().sum().backward()
     except ElsewhereError as error:
         raise BesaError(
-            f"{type(model).__name__} cannot be pruned block by block: {unit.blocks[0].name} looks for what other "
-            f"blocks left behind ({error.args[0]!r})."
+            f"{type(model).__name__} cannot be pruned block by block: {unit.blocks[0].name} needs what other blocks "
+            f"left behind ({error.args[0]!r})."
         ) from error
-    except (RuntimeError, NotImplementedError, TypeError, ValueError):  # blocks that compute with values
+    except (RuntimeError, NotImplementedError, TypeError, ValueError):  # the block needs values, not only shapes
         wide = sum({prunable.parameter: prunable.rows for prunable in unit.prunables.values()}.values())
         return batch * seqlen * (12 * channels + (3 if learning else 1) * wide) * 4
     peak: int = live.peak
@@ -58,10 +65,11 @@ def forward_bytes(unit: Unit, model: PreTrainedModel, batch: int, seqlen: int, l
 
 @torch.no_grad()
 def learn_arguments(model: PreTrainedModel, blocks: list[Block], sizes: set[tuple[int, int]]) -> None:
-    """Fill in the call arguments of every block, for sizes of (sequences, tokens), without any weight of the model.
+    """Record the call arguments of every block, for each size (sequences, tokens), without weights of the model.
 
     Raises:
-        BesaError: the model cannot be run with its blocks aside, or calls them otherwise than token by token.
+        BesaError: the model cannot run with its blocks standing aside, leaves out blocks, or its hidden states are not
+            one vector for each token.
     """
     embeddings = model.get_input_embeddings()
     within = {module for block in blocks for module in block.module.modules()}
@@ -76,7 +84,7 @@ def learn_arguments(model: PreTrainedModel, blocks: list[Block], sizes: set[tupl
         for samples, tokens in sizes:
             try:
                 model.base_model(input_ids=torch.zeros(samples, tokens, dtype=torch.int64), use_cache=False)
-            except Exception as error:  # model code raises whatever it likes
+            except Exception as error:  # model code may raise anything
                 reason = " ".join(str(error).split()).rstrip(".")[:200]
                 raise BesaError(
                     f"{type(model).__name__} cannot be pruned block by block: it cannot be run with its blocks aside "
@@ -91,7 +99,7 @@ def learn_arguments(model: PreTrainedModel, blocks: list[Block], sizes: set[tupl
 
 @contextmanager
 def _embedding_zeros(embeddings: Any, dtype: torch.dtype) -> Iterator[None]:
-    """While open, any token is embedded as zeros, which takes no weight."""
+    """While open, every token is embedded as zeros, so that no weights are needed."""
     channels = embeddings.weight.shape[1]
     embeddings.forward = lambda tokens, *_, **__: torch.zeros(*tokens.shape, channels, dtype=dtype)
     try:
@@ -105,7 +113,7 @@ def _dropped(weight: Tensor) -> None:
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that appear while it is open and are still there."""
+    """Counts the bytes of tensors that are made while it is open and are still alive."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -114,25 +122,25 @@ class _LiveBytes(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        given = {tensor.untyped_storage()._cdata for tensor in tree_leaves(args) if isinstance(tensor, Tensor)}
+        inputs = {tensor.untyped_storage()._cdata for tensor in tree_leaves(args) if isinstance(tensor, Tensor)}
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
-                if storage._cdata not in self._known | given:
+                if storage._cdata not in self._known | inputs:
                     self._known.add(storage._cdata)
                     self._live += storage.nbytes()
-                    weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+                    weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
         self.peak = max(self.peak, self._live)
         return result
 
-    def _gone(self, key: int, size: int) -> None:
+    def _freed(self, key: int, size: int) -> None:
         self._known.discard(key)
         self._live -= size
 
 
 class _Attention(torch.autograd.Function):
-    """What a fused attention kernel keeps: its inputs and its output, never the scores."""
+    """Attention that keeps what a fused kernel keeps: inputs and output, not the scores."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -147,7 +155,7 @@ class _Attention(torch.autograd.Function):
 
 @contextmanager
 def _lean_attention() -> Iterator[None]:
-    """While open, attention is computed (on the meta device) as fused kernels do."""
+    """While open, attention (on the meta device) keeps as little as fused kernels do."""
     before = functional.scaled_dot_product_attention
 
     def attend(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
@@ -162,7 +170,7 @@ def _lean_attention() -> Iterator[None]:
 
 @contextmanager
 def _stacks_aside(unit: Unit) -> Iterator[None]:
-    """While open, mixtures hand their tokens on: which expert gets which is not known without values."""
+    """While open, mixtures of experts return their inputs, because routing needs values."""
     modules = [module for block in unit.blocks for module in block.module.modules()]
     holders = [module for module in modules if any(p.dim() == 3 for p in module.parameters(recurse=False))]
     for module in holders:
