@@ -21,7 +21,7 @@ PASSED_NAMES = 8  # as an example: they may be many
 class Record(BaseModel):
     """Base of all parts: read leniently where a later besa wrote more, written in full."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore", ser_json_inf_nan="constants")
 
 
 class LinearRecord(Record):

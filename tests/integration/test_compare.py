@@ -236,8 +236,8 @@ def test_rows_of_another_besa_or_machine_are_shown_as_such_and_made_anew(
     assert found.dense.origin == workspace.origin
     assert found.earlier == [own.dense, *own.rows]
     head, _, *lines = (workspace.folder / "compare.md").read_text().splitlines()
-    assert head.endswith("| seconds | made by |")
-    assert [line.split("|")[-2].strip() for line in lines] == ["", "", *[own.dense.origin.label] * 5]
+    assert head.startswith("| recipe | made by | sparsity |")
+    assert [line.split("|")[2].strip() for line in lines] == ["", "", *[own.dense.origin.label] * 5]
     back = compare(replace(workspace), ["wanda"], [0.7], 1)
     assert len(pruned) == 1
     assert back.rows == own.rows

@@ -27,7 +27,7 @@ from besa.record import RunRecord
 from besa.runtime.timings import Bench
 from besa.simulator import Simulation, described
 from besa.studies.comparing import Comparison
-from besa.studies.rows import listed
+from besa.studies.rows import MADE_BY, listed
 
 
 @contextmanager
@@ -188,7 +188,7 @@ def compared(found: Comparison) -> RenderableType:
     table = Table(title=found.model, caption=f"{found.calibration}; perplexity in windows of {found.window} tokens")
     head, *cells = listed([found.dense, *found.rows], found.earlier)
     for column in head:
-        table.add_column(column, justify="left" if column in (head[0], "made by") else "right")
+        table.add_column(column, justify="left" if column in (head[0], MADE_BY) else "right")
     for line in cells:
         table.add_row(*line)
     return table

@@ -15,6 +15,7 @@ from besa.studies.origin import Origin
 from besa.studies.workspace import Outcome
 
 SCORES: Callable[[Outcome], dict[str, float]] = attrgetter("scores")
+MADE_BY = "made by"
 LABELS = {"accuracy": "mean accuracy in %"}
 
 
@@ -75,7 +76,7 @@ def listed(rows: Sequence[Row], earlier: Sequence[Row] = (), first: str = "recip
 
     Args:
         rows: made by this besa on this machine.
-        earlier: made by others; a last column says by which.
+        earlier: made by others; a second column says by which.
         first: name of the first column.
     """
     scores = list(rows[0].mean)
@@ -91,8 +92,8 @@ def listed(rows: Sequence[Row], earlier: Sequence[Row] = (), first: str = "recip
     ]
     if earlier:
         origins = [one.origin.label if one.origin else "an earlier besa" for one in earlier]
-        made_by = ["made by", *[""] * len(rows), *origins]
-        return [[*line, origin] for line, origin in zip([head, *cells], made_by, strict=True)]
+        made_by = [MADE_BY, *[""] * len(rows), *origins]
+        return [[line[0], origin, *line[1:]] for line, origin in zip([head, *cells], made_by, strict=True)]
     return [head, *cells]
 
 
@@ -105,4 +106,4 @@ def cell(row: Row, score: str) -> str:
 def markdown(rows: Sequence[Row], earlier: Sequence[Row] = (), first: str = "recipe") -> str:
     """The table that `listed` describes, in Markdown."""
     head, *cells = listed(rows, earlier, first)
-    return table(head, cells)
+    return table(head, cells, words=2 if earlier else 1)
