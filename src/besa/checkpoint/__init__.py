@@ -1,1 +1,1 @@
-"""The only part of besa that writes models, and the part that counts what is in their files."""
+"""Opening, writing, rewriting and counting checkpoints; the only part of besa that writes models."""

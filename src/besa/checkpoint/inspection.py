@@ -61,11 +61,11 @@ def inspect(source: Source, progress: Progress = silent) -> Contents:
     blocks: dict[str, list[LinearContents]] = {}
     for weight in stored_weights(source, progress):
         blocks.setdefault(weight.block, []).append(_count(weight))
-    linears = [linear for own in blocks.values() for linear in own]
+    linears = [linear for of_block in blocks.values() for linear in of_block]
     return Contents(
         model=source.name,
         file_bytes=sum(path.stat().st_size for path in weight_paths(source)),
-        blocks=[BlockContents(name=name, **_totals(own)) for name, own in blocks.items()],
+        blocks=[BlockContents(name=name, **_totals(of_block)) for name, of_block in blocks.items()],
         linears=linears,
         **_totals(linears),
     )

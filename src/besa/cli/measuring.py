@@ -93,9 +93,9 @@ def inspect_command(model: Model, json: JsonOption = None, trust_remote_code: Tr
     from besa.models.loading import locate
 
     with progress_bar(err) as tracker:
-        found = inspect(locate(model, tracker, trust_remote_code=trust_remote_code), tracker)
-    keep(found, json)
-    out.print(contents(found))
+        result = inspect(locate(model, tracker, trust_remote_code=trust_remote_code), tracker)
+    keep(result, json)
+    out.print(contents(result))
 
 
 @commands.command("verify", rich_help_panel=PANEL)
@@ -109,8 +109,8 @@ def verify_command(
     from besa.cli.show import progress_bar, verified
 
     with progress_bar(err) as tracker:
-        found = verify(folder, progress=tracker)
-    out.print(verified(found, folder))
+        result = verify(folder, progress=tracker)
+    out.print(verified(result, folder))
 
 
 @commands.command("simulate", rich_help_panel=PANEL)
@@ -131,13 +131,13 @@ def simulate_command(
     from besa.simulator import check_alike
 
     with progress_bar(err) as tracker:
-        found = [
+        results = [
             simulate(name, numbers("--tokens", tokens, int), trust_remote_code=trust_remote_code, progress=tracker)
             for name in [model, *(method_baseline or ())]
         ]
-    check_alike(found)
-    keep(found[0], json)
-    out.print(simulated(found[0], found[1:]))
+    check_alike(results)
+    keep(results[0], json)
+    out.print(simulated(results[0], results[1:]))
 
 
 @commands.command(rich_help_panel=PANEL)

@@ -154,8 +154,8 @@ def shrink(
     from besa.cli.show import progress_bar, shrunk
 
     with progress_bar(err) as tracker:
-        found = shrink_checkpoint(model, out_dir, trust_remote_code=trust_remote_code, progress=tracker)
-    out.print(shrunk(found, out_dir))
+        result = shrink_checkpoint(model, out_dir, trust_remote_code=trust_remote_code, progress=tracker)
+    out.print(shrunk(result, out_dir))
 
 
 @commands.command("plan", rich_help_panel=PANEL)
@@ -181,7 +181,7 @@ def plan_command(
     from besa.api import plan
     from besa.cli.show import planned
 
-    found = plan(
+    result = plan(
         model,
         _recipe(recipe, sparsity, set_, skip, sparsity_of, passes, samples, seqlen, model, trust_remote_code),
         out=out_dir,
@@ -193,8 +193,8 @@ def plan_command(
         activation_budget=bytes_of(activation_budget),
         trust_remote_code=trust_remote_code,
     )
-    keep(found, json)
-    out.print(planned(found))
+    keep(result, json)
+    out.print(planned(result))
 
 
 @commands.command("compare", rich_help_panel=PANEL)

@@ -27,10 +27,10 @@ def pack(
     from besa.cli.show import packed, progress_bar
 
     with progress_bar(err) as tracker:
-        found = pack_checkpoint(
+        result = pack_checkpoint(
             model, out_dir, dtype=dtype.value, trust_remote_code=trust_remote_code, progress=tracker
         )
-    out.print(packed(found, out_dir))
+    out.print(packed(result, out_dir))
 
 
 @commands.command(rich_help_panel=PANEL)
@@ -97,7 +97,7 @@ def bench_command(
     from besa.runtime.speed import bench
 
     with progress_bar(err) as tracker:
-        found = bench(
+        result = bench(
             models,
             rounds=rounds,
             device=device.value,
@@ -105,5 +105,5 @@ def bench_command(
             trust_remote_code=trust_remote_code,
             progress=tracker,
         )
-    keep(found, json)
-    out.print(benched(found))
+    keep(result, json)
+    out.print(benched(result))

@@ -41,7 +41,7 @@ class Layout:
 
     Attributes:
         of_block: names in the files by name of the block.
-        embeddings: names of what the inner model has outside its blocks: embeddings, the final norm.
+        embeddings: names of the tensors of the inner model outside its blocks: embeddings, the final norm.
         head: names of the tensors outside the inner model.
         unbuilt: names of tensors that transformers builds no module for: layers that predict further tokens, vision
             towers, buffers of older releases.

@@ -40,7 +40,7 @@ def generate(
     """Continue a text.
 
     Args:
-        model: whatever `besa.load` takes, or a loaded model.
+        model: anything `besa.load` takes, or a loaded model.
         prompt: the text to continue, without a chat template.
         max_new_tokens: at most; the model may end sooner, and ends when it has no more positions.
         temperature: of the softmax that tokens are sampled from; 0 takes the likeliest token each time.

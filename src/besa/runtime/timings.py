@@ -71,7 +71,7 @@ class Bench(Record):
         bandwidth: bytes a second that this machine can read.
         rounds: measurements of each kind.
         created: when.
-        versions: of besa and of what the numbers depend on.
+        versions: of besa and of the libraries that the numbers depend on.
         machine: processor and threads.
     """
 
