@@ -232,7 +232,7 @@ def test_nothing_is_loaded_from_a_folder_of_others(fresh, tmp_path, monkeypatch,
     else:
         fresh.rename(tmp_path / "elsewhere").chmod(0o700)
         fresh.symlink_to(tmp_path / "elsewhere")
-    with pytest.warns(Notice, match="not this user's alone to write: remove it, or point BESA_CACHE to"):
+    with pytest.warns(Notice, match="not writable by this user alone: remove it, or point BESA_CACHE to"):
         assert load_anew() is not None
     assert_works()
     assert not ran.exists()
@@ -274,7 +274,7 @@ def test_two_processes_may_fill_the_cache_at_once(fresh, tmp_path):
 @compiled
 def test_a_cache_that_cannot_be_is_done_without(fresh):
     fresh.write_text("in the way")
-    with pytest.warns(Notice, match="for this run only, as .* cannot be made"):
+    with pytest.warns(Notice, match="for this run only because .* cannot be made"):
         assert load_anew() is not None
     assert_works()
 
@@ -300,7 +300,7 @@ def test_threads_are_those_of_torch(fresh):
 
 @compiled
 def test_a_compiler_without_openmp_serves_too(fresh, monkeypatch):
-    monkeypatch.setattr(build, "WAYS", ((),))
+    monkeypatch.setattr(build, "OPENMP_FLAGS", ((),))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert build.load("masks.cpp") is not None
