@@ -45,10 +45,14 @@ def load(source: str) -> ctypes.CDLL | None:
     if compiler is not None:
         for openmp in OPENMP_FLAGS:
             try:
-                return _loaded(compiler, (*FLAGS, *openmp), text)
+                library = _loaded(compiler, (*FLAGS, *openmp), text)
             except (OSError, subprocess.CalledProcessError) as error:
                 message = getattr(error, "stderr", None) or str(error)
                 reason = f"{compiler} failed: {' '.join(message.split())[:200]}"
+                continue
+            if not openmp:
+                warnings.warn(f"besa's kernels use one thread, without OpenMP: {reason}.", Notice, stacklevel=2)
+            return library
     warnings.warn(f"besa computes more slowly than it could, in plain torch: {reason}.", Notice, stacklevel=2)
     return None
 
