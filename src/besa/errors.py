@@ -1,18 +1,18 @@
-"""What a user is meant to read when something is not as it should be."""
+"""Errors and notices for users."""
 
 from __future__ import annotations
 
 
 class BesaError(Exception):
-    """Bad input or a refused situation, told in one sentence that says what is wrong and what to do.
+    """Bad input or an unsupported situation: one sentence says what is wrong and what to do.
 
-    The command line prints the sentence and leaves with exit code 2; every other exception is a bug in besa.
+    The command line prints the sentence and exits with code 2. Every other exception is a bug in besa.
     """
 
 
 class Interrupted(BaseException):
-    """Ctrl-C, with a sentence on what was kept."""
+    """Ctrl-C, with one sentence that says which work was kept."""
 
 
 class Notice(UserWarning):
-    """Something that a user should know and that stops nothing, in one sentence."""
+    """A warning that a user should know, in one sentence; the work goes on."""

@@ -1,4 +1,4 @@
-"""How long work tells the outside how far it is, without printing anything itself."""
+"""Progress of long work, reported to a callback; nothing is printed here."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import Protocol, runtime_checkable
 
 @runtime_checkable
 class Progress(Protocol):
-    """Told now and then how far one piece of work is; the command line draws it, the default ignores it."""
+    """A callback that long work calls from time to time. The command line draws it; the default ignores it."""
 
     def __call__(self, done: float, total: float, note: str = "") -> None:
-        """`done` out of `total` units are through; `note` is a short phrase on the state of the work."""
+        """`done` of `total` units are done; `note` is a short phrase on the state of the work."""
 
 
 def silent(done: float, total: float, note: str = "") -> None:
-    """The progress that nobody watches."""
+    """Progress that is ignored."""
 
 
 def labelled(progress: Progress, label: str) -> Progress:
-    """Progress that says first what it is about."""
+    """Progress whose notes begin with a label."""
 
-    def tell(done: float, total: float, note: str = "") -> None:
+    def report(done: float, total: float, note: str = "") -> None:
         progress(done, total, f"{label}: {note}")
 
-    return tell
+    return report

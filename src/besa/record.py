@@ -1,4 +1,4 @@
-"""The run record: what was done to a model, in one JSON file beside its weights."""
+"""The run record: one JSON file beside the weights that says how a model was pruned."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from besa.errors import BesaError
 
 RECORD_NAME = "besa_run.json"
 HISTOGRAM_BINS = 50
-PASSED_NAMES = 8  # as an example: they may be many
+PASSED_NAMES = 8  # examples in a record, because there may be many
 
 
 class Record(BaseModel):
-    """Base of all parts: read leniently where a later besa wrote more, written in full."""
+    """Base of all parts. Unknown keys, which a later besa may write, are ignored."""
 
     model_config = ConfigDict(extra="ignore", ser_json_inf_nan="constants")
 
 
 class LinearRecord(Record):
-    """One pruned linear; counts are taken of the written tensor."""
+    """One pruned linear, counted in the written tensor."""
 
     name: str
     shape: list[int]
@@ -39,7 +39,14 @@ class LinearRecord(Record):
 
 
 def linear_record(name: str, w_OI: Tensor, importance_OI: Tensor, reached: bool = True) -> LinearRecord:
-    """Count the zeros of the pruned weight `w_OI` (O, I) and the importance (O, I) its kept entries had when dense."""
+    """The record of a linear.
+
+    Args:
+        name: full name.
+        w_OI: the pruned weight (O, I).
+        importance_OI: importance of the dense weight (O, I).
+        reached: whether calibration tokens reached it.
+    """
     zero_OI = w_OI == 0
     rates_O = zero_OI.sum(dim=1).double() / w_OI.shape[1]
     kept = zero_OI.numel() - int(zero_OI.sum())
@@ -68,7 +75,7 @@ class BlockRecord(Record):
     )
     finetuning: list[float] = Field(
         default=[],
-        description="held-out loss before fine-tuning and after every epoch; as the losses",
+        description="held-out loss before fine-tuning and after every epoch; of blocks pruned together, in the last",
     )
     seconds: float
     phases: dict[str, float] = Field(default={}, description="seconds by phase")
@@ -76,7 +83,7 @@ class BlockRecord(Record):
 
 
 class PassedThrough(Record):
-    """Stored tensors that transformers does not build: written as they were read, to the bit."""
+    """Stored tensors that transformers does not build; they are copied to the bit."""
 
     tensors: int = 0
     bytes: int = 0
@@ -84,7 +91,7 @@ class PassedThrough(Record):
 
 
 class RunRecord(Record):
-    """Everything needed to understand a pruned model and to make it again."""
+    """The record of a run: all that is needed to understand a pruned model and to make it again."""
 
     schema_version: int = 1
     created: str
@@ -108,14 +115,14 @@ class RunRecord(Record):
     seconds: float
     peak_memory_bytes: int
     peak_gpu_memory_bytes: int | None = None
-    notes: list[str] = Field(default=[], description="what a user should know, a sentence each")
+    notes: list[str] = Field(default=[], description="notices for the user, one sentence each")
     passed_through: PassedThrough = PassedThrough()
-    restored_blocks: int = Field(default=0, description="taken from the journal of an interrupted run")
-    files: dict[str, str] = Field(default={}, description="sha256 of each file of the folder, once that is written")
+    restored_blocks: int = Field(default=0, description="blocks taken from the journal of an interrupted run")
+    files: dict[str, str] = Field(default={}, description="sha256 of each file of the folder, added at the end")
 
     @property
     def unreached(self) -> int:
-        """How many linears no calibration token reached."""
+        """The number of linears that no calibration token reached."""
         return sum(not linear.reached for block in self.blocks for linear in block.linears)
 
     @classmethod
@@ -123,7 +130,7 @@ class RunRecord(Record):
         """Read a record.
 
         Raises:
-            BesaError: the file is missing or no run record.
+            BesaError: the file is missing, or is no run record.
         """
         try:
             return cls.model_validate_json(path.read_text(encoding="utf-8"))
@@ -134,10 +141,10 @@ class RunRecord(Record):
 
     @classmethod
     def of(cls, folder: Path) -> RunRecord | None:
-        """The record of a folder; None where no run made it: there is none, or one of digests alone.
+        """The record of a folder; None if the folder has none, or one that holds only digests.
 
         Raises:
-            BesaError: it is no run record.
+            BesaError: the file is no run record.
         """
         path = folder / RECORD_NAME
         if not path.exists():
@@ -146,7 +153,7 @@ class RunRecord(Record):
             if set(json.loads(path.read_text(encoding="utf-8"))) == {"files"}:
                 return None
         except (OSError, ValueError, TypeError, RecursionError):
-            pass  # told below
+            pass  # `read` reports it
         return cls.read(path)
 
 

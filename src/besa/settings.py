@@ -1,4 +1,4 @@
-"""What every choice of a recipe has in common: strict, immutable settings that read from and write to YAML."""
+"""The base of all parts of a recipe: strict, immutable settings that are read from and written to YAML."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
-LARGEST = 2**31 - 1  # whole number that a setting can be: what is counted here fits in 32 bits
+LARGEST = 2**31 - 1  # largest integer of a setting, so that counts fit into 32 bits
 
 
 class Settings(BaseModel):
-    """Base of all recipe parts: unknown keys are errors, values cannot change after they were checked."""
+    """Base of all recipe parts. Unknown keys are errors. Values cannot change after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 

@@ -231,7 +231,7 @@ def test_nothing_is_loaded_from_a_folder_of_others(fresh, tmp_path, monkeypatch,
     else:
         fresh.rename(tmp_path / "elsewhere").chmod(0o700)
         fresh.symlink_to(tmp_path / "elsewhere")
-    with pytest.warns(Notice, match="not this user's alone to write: remove it, or point BESA_CACHE to"):
+    with pytest.warns(Notice, match="not writable by this user alone: remove it, or point BESA_CACHE to"):
         assert load_anew() is not None
     assert_works()
     assert not ran.exists()
@@ -273,7 +273,7 @@ def test_two_processes_may_fill_the_cache_at_once(fresh, tmp_path):
 @compiled
 def test_a_cache_that_cannot_be_is_done_without(fresh):
     fresh.write_text("in the way")
-    with pytest.warns(Notice, match="for this run only, as .* cannot be made"):
+    with pytest.warns(Notice, match="for this run only because .* cannot be made"):
         assert load_anew() is not None
     assert_works()
 
@@ -299,7 +299,7 @@ def test_threads_are_those_of_torch(fresh):
 
 @compiled
 def test_a_compiler_without_openmp_serves_too_and_says_so(fresh, monkeypatch):
-    monkeypatch.setattr(build, "WAYS", (("-no-such-option",), ()))
+    monkeypatch.setattr(build, "OPENMP_FLAGS", (("-no-such-option",), ()))
     with pytest.warns(Notice, match="kernels use one thread, without OpenMP: .*no-such-option"):
         assert build.load("masks.cpp") is not None
     assert_works()

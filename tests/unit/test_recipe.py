@@ -346,8 +346,8 @@ def test_plain_names(write, name):
 def test_names_that_are_not_plain(write, name):
     sentence = refusal(write(f'name: "{name}"'))
     assert sentence.endswith(
-        "is not plain: use at most 64 letters (a to z), digits, dots, dashes and underscores, and begin with none of "
-        "dot and dash."
+        "is not plain: use at most 64 letters (a to z), digits, dots, dashes and underscores, and do not begin with "
+        "a dot or a dash."
     )
     assert len(sentence) < 350
 

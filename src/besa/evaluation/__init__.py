@@ -1,1 +1,1 @@
-"""Measuring what a model still knows."""
+"""Evaluation of models: perplexity on texts and accuracy on zero-shot tasks."""

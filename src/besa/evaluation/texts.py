@@ -1,8 +1,8 @@
-"""Texts that perplexity is measured on: the papers' three test sets under their own protocols, and any other text.
+"""Texts for perplexity: the three test sets of the pruning papers with their own protocols, and any other text.
 
-One rule for names: `wikitext2`, `ptb` and `c4` mean the test sets and nothing else, here; whatever else is given is a
-text as calibration takes it, its documents joined by blank lines. So the embedded C4 documents, which models are
-calibrated on, are not measured on by their name.
+Here, `wikitext2`, `ptb` and `c4` always mean the test sets. Any other name is a text as calibration takes it, with its
+documents joined by blank lines. The name `c4` therefore never means the embedded C4 documents, which are for
+calibration.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class NamedSet:
     """A test set of the pruning papers.
 
     Attributes:
-        hub: what of the Hugging Face Hub it is, as `datasets.load_dataset` takes it.
+        hub: arguments of `datasets.load_dataset` for the Hugging Face Hub.
         column: of the data set.
-        separator: stands between two of its rows.
-        lines: makes rows of a plain text file; None where a file must have documents of its own.
-        rows: only so many count, None for all.
-        tokens: only so many count, None for all.
+        separator: text between two rows.
+        lines: splits a plain text file into rows; None if a file must have separate documents.
+        rows: number of rows to use, from the beginning; None for all.
+        tokens: number of tokens to use, from the beginning; None for all.
     """
 
     hub: Mapping[str, object]
@@ -47,7 +47,7 @@ class NamedSet:
 
 
 def _raw_lines(text: str) -> Iterator[str]:
-    """WikiText's rows: each line with its end, nothing for a blank one, as its parquet files have them."""
+    """WikiText's rows, as in its parquet files: each line with its line break; an empty string for a blank line."""
     return (line if line.strip() else "" for line in io.StringIO(text))
 
 
@@ -64,7 +64,7 @@ TEST_SETS = {
         {
             "path": "ptb-text-only/ptb_text_only",
             "name": "penn_treebank",
-            "revision": "refs/convert/parquet",  # the data set itself is a script, which nothing runs any more
+            "revision": "refs/convert/parquet",  # the data set itself is a script, which libraries no longer run
             "split": "test",
         },
         "sentence",
@@ -88,15 +88,15 @@ TEST_SETS = {
 
 @dataclass(frozen=True)
 class Text:
-    """Something to measure perplexity on.
+    """A text to measure perplexity on.
 
     Attributes:
-        name: under which the result stands.
-        parts: of the text, in order; of one that is longer than 64 Mi characters, those it begins with.
-        separator: stands between two of them.
-        source: where it was read from, for the record.
-        tokens: only so many from the beginning count, None for all.
-        further: parts that come behind, which are read when they are needed, and once.
+        name: key of the result.
+        parts: of the text, in order; of a text longer than 64 Mi characters, the first parts.
+        separator: text between two parts.
+        source: where the text comes from, for the record.
+        tokens: number of tokens to use, from the beginning; None for all.
+        further: the parts after these; they are read once, when they are needed.
     """
 
     name: str
@@ -108,7 +108,7 @@ class Text:
 
     @property
     def beginning(self) -> str:
-        """Of the first part that is not blank."""
+        """First characters of the first part that is not blank."""
         return shown(next(part for part in self.parts if part.strip()))
 
     def tokenized(
@@ -118,9 +118,9 @@ class Text:
 
         Args:
             tokenizer: of the model.
-            enough: of a text with parts that are yet to be read, only about so many tokens are needed, and the mean is
-                over these; None for all. Other texts are tokenised whole.
-            progress: told how far it is.
+            enough: if the text has further parts, stop after about so many tokens, and take the mean over these; None
+                for all. Texts without further parts are tokenised whole.
+            progress: is called during the work.
         """
         parts, more = self.parts, list(islice(self.further, 1))
         if self.name in TEST_SETS:  # as the papers do: one string
@@ -141,34 +141,35 @@ class Text:
 
 
 def read_texts(texts: Iterable[str], data: Mapping[str, str | Path], progress: Progress = silent) -> list[Text]:
-    """Read what is to be measured on.
+    """Read the texts to measure perplexity on.
 
     Args:
         texts: names of `TEST_SETS`, the embedded ``wiki``, files, or ``hf:<dataset>``.
-        data: local files of test sets by name; those of others come from the Hugging Face Hub.
-        progress: told how far the download is, for a text that needs one.
+        data: local files of test sets by name; other test sets come from the Hugging Face Hub.
+        progress: is called during a download.
 
     Raises:
-        BesaError: a text cannot be had, a name could be taken for another, or `data` names what is not asked for.
+        BesaError: a text cannot be read, two texts have the same name, a file has the name of a test set, or `data`
+            names a set that is not in `texts`.
     """
-    asked = list(texts)
+    texts = list(texts)
     for name in data:
         if name not in TEST_SETS:
             raise BesaError(f"--data {name}=…: there is no test set {name}, only {', '.join(TEST_SETS)}.")
-        if name not in asked:
+        if name not in texts:
             raise BesaError(f"--data {name}=… is not used: add --ppl {name}, or leave it out.")
-    names = [text_name(text) for text in asked]
-    for text, name in zip(asked, names, strict=True):
+    names = [text_name(text) for text in texts]
+    for text, name in zip(texts, names, strict=True):
         if names.count(name) > 1:
-            raise BesaError(f"Two texts would stand under the name {name}: measure on them one at a time.")
+            raise BesaError(f"Two texts have the name {name}: measure on them one at a time.")
         if name in TEST_SETS and text != name:
             raise BesaError(
-                f"{text} would stand under the name of a test set: if it is that set, give it as "
-                f"--ppl {name} --data {name}={text}, else rename it."
+                f"{text} has the name of a test set: if it is that set, give it as --ppl {name} --data {name}={text}, "
+                "else rename it."
             )
     return [
         _test_set(text, data.get(text), progress) if text in TEST_SETS else _other(text, name, progress)
-        for text, name in zip(asked, names, strict=True)
+        for text, name in zip(texts, names, strict=True)
     ]
 
 
@@ -182,20 +183,20 @@ def perplexities(
     bos: int | None = None,
     progress: Progress = silent,
 ) -> dict[int, dict[str, Perplexity]]:
-    """Measure on every text in windows of every length; all texts are tokenised and checked before.
+    """Measure perplexity on every text in windows of every length. All texts are tokenised and checked first.
 
     Args:
-        model: causal decoder; it runs where it is.
+        model: causal decoder; it runs on its own device.
         tokenizer: of the model.
-        texts: from `read_texts`; each can be measured on once.
+        texts: from `read_texts`; each can be used once.
         windows: tokens of a window, one or several lengths.
         max_windows: as in `perplexity`.
         batch: as in `perplexity`.
         bos: as in `perplexity`.
-        progress: told (windows done, windows, perplexity so far) for each text.
+        progress: is called with (windows done, windows, perplexity so far) for each text.
 
     Returns:
-        What was found, by length and by name of the text.
+        Perplexities by length of the window and by name of the text.
 
     Raises:
         BesaError: the model does not know a token of a text, or as `perplexity`.
@@ -206,14 +207,14 @@ def perplexities(
         check_known(tokens_L, embedding_rows(model), tokenizer)
     measured: dict[int, dict[str, Perplexity]] = {length: {} for length in windows}
     for text, (tokens_L, ratio) in zip(texts, tokenized, strict=True):
-        for length, found in measured.items():
-            own_L = tokens_L[: text.tokens]
-            found[text.name] = perplexity(model, own_L, length, max_windows, batch, ratio, bos, progress)
+        for length, by_name in measured.items():
+            used_L = tokens_L[: text.tokens]
+            by_name[text.name] = perplexity(model, used_L, length, max_windows, batch, ratio, bos, progress)
     return measured
 
 
 def text_name(text: str) -> str:
-    """The key under which a text's results stand: its embedded or hub name, that of a test set, or the file's stem."""
+    """The key of a text's results: the name of an embedded text, Hub data set or test set, or the file's stem."""
     if text in EMBEDDED or text in TEST_SETS or text.startswith("hf:"):
         return text
     path = Path(text)
@@ -226,20 +227,20 @@ def _other(text: str, name: str, progress: Progress) -> Text:
 
 
 def _test_set(name: str, file: str | Path | None, progress: Progress) -> Text:
-    wanted = TEST_SETS[name]
+    test_set = TEST_SETS[name]
     if file is None:
         try:
-            rows = list(hub_column(name, wanted.hub, wanted.column, wanted.rows, progress))
+            rows = list(hub_column(name, test_set.hub, test_set.column, test_set.rows, progress))
         except BesaError as error:
             raise BesaError(f"{str(error).rstrip('.')} (--data {name}=FILE).") from None
-        return Text(name, rows, wanted.separator, "hub", wanted.tokens)
+        return Text(name, rows, test_set.separator, "hub", test_set.tokens)
     path = Path(file)
     if not is_plain_text(path):
-        rows = list(islice(file_documents(path, progress), wanted.rows))
-    elif wanted.lines is None:
+        rows = list(islice(file_documents(path, progress), test_set.rows))
+    elif test_set.lines is None:
         raise BesaError(f"--data {name}={file}: it must keep documents apart, so give a file of JSON lines or parquet.")
     else:
-        rows = list(wanted.lines("\n\n".join(file_documents(path, progress))))
+        rows = list(test_set.lines("\n\n".join(file_documents(path, progress))))
     if not any(row.strip() for row in rows):
         raise BesaError(f"The text {file} is empty: give one that holds some words.")
-    return Text(name, rows, wanted.separator, path.name, wanted.tokens)
+    return Text(name, rows, test_set.separator, path.name, test_set.tokens)

@@ -1,6 +1,6 @@
-"""Zero-shot accuracy on the paper's six tasks, by lm_eval: its definitions, its scoring, its standard errors.
+"""Zero-shot accuracy on the paper's six tasks, with the definitions, scoring and standard errors of lm_eval.
 
-What is besa's own is where the questions come from (embedded, or the Hugging Face Hub), and the progress.
+Besa adds only the source of the questions (embedded, or the Hugging Face Hub) and the progress.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from besa.progress import Progress, silent
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
 
-BATCH = 16  # sequences in a forward pass, unless asked otherwise: a question with an answer is short
-SPLIT = "evaluation"  # what the embedded questions are called
-# Where lm_eval defines the tasks, in its folder "tasks".
+BATCH = 16  # sequences in a forward pass by default; a question with an answer is short
+SPLIT = "evaluation"  # name of the split of embedded questions
+# Files of lm_eval's task definitions, in its folder "tasks".
 DEFINITIONS = {
     "piqa": "piqa/piqa.yaml",
     "boolq": "super_glue/boolq/default.yaml",
@@ -45,14 +45,14 @@ DEFINITIONS = {
 
 
 class Accuracy(BaseModel):
-    """What share of a task's questions was answered rightly.
+    """The share of a task's questions with a correct answer.
 
     Attributes:
-        acc: share, the answer with the largest probability being taken; what the paper's Table 2 shows.
+        acc: share if the answer with the largest probability is chosen, as in Table 2 of the paper.
         acc_stderr: its standard error.
-        acc_norm: share, with probabilities by the byte; None where lm_eval's definition has none.
+        acc_norm: share with probabilities per byte; None if lm_eval's definition has no such score.
         acc_norm_stderr: its standard error.
-        questions: how many.
+        questions: number of questions.
         version: of lm_eval's definition.
     """
 
@@ -71,8 +71,8 @@ class ZeroShot(BaseModel):
         tasks: by name.
         mean: of `acc` over the tasks.
         source: where the questions came from, ``embedded`` or ``hub``.
-        limit: how many of each task's questions were asked at most, None for all.
-        bos: whether each question began with the token that begins a text.
+        limit: number of questions per task, at most; None for all.
+        bos: whether each question began with the BOS token.
         lm_eval: its version.
     """
 
@@ -90,10 +90,10 @@ class ZeroShot(BaseModel):
 
 
 def check_tasks(tasks: Sequence[str]) -> None:
-    """Refuse what cannot be asked, before any work.
+    """Check the tasks before any work.
 
     Raises:
-        BesaError: an unknown task, one that is named twice, or no lm_eval.
+        BesaError: a task is unknown or named twice, or lm_eval is not installed.
     """
     for task in tasks:
         if task not in TASKS:
@@ -117,22 +117,22 @@ def zero_shot(
     bos: str = "auto",
     progress: Progress = silent,
 ) -> ZeroShot:
-    """Ask a model the questions of zero-shot tasks.
+    """Measure the accuracy of a model on zero-shot tasks.
 
     Args:
-        model: causal decoder; it runs where it is.
+        model: causal decoder; it runs on its own device.
         tokenizer: of the model.
         tasks: of `TASKS`.
-        limit: ask only so many questions of each, from the beginning.
-        hub: take the questions from the Hugging Face Hub, as lm_eval does by itself, and not the embedded ones.
-        batch: answers in a forward pass; the numbers do not depend on it beyond rounding.
-        bos: whether questions begin with the token that begins a text: ``auto``, where the tokenizer puts it there by
-            itself, as lm_eval has it; ``yes`` or ``no``.
-        progress: told (answers scored, answers, state).
+        limit: number of questions per task, from the beginning; None for all.
+        hub: use the questions of the Hugging Face Hub, as lm_eval does, instead of the embedded ones.
+        batch: answers in a forward pass; the numbers depend on it only by rounding.
+        bos: whether questions begin with the BOS token: ``yes``, ``no``, or ``auto`` as the tokenizer does by itself
+            (lm_eval's default).
+        progress: is called with (answers scored, answers, state).
 
     Raises:
-        BesaError: as `check_tasks`, the questions cannot be had, the model does not know one of their tokens, the
-            tokenizer puts no token before a text, though it should, or the model's output is not finite.
+        BesaError: as `check_tasks`; the questions cannot be read, the model does not know one of their tokens, `bos` is
+            ``yes`` but the tokenizer adds no BOS token, or the model's output is not finite.
     """
     check_tasks(tasks)
     if bos == "yes" and not adds_bos(tokenizer):
@@ -142,8 +142,8 @@ def zero_shot(
     with _quiet():
         chosen = {task: _task(task, hub, progress) for task in tasks}
         lm = _scorer(model, tokenizer, batch or BATCH, {"auto": None, "yes": True, "no": False}[bos], progress)
-        found = evaluate(lm, task_dict={"tasks": chosen, "groups": {}}, limit=limit, log_samples=False)
-    accuracies = {task: _accuracy(found, task) for task in tasks}
+        results = evaluate(lm, task_dict={"tasks": chosen, "groups": {}}, limit=limit, log_samples=False)
+    accuracies = {task: _accuracy(results, task) for task in tasks}
     return ZeroShot(
         tasks=accuracies,
         mean=sum(accuracy.acc for accuracy in accuracies.values()) / len(accuracies),
@@ -154,13 +154,14 @@ def zero_shot(
     )
 
 
-def _accuracy(found: Any, task: str) -> Accuracy:
-    result = found["results"][task]
+def _accuracy(results: Any, task: str) -> Accuracy:
+    result = results["results"][task]
     scores = {name: result.get(f"{name},none") for name in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")}
     for name in ("acc_stderr", "acc_norm_stderr"):
-        if isinstance(scores[name], str):  # of a single question: "N/A"
+        if isinstance(scores[name], str):  # "N/A" for a single question
             scores[name] = None
-    return Accuracy(**scores, questions=found["n-samples"][task]["effective"], version=float(found["versions"][task]))
+    number = results["n-samples"][task]["effective"]
+    return Accuracy(**scores, questions=number, version=float(results["versions"][task]))
 
 
 @cache
@@ -178,13 +179,13 @@ def _definitions() -> Path:
 
 
 def _task(name: str, hub: bool, progress: Progress) -> ConfigurableTask:
-    """lm_eval's own task; its questions replaced by the embedded ones, unless they shall come from the hub."""
+    """lm_eval's task, with the embedded questions unless `hub` is set."""
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.tasks._yaml_loader import load_yaml
 
     class Task(ConfigurableTask):  # type: ignore[misc]
         def build_all_requests(self, **settings: Any) -> None:
-            with redirect_stderr(io.StringIO()):  # its bar heeds no setting
+            with redirect_stderr(io.StringIO()):  # no setting turns off its progress bar
                 super().build_all_requests(**settings)
 
     config = load_yaml(_definitions() / DEFINITIONS[name]) | {"num_fewshot": 0}
@@ -199,7 +200,7 @@ def _task(name: str, hub: bool, progress: Progress) -> ConfigurableTask:
         config |= {"validation_split": SPLIT, "test_split": None}
     try:
         return Task(config=config)
-    except Exception as error:  # the data sets library lets through whatever its HTTP, file and parser layers raise
+    except Exception as error:  # the library passes on all exceptions of its HTTP, file and parser layers
         reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
         raise BesaError(
             f"Could not read {name} from the Hugging Face Hub ({reason}): leave --hub out for the embedded questions."
@@ -209,7 +210,7 @@ def _task(name: str, hub: bool, progress: Progress) -> ConfigurableTask:
 def _scorer(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: int, bos: bool | None, progress: Progress
 ) -> Any:
-    """lm_eval's way to score answers with a model, which tells how far it is."""
+    """lm_eval's scorer of answers, with progress and checks."""
     from lm_eval.models.huggingface import HFLM
 
     class Scorer(HFLM):  # type: ignore[misc]
@@ -232,17 +233,17 @@ def _scorer(
             logits: Tensor = self.model(input_ids=inps, use_cache=False).logits
             if not bool(logits.isfinite().all()):
                 raise BesaError("The model's output is NaN or infinite: try --dtype float32, or check the checkpoint.")
-            self.done += len(inps)  # answers of one token to one question are scored together: this can stay below
+            self.done += len(inps)  # may end below the total: answers of one token to a question are scored together
             progress(self.done, self.answers, "zero-shot")
             return logits
 
-    longest = positions(model).most  # questions that are longer lose their beginning
+    longest = positions(model).most  # longer questions lose their beginning
     return Scorer(pretrained=model, tokenizer=tokenizer, batch_size=batch, max_length=longest, add_bos_token=bos)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the log and the bars of lm_eval and of the data sets library out of the terminal."""
+    """While open, lm_eval and the datasets library print no log and no progress bars."""
     import datasets
 
     logger, bars = logging.getLogger("lm_eval"), datasets.is_progress_bar_enabled()

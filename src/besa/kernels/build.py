@@ -1,8 +1,8 @@
-"""C++ kernels: compiled once for this machine with the compiler it has, kept in the cache, loaded without headers.
+"""C++ kernels: compiled once with this machine's compiler, kept in the cache, and loaded with ctypes.
 
-What is loaded runs, so it comes from a folder that only this user can write, or is compiled anew. A library is known by
-its name: a digest of what it was made of (source, compiler, flags), and one of its own bytes, without which a damaged
-file would end the process.
+A loaded library is code that runs. It therefore comes from a folder that only this user can write, or is compiled
+again. Its name holds two digests: one of source, compiler and flags, and one of its own bytes, because loading a
+damaged file would kill the process.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from besa.errors import Notice
 
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-ffp-contract=off")
-# Linked without OpenMP's library: the kernels take that of torch, which is loaded, and with it torch's threads. A
-# second pool of threads would fight with it for the cores. Where torch has none of that name: without threads.
-WAYS = (("-fopenmp",), ())
-OTHERS = 0o022  # the right to write, of all users but the owner
+# The kernels are linked without OpenMP's library. They use that of torch, which is loaded already, and so torch's
+# threads; a second pool of threads would compete for the cores. If torch has no such library, they use one thread.
+OPENMP_FLAGS = (("-fopenmp",), ())
+OTHERS = 0o022  # the permission to write, for all users except the owner
 
 
 @cache
 def load(source: str) -> ctypes.CDLL | None:
-    """The kernels of one C++ file of this package; None, with a notice, where they cannot be compiled.
+    """The kernels of one C++ file of this package; None, with a notice, if they cannot be compiled.
 
     Args:
         source: name of the file.
@@ -43,14 +43,14 @@ def load(source: str) -> ctypes.CDLL | None:
     )
     reason = "there is no C++ compiler here"
     if compiler is not None:
-        for way in WAYS:
+        for openmp in OPENMP_FLAGS:
             try:
-                library = _loaded(compiler, (*FLAGS, *way), text)
+                library = _loaded(compiler, (*FLAGS, *openmp), text)
             except (OSError, subprocess.CalledProcessError) as error:
-                said = getattr(error, "stderr", None) or str(error)
-                reason = f"{compiler} failed: {' '.join(said.split())[:200]}"
+                message = getattr(error, "stderr", None) or str(error)
+                reason = f"{compiler} failed: {' '.join(message.split())[:200]}"
                 continue
-            if not way:
+            if not openmp:
                 warnings.warn(f"besa's kernels use one thread, without OpenMP: {reason}.", Notice, stacklevel=2)
             return library
     warnings.warn(f"besa computes more slowly than it could, in plain torch: {reason}.", Notice, stacklevel=2)
@@ -61,14 +61,14 @@ def _loaded(compiler: str, flags: tuple[str, ...], text: bytes) -> ctypes.CDLL:
     """The shared library of the C++ `text`: from the cache, or compiled now.
 
     Raises:
-        OSError: the compiler cannot be started, or what it made cannot be loaded.
-        CalledProcessError: it does not compile.
+        OSError: the compiler cannot be started, or the library cannot be loaded.
+        CalledProcessError: compiling failed.
     """
-    made_of = (platform.machine(), platform.system(), compiler, _call(compiler, "--version"), *flags)
-    key = hashlib.sha256("\0".join(made_of).encode() + text).hexdigest()[:32]
-    folder = _own_folder()
+    inputs = (platform.machine(), platform.system(), compiler, _call(compiler, "--version"), *flags)
+    key = hashlib.sha256("\0".join(inputs).encode() + text).hexdigest()[:32]
+    folder = _private_folder()
     for path in [] if folder is None else folder.glob(f"{key}-*.so"):
-        if path.name == _name(key, path):  # else it is damaged
+        if path.name == _name(key, path):  # else the file is damaged
             return _opened(path)
     with tempfile.TemporaryDirectory(prefix=".building-", dir=folder) as scratch:
         code, built = Path(scratch, "kernels.cpp"), Path(scratch, "kernels.o")
@@ -79,20 +79,20 @@ def _loaded(compiler: str, flags: tuple[str, ...], text: bytes) -> ctypes.CDLL:
         return _opened(library if folder is None else library.replace(folder / _name(key, library)))
 
 
-def _own_folder() -> Path | None:
-    """The folder that keeps libraries; None, with a notice, where others could put theirs into it."""
+def _private_folder() -> Path | None:
+    """The folder of compiled libraries; None, with a notice, if other users can write to it."""
     folder = cache_dir() / "kernels"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.lstat()
-        if found.st_uid == os.geteuid() and not found.st_mode & OTHERS and os.access(folder, os.W_OK | os.X_OK):
+        status = folder.lstat()
+        if status.st_uid == os.geteuid() and not status.st_mode & OTHERS and os.access(folder, os.W_OK | os.X_OK):
             return folder
-        reason = "is not this user's alone to write"
+        reason = "is not writable by this user alone"
     except OSError as error:
         reason = f"cannot be made ({error.strerror})"
     warnings.warn(
-        f"The kernels are compiled for this run only, as {folder} {reason}: remove it, or point BESA_CACHE to a folder "
-        "of your own.",
+        f"The kernels are compiled for this run only because {folder} {reason}: remove it, or point BESA_CACHE to a "
+        "folder of your own.",
         Notice,
         stacklevel=2,
     )

@@ -43,7 +43,7 @@ def _binned(
         product = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32)
         product *= tl.load(w + place, mask=inside, other=0.0).to(tl.float32)
         bin = tl.load(bins + tl.load(ranks + place, mask=inside, other=0), mask=inside, other=0).to(tl.int32)
-        # Every bin looks at every product: no atomic additions, whose order would change from run to run.
+        # Every bin adds from all products. Atomic additions would change their order from run to run.
         sums += tl.sum(tl.where(bin[:, None] == every[None, :], product[:, None], 0.0), axis=0)
     tl.store(out + row * n_bins + every, sums, mask=every < n_bins)
 

@@ -16,7 +16,7 @@ NUMBERS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 @cache
 def paths() -> list[str]:
-    """The instruction sets that this processor has kernels for, best first; none where there is no compiler."""
+    """The instruction sets of this processor for which there are kernels, best first; none without a compiler."""
     kernels = load("masks.cpp")
     return [name for name in PATHS if kernels is not None and _has(kernels, name)]
 
@@ -31,14 +31,14 @@ def serves(w_OI: Tensor) -> bool:
 
 
 def masked(w_OI: Tensor, ranks_OI: Tensor, counts_O: Tensor, out_OI: Tensor, path: str = "") -> None:
-    """See `besa.kernels.masked`; `path` asks for another than the best."""
+    """See `besa.kernels.masked`; `path` is the instruction set, by default the best."""
     rows, columns = w_OI.shape
     name = f"masked_{8 * w_OI.itemsize}_{8 * ranks_OI.itemsize}_{path or paths()[0]}"
     _call(name, w_OI, ranks_OI, counts_O, out_OI, rows, columns)
 
 
 def binned(gradient_OI: Tensor, w_OI: Tensor, ranks_OI: Tensor, bins_I: Tensor, out_OB: Tensor, path: str = "") -> None:
-    """See `besa.kernels.binned`; `path` asks for another than the best."""
+    """See `besa.kernels.binned`; `path` is the instruction set, by default the best."""
     rows, columns = w_OI.shape
     name = f"binned_{NUMBERS[w_OI.dtype]}_{8 * ranks_OI.itemsize}_{path or paths()[0]}"
     _call(name, gradient_OI, w_OI, ranks_OI, bins_I, out_OB, rows, columns, out_OB.shape[1])

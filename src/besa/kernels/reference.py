@@ -1,11 +1,11 @@
-"""What the kernels compute, in plain torch: what they are tested against, and what runs where there is no kernel."""
+"""The kernels' computations in plain torch: the reference of their tests, and the fallback without kernels."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 22  # weights at a time: bounds what is made between
+CHUNK = 1 << 22  # weights at a time, to bound temporary memory
 
 
 def masked(w_OI: Tensor, ranks_OI: Tensor, counts_O: Tensor, out_OI: Tensor) -> None:

@@ -1,8 +1,8 @@
-"""Products with sparse weights as they lie in memory (docs/formats.md); none is ever made dense as a whole.
+"""Products with bitmask weights (docs/formats.md), without making the whole weight dense.
 
-Few rows of x are multiplied by the kernels, in C++ on the CPU and in Triton on a GPU. Where there are many, arithmetic
-costs more than bytes, and panels of the weight are made dense, one after the other, for torch to multiply. That is also
-what happens where there is no kernel, and what the kernels are tested against.
+Kernels multiply a few rows of x, in C++ on the CPU and in Triton on a GPU. For many rows, arithmetic costs more than
+memory traffic: panels of the weight are made dense one after the other, and torch multiplies them. This is also the
+fallback without kernels, and the reference of their tests.
 
 Shape suffixes: N rows of x, O rows and I columns of the weight.
 """
@@ -23,14 +23,14 @@ PANEL = 512  # rows of a weight
 def multiplied(x_NI: Tensor, weight: Bitmask) -> Tensor:
     """x Wᵀ (N, O).
 
-    Products are added in float32, in an order that differs between kernels: y is off by at most I/8 + 16 roundings of
-    2^-24 Σ|w||x|. Codes are multiplied as they are (for the weight, read the larger of code and zero point, times the
-    step); with AVX-512, x is rounded first, by at most 2^-22 of the largest number in its row, or in half precision
-    2^-12 of the mean |x| if that is more. What a code stands for is not rounded to the weight's dtype, as it is where
-    the weight is made dense.
+    Products are added in float32, in an order that differs between kernels. The error of y is at most I/8 + 16
+    roundings of 2^-24 Σ|w||x|. Codes are multiplied as integers; for them, |w| is the larger of code and zero point,
+    times the step. With AVX-512, x is rounded first: by at most 2^-22 of the largest number in its row, or in half
+    precision by 2^-12 of the mean |x| if that is more. The value of a code is not rounded to the weight's dtype, unlike
+    in a dense weight.
 
     Args:
-        x_NI: of the weight's dtype.
+        x_NI: in the weight's dtype.
         weight: on the device of x.
     """
     assert x_NI.dtype == weight.dtype
@@ -45,7 +45,7 @@ def multiplied(x_NI: Tensor, weight: Bitmask) -> Tensor:
 
 
 def by_panels(x_NI: Tensor, weight: Bitmask) -> Tensor:
-    """The same with torch, in its own precision."""
+    """x Wᵀ (N, O) by torch, in its own precision, one dense panel at a time."""
     bands, step = -(-weight.shape[0] // ROWS), PANEL // ROWS
     panels = (slice(first, min(first + step, bands)) for first in range(0, bands, step))
     return torch.cat([linear(x_NI, _dense(weight, bands)) for bands in panels], dim=1)

@@ -1,4 +1,4 @@
-"""The product of a few rows of x and a sparse weight again, for GPUs, in Triton: one program for each band."""
+"""The product of a few rows of x and a bitmask weight on a GPU, in Triton: one program for each band."""
 
 from __future__ import annotations
 

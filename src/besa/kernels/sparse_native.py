@@ -18,11 +18,11 @@ SOURCES = {
     "plain": "sparse.cpp",
 }
 SCALES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-WIDEST = 1 << 20  # columns whose products with a digit are sure to add up below 2^31
+WIDEST = 1 << 20  # columns up to which the sum of products with a digit stays below 2^31
 
 
 class _Weight(ctypes.Structure):
-    """A bitmask as the kernels know it."""
+    """A bitmask as a C structure for the kernels."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("masks", "values", "offsets")),
@@ -34,7 +34,7 @@ class _Weight(ctypes.Structure):
 
 @cache
 def paths() -> list[str]:
-    """The instruction sets that this processor has kernels for, best first; none where there is no compiler."""
+    """The instruction sets of this processor for which there are kernels, best first; none without a compiler."""
     return [name for name, source in SOURCES.items() if _has(load(source), name)]
 
 
@@ -53,9 +53,9 @@ def multiply(x_NI: Tensor, weight: Bitmask, path: str = "") -> Tensor:
     """y = x Wᵀ (N, O), float32.
 
     Args:
-        x_NI: float32; of a bfloat16 weight, numbers that bfloat16 has.
-        weight: with at least one row.
-        path: another than the best.
+        x_NI: float32; for a bfloat16 weight, its numbers must be exact in bfloat16.
+        weight: on the CPU, with at least one row.
+        path: instruction set; by default the best.
     """
     x_NI = x_NI.contiguous()
     y_NO = torch.empty(len(x_NI), weight.shape[0])
@@ -80,7 +80,7 @@ def _call(work: str, weight: Bitmask, path: str, *arguments: int) -> None:
 
 
 def passed(weight: Bitmask) -> _Weight:
-    """What a kernel is told of a weight, whose tensors must outlive the call."""
+    """The weight as a C structure. Its tensors must live until the kernel returns."""
     scales_OG = weight.scales_OG
     tensors = (weight.masks_BCR, weight.values, weight.offsets)
     assert all(tensor.is_contiguous() for tensor in tensors)

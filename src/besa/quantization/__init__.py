@@ -1,6 +1,6 @@
-"""Quantisation: how many bits does a weight keep?
+"""Quantisation: how many bits do the kept weights have?
 
-`minmax` holds the equations, `clipping` what is learned of them; the settings classes here are the methods.
+`minmax` holds the equations, `clipping` their learned parameters. The settings classes here are the methods.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from besa.settings import Settings
 
 
 class Quantizer(Settings):
-    """Base of all ways to quantise; by default one that does nothing."""
+    """Base of all ways to quantise. The defaults describe one that does nothing."""
 
     @property
     def coding(self) -> MinMax | None:
-        """What makes codes of weights; None where they stay what they are."""
+        """The settings of the codes; None if weights are not quantised."""
         return None
 
     @property
     def learns_first(self) -> bool:
-        """Whether clipping is learned by itself, before anything is pruned."""
+        """Whether clipping is learned alone, before pruning."""
         return False
 
     @property
     def learns_jointly(self) -> bool:
-        """Whether clipping is learned together with what the allocation learns."""
+        """Whether clipping is learned together with the pruning rates."""
         return False
 
 
@@ -47,20 +47,20 @@ class MinMax(Quantizer):
     method: Literal["minmax"] = "minmax"
     bits: int = Field(default=4, ge=2, le=8, description="N of eq. 7")
     group: Literal[32, 64, 128] | None = Field(
-        default=None, description="columns that share a grid; by default all of a row do"
+        default=None, description="columns that share a grid; by default all columns of a row"
     )
-    symmetric: bool = Field(default=False, description="zero has the code in the middle")
+    symmetric: bool = Field(default=False, description="the code of zero is the middle one")
     clipping: Literal["joint", "first", "none"] = Field(
         default="joint",
-        description="learn it together with the allocation, before it (as OmniQuant does), or take the whole range",
+        description="learn it with the allocation, learn it before (as OmniQuant does), or keep the whole range",
     )
     ranks: Literal["weight", "quantized"] = Field(
-        default="weight", description="whose importance decides the pruning order: of W or of Q(W)"
+        default="weight", description="whether the importance of W or of Q(W) decides the pruning order"
     )
 
     @property
     def coding(self) -> MinMax:
-        """Itself."""
+        """The settings themselves."""
         return self
 
     @property
@@ -74,10 +74,10 @@ class MinMax(Quantizer):
         return self.clipping == "joint"
 
     def groups(self, name: str, columns: int) -> int:
-        """How many groups a row of the linear `name` has.
+        """The number of groups in a row of the linear `name`.
 
         Raises:
-            BesaError: its rows are no whole number of groups.
+            BesaError: its columns are no whole number of groups.
         """
         if self.group is None:
             return 1
@@ -89,7 +89,7 @@ class MinMax(Quantizer):
         return columns // self.group
 
     def clipping_of(self, name: str, w_OI: Tensor) -> Clipping:
-        """Where the clipping of a weight starts."""
+        """The clipping of a weight, at its start."""
         groups = self.groups(name, w_OI.shape[1])
         return Clipping(w_OI, groups, self.bits, self.symmetric, learned=self.clipping != "none")
 

@@ -10,16 +10,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SMALLEST = 1e-7  # of a step: groups that are all zero have one too, above zero in float16 as well
+SMALLEST = 1e-7  # smallest step, for groups of zeros; it is above zero in float16 too
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Where the values of a weight may lie: integer codes, of which one is exactly zero, times a step.
+    """The possible values of a weight: (code − code of zero) × step, one of which is exactly zero.
 
     Attributes:
         step_OG: h of eq. 7, positive.
-        zero_OG: z of eq. 7, the code of zero; whole numbers in [0, 2^N − 1], in the dtype of the steps.
+        zero_OG: z of eq. 7, the code of zero; integers in [0, 2^N − 1], in the dtype of the steps.
         bits: N.
     """
 
@@ -40,15 +40,15 @@ def extremes(w_OI: Tensor, groups: int) -> tuple[Tensor, Tensor]:
 
 
 def grid(low_OG: Tensor, high_OG: Tensor, bits: int, symmetric: bool) -> Grid:
-    """The grid between γ0·min(W) and γ1·max(W) (eq. 7), or the symmetric one that holds both.
+    """The grid between γ0·min(W) and γ1·max(W) (eq. 7), or a symmetric grid that covers both.
 
-    h = (high − low) / (2^N − 1) and z = −round(low / h); where symmetric, both are the larger extreme, z = 2^(N−1).
+    h = (high − low) / (2^N − 1) and z = −round(low / h). If symmetric, both ends are the larger extreme, z = 2^(N−1).
 
     Args:
         low_OG: γ0·min(W), zero or negative.
         high_OG: γ1·max(W), zero or positive.
         bits: N.
-        symmetric: whether zero has the code in the middle.
+        symmetric: whether the code of zero is the middle one.
     """
     if symmetric:
         high_OG = torch.maximum(high_OG, -low_OG)
@@ -59,24 +59,23 @@ def grid(low_OG: Tensor, high_OG: Tensor, bits: int, symmetric: bool) -> Grid:
 
 
 def codes(w_OI: Tensor, grid: Grid) -> Tensor:
-    """clamp(round(W / h) + z, 0, 2^N − 1) of eq. 7 (O, I), whole numbers in float32."""
+    """clamp(round(W / h) + z, 0, 2^N − 1) of eq. 7 (O, I), integers in float32."""
     w_OGI = _grouped(w_OI.float(), grid.step_OG.shape[1])
     codes_OGI = (w_OGI / grid.step_OG[..., None]).round_().add_(grid.zero_OG[..., None]).clamp_(0, grid.largest)
     return codes_OGI.reshape(w_OI.shape)
 
 
 def dequantized(codes_OI: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
-    """Q(W) = (codes − z)·h of eq. 7 (O, I), multiplied in `dtype`, as those do who load the codes."""
+    """Q(W) = (codes − z)·h of eq. 7 (O, I), multiplied in `dtype`, as programs that load the codes do."""
     codes_OGI = _grouped(codes_OI, grid.step_OG.shape[1])
     whole_OGI = (codes_OGI - grid.zero_OG[..., None]).to(dtype)  # exact: below 2^N
     return (whole_OGI * grid.step_OG[..., None].to(dtype)).reshape(codes_OI.shape)
 
 
 def step_gradient(gradient_OI: Tensor, w_OI: Tensor, grid: Grid) -> Tensor:
-    """dL/dh (O, G) where Q(W) has the gradient dL/dQ, straight through the rounding, none through the zero point.
+    """dL/dh (O, G) from dL/dQ (O, I), straight through the rounding; no gradient flows through the zero point.
 
-    Q = (round(W/h) + z − z)·h moves with h by round(W/h) − W/h where the code is not clamped, and by the clamped code
-    less z where it is.
+    For Q = (round(W/h) + z − z)·h, dQ/dh is round(W/h) − W/h if the code is not clamped, else the clamped code − z.
     """
     groups = grid.step_OG.shape[1]
     ratio_OGI = _grouped(w_OI.float(), groups) / grid.step_OG[..., None]

@@ -1,6 +1,6 @@
-"""Simulation of an accelerator for sparse weights, on the numbers of a checkpoint; no accelerator is needed.
+"""Simulation of an accelerator for sparse weights, from the zeros of a checkpoint.
 
-`vitcod` counts cycles, `memory` counts bytes, `model` does both for every linear of a checkpoint.
+`vitcod` counts cycles, `bandwidth` counts bytes, `model` does both for every linear of a checkpoint.
 """
 
 from besa.simulator.model import Simulation, check_alike, described, simulate, simulate_weight

@@ -1,12 +1,12 @@
-"""What an accelerator reads and writes for a pruned weight, and how long that takes. Ours: Table 4 leaves it out.
+"""Memory traffic of an accelerator for a pruned weight, and its cycles. Table 4 of the paper leaves it out.
 
-- The denser engine's columns are stored whole, as it multiplies their zeros too and no index says where they are. Of
-  the sparser engine's columns the non-zeros are stored, each with its row, and where every column begins (CSC).
-- Outputs stay in the array until they are complete, and leave once. A tile of them, r rows × t tokens, must fit into
-  the output buffer as accumulators.
-- Tile follows tile, first down the rows, then to the next tokens: the whole weight is read ⌈T / t⌉ times, unless it
-  stays in its buffers, and the inputs of t tokens ⌈R / r⌉ times, unless they stay in theirs.
-- Of all tiles, the one with the least traffic is taken. Loading and computing overlap.
+- The columns of the denser engine are stored whole, because it multiplies their zeros too. For the columns of the
+  sparser engine, the non-zeros are stored, each with its row, and the beginning of every column (CSC).
+- Outputs stay in the array until they are complete and are written once. A tile of outputs, r rows × t tokens, must fit
+  into the output buffer as accumulators.
+- Tiles are computed first down the rows, then for the next tokens. The whole weight is read ⌈T / t⌉ times, unless it
+  stays in its buffers. The inputs of t tokens are read ⌈R / r⌉ times, unless they stay in theirs.
+- The tile with the least traffic is used. Loading and computing overlap.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from besa.simulator.vitcod import Accelerator
 
 
 def load_cycles(rows: int, columns: int, dense_columns: int, rest: int, tokens: int, accelerator: Accelerator) -> int:
-    """Cycles that the memory interface is busy with a weight, its inputs and outputs.
+    """Cycles in which the memory interface is busy with a weight, its inputs and its outputs.
 
     Args:
         rows: R of the weight.
@@ -27,7 +27,7 @@ def load_cycles(rows: int, columns: int, dense_columns: int, rest: int, tokens: 
         dense_columns: columns of the denser engine.
         rest: non-zeros of the sparser engine.
         tokens: T input vectors.
-        accelerator: what computes.
+        accelerator: its settings.
     """
     values = (rows * dense_columns + rest) * accelerator.weight_bits
     index = rest * (rows - 1).bit_length() + (columns - dense_columns) * rest.bit_length()
@@ -38,7 +38,7 @@ def load_cycles(rows: int, columns: int, dense_columns: int, rest: int, tokens: 
 
 
 def _least_traffic(values: int, index: int, rows: int, columns: int, tokens: int, accelerator: Accelerator) -> int:
-    """Bits that are read with the best tile; one of a width is best as high as the output buffer allows.
+    """Bits read with the best tile. For each width, a tile as high as the output buffer allows is best.
 
     Args:
         values: bits of the weight's values.
@@ -46,11 +46,11 @@ def _least_traffic(values: int, index: int, rows: int, columns: int, tokens: int
         rows: R of the weight.
         columns: C of the weight.
         tokens: T input vectors.
-        accelerator: what computes.
+        accelerator: its settings.
     """
-    room = 8 * accelerator.output_buffer // accelerator.accumulator_bits
-    width_T = torch.arange(1, min(tokens, room) + 1)
-    height_T = (room // width_T).clamp(max=rows)
+    accumulators = 8 * accelerator.output_buffer // accelerator.accumulator_bits
+    width_T = torch.arange(1, min(tokens, accumulators) + 1)
+    height_T = (accumulators // width_T).clamp(max=rows)
     weight_stays = values <= 8 * accelerator.weight_buffer and index <= 8 * accelerator.index_buffer
     inputs_stay_T = columns * accelerator.activation_bits * width_T <= 8 * accelerator.input_buffer
     weight_reads_T = 1 if weight_stays else -(-tokens // width_T)

@@ -1,4 +1,4 @@
-"""A simulated checkpoint: cycles of each linear, and their means over the blocks.
+"""Simulation of a checkpoint: cycles of each linear, and their means over the blocks.
 
 Shape suffixes: C columns (input channels), O rows (output channels), I columns.
 """
@@ -25,7 +25,7 @@ from besa.simulator.vitcod import Accelerator, Cycles, cycles
 from besa.system.machine import versions
 
 Number = TypeVar("Number", int, float)
-RULES = {  # figures of `Cycles` that know no memory
+RULES = {  # figures of `Cycles`, without memory traffic
     "published": "published formula",
     "corrected": "corrected formula",
     "best": "best threshold",
@@ -41,7 +41,7 @@ class Figures(BaseModel, Generic[Number]):
         cycles_corrected: by the corrected formula.
         cycles_best: corrected, with the best threshold.
         cycles_bound: non-zeros by multipliers.
-        cycles_memory: by number of input vectors T, the larger of loading (`memory`) and T times corrected.
+        cycles_memory: by number of input vectors T, the larger of loading (`bandwidth`) and T times corrected.
     """
 
     cycles_published: Number
@@ -51,7 +51,7 @@ class Figures(BaseModel, Generic[Number]):
     cycles_memory: dict[int, Number]
 
     def each(self) -> dict[str, Number]:
-        """All of them by name: `published`, …, `memory_1`, …."""
+        """All figures by name: `published`, …, `memory_1`, …."""
         by_rule = {rule: getattr(self, f"cycles_{rule}") for rule in RULES}
         return by_rule | {f"memory_{count}": number for count, number in self.cycles_memory.items()}
 
@@ -74,10 +74,10 @@ class Simulated(Figures[Number], Generic[Number]):
 
     Attributes:
         sparsity: share of zeros.
-        dense: the same figures with no zeros. Published is of the weight laid wide, with rows and columns exchanged
-            where it is high: so Table 4 prints 10128 for gate and up (11008 × 4096) as for down (4096 × 11008).
+        dense: the same figures without zeros. If the weight has more rows than columns, `published` is that of its
+            transpose: Table 4 prints 10128 for gate and up (11008 × 4096) as for down (4096 × 11008).
         utilization: of both engines.
-        speedup: cycles of the dense weight by its own, for each figure; None where all weights are zero.
+        speedup: cycles of the dense weight over those of this weight, for each figure; None if all weights are zero.
     """
 
     sparsity: float
@@ -87,10 +87,10 @@ class Simulated(Figures[Number], Generic[Number]):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def speedup(self) -> dict[str, float | None]:
-        """Cycles of the dense weight by its own."""
+        """Cycles of the dense weight over those of this weight, for each figure."""
         return {
-            name: dense / own if own else None
-            for (name, dense), own in zip(self.dense.each().items(), self.each().values(), strict=True)
+            name: dense / sparse if sparse else None
+            for (name, dense), sparse in zip(self.dense.each().items(), self.each().values(), strict=True)
         }
 
 
@@ -104,23 +104,23 @@ class LinearSimulation(Simulated[int]):
 
 
 class MeanSimulation(Simulated[float]):
-    """A mean over the blocks: of one kind of linear (over all experts, too), or of all linears of a block together."""
+    """A mean over the blocks: of one kind of linear (including all experts), or of all linears of a block together."""
 
     name: str
     linears: int
 
 
 class Simulation(BaseModel):
-    """What `simulate` found; the JSON that `besa simulate` writes.
+    """The result of `simulate`; the JSON that `besa simulate` writes.
 
     Attributes:
-        model: what was simulated.
-        accelerator: on which.
-        linears: each by itself.
-        kinds: means over linears of the same path inside their blocks.
+        model: name of the model.
+        accelerator: its settings.
+        linears: each linear alone.
+        kinds: means over linears with the same path inside their blocks.
         block: mean over the blocks of the sum of their linears.
-        created: when.
-        versions: of besa and of what the numbers depend on.
+        created: time in ISO 8601.
+        versions: of besa and of the packages that affect the numbers.
     """
 
     model: str
@@ -140,15 +140,15 @@ def simulate(
     Args:
         source: dense, pruned or packed.
         tokens: numbers of input vectors for the figures with memory.
-        accelerator: what computes.
-        progress: told (blocks done, blocks, name of the block).
+        accelerator: its settings.
+        progress: is called with (blocks done, blocks, name of the block).
 
     Raises:
         BesaError: a number of tokens is not positive or too large, or as `stored_weights` does.
     """
     if not tokens or min(tokens) < 1 or max(tokens) > LARGEST:
-        given = ", ".join(map(str, tokens)) or "none at all"
-        raise BesaError(f"Numbers of tokens must be positive and at most {LARGEST:,}, not {given}.")
+        numbers = ", ".join(map(str, tokens)) or "none at all"
+        raise BesaError(f"Numbers of tokens must be positive and at most {LARGEST:,}, not {numbers}.")
     linears = [simulate_weight(weight, tuple(tokens), accelerator) for weight in stored_weights(source, progress)]
     by_kind: dict[str, list[LinearSimulation]] = {}
     for linear in linears:
@@ -157,7 +157,7 @@ def simulate(
         model=source.name,
         accelerator=accelerator,
         linears=linears,
-        kinds=[_mean(name, own, len(own)) for name, own in by_kind.items()],
+        kinds=[_mean(name, of_kind, len(of_kind)) for name, of_kind in by_kind.items()],
         block=_mean("all", linears, len({linear.block for linear in linears})),
         created=now(),
         versions=versions(),
@@ -165,22 +165,22 @@ def simulate(
 
 
 def check_alike(simulations: Sequence[Simulation]) -> None:
-    """See that checkpoints can stand in one table.
+    """Check that checkpoints fit into one table.
 
     Raises:
-        BesaError: one has linears of other names or shapes than the first.
+        BesaError: the linears of one have other names or shapes than those of the first.
     """
     first, *others = simulations
     for other in others:
-        if {own.name: own.dense for own in other.kinds} != {own.name: own.dense for own in first.kinds}:
+        if {kind.name: kind.dense for kind in other.kinds} != {kind.name: kind.dense for kind in first.kinds}:
             raise BesaError(f"{other.model} has other linears than {first.model}: compare checkpoints of one model.")
 
 
 def simulate_weight(weight: StoredWeight, tokens: tuple[int, ...], accelerator: Accelerator) -> LinearSimulation:
-    """Simulate one weight; arguments as of `simulate`."""
+    """Simulate one weight; the other arguments are those of `simulate`."""
     rows, columns = weight.zero_OI.shape
     zeros_C = torch.from_numpy(np.count_nonzero(weight.zero_OI.numpy(), axis=0))  # ten times as fast as torch's
-    found = cycles(rows - zeros_C, rows, accelerator)
+    counted = cycles(rows - zeros_C, rows, accelerator)
     nnz = rows * columns - int(zeros_C.sum())
     return LinearSimulation(
         name=weight.name,
@@ -190,18 +190,22 @@ def simulate_weight(weight: StoredWeight, tokens: tuple[int, ...], accelerator: 
         sparsity=1 - nnz / (rows * columns),
         dense=_dense(rows, columns, tokens, accelerator),
         utilization=Utilization(
-            denser=found.denser / max(1, found.corrected), sparser=found.sparser / max(1, found.corrected)
+            denser=counted.denser / max(1, counted.corrected), sparser=counted.sparser / max(1, counted.corrected)
         ),
-        **_figures(found, rows, columns, tokens, accelerator),
+        **_figures(counted, rows, columns, tokens, accelerator),
     )
 
 
-def _figures(found: Cycles, rows: int, columns: int, tokens: Sequence[int], accelerator: Accelerator) -> dict[str, Any]:
-    def with_memory(count: int) -> int:
-        load = load_cycles(rows, columns, found.dense_columns, found.rest, count, accelerator)
-        return max(load, count * found.corrected)
+def _figures(
+    counted: Cycles, rows: int, columns: int, tokens: Sequence[int], accelerator: Accelerator
+) -> dict[str, Any]:
+    """Fields of a `Figures`."""
 
-    by_rule = {f"cycles_{rule}": getattr(found, rule) for rule in RULES}
+    def with_memory(count: int) -> int:
+        load = load_cycles(rows, columns, counted.dense_columns, counted.rest, count, accelerator)
+        return max(load, count * counted.corrected)
+
+    by_rule = {f"cycles_{rule}": getattr(counted, rule) for rule in RULES}
     return by_rule | {"cycles_memory": {count: with_memory(count) for count in tokens}}
 
 
@@ -218,7 +222,7 @@ def _dense(rows: int, columns: int, tokens: tuple[int, ...], accelerator: Accele
 
 
 def _mean(name: str, linears: list[LinearSimulation], number: int) -> MeanSimulation:
-    """The sum of some linears by a number."""
+    """The sum over some linears, divided by a number."""
     weights = sum(linear.shape[0] * linear.shape[1] for linear in linears)
     corrected = sum(linear.cycles_corrected for linear in linears)
     busy = {
@@ -236,8 +240,8 @@ def _mean(name: str, linears: list[LinearSimulation], number: int) -> MeanSimula
 
 
 def _summed(figures: Sequence[Figures[int]], number: int) -> dict[str, Any]:
-    """Fields of a `Figures`: the sums by a number."""
-    by_rule = {f"cycles_{rule}": sum(own.each()[rule] for own in figures) / number for rule in RULES}
+    """Fields of a `Figures`: the sums, divided by a number."""
+    by_rule = {f"cycles_{rule}": sum(one.each()[rule] for one in figures) / number for rule in RULES}
     counts = figures[0].cycles_memory
-    memory = {count: sum(own.cycles_memory[count] for own in figures) / number for count in counts}
+    memory = {count: sum(one.cycles_memory[count] for one in figures) / number for count in counts}
     return by_rule | {"cycles_memory": memory}

@@ -1,8 +1,9 @@
 """Cycles of the ViTCoD accelerator (You et al., HPCA 2023) for a pruned weight: section 4.5, appendix B of the paper.
 
-Columns of the weight with many non-zeros go to the denser engine, which works through them whole, zeros included; the
-non-zeros of all other columns go to the sparser engine. Both work at once, on lines of multipliers that are shared out
-by work, and add to outputs that stay in the array. So only the number of non-zeros in each column counts.
+Columns of the weight with many non-zeros go to the denser engine, which multiplies them whole, zeros included. The
+non-zeros of all other columns go to the sparser engine. Both engines work at the same time, on lines of multipliers
+that are divided between them by work, and add to outputs that stay in the array. The cycles therefore depend only on
+the number of non-zeros in each column.
 
 Shape suffixes: C columns (input channels) of a weight or of a piece of it.
 """
@@ -22,21 +23,21 @@ KIB = 1024
 
 
 class Accelerator(Settings):
-    """What is simulated; the defaults are ViTCoD's.
+    """Settings of the accelerator; the defaults are ViTCoD's.
 
     Attributes:
-        lines: of multipliers, shared out between the engines.
-        multipliers: in a line; each multiplies and accumulates once a cycle.
-        threshold: a column with more than this share of its rows non-zero is dense, where the search starts.
-        threshold_step: by which the search moves.
-        least_dense: share of the non-zeros in dense columns at or below which the threshold falls.
-        most_dense: the share at or above which it rises; between both the search ends.
-        tries: thresholds that are tried at most.
-        clock_hz: cycles a second.
-        bandwidth: bytes a second of the memory interface.
-        weight_bits: of a weight in memory.
-        activation_bits: of an input or output in memory.
-        accumulator_bits: of an output that is being summed up.
+        lines: lines of multipliers, divided between the engines.
+        multipliers: in a line; each multiplies and accumulates once per cycle.
+        threshold: where the search starts; a column is dense if more than this share of its rows is non-zero.
+        threshold_step: step of the search.
+        least_dense: the threshold falls if at most this share of the non-zeros is in dense columns.
+        most_dense: the threshold rises if at least this share is; between both, the search ends.
+        tries: thresholds to try, at most.
+        clock_hz: cycles per second.
+        bandwidth: bytes per second of the memory interface.
+        weight_bits: bits of a weight in memory.
+        activation_bits: bits of an input or output in memory.
+        accumulator_bits: bits of an output while it is summed up.
         weight_buffer: bytes; ViTCoD's buffers for Q and K.
         input_buffer: bytes; ViTCoD's buffer for V.
         index_buffer: bytes.
@@ -62,25 +63,25 @@ class Accelerator(Settings):
 
     @property
     def array(self) -> int:
-        """Multiply-accumulates a cycle."""
+        """Multiply-accumulates per cycle."""
         return self.lines * self.multipliers
 
 
 @dataclass(frozen=True)
 class Cycles:
-    """Cycles of a weight for one input vector, everything being on the chip.
+    """Cycles of a weight for one input vector, with all data on the chip.
 
     Attributes:
         published: by the formula behind the paper's Table 4.
-        corrected: with the rows of the weight where that has its columns.
-        best: corrected, with the best threshold for each piece. It is the one that no column reaches: the sparser
-            engine alone is then busy with nothing but non-zeros, and any column given to the denser one adds zeros.
-        bound: non-zeros by multipliers; no array of this size can take less. Best is more only by the rounding up of
-            each piece.
-        denser: of the corrected ones, those in which the denser engine works.
-        sparser: those in which the sparser one does.
-        dense_columns: how many columns corrected gives the denser engine.
-        rest: non-zeros that it leaves for the sparser one.
+        corrected: the same formula with the rows of the weight instead of its columns.
+        best: corrected, with the best threshold for each piece: one that no column reaches. Only the sparser engine
+            then works, on non-zeros alone; every column in the denser engine would add zeros.
+        bound: non-zeros over multipliers, the minimum for an array of this size. `best` is larger only because each
+            piece is rounded up.
+        denser: of the corrected cycles, those in which the denser engine works.
+        sparser: of the corrected cycles, those in which the sparser engine works.
+        dense_columns: columns in the denser engine, with the corrected formula.
+        rest: non-zeros in the sparser engine, with the corrected formula.
     """
 
     published: int
@@ -96,12 +97,12 @@ class Cycles:
 def cycles(nnz_C: Tensor, rows: int, accelerator: Accelerator) -> Cycles:
     """Cycles of a weight for one input vector.
 
-    A weight with more columns than rows is cut into pieces as wide as it is high, which follow one another.
+    A weight with more columns than rows is cut into pieces as wide as it is high, which are computed one by one.
 
     Args:
         nnz_C: non-zeros of each column (C), integers.
         rows: R of the weight.
-        accelerator: what computes.
+        accelerator: its settings.
     """
     published = corrected = best = denser = sparser = dense_columns = rest = 0
     for piece_C in nnz_C.cpu().long().split(rows):
@@ -121,11 +122,11 @@ def cycles(nnz_C: Tensor, rows: int, accelerator: Accelerator) -> Cycles:
 
 @dataclass(frozen=True)
 class Split:
-    """How the columns of a piece are shared out.
+    """How the columns of a piece are divided between the engines.
 
     Attributes:
-        columns: G of the denser engine.
-        rest: non-zeros in the other columns, for the sparser one.
+        columns: G, the number of columns in the denser engine.
+        rest: non-zeros in the other columns, for the sparser engine.
     """
 
     columns: int
@@ -133,7 +134,7 @@ class Split:
 
 
 def _searched(nnz_C: Tensor, rows: int, accelerator: Accelerator) -> list[Split]:
-    """What each threshold of the published search makes of a piece."""
+    """The split of a piece for each threshold of the published search."""
     total, threshold = int(nnz_C.sum()), accelerator.threshold
     tried = []
     for _ in range(accelerator.tries):
@@ -150,16 +151,16 @@ def _searched(nnz_C: Tensor, rows: int, accelerator: Accelerator) -> list[Split]
 
 
 def _busy(split: Split, rows: int, height: int, accelerator: Accelerator) -> tuple[int, int]:
-    """Cycles in which the denser and the sparser engine work on a piece; it takes the larger of both.
+    """Cycles in which the denser and the sparser engine work on a piece. The piece takes the larger number.
 
-    Lines are shared by work, rounded down for the denser engine. It gets at least one: the published rule would
-    divide by zero where it has columns, but less than a line's share of the work.
+    Lines are divided by work, rounded down for the denser engine. It gets at least one line: the published rule would
+    divide by zero if it has columns but less than one line's share of the work.
 
     Args:
         split: of the columns.
-        rows: R of the piece; the denser engine has R · G to do.
-        height: what a column costs the denser engine: R, or by the published formula the number of columns C.
-        accelerator: what computes.
+        rows: R of the piece; the work of the denser engine is R · G.
+        height: multiplications per column of the denser engine: R, or the number of columns C by the published formula.
+        accelerator: its settings.
     """
     if not split.columns:
         return 0, _divided_up(split.rest, accelerator.array)
@@ -172,5 +173,5 @@ def _busy(split: Split, rows: int, height: int, accelerator: Accelerator) -> tup
 
 
 def _divided_up(work: int, speed: int) -> int:
-    """Work by speed, rounded up."""
+    """Work over speed, rounded up."""
     return -(-work // speed)

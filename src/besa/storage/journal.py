@@ -1,4 +1,4 @@
-"""The journal of a run: every block as it gets done, so that a run goes on where it stopped, whatever stopped it."""
+"""The journal of a run: it keeps every finished block, so that an interrupted run can be resumed."""
 
 from __future__ import annotations
 
@@ -24,10 +24,14 @@ TARGETS = "targets.json"
 
 
 class Journal:
-    """Finished blocks in a folder of their own; see `journal_for`.
+    """Finished blocks in a folder; see `journal_for`.
 
-    Each block is two files, written under another name and then renamed: its tensors, and after them its record with
-    their digest. A block counts as done when both are there and agree.
+    Each block has two files: its tensors, then its record with their digest. Both are written under another name and
+    renamed. A block is done if both files exist and agree.
+
+    Attributes:
+        folder: of the journal.
+        restored: number of blocks that this run took from the journal.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -35,31 +39,31 @@ class Journal:
         self.restored = 0
 
     def begin(self, identity: Mapping[str, Any]) -> None:
-        """State what is being done, or make sure that the journal is of the same.
+        """Write the identity of the run, or check that the journal has the same.
 
         Args:
-            identity: whatever decides the result: recipe, model, data, …; JSON types only.
+            identity: all that decides the result (recipe, model, data, …), in JSON types.
 
         Raises:
-            BesaError: the journal is of another run, or damaged.
+            BesaError: the journal belongs to another run, or is damaged.
         """
         path = self.folder / IDENTITY
-        wanted = json.loads(json.dumps({"format": FORMAT, **identity}))
+        current = json.loads(json.dumps({"format": FORMAT, **identity}))
         if not path.exists():
-            write_file(path, json.dumps(wanted, indent=2))
+            write_file(path, json.dumps(current, indent=2))
             return
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            begun = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
             raise BesaError(f"{path} is damaged: remove {self.folder} and run without --resume.") from None
-        difference = _difference(found, wanted)
+        difference = _difference(begun, current)
         if difference:
             raise BesaError(
                 f"{self.folder} was begun with {difference}: ask for the same again, or remove it to start anew."
             )
 
     def path(self, index: int) -> Path:
-        """Where the tensors of a block are."""
+        """Path of the tensors of a block."""
         return self.folder / f"block-{index:05}.safetensors"
 
     def keep(self, tensors: Mapping[str, Tensor], record: BlockRecord) -> None:
@@ -67,7 +71,7 @@ class Journal:
 
         Args:
             tensors: all tensors of the block, named as in the checkpoint's files.
-            record: of what was done.
+            record: of the block.
 
         Raises:
             BesaError: the disk is full.
@@ -78,7 +82,7 @@ class Journal:
         write_file(path.with_suffix(".json"), json.dumps(entry))
 
     def record(self, index: int) -> BlockRecord | None:
-        """The record of a block, or None where it is not done or one of its files is damaged."""
+        """The record of a block; None if it is not done or one of its files is damaged."""
         path = self.path(index)
         try:
             entry = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
@@ -90,16 +94,16 @@ class Journal:
         return None
 
     def tensors(self, index: int) -> dict[str, Tensor]:
-        """The tensors of a block that is done."""
+        """The tensors of a finished block."""
         return load_file(self.path(index))
 
     def keep_targets(self, targets: list[float]) -> None:
-        """Keep what was measured of the dense model before its first block was pruned."""
+        """Keep the sparsity of each block that was measured on the dense model."""
         write_file(self.folder / TARGETS, json.dumps(targets))
 
     @property
     def targets(self) -> list[float] | None:
-        """What `keep_targets` kept, None where there is nothing or it is damaged: it can be measured again."""
+        """The list that `keep_targets` kept; None if there is none or it is damaged, so that it is measured again."""
         try:
             targets = json.loads((self.folder / TARGETS).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
@@ -109,33 +113,33 @@ class Journal:
 
     @property
     def blocks(self) -> int:
-        """How many blocks seem to be done."""
+        """Number of finished blocks, without checking their files."""
         return len(list(self.folder.glob("block-*.json")))
 
     @property
     def bytes(self) -> int:
-        """What the finished blocks take on the disk."""
+        """Size of the finished blocks on the disk."""
         return sum(path.stat().st_size for path in self.folder.glob("block-*.safetensors"))
 
 
 def partial_folder(out: Path) -> Path:
-    """Where a run towards `out` keeps what it has so far."""
+    """The folder in which a run keeps its finished blocks until `out` is complete."""
     return out.with_name(f"{out.name}.partial")
 
 
 @contextmanager
 def journal_for(out: Path, resume: bool) -> Iterator[Journal]:
-    """The journal of a run that is to end in the folder `out`; no other process can have it at the same time.
+    """While open, the journal of a run whose result is the folder `out`. No other process can open it.
 
-    What is left of a run that fails is kept when it has finished blocks, and removed when it has none.
+    After an error, the journal stays if it has finished blocks; else it is removed.
 
     Args:
         out: must not exist.
-        resume: go on with what an earlier run left; where there is nothing, this is a run like any other.
+        resume: continue an earlier run; without one, start as usual.
 
     Raises:
-        BesaError: `out` exists, another process is at it, or an earlier run left blocks and `resume` is not set.
-        Interrupted: Ctrl-C, after at least one finished block.
+        BesaError: `out` exists, another process is writing it, or an earlier run left blocks and `resume` is not set.
+        Interrupted: Ctrl-C after at least one finished block.
     """
     check_absent(out)
     journal = Journal(partial_folder(out))
@@ -159,17 +163,17 @@ def journal_for(out: Path, resume: bool) -> Iterator[Journal]:
 
 
 def _sha256(path: Path, record: BlockRecord) -> str:
-    """Of a block's tensors and of what is said about them."""
+    """The digest of a block's tensors and record."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256")
     digest.update(record.model_dump_json().encode())
     return digest.hexdigest()
 
 
-def _difference(found: Any, wanted: Any, path: str = "") -> str | None:
-    """Words for the first place in which two trees of JSON differ; None where they are equal."""
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        keys = dict.fromkeys([*found, *wanted])
-        places = (_difference(found.get(key), wanted.get(key), f"{path}.{key}".lstrip(".")) for key in keys)
-        return next((place for place in places if place), None)
-    return None if found == wanted else f"{path} = {found!r}, not {wanted!r}"
+def _difference(begun: Any, current: Any, path: str = "") -> str | None:
+    """The first difference between two trees of JSON, in words; None if they are equal."""
+    if isinstance(begun, dict) and isinstance(current, dict):
+        keys = dict.fromkeys([*begun, *current])
+        differences = (_difference(begun.get(key), current.get(key), f"{path}.{key}".lstrip(".")) for key in keys)
+        return next((difference for difference in differences if difference), None)
+    return None if begun == current else f"{path} = {begun!r}, not {current!r}"

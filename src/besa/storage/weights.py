@@ -1,4 +1,4 @@
-"""The weight files of a checkpoint: safetensors only, checked, read one tensor at a time."""
+"""The weight files of a checkpoint: only safetensors, checked and read one tensor at a time."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from torch import Tensor
 
 from besa.errors import BesaError
 
-STEM = "model"  # what the names of weight files begin with
-SPARSE_STEM = "bitmask"  # the same of packed checkpoints: another one, lest transformers fill a model at random
-INDEX = ".safetensors.index.json"  # what the name of an index ends with
-# What a weight may be stored as, by the name that safetensors has for it.
+STEM = "model"  # beginning of the names of weight files
+SPARSE_STEM = "bitmask"  # the same for packed checkpoints, which transformers must not load with random weights
+INDEX = ".safetensors.index.json"  # end of the name of an index
+# Formats of weights, by their safetensors names.
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class WeightFiles:
-    """The tensors of a folder by name; their headers are read, and nothing else until asked for.
+    """The tensors of a folder by name. Only headers are read until a tensor is requested.
 
-    Of several weight files, those count that transformers would load: ``model.safetensors``, else the shards that
-    ``model.safetensors.index.json`` names, with all that is in them. Files beside them (other formats, adapters, stale
-    shards) do not count.
+    The weight files are those that transformers would load: ``model.safetensors``, else the shards that
+    ``model.safetensors.index.json`` names, with all their tensors. Other files (other formats, adapters, old shards)
+    are ignored.
 
     Args:
         folder: of a Hugging Face model.
 
     Raises:
-        BesaError: no safetensors, or a damaged or missing file, or an index that points elsewhere.
+        BesaError: there is no safetensors file, a file is damaged or missing, or an index names files elsewhere.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -54,70 +54,70 @@ class WeightFiles:
                         yield name, tuple(file.get_slice(name).get_shape())
 
     def dtypes(self) -> dict[str, str]:
-        """Formats of all tensors in the files by name, from the headers, as safetensors calls them."""
-        found: dict[str, str] = {}
+        """Formats of all tensors by name, from the headers, with their safetensors names."""
+        formats: dict[str, str] = {}
         for path in self.paths:
             with safe_open(path, framework="pt") as file:
-                found |= {
+                formats |= {
                     name: file.get_slice(name).get_dtype() for name, holder in self._holders.items() if holder == path
                 }
-        return found
+        return formats
 
     def dtype(self) -> torch.dtype:
-        """Of the first tensor of floating-point numbers; float32 where there is none."""
-        found = self.dtypes()
-        return next((FLOATS[found[name]] for name in self._holders if found[name] in FLOATS), torch.float32)
+        """The dtype of the first floating-point tensor; float32 if there is none."""
+        formats = self.dtypes()
+        return next((FLOATS[formats[name]] for name in self._holders if formats[name] in FLOATS), torch.float32)
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Read tensors, one at a time and copied out of their files, which are closed afterwards.
+        """Read tensors one at a time. They are copied from their files, which are then closed.
 
         Raises:
-            BesaError: a tensor cannot be read, or has a NaN or an infinite value.
+            BesaError: a tensor cannot be read, or holds NaN or infinity.
         """
-        for path, own in self._by_path(names):
-            for name in own:
-                with safe_open(path, framework="pt") as file:  # anew each time: a mapped file counts as memory
+        for path, path_names in self._by_path(names):
+            for name in path_names:
+                with safe_open(path, framework="pt") as file:  # opened for each, because a mapped file counts as memory
                     tensor = _tensor(file, name, path).clone()
                 if not is_finite(tensor):
                     raise BesaError(f"The tensor {name} of {path} holds NaN or infinity: the checkpoint is damaged.")
                 yield name, tensor
 
     def mapped(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Tensors that stay in their files: the system reads what is used of them, and may forget it again.
+        """Tensors that stay in their files: the system reads pages when they are used, and may drop them again.
 
         Raises:
             BesaError: a tensor cannot be read.
         """
-        for path, own in self._by_path(names):
+        for path, path_names in self._by_path(names):
             with safe_open(path, framework="pt") as file:
-                for name in own:
+                for name in path_names:
                     yield name, _tensor(file, name, path)
 
     def _by_path(self, names: Iterable[str]) -> Iterable[tuple[Path, list[str]]]:
-        found: dict[Path, list[str]] = {}
+        by_path: dict[Path, list[str]] = {}
         for name in names:
-            found.setdefault(self._holders[name], []).append(name)
-        return found.items()
+            by_path.setdefault(self._holders[name], []).append(name)
+        return by_path.items()
 
     def prefetch(self, names: Iterable[str]) -> None:
-        """Have the system read these tensors in the background, into its own memory, where it knows how to."""
+        """Let the system read these tensors into its cache in the background, if it can."""
         if not hasattr(os, "posix_fadvise"):
             return
-        wanted = set(names)
-        for path in {self._holders[name] for name in wanted}:
+        expected = set(names)
+        for path in {self._holders[name] for name in expected}:
             with path.open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(length))
-                for name in wanted & header.keys():
+                for name in expected & header.keys():
                     begin, end = header[name]["data_offsets"]
                     os.posix_fadvise(file.fileno(), 8 + length + begin, end - begin, os.POSIX_FADV_WILLNEED)
 
 
 def _tensor(file: Any, name: str, path: Path) -> Tensor:
-    """A tensor of an open file, in which it stays."""
+    """A tensor of an open file; its memory stays in the file."""
     try:
         tensor: Tensor = file.get_tensor(name)
-    except ValueError as error:  # torch, interrupted while it looks at the storage, says so
+    except ValueError as error:  # torch raises it if Ctrl-C comes while it opens the storage
         raise KeyboardInterrupt from error
     except (SafetensorError, OSError) as error:
         raise BesaError(f"The tensor {name} of {path} cannot be read: {error}.") from None
@@ -125,7 +125,7 @@ def _tensor(file: Any, name: str, path: Path) -> Tensor:
 
 
 def _chosen(folder: Path) -> dict[str, Path]:
-    """The tensors of a folder by the file that holds them."""
+    """The file of each tensor of a folder, by name."""
     for stem in (STEM, SPARSE_STEM):
         whole, index = folder / f"{stem}.safetensors", folder / f"{stem}{INDEX}"
         if whole.is_file():
@@ -140,9 +140,10 @@ def _chosen(folder: Path) -> dict[str, Path]:
 
 
 def _indexed(index: Path) -> dict[str, Path]:
-    """The tensors of a sharded checkpoint by the file that holds them.
+    """The file of each tensor of a sharded checkpoint, by name.
 
-    As for transformers, an index says which files count, and not where a tensor is: of two alike, the last one counts.
+    As in transformers, an index says which files to load, not where a tensor is. The last of several tensors of the
+    same name counts.
     """
     try:
         entries = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -169,20 +170,20 @@ def _indexed(index: Path) -> dict[str, Path]:
 def _names(path: Path) -> list[str]:
     try:
         with safe_open(path, framework="pt") as file:
-            return sorted(file.keys())  # an order that no hash seed changes
+            return sorted(file.keys())  # independent of the hash seed
     except (SafetensorError, OSError, ValueError) as error:
         raise BesaError(f"{path} cannot be read as safetensors: {' '.join(str(error).split())}.") from None
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinity; its extremes tell, and are found forty times as fast."""
+    """Whether a tensor holds neither NaN nor infinity. Checking its extremes is forty times as fast as checking all."""
     if tensor.dtype not in FLOATS.values() or tensor.numel() == 0:
         return True
     return all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
 
 
 def check_regular(folder: Path) -> None:
-    """Refuse a folder with a pipe, a socket or a device in it, whose reader would wait for ever.
+    """Check that a folder holds no pipe, socket or device: reading one would wait forever.
 
     Raises:
         BesaError: there is one, or a link to one.

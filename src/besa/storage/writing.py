@@ -1,4 +1,4 @@
-"""Writing files whole or not at all, whoever else writes there and whatever stops the process."""
+"""Writing files whole or not at all, even if the process is killed or others write there too."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from besa.storage.names import path_of
 from besa.storage.weights import check_regular
 
 COPY = 1 << 24  # bytes copied at a time
-LOCK = "lock"  # name of the file that whoever is at work in a folder has locked
-METADATA = {"format": "pt"}  # what transformers looks for in a safetensors file
+LOCK = "lock"  # name of the file in a folder that the process at work there has locked
+METADATA = {"format": "pt"}  # transformers requires it in a safetensors file
 
 
 def check_absent(out: Path) -> None:
-    """Refuse to write over what is there.
+    """Check that nothing would be overwritten.
 
     Raises:
-        BesaError: `out` exists already, or can be no file's name.
+        BesaError: `out` exists already, or no file can have that name.
     """
     with explained(out):
         if path_of(out).exists():
@@ -39,14 +39,14 @@ def check_absent(out: Path) -> None:
 
 @contextmanager
 def claimed(folder: Path, out: Path) -> Iterator[None]:
-    """Have a folder, made where needed, to oneself; a process gives up its claim when it ends, however it does.
+    """While open, this process alone works in the folder. The system ends the claim with the process.
 
     Args:
-        folder: to work in.
-        out: what is made there, for the message.
+        folder: to work in; made if it does not exist.
+        out: the result, for messages.
 
     Raises:
-        BesaError: another process has the folder, it cannot be written, or there is a pipe or a device in it.
+        BesaError: another process has the folder, it cannot be written, or it holds a pipe or a device.
     """
     with explained(out):
         folder.mkdir(parents=True, exist_ok=True)
@@ -54,23 +54,23 @@ def claimed(folder: Path, out: Path) -> Iterator[None]:
         try:
             lock = (folder / LOCK).open("w")
         except OSError:
-            with suppress(OSError):  # not empty: of an earlier process
+            with suppress(OSError):  # a folder of an earlier process is not empty
                 folder.rmdir()
             raise
     with lock:
-        if not _locked(lock) or _removed(lock):  # removed by who had it until now
+        if not _locked(lock) or _removed(lock):  # removed: the former owner has just finished
             raise BesaError(f"Another besa is at work on {out}: wait for it, or choose another name.")
         yield
 
 
 @contextmanager
 def appearing(out: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `out` when all went well; nothing is left of it otherwise.
+    """A folder to fill. It is renamed to `out` at the end, or removed after an error.
 
-    What a killed process left of its own is removed first.
+    Leftovers of killed processes are removed first.
 
     Raises:
-        BesaError: `out` exists already, another process is at it, or it cannot be written.
+        BesaError: `out` exists already, another process is writing it, or it cannot be written.
     """
     check_absent(out)
     partial = out.with_name(f".{out.name}.partial")
@@ -89,9 +89,9 @@ def appearing(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name to write to, which becomes `path` when all went well: on the disk by then, and never half there.
+    """A name to write to. The file is flushed to disk and renamed to `path` at the end, so `path` is always whole.
 
-    Several processes may write the same file: it is that of the last one. What killed ones left is removed.
+    If several processes write the same file, the last one wins. Leftovers of killed processes are removed.
 
     Raises:
         BesaError: the file cannot be written.
@@ -101,7 +101,7 @@ def replacing(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         for other in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
             with suppress(OSError), other.open("r+b") as file:
-                # Nobody writes it any more, and it still is what the name says.
+                # No process has it locked, and the name still means the same file.
                 if _locked(file) and os.path.samestat(os.fstat(file.fileno()), other.stat()):
                     other.unlink()
         with _held(partial):
@@ -115,10 +115,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def _held(path: Path) -> IO[bytes]:
-    """A new file, locked: who takes it for an abandoned one before it is, removes it, and it is made again."""
+    """A new, locked file. If another process removes it as abandoned before it is locked, it is made again."""
     while True:
         file = path.open("wb")
-        with suppress(OSError):  # a file system without locks: nobody removes what others left there
+        with suppress(OSError):  # file systems without locks: no leftovers are removed there
             fcntl.flock(file, fcntl.LOCK_EX)
         if not _removed(file):
             return file
@@ -126,7 +126,7 @@ def _held(path: Path) -> IO[bytes]:
 
 
 def _locked(file: IO[Any]) -> bool:
-    """Lock a file that nobody else has locked."""
+    """Try to lock a file; returns whether no other process has it locked."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -135,7 +135,7 @@ def _locked(file: IO[Any]) -> bool:
 
 
 def _removed(file: IO[Any]) -> bool:
-    """Whether an open file has no name any more."""
+    """Whether an open file has been removed."""
     return os.fstat(file.fileno()).st_nlink == 0
 
 
@@ -150,7 +150,7 @@ def write_file(path: Path, text: str) -> None:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str] | None = None) -> None:
-    """Write tensors of any device and layout as safetensors, with further metadata if there is some to say.
+    """Write tensors of any device and layout as safetensors, with optional further metadata.
 
     Raises:
         BesaError: the file cannot be written.
@@ -162,7 +162,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, 
 
 
 def join_tensors(path: Path, parts: Sequence[Path], about: Mapping[str, str] | None = None) -> None:
-    """Write the tensors of several safetensors files into one, without having them in memory.
+    """Write the tensors of several safetensors files into one, without loading them into memory.
 
     Raises:
         BesaError: the file cannot be written.
@@ -176,7 +176,7 @@ def join_tensors(path: Path, parts: Sequence[Path], about: Mapping[str, str] | N
         begin += part.stat().st_size - start
         starts.append(start)
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at multiples of eight bytes
+    text += b" " * (-len(text) % 8)  # tensors must begin at multiples of eight bytes
     with replacing(path) as partial, partial.open("wb") as joined:
         joined.write(len(text).to_bytes(8, "little") + text)
         for part, start in zip(parts, starts, strict=True):
@@ -186,7 +186,7 @@ def join_tensors(path: Path, parts: Sequence[Path], about: Mapping[str, str] | N
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """What a safetensors file says of its tensors, by name, and where the first one begins."""
+    """The header of a safetensors file: entries of its tensors by name, and the byte at which the data begins."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         entries = json.loads(file.read(size))
@@ -195,10 +195,10 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def check_space(out: Path, size: int) -> None:
-    """Refuse at once what cannot fit.
+    """Check that the disk has enough free space.
 
     Args:
-        out: where something will be written.
+        out: file or folder to write.
         size: its bytes.
 
     Raises:
@@ -214,7 +214,7 @@ def check_space(out: Path, size: int) -> None:
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turn an operating system's refusal to write `path` into one sentence."""
+    """While open, errors of the operating system on writing `path` become one sentence."""
     try:
         yield
     except (OSError, SafetensorError) as error:

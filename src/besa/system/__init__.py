@@ -1,1 +1,1 @@
-"""What a run runs on, and what it takes of it."""
+"""The machine of a run: its devices, memory and time."""

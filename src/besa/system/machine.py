@@ -1,4 +1,4 @@
-"""What a run runs on: software versions, processor, and what that is good at."""
+"""The machine and software of a run: devices, versions, processor, and support for bfloat16."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from besa.version import __version__
 
 
 def named_device(device: str | torch.device) -> torch.device:
-    """The device of a kind that besa computes on, be it here or not.
+    """The device of that name; this machine need not have it.
 
     Raises:
-        BesaError: there is none by that name.
+        BesaError: torch knows no such device, or besa does not compute on it.
     """
     try:
         resolved = torch.device(device)
@@ -34,7 +34,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
     """The device to compute on.
 
     Raises:
-        BesaError: no such device on this machine.
+        BesaError: this machine has no such device.
     """
     resolved = named_device(device)
     if resolved.type == "cuda" and not torch.cuda.is_available():
@@ -43,13 +43,13 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def versions() -> dict[str, str]:
-    """Versions of besa and of what its numbers depend on."""
+    """Versions of besa, Python and the packages that affect the numbers."""
     packages = {name: version(name) for name in ("torch", "transformers", "numpy")}
     return {"besa": __version__, "python": platform.python_version(), **packages}
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the run ran on: processor, threads and, on CUDA, the GPU's name."""
+    """The machine of a run, for its record: processor, threads, kernels and, on CUDA, the GPU's name."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "system": sys.platform,
@@ -62,20 +62,20 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bfloat16 matrices, and so faster than float32."""
+    """Whether the hardware multiplies bfloat16 matrices, which is faster than float32."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 has none
-    return any(has.get(feature) for feature in ("avx512_bf16", "amx_bf16", "bf16"))
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 lacks the function
+    return any(capabilities.get(feature) for feature in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def learning_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """In which a model of `dtype` learns fastest: bfloat16 instead of float32, where the hardware multiplies it."""
+    """The dtype in which a model of `dtype` learns fastest: bfloat16 for float32 if the hardware multiplies it."""
     return torch.bfloat16 if dtype == torch.float32 and multiplies_bfloat16(device) else dtype
 
 
 def _processor() -> str:
-    """The processor's marketing name, where the system tells it."""
+    """The processor's marketing name, or its architecture if the system does not give the name."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-LARGE = 16 << 20  # bytes from which a tensor gets pages of its own
+LARGE = 16 << 20  # bytes from which a tensor gets its own pages
 
 
 def reset_peak(device: torch.device) -> None:
-    """Start measuring anew; where the system offers no reset, peaks stay those of the whole process."""
+    """Reset the peaks. If the system cannot, peaks stay those of the whole process."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     if device.type == "cuda":
@@ -41,7 +41,7 @@ def peak_gpu_bytes(device: torch.device) -> int | None:
 
 
 def current_bytes() -> int:
-    """Resident size of this process now, in bytes; where the system does not tell, the peak."""
+    """Present resident size of this process, in bytes; the peak if the system does not give it."""
     try:
         pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
     except OSError:
@@ -55,7 +55,7 @@ def total_bytes() -> int:
 
 
 def half_of_available() -> int:
-    """Half of the bytes that the system could still give to this process."""
+    """Half of the bytes that are still available to this process."""
     try:
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
@@ -66,12 +66,12 @@ def half_of_available() -> int:
 
 
 def stay_lean() -> None:
-    """Have large tensors' memory go back to the system when they go; glibc would keep ever more of it in pieces.
+    """Let the memory of large tensors return to the system when they are freed; glibc would keep it in pieces.
 
-    It sets how the whole process allocates, so it is for programs to call, and not for a library.
+    This changes the allocator of the whole process, so only programs call it, not the library.
 
-    Smaller ones, such as activations, come from memory that stays: fresh pages for each would cost a seventh of the
-    time of a forward pass. `trim` gives that back. Other C libraries do not know the settings, and are left alone.
+    Smaller tensors, such as activations, reuse memory: new pages for each would cost a seventh of the time of a forward
+    pass. `trim` returns that memory. Other C libraries than glibc do not know these settings and stay as they are.
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
@@ -81,6 +81,6 @@ def stay_lean() -> None:
 
 
 def trim() -> None:
-    """Give memory that is free but kept back to the system."""
+    """Return unused memory of the allocator to the system."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

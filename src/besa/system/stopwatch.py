@@ -1,4 +1,4 @@
-"""Where the time of a run goes, by phase."""
+"""The time of a run, by phase."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 
 
 class Stopwatch:
-    """Adds up seconds by phase; on a GPU, whose work goes on behind the program's back, it waits for that.
+    """Adds up seconds by phase. On a GPU, which works asynchronously, it waits for the end of the work.
 
     Args:
-        device: where the work is done.
+        device: of the work.
 
     Attributes:
         seconds: by name of the phase.
@@ -25,7 +25,7 @@ class Stopwatch:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Count the time until the end of the context to a phase."""
+        """While open, count the time for a phase."""
         began = time.perf_counter()
         try:
             yield

@@ -1,6 +1,6 @@
-"""One sparse weight in memory: a bit for every weight, and the values of those that are kept, in the order of reading.
+"""One sparse weight in memory: one bit for every entry, and the kept values in the order in which kernels read them.
 
-docs/formats.md specifies the layout; the kernels (`besa.kernels.sparse`) read it as it is.
+docs/formats.md specifies the layout. The kernels (`besa.kernels.sparse`) read it directly.
 
 Shape suffixes: O rows, I columns, B bands of four rows, C chunks of a row, R the rows of a band, L the columns of a
 chunk, G groups of a row that share a quantisation grid.
@@ -23,9 +23,9 @@ from besa.storage.weights import is_finite
 
 ROWS = 4  # of a band
 PADDING = 64  # bytes after the last value, so that a kernel may load whole vectors
-PANEL = 1 << 22  # weights packed or unpacked at a time: bounds what is made between
+PANEL = 1 << 22  # weights packed or unpacked at a time, to bound temporary memory
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-# By kind, columns of a chunk and the word of its mask: a chunk fills a vector of 64 bytes, once nibbles are bytes.
+# For each kind, columns of a chunk and dtype of its mask word. A chunk fills a vector of 64 bytes (nibbles as bytes).
 CHUNKS = {
     "float32": (16, torch.int16),
     "bfloat16": (32, torch.int32),
@@ -39,18 +39,18 @@ CHUNKS = {
 class Bitmask:
     """A weight (O, I) whose zeros take one bit each.
 
-    A run is what one row keeps of one chunk. Runs lie one after the other in the order band, chunk, row; codes of four
-    bits share bytes within a run (the first code in the low half), and each run begins with a new byte.
+    A run is the kept values of one row in one chunk. Runs follow each other in the order band, chunk, row. Two codes of
+    four bits share a byte within a run (the first code in the low half). Each run begins with a new byte.
 
     Attributes:
         shape: O and I.
-        masks_BCR: one word for each run; bit l says that column C·L + l is kept. Rows and columns beyond the weight's
-            have no bits.
-        values: of the kept weights, in the dtype of the weight; or their codes, as bytes. Zeros follow, 64 bytes long.
+        masks_BCR: one word for each run; bit l means that column C·L + l is kept. Bits beyond the last row or column
+            are 0.
+        values: of the kept weights, in the dtype of the weight; or their codes, as bytes. 64 bytes of zeros follow.
         offsets: where each band begins in `values`, and where the last one ends, in bytes (B + 1,), int64.
-        scales_OG: step h of eq. 7, in the dtype of the weight; None where values are not codes.
-        zeros_OG: code of zero, uint8; None where it is 2^(N−1) (symmetric), or values are not codes.
-        bits: N of a code; None where values are not codes.
+        scales_OG: step h of eq. 7, in the dtype of the weight; None if values are not codes.
+        zeros_OG: code of zero, uint8; None if it is 2^(N−1) (symmetric), or if values are not codes.
+        bits: N of a code; None if values are not codes.
     """
 
     shape: tuple[int, int]
@@ -63,12 +63,12 @@ class Bitmask:
 
     @property
     def kind(self) -> str:
-        """What a value is: float32, bfloat16, float16, int8 (codes of 5 to 8 bits) or int4 (of up to 4 bits)."""
+        """The kind of a value: float32, bfloat16, float16, int8 (codes of 5 to 8 bits) or int4 (up to 4 bits)."""
         return _kind(self.values.dtype, self.bits)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the dense weight."""
+        """The dtype of the dense weight."""
         return self.values.dtype if self.scales_OG is None else self.scales_OG.dtype
 
     @property
@@ -79,36 +79,36 @@ class Bitmask:
 
     @property
     def kept(self) -> int:
-        """How many weights are not zero."""
+        """The number of kept weights."""
         return sum(int(_counts(self.masks_BCR[panel]).sum()) for panel in _panels(*self.shape))
 
     def unpack(self) -> Tensor:
-        """The dense weight (O, I), to the bit; see `pack` and `pack_codes`."""
+        """The dense weight (O, I) that was packed, to the bit; see `pack` and `pack_codes`."""
         return torch.cat([self.unpack_bands(panel) for panel in _panels(*self.shape)])
 
     def unpack_bands(self, bands: slice) -> Tensor:
-        """The rows of some bands, dense."""
+        """The dense rows (O, I) of some bands."""
         return self.dequantize(self._expanded(bands), bands)
 
     def dequantize(self, expanded_OI: Tensor, bands: slice) -> Tensor:
-        """The rows of some bands from their values or codes, pruned ones included."""
+        """The dense rows (O, I) of some bands from their values or codes, including those of pruned weights."""
         if self.scales_OG is None:
             return expanded_OI
         return dequantized(expanded_OI, self._grid(_rows(bands)), self.dtype)
 
     def unpack_codes(self) -> Quantized:
-        """The codes and their grid, of a weight that was packed from such."""
+        """The codes and their grid; only for a weight packed by `pack_codes`."""
         codes_OI = torch.cat([self._expanded(panel) for panel in _panels(*self.shape)])
         return Quantized(codes_OI, self._grid(slice(None)), self.zeros_OG is None, self.dtype)
 
     def check(self, name: str) -> None:
-        """Refuse what a kernel would read beyond the end of, or unpack to something else; reads all of it once.
+        """Check every number once, so that kernels never read beyond the end and always unpack what was packed.
 
         Args:
             name: of the weight, for the message.
 
         Raises:
-            BesaError: the tensors do not fit each other, or hold what no weight is packed to.
+            BesaError: the tensors do not fit each other, or a number is out of range.
         """
         if not self._fits():
             flaw = "its masks and values do not fit"
@@ -139,11 +139,11 @@ class Bitmask:
                 return False
             tensors += [(self.scales_OG, (rows, groups), FLOATS)]
             tensors += [(self.zeros_OG, (rows, groups), (torch.uint8,))] if self.zeros_OG is not None else []
-        fit = all(found.shape == shape and found.dtype in dtypes for found, shape, dtypes in tensors)
+        fit = all(tensor.shape == shape and tensor.dtype in dtypes for tensor, shape, dtypes in tensors)
         return fit and self._ends()
 
     def _flaw_of_codes(self, largest: int) -> str:
-        """What is wrong with the numbers of a weight of codes up to the largest, in words; empty where nothing is."""
+        """The flaw of the numbers of a weight of codes up to `largest`, in words; empty if there is none."""
         assert self.scales_OG is not None
         if not is_positive(self.scales_OG):
             return "its scales are not all positive numbers"
@@ -168,7 +168,7 @@ class Bitmask:
         return clean and int(self.offsets[0]) == 0 and self.values.nbytes == end + PADDING
 
     def _expanded(self, bands: slice) -> Tensor:
-        """Values, or codes, of the rows of some bands, with zero, or its code, where a weight is pruned (O, I)."""
+        """Values or codes of the rows of some bands (O, I); pruned weights have zero or the code of zero."""
         kept_BCRL = _bits(self.masks_BCR[bands])
         begin, end = (self.offsets[[bands.start, bands.stop]] // self.values.element_size()).tolist()
         values = self.values[begin:end]
@@ -197,13 +197,13 @@ def is_positive(scales: Tensor) -> bool:
 
 
 def pack(w_OI: Tensor) -> Bitmask:
-    """A dense weight as a bitmask: what is not zero is kept, to the bit; a negative zero becomes zero.
+    """A dense weight as a bitmask. Weights that are not zero are kept, to the bit; a negative zero becomes zero.
 
     Args:
         w_OI: float32, bfloat16 or float16.
 
     Raises:
-        BesaError: it has another dtype.
+        BesaError: the weight has another dtype.
     """
     if w_OI.dtype not in FLOATS:
         raise BesaError(f"A weight of {w_OI.dtype} cannot be packed: only float32, bfloat16 and float16 can.")
@@ -212,7 +212,7 @@ def pack(w_OI: Tensor) -> Bitmask:
 
 
 def pack_codes(weight: Quantized) -> Bitmask:
-    """A quantised weight as a bitmask: what has not the code of zero is kept."""
+    """A quantised weight as a bitmask. Codes other than that of zero are kept."""
     rows, columns = weight.codes_OI.shape
     zeros_OG = weight.grid.zero_OG.to(torch.uint8)
     zeros_OI = zeros_OG.repeat_interleave(columns // zeros_OG.shape[1], dim=1)
@@ -226,7 +226,7 @@ def pack_codes(weight: Quantized) -> Bitmask:
 
 
 def _streams(w_OI: Tensor, kept_OI: Tensor, bits: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Masks, values and offsets of a weight, or of its codes of some bits."""
+    """Masks, values and offsets of a weight, or of codes of `bits` bits."""
     kind = _kind(w_OI.dtype, bits)
     length, word = CHUNKS[kind]
     masks, values, sizes = [], [], []
@@ -246,7 +246,7 @@ def _kind(dtype: torch.dtype, bits: int | None) -> str:
 
 
 def _panels(rows: int, columns: int) -> list[slice]:
-    """Consecutive bands that are handled together."""
+    """Slices of bands that are processed together."""
     bands = -(-rows // ROWS)
     return [slice(*ends) for ends in pairwise([*range(0, bands, max(1, PANEL // (ROWS * columns))), bands])]
 
@@ -256,20 +256,20 @@ def _rows(bands: slice) -> slice:
 
 
 def _chunked(w_OI: Tensor, length: int) -> Tensor:
-    """(O, I) as (B, C, R, L), with zeros to the end of the last chunk and band."""
+    """(O, I) as (B, C, R, L); the last chunk and band are filled up with zeros."""
     rows, columns = w_OI.shape
     padded_OI = pad(w_OI, (0, -columns % length, 0, -rows % ROWS))
     return padded_OI.reshape(-1, ROWS, padded_OI.shape[1] // length, length).transpose(1, 2)
 
 
 def _dense(x_BCRL: Tensor, shape: tuple[int, int], bands: slice) -> Tensor:
-    """The rows of some bands of a weight (O, I), contiguous, without what was padded."""
+    """The rows of some bands of a weight (O, I), contiguous, without padding."""
     padded_OI = x_BCRL.transpose(1, 2).reshape(ROWS * len(x_BCRL), -1)
     return padded_OI[: shape[0] - ROWS * bands.start, : shape[1]].contiguous()
 
 
 def _picked(w_BCRL: Tensor, kept_BCRL: Tensor) -> Tensor:
-    """The kept values one after the other; numpy picks them several times as fast as torch."""
+    """The kept values one after the other; numpy selects them several times as fast as torch."""
     word = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[w_BCRL.itemsize]
     picked = w_BCRL.contiguous().view(word).cpu().numpy()[kept_BCRL.cpu().numpy()]
     return torch.from_numpy(picked).view(w_BCRL.dtype).to(w_BCRL.device)
@@ -292,7 +292,7 @@ def _bits(masks_BCR: Tensor) -> Tensor:
 def _counts(masks_BCR: Tensor) -> Tensor:
     """Bits of each word (B, C, R), int64."""
     words = masks_BCR.cpu().numpy()
-    counts = np.bitwise_count(words.view(f"u{words.itemsize}"))  # of unsigned numbers: else of their absolute values
+    counts = np.bitwise_count(words.view(f"u{words.itemsize}"))  # unsigned, because numpy counts absolute values
     return torch.from_numpy(counts).to(masks_BCR.device, torch.int64)
 
 
@@ -303,7 +303,7 @@ def _bytes(masks_BCR: Tensor, kind: str) -> Tensor:
 
 
 def _places(kept_BCRL: Tensor) -> Tensor:
-    """Where the kept codes of four bits lie, counted in halves of bytes: each run begins with a new byte."""
+    """Positions of the kept codes of four bits, in half bytes. Each run begins with a new byte."""
     kept = kept_BCRL.flatten(0, 2)
     counts = kept.sum(dim=1)
     sizes = counts + counts % 2
@@ -311,7 +311,7 @@ def _places(kept_BCRL: Tensor) -> Tensor:
 
 
 def _halves(codes_BCRL: Tensor, kept_BCRL: Tensor) -> Tensor:
-    """The kept codes of four bits, two to a byte."""
+    """The kept codes of four bits, two per byte."""
     counts = kept_BCRL.sum(dim=-1)
     halves = codes_BCRL.new_zeros(int((counts + counts % 2).sum()))
     halves[_places(kept_BCRL)] = codes_BCRL[kept_BCRL]

@@ -34,10 +34,10 @@ DAMAGED = "the packed checkpoint is damaged"
 
 
 def header(folder: Path) -> dict[str, Any] | None:
-    """What config.json says under `besa` of a packed checkpoint; None for any other.
+    """The entry `besa` of a packed checkpoint's config.json; None for other checkpoints.
 
     Raises:
-        BesaError: it is packed in a format, or in a version of ours, that this besa does not know, or is damaged.
+        BesaError: this besa does not know the format or its version, or the entry is damaged.
     """
     config = _config(folder)
     if not isinstance(config, dict) or "besa" not in config:
