@@ -226,7 +226,7 @@ def parametrized() -> PreTrainedModel:
         (lambda: torch.compile(LlamaForCausalLM(SMALL)), "model should be .* PreTrainedModel, not OptimizedModule"),
         (lambda: None, "model should be .* PreTrainedModel, not None"),
         (lambda: LlamaForCausalLM(SMALL).to("meta"), "model.embed_tokens.weight of LlamaForCausalLM has no memory"),
-        (parametrized, "weight of model.layers.1.mlp.up_proj is no parameter"),
+        (parametrized, "weight of model.layers.1.mlp.up_proj is computed from other parameters"),
         (lambda: MambaForCausalLM(MambaConfig(vocab_size=1024, hidden_size=32, num_hidden_layers=1)), "no attention"),
     ],
 )
