@@ -75,13 +75,13 @@ def demo(
     memory.stay_lean()
     with progress_bar(err) as tracker:
         command = ["besa", *sys.argv[1:]]
-        found = run_demo(
+        result = run_demo(
             out_dir, plan, sparsity, ppl or ["wiki"], calibration, device.value, dtype.value, command, tracker
         )
-    out.print(compared(found.comparison))
-    for method, folder in found.checkpoints.items():
+    out.print(compared(result.comparison))
+    for method, folder in result.checkpoints.items():
         out.print(f"Pruned by {method}: {folder}")
-    out.print(f"Report: {found.page}")
+    out.print(f"Report: {result.page}")
 
 
 @commands.command(rich_help_panel=PANEL)
@@ -260,8 +260,8 @@ def compare_command(
     with progress_bar(err) as tracker:
         workspace = Workspace(out_dir, conditions, measures, keep, tracker)
         command = ["besa", *sys.argv[1:]]
-        found = compare(workspace, words(recipes), numbers("--sparsity", sparsity, float), seeds, command)
-    out.print(compared(found))
+        result = compare(workspace, words(recipes), numbers("--sparsity", sparsity, float), seeds, command)
+    out.print(compared(result))
     out.print(f"Table and plot: {out_dir / 'compare.md'}, {out_dir / 'compare.svg'}")
 
 

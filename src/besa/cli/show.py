@@ -105,9 +105,9 @@ def planned(plan: Plan) -> RenderableType:
     return table
 
 
-def verified(found: Verified, folder: Path) -> RenderableType:
+def verified(result: Verified, folder: Path) -> RenderableType:
     """That a checkpoint is as it was written, in one line."""
-    return Text(f"{folder}: {found.files} files with {found.bytes:,} bytes are as they were written")
+    return Text(f"{folder}: {result.files} files with {result.bytes:,} bytes are as they were written")
 
 
 def _dense(dense: dict[str, int]) -> str:
@@ -117,39 +117,39 @@ def _dense(dense: dict[str, int]) -> str:
     return f"{sum(dense.values()):,} weights of the blocks stay dense: {', '.join(sorted(dense))}"
 
 
-def packed(found: Packing, folder: Path) -> RenderableType:
+def packed(result: Packing, folder: Path) -> RenderableType:
     """What packing did, in two lines."""
     return Text(
-        f"{folder}: {found.packed:,} of {found.linears:,} linears packed, from {found.dense_bytes / 1e6:,.1f} to "
-        f"{found.packed_bytes / 1e6:,.1f} MB ({found.packed_bytes / found.dense_bytes:.3f} of the bytes)\n"
-        f"weight files: from {found.file_bytes_before / 1e6:,.1f} to {found.file_bytes / 1e6:,.1f} MB"
+        f"{folder}: {result.packed:,} of {result.linears:,} linears packed, from {result.dense_bytes / 1e6:,.1f} to "
+        f"{result.packed_bytes / 1e6:,.1f} MB ({result.packed_bytes / result.dense_bytes:.3f} of the bytes)\n"
+        f"weight files: from {result.file_bytes_before / 1e6:,.1f} to {result.file_bytes / 1e6:,.1f} MB"
     )
 
 
-def shrunk(found: Shrinking, folder: Path) -> RenderableType:
+def shrunk(result: Shrinking, folder: Path) -> RenderableType:
     """What shrinking did, in two lines."""
-    changes = [f"{CALLED[kind]} from {before:,} to {after:,}" for kind, (before, after) in found.structures.items()]
+    changes = [f"{CALLED[kind]} from {before:,} to {after:,}" for kind, (before, after) in result.structures.items()]
     return Text(
         f"{folder}: {', '.join(changes)} in each block\n"
-        f"weight files: from {found.file_bytes_before / 1e6:,.1f} to {found.file_bytes / 1e6:,.1f} MB"
+        f"weight files: from {result.file_bytes_before / 1e6:,.1f} to {result.file_bytes / 1e6:,.1f} MB"
     )
 
 
-def benched(found: Bench) -> RenderableType:
+def benched(result: Bench) -> RenderableType:
     """Tokens a second by work and model, and what each model takes."""
-    reference = found.models[0].model
+    reference = result.models[0].model
     speeds = Table(
         title="tokens a second: median and quartiles",
-        caption=f"×: to {reference} in its fastest form; limit: weights read at {found.bandwidth / 1e9:.1f} GB/s; "
-        f"{found.rounds} rounds, {found.machine['threads']} threads",
+        caption=f"×: to {reference} in its fastest form; limit: weights read at {result.bandwidth / 1e9:.1f} GB/s; "
+        f"{result.rounds} rounds, {result.machine['threads']} threads",
         box=SIMPLE,
     )
     for name in ("work", "model", "form"):
         speeds.add_column(name)
     for name in ("tokens/s", "quartiles", "×", "limit", "of limit"):
         speeds.add_column(name, justify="right")
-    for work in found.works():
-        for model, timing, ratio in found.of(work):
+    for work in result.works():
+        for model, timing, ratio in result.of(work):
             middle, low, high, limit = timing.paces()
             share = f"{timing.limit / timing.seconds:.0%}"
             speeds.add_row(work, model.model, model.form, middle, f"{low}–{high}", f"{ratio:.2f}", limit, share)
@@ -158,7 +158,7 @@ def benched(found: Bench) -> RenderableType:
         sizes.add_column(name)
     for name in ("file", "resident", "read by a step"):
         sizes.add_column(f"{name}, MB", justify="right")
-    for model in found.models:
+    for model in result.models:
         resident = "" if model.resident_bytes is None else f"{model.resident_bytes / 1e6:,.0f}"
         files, step = (f"{size / 1e6:,.0f}" for size in (model.file_bytes, model.step_bytes))
         sizes.add_row(model.model, model.form, model.dtype, files, resident, step)
@@ -183,10 +183,10 @@ def evaluated(evaluation: Evaluation) -> RenderableType:
     return Group(*tables)
 
 
-def compared(found: Comparison) -> RenderableType:
+def compared(result: Comparison) -> RenderableType:
     """Recipes side by side."""
-    table = Table(title=found.model, caption=f"{found.calibration}; perplexity in windows of {found.window} tokens")
-    head, *cells = listed([found.dense, *found.rows], found.earlier)
+    table = Table(title=result.model, caption=f"{result.calibration}; perplexity in windows of {result.window} tokens")
+    head, *cells = listed([result.dense, *result.rows], result.earlier)
     for column in head:
         table.add_column(column, justify="left" if column in (head[0], MADE_BY) else "right")
     for line in cells:
@@ -194,16 +194,16 @@ def compared(found: Comparison) -> RenderableType:
     return table
 
 
-def _answered(model: str, found: ZeroShot) -> RenderableType:
+def _answered(model: str, result: ZeroShot) -> RenderableType:
     """Accuracies with their standard errors, in per cent."""
-    table = Table(title=model, caption=f"zero-shot, lm_eval {found.lm_eval}, questions {found.source}")
+    table = Table(title=model, caption=f"zero-shot, lm_eval {result.lm_eval}, questions {result.source}")
     table.add_column("task")
     for column in ("questions", "acc %", "acc_norm %"):
         table.add_column(column, justify="right")
-    for task, accuracy in found.tasks.items():
+    for task, accuracy in result.tasks.items():
         shares = [(accuracy.acc, accuracy.acc_stderr), (accuracy.acc_norm, accuracy.acc_norm_stderr)]
         table.add_row(task, f"{accuracy.questions:,}", *(_share(*share) for share in shares))
-    table.add_row("mean", "", f"{100 * found.mean:.2f}", "")
+    table.add_row("mean", "", f"{100 * result.mean:.2f}", "")
     return table
 
 
@@ -213,26 +213,26 @@ def _share(share: float | None, error: float | None) -> str:
     return f"{100 * share:.2f}" + ("" if error is None else f" ± {100 * error:.2f}")
 
 
-def contents(found: Contents) -> RenderableType:
+def contents(result: Contents) -> RenderableType:
     """Sparsity by block (rows) and linear (columns), and bytes."""
-    table = Table(title=f"{found.model}: sparsity of the prunable weights in %", box=SIMPLE)
+    table = Table(title=f"{result.model}: sparsity of the prunable weights in %", box=SIMPLE)
     table.add_column("block")
     linears_of = {
-        block.name: [linear for linear in found.linears if linear.name.startswith(f"{block.name}.")]
-        for block in found.blocks
+        block.name: [linear for linear in result.linears if linear.name.startswith(f"{block.name}.")]
+        for block in result.blocks
     }
-    short = [linear.name.rpartition(".")[2].removesuffix("_proj") for linear in linears_of[found.blocks[0].name]]
+    short = [linear.name.rpartition(".")[2].removesuffix("_proj") for linear in linears_of[result.blocks[0].name]]
     for name in [*short, "all", "MB"]:
         table.add_column(name, justify="right")
-    for block in found.blocks:
+    for block in result.blocks:
         linears = linears_of[block.name]
         cells = [f"{100 * share:.2f}" for share in [*(linear.sparsity for linear in linears), block.sparsity]]
         table.add_row(block.name.rpartition(".")[2], *cells, f"{block.bytes / 1e6:,.1f}")
-    shares = ", ".join(f"{name} {8 * size / found.weights:.3f}" for name, size in found.parts.items())
+    shares = ", ".join(f"{name} {8 * size / result.weights:.3f}" for name, size in result.parts.items())
     total = (
-        f"{found.zeros:,} of {found.weights:,} weights are zero ({found.sparsity:.4%}); "
-        f"{found.bytes / 1e6:,.1f} MB of prunable weights in {found.file_bytes / 1e6:,.1f} MB of files\n"
-        f"{found.bits_per_weight:.3f} bits a weight: {shares}"
+        f"{result.zeros:,} of {result.weights:,} weights are zero ({result.sparsity:.4%}); "
+        f"{result.bytes / 1e6:,.1f} MB of prunable weights in {result.file_bytes / 1e6:,.1f} MB of files\n"
+        f"{result.bits_per_weight:.3f} bits a weight: {shares}"
     )
     return Group(table, Text(total))
 

@@ -77,15 +77,15 @@ def perplexity(
     check_window(window)
     if max_windows is not None and max_windows < 1:
         raise BesaError(f"Perplexity over {max_windows} windows is impossible: use at least 1.")
-    own = window if bos is None else window - 1  # tokens of the text in a window
-    windows = len(tokens_L) // own
+    text_tokens = window if bos is None else window - 1  # tokens of the text in a window
+    windows = len(tokens_L) // text_tokens
     if windows == 0:
         raise BesaError(
-            f"The text has {len(tokens_L):,} tokens, fewer than one window of {own:,}: use a smaller --window."
+            f"The text has {len(tokens_L):,} tokens, fewer than one window of {text_tokens:,}: use a smaller --window."
         )
     if max_windows is not None:
         windows = min(windows, max_windows)
-    tokens_WT = tokens_L[: windows * own].reshape(windows, own)
+    tokens_WT = tokens_L[: windows * text_tokens].reshape(windows, text_tokens)
     if bos is not None:
         tokens_WT = torch.cat([torch.full((windows, 1), bos), tokens_WT], dim=1)
     total, done = 0.0, 0

@@ -70,8 +70,8 @@ class Evaluation(BaseModel):
     def joined(cls, parts: Sequence[Evaluation]) -> Evaluation:
         """One evaluation of parts as `of` makes them: they are of one model in windows of one length."""
 
-        def together(found: Iterable[dict[str, Any]]) -> dict[str, Any]:
-            return {name: value for one in found for name, value in one.items()}
+        def together(by_text: Iterable[dict[str, Any]]) -> dict[str, Any]:
+            return {name: value for one in by_text for name, value in one.items()}
 
         lengths = dict.fromkeys(length for part in parts for length in part.other_windows)
         update = {
@@ -87,14 +87,14 @@ class Evaluation(BaseModel):
     def of(self, text: str | None) -> Evaluation:
         """The part of one text, or for None of the tasks."""
 
-        def only(found: dict[str, Any]) -> dict[str, Any]:
-            return {name: value for name, value in found.items() if name == text}
+        def only(by_text: dict[str, Any]) -> dict[str, Any]:
+            return {name: value for name, value in by_text.items() if name == text}
 
         return self.model_copy(
             update={
                 "perplexity": only(self.perplexity),
                 "details": only(self.details),
-                "other_windows": {length: only(found) for length, found in self.other_windows.items()},
+                "other_windows": {length: only(by_text) for length, by_text in self.other_windows.items()},
                 "sources": only(self.sources),
                 "beginnings": only(self.beginnings),
                 "zero_shot": self.zero_shot if text is None else None,

@@ -136,17 +136,17 @@ def _results(entries: list[Entry]) -> dict[str, Any]:
 
 def _footnotes(entries: list[Entry], compared: bool) -> list[str]:
     windows = results.windows(entries)
-    found = []
+    notes = []
     if len(windows) == 1:
-        found.append(f"Perplexity in windows of {wording.count(windows[0])} tokens.")
+        notes.append(f"Perplexity in windows of {wording.count(windows[0])} tokens.")
     if not windows:
-        found.append("No perplexity was measured.")
+        notes.append("No perplexity was measured.")
     if compared:
-        found.append("Bold: the lowest at its sparsity.")
+        notes.append("Bold: the lowest at its sparsity.")
     if any(entry.run.record for entry in entries):
-        found.append("Sparsity is counted in the written tensors.")
-    found += [f"{e.label}: {e.run.measured.model}, unpruned." for e in entries if e.run.dense and e.run.measured]
-    return found
+        notes.append("Sparsity is counted in the written tensors.")
+    notes += [f"{e.label}: {e.run.measured.model}, unpruned." for e in entries if e.run.dense and e.run.measured]
+    return notes
 
 
 def _blocks(pruned: Pruned) -> dict[str, Any]:

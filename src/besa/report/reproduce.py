@@ -49,7 +49,7 @@ def evaluate(entry: Entry) -> str | None:
     measured = entry.run.measured
     if measured is None or not (measured.perplexity or measured.zero_shot):
         return None
-    asked = measured.zero_shot
+    zero_shot = measured.zero_shot
     used = [entry.run.basis(text) for text in entry.run.texts]
     return _line(
         ["eval", measured.model if entry.run.dense else folder(entry)],
@@ -57,9 +57,9 @@ def evaluate(entry: Entry) -> str | None:
         window=",".join(map(str, [measured.window, *measured.other_windows])) if used else None,
         max_windows=max((basis[1] for basis in used if basis and basis[1]), default=None),
         bos=measured.bos if measured.bos != "auto" else None,
-        tasks=",".join(asked.tasks) if asked else None,
-        limit=asked.limit if asked else None,
-        hub=asked is not None and asked.source == "hub",
+        tasks=",".join(zero_shot.tasks) if zero_shot else None,
+        limit=zero_shot.limit if zero_shot else None,
+        hub=zero_shot is not None and zero_shot.source == "hub",
         json=f"{folder(entry)}/{EVALUATION_NAME}",
     )
 

@@ -91,8 +91,8 @@ class Run:
         """What two perplexities on a text must share to be compared: length of windows, their number, a BOS token."""
         if not self.measured:
             return None
-        found = self.measured.details.get(text)
-        return (self.measured.window, found.windows, found.bos) if found else (self.measured.window, None, False)
+        details = self.measured.details.get(text)
+        return (self.measured.window, details.windows, details.bos) if details else (self.measured.window, None, False)
 
 
 def load_run(path: Path) -> Run:

@@ -80,17 +80,17 @@ def compare(
     """
     if not recipes or not sparsities:
         raise BesaError("There is nothing to compare: give --recipes and --sparsity.")
-    asked = [Recipe.load(name, sparsity) for sparsity in sparsities for name in recipes]
-    if len({_place(recipe.model_dump()) for recipe in asked}) < len(asked):
+    chosen = [Recipe.load(name, sparsity) for sparsity in sparsities for name in recipes]
+    if len({_place(recipe.model_dump()) for recipe in chosen}) < len(chosen):
         raise BesaError("Two recipes to compare have the same name: give each its own in its YAML file.")
     folder, conditions = path_of(workspace.folder), workspace.decisive()
-    workspace.check([(None, 0), *((recipe, seed) for recipe in asked for seed in range(seeds))])
+    workspace.check([(None, 0), *((recipe, seed) for recipe in chosen for seed in range(seeds))])
     with _claimed(folder):
         rows, earlier = _earlier(folder, conditions, workspace.origin)
-        wanted = [(recipe, _seeds(recipe, seeds, rows, folder)) for recipe in asked]
+        seeds_by_recipe = [(recipe, _seeds(recipe, seeds, rows, folder)) for recipe in chosen]
         dense = row(DENSE, [workspace.outcome(None)])
-        for recipe, own in wanted:
-            made = row(recipe.name, [workspace.outcome(recipe, seed) for seed in range(own)])
+        for recipe, count in seeds_by_recipe:
+            made = row(recipe.name, [workspace.outcome(recipe, seed) for seed in range(count)])
             rows[_place(made.settings)] = made
         given, measures = workspace.conditions, workspace.measures
         compared = Comparison(
@@ -139,15 +139,17 @@ def _earlier(
     """
     path = folder / f"{NAME}.json"
     try:
-        found = Comparison.model_validate_json(path.read_bytes())
+        table = Comparison.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         return {}, []
     except (OSError, ValidationError):
         raise BesaError(f"{path} is no table that rows can be added to: choose another --out.") from None
-    if other := [key for key, value in conditions.items() if found.conditions.get(key) != value]:
+    if other := [key for key, value in conditions.items() if table.conditions.get(key) != value]:
         raise BesaError(f"The table in {folder} was made with another {' and '.join(other)}: choose another --out.")
-    own = {_place(row.settings): row for row in (*found.rows, *found.earlier) if row.origin == origin and row.settings}
-    return own, [row for row in (found.dense, *found.rows, *found.earlier) if row.origin != origin]
+    present = {
+        _place(row.settings): row for row in (*table.rows, *table.earlier) if row.origin == origin and row.settings
+    }
+    return present, [row for row in (table.dense, *table.rows, *table.earlier) if row.origin != origin]
 
 
 def _seeds(recipe: Recipe, seeds: int, rows: Mapping[tuple[str, float], Row], folder: Path) -> int:
@@ -157,34 +159,34 @@ def _seeds(recipe: Recipe, seeds: int, rows: Mapping[tuple[str, float], Row], fo
         BesaError: the table in `folder` has a row of another recipe by that name.
     """
     settings = recipe.model_dump(mode="json")
-    found = rows.get(_place(settings))
-    if found is None:
+    earlier = rows.get(_place(settings))
+    if earlier is None:
         return seeds
-    if found.settings != settings:
+    if earlier.settings != settings:
         raise BesaError(
             f"The table in {folder} has another recipe named {recipe.name}: give each its own name in its YAML file, "
             "or choose another --out."
         )
-    return max(seeds, found.seeds)
+    return max(seeds, earlier.seeds)
 
 
-def plot(found: Comparison) -> str:
+def plot(comparison: Comparison) -> str:
     """Scores against sparsity, a line for each recipe, as an SVG document; earlier rows are not drawn."""
-    names = list(dict.fromkeys(row.recipe for row in found.rows))
+    names = list(dict.fromkeys(row.recipe for row in comparison.rows))
     panels = []
-    for score in (score for score in found.dense.mean if score not in TASKS):  # of tasks, their mean
+    for score in (score for score in comparison.dense.mean if score not in TASKS):  # of tasks, their mean
         drawn = []
         for color, name in enumerate(names):
-            own = sorted((row for row in found.rows if row.recipe == name), key=lambda row: row.sparsity)
+            of_recipe = sorted((row for row in comparison.rows if row.recipe == name), key=lambda row: row.sparsity)
             drawn.append(
                 Curve(
                     name,
                     color,
-                    [100 * row.sparsity for row in own],
-                    [row.mean[score] for row in own],
-                    [row.spread.get(score, 0.0) for row in own],
+                    [100 * row.sparsity for row in of_recipe],
+                    [row.mean[score] for row in of_recipe],
+                    [row.spread.get(score, 0.0) for row in of_recipe],
                 )
             )
         y_label = LABELS.get(score, f"perplexity {score}")
-        panels.append(Panel(drawn, "sparsity in %", y_label, (DENSE, found.dense.mean[score])))
-    return standalone(curves(f"{' and '.join(names)} on {found.model}", panels))
+        panels.append(Panel(drawn, "sparsity in %", y_label, (DENSE, comparison.dense.mean[score])))
+    return standalone(curves(f"{' and '.join(names)} on {comparison.model}", panels))

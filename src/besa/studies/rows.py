@@ -56,15 +56,19 @@ def row(recipe: str, outcomes: Sequence[Outcome], scores: Callable[[Outcome], di
         scores: what is looked at.
     """
     each = [scores(outcome) for outcome in outcomes]
-    values = {score: [found[score] for found in each] for score in each[0]}
+    values = {score: [numbers[score] for numbers in each] for score in each[0]}
     records = [outcome.record for outcome in outcomes if outcome.record]
     return Row(
         recipe=recipe,
         settings=records[0].recipe if records else None,
         sparsity=mean(record.sparsity for record in records) if records else 0.0,
         seeds=len(outcomes),
-        mean={score: mean(found) for score, found in values.items()},
-        spread={score: stdev(found) for score, found in values.items() if len(found) > 1 and all(map(isfinite, found))},
+        mean={score: mean(numbers) for score, numbers in values.items()},
+        spread={
+            score: stdev(numbers)
+            for score, numbers in values.items()
+            if len(numbers) > 1 and all(map(isfinite, numbers))
+        },
         values=values,
         seconds=mean(record.seconds for record in records) if records else None,
         origin=outcomes[0].origin,

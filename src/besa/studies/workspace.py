@@ -91,7 +91,7 @@ class Outcome:
         for evaluation in self.evaluations:
             scores |= evaluation.perplexity
             if (asked := evaluation.zero_shot) is not None:
-                scores |= {task: 100 * found.acc for task, found in asked.tasks.items()} | {
+                scores |= {task: 100 * accuracy.acc for task, accuracy in asked.tasks.items()} | {
                     "accuracy": 100 * asked.mean
                 }
         return scores
@@ -177,15 +177,17 @@ class Workspace:
 
     def _prune(self, recipe: Recipe, seed: int, checkpoint: Path, record: Path) -> None:
         if not checkpoint.exists():
-            told, settings = labelled(self.progress, _label(checkpoint)), asdict(self.conditions)
-            compress(settings.pop("model"), recipe, out=checkpoint, seed=seed, resume=True, progress=told, **settings)
+            progress, settings = labelled(self.progress, _label(checkpoint)), asdict(self.conditions)
+            compress(
+                settings.pop("model"), recipe, out=checkpoint, seed=seed, resume=True, progress=progress, **settings
+            )
         write_file(record, (checkpoint / RECORD_NAME).read_text(encoding="utf-8"))
 
     def _measure(self, model: str | Path, missing: Mapping[Measures, Path]) -> None:
         """Evaluate once, and keep the parts apart."""
         texts = [text for measures in missing for text in measures.texts]
         tasks = next((measures.tasks for measures in missing if measures.tasks), ())
-        found = evaluate(
+        evaluation = evaluate(
             model,
             batch=self.conditions.batch,
             device=self.conditions.device,
@@ -196,7 +198,7 @@ class Workspace:
             **asdict(self.measures.only(texts, tasks)),
         )
         for measures, path in missing.items():
-            part = found.of(text_name(measures.texts[0]) if measures.texts else None)
+            part = evaluation.of(text_name(measures.texts[0]) if measures.texts else None)
             write_file(path, part.model_dump_json(indent=2) + "\n")
 
     def decisive(self) -> dict[str, Any]:
