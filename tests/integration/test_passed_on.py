@@ -188,7 +188,7 @@ def test_weights_under_a_name_of_their_own_are_refused(tmp_path: Path) -> None:
     (source / "other.safetensors").write_bytes((source / WEIGHTS).read_bytes())
     configure(source, transformers_weights="other.safetensors")
     for call in (besa.plan, besa.load, lambda model: besa.compress(model, "wanda", out=tmp_path / "out", **SMALL)):
-        with pytest.raises(BesaError, match=r"weights are in other.safetensors .*rename that file"):
+        with pytest.raises(BesaError, match=r"names other.safetensors as the weight file .*rename that file"):
             call(source)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
