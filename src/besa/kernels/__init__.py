@@ -46,7 +46,7 @@ def binned(gradient_OI: Tensor, w_OI: Tensor, ranks_OI: Tensor, bins_I: Tensor, 
 def _kernels_for(w_OI: Tensor) -> ModuleType:
     """The module whose `masked` and `binned` can compute with a weight."""
     if w_OI.is_cuda:
-        from besa.kernels import gpu
+        from besa.kernels.gpu import masks as gpu
 
-        return gpu
+        return masks
     return native if native.serves(w_OI) else reference
