@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from besa import kernels
 from besa.errors import BesaError
 from besa.models.activations import HiddenStates
 from besa.models.blocks import Block
@@ -41,10 +42,11 @@ class InputStatistics:
     def add(self, x_TI: Tensor) -> None:
         """Add the tokens `x_TI` (tokens, channels), of any float dtype."""
         self._inverses.clear()
-        x_TI = x_TI.float()
-        self.squares_I += x_TI.square().sum(dim=0).double()
         if self.gram_II is not None:
-            self.gram_II.addmm_(x_TI.T, x_TI)
+            with _products_of(x_TI.dtype):
+                x_TI = x_TI.float()
+                self.gram_II.addmm_(x_TI.T, x_TI)
+        kernels.add_squares(x_TI, self.squares_I)
         self.tokens += x_TI.shape[0]
 
     @property
@@ -76,6 +78,22 @@ class InputStatistics:
                 "use more calibration samples or a larger damping in the recipe."
             )
         return self._inverses.setdefault(damping, torch.cholesky_inverse(factor_II))
+
+
+@contextmanager
+def _products_of(dtype: torch.dtype) -> Iterator[None]:
+    """While open, CUDA multiplies float32 matrices in TF32 if their numbers come from half precision.
+
+    TF32 has the exponents of bfloat16 and the significant bits of float16, so it holds both. Products are exact, and
+    sums are float32 either way.
+    """
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "ieee" if dtype == torch.float32 else "tf32"
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 @contextmanager
