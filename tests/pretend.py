@@ -123,7 +123,9 @@ def _run(func: Any, *args: Any, **kwargs: Any) -> Any:
     def wrapped(t: Any) -> Any:
         if not isinstance(t, torch.Tensor):
             return t
-        return known.get(id(t)) or (Pretend(t) if ends_here else t)
+        if id(t) in known:
+            return known[id(t)]
+        return Pretend(t) if ends_here else t
 
     return pytree.tree_map(wrapped, out)
 
