@@ -1,7 +1,7 @@
 """A pretend accelerator: the CPU's arithmetic behind a device of its own, for tests on machines that have no GPU.
 
-Importing this module makes `torch.device("pretend")` a device like any other. A tensor in the wrong place is an error, and
-`numpy()` is refused as CUDA refuses it. Launches, host syncs and bytes between host and device are counted:
+Importing this module makes `torch.device("pretend")` a device like any other. A tensor in the wrong place is an error,
+and `numpy()` is refused as CUDA refuses it. Launches, host syncs and bytes between host and device are counted:
 
 - A *launch* is an operator that neither only views nor only allocates. An operator of besa's own counts once.
 - A *sync* is a moment in which a GPU's host would wait: it reads a number or a boolean, asks for a size that depends on
@@ -28,7 +28,14 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 NAME = "pretend"
 COPIES = {"aten::copy_", "aten::_to_copy", "aten::_local_scalar_dense"}  # their tensors may be in two places
-SIZED_BY_VALUES = {"aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim", "aten::bincount"}
+SEEN_BY_HOST = {
+    "aten::equal",
+    "aten::nonzero",
+    "aten::masked_select",
+    "aten::_unique2",
+    "aten::unique_dim",
+    "aten::bincount",
+}
 ALLOCATIONS = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::resize_"}
 MEMORY = 8 << 30  # bytes, all free
 FLASH = 1  # of torch's SDPBackend
@@ -166,7 +173,7 @@ def _count(
     masks = name.startswith("aten::index") and any(
         isinstance(t, torch.Tensor) and t.dtype in (torch.bool, torch.uint8) for t in pytree.tree_leaves(args[1:2])
     )
-    if name in SIZED_BY_VALUES or masks:
+    if name in SEEN_BY_HOST or masks:
         counts.syncs[name] += 1
     if not func.is_view and name not in ALLOCATIONS:
         counts.launches[name] += 1

@@ -54,9 +54,11 @@ def test_error_between_is_the_reconstruction_error_of_every_so_manyth_sequence(s
     y_NTC, target_NTC = torch.randn(2, 7, 5, 3, generator=generator) * torch.tensor([0.1, 1.0, 50.0])
     expected = float(reconstruction_error(y_NTC[::share, :tokens], target_NTC[::share, :tokens]))
     assert expected > 0.1
-    assert error_between(y_NTC, target_NTC, share, tokens) == pytest.approx(expected, rel=1e-5)
-    assert error_between(y_NTC, target_NTC[::share, :tokens], share, tokens) == pytest.approx(expected, rel=1e-5)
-    assert error_between(y_NTC, y_NTC, share, tokens) == 0
+    cpu = torch.device("cpu")
+    assert float(error_between(y_NTC, target_NTC, share, tokens, cpu)) == pytest.approx(expected, rel=1e-5)
+    fewer_NTC = target_NTC[::share, :tokens]
+    assert float(error_between(y_NTC, fewer_NTC, share, tokens, cpu)) == pytest.approx(expected, rel=1e-5)
+    assert error_between(y_NTC, y_NTC, share, tokens, cpu) == 0
 
 
 # Problems
@@ -352,7 +354,13 @@ def test_tolerance_stops_early(problem):
     ],
 )
 def test_convergence_compares_two_passes(losses, stops):
-    assert Besa(tolerance=0.1)._converged(losses, samples=2) == stops
+    steps = [torch.tensor(loss) for loss in losses for _ in range(8)]  # passes of 16 sequences
+    assert Besa(tolerance=0.1)._converged(steps, samples=16) == stops
+
+
+def test_the_losses_of_short_passes_are_looked_at_after_at_least_16_steps():
+    same = [torch.tensor(4.0)] * 48  # three passes of 6 sequences between two looks
+    assert [n for n in range(1, 49) if Besa()._converged(same[:n], samples=6)] == [18, 36]
     assert not Besa(tolerance=0)._converged(losses, samples=2)
 
 
