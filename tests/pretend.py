@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -205,8 +206,10 @@ def _attention(
 _FALLBACK = torch.library.Library("_", "IMPL")
 _FALLBACK.fallback(_run, "PrivateUse1")
 _FALLBACK.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
-_ATTENTION = torch.library.Library("aten", "IMPL")
-_ATTENTION.impl("scaled_dot_product_attention", _attention, "AutogradPrivateUse1")
+_ATEN = torch.library.Library("aten", "IMPL")
+_ATEN.impl("scaled_dot_product_attention", _attention, "AutogradPrivateUse1")
+for _name in ("silu_backward", "mish_backward"):  # torch would compose them of other operators
+    _ATEN.impl(_name, partial(_run, getattr(torch.ops.aten, _name).default), "PrivateUse1")
 
 # Methods of torch.Tensor that a wrapper cannot answer by itself.
 _tolist, _numpy, _data_ptr, _new_tensor = (

@@ -356,12 +356,12 @@ def test_tolerance_stops_early(problem):
 def test_convergence_compares_two_passes(losses, stops):
     steps = [torch.tensor(loss) for loss in losses for _ in range(8)]  # passes of 16 sequences
     assert Besa(tolerance=0.1)._converged(steps, samples=16) == stops
+    assert not Besa(tolerance=0)._converged(steps, samples=16)
 
 
 def test_the_losses_of_short_passes_are_looked_at_after_at_least_16_steps():
     same = [torch.tensor(4.0)] * 48  # three passes of 6 sequences between two looks
-    assert [n for n in range(1, 49) if Besa()._converged(same[:n], samples=6)] == [18, 36]
-    assert not Besa(tolerance=0)._converged(losses, samples=2)
+    assert [n for n in range(1, 49) if Besa(tolerance=0.1)._converged(same[:n], samples=6)] == [18, 36]
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 1.0])

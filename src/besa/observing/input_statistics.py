@@ -62,7 +62,7 @@ class InputStatistics:
         assert self.gram_II is not None, "the recipe did not ask for the Gram matrix"
         hessian_II = self.gram_II.clone()
         diagonal_I = hessian_II.diagonal()
-        diagonal_I[diagonal_I == 0] = 1.0
+        diagonal_I.masked_fill_(diagonal_I == 0, 1.0)
         diagonal_I += damping * diagonal_I.mean()
         return hessian_II
 

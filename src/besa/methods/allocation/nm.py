@@ -92,7 +92,7 @@ class NM(Allocator):
         dtype = widest(linear.w_OI.device)
         if not linear.reached:
             only = [0.0 if pruned == self.of - self.keep else torch.inf for pruned in range(self.of)]
-            return torch.tensor(only, dtype=dtype, device=linear.w_OI.device)
+            return torch.tensor(only, dtype=dtype).to(linear.w_OI.device)
         error_OI = linear.errors(gradients_O)
         places_OI = linear.ranks_OI // (linear.w_OI.shape[1] // self.of)
         return torch.stack([error_OI.where(places_OI < pruned, 0).sum(dtype=dtype) for pruned in range(self.of)])

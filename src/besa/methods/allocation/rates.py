@@ -110,7 +110,7 @@ class Rates:
         groups = [(rows if per_row else 1, rows * columns, columns) for rows, columns in shapes]
         width_R = torch.cat([torch.full((n,), float(columns), device=device) for n, _, columns in groups])
         share_R = torch.cat([torch.full((n,), weights / n, device=device) for n, weights, _ in groups])
-        logits_D = torch.tensor(starting_logits(step, sparsity, spread), device=device)
+        logits_D = torch.tensor(starting_logits(step, sparsity, spread)).to(device)
         logits_RD = logits_D.repeat(len(width_R), 1).requires_grad_()
         dtype = widest(device)
         return cls(logits_RD, rates_D.to(device, dtype), width_R.to(dtype), share_R / share_R.sum(), sparsity, mask)
