@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 
@@ -31,6 +31,7 @@ class InputStatistics:
     squares_I: Tensor
     gram_II: Tensor | None
     tokens: int = 0
+    _reached: bool | None = field(default=None, repr=False)  # None: nobody has looked
     _inverses: dict[float, Tensor] = field(default_factory=dict, repr=False)  # by damping
 
     @classmethod
@@ -42,6 +43,7 @@ class InputStatistics:
     def add(self, x_TI: Tensor) -> None:
         """Add the tokens `x_TI` (tokens, channels), of any float dtype."""
         self._inverses.clear()
+        self._reached = None
         x_TI = x_TI.float()
         self.squares_I += x_TI.square().sum(dim=0).double()
         if self.gram_II is not None:
@@ -51,14 +53,17 @@ class InputStatistics:
     @property
     def reached(self) -> bool:
         """Whether any token came. Tokens of zeros do not count: some experts get zeros for the tokens of others."""
-        return bool(self.squares_I.any())
+        if self._reached is None:
+            settle([self])
+        assert self._reached is not None
+        return self._reached
 
     def hessian(self, damping: float) -> Tensor:
         """H = Σ x xᵀ (I, I). `damping` × the diagonal's mean is added to the diagonal, which is 1 for zero channels."""
         assert self.gram_II is not None, "the recipe did not ask for the Gram matrix"
         hessian_II = self.gram_II.clone()
         diagonal_I = hessian_II.diagonal()
-        diagonal_I[diagonal_I == 0] = 1.0
+        diagonal_I.masked_fill_(diagonal_I == 0, 1.0)
         diagonal_I += damping * diagonal_I.mean()
         return hessian_II
 
@@ -79,6 +84,15 @@ class InputStatistics:
         return self._inverses.setdefault(damping, torch.cholesky_inverse(factor_II))
 
 
+def settle(statistics: Iterable[InputStatistics]) -> None:
+    """Find out which statistics any token reached. The host waits for the device once for all of them."""
+    distinct = list({id(one): one for one in statistics}.values())
+    if distinct:
+        reached = torch.stack([one.squares_I.any() for one in distinct]).tolist()
+        for one, came in zip(distinct, reached, strict=True):
+            one._reached = came
+
+
 @contextmanager
 def collect(block: nn.Module, prunables: Mapping[str, Prunable], gram: bool) -> Iterator[dict[str, InputStatistics]]:
     """While open, gather the input statistics of each of `prunables` from every forward pass through `block`.
@@ -90,6 +104,7 @@ def collect(block: nn.Module, prunables: Mapping[str, Prunable], gram: bool) -> 
     with Products(block, prunables, sums.add):
         yield sums.statistics
     sums.fill_up(block, prunables)
+    settle(sums.statistics.values())
 
 
 @torch.no_grad()
@@ -123,7 +138,9 @@ def look(unit: Unit, x_NTC: HiddenStates, batch: int, gram: bool) -> dict[str, I
                 final = list(sums[-1].statistics)[-1]
     for block, block_sums in zip(unit.blocks, sums, strict=True):
         block_sums.fill_up(block.module, block.prunables)
-    return {name: statistics for block_sums in sums for name, statistics in block_sums.statistics.items()}
+    found = {name: statistics for block_sums in sums for name, statistics in block_sums.statistics.items()}
+    settle(found.values())
+    return found
 
 
 class _Enough(Exception):  # noqa: N818 - not an error

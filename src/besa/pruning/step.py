@@ -23,9 +23,10 @@ from besa.models.units import Part, Unit, parts
 from besa.observing.input_statistics import InputStatistics, collect, look
 from besa.observing.losses import error_between
 from besa.pruning import quantizing
+from besa.pruning.counted import linear_records
 from besa.pruning.paths import ERROR_SHARE, ERROR_TOKENS, Resources
 from besa.quantization import Quantized
-from besa.record import BlockRecord, linear_record
+from besa.record import BlockRecord
 from besa.system.stopwatch import Stopwatch
 
 
@@ -154,8 +155,8 @@ def _prune(
             if name in quantized:
                 w_OI = quantized[name].weight()
             else:
-                counts_O = allocated.counts[name].to(linear.w_OI.device)
                 ranks_OI = allocated.ranks.get(name, linear.ranks_OI)
+                counts_O = allocated.counts[name]
                 w_OI = recipe.reconstruction.rebuild(linear.w_OI, ranks_OI, counts_O, statistics[name], recipe.group)
             unit.weight(name).copy_(w_OI)
     return linears, allocated, quantized
@@ -200,22 +201,21 @@ def _records(
         finetuned: result of the fine-tuning.
         dense_outputs: outputs of each block on the dense path.
     """
-    watch, counted = step.watch, []
-    for block, dense_NTC in zip(step.unit.blocks, dense_outputs, strict=True):
+    watch, unit = step.watch, step.unit
+    errors = []
+    for block, dense_NTC in zip(unit.blocks, dense_outputs, strict=True):
         with watch("propagate"):
             block.run(step.pruned_NTC, step.resources.batch, into=step.pruned_NTC)  # line 11
         with watch("measure"):
             tokens = first_tokens(step.pruned_NTC.shape[1], ERROR_TOKENS)
-            error = error_between(step.pruned_NTC, dense_NTC, ERROR_SHARE, tokens)
-            block_linears = [
-                linear_record(name, block.weight(name).detach(), linear.importance_OI, linear.reached)
-                for name, linear in linears.items()
-                if name in block.prunables
-            ]
-        counted.append((block, error, block_linears))
-    share = len(counted)
+            errors.append(error_between(step.pruned_NTC, dense_NTC, ERROR_SHARE, tokens, unit.device))
+    with watch("measure"):
+        counted = linear_records({name: unit.weight(name).detach() for name in linears}, linears)
+        measured: list[float] = torch.stack(errors).tolist()
+    share = len(unit.blocks)
     records = []
-    for block, error, block_linears in counted:
+    for block, error in zip(unit.blocks, measured, strict=True):
+        block_linears = [record for name, record in counted.items() if name in block.prunables]
         weights = sum(linears[linear.name].w_OI.numel() for linear in block_linears)
         zeros = sum(linear.zeros for linear in block_linears)
         records.append(
@@ -226,8 +226,8 @@ def _records(
                 zeros=zeros,
                 sparsity=zeros / weights if weights else 0.0,
                 reconstruction_error=error,
-                losses=losses if block is step.unit.blocks[-1] else [],
-                finetuning=finetuned.losses if block is step.unit.blocks[-1] else [],
+                losses=losses if block is unit.blocks[-1] else [],
+                finetuning=finetuned.losses if block is unit.blocks[-1] else [],
                 seconds=sum(watch.seconds.values()) / share,
                 phases={phase: seconds / share for phase, seconds in watch.seconds.items()},
                 linears=block_linears,

@@ -50,6 +50,14 @@ def learning_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.float32 and multiplies_bfloat16(device) else dtype
 
 
+def loss_scaler(dtype: torch.dtype, device: torch.device) -> torch.amp.GradScaler:
+    """Scales the loss of a descent in float16, in which many gradients would underflow to zero.
+
+    A step whose gradients overflow is skipped, and the scale is halved. In other dtypes nothing changes.
+    """
+    return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+
 def _processor() -> str:
     """The processor's marketing name, or its architecture if the system does not give the name."""
     try:

@@ -1,6 +1,7 @@
 """One threshold for the whole model, on the importance of weights to its loss (diagonal of the Fisher information).
 
-Shape suffixes: N sequences, T tokens, C channels of the residual stream, V vocabulary, O rows, I columns.
+Shape suffixes: N sequences, T tokens, C channels of the residual stream, V vocabulary, O rows, I columns,
+B blocks, S bins of scores.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from besa.counting.histograms import histogram
 from besa.methods.targets.bounded import Survey
 from besa.models.activations import HiddenStates
 from besa.models.blocks import Block, logits_of
@@ -53,16 +55,18 @@ def one_threshold(survey: Survey, tokens_NT: Tensor) -> Threshold:
     states = _forward(survey, tokens_NT)
     gradients_NTC = states.pop()
     _loss_gradients(survey, gradients_NTC, tokens_NT)
-    histograms = [torch.zeros(BINS, dtype=torch.int64)] * len(blocks)
+    histograms: dict[int, Tensor] = {}
     statistics: dict[str, InputStatistics] = {}
     for block, names in reversed(list(zip(blocks, survey.names, strict=True))):
         with decoder.opened(block, survey.device):
             rows, inputs = _send_back(block, states.pop(), gradients_NTC, survey.device)
             histograms[block.index] = _histogram(block, names, rows, inputs)
         statistics |= inputs
-    upto = torch.stack(histograms).sum(dim=0).cumsum(0)
-    place = int(torch.searchsorted(upto, round(survey.sparsity * int(upto[-1]))))
-    rates = [float(part[: place + 1].sum()) / max(1, int(part.sum())) for part in histograms]
+    upto_BS = torch.stack([histograms[block.index] for block in blocks]).cumsum(dim=1)
+    upto_S = upto_BS.sum(dim=0)
+    place = (upto_S < round(survey.sparsity * sum(survey.sizes))).sum()
+    pruned: list[int] = upto_BS.index_select(1, place.reshape(1))[:, 0].tolist()
+    rates = [zeros / max(1, size) for zeros, size in zip(pruned, survey.sizes, strict=True)]
     return Threshold(survey.sparsity, rates, statistics)
 
 
@@ -111,10 +115,11 @@ def _send_back(
 def _histogram(
     block: Block, names: tuple[str, ...], rows: RowSensitivities, statistics: dict[str, InputStatistics]
 ) -> Tensor:
-    """Number of weights of a block in each bin of scores (BINS,), int64."""
-    histogram = torch.zeros(BINS, dtype=torch.int64)
+    """Number of weights of a block in each bin of scores (S,), int64."""
+    device = next(block.module.parameters()).device
+    counts_S = torch.zeros(BINS, dtype=torch.int64, device=device)
     for name in names:
         column_I, row_O = statistics[name].squares_I.float(), rows.rows(name)
         score_OI = block.weight(name).detach().float().square() * column_I * row_O[:, None]
-        histogram += torch.bincount((score_OI.view(torch.int32) >> 16).flatten(), minlength=BINS).cpu()
-    return histogram
+        counts_S += histogram(score_OI.view(torch.int32) >> 16, BINS)
+    return counts_S

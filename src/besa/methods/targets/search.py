@@ -1,6 +1,7 @@
 """Search: of several strengths, the one after which the model's predictions change least.
 
-Shape suffixes: N sequences, T tokens, C channels of the residual stream, V vocabulary, O rows, I columns.
+Shape suffixes: N sequences, T tokens, C channels of the residual stream, V vocabulary, O rows, I columns, P pruned
+paths.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from besa.counting.masks import hard_mask, rank
+from besa.counting.precision import widest
 from besa.errors import BesaError
 from besa.methods.importance import Wanda
 from besa.methods.targets.bounded import Bounded, Survey
@@ -102,23 +104,24 @@ def divergences(
 def _pruned(w_OI: Tensor, ranks_OI: Tensor, rate: float) -> Tensor:
     """The weight with the lowest ranks of each row set to zero; the total is `rate` to within half a weight."""
     rows, width = w_OI.shape
-    upto = (rate * width * torch.arange(rows + 1, dtype=torch.float64)).round()
-    return w_OI.where(hard_mask(ranks_OI, upto.diff().to(w_OI.device)), 0)
+    rows_O = torch.arange(rows + 1, dtype=widest(w_OI.device), device=w_OI.device)
+    return w_OI.where(hard_mask(ranks_OI, (rate * width * rows_O).round().diff()), 0)
 
 
 def _from_dense(
     survey: Survey, dense_NTC: HiddenStates, pruned: Sequence[HiddenStates], tokens_NT: Tensor
 ) -> list[float]:
     """The divergence of each pruned path from the dense path, from the outputs of the last block."""
-    sums = [0.0] * len(pruned)
+    divergences_NP: list[Tensor] = []
     with survey.decoder.outside_blocks(survey.device):
         for n in range(len(tokens_NT)):
             one = slice(n, n + 1)
             dense_TV = _predicted(survey, tokens_NT[one], dense_NTC[one])
-            for place, path_NTC in enumerate(pruned):
-                pruned_TV = _predicted(survey, tokens_NT[one], path_NTC[one])
-                sums[place] += float(kl_div(pruned_TV, dense_TV, log_target=True, reduction="sum"))
-    return [total / tokens_NT.numel() for total in sums]
+            predicted = (_predicted(survey, tokens_NT[one], path_NTC[one]) for path_NTC in pruned)
+            divergences_NP.append(
+                torch.stack([kl_div(own_TV, dense_TV, log_target=True, reduction="sum") for own_TV in predicted])
+            )
+    return [sum(of_path) / tokens_NT.numel() for of_path in zip(*torch.stack(divergences_NP).tolist(), strict=True)]
 
 
 def _predicted(survey: Survey, tokens_NT: Tensor, y_NTC: Tensor) -> Tensor:
