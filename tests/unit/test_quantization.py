@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from besa import kernels
 from besa.counting.budget import Budget
 from besa.counting.masks import rank
 from besa.errors import BesaError

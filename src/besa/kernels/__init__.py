@@ -15,9 +15,7 @@ from besa.kernels.operators import operator
 from besa.quantization import Clipping
 
 _masked = operator("masked(Tensor w, Tensor ranks, Tensor counts, Tensor(a!) out) -> ()", "masks")
-_binned = operator(
-    "binned(Tensor gradient, Tensor w, Tensor ranks, Tensor bins, Tensor(a!) out) -> ()", "masks"
-)
+_binned = operator("binned(Tensor gradient, Tensor w, Tensor ranks, Tensor bins, Tensor(a!) out) -> ()", "masks")
 _pruned_ranks = operator("pruned_ranks(Tensor alpha, Tensor width, Tensor share, float sparsity) -> Tensor", "rates")
 _quantized = operator(
     "quantized(Tensor w, Tensor logits, Tensor low, Tensor high, int bits, bool symmetric, Tensor(a!) out) -> ()",

@@ -28,10 +28,11 @@ def operator(schema: str, gpu: str) -> Callable[..., Any]:
         gpu: module of `besa.kernels.gpu` that has a function of the same name.
     """
     name = LIBRARY.define(schema)
-    plain, in_cpp = getattr(reference, name), getattr(native, name, None)
+    plain: Callable[..., Any] = getattr(reference, name)
+    in_cpp: Callable[..., Any] | None = getattr(native, name, None)
 
     def on_cpu(first: Tensor, *others: Any) -> Any:
-        return (in_cpp if native.serves(first) else plain)(first, *others)
+        return (in_cpp if in_cpp and native.serves(first) else plain)(first, *others)
 
     def on_gpu(first: Tensor, *others: Any) -> Any:
         in_triton = getattr(import_module(f"besa.kernels.gpu.{gpu}"), name) if triton_works(first.device) else plain

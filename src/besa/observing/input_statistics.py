@@ -14,6 +14,7 @@ from besa.errors import BesaError
 from besa.models.activations import HiddenStates
 from besa.models.blocks import Block
 from besa.models.prunable import Prunable
+from besa.models.transfers import fetched
 from besa.models.units import Unit
 from besa.observing.products import Products
 
@@ -150,7 +151,7 @@ def look(unit: Unit, x_NTC: HiddenStates, batch: int, gram: bool) -> dict[str, I
         for start in range(0, len(x_NTC), batch):
             batch_NTC = x_NTC[start : start + batch]
             with suppress(_Enough):
-                unit(batch_NTC.to(unit.device))
+                unit(fetched(batch_NTC, unit.device))
             if start == 0 and sums[-1].saw_all_once(unit.blocks[-1], batch_NTC.shape[0] * batch_NTC.shape[1]):
                 final = list(sums[-1].statistics)[-1]
     for block, block_sums in zip(unit.blocks, sums, strict=True):

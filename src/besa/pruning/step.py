@@ -17,7 +17,7 @@ from besa.errors import BesaError
 from besa.methods.allocation import Allocated, BlockProblem, RankedLinear, first_tokens
 from besa.methods.finetuning import Finetuned
 from besa.methods.recipe import Recipe
-from besa.models.activations import HiddenStates, empty_states
+from besa.models.activations import HiddenStates
 from besa.models.prunable import everywhere
 from besa.models.units import Part, Unit, parts
 from besa.observing.input_statistics import InputStatistics, collect, look
@@ -54,12 +54,6 @@ class Step:
     resources: Resources
     watch: Stopwatch
 
-    def empty_like(self, x_NTC: HiddenStates) -> HiddenStates:
-        """Hidden states of the same shape and dtype, not yet written."""
-        first_NTC = x_NTC[:1]
-        shape = (len(x_NTC), first_NTC.shape[1], first_NTC.shape[2])
-        return empty_states(shape, first_NTC.dtype, self.resources.activation_budget // 2, self.resources.folder)
-
 
 def prune_unit(step: Step) -> tuple[list[BlockRecord], dict[str, Quantized]]:
     """Prune a unit in place, and move both paths on to its outputs.
@@ -75,7 +69,7 @@ def prune_unit(step: Step) -> tuple[list[BlockRecord], dict[str, Quantized]]:
     in_turn = parts(unit, recipe.granularity)
     with watch("teacher"):
         part_targets = [_part_targets(step, part) for part in in_turn[:-1]]
-    outputs_NTC = step.empty_like(step.pruned_NTC) if recipe.teacher == "pruned" else None
+    outputs_NTC = step.resources.room.empty_like(step.pruned_NTC) if recipe.teacher == "pruned" else None
     statistics, dense_outputs = _observe(step, outputs_NTC)
     _check_seen(step, statistics)
     unit_targets_NTC = step.dense_NTC if outputs_NTC is None else outputs_NTC
@@ -171,7 +165,7 @@ def _prune(
 def _part_targets(step: Step, part: Part) -> HiddenStates:
     """The outputs of the teacher with the silent matrices of the part set to zero."""
     inputs_NTC = step.pruned_NTC if step.recipe.teacher == "pruned" else step.dense_NTC
-    targets_NTC = step.empty_like(inputs_NTC)
+    targets_NTC = step.resources.room.empty_like(inputs_NTC)
     step.unit.silencing(part.silent).run(inputs_NTC, step.resources.batch, into=targets_NTC)
     return targets_NTC
 
@@ -179,7 +173,7 @@ def _part_targets(step: Step, part: Part) -> HiddenStates:
 def _error_sample(step: Step) -> HiddenStates:
     """The hidden states of the dense path on which the error is measured."""
     stride = ERROR_SHARE if len(step.dense_NTC) == len(step.pruned_NTC) else 1
-    tokens = first_tokens(step.pruned_NTC[:1].shape[1], ERROR_TOKENS)
+    tokens = first_tokens(step.pruned_NTC.shape[1], ERROR_TOKENS)
     return torch.cat([step.dense_NTC[at : at + 1][:, :tokens] for at in range(0, len(step.dense_NTC), stride)])
 
 
@@ -213,7 +207,7 @@ def _records(
         with watch("propagate"):
             block.run(step.pruned_NTC, step.resources.batch, into=step.pruned_NTC)  # line 11
         with watch("measure"):
-            tokens = first_tokens(step.pruned_NTC[:1].shape[1], ERROR_TOKENS)
+            tokens = first_tokens(step.pruned_NTC.shape[1], ERROR_TOKENS)
             errors.append(error_between(step.pruned_NTC, dense_NTC, ERROR_SHARE, tokens, unit.device))
     with watch("measure"):
         counted = linear_records({name: unit.weight(name).detach() for name in linears}, linears)

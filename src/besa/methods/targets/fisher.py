@@ -15,7 +15,6 @@ from besa.counting.histograms import histogram
 from besa.methods.targets.bounded import Survey
 from besa.models.activations import HiddenStates
 from besa.models.blocks import Block, logits_of
-from besa.models.streaming import Decoder
 from besa.observing.input_statistics import InputStatistics, collect
 from besa.observing.probes import RowSensitivities
 
@@ -55,7 +54,7 @@ def one_threshold(survey: Survey, tokens_NT: Tensor) -> Threshold:
     decoder, blocks = survey.decoder, survey.decoder.blocks
     states = _forward(survey, tokens_NT)
     gradients_NTC = states.pop()
-    _loss_gradients(decoder, gradients_NTC, tokens_NT, survey.seed)
+    _loss_gradients(survey, gradients_NTC, tokens_NT)
     histograms: dict[int, Tensor] = {}
     statistics: dict[str, InputStatistics] = {}
     for block, names in reversed(list(zip(blocks, survey.names, strict=True))):
@@ -76,18 +75,18 @@ def _forward(survey: Survey, tokens_NT: Tensor) -> list[HiddenStates]:
     first_NTC = survey.embedded(tokens_NT)
     states: list[HiddenStates] = [first_NTC]
     for block in survey.decoder.blocks:
-        states.append(survey.empty_like(first_NTC, len(survey.decoder.blocks) + 1))
+        states.append(survey.room.empty_like(first_NTC))
         with survey.decoder.opened(block, survey.device):
             block.run(states[-2], survey.batch, into=states[-1])
     return states
 
 
-def _loss_gradients(decoder: Decoder, states_NTC: HiddenStates, tokens_NT: Tensor, seed: int) -> None:
+def _loss_gradients(survey: Survey, states_NTC: HiddenStates, tokens_NT: Tensor) -> None:
     """Replace the outputs of the last block by the loss's gradients at them, for labels drawn from the predictions."""
-    generator = torch.Generator().manual_seed(seed)
-    with decoder.outside_blocks():
+    decoder, generator = survey.decoder, torch.Generator().manual_seed(survey.seed)
+    with decoder.outside_blocks(survey.device):
         for n in range(len(tokens_NT)):
-            y_NTC = states_NTC[n : n + 1].to(decoder.model.device).requires_grad_()
+            y_NTC = states_NTC[n : n + 1].to(survey.device).requires_grad_()
             with torch.enable_grad():
                 logits_TV = logits_of(decoder.model, decoder.blocks, tokens_NT[n : n + 1], y_NTC)[0].float()
                 chance_T = torch.rand(len(logits_TV), 1, generator=generator).to(logits_TV.device)

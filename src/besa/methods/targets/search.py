@@ -23,7 +23,6 @@ from besa.methods.targets.bounded import Bounded, Survey
 from besa.methods.targets.fisher import one_threshold
 from besa.models.activations import HiddenStates
 from besa.models.blocks import logits_of, send
-from besa.models.streaming import Decoder
 from besa.observing.input_statistics import InputStatistics
 
 
@@ -88,9 +87,9 @@ def divergences(
         tokens_NT: sequences to predict on.
     """
     first_NTC = survey.embedded(tokens_NT)
-    dense_NTC, *pruned = [survey.empty_like(first_NTC, len(trials) + 1) for _ in range(len(trials) + 1)]
+    dense_NTC, *pruned = [survey.room.empty_like(first_NTC) for _ in range(len(trials) + 1)]
     for path_NTC in (dense_NTC, *pruned):
-        path_NTC[: len(first_NTC)] = first_NTC
+        path_NTC[:] = first_NTC[:]
     for block, names in zip(survey.decoder.blocks, survey.names, strict=True):
         with survey.decoder.opened(block, survey.device):
             block.run(dense_NTC, survey.batch, into=dense_NTC)
@@ -99,7 +98,7 @@ def divergences(
             for rates, path_NTC in zip(trials, pruned, strict=True):
                 weights = {name: _pruned(w_OI, ranks[name], rates[block.index]) for name, w_OI in dense.items()}
                 send(partial(block, weights=weights), block.name, path_NTC, survey.batch, survey.device, into=path_NTC)
-    return _from_dense(survey.decoder, dense_NTC, pruned, tokens_NT)
+    return _from_dense(survey, dense_NTC, pruned, tokens_NT)
 
 
 def _pruned(w_OI: Tensor, ranks_OI: Tensor, rate: float) -> Tensor:
@@ -110,22 +109,22 @@ def _pruned(w_OI: Tensor, ranks_OI: Tensor, rate: float) -> Tensor:
 
 
 def _from_dense(
-    decoder: Decoder, dense_NTC: HiddenStates, pruned: Sequence[HiddenStates], tokens_NT: Tensor
+    survey: Survey, dense_NTC: HiddenStates, pruned: Sequence[HiddenStates], tokens_NT: Tensor
 ) -> list[float]:
     """The divergence of each pruned path from the dense path, from the outputs of the last block."""
     divergences_NP: list[Tensor] = []
-    with decoder.outside_blocks():
+    with survey.decoder.outside_blocks(survey.device):
         for n in range(len(tokens_NT)):
             one = slice(n, n + 1)
-            dense_TV = _predicted(decoder, tokens_NT[one], dense_NTC[one])
-            predicted = (_predicted(decoder, tokens_NT[one], path_NTC[one]) for path_NTC in pruned)
+            dense_TV = _predicted(survey, tokens_NT[one], dense_NTC[one])
+            predicted = (_predicted(survey, tokens_NT[one], path_NTC[one]) for path_NTC in pruned)
             divergences_NP.append(
                 torch.stack([kl_div(own_TV, dense_TV, log_target=True, reduction="sum") for own_TV in predicted])
             )
     return [sum(of_path) / tokens_NT.numel() for of_path in zip(*torch.stack(divergences_NP).tolist(), strict=True)]
 
 
-def _predicted(decoder: Decoder, tokens_NT: Tensor, y_NTC: Tensor) -> Tensor:
+def _predicted(survey: Survey, tokens_NT: Tensor, y_NTC: Tensor) -> Tensor:
     """Log-probabilities (T, V), float32, of the next token, from the outputs `y_NTC` of the last block."""
-    logits_NTV = logits_of(decoder.model, decoder.blocks, tokens_NT, y_NTC.to(decoder.model.device))
+    logits_NTV = logits_of(survey.decoder.model, survey.decoder.blocks, tokens_NT, y_NTC.to(survey.device))
     return logits_NTV[0].float().log_softmax(dim=-1)
