@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from besa import kernels
 from besa.errors import BesaError
 from besa.models.activations import HiddenStates
 from besa.models.blocks import Block
@@ -44,10 +45,11 @@ class InputStatistics:
         """Add the tokens `x_TI` (tokens, channels), of any float dtype."""
         self._inverses.clear()
         self._reached = None
-        x_TI = x_TI.float()
-        self.squares_I += x_TI.square().sum(dim=0).double()
         if self.gram_II is not None:
-            self.gram_II.addmm_(x_TI.T, x_TI)
+            with _products_of(x_TI.dtype):
+                x_TI = x_TI.float()
+                self.gram_II.addmm_(x_TI.T, x_TI)
+        kernels.add_squares(x_TI, self.squares_I)
         self.tokens += x_TI.shape[0]
 
     @property
@@ -91,6 +93,22 @@ def settle(statistics: Iterable[InputStatistics]) -> None:
         reached = torch.stack([one.squares_I.any() for one in distinct]).tolist()
         for one, came in zip(distinct, reached, strict=True):
             one._reached = came
+
+
+@contextmanager
+def _products_of(dtype: torch.dtype) -> Iterator[None]:
+    """While open, CUDA multiplies float32 matrices in TF32 if their numbers come from half precision.
+
+    TF32 has the exponents of bfloat16 and the significant bits of float16, so it holds both. Products are exact, and
+    sums are float32 either way.
+    """
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "ieee" if dtype == torch.float32 else "tf32"
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 @contextmanager

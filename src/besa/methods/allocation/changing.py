@@ -126,7 +126,7 @@ class _ChangingLinear:
     def update(self, leaf_OI: Tensor, counts_O: Tensor | None) -> None:
         """Write the present weight to its leaf."""
         if self.clipping is not None:
-            self.clipping.quantize(self.w_OI)
+            kernels.quantized(self.clipping, self.w_OI)
         self._counts_O = None if counts_O is None else counts_O.contiguous()
         if self._counts_O is None:
             leaf_OI.copy_(self.w_OI)
@@ -142,4 +142,4 @@ class _ChangingLinear:
         if self.clipping is not None and self.clipping.logits_2OG.requires_grad:
             if self._counts_O is not None:
                 kernels.masked(gradient_OI, self._ranks_OI, self._counts_O, gradient_OI)
-            self.clipping.backward(gradient_OI)
+            self.clipping.logits_2OG.grad = kernels.clipping_gradient(gradient_OI, self.clipping)

@@ -12,6 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from besa import kernels
 from besa.counting.precision import widest
 
 
@@ -139,17 +140,7 @@ class Rates:
         largest candidate d whose tail probability Σ_{e≥d} beta_e still reaches alpha.
         """
         if self.mask == "count":
-            rates_R = (alpha_R + self._shift(alpha_R)).clamp_(0, 1)
-            return (rates_R * self.width_R + 1e-3).floor().long()
+            return kernels.pruned_ranks(alpha_R, self.width_R, self.share_R, self.sparsity)
         tail_RD = beta_RD.flip(-1).cumsum(-1).flip(-1)
         reaching_R = (tail_RD >= alpha_R[:, None]).sum(dim=-1) - 1  # tails fall with d, so the last one that reaches
         return candidate_ranks(self.rates_D[reaching_R.clamp_min_(0)], self.width_R)
-
-    def _shift(self, alpha_R: Tensor) -> Tensor:
-        """The shift (scalar) of all rates that makes them meet the sparsity, with every rate clamped to [0, 1]."""
-        low, high = alpha_R.new_tensor(-1.0), alpha_R.new_tensor(1.0)
-        for _ in range(20):
-            middle = (low + high) / 2
-            below = (alpha_R + middle).clamp_(0, 1) @ self.share_R < self.sparsity
-            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-        return (low + high) / 2
