@@ -1,7 +1,7 @@
 """A pretend accelerator: the CPU's arithmetic behind a device of its own, for tests on machines that have no GPU.
 
-Importing this module makes `torch.device("pretend")` a device like any other. A tensor in the wrong place is an error, and
-`numpy()` is refused as CUDA refuses it. Launches, host syncs and bytes between host and device are counted:
+Importing this module makes `torch.device("pretend")` a device like any other. A tensor in the wrong place is an error,
+and `numpy()` is refused as CUDA refuses it. Launches, host syncs and bytes between host and device are counted:
 
 - A *launch* is an operator that neither only views nor only allocates. An operator of besa's own counts once.
 - A *sync* is a moment in which a GPU's host would wait: it reads a number or a boolean, asks for a size that depends on
@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,7 +29,14 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 NAME = "pretend"
 COPIES = {"aten::copy_", "aten::_to_copy", "aten::_local_scalar_dense"}  # their tensors may be in two places
-SIZED_BY_VALUES = {"aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim", "aten::bincount"}
+SEEN_BY_HOST = {
+    "aten::equal",
+    "aten::nonzero",
+    "aten::masked_select",
+    "aten::_unique2",
+    "aten::unique_dim",
+    "aten::bincount",
+}
 ALLOCATIONS = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::resize_"}
 MEMORY = 8 << 30  # bytes, all free
 FLASH = 1  # of torch's SDPBackend
@@ -123,7 +131,9 @@ def _run(func: Any, *args: Any, **kwargs: Any) -> Any:
     def wrapped(t: Any) -> Any:
         if not isinstance(t, torch.Tensor):
             return t
-        return known.get(id(t)) or (Pretend(t) if ends_here else t)
+        if id(t) in known:
+            return known[id(t)]
+        return Pretend(t) if ends_here else t
 
     return pytree.tree_map(wrapped, out)
 
@@ -164,7 +174,7 @@ def _count(
     masks = name.startswith("aten::index") and any(
         isinstance(t, torch.Tensor) and t.dtype in (torch.bool, torch.uint8) for t in pytree.tree_leaves(args[1:2])
     )
-    if name in SIZED_BY_VALUES or masks:
+    if name in SEEN_BY_HOST or masks:
         counts.syncs[name] += 1
     if not func.is_view and name not in ALLOCATIONS:
         counts.launches[name] += 1
@@ -196,15 +206,18 @@ def _attention(
 _FALLBACK = torch.library.Library("_", "IMPL")
 _FALLBACK.fallback(_run, "PrivateUse1")
 _FALLBACK.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
-_ATTENTION = torch.library.Library("aten", "IMPL")
-_ATTENTION.impl("scaled_dot_product_attention", _attention, "AutogradPrivateUse1")
+_ATEN = torch.library.Library("aten", "IMPL")
+_ATEN.impl("scaled_dot_product_attention", _attention, "AutogradPrivateUse1")
+for _name in ("silu_backward", "mish_backward"):  # torch would compose them of other operators
+    _ATEN.impl(_name, partial(_run, getattr(torch.ops.aten, _name).default), "PrivateUse1")
 
 # Methods of torch.Tensor that a wrapper cannot answer by itself.
-_tolist, _numpy, _data_ptr, _new_tensor = (
+_tolist, _numpy, _data_ptr, _new_tensor, _as_subclass = (
     torch.Tensor.tolist,
     torch.Tensor.numpy,
     torch.Tensor.data_ptr,
     torch.Tensor.new_tensor,
+    torch.Tensor.as_subclass,
 )
 
 
@@ -233,8 +246,33 @@ def _own_data_ptr(self: torch.Tensor) -> int:
     return _data_ptr(data.raw if isinstance(data, Pretend) else self)
 
 
+class _Retyped(torch.autograd.Function):
+    """A tensor of the device as one of another class; gradients pass."""
+
+    @staticmethod
+    def forward(ctx: Any, pretend: Pretend, kind: type[Pretend]) -> Pretend:
+        return kind(pretend.raw)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        return gradient, None
+
+
+@cache
+def _both(kind: type[torch.Tensor]) -> type[Pretend]:
+    return Pretend if kind is torch.Tensor else type(kind.__name__, (kind, Pretend), {})
+
+
+def _own_as_subclass(self: torch.Tensor, kind: type[torch.Tensor]) -> torch.Tensor:
+    if isinstance(self, Pretend):
+        retyped: torch.Tensor = _Retyped.apply(self, _both(kind))
+        return retyped
+    return _as_subclass(self, kind)
+
+
 torch.Tensor.numpy, torch.Tensor.new_tensor = _own_numpy, _own_new_tensor  # type: ignore[method-assign]
 torch.Tensor.tolist, torch.Tensor.data_ptr = _own_tolist, _own_data_ptr  # type: ignore[method-assign]
+torch.Tensor.as_subclass = _own_as_subclass  # type: ignore[method-assign]
 
 
 class _HostFloats(TorchDispatchMode):

@@ -28,17 +28,17 @@ def operator(schema: str, gpu: str) -> Callable[..., Any]:
         gpu: module of `besa.kernels.gpu` that has a function of the same name.
     """
     name = LIBRARY.define(schema)
-    plain = getattr(reference, name)
-    in_cpp = getattr(native, name, plain)
+    plain: Callable[..., Any] = getattr(reference, name)
+    in_cpp: Callable[..., Any] | None = getattr(native, name, None)
 
     def on_cpu(first: Tensor, *others: Any) -> Any:
-        return (in_cpp if native.serves(first) else plain)(first, *others)
+        return (in_cpp if in_cpp and native.serves(first) else plain)(first, *others)
 
     def on_gpu(first: Tensor, *others: Any) -> Any:
         in_triton = getattr(import_module(f"besa.kernels.gpu.{gpu}"), name) if triton_works(first.device) else plain
         return in_triton(first, *others)
 
-    LIBRARY.impl(name, plain if in_cpp is plain else on_cpu, "CPU")
+    LIBRARY.impl(name, on_cpu if in_cpp else plain, "CPU")
     LIBRARY.impl(name, on_gpu, "CUDA")
     for key in OTHERS:
         LIBRARY.impl(name, plain, key)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from besa import kernels
+from besa.counting.precision import widest
 from besa.methods.allocation.problem import RankedLinear
 from besa.methods.allocation.rates import Rates, candidate_bins
 from besa.quantization import Clipping
@@ -84,10 +85,11 @@ class ChangingLinears:
         return torch.cat(sums).cumsum(dim=1).neg_()
 
     def row_rates(self) -> dict[str, Tensor]:
-        """The learned rate of each row (O,) by full name, float64 on the CPU."""
+        """The learned rate of each row (O,) by full name."""
         assert self.rates is not None
         with torch.no_grad():
-            alpha_R = self.rates.alpha(self.rates.beta()).double().cpu()
+            alpha_R = self.rates.alpha(self.rates.beta())
+            alpha_R = alpha_R.to(widest(alpha_R.device))
         return {name: part for name, part in zip(self.weights, self._by_row(alpha_R), strict=True) if part is not None}
 
     @property
