@@ -102,10 +102,12 @@ def sweep() -> None:
 
 def statistics() -> None:
     """Start the kernels of `gpu.statistics`."""
-    from besa.kernels.gpu.statistics import add_squares
+    from besa.kernels.gpu.statistics import add_squares, histogram
 
     for channels, dtype in [*((width, torch.bfloat16) for width in WIDTHS), *((4096, dtype) for dtype in DTYPES)]:
         add_squares(empty(300, channels, dtype=dtype), empty(channels, dtype=torch.float64))
+    for dtype in (torch.int16, torch.int32, torch.int64):
+        histogram(empty(8192, 28_673, dtype=dtype), 1 << 16)
 
 
 CASES: list[Callable[[], None]] = [masks, rates, clipping, sweep, statistics]

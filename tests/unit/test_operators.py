@@ -12,6 +12,7 @@ from besa.errors import Notice
 from besa.kernels import operators, reference
 from besa.quantization import Clipping
 from besa.quantization.minmax import SMALLEST, clipped_grid, step_gradient
+from tests.pretend import DEVICE
 
 pytest.importorskip("triton")
 from besa.kernels.gpu import clipping as gpu_clipping
@@ -228,3 +229,13 @@ def test_triton_adds_the_same_squares(dtype, tokens, channels):
         found_I = squares_I.clone()
         module.add_squares(x_TI, found_I)
         torch.testing.assert_close(found_I, exact_I, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize("shape", [(0,), (1,), (3, 37), (2, 3000)])
+def test_histograms_count_what_is_below_the_bins(dtype, shape):
+    values = torch.randint(0, 300, shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected = [int((values == value).sum()) for value in range(200)]
+    assert kernels.histogram(values, 200).tolist() == expected
+    assert gpu_statistics.histogram(values, 200).tolist() == expected
+    assert reference.histogram(values.to(DEVICE), 200).cpu().tolist() == expected

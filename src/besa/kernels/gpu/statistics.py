@@ -1,4 +1,4 @@
-"""Sums of squares over tokens."""
+"""Sums of squares over tokens, and histograms."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from besa.kernels.gpu.launching import launch
 
 PART = 256  # tokens that a program sums up
 TOKENS, CHANNELS = 16, 128  # of a tile
+VALUES = 4096  # that a program counts
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -38,6 +39,13 @@ def _add_parts(parts, squares, n_parts, channels, CHANNELS: tl.constexpr):
     tl.store(squares + channel, sums, mask=inside)
 
 
+@triton.jit
+def _histogram(values, counts, n, bins, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(values + at, mask=at < n, other=0)
+    tl.atomic_add(counts + value, tl.full((BLOCK,), 1, tl.int64), mask=(at < n) & (value < bins), sem="relaxed")
+
+
 def add_squares(x_TI: Tensor, squares_I: Tensor) -> None:
     """See `besa.kernels.add_squares`: parts of the tokens first, then the parts, each in a fixed order."""
     tokens, channels = x_TI.shape
@@ -55,3 +63,12 @@ def add_squares(x_TI: Tensor, squares_I: Tensor) -> None:
         CHANNELS=CHANNELS,
     )
     launch(_add_parts, (blocks,), parts, squares_I, n_parts, channels, CHANNELS=CHANNELS)
+
+
+def histogram(values: Tensor, bins: int) -> Tensor:
+    """See `besa.kernels.histogram`: integers add up to the same in any order."""
+    counts = torch.zeros(bins, dtype=torch.int64, device=values.device)
+    n = values.numel()
+    if n:
+        launch(_histogram, (triton.cdiv(n, VALUES),), values.contiguous(), counts, n, bins, BLOCK=VALUES)
+    return counts
