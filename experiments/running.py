@@ -15,6 +15,7 @@ from besa.cli.show import progress_bar
 from besa.errors import BesaError
 from besa.studies.rows import row
 from besa.studies.workspace import Conditions, Measures, Outcome, Workspace
+from besa.system.devices import named_device
 from experiments.experiment import Experiment, Found, Options, linear_names
 from experiments.writing import RESULTS, without_calibration, write
 
@@ -38,7 +39,7 @@ def run(experiment: Experiment) -> None:
         max_windows: Annotated[int | None, typer.Option(help="Windows of each text.")] = None,
         limit: Annotated[int | None, typer.Option(help="Questions of each zero-shot task.")] = None,
         set_: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of BESA's recipes.")] = None,
-        device: str = "cpu",
+        device: str = "auto",
         dtype: str = "auto",
         batch: Annotated[int | None, typer.Option(help="Sequences in a forward pass.")] = None,
         work: Annotated[Path, typer.Option(help="Folder of runs, shared by all experiments.")] = Path("work"),
@@ -51,7 +52,7 @@ def run(experiment: Experiment) -> None:
         texts = tuple(ppl or experiment.texts) if experiment.texts else ()
         files = {name: file for name, _, file in (pair.partition("=") for pair in data or ())}
         options = Options(
-            Conditions(model, calibration, samples, seqlen, device, dtype, batch),
+            Conditions(model, calibration, samples, seqlen, str(named_device(device)), dtype, batch),
             Measures(
                 texts, {n: f for n, f in files.items() if n in texts}, window, max_windows, experiment.tasks, limit
             ),

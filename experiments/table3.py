@@ -22,7 +22,8 @@ from besa.models.loading import locate
 from besa.record import now
 from besa.report.markdown import table
 from besa.studies.workspace import DENSE, Conditions, Measures, Workspace
-from besa.system.machine import machine, resolve_device, versions
+from besa.system.devices import resolve_device
+from besa.system.machine import machine, versions
 from experiments.experiment import Options
 from experiments.writing import without_calibration
 

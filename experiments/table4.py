@@ -26,7 +26,8 @@ from besa.models.kinds import shortened
 from besa.record import RECORD_NAME, RunRecord, now
 from besa.report.markdown import table
 from besa.simulator import Simulation, check_alike, described, simulate_weight
-from besa.system.machine import machine, resolve_device, versions
+from besa.system.devices import resolve_device
+from besa.system.machine import machine, versions
 
 RESULTS = Path(__file__).parent / "results" / "table4"
 RANDOM = [

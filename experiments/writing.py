@@ -15,7 +15,8 @@ from besa.report.svg import standalone
 from besa.storage.writing import write_file
 from besa.studies.origin import Origin
 from besa.studies.rows import markdown
-from besa.system.machine import machine, resolve_device, versions
+from besa.system.devices import resolve_device
+from besa.system.machine import machine, versions
 from experiments.experiment import Experiment, Found, Options
 
 TRENDS = {

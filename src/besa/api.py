@@ -24,6 +24,7 @@ from besa.evaluation.result import Evaluation
 from besa.evaluation.texts import perplexities, read_texts
 from besa.evaluation.zero_shot import check_tasks, zero_shot
 from besa.methods.recipe import Recipe
+from besa.models.activations import Room
 from besa.models.blocks import find_blocks, left_dense
 from besa.models.borrowing import borrowed, tokenizer_of_caller
 from besa.models.bos import bos_token
@@ -49,9 +50,11 @@ from besa.storage.journal import journal_for
 from besa.storage.names import path_of
 from besa.storage.writing import check_space
 from besa.system import memory
-from besa.system.machine import machine, named_device, resolve_device, versions
+from besa.system.devices import named_device, resolve_device
+from besa.system.machine import machine, versions
 
-BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}  # default tokens in a forward pass: a GPU needs more to be busy
+BATCH_TOKENS = 2048  # default tokens in a forward pass
+ACCELERATOR_BATCH_TOKENS = 8192  # the same on any other device than the CPU, which needs more to be busy
 
 
 @dataclass
@@ -91,7 +94,7 @@ def compress(
     bos: Bos = "auto",
     seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    device: str | torch.device = "cpu",
+    device: str | torch.device = "auto",
     dtype: Dtype = "auto",
     batch: Count | None = None,
     activation_budget: Bytes | None = None,
@@ -119,10 +122,12 @@ def compress(
         seed: of the calibration sample and of the learning order; a repeated run on the same machine with the same
             number of threads is bit-equal.
         tokenizer: needed with a loaded model; otherwise the model's own.
-        device: ``cpu`` or ``cuda``; one block at a time is moved there.
+        device: where to compute: ``cpu``, ``cuda``, ``cuda:N``, ``mps``, ``xpu``, or ``auto``, the first CUDA device
+            that torch can use, else the CPU. One block at a time is moved there.
         dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
         batch: calibration sequences in a forward pass; by default about 2048 tokens, on a GPU 8192.
-        activation_budget: bytes of hidden states in memory, by default half of the free memory; the rest is in a file.
+        activation_budget: bytes of hidden states on the device, and as many in memory of the host; what has room in
+            neither is in files. By default a quarter of the free memory of a GPU, and half of that of the host.
         resume: continue an interrupted run towards `out`; with the same number of threads, the result is bit-equal to
             that of an uninterrupted run.
         dequantized: write quantised weights as dense numbers instead of codes.
@@ -158,8 +163,8 @@ def compress(
         memory.trim()
         memory.reset_peak(device)
         began = time.perf_counter()
-        folder = journal.folder if journal else None
-        resources = Resources(batch, device, _room(activation_budget), folder, codes=not dequantized)
+        room = Room(device, activation_budget, journal.folder if journal else None)
+        resources = Resources(batch, device, room, codes=not dequantized)
         blocks = prune_blocks(
             decoder, recipe, calibration, seed=seed, resources=resources, journal=journal, progress=progress
         )
@@ -231,11 +236,6 @@ def _chosen(recipe: Recipe | str | Path, sparsity: float | None) -> Recipe:
     return recipe if sparsity is None else recipe.at(sparsity)
 
 
-def _room(activation_budget: int | None) -> int:
-    """Bytes that hidden states may take in memory."""
-    return memory.half_of_available() if activation_budget is None else activation_budget
-
-
 def _decisive(
     recipe: Recipe, identity: dict[str, Any], calibration: Calibration, seed: int, batch: int, device: torch.device
 ) -> dict[str, Any]:
@@ -259,7 +259,7 @@ def plan(
     sparsity: float | None = None,
     samples: Count = 128,
     seqlen: Length | None = None,
-    device: str | torch.device = "cpu",
+    device: str | torch.device = "auto",
     dtype: Dtype = "auto",
     batch: Count | None = None,
     activation_budget: Bytes | None = None,
@@ -274,7 +274,7 @@ def plan(
         sparsity: as in `compress`.
         samples: as in `compress`.
         seqlen: as in `compress`.
-        device: ``cpu`` or ``cuda``; this machine need not have a GPU.
+        device: as in `compress`; this machine need not have it.
         dtype: as in `compress`.
         batch: as in `compress`.
         activation_budget: as in `compress`.
@@ -305,7 +305,7 @@ def plan(
         seqlen=seqlen,
         batch=min(samples, batch or default_batch(seqlen, device)),
         device=device,
-        activation_budget=_room(activation_budget),
+        activation_budget=activation_budget,
         folder=path_of(out),
     )
 
@@ -324,7 +324,7 @@ def evaluate(
     bos: Bos = "auto",
     batch: Count | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    device: str | torch.device = "cpu",
+    device: str | torch.device = "auto",
     dtype: Dtype = "auto",
     trust_remote_code: bool = False,
     progress: Progress = silent,
@@ -347,7 +347,7 @@ def evaluate(
             `zero_shot`.
         batch: windows in a forward pass, by default as many as have 2048 tokens; for tasks, answers.
         tokenizer: needed with a loaded model; otherwise the model's own.
-        device: ``cpu`` or ``cuda``; the whole model is moved there.
+        device: as in `compress`; the whole model is moved there.
         dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
         trust_remote_code: run model code that comes with the checkpoint.
         progress: told (windows done, windows, perplexity so far) for each text, and likewise for tasks.
@@ -439,4 +439,4 @@ def simulate(
 
 def default_batch(seqlen: int, device: torch.device) -> int:
     """Default number of sequences in a forward pass, which keeps the device busy."""
-    return max(1, BATCH_TOKENS[device.type] // seqlen)
+    return max(1, (BATCH_TOKENS if device.type == "cpu" else ACCELERATOR_BATCH_TOKENS) // seqlen)

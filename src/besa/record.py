@@ -7,9 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from torch import Tensor
 
 from besa.errors import BesaError
 
@@ -36,29 +34,6 @@ class LinearRecord(Record):
         default=True, description="whether calibration tokens reached it; if not, its weights alone decided"
     )
     row_rates: list[int] = Field(description=f"rows by pruning rate, in {HISTOGRAM_BINS} equal bins of [0, 1]")
-
-
-def linear_record(name: str, w_OI: Tensor, importance_OI: Tensor, reached: bool = True) -> LinearRecord:
-    """The record of a linear.
-
-    Args:
-        name: full name.
-        w_OI: the pruned weight (O, I).
-        importance_OI: importance of the dense weight (O, I).
-        reached: whether calibration tokens reached it.
-    """
-    zero_OI = w_OI == 0
-    rates_O = zero_OI.sum(dim=1).double() / w_OI.shape[1]
-    kept = zero_OI.numel() - int(zero_OI.sum())
-    return LinearRecord(
-        name=name,
-        shape=list(w_OI.shape),
-        zeros=zero_OI.numel() - kept,
-        sparsity=float(rates_O.mean()),
-        importance_kept=float(importance_OI.masked_fill(zero_OI, 0).sum(dtype=torch.float64)) / max(kept, 1),
-        reached=reached,
-        row_rates=rates_O.cpu().float().histc(HISTOGRAM_BINS, 0, 1).long().tolist(),
-    )
 
 
 class BlockRecord(Record):

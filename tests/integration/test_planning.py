@@ -80,7 +80,8 @@ def test_activations_beyond_the_budget_go_to_disk(tmp_path: Path) -> None:
     LLAMA_70B.save_pretrained(tmp_path)
     near, far = (besa.plan(tmp_path, out=tmp_path, activation_budget=size) for size in (10**15, 1))
     assert near.activation_bytes == far.activation_bytes == 1.5 * 128 * 2048 * 8192 * 2
-    assert (near.activations_on_disk, far.activations_on_disk) == (False, True)
+    assert near.activation_places == {"device": 0, "host": near.activation_bytes, "file": 0}
+    assert far.activation_places == {"device": 0, "host": 0, "file": far.activation_bytes}
     assert near.memory_bytes - far.memory_bytes == pytest.approx(near.activation_bytes, rel=0.05)
     assert far.disk_bytes - near.disk_bytes == near.activation_bytes
 

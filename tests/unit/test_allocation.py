@@ -11,7 +11,7 @@ from torch import nn
 from besa.counting.budget import Budget, split
 from besa.counting.masks import rank
 from besa.errors import BesaError
-from besa.methods.allocation import Allocated, Besa, BlockProblem, RankedLinear, Uniform
+from besa.methods.allocation import Allocated, Besa, BlockProblem, RankedLinear, Uniform, descent
 from besa.methods.allocation import besa as besa_module
 from besa.methods.allocation.changing import ChangingLinears
 from besa.methods.importance import Wanda
@@ -54,9 +54,11 @@ def test_error_between_is_the_reconstruction_error_of_every_so_manyth_sequence(s
     y_NTC, target_NTC = torch.randn(2, 7, 5, 3, generator=generator) * torch.tensor([0.1, 1.0, 50.0])
     expected = float(reconstruction_error(y_NTC[::share, :tokens], target_NTC[::share, :tokens]))
     assert expected > 0.1
-    assert error_between(y_NTC, target_NTC, share, tokens) == pytest.approx(expected, rel=1e-5)
-    assert error_between(y_NTC, target_NTC[::share, :tokens], share, tokens) == pytest.approx(expected, rel=1e-5)
-    assert error_between(y_NTC, y_NTC, share, tokens) == 0
+    cpu = torch.device("cpu")
+    assert float(error_between(y_NTC, target_NTC, share, tokens, cpu)) == pytest.approx(expected, rel=1e-5)
+    fewer_NTC = target_NTC[::share, :tokens]
+    assert float(error_between(y_NTC, fewer_NTC, share, tokens, cpu)) == pytest.approx(expected, rel=1e-5)
+    assert error_between(y_NTC, y_NTC, share, tokens, cpu) == 0
 
 
 # Problems
@@ -352,8 +354,14 @@ def test_tolerance_stops_early(problem):
     ],
 )
 def test_convergence_compares_two_passes(losses, stops):
-    assert Besa(tolerance=0.1)._converged(losses, samples=2) == stops
-    assert not Besa(tolerance=0)._converged(losses, samples=2)
+    steps = [torch.tensor(loss) for loss in losses for _ in range(8)]  # passes of 16 sequences
+    assert Besa(tolerance=0.1)._converged(steps, samples=16) == stops
+    assert not Besa(tolerance=0)._converged(steps, samples=16)
+
+
+def test_the_losses_of_short_passes_are_looked_at_after_at_least_16_steps():
+    same = [torch.tensor(4.0)] * 48  # three passes of 6 sequences between two looks
+    assert [n for n in range(1, 49) if Besa(tolerance=0.1)._converged(same[:n], samples=6)] == [18, 36]
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 1.0])
@@ -518,18 +526,36 @@ def test_learning_in_bfloat16_is_nearly_learning_in_float32(problem, monkeypatch
     assert Besa().allocate(problem).losses == full.losses
 
 
+def in_dtype(problem: BlockProblem, dtype: torch.dtype) -> BlockProblem:
+    """The problem of the same block in another dtype; the block itself changes."""
+    problem.block.module.to(dtype)
+    for arguments in problem.block.arguments.values():
+        arguments["position_embeddings"] = tuple(part.to(dtype) for part in arguments["position_embeddings"])
+    return dataclasses.replace(
+        problem,
+        linears={n: dataclasses.replace(linear, w_OI=linear.w_OI.to(dtype)) for n, linear in problem.linears.items()},
+        inputs_NTC=problem.inputs_NTC.to(dtype),
+        targets_NTC=problem.targets_NTC.to(dtype),
+    )
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_a_float16_model_learns_although_its_gradients_underflow(problem, monkeypatch, scaled):
+    inputs_NTC = 4000 * problem.inputs_NTC  # the loss is relative, so its gradients become as much smaller
+    targets_NTC = torch.empty_like(inputs_NTC)
+    problem.block.run(inputs_NTC, 4, into=targets_NTC)
+    large = dataclasses.replace(problem, inputs_NTC=inputs_NTC, targets_NTC=targets_NTC)
+    recipe = Besa(tolerance=0, autocast=False, steps=12)
+    single = torch.cat(list(recipe.allocate(large).counts.values())).float()
+    if not scaled:
+        monkeypatch.setattr(descent, "loss_scaler", lambda *_: torch.amp.GradScaler("cpu", enabled=False))
+    half = torch.cat(list(recipe.allocate(in_dtype(large, torch.float16)).counts.values())).float()
+    widths = torch.cat([torch.full((len(one.w_OI),), one.w_OI.shape[1]) for one in problem.linears.values()])
+    likeness = torch.corrcoef(torch.stack([single, half]) / widths)[0, 1]
+    assert likeness > 0.98 if scaled else likeness < 0.8
+
+
 def test_a_bfloat16_model_learns_as_it_is(problem, monkeypatch):
     monkeypatch.setattr(machine, "multiplies_bfloat16", lambda device: pytest.fail("asked"))
-    problem.block.module.bfloat16()
-    linears = {
-        name: dataclasses.replace(linear, w_OI=linear.w_OI.bfloat16()) for name, linear in problem.linears.items()
-    }
-    halved = dataclasses.replace(
-        problem,
-        linears=linears,
-        inputs_NTC=problem.inputs_NTC.bfloat16(),
-        targets_NTC=problem.targets_NTC.bfloat16(),
-    )
-    for arguments in problem.block.arguments.values():
-        arguments["position_embeddings"] = tuple(part.bfloat16() for part in arguments["position_embeddings"])
+    halved = in_dtype(problem, torch.bfloat16)
     assert Besa().allocate(halved).losses == pytest.approx(Besa(autocast=False).allocate(halved).losses)

@@ -18,6 +18,7 @@ from besa.methods.targets.bounded import Survey
 from besa.methods.targets.budgets import budgets
 from besa.methods.targets.fisher import one_threshold
 from besa.methods.targets.search import divergences
+from besa.models.activations import Room
 from besa.models.blocks import find_blocks
 from besa.models.loading import locate
 from besa.models.streaming import DecoderInMemory, DecoderOnDisk
@@ -33,7 +34,7 @@ def blocks_and_tokens(model, folder, tokenizer, samples=4, seqlen=24):
 
 def survey(decoder, calibration, sparsity=0.5, names=None, activation_budget=1 << 40):
     names = names or [tuple(block.prunables) for block in decoder.blocks]
-    return Survey(decoder, calibration, names, sparsity, 2, CPU, activation_budget, None, 7)
+    return Survey(decoder, calibration, names, sparsity, 2, CPU, Room(CPU, activation_budget), 7)
 
 
 @given(

@@ -102,7 +102,7 @@ def decoders(model: PreTrainedModel, folder: Path) -> list[Decoder]:
 
 
 def see_all(decoder: Decoder) -> None:
-    check = Check(decoder, TOKENS_NT)
+    check = Check(decoder, TOKENS_NT, CPU)
     for block in decoder.blocks:
         with decoder.opened(block, CPU):
             check.see(block)
@@ -118,7 +118,7 @@ def test_blocks_are_the_model(family: str, tmp_path: Path) -> None:
     handle.remove()
     for decoder in decoders(model, tmp_path):
         see_all(decoder)
-        with decoder.embeddings():
+        with decoder.embeddings(CPU):
             x_NTC = torch.cat(list(capture_inputs(decoder.model, decoder.blocks, TOKENS_NT, 2)))
         for block in decoder.blocks:
             with decoder.opened(block, CPU):
@@ -141,7 +141,7 @@ def test_what_can_be_found_without_weights_is_found_before_the_first_block(tmp_p
         name, settings, _ = REFUSED[case]
         on_disk = decoders(random_model(name, settings), tmp_path / case)[1]
         with pytest.raises(BesaError):
-            Check(on_disk, TOKENS_NT)
+            Check(on_disk, TOKENS_NT, CPU)
 
 
 def test_rounding_of_a_large_residual_stream_is_no_difference() -> None:

@@ -22,7 +22,7 @@ WHERE = [(path, dtype) for path in native.paths() for dtype in native.NUMBERS]
 def gpu():
     """The Triton kernels on CPU tensors (conftest.py says so to triton)."""
     pytest.importorskip("triton")
-    from besa.kernels import gpu
+    from besa.kernels.gpu import masks as gpu
 
     return gpu
 

@@ -55,8 +55,7 @@ def test_the_bin_of_a_rank_is_the_first_candidate_that_prunes_it(intervals, widt
 def test_learning_starts_at_the_target(step, width):
     rates_D = candidate_rates(step)
     for target in (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.62, 0.7, 0.9, 0.99, 0.999):
-        logits_D = starting_logits(rates_D, target, width)
-        assert logits_D.dtype == torch.float32
+        logits_D = torch.tensor(starting_logits(step, target, width))
         assert logits_D.isfinite().all()
         assert float(logits_D.double().softmax(0) @ rates_D) == pytest.approx(target, abs=1e-5)
 
@@ -64,7 +63,7 @@ def test_learning_starts_at_the_target(step, width):
 def test_the_start_is_a_bell_of_the_asked_width():
     rates_D = candidate_rates(0.01)
     for target, width in [(0.5, 0.1), (0.4, 0.05), (0.7, 0.02)]:  # well inside 0 to 1, where nothing is cut off
-        beta_D = starting_logits(rates_D, target, width).double().softmax(0)
+        beta_D = torch.tensor(starting_logits(0.01, target, width)).double().softmax(0)
         spread = float(beta_D @ (rates_D - target).square()) ** 0.5
         assert spread == pytest.approx(width, rel=1e-2)
 

@@ -174,9 +174,9 @@ def _compare(before: DecoderOnDisk, after: DecoderOnDisk, progress: Progress) ->
     """
     vocabulary = before.model.get_input_embeddings().weight.shape[0]
     tokens_NT = torch.randint(vocabulary, (1, TOKENS), generator=torch.Generator().manual_seed(0))
-    with before.embeddings():
+    with before.embeddings(CPU):
         (x_NTC,) = capture_inputs(before.model, before.blocks, tokens_NT, 1)
-    with after.embeddings():
+    with after.embeddings(CPU):
         list(capture_inputs(after.model, after.blocks, tokens_NT, 1))  # for the arguments of its blocks
     for block, smaller in zip(before.blocks, after.blocks, strict=True):
         with before.opened(block, CPU), after.opened(smaller, CPU):

@@ -17,13 +17,6 @@ from besa.storage.names import path_of
 Number = TypeVar("Number", int, float)
 
 
-class Device(StrEnum):
-    """Where blocks are computed."""
-
-    cpu = "cpu"
-    cuda = "cuda"
-
-
 class Bos(StrEnum):
     """Whether sequences begin with the token that begins a text."""
 
@@ -71,7 +64,13 @@ LimitOption = Annotated[int | None, typer.Option(min=1, help="Ask only this numb
 HubOption = Annotated[
     bool, typer.Option("--hub", help="Use the questions from the Hugging Face Hub instead of the embedded ones.")
 ]
-DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
+DeviceOption = Annotated[
+    str,
+    typer.Option(
+        metavar="DEVICE",
+        help="Where to compute: cpu, cuda, cuda:N, mps or xpu; auto: the first CUDA device, else the CPU.",
+    ),
+]
 DtypeOption = Annotated[Dtype, typer.Option(help="Dtype of weights and computation; auto: the checkpoint's.")]
 BatchOption = Annotated[
     int | None, typer.Option(min=1, help="Sequences in a forward pass; default: about 2048 tokens, on a GPU 8192.")

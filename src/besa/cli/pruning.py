@@ -16,7 +16,6 @@ from besa.cli.options import (
     BudgetOption,
     CalibrationOption,
     DataOption,
-    Device,
     DeviceOption,
     Dtype,
     DtypeOption,
@@ -62,7 +61,7 @@ def demo(
     sparsity: Annotated[float, typer.Option(help="Share of the prunable weights to set to zero.")] = 0.5,
     ppl: EvaluationOption = None,
     calibration: CalibrationOption = "c4",
-    device: DeviceOption = Device.cpu,
+    device: DeviceOption = "auto",
     dtype: DtypeOption = Dtype.auto,
 ) -> None:
     """Prune the embedded SmolLM2-135M by BESA and by the methods it must beat, and show what is left of it."""
@@ -75,9 +74,7 @@ def demo(
     memory.stay_lean()
     with progress_bar(err) as tracker:
         command = ["besa", *sys.argv[1:]]
-        result = run_demo(
-            out_dir, plan, sparsity, ppl or ["wiki"], calibration, device.value, dtype.value, command, tracker
-        )
+        result = run_demo(out_dir, plan, sparsity, ppl or ["wiki"], calibration, device, dtype.value, command, tracker)
     out.print(compared(result.comparison))
     for method, folder in result.checkpoints.items():
         out.print(f"Pruned by {method}: {folder}")
@@ -96,7 +93,7 @@ def prune(
     seqlen: SeqlenOption = None,
     bos: BosOption = Bos.auto,
     seed: Annotated[int, typer.Option(help="Of the calibration sample and the learning order.")] = 0,
-    device: DeviceOption = Device.cpu,
+    device: DeviceOption = "auto",
     dtype: DtypeOption = Dtype.auto,
     batch: BatchOption = None,
     set_: SetOption = None,
@@ -125,7 +122,7 @@ def prune(
             seqlen=seqlen,
             bos=bos.value,
             seed=seed,
-            device=device.value,
+            device=device,
             dtype=dtype.value,
             batch=batch,
             activation_budget=bytes_of(activation_budget),
@@ -167,7 +164,7 @@ def plan_command(
     passes: PassesOption = None,
     samples: SamplesOption = 128,
     seqlen: SeqlenOption = None,
-    device: DeviceOption = Device.cpu,
+    device: DeviceOption = "auto",
     dtype: DtypeOption = Dtype.auto,
     batch: BatchOption = None,
     set_: SetOption = None,
@@ -187,7 +184,7 @@ def plan_command(
         out=out_dir,
         samples=samples,
         seqlen=seqlen,
-        device=device.value,
+        device=device,
         dtype=dtype.value,
         batch=batch,
         activation_budget=bytes_of(activation_budget),
@@ -226,7 +223,7 @@ def compare_command(
     samples: SamplesOption = 128,
     seqlen: SeqlenOption = None,
     bos: BosOption = Bos.auto,
-    device: DeviceOption = Device.cpu,
+    device: DeviceOption = "auto",
     dtype: DtypeOption = Dtype.auto,
     batch: BatchOption = None,
     trust_remote_code: TrustOption = False,
@@ -238,6 +235,7 @@ def compare_command(
     from besa.studies.comparing import compare
     from besa.studies.workspace import Conditions, Measures, Workspace
     from besa.system import memory
+    from besa.system.devices import resolve_device
 
     texts = tuple(ppl or ([] if tasks else ["wiki"]))
     source = locate(model, trust_remote_code=trust_remote_code)
@@ -250,7 +248,7 @@ def compare_command(
         calibration,
         samples,
         usual if seqlen is None else seqlen,
-        device.value,
+        str(resolve_device(device)),
         dtype.value,
         batch,
         bos.value,

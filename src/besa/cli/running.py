@@ -9,7 +9,7 @@ import typer
 from rich.text import Text
 
 from besa.cli.consoles import err, keep, out
-from besa.cli.options import Device, DeviceOption, Dtype, DtypeOption, JsonOption, Model, TrustOption
+from besa.cli.options import DeviceOption, Dtype, DtypeOption, JsonOption, Model, TrustOption
 
 commands = typer.Typer()
 PANEL = "Run"
@@ -57,7 +57,7 @@ def generate_command(
         float, typer.Option(min=0, help="Of the sampling; 0 takes the likeliest token each time.")
     ] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
-    device: DeviceOption = Device.cpu,
+    device: DeviceOption = "auto",
     dtype: DtypeOption = Dtype.auto,
     trust_remote_code: TrustOption = False,
 ) -> None:
@@ -72,7 +72,7 @@ def generate_command(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             seed=seed,
-            device=device.value,
+            device=device,
             dtype=dtype.value,
             trust_remote_code=trust_remote_code,
             tell=lambda text: out.print(Text(text), end=""),
@@ -87,7 +87,7 @@ def bench_command(
         list[str], typer.Argument(metavar="MODEL [PACKED...]", help="Models; the others are compared with the first.")
     ],
     rounds: Annotated[int, typer.Option(min=1, max=1000, help="Measurements of each kind, after one warm-up.")] = 7,
-    device: DeviceOption = Device.cpu,
+    device: DeviceOption = "auto",
     dtype: DtypeOption = Dtype.auto,
     json: JsonOption = None,
     trust_remote_code: TrustOption = False,
@@ -100,7 +100,7 @@ def bench_command(
         result = bench(
             models,
             rounds=rounds,
-            device=device.value,
+            device=device,
             dtype=dtype.value,
             trust_remote_code=trust_remote_code,
             progress=tracker,

@@ -29,6 +29,8 @@ from besa.simulator import Simulation, described
 from besa.studies.comparing import Comparison
 from besa.studies.rows import MADE_BY, listed
 
+PLACES = {"device": "on the device", "host": "in memory", "file": "on disk"}  # of hidden states
+
 
 @contextmanager
 def progress_bar(console: Console) -> Iterator[Progress]:
@@ -97,8 +99,8 @@ def planned(plan: Plan) -> RenderableType:
     table.add_row("memory", f"{plan.memory_bytes / 1e9:.2f} GB at the peak")
     if plan.gpu_memory_bytes is not None:
         table.add_row("GPU memory", f"{plan.gpu_memory_bytes / 1e9:.2f} GB at the peak")
-    place = "on disk" if plan.activations_on_disk else "in memory"
-    table.add_row("activations", f"{plan.activation_bytes / 1e9:.2f} GB between blocks, {place}")
+    places = [f"{size / 1e9:.2f} GB {PLACES[place]}" for place, size in plan.activation_places.items() if size]
+    table.add_row("activations", f"{plan.activation_bytes / 1e9:.2f} GB between blocks: {', '.join(places)}")
     table.add_row("disk", f"{plan.disk_bytes / 1e9:.2f} GB free, {plan.checkpoint_bytes / 1e9:.2f} GB of it stays")
     table.add_row("forward passes", f"{plan.forward_passes:.3g} of the calibration set, a backward pass counted as two")
     table.add_row("fits here", "yes" if plan.fits else f"no: too little {' and '.join(plan.lacking)}")

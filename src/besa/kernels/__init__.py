@@ -1,18 +1,33 @@
-"""The two passes over a weight in every learning step, each as one kernel: in C++ on the CPU, in Triton on a GPU.
+"""What torch has no fast operator for, each as one operator: in C++ or plain torch on the CPU, in Triton on a GPU.
 
-They are the counterpart of the paper's custom CUDA operator. `reference` computes the same in plain torch and runs if
-there is no kernel. On the CPU, both give the same bits.
+The two passes over a weight in every learning step, `masked` and `binned`, are the counterpart of the paper's custom
+CUDA operator. `reference` computes the same in plain torch, and runs where there is no kernel. On the CPU, both give
+the same bits.
 
-Shape suffixes: O rows, I columns, B bins.
+Shape suffixes: O rows, I columns, B bins or columns of a block, R rate groups, G groups of columns, T tokens.
 """
 
 from __future__ import annotations
 
-from types import ModuleType
-
 from torch import Tensor
 
-from besa.kernels import native, reference
+from besa.kernels.operators import operator
+from besa.quantization import Clipping
+
+_masked = operator("masked(Tensor w, Tensor ranks, Tensor counts, Tensor(a!) out) -> ()", "masks")
+_binned = operator("binned(Tensor gradient, Tensor w, Tensor ranks, Tensor bins, Tensor(a!) out) -> ()", "masks")
+_pruned_ranks = operator("pruned_ranks(Tensor alpha, Tensor width, Tensor share, float sparsity) -> Tensor", "rates")
+_quantized = operator(
+    "quantized(Tensor w, Tensor logits, Tensor low, Tensor high, int bits, bool symmetric, Tensor(a!) out) -> ()",
+    "clipping",
+)
+_clipping_gradient = operator(
+    "clipping_gradient(Tensor gradient, Tensor w, Tensor logits, Tensor low, Tensor high, int bits, bool symmetric)"
+    " -> Tensor",
+    "clipping",
+)
+_swept = operator("swept(Tensor(a!) block, Tensor kept, Tensor factor, Tensor(b!) error) -> ()", "sweep")
+_add_squares = operator("add_squares(Tensor x, Tensor(a!) squares) -> ()", "statistics")
 
 
 def masked(w_OI: Tensor, ranks_OI: Tensor, counts_O: Tensor, out_OI: Tensor) -> None:
@@ -22,31 +37,87 @@ def masked(w_OI: Tensor, ranks_OI: Tensor, counts_O: Tensor, out_OI: Tensor) -> 
         w_OI: the weight; it and all other arguments are contiguous.
         ranks_OI: place of each weight in the pruning order of its row, int16 or int32.
         counts_O: number of ranks pruned in each row, int64.
-        out_OI: like `w_OI`.
+        out_OI: like `w_OI`; it may be `w_OI`.
     """
-    _kernels_for(w_OI).masked(w_OI, ranks_OI, counts_O, out_OI)
+    _masked(w_OI, ranks_OI, counts_O, out_OI)
 
 
 def binned(gradient_OI: Tensor, w_OI: Tensor, ranks_OI: Tensor, bins_I: Tensor, out_OB: Tensor) -> None:
     """Write to `out_OB` the sums over each row of gradient ⊙ W, by the bin of each weight's rank.
 
     With the candidate pruning rates as bins, these sums give the gradient of beta (straight through eq. 4), without
-    probabilities of the size of the mask and without scattering.
+    probabilities of the size of the mask.
 
     Args:
         gradient_OI: dL/d(W ⊙ M), in the dtype of `w_OI`; it and all other arguments are contiguous.
         w_OI: the weight.
         ranks_OI: as in `masked`.
-        bins_I: bin of each rank, int16.
+        bins_I: bin of each rank, ascending, int16.
         out_OB: float32.
     """
-    _kernels_for(w_OI).binned(gradient_OI, w_OI, ranks_OI, bins_I, out_OB)
+    _binned(gradient_OI, w_OI, ranks_OI, bins_I, out_OB)
 
 
-def _kernels_for(w_OI: Tensor) -> ModuleType:
-    """The module whose `masked` and `binned` can compute with a weight."""
-    if w_OI.is_cuda:
-        from besa.kernels import gpu
+def pruned_ranks(alpha_R: Tensor, width_R: Tensor, share_R: Tensor, sparsity: float) -> Tensor:
+    """How many ranks of a row are pruned (R,), int64, so that the masks meet the sparsity: ⌊(alpha + shift)·width⌋.
 
-        return gpu
-    return native if native.serves(w_OI) else reference
+    One shift of all rates, clamped to [0, 1], is found by bisection: Σ share·(alpha + shift) is the sparsity. Products
+    within 1e-3 below an integer count as that integer.
+
+    Args:
+        alpha_R: expected pruning rate of each group (eq. 3), float32; it and all other arguments are contiguous.
+        width_R: weights in a row of each group, float64.
+        share_R: share of each group in all weights, float32.
+        sparsity: the target.
+    """
+    counts_R: Tensor = _pruned_ranks(alpha_R, width_R, share_R, sparsity)
+    return counts_R
+
+
+def quantized(clipping: Clipping, out_OI: Tensor) -> None:
+    """Write Q(W) of eq. 7, with the present γ, to `out_OI` (contiguous, of any float dtype)."""
+    _quantized(
+        clipping.w_OI,
+        clipping.logits_2OG,
+        clipping.low_OG,
+        clipping.high_OG,
+        clipping.bits,
+        clipping.symmetric,
+        out_OI,
+    )
+
+
+def clipping_gradient(gradient_OI: Tensor, clipping: Clipping) -> Tensor:
+    """The gradient of the logits of γ (2, O, G), float32, straight through the rounding of eq. 7.
+
+    Args:
+        gradient_OI: dL/dQ at the present γ, zero for pruned weights; contiguous.
+        clipping: of the weight.
+    """
+    gradient_2OG: Tensor = _clipping_gradient(
+        gradient_OI,
+        clipping.w_OI,
+        clipping.logits_2OG,
+        clipping.low_OG,
+        clipping.high_OG,
+        clipping.bits,
+        clipping.symmetric,
+    )
+    return gradient_2OG
+
+
+def swept(block_OB: Tensor, kept_OB: Tensor, factor_BB: Tensor, error_OB: Tensor) -> None:
+    """Prune a block of columns from left to right; each column's error changes the columns to its right (SparseGPT).
+
+    Args:
+        block_OB: float32 weights, changed in place; it and the others may be views of wider matrices.
+        kept_OB: the mask, True = kept.
+        factor_BB: the upper triangular factor of the inverse Hessian, at these columns.
+        error_OB: takes the error of each column, over the factor's diagonal: what the columns beyond the block need.
+    """
+    _swept(block_OB, kept_OB, factor_BB, error_OB)
+
+
+def add_squares(x_TI: Tensor, squares_I: Tensor) -> None:
+    """Add Σ_t x² of some tokens `x_TI`, of any float dtype, to `squares_I` (float64); summed up in float32."""
+    _add_squares(x_TI, squares_I)

@@ -5,7 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from besa.quantization.minmax import clipped_grid, codes, dequantized, logits_gradient, step_gradient
+
 CHUNK = 1 << 22  # weights at a time, to bound temporary memory
+HALVINGS = 20  # of the interval in which the shift of all rates lies
+NEARLY = 1e-3  # ranks: so little below an integer counts as the integer
 
 
 def masked(w_OI: Tensor, ranks_OI: Tensor, counts_O: Tensor, out_OI: Tensor) -> None:
@@ -22,3 +26,51 @@ def binned(gradient_OI: Tensor, w_OI: Tensor, ranks_OI: Tensor, bins_I: Tensor, 
         part = slice(top, top + step)
         products_OI = gradient_OI[part].float() * w_OI[part].float()
         out_OB[part].scatter_add_(1, bins_I[ranks_OI[part].int()], products_OI)
+
+
+def pruned_ranks(alpha_R: Tensor, width_R: Tensor, share_R: Tensor, sparsity: float) -> Tensor:
+    """See `besa.kernels.pruned_ranks`."""
+    low, high = alpha_R.new_tensor(-1.0), alpha_R.new_tensor(1.0)
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        below = (alpha_R + middle).clamp_(0, 1) @ share_R < sparsity
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    rates_R = (alpha_R + (low + high) / 2).clamp_(0, 1)
+    return (rates_R * width_R + NEARLY).floor().long()
+
+
+def quantized(
+    w_OI: Tensor, logits_2OG: Tensor, low_OG: Tensor, high_OG: Tensor, bits: int, symmetric: bool, out_OI: Tensor
+) -> None:
+    """See `besa.kernels.quantized`."""
+    grid = clipped_grid(logits_2OG, low_OG, high_OG, bits, symmetric)
+    out_OI.copy_(dequantized(codes(w_OI, grid), grid, out_OI.dtype))
+
+
+def clipping_gradient(
+    gradient_OI: Tensor,
+    w_OI: Tensor,
+    logits_2OG: Tensor,
+    low_OG: Tensor,
+    high_OG: Tensor,
+    bits: int,
+    symmetric: bool,
+) -> Tensor:
+    """See `besa.kernels.clipping_gradient`."""
+    grid = clipped_grid(logits_2OG, low_OG, high_OG, bits, symmetric)
+    slope_OG = step_gradient(gradient_OI, w_OI, grid)
+    return logits_gradient(slope_OG, grid, logits_2OG, low_OG, high_OG, symmetric)
+
+
+def swept(block_OB: Tensor, kept_OB: Tensor, factor_BB: Tensor, error_OB: Tensor) -> None:
+    """See `besa.kernels.swept`."""
+    for j in range(block_OB.shape[1]):
+        pruned_O = block_OB[:, j].masked_fill(kept_OB[:, j], 0)
+        error_OB[:, j] = pruned_O / factor_BB[j, j]
+        block_OB[:, j:] -= error_OB[:, j : j + 1] * factor_BB[j, j:]
+        block_OB[:, j].masked_fill_(~kept_OB[:, j], 0)  # exactly zero in spite of rounding
+
+
+def add_squares(x_TI: Tensor, squares_I: Tensor) -> None:
+    """See `besa.kernels.add_squares`."""
+    squares_I += x_TI.float().square().sum(dim=0).double()

@@ -20,7 +20,7 @@ from besa.models.blocks import Block
 from besa.models.units import Unit
 from besa.observing.losses import reconstruction_error, token_weighted_error
 from besa.settings import Settings
-from besa.system.machine import learning_dtype
+from besa.system.machine import learning_dtype, loss_scaler
 
 
 @dataclass(frozen=True)
@@ -139,20 +139,22 @@ class MaskedAdam(Finetuner):
         kept = {name: w_OI != 0 for name, w_OI in before.items()}
         held, learned = self._split(len(inputs_NTC))
         steps = self.epochs * len(learned)
-        groups = [{"params": [leaf], "lr": self.rate * _root_mean_square(leaf)} for leaf in leaves.values()]
+        sizes: list[float] = torch.stack([_root_mean_square(leaf) for leaf in leaves.values()]).tolist()
+        groups = [{"params": [leaf], "lr": self.rate * size} for leaf, size in zip(leaves.values(), sizes, strict=True)]
         optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+        scaler = loss_scaler(self._dtype(block, names[0]), leaves[names[0]].device)
         generator = torch.Generator().manual_seed(seed)
         losses = [self._mean_loss(block, leaves, inputs_NTC, targets_NTC, held)]
         best = {name: leaf.detach().clone() for name, leaf in leaves.items()}
         for _ in range(self.epochs):
-            order = learned[torch.randperm(len(learned), generator=generator)]
-            for chosen_N in order.split(1):
-                self._loss(block, leaves, inputs_NTC[chosen_N], targets_NTC[chosen_N]).backward()
+            for place in torch.randperm(len(learned), generator=generator).tolist():
+                scaler.scale(self._loss(block, leaves, inputs_NTC, targets_NTC, learned[place])).backward()
                 for name, leaf in leaves.items():
                     if leaf.grad is not None:  # None if no token of this sequence reached an expert
                         leaf.grad.masked_fill_(~kept[name], 0)
-                optimizer.step()
+                scaler.step(optimizer)
+                scaler.update()
                 optimizer.zero_grad()
                 schedule.step()
             losses.append(self._mean_loss(block, leaves, inputs_NTC, targets_NTC, held))
@@ -163,11 +165,15 @@ class MaskedAdam(Finetuner):
         weights = {name: written(w_OI, kept[name], before[name].dtype) for name, w_OI in best.items()}
         return Finetuned(weights, losses)
 
-    def _split(self, samples: int) -> tuple[Tensor, Tensor]:
+    def _dtype(self, block: Block | Unit, name: str) -> torch.dtype:
+        """The dtype in which the block multiplies while it learns."""
+        stored = block.weight(name)
+        return learning_dtype(stored.dtype, stored.device) if self.autocast else stored.dtype
+
+    def _split(self, samples: int) -> tuple[list[int], list[int]]:
         """Positions of the sequences to hold out and to learn from; a single sequence serves as both."""
-        places = torch.arange(samples)
-        held = places % self.held_out == 0
-        return (places[held], places[~held]) if samples > 1 else (places, places)
+        held = list(range(0, samples, self.held_out))
+        return held, [place for place in range(samples) if place % self.held_out] or held
 
     def _mean_loss(
         self,
@@ -175,28 +181,35 @@ class MaskedAdam(Finetuner):
         weights: Mapping[str, Tensor],
         inputs_NTC: HiddenStates,
         targets_NTC: HiddenStates,
-        places: Tensor,
+        places: list[int],
     ) -> float:
         with torch.no_grad():
-            losses = [self._loss(block, weights, inputs_NTC[n], targets_NTC[n]) for n in places.split(1)]
+            losses = [self._loss(block, weights, inputs_NTC, targets_NTC, place) for place in places]
         return float(torch.stack(losses).mean())
 
-    def _loss(self, block: Block | Unit, weights: Mapping[str, Tensor], x_NTC: Tensor, target_NTC: Tensor) -> Tensor:
-        """The loss (scalar) of the block with these float32 weights."""
-        stored = block.weight(next(iter(weights)))
-        dtype = learning_dtype(stored.dtype, stored.device) if self.autocast else stored.dtype
+    def _loss(
+        self,
+        block: Block | Unit,
+        weights: Mapping[str, Tensor],
+        inputs_NTC: HiddenStates,
+        targets_NTC: HiddenStates,
+        place: int,
+    ) -> Tensor:
+        """The loss (scalar) of the block with these float32 weights, on one sequence."""
+        name = next(iter(weights))
+        stored, dtype = block.weight(name), self._dtype(block, name)
+        x_NTC, target_NTC = (states[place : place + 1].to(stored.device) for states in (inputs_NTC, targets_NTC))
         with torch.autocast(stored.device.type, dtype, enabled=dtype != stored.dtype):
-            y_NTC = block(x_NTC.to(stored.device), {name: w_OI.to(stored.dtype) for name, w_OI in weights.items()})
-        target_NTC = target_NTC.to(stored.device)
+            y_NTC = block(x_NTC, {name: w_OI.to(stored.dtype) for name, w_OI in weights.items()})
         if self.loss == "channel":
             return reconstruction_error(y_NTC, target_NTC)
         return token_weighted_error(y_NTC, target_NTC, self.token_power)
 
 
-def _root_mean_square(w_OI: Tensor) -> float:
-    """The root mean square of the weights that are not zero."""
+def _root_mean_square(w_OI: Tensor) -> Tensor:
+    """The root mean square (scalar) of the weights that are not zero."""
     w_OI = w_OI.detach()
-    return float((w_OI.square().sum() / (w_OI != 0).sum().clamp_min(1)).sqrt())
+    return (w_OI.square().sum() / (w_OI != 0).sum().clamp_min(1)).sqrt()
 
 
 Finetuning = Annotated[NoFinetuning | MaskedAdam, Field(discriminator="method")]

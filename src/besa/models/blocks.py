@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,9 +20,10 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from besa.errors import BesaError
-from besa.models.activations import HiddenStates
+from besa.models.activations import HiddenStates, Room
 from besa.models.calls import Unknown, hidden_states_of, named, replayed
 from besa.models.prunable import Prunable, everywhere, find_prunables, replaced
+from besa.models.transfers import Outputs, fetched
 
 DEPTHS = ("num_hidden_layers", "num_layers", "decoder_layers")  # the number of blocks in configurations
 
@@ -93,7 +95,7 @@ def send(
     device: torch.device,
     into: HiddenStates | None,
 ) -> None:
-    """Apply a function to all sequences; see `Block.run`.
+    """Apply a function to all sequences; see `Block.run`. The host waits for the device once, at the end.
 
     Args:
         function: of hidden states (N, T, C).
@@ -106,15 +108,20 @@ def send(
     Raises:
         BesaError: an output is NaN or infinite.
     """
+    outputs = None if into is None else Outputs(into, device)
+    extremes: list[Tensor] = []  # of every batch; they stay on the device, so that the host waits once
     for start in range(0, len(x_NTC), batch):
         part = slice(start, start + batch)
-        y_NTC = function(x_NTC[part].to(device))
-        if not bool(y_NTC.isfinite().all()):
-            raise BesaError(
-                f"The output of {name} has NaN or infinity: try --dtype float32, and check the model with `besa eval`."
-            )
-        if into is not None:
-            into[part] = y_NTC
+        y_NTC = function(fetched(x_NTC[part], device))
+        extremes += y_NTC.aminmax()
+        if outputs is not None:
+            outputs.put(part, y_NTC)
+    if outputs is not None:
+        outputs.finish()
+    if not bool(torch.stack(extremes).isfinite().all()):
+        raise BesaError(
+            f"The output of {name} has NaN or infinity: try --dtype float32, and check the model with `besa eval`."
+        )
 
 
 def find_blocks(model: PreTrainedModel) -> list[Block]:
@@ -229,6 +236,23 @@ def capture_inputs(
             yield x_NTC
 
 
+def embedded(
+    model: PreTrainedModel,
+    blocks: list[Block],
+    tokens_NT: Tensor,
+    batch: int,
+    room: Room,
+    lengths: Collection[int] = (),
+) -> HiddenStates:
+    """The inputs of the first block (N, T, C), kept in `room`; other arguments as of `capture_inputs`."""
+    parts = capture_inputs(model, blocks, tokens_NT, batch, lengths)
+    first_NTC = next(parts)
+    x_NTC = room.empty((len(tokens_NT), *first_NTC.shape[1:]), first_NTC.dtype)
+    for start, part_NTC in zip(range(0, len(tokens_NT), batch), chain([first_NTC], parts), strict=True):
+        x_NTC[start : start + len(part_NTC)] = part_NTC
+    return x_NTC
+
+
 def run_base(model: PreTrainedModel, tokens_NT: Tensor) -> None:
     """Run a model on token ids (N, T), without its head, which may have no weights."""
     model.base_model(input_ids=tokens_NT.to(model.get_input_embeddings().weight.device), use_cache=False)
@@ -237,11 +261,11 @@ def run_base(model: PreTrainedModel, tokens_NT: Tensor) -> None:
 def logits_of(model: PreTrainedModel, blocks: list[Block], tokens_NT: Tensor, y_NTC: Tensor) -> Tensor:
     """Logits (N, T, V) of the model for the output `y_NTC` of its last block; gradients reach `y_NTC`.
 
-    The blocks stand aside and need no weights. All other weights are used.
+    The blocks stand aside and need no weights. All other weights are used, on the device of `y_NTC`.
     """
     with standing_aside(blocks):
         blocks[-1].module.forward = lambda *_, **__: y_NTC.as_subclass(_Passed)
-        logits_NTV: Tensor = model(input_ids=tokens_NT.to(model.device), use_cache=False).logits
+        logits_NTV: Tensor = model(input_ids=tokens_NT.to(y_NTC.device), use_cache=False).logits
     return logits_NTV
 
 

@@ -25,9 +25,9 @@ from besa.errors import BesaError
 from besa.models.blocks import Block, Call, run_base, standing_aside
 from besa.models.calls import (
     ElsewhereError,
+    Sameness,
     Unknown,
     changeable,
-    equal,
     hidden_states_of,
     moved,
     replayed,
@@ -67,18 +67,19 @@ class Check:
     Args:
         decoder: dense.
         tokens_NT: token ids that the blocks will process; a few of them are used.
+        device: where the blocks will be opened.
 
     Raises:
         BesaError: the blocks are not functions of their hidden states alone, or their outputs differ.
     """
 
-    def __init__(self, decoder: Decoder, tokens_NT: Tensor) -> None:
+    def __init__(self, decoder: Decoder, tokens_NT: Tensor, device: torch.device) -> None:
         self._model = decoder.model
-        with decoder.embeddings(), torch.no_grad():
+        with decoder.embeddings(device), torch.no_grad():
             self._batches = [self._begin(decoder, *_drawn(self._model, tokens_NT, shape)) for shape in SHAPES]
         self._done = 0
-        if isinstance(decoder, DecoderInMemory):
-            with decoder.opened(decoder.blocks[0], self._model.device):  # experts compute one by one, as for pruning
+        if isinstance(decoder, DecoderInMemory) and self._model.device == device:
+            with decoder.opened(decoder.blocks[0], device):  # experts compute one by one, as for pruning
                 for batch in self._batches:
                     batch.outputs = self._own_outputs(decoder, batch)
                 for block in decoder.blocks:
@@ -86,7 +87,7 @@ class Check:
 
     @torch.no_grad()
     def see(self, block: Block) -> None:
-        """Compare a block, which has its dense weights; each block is compared once.
+        """Compare a block, which has its dense weights; each block is compared once. The host waits for it once.
 
         Raises:
             BesaError: its output differs from that in the model, or it changes its arguments in place.
@@ -94,59 +95,70 @@ class Check:
         if block.index < self._done:
             return
         self._done += 1
-        device = next(block.module.parameters()).device
+        found: list[Tensor] = []
         for batch in self._batches:
-            x_NTC, call = batch.x_NTC.to(device), batch.calls[block.index]
-            arguments = block.arguments[x_NTC.shape[0], x_NTC.shape[1]]
-            with self._explained(f"{block.name} cannot be run by itself", block):
-                expected_NTC = batch.outputs[block.index].to(device) if batch.outputs else _called(call, x_NTC.clone())
-                before = versions([x_NTC, arguments])
-                y_NTC = block(x_NTC)
-            if not bool(expected_NTC.isfinite().all()):  # the run refuses this with a better message
-                self._done = len(batch.calls)
+            x_NTC = batch.x_NTC
+            y_NTC, expected_NTC = self._outputs(block, batch)
+            difference = (y_NTC - expected_NTC).float().norm() / expected_NTC.float().norm().clamp_min(1e-30)
+            ahead = self._ahead(block, x_NTC, y_NTC) if batch is self._batches[0] else torch.zeros_like(difference)
+            found += [expected_NTC.isfinite().all().to(difference), difference, ahead]
+            batch.x_NTC = y_NTC
+        for finite, difference, ahead in torch.stack(found).view(-1, 3).tolist():
+            if not finite:  # the run refuses this with a better message
+                self._done = len(self._batches[0].calls)
                 return
-            if versions([x_NTC, arguments]) != before:
-                self._refuse(f"{block.name} changes its arguments in place")
-            difference = float((y_NTC - expected_NTC).float().norm() / expected_NTC.float().norm().clamp_min(1e-30))
             if not difference <= ROUNDING * torch.finfo(y_NTC.dtype).eps:
                 self._refuse(
                     f"the output of {block.name} by itself differs by {difference:.2%} from its output in the model"
                 )
-            if batch is self._batches[0]:
-                self._look_ahead(block, x_NTC, y_NTC)
-            batch.x_NTC = y_NTC
+            if ahead > 0.5:  # rounding may send a few tokens to other experts
+                self._refuse(f"{block.name} looks ahead: its output for a token depends on later tokens")
 
-    def _look_ahead(self, block: Block, x_NTC: Tensor, y_NTC: Tensor) -> None:
-        """Refuse a block whose outputs depend on later tokens: they change if the sequences are cut."""
+    def _outputs(self, block: Block, batch: _Batch) -> tuple[Tensor, Tensor]:
+        """The output of a block by itself, and the one in the model."""
+        x_NTC, arguments = batch.x_NTC, block.arguments[batch.x_NTC.shape[0], batch.x_NTC.shape[1]]
+        with self._explained(f"{block.name} cannot be run by itself", block):
+            expected_NTC = (
+                batch.outputs[block.index] if batch.outputs else _called(batch.calls[block.index], x_NTC.clone())
+            )
+            before = versions([x_NTC, arguments])
+            y_NTC = block(x_NTC)
+        if versions([x_NTC, arguments]) != before:
+            self._refuse(f"{block.name} changes its arguments in place")
+        return y_NTC, expected_NTC
+
+    def _ahead(self, block: Block, x_NTC: Tensor, y_NTC: Tensor) -> Tensor:
+        """The share of tokens (scalar) whose output depends on later tokens: it changes if the sequences are cut."""
         samples, tokens = self._batches[1].tokens_NT.shape
         start_NTC, whole_NTC = x_NTC[:samples, :tokens], y_NTC[:samples, :tokens]
         changed_NT = (block(start_NTC) - whole_NTC).float().norm(dim=-1)
         made_NT, size_NT = (whole_NTC - start_NTC).float().norm(dim=-1), whole_NTC.float().norm(dim=-1)
         allowed_NT = torch.maximum(AHEAD * made_NT, ROUNDING * torch.finfo(y_NTC.dtype).eps * size_NT)
-        if (changed_NT > allowed_NT).float().mean() > 0.5:  # rounding may send a few to other experts
-            self._refuse(f"{block.name} looks ahead: its output for a token depends on later tokens")
+        share: Tensor = (changed_NT > allowed_NT).float().mean()
+        return share
 
     def _begin(self, decoder: Decoder, first_NT: Tensor, other_NT: Tensor) -> _Batch:
         """Capture the arguments of the blocks for two batches of one shape; the blocks keep those of the first."""
         calls = self._calls(decoder, other_NT)
         kept_calls = self._calls(decoder, first_NT)
+        same = Sameness()  # most arguments are the same tensors for all blocks
         for call, kept in zip(calls, kept_calls, strict=True):
             for name, value in call.arguments.items():
-                self._check_argument(call.block, name, value, kept.arguments.get(name))
+                self._check_argument(call.block, name, value, kept.arguments.get(name), same)
             if call.arguments.keys() != kept.arguments.keys():
                 self._refuse(f"the tokens decide which arguments {call.block.name} gets")
             if any(map(shares, call.arguments.values())):
                 self._rehearse(call)
         return _Batch(other_NT, calls, calls[0].x_NTC)
 
-    def _check_argument(self, block: Block, name: str, value: Any, other: Any) -> None:
+    def _check_argument(self, block: Block, name: str, value: Any, other: Any, same: Sameness) -> None:
         """Refuse an argument that cannot be passed again; `other` is its value for other tokens."""
         part = changeable(value)
         if isinstance(part, Unknown):
             self._refuse(f"{block.name} gets {name} from the block before it")
         if part is not None:
             self._refuse(f"{block.name} gets {name} with a {type(part).__name__} in it, which may change between calls")
-        if not equal(value, other):
+        if not same(value, other):
             self._refuse(f"the argument {name} of {block.name} depends on the tokens, not on their number alone")
 
     def _calls(self, decoder: Decoder, tokens_NT: Tensor) -> list[Call]:
@@ -165,8 +177,9 @@ class Check:
             self._refuse(f"it does not call {decoder.blocks[0].name} or later blocks for token ids")
         if order != list(range(len(decoder.blocks))):
             self._refuse(f"it does not call each block once, in order, but {', '.join(map(str, order[:20]))}")
+        same = Sameness()
         for call in calls[1:]:
-            if not equal(call.x_NTC, calls[0].x_NTC):
+            if not same(call.x_NTC, calls[0].x_NTC):
                 self._refuse(f"the input of {call.block.name} is not the output of the block before it")
         return calls
 

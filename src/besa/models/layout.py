@@ -30,7 +30,9 @@ from transformers.modeling_utils import LoadStateDictConfig
 from besa.errors import BesaError
 from besa.models.blocks import Block
 from besa.models.loading import model_explained, quiet
-from besa.storage.weights import FLOATS, WeightFiles
+from besa.models.transfers import at_home
+from besa.storage.weights import FLOATS, WeightFiles, is_finite, not_finite
+from besa.system.devices import CPU
 
 # Layers that predict further tokens come after the blocks, and transformers does not build them.
 FURTHER = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
@@ -157,21 +159,23 @@ class Layout:
         """Size of the tensors that the model has no module for."""
         return sum(tensor.nbytes for _, tensor in self._files.mapped(self.unbuilt))
 
-    def read(self, model: PreTrainedModel, names: list[str]) -> None:
-        """Load tensors from the files into a model.
+    def read(self, names: list[str], device: torch.device) -> dict[str, Tensor]:
+        """Read tensors from the files to a device.
 
         Args:
-            model: with the same modules as the layout's model.
             names: of the tensors in the files.
+            device: where they are needed.
 
         Raises:
             BesaError: a tensor is damaged, not finite, or too large for the dtype of the model.
         """
-        tensors = dict(self._tensors(names))
-        for name, tensor in tensors.items():
-            if tensor.dtype != model.dtype and self._is_weight(name):
-                in_dtype(name, tensor, model.dtype)
-        self.load_tensors(model, tensors)
+        tensors = self._files.read_to([name for name in names if self._is_weight(name)], device)
+        dtype = self._model.dtype
+        rounded = {name: tensor.to(dtype) for name, tensor in tensors.items() if tensor.dtype != dtype}
+        if (name := not_finite(rounded)) is not None:
+            raise _too_large(name, dtype)
+        others = self._files.mapped([name for name in names if not self._is_weight(name)])
+        return tensors | {name: tensor.to(device) for name, tensor in others}
 
     def _tensors(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
         """Tensors of the files. Buffers may hold infinity, as bounds do, but weights may not."""
@@ -182,9 +186,9 @@ class Layout:
         """Whether a stored tensor is a parameter of the model, or is merged into one."""
         return stored in self._merged or self._places[stored] in self._parameters
 
-    def load_tensors(self, model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
-        """Load tensors, by their names in the files, into a model with the same modules."""
-        load_tensors(model, tensors, self._conversions, self._source)
+    def load_tensors(self, model: PreTrainedModel, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+        """Load tensors, by their names in the files, into a model with the same modules; see `load_tensors`."""
+        load_tensors(model, tensors, self._conversions, self._source, device)
 
     def stored(self, block: Block, rounded: bool) -> dict[str, Tensor]:
         """The tensors of an open block on the CPU, with the names and layout of the files.
@@ -194,7 +198,7 @@ class Layout:
             rounded: convert parameters to the dtype of the model. Otherwise every tensor keeps its dtype in the files,
                 and every number that did not change keeps its bits.
         """
-        state = _state(block, torch.device("cpu"))
+        state = at_home(_state(block))
         names = self.of_block[block.name]
         merged = self._reverted(state) if self._merged.intersection(names) else {}
         tensors: dict[str, Tensor] = {}
@@ -245,11 +249,29 @@ def renaming(model: PreTrainedModel, conversions: list[WeightTransform]) -> Call
 
 
 def load_tensors(
-    model: PreTrainedModel, tensors: Mapping[str, Tensor], conversions: list[WeightTransform], source: str
+    model: PreTrainedModel,
+    tensors: Mapping[str, Tensor],
+    conversions: list[WeightTransform],
+    source: str,
+    device: torch.device = CPU,
 ) -> None:
-    """Load tensors, by their names in the files, into the model's parameters, in the dtype of the model."""
+    """Load tensors, by their names in the files, into the model's parameters, in the dtype of the model.
+
+    Args:
+        model: whose parameters of these names are replaced.
+        tensors: anywhere.
+        conversions: from the files to the model.
+        source: name of the checkpoint, for error messages.
+        device: where the parameters will be.
+
+    Raises:
+        BesaError: a tensor has another shape than the parameter, or cannot be converted.
+    """
     config = LoadStateDictConfig(
-        dtype=model.dtype, dtype_plan=model._get_dtype_plan(model.dtype), weight_mapping=conversions
+        dtype=model.dtype,
+        dtype_plan=model._get_dtype_plan(model.dtype),
+        weight_mapping=conversions,
+        device_map={"": device},
     )
     with quiet(), model_explained(source):
         info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), config)
@@ -280,10 +302,14 @@ def in_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         BesaError: a number is too large for it.
     """
     rounded = tensor.to(dtype)
-    if not bool(rounded.isfinite().all()):
-        dtype_name = str(dtype).removeprefix("torch.")
-        raise BesaError(f"{name} holds numbers too large for {dtype_name}: choose bfloat16 or float32.")
+    if not is_finite(rounded):
+        raise _too_large(name, dtype)
     return rounded
+
+
+def _too_large(name: str, dtype: torch.dtype) -> BesaError:
+    dtype_name = str(dtype).removeprefix("torch.")
+    return BesaError(f"{name} holds numbers too large for {dtype_name}: choose bfloat16 or float32.")
 
 
 def refuse_shape(source: str, name: str, stored: Iterable[int], expected: Iterable[int]) -> NoReturn:
@@ -309,10 +335,9 @@ def _in_dtype_of(old: Tensor, new: Tensor) -> Tensor:
     return torch.where(new == old.to(new.dtype), old, rounded) if new.shape == old.shape else rounded
 
 
-def _state(block: Block, device: torch.device | None = None) -> dict[str, Tensor]:
-    """The tensors of a block by their names in the model; with `device`, moved there."""
-    state = block.module.state_dict()
-    return {f"{block.name}.{name}": tensor.to(device or tensor.device) for name, tensor in state.items()}
+def _state(block: Block) -> dict[str, Tensor]:
+    """The tensors of a block by their names in the model."""
+    return {f"{block.name}.{name}": tensor for name, tensor in block.module.state_dict().items()}
 
 
 def _prefixes(name: str) -> Iterator[str]:

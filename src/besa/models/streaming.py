@@ -17,6 +17,8 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from besa.models.blocks import Block, find_blocks
 from besa.models.layout import Layout, in_files, load_tensors, tie
 from besa.models.loading import Source, read_config, read_generation_config, refuse_quantized, skeleton
+from besa.models.transfers import Ahead
+from besa.models.visiting import Visit, copies, visiting
 from besa.storage.formats.container import open_files
 
 
@@ -39,20 +41,23 @@ class Decoder(Protocol):
     unbuilt: list[str]
     unbuilt_bytes: int
 
-    def embeddings(self) -> AbstractContextManager[None]:
-        """While open, the inner model has its weights outside the blocks: embeddings and final norm, but no head."""
+    def embeddings(self, device: torch.device) -> AbstractContextManager[None]:
+        """While open, the inner model has on `device` what is outside its blocks: embeddings and final norm."""
 
-    def outside_blocks(self) -> AbstractContextManager[None]:
-        """While open, the whole model has its weights outside the blocks, the head too."""
+    def outside_blocks(self, device: torch.device) -> AbstractContextManager[None]:
+        """While open, the whole model has on `device` what is outside the blocks, the head too."""
 
     def opened(self, block: Block, device: torch.device) -> AbstractContextManager[None]:
         """While open, the block has its weights on `device`."""
 
-    def prefetch(self, block: Block) -> None:
-        """Start reading the block, which will be opened soon."""
+    def prefetch(self, block: Block, device: torch.device) -> None:
+        """Begin to bring the block to `device`, where it will be opened soon."""
 
     def stored(self, block: Block) -> dict[str, Tensor]:
-        """The tensors of an open block, with the names and layout of the checkpoint's files."""
+        """The tensors of an open block on the host, with the names and layout of the checkpoint's files.
+
+        It is the last that is done with an open block, which may have left its device after it.
+        """
 
     def name_in_files(self, name: str) -> str:
         """The name in the checkpoint's files of the linear that the model calls `name`."""
@@ -74,35 +79,38 @@ class DecoderInMemory:
         self.dtype: str | None = None
         self.unbuilt: list[str] = []
         self.unbuilt_bytes = 0
+        self._visits: dict[str, Visit] = {}  # of open blocks, by name
+        self._ahead: Ahead[int] = Ahead()
 
-    @contextmanager
-    def embeddings(self) -> Iterator[None]:
-        """Nothing to do: the embeddings are in memory."""
-        yield
+    def embeddings(self, device: torch.device) -> AbstractContextManager[None]:
+        """Move what is outside the blocks to `device`, and back."""
+        return visiting(_outside(self.model.base_model, self.blocks), device)
 
-    def outside_blocks(self) -> AbstractContextManager[None]:
-        """Nothing to do either."""
-        return self.embeddings()
+    def outside_blocks(self, device: torch.device) -> AbstractContextManager[None]:
+        """The same with the head."""
+        return visiting(_outside(self.model, self.blocks), device)
 
     @contextmanager
     def opened(self, block: Block, device: torch.device) -> Iterator[None]:
-        """Move the block to `device` and back."""
-        home, experts = self.model.device, self.model.get_experts_implementation()
+        """Move the block to `device`, and what has changed back."""
+        experts = self.model.get_experts_implementation()
         if self.model._can_set_experts_implementation():
             self.model.set_experts_implementation("eager")  # grouped products cannot be watched
-        block.module.to(device)
+        self._visits[block.name] = Visit(block.module.modules(), device, self._ahead.take(block.name, device))
         try:
             yield
         finally:
-            block.module.to(home)
+            self._visits.pop(block.name).end()
             if self.model._can_set_experts_implementation():
                 self.model.set_experts_implementation(experts)
 
-    def prefetch(self, block: Block) -> None:
-        """Nothing to do: the block is in memory."""
+    def prefetch(self, block: Block, device: torch.device) -> None:
+        """See `Decoder`."""
+        self._ahead.begin(block.name, device, _bytes(block), lambda: copies(block.module.modules(), device))
 
     def stored(self, block: Block) -> dict[str, Tensor]:
-        """See `Decoder`."""
+        """See `Decoder`; the block moves back."""
+        self._visits[block.name].end()
         return in_files(self.model, block)
 
     def name_in_files(self, name: str) -> str:
@@ -111,9 +119,8 @@ class DecoderInMemory:
 
     def load_tensors(self, block: Block, tensors: Mapping[str, Tensor]) -> None:
         """See `Decoder`."""
-        device = next(block.module.parameters()).device
-        load_tensors(self.model, tensors, get_model_conversion_mapping(self.model), self.model.name_or_path)
-        block.module.to(device)
+        conversions, device = get_model_conversion_mapping(self.model), next(block.module.parameters()).device
+        load_tensors(self.model, tensors, conversions, self.model.name_or_path, device)
 
     def tensors_outside_blocks(self) -> Iterator[tuple[str, Tensor]]:
         """See `Decoder`; of tied tensors, only the one that loading expects."""
@@ -152,46 +159,53 @@ class DecoderOnDisk:
         self.model.generation_config = read_generation_config(source, self.model)
         self.blocks = find_blocks(self.model)
         self.unbuilt, self.unbuilt_bytes = self._layout.unbuilt, self._layout.unbuilt_bytes
+        self._ahead: Ahead[str] = Ahead()
 
     @contextmanager
-    def embeddings(self) -> Iterator[None]:
+    def embeddings(self, device: torch.device) -> Iterator[None]:
         """Read the embeddings and the final norm, and free them afterwards."""
-        with self._read_outside_blocks(self._layout.embeddings):
+        with self._read_outside_blocks(self._layout.embeddings, device):
             yield
 
     @contextmanager
-    def outside_blocks(self) -> Iterator[None]:
+    def outside_blocks(self, device: torch.device) -> Iterator[None]:
         """Read everything outside the blocks, and free it afterwards."""
-        with self._read_outside_blocks([*self._layout.embeddings, *self._layout.head]):
+        with self._read_outside_blocks([*self._layout.embeddings, *self._layout.head], device):
             yield
 
     @contextmanager
-    def _read_outside_blocks(self, names: list[str]) -> Iterator[None]:
-        inside = {module for block in self.blocks for module in block.module.modules()}
-        try:
-            self._layout.read(self.model, names)
-            tie(self.model)
-            yield
-        finally:
-            for module in self.model.modules():
-                if module not in inside:
+    def _read_outside_blocks(self, names: list[str], device: torch.device) -> Iterator[None]:
+        modules = _outside(self.model, self.blocks)
+        with visiting(modules, device):  # buffers, which are not in the files
+            try:
+                self._layout.load_tensors(self.model, self._layout.read(names, device), device)
+                tie(self.model)
+                yield
+            finally:
+                for module in modules:
                     _free(module)
 
     @contextmanager
     def opened(self, block: Block, device: torch.device) -> Iterator[None]:
         """Read the block, and free it afterwards."""
         modules = list(block.module.modules())
-        try:
-            self._layout.read(self.model, self._layout.of_block[block.name])
-            block.module.to(device)
-            yield
-        finally:
-            for module in modules:
-                _free(module)
+        with visiting(modules, device):
+            try:
+                tensors = self._ahead.take(block.name, device)
+                if tensors is None:
+                    tensors = self._layout.read(self._layout.of_block[block.name], device)
+                self._layout.load_tensors(self.model, tensors, device)
+                del tensors
+                yield
+            finally:
+                for module in modules:
+                    _free(module)
 
-    def prefetch(self, block: Block) -> None:
+    def prefetch(self, block: Block, device: torch.device) -> None:
         """See `Decoder`: the block is read while another one is computed."""
-        self._files.prefetch(self._layout.of_block[block.name])
+        names = self._layout.of_block[block.name]
+        self._files.prefetch(names)
+        self._ahead.begin(block.name, device, _bytes(block), lambda: self._layout.read(names, device))
 
     def check_writable(self) -> None:
         """Check before the work that blocks can be written in the layout of the files.
@@ -211,13 +225,22 @@ class DecoderOnDisk:
 
     def load_tensors(self, block: Block, tensors: Mapping[str, Tensor]) -> None:
         """See `Decoder`."""
-        device = next(block.module.parameters()).device
-        self._layout.load_tensors(self.model, tensors)
-        block.module.to(device)
+        self._layout.load_tensors(self.model, tensors, next(block.module.parameters()).device)
 
     def tensors_outside_blocks(self) -> Iterator[tuple[str, Tensor]]:
         """See `Decoder`; also the tensors that the model has no module for."""
         yield from self._layout.tensors_outside_blocks(rounded=self.dtype is not None)
+
+
+def _outside(model: nn.Module, blocks: list[Block]) -> list[nn.Module]:
+    """The modules of a model that are not in a block."""
+    inside = {module for block in blocks for module in block.module.modules()}
+    return [module for module in model.modules() if module not in inside]
+
+
+def _bytes(block: Block) -> int:
+    """Size of the parameters of a block."""
+    return sum(parameter.nbytes for parameter in block.module.parameters())
 
 
 def _free(module: nn.Module) -> None:

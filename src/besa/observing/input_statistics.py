@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from besa import kernels
 from besa.errors import BesaError
 from besa.models.activations import HiddenStates
 from besa.models.blocks import Block
 from besa.models.prunable import Prunable
+from besa.models.transfers import fetched
 from besa.models.units import Unit
 from besa.observing.products import Products
 
@@ -30,6 +32,7 @@ class InputStatistics:
     squares_I: Tensor
     gram_II: Tensor | None
     tokens: int = 0
+    _reached: bool | None = field(default=None, repr=False)  # None: nobody has looked
     _inverses: dict[float, Tensor] = field(default_factory=dict, repr=False)  # by damping
 
     @classmethod
@@ -41,23 +44,28 @@ class InputStatistics:
     def add(self, x_TI: Tensor) -> None:
         """Add the tokens `x_TI` (tokens, channels), of any float dtype."""
         self._inverses.clear()
-        x_TI = x_TI.float()
-        self.squares_I += x_TI.square().sum(dim=0).double()
+        self._reached = None
         if self.gram_II is not None:
-            self.gram_II.addmm_(x_TI.T, x_TI)
+            with _products_of(x_TI.dtype):
+                x_TI = x_TI.float()
+                self.gram_II.addmm_(x_TI.T, x_TI)
+        kernels.add_squares(x_TI, self.squares_I)
         self.tokens += x_TI.shape[0]
 
     @property
     def reached(self) -> bool:
         """Whether any token came. Tokens of zeros do not count: some experts get zeros for the tokens of others."""
-        return bool(self.squares_I.any())
+        if self._reached is None:
+            settle([self])
+        assert self._reached is not None
+        return self._reached
 
     def hessian(self, damping: float) -> Tensor:
         """H = Σ x xᵀ (I, I). `damping` × the diagonal's mean is added to the diagonal, which is 1 for zero channels."""
         assert self.gram_II is not None, "the recipe did not ask for the Gram matrix"
         hessian_II = self.gram_II.clone()
         diagonal_I = hessian_II.diagonal()
-        diagonal_I[diagonal_I == 0] = 1.0
+        diagonal_I.masked_fill_(diagonal_I == 0, 1.0)
         diagonal_I += damping * diagonal_I.mean()
         return hessian_II
 
@@ -78,6 +86,31 @@ class InputStatistics:
         return self._inverses.setdefault(damping, torch.cholesky_inverse(factor_II))
 
 
+def settle(statistics: Iterable[InputStatistics]) -> None:
+    """Find out which statistics any token reached. The host waits for the device once for all of them."""
+    distinct = list({id(one): one for one in statistics}.values())
+    if distinct:
+        reached = torch.stack([one.squares_I.any() for one in distinct]).tolist()
+        for one, came in zip(distinct, reached, strict=True):
+            one._reached = came
+
+
+@contextmanager
+def _products_of(dtype: torch.dtype) -> Iterator[None]:
+    """While open, CUDA multiplies float32 matrices in TF32 if their numbers come from half precision.
+
+    TF32 has the exponents of bfloat16 and the significant bits of float16, so it holds both. Products are exact, and
+    sums are float32 either way.
+    """
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "ieee" if dtype == torch.float32 else "tf32"
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
 @contextmanager
 def collect(block: nn.Module, prunables: Mapping[str, Prunable], gram: bool) -> Iterator[dict[str, InputStatistics]]:
     """While open, gather the input statistics of each of `prunables` from every forward pass through `block`.
@@ -89,6 +122,7 @@ def collect(block: nn.Module, prunables: Mapping[str, Prunable], gram: bool) -> 
     with Products(block, prunables, sums.add):
         yield sums.statistics
     sums.fill_up(block, prunables)
+    settle(sums.statistics.values())
 
 
 @torch.no_grad()
@@ -117,12 +151,14 @@ def look(unit: Unit, x_NTC: HiddenStates, batch: int, gram: bool) -> dict[str, I
         for start in range(0, len(x_NTC), batch):
             batch_NTC = x_NTC[start : start + batch]
             with suppress(_Enough):
-                unit(batch_NTC.to(unit.device))
+                unit(fetched(batch_NTC, unit.device))
             if start == 0 and sums[-1].saw_all_once(unit.blocks[-1], batch_NTC.shape[0] * batch_NTC.shape[1]):
                 final = list(sums[-1].statistics)[-1]
     for block, block_sums in zip(unit.blocks, sums, strict=True):
         block_sums.fill_up(block.module, block.prunables)
-    return {name: statistics for block_sums in sums for name, statistics in block_sums.statistics.items()}
+    found = {name: statistics for block_sums in sums for name, statistics in block_sums.statistics.items()}
+    settle(found.values())
+    return found
 
 
 class _Enough(Exception):  # noqa: N818 - not an error

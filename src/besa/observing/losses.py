@@ -38,22 +38,29 @@ def token_weighted_error(y_NTC: Tensor, target_NTC: Tensor, power: float) -> Ten
     return (error_NT * weights_NT).sum() / (squares_NT * weights_NT).sum().clamp_min(1e-12)
 
 
-def error_between(y_NTC: HiddenStates, target_NTC: HiddenStates, share: int, tokens: int) -> float:
-    """`reconstruction_error` of the first `tokens` tokens of every `share`-th sequence, one sequence at a time.
+def error_between(
+    y_NTC: HiddenStates, target_NTC: HiddenStates, share: int, tokens: int, device: torch.device
+) -> Tensor:
+    """`reconstruction_error` (scalar) of the first tokens of every `share`-th sequence, one sequence at a time.
 
     Args:
         y_NTC: outputs of N sequences.
         target_NTC: targets of all N or only of every `share`-th; of each, at least the first `tokens` tokens.
         share: one sequence in so many is used; at least 1.
-        tokens: of a sequence.
+        tokens: of a sequence, from its beginning.
+        device: that computes; the hidden states may be elsewhere.
     """
     stride = share if len(target_NTC) == len(y_NTC) else 1
+
+    def one(x_NTC: HiddenStates, place: int) -> Tensor:
+        return x_NTC[place : place + 1][:, :tokens].to(device)
+
     squares = [
-        _squares(y_NTC[place : place + 1][:, :tokens], target_NTC[at * stride : at * stride + 1][:, :tokens])
+        _squares(one(y_NTC, place), one(target_NTC, at * stride))
         for at, place in enumerate(range(0, len(y_NTC), share))
     ]
     error_C, norm_C = (torch.stack(part).sum(dim=0) for part in zip(*squares, strict=True))
-    return float(_relative(error_C, norm_C))
+    return _relative(error_C, norm_C)
 
 
 def _squares(y_NTC: Tensor, target_NTC: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """How strongly a block's output, or the model's loss, depends on each row of its matrices, by sending gradients back.
 
-Shape suffixes: N sequences, T tokens, C channels of the residual stream, O rows (output channels).
+Shape suffixes: N sequences, T tokens, C channels of the residual stream, O rows (output channels), B bytes.
 """
 
 from __future__ import annotations
@@ -62,6 +62,11 @@ class RowSensitivities:
 
 
 def random_signs(like: Tensor, seed: int) -> Tensor:
-    """Random ±1 with the shape, dtype and device of `like`; the same numbers on every device."""
+    """Random ±1 with the shape, dtype and device of `like`; the same numbers on every device.
+
+    The host draws them as bits and the device spreads them out, so that few bytes travel.
+    """
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 2, like.shape, generator=generator).mul_(2).sub_(1).to(like)
+    bytes_B = torch.randint(0, 256, (-(-like.numel() // 8),), generator=generator, dtype=torch.uint8).to(like.device)
+    bits_B8 = bytes_B[:, None] >> torch.arange(8, dtype=torch.uint8, device=like.device) & 1
+    return bits_B8.flatten()[: like.numel()].reshape(like.shape).to(like.dtype).mul_(2).sub_(1)

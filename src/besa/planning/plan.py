@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import torch
 from pydantic import BaseModel
@@ -15,6 +17,7 @@ from besa.errors import BesaError
 from besa.methods.allocation import first_tokens
 from besa.methods.recipe import Recipe
 from besa.methods.targets.budgets import budgets
+from besa.models.activations import Place, Room
 from besa.models.blocks import Block, left_dense
 from besa.models.units import Unit, units
 from besa.planning.passes import forward_passes
@@ -23,7 +26,9 @@ from besa.planning.shapes import learn_arguments
 from besa.pruning.paths import dense_share
 from besa.quantization import MinMax
 from besa.system import memory
+from besa.system.devices import is_available, shares_memory, total_bytes
 
+PLACES: tuple[Place, ...] = get_args(Place)
 TEXT = 64 << 20  # bytes of the tokenizer and the calibration text while they are read
 
 
@@ -42,9 +47,9 @@ class Plan(BaseModel):
         checkpoint_bytes: size of the pruned checkpoint.
         disk_bytes: free space needed during the run, for journal, checkpoint and activations.
         activation_bytes: size of all hidden states kept between blocks.
-        activations_on_disk: whether they exceed the activation budget.
+        activation_places: how many bytes they take on the ``device``, in memory of the ``host``, and in a ``file``.
         memory_bytes: expected peak of the process.
-        gpu_memory_bytes: expected peak on the GPU; None for a run on the CPU.
+        gpu_memory_bytes: expected peak on the GPU; None for a device that computes in the machine's memory.
         forward_passes: over the calibration set through all blocks; a backward pass counts as two.
         fits: whether this machine has enough memory and disk, and GPU memory for a run on the GPU.
         lacking: what this machine has too little of, in words.
@@ -61,7 +66,7 @@ class Plan(BaseModel):
     checkpoint_bytes: int
     disk_bytes: int
     activation_bytes: int
-    activations_on_disk: bool
+    activation_places: dict[Place, int]
     memory_bytes: int
     gpu_memory_bytes: int | None
     forward_passes: float
@@ -79,7 +84,7 @@ def work_out(
     seqlen: int,
     batch: int,
     device: torch.device,
-    activation_budget: int,
+    activation_budget: int | None,
     folder: Path,
 ) -> Plan:
     """Work out what a run needs.
@@ -93,7 +98,7 @@ def work_out(
         seqlen: tokens of a calibration sequence.
         batch: sequences in a forward pass.
         device: where blocks would be computed; this machine need not have it.
-        activation_budget: bytes of hidden states kept in memory.
+        activation_budget: as in `Room`; if the device is not here, its memory has no limit by default.
         folder: where the checkpoint would be written.
 
     Raises:
@@ -113,10 +118,11 @@ def work_out(
     dense_stream = stream // seqlen * tokens // samples * -(-samples // share)
     two_parts = recipe.granularity == "attn-mlp"  # attention has its own teacher
     target = stream if teacher == "pruned" else dense_stream
-    streams = stream + dense_stream + (stream if teacher == "pruned" else 0) + (target if two_parts else 0)
-    surveyed = stream // samples * recipe.targets.sequences_kept(samples, len(blocks))
-    streams = max(streams, surveyed)  # hidden states of the targets are freed before the others are allocated
-    on_disk = stream > activation_budget // 2
+    streams = [stream, dense_stream, *([target] if two_parts else []), *([stream] if teacher == "pruned" else [])]
+    surveyed = [stream // samples] * recipe.targets.sequences_kept(samples, len(blocks))
+    # Hidden states of the targets are freed before the others are allocated.
+    in_turn = [_placed(sizes, Room(device, activation_budget)) for sizes in (streams, surveyed)]
+    places = {place: max(placed[place] for placed in in_turn) for place in PLACES}
     if batch * seqlen * model.config.get_text_config().hidden_size * item > memory.total_bytes():
         raise BesaError(
             f"A batch of {batch:,} × {seqlen:,} tokens needs more memory than this machine has: lower --batch or "
@@ -130,11 +136,10 @@ def work_out(
         outside += 20 * seqlen * model.config.get_text_config().vocab_size
     work = max(unit_bytes(model, unit, recipe, batch, seqlen) for unit in _distinct(in_order))
     unit_size = max(stored_bytes(unit) for unit in in_order)
-    kept = (0 if on_disk else streams) + memory.current_bytes() + TEXT
-    on_gpu = device.type == "cuda"
-    needs = kept + max(outside, 2 * unit_size if on_gpu else work)
-    disk = disk_bytes(size) + (streams if on_disk else 0)
-    gpu = work if on_gpu else None
+    on_device = places["device"] + max(outside, work)
+    gpu = None if shares_memory(device) else on_device
+    needs = memory.current_bytes() + TEXT + places["host"] + (on_device if gpu is None else 2 * unit_size)
+    disk = disk_bytes(size) + places["file"]
     zeros = sum(budget.zeros for budget in plan)
     lacking = list(_lacking(needs, gpu, disk, device, folder))
     return Plan(
@@ -148,8 +153,8 @@ def work_out(
         dense=left_dense(blocks, {name for budget in plan for name in budget.names}),
         checkpoint_bytes=size,
         disk_bytes=disk,
-        activation_bytes=streams,
-        activations_on_disk=on_disk,
+        activation_bytes=max(sum(streams), sum(surveyed)),
+        activation_places=places,
         memory_bytes=needs,
         gpu_memory_bytes=gpu,
         forward_passes=forward_passes(recipe, samples, seqlen),
@@ -163,13 +168,22 @@ def _lacking(needs: int, gpu: int | None, disk: int, device: torch.device, folde
     if needs > memory.total_bytes():
         yield f"memory ({memory.total_bytes() / 1e9:.1f} GB)"
     if gpu is not None:
-        if not torch.cuda.is_available():
+        if not is_available(device.type):
             yield "a GPU"
-        elif gpu > (total := torch.cuda.get_device_properties(device).total_memory):
+        elif gpu > (total := total_bytes(device)):
             yield f"GPU memory ({total / 1e9:.1f} GB)"
     place = next(parent for parent in [folder, *folder.absolute().parents] if parent.is_dir())
     if disk > (free := shutil.disk_usage(place).free):
         yield f"free disk ({free / 1e9:.1f} GB)"
+
+
+def _placed(sizes: list[int], room: Room) -> Counter[Place]:
+    """Bytes of hidden states of these sizes in each place, if they are allocated in this order."""
+    placed: Counter[Place] = Counter()
+    for size in sizes:
+        place, taken = room.take(size)
+        placed[place] += taken or size
+    return placed
 
 
 def _distinct(in_order: list[Unit]) -> list[Unit]:

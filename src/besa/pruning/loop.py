@@ -50,7 +50,7 @@ def prune_blocks(
     blocks = decoder.blocks
     in_order = units(blocks, recipe.granularity)
     done = _done(journal, in_order)
-    check = Check(decoder, calibration.tokens_NT) if len(done) < len(blocks) else None
+    check = Check(decoder, calibration.tokens_NT, resources.device) if len(done) < len(blocks) else None
     targets = _targets(decoder, recipe, calibration, seed, resources, journal) if len(done) < len(blocks) else None
     plan = budgets(blocks, recipe, targets)
     quantization = recipe.quantization.coding
@@ -78,7 +78,7 @@ def prune_blocks(
                     check.see(block)
             if place < last:
                 for block in in_order[place + 1].blocks:
-                    decoder.prefetch(block)
+                    decoder.prefetch(block, resources.device)
             if unit.index in done:
                 assert journal is not None
                 for block in unit.blocks:
@@ -137,8 +137,7 @@ def _targets(
         recipe.sparsity,
         resources.batch,
         resources.device,
-        resources.activation_budget,
-        resources.folder,
+        resources.room,
         seed,
     )
     if not any(survey.sizes):

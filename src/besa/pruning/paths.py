@@ -5,19 +5,19 @@ Shape suffixes: N sequences, T tokens, C channels of the residual stream.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+import sys
+from dataclasses import dataclass, field
 
 import torch
 
 from besa.data.calibration import Calibration
 from besa.methods.allocation import first_tokens
 from besa.methods.recipe import Recipe
-from besa.models.activations import HiddenStates, empty_states
-from besa.models.blocks import capture_inputs
+from besa.models.activations import HiddenStates, Room
+from besa.models.blocks import embedded
 from besa.models.streaming import Decoder
+from besa.system.devices import CPU
 
-CPU = torch.device("cpu")
 # The error against the dense path is measured on one sequence in ERROR_SHARE, and on this share of its tokens from the
 # beginning. Every method has the same, so that measuring never makes the dense path longer.
 ERROR_SHARE = 16
@@ -31,15 +31,13 @@ class Resources:
     Attributes:
         batch: sequences in a forward pass.
         device: where blocks are computed.
-        activation_budget: bytes of hidden states kept in memory; larger ones go into a file.
-        folder: of that file; by default the folder of temporary files.
+        room: for hidden states.
         codes: keep quantised weights as codes; else as the numbers they stand for.
     """
 
     batch: int = 4
     device: torch.device = CPU
-    activation_budget: int = 1 << 62
-    folder: Path | None = None
+    room: Room = field(default_factory=lambda: Room(budget=sys.maxsize))
     codes: bool = True
 
 
@@ -53,15 +51,11 @@ def first_inputs(
     samples, seqlen = calibration.tokens_NT.shape
     share, length = dense_share(recipe, seqlen)
     lengths = {length, first_tokens(seqlen, recipe.descent.crop if recipe.descent else 1.0)}
-    with decoder.embeddings():
-        parts = capture_inputs(decoder.model, decoder.blocks, calibration.tokens_NT, resources.batch, lengths)
-        for start, part_NTC in zip(range(0, samples, resources.batch), parts, strict=True):
-            if start == 0:
-                width, dtype = part_NTC.shape[-1], part_NTC.dtype
-                limit, folder = resources.activation_budget // 2, resources.folder
-                pruned_NTC = empty_states((samples, seqlen, width), dtype, limit, folder)
-                dense_NTC = empty_states((-(-samples // share), length, width), dtype, limit, folder)
-            pruned_NTC[start : start + len(part_NTC)] = part_NTC
+    with decoder.embeddings(resources.device):
+        pruned_NTC = embedded(
+            decoder.model, decoder.blocks, calibration.tokens_NT, resources.batch, resources.room, lengths
+        )
+    dense_NTC = resources.room.empty((-(-samples // share), length, pruned_NTC.shape[-1]), pruned_NTC.dtype)
     for place in range(len(dense_NTC)):
         dense_NTC[place : place + 1] = pruned_NTC[place * share : place * share + 1][:, :length]
     return pruned_NTC, dense_NTC

@@ -116,11 +116,11 @@ def settle(
             settled |= parts
             continue
         zero = {name: part.weight() == 0 for name, part in parts.items()}
-        widths = torch.cat([torch.full((len(z_OI),), z_OI.shape[1]) for z_OI in zero.values()])
+        least = torch.cat([z_OI.sum(dim=1) for z_OI in zero.values()])
+        widths = torch.cat([torch.full_like(z_OI[:, 0], z_OI.shape[1], dtype=torch.int64) for z_OI in zero.values()])
         rates = torch.cat([counts[name] for name in budget.names]) / widths
-        least = torch.cat([z_OI.sum(dim=1).cpu() for z_OI in zero.values()])
         shares = apportion(rates, widths, budget.zeros, least).split([len(z_OI) for z_OI in zero.values()])
         for (name, part), counts_O in zip(parts.items(), shares, strict=True):
             ranks_OI = rank(linears[name].importance_OI, part.weight())
-            settled[name] = part.pruned(hard_mask(ranks_OI, counts_O.to(ranks_OI.device)))
+            settled[name] = part.pruned(hard_mask(ranks_OI, counts_O))
     return settled

@@ -17,15 +17,16 @@ from besa.errors import BesaError
 from besa.methods.allocation import Allocated, BlockProblem, RankedLinear, first_tokens
 from besa.methods.finetuning import Finetuned
 from besa.methods.recipe import Recipe
-from besa.models.activations import HiddenStates, empty_states
+from besa.models.activations import HiddenStates
 from besa.models.prunable import everywhere
 from besa.models.units import Part, Unit, parts
 from besa.observing.input_statistics import InputStatistics, collect, look
 from besa.observing.losses import error_between
 from besa.pruning import quantizing
+from besa.pruning.counted import linear_records
 from besa.pruning.paths import ERROR_SHARE, ERROR_TOKENS, Resources
 from besa.quantization import Quantized
-from besa.record import BlockRecord, linear_record
+from besa.record import BlockRecord
 from besa.system.stopwatch import Stopwatch
 
 
@@ -53,12 +54,6 @@ class Step:
     resources: Resources
     watch: Stopwatch
 
-    def empty_like(self, x_NTC: HiddenStates) -> HiddenStates:
-        """Hidden states of the same shape and dtype, not yet written."""
-        first_NTC = x_NTC[:1]
-        shape = (len(x_NTC), first_NTC.shape[1], first_NTC.shape[2])
-        return empty_states(shape, first_NTC.dtype, self.resources.activation_budget // 2, self.resources.folder)
-
 
 def prune_unit(step: Step) -> tuple[list[BlockRecord], dict[str, Quantized]]:
     """Prune a unit in place, and move both paths on to its outputs.
@@ -74,7 +69,7 @@ def prune_unit(step: Step) -> tuple[list[BlockRecord], dict[str, Quantized]]:
     in_turn = parts(unit, recipe.granularity)
     with watch("teacher"):
         part_targets = [_part_targets(step, part) for part in in_turn[:-1]]
-    outputs_NTC = step.empty_like(step.pruned_NTC) if recipe.teacher == "pruned" else None
+    outputs_NTC = step.resources.room.empty_like(step.pruned_NTC) if recipe.teacher == "pruned" else None
     statistics, dense_outputs = _observe(step, outputs_NTC)
     _check_seen(step, statistics)
     unit_targets_NTC = step.dense_NTC if outputs_NTC is None else outputs_NTC
@@ -160,8 +155,8 @@ def _prune(
             if name in quantized:
                 w_OI = quantized[name].weight()
             else:
-                counts_O = allocated.counts[name].to(linear.w_OI.device)
                 ranks_OI = allocated.ranks.get(name, linear.ranks_OI)
+                counts_O = allocated.counts[name]
                 w_OI = recipe.reconstruction.rebuild(linear.w_OI, ranks_OI, counts_O, statistics[name], recipe.group)
             unit.weight(name).copy_(w_OI)
     return linears, allocated, quantized
@@ -170,7 +165,7 @@ def _prune(
 def _part_targets(step: Step, part: Part) -> HiddenStates:
     """The outputs of the teacher with the silent matrices of the part set to zero."""
     inputs_NTC = step.pruned_NTC if step.recipe.teacher == "pruned" else step.dense_NTC
-    targets_NTC = step.empty_like(inputs_NTC)
+    targets_NTC = step.resources.room.empty_like(inputs_NTC)
     step.unit.silencing(part.silent).run(inputs_NTC, step.resources.batch, into=targets_NTC)
     return targets_NTC
 
@@ -178,7 +173,7 @@ def _part_targets(step: Step, part: Part) -> HiddenStates:
 def _error_sample(step: Step) -> HiddenStates:
     """The hidden states of the dense path on which the error is measured."""
     stride = ERROR_SHARE if len(step.dense_NTC) == len(step.pruned_NTC) else 1
-    tokens = first_tokens(step.pruned_NTC[:1].shape[1], ERROR_TOKENS)
+    tokens = first_tokens(step.pruned_NTC.shape[1], ERROR_TOKENS)
     return torch.cat([step.dense_NTC[at : at + 1][:, :tokens] for at in range(0, len(step.dense_NTC), stride)])
 
 
@@ -206,22 +201,21 @@ def _records(
         finetuned: result of the fine-tuning.
         dense_outputs: outputs of each block on the dense path.
     """
-    watch, counted = step.watch, []
-    for block, dense_NTC in zip(step.unit.blocks, dense_outputs, strict=True):
+    watch, unit = step.watch, step.unit
+    errors = []
+    for block, dense_NTC in zip(unit.blocks, dense_outputs, strict=True):
         with watch("propagate"):
             block.run(step.pruned_NTC, step.resources.batch, into=step.pruned_NTC)  # line 11
         with watch("measure"):
-            tokens = first_tokens(step.pruned_NTC[:1].shape[1], ERROR_TOKENS)
-            error = error_between(step.pruned_NTC, dense_NTC, ERROR_SHARE, tokens)
-            block_linears = [
-                linear_record(name, block.weight(name).detach(), linear.importance_OI, linear.reached)
-                for name, linear in linears.items()
-                if name in block.prunables
-            ]
-        counted.append((block, error, block_linears))
-    share = len(counted)
+            tokens = first_tokens(step.pruned_NTC.shape[1], ERROR_TOKENS)
+            errors.append(error_between(step.pruned_NTC, dense_NTC, ERROR_SHARE, tokens, unit.device))
+    with watch("measure"):
+        counted = linear_records({name: unit.weight(name).detach() for name in linears}, linears)
+        measured: list[float] = torch.stack(errors).tolist()
+    share = len(unit.blocks)
     records = []
-    for block, error, block_linears in counted:
+    for block, error in zip(unit.blocks, measured, strict=True):
+        block_linears = [record for name, record in counted.items() if name in block.prunables]
         weights = sum(linears[linear.name].w_OI.numel() for linear in block_linears)
         zeros = sum(linear.zeros for linear in block_linears)
         records.append(
@@ -232,8 +226,8 @@ def _records(
                 zeros=zeros,
                 sparsity=zeros / weights if weights else 0.0,
                 reconstruction_error=error,
-                losses=losses if block is step.unit.blocks[-1] else [],
-                finetuning=finetuned.losses if block is step.unit.blocks[-1] else [],
+                losses=losses if block is unit.blocks[-1] else [],
+                finetuning=finetuned.losses if block is unit.blocks[-1] else [],
                 seconds=sum(watch.seconds.values()) / share,
                 phases={phase: seconds / share for phase, seconds in watch.seconds.items()},
                 linears=block_linears,

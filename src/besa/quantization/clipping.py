@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from besa.quantization.minmax import Grid, codes, dequantized, extremes, grid, step_gradient
+from besa.quantization.minmax import Grid, clipped_grid, codes, dequantized, extremes
 
 START = 4.0  # logit of gamma at the start, as in OmniQuant: gamma is 0.98
 
@@ -24,41 +24,25 @@ class Clipping:
         bits: N.
         symmetric: whether the code of zero is the middle one.
         learned: whether γ is learned, from 0.98; else it is 1.
+
+    Attributes:
+        logits_2OG: what a descent learns; `kernels.quantized` and `kernels.clipping_gradient` serve it.
+        low_OG: min(W) of each group.
+        high_OG: max(W) of each group.
     """
 
     def __init__(self, w_OI: Tensor, groups: int, bits: int, symmetric: bool, learned: bool) -> None:
-        self._w_OI = w_OI
-        self._low_OG, self._high_OG = extremes(w_OI, groups)
-        self._bits, self._symmetric = bits, symmetric
+        self.w_OI, self.bits, self.symmetric = w_OI, bits, symmetric
+        self.low_OG, self.high_OG = extremes(w_OI, groups)
         start = START if learned else torch.inf
-        self.logits_2OG = torch.full((2, *self._low_OG.shape), start, device=w_OI.device, requires_grad=learned)
-        self._grid: Grid | None = None
-
-    def grid(self) -> Grid:
-        """The present grid; gradients reach the logits through its steps."""
-        low_OG, high_OG = (self.logits_2OG.sigmoid() * torch.stack([self._low_OG, self._high_OG])).unbind()
-        return grid(low_OG, high_OG, self._bits, self._symmetric)
-
-    def quantize(self, out_OI: Tensor) -> None:
-        """Write Q(W) (O, I) to `out_OI`, and keep the grid for `backward`."""
-        with torch.enable_grad():
-            self._grid = self.grid()
-        with torch.no_grad():
-            out_OI.copy_(dequantized(codes(self._w_OI, self._grid), self._grid, out_OI.dtype))
-
-    def backward(self, gradient_OI: Tensor) -> None:
-        """Add to the logits' gradient, from dL/dQ (O, I) at the last `quantize`, which is zero for pruned weights."""
-        assert self._grid is not None
-        with torch.no_grad():
-            slope_OG = step_gradient(gradient_OI, self._w_OI, self._grid)
-        self._grid.step_OG.backward(slope_OG)
+        self.logits_2OG = torch.full((2, *self.low_OG.shape), start, device=w_OI.device, requires_grad=learned)
 
     @torch.no_grad()
     def quantized(self, dtype: torch.dtype) -> Quantized:
         """The weight on its final grid; its steps are rounded to `dtype`."""
-        exact = self.grid()
+        exact = clipped_grid(self.logits_2OG, self.low_OG, self.high_OG, self.bits, self.symmetric)
         rounded = replace(exact, step_OG=exact.step_OG.to(dtype).float())
-        return Quantized(codes(self._w_OI, rounded).to(torch.uint8), rounded, self._symmetric, dtype)
+        return Quantized(codes(self.w_OI, rounded).to(torch.uint8), rounded, self.symmetric, dtype)
 
 
 @dataclass(frozen=True)

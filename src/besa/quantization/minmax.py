@@ -58,6 +58,12 @@ def grid(low_OG: Tensor, high_OG: Tensor, bits: int, symmetric: bool) -> Grid:
     return Grid(step_OG, zero_OG, bits)
 
 
+def clipped_grid(logits_2OG: Tensor, low_OG: Tensor, high_OG: Tensor, bits: int, symmetric: bool) -> Grid:
+    """The grid of weights between `low_OG` and `high_OG` (`extremes`), at γ0 and γ1 = sigmoid(logits)."""
+    clipped_low_OG, clipped_high_OG = (logits_2OG.sigmoid() * torch.stack([low_OG, high_OG])).unbind()
+    return grid(clipped_low_OG, clipped_high_OG, bits, symmetric)
+
+
 def codes(w_OI: Tensor, grid: Grid) -> Tensor:
     """clamp(round(W / h) + z, 0, 2^N − 1) of eq. 7 (O, I), integers in float32."""
     w_OGI = _grouped(w_OI.float(), grid.step_OG.shape[1])
@@ -84,6 +90,20 @@ def step_gradient(gradient_OI: Tensor, w_OI: Tensor, grid: Grid) -> Tensor:
     code_OGI = free_OGI.clamp(0, grid.largest)
     slope_OGI = (code_OGI - zero_OG1).sub_(torch.where(free_OGI == code_OGI, ratio_OGI, 0))
     return (_grouped(gradient_OI.float(), groups) * slope_OGI).sum(dim=2)
+
+
+def logits_gradient(
+    slope_OG: Tensor, grid: Grid, logits_2OG: Tensor, low_OG: Tensor, high_OG: Tensor, symmetric: bool
+) -> Tensor:
+    """dL/dlogits (2, O, G) from dL/dh of the `clipped_grid`; no gradient flows through the zero point.
+
+    A step at its smallest does not change. A symmetric grid follows the larger extreme, or two equal ones by halves.
+    """
+    gamma_2OG, extremes_2OG = logits_2OG.sigmoid(), torch.stack([low_OG, high_OG])
+    slope_OG = torch.where(grid.step_OG > SMALLEST, slope_OG, 0) / grid.largest
+    larger_OG = (gamma_2OG * extremes_2OG).sum(dim=0).sign() if symmetric else torch.zeros_like(slope_OG)
+    ends_2OG = slope_OG * torch.stack([larger_OG - 1, larger_OG + 1])  # symmetric: -2 and 0, -1 and 1, or 0 and 2
+    return ends_2OG * extremes_2OG * (1 - gamma_2OG) * gamma_2OG
 
 
 def _grouped(x_OI: Tensor, groups: int) -> Tensor:

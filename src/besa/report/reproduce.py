@@ -27,7 +27,7 @@ def folder(entry: Entry) -> str:
 
 def prune(entry: Entry, record: RunRecord) -> str:
     """The `besa prune` that repeats the run, all that matters spelled out, on a CPU the number of threads too."""
-    gpu, threads = record.machine.get("gpu"), record.machine.get("threads")
+    device, threads = record.machine.get("device", "cpu"), record.machine.get("threads")
     model = record.model.get("source") or record.model.get("architecture") or "MODEL"
     return _line(
         ["prune", str(model), folder(entry)],
@@ -39,8 +39,8 @@ def prune(entry: Entry, record: RunRecord) -> str:
         bos=None if (bos := record.calibration.get("bos")) is None else "yes" if bos else "no",
         seed=record.seed,
         dtype=record.model.get("dtype"),
-        device="cuda" if gpu else None,
-        variables={} if gpu or not threads else {"OMP_NUM_THREADS": threads},
+        device=device,
+        variables={"OMP_NUM_THREADS": threads} if device == "cpu" and threads else {},
     )
 
 

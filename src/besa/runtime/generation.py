@@ -19,7 +19,7 @@ from besa.models.limits import positions
 from besa.models.loading import load_tokenizer, locate
 from besa.progress import Progress, silent
 from besa.runtime.sparse_models import load_source
-from besa.system.machine import resolve_device
+from besa.system.devices import resolve_device
 
 
 @checked
@@ -31,7 +31,7 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    device: str | torch.device = "cpu",
+    device: str | torch.device = "auto",
     dtype: Dtype = "auto",
     trust_remote_code: bool = False,
     tell: Callable[[str], None] | None = None,
@@ -83,7 +83,8 @@ def generate(
     sampling = (
         {"do_sample": True, "logits_processor": [_Tempered(temperature)]} if temperature else {"do_sample": False}
     )
-    with borrowed(model), torch.random.fork_rng():
+    others = [model.device] if model.device.type != "cpu" else []
+    with borrowed(model), torch.random.fork_rng(others, device_type=model.device.type):
         torch.manual_seed(seed)
         made_1T = model.generate(
             tokens_1T,

@@ -23,14 +23,14 @@ from besa.storage.formats import bitmask, codes
 from besa.storage.formats.bitmask import Bitmask
 from besa.storage.formats.container import Container, open_files
 from besa.storage.weights import is_finite
-from besa.system.machine import resolve_device
+from besa.system.devices import resolve_device
 
 
 @checked
 def load(
     model: str | Path,
     *,
-    device: str | torch.device = "cpu",
+    device: str | torch.device = "auto",
     dtype: Dtype = "auto",
     trust_remote_code: bool = False,
     verify: bool = False,
@@ -43,7 +43,7 @@ def load(
 
     Args:
         model: Hugging Face id, local folder (packed or not), .gguf file, or ``smollm2`` (embedded).
-        device: ``cpu`` or ``cuda``.
+        device: as in `besa.compress`; the whole model goes there.
         dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``; to change their dtype,
             packed weights are converted one at a time, and are then in memory instead of the file.
         trust_remote_code: run model code that comes with the checkpoint.

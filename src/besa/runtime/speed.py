@@ -26,7 +26,8 @@ from besa.runtime.prepacked import prepacked
 from besa.runtime.sparse_models import load_source
 from besa.runtime.timings import DENSE, FIRST, PREPACKED, SPARSE, Bench, ModelSpeed, Timing
 from besa.system import memory
-from besa.system.machine import machine, resolve_device, versions
+from besa.system.devices import resolve_device, synchronize
+from besa.system.machine import machine, versions
 
 DECODE = (1, 4, 16)  # sequences at a time
 PREFILL = (64, 512)  # tokens of one prompt
@@ -80,7 +81,7 @@ def bench(
     models: Sequence[str | Path],
     *,
     rounds: Count = 7,
-    device: str | torch.device = "cpu",
+    device: str | torch.device = "auto",
     dtype: Dtype = "auto",
     trust_remote_code: bool = False,
     progress: Progress = silent,
@@ -150,7 +151,8 @@ def _contenders(source: Source, device: torch.device, dtype: str) -> list[_Conte
 
 
 def _resident(device: torch.device) -> int:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else memory.current_bytes()
+    ask = getattr(torch.get_device_module(device), "memory_allocated", None)
+    return int(ask(device)) if ask else memory.current_bytes()
 
 
 @torch.inference_mode()
@@ -191,12 +193,10 @@ def _decode(model: PreTrainedModel, tokens_NT: Tensor, steps: int) -> float:
 
 
 def _timed(device: torch.device, work: Callable[[], object]) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     began = time.perf_counter()
     work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     return time.perf_counter() - began
 
 

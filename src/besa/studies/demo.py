@@ -14,6 +14,7 @@ from besa.storage.names import path_of
 from besa.storage.writing import write_file
 from besa.studies.comparing import Comparison, compare
 from besa.studies.workspace import DENSE, Conditions, Measures, Workspace
+from besa.system.devices import resolve_device
 
 PAGE = "report.html"
 
@@ -63,7 +64,7 @@ def run_demo(
     sparsity: float,
     texts: Sequence[str],
     calibration: str = "c4",
-    device: str = "cpu",
+    device: str = "auto",
     dtype: str = "auto",
     command: list[str] | None = None,
     progress: Progress = silent,
@@ -76,7 +77,7 @@ def run_demo(
         sparsity: share of the prunable weights to set to zero.
         texts: to evaluate on, as in `evaluate`.
         calibration: text, as in `compress`.
-        device: ``cpu`` or ``cuda``.
+        device: as in `compress`.
         dtype: as in `compress`.
         command: what the user typed, for the record.
         progress: told about each piece of work in turn.
@@ -84,7 +85,7 @@ def run_demo(
     Raises:
         BesaError: as `compare`.
     """
-    conditions = Conditions(EMBEDDED, calibration, plan.samples, plan.seqlen, device, dtype)
+    conditions = Conditions(EMBEDDED, calibration, plan.samples, plan.seqlen, str(resolve_device(device)), dtype)
     measures = Measures(tuple(texts), window=plan.window, max_windows=plan.max_windows)
     workspace = Workspace(path_of(out), conditions, measures, keep=True, progress=progress)
     comparison = compare(workspace, plan.recipes, [sparsity], seeds=1, command=command)

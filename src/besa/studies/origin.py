@@ -6,7 +6,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from besa.system.machine import machine, resolve_device, versions
+from besa.system.devices import resolve_device
+from besa.system.machine import machine, versions
 
 
 class Origin(BaseModel):

@@ -27,14 +27,14 @@ from besa.record import RECORD_NAME, RunRecord
 from besa.storage.names import path_of, plain
 from besa.storage.writing import write_file
 from besa.studies.origin import Origin
-from besa.system.machine import resolve_device
+from besa.system.devices import resolve_device
 
 DENSE = "dense"
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """What pruning runs have in common; fields as the arguments of `compress`."""
+    """What pruning runs have in common; fields as the arguments of `compress`, with a device that is resolved."""
 
     model: str
     calibration: str = "c4"

@@ -1,4 +1,4 @@
-"""The machine and software of a run: devices, versions, processor, and support for bfloat16."""
+"""The machine and software of a run: versions, processor, GPU, and support for bfloat16."""
 
 from __future__ import annotations
 
@@ -10,36 +10,9 @@ from typing import Any
 
 import torch
 
-from besa.errors import BesaError
 from besa.kernels import native
+from besa.system.devices import device_name
 from besa.version import __version__
-
-
-def named_device(device: str | torch.device) -> torch.device:
-    """The device of that name; this machine need not have it.
-
-    Raises:
-        BesaError: torch knows no such device, or besa does not compute on it.
-    """
-    try:
-        resolved = torch.device(device)
-    except RuntimeError:
-        raise BesaError(f"There is no device {device}: use cpu or cuda.") from None
-    if resolved.type not in ("cpu", "cuda"):
-        raise BesaError(f"besa does not compute on {device}: use cpu or cuda.")
-    return resolved
-
-
-def resolve_device(device: str | torch.device) -> torch.device:
-    """The device to compute on.
-
-    Raises:
-        BesaError: this machine has no such device.
-    """
-    resolved = named_device(device)
-    if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise BesaError("There is no CUDA device that torch can use here: use --device cpu.")
-    return resolved
 
 
 def versions() -> dict[str, str]:
@@ -49,14 +22,15 @@ def versions() -> dict[str, str]:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """The machine of a run, for its record: processor, threads, kernels and, on CUDA, the GPU's name."""
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    """The machine of a run, for its record: processor, threads, type of the device, a GPU's name, and kernels."""
+    kernels = {"cpu": next(iter(native.paths()), "torch"), "cuda": "triton"}
     return {
         "system": sys.platform,
         "processor": _processor(),
         "threads": torch.get_num_threads(),
-        "gpu": gpu,
-        "kernels": "triton" if gpu else next(iter(native.paths()), "torch"),
+        "device": device.type,
+        "gpu": device_name(device),
+        "kernels": kernels.get(device.type, "torch"),
         "bfloat16": multiplies_bfloat16(device),
     }
 
@@ -65,6 +39,8 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether the hardware multiplies bfloat16 matrices, which is faster than float32."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type != "cpu":
+        return bool(getattr(torch.get_device_module(device), "is_bf16_supported", bool)())
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 lacks the function
     return any(capabilities.get(feature) for feature in ("avx512_bf16", "amx_bf16", "bf16"))
 
@@ -72,6 +48,14 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 def learning_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype in which a model of `dtype` learns fastest: bfloat16 for float32 if the hardware multiplies it."""
     return torch.bfloat16 if dtype == torch.float32 and multiplies_bfloat16(device) else dtype
+
+
+def loss_scaler(dtype: torch.dtype, device: torch.device) -> torch.amp.GradScaler:
+    """Scales the loss of a descent in float16, in which many gradients would underflow to zero.
+
+    A step whose gradients overflow is skipped, and the scale is halved. In other dtypes nothing changes.
+    """
+    return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
 
 def _processor() -> str:

@@ -16,11 +16,15 @@ LARGE = 16 << 20  # bytes from which a tensor gets its own pages
 
 
 def reset_peak(device: torch.device) -> None:
-    """Reset the peaks. If the system cannot, peaks stay those of the whole process."""
+    """Reset the peaks. If the system cannot, peaks stay those of the whole process.
+
+    Args:
+        device: that torch has used already (`resolve_device`): CUDA refuses to reset what it has not begun to count.
+    """
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    if reset := getattr(torch.get_device_module(device), "reset_peak_memory_stats", None):
+        reset(device)
 
 
 def peak_bytes() -> int:
@@ -36,8 +40,9 @@ def peak_bytes() -> int:
 
 
 def peak_gpu_bytes(device: torch.device) -> int | None:
-    """Largest GPU allocation since `reset_peak`, in bytes; None on the CPU."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    """Largest GPU allocation since `reset_peak`, in bytes; None on the CPU, and on devices that do not count it."""
+    ask = getattr(torch.get_device_module(device), "max_memory_allocated", None)
+    return int(ask(device)) if ask else None
 
 
 def current_bytes() -> int:
@@ -54,15 +59,15 @@ def total_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def half_of_available() -> int:
-    """Half of the bytes that are still available to this process."""
+def available_bytes() -> int:
+    """Bytes of memory that are still available to this process."""
     try:
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 512
+                return int(line.split()[1]) * 1024
     except OSError:
         pass
-    return total_bytes() // 2
+    return total_bytes()
 
 
 def stay_lean() -> None:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
+from besa.system.devices import synchronize
+
 
 class Stopwatch:
     """Adds up seconds by phase. On a GPU, which works asynchronously, it waits for the end of the work.
@@ -30,6 +32,5 @@ class Stopwatch:
         try:
             yield
         finally:
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)
+            synchronize(self._device)
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - began

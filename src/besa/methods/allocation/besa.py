@@ -15,6 +15,7 @@ from torch import Tensor
 
 from besa.counting.budget import Budget, apportion
 from besa.counting.masks import hard_mask
+from besa.counting.precision import widest
 from besa.methods.allocation.allocator import Allocator
 from besa.methods.allocation.changing import ChangingLinears
 from besa.methods.allocation.descent import Descent
@@ -83,13 +84,15 @@ class Besa(Descent, Allocator):
         learned = {name: rates_O for part in parts if part.rates for name, rates_O in part.row_rates().items()}
         counts: dict[str, Tensor] = {}
         for budget in problem.budgets:
-            linears = [problem.linears[name] for name in budget.names]
-            uniform = [torch.full((len(linear.w_OI),), budget.sparsity, dtype=torch.float64) for linear in linears]
-            rates = torch.cat([learned.get(name, rates_O) for name, rates_O in zip(budget.names, uniform, strict=True)])
-            widths = torch.cat([torch.full((len(linear.w_OI),), linear.w_OI.shape[1]) for linear in linears])
-            zeros_now = torch.cat([linear.zeros_O for linear in linears])
-            shares = apportion(rates, widths, budget.zeros, zeros_now).split([len(linear.w_OI) for linear in linears])
-            counts |= dict(zip(budget.names, shares, strict=True))
+            zeros = {name: problem.linears[name].zeros_O for name in budget.names}
+            widths = [torch.full_like(zeros_O, problem.linears[name].w_OI.shape[1]) for name, zeros_O in zeros.items()]
+            dtype = widest(problem.device)
+            rates = [
+                learned[name] if name in learned else torch.full_like(zeros_O, budget.sparsity, dtype=dtype)
+                for name, zeros_O in zeros.items()
+            ]
+            shares = apportion(torch.cat(rates), torch.cat(widths), budget.zeros, torch.cat(list(zeros.values())))
+            counts |= dict(zip(zeros, shares.split([len(zeros_O) for zeros_O in zeros.values()]), strict=True))
         return Allocated(counts, losses)
 
     def _start(self, problem: BlockProblem, budget: Budget) -> ChangingLinears | None:

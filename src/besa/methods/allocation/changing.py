@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from besa import kernels
+from besa.counting.precision import widest
 from besa.methods.allocation.problem import RankedLinear
 from besa.methods.allocation.rates import Rates, candidate_bins
 from besa.quantization import Clipping
@@ -84,10 +85,11 @@ class ChangingLinears:
         return torch.cat(sums).cumsum(dim=1).neg_()
 
     def row_rates(self) -> dict[str, Tensor]:
-        """The learned rate of each row (O,) by full name, float64 on the CPU."""
+        """The learned rate of each row (O,) by full name."""
         assert self.rates is not None
         with torch.no_grad():
-            alpha_R = self.rates.alpha(self.rates.beta()).double().cpu()
+            alpha_R = self.rates.alpha(self.rates.beta())
+            alpha_R = alpha_R.to(widest(alpha_R.device))
         return {name: part for name, part in zip(self.weights, self._by_row(alpha_R), strict=True) if part is not None}
 
     @property
@@ -124,7 +126,7 @@ class _ChangingLinear:
     def update(self, leaf_OI: Tensor, counts_O: Tensor | None) -> None:
         """Write the present weight to its leaf."""
         if self.clipping is not None:
-            self.clipping.quantize(self.w_OI)
+            kernels.quantized(self.clipping, self.w_OI)
         self._counts_O = None if counts_O is None else counts_O.contiguous()
         if self._counts_O is None:
             leaf_OI.copy_(self.w_OI)
@@ -140,4 +142,4 @@ class _ChangingLinear:
         if self.clipping is not None and self.clipping.logits_2OG.requires_grad:
             if self._counts_O is not None:
                 kernels.masked(gradient_OI, self._ranks_OI, self._counts_O, gradient_OI)
-            self.clipping.backward(gradient_OI)
+            self.clipping.logits_2OG.grad = kernels.clipping_gradient(gradient_OI, self.clipping)

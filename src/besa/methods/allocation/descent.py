@@ -5,7 +5,7 @@ Shape suffixes: N sequences.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from pydantic import Field
@@ -14,7 +14,9 @@ from torch import Tensor
 from besa.methods.allocation.changing import ChangingLinears
 from besa.methods.allocation.problem import BlockProblem, first_tokens
 from besa.settings import Settings
-from besa.system.machine import learning_dtype
+from besa.system.machine import learning_dtype, loss_scaler
+
+LOOK_EVERY = 16  # steps, at least, between two looks at the losses
 
 
 class Descent(Settings):
@@ -64,37 +66,51 @@ class Descent(Settings):
         samples, tokens = len(problem.inputs_NTC), first_tokens(problem.inputs_NTC[:1].shape[1], self.crop)
         dtype = self.dtype(problem)
         autocast = torch.autocast(problem.device.type, dtype, enabled=dtype != problem.dtype)
-        losses: list[float] = []
-        for chosen_N in self._sequences(samples, problem.seed):
+        scaler = loss_scaler(dtype, problem.device)
+        losses: list[Tensor] = []
+        for chosen in self._sequences(samples, problem.seed):
             for part in parts:
                 part.update()
             with autocast:
-                loss = problem.error(chosen_N, tokens, weights, self.plain)
-            loss.backward()
+                loss = problem.error(chosen, tokens, weights, self.plain)
+            losses.append(loss.detach())
+            scaled = scaler.scale(loss)
+            scaled.backward()
             for part in parts:
                 # Relative to the loss, which grows tenfold from 50 to 90 %, one λ fits every sparsity and model.
-                part.backward(self.penalty * loss.detach())
-            optimizer.step()
+                part.backward(self.penalty * scaled.detach())
+            scaler.step(optimizer)
+            scaler.update()
             optimizer.zero_grad()
             schedule.step()
-            losses.append(float(loss.detach()))
             if self._converged(losses, samples):
                 break
-        return losses
+        return _fetched(losses)
 
     def dtype(self, problem: BlockProblem) -> torch.dtype:
         """The dtype in which learning steps multiply; statistics, teacher and pruned path keep the run's dtype."""
         return learning_dtype(problem.dtype, problem.device) if self.autocast else problem.dtype
 
-    def _sequences(self, samples: int, seed: int) -> Iterator[Tensor]:
-        """The position (1,) of the sequence of each step; every pass over the calibration set has its own order."""
+    def _sequences(self, samples: int, seed: int) -> list[int]:
+        """The position of the sequence of each step; every pass over the calibration set has its own order."""
         generator = torch.Generator().manual_seed(seed)
         passes = -(-self.steps // samples)
-        order = torch.cat([torch.randperm(samples, generator=generator) for _ in range(passes)])
-        yield from order[: self.steps].split(1)
+        order: list[int] = torch.cat([torch.randperm(samples, generator=generator) for _ in range(passes)]).tolist()
+        return order[: self.steps]
 
-    def _converged(self, losses: list[float], samples: int) -> bool:
-        """Whether a pass has just ended that lowered the loss by less than the tolerance."""
-        if not self.tolerance or len(losses) % samples or len(losses) == samples:
+    def _converged(self, losses: list[Tensor], samples: int) -> bool:
+        """Whether a pass has just ended that lowered the loss by less than the tolerance.
+
+        The host waits for the device to see it. Where passes are short, it therefore looks only after several of them.
+        """
+        apart = samples * -(-LOOK_EVERY // samples)
+        if not self.tolerance or len(losses) % apart or len(losses) < 2 * samples:
             return False
-        return sum(losses[-samples:]) > (1 - self.tolerance) * sum(losses[-2 * samples : -samples])
+        values = _fetched(losses[-2 * samples :])
+        return sum(values[samples:]) > (1 - self.tolerance) * sum(values[:samples])
+
+
+def _fetched(losses: list[Tensor]) -> list[float]:
+    """Scalars as numbers; the host waits once."""
+    values: list[float] = torch.stack(losses).tolist()
+    return values

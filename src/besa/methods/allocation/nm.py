@@ -1,6 +1,7 @@
 """N:M: every group of consecutive columns of a row keeps the same number of weights.
 
-Shape suffixes: O rows (output channels), I columns (input channels), G groups of a row, M columns of a group.
+Shape suffixes: O rows (output channels), I columns (input channels), G groups of a row, M columns of a group, L
+linears, P numbers of pruned weights in a group.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from besa.counting.budget import Budget, cheapest
+from besa.counting.precision import widest
 from besa.methods.allocation.allocator import Allocator
 from besa.methods.allocation.problem import Allocated, BlockProblem, RankedLinear
 from besa.methods.allocation.sensitivity import Sensitivity, row_sensitivities
@@ -74,20 +76,23 @@ class NM(Allocator):
         counts = {}
         for name, linear in problem.linears.items():
             rows, width = linear.w_OI.shape
-            counts[name] = torch.full((rows,), width // self.of * pruned[name])
+            counts[name] = torch.full((rows,), width // self.of * pruned[name], device=linear.w_OI.device)
         return Allocated(counts)
 
     def _mix(self, problem: BlockProblem, budget: Budget, sensitivities: RowSensitivities) -> dict[str, int]:
         """Weights to prune in each group, by linear; empty if no numbers add up to the budget."""
         linears = {name: problem.linears[name] for name in budget.names}
-        costs = [self._costs(linear, sensitivities.rows(name)) for name, linear in linears.items()]
-        pruned = cheapest(costs, [linear.w_OI.numel() // self.of for linear in linears.values()], budget.zeros)
+        costs_LP = torch.stack([self._costs(linear, sensitivities.rows(name)) for name, linear in linears.items()])
+        sizes = [linear.w_OI.numel() // self.of for linear in linears.values()]
+        pruned = cheapest(costs_LP.tolist(), sizes, budget.zeros)
         return {} if pruned is None else dict(zip(linears, pruned, strict=True))
 
-    def _costs(self, linear: RankedLinear, gradients_O: Tensor) -> list[float]:
-        """The error of pruning 0, 1, … `of` - 1 weights of every group; infinite for numbers not allowed."""
+    def _costs(self, linear: RankedLinear, gradients_O: Tensor) -> Tensor:
+        """The error of pruning 0, 1, … `of` - 1 weights of every group (P,); infinite for numbers not allowed."""
+        dtype = widest(linear.w_OI.device)
         if not linear.reached:
-            return [0.0 if pruned == self.of - self.keep else torch.inf for pruned in range(self.of)]
+            only = [0.0 if pruned == self.of - self.keep else torch.inf for pruned in range(self.of)]
+            return torch.tensor(only, dtype=dtype).to(linear.w_OI.device)
         error_OI = linear.errors(gradients_O)
         places_OI = linear.ranks_OI // (linear.w_OI.shape[1] // self.of)
-        return [float(error_OI.where(places_OI < pruned, 0).sum(dtype=torch.float64)) for pruned in range(self.of)]
+        return torch.stack([error_OI.where(places_OI < pruned, 0).sum(dtype=dtype) for pruned in range(self.of)])

@@ -40,8 +40,8 @@ class RankedLinear:
 
     @property
     def zeros_O(self) -> Tensor:
-        """Weights of each row (O,) that are zero already, int64 on the CPU."""
-        return (self.w_OI == 0).sum(dim=1).cpu()
+        """Weights of each row (O,) that are zero already, int64."""
+        return (self.w_OI == 0).sum(dim=1)
 
     @property
     def errors_OI(self) -> Tensor:
@@ -93,19 +93,20 @@ class BlockProblem:
         """The dtype of the block."""
         return next(iter(self.linears.values())).w_OI.dtype
 
-    def error(self, chosen_N: Tensor, tokens: int, weights: Mapping[str, Tensor], plain: float = 0.0) -> Tensor:
+    def error(self, chosen: int, tokens: int, weights: Mapping[str, Tensor], plain: float = 0.0) -> Tensor:
         """The first term of eq. 1 (scalar, float32).
 
         Args:
-            chosen_N: positions of the sequences.
-            tokens: how many tokens of each, from its beginning.
+            chosen: position of the sequence.
+            tokens: how many tokens of it, from its beginning.
             weights: matrices (O, I) by full name that replace the block's; gradients reach them.
             plain: as in `reconstruction_error`; unused if the loss compares the linears' own outputs.
         """
-        x_NTC = self.inputs_NTC[chosen_N][:, :tokens].to(self.device)
+        one = slice(chosen, chosen + 1)
+        x_NTC = self.inputs_NTC[one][:, :tokens].to(self.device)
         if self.own_outputs:
             return errors_of_linears(self.block, x_NTC, weights)
-        targets_NTC = self.targets_NTC[chosen_N][:, :tokens].to(self.device)
+        targets_NTC = self.targets_NTC[one][:, :tokens].to(self.device)
         return reconstruction_error(self.block(x_NTC, weights), targets_NTC, plain)
 
 
@@ -114,7 +115,7 @@ class Allocated:
     """The result of an allocation: how many weights of each row become zero.
 
     Attributes:
-        counts: zeros of each row (O,) by full name, int64 on the CPU.
+        counts: zeros of each row (O,) by full name, int64, on the device of the weight.
         losses: at every learning step, if any.
         ranks: ranks (O, I) by full name, for linears whose pruning order differs from that of the problem.
     """

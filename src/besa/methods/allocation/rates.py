@@ -7,9 +7,13 @@ a rate).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
+
+from besa import kernels
+from besa.counting.precision import widest
 
 
 def candidate_rates(step: float) -> Tensor:
@@ -40,15 +44,24 @@ def candidate_bins(rates_D: Tensor, width: int) -> Tensor:
     return torch.searchsorted(candidate_ranks(rates_D, width), ranks_I, right=True).to(torch.int16)
 
 
-def starting_logits(rates_D: Tensor, target: float, width: float) -> Tensor:
-    """Logits (D,) of a bell of standard deviation `width`, placed so that alpha (eq. 3) is the target."""
+@cache
+def starting_logits(step: float, target: float, width: float) -> list[float]:
+    """Logits (D,) of a bell of standard deviation `width`, placed so that alpha (eq. 3) is the target.
+
+    Args:
+        step: distance of the candidate pruning rates.
+        target: the sparsity.
+        width: in units of sparsity.
+    """
+    rates_D = candidate_rates(step)
     steep = 20.0 * len(rates_D)  # neighbours differ by e²⁰, which brings alpha to 0 or to 1
     low, high = -steep, width**-2 + steep
     for _ in range(100):
         slope = (low + high) / 2  # centre of the bell / width²
         logits_D = slope * rates_D - rates_D**2 / (2 * width**2)
         low, high = (slope, high) if float(logits_D.softmax(-1) @ rates_D) < target else (low, slope)
-    return (logits_D - logits_D.max()).float()
+    logits: list[float] = (logits_D - logits_D.max()).float().tolist()
+    return logits
 
 
 @dataclass(frozen=True)
@@ -57,8 +70,8 @@ class Rates:
 
     Attributes:
         logits_RD: the parameters; beta is their softmax.
-        rates_D: candidate pruning rates p_d, float64.
-        width_R: weights in a row of each group, float64.
+        rates_D: candidate pruning rates p_d, as wide as the device computes.
+        width_R: weights in a row of each group, likewise.
         share_R: share of each group in all weights, float32.
         sparsity: the target.
         mask: the mask rule, ``count`` or ``probability``.
@@ -96,12 +109,12 @@ class Rates:
         """
         rates_D = candidate_rates(step)
         groups = [(rows if per_row else 1, rows * columns, columns) for rows, columns in shapes]
-        width_R = torch.cat([torch.full((n,), columns, dtype=torch.float64) for n, _, columns in groups])
-        share_R = torch.cat([torch.full((n,), weights / n) for n, weights, _ in groups])
-        logits_D = starting_logits(rates_D, sparsity, spread).to(device)
+        width_R = torch.cat([torch.full((n,), float(columns), device=device) for n, _, columns in groups])
+        share_R = torch.cat([torch.full((n,), weights / n, device=device) for n, weights, _ in groups])
+        logits_D = torch.tensor(starting_logits(step, sparsity, spread)).to(device)
         logits_RD = logits_D.repeat(len(width_R), 1).requires_grad_()
-        share_R = (share_R / share_R.sum()).to(device)
-        return cls(logits_RD, rates_D.to(device), width_R.to(device), share_R, sparsity, mask)
+        dtype = widest(device)
+        return cls(logits_RD, rates_D.to(device, dtype), width_R.to(dtype), share_R / share_R.sum(), sparsity, mask)
 
     def beta(self) -> Tensor:
         """Coefficients on the simplex (R, D)."""
@@ -127,17 +140,7 @@ class Rates:
         largest candidate d whose tail probability Σ_{e≥d} beta_e still reaches alpha.
         """
         if self.mask == "count":
-            rates_R = (alpha_R + self._shift(alpha_R)).clamp_(0, 1)
-            return (rates_R * self.width_R + 1e-3).floor().long()
+            return kernels.pruned_ranks(alpha_R, self.width_R, self.share_R, self.sparsity)
         tail_RD = beta_RD.flip(-1).cumsum(-1).flip(-1)
         reaching_R = (tail_RD >= alpha_R[:, None]).sum(dim=-1) - 1  # tails fall with d, so the last one that reaches
         return candidate_ranks(self.rates_D[reaching_R.clamp_min_(0)], self.width_R)
-
-    def _shift(self, alpha_R: Tensor) -> Tensor:
-        """The shift (scalar) of all rates that makes them meet the sparsity, with every rate clamped to [0, 1]."""
-        low, high = alpha_R.new_tensor(-1.0), alpha_R.new_tensor(1.0)
-        for _ in range(20):
-            middle = (low + high) / 2
-            below = (alpha_R + middle).clamp_(0, 1) @ self.share_R < self.sparsity
-            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-        return (low + high) / 2

@@ -13,6 +13,8 @@ from pydantic import Field
 from torch import Tensor
 
 from besa.counting.budget import Budget, apportion, split
+from besa.counting.histograms import histogram
+from besa.counting.precision import widest
 from besa.methods.allocation.allocator import Allocator
 from besa.methods.allocation.problem import Allocated, BlockProblem, RankedLinear
 from besa.observing.probes import RowSensitivities
@@ -50,10 +52,9 @@ class Sensitivity(Allocator):
         counts: dict[str, Tensor] = {}
         for budget in problem.budgets:
             rates = rates_by_threshold(problem, budget, sensitivities)
-            rows = [len(rates_O) for rates_O in rates.values()]
-            widths = [problem.linears[name].w_OI.shape[1] for name in rates]
-            widths_R = torch.tensor(widths).repeat_interleave(torch.tensor(rows))
-            zeros_R = torch.cat([problem.linears[name].zeros_O for name in rates])
+            rows, linears = [len(rates_O) for rates_O in rates.values()], [problem.linears[name] for name in rates]
+            widths_R = torch.cat([torch.full_like(linear.zeros_O, linear.w_OI.shape[1]) for linear in linears])
+            zeros_R = torch.cat([linear.zeros_O for linear in linears])
             shares_R = apportion(torch.cat(list(rates.values())), widths_R, budget.zeros, zeros_R)
             counts |= dict(zip(rates, shares_R.split(rows), strict=True))
         return Allocated(counts)
@@ -69,18 +70,22 @@ def row_sensitivities(problem: BlockProblem, every: int) -> RowSensitivities:
 
 
 def rates_by_threshold(problem: BlockProblem, budget: Budget, sensitivities: RowSensitivities) -> dict[str, Tensor]:
-    """The pruning rate of each row (O,) by full name, float64 on the CPU, from one threshold for all reached linears.
+    """The pruning rate of each row (O,) by full name, from one threshold for all reached linears.
 
     Linears that no token reached have the sparsity of the budget.
     """
     linears = {name: problem.linears[name] for name in budget.names}
-    rates = {name: torch.full((len(one.w_OI),), budget.sparsity, dtype=torch.float64) for name, one in linears.items()}
+    dtype = widest(problem.device)
+    rates = {
+        name: torch.full((len(one.w_OI),), budget.sparsity, dtype=dtype, device=one.w_OI.device)
+        for name, one in linears.items()
+    }
     competing = [name for name, linear in linears.items() if linear.reached]
     weights = sum(linears[name].w_OI.numel() for name in competing)
     total = split(budget.zeros, [weights, budget.weights - weights])[0]
     counts = lowest([_keys(linears[name], sensitivities.rows(name)) for name in competing], total)
     for name, counts_O in zip(competing, counts, strict=True):
-        rates[name] = counts_O.double() / linears[name].w_OI.shape[1]
+        rates[name] = counts_O.to(dtype) / linears[name].w_OI.shape[1]
     return rates
 
 
@@ -94,35 +99,41 @@ def _keys(linear: RankedLinear, gradients_O: Tensor) -> Callable[[], Tensor]:
 
 
 def lowest(keys: Sequence[Callable[[], Tensor]], total: int) -> list[Tensor]:
-    """How many of the `total` lowest keys of all matrices are in each row (O,), int64 on the CPU.
+    """How many of the `total` lowest keys of all matrices are in each row (O,), int64.
 
     Two histograms, of the upper and of the lower half of the bits, give the threshold. Memory therefore never holds the
-    keys of two matrices at once. Of keys equal to the threshold, those of the earlier matrix and row count first.
+    keys of two matrices at once, and the host waits for nothing. Of keys equal to the threshold, those of the earlier
+    matrix and row count first.
 
     Args:
-        keys: each makes the keys (O, I) of a matrix, non-negative int32.
+        keys: each makes the keys (O, I) of a matrix, non-negative int32, on one device.
         total: at most the number of keys.
     """
     if not total:
-        return [torch.zeros(len(make()), dtype=torch.int64) for make in keys]
-    upper, below = _bucket((make() >> 16 for make in keys), total)
-    lower, under = _bucket(((key := make())[key >> 16 == upper] & (HALF - 1) for make in keys), total - below)
+        return [torch.zeros_like(make()[:, 0], dtype=torch.int64) for make in keys]
+    upper, below = _bucket((histogram(make() >> 16, HALF) for make in keys), total)
+    lower, under = _bucket((_lower_halves(make(), upper) for make in keys), total - below)
     threshold, left = upper * HALF + lower, total - below - under
     counts = []
     for make in keys:
         key_OI = make()
-        equal_O = (key_OI == threshold).sum(dim=1).cpu()
+        equal_O = (key_OI == threshold).sum(dim=1)
         before_O = equal_O.cumsum(0) - equal_O
         taken_O = (left - before_O).clamp_(min=0).minimum(equal_O)
-        left -= int(taken_O.sum())
-        counts.append((key_OI < threshold).sum(dim=1).cpu() + taken_O)
+        left = left - taken_O.sum()
+        counts.append((key_OI < threshold).sum(dim=1) + taken_O)
     return counts
 
 
-def _bucket(values: Iterable[Tensor], total: int) -> tuple[int, int]:
-    """The `total`-th lowest of all values (below 2^16), and how many values are lower."""
-    histogram = sum(torch.bincount(part.flatten(), minlength=HALF).cpu() for part in values)
-    assert isinstance(histogram, Tensor)
-    upto = histogram.cumsum(0)
-    place = int(torch.searchsorted(upto, total))
-    return place, int(upto[place] - histogram[place])
+def _lower_halves(key_OI: Tensor, upper: Tensor) -> Tensor:
+    """The histogram (HALF,) of the lower halves of the keys with this upper half."""
+    return histogram(torch.where(key_OI >> 16 == upper, key_OI & (HALF - 1), HALF), HALF + 1)[:HALF]
+
+
+def _bucket(histograms: Iterable[Tensor], total: Tensor | int) -> tuple[Tensor, Tensor]:
+    """The bin (scalar) of the `total`-th lowest value of all histograms, and how many values are in lower bins."""
+    whole = sum(histograms)
+    assert isinstance(whole, Tensor)
+    upto = whole.cumsum(0)
+    place_1 = (upto < total).sum().reshape(1)
+    return place_1[0], (upto - whole).gather(0, place_1)[0]

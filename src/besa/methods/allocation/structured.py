@@ -14,6 +14,7 @@ from torch import Tensor
 
 from besa.counting.budget import Budget
 from besa.counting.masks import rank
+from besa.counting.precision import widest
 from besa.errors import BesaError
 from besa.methods.allocation.allocator import Allocator
 from besa.methods.allocation.problem import Allocated, BlockProblem, RankedLinear
@@ -94,7 +95,7 @@ class Structured(Allocator):
             gone_S = lowest_structures(coupling, problem.linears, number)
             check(block, coupling, gone_S, problem.inputs_NTC[:1].to(problem.device))
             weights |= coupling.without(weights, gone_S)
-        counts = {name: (w_OI == 0).sum(dim=1).cpu() for name, w_OI in weights.items()}
+        counts = {name: (w_OI == 0).sum(dim=1) for name, w_OI in weights.items()}
         # Zeros come first in the order of every row, and so do the columns of pruned units.
         ranks = {name: rank(linear.importance_OI, weights[name]) for name, linear in problem.linears.items()}
         return Allocated(counts, ranks=ranks)
@@ -104,7 +105,7 @@ def lowest_structures(coupling: Coupling, linears: Mapping[str, RankedLinear], n
     """Which structures (S,) to prune, boolean: those with the lowest squared errors; of equal ones, the earlier."""
     ((name, size),) = coupling.columns.items()
     linear = linears[name]
-    error_I = linear.errors_OI.sum(dim=0, dtype=torch.float64)
+    error_I = linear.errors_OI.sum(dim=0, dtype=widest(linear.w_OI.device))
     order_S = error_I.reshape(coupling.structures, size).sum(dim=1).argsort(stable=True)
     gone_S = torch.zeros(coupling.structures, dtype=torch.bool, device=error_I.device)
     gone_S[order_S[:number]] = True

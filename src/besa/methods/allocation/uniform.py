@@ -44,8 +44,9 @@ class Uniform(Allocator):
             linear = problem.linears[name]
             rows, width = linear.w_OI.shape
             if self.per == "row":
-                rates = torch.full((rows,), total / (rows * width))
-                yield name, apportion(rates, torch.full((rows,), width), total, linear.zeros_O)
+                zeros_O = linear.zeros_O
+                rates_O = torch.full_like(zeros_O, total / (rows * width), dtype=torch.float32)
+                yield name, apportion(rates_O, torch.full_like(zeros_O, width), total, zeros_O)
                 continue
             zeros_now = int(linear.zeros_O.sum())
             if total < zeros_now:
@@ -54,4 +55,4 @@ class Uniform(Allocator):
                     f"ask for a sparsity of at least {zeros_now / (rows * width):.4f}."
                 )
             places = rank(linear.importance_OI.reshape(1, -1), linear.w_OI.reshape(1, -1)).reshape(rows, width)
-            yield name, (places < total).sum(dim=1).cpu()
+            yield name, (places < total).sum(dim=1)

@@ -11,6 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from besa import kernels
 from besa.counting.budget import apportion
 from besa.counting.masks import hard_mask, rank
 from besa.errors import BesaError
@@ -100,7 +101,7 @@ def sweep(
     rows, width = w_OI.shape
     starts = range(0, width, columns)
     sizes = [min(columns, width - start) for start in starts]
-    present = torch.tensor([int(part.sum()) for part in zero_OI.split(sizes, dim=1)])
+    present = torch.stack([part.sum() for part in zero_OI.sum(dim=0).cpu().split(sizes)])
     shares = apportion(torch.full((len(sizes),), zeros / w_OI.numel()), rows * torch.tensor(sizes), zeros, present)
     for start, size, share in zip(starts, sizes, shares.tolist(), strict=True):
         end = start + size
@@ -113,11 +114,7 @@ def sweep(
             kept_OB = order_OB >= (share // rows if per_row else share)
         else:
             kept_OB = kept_OI[:, start:end]
-        error_OB = torch.zeros_like(block_OB)
-        for j in range(size):
-            pruned_O = block_OB[:, j].masked_fill(kept_OB[:, j], 0)
-            error_OB[:, j] = pruned_O / factor_BB[j, j]
-            block_OB[:, j:] -= error_OB[:, j : j + 1] * factor_BB[j, j:]
-            block_OB[:, j].masked_fill_(~kept_OB[:, j], 0)  # exactly zero in spite of rounding
+        error_OB = torch.empty_like(block_OB)
+        kernels.swept(block_OB, kept_OB, factor_BB, error_OB)
         w_OI[:, end:] -= error_OB @ factor_II[start:end, end:]
     return w_OI

@@ -8,7 +8,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import torch
 from pydantic import Field
@@ -16,8 +15,8 @@ from torch import Tensor
 
 from besa.data.calibration import Calibration
 from besa.methods.targets.targeting import Targeting
-from besa.models.activations import HiddenStates, empty_states
-from besa.models.blocks import capture_inputs
+from besa.models.activations import HiddenStates, Room
+from besa.models.blocks import embedded
 from besa.models.streaming import Decoder
 
 
@@ -32,8 +31,7 @@ class Survey:
         sparsity: of these matrices together.
         batch: sequences in a forward pass.
         device: where blocks are computed.
-        activation_budget: bytes of hidden states kept in memory; larger ones go into a file.
-        folder: of that file; None for the folder of temporary files.
+        room: for hidden states.
         seed: of random choices.
     """
 
@@ -43,8 +41,7 @@ class Survey:
     sparsity: float
     batch: int
     device: torch.device
-    activation_budget: int
-    folder: Path | None
+    room: Room
     seed: int
 
     @cached_property
@@ -53,15 +50,10 @@ class Survey:
         blocks = zip(self.decoder.blocks, self.names, strict=True)
         return [sum(block.prunables[name].numel for name in names) for block, names in blocks]
 
-    def embedded(self, tokens_NT: Tensor) -> Tensor:
+    def embedded(self, tokens_NT: Tensor) -> HiddenStates:
         """The inputs of the first block (N, T, C)."""
-        with self.decoder.embeddings():
-            return torch.cat(list(capture_inputs(self.decoder.model, self.decoder.blocks, tokens_NT, self.batch)))
-
-    def empty_like(self, x_NTC: Tensor, share: int) -> HiddenStates:
-        """Hidden states of the same shape and dtype, not yet written; they may take 1 / `share` of the budget."""
-        samples, tokens, width = x_NTC.shape
-        return empty_states((samples, tokens, width), x_NTC.dtype, self.activation_budget // share, self.folder)
+        with self.decoder.embeddings(self.device):
+            return embedded(self.decoder.model, self.decoder.blocks, tokens_NT, self.batch, self.room)
 
 
 class Bounded(Targeting):

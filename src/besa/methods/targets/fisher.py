@@ -1,6 +1,7 @@
 """One threshold for the whole model, on the importance of weights to its loss (diagonal of the Fisher information).
 
-Shape suffixes: N sequences, T tokens, C channels of the residual stream, V vocabulary, O rows, I columns.
+Shape suffixes: N sequences, T tokens, C channels of the residual stream, V vocabulary, O rows, I columns,
+B blocks, S bins of scores.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from besa.counting.histograms import histogram
 from besa.methods.targets.bounded import Survey
 from besa.models.activations import HiddenStates
 from besa.models.blocks import Block, logits_of
-from besa.models.streaming import Decoder
 from besa.observing.input_statistics import InputStatistics, collect
 from besa.observing.probes import RowSensitivities
 
@@ -53,17 +54,19 @@ def one_threshold(survey: Survey, tokens_NT: Tensor) -> Threshold:
     decoder, blocks = survey.decoder, survey.decoder.blocks
     states = _forward(survey, tokens_NT)
     gradients_NTC = states.pop()
-    _loss_gradients(decoder, gradients_NTC, tokens_NT, survey.seed)
-    histograms = [torch.zeros(BINS, dtype=torch.int64)] * len(blocks)
+    _loss_gradients(survey, gradients_NTC, tokens_NT)
+    histograms: dict[int, Tensor] = {}
     statistics: dict[str, InputStatistics] = {}
     for block, names in reversed(list(zip(blocks, survey.names, strict=True))):
         with decoder.opened(block, survey.device):
             rows, inputs = _send_back(block, states.pop(), gradients_NTC, survey.device)
             histograms[block.index] = _histogram(block, names, rows, inputs)
         statistics |= inputs
-    upto = torch.stack(histograms).sum(dim=0).cumsum(0)
-    place = int(torch.searchsorted(upto, round(survey.sparsity * int(upto[-1]))))
-    rates = [float(part[: place + 1].sum()) / max(1, int(part.sum())) for part in histograms]
+    upto_BS = torch.stack([histograms[block.index] for block in blocks]).cumsum(dim=1)
+    upto_S = upto_BS.sum(dim=0)
+    place = (upto_S < round(survey.sparsity * sum(survey.sizes))).sum()
+    pruned: list[int] = upto_BS.index_select(1, place.reshape(1))[:, 0].tolist()
+    rates = [zeros / max(1, size) for zeros, size in zip(pruned, survey.sizes, strict=True)]
     return Threshold(survey.sparsity, rates, statistics)
 
 
@@ -72,18 +75,18 @@ def _forward(survey: Survey, tokens_NT: Tensor) -> list[HiddenStates]:
     first_NTC = survey.embedded(tokens_NT)
     states: list[HiddenStates] = [first_NTC]
     for block in survey.decoder.blocks:
-        states.append(survey.empty_like(first_NTC, len(survey.decoder.blocks) + 1))
+        states.append(survey.room.empty_like(first_NTC))
         with survey.decoder.opened(block, survey.device):
             block.run(states[-2], survey.batch, into=states[-1])
     return states
 
 
-def _loss_gradients(decoder: Decoder, states_NTC: HiddenStates, tokens_NT: Tensor, seed: int) -> None:
+def _loss_gradients(survey: Survey, states_NTC: HiddenStates, tokens_NT: Tensor) -> None:
     """Replace the outputs of the last block by the loss's gradients at them, for labels drawn from the predictions."""
-    generator = torch.Generator().manual_seed(seed)
-    with decoder.outside_blocks():
+    decoder, generator = survey.decoder, torch.Generator().manual_seed(survey.seed)
+    with decoder.outside_blocks(survey.device):
         for n in range(len(tokens_NT)):
-            y_NTC = states_NTC[n : n + 1].to(decoder.model.device).requires_grad_()
+            y_NTC = states_NTC[n : n + 1].to(survey.device).requires_grad_()
             with torch.enable_grad():
                 logits_TV = logits_of(decoder.model, decoder.blocks, tokens_NT[n : n + 1], y_NTC)[0].float()
                 chance_T = torch.rand(len(logits_TV), 1, generator=generator).to(logits_TV.device)
@@ -112,10 +115,11 @@ def _send_back(
 def _histogram(
     block: Block, names: tuple[str, ...], rows: RowSensitivities, statistics: dict[str, InputStatistics]
 ) -> Tensor:
-    """Number of weights of a block in each bin of scores (BINS,), int64."""
-    histogram = torch.zeros(BINS, dtype=torch.int64)
+    """Number of weights of a block in each bin of scores (S,), int64."""
+    device = next(block.module.parameters()).device
+    counts_S = torch.zeros(BINS, dtype=torch.int64, device=device)
     for name in names:
         column_I, row_O = statistics[name].squares_I.float(), rows.rows(name)
         score_OI = block.weight(name).detach().float().square() * column_I * row_O[:, None]
-        histogram += torch.bincount((score_OI.view(torch.int32) >> 16).flatten(), minlength=BINS).cpu()
-    return histogram
+        counts_S += histogram(score_OI.view(torch.int32) >> 16, BINS)
+    return counts_S

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from pydantic import Field
 
 from besa.methods.importance import Wanda
@@ -32,10 +33,8 @@ class Owl(Bounded):
             with decoder.opened(block, survey.device):
                 with collect(block.module, block.prunables, gram=False) as statistics:
                     block.run(x_NTC, survey.batch, into=x_NTC)
-                outliers = 0
-                for name in names:
-                    score_OI = Wanda().score(block.weight(name), statistics[name])
-                    outliers += int((score_OI > self.outlier * score_OI.mean()).sum())
-            ratios.append(outliers / max(1, size))
+                scores = (Wanda().score(block.weight(name), statistics[name]) for name in names)
+                outliers = [(score_OI > self.outlier * score_OI.mean()).sum() for score_OI in scores]
+            ratios.append(sum(torch.stack(outliers).tolist()) / max(1, size) if outliers else 0.0)
         spread = max(ratios) - min(ratios)
         return [survey.sparsity - self.span * (ratio - min(ratios)) / max(spread, 1e-12) for ratio in ratios]

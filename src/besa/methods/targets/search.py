@@ -1,6 +1,7 @@
 """Search: of several strengths, the one after which the model's predictions change least.
 
-Shape suffixes: N sequences, T tokens, C channels of the residual stream, V vocabulary, O rows, I columns.
+Shape suffixes: N sequences, T tokens, C channels of the residual stream, V vocabulary, O rows, I columns, P pruned
+paths.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from besa.counting.masks import hard_mask, rank
+from besa.counting.precision import widest
 from besa.errors import BesaError
 from besa.methods.importance import Wanda
 from besa.methods.targets.bounded import Bounded, Survey
 from besa.methods.targets.fisher import one_threshold
 from besa.models.activations import HiddenStates
 from besa.models.blocks import logits_of, send
-from besa.models.streaming import Decoder
 from besa.observing.input_statistics import InputStatistics
 
 
@@ -86,9 +87,9 @@ def divergences(
         tokens_NT: sequences to predict on.
     """
     first_NTC = survey.embedded(tokens_NT)
-    dense_NTC, *pruned = [survey.empty_like(first_NTC, len(trials) + 1) for _ in range(len(trials) + 1)]
+    dense_NTC, *pruned = [survey.room.empty_like(first_NTC) for _ in range(len(trials) + 1)]
     for path_NTC in (dense_NTC, *pruned):
-        path_NTC[: len(first_NTC)] = first_NTC
+        path_NTC[:] = first_NTC[:]
     for block, names in zip(survey.decoder.blocks, survey.names, strict=True):
         with survey.decoder.opened(block, survey.device):
             block.run(dense_NTC, survey.batch, into=dense_NTC)
@@ -97,32 +98,33 @@ def divergences(
             for rates, path_NTC in zip(trials, pruned, strict=True):
                 weights = {name: _pruned(w_OI, ranks[name], rates[block.index]) for name, w_OI in dense.items()}
                 send(partial(block, weights=weights), block.name, path_NTC, survey.batch, survey.device, into=path_NTC)
-    return _from_dense(survey.decoder, dense_NTC, pruned, tokens_NT)
+    return _from_dense(survey, dense_NTC, pruned, tokens_NT)
 
 
 def _pruned(w_OI: Tensor, ranks_OI: Tensor, rate: float) -> Tensor:
     """The weight with the lowest ranks of each row set to zero; the total is `rate` to within half a weight."""
     rows, width = w_OI.shape
-    upto = (rate * width * torch.arange(rows + 1, dtype=torch.float64)).round()
-    return w_OI.where(hard_mask(ranks_OI, upto.diff().to(w_OI.device)), 0)
+    rows_O = torch.arange(rows + 1, dtype=widest(w_OI.device), device=w_OI.device)
+    return w_OI.where(hard_mask(ranks_OI, (rate * width * rows_O).round().diff()), 0)
 
 
 def _from_dense(
-    decoder: Decoder, dense_NTC: HiddenStates, pruned: Sequence[HiddenStates], tokens_NT: Tensor
+    survey: Survey, dense_NTC: HiddenStates, pruned: Sequence[HiddenStates], tokens_NT: Tensor
 ) -> list[float]:
     """The divergence of each pruned path from the dense path, from the outputs of the last block."""
-    sums = [0.0] * len(pruned)
-    with decoder.outside_blocks():
+    divergences_NP: list[Tensor] = []
+    with survey.decoder.outside_blocks(survey.device):
         for n in range(len(tokens_NT)):
             one = slice(n, n + 1)
-            dense_TV = _predicted(decoder, tokens_NT[one], dense_NTC[one])
-            for place, path_NTC in enumerate(pruned):
-                pruned_TV = _predicted(decoder, tokens_NT[one], path_NTC[one])
-                sums[place] += float(kl_div(pruned_TV, dense_TV, log_target=True, reduction="sum"))
-    return [total / tokens_NT.numel() for total in sums]
+            dense_TV = _predicted(survey, tokens_NT[one], dense_NTC[one])
+            predicted = (_predicted(survey, tokens_NT[one], path_NTC[one]) for path_NTC in pruned)
+            divergences_NP.append(
+                torch.stack([kl_div(own_TV, dense_TV, log_target=True, reduction="sum") for own_TV in predicted])
+            )
+    return [sum(of_path) / tokens_NT.numel() for of_path in zip(*torch.stack(divergences_NP).tolist(), strict=True)]
 
 
-def _predicted(decoder: Decoder, tokens_NT: Tensor, y_NTC: Tensor) -> Tensor:
+def _predicted(survey: Survey, tokens_NT: Tensor, y_NTC: Tensor) -> Tensor:
     """Log-probabilities (T, V), float32, of the next token, from the outputs `y_NTC` of the last block."""
-    logits_NTV = logits_of(decoder.model, decoder.blocks, tokens_NT, y_NTC.to(decoder.model.device))
+    logits_NTV = logits_of(survey.decoder.model, survey.decoder.blocks, tokens_NT, y_NTC.to(survey.device))
     return logits_NTV[0].float().log_softmax(dim=-1)

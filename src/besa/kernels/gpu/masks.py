@@ -1,0 +1,120 @@
+"""The kernels of masks.cpp again, for GPUs."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from besa.kernels.gpu.launching import launch
+
+COLUMNS = 1024  # that a program takes at a time
+TILE = 2048  # bins × ranks that a program sums at a time
+BINS = 128  # at most, in a tile
+PROGRAMS = 512  # of `binned`, each with a scratch row: enough to fill a GPU, few enough for its cache
+
+
+@triton.jit
+def _masked(w, ranks, counts, out, columns, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < columns
+    place = row * columns + at
+    kept = tl.load(ranks + place, mask=inside, other=0) >= tl.load(counts + row)
+    tl.store(out + place, tl.load(w + place, mask=inside & kept, other=0.0), mask=inside)
+
+
+@triton.jit
+def _first_rank(bins, bin, columns):
+    """The first rank whose bin is at least `bin`, by bisection; `columns` if there is none."""
+    low = tl.zeros_like(bin)
+    high = low + columns
+    while tl.max(high - low, 0) > 0:
+        middle = (low + high) // 2
+        below = tl.load(bins + middle, mask=middle < high, other=32767).to(tl.int32) < bin
+        low = tl.where(below, middle + 1, low)
+        high = tl.where(below, high, middle)
+    return low
+
+
+@triton.jit(do_not_specialize=["rows", "n_bins"])
+def _binned(
+    gradient,
+    w,
+    ranks,
+    bins,
+    scratch,
+    out,
+    rows,
+    columns,
+    n_bins,
+    BLOCK: tl.constexpr,
+    BINS: tl.constexpr,
+    RANKS: tl.constexpr,
+):
+    row = tl.program_id(0)
+    products = scratch + tl.cast(row, tl.int64) * columns
+    while row < rows:
+        begin = tl.cast(row, tl.int64) * columns
+        left = 0
+        while left < columns:
+            at = left + tl.arange(0, BLOCK)
+            inside = at < columns
+            product = tl.load(gradient + begin + at, mask=inside, other=0.0).to(tl.float32)
+            product *= tl.load(w + begin + at, mask=inside, other=0.0).to(tl.float32)
+            rank = tl.load(ranks + begin + at, mask=inside, other=0).to(tl.int32)
+            tl.store(products + rank, product, mask=inside)
+            left += BLOCK
+        tl.debug_barrier()
+        lowest = 0
+        while lowest < n_bins:
+            bin = lowest + tl.arange(0, BINS)
+            rank = _first_rank(bins, bin, columns)
+            end = _first_rank(bins, bin + 1, columns)
+            sums = tl.zeros((BINS,), dtype=tl.float32)
+            while tl.max(end - rank, 0) > 0:
+                run = rank[:, None] + tl.arange(0, RANKS)[None, :]
+                sums += tl.sum(tl.load(products + run, mask=run < end[:, None], other=0.0), axis=1)
+                rank += RANKS
+            tl.store(out + tl.cast(row, tl.int64) * n_bins + bin, sums, mask=bin < n_bins)
+            lowest += BINS
+        tl.debug_barrier()
+        row += tl.num_programs(0)
+
+
+def masked(w_OI: Tensor, ranks_OI: Tensor, counts_O: Tensor, out_OI: Tensor) -> None:
+    """See `besa.kernels.masked`."""
+    rows, columns = w_OI.shape
+    block = min(COLUMNS, triton.next_power_of_2(columns))
+    launch(_masked, (rows, triton.cdiv(columns, block)), w_OI, ranks_OI, counts_O, out_OI, columns, BLOCK=block)
+
+
+def binned(gradient_OI: Tensor, w_OI: Tensor, ranks_OI: Tensor, bins_I: Tensor, out_OB: Tensor) -> None:
+    """See `besa.kernels.binned`.
+
+    Ranks order the products of a row, so each bin is a run of them. A program writes the products of a row in this
+    order to its scratch row, and adds up the runs. Every weight is read once; nothing depends on the order of programs.
+    """
+    rows, columns = w_OI.shape
+    programs, n_bins = min(rows, PROGRAMS), out_OB.shape[1]
+    scratch = torch.empty(programs, columns, device=w_OI.device)
+    width = min(BINS, triton.next_power_of_2(n_bins))
+    launch(
+        _binned,
+        (programs,),
+        gradient_OI,
+        w_OI,
+        ranks_OI,
+        bins_I,
+        scratch,
+        out_OB,
+        rows,
+        columns,
+        n_bins,
+        BLOCK=min(COLUMNS, triton.next_power_of_2(columns)),
+        BINS=width,
+        RANKS=TILE // width,
+        num_warps=8,
+        maxnreg=64,  # fewer would need memory
+    )

@@ -1,0 +1,50 @@
+"""The pruned linears of a unit as counted in their final weights, for the record.
+
+Shape suffixes: O rows, I columns, L linears, S numbers of a linear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from besa.counting.histograms import histogram
+from besa.counting.precision import widest
+from besa.methods.allocation import RankedLinear
+from besa.record import HISTOGRAM_BINS, LinearRecord
+
+
+def linear_records(weights: Mapping[str, Tensor], linears: Mapping[str, RankedLinear]) -> dict[str, LinearRecord]:
+    """The records of linears by full name. The host waits for the device once.
+
+    Args:
+        weights: the pruned weights (O, I) by full name.
+        linears: the same linears as they were when dense.
+    """
+    if not weights:
+        return {}
+    numbers_LS = torch.stack([_numbers(w_OI, linears[name].importance_OI) for name, w_OI in weights.items()])
+    records = {}
+    for (name, w_OI), (zeros, kept_sum, *row_rates) in zip(weights.items(), numbers_LS.tolist(), strict=True):
+        records[name] = LinearRecord(
+            name=name,
+            shape=list(w_OI.shape),
+            zeros=int(zeros),
+            sparsity=int(zeros) / w_OI.numel(),
+            importance_kept=kept_sum / max(w_OI.numel() - int(zeros), 1),
+            reached=linears[name].reached,
+            row_rates=[int(rows) for rows in row_rates],
+        )
+    return records
+
+
+def _numbers(w_OI: Tensor, importance_OI: Tensor) -> Tensor:
+    """The number of zeros, the importance of all kept weights, and the rows in each bin of pruning rates (S,)."""
+    zero_OI = w_OI == 0
+    zeros_O = zero_OI.sum(dim=1)
+    rows_S = histogram((zeros_O * HISTOGRAM_BINS // w_OI.shape[1]).clamp_max_(HISTOGRAM_BINS - 1), HISTOGRAM_BINS)
+    dtype = widest(w_OI.device)
+    kept_sum = importance_OI.masked_fill(zero_OI, 0).sum(dtype=dtype)
+    return torch.cat([torch.stack([zeros_O.sum().to(dtype), kept_sum]), rows_S.to(dtype)])

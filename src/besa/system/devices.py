@@ -1,0 +1,114 @@
+"""The device of a run: chosen, checked, and asked what any device can be asked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from besa.errors import BesaError
+from besa.system import memory
+
+TYPES = ("cpu", "cuda", "mps", "xpu")
+USUAL = "auto, cpu, cuda, cuda:N, mps or xpu"
+CPU = torch.device("cpu")
+
+
+def named_device(name: str | torch.device) -> torch.device:
+    """The device of that name, with an index unless it is the CPU; this machine need not have it.
+
+    Args:
+        name: ``auto``, which is the first CUDA device that torch can use, else the CPU; a usual name; or any type of
+            device that torch can use here.
+
+    Raises:
+        BesaError: torch knows no such device, or besa does not compute on it.
+    """
+    if name == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else CPU
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise BesaError(f"There is no device {name}: use {USUAL}.") from None
+    if device.type not in TYPES and not is_available(device.type):
+        raise BesaError(f"besa does not compute on {name}: use {USUAL}.")
+    if device.index is not None:
+        return device if device.type != "cpu" or device.index else CPU
+    if device.type in ("cpu", "mps"):
+        return torch.device(device.type, 0) if device.type == "mps" else CPU
+    present = torch.get_device_module(device).current_device() if is_available(device.type) else 0
+    return torch.device(device.type, present)
+
+
+def resolve_device(name: str | torch.device) -> torch.device:
+    """The device to compute on, which torch has used once.
+
+    Args:
+        name: as for `named_device`.
+
+    Raises:
+        BesaError: this machine has no such device, or torch cannot use it.
+    """
+    device = named_device(name)
+    if not is_available(device.type):
+        raise BesaError(f"There is no {device.type.upper()} device that torch can use here: use --device cpu.")
+    count = torch.get_device_module(device).device_count()
+    if (device.index or 0) >= count:
+        raise BesaError(f"There is no device {device}: torch finds {count} of this type here, counted from 0.")
+    try:
+        torch.zeros(1, device=device)  # the first use shows what a driver or a build lacks
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise BesaError(f"torch cannot use {device} here ({reason}): use --device cpu.") from error
+    return device
+
+
+def is_available(kind: str) -> bool:
+    """Whether torch can use a type of device on this machine."""
+    try:
+        return bool(torch.get_device_module(kind).is_available())
+    except RuntimeError:  # torch has no module for it
+        return False
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all its work; the CPU always has."""
+    if device.type == "mps":
+        torch.mps.synchronize()
+    elif device.type != "cpu":
+        torch.get_device_module(device).synchronize(device)
+
+
+def available_bytes(device: torch.device) -> int:
+    """Bytes that are still free on a device; of the CPU, and of devices that share its memory, of this machine."""
+    ask = getattr(torch.get_device_module(device), "mem_get_info", None)
+    return int(ask(device)[0]) if ask else memory.available_bytes()
+
+
+def total_bytes(device: torch.device) -> int:
+    """All memory of a device; of the CPU, and of devices that share its memory, of this machine."""
+    ask = getattr(torch.get_device_module(device), "mem_get_info", None)
+    return int(ask(device)[1]) if ask else memory.total_bytes()
+
+
+def shares_memory(device: torch.device) -> bool:
+    """Whether the device computes in the memory of the machine."""
+    return device.type in ("cpu", "mps")
+
+
+def has_streams(device: torch.device) -> bool:
+    """Whether copies from and to pinned memory may go by streams of their own while the device computes."""
+    return device.type in ("cuda", "xpu")
+
+
+def device_name(device: torch.device) -> str | None:
+    """The name of a GPU or another accelerator; None of the CPU, whose name is the processor's."""
+    if device.type == "cpu":
+        return None
+    ask: Any = getattr(torch.get_device_module(device), "get_device_name", None)
+    return str(ask(device)) if ask else device.type
+
+
+def float64_on(device: torch.device) -> torch.dtype:
+    """The dtype for sums of many numbers: float64, or float32 on MPS, which has no other."""
+    return torch.float32 if device.type == "mps" else torch.float64

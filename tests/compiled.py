@@ -1,0 +1,155 @@
+"""Every Triton kernel as machine code for GPUs that need not be there.
+
+    python -m tests.compiled    # JSON: what each kernel takes on each architecture
+
+The launch code itself runs, on tensors without memory. A driver that only names an architecture takes the place of
+CUDA's, and kernels are compiled, as a GPU would ask for them, instead of started. Triton's wheel brings the compiler
+and the assembler. Triton's interpreter, under which the other tests run, accepts what the compiler refuses.
+
+A new kernel joins by a function in `CASES` that starts it with the shapes of real models and with odd ones.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+ARCHITECTURES = (80, 90, 100, 120)  # A100, H100, B200, consumer Blackwell
+WIDTHS = (576, 1536, 4096, 11008, 8192, 28672, 1, 37, 577, 4099)  # of SmolLM2, LLaMA-2-7B and 70B, and odd ones
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What one kernel takes on one architecture.
+
+    Attributes:
+        kernel: its name.
+        architecture: 90 for sm_90.
+        arguments: types of its arguments; constants by value, and a D where a value is divisible by 16.
+        warps: of a program.
+        registers: of a thread.
+        spilled: bytes of a thread that its registers do not hold.
+        shared: bytes of shared memory of a program.
+    """
+
+    kernel: str
+    architecture: int
+    arguments: str
+    warps: int
+    registers: int
+    spilled: int
+    shared: int
+
+
+def masks() -> None:
+    """Start the kernels of `gpu.masks`."""
+    from besa.kernels.gpu.masks import binned, masked
+
+    every = [(columns, torch.bfloat16, torch.int16, 101) for columns in WIDTHS]
+    every += [(4096, dtype, ranks, 101) for dtype in DTYPES for ranks in (torch.int16, torch.int32)]
+    every += [(4096, torch.bfloat16, torch.int16, bins) for bins in (2, 11, 1001)]
+    for columns, dtype, ranks, bins in every:
+        w_OI, ranks_OI = empty(3, columns, dtype=dtype), empty(3, columns, dtype=ranks)
+        masked(w_OI, ranks_OI, empty(3, dtype=torch.int64), w_OI)
+        binned(w_OI, w_OI, ranks_OI, empty(columns, dtype=torch.int16), empty(3, bins))
+
+
+CASES: list[Callable[[], None]] = [masks]
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A tensor without memory."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+class Compiler:
+    """Takes the place of CUDA's driver, and compiles what is launched.
+
+    Attributes:
+        found: what was compiled, each once.
+    """
+
+    def __init__(self) -> None:
+        from triton.backends.compiler import GPUTarget
+        from triton.runtime import driver, jit
+
+        self.found: list[Compiled] = []
+        self._architecture = 0
+        self._seen: set[str] = set()
+        driver.set_active(
+            SimpleNamespace(
+                get_current_device=lambda: self._architecture,  # one device of each architecture
+                get_current_stream=lambda device: 0,
+                get_current_target=lambda: GPUTarget("cuda", self._architecture, 32),
+            )
+        )
+        run = jit.JITFunction.run
+        jit.JITFunction.run = lambda kernel, *arguments, grid, warmup, **constants: self._add(
+            kernel, run(kernel, *arguments, grid=grid, warmup=True, **constants)
+        )
+
+    def compile(self, case: Callable[[], None]) -> None:
+        """Compile every kernel that a case starts, for every architecture."""
+        for self._architecture in ARCHITECTURES:
+            case()
+
+    def _add(self, kernel: Any, compiled: Any) -> None:
+        if compiled.hash in self._seen:
+            return
+        self._seen.add(compiled.hash)
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            used = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", _cuobjdump("-res-usage", file.name))
+        assert used is not None
+        registers, stack, shared, local = map(int, used.groups())
+        self.found.append(
+            Compiled(
+                kernel.fn.__name__.lstrip("_"),
+                self._architecture,
+                _described(compiled.src),
+                compiled.metadata.num_warps,
+                registers,
+                stack + local,
+                max(shared, compiled.metadata.shared),
+            )
+        )
+
+
+def _described(source: Any) -> str:
+    values = {path[0]: value for path, value in source.constants.items()}
+    divisible = {path[0] for path, attributes in source.attrs.items() if attributes}
+    return ", ".join(
+        f"{name}={values[place]}" if place in values else f"{name}: {kind}{'D' if place in divisible else ''}"
+        for place, (name, kind) in enumerate(source.signature.items())
+    )
+
+
+def _cuobjdump(*arguments: str) -> str:
+    import triton
+
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([program, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def main() -> None:
+    """Print what every case takes, as JSON."""
+    compiler = Compiler()
+    for case in CASES:
+        compiler.compile(case)
+    json.dump([asdict(one) for one in compiler.found], sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

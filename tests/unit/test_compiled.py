@@ -1,0 +1,62 @@
+"""Triton kernels as machine code (tests/compiled.py): they compile, fit into registers, and take what is written."""
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+
+import besa.kernels
+from benchmarks import gpu_kernels
+from benchmarks.gpu_kernels import MULTIPROCESSORS
+from tests.compiled import ARCHITECTURES
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture(scope="module")
+def compiled(request):
+    """What is compiled now; Triton keeps it for the next time in pytest's cache, by source and version."""
+    return gpu_kernels.results(request.config.cache.mkdir("triton"))
+
+
+def kernels_of(text):
+    """The names of the kernels in a module: functions that `triton.jit` decorates and no other of these calls."""
+    functions = [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
+    jitted = [node for node in functions if any("triton.jit" in ast.unparse(by) for by in node.decorator_list)]
+    called = {ast.unparse(node.func) for one in jitted for node in ast.walk(one) if isinstance(node, ast.Call)}
+    return {one.name.lstrip("_") for one in jitted if one.name not in called}
+
+
+def test_every_kernel_compiles_for_every_architecture(compiled):
+    sources = [path.read_text() for path in (Path(besa.kernels.__file__).parent / "gpu").rglob("*.py")]
+    expected = set().union(*map(kernels_of, sources))
+    assert {"masked", "binned"} <= expected
+    for architecture in ARCHITECTURES:
+        assert {one["kernel"] for one in compiled["kernels"] if one["architecture"] == architecture} == expected
+
+
+def test_nothing_spills(compiled):
+    assert [one for one in compiled["kernels"] if one["spilled"]] == []
+
+
+def test_the_written_file_is_up_to_date(compiled):
+    written = json.loads(gpu_kernels.RESULTS.read_text())
+    if written["triton"] != compiled["triton"]:
+        pytest.skip("another Triton than that of the written file")
+    assert written == compiled, "run python -m benchmarks.gpu_kernels"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "registers", "shared", "warps", "occupancy"),
+    [
+        (80, 32, 0, 4, 1.0),  # 16 programs of 4 warps
+        (80, 33, 0, 4, 0.75),  # 40 registers a thread: 51 warps, 12 programs
+        (80, 255, 0, 8, 0.125),  # one program: 256 registers a thread allow 8 warps
+        (90, 16, 113 << 10, 4, 0.125),  # 228 KiB hold two programs of 114 KiB
+        (120, 16, 0, 1, 0.5),  # 24 programs of one warp
+        (100, 16, 228 << 10, 4, 0.0),  # no program at all
+    ],
+)
+def test_occupancy(architecture, registers, shared, warps, occupancy):
+    assert MULTIPROCESSORS[architecture].occupancy(registers, shared, warps) == occupancy
