@@ -10,26 +10,25 @@ S parts of a tile, K columns of a part, N rows of x.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
+from besa.kernels.gpu.launching import launch
 from besa.storage.formats.bitmask import CHUNKS as LENGTHS
 from besa.storage.formats.bitmask import ROWS, Bitmask
 
 FEW = 16  # rows of x that a tensor core takes at once
 HELD = 64  # bytes of a tile that a thread holds
-# Few bytes are worth waiting for twice; with a bound of its own, the assembler would rather spill than need more.
+# Without a bound, the assembler spills a few bytes to fit one more program into a multiprocessor.
 OPTIONS = {"num_stages": 1, "maxnreg": 128}
 WORDS = {torch.int16: torch.uint16, torch.int32: torch.int32, torch.int64: torch.int32}  # as kernels read masks
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _expanded(  # type: ignore[no-untyped-def]
+@triton.jit
+def _expanded(
     masks,
     values,
     scales,
@@ -86,8 +85,8 @@ def _expanded(  # type: ignore[no-untyped-def]
     return w_BWL, begin_B + ends_B
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _unpack(  # type: ignore[no-untyped-def]
+@triton.jit
+def _unpack(
     masks,
     values,
     offsets,
@@ -119,8 +118,8 @@ def _unpack(  # type: ignore[no-untyped-def]
         tl.store(out + row_BW[:, :, None] * COLUMNS + column_WL[None, :, :], w_BWL, mask=inside_BWL)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _multiply(  # type: ignore[no-untyped-def]
+@triton.jit
+def _multiply(
     masks,
     values,
     offsets,
@@ -167,41 +166,39 @@ def unpack(weight: Bitmask) -> Tensor:
     """The dense weight (O, I), to the bit as `Bitmask.unpack` gives it."""
     rows, columns = weight.shape
     out_OI = torch.empty(rows, columns, dtype=weight.dtype, device=weight.values.device)
-    with torch.cuda.device_of(out_OI):  # Triton starts kernels on the current device
-        _unpack[triton.cdiv(rows, ROWS),](
-            *_tensors(weight), out_OI, rows, **_layout(weight), CHUNKS=_chunks(weight, 1, warps=8), num_warps=8, **OPTIONS
-        )
+    grid, chunks = (triton.cdiv(rows, ROWS),), _chunks(weight, 1, warps=8)
+    launch(_unpack, grid, *_tensors(weight), out_OI, rows, **_layout(weight), CHUNKS=chunks, num_warps=8, **OPTIONS)
     return out_OI
 
 
 def multiply(x_NI: Tensor, weight: Bitmask) -> Tensor:
     """x Wᵀ (N, O) in the dtype of x, for up to `FEW` rows; products are added in float32.
 
-    The weight is rounded as a dense one.
+    The value of a code is rounded to that dtype, as in a dense weight.
     """
     rows, batch = weight.shape[0], len(x_NI)
-    bands, warps = (1, 16) if batch == 1 else (4, 8)  # of a program: with more rows of x, it pays to read them once
-    chunks = _chunks(weight, bands, warps)
+    bands, warps = (1, 16) if batch == 1 else (4, 8)  # of a program; the more bands, the less often x is read
     y_NO = torch.empty(batch, rows, dtype=x_NI.dtype, device=x_NI.device)
-    with torch.cuda.device_of(x_NI):
-        _multiply[triton.cdiv(rows, bands * ROWS),](
-            *_tensors(weight),
-            x_NI.contiguous(),
-            y_NO,
-            rows,
-            batch,
-            **_layout(weight),
-            CHUNKS=chunks,
-            BANDS=bands,
-            PARTS=min(chunks, warps),
-            BATCH=1 if batch == 1 else FEW,
-            num_warps=warps,
-            **OPTIONS,
-        )
+    launch(
+        _multiply,
+        (triton.cdiv(rows, bands * ROWS),),
+        *_tensors(weight),
+        x_NI.contiguous(),
+        y_NO,
+        rows,
+        batch,
+        **_layout(weight),
+        CHUNKS=(chunks := _chunks(weight, bands, warps)),
+        BANDS=bands,
+        PARTS=min(chunks, warps),
+        BATCH=1 if batch == 1 else FEW,
+        num_warps=warps,
+        **OPTIONS,
+    )
     return y_NO
 
 
-def _tensors(weight: Bitmask) -> tuple[Tensor | None, ...]:
+def _tensors(weight: Bitmask) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     masks_BCR = weight.masks_BCR.view(WORDS[weight.masks_BCR.dtype])
     return masks_BCR, weight.values, weight.offsets, weight.scales_OG, weight.zeros_OG
 
