@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -212,11 +212,12 @@ for _name in ("silu_backward", "mish_backward"):  # torch would compose them of 
     _ATEN.impl(_name, partial(_run, getattr(torch.ops.aten, _name).default), "PrivateUse1")
 
 # Methods of torch.Tensor that a wrapper cannot answer by itself.
-_tolist, _numpy, _data_ptr, _new_tensor = (
+_tolist, _numpy, _data_ptr, _new_tensor, _as_subclass = (
     torch.Tensor.tolist,
     torch.Tensor.numpy,
     torch.Tensor.data_ptr,
     torch.Tensor.new_tensor,
+    torch.Tensor.as_subclass,
 )
 
 
@@ -245,8 +246,33 @@ def _own_data_ptr(self: torch.Tensor) -> int:
     return _data_ptr(data.raw if isinstance(data, Pretend) else self)
 
 
+class _Retyped(torch.autograd.Function):
+    """A tensor of the device as one of another class; gradients pass."""
+
+    @staticmethod
+    def forward(ctx: Any, pretend: Pretend, kind: type[Pretend]) -> Pretend:
+        return kind(pretend.raw)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        return gradient, None
+
+
+@cache
+def _both(kind: type[torch.Tensor]) -> type[Pretend]:
+    return Pretend if kind is torch.Tensor else type(kind.__name__, (kind, Pretend), {})
+
+
+def _own_as_subclass(self: torch.Tensor, kind: type[torch.Tensor]) -> torch.Tensor:
+    if isinstance(self, Pretend):
+        retyped: torch.Tensor = _Retyped.apply(self, _both(kind))
+        return retyped
+    return _as_subclass(self, kind)
+
+
 torch.Tensor.numpy, torch.Tensor.new_tensor = _own_numpy, _own_new_tensor  # type: ignore[method-assign]
 torch.Tensor.tolist, torch.Tensor.data_ptr = _own_tolist, _own_data_ptr  # type: ignore[method-assign]
+torch.Tensor.as_subclass = _own_as_subclass  # type: ignore[method-assign]
 
 
 class _HostFloats(TorchDispatchMode):

@@ -246,4 +246,4 @@ def _bytes(block: Block) -> int:
 def _free(module: nn.Module) -> None:
     """Move the module's own parameters back to the meta device; buffers stay."""
     for name, parameter in module.named_parameters(recurse=False):
-        setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+        setattr(module, name, nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))

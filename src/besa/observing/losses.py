@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from besa.models.activations import HiddenStates
+from besa.models.transfers import fetched
 
 
 def reconstruction_error(y_NTC: Tensor, target_NTC: Tensor, plain: float = 0.0) -> Tensor:
@@ -53,7 +54,7 @@ def error_between(
     stride = share if len(target_NTC) == len(y_NTC) else 1
 
     def one(x_NTC: HiddenStates, place: int) -> Tensor:
-        return x_NTC[place : place + 1][:, :tokens].to(device)
+        return fetched(x_NTC[place : place + 1][:, :tokens], device)
 
     squares = [
         _squares(one(y_NTC, place), one(target_NTC, at * stride))

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from besa.counting.precision import widest
 from besa.errors import BesaError
 
 STEM = "model"  # beginning of the names of weight files
@@ -143,8 +144,8 @@ def _tensor(file: Any, name: str, path: Path) -> Tensor:
 
 
 def _for(device: torch.device, tensor: Tensor) -> Tensor:
-    """The tensor in a dtype that the device has: MPS has no float64."""
-    return tensor.float() if device.type == "mps" and tensor.dtype == torch.float64 else tensor
+    """The tensor in a dtype that the device has."""
+    return tensor.to(widest(device)) if tensor.dtype == torch.float64 else tensor
 
 
 def _chosen(folder: Path) -> dict[str, Path]:

@@ -107,8 +107,3 @@ def device_name(device: torch.device) -> str | None:
         return None
     ask: Any = getattr(torch.get_device_module(device), "get_device_name", None)
     return str(ask(device)) if ask else device.type
-
-
-def float64_on(device: torch.device) -> torch.dtype:
-    """The dtype for sums of many numbers: float64, or float32 on MPS, which has no other."""
-    return torch.float32 if device.type == "mps" else torch.float64

@@ -15,6 +15,7 @@ from besa.counting.budget import Budget
 from besa.methods.allocation.outputs import errors_of_linears
 from besa.models.activations import HiddenStates
 from besa.models.blocks import Block
+from besa.models.transfers import fetched
 from besa.models.units import Unit
 from besa.observing.losses import reconstruction_error
 from besa.quantization import Clipping
@@ -103,10 +104,10 @@ class BlockProblem:
             plain: as in `reconstruction_error`; unused if the loss compares the linears' own outputs.
         """
         one = slice(chosen, chosen + 1)
-        x_NTC = self.inputs_NTC[one][:, :tokens].to(self.device)
+        x_NTC = fetched(self.inputs_NTC[one][:, :tokens], self.device)
         if self.own_outputs:
             return errors_of_linears(self.block, x_NTC, weights)
-        targets_NTC = self.targets_NTC[one][:, :tokens].to(self.device)
+        targets_NTC = fetched(self.targets_NTC[one][:, :tokens], self.device)
         return reconstruction_error(self.block(x_NTC, weights), targets_NTC, plain)
 
 

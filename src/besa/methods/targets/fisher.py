@@ -15,6 +15,7 @@ from besa.counting.histograms import histogram
 from besa.methods.targets.bounded import Survey
 from besa.models.activations import HiddenStates
 from besa.models.blocks import Block, logits_of
+from besa.models.transfers import fetched
 from besa.observing.input_statistics import InputStatistics, collect
 from besa.observing.probes import RowSensitivities
 
@@ -86,7 +87,7 @@ def _loss_gradients(survey: Survey, states_NTC: HiddenStates, tokens_NT: Tensor)
     decoder, generator = survey.decoder, torch.Generator().manual_seed(survey.seed)
     with decoder.outside_blocks(survey.device):
         for n in range(len(tokens_NT)):
-            y_NTC = states_NTC[n : n + 1].to(survey.device).requires_grad_()
+            y_NTC = fetched(states_NTC[n : n + 1], survey.device).requires_grad_()
             with torch.enable_grad():
                 logits_TV = logits_of(decoder.model, decoder.blocks, tokens_NT[n : n + 1], y_NTC)[0].float()
                 chance_T = torch.rand(len(logits_TV), 1, generator=generator).to(logits_TV.device)
@@ -108,7 +109,7 @@ def _send_back(
     with collect(block.module, block.prunables, gram=False) as statistics:
         for n in range(len(inputs_NTC)):
             one = slice(n, n + 1)
-            gradients_NTC[one] = rows.send_back(inputs_NTC[one].to(device), gradients_NTC[one])
+            gradients_NTC[one] = rows.send_back(fetched(inputs_NTC[one], device), fetched(gradients_NTC[one], device))
     return rows, statistics
 
 
