@@ -71,11 +71,10 @@ def sparse() -> None:
     """Start the kernels of `gpu.sparse`, for one row of x and for several."""
     from besa.kernels.gpu.sparse import multiply, unpack
 
-    floats = [("bfloat16", columns) for columns in (577, 4096, 28672)] + [("float16", 11008), ("float32", 4096)]
+    floats = [("bfloat16", 577), ("bfloat16", 28672), ("float16", 11008), ("float32", 4096)]
     weights = [bitmask(columns, getattr(torch, dtype)) for dtype, columns in floats]
-    weights += [bitmask(columns, torch.bfloat16, bits=4, groups=columns // 128) for columns in (4096, 28672)]
-    weights += [bitmask(4096, torch.float32, bits=4, groups=32), bitmask(60, torch.bfloat16, bits=3, groups=5)]
-    weights += [bitmask(11008, torch.bfloat16, bits=8), bitmask(4096, torch.float16, bits=8)]
+    weights += [bitmask(4096, dtype, bits=4, groups=32) for dtype in (torch.bfloat16, torch.float32)]
+    weights += [bitmask(60, torch.bfloat16, bits=3, groups=5), bitmask(11008, torch.bfloat16, bits=8)]
     for weight in weights:
         unpack(weight)
         for batch in (1, 8):
