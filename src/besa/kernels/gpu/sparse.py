@@ -178,6 +178,7 @@ def multiply(x_NI: Tensor, weight: Bitmask) -> Tensor:
     """
     rows, batch = weight.shape[0], len(x_NI)
     bands, warps = (1, 16) if batch == 1 else (4, 8)  # of a program; the more bands, the less often x is read
+    chunks = _chunks(weight, bands, warps)
     y_NO = torch.empty(batch, rows, dtype=x_NI.dtype, device=x_NI.device)
     launch(
         _multiply,
@@ -188,7 +189,7 @@ def multiply(x_NI: Tensor, weight: Bitmask) -> Tensor:
         rows,
         batch,
         **_layout(weight),
-        CHUNKS=(chunks := _chunks(weight, bands, warps)),
+        CHUNKS=chunks,
         BANDS=bands,
         PARTS=min(chunks, warps),
         BATCH=1 if batch == 1 else FEW,
