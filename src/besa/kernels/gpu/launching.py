@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], first: Tensor, /, *others: Tensor | float | None, **constants: int
+    kernel: Any, grid: tuple[int, ...], first: Tensor, /, *others: Tensor | float | None, **constants: float
 ) -> None:
     """Run a Triton kernel on the device of its first argument. Triton itself takes the current device.
 
