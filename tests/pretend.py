@@ -214,7 +214,8 @@ for _key in ("AutogradPrivateUse1", "PrivateUse1"):  # the second in inference m
 for _name in ("silu_backward", "mish_backward"):  # torch would compose them of other operators
     _ATEN.impl(_name, partial(_run, getattr(torch.ops.aten, _name).default), "PrivateUse1")
 
-# Methods of torch.Tensor that a wrapper cannot answer by itself.
+# What torch, or a wrapper, cannot answer by itself.
+_tensor = torch.tensor
 _tolist, _numpy, _data_ptr, _new_tensor, _as_subclass = (
     torch.Tensor.tolist,
     torch.Tensor.numpy,
@@ -223,6 +224,12 @@ _tolist, _numpy, _data_ptr, _new_tensor, _as_subclass = (
     torch.Tensor.as_subclass,
 )
 _tensor = torch.tensor
+
+
+def _own_tensor(data: Any, *, dtype: Any = None, device: Any = None, **kwargs: Any) -> torch.Tensor:
+    if device is None or torch.device(device).type != NAME:
+        return _tensor(data, dtype=dtype, device=device, **kwargs)
+    return _tensor(data, dtype=dtype, **kwargs).to(device)
 
 
 def _own_numpy(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -279,6 +286,7 @@ def _own_as_subclass(self: torch.Tensor, kind: type[torch.Tensor]) -> torch.Tens
     return _as_subclass(self, kind)
 
 
+torch.tensor = _own_tensor  # type: ignore[assignment]
 torch.Tensor.numpy, torch.Tensor.new_tensor = _own_numpy, _own_new_tensor  # type: ignore[method-assign]
 torch.Tensor.tolist, torch.Tensor.data_ptr = _own_tolist, _own_data_ptr  # type: ignore[method-assign]
 torch.Tensor.as_subclass = _own_as_subclass  # type: ignore[method-assign]
