@@ -82,7 +82,7 @@ ODD = {
         *({"dtype": "foo"}, {"sparsity": 1.5}, {"seqlen": 1}, {"samples": 0}, {"seed": 1.5}, {"device": None}),
         *({"activation_budget": float("nan")}, {"tokenizer": "x"}, {"out": "a\0"}),
     ],
-    "plan": [{"batch": -1}, {"dtype": "foo"}, {"sparsity": 1.5}, {"seqlen": 0}, {"samples": 0}, {"device": "mps"}],
+    "plan": [{"batch": -1}, {"dtype": "foo"}, {"sparsity": 1.5}, {"seqlen": 0}, {"samples": 0}, {"device": "tpu"}],
     "evaluate": [{"batch": -1}, {"dtype": "foo"}, {"window": 8.5}, {"limit": 0}, {"texts": "held"}, {"texts": [5]}],
     "generate": [{"prompt": "\ud800"}, {"prompt": None}, {"max_new_tokens": 1.5}, {"seed": None}, {"temperature": ""}],
     "load": [{"dtype": "foo"}, {"device": None}],

@@ -214,12 +214,10 @@ def test_run_takes_no_gradients(captured):
 def test_outputs_that_are_not_finite_are_refused(captured, value, place):
     block, x_NTC = captured
     x_NTC[place, -1, 3] = value
-    before_NTC = x_NTC.clone()
     for into in (None, x_NTC):
         with pytest.raises(BesaError, match=r"^The output of model\.layers\.2 has NaN or infinity: .*\.$") as caught:
             block.run(x_NTC, 1, into=into)
         assert "\n" not in str(caught.value)
-    torch.testing.assert_close(x_NTC[place], before_NTC[place], equal_nan=True, rtol=0, atol=0)  # nothing taken over
 
 
 def test_replaced_weights_are_used_and_get_the_gradients(captured):

@@ -80,7 +80,7 @@ def record(name="besa", sparsity=0.5, blocks=3, **changes):
         },
         "calibration": {"source": "c4", "samples": 16, "seqlen": 128, "seed": 7, "sha256": "cd" * 32},
         "versions": {"besa": "0.1.0", "torch": "2.13.0"},
-        "machine": {"system": "linux", "processor": "A processor", "threads": 2, "gpu": None},
+        "machine": {"system": "linux", "processor": "A processor", "threads": 2, "device": "cpu", "gpu": None},
         "blocks": parts,
         "weights": WEIGHTS * blocks,
         "zeros": sum(zeros) * blocks,
@@ -295,7 +295,7 @@ def test_command_repeats_the_run(three):
                 .replace("\\\n", "").splitlines()]  # fmt: skip
     assert " ".join(commands[0]) == (
         "OMP_NUM_THREADS=2 besa prune tiny besa --recipe besa --sparsity 0.5 --calibration c4 --samples 16 "
-        "--seqlen 128 --seed 7 --dtype float32"
+        "--seqlen 128 --seed 7 --dtype float32 --device cpu"
     )
     assert " ".join(commands[1]) == (
         "besa eval besa --ppl wiki --ppl c4 --window 128 --max-windows 40 --json besa/besa_eval.json"
@@ -380,7 +380,7 @@ def test_one_run_that_was_never_measured(folder):
 
 def test_a_run_of_few_facts(folder):
     run = record("mine", model={"source": "", "architecture": "GPT2LMHeadModel"}, calibration={}, blocks=1)
-    run["peak_gpu_memory_bytes"], run["machine"]["gpu"] = 5_000_000, "A GPU"
+    run["peak_gpu_memory_bytes"], run["machine"]["device"] = 5_000_000, "cuda"
     page = Page(render([folder("run", run)]))
     assert "GPT2LMHeadModel" in page.text and page.rows()["mine"][-1] == "5 MB"
     assert "besa prune GPT2LMHeadModel mine --recipe mine.yaml" in page.text and "--device cuda" in page.text

@@ -32,12 +32,9 @@ def named_device(name: str | torch.device) -> torch.device:
         raise BesaError(f"There is no device {name}: use {USUAL}.") from None
     if device.type not in TYPES and not is_available(device.type):
         raise BesaError(f"besa does not compute on {name}: use {USUAL}.")
-    if device.index is not None:
-        return device if device.type != "cpu" or device.index else CPU
-    if device.type in ("cpu", "mps"):
-        return torch.device(device.type, 0) if device.type == "mps" else CPU
-    present = torch.get_device_module(device).current_device() if is_available(device.type) else 0
-    return torch.device(device.type, present)
+    if device.type == "cpu" and not device.index:
+        return CPU
+    return device if device.index is not None else torch.device(device.type, _present(device.type))
 
 
 def resolve_device(name: str | torch.device) -> torch.device:
@@ -54,13 +51,19 @@ def resolve_device(name: str | torch.device) -> torch.device:
         raise BesaError(f"There is no {device.type.upper()} device that torch can use here: use --device cpu.")
     count = torch.get_device_module(device).device_count()
     if (device.index or 0) >= count:
-        raise BesaError(f"There is no device {device}: torch finds {count} of this type here, counted from 0.")
+        raise BesaError(f"There is no device {device}: torch finds {count} of this type here, from 0 on.")
     try:
         torch.zeros(1, device=device)  # the first use shows what a driver or a build lacks
+        synchronize(device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise BesaError(f"torch cannot use {device} here ({reason}): use --device cpu.") from error
     return device
+
+
+def _present(kind: str) -> int:
+    """The index of the device of a type that torch uses by default."""
+    return int(getattr(torch.get_device_module(kind), "current_device", int)()) if is_available(kind) else 0
 
 
 def is_available(kind: str) -> bool:
