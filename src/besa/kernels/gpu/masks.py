@@ -27,19 +27,21 @@ def _masked(w, ranks, counts, out, columns, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _first_rank(bins, bin, columns):
+def _first_rank(bins, bin, columns, halvings):
     """The first rank whose bin is at least `bin`, by bisection; `columns` if there is none."""
     low = tl.zeros_like(bin)
     high = low + columns
-    while tl.max(high - low, 0) > 0:
+    halved = 0
+    while halved < halvings:
         middle = (low + high) // 2
         below = tl.load(bins + middle, mask=middle < high, other=32767).to(tl.int32) < bin
         low = tl.where(below, middle + 1, low)
         high = tl.where(below, high, middle)
+        halved += 1
     return low
 
 
-@triton.jit(do_not_specialize=["rows", "n_bins"])
+@triton.jit(do_not_specialize=["rows", "n_bins", "halvings"])
 def _binned(
     gradient,
     w,
@@ -50,6 +52,7 @@ def _binned(
     rows,
     columns,
     n_bins,
+    halvings,
     BLOCK: tl.constexpr,
     BINS: tl.constexpr,
     RANKS: tl.constexpr,
@@ -71,8 +74,8 @@ def _binned(
         lowest = 0
         while lowest < n_bins:
             bin = lowest + tl.arange(0, BINS)
-            rank = _first_rank(bins, bin, columns)
-            end = _first_rank(bins, bin + 1, columns)
+            rank = _first_rank(bins, bin, columns, halvings)
+            end = _first_rank(bins, bin + 1, columns, halvings)
             sums = tl.zeros((BINS,), dtype=tl.float32)
             while tl.max(end - rank, 0) > 0:
                 run = rank[:, None] + tl.arange(0, RANKS)[None, :]
@@ -113,6 +116,7 @@ def binned(gradient_OI: Tensor, w_OI: Tensor, ranks_OI: Tensor, bins_I: Tensor, 
         rows,
         columns,
         n_bins,
+        columns.bit_length(),
         BLOCK=min(COLUMNS, triton.next_power_of_2(columns)),
         BINS=width,
         RANKS=TILE // width,
