@@ -138,6 +138,7 @@ def quantized(
         LARGEST=2**bits - 1,
         SYMMETRIC=symmetric,
         SMALLEST=SMALLEST,
+        enable_fp_fusion=False,  # the codes of the final weight, which torch computes
         **tile,
     )
 
@@ -168,6 +169,7 @@ def clipping_gradient(
         LARGEST=2**bits - 1,
         SYMMETRIC=symmetric,
         SMALLEST=SMALLEST,
+        enable_fp_fusion=False,  # the codes of the final weight, which torch computes
         **tile,
     )
     return out_2OG
