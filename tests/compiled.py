@@ -65,7 +65,52 @@ def masks() -> None:
         binned(w_OI, w_OI, ranks_OI, empty(columns, dtype=torch.int16), empty(3, bins))
 
 
-CASES: list[Callable[[], None]] = [masks]
+def rates() -> None:
+    """Start the kernels of `gpu.rates`."""
+    from besa.kernels.gpu.rates import pruned_ranks
+
+    for groups in (7, 42_496):  # linears of a block, rows of a block of 7B
+        alpha_R, width_R = empty(groups), empty(groups, dtype=torch.float64)
+        pruned_ranks(alpha_R, width_R, alpha_R, 0.5)
+
+
+def clipping() -> None:
+    """Start the kernels of `gpu.clipping`."""
+    from besa.kernels.gpu.clipping import clipping_gradient, quantized
+
+    every = [(columns, 1, torch.bfloat16, 4, False) for columns in WIDTHS]
+    every += [(4096, 1, dtype, 4, symmetric) for dtype in DTYPES for symmetric in (False, True)]
+    every += [(4096, 4096 // size, torch.bfloat16, 4, False) for size in (32, 64, 128)]
+    every += [(4096, 1, torch.bfloat16, bits, True) for bits in (2, 8)]
+    for columns, groups, dtype, bits, symmetric in every:
+        w_OI, logits_2OG, low_OG = empty(3, columns, dtype=dtype), empty(2, 3, groups), empty(3, groups)
+        quantized(w_OI, logits_2OG, low_OG, low_OG, bits, symmetric, w_OI)
+        clipping_gradient(w_OI, w_OI, logits_2OG, low_OG, low_OG, bits, symmetric)
+
+
+def sweep() -> None:
+    """Start the kernels of `gpu.sweep`."""
+    from besa.kernels.gpu.sweep import WIDEST, swept
+
+    for width in WIDTHS:
+        for columns in (1, 4, 128, 100, 1024, WIDEST):
+            w_OI, kept_OI = empty(3, width), empty(3, width, dtype=torch.bool)
+            if columns <= width:
+                block_OB, kept_OB = w_OI[:, -columns:], kept_OI[:, -columns:]
+                swept(block_OB, kept_OB, empty(width, width)[-columns:, -columns:], empty(3, columns))
+
+
+def statistics() -> None:
+    """Start the kernels of `gpu.statistics`."""
+    from besa.kernels.gpu.statistics import add_squares, histogram
+
+    for channels, dtype in [*((width, torch.bfloat16) for width in WIDTHS), *((4096, dtype) for dtype in DTYPES)]:
+        add_squares(empty(300, channels, dtype=dtype), empty(channels, dtype=torch.float64))
+    for dtype in (torch.int16, torch.int32, torch.int64):
+        histogram(empty(8192, 28_673, dtype=dtype), 1 << 16)
+
+
+CASES: list[Callable[[], None]] = [masks, rates, clipping, sweep, statistics]
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

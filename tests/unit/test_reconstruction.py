@@ -206,7 +206,7 @@ def test_without_tokens_kept_weights_stay(w_OI, mask):
 def test_columns_of_different_width_share_the_zeros(w_OI, x_TI):
     """24 columns in blocks of 10, 10 and 4."""
     factor_II = inverse_factor(gathered(x_TI), 0.01)
-    swept_OI = sweep(w_OI, w_OI == 0, factor_II, 10, 72)
+    swept_OI = sweep(w_OI, w_OI == 0, factor_II, 10, torch.tensor(72))
     assert [int((part == 0).sum()) for part in swept_OI.split(10, dim=1)] == [30, 30, 12]
 
 

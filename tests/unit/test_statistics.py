@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from besa.errors import BesaError
@@ -99,6 +100,52 @@ def test_half_precision_inputs_are_summed_in_full(dtype):
         linear(x)
     assert statistics["linear"].squares_I.tolist() == [9000]
     assert statistics["linear"].gram_II.tolist() == [[9000]]
+
+
+def in_tf32(x):
+    """Float32 rounded to the ten stored bits of TF32, halves to even."""
+    bits = x.view(torch.int32)
+    return ((bits + 0xFFF + (bits >> 13 & 1)) & ~0x1FFF).view(torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_tf32_holds_every_number_of_half_precision(dtype):
+    """Subnormal ones too."""
+    every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype).float()
+    every = every[every.isfinite()]
+    assert len(every) > 60_000
+    assert torch.equal(in_tf32(every).view(torch.int32), every.view(torch.int32))
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 1e-6), (torch.float16, 1e-6), (torch.float32, 1e-4)])
+def test_the_error_of_a_gram_in_tf32(dtype, most):
+    """Of half precision it is that of float32 sums. Of float32 it would be a hundred times that."""
+    x_TI = torch.randn(2048, 48, generator=torch.Generator().manual_seed(0)).to(dtype)
+    exact_II = x_TI.double().T @ x_TI.double()
+    rounded_TI = in_tf32(x_TI.float())
+    gram_II = rounded_TI.T @ rounded_TI
+    scale_I = exact_II.diagonal().sqrt()
+    error = float(((gram_II - exact_II).abs() / (scale_I[:, None] * scale_I)).max())
+    assert (most / 10 if dtype == torch.float32 else 0) < error < most
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision"), [(torch.bfloat16, "tf32"), (torch.float16, "tf32"), (torch.float32, "ieee")]
+)
+def test_only_the_gram_of_half_precision_uses_tf32(dtype, precision):
+    seen = {}
+
+    class Seeing(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen[func._schema.name] = torch.backends.cuda.matmul.fp32_precision
+            return func(*args, **(kwargs or {}))
+
+    before = torch.backends.cuda.matmul.fp32_precision
+    statistics = InputStatistics.empty(4, gram=True, device=torch.device("cpu"))
+    with Seeing():
+        statistics.add(torch.ones(3, 4, dtype=dtype))
+    assert seen["aten::addmm_"] == precision
+    assert seen["besa::add_squares"] == before == torch.backends.cuda.matmul.fp32_precision
 
 
 def test_inputs_are_not_kept_with_their_graph():

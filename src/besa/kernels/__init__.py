@@ -28,6 +28,7 @@ _clipping_gradient = operator(
 )
 _swept = operator("swept(Tensor(a!) block, Tensor kept, Tensor factor, Tensor(b!) error) -> ()", "sweep")
 _add_squares = operator("add_squares(Tensor x, Tensor(a!) squares) -> ()", "statistics")
+_histogram = operator("histogram(Tensor values, int bins) -> Tensor", "statistics")
 
 
 def masked(w_OI: Tensor, ranks_OI: Tensor, counts_O: Tensor, out_OI: Tensor) -> None:
@@ -121,3 +122,14 @@ def swept(block_OB: Tensor, kept_OB: Tensor, factor_BB: Tensor, error_OB: Tensor
 def add_squares(x_TI: Tensor, squares_I: Tensor) -> None:
     """Add Σ_t x² of some tokens `x_TI`, of any float dtype, to `squares_I` (float64); summed up in float32."""
     _add_squares(x_TI, squares_I)
+
+
+def histogram(values: Tensor, bins: int) -> Tensor:
+    """How often each of 0, …, `bins` − 1 occurs; (bins,), int64. The host waits for nothing.
+
+    Args:
+        values: non-negative integers in any shape; larger ones are not counted.
+        bins: number of bins.
+    """
+    counts: Tensor = _histogram(values, bins)
+    return counts

@@ -74,3 +74,13 @@ def swept(block_OB: Tensor, kept_OB: Tensor, factor_BB: Tensor, error_OB: Tensor
 def add_squares(x_TI: Tensor, squares_I: Tensor) -> None:
     """See `besa.kernels.add_squares`."""
     squares_I += x_TI.float().square().sum(dim=0).double()
+
+
+def histogram(values: Tensor, bins: int) -> Tensor:
+    """See `besa.kernels.histogram`."""
+    values = values.flatten()
+    if values.device.type == "cpu":
+        return torch.bincount(values, minlength=bins)[:bins].clone()
+    # bincount would let the host wait for the largest value. Integers add up to the same in any order.
+    counts = torch.zeros(bins + 1, dtype=torch.int64, device=values.device)
+    return counts.scatter_add_(0, values.clamp_max(bins).long(), counts.new_ones(1).expand(len(values)))[:bins].clone()

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from besa.counting.histograms import histogram
 from besa.counting.precision import widest
+from besa.kernels import histogram
 from besa.methods.allocation import RankedLinear
 from besa.record import HISTOGRAM_BINS, LinearRecord
 

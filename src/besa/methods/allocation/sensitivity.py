@@ -13,8 +13,8 @@ from pydantic import Field
 from torch import Tensor
 
 from besa.counting.budget import Budget, apportion, split
-from besa.counting.histograms import histogram
 from besa.counting.precision import widest
+from besa.kernels import histogram
 from besa.methods.allocation.allocator import Allocator
 from besa.methods.allocation.problem import Allocated, BlockProblem, RankedLinear
 from besa.observing.probes import RowSensitivities
@@ -127,7 +127,7 @@ def lowest(keys: Sequence[Callable[[], Tensor]], total: int) -> list[Tensor]:
 
 def _lower_halves(key_OI: Tensor, upper: Tensor) -> Tensor:
     """The histogram (HALF,) of the lower halves of the keys with this upper half."""
-    return histogram(torch.where(key_OI >> 16 == upper, key_OI & (HALF - 1), HALF), HALF + 1)[:HALF]
+    return histogram(torch.where(key_OI >> 16 == upper, key_OI & (HALF - 1), HALF), HALF)
 
 
 def _bucket(histograms: Iterable[Tensor], total: Tensor | int) -> tuple[Tensor, Tensor]:

@@ -55,9 +55,10 @@ class OBSUpdate(Rebuilder):
         kept_OI = hard_mask(ranks_OI, counts_O) if self.mask == "fixed" else None
         factor_II = inverse_factor(statistics, self.damping)
         dense_OI = w_OI.float()
-        zeros = int(counts_O.sum())
         columns = self.columns if group is None else group
-        rebuilt_OI = sweep(dense_OI, dense_OI == 0, factor_II, columns, zeros, kept_OI, per_row=group is not None)
+        rebuilt_OI = sweep(
+            dense_OI, dense_OI == 0, factor_II, columns, counts_O.sum(), kept_OI, per_row=group is not None
+        )
         return written(rebuilt_OI, rebuilt_OI != 0, w_OI.dtype)
 
 
@@ -82,7 +83,7 @@ def sweep(
     zero_OI: Tensor,
     factor_II: Tensor,
     columns: int,
-    zeros: int,
+    zeros: Tensor,
     kept_OI: Tensor | None = None,
     per_row: bool = False,
 ) -> Tensor:
@@ -93,7 +94,7 @@ def sweep(
         zero_OI: weights that are zero already; they are pruned first.
         factor_II: `inverse_factor` of the input's Hessian.
         columns: width of a block; the blocks share the zeros in proportion to their width.
-        zeros: how many weights to prune; unused with a fixed mask.
+        zeros: how many weights to prune (scalar); unused with a fixed mask.
         kept_OI: the fixed mask; None to choose it block by block.
         per_row: whether every row of a block loses the same number, as n:m patterns need.
     """
@@ -101,9 +102,8 @@ def sweep(
     rows, width = w_OI.shape
     starts = range(0, width, columns)
     sizes = [min(columns, width - start) for start in starts]
-    present = torch.stack([part.sum() for part in zero_OI.sum(dim=0).cpu().split(sizes)])
-    shares = apportion(torch.full((len(sizes),), zeros / w_OI.numel()), rows * torch.tensor(sizes), zeros, present)
-    for start, size, share in zip(starts, sizes, shares.tolist(), strict=True):
+    shares = [0] * len(sizes) if kept_OI is not None else _shares(zero_OI, sizes, zeros)
+    for start, size, share in zip(starts, sizes, shares, strict=True):
         end = start + size
         block_OB, factor_BB = w_OI[:, start:end], factor_II[start:end, start:end]  # a view: updated in place
         if kept_OI is None:
@@ -118,3 +118,12 @@ def sweep(
         kernels.swept(block_OB, kept_OB, factor_BB, error_OB)
         w_OI[:, end:] -= error_OB @ factor_II[start:end, end:]
     return w_OI
+
+
+def _shares(zero_OI: Tensor, sizes: list[int], zeros: Tensor) -> list[int]:
+    """How many of the zeros each block of columns gets. The host waits for the device once."""
+    total, *present = torch.cat([zeros.reshape(1), zero_OI.sum(dim=0)]).tolist()
+    present_of_block = torch.stack([part.sum() for part in torch.tensor(present).split(sizes)])
+    widths, rate = zero_OI.shape[0] * torch.tensor(sizes), total / zero_OI.numel()
+    shares: list[int] = apportion(torch.full((len(sizes),), rate), widths, total, present_of_block).tolist()
+    return shares

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from besa.counting.histograms import histogram
+from besa.kernels import histogram
 from besa.methods.targets.bounded import Survey
 from besa.models.activations import HiddenStates
 from besa.models.blocks import Block, logits_of

@@ -1,0 +1,173 @@
+"""Quantisation with learned clipping (eq. 7), and the gradient of its logits.
+
+A group of columns lies in one piece of memory. The kernels therefore see a matrix of groups × columns of a group, and
+take a tile of it at a time.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from besa.kernels.gpu.launching import launch
+from besa.quantization.minmax import SMALLEST
+
+COLUMNS = 1024  # of a group, in a tile
+GROUPS = 64  # at most, in a tile
+TILE = 2048  # weights
+
+
+@triton.jit
+def _rounded(x):
+    """The nearest integer, halves to even: numbers between 2^23 and 2^24 have no fraction."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def _grid(low, high, LARGEST: tl.constexpr, SYMMETRIC: tl.constexpr, SMALLEST: tl.constexpr):
+    """The step of a grid from `low` to `high`, and the code of zero."""
+    if SYMMETRIC:
+        high = tl.maximum(high, -low)
+        low = -high
+    largest = tl.zeros_like(low) + LARGEST
+    step = tl.maximum(tl.div_rn(high - low, largest), SMALLEST)
+    zero = tl.zeros_like(low) + (LARGEST + 1) // 2 if SYMMETRIC else _rounded(tl.div_rn(-low, step))
+    return step, zero
+
+
+@triton.jit
+def _quantized(
+    w,
+    logits,
+    low,
+    high,
+    out,
+    groups,
+    size,
+    LARGEST: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    SMALLEST: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
+    there = group < groups
+    low = tl.sigmoid(tl.load(logits + group, mask=there, other=0.0)) * tl.load(low + group, mask=there, other=0.0)
+    high = tl.sigmoid(tl.load(logits + groups + group, mask=there, other=0.0)) * tl.load(
+        high + group, mask=there, other=0.0
+    )
+    step, zero = _grid(low, high, LARGEST, SYMMETRIC, SMALLEST)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = there[:, None] & (at < size)[None, :]
+    place = group.to(tl.int64)[:, None] * size + at[None, :]
+    ratio = tl.div_rn(tl.load(w + place, mask=inside, other=0.0).to(tl.float32), step[:, None] + tl.zeros_like(place))
+    code = tl.minimum(tl.maximum(_rounded(ratio) + zero[:, None], 0.0), LARGEST)
+    # The product of two numbers in half precision is exact in float32, so it is rounded once.
+    of_dtype = step.to(out.dtype.element_ty).to(tl.float32)
+    tl.store(out + place, ((code - zero[:, None]) * of_dtype[:, None]).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _clipping_gradient(
+    gradient,
+    w,
+    logits,
+    low,
+    high,
+    out,
+    groups,
+    size,
+    LARGEST: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    SMALLEST: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
+    there = group < groups
+    of_low = tl.sigmoid(tl.load(logits + group, mask=there, other=0.0))
+    of_high = tl.sigmoid(tl.load(logits + groups + group, mask=there, other=0.0))
+    low = tl.load(low + group, mask=there, other=0.0)
+    high = tl.load(high + group, mask=there, other=0.0)
+    step, zero = _grid(of_low * low, of_high * high, LARGEST, SYMMETRIC, SMALLEST)
+    sums = tl.zeros((GROUPS, BLOCK), dtype=tl.float32)
+    left = 0
+    while left < size:
+        at = left + tl.arange(0, BLOCK)
+        inside = there[:, None] & (at < size)[None, :]
+        place = group.to(tl.int64)[:, None] * size + at[None, :]
+        ratio = tl.div_rn(
+            tl.load(w + place, mask=inside, other=0.0).to(tl.float32), step[:, None] + tl.zeros_like(sums)
+        )
+        free = _rounded(ratio) + zero[:, None]
+        code = tl.minimum(tl.maximum(free, 0.0), LARGEST)
+        slope = (code - zero[:, None]) - tl.where(free == code, ratio, 0.0)
+        sums += tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32) * slope
+        left += BLOCK
+    slope = tl.where(step > SMALLEST, tl.sum(sums, axis=1), 0.0) / LARGEST
+    larger = tl.zeros_like(slope)
+    if SYMMETRIC:
+        larger = tl.where(of_high * high > -of_low * low, 1.0, tl.where(of_high * high < -of_low * low, -1.0, 0.0))
+    tl.store(out + group, slope * (larger - 1) * low * (1 - of_low) * of_low, mask=there)
+    tl.store(out + groups + group, slope * (larger + 1) * high * (1 - of_high) * of_high, mask=there)
+
+
+def _tile(size: int) -> dict[str, int]:
+    """Groups and columns of a tile, for groups of `size` columns."""
+    block = min(COLUMNS, triton.next_power_of_2(size))
+    return {"GROUPS": min(GROUPS, TILE // block), "BLOCK": block}
+
+
+def quantized(
+    w_OI: Tensor, logits_2OG: Tensor, low_OG: Tensor, high_OG: Tensor, bits: int, symmetric: bool, out_OI: Tensor
+) -> None:
+    """See `besa.kernels.quantized`."""
+    groups, size, tile = low_OG.numel(), w_OI.numel() // low_OG.numel(), _tile(w_OI.numel() // low_OG.numel())
+    launch(
+        _quantized,
+        (triton.cdiv(groups, tile["GROUPS"]), triton.cdiv(size, tile["BLOCK"])),
+        w_OI.contiguous(),
+        logits_2OG,
+        low_OG,
+        high_OG,
+        out_OI,
+        groups,
+        size,
+        LARGEST=2**bits - 1,
+        SYMMETRIC=symmetric,
+        SMALLEST=SMALLEST,
+        **tile,
+    )
+
+
+def clipping_gradient(
+    gradient_OI: Tensor,
+    w_OI: Tensor,
+    logits_2OG: Tensor,
+    low_OG: Tensor,
+    high_OG: Tensor,
+    bits: int,
+    symmetric: bool,
+) -> Tensor:
+    """See `besa.kernels.clipping_gradient`."""
+    groups, size, tile = low_OG.numel(), w_OI.numel() // low_OG.numel(), _tile(w_OI.numel() // low_OG.numel())
+    out_2OG = torch.empty_like(logits_2OG)
+    launch(
+        _clipping_gradient,
+        (triton.cdiv(groups, tile["GROUPS"]),),
+        gradient_OI,
+        w_OI.contiguous(),
+        logits_2OG,
+        low_OG,
+        high_OG,
+        out_2OG,
+        groups,
+        size,
+        LARGEST=2**bits - 1,
+        SYMMETRIC=symmetric,
+        SMALLEST=SMALLEST,
+        **tile,
+    )
+    return out_2OG
