@@ -50,7 +50,7 @@ from besa.storage.journal import journal_for
 from besa.storage.names import path_of
 from besa.storage.writing import check_space
 from besa.system import memory
-from besa.system.devices import named_device, resolve_device
+from besa.system.devices import check_dtype, named_device, resolve_device
 from besa.system.machine import machine, versions
 
 BATCH_TOKENS = 2048  # default tokens in a forward pass
@@ -152,6 +152,7 @@ def compress(
             else locate(model, progress, trust_remote_code=trust_remote_code)
         )
         decoder, tokenizer, identity = open_decoder(opened, tokenizer, dtype, out is not None)
+        check_dtype(decoder.model.dtype, device)
         calibration, notes = _calibration(
             calibration, decoder.model, tokenizer, samples=samples, seqlen=seqlen, bos=bos, seed=seed, progress=progress
         )
