@@ -24,6 +24,8 @@ from typing import Any
 
 import torch
 
+from besa.storage.formats.bitmask import CHUNKS, Bitmask
+
 ARCHITECTURES = (80, 90, 100, 120)  # A100, H100, B200, consumer Blackwell
 WIDTHS = (576, 1536, 4096, 11008, 8192, 28672, 1, 37, 577, 4099)  # of SmolLM2, LLaMA-2-7B and 70B, and odd ones
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -63,6 +65,33 @@ def masks() -> None:
         w_OI, ranks_OI = empty(3, columns, dtype=dtype), empty(3, columns, dtype=ranks)
         masked(w_OI, ranks_OI, empty(3, dtype=torch.int64), w_OI)
         binned(w_OI, w_OI, ranks_OI, empty(columns, dtype=torch.int16), empty(3, bins))
+
+
+def sparse() -> None:
+    """Start the kernels of `gpu.sparse`, for one row of x and for several."""
+    from besa.kernels.gpu.sparse import multiply, unpack
+
+    floats = [("bfloat16", 577), ("bfloat16", 28672), ("float16", 11008), ("float32", 4096)]
+    weights = [bitmask(columns, getattr(torch, dtype)) for dtype, columns in floats]
+    weights += [bitmask(4096, dtype, bits=4, groups=32) for dtype in (torch.bfloat16, torch.float32)]
+    weights += [bitmask(60, torch.bfloat16, bits=3, groups=5), bitmask(11008, torch.bfloat16, bits=8)]
+    for weight in weights:
+        unpack(weight)
+        for batch in (1, 8):
+            multiply(empty(batch, weight.shape[1], dtype=weight.dtype), weight)
+
+
+def bitmask(columns: int, dtype: torch.dtype, bits: int | None = None, groups: int = 1) -> Bitmask:
+    """A sparse weight without memory: of floats, or of codes, which are symmetric if a row is one group."""
+    kind = str(dtype).removeprefix("torch.") if bits is None else "int4" if bits <= 4 else "int8"
+    length, word = CHUNKS[kind]
+    masks_BCR = empty(10, -(-columns // length), 4, dtype=word)
+    offsets = empty(11, dtype=torch.int64)
+    if bits is None:
+        return Bitmask((38, columns), masks_BCR, empty(99, dtype=dtype), offsets)
+    scales_OG = empty(38, groups, dtype=dtype)
+    zeros_OG = empty(38, groups, dtype=torch.uint8) if groups > 1 else None
+    return Bitmask((38, columns), masks_BCR, empty(99, dtype=torch.uint8), offsets, scales_OG, zeros_OG, bits)
 
 
 def rates() -> None:
@@ -110,7 +139,7 @@ def statistics() -> None:
         histogram(empty(8192, 28_673, dtype=dtype), 1 << 16)
 
 
-CASES: list[Callable[[], None]] = [masks, rates, clipping, sweep, statistics]
+CASES: list[Callable[[], None]] = [masks, rates, clipping, sweep, statistics, sparse]
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

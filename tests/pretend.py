@@ -38,6 +38,7 @@ SEEN_BY_HOST = {
     "aten::bincount",
 }
 ALLOCATIONS = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::resize_"}
+QUERIES = {"aten::_fused_sdp_choice"}  # they look at sizes only
 MEMORY = 8 << 30  # bytes, all free
 FLASH = 1  # of torch's SDPBackend
 
@@ -106,6 +107,7 @@ def reset() -> None:
     counts.launches, counts.syncs, counts.to_device, counts.to_host = Counter(), Counter(), [], []
 
 
+@torch.inference_mode(False)  # wrappers made in that mode could not be viewed
 def _run(func: Any, *args: Any, **kwargs: Any) -> Any:
     """Run an operator on the CPU and count it."""
     name = func._schema.name
@@ -207,11 +209,13 @@ _FALLBACK = torch.library.Library("_", "IMPL")
 _FALLBACK.fallback(_run, "PrivateUse1")
 _FALLBACK.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
 _ATEN = torch.library.Library("aten", "IMPL")
-_ATEN.impl("scaled_dot_product_attention", _attention, "AutogradPrivateUse1")
+for _key in ("AutogradPrivateUse1", "PrivateUse1"):  # the second in inference mode
+    _ATEN.impl("scaled_dot_product_attention", _attention, _key)
 for _name in ("silu_backward", "mish_backward"):  # torch would compose them of other operators
     _ATEN.impl(_name, partial(_run, getattr(torch.ops.aten, _name).default), "PrivateUse1")
 
-# Methods of torch.Tensor that a wrapper cannot answer by itself.
+# What torch, or a wrapper, cannot answer by itself.
+_tensor = torch.tensor
 _tolist, _numpy, _data_ptr, _new_tensor, _as_subclass = (
     torch.Tensor.tolist,
     torch.Tensor.numpy,
@@ -219,6 +223,13 @@ _tolist, _numpy, _data_ptr, _new_tensor, _as_subclass = (
     torch.Tensor.new_tensor,
     torch.Tensor.as_subclass,
 )
+_tensor = torch.tensor
+
+
+def _own_tensor(data: Any, *, dtype: Any = None, device: Any = None, **kwargs: Any) -> torch.Tensor:
+    if device is None or torch.device(device).type != NAME:
+        return _tensor(data, dtype=dtype, device=device, **kwargs)
+    return _tensor(data, dtype=dtype, **kwargs).to(device)
 
 
 def _own_numpy(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -230,7 +241,12 @@ def _own_numpy(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
 def _own_new_tensor(self: torch.Tensor, data: Any, dtype: Any = None, device: Any = None, **kwargs: Any) -> Any:
     if not isinstance(self, Pretend):
         return _new_tensor(self, data, dtype=dtype, device=device, **kwargs)
-    return torch.tensor(data, dtype=dtype or self.dtype).to(device or self.device)
+    return _tensor(data, dtype=dtype or self.dtype).to(device or self.device)
+
+
+def _own_tensor(data: Any, *, device: Any = None, **kwargs: Any) -> torch.Tensor:
+    there = device is not None and torch.device(device).type == NAME
+    return _tensor(data, **kwargs).to(device) if there else _tensor(data, device=device, **kwargs)
 
 
 def _own_tolist(self: torch.Tensor) -> Any:
@@ -270,9 +286,11 @@ def _own_as_subclass(self: torch.Tensor, kind: type[torch.Tensor]) -> torch.Tens
     return _as_subclass(self, kind)
 
 
+torch.tensor = _own_tensor  # type: ignore[assignment]
 torch.Tensor.numpy, torch.Tensor.new_tensor = _own_numpy, _own_new_tensor  # type: ignore[method-assign]
 torch.Tensor.tolist, torch.Tensor.data_ptr = _own_tolist, _own_data_ptr  # type: ignore[method-assign]
 torch.Tensor.as_subclass = _own_as_subclass  # type: ignore[method-assign]
+torch.tensor = _own_tensor
 
 
 class _HostFloats(TorchDispatchMode):
@@ -285,9 +303,9 @@ class _HostFloats(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         tensors = [t for t in pytree.tree_leaves((args, kwargs or {}, out)) if isinstance(t, torch.Tensor)]
-        on_host = all(not isinstance(t, Pretend) and t.device.type == "cpu" for t in tensors)
-        floats = any(t.is_floating_point() and t.numel() > 64 for t in tensors)
         name = func._schema.name
+        on_host = name not in QUERIES and all(not isinstance(t, Pretend) and t.device.type == "cpu" for t in tensors)
+        floats = any(t.is_floating_point() and t.numel() > 64 for t in tensors)
         if tensors and on_host and floats and not func.is_view and name not in ALLOCATIONS | COPIES:
             self.work[name] += max(t.numel() for t in tensors)
         return out

@@ -18,6 +18,7 @@ from besa.errors import BesaError
 from besa.progress import Progress, silent
 
 LOGITS = 2048  # tokens whose logits are in memory at a time, unless one window is longer
+TOGETHER = 16  # forward passes of an accelerator whose losses are fetched together, because fetching waits for it
 
 
 # JSON has no infinity. It is written as `Infinity`; earlier files have null in its place.
@@ -89,9 +90,16 @@ def perplexity(
     if bos is not None:
         tokens_WT = torch.cat([torch.full((windows, 1), bos), tokens_WT], dim=1)
     total, done = 0.0, 0
+    losses: list[Tensor] = []
+    together = 1 if model.device.type == "cpu" else TOGETHER
     for part_WT in tokens_WT.split(min(batch or max(1, LOGITS // window), windows)):
-        total += _negative_log_likelihood(model, part_WT.to(model.device))
+        losses.append(_negative_log_likelihood(model, part_WT.to(model.device)))
         done += len(part_WT)
+        if len(losses) < together and done < windows:
+            continue
+        for loss in torch.stack(losses).tolist():
+            total += loss
+        losses.clear()
         if not math.isfinite(total):
             raise BesaError("The model's output is NaN or infinite: try --dtype float32, or check the checkpoint.")
         progress(done, windows, f"perplexity {_exp(total, done * (window - 1)):.2f}")
@@ -116,11 +124,11 @@ def check_window(window: int) -> None:
         raise BesaError(f"A window of {window} tokens predicts nothing: use at least 2.")
 
 
-@torch.inference_mode()
-def _negative_log_likelihood(model: PreTrainedModel, tokens_WT: Tensor) -> float:
+@torch.no_grad()
+def _negative_log_likelihood(model: PreTrainedModel, tokens_WT: Tensor) -> Tensor:
     """Summed over all predicted tokens of the windows."""
     logits_WTV = model(input_ids=tokens_WT, use_cache=False).logits[:, :-1].float()
-    return float(cross_entropy(logits_WTV.flatten(0, 1), tokens_WT[:, 1:].flatten(), reduction="sum"))
+    return cross_entropy(logits_WTV.flatten(0, 1), tokens_WT[:, 1:].flatten(), reduction="sum")
 
 
 def _exp(total: float, predicted: int) -> float:

@@ -216,7 +216,10 @@ def _scorer(
     class Scorer(HFLM):  # type: ignore[misc]
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
             self.done, self.answers = 0, len(requests)
+            self.finite: list[Tensor] = []  # of each batch; read at the end, because reading waits for an accelerator
             scores: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+            if not bool(torch.stack(self.finite).all()):
+                raise BesaError("The model's output is NaN or infinite: try --dtype float32, or check the checkpoint.")
             progress(self.answers, self.answers, "zero-shot")
             return scores
 
@@ -228,11 +231,10 @@ def _scorer(
             scores: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, **settings)
             return scores
 
-        @torch.inference_mode()
+        @torch.no_grad()
         def _model_call(self, inps: Tensor, attn_mask: None = None, labels: None = None) -> Tensor:
             logits: Tensor = self.model(input_ids=inps, use_cache=False).logits
-            if not bool(logits.isfinite().all()):
-                raise BesaError("The model's output is NaN or infinite: try --dtype float32, or check the checkpoint.")
+            self.finite.append(logits.isfinite().all())
             self.done += len(inps)  # may end below the total: answers of one token to a question are scored together
             progress(self.done, self.answers, "zero-shot")
             return logits

@@ -36,7 +36,7 @@ class SparseLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """W (O, I), unpacked at each access, for families that read a weight without calling its linear (Mamba)."""
-        return self.bitmask.unpack()
+        return sparse.unpacked(self.bitmask)
 
     def forward(self, x: Tensor) -> Tensor:
         """Output (…, O) for inputs (…, I) of the dtype of the weight.

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 
-def launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *others: Tensor | float, **constants: float) -> None:
+def launch(
+    kernel: Any, grid: tuple[int, ...], first: Tensor, /, *others: Tensor | float | None, **constants: float
+) -> None:
     """Run a Triton kernel on the device of its first argument. Triton itself takes the current device.
 
     Args:

@@ -10,9 +10,10 @@ from torch import Tensor
 from besa.kernels.gpu.launching import launch
 
 COLUMNS = 1024  # that a program takes at a time
-TILE = 2048  # bins × ranks that a program sums at a time
+TILE = 1024  # bins × ranks that a program sums at a time
 BINS = 128  # at most, in a tile
-PROGRAMS = 512  # of `binned`, each with a scratch row: enough to fill a GPU, few enough for its cache
+PROGRAMS = 1024  # of `binned`, at most: they fill a GPU
+SCRATCH = 1 << 23  # float32 numbers that these programs keep: the cache of a GPU holds them
 
 
 @triton.jit
@@ -97,7 +98,7 @@ def binned(gradient_OI: Tensor, w_OI: Tensor, ranks_OI: Tensor, bins_I: Tensor, 
     order to its scratch row, and adds up the runs. Every weight is read once; nothing depends on the order of programs.
     """
     rows, columns = w_OI.shape
-    programs, n_bins = min(rows, PROGRAMS), out_OB.shape[1]
+    programs, n_bins = min(rows, PROGRAMS, -(-SCRATCH // columns)), out_OB.shape[1]
     scratch = torch.empty(programs, columns, device=w_OI.device)
     width = min(BINS, triton.next_power_of_2(n_bins))
     launch(
@@ -116,5 +117,4 @@ def binned(gradient_OI: Tensor, w_OI: Tensor, ranks_OI: Tensor, bins_I: Tensor, 
         BINS=width,
         RANKS=TILE // width,
         num_warps=8,
-        maxnreg=64,  # fewer would need memory
     )

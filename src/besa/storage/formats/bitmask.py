@@ -83,7 +83,12 @@ class Bitmask:
         return sum(int(_counts(self.masks_BCR[panel]).sum()) for panel in _panels(*self.shape))
 
     def unpack(self) -> Tensor:
-        """The dense weight (O, I) that was packed, to the bit; see `pack` and `pack_codes`."""
+        """The dense weight (O, I) that was packed, to the bit; see `pack` and `pack_codes`.
+
+        An accelerator is not waited for; there, temporary memory is a few times that of the dense weight.
+        """
+        if self.values.device.type != "cpu":
+            return self.unpack_bands(slice(0, len(self.masks_BCR)))
         return torch.cat([self.unpack_bands(panel) for panel in _panels(*self.shape)])
 
     def unpack_bands(self, bands: slice) -> Tensor:
@@ -169,19 +174,26 @@ class Bitmask:
 
     def _expanded(self, bands: slice) -> Tensor:
         """Values or codes of the rows of some bands (O, I); pruned weights have zero or the code of zero."""
-        kept_BCRL = _bits(self.masks_BCR[bands])
-        begin, end = (self.offsets[[bands.start, bands.stop]] // self.values.element_size()).tolist()
-        values = self.values[begin:end]
-        if self.kind == "int4":
-            values = torch.stack([values & 15, values >> 4], dim=1).flatten()[_places(kept_BCRL)]
+        kept_BCRL, values = _bits(self.masks_BCR[bands]), self._values(bands)
         if self.scales_OG is None:
             out_BCRL = values.new_zeros(kept_BCRL.shape)
         else:
             zeros_OG = self._grid(_rows(bands)).zero_OG.to(torch.uint8)
             zeros_OI = zeros_OG.repeat_interleave(self.shape[1] // zeros_OG.shape[1], dim=1)
             out_BCRL = _chunked(zeros_OI, kept_BCRL.shape[-1]).contiguous()
-        out_BCRL.masked_scatter_(kept_BCRL, values)
+        if self.kind == "int4":
+            halves = torch.stack([values & 15, values >> 4], dim=1).flatten()
+            out_BCRL = torch.where(kept_BCRL, halves[_places(kept_BCRL)], out_BCRL)
+        else:
+            out_BCRL.masked_scatter_(kept_BCRL, values)
         return _dense(out_BCRL, self.shape, bands)
+
+    def _values(self, bands: slice) -> Tensor:
+        """The stored values of some bands; those of all bands with the bytes after them."""
+        if bands == slice(0, len(self.masks_BCR)):
+            return self.values
+        begin, end = (self.offsets[[bands.start, bands.stop]] // self.values.element_size()).tolist()
+        return self.values[begin:end]
 
     def _grid(self, rows: slice) -> Grid:
         assert self.scales_OG is not None and self.bits is not None
@@ -303,16 +315,19 @@ def _bytes(masks_BCR: Tensor, kind: str) -> Tensor:
 
 
 def _places(kept_BCRL: Tensor) -> Tensor:
-    """Positions of the kept codes of four bits, in half bytes. Each run begins with a new byte."""
-    kept = kept_BCRL.flatten(0, 2)
-    counts = kept.sum(dim=1)
-    sizes = counts + counts % 2
-    return ((sizes.cumsum(0) - sizes)[:, None] + kept.cumsum(dim=1) - 1)[kept]
+    """Positions of the kept codes of four bits, in half bytes. Each run begins with a new byte.
+
+    At the places of pruned weights, positions mean nothing; they are -1 at least.
+    """
+    counts_BCR = kept_BCRL.sum(dim=-1)
+    sizes = (counts_BCR + counts_BCR % 2).flatten()
+    begins_BCR = (sizes.cumsum(0) - sizes).view_as(counts_BCR)
+    return begins_BCR[..., None] + kept_BCRL.cumsum(dim=-1, dtype=torch.int32) - 1
 
 
 def _halves(codes_BCRL: Tensor, kept_BCRL: Tensor) -> Tensor:
     """The kept codes of four bits, two per byte."""
     counts = kept_BCRL.sum(dim=-1)
     halves = codes_BCRL.new_zeros(int((counts + counts % 2).sum()))
-    halves[_places(kept_BCRL)] = codes_BCRL[kept_BCRL]
+    halves[_places(kept_BCRL)[kept_BCRL]] = codes_BCRL[kept_BCRL]
     return halves[::2] | halves[1::2] << 4
