@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
@@ -215,7 +216,7 @@ for _name in ("silu_backward", "mish_backward"):  # torch would compose them of 
     _ATEN.impl(_name, partial(_run, getattr(torch.ops.aten, _name).default), "PrivateUse1")
 
 # What torch, or a wrapper, cannot answer by itself.
-_tensor = torch.tensor
+_device_constructors()  # torch keeps this list, which must have the functions themselves and not those put before them
 _tolist, _numpy, _data_ptr, _new_tensor, _as_subclass = (
     torch.Tensor.tolist,
     torch.Tensor.numpy,
@@ -242,11 +243,6 @@ def _own_new_tensor(self: torch.Tensor, data: Any, dtype: Any = None, device: An
     if not isinstance(self, Pretend):
         return _new_tensor(self, data, dtype=dtype, device=device, **kwargs)
     return _tensor(data, dtype=dtype or self.dtype).to(device or self.device)
-
-
-def _own_tensor(data: Any, *, device: Any = None, **kwargs: Any) -> torch.Tensor:
-    there = device is not None and torch.device(device).type == NAME
-    return _tensor(data, **kwargs).to(device) if there else _tensor(data, device=device, **kwargs)
 
 
 def _own_tolist(self: torch.Tensor) -> Any:
@@ -290,7 +286,6 @@ torch.tensor = _own_tensor  # type: ignore[assignment]
 torch.Tensor.numpy, torch.Tensor.new_tensor = _own_numpy, _own_new_tensor  # type: ignore[method-assign]
 torch.Tensor.tolist, torch.Tensor.data_ptr = _own_tolist, _own_data_ptr  # type: ignore[method-assign]
 torch.Tensor.as_subclass = _own_as_subclass  # type: ignore[method-assign]
-torch.tensor = _own_tensor
 
 
 class _HostFloats(TorchDispatchMode):
