@@ -39,6 +39,7 @@ SEEN_BY_HOST = {
     "aten::bincount",
 }
 ALLOCATIONS = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::resize_"}
+QUERIES = {"aten::_fused_sdp_choice"}  # they look at sizes only
 MEMORY = 8 << 30  # bytes, all free
 FLASH = 1  # of torch's SDPBackend
 
@@ -107,6 +108,7 @@ def reset() -> None:
     counts.launches, counts.syncs, counts.to_device, counts.to_host = Counter(), Counter(), [], []
 
 
+@torch.inference_mode(False)  # wrappers made in that mode could not be viewed
 def _run(func: Any, *args: Any, **kwargs: Any) -> Any:
     """Run an operator on the CPU and count it."""
     name = func._schema.name
@@ -208,12 +210,13 @@ _FALLBACK = torch.library.Library("_", "IMPL")
 _FALLBACK.fallback(_run, "PrivateUse1")
 _FALLBACK.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
 _ATEN = torch.library.Library("aten", "IMPL")
-_ATEN.impl("scaled_dot_product_attention", _attention, "AutogradPrivateUse1")
+for _key in ("AutogradPrivateUse1", "PrivateUse1"):  # the second in inference mode
+    _ATEN.impl("scaled_dot_product_attention", _attention, _key)
 for _name in ("silu_backward", "mish_backward"):  # torch would compose them of other operators
     _ATEN.impl(_name, partial(_run, getattr(torch.ops.aten, _name).default), "PrivateUse1")
 
 # What torch, or a wrapper, cannot answer by itself.
-_tensor = torch.tensor
+_device_constructors()  # torch keeps this list, which must have the functions themselves and not those put before them
 _tolist, _numpy, _data_ptr, _new_tensor, _as_subclass = (
     torch.Tensor.tolist,
     torch.Tensor.numpy,
@@ -221,6 +224,7 @@ _tolist, _numpy, _data_ptr, _new_tensor, _as_subclass = (
     torch.Tensor.new_tensor,
     torch.Tensor.as_subclass,
 )
+_tensor = torch.tensor
 
 
 def _own_tensor(data: Any, *, dtype: Any = None, device: Any = None, **kwargs: Any) -> torch.Tensor:
@@ -238,7 +242,7 @@ def _own_numpy(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
 def _own_new_tensor(self: torch.Tensor, data: Any, dtype: Any = None, device: Any = None, **kwargs: Any) -> Any:
     if not isinstance(self, Pretend):
         return _new_tensor(self, data, dtype=dtype, device=device, **kwargs)
-    return torch.tensor(data, dtype=dtype or self.dtype).to(device or self.device)
+    return _tensor(data, dtype=dtype or self.dtype).to(device or self.device)
 
 
 def _own_tolist(self: torch.Tensor) -> Any:
@@ -295,9 +299,9 @@ class _HostFloats(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         tensors = [t for t in pytree.tree_leaves((args, kwargs or {}, out)) if isinstance(t, torch.Tensor)]
-        on_host = all(not isinstance(t, Pretend) and t.device.type == "cpu" for t in tensors)
-        floats = any(t.is_floating_point() and t.numel() > 64 for t in tensors)
         name = func._schema.name
+        on_host = name not in QUERIES and all(not isinstance(t, Pretend) and t.device.type == "cpu" for t in tensors)
+        floats = any(t.is_floating_point() and t.numel() > 64 for t in tensors)
         if tensors and on_host and floats and not func.is_view and name not in ALLOCATIONS | COPIES:
             self.work[name] += max(t.numel() for t in tensors)
         return out

@@ -16,6 +16,7 @@ from besa import kernels
 from besa.counting.precision import widest
 
 
+@cache
 def candidate_rates(step: float) -> Tensor:
     """Candidate pruning rates p_d = 0, step, …, 1 (D,), float64; the step is adjusted to divide 1 evenly.
 
