@@ -29,6 +29,7 @@ from besa.models.loading import locate
 from besa.runtime import speed
 from besa.runtime.linear import SparseLinear
 from besa.runtime.timings import Bench, ModelSpeed, Timing
+from tests import pretend
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
 TEXT, HELDOUT = str(TINY / "calibration.txt"), str(TINY / "heldout.txt")
@@ -62,6 +63,25 @@ def logits(model: PreTrainedModel, tokens: int = 24) -> torch.Tensor:
 
 def sparse(model: PreTrainedModel) -> dict[str, SparseLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+
+
+def test_an_accelerator_writes_and_measures_the_same(pair: tuple[Path, Path]) -> None:
+    """It is waited for once a token, and once a window, in transformers' own code."""
+    for folder in pair:
+        model, tokens = besa.load(folder, device=pretend.DEVICE), 20
+        assert {tensor.device for tensor in (*model.parameters(), *model.buffers())} == {pretend.DEVICE}
+        pretend.reset()
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        found = besa.generate(model, PROMPT, tokenizer=tokenizer, max_new_tokens=tokens)
+        assert found == besa.generate(folder, PROMPT, max_new_tokens=tokens, device="cpu")
+        assert sum(pretend.counts.syncs.values()) <= tokens + 4
+        pretend.reset()
+        there, here = (
+            besa.evaluate(folder, [HELDOUT], window=64, max_windows=20, batch=1, device=device)
+            for device in (pretend.DEVICE, "cpu")
+        )
+        assert there.perplexity["heldout"] == pytest.approx(here.perplexity["heldout"], rel=1e-6)
+        assert sum(pretend.counts.syncs.values()) <= 20 + 2
 
 
 def test_same_logits_tokens_and_perplexity_as_dense(pair: tuple[Path, Path]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights  # type: ignore[import-untyped]
+from compressed_tensors.offload import remove_dispatch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -144,6 +145,7 @@ def load_model(source: Source, dtype: str = "auto") -> PreTrainedModel:
     elif compressor := getattr(getattr(model, "hf_quantizer", None), "compressor", None):
         with quiet():
             compressor.decompress_model(model)  # else packed linears have no weight before their first forward pass
+            remove_dispatch(model, onload_tensors=True)  # else weights stay on the CPU, wherever the model goes
     return model.eval().requires_grad_(False)
 
 

@@ -12,11 +12,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from besa.counting.budget import Budget, apportion, split
+from besa.counting.budget import Budget, split
 from besa.counting.precision import widest
 from besa.kernels import histogram
 from besa.methods.allocation.allocator import Allocator
 from besa.methods.allocation.problem import Allocated, BlockProblem, RankedLinear
+from besa.methods.apportioning import apportion
 from besa.observing.probes import RowSensitivities
 
 HALF = 1 << 16
