@@ -50,7 +50,7 @@ from besa.storage.journal import journal_for
 from besa.storage.names import path_of
 from besa.storage.writing import check_space
 from besa.system import memory
-from besa.system.devices import named_device, resolve_device
+from besa.system.devices import check_dtype, named_device, resolve_device
 from besa.system.machine import machine, versions
 
 BATCH_TOKENS = 2048  # default tokens in a forward pass
@@ -119,8 +119,8 @@ def compress(
             has positions.
         bos: whether each calibration sequence begins with the token that begins a text, if `calibration` is a text:
             ``yes``, ``no``, or ``auto``, which follows the tokenizer, but means no for Llama and OPT.
-        seed: of the calibration sample and of the learning order; a repeated run on the same machine with the same
-            number of threads is bit-equal.
+        seed: of the calibration sample and of the learning order; a repeated run on the same CPU with the same number
+            of threads is bit-equal. On a GPU, gradients of attention are added up in an order that may differ.
         tokenizer: needed with a loaded model; otherwise the model's own.
         device: where to compute: ``cpu``, ``cuda``, ``cuda:N``, ``mps``, ``xpu``, or ``auto``, the first CUDA device
             that torch can use, else the CPU. One block at a time is moved there.
@@ -128,8 +128,8 @@ def compress(
         batch: calibration sequences in a forward pass; by default about 2048 tokens, on a GPU 8192.
         activation_budget: bytes of hidden states on the device, and as many in memory of the host; what has room in
             neither is in files. By default a quarter of the free memory of a GPU, and half of that of the host.
-        resume: continue an interrupted run towards `out`; with the same number of threads, the result is bit-equal to
-            that of an uninterrupted run.
+        resume: continue an interrupted run towards `out`; on a CPU with the same number of threads, the result is
+            bit-equal to that of an uninterrupted run.
         dequantized: write quantised weights as dense numbers instead of codes.
         trust_remote_code: run model code that comes with the checkpoint.
         command: what the user typed, for the record.
@@ -152,6 +152,7 @@ def compress(
             else locate(model, progress, trust_remote_code=trust_remote_code)
         )
         decoder, tokenizer, identity = open_decoder(opened, tokenizer, dtype, out is not None)
+        check_dtype(decoder.model.dtype, device)
         calibration, notes = _calibration(
             calibration, decoder.model, tokenizer, samples=samples, seqlen=seqlen, bos=bos, seed=seed, progress=progress
         )

@@ -17,6 +17,7 @@ from besa.methods.recipe import Recipe
 from besa.planning.shapes import _LiveBytes
 from besa.record import RunRecord
 from besa.report import load_run, render
+from tests import pretend
 
 LLAMA_70B = LlamaConfig(
     vocab_size=32000,
@@ -84,6 +85,51 @@ def test_activations_beyond_the_budget_go_to_disk(tmp_path: Path) -> None:
     assert far.activation_places == {"device": 0, "host": 0, "file": far.activation_bytes}
     assert near.memory_bytes - far.memory_bytes == pytest.approx(near.activation_bytes, rel=0.05)
     assert far.disk_bytes - near.disk_bytes == near.activation_bytes
+
+
+def test_hidden_states_are_planned_where_they_will_be(
+    tiny_llama_folder: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """As many on the device as have room there, then on the host, then on the disk."""
+    pruned, dense = 64 * 64 * 96 * 4, 64 * 32 * 96 * 4
+    for budget, expected in {
+        pruned + dense: (pruned + dense, 0, 0),
+        pruned + dense - 1: (pruned, dense, 0),
+        pruned - 1: (dense, 0, pruned),
+        dense - 1: (0, 0, pruned + dense),
+    }.items():
+        sizes = {"samples": 64, "seqlen": 64, "device": "pretend", "activation_budget": budget}
+        plan = besa.plan(tiny_llama_folder, "besa", out=tmp_path, **sizes)
+        assert plan.activation_places == dict(zip(("device", "host", "file"), expected, strict=True))
+        assert plan.activation_bytes == pruned + dense
+        rest = plan.gpu_memory_bytes - expected[0]
+        assert (
+            rest
+            == besa.plan(tiny_llama_folder, "besa", out=tmp_path, **sizes | {"activation_budget": 0}).gpu_memory_bytes
+        )
+    monkeypatch.setattr(pretend.memory, "free", 4 * (pruned + dense) + 3)  # a quarter of it
+    plan = besa.plan(tiny_llama_folder, "besa", out=tmp_path, samples=64, seqlen=64, device="pretend")
+    assert plan.activation_places == {"device": pruned + dense, "host": 0, "file": 0}
+    assert plan.fits
+    monkeypatch.setattr(pretend.memory, "total", plan.gpu_memory_bytes - 1)
+    plan = besa.plan(tiny_llama_folder, "besa", out=tmp_path, samples=64, seqlen=64, device="pretend")
+    assert plan.lacking == [f"GPU memory ({pretend.memory.total / 1e9:.1f} GB)"]
+
+
+def test_memory_that_cpu_and_gpu_share_is_planned_once(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    sizes = {"samples": 64, "seqlen": 64, "out": tmp_path, "batch": 4, "activation_budget": 1 << 30}
+    cpu, mps = (besa.plan(tiny_llama_folder, "besa", device=device, **sizes) for device in ("cpu", "mps"))
+    assert mps.gpu_memory_bytes is None
+    assert mps.activation_places == {"device": cpu.activation_bytes, "host": 0, "file": 0}
+    assert mps.memory_bytes == pytest.approx(cpu.memory_bytes, rel=0.02)  # of the process, which grows as it works
+
+
+def test_a_gpu_that_is_not_here_is_planned_without_a_limit(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    LLAMA_70B.save_pretrained(tmp_path)
+    plan = besa.plan(tmp_path, device="cuda:3", out=tmp_path)
+    assert plan.activation_places == {"device": 1.5 * 128 * 2048 * 8192 * 2, "host": 0, "file": 0}
+    assert "a GPU" in plan.lacking
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,9 @@
 
 import ast
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,6 +48,36 @@ def test_the_written_file_is_up_to_date(compiled):
     if written["triton"] != compiled["triton"]:
         pytest.skip("another Triton than that of the written file")
     assert written == compiled, "run python -m benchmarks.gpu_kernels"
+
+
+WRONG = """
+from typing import Any
+import torch, triton, triton.language as tl
+from tests.compiled import Compiler, empty
+
+@triton.jit
+def annotated(x: Any):
+    tl.store(x, 0)
+
+@triton.jit
+def crowded(x, BLOCK: tl.constexpr):
+    values = tl.load(x + tl.arange(0, BLOCK))
+    tl.store(x + tl.arange(0, BLOCK), values * tl.sum(values))
+
+compiler = Compiler()
+compiler.compile(lambda: crowded[1,](empty(4096), BLOCK=2048, num_warps=1, maxnreg=32))
+assert all(one.spilled for one in compiler.found), compiler.found
+compiler.compile(lambda: annotated[1,](empty(1)))
+"""
+
+
+def test_what_a_gpu_would_refuse_or_spill_is_seen(tmp_path):
+    """As of 0.1.0: the interpreter takes any annotation, the compiler none."""
+    (tmp_path / "wrong.py").write_text(WRONG)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, tmp_path / "wrong.py"], env=environment, capture_output=True, text=True)
+    assert "Cannot access global variable Any" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,15 @@ import torch
 
 from besa.errors import BesaError
 from besa.system import devices
-from besa.system.devices import CPU, available_bytes, named_device, resolve_device, synchronize, total_bytes
+from besa.system.devices import (
+    CPU,
+    available_bytes,
+    check_dtype,
+    named_device,
+    resolve_device,
+    synchronize,
+    total_bytes,
+)
 from tests import pretend
 
 USUAL = "use auto, cpu, cuda, cuda:N, mps or xpu."
@@ -94,6 +102,19 @@ def test_a_device_that_fails_at_first_use_is_refused(two_gpus, monkeypatch):
 
 def test_any_device_that_torch_can_use_here_may_be_given():
     assert resolve_device("pretend") == resolve_device(pretend.DEVICE) == pretend.DEVICE
+
+
+def test_what_a_device_cannot_compute_in_is_refused():
+    with pytest.raises(BesaError) as refusal:
+        check_dtype(torch.float64, torch.device("mps:0"))
+    assert str(refusal.value) == "mps has no float64: use --dtype float32, or --device cpu."
+    for dtype, name in (
+        (torch.float32, "mps"),
+        (torch.bfloat16, "mps"),
+        (torch.float64, "cpu"),
+        (torch.float64, "xpu"),
+    ):
+        check_dtype(dtype, torch.device(name))
 
 
 def test_memory_is_that_of_the_device_or_of_the_machine(monkeypatch):

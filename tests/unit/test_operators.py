@@ -16,6 +16,7 @@ from tests.pretend import DEVICE
 
 pytest.importorskip("triton")
 from besa.kernels.gpu import clipping as gpu_clipping
+from besa.kernels.gpu import masks as gpu_masks
 from besa.kernels.gpu import rates as gpu_rates
 from besa.kernels.gpu import statistics as gpu_statistics
 from besa.kernels.gpu import sweep as gpu_sweep
@@ -24,8 +25,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def test_every_operator_serves_every_kind_of_device():
-    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("besa::")]
-    assert len(names) >= 7
+    names = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("besa::"))
+    assert names == [f"besa::{name}" for name in sorted(examples())]
     for name in names:
         for key in ("CPU", "CUDA", "MPS", "XPU"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key), (name, key)
@@ -45,6 +46,50 @@ def test_without_triton_there_is_one_notice(monkeypatch):
         assert not operators.triton_works(device)
     assert len(said) == 1
     operators.triton_works.cache_clear()
+
+
+def fields(clipping):
+    return (
+        clipping.w_OI,
+        clipping.logits_2OG.detach(),
+        clipping.low_OG,
+        clipping.high_OG,
+        clipping.bits,
+        clipping.symmetric,
+    )
+
+
+def examples():
+    """Arguments of every operator, by name; small whole numbers, so that sums are exact in any order."""
+    w_OI, gradient_OI = torch.tensor([[1.0, -2, 3], [-4, 5, 6]]), torch.tensor([[2.0, 1, 0], [1, -1, 3]])
+    ranks_OI = torch.tensor([[0, 1, 2], [2, 1, 0]], dtype=torch.int16)
+    clipping = Clipping(w_OI, 1, 2, True, learned=False)
+    return {
+        "masked": (w_OI, ranks_OI, torch.tensor([1, 2]), torch.empty(2, 3)),
+        "binned": (gradient_OI, w_OI, ranks_OI, torch.tensor([0, 0, 1], dtype=torch.int16), torch.empty(2, 2)),
+        "pruned_ranks": (torch.tensor([0.5, 0.25]), torch.full((2,), 8.0).double(), torch.tensor([0.5, 0.5]), 0.5),
+        "quantized": (*fields(clipping), torch.empty(2, 3)),
+        "clipping_gradient": (gradient_OI, *fields(clipping)),
+        "swept": (w_OI.clone(), w_OI > 0, torch.eye(3), torch.empty(2, 3)),
+        "add_squares": (w_OI, torch.ones(3, dtype=torch.float64)),
+        "histogram": (ranks_OI, 2),
+    }
+
+
+@pytest.mark.parametrize("works", [True, False])
+@pytest.mark.parametrize("name", examples())
+def test_a_gpu_gets_triton_or_plain_torch(monkeypatch, name, works):
+    operator = getattr(torch.ops.besa, name).default
+    on_cpu, on_gpu = examples()[name], examples()[name]
+    result = operator(*on_cpu)
+    monkeypatch.setattr(operators, "triton_works", lambda device: works)
+    called = []
+    for module in (gpu_clipping, gpu_masks, gpu_rates, gpu_statistics, gpu_sweep):
+        if function := getattr(module, name, None):
+            monkeypatch.setattr(module, name, lambda *arguments, of=function: called.append(name) or of(*arguments))
+    found = operator.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *on_gpu)
+    assert called == [name] * works
+    torch.testing.assert_close((found, *on_gpu), (result, *on_cpu), rtol=0, atol=0)
 
 
 # Pruning rates
@@ -112,17 +157,6 @@ def clippings(draw):
         if draw(st.booleans()):
             clipping.logits_2OG[1] = clipping.logits_2OG[0]
     return clipping, gradient_OI
-
-
-def fields(clipping):
-    return (
-        clipping.w_OI,
-        clipping.logits_2OG.detach(),
-        clipping.low_OG,
-        clipping.high_OG,
-        clipping.bits,
-        clipping.symmetric,
-    )
 
 
 @given(clippings())

@@ -130,7 +130,8 @@ BudgetOption = Annotated[
     typer.Option(
         "--activation-budget",
         min=0,
-        help="GB of activations in memory, the rest goes to disk; default: half of the free memory.",
+        help="GB of activations on a GPU, and as many in memory; the rest goes to disk. Default: a quarter of what is "
+        "free on the GPU, and half of the free memory.",
     ),
 ]
 

@@ -98,7 +98,10 @@ def planned(plan: Plan) -> RenderableType:
     table.add_row("whole model", f"{plan.model_sparsity:.2%} of all parameters go; {_dense(plan.dense)}")
     table.add_row("memory", f"{plan.memory_bytes / 1e9:.2f} GB at the peak")
     if plan.gpu_memory_bytes is not None:
-        table.add_row("GPU memory", f"{plan.gpu_memory_bytes / 1e9:.2f} GB at the peak")
+        others = plan.gpu_memory_bytes - plan.activation_places["device"]
+        table.add_row(
+            "GPU memory", f"{plan.gpu_memory_bytes / 1e9:.2f} GB at the peak, {others / 1e9:.2f} GB without activations"
+        )
     places = [f"{size / 1e9:.2f} GB {PLACES[place]}" for place, size in plan.activation_places.items() if size]
     table.add_row("activations", f"{plan.activation_bytes / 1e9:.2f} GB between blocks: {', '.join(places)}")
     table.add_row("disk", f"{plan.disk_bytes / 1e9:.2f} GB free, {plan.checkpoint_bytes / 1e9:.2f} GB of it stays")

@@ -73,7 +73,7 @@ def swept(block_OB: Tensor, kept_OB: Tensor, factor_BB: Tensor, error_OB: Tensor
 
 def add_squares(x_TI: Tensor, squares_I: Tensor) -> None:
     """See `besa.kernels.add_squares`."""
-    squares_I += x_TI.float().square().sum(dim=0).double()
+    squares_I += x_TI.float().square().sum(dim=0).to(squares_I.dtype)
 
 
 def histogram(values: Tensor, bins: int) -> Tensor:

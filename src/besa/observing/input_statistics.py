@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from besa import kernels
+from besa.counting.precision import widest
 from besa.errors import BesaError
 from besa.models.activations import HiddenStates
 from besa.models.blocks import Block
@@ -24,7 +25,7 @@ class InputStatistics:
     """Sums over all calibration tokens x (I,) that reached one linear.
 
     Attributes:
-        squares_I: Σ x², float64.
+        squares_I: Σ x², in the widest numbers of the device.
         gram_II: Σ x xᵀ, float32; None if no method of the recipe needs it.
         tokens: number of tokens.
     """
@@ -39,7 +40,7 @@ class InputStatistics:
     def empty(cls, width: int, gram: bool, device: torch.device) -> InputStatistics:
         """Statistics of no tokens for inputs of `width` channels."""
         gram_II = torch.zeros(width, width, device=device) if gram else None
-        return cls(torch.zeros(width, dtype=torch.float64, device=device), gram_II)
+        return cls(torch.zeros(width, dtype=widest(device), device=device), gram_II)
 
     def add(self, x_TI: Tensor) -> None:
         """Add the tokens `x_TI` (tokens, channels), of any float dtype."""

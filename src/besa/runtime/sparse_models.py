@@ -23,7 +23,7 @@ from besa.storage.formats import bitmask, codes
 from besa.storage.formats.bitmask import Bitmask
 from besa.storage.formats.container import Container, open_files
 from besa.storage.weights import is_finite
-from besa.system.devices import resolve_device
+from besa.system.devices import check_dtype, resolve_device
 
 
 @checked
@@ -52,7 +52,7 @@ def load(
 
     Raises:
         BesaError: the model cannot be read, is incomplete, has changed since it was written (`verify`) or holds NaN or
-            infinity; or there is no such device.
+            infinity; or there is no such device, or it has no numbers of the model's dtype.
     """
     device = resolve_device(device)
     source = locate(model, progress, trust_remote_code=trust_remote_code).local()
@@ -69,6 +69,7 @@ def load_source(source: Source, device: torch.device, dtype: str) -> PreTrainedM
     """
     source = source.local()
     loaded = load_model(source, dtype) if source.gguf else _load_folder(source, dtype)
+    check_dtype(loaded.dtype, device)
     for name, parameter in loaded.named_parameters():
         if not is_finite(parameter):
             too_large = "" if dtype == "auto" else f", or its numbers are too large for {dtype}"

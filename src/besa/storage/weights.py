@@ -212,8 +212,9 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     floats = {name: each for name, each in tensors.items() if each.dtype in FLOATS.values() and each.numel()}
     if not floats:
         return None
-    finite = torch.stack([torch.stack(tensor.aminmax()).isfinite().all() for tensor in floats.values()])
-    return next((name for name, one in zip(floats, finite.tolist(), strict=True) if not one), None)
+    extremes = torch.stack([extreme for tensor in floats.values() for extreme in tensor.aminmax()])
+    finite: list[bool] = extremes.view(-1, 2).isfinite().all(dim=1).tolist()
+    return next((name for name, one in zip(floats, finite, strict=True) if not one), None)
 
 
 def check_regular(folder: Path) -> None:

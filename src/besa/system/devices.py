@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from besa.counting.precision import widest
 from besa.errors import BesaError
 from besa.system import memory
 
@@ -64,6 +65,16 @@ def resolve_device(name: str | torch.device) -> torch.device:
 def _present(kind: str) -> int:
     """The index of the device of a type that torch uses by default."""
     return int(getattr(torch.get_device_module(kind), "current_device", int)()) if is_available(kind) else 0
+
+
+def check_dtype(dtype: torch.dtype, device: torch.device) -> None:
+    """Check that a model of that dtype can be computed on a device.
+
+    Raises:
+        BesaError: the device has no such numbers.
+    """
+    if dtype == torch.float64 and widest(device) != dtype:
+        raise BesaError(f"{device.type} has no float64: use --dtype float32, or --device cpu.")
 
 
 def is_available(kind: str) -> bool:

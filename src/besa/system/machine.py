@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from besa.kernels import native
+from besa.kernels.operators import triton_works
 from besa.system.devices import device_name
 from besa.version import __version__
 
@@ -23,14 +24,13 @@ def versions() -> dict[str, str]:
 
 def machine(device: torch.device) -> dict[str, Any]:
     """The machine of a run, for its record: processor, threads, type of the device, a GPU's name, and kernels."""
-    kernels = {"cpu": next(iter(native.paths()), "torch"), "cuda": "triton"}
     return {
         "system": sys.platform,
         "processor": _processor(),
         "threads": torch.get_num_threads(),
         "device": device.type,
         "gpu": device_name(device),
-        "kernels": kernels.get(device.type, "torch"),
+        "kernels": _kernels(device),
         "bfloat16": multiplies_bfloat16(device),
     }
 
@@ -56,6 +56,13 @@ def loss_scaler(dtype: torch.dtype, device: torch.device) -> torch.amp.GradScale
     A step whose gradients overflow is skipped, and the scale is halved. In other dtypes nothing changes.
     """
     return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+
+def _kernels(device: torch.device) -> str:
+    """What besa's own kernels run as on a device; torch is plain torch in their place."""
+    if device.type == "cpu":
+        return next(iter(native.paths()), "torch")
+    return "triton" if device.type == "cuda" and triton_works(device) else "torch"
 
 
 def _processor() -> str:

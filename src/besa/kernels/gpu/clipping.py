@@ -16,7 +16,7 @@ from besa.quantization.minmax import SMALLEST
 
 COLUMNS = 1024  # of a group, in a tile
 GROUPS = 64  # at most, in a tile
-TILE = 2048  # weights
+TILE = 1024  # weights
 
 
 @triton.jit

@@ -10,9 +10,10 @@ from torch import Tensor
 from besa.kernels.gpu.launching import launch
 
 COLUMNS = 1024  # that a program takes at a time
-TILE = 2048  # bins × ranks that a program sums at a time
+TILE = 1024  # bins × ranks that a program sums at a time
 BINS = 128  # at most, in a tile
-PROGRAMS = 512  # of `binned`, each with a scratch row: enough to fill a GPU, few enough for its cache
+PROGRAMS = 1024  # of `binned`, at most: they fill a GPU
+SCRATCH = 1 << 23  # float32 numbers that these programs keep: the cache of a GPU holds them
 
 
 @triton.jit
@@ -26,19 +27,21 @@ def _masked(w, ranks, counts, out, columns, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _first_rank(bins, bin, columns):
+def _first_rank(bins, bin, columns, halvings):
     """The first rank whose bin is at least `bin`, by bisection; `columns` if there is none."""
     low = tl.zeros_like(bin)
     high = low + columns
-    while tl.max(high - low, 0) > 0:
+    halved = 0
+    while halved < halvings:
         middle = (low + high) // 2
         below = tl.load(bins + middle, mask=middle < high, other=32767).to(tl.int32) < bin
         low = tl.where(below, middle + 1, low)
         high = tl.where(below, high, middle)
+        halved += 1
     return low
 
 
-@triton.jit(do_not_specialize=["rows", "n_bins"])
+@triton.jit(do_not_specialize=["rows", "n_bins", "halvings"])
 def _binned(
     gradient,
     w,
@@ -49,6 +52,7 @@ def _binned(
     rows,
     columns,
     n_bins,
+    halvings,
     BLOCK: tl.constexpr,
     BINS: tl.constexpr,
     RANKS: tl.constexpr,
@@ -70,8 +74,8 @@ def _binned(
         lowest = 0
         while lowest < n_bins:
             bin = lowest + tl.arange(0, BINS)
-            rank = _first_rank(bins, bin, columns)
-            end = _first_rank(bins, bin + 1, columns)
+            rank = _first_rank(bins, bin, columns, halvings)
+            end = _first_rank(bins, bin + 1, columns, halvings)
             sums = tl.zeros((BINS,), dtype=tl.float32)
             while tl.max(end - rank, 0) > 0:
                 run = rank[:, None] + tl.arange(0, RANKS)[None, :]
@@ -97,7 +101,7 @@ def binned(gradient_OI: Tensor, w_OI: Tensor, ranks_OI: Tensor, bins_I: Tensor, 
     order to its scratch row, and adds up the runs. Every weight is read once; nothing depends on the order of programs.
     """
     rows, columns = w_OI.shape
-    programs, n_bins = min(rows, PROGRAMS), out_OB.shape[1]
+    programs, n_bins = min(rows, PROGRAMS, -(-SCRATCH // columns)), out_OB.shape[1]
     scratch = torch.empty(programs, columns, device=w_OI.device)
     width = min(BINS, triton.next_power_of_2(n_bins))
     launch(
@@ -112,9 +116,9 @@ def binned(gradient_OI: Tensor, w_OI: Tensor, ranks_OI: Tensor, bins_I: Tensor, 
         rows,
         columns,
         n_bins,
+        columns.bit_length(),
         BLOCK=min(COLUMNS, triton.next_power_of_2(columns)),
         BINS=width,
         RANKS=TILE // width,
         num_warps=8,
-        maxnreg=64,  # fewer would need memory
     )

@@ -10,7 +10,8 @@ from besa.kernels import reference
 from besa.kernels.gpu.launching import launch
 
 WIDEST = 8192  # columns that the registers of a program hold
-TILE = 2048  # weights of a program, where a row has fewer
+ROWS = 32  # of a program, at most
+TILE = 1024  # weights of a program, where a row has fewer
 OF_WARP = 512  # weights
 
 
@@ -55,7 +56,7 @@ def swept(block_OB: Tensor, kept_OB: Tensor, factor_BB: Tensor, error_OB: Tensor
     if columns > WIDEST:
         return reference.swept(block_OB, kept_OB, factor_BB, error_OB)
     width = triton.next_power_of_2(columns)
-    together = max(1, TILE // width)
+    together = min(ROWS, max(1, TILE // width))
     launch(
         _swept,
         (triton.cdiv(rows, together),),
