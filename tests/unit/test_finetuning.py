@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from besa.methods import finetuning
 from besa.methods.finetuning import MaskedAdam, NoFinetuning
 from besa.models.blocks import Block
 from besa.models.prunable import find_prunables
@@ -116,3 +117,15 @@ def test_half_precision_weights_stay_so_and_learn_in_full(task):
     for name in names:
         assert found.weights[name].dtype == torch.bfloat16
         assert torch.equal(found.weights[name] == 0, block.weight(name) == 0)
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_float16_learns_although_its_gradients_underflow(task, monkeypatch, scaled):
+    block, names, inputs_NTC, targets_NTC = task
+    block.module.half()
+    # The gradient of each output is small where there are many outputs.
+    monkeypatch.setattr(finetuning, "token_weighted_error", lambda *given: 1e-7 * token_weighted_error(*given))
+    if not scaled:
+        monkeypatch.setattr(finetuning, "loss_scaler", lambda *_: torch.amp.GradScaler("cpu", enabled=False))
+    tuned = MaskedAdam(epochs=4, rate=0.02).tune(block, names, inputs_NTC.half(), targets_NTC.half(), seed=0)
+    assert (tuned.losses[-1] < 0.8 * tuned.losses[0]) == scaled
