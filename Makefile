@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format
+.PHONY: help setup demo test test-slow test-gpu bench-gpu lint format
 
 help:            ## show this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 14
@@ -29,6 +29,12 @@ test: $(READY)   ## the fast tests
 
 test-slow: $(READY) ## the tests that take minutes: SmolLM2-135M, sanitizers, calls of every kind
 	$(BIN)/python -m pytest -m slow
+
+test-gpu: $(READY) ## the tests on a GPU, if there is one
+	$(BIN)/python -m pytest tests/gpu --confcutdir tests/gpu
+
+bench-gpu: $(READY) ## speed and memory on a GPU: a block of 7B and 70B by recipe, and the kernels
+	$(BIN)/python -m benchmarks.gpu
 
 lint: $(READY)   ## ruff, mypy, and the contract that imports point down
 	$(BIN)/ruff check .

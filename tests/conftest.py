@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 torch.set_num_threads(1)
 
+collect_ignore = ["gpu"]  # `make test-gpu` runs these, without what is set here
 TINY_LLAMA = Path(__file__).parent / "assets" / "tiny-llama"
 
 

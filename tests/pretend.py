@@ -282,7 +282,6 @@ def _own_as_subclass(self: torch.Tensor, kind: type[torch.Tensor]) -> torch.Tens
     return _as_subclass(self, kind)
 
 
-_device_constructors()  # kept by torch, with its own `tensor`: else `with torch.device(…)` would not know it
 torch.tensor = _own_tensor  # type: ignore[assignment]
 torch.Tensor.numpy, torch.Tensor.new_tensor = _own_numpy, _own_new_tensor  # type: ignore[method-assign]
 torch.Tensor.tolist, torch.Tensor.data_ptr = _own_tolist, _own_data_ptr  # type: ignore[method-assign]

@@ -1,0 +1,121 @@
+"""Whole runs on the device, against the CPU's."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import besa
+from besa import BesaError, Recipe
+from besa.errors import Interrupted
+from besa.methods.allocation.descent import Descent
+from besa.methods.recipe import shipped
+from besa.models.blocks import send
+from besa.storage.weights import WeightFiles
+from tests.gpu.conftest import TINY
+
+TEXT, HELDOUT = str(TINY / "calibration.txt"), str(TINY / "heldout.txt")
+SETTINGS: dict[str, Any] = {"samples": 8, "seqlen": 64, "batch": 4, "dtype": "float32", "dequantized": True}
+OVERLAP = 0.95  # of the pruned weights: sums of another order move weights at the edge, and the rates that are learned
+PERPLEXITY = 0.03  # between the two results
+
+
+def zeros_of(folder: Path) -> dict[str, torch.Tensor]:
+    files = WeightFiles(folder)
+    return {name: tensor == 0 for name, tensor in files.read(files.names) if tensor.dim() == 2}
+
+
+def counted(folder: Path) -> list[int]:
+    return [block["zeros"] for block in json.loads((folder / "besa_run.json").read_text())["blocks"]]
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_recipes_agree_with_the_cpu(device, tmp_path, name):
+    for where in ("cpu", device):
+        besa.compress(TINY, name, TEXT, out=tmp_path / str(where), device=where, **SETTINGS)
+    ours, theirs = tmp_path / str(device), tmp_path / "cpu"
+    zeros, rounded = sum(counted(theirs)), Recipe.load(name).sparsity == 0  # then zeros come from rounding alone
+    assert sum(counted(ours)) == (pytest.approx(zeros, rel=0.01) if rounded else zeros)
+    found, expected = zeros_of(ours), zeros_of(theirs)
+    pruned = sum(int(zero.sum()) for zero in expected.values())
+    assert sum(int((zero & found[key]).sum()) for key, zero in expected.items()) >= OVERLAP * pruned
+    perplexities = [
+        besa.evaluate(folder, [HELDOUT], window=64, device=where).perplexity["heldout"]
+        for folder, where in ((ours, device), (theirs, "cpu"))
+    ]
+    assert perplexities[0] == pytest.approx(perplexities[1], rel=PERPLEXITY)
+
+
+@pytest.mark.parametrize("name", ["wanda", "wanda-int4"])
+def test_packed_models_write_what_dense_ones_write(device, tmp_path, name):
+    besa.compress(TINY, name, TEXT, out=tmp_path / "dense", device=device, **SETTINGS | {"dequantized": False})
+    besa.pack(tmp_path / "dense", tmp_path / "packed")
+    for prompt in ("The city lies on the river", "In the year"):
+        dense, packed = (
+            besa.generate(tmp_path / form, prompt, max_new_tokens=40, device=device) for form in ("dense", "packed")
+        )
+        assert packed == dense
+    tokens_NT = torch.arange(120).view(6, 20).to(device)  # more than a few rows
+    with torch.no_grad():
+        logits = [besa.load(tmp_path / form, device=device)(tokens_NT).logits.cpu() for form in ("dense", "packed")]
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-3, atol=1e-3)
+
+
+def test_a_journal_goes_on_only_on_its_device(device, tmp_path):
+    def stop(done: int, _: int, state: str) -> None:
+        if done == 2 and state != "embeddings":
+            raise KeyboardInterrupt
+
+    def prune(out: str, where: Any, **changes: Any) -> None:
+        besa.compress(TINY, "wanda", TEXT, out=tmp_path / out, device=where, **SETTINGS | changes)
+
+    prune("whole", device)
+    with pytest.raises((KeyboardInterrupt, Interrupted)):
+        prune("stopped", device, progress=stop)
+    if device.type != "cpu":
+        with pytest.raises(BesaError, match=r"was begun with device = .*, not 'cpu'"):
+            prune("stopped", "cpu", resume=True)
+    prune("stopped", device, resume=True)
+    for path in (tmp_path / "whole").glob("*.safetensors"):
+        assert (tmp_path / "stopped" / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["besa", "fast", "sparsegpt", "besa-int4"])
+def test_the_host_seldom_waits(device, waits, monkeypatch, tmp_path, name):
+    """At most once in a pass over the calibration set, and once in 16 steps of learning."""
+    passes, learned = [], []
+    descend = Descent.descend
+
+    def descending(*arguments: Any) -> list[float]:
+        with waits() as found:
+            losses = descend(*arguments)
+        learned.append((len(losses), found))
+        return losses
+
+    def sending(*arguments: Any, **options: Any) -> None:
+        with waits() as found:
+            send(*arguments, **options)
+        passes.append(found)
+
+    recipe = Recipe.load(name)
+    if recipe.descent is not None:
+        recipe = Recipe.load(name, overrides=["allocation.steps=17", "allocation.tolerance=0"])
+    monkeypatch.setattr(Descent, "descend", descending)
+    for module in ("besa.models.blocks", "besa.models.units", "besa.methods.targets.search"):
+        monkeypatch.setattr(f"{module}.send", sending)
+    besa.compress(TINY, recipe, TEXT, out=tmp_path / "out", device=device, **SETTINGS)
+    assert len(passes) >= 2 * 8
+    assert [found for found in passes if len(found) > 1] == []
+    assert [(steps, found) for steps, found in learned if len(found) > steps / 16 + 1] == []
+    assert (recipe.descent is not None) == bool(learned)
+
+
+def test_models_of_codes_go_to_the_device(device, tmp_path):
+    besa.compress(TINY, "wanda-int4", TEXT, out=tmp_path / "codes", device=device, **SETTINGS | {"dequantized": False})
+    model = besa.load(tmp_path / "codes", device=device)
+    assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {device.type}
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "codes")
+    assert besa.generate(model, "The city", tokenizer=tokenizer, max_new_tokens=5)

@@ -1,0 +1,29 @@
+"""The tests of `make test-gpu` where there is no GPU: they say so, and work on another device."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--confcutdir", "tests/gpu", *arguments]
+    return subprocess.run(command, env={**os.environ, **environment}, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_one_sentence_says_so() -> None:
+    done = run("tests/gpu")
+    assert done.returncode == 0
+    assert "There is no CUDA device that torch can use here: no test of tests/gpu was run." in done.stdout
+    assert "deselected" in done.stdout
+
+
+def test_the_tests_themselves_work() -> None:
+    done = run("tests/gpu", "-k", "not recipes and not write and not waits", BESA_TEST_DEVICE="pretend")
+    assert done.returncode == 0, done.stdout[-3000:]
