@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from besa.counting import masks
 from besa.counting.masks import hard_mask, rank
+from tests.pretend import DEVICE
 
 IMPORTANCES = [0.0, 1e-45, 1.1754944e-38, 0.5, np.nextafter(np.float32(0.5), np.float32(1)), 1.0, 3e38, math.inf]
 SHAPES = st.tuples(st.integers(1, 5), st.integers(1, 9))
@@ -40,6 +41,12 @@ def test_rank_sorts_zeros_then_importance_then_columns(case):
     ranks_OI = rank(importance_OI, w_OI)
     assert ranks_OI.tolist() == ranks_by_hand(importance_OI, w_OI).tolist()
     assert (ranks_OI.sort(dim=1).values == torch.arange(w_OI.shape[1])).all()
+
+
+@given(ranked())
+@settings(deadline=None)
+def test_another_device_ranks_alike(case):
+    assert rank(*(t.to(DEVICE) for t in case)).cpu().tolist() == rank(*case).tolist()
 
 
 @given(ranked(), st.integers(1, 30))

@@ -1,6 +1,7 @@
 """The operators besides `masked` and `binned`: plain torch against brute force, Triton (interpreted) against it."""
 
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from besa.kernels.gpu import masks as gpu_masks
 from besa.kernels.gpu import rates as gpu_rates
 from besa.kernels.gpu import statistics as gpu_statistics
 from besa.kernels.gpu import sweep as gpu_sweep
+from besa.kernels.gpu.launching import launch
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -47,6 +49,25 @@ def test_without_triton_there_is_one_notice(monkeypatch):
         assert not operators.triton_works(device)
     assert len(said) == 1
     operators.triton_works.cache_clear()
+
+
+def test_a_kernel_starts_on_the_device_of_its_first_argument(monkeypatch):
+    happened = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *arguments, **constants: happened.append((grid, arguments, constants))
+
+    @contextmanager
+    def device_of(tensor):
+        happened.append(tensor)
+        yield
+        happened.append("left")
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    first = torch.ones(1)
+    launch(Kernel(), (2, 3), first, 5, BLOCK=8)
+    assert happened == [first, ((2, 3), (first, 5), {"BLOCK": 8}), "left"]
 
 
 def fields(clipping):
