@@ -109,6 +109,7 @@ def lagging() -> Iterator[Lagging]:
     patch.setattr(module, "stream", stream, raising=False)
     patch.setattr(module, "current_stream", lambda device: mode.present, raising=False)
     patch.setattr(torch.Tensor, "record_stream", lambda tensor, one: mode.used_by.append((id(tensor), one)))
+    patch.setattr(torch.Tensor, "is_pinned", lambda tensor: True)
     patch.setattr(transfers, "has_streams", lambda device: device.type == pretend.NAME)
     transfers.lane.cache_clear()
     yield mode
@@ -122,6 +123,14 @@ def test_what_is_fetched_has_arrived_when_it_is_used(lagging):
     assert torch.equal(there.cpu(), x_NTC)
     assert (id(there), lagging.computing) in lagging.used_by
     assert fetched(there, DEVICE) is there
+
+
+def test_memory_that_is_not_pinned_is_copied_before_it_may_change(lagging, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: False)
+    x_NTC = torch.ones(N, T, C)
+    there = fetched(x_NTC, DEVICE)
+    x_NTC.zero_()
+    assert torch.equal(there.cpu(), torch.ones(N, T, C))
 
 
 def test_without_a_wait_it_would_not_have_arrived(lagging):
