@@ -37,12 +37,14 @@ class Stream:
 
     def __init__(self, device: torch.device | None = None) -> None:
         self.work: deque = deque()
+        self.waited_for: list[Stream] = []
 
     def synchronize(self) -> None:
         while self.work:
             self.work.popleft()()
 
     def wait_stream(self, other: "Stream") -> None:
+        self.waited_for.append(other)
         other.synchronize()
 
     def record_event(self) -> "Event":
@@ -163,8 +165,11 @@ def test_outputs_are_kept_until_their_copy_is_done(lagging, budget):
     into = Room(budget=budget).empty((N, T, C), torch.float32)
     outputs = Outputs(into, DEVICE)
     y_NTC = torch.ones(2, T, C).to(DEVICE)
+    stream = transfers.lane(DEVICE, "states out")
+    stream.waited_for.clear()
     outputs.put(slice(0, 2), y_NTC)
-    assert (id(y_NTC), transfers.lane(DEVICE, "states out")) in lagging.used_by
+    assert stream.waited_for == [lagging.computing]
+    assert (id(y_NTC), stream) in lagging.used_by
     assert not torch.equal(into[0:2], torch.ones(2, T, C))  # the host has not waited
     outputs.finish()
     assert torch.equal(into[0:2], torch.ones(2, T, C))
