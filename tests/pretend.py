@@ -56,6 +56,7 @@ class Counts:
 
 counts = Counts()
 memory = SimpleNamespace(free=MEMORY, total=MEMORY)  # tests may shrink it
+numbers = SimpleNamespace(float64=True)  # tests may take it away, as Apple's GPUs have none
 
 _setup_privateuseone_for_python_backend(
     NAME,
@@ -69,6 +70,7 @@ _setup_privateuseone_for_python_backend(
         get_amp_supported_dtype=lambda: [torch.bfloat16, torch.float16],
         get_device_name=lambda device=None: "pretend accelerator",
         mem_get_info=lambda device=None: (memory.free, memory.total),
+        get_device_properties=lambda device=None: SimpleNamespace(total_memory=memory.total),
         synchronize=lambda device=None: None,
         manual_seed_all=lambda seed: None,
         get_rng_state=lambda device=None: torch.get_rng_state(),
@@ -134,6 +136,8 @@ def _run(func: Any, *args: Any, **kwargs: Any) -> Any:
     def wrapped(t: Any) -> Any:
         if not isinstance(t, torch.Tensor):
             return t
+        if ends_here and t.dtype == torch.float64 and not numbers.float64:
+            raise TypeError(f"{NAME} has no float64: {name}")
         if id(t) in known:
             return known[id(t)]
         return Pretend(t) if ends_here else t

@@ -177,6 +177,8 @@ def test_report_is_one_page(pruned: Path, tmp_path: Path) -> None:
         (["--calibration", "missing.txt"], ["missing.txt"]),
         (["--samples", "5000", "--seqlen", "512"], ["tokens", "2,560,000"]),
         (["--device", "cuda"], ["CUDA"]),
+        (["--device", "tpu"], ["tpu", "auto, cpu, cuda, cuda:N, mps or xpu"]),
+        (["--device", "cpu:1"], ["cpu:1"]),
         (["--skip", "*.nothing"], ["skip", "*.nothing", "besa inspect"]),
         (["--skip", "*"], ["nothing to prune"]),
         (["--sparsity-of", "*.k_proj"], ["--sparsity-of *.k_proj:", "pattern=sparsity"]),

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from besa.counting.precision import widest
 from besa.errors import BesaError
 from besa.system import devices
 from besa.system.devices import (
@@ -104,17 +105,15 @@ def test_any_device_that_torch_can_use_here_may_be_given():
     assert resolve_device("pretend") == resolve_device(pretend.DEVICE) == pretend.DEVICE
 
 
-def test_what_a_device_cannot_compute_in_is_refused():
+def test_what_a_device_cannot_compute_in_is_refused(monkeypatch, request):
+    request.addfinalizer(widest.cache_clear)
+    check_dtype(torch.float64, pretend.DEVICE)
+    widest.cache_clear()
+    monkeypatch.setattr(pretend.numbers, "float64", False)
     with pytest.raises(BesaError) as refusal:
-        check_dtype(torch.float64, torch.device("mps:0"))
-    assert str(refusal.value) == "mps has no float64: use --dtype float32, or --device cpu."
-    for dtype, name in (
-        (torch.float32, "mps"),
-        (torch.bfloat16, "mps"),
-        (torch.float64, "cpu"),
-        (torch.float64, "xpu"),
-    ):
-        check_dtype(dtype, torch.device(name))
+        check_dtype(torch.float64, pretend.DEVICE)
+    assert str(refusal.value) == "pretend:0 has no float64: use --dtype float32, or --device cpu."
+    check_dtype(torch.float32, pretend.DEVICE)
 
 
 def test_memory_is_that_of_the_device_or_of_the_machine(monkeypatch):
@@ -131,6 +130,17 @@ def test_memory_that_torch_keeps_for_later_is_free(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 700)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 400)
     assert available_bytes(torch.device("cuda:0")) == 1300
+
+
+def test_memory_of_a_device_that_does_not_say_what_is_free(monkeypatch):
+    def silent(device):
+        raise RuntimeError("The device doesn't support querying the available free memory.")
+
+    monkeypatch.setattr(torch.xpu, "mem_get_info", silent)
+    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda device: SimpleNamespace(total_memory=5000))
+    monkeypatch.setattr(torch.xpu, "memory_reserved", lambda device: 700)
+    monkeypatch.setattr(torch.xpu, "memory_allocated", lambda device: 400)
+    assert available_bytes(torch.device("xpu:0")) == 4600
 
 
 def test_every_device_is_waited_for_in_its_own_way(monkeypatch):

@@ -37,12 +37,14 @@ class Stream:
 
     def __init__(self, device: torch.device | None = None) -> None:
         self.work: deque = deque()
+        self.waited_for: list[Stream] = []
 
     def synchronize(self) -> None:
         while self.work:
             self.work.popleft()()
 
     def wait_stream(self, other: "Stream") -> None:
+        self.waited_for.append(other)
         other.synchronize()
 
     def record_event(self) -> "Event":
@@ -109,6 +111,7 @@ def lagging() -> Iterator[Lagging]:
     patch.setattr(module, "stream", stream, raising=False)
     patch.setattr(module, "current_stream", lambda device: mode.present, raising=False)
     patch.setattr(torch.Tensor, "record_stream", lambda tensor, one: mode.used_by.append((id(tensor), one)))
+    patch.setattr(torch.Tensor, "is_pinned", lambda tensor: True)
     patch.setattr(transfers, "has_streams", lambda device: device.type == pretend.NAME)
     transfers.lane.cache_clear()
     yield mode
@@ -122,6 +125,14 @@ def test_what_is_fetched_has_arrived_when_it_is_used(lagging):
     assert torch.equal(there.cpu(), x_NTC)
     assert (id(there), lagging.computing) in lagging.used_by
     assert fetched(there, DEVICE) is there
+
+
+def test_memory_that_is_not_pinned_is_copied_before_it_may_change(lagging, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: False)
+    x_NTC = torch.ones(N, T, C)
+    there = fetched(x_NTC, DEVICE)
+    x_NTC.zero_()
+    assert torch.equal(there.cpu(), torch.ones(N, T, C))
 
 
 def test_without_a_wait_it_would_not_have_arrived(lagging):
@@ -154,8 +165,11 @@ def test_outputs_are_kept_until_their_copy_is_done(lagging, budget):
     into = Room(budget=budget).empty((N, T, C), torch.float32)
     outputs = Outputs(into, DEVICE)
     y_NTC = torch.ones(2, T, C).to(DEVICE)
+    stream = transfers.lane(DEVICE, "states out")
+    stream.waited_for.clear()
     outputs.put(slice(0, 2), y_NTC)
-    assert (id(y_NTC), transfers.lane(DEVICE, "states out")) in lagging.used_by
+    assert stream.waited_for == [lagging.computing]
+    assert (id(y_NTC), stream) in lagging.used_by
     assert not torch.equal(into[0:2], torch.ones(2, T, C))  # the host has not waited
     outputs.finish()
     assert torch.equal(into[0:2], torch.ones(2, T, C))

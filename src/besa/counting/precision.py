@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 
+@cache
 def widest(device: torch.device) -> torch.dtype:
-    """float64, or float32 on Apple's GPUs, which have no float64."""
-    return torch.float32 if device.type == "mps" else torch.float64
+    """float64, or float32 on a device that has none, as Apple's GPUs and some of Intel's."""
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError):
+        return torch.float32
+    return torch.float64

@@ -20,7 +20,9 @@ from torch import Tensor
 from besa.models.activations import HiddenStates
 from besa.system.devices import available_bytes, has_streams, synchronize
 
-NEEDED = 16  # times the size of a block: as much as pruning it and having the next one takes at most (`besa plan`)
+NEEDED = (
+    24  # times the size of a block: as much as the costliest recipes need for it, beside the next one (`besa plan`)
+)
 Key = TypeVar("Key", bound=Hashable)
 Lane = Literal["states in", "states out", "weights"]
 
@@ -35,14 +37,14 @@ def fetched(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on a device, for the stream that computes there; the tensor itself if it is there already.
 
     Args:
-        tensor: anywhere. If it is in pinned memory, the host does not wait for the copy.
+        tensor: anywhere. The host waits for the copy, though not for what is computed, unless it is in pinned memory.
         device: where it is needed.
     """
     stream = lane(device, "states in")
     if stream is None or tensor.device.type != "cpu":
         return tensor.to(device)
     with torch.get_device_module(device).stream(stream):
-        there = tensor.to(device, non_blocking=True)
+        there = tensor.to(device, non_blocking=tensor.is_pinned())
     _hand_over([there], device, stream)
     return there
 

@@ -74,7 +74,7 @@ def check_dtype(dtype: torch.dtype, device: torch.device) -> None:
         BesaError: the device has no such numbers.
     """
     if dtype == torch.float64 and widest(device) != dtype:
-        raise BesaError(f"{device.type} has no float64: use --dtype float32, or --device cpu.")
+        raise BesaError(f"{device} has no float64: use --dtype float32, or --device cpu.")
 
 
 def is_available(kind: str) -> bool:
@@ -98,17 +98,23 @@ def available_bytes(device: torch.device) -> int:
 
     What torch keeps of the device's memory for later tensors counts as free.
     """
-    module = torch.get_device_module(device)
-    if not hasattr(module, "mem_get_info"):
+    if shares_memory(device):
         return memory.available_bytes()
-    kept = module.memory_reserved(device) - module.memory_allocated(device) if hasattr(module, "memory_reserved") else 0
-    return int(module.mem_get_info(device)[0]) + int(kept)
+    module = torch.get_device_module(device)
+    kept = module.memory_reserved(device) if hasattr(module, "memory_reserved") else 0
+    used = module.memory_allocated(device) if kept else 0
+    try:
+        free: int = module.mem_get_info(device)[0]
+    except RuntimeError:  # some of Intel's drivers do not say what is free
+        free = total_bytes(device) - kept
+    return free + kept - used
 
 
 def total_bytes(device: torch.device) -> int:
     """All memory of a device; of the CPU, and of devices that share its memory, of this machine."""
-    ask = getattr(torch.get_device_module(device), "mem_get_info", None)
-    return int(ask(device)[1]) if ask else memory.total_bytes()
+    if shares_memory(device):
+        return memory.total_bytes()
+    return int(torch.get_device_module(device).get_device_properties(device).total_memory)
 
 
 def shares_memory(device: torch.device) -> bool:

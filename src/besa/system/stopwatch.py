@@ -12,7 +12,7 @@ from besa.system.devices import synchronize
 
 
 class Stopwatch:
-    """Adds up seconds by phase. On a GPU, which works asynchronously, it waits for the end of the work.
+    """Adds up seconds by phase. It waits for the end of a device's work, which may go on behind the program.
 
     Args:
         device: of the work.

@@ -1,0 +1,53 @@
+"""A device without float64, as Apple's GPUs: nothing needs it there, and results are the CPU's within rounding."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import besa
+from besa import Recipe
+from besa.counting.precision import widest
+from tests import pretend
+
+RUNS = [
+    ("wanda", []),
+    ("sparsegpt", []),
+    ("besa", ["allocation.steps=3"]),
+    ("besa-int4", ["allocation.steps=3"]),
+    ("fast", []),
+    ("fast", ["targets.method=search"]),
+    ("wanda", ["allocation.method=structured"]),
+    ("wanda", ["allocation.method=nm", "allocation.mixed=true"]),
+]
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(pretend.numbers, "float64", False)
+    widest.cache_clear()
+    yield
+    widest.cache_clear()
+
+
+@pytest.mark.parametrize(("recipe", "changes"), RUNS)
+def test_it_prunes_as_the_cpu_does(narrow: None, recipe: str, changes: list[str], tiny_llama_folder: Path) -> None:
+    records = [
+        besa.compress(
+            tiny_llama_folder,
+            Recipe.load(recipe, None, changes),
+            str(tiny_llama_folder / "calibration.txt"),
+            samples=4,
+            seqlen=32,
+            batch=2,
+            dtype="bfloat16",
+            device=device,
+        ).record
+        for device in ("cpu", "pretend")
+    ]
+    on_cpu, there = records
+    assert widest(pretend.DEVICE) == torch.float32
+    assert abs(there.zeros - on_cpu.zeros) <= (0 if recipe != "besa-int4" else on_cpu.zeros * 1e-3)
+    for block, other in zip(on_cpu.blocks, there.blocks, strict=True):
+        assert other.reconstruction_error == pytest.approx(block.reconstruction_error, rel=0.05)
