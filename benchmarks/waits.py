@@ -2,8 +2,8 @@
 
     python -m benchmarks.waits    # writes results/waits.json
 
-The model is the tiny Llama of the tests, on 8 sequences of 64 tokens. Launches and syncs of a block hardly depend on the
-sizes; the bytes show what travels.
+The model is the tiny Llama of the tests, on 8 sequences of 64 tokens. Launches and syncs of a block hardly depend on
+the sizes; the bytes show what travels.
 """
 
 from __future__ import annotations

@@ -103,6 +103,15 @@ def rates() -> None:
         pruned_ranks(alpha_R, width_R, alpha_R, 0.5)
 
 
+def apportioning() -> None:
+    """Start the kernel of `gpu.apportioning`."""
+    from besa.kernels.gpu.apportioning import cheapest_counts
+
+    for rows in (3, 83_968):  # of a block of 70B
+        ideal_R = empty(rows, dtype=torch.float64)
+        cheapest_counts(ideal_R, ideal_R, ideal_R, rows)
+
+
 def clipping() -> None:
     """Start the kernels of `gpu.clipping`."""
     from besa.kernels.gpu.clipping import clipping_gradient, quantized
@@ -139,7 +148,7 @@ def statistics() -> None:
         histogram(empty(8192, 28_673, dtype=dtype), 1 << 16)
 
 
-CASES: list[Callable[[], None]] = [masks, rates, clipping, sweep, statistics, sparse]
+CASES: list[Callable[[], None]] = [masks, rates, apportioning, clipping, sweep, statistics, sparse]
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

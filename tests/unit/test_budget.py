@@ -10,8 +10,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from besa.counting.budget import apportion, cheapest, split, zeros_for
+from besa.counting.budget import cheapest, split, zeros_for
 from besa.errors import BesaError
+from besa.methods.apportioning import apportion
 
 SIZES = st.lists(st.integers(1, 50) | st.integers(1, 10**15), min_size=1, max_size=8)
 

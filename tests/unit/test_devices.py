@@ -126,6 +126,13 @@ def test_memory_is_that_of_the_device_or_of_the_machine(monkeypatch):
         assert (available_bytes(device), total_bytes(device)) == (45, 67)
 
 
+def test_memory_that_torch_keeps_for_later_is_free(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 5000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 700)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 400)
+    assert available_bytes(torch.device("cuda:0")) == 1300
+
+
 def test_every_device_is_waited_for_in_its_own_way(monkeypatch):
     waited = []
     monkeypatch.setattr(torch, "mps", SimpleNamespace(synchronize=lambda: waited.append("mps")))

@@ -15,6 +15,7 @@ from besa.quantization.minmax import SMALLEST, clipped_grid, step_gradient
 from tests.pretend import DEVICE
 
 pytest.importorskip("triton")
+from besa.kernels.gpu import apportioning as gpu_apportioning
 from besa.kernels.gpu import clipping as gpu_clipping
 from besa.kernels.gpu import masks as gpu_masks
 from besa.kernels.gpu import rates as gpu_rates
@@ -68,6 +69,12 @@ def examples():
         "masked": (w_OI, ranks_OI, torch.tensor([1, 2]), torch.empty(2, 3)),
         "binned": (gradient_OI, w_OI, ranks_OI, torch.tensor([0, 0, 1], dtype=torch.int16), torch.empty(2, 2)),
         "pruned_ranks": (torch.tensor([0.5, 0.25]), torch.full((2,), 8.0).double(), torch.tensor([0.5, 0.5]), 0.5),
+        "cheapest_counts": (
+            torch.tensor([1.5, 2.0]).double(),
+            torch.tensor([3.0, 4.0]).double(),
+            torch.tensor([0.0, 1.0]).double(),
+            4,
+        ),
         "quantized": (*fields(clipping), torch.empty(2, 3)),
         "clipping_gradient": (gradient_OI, *fields(clipping)),
         "swept": (w_OI.clone(), w_OI > 0, torch.eye(3), torch.empty(2, 3)),
@@ -84,12 +91,45 @@ def test_a_gpu_gets_triton_or_plain_torch(monkeypatch, name, works):
     result = operator(*on_cpu)
     monkeypatch.setattr(operators, "triton_works", lambda device: works)
     called = []
-    for module in (gpu_clipping, gpu_masks, gpu_rates, gpu_statistics, gpu_sweep):
+    for module in (gpu_apportioning, gpu_clipping, gpu_masks, gpu_rates, gpu_statistics, gpu_sweep):
         if function := getattr(module, name, None):
             monkeypatch.setattr(module, name, lambda *arguments, of=function: called.append(name) or of(*arguments))
     found = operator.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *on_gpu)
     assert called == [name] * works
     torch.testing.assert_close((found, *on_gpu), (result, *on_cpu), rtol=0, atol=0)
+
+
+# Apportioning
+
+
+@st.composite
+def rows_to_fill(draw):
+    """Ideals, widths, least numbers and a total of a few rows, as `cheapest_counts` takes them."""
+    rows = draw(st.integers(1, 9))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    width_R = torch.randint(1, 5000, (rows,), generator=generator).double()
+    ideal_R = width_R * (2 * torch.rand(rows, generator=generator).double() - 0.5)
+    least_R = (width_R * torch.rand(rows, generator=generator) * draw(st.sampled_from([0, 0.4]))).floor()
+    share = draw(st.floats(0, 1))
+    return ideal_R, width_R, least_R, int(least_R.sum() + share * (width_R - least_R).sum())
+
+
+@given(rows_to_fill())
+@settings(max_examples=20, deadline=None)
+def test_triton_counts_alike(case):
+    _, width_R, least_R, total = case
+    expected_R = reference.cheapest_counts(*case)
+    found_R = gpu_apportioning.cheapest_counts(*case)
+    assert bool(((least_R <= found_R) & (found_R <= width_R)).all())
+    assert total - len(found_R) <= int(found_R.sum()) <= total
+    torch.testing.assert_close(found_R, expected_R, rtol=0, atol=1)  # a step whose price is the last one
+
+
+def test_triton_counts_rows_beyond_one_round(monkeypatch):
+    monkeypatch.setattr(gpu_apportioning, "ROWS", 8)
+    ideal_R = torch.linspace(0, 50, 37).double()
+    case = (ideal_R, torch.full_like(ideal_R, 50), torch.zeros_like(ideal_R), 700)
+    torch.testing.assert_close(gpu_apportioning.cheapest_counts(*case), reference.cheapest_counts(*case))
 
 
 # Pruning rates

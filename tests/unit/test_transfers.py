@@ -182,9 +182,18 @@ def test_weights_come_ahead_and_are_ready_when_they_are_taken(lagging):
 
 
 def test_weights_do_not_come_ahead_where_they_have_no_room(lagging, monkeypatch):
-    monkeypatch.setattr(pretend.memory, "free", 255)
+    monkeypatch.setattr(pretend.memory, "free", transfers.NEEDED * 128 - 1)
     ahead: Ahead[str] = Ahead()
     ahead.begin("block", DEVICE, 128, lambda: pytest.fail("was read"))
+    assert ahead.take("block", DEVICE) is None
+
+
+def test_weights_that_found_no_room_are_read_when_they_are_needed(lagging):
+    def too_large():
+        raise torch.OutOfMemoryError
+
+    ahead: Ahead[str] = Ahead()
+    ahead.begin("block", DEVICE, 1, too_large)
     assert ahead.take("block", DEVICE) is None
 
 

@@ -1,4 +1,4 @@
-"""Exact budgets: how many weights are pruned in total, and integer counts from learned rates that add up to it."""
+"""Exact budgets: how many weights are pruned in total, and whole numbers of steps that add up to it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
-from besa.counting.precision import widest
-from besa.errors import BesaError
 
 
 @dataclass(frozen=True)
@@ -51,51 +47,6 @@ def split(total: int, sizes: list[int]) -> list[int]:
         parts.append(upto - assigned)
         assigned = upto
     return parts
-
-
-def apportion(rates_R: Tensor, widths_R: Tensor, total: int, least_R: Tensor) -> Tensor:
-    """Integer zeros per row that add up to `total` and change the learned rates least; (R,), int64.
-
-    Minimises Σ_r width_r·(n_r / width_r − rate_r)² over integers least_r ≤ n_r ≤ width_r with Σ n_r = total. The cost
-    is convex in each n_r. It is therefore optimal to raise one count at a time, always the cheapest one; of equal ones,
-    that of the lower row. A bisection on the price of a step takes all but the last few steps at once. The host waits
-    for the device once.
-
-    Args:
-        rates_R: learned pruning rate of each row, any real number; the other tensors are on its device.
-        widths_R: weights in each row, int64, positive.
-        total: zeros to distribute.
-        least_R: zeros that each row already has, int64.
-
-    Raises:
-        BesaError: `total` is less than the zeros already there, or more than the number of weights.
-    """
-    rows, dtype = len(rates_R), widest(rates_R.device)
-    least, weights = torch.stack([least_R.sum(), widths_R.sum()]).tolist()
-    if not least <= total <= weights:
-        raise BesaError(
-            f"A block of {weights:,} prunable weights has {least:,} zeros already and cannot "
-            f"have exactly {total:,}: ask for a sparsity of at least {least / weights:.4f}."
-        )
-    widths = widths_R.to(dtype)
-    ideal = rates_R.to(dtype) * widths
-
-    def counts_at(price: Tensor) -> Tensor:
-        # Step n → n+1 costs (2(n − ideal) + 1) / width. It is taken if that is below the price.
-        counts = torch.floor(ideal + (price * widths + 1) / 2)
-        return torch.minimum(torch.maximum(counts, least_R.to(dtype)), widths)
-
-    high = 2 * (ideal.abs() / widths).max() + 4.0
-    low = -high
-    for _ in range(64):
-        middle = (low + high) / 2
-        fits = counts_at(middle).sum() <= total
-        low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
-    # The price is lowered by half a step, so that the order of rows decides ties, not the rounding of the last price.
-    counts = counts_at(low - 0.5 / widths.max())
-    cost = torch.where(counts < widths, (2 * (counts - ideal) + 1) / widths, torch.inf)
-    more = torch.arange(rows, device=cost.device) < total - counts.sum()  # at most one more step per row
-    return counts.scatter_add_(0, cost.argsort(stable=True), more.to(dtype)).long()
 
 
 def cheapest(costs: Sequence[Sequence[float]], sizes: Sequence[int], total: int) -> list[int] | None:

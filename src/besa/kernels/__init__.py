@@ -17,6 +17,9 @@ from besa.quantization import Clipping
 _masked = operator("masked(Tensor w, Tensor ranks, Tensor counts, Tensor(a!) out) -> ()", "masks")
 _binned = operator("binned(Tensor gradient, Tensor w, Tensor ranks, Tensor bins, Tensor(a!) out) -> ()", "masks")
 _pruned_ranks = operator("pruned_ranks(Tensor alpha, Tensor width, Tensor share, float sparsity) -> Tensor", "rates")
+_cheapest_counts = operator(
+    "cheapest_counts(Tensor ideal, Tensor width, Tensor least, int total) -> Tensor", "apportioning"
+)
 _quantized = operator(
     "quantized(Tensor w, Tensor logits, Tensor low, Tensor high, int bits, bool symmetric, Tensor(a!) out) -> ()",
     "clipping",
@@ -72,6 +75,22 @@ def pruned_ranks(alpha_R: Tensor, width_R: Tensor, share_R: Tensor, sparsity: fl
         sparsity: the target.
     """
     counts_R: Tensor = _pruned_ranks(alpha_R, width_R, share_R, sparsity)
+    return counts_R
+
+
+def cheapest_counts(ideal_R: Tensor, width_R: Tensor, least_R: Tensor, total: int) -> Tensor:
+    """Whole numbers (R,) whose sum is at most `total`, less by a few: every row has taken the steps below one price.
+
+    The step from n to n + 1 costs (2(n − ideal) + 1) / width. A bisection finds the highest price at which the numbers
+    fit. Half a step less is taken, so that equal rows are equal in spite of the rounding of the last price.
+
+    Args:
+        ideal_R: where the cost of a row is least; it and all other tensors are float64 and contiguous.
+        width_R: largest number of each row, positive.
+        least_R: smallest number of each row.
+        total: at least the sum of `least_R`, at most that of `width_R`.
+    """
+    counts_R: Tensor = _cheapest_counts(ideal_R, width_R, least_R, total)
     return counts_R
 
 

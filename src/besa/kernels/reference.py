@@ -9,6 +9,7 @@ from besa.quantization.minmax import clipped_grid, codes, dequantized, logits_gr
 
 CHUNK = 1 << 22  # weights at a time, to bound temporary memory
 HALVINGS = 20  # of the interval in which the shift of all rates lies
+PRICE_HALVINGS = 64  # of the interval in which the price of a step lies
 NEARLY = 1e-3  # ranks: so little below an integer counts as the integer
 
 
@@ -37,6 +38,22 @@ def pruned_ranks(alpha_R: Tensor, width_R: Tensor, share_R: Tensor, sparsity: fl
         low, high = torch.where(below, middle, low), torch.where(below, high, middle)
     rates_R = (alpha_R + (low + high) / 2).clamp_(0, 1)
     return (rates_R * width_R + NEARLY).floor().long()
+
+
+def cheapest_counts(ideal_R: Tensor, width_R: Tensor, least_R: Tensor, total: int) -> Tensor:
+    """See `besa.kernels.cheapest_counts`."""
+
+    def counts_at(price: Tensor) -> Tensor:
+        counts_R = torch.floor(ideal_R + (price * width_R + 1) / 2)
+        return torch.minimum(torch.maximum(counts_R, least_R), width_R)
+
+    high = 2 * (ideal_R.abs() / width_R).max() + 4.0
+    low = -high
+    for _ in range(PRICE_HALVINGS):
+        middle = (low + high) / 2
+        fits = counts_at(middle).sum() <= total
+        low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
+    return counts_at(low - 0.5 / width_R.max())
 
 
 def quantized(

@@ -17,6 +17,7 @@ from torch import Tensor
 from besa.methods.reconstruction.written import written
 from besa.models.activations import HiddenStates
 from besa.models.blocks import Block
+from besa.models.transfers import fetched
 from besa.models.units import Unit
 from besa.observing.losses import reconstruction_error, token_weighted_error
 from besa.settings import Settings
@@ -198,7 +199,7 @@ class MaskedAdam(Finetuner):
         """The loss (scalar) of the block with these float32 weights, on one sequence."""
         name = next(iter(weights))
         stored, dtype = block.weight(name), self._dtype(block, name)
-        x_NTC, target_NTC = (states[place : place + 1].to(stored.device) for states in (inputs_NTC, targets_NTC))
+        x_NTC, target_NTC = (fetched(states[place : place + 1], stored.device) for states in (inputs_NTC, targets_NTC))
         with torch.autocast(stored.device.type, dtype, enabled=dtype != stored.dtype):
             y_NTC = block(x_NTC, {name: w_OI.to(stored.dtype) for name, w_OI in weights.items()})
         if self.loss == "channel":

@@ -20,6 +20,7 @@ from torch import Tensor
 from besa.models.activations import HiddenStates
 from besa.system.devices import available_bytes, has_streams, synchronize
 
+NEEDED = 16  # times the size of a block: as much as pruning it and having the next one takes at most (`besa plan`)
 Key = TypeVar("Key", bound=Hashable)
 Lane = Literal["states in", "states out", "weights"]
 
@@ -116,16 +117,16 @@ class Ahead(Generic[Key]):
         self._coming: dict[str, Future[dict[Key, Tensor]]] = {}
 
     def begin(self, name: str, device: torch.device, size: int, read: Callable[[], dict[Key, Tensor]]) -> None:
-        """Begin to read weights, if the device has streams and room.
+        """Begin to read weights, if the device has streams and room beside what the present block will need.
 
         Args:
             name: of the whole.
             device: where `read` puts them.
-            size: bytes of them; while they are checked and converted, they may be there twice.
+            size: bytes of them.
             read: gives them by a name of each.
         """
         stream = lane(device, "weights")
-        if stream is None or 2 * size > available_bytes(device):
+        if stream is None or NEEDED * size > available_bytes(device):
             return
 
         def work() -> dict[Key, Tensor]:
@@ -135,13 +136,16 @@ class Ahead(Generic[Key]):
         self._coming[name] = self._thread.submit(work)
 
     def take(self, name: str, device: torch.device) -> dict[Key, Tensor] | None:
-        """The weights whose reading was begun under that name, ready to be used; None if it was not.
+        """The weights whose reading was begun under that name, ready to be used; None if it was not, or had no room.
 
         Raises:
             BesaError: as `read`.
         """
         if name not in self._coming:
             return None
-        tensors = self._coming.pop(name).result()
+        try:
+            tensors = self._coming.pop(name).result()
+        except torch.OutOfMemoryError:
+            return None
         _hand_over(tensors.values(), device, lane(device, "weights"))
         return tensors

@@ -11,11 +11,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from besa.counting.budget import Budget, apportion
+from besa.counting.budget import Budget
 from besa.counting.masks import hard_mask, rank
 from besa.methods.allocation import Allocated, BlockProblem, RankedLinear
 from besa.methods.allocation.changing import ChangingLinears
 from besa.methods.allocation.descent import Descent
+from besa.methods.apportioning import apportion
 from besa.methods.recipe import Recipe
 from besa.models.units import Unit
 from besa.observing.input_statistics import InputStatistics

@@ -94,9 +94,15 @@ def synchronize(device: torch.device) -> None:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Bytes that are still free on a device; of the CPU, and of devices that share its memory, of this machine."""
-    ask = getattr(torch.get_device_module(device), "mem_get_info", None)
-    return int(ask(device)[0]) if ask else memory.available_bytes()
+    """Bytes that are still free on a device; of the CPU, and of devices that share its memory, of this machine.
+
+    What torch keeps of the device's memory for later tensors counts as free.
+    """
+    module = torch.get_device_module(device)
+    if not hasattr(module, "mem_get_info"):
+        return memory.available_bytes()
+    kept = module.memory_reserved(device) - module.memory_allocated(device) if hasattr(module, "memory_reserved") else 0
+    return int(module.mem_get_info(device)[0]) + int(kept)
 
 
 def total_bytes(device: torch.device) -> int:

@@ -6,6 +6,8 @@ take a tile of it at a time.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -54,15 +56,16 @@ def _quantized(
 ):
     group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     there = group < groups
-    low = tl.sigmoid(tl.load(logits + group, mask=there, other=0.0)) * tl.load(low + group, mask=there, other=0.0)
-    high = tl.sigmoid(tl.load(logits + groups + group, mask=there, other=0.0)) * tl.load(
-        high + group, mask=there, other=0.0
-    )
+    of_low = tl.sigmoid(tl.load(logits + group, mask=there, other=0.0))
+    of_high = tl.sigmoid(tl.load(logits + groups + group, mask=there, other=0.0))
+    low = of_low * tl.load(low + group, mask=there, other=0.0)
+    high = of_high * tl.load(high + group, mask=there, other=0.0)
     step, zero = _grid(low, high, LARGEST, SYMMETRIC, SMALLEST)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = there[:, None] & (at < size)[None, :]
     place = group.to(tl.int64)[:, None] * size + at[None, :]
-    ratio = tl.div_rn(tl.load(w + place, mask=inside, other=0.0).to(tl.float32), step[:, None] + tl.zeros_like(place))
+    values = tl.load(w + place, mask=inside, other=0.0).to(tl.float32)
+    ratio = tl.div_rn(values, tl.broadcast_to(step[:, None], values.shape))
     code = tl.minimum(tl.maximum(_rounded(ratio) + zero[:, None], 0.0), LARGEST)
     # The product of two numbers in half precision is exact in float32, so it is rounded once.
     of_dtype = step.to(out.dtype.element_ty).to(tl.float32)
@@ -98,9 +101,8 @@ def _clipping_gradient(
         at = left + tl.arange(0, BLOCK)
         inside = there[:, None] & (at < size)[None, :]
         place = group.to(tl.int64)[:, None] * size + at[None, :]
-        ratio = tl.div_rn(
-            tl.load(w + place, mask=inside, other=0.0).to(tl.float32), step[:, None] + tl.zeros_like(sums)
-        )
+        values = tl.load(w + place, mask=inside, other=0.0).to(tl.float32)
+        ratio = tl.div_rn(values, tl.broadcast_to(step[:, None], values.shape))
         free = _rounded(ratio) + zero[:, None]
         code = tl.minimum(tl.maximum(free, 0.0), LARGEST)
         slope = (code - zero[:, None]) - tl.where(free == code, ratio, 0.0)
@@ -114,32 +116,12 @@ def _clipping_gradient(
     tl.store(out + groups + group, slope * (larger + 1) * high * (1 - of_high) * of_high, mask=there)
 
 
-def _tile(size: int) -> dict[str, int]:
-    """Groups and columns of a tile, for groups of `size` columns."""
-    block = min(COLUMNS, triton.next_power_of_2(size))
-    return {"GROUPS": min(GROUPS, TILE // block), "BLOCK": block}
-
-
 def quantized(
     w_OI: Tensor, logits_2OG: Tensor, low_OG: Tensor, high_OG: Tensor, bits: int, symmetric: bool, out_OI: Tensor
 ) -> None:
     """See `besa.kernels.quantized`."""
-    groups, size, tile = low_OG.numel(), w_OI.numel() // low_OG.numel(), _tile(w_OI.numel() // low_OG.numel())
-    launch(
-        _quantized,
-        (triton.cdiv(groups, tile["GROUPS"]), triton.cdiv(size, tile["BLOCK"])),
-        w_OI.contiguous(),
-        logits_2OG,
-        low_OG,
-        high_OG,
-        out_OI,
-        groups,
-        size,
-        LARGEST=2**bits - 1,
-        SYMMETRIC=symmetric,
-        SMALLEST=SMALLEST,
-        **tile,
-    )
+    tensors = (w_OI.contiguous(), logits_2OG, low_OG, high_OG, out_OI)
+    _start(_quantized, tensors, w_OI.numel(), low_OG.numel(), bits, symmetric, columns_apart=True)
 
 
 def clipping_gradient(
@@ -152,22 +134,35 @@ def clipping_gradient(
     symmetric: bool,
 ) -> Tensor:
     """See `besa.kernels.clipping_gradient`."""
-    groups, size, tile = low_OG.numel(), w_OI.numel() // low_OG.numel(), _tile(w_OI.numel() // low_OG.numel())
     out_2OG = torch.empty_like(logits_2OG)
+    tensors = (gradient_OI, w_OI.contiguous(), logits_2OG, low_OG, high_OG, out_2OG)
+    _start(_clipping_gradient, tensors, w_OI.numel(), low_OG.numel(), bits, symmetric, columns_apart=False)
+    return out_2OG
+
+
+def _start(
+    kernel: Any,
+    tensors: tuple[Tensor, ...],
+    weights: int,
+    groups: int,
+    bits: int,
+    symmetric: bool,
+    columns_apart: bool,
+) -> None:
+    """Start a kernel; `columns_apart`: a program takes one tile, not all tiles of its groups."""
+    size = weights // groups
+    block = min(COLUMNS, triton.next_power_of_2(size))
+    together = min(GROUPS, TILE // block)
     launch(
-        _clipping_gradient,
-        (triton.cdiv(groups, tile["GROUPS"]),),
-        gradient_OI,
-        w_OI.contiguous(),
-        logits_2OG,
-        low_OG,
-        high_OG,
-        out_2OG,
+        kernel,
+        (triton.cdiv(groups, together), triton.cdiv(size, block) if columns_apart else 1),
+        *tensors,
         groups,
         size,
         LARGEST=2**bits - 1,
         SYMMETRIC=symmetric,
         SMALLEST=SMALLEST,
-        **tile,
+        GROUPS=together,
+        BLOCK=block,
+        enable_fp_fusion=False,  # codes are those of the final weight, which torch computes
     )
-    return out_2OG

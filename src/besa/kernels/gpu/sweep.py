@@ -54,7 +54,8 @@ def swept(block_OB: Tensor, kept_OB: Tensor, factor_BB: Tensor, error_OB: Tensor
     """See `besa.kernels.swept`."""
     rows, columns = block_OB.shape
     if columns > WIDEST:
-        return reference.swept(block_OB, kept_OB, factor_BB, error_OB)
+        reference.swept(block_OB, kept_OB, factor_BB, error_OB)
+        return
     width = triton.next_power_of_2(columns)
     together = min(ROWS, max(1, TILE // width))
     launch(
@@ -74,4 +75,3 @@ def swept(block_OB: Tensor, kept_OB: Tensor, factor_BB: Tensor, error_OB: Tensor
         COLUMNS=width,
         num_warps=max(4, width // OF_WARP),
     )
-    return None

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from besa.counting.budget import Budget, apportion
+from besa.counting.budget import Budget
 from besa.counting.masks import hard_mask
 from besa.counting.precision import widest
 from besa.methods.allocation.allocator import Allocator
@@ -21,6 +21,7 @@ from besa.methods.allocation.changing import ChangingLinears
 from besa.methods.allocation.descent import Descent
 from besa.methods.allocation.problem import Allocated, BlockProblem
 from besa.methods.allocation.rates import Rates
+from besa.methods.apportioning import apportion
 from besa.models.units import Granularity
 
 OPTIMIZER = 7  # copies of the logits: themselves, gradient, two moments, beta, its gradient, the tails

@@ -12,11 +12,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from besa.counting.budget import Budget, apportion, split
+from besa.counting.budget import Budget, split
 from besa.counting.precision import widest
 from besa.kernels import histogram
 from besa.methods.allocation.allocator import Allocator
 from besa.methods.allocation.problem import Allocated, BlockProblem, RankedLinear
+from besa.methods.apportioning import apportion
+from besa.models.transfers import fetched
 from besa.observing.probes import RowSensitivities
 
 HALF = 1 << 16
@@ -64,7 +66,7 @@ def row_sensitivities(problem: BlockProblem, every: int) -> RowSensitivities:
     """The sensitivities of the block's rows, from one calibration sequence in `every`."""
     sensitivities = RowSensitivities(problem.block)
     for place in range(0, len(problem.inputs_NTC), every):
-        x_NTC = problem.inputs_NTC[place : place + 1].to(problem.device)
+        x_NTC = fetched(problem.inputs_NTC[place : place + 1], problem.device)
         sensitivities.send_back(x_NTC, seed=problem.seed + place)
     return sensitivities
 

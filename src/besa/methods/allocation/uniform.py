@@ -9,11 +9,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from besa.counting.budget import Budget, apportion, split
+from besa.counting.budget import Budget, split
 from besa.counting.masks import rank
 from besa.errors import BesaError
 from besa.methods.allocation.allocator import Allocator
 from besa.methods.allocation.problem import Allocated, BlockProblem
+from besa.methods.apportioning import apportion
 
 
 class Uniform(Allocator):

@@ -12,9 +12,9 @@ from pydantic import Field
 from torch import Tensor
 
 from besa import kernels
-from besa.counting.budget import apportion
 from besa.counting.masks import hard_mask, rank
 from besa.errors import BesaError
+from besa.methods.apportioning import apportion
 from besa.methods.reconstruction.rebuilder import Rebuilder
 from besa.methods.reconstruction.written import written
 from besa.observing.input_statistics import InputStatistics

@@ -6,6 +6,8 @@ Shape suffixes: N sequences, T tokens, C channels of the residual stream, B bloc
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,7 +18,7 @@ from torch import Tensor
 from besa.data.calibration import Calibration
 from besa.methods.targets.targeting import Targeting
 from besa.models.activations import HiddenStates, Room
-from besa.models.blocks import embedded
+from besa.models.blocks import Block, embedded
 from besa.models.streaming import Decoder
 
 
@@ -49,6 +51,15 @@ class Survey:
         """The number of weights of each block that share the sparsity."""
         blocks = zip(self.decoder.blocks, self.names, strict=True)
         return [sum(block.prunables[name].numel for name in names) for block, names in blocks]
+
+    @contextmanager
+    def opened(self, block: Block, step: int = 1) -> Iterator[None]:
+        """While open, a block has its weights on the device, and the block `step` further is on its way there."""
+        blocks, following = self.decoder.blocks, block.index + step
+        with self.decoder.opened(block, self.device):
+            if 0 <= following < len(blocks):
+                self.decoder.prefetch(blocks[following], self.device)
+            yield
 
     def embedded(self, tokens_NT: Tensor) -> HiddenStates:
         """The inputs of the first block (N, T, C)."""

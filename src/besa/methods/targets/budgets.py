@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from besa.counting.budget import Budget, apportion, split, zeros_for
+from besa.counting.budget import Budget, split, zeros_for
 from besa.errors import BesaError
+from besa.methods.apportioning import apportion
 from besa.models.blocks import Block
 from besa.models.couplings import alike
 from besa.models.prunable import Prunable

@@ -15,7 +15,7 @@ from besa.kernels import histogram
 from besa.methods.targets.bounded import Survey
 from besa.models.activations import HiddenStates
 from besa.models.blocks import Block, logits_of
-from besa.models.transfers import fetched
+from besa.models.transfers import Outputs, fetched
 from besa.observing.input_statistics import InputStatistics, collect
 from besa.observing.probes import RowSensitivities
 
@@ -52,14 +52,14 @@ def one_threshold(survey: Survey, tokens_NT: Tensor) -> Threshold:
         survey: the model.
         tokens_NT: sequences to run.
     """
-    decoder, blocks = survey.decoder, survey.decoder.blocks
+    blocks = survey.decoder.blocks
     states = _forward(survey, tokens_NT)
     gradients_NTC = states.pop()
     _loss_gradients(survey, gradients_NTC, tokens_NT)
     histograms: dict[int, Tensor] = {}
     statistics: dict[str, InputStatistics] = {}
     for block, names in reversed(list(zip(blocks, survey.names, strict=True))):
-        with decoder.opened(block, survey.device):
+        with survey.opened(block, step=-1):
             rows, inputs = _send_back(block, states.pop(), gradients_NTC, survey.device)
             histograms[block.index] = _histogram(block, names, rows, inputs)
         statistics |= inputs
@@ -77,7 +77,7 @@ def _forward(survey: Survey, tokens_NT: Tensor) -> list[HiddenStates]:
     states: list[HiddenStates] = [first_NTC]
     for block in survey.decoder.blocks:
         states.append(survey.room.empty_like(first_NTC))
-        with survey.decoder.opened(block, survey.device):
+        with survey.opened(block):
             block.run(states[-2], survey.batch, into=states[-1])
     return states
 
@@ -85,6 +85,7 @@ def _forward(survey: Survey, tokens_NT: Tensor) -> list[HiddenStates]:
 def _loss_gradients(survey: Survey, states_NTC: HiddenStates, tokens_NT: Tensor) -> None:
     """Replace the outputs of the last block by the loss's gradients at them, for labels drawn from the predictions."""
     decoder, generator = survey.decoder, torch.Generator().manual_seed(survey.seed)
+    gradients = Outputs(states_NTC, survey.device)
     with decoder.outside_blocks(survey.device):
         for n in range(len(tokens_NT)):
             y_NTC = fetched(states_NTC[n : n + 1], survey.device).requires_grad_()
@@ -94,7 +95,8 @@ def _loss_gradients(survey: Survey, states_NTC: HiddenStates, tokens_NT: Tensor)
                 labels_T = torch.searchsorted(logits_TV.detach().softmax(-1).cumsum(-1), chance_T)[:, 0]
                 labels_T = labels_T.clamp_max(logits_TV.shape[-1] - 1)
                 loss = torch.nn.functional.cross_entropy(logits_TV, labels_T, reduction="sum")
-                states_NTC[n : n + 1] = torch.autograd.grad(loss, y_NTC)[0]
+                gradients.put(slice(n, n + 1), torch.autograd.grad(loss, y_NTC)[0])
+    gradients.finish()
 
 
 def _send_back(
@@ -105,11 +107,13 @@ def _send_back(
     Returns:
         The sensitivities of the block's rows, and the statistics of its matrices' inputs by full name.
     """
-    rows = RowSensitivities(block)
+    rows, gradients = RowSensitivities(block), Outputs(gradients_NTC, device)
     with collect(block.module, block.prunables, gram=False) as statistics:
         for n in range(len(inputs_NTC)):
             one = slice(n, n + 1)
-            gradients_NTC[one] = rows.send_back(fetched(inputs_NTC[one], device), fetched(gradients_NTC[one], device))
+            sent_NTC = rows.send_back(fetched(inputs_NTC[one], device), fetched(gradients_NTC[one], device))
+            gradients.put(one, sent_NTC)
+    gradients.finish()
     return rows, statistics
 
 

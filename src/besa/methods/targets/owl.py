@@ -30,7 +30,7 @@ class Owl(Bounded):
         decoder, ratios = survey.decoder, []
         x_NTC = survey.embedded(self.tokens(survey))
         for block, names, size in zip(decoder.blocks, survey.names, survey.sizes, strict=True):
-            with decoder.opened(block, survey.device):
+            with survey.opened(block):
                 with collect(block.module, block.prunables, gram=False) as statistics:
                     block.run(x_NTC, survey.batch, into=x_NTC)
                 scores = (Wanda().score(block.weight(name), statistics[name]) for name in names)

@@ -91,7 +91,7 @@ def divergences(
     for path_NTC in (dense_NTC, *pruned):
         path_NTC[:] = first_NTC[:]
     for block, names in zip(survey.decoder.blocks, survey.names, strict=True):
-        with survey.decoder.opened(block, survey.device):
+        with survey.opened(block):
             block.run(dense_NTC, survey.batch, into=dense_NTC)
             dense = {name: block.weight(name).detach() for name in names}
             ranks = {name: rank(Wanda().score(w_OI, statistics[name]), w_OI) for name, w_OI in dense.items()}

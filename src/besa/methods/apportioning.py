@@ -1,0 +1,45 @@
+"""From learned rates to whole numbers of zeros that add up exactly.
+
+Shape suffixes: R rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from besa import kernels
+from besa.counting.precision import widest
+from besa.errors import BesaError
+
+
+def apportion(rates_R: Tensor, widths_R: Tensor, total: int, least_R: Tensor) -> Tensor:
+    """Integer zeros per row that add up to `total` and change the learned rates least; (R,), int64.
+
+    Minimises Σ_r width_r·(n_r / width_r − rate_r)² over integers least_r ≤ n_r ≤ width_r with Σ n_r = total. The cost
+    is convex in each n_r. It is therefore optimal to raise one count at a time, always the cheapest one; of equal ones,
+    that of the lower row. A bisection on the price of a step takes all but the last few steps at once. The host waits
+    for the device once.
+
+    Args:
+        rates_R: learned pruning rate of each row, any real number; the other tensors are on its device.
+        widths_R: weights in each row, int64, positive.
+        total: zeros to distribute.
+        least_R: zeros that each row already has, int64.
+
+    Raises:
+        BesaError: `total` is less than the zeros already there, or more than the number of weights.
+    """
+    rows, dtype = len(rates_R), widest(rates_R.device)
+    least, weights = torch.stack([least_R.sum(), widths_R.sum()]).tolist()
+    if not least <= total <= weights:
+        raise BesaError(
+            f"A block of {weights:,} prunable weights has {least:,} zeros already and cannot "
+            f"have exactly {total:,}: ask for a sparsity of at least {least / weights:.4f}."
+        )
+    width_R = widths_R.to(dtype)
+    ideal_R = rates_R.to(dtype) * width_R
+    counts_R = kernels.cheapest_counts(ideal_R, width_R, least_R.to(dtype), total)
+    cost_R = torch.where(counts_R < width_R, (2 * (counts_R - ideal_R) + 1) / width_R, torch.inf)
+    more_R = torch.arange(rows, device=cost_R.device) < total - counts_R.sum()  # at most one more step per row
+    return counts_R.scatter_add_(0, cost_R.argsort(stable=True), more_R.to(dtype)).long()
