@@ -332,5 +332,6 @@ _META = torch.library.Library("besa", "IMPL")
 for _name in ("masked", "binned", "quantized", "swept", "add_squares"):  # they write to an argument
     _META.impl(_name, lambda *_: None, "Meta")
 _META.impl("pruned_ranks", lambda alpha, *_: torch.empty_like(alpha, dtype=torch.int64), "Meta")
+_META.impl("cheapest_counts", lambda ideal, *_: torch.empty_like(ideal), "Meta")
 _META.impl("clipping_gradient", lambda gradient, w, logits, *_: torch.empty_like(logits), "Meta")
 _META.impl("histogram", lambda values, bins: values.new_empty(bins, dtype=torch.int64), "Meta")

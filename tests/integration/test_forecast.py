@@ -81,10 +81,15 @@ def test_a_run_without_numbers_asks_for_what_a_run_with_numbers_does(tmp_path: P
         for operation, times in part.operations.items():
             found[operation.name] += times
     expected = Counter({key.removeprefix("aten::"): number for key, number in launches.items()})
-    apart = sum(((found - expected) + (expected - found)).values())
-    print('APART', apart, expected.total(), found-expected, expected-found, sum(part.syncs for part in shapes.values()), pretend.counts.syncs.total())
-    assert apart <= 0.02 * expected.total(), (found - expected, expected - found)
-    assert sum(part.syncs for part in shapes.values()) == pytest.approx(pretend.counts.syncs.total(), abs=6)
+    assert not found - expected
+    assert (expected - found).total() <= 2  # what begins a run
+    assert sum(part.syncs for part in shapes.values()) == pretend.counts.syncs.total()
+
+
+def test_every_operator_has_shapes() -> None:
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("besa::")]
+    assert len(names) >= 9
+    assert [name for name in names if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "Meta")] == []
 
 
 def test_products_are_counted_as_torch_counts_them() -> None:
