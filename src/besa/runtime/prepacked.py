@@ -34,7 +34,7 @@ class PrepackedLinear(nn.Module):
 
 def prepacked(model: Model) -> Model | None:
     """A second model with prepacked linears, which shares all other tensors; None if oneDNN has no layout for it."""
-    if next(model.parameters()).is_cuda or not torch.backends.mkldnn.is_available():
+    if next(model.parameters()).device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return None
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     other = copy.deepcopy(model, shared)
