@@ -94,6 +94,7 @@ def _run(model: Path, out: Path, recipe: Recipe, samples: int, seqlen: int) -> d
         out=out,
         samples=samples,
         seqlen=seqlen,
+        device="cpu",
         progress=lambda done, total, note="": marks.append((time.perf_counter(), note)),
     )
     ended = time.perf_counter()
@@ -228,7 +229,7 @@ def _block_seconds(recipe: Recipe, shape: str, blocks: int, samples: int, seqlen
         write(Path(scratch) / "model", config(shape, blocks))
         text = str(TOKENIZER / "calibration.txt")
         out = Path(scratch) / "out"
-        compress(Path(scratch) / "model", recipe, text, out=out, samples=samples, seqlen=seqlen)
+        compress(Path(scratch) / "model", recipe, text, out=out, samples=samples, seqlen=seqlen, device="cpu")
         return sum(block.seconds for block in RunRecord.read(out / "besa_run.json").blocks)
 
 

@@ -83,7 +83,7 @@ def _compared(dense: str, packed: str, text: str) -> dict[str, Any]:
         for model in (dense, packed)
     ]
     perplexities = [
-        besa.evaluate(model, [text], window=512, max_windows=20, dtype="float32").perplexity[text]
+        besa.evaluate(model, [text], window=512, max_windows=20, dtype="float32", device="cpu").perplexity[text]
         for model in (dense, packed)
     ]
     return {"prompts": len(PROMPTS), "tokens": GREEDY, "same_greedy_text": told[0] == told[1], text: perplexities}

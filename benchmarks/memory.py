@@ -56,7 +56,7 @@ def _measure(name: str, blocks: int, recipe: str, samples: int, seqlen: int, fol
     place = Path(tempfile.mkdtemp(prefix="besa-memory-", dir=folder))
     try:
         write(place / "model", config(name, blocks))
-        settings = ["--recipe", recipe, "--samples", str(samples), "--seqlen", str(seqlen)]
+        settings = ["--recipe", recipe, "--samples", str(samples), "--seqlen", str(seqlen), "--device", "cpu"]
         plan = _besa("plan", str(place / "model"), *settings, "--json", str(place / "plan.json"))
         text = ["--calibration", str(TOKENIZER / "calibration.txt")]
         seconds = _besa("prune", str(place / "model"), str(place / "out"), *settings, *text)

@@ -25,7 +25,13 @@ from besa.report import load_run, render
 
 ASSETS = Path(__file__).parent / "assets"
 TINY = Path("tiny-llama")  # named without a path, as records have names
-SETTINGS: dict[str, Any] = {"calibration": str(TINY / "calibration.txt"), "samples": 6, "seqlen": 32, "seed": 0}
+SETTINGS: dict[str, Any] = {
+    "calibration": str(TINY / "calibration.txt"),
+    "samples": 6,
+    "seqlen": 32,
+    "seed": 0,
+    "device": "cpu",
+}
 # What differs between two runs that decide alike, by the value that takes its place.
 VOLATILE: dict[str, Any] = {
     "created": "2000-01-01T00:00:00+00:00",

@@ -16,6 +16,7 @@ from besa.models.calls import hidden_states_of
 from besa.models.check import Check
 from besa.models.loading import locate
 from besa.models.streaming import Decoder, DecoderInMemory, DecoderOnDisk
+from tests import pretend
 
 CPU = torch.device("cpu")
 TOKENS_NT = torch.randint(3, 64, (4, 20), generator=torch.Generator().manual_seed(0))
@@ -101,15 +102,16 @@ def decoders(model: PreTrainedModel, folder: Path) -> list[Decoder]:
     return [DecoderInMemory(model), DecoderOnDisk(locate(folder))]
 
 
-def see_all(decoder: Decoder) -> None:
-    check = Check(decoder, TOKENS_NT, CPU)
+def see_all(decoder: Decoder, device: torch.device = CPU) -> None:
+    check = Check(decoder, TOKENS_NT, device)
     for block in decoder.blocks:
-        with decoder.opened(block, CPU):
+        with decoder.opened(block, device):
             check.see(block)
 
 
+@pytest.mark.parametrize("device", [CPU, pretend.DEVICE], ids=str)
 @pytest.mark.parametrize("family", SERVED)
-def test_blocks_are_the_model(family: str, tmp_path: Path) -> None:
+def test_blocks_are_the_model(family: str, device: torch.device, tmp_path: Path) -> None:
     model = random_model(*SERVED[family])
     expected: list[torch.Tensor] = []
     last = find_blocks(model)[-1].module
@@ -117,22 +119,23 @@ def test_blocks_are_the_model(family: str, tmp_path: Path) -> None:
     model(input_ids=TOKENS_NT, use_cache=False)
     handle.remove()
     for decoder in decoders(model, tmp_path):
-        see_all(decoder)
-        with decoder.embeddings(CPU):
+        see_all(decoder, device)
+        with decoder.embeddings(device):
             x_NTC = torch.cat(list(capture_inputs(decoder.model, decoder.blocks, TOKENS_NT, 2)))
         for block in decoder.blocks:
-            with decoder.opened(block, CPU):
+            with decoder.opened(block, device):
                 block.run(x_NTC, 2, into=x_NTC)
-        torch.testing.assert_close(x_NTC, expected[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(x_NTC.cpu(), expected[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("device", [CPU, pretend.DEVICE], ids=str)
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_run_block_by_block_is_refused(case: str, tmp_path: Path) -> None:
+def test_what_cannot_be_run_block_by_block_is_refused(case: str, device: torch.device, tmp_path: Path) -> None:
     name, settings, reason = REFUSED[case]
     model = random_model(name, settings)
     for decoder in decoders(model, tmp_path):
         with pytest.raises(BesaError) as refusal:
-            see_all(decoder)
+            see_all(decoder, device)
         assert str(refusal.value) == f"{type(model).__name__} cannot be pruned block by block: {reason}."
 
 
@@ -257,3 +260,20 @@ def test_a_list_of_embeddings_beside_the_blocks_is_not_the_decoder() -> None:
     model = random_model(*SERVED["llama"])
     model.model.values = nn.ModuleList(nn.Embedding(64, 4096) for _ in range(4))
     assert find_blocks(model)[0].name == "model.layers.0"
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_the_host_waits_once_for_a_block(tmp_path: Path, on_disk: bool) -> None:
+    """What all blocks have, such as masks, is compared once."""
+    begun: list[int] = []
+    for blocks in (2, 4):
+        decoder = decoders(random_model("Llama", DECODER | {"num_hidden_layers": blocks}), tmp_path)[on_disk]
+        pretend.reset()
+        check = Check(decoder, TOKENS_NT, pretend.DEVICE)
+        begun.append(pretend.counts.syncs.total())
+        for block in decoder.blocks:
+            with decoder.opened(block, pretend.DEVICE):
+                pretend.reset()
+                check.see(block)
+                assert pretend.counts.syncs.total() == 1
+    assert begun[0] == begun[1]
