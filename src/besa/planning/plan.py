@@ -169,7 +169,7 @@ def _lacking(needs: int, gpu: int | None, disk: int, device: torch.device, folde
         yield f"memory ({memory.total_bytes() / 1e9:.1f} GB)"
     if gpu is not None:
         if not is_available(device.type):
-            yield "a GPU"
+            yield "GPU memory (there is none)"
         elif gpu > (total := total_bytes(device)):
             yield f"GPU memory ({total / 1e9:.1f} GB)"
     place = next(parent for parent in [folder, *folder.absolute().parents] if parent.is_dir())
