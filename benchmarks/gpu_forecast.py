@@ -11,13 +11,13 @@ hidden states and weights go beside the computation, as do launches where the de
 from __future__ import annotations
 
 import json
-from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.operations import Operation, Seen
 from benchmarks.random_model import config
-from benchmarks.weightless import Operation, Seen, seen
+from benchmarks.weightless import seen
 from besa.methods.recipe import Recipe
 
 RESULTS = Path(__file__).parent / "results" / "gpu-forecast.json"
@@ -152,29 +152,6 @@ def _rate(card: Card, operation: Operation) -> float:
     return float(getattr(card, operation.kind))
 
 
-def less(whole: Seen, part: Seen) -> Seen:
-    """What `whole` has beyond `part`; the peak is that of the whole."""
-    return Seen(
-        whole.operations - part.operations,
-        whole.syncs - part.syncs,
-        whole.to_device - part.to_device,
-        whole.to_host - part.to_host,
-        whole.peak,
-    )
-
-
-def repeated(first: Seen, each: Seen, times: int) -> Seen:
-    """`first`, and `times` further times `each`."""
-    operations = Counter({operation: times * number for operation, number in each.operations.items()})
-    return Seen(
-        first.operations + operations,
-        first.syncs + times * each.syncs,
-        first.to_device + times * each.to_device,
-        first.to_host + times * each.to_host,
-        first.peak,
-    )
-
-
 def forecast(card: Card, runs: tuple[dict[str, Seen], dict[str, Seen]], recipe: Recipe, shape: str) -> dict[str, Any]:
     """The forecast of a whole run.
 
@@ -186,7 +163,7 @@ def forecast(card: Card, runs: tuple[dict[str, Seen], dict[str, Seen]], recipe: 
     """
     one, two = runs
     blocks, settings = SHAPES[shape], config(shape, 1)
-    before = repeated(one["before"], less(two["before"], one["before"]), blocks - 1)
+    before = one["before"].and_again(two["before"].less(one["before"]), blocks - 1)
     state = SEQLEN * settings.hidden_size * ITEM
     kept = recipe.targets.sequences_kept(SAMPLES, blocks) * state
     on_device = min(kept, card.memory // 4)
@@ -195,7 +172,7 @@ def forecast(card: Card, runs: tuple[dict[str, Seen], dict[str, Seen]], recipe: 
         before.to_device += 2 * (kept - on_device)
     counted = recipe.targets.sequences_kept(SAMPLES, 1) * state  # in the peak that was seen with one block
     peak = max(max(found.peak for found in two.values()), one["before"].peak + on_device - counted)
-    phases = {name: phase(card, less(two[name], one[name]), name == "load") for name in two if name != "before"}
+    phases = {name: phase(card, two[name].less(one[name]), name == "load") for name in two if name != "before"}
     weights = phases["load"].travelling * 1e9
     write = weights / WRITE
     compute = sum(found.seconds for name, found in phases.items() if name != "load")

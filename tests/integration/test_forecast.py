@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from benchmarks import gpu_forecast, weightless
-from benchmarks.gpu_forecast import Card, less, phase, repeated
-from benchmarks.weightless import Operation, Seen
+from benchmarks.gpu_forecast import Card, phase
+from benchmarks.operations import Operation, Seen
 from besa import Recipe, compress
 from tests import pretend
 
@@ -50,9 +50,9 @@ def test_a_phase_is_as_long_as_what_limits_it() -> None:
 def test_a_model_is_its_first_block_and_further_ones() -> None:
     one = Seen(Counter({PRODUCT: 2, SMALL: 5}), 3, 100, 10, 7)
     two = Seen(Counter({PRODUCT: 3, SMALL: 5, SUM: 1}), 4, 150, 12, 9)
-    each = less(two, one)
+    each = two.less(one)
     assert each == Seen(Counter({PRODUCT: 1, SUM: 1}), 1, 50, 2, 9)
-    whole = repeated(one, each, 9)
+    whole = one.and_again(each, 9)
     assert whole == Seen(Counter({PRODUCT: 11, SMALL: 5, SUM: 9}), 12, 550, 28, 7)
 
 
