@@ -6,6 +6,7 @@ The program itself runs at the real size, without numbers (benchmarks/weightless
 operator is seen with its shapes; the difference between the runs is a block, the rest comes before. An operator takes
 as long as its arithmetic or its bytes need at a stated share of the published rates, whichever is longer. Copies of
 hidden states and weights go beside the computation, as do launches where the device has more to do than the host.
+Reading, writing and hashing of files are worked out from the bytes of a block.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ LAUNCH = 4e-6  # seconds of the host for an operator
 SHORTEST = 2e-6  # seconds of the device for an operator
 WAIT = 20e-6  # seconds for the host to wait and go on
 READ = 2.5e9  # bytes a second from a disk
-WRITE = 0.9e9  # bytes a second through sha256 (1.7e9, docs/formats.md) and then to the disk (2e9)
+WRITE = 2e9  # bytes a second to a disk
+HASH = 1.7e9  # bytes a second through sha256 (docs/formats.md): of each block when it is kept, of all at the end
 ITEM = 2  # bytes of a bfloat16
 
 
@@ -174,7 +176,8 @@ def forecast(card: Card, runs: tuple[dict[str, Seen], dict[str, Seen]], recipe: 
     peak = max(max(found.peak for found in two.values()), one["before"].peak + on_device - counted)
     phases = {name: phase(card, two[name].less(one[name]), name == "load") for name in two if name != "before"}
     weights = phases["load"].travelling * 1e9
-    write = weights / WRITE
+    write, outside = weights / WRITE + weights / HASH, 2 * settings.vocab_size * settings.hidden_size * ITEM
+    after = (blocks * weights + outside) / HASH
     compute = sum(found.seconds for name, found in phases.items() if name != "load")
     block = max(compute, phases["load"].seconds) + write
     start = phase(card, before, from_disk=True)
@@ -182,7 +185,7 @@ def forecast(card: Card, runs: tuple[dict[str, Seen], dict[str, Seen]], recipe: 
         "shape": shape,
         "recipe": recipe.name,
         "card": card.name,
-        "minutes": (start.seconds + blocks * block) / 60,
+        "minutes": (start.seconds + blocks * block + after) / 60,
         "before_seconds": start.seconds,
         "block_seconds": block,
         "peak_gigabytes": peak / 1e9,
@@ -191,6 +194,7 @@ def forecast(card: Card, runs: tuple[dict[str, Seen], dict[str, Seen]], recipe: 
             "before": asdict(start),
             **{name: asdict(found) for name, found in phases.items()},
             "write": {"seconds": write, "limit": "disk", "travelling": weights / 1e9},
+            "after": {"seconds": after, "limit": "disk"},
         },
     }
 
@@ -213,6 +217,7 @@ def main() -> None:
         "wait_seconds": WAIT,
         "disk_read": READ,
         "disk_write": WRITE,
+        "sha256": HASH,
     }
     result = {
         "note": NOTE,

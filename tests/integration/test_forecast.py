@@ -56,6 +56,23 @@ def test_a_model_is_its_first_block_and_further_ones() -> None:
     assert whole == Seen(Counter({PRODUCT: 11, SMALL: 5, SUM: 9}), 12, 550, 28, 7)
 
 
+def test_a_whole_run_adds_up() -> None:
+    """Two blocks of 7B, of which a block takes 0.1 s of products and comes with 2.5 GB from the disk."""
+    once = {"before": Seen(to_device=5 * 10**9, peak=9), "load": Seen(to_device=10), "rank": Seen(peak=10**9)}
+    twice = {
+        "before": Seen(to_device=5 * 10**9, peak=9),
+        "load": Seen(to_device=10 + 2_500_000_000),
+        "rank": Seen(Counter({PRODUCT: 1}), peak=2 * 10**9),
+    }
+    found = gpu_forecast.forecast(CARD, (once, twice), Recipe.load("wanda"), "7B")
+    write = 2.5 / 2 + 2.5 / 1.7
+    after = (32 * 2.5 + 2 * 32000 * 4096 * 2 / 1e9) / 1.7
+    assert found["before_seconds"] == pytest.approx(2.0)
+    assert found["block_seconds"] == pytest.approx(1.0 + write)  # reading hides the products
+    assert found["minutes"] == pytest.approx((2 + 32 * (1 + write) + after) / 60)
+    assert (found["peak_gigabytes"], found["fits"]) == (2.0, True)
+
+
 @pytest.mark.parametrize("name", ["wanda", "besa", "fast", "sparsegpt"])
 def test_a_run_without_numbers_asks_for_what_a_run_with_numbers_does(tmp_path: Path, name: str) -> None:
     """Launches, and bytes that travel, of the blocks of a small model."""
