@@ -3,16 +3,19 @@
 It stands on the pretend accelerator of the tests (tests/pretend.py), with tensors on the meta device behind it. Where
 the program reads a number from the device, it gets one with which it goes on. So the counts are those of the program as
 it is: its loops, its settings, its copies. Nothing is worked out by hand but the operations of an operator.
+
+    python -m benchmarks.weightless < question.json    # for programs that use a real GPU, which this would disturb
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import astuple
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -20,8 +23,9 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
+from benchmarks.operations import Operation, Seen
 from besa import kernels
 from besa.api import default_batch
 from besa.data.calibration import Calibration
@@ -35,46 +39,9 @@ from besa.pruning.paths import Resources
 from tests import pretend
 from tests.pretend import Pretend
 
-SORT = 8  # passes of a radix sort over keys of eight bytes and their places
 PICKING = {"aten::index", "aten::index_select", "aten::gather", "aten::embedding"}  # read only what they return
 FREE = {"aten::detach", "aten::alias"}
 PLAIN_TOLIST, PLAIN_ADDRESS = pretend._tolist, pretend._data_ptr
-
-
-@dataclass(frozen=True)
-class Operation:
-    """One launch.
-
-    Attributes:
-        name: of the operator.
-        kind: of its arithmetic: ``half``, ``tf32``, ``float32`` (matrix products) or ``other``.
-        flops: of matrix products; other arithmetic is hidden behind its bytes.
-        bytes: read and written in device memory.
-    """
-
-    name: str
-    kind: str
-    flops: float
-    bytes: float
-
-
-@dataclass
-class Seen:
-    """What one phase of a run asked of the device.
-
-    Attributes:
-        operations: how often each was launched.
-        syncs: times the host waited.
-        to_device: bytes.
-        to_host: bytes.
-        peak: most bytes that were allocated on the device at a time.
-    """
-
-    operations: Counter[Operation] = field(default_factory=Counter)
-    syncs: int = 0
-    to_device: int = 0
-    to_host: int = 0
-    peak: int = 0
 
 
 class Trace:
@@ -213,7 +180,7 @@ def _operation(name: str, args: Any, kwargs: Any, out: Any) -> Operation:
     if name in PICKING:
         read = written + sum(_bytes(t) for t in inputs if not t.is_floating_point())
     if name == "aten::sort":
-        read = written = SORT * sum(map(_bytes, outputs))
+        read = written = inputs[0].itemsize * sum(map(_bytes, outputs))  # a radix sort passes once for each byte
     flops = _flops(name, inputs, outputs, args)
     kind = "other"
     if flops:
@@ -335,3 +302,22 @@ _META.impl("pruned_ranks", lambda alpha, *_: torch.empty_like(alpha, dtype=torch
 _META.impl("cheapest_counts", lambda ideal, *_: torch.empty_like(ideal), "Meta")
 _META.impl("clipping_gradient", lambda gradient, w, logits, *_: torch.empty_like(logits), "Meta")
 _META.impl("histogram", lambda values, bins: values.new_empty(bins, dtype=torch.int64), "Meta")
+
+
+def main() -> None:
+    """Answer one question: the operations of each phase, as lists of name, kind, flops, bytes and times."""
+    asked = json.load(sys.stdin)
+    settings = AutoConfig.for_model(**asked["config"])
+    recipe = Recipe.model_validate(asked["recipe"])
+    phases = seen(settings, recipe, asked["samples"], asked["seqlen"], asked["memory"])
+    json.dump(
+        {
+            name: [[*astuple(operation), times] for operation, times in found.operations.items()]
+            for name, found in phases.items()
+        },
+        sys.stdout,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported, which others may do
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of what tests start: small models gain nothing from more
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the default device is the CPU here; tests of a GPU are in tests/gpu
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # `make test-gpu` is for GPUs; the pretend accelerator takes their place here
 os.environ.pop("COLUMNS", None)  # pytest-xdist sets it, and a console of rich would keep that width
 
 import pytest

@@ -8,7 +8,7 @@ from torch.nn.functional import linear
 
 from besa.kernels import sparse
 from besa.storage.formats import bitmask
-from tests.unit.test_sparse import codes_weight, half_pruned, row_of_x
+from tests.sparse_weights import codes_weight, half_pruned, row_of_x
 
 KINDS = ["float32", "bfloat16", "float16", "int8", "int4"]
 SHAPES = [(1, 1), (6, 70), (19, 577), (512, 4096), (130, 11008), (5, 28672)]

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from benchmarks import gpu_forecast, weightless
-from benchmarks.gpu_forecast import Card, less, phase, repeated
-from benchmarks.weightless import Operation, Seen
+from benchmarks.gpu_forecast import Card, phase
+from benchmarks.operations import Operation, Seen
 from besa import Recipe, compress
 from tests import pretend
 
@@ -50,10 +50,27 @@ def test_a_phase_is_as_long_as_what_limits_it() -> None:
 def test_a_model_is_its_first_block_and_further_ones() -> None:
     one = Seen(Counter({PRODUCT: 2, SMALL: 5}), 3, 100, 10, 7)
     two = Seen(Counter({PRODUCT: 3, SMALL: 5, SUM: 1}), 4, 150, 12, 9)
-    each = less(two, one)
+    each = two.less(one)
     assert each == Seen(Counter({PRODUCT: 1, SUM: 1}), 1, 50, 2, 9)
-    whole = repeated(one, each, 9)
+    whole = one.and_again(each, 9)
     assert whole == Seen(Counter({PRODUCT: 11, SMALL: 5, SUM: 9}), 12, 550, 28, 7)
+
+
+def test_a_whole_run_adds_up() -> None:
+    """Two blocks of 7B, of which a block takes 0.1 s of products and comes with 2.5 GB from the disk."""
+    once = {"before": Seen(to_device=5 * 10**9, peak=9), "load": Seen(to_device=10), "rank": Seen(peak=10**9)}
+    twice = {
+        "before": Seen(to_device=5 * 10**9, peak=9),
+        "load": Seen(to_device=10 + 2_500_000_000),
+        "rank": Seen(Counter({PRODUCT: 1}), peak=2 * 10**9),
+    }
+    found = gpu_forecast.forecast(CARD, (once, twice), Recipe.load("wanda"), "7B")
+    write = 2.5 / 2 + 2.5 / 1.7
+    after = (32 * 2.5 + 2 * 32000 * 4096 * 2 / 1e9) / 1.7
+    assert found["before_seconds"] == pytest.approx(2.0)
+    assert found["block_seconds"] == pytest.approx(1.0 + write)  # reading hides the products
+    assert found["minutes"] == pytest.approx((2 + 32 * (1 + write) + after) / 60)
+    assert (found["peak_gigabytes"], found["fits"]) == (2.0, True)
 
 
 @pytest.mark.parametrize("name", ["wanda", "besa", "fast", "sparsegpt"])

@@ -10,10 +10,11 @@ from torch.nn.functional import linear
 
 from besa.kernels import sparse, sparse_native
 from besa.quantization import Grid, Quantized
-from besa.quantization.minmax import codes, extremes, grid
+from besa.quantization.minmax import codes
 from besa.storage.formats import bitmask
 from tests.interpreter import repair
 from tests.pretend import DEVICE, counts, reset
+from tests.sparse_weights import codes_weight, half_pruned, row_of_x
 from tests.unit.test_bitmask import quantized, weights
 from tests.unit.test_kernels import compiled
 
@@ -30,13 +31,6 @@ def gpu():
     with pytest.MonkeyPatch.context() as patch:
         repair(patch)
         yield gpu
-
-
-def row_of_x(weight, batch, seed=0, spread=3):
-    """Some numbers that differ much in size, as activations do, in the weight's dtype."""
-    generator = torch.Generator().manual_seed(seed)
-    sizes = (spread * torch.randn(batch, weight.shape[1], generator=generator)).exp()
-    return (torch.randn(batch, weight.shape[1], generator=generator) * sizes).clamp(-1000, 1000).to(weight.dtype)
 
 
 def assert_close(y_NO, x_NI, weight):
@@ -99,21 +93,6 @@ def with_threads(threads, work, *arguments):
         return work(*arguments)
     finally:
         torch.set_num_threads(before)
-
-
-def codes_weight(rows, columns, groups, bits, symmetric, seed=0):
-    """A quantised weight of a size, half of whose weights are pruned, with rows that keep all and nothing."""
-    w_OI = half_pruned(rows, columns, seed)
-    steps = grid(*extremes(w_OI, groups), bits, symmetric)
-    return bitmask.pack_codes(Quantized(codes(w_OI, steps).to(torch.uint8), steps, symmetric, torch.float32))
-
-
-def half_pruned(rows, columns, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    w_OI = torch.randn(rows, columns, generator=generator)
-    w_OI[torch.rand(w_OI.shape, generator=generator) < 0.5] = 0
-    w_OI[0], w_OI[-1] = 0, 1
-    return w_OI
 
 
 @pytest.mark.parametrize("path", PATHS)
