@@ -5,6 +5,7 @@ import torch
 
 from besa import kernels
 from besa.kernels import reference
+from besa.methods.apportioning import apportion
 from besa.quantization import Clipping
 
 SHAPES = [(1, 1), (3, 37), (5, 577), (64, 4096), (7, 11008), (3, 28672)]
@@ -51,6 +52,17 @@ def test_pruned_ranks(device, groups, sparsity):
     off_R = (found_R - reference.pruned_ranks(alpha_R, width_R, share_R, sparsity)).abs()
     assert off_R.max() <= 1  # the shift of all rates is found by sums in another order
     assert (off_R > 0).float().mean() <= 0.1
+
+
+@pytest.mark.parametrize("rows", [1, 7, 42_496])
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.93])
+def test_zeros_are_apportioned_exactly(device, rows, sparsity):
+    rates_R = (numbers(rows) * 0.1 + sparsity).double()
+    widths_R = torch.randint(1, 12_000, (rows,), generator=torch.Generator().manual_seed(0))
+    least_R, total = torch.zeros_like(widths_R), int(sparsity * int(widths_R.sum()))
+    found_R = apportion(rates_R.to(device), widths_R.to(device), total, least_R.to(device)).cpu()
+    assert int(found_R.sum()) == total
+    assert (found_R - apportion(rates_R, widths_R, total, least_R)).abs().max() <= 1  # ties of float64
 
 
 @pytest.mark.parametrize("shape", [(3, 37), (5, 4096), (2, 11008)])

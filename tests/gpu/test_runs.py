@@ -13,8 +13,10 @@ from besa import BesaError, Recipe
 from besa.errors import Interrupted
 from besa.methods.allocation.descent import Descent
 from besa.methods.recipe import shipped
+from besa.models import activations
 from besa.models.blocks import send
 from besa.storage.weights import WeightFiles
+from besa.system.devices import available_bytes
 from tests.gpu.conftest import TINY
 
 TEXT, HELDOUT = str(TINY / "calibration.txt"), str(TINY / "heldout.txt")
@@ -111,6 +113,43 @@ def test_the_host_seldom_waits(device, waits, monkeypatch, tmp_path, name):
     assert [found for found in passes if len(found) > 1] == []
     assert [(steps, found) for steps, found in learned if len(found) > steps / 16 + 1] == []
     assert (recipe.descent is not None) == bool(learned)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_agrees_with_the_cpu(device, tmp_path, dtype):
+    settings = SETTINGS | {"dtype": dtype}
+    for where in ("cpu", device):
+        besa.compress(TINY, "besa", TEXT, out=tmp_path / str(where), device=where, **settings)
+    assert sum(counted(tmp_path / str(device))) == sum(counted(tmp_path / "cpu"))
+    perplexities = [
+        besa.evaluate(tmp_path / str(where), [HELDOUT], window=64, device=where).perplexity["heldout"]
+        for where in (device, "cpu")
+    ]
+    assert perplexities[0] == pytest.approx(perplexities[1], rel=PERPLEXITY)
+
+
+@pytest.mark.parametrize("place", ["host", "file"])
+def test_hidden_states_elsewhere_change_nothing(device, monkeypatch, tmp_path, place):
+    """Copies that go by streams of their own arrive before they are read, and are not overwritten before."""
+    besa.compress(TINY, "sparsegpt", TEXT, out=tmp_path / "device", device=device, **SETTINGS)
+    budget = 1000 if place == "file" else None
+    if place == "host":
+        monkeypatch.setattr(
+            activations, "available_bytes", lambda where: available_bytes(where) if where.type == "cpu" else 0
+        )
+    besa.compress(TINY, "sparsegpt", TEXT, out=tmp_path / "away", device=device, activation_budget=budget, **SETTINGS)
+    for path in (tmp_path / "device").glob("*.safetensors"):
+        assert (tmp_path / "away" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_second_gpu_serves_as_well(device, tmp_path):
+    if device.type != "cuda" or torch.cuda.device_count() < 2:
+        pytest.skip("there is no second GPU")
+    for where in ("cuda:0", "cuda:1"):
+        besa.compress(TINY, "wanda-int4", TEXT, out=tmp_path / where, device=where, **SETTINGS)
+        assert torch.cuda.current_device() == 0
+    for path in (tmp_path / "cuda:0").glob("*.safetensors"):
+        assert (tmp_path / "cuda:1" / path.name).read_bytes() == path.read_bytes()
 
 
 def test_models_of_codes_go_to_the_device(device, tmp_path):
