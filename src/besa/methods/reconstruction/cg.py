@@ -54,13 +54,13 @@ def solve(dense_OI: Tensor, kept_OI: Tensor, hessian_II: Tensor, iterations: int
         hessian_II: H, positive definite.
         iterations: steps.
     """
-    scale_I = 1 / hessian_II.diagonal()
+    scale_I, pruned_OI = 1 / hessian_II.diagonal(), ~kept_OI
     w_OI = dense_OI.where(kept_OI, 0)
-    residual_OI = (dense_OI @ hessian_II - w_OI @ hessian_II).masked_fill_(~kept_OI, 0)
+    residual_OI = (dense_OI @ hessian_II - w_OI @ hessian_II).masked_fill_(pruned_OI, 0)
     direction_OI = residual_OI * scale_I
     descent_O = (residual_OI * direction_OI).sum(dim=1)
     for _ in range(iterations):
-        product_OI = (direction_OI @ hessian_II).masked_fill_(~kept_OI, 0)
+        product_OI = (direction_OI @ hessian_II).masked_fill_(pruned_OI, 0)
         curvature_O = (direction_OI * product_OI).sum(dim=1)
         step_O = torch.where(curvature_O > 0, descent_O / curvature_O, 0)  # 0: the row is solved
         w_OI.addcmul_(step_O[:, None], direction_OI)
