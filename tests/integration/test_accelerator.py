@@ -144,14 +144,13 @@ def test_a_model_in_memory_is_pruned_there_and_comes_home(shallow: Path) -> None
 
 
 def test_models_are_evaluated_there(shallow: Path) -> None:
-    held_out = str(TINY / "heldout.txt")
-    found = [
-        besa.evaluate(
-            shallow, [held_out], window=64, max_windows=6, batch=3, device=device, dtype="bfloat16"
-        ).perplexity
-        for device in ("cpu", "pretend")
+    settings: dict[str, Any] = {"window": 64, "max_windows": 6, "batch": 3, "dtype": "bfloat16"}
+    settings |= {"tasks": ["arc_easy", "piqa"], "limit": 6}
+    on_cpu, there = [
+        besa.evaluate(shallow, [str(TINY / "heldout.txt")], device=device, **settings) for device in ("cpu", "pretend")
     ]
-    assert found[0] == found[1]
+    assert on_cpu.details == there.details
+    assert on_cpu.zero_shot == there.zero_shot
     assert pretend.counts.launches.total() > 100
 
 
