@@ -19,6 +19,7 @@ from besa.methods.allocation import Besa, first_tokens
 from besa.methods.allocation.changing import ChangingLinears
 from besa.methods.allocation.descent import Descent
 from besa.methods.allocation.problem import BlockProblem
+from besa.methods.finetuning import Finetuned, MaskedAdam
 from besa.methods.recipe import shipped
 from besa.models.blocks import send
 from besa.pruning import loop, step
@@ -180,18 +181,20 @@ class Watched:
     Attributes:
         passes: host syncs of every pass over hidden states.
         learning: steps, host syncs and launches of every descent, without the launches of the block itself.
+        tuning: looks at the held-out loss, and host syncs, of every fine-tuning.
         host: floating-point work of the host while a unit is pruned.
     """
 
     passes: list[int] = field(default_factory=list)
     learning: list[tuple[int, int, int]] = field(default_factory=list)
+    tuning: list[tuple[int, int]] = field(default_factory=list)
     host: list[Counter[str]] = field(default_factory=list)
 
 
 def watched(model: PreTrainedModel, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> Watched:
     """Prune a model in memory on the pretend accelerator, and watch."""
     seen = Watched()
-    descend, error, prune_unit = Descent.descend, BlockProblem.error, step.prune_unit
+    descend, error, tune, prune_unit = Descent.descend, BlockProblem.error, MaskedAdam.tune, step.prune_unit
 
     def sending(*args: Any, **kwargs: Any) -> None:
         before = pretend.counts.syncs.total()
@@ -210,6 +213,12 @@ def watched(model: PreTrainedModel, recipe: Recipe, monkeypatch: pytest.MonkeyPa
         seen.learning.append((len(losses), syncs, launches - own * len(losses)))
         return losses
 
+    def tuning(*args: Any) -> Finetuned:
+        before = pretend.counts.syncs.total()
+        tuned = tune(*args)
+        seen.tuning.append((len(tuned.losses), pretend.counts.syncs.total() - before))
+        return tuned
+
     def pruning(*args: Any) -> Any:
         with pretend.host_floats() as work:
             result = prune_unit(*args)
@@ -220,6 +229,7 @@ def watched(model: PreTrainedModel, recipe: Recipe, monkeypatch: pytest.MonkeyPa
         for module in ("besa.models.blocks", "besa.models.units", "besa.methods.targets.search"):
             patch.setattr(f"{module}.send", sending)
         patch.setattr(Descent, "descend", descending)
+        patch.setattr(MaskedAdam, "tune", tuning)
         patch.setattr(loop, "prune_unit", pruning)
         tokenizer = AutoTokenizer.from_pretrained(TINY)
         compress(model, recipe, TEXT, tokenizer=tokenizer, device="pretend", **SETTINGS | {"samples": 16})
@@ -241,6 +251,9 @@ def test_the_host_neither_waits_nor_computes_more_than_it_may(shallow: Path, mon
         assert steps >= 16
         assert syncs <= steps / 16 + 1
         assert launches <= 12 * LINEARS * steps, f"{launches / steps / LINEARS:.1f} for each linear and step"
+    assert len(seen.tuning) == (BLOCKS if recipe.finetune.moves_weights else 0)
+    for looks, syncs in seen.tuning:  # 15 learning steps between two looks
+        assert syncs == looks + 1  # and the sizes of the weights, at the start
     assert len(seen.host) == BLOCKS
     assert not seen.host[-1]  # the first unit also makes the rates that all begin with
 

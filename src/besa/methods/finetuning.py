@@ -137,7 +137,7 @@ class MaskedAdam(Finetuner):
             return Finetuned()
         before = {name: block.weight(name).detach() for name in names}
         leaves = {name: w_OI.float().clone().requires_grad_() for name, w_OI in before.items()}
-        kept = {name: w_OI != 0 for name, w_OI in before.items()}
+        pruned = {name: w_OI == 0 for name, w_OI in before.items()}
         held, learned = self._split(len(inputs_NTC))
         steps = self.epochs * len(learned)
         sizes: list[float] = torch.stack([_root_mean_square(leaf) for leaf in leaves.values()]).tolist()
@@ -153,7 +153,7 @@ class MaskedAdam(Finetuner):
                 scaler.scale(self._loss(block, leaves, inputs_NTC, targets_NTC, learned[place])).backward()
                 for name, leaf in leaves.items():
                     if leaf.grad is not None:  # None if no token of this sequence reached an expert
-                        leaf.grad.masked_fill_(~kept[name], 0)
+                        leaf.grad.masked_fill_(pruned[name], 0)
                 scaler.step(optimizer)
                 scaler.update()
                 optimizer.zero_grad()
@@ -163,7 +163,7 @@ class MaskedAdam(Finetuner):
                 break
             for name, leaf in leaves.items():
                 best[name].copy_(leaf.detach())
-        weights = {name: written(w_OI, kept[name], before[name].dtype) for name, w_OI in best.items()}
+        weights = {name: written(w_OI, ~pruned[name], before[name].dtype) for name, w_OI in best.items()}
         return Finetuned(weights, losses)
 
     def _dtype(self, block: Block | Unit, name: str) -> torch.dtype:
