@@ -49,7 +49,7 @@ from besa.storage.formats.container import header
 from besa.storage.journal import journal_for
 from besa.storage.names import path_of
 from besa.storage.writing import check_space
-from besa.system import memory
+from besa.system import memory, ranks
 from besa.system.devices import check_dtype, named_device, resolve_device
 from besa.system.machine import machine, versions
 
@@ -145,7 +145,7 @@ def compress(
     recipe = _chosen(recipe, sparsity)
     out = path_of(out) if out is not None else None
     lent = borrowed(model) if isinstance(model, PreTrainedModel) else nullcontext()
-    with lent, journal_for(out, resume) if out else nullcontext() as journal:
+    with lent, journal_for(out, resume) if out and ranks.is_first() else nullcontext() as journal:
         opened = (
             model
             if isinstance(model, PreTrainedModel)
@@ -189,6 +189,7 @@ def compress(
         if journal and out:
             coding = None if dequantized else recipe.quantization.coding
             finish(journal, decoder, tokenizer, record, out, quantization=coding)
+        ranks.wait()
     in_place = out is None or isinstance(model, PreTrainedModel)
     return Compressed(tokenizer, record, decoder.model if in_place else None, out, trust_remote_code)
 

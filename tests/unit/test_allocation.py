@@ -20,6 +20,7 @@ from besa.models.blocks import Block, capture_inputs, find_blocks
 from besa.observing.input_statistics import collect
 from besa.observing.losses import error_between, reconstruction_error
 from besa.system import machine
+from besa.system.ranks import Share
 
 TARGETS = [0.05, 0.3, 0.7, 0.95]
 
@@ -54,11 +55,11 @@ def test_error_between_is_the_reconstruction_error_of_every_so_manyth_sequence(s
     y_NTC, target_NTC = torch.randn(2, 7, 5, 3, generator=generator) * torch.tensor([0.1, 1.0, 50.0])
     expected = float(reconstruction_error(y_NTC[::share, :tokens], target_NTC[::share, :tokens]))
     assert expected > 0.1
-    cpu = torch.device("cpu")
-    assert float(error_between(y_NTC, target_NTC, share, tokens, cpu)) == pytest.approx(expected, rel=1e-5)
+    cpu, whole = torch.device("cpu"), Share.whole(7)
+    assert float(error_between(y_NTC, target_NTC, whole, share, tokens, cpu)) == pytest.approx(expected, rel=1e-5)
     fewer_NTC = target_NTC[::share, :tokens]
-    assert float(error_between(y_NTC, fewer_NTC, share, tokens, cpu)) == pytest.approx(expected, rel=1e-5)
-    assert error_between(y_NTC, y_NTC, share, tokens, cpu) == 0
+    assert float(error_between(y_NTC, fewer_NTC, whole, share, tokens, cpu)) == pytest.approx(expected, rel=1e-5)
+    assert error_between(y_NTC, y_NTC, whole, share, tokens, cpu) == 0
 
 
 # Problems
@@ -79,7 +80,7 @@ def problem(tiny_llama, tiny_llama_folder, tiny_tokenizer):
         w_OI = blocks[0].weight(name).clone()
         importance_OI = Wanda().score(w_OI, statistics[name])
         linears[name] = RankedLinear(w_OI, importance_OI, rank(importance_OI, w_OI))
-    return at(BlockProblem(blocks[0], linears, x_NTC, targets_NTC, [], seed=0), 0.5)
+    return at(BlockProblem(blocks[0], linears, x_NTC, targets_NTC, [], 0, Share.whole(len(x_NTC))), 0.5)
 
 
 def weights_of(linears: dict[str, RankedLinear]) -> int:
@@ -117,7 +118,8 @@ def small_problem(weights, zeros, importances=None) -> BlockProblem:
         name: RankedLinear(w_OI, importances[name], rank(importances[name], w_OI)) for name, w_OI in weights.items()
     }
     nothing = torch.zeros(1, 1, 1)
-    return BlockProblem(Block(0, "b", nn.Identity(), {}), linears, nothing, nothing, one_budget(linears, zeros), seed=0)
+    budgets = one_budget(linears, zeros)
+    return BlockProblem(Block(0, "b", nn.Identity(), {}), linears, nothing, nothing, budgets, 0, Share.whole(0))
 
 
 def error(problem: BlockProblem, counts: dict[str, torch.Tensor]) -> float:
@@ -299,8 +301,14 @@ def test_learning_changes_neither_the_block_nor_its_weights(problem):
     assert all(parameter.grad is None for parameter in problem.block.module.parameters())
 
 
+def first(problem, samples):
+    """The problem with its first sequences only."""
+    states = {name: getattr(problem, name)[:samples] for name in ("inputs_NTC", "targets_NTC")}
+    return dataclasses.replace(problem, share=Share.whole(samples), **states)
+
+
 def test_every_step_has_its_loss(problem):
-    few = dataclasses.replace(problem, inputs_NTC=problem.inputs_NTC[:10], targets_NTC=problem.targets_NTC[:10])
+    few = first(problem, 10)
     once, thrice = (Besa(steps=steps, tolerance=0).allocate(few).losses for steps in (9, 30))
     assert (len(once), len(thrice)) == (9, 30)
     assert once[0] == thrice[0]
@@ -316,7 +324,7 @@ def test_steps_are_of_fresh_gradients_and_shrink_to_nothing(problem, monkeypatch
             return super().step()
 
     monkeypatch.setattr(torch.optim, "Adam", Watched)
-    one = dataclasses.replace(problem, inputs_NTC=problem.inputs_NTC[:1], targets_NTC=problem.targets_NTC[:1])
+    one = first(problem, 1)
     Besa(steps=2, travel=1e-9).allocate(one)
     assert rates == pytest.approx([1e-9, 0.5e-9])  # linearly to zero
     torch.testing.assert_close(gradients[1], gradients[0])  # the same step again, as nothing moved
@@ -324,7 +332,7 @@ def test_steps_are_of_fresh_gradients_and_shrink_to_nothing(problem, monkeypatch
 
 def test_the_first_loss_is_that_of_the_uniform_mask(problem):
     """Learning starts with ⌊target · I⌋ weights of every row pruned."""
-    one = dataclasses.replace(problem, inputs_NTC=problem.inputs_NTC[:1], targets_NTC=problem.targets_NTC[:1])
+    one = first(problem, 1)
     counts = {
         name: torch.full((linear.w_OI.shape[0],), linear.w_OI.shape[1] // 2) for name, linear in problem.linears.items()
     }
@@ -355,13 +363,13 @@ def test_tolerance_stops_early(problem):
 )
 def test_convergence_compares_two_passes(losses, stops):
     steps = [torch.tensor(loss) for loss in losses for _ in range(8)]  # passes of 16 sequences
-    assert Besa(tolerance=0.1)._converged(steps, samples=16) == stops
-    assert not Besa(tolerance=0)._converged(steps, samples=16)
+    assert Besa(tolerance=0.1)._converged(steps, in_pass=16) == stops
+    assert not Besa(tolerance=0)._converged(steps, in_pass=16)
 
 
 def test_the_losses_of_short_passes_are_looked_at_after_at_least_16_steps():
     same = [torch.tensor(4.0)] * 48  # three passes of 6 sequences between two looks
-    assert [n for n in range(1, 49) if Besa(tolerance=0.1)._converged(same[:n], samples=6)] == [18, 36]
+    assert [n for n in range(1, 49) if Besa(tolerance=0.1)._converged(same[:n], in_pass=6)] == [18, 36]
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 1.0])
@@ -404,7 +412,7 @@ def test_besa_meets_every_budget_by_itself(problem, rates, mask):
 
 def test_a_linear_without_a_budget_stays_dense_while_others_learn(problem):
     """Learning starts with ⌊target · I⌋ weights of every row pruned, and the block's own weight of o_proj."""
-    one = dataclasses.replace(problem, inputs_NTC=problem.inputs_NTC[:1], targets_NTC=problem.targets_NTC[:1])
+    one = first(problem, 1)
     one = with_exceptions(one)
     masked = {}
     for budget in one.budgets:
@@ -544,7 +552,9 @@ def test_a_float16_model_learns_although_its_gradients_underflow(problem, monkey
     inputs_NTC = 4000 * problem.inputs_NTC  # the loss is relative, so its gradients become as much smaller
     targets_NTC = torch.empty_like(inputs_NTC)
     problem.block.run(inputs_NTC, 4, into=targets_NTC)
-    large = dataclasses.replace(problem, inputs_NTC=inputs_NTC, targets_NTC=targets_NTC)
+    large = dataclasses.replace(
+        problem, inputs_NTC=inputs_NTC, targets_NTC=targets_NTC, share=Share.whole(len(inputs_NTC))
+    )
     recipe = Besa(tolerance=0, autocast=False, steps=12)
     single = torch.cat(list(recipe.allocate(large).counts.values())).float()
     if not scaled:

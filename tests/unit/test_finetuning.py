@@ -9,8 +9,10 @@ from besa.methods.finetuning import MaskedAdam, NoFinetuning
 from besa.models.blocks import Block
 from besa.models.prunable import find_prunables
 from besa.observing.losses import token_weighted_error
+from besa.system.ranks import Share
 
 TOKENS, WIDTH = 6, 8
+WHOLE = Share.whole(33)
 
 
 class Residual(nn.Module):
@@ -54,7 +56,7 @@ def test_token_weighted_error_by_hand():
 
 
 def test_nothing_moves_untuned(task):
-    found = NoFinetuning().tune(*task, seed=0)
+    found = NoFinetuning().tune(*task, WHOLE, seed=0)
     assert (found.weights, found.losses) == ({}, [])
 
 
@@ -62,7 +64,7 @@ def test_nothing_moves_untuned(task):
 def test_kept_weights_move_to_a_lower_error(task, options):
     block, names, inputs_NTC, targets_NTC = task
     before = {name: block.weight(name).clone() for name in names}
-    found = MaskedAdam(epochs=4, rate=0.02, autocast=False, **options).tune(*task, seed=0)
+    found = MaskedAdam(epochs=4, rate=0.02, autocast=False, **options).tune(*task, WHOLE, seed=0)
     assert len(found.losses) == 5
     assert found.losses[-1] < 0.8 * found.losses[0]
     for name in names:
@@ -74,7 +76,7 @@ def test_kept_weights_move_to_a_lower_error(task, options):
 
 def test_losses_are_of_the_sequences_that_are_held_out(task):
     block, names, inputs_NTC, targets_NTC = task
-    found = MaskedAdam(epochs=1, token_power=0, autocast=False).tune(*task, seed=0)
+    found = MaskedAdam(epochs=1, token_power=0, autocast=False).tune(*task, WHOLE, seed=0)
     weights = [{name: block.weight(name) for name in names}, found.weights]
     for loss, part in zip(found.losses, weights, strict=True):
         by_hand = [
@@ -86,7 +88,7 @@ def test_losses_are_of_the_sequences_that_are_held_out(task):
 
 def test_an_epoch_that_does_harm_is_the_last_and_is_forgotten(task):
     block, names, *_ = task
-    found = MaskedAdam(epochs=9, rate=5.0, autocast=False).tune(*task, seed=0)
+    found = MaskedAdam(epochs=9, rate=5.0, autocast=False).tune(*task, WHOLE, seed=0)
     assert len(found.losses) == 2
     assert found.losses[1] > found.losses[0]
     assert all(torch.equal(found.weights[name], block.weight(name)) for name in names)
@@ -94,17 +96,19 @@ def test_an_epoch_that_does_harm_is_the_last_and_is_forgotten(task):
 
 def test_only_what_is_named_moves(task):
     block, _, inputs_NTC, targets_NTC = task
-    assert set(MaskedAdam(autocast=False).tune(block, ["up"], inputs_NTC, targets_NTC, seed=0).weights) == {"up"}
+    assert set(MaskedAdam(autocast=False).tune(block, ["up"], inputs_NTC, targets_NTC, WHOLE, seed=0).weights) == {"up"}
 
 
 def test_one_sequence_is_learned_from_and_judged_by(task):
     block, names, inputs_NTC, targets_NTC = task
-    found = MaskedAdam(rate=0.01, autocast=False).tune(block, names, inputs_NTC[:1], targets_NTC[:1], seed=0)
+    found = MaskedAdam(rate=0.01, autocast=False).tune(
+        block, names, inputs_NTC[:1], targets_NTC[:1], Share.whole(1), seed=0
+    )
     assert found.losses[-1] < found.losses[0]
 
 
 def test_a_seed_decides_the_order(task):
-    runs = [MaskedAdam(epochs=1, autocast=False).tune(*task, seed=seed).weights["up"] for seed in (0, 0, 1)]
+    runs = [MaskedAdam(epochs=1, autocast=False).tune(*task, WHOLE, seed=seed).weights["up"] for seed in (0, 0, 1)]
     assert torch.equal(runs[0], runs[1])
     assert not torch.equal(runs[0], runs[2])
 
@@ -112,7 +116,9 @@ def test_a_seed_decides_the_order(task):
 def test_half_precision_weights_stay_so_and_learn_in_full(task):
     block, names, inputs_NTC, targets_NTC = task
     block.module.bfloat16()
-    found = MaskedAdam(epochs=4, rate=1e-3).tune(block, names, inputs_NTC.bfloat16(), targets_NTC.bfloat16(), seed=0)
+    found = MaskedAdam(epochs=4, rate=1e-3).tune(
+        block, names, inputs_NTC.bfloat16(), targets_NTC.bfloat16(), WHOLE, seed=0
+    )
     assert found.losses[-1] < found.losses[0]
     for name in names:
         assert found.weights[name].dtype == torch.bfloat16
@@ -127,5 +133,5 @@ def test_float16_learns_although_its_gradients_underflow(task, monkeypatch, scal
     monkeypatch.setattr(finetuning, "token_weighted_error", lambda *given: 1e-7 * token_weighted_error(*given))
     if not scaled:
         monkeypatch.setattr(finetuning, "loss_scaler", lambda *_: torch.amp.GradScaler("cpu", enabled=False))
-    tuned = MaskedAdam(epochs=4, rate=0.02).tune(block, names, inputs_NTC.half(), targets_NTC.half(), seed=0)
+    tuned = MaskedAdam(epochs=4, rate=0.02).tune(block, names, inputs_NTC.half(), targets_NTC.half(), WHOLE, seed=0)
     assert (tuned.losses[-1] < 0.8 * tuned.losses[0]) == scaled

@@ -20,6 +20,7 @@ from besa.methods.reconstruction import ADMM, ConjugateGradient, NoReconstructio
 from besa.models.blocks import Block
 from besa.models.prunable import find_prunables
 from besa.observing.input_statistics import InputStatistics
+from besa.system.ranks import Share
 
 WIDTH = 16
 METHODS = [NoReconstruction(), ConjugateGradient(), ADMM(), OBSUpdate(), OBSUpdate(mask="fixed"), OBSUpdate(columns=5)]
@@ -80,7 +81,7 @@ def test_every_reconstruction_keeps_to_the_pattern(w_OI, x_TI, pattern, method):
 
 def test_allocation_by_hand(w_OI):
     linear = RankedLinear(w_OI, w_OI.abs(), rank(w_OI.abs(), w_OI, 4))
-    problem = BlockProblem(None, {"a": linear}, w_OI, w_OI, [Budget(("a",), 96, 24)], seed=0)
+    problem = BlockProblem(None, {"a": linear}, w_OI, w_OI, [Budget(("a",), 96, 24)], 0, Share.whole(0))
     assert NM(keep=3, of=4).allocate(problem).counts["a"].tolist() == [4] * 6
     assert NM().allocate(problem).counts["a"].tolist() == [8] * 6
 
@@ -89,7 +90,7 @@ def test_allocation_by_hand(w_OI):
 def test_groups_with_more_zeros_than_the_pattern_makes_fit_it(w_OI, x_TI, method):
     w_OI[2, 4:7] = 0
     linear = RankedLinear(w_OI, w_OI.abs(), rank(w_OI.abs(), w_OI, 4))
-    problem = BlockProblem(None, {"a": linear}, w_OI, w_OI, [Budget(("a",), 96, 48)], seed=0)
+    problem = BlockProblem(None, {"a": linear}, w_OI, w_OI, [Budget(("a",), 96, 48)], 0, Share.whole(0))
     counts_O = NM().allocate(problem).counts["a"]
     assert counts_O.tolist() == [8] * 6
     kept_OG = (method.rebuild(w_OI, linear.ranks_OI, counts_O, gathered(x_TI), 4) != 0).reshape(6, -1, 4).sum(dim=2)
@@ -219,7 +220,7 @@ def two_problem(seed: int, pattern: NM, names=("up", "down", "out", "gate")) -> 
     weights = sum(linear.w_OI.numel() for linear in linears.values())
     budget = Budget(tuple(names), weights, zeros_for(pattern.only_sparsity, weights))
     inputs_NTC = torch.randn(5, 5, 8)
-    return BlockProblem(block, linears, inputs_NTC, inputs_NTC, [budget], seed=seed)
+    return BlockProblem(block, linears, inputs_NTC, inputs_NTC, [budget], seed, Share.whole(len(inputs_NTC)))
 
 
 def error_of(problem: BlockProblem, pattern: NM, gone: tuple[int, ...]) -> float:

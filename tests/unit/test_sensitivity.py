@@ -16,6 +16,7 @@ from besa.methods.allocation.sensitivity import lowest
 from besa.models.blocks import Block
 from besa.models.prunable import Prunable, find_prunables
 from besa.observing.probes import RowSensitivities, random_signs
+from besa.system.ranks import Share
 
 TOKENS, WIDTH = 3, 4
 
@@ -111,7 +112,7 @@ def problem(block):
     for name in block.prunables:
         w_OI = block.weight(name).clone()
         linears[name] = RankedLinear(w_OI, w_OI.abs(), rank(w_OI.abs(), w_OI))
-    return BlockProblem(block, linears, x_NTC, x_NTC, [Budget(tuple(linears), 60, 30)], seed=4)
+    return BlockProblem(block, linears, x_NTC, x_NTC, [Budget(tuple(linears), 60, 30)], 4, Share.whole(len(x_NTC)))
 
 
 def scores(problem, every):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TextIO
 
 import typer
@@ -32,7 +33,8 @@ def main() -> None:
     guard_streams()
     try:
         _check_text(sys.argv[1:])
-        code = app(sys.argv[1:] or ["--help"], prog_name="besa", standalone_mode=False)
+        with _ranks():
+            code = app(sys.argv[1:] or ["--help"], prog_name="besa", standalone_mode=False)
         if code == 130:  # typer's code for Ctrl-C
             raise KeyboardInterrupt
     except BesaError as error:
@@ -45,6 +47,15 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         err.print("besa: interrupted; unfinished work was not kept.", highlight=False)
         sys.exit(130)
+
+
+def _ranks() -> AbstractContextManager[None]:
+    """Work together with the other processes that torchrun has started, if it has."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return nullcontext()
+    from besa.system.joining import joined  # torch takes a while to import
+
+    return joined()
 
 
 def _check_text(arguments: list[str]) -> None:

@@ -6,8 +6,9 @@ Shape suffixes: N sequences, T tokens, C channels of the residual stream, O rows
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -15,13 +16,16 @@ from pydantic import Field
 from torch import Tensor
 
 from besa.methods.reconstruction.written import written
+from besa.methods.steps import one_pass
 from besa.models.activations import HiddenStates
 from besa.models.blocks import Block
 from besa.models.transfers import fetched
 from besa.models.units import Unit
 from besa.observing.losses import reconstruction_error, token_weighted_error
 from besa.settings import Settings
+from besa.system import ranks
 from besa.system.machine import learning_dtype, loss_scaler
+from besa.system.ranks import Share
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,13 @@ class Finetuner(Settings):
 
     @abstractmethod
     def tune(
-        self, block: Block | Unit, names: list[str], inputs_NTC: HiddenStates, targets_NTC: HiddenStates, seed: int
+        self,
+        block: Block | Unit,
+        names: list[str],
+        inputs_NTC: HiddenStates,
+        targets_NTC: HiddenStates,
+        share: Share,
+        seed: int,
     ) -> Finetuned:
         """Fine-tune a pruned block. The block itself is not changed.
 
@@ -75,6 +85,7 @@ class Finetuner(Settings):
             names: full names of the matrices that may change.
             inputs_NTC: inputs on the pruned path.
             targets_NTC: outputs of the dense path, for the same tokens.
+            share: the sequences of inputs and targets, which are those of this rank.
             seed: of the order of sequences.
         """
 
@@ -85,14 +96,20 @@ class NoFinetuning(Finetuner):
     method: Literal["none"] = "none"
 
     def tune(
-        self, block: Block | Unit, names: list[str], inputs_NTC: HiddenStates, targets_NTC: HiddenStates, seed: int
+        self,
+        block: Block | Unit,
+        names: list[str],
+        inputs_NTC: HiddenStates,
+        targets_NTC: HiddenStates,
+        share: Share,
+        seed: int,
     ) -> Finetuned:
         """No weights and no losses."""
         return Finetuned()
 
 
 class MaskedAdam(Finetuner):
-    """Adam on the weights that are not zero, one sequence per step, with a step size that falls linearly to zero.
+    """Adam on the weights that are not zero, with a step size that falls linearly to zero.
 
     The loss on held-out sequences is measured after every epoch. The best weights are kept. The first epoch that does
     not lower the loss is the last.
@@ -100,6 +117,7 @@ class MaskedAdam(Finetuner):
 
     method: Literal["adam"] = "adam"
     epochs: int = Field(default=2, ge=1, description="passes over the calibration set, at most")
+    batch: int = Field(default=1, ge=1, description="sequences of a step, which ranks share")
     rate: float = Field(default=1e-3, gt=0, description="first step size, as a share of a matrix's root mean square")
     held_out: int = Field(default=16, ge=2, description="one sequence in so many is held out")
     loss: Literal["channel", "token"] = Field(
@@ -130,7 +148,13 @@ class MaskedAdam(Finetuner):
         return 21 + item + 2
 
     def tune(
-        self, block: Block | Unit, names: list[str], inputs_NTC: HiddenStates, targets_NTC: HiddenStates, seed: int
+        self,
+        block: Block | Unit,
+        names: list[str],
+        inputs_NTC: HiddenStates,
+        targets_NTC: HiddenStates,
+        share: Share,
+        seed: int,
     ) -> Finetuned:
         """The weights with the lowest loss on the held-out sequences."""
         if not names:
@@ -138,19 +162,22 @@ class MaskedAdam(Finetuner):
         before = {name: block.weight(name).detach() for name in names}
         leaves = {name: w_OI.float().clone().requires_grad_() for name, w_OI in before.items()}
         pruned = {name: w_OI == 0 for name, w_OI in before.items()}
-        held, learned = self._split(len(inputs_NTC))
-        steps = self.epochs * len(learned)
+        held, learned = self._split(share.total)
+        steps = self.epochs * -(-len(learned) // self.batch)
         sizes: list[float] = torch.stack([_root_mean_square(leaf) for leaf in leaves.values()]).tolist()
         groups = [{"params": [leaf], "lr": self.rate * size} for leaf, size in zip(leaves.values(), sizes, strict=True)]
         optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
         scaler = loss_scaler(self._dtype(block, names[0]), leaves[names[0]].device)
         generator = torch.Generator().manual_seed(seed)
-        losses = [self._mean_loss(block, leaves, inputs_NTC, targets_NTC, held)]
+        own_held = share.own(held)
+        losses = [self._mean_loss(block, leaves, inputs_NTC, targets_NTC, own_held)]
         best = {name: leaf.detach().clone() for name, leaf in leaves.items()}
         for _ in range(self.epochs):
-            for place in torch.randperm(len(learned), generator=generator).tolist():
-                scaler.scale(self._loss(block, leaves, inputs_NTC, targets_NTC, learned[place])).backward()
+            for sequences in one_pass(learned, self.batch, generator):
+                for place in share.own(sequences):
+                    scaler.scale(self._loss(block, leaves, inputs_NTC, targets_NTC, place)).backward()
+                _average(leaves.values(), len(sequences))
                 for name, leaf in leaves.items():
                     if leaf.grad is not None:  # None if no token of this sequence reached an expert
                         leaf.grad.masked_fill_(pruned[name], 0)
@@ -158,7 +185,7 @@ class MaskedAdam(Finetuner):
                 scaler.update()
                 optimizer.zero_grad()
                 schedule.step()
-            losses.append(self._mean_loss(block, leaves, inputs_NTC, targets_NTC, held))
+            losses.append(self._mean_loss(block, leaves, inputs_NTC, targets_NTC, own_held))
             if not losses[-1] < min(losses[:-1]):
                 break
             for name, leaf in leaves.items():
@@ -184,9 +211,11 @@ class MaskedAdam(Finetuner):
         targets_NTC: HiddenStates,
         places: list[int],
     ) -> float:
+        """The mean loss of the sequences at these places of all ranks."""
         with torch.no_grad():
             losses = [self._loss(block, weights, inputs_NTC, targets_NTC, place) for place in places]
-        return float(torch.stack(losses).mean())
+        values = ranks.all_of(torch.stack(losses).tolist() if losses else [])
+        return fmean(loss for of_rank in values for loss in of_rank)
 
     def _loss(
         self,
@@ -205,6 +234,23 @@ class MaskedAdam(Finetuner):
         if self.loss == "channel":
             return reconstruction_error(y_NTC, target_NTC)
         return token_weighted_error(y_NTC, target_NTC, self.token_power)
+
+
+def _average(leaves: Iterable[Tensor], sequences: int) -> None:
+    """Divide the summed gradients of a step by the number of its sequences on all ranks.
+
+    A leaf that no token of any sequence reached has none: such experts stay as they are.
+    """
+    leaves = list(leaves)
+    if ranks.count() > 1:
+        reached = ranks.total(torch.tensor([leaf.grad is not None for leaf in leaves], dtype=torch.int64)).tolist()
+        for leaf, on_ranks in zip(leaves, reached, strict=True):
+            if on_ranks:
+                leaf.grad = ranks.total(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
+    if sequences > 1:
+        for leaf in leaves:
+            if leaf.grad is not None:
+                leaf.grad /= sequences
 
 
 def _root_mean_square(w_OI: Tensor) -> Tensor:

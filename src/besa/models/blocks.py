@@ -24,6 +24,7 @@ from besa.models.activations import HiddenStates, Room
 from besa.models.calls import Unknown, hidden_states_of, named, replayed
 from besa.models.prunable import Prunable, everywhere, find_prunables, replaced
 from besa.models.transfers import Outputs, fetched
+from besa.system.ranks import Share
 
 DEPTHS = ("num_hidden_layers", "num_layers", "decoder_layers")  # the number of blocks in configurations
 
@@ -118,7 +119,7 @@ def send(
             outputs.put(part, y_NTC)
     if outputs is not None:
         outputs.finish()
-    if not bool(torch.stack(extremes).isfinite().all()):
+    if extremes and not bool(torch.stack(extremes).isfinite().all()):
         raise BesaError(
             f"The output of {name} has NaN or infinity: try --dtype float32, and check the model with `besa eval`."
         )
@@ -242,13 +243,18 @@ def embedded(
     tokens_NT: Tensor,
     batch: int,
     room: Room,
+    share: Share,
     lengths: Collection[int] = (),
 ) -> HiddenStates:
-    """The inputs of the first block (N, T, C), kept in `room`; other arguments as of `capture_inputs`."""
-    parts = capture_inputs(model, blocks, tokens_NT, batch, lengths)
+    """The inputs of the first block (n, T, C) for a share of the sequences, kept in `room`.
+
+    Other arguments as of `capture_inputs`.
+    """
+    places = range(share.first, share.end) or range(1)  # call arguments are needed without a sequence too
+    parts = capture_inputs(model, blocks, tokens_NT[places.start : places.stop], batch, lengths)
     first_NTC = next(parts)
-    x_NTC = room.empty((len(tokens_NT), *first_NTC.shape[1:]), first_NTC.dtype)
-    for start, part_NTC in zip(range(0, len(tokens_NT), batch), chain([first_NTC], parts), strict=True):
+    x_NTC = room.empty((len(share), *first_NTC.shape[1:]), first_NTC.dtype)
+    for start, part_NTC in zip(range(0, len(share), batch), chain([first_NTC], parts), strict=False):
         x_NTC[start : start + len(part_NTC)] = part_NTC
     return x_NTC
 

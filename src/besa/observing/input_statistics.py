@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 
@@ -18,15 +18,22 @@ from besa.models.prunable import Prunable
 from besa.models.transfers import fetched
 from besa.models.units import Unit
 from besa.observing.products import Products
+from besa.system import ranks
+
+UNSEEN = [-1, 0]  # of a matrix that no token of a rank reached: number of its input, and tokens
 
 
 @dataclass
 class InputStatistics:
     """Sums over all calibration tokens x (I,) that reached one linear.
 
+    Sums of a forward pass are rounded to float32 and then added up in the widest numbers of the device. They therefore
+    do not depend on how passes are divided among ranks (`ranks.total`).
+
     Attributes:
         squares_I: Σ x², in the widest numbers of the device.
-        gram_II: Σ x xᵀ, float32; None if no method of the recipe needs it.
+        gram_II: Σ x xᵀ, float32, and as wide as `squares_I` until it is settled; None if no method of the recipe needs
+            it.
         tokens: number of tokens.
     """
 
@@ -39,8 +46,8 @@ class InputStatistics:
     @classmethod
     def empty(cls, width: int, gram: bool, device: torch.device) -> InputStatistics:
         """Statistics of no tokens for inputs of `width` channels."""
-        gram_II = torch.zeros(width, width, device=device) if gram else None
-        return cls(torch.zeros(width, dtype=widest(device), device=device), gram_II)
+        squares_I = torch.zeros(width, dtype=widest(device), device=device)
+        return cls(squares_I, squares_I.new_zeros(width, width) if gram else None)
 
     def add(self, x_TI: Tensor) -> None:
         """Add the tokens `x_TI` (tokens, channels), of any float dtype."""
@@ -49,22 +56,23 @@ class InputStatistics:
         if self.gram_II is not None:
             with _products_of(x_TI.dtype):
                 x_TI = x_TI.float()
-                self.gram_II.addmm_(x_TI.T, x_TI)
-        kernels.add_squares(x_TI, self.squares_I)
+                self.gram_II += x_TI.T @ x_TI
+        squares_I = torch.zeros_like(self.squares_I)
+        kernels.add_squares(x_TI, squares_I)
+        self.squares_I += squares_I.float()
         self.tokens += x_TI.shape[0]
 
     @property
     def reached(self) -> bool:
         """Whether any token came. Tokens of zeros do not count: some experts get zeros for the tokens of others."""
         if self._reached is None:
-            settle([self])
-        assert self._reached is not None
+            self._reached = bool(self.squares_I.any())
         return self._reached
 
     def hessian(self, damping: float) -> Tensor:
         """H = Σ x xᵀ (I, I). `damping` × the diagonal's mean is added to the diagonal, which is 1 for zero channels."""
         assert self.gram_II is not None, "the recipe did not ask for the Gram matrix"
-        hessian_II = self.gram_II.clone()
+        hessian_II = self.gram_II.to(torch.float32, copy=True)
         diagonal_I = hessian_II.diagonal()
         diagonal_I.masked_fill_(diagonal_I == 0, 1.0)
         diagonal_I += damping * diagonal_I.mean()
@@ -87,13 +95,36 @@ class InputStatistics:
         return self._inverses.setdefault(damping, torch.cholesky_inverse(factor_II))
 
 
-def settle(statistics: Iterable[InputStatistics]) -> None:
-    """Find out which statistics any token reached. The host waits for the device once for all of them."""
-    distinct = list({id(one): one for one in statistics}.values())
-    if distinct:
-        reached = torch.stack([one.squares_I.any() for one in distinct]).tolist()
-        for one, came in zip(distinct, reached, strict=True):
-            one._reached = came
+def settle(statistics: dict[str, InputStatistics]) -> None:
+    """Finish the sums of a pass, by full name: over all ranks, and with one look at which of them any token reached."""
+    if ranks.count() > 1:
+        _add_up(statistics)
+    distinct = list({id(one): one for one in statistics.values()}.values())
+    if not distinct:
+        return
+    reached = torch.stack([one.squares_I.any() for one in distinct]).tolist()
+    for one, came in zip(distinct, reached, strict=True):
+        one._reached = came
+        if one.gram_II is not None:
+            one.gram_II = one.gram_II.float()
+
+
+def _add_up(statistics: dict[str, InputStatistics]) -> None:
+    """Add up the sums of all ranks. An expert may have been reached on some ranks only, and shares an input there."""
+    inputs: dict[int, int] = {}
+    seen: list[dict[str, list[int]]] = ranks.all_of(
+        {name: [inputs.setdefault(id(one), len(inputs)), one.tokens] for name, one in statistics.items() if one.tokens}
+    )
+    sharing: dict[tuple[int, ...], list[str]] = {}
+    for name in sorted(set().union(*seen)):
+        sharing.setdefault(tuple(of_rank.get(name, UNSEEN)[0] for of_rank in seen), []).append(name)
+    for names in sharing.values():
+        one = statistics[names[0]]
+        one.tokens = sum(of_rank.get(names[0], UNSEEN)[1] for of_rank in seen)
+        ranks.total(one.squares_I)
+        if one.gram_II is not None:
+            ranks.total(one.gram_II)
+        statistics.update(dict.fromkeys(names, one))
 
 
 @contextmanager
@@ -123,7 +154,7 @@ def collect(block: nn.Module, prunables: Mapping[str, Prunable], gram: bool) -> 
     with Products(block, prunables, sums.add):
         yield sums.statistics
     sums.fill_up(block, prunables)
-    settle(sums.statistics.values())
+    settle(sums.statistics)
 
 
 @torch.no_grad()
@@ -158,7 +189,7 @@ def look(unit: Unit, x_NTC: HiddenStates, batch: int, gram: bool) -> dict[str, I
     for block, block_sums in zip(unit.blocks, sums, strict=True):
         block_sums.fill_up(block.module, block.prunables)
     found = {name: statistics for block_sums in sums for name, statistics in block_sums.statistics.items()}
-    settle(found.values())
+    settle(found)
     return found
 
 

@@ -8,8 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from besa.counting.precision import widest
 from besa.models.activations import HiddenStates
 from besa.models.transfers import fetched
+from besa.system import ranks
+from besa.system.ranks import Share
 
 
 def reconstruction_error(y_NTC: Tensor, target_NTC: Tensor, plain: float = 0.0) -> Tensor:
@@ -40,27 +43,28 @@ def token_weighted_error(y_NTC: Tensor, target_NTC: Tensor, power: float) -> Ten
 
 
 def error_between(
-    y_NTC: HiddenStates, target_NTC: HiddenStates, share: int, tokens: int, device: torch.device
+    y_NTC: HiddenStates, target_NTC: HiddenStates, share: Share, every: int, tokens: int, device: torch.device
 ) -> Tensor:
-    """`reconstruction_error` (scalar) of the first tokens of every `share`-th sequence, one sequence at a time.
+    """`reconstruction_error` (scalar) of the first tokens of every so many-th sequence, over all ranks.
 
     Args:
-        y_NTC: outputs of N sequences.
-        target_NTC: targets of all N or only of every `share`-th; of each, at least the first `tokens` tokens.
-        share: one sequence in so many is used; at least 1.
+        y_NTC: outputs of the share's N sequences.
+        target_NTC: targets of all N or only of those that are measured; of each, at least the first `tokens` tokens.
+        share: the sequences of this rank.
+        every: one sequence in so many is measured; at least 1.
         tokens: of a sequence, from its beginning.
         device: that computes; the hidden states may be elsewhere.
     """
-    stride = share if len(target_NTC) == len(y_NTC) else 1
-
-    def one(x_NTC: HiddenStates, place: int) -> Tensor:
-        return fetched(x_NTC[place : place + 1][:, :tokens], device)
-
-    squares = [
-        _squares(one(y_NTC, place), one(target_NTC, at * stride))
-        for at, place in enumerate(range(0, len(y_NTC), share))
-    ]
-    error_C, norm_C = (torch.stack(part).sum(dim=0) for part in zip(*squares, strict=True))
+    all_there = len(target_NTC) == len(y_NTC)
+    sums_2C = torch.zeros(2, y_NTC.shape[-1], dtype=widest(device), device=device)
+    for at, place in enumerate(share.own(share.every(every))):
+        target_at = place if all_there else at
+        y, target = (
+            fetched(x_NTC[start : start + 1][:, :tokens], device)
+            for x_NTC, start in ((y_NTC, place), (target_NTC, target_at))
+        )
+        sums_2C += torch.stack(_squares(y, target))  # one sequence at a time
+    error_C, norm_C = ranks.total(sums_2C).float()
     return _relative(error_C, norm_C)
 
 

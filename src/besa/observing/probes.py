@@ -11,14 +11,19 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from besa.counting.precision import widest
 from besa.models.blocks import Block
 from besa.models.units import Unit
 from besa.observing.products import Products
+from besa.system import ranks
 
 
 @dataclass
 class RowSensitivities:
     """Mean over tokens of the squared gradient at each output channel of a block's matrices.
+
+    Sums of a pass are float32 and are added up as wide as the device computes, so that they do not depend on how
+    sequences are divided among ranks (`ranks.total`).
 
     With random ±1 (v) sent back from the block's output, an error e at a matrix's output adds Σ_o e_o² E[(Jᵀv)_o²] to
     the squared error of the block's output, in the mean over v and if channels do not correlate.
@@ -53,10 +58,22 @@ class RowSensitivities:
         prunable = self.block.prunables[name]
         if name not in self._sums:
             return torch.zeros(prunable.rows, device=self.block.weight(name).device)
-        return self._sums[name] / self._tokens[name]
+        return (self._sums[name] / self._tokens[name]).float()
+
+    def add_up(self) -> None:
+        """Add up the sums of all ranks, when every rank has sent back its sequences."""
+        if ranks.count() == 1:
+            return
+        tokens = ranks.all_of(self._tokens)
+        for name in sorted(set().union(*tokens)):
+            if name not in self._sums:
+                like = self.block.weight(name)
+                self._sums[name] = like.new_zeros(len(like), dtype=widest(like.device))
+            ranks.total(self._sums[name])
+            self._tokens[name] = sum(of_rank.get(name, 0) for of_rank in tokens)
 
     def _add(self, name: str, gradient: Tensor) -> None:
-        squares_O = gradient.float().square().reshape(-1, gradient.shape[-1]).sum(dim=0)
+        squares_O = gradient.float().square().reshape(-1, gradient.shape[-1]).sum(dim=0).to(widest(gradient.device))
         self._sums[name] = self._sums[name] + squares_O if name in self._sums else squares_O
         self._tokens[name] = self._tokens.get(name, 0) + gradient.numel() // gradient.shape[-1]
 

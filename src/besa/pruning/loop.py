@@ -18,7 +18,8 @@ from besa.pruning.step import Step, prune_unit
 from besa.record import BlockRecord
 from besa.storage.formats import codes
 from besa.storage.journal import Journal
-from besa.system import memory
+from besa.system import memory, ranks
+from besa.system.ranks import Share
 from besa.system.stopwatch import Stopwatch
 
 
@@ -40,7 +41,8 @@ def prune_blocks(
         calibration: token ids (N, T).
         seed: of random choices, such as the order of sequences.
         resources: how to compute.
-        journal: every finished block is written to it; blocks that it already holds are not pruned again.
+        journal: every finished block is written to it; blocks that it already holds are not pruned again. Only rank 0
+            has one.
         progress: is called with (blocks done, blocks, state) after every block.
 
     Raises:
@@ -49,6 +51,7 @@ def prune_blocks(
     """
     blocks = decoder.blocks
     in_order = units(blocks, recipe.granularity)
+    share = Share.of(calibration.samples, resources.batch)
     done = _done(journal, in_order)
     check = Check(decoder, calibration.tokens_NT, resources.device) if len(done) < len(blocks) else None
     targets = _targets(decoder, recipe, calibration, seed, resources, journal) if len(done) < len(blocks) else None
@@ -65,7 +68,7 @@ def prune_blocks(
         return [done[block.index] for block in blocks]
     last = max(place for place, unit in enumerate(in_order) if unit.index not in done)
     progress(0, len(blocks), "embeddings")
-    pruned_NTC, dense_NTC = first_inputs(decoder, recipe, calibration, resources)  # line 1
+    pruned_NTC, dense_NTC = first_inputs(decoder, recipe, calibration, resources, share)  # line 1
     records: list[BlockRecord] = []
     for place, (unit, unit_budgets) in enumerate(zip(in_order[: last + 1], plan, strict=False)):  # line 2
         watch = Stopwatch(resources.device)
@@ -80,17 +83,17 @@ def prune_blocks(
                 for block in in_order[place + 1].blocks:
                     decoder.prefetch(block, resources.device)
             if unit.index in done:
-                assert journal is not None
                 for block in unit.blocks:
                     block.run(dense_NTC, resources.batch, into=dense_NTC)
-                    tensors = journal.tensors(block.index)
+                    tensors = ranks.tensors_from_first(journal.tensors(block.index) if journal is not None else {})
                     decoder.load_tensors(block, codes.decode(tensors, quantization) if quantization else tensors)
                     block.run(pruned_NTC, resources.batch, into=pruned_NTC)
                     records.append(done[block.index])
                 progress(len(records), len(blocks), "taken from the journal")
                 continue
-            step = Step(unit, unit_budgets, recipe, pruned_NTC, dense_NTC, seed, resources, watch)
+            step = Step(unit, unit_budgets, recipe, pruned_NTC, dense_NTC, share, seed, resources, watch)
             unit_records, quantized = prune_unit(step)  # lines 3 to 12
+            ranks.check_same(unit.blocks[-1].name, [unit.weight(name) for name in unit.prunables])
             records += unit_records
             if journal is not None:
                 with watch("write"):
@@ -112,14 +115,14 @@ def prune_blocks(
 
 
 def _done(journal: Journal | None, in_order: list[Unit]) -> dict[int, BlockRecord]:
-    """Records by index of the blocks that need no pruning: the journal holds all blocks of their unit."""
-    done: dict[int, BlockRecord] = {}
-    for unit in in_order if journal else ():
+    """Records by index of the blocks that need no pruning: the journal of rank 0 holds all blocks of their unit."""
+    done: list[BlockRecord] = []
+    for unit in in_order if journal is not None else ():
         assert journal is not None
-        kept = [journal.record(block.index) for block in unit.blocks]
-        if all(kept):
-            done |= {record.index: record for record in kept if record}
-    return done
+        kept = [record for block in unit.blocks if (record := journal.record(block.index)) is not None]
+        done += kept if len(kept) == len(unit.blocks) else []
+    known = ranks.from_first([record.model_dump(mode="json") for record in done])
+    return {record.index: record for record in map(BlockRecord.model_validate, known)}
 
 
 def _targets(
@@ -142,7 +145,7 @@ def _targets(
     )
     if not any(survey.sizes):
         return None
-    measured = journal.targets if journal is not None else None
+    measured = ranks.from_first(journal.targets if journal is not None else None)
     if measured is None:
         measured = measuring.measure(survey)
         if journal is not None:

@@ -17,6 +17,7 @@ from besa.models.activations import HiddenStates, Room
 from besa.models.blocks import embedded
 from besa.models.streaming import Decoder
 from besa.system.devices import CPU
+from besa.system.ranks import Share
 
 # The error against the dense path is measured on one sequence in ERROR_SHARE, and on this share of its tokens from the
 # beginning. Every method has the same, so that measuring never makes the dense path longer.
@@ -45,19 +46,23 @@ PLAIN = Resources()
 
 
 def first_inputs(
-    decoder: Decoder, recipe: Recipe, calibration: Calibration, resources: Resources
+    decoder: Decoder, recipe: Recipe, calibration: Calibration, resources: Resources, share: Share
 ) -> tuple[HiddenStates, HiddenStates]:
-    """Inputs of the first block: all for the pruned path, and as many as the recipe needs for the dense path."""
-    samples, seqlen = calibration.tokens_NT.shape
-    share, length = dense_share(recipe, seqlen)
-    lengths = {length, first_tokens(seqlen, recipe.descent.crop if recipe.descent else 1.0)}
+    """Inputs of the first block, for the sequences of this rank.
+
+    Returns:
+        Those of the pruned path, and as many as the recipe needs of the dense path.
+    """
+    every, length = dense_share(recipe, calibration.seqlen)
+    lengths = {length, first_tokens(calibration.seqlen, recipe.descent.crop if recipe.descent else 1.0)}
     with decoder.embeddings(resources.device):
         pruned_NTC = embedded(
-            decoder.model, decoder.blocks, calibration.tokens_NT, resources.batch, resources.room, lengths
+            decoder.model, decoder.blocks, calibration.tokens_NT, resources.batch, resources.room, share, lengths
         )
-    dense_NTC = resources.room.empty((-(-samples // share), length, pruned_NTC.shape[-1]), pruned_NTC.dtype)
-    for place in range(len(dense_NTC)):
-        dense_NTC[place : place + 1] = pruned_NTC[place * share : place * share + 1][:, :length]
+    kept = share.own(share.every(every))
+    dense_NTC = resources.room.empty((len(kept), length, pruned_NTC.shape[-1]), pruned_NTC.dtype)
+    for place, own in enumerate(kept):
+        dense_NTC[place : place + 1] = pruned_NTC[own : own + 1][:, :length]
     return pruned_NTC, dense_NTC
 
 

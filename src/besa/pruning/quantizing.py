@@ -21,6 +21,7 @@ from besa.methods.recipe import Recipe
 from besa.models.units import Unit
 from besa.observing.input_statistics import InputStatistics
 from besa.quantization import Clipping, MinMax, Quantized
+from besa.system import ranks
 
 
 def check(quantization: MinMax, in_order: list[Unit], plan: list[list[Budget]]) -> None:
@@ -78,7 +79,8 @@ def _ranked(recipe: Recipe, linear: RankedLinear, clipping: Clipping, statistics
     """The weight with the pruning order of its quantised form; weights that round to zero come first."""
     q_OI = clipping.quantized(linear.w_OI.dtype).weight()
     importance_OI = recipe.importance.score(q_OI, statistics)
-    return replace(linear, importance_OI=importance_OI, ranks_OI=rank(importance_OI, q_OI))
+    ranks_OI = ranks.by_rows(lambda rows: rank(importance_OI[rows], q_OI[rows]), len(q_OI))
+    return replace(linear, importance_OI=importance_OI, ranks_OI=ranks_OI)
 
 
 def learn_clipping(problem: BlockProblem, clippings: Mapping[str, Clipping], descent: Descent) -> list[float]:

@@ -27,6 +27,8 @@ from besa.pruning.counted import linear_records
 from besa.pruning.paths import ERROR_SHARE, ERROR_TOKENS, Resources
 from besa.quantization import Quantized
 from besa.record import BlockRecord
+from besa.system import ranks
+from besa.system.ranks import Share
 from besa.system.stopwatch import Stopwatch
 
 
@@ -40,6 +42,7 @@ class Step:
         recipe: the method.
         pruned_NTC: inputs on the pruned path; replaced by the outputs of the pruned unit.
         dense_NTC: inputs on the dense path, of the sequences and tokens that it has; replaced by the outputs.
+        share: the sequences of both, which are those of this rank.
         seed: of the run.
         resources: how to compute.
         watch: counts the seconds of each phase.
@@ -50,6 +53,7 @@ class Step:
     recipe: Recipe
     pruned_NTC: HiddenStates
     dense_NTC: HiddenStates
+    share: Share
     seed: int
     resources: Resources
     watch: Stopwatch
@@ -82,7 +86,9 @@ def prune_unit(step: Step) -> tuple[list[BlockRecord], dict[str, Quantized]]:
         losses += allocated.losses
         quantized |= part_quantized
     with watch("finetune"):
-        finetuned = recipe.finetune.tune(unit, list(linears), step.pruned_NTC, step.dense_NTC, step.seed + unit.index)
+        finetuned = recipe.finetune.tune(
+            unit, list(linears), step.pruned_NTC, step.dense_NTC, step.share, step.seed + unit.index
+        )
         for name, w_OI in finetuned.weights.items():
             unit.weight(name).detach().copy_(w_OI)
     return _records(step, linears, losses, finetuned, dense_outputs), quantized
@@ -141,7 +147,7 @@ def _prune(
     with watch("rank"):
         linears = {name: _ranked(unit, name, recipe, statistics[name]) for budget in budgets for name in budget.names}
     block = unit.silencing(part.silent)
-    problem = BlockProblem(block, linears, step.pruned_NTC, targets_NTC, budgets, step.seed + unit.index)
+    problem = BlockProblem(block, linears, step.pruned_NTC, targets_NTC, budgets, step.seed + unit.index, step.share)
     quantized: dict[str, Quantized] = {}
     with watch("allocate"):
         if recipe.quantization.coding is not None:
@@ -172,16 +178,18 @@ def _part_targets(step: Step, part: Part) -> HiddenStates:
 
 def _error_sample(step: Step) -> HiddenStates:
     """The hidden states of the dense path on which the error is measured."""
-    stride = ERROR_SHARE if len(step.dense_NTC) == len(step.pruned_NTC) else 1
+    places = step.share.own(step.share.every(ERROR_SHARE))
+    if len(step.dense_NTC) < len(step.pruned_NTC):  # it has no others
+        places = list(range(len(places)))
     tokens = first_tokens(step.pruned_NTC.shape[1], ERROR_TOKENS)
-    return torch.cat([step.dense_NTC[at : at + 1][:, :tokens] for at in range(0, len(step.dense_NTC), stride)])
+    return torch.cat([step.dense_NTC[:0], *(step.dense_NTC[at : at + 1] for at in places)])[:, :tokens]
 
 
 def _ranked(unit: Unit, name: str, recipe: Recipe, statistics: InputStatistics) -> RankedLinear:
     """A weight of the unit with its importance (eq. 2) and its pruning order (line 4)."""
     w_OI = unit.weight(name).detach()
     importance_OI = recipe.importance.score(w_OI, statistics)
-    ranks_OI = rank(importance_OI, w_OI, recipe.group)
+    ranks_OI = ranks.by_rows(lambda rows: rank(importance_OI[rows], w_OI[rows], recipe.group), len(w_OI))
     return RankedLinear(w_OI, importance_OI, ranks_OI, statistics.reached, recipe.importance.power)
 
 
@@ -208,7 +216,7 @@ def _records(
             block.run(step.pruned_NTC, step.resources.batch, into=step.pruned_NTC)  # line 11
         with watch("measure"):
             tokens = first_tokens(step.pruned_NTC.shape[1], ERROR_TOKENS)
-            errors.append(error_between(step.pruned_NTC, dense_NTC, ERROR_SHARE, tokens, unit.device))
+            errors.append(error_between(step.pruned_NTC, dense_NTC, step.share, ERROR_SHARE, tokens, unit.device))
     with watch("measure"):
         counted = linear_records({name: unit.weight(name).detach() for name in linears}, linears)
         measured: list[float] = torch.stack(errors).tolist()

@@ -23,6 +23,8 @@ class ChangingLinears:
     The weights are leaves of the block's computation. As soon as a leaf has its gradient, the gradient is summed up and
     dropped. Memory never holds the gradients of two weights at once.
 
+    A step sends gradients back to the weights for each of its sequences; `gradients` are those of the last of them.
+
     Args:
         linears: by full name.
         rates: of the rows or of the linears; None if nothing is pruned.
@@ -67,8 +69,17 @@ class ChangingLinears:
             for part, leaf_OI, counts_O in zip(self._parts, self.weights.values(), self._by_row(counts_R), strict=True):
                 part.update(leaf_OI, counts_O)
 
+    @property
+    def gradients(self) -> list[Tensor]:
+        """What the last backward pass left: dL/dM by row and first candidate (O, D), and gradients of gamma's logits.
+
+        Whoever adds up several passes writes the sums here, before `backward`.
+        """
+        sums = [part.sums_OD for part in self._parts if self.rates is not None]
+        return [*sums, *(part.clipping_gradient for part in self._parts if part.clipping_gradient is not None)]
+
     def backward(self, penalty: Tensor) -> None:
-        """Compute the gradients of the parameters, after a backward pass to the weights of the last `update`.
+        """Compute the gradients of the parameters from `gradients`.
 
         Args:
             penalty: weight of the second term of eq. 1.
@@ -76,6 +87,9 @@ class ChangingLinears:
         if self.rates is not None:
             sparsity_term = self.rates.sparsity_term(self._alpha_R)
             torch.autograd.backward([self._beta_RD, sparsity_term], [self._beta_gradient(), penalty])
+        for part in self._parts:
+            if part.clipping is not None:
+                part.clipping.logits_2OG.grad = part.clipping_gradient
 
     def _beta_gradient(self) -> Tensor:
         """dL/dbeta (R, D): −Σ_j dL/dM_j · [candidate d prunes rank j]."""
@@ -121,6 +135,8 @@ class _ChangingLinear:
         rows, columns = self.w_OI.shape
         candidates = len(rates.rates_D) if rates else 0
         self.sums_OD = torch.zeros(rows, candidates, device=self.w_OI.device)
+        learned = clipping is not None and clipping.logits_2OG.requires_grad
+        self.clipping_gradient = torch.zeros_like(clipping.logits_2OG) if clipping and learned else None
         self._bins_I = candidate_bins(rates.rates_D, columns) if rates else None
 
     def update(self, leaf_OI: Tensor, counts_O: Tensor | None) -> None:
@@ -139,7 +155,7 @@ class _ChangingLinear:
         gradient_OI, leaf_OI.grad = leaf_OI.grad.contiguous(), None
         if self._bins_I is not None:
             kernels.binned(gradient_OI, self.w_OI, self._ranks_OI, self._bins_I, self.sums_OD)
-        if self.clipping is not None and self.clipping.logits_2OG.requires_grad:
+        if self.clipping is not None and self.clipping_gradient is not None:
             if self._counts_O is not None:
                 kernels.masked(gradient_OI, self._ranks_OI, self._counts_O, gradient_OI)
-            self.clipping.logits_2OG.grad = kernels.clipping_gradient(gradient_OI, self.clipping)
+            self.clipping_gradient = kernels.clipping_gradient(gradient_OI, self.clipping)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from besa.methods.allocation.changing import ChangingLinears
 from besa.methods.allocation.problem import BlockProblem, first_tokens
+from besa.methods.steps import Mean, one_pass
 from besa.settings import Settings
 from besa.system.machine import learning_dtype, loss_scaler
 
@@ -20,14 +21,17 @@ LOOK_EVERY = 16  # steps, at least, between two looks at the losses
 
 
 class Descent(Settings):
-    """Adam, one sequence per step, with a step size that falls linearly to zero."""
+    """Adam with a step size that falls linearly to zero, on the mean gradient of a few sequences per step.
+
+    The sequences of a step are spread evenly over the calibration set. Ranks therefore share them, and compute together
+    what one rank computes by itself.
+    """
 
     crop: float = Field(
         default=0.5, gt=0, le=1, description="share of a sequence, from its beginning, that a step uses"
     )
-    steps: int = Field(
-        default=64, ge=1, description="learning steps of one sequence each; further steps repeat the calibration set"
-    )
+    steps: int = Field(default=64, ge=1, description="learning steps; those beyond a pass repeat the calibration set")
+    batch: int = Field(default=1, ge=1, description="sequences of a step")
     tolerance: float = Field(
         default=0.01,
         ge=0,
@@ -63,27 +67,32 @@ class Descent(Settings):
         optimizer = torch.optim.Adam(parameters, lr=2 * self.travel / self.steps, fused=True)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=self.steps)
         weights = constant | {name: leaf for part in parts for name, leaf in part.weights.items()}
-        samples, tokens = len(problem.inputs_NTC), first_tokens(problem.inputs_NTC[:1].shape[1], self.crop)
+        tokens = first_tokens(problem.inputs_NTC[:1].shape[1], self.crop)
         dtype = self.dtype(problem)
         autocast = torch.autocast(problem.device.type, dtype, enabled=dtype != problem.dtype)
         scaler = loss_scaler(dtype, problem.device)
         losses: list[Tensor] = []
-        for chosen in self._sequences(samples, problem.seed):
+        in_pass = -(-problem.share.total // self.batch)
+        for sequences in self._steps(problem.share.total, problem.seed):
             for part in parts:
                 part.update()
-            with autocast:
-                loss = problem.error(chosen, tokens, weights, self.plain)
-            losses.append(loss.detach())
-            scaled = scaler.scale(loss)
-            scaled.backward()
+            loss, mean = torch.zeros((), device=problem.device), Mean(len(sequences))
+            for chosen in problem.share.own(sequences):
+                with autocast:
+                    error = problem.error(chosen, tokens, weights, self.plain)
+                scaler.scale(error).backward()
+                loss.copy_(error.detach())
+                mean.add([loss, *(gradient for part in parts for gradient in part.gradients)])
+            mean.into([loss, *(gradient for part in parts for gradient in part.gradients)])
+            losses.append(loss)
             for part in parts:
                 # Relative to the loss, which grows tenfold from 50 to 90 %, one λ fits every sparsity and model.
-                part.backward(self.penalty * scaled.detach())
+                part.backward(self.penalty * scaler.scale(loss))
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
             schedule.step()
-            if self._converged(losses, samples):
+            if self._converged(losses, in_pass):
                 break
         return _fetched(losses)
 
@@ -91,23 +100,28 @@ class Descent(Settings):
         """The dtype in which learning steps multiply; statistics, teacher and pruned path keep the run's dtype."""
         return learning_dtype(problem.dtype, problem.device) if self.autocast else problem.dtype
 
-    def _sequences(self, samples: int, seed: int) -> list[int]:
-        """The position of the sequence of each step; every pass over the calibration set has its own order."""
+    def _steps(self, samples: int, seed: int) -> list[list[int]]:
+        """The places of the sequences of each step; every pass over the calibration set has its own order."""
         generator = torch.Generator().manual_seed(seed)
-        passes = -(-self.steps // samples)
-        order: list[int] = torch.cat([torch.randperm(samples, generator=generator) for _ in range(passes)]).tolist()
+        order: list[list[int]] = []
+        while len(order) < self.steps:
+            order += one_pass(range(samples), self.batch, generator)
         return order[: self.steps]
 
-    def _converged(self, losses: list[Tensor], samples: int) -> bool:
+    def _converged(self, losses: list[Tensor], in_pass: int) -> bool:
         """Whether a pass has just ended that lowered the loss by less than the tolerance.
 
         The host waits for the device to see it. Where passes are short, it therefore looks only after several of them.
+
+        Args:
+            losses: of all steps until now.
+            in_pass: number of steps of a pass.
         """
-        apart = samples * -(-LOOK_EVERY // samples)
-        if not self.tolerance or len(losses) % apart or len(losses) < 2 * samples:
+        apart = in_pass * -(-LOOK_EVERY // in_pass)
+        if not self.tolerance or len(losses) % apart or len(losses) < 2 * in_pass:
             return False
-        values = _fetched(losses[-2 * samples :])
-        return sum(values[samples:]) > (1 - self.tolerance) * sum(values[:samples])
+        values = _fetched(losses[-2 * in_pass :])
+        return sum(values[in_pass:]) > (1 - self.tolerance) * sum(values[:in_pass])
 
 
 def _fetched(losses: list[Tensor]) -> list[float]:

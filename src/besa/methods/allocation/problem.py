@@ -19,6 +19,7 @@ from besa.models.transfers import fetched
 from besa.models.units import Unit
 from besa.observing.losses import reconstruction_error
 from besa.quantization import Clipping
+from besa.system.ranks import Share
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class BlockProblem:
             allocation uses.
         budgets: each linear belongs to one of them.
         seed: of random choices.
+        share: the sequences of the inputs and targets, which are those of this rank.
         clippings: of the weights that are quantised while the rates are learned, by full name.
         own_outputs: whether the loss compares each linear's own output, for its inputs in the dense block.
     """
@@ -81,6 +83,7 @@ class BlockProblem:
     targets_NTC: HiddenStates
     budgets: list[Budget]
     seed: int
+    share: Share
     clippings: Mapping[str, Clipping] = field(default_factory=dict)
     own_outputs: bool = False
 
@@ -98,7 +101,7 @@ class BlockProblem:
         """The first term of eq. 1 (scalar, float32).
 
         Args:
-            chosen: position of the sequence.
+            chosen: position of the sequence in the share.
             tokens: how many tokens of it, from its beginning.
             weights: matrices (O, I) by full name that replace the block's; gradients reach them.
             plain: as in `reconstruction_error`; unused if the loss compares the linears' own outputs.

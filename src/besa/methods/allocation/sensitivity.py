@@ -63,11 +63,13 @@ class Sensitivity(Allocator):
 
 
 def row_sensitivities(problem: BlockProblem, every: int) -> RowSensitivities:
-    """The sensitivities of the block's rows, from one calibration sequence in `every`."""
+    """The sensitivities of the block's rows, from one calibration sequence in `every`, on all ranks."""
     sensitivities = RowSensitivities(problem.block)
-    for place in range(0, len(problem.inputs_NTC), every):
-        x_NTC = fetched(problem.inputs_NTC[place : place + 1], problem.device)
+    for place in problem.share.every(every):
+        (own,) = problem.share.own([place])
+        x_NTC = fetched(problem.inputs_NTC[own : own + 1], problem.device)
         sensitivities.send_back(x_NTC, seed=problem.seed + place)
+    sensitivities.add_up()
     return sensitivities
 
 

@@ -93,7 +93,8 @@ class Structured(Allocator):
         weights = {name: linear.w_OI for name, linear in problem.linears.items()}
         for coupling, number in self._gone(block, budget.names, budget.zeros):
             gone_S = lowest_structures(coupling, problem.linears, number)
-            check(block, coupling, gone_S, problem.inputs_NTC[:1].to(problem.device))
+            if len(problem.inputs_NTC):  # of this rank
+                check(block, coupling, gone_S, problem.inputs_NTC[:1].to(problem.device))
             weights |= coupling.without(weights, gone_S)
         counts = {name: (w_OI == 0).sum(dim=1) for name, w_OI in weights.items()}
         # Zeros come first in the order of every row, and so do the columns of pruned units.

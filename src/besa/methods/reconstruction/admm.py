@@ -1,6 +1,6 @@
 """ADMM: solve for the mask and the kept weights in turn (ALPS; Meng et al., 2024).
 
-Shape suffixes: O rows (output channels), I columns (input channels).
+Shape suffixes: O rows (output channels), R rows of this rank, I columns (input channels).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from besa.methods.reconstruction.cg import solve
 from besa.methods.reconstruction.rebuilder import Rebuilder
 from besa.methods.reconstruction.written import written
 from besa.observing.input_statistics import InputStatistics
+from besa.system import ranks
 
 
 class ADMM(Rebuilder):
@@ -49,9 +50,15 @@ class ADMM(Rebuilder):
         """The weight (O, I) in its dtype with `counts_O` zeros in each row; `ranks_OI` give the first mask."""
         hessian_II = statistics.hessian(self.damping)
         scale_I = hessian_II.diagonal().sqrt()
-        kept_OI = self._mask(w_OI, ranks_OI, counts_O, hessian_II / scale_I / scale_I[:, None], scale_I, group)
-        rebuilt_OI = solve(w_OI.float(), kept_OI, hessian_II, self.iterations)
-        return written(rebuilt_OI, kept_OI, w_OI.dtype)
+        scaled_II = hessian_II / scale_I / scale_I[:, None]
+        eigen = torch.linalg.eigh(scaled_II)
+
+        def rebuilt(rows: slice) -> Tensor:
+            w_RI = w_OI[rows]
+            kept_RI = self._mask(w_RI, ranks_OI[rows], counts_O[rows], scaled_II, eigen, scale_I, group)
+            return written(solve(w_RI.float(), kept_RI, hessian_II, self.iterations), kept_RI, w_OI.dtype)
+
+        return ranks.by_rows(rebuilt, len(w_OI))
 
     def _mask(
         self,
@@ -59,11 +66,22 @@ class ADMM(Rebuilder):
         ranks_OI: Tensor,
         counts_O: Tensor,
         hessian_II: Tensor,
+        eigen: tuple[Tensor, Tensor],
         scale_I: Tensor,
         group: int | None,
     ) -> Tensor:
-        """The mask (O, I) of the last round, boolean, True = kept."""
-        values_I, vectors_II = torch.linalg.eigh(hessian_II)
+        """The mask (O, I) of the last round, boolean, True = kept.
+
+        Args:
+            w_OI: weight, of any rows.
+            ranks_OI: these and the counts give the first mask.
+            counts_O: zeros of each row.
+            hessian_II: of scaled columns.
+            eigen: its eigenvalues (I,) and its eigenvectors (I, I).
+            scale_I: of the columns.
+            group: as in `rebuild`.
+        """
+        values_I, vectors_II = eigen
         dense_OI = w_OI.float() * scale_I
         linear_OI = dense_OI @ hessian_II
         kept_OI = hard_mask(ranks_OI, counts_O)

@@ -15,6 +15,7 @@ from besa.counting.masks import hard_mask
 from besa.methods.reconstruction.rebuilder import Rebuilder
 from besa.methods.reconstruction.written import written
 from besa.observing.input_statistics import InputStatistics
+from besa.system import ranks
 
 
 class ConjugateGradient(Rebuilder):
@@ -38,9 +39,13 @@ class ConjugateGradient(Rebuilder):
         group: int | None = None,
     ) -> Tensor:
         """The weight (O, I) in its dtype; the `counts_O` lowest ranks of each row are zero, the others are changed."""
-        kept_OI = hard_mask(ranks_OI, counts_O)
-        rebuilt_OI = solve(w_OI.float(), kept_OI, statistics.hessian(self.damping), self.iterations)
-        return written(rebuilt_OI, kept_OI, w_OI.dtype)
+        hessian_II = statistics.hessian(self.damping)
+
+        def rebuilt(rows: slice) -> Tensor:
+            kept_OI = hard_mask(ranks_OI[rows], counts_O[rows])
+            return written(solve(w_OI[rows].float(), kept_OI, hessian_II, self.iterations), kept_OI, w_OI.dtype)
+
+        return ranks.by_rows(rebuilt, len(w_OI))
 
 
 def solve(dense_OI: Tensor, kept_OI: Tensor, hessian_II: Tensor, iterations: int) -> Tensor:

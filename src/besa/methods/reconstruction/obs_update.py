@@ -1,6 +1,7 @@
 """SparseGPT: prune column by column; the columns to the right compensate (Frantar & Alistarh, 2023).
 
-Shape suffixes: O rows (output channels), I columns (input channels), B columns of the present block of columns.
+Shape suffixes: O rows (output channels), R rows of this rank, I columns (input channels),
+B columns of the present block of columns.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from besa.methods.apportioning import apportion
 from besa.methods.reconstruction.rebuilder import Rebuilder
 from besa.methods.reconstruction.written import written
 from besa.observing.input_statistics import InputStatistics
+from besa.system import ranks
 
 
 class OBSUpdate(Rebuilder):
@@ -89,6 +91,8 @@ def sweep(
 ) -> Tensor:
     """Prune weights from left to right, and update the columns to the right after each; returns the weight (O, I).
 
+    Every rank sweeps its rows. Where rows compete, it sees each block of columns of all ranks first.
+
     Args:
         w_OI: float32 weight, not changed.
         zero_OI: weights that are zero already; they are pruned first.
@@ -98,26 +102,33 @@ def sweep(
         kept_OI: the fixed mask; None to choose it block by block.
         per_row: whether every row of a block loses the same number, as n:m patterns need.
     """
-    w_OI = w_OI.clone()
     rows, width = w_OI.shape
+    own = ranks.rows(rows)
+    w_RI = w_OI[own].clone()
     starts = range(0, width, columns)
     sizes = [min(columns, width - start) for start in starts]
     shares = [0] * len(sizes) if kept_OI is not None else _shares(zero_OI, sizes, zeros)
     for start, size, share in zip(starts, sizes, shares, strict=True):
         end = start + size
-        block_OB, factor_BB = w_OI[:, start:end], factor_II[start:end, start:end]  # a view: updated in place
-        if kept_OI is None:
-            prunable_OB = block_OB.masked_fill(zero_OI[:, start:end], 0)
-            score_OB = prunable_OB.square() / factor_BB.diagonal().square()
-            shape = (rows, size) if per_row else (1, rows * size)
-            order_OB = rank(score_OB.reshape(shape), prunable_OB.reshape(shape)).reshape(rows, size)
-            kept_OB = order_OB >= (share // rows if per_row else share)
+        block_RB, factor_BB = w_RI[:, start:end], factor_II[start:end, start:end]  # a view: updated in place
+        if kept_OI is not None:
+            kept_RB = kept_OI[own, start:end]
+        elif per_row:
+            kept_RB = _order(block_RB, zero_OI[own, start:end], factor_BB, size) >= share // rows
         else:
-            kept_OB = kept_OI[:, start:end]
-        error_OB = torch.empty_like(block_OB)
-        kernels.swept(block_OB, kept_OB, factor_BB, error_OB)
-        w_OI[:, end:] -= error_OB @ factor_II[start:end, end:]
-    return w_OI
+            block_OB = ranks.gathered(block_RB, rows)
+            kept_RB = (_order(block_OB, zero_OI[:, start:end], factor_BB, rows * size) >= share)[own]
+        error_RB = torch.empty_like(block_RB)
+        kernels.swept(block_RB, kept_RB, factor_BB, error_RB)
+        w_RI[:, end:] -= error_RB @ factor_II[start:end, end:]
+    return ranks.gathered(w_RI, rows)
+
+
+def _order(block_OB: Tensor, zero_OB: Tensor, factor_BB: Tensor, together: int) -> Tensor:
+    """The place of each weight in the pruning order of the `together` weights that compete; zeros come first."""
+    prunable_OB = block_OB.masked_fill(zero_OB, 0)
+    score_OB = prunable_OB.square() / factor_BB.diagonal().square()
+    return rank(score_OB.reshape(-1, together), prunable_OB.reshape(-1, together)).reshape(block_OB.shape)
 
 
 def _shares(zero_OI: Tensor, sizes: list[int], zeros: Tensor) -> list[int]:

@@ -20,6 +20,7 @@ from besa.methods.targets.targeting import Targeting
 from besa.models.activations import HiddenStates, Room
 from besa.models.blocks import Block, embedded
 from besa.models.streaming import Decoder
+from besa.system.ranks import Share
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,16 @@ class Survey:
                 self.decoder.prefetch(blocks[following], self.device)
             yield
 
+    def share(self, tokens_NT: Tensor) -> Share:
+        """Which of these sequences this rank measures."""
+        return Share.of(len(tokens_NT), self.batch)
+
     def embedded(self, tokens_NT: Tensor) -> HiddenStates:
-        """The inputs of the first block (N, T, C)."""
+        """The inputs of the first block (n, T, C), for the sequences of this rank."""
         with self.decoder.embeddings(self.device):
-            return embedded(self.decoder.model, self.decoder.blocks, tokens_NT, self.batch, self.room)
+            return embedded(
+                self.decoder.model, self.decoder.blocks, tokens_NT, self.batch, self.room, self.share(tokens_NT)
+            )
 
 
 class Bounded(Targeting):

@@ -85,14 +85,15 @@ def _forward(survey: Survey, tokens_NT: Tensor) -> list[HiddenStates]:
 def _loss_gradients(survey: Survey, states_NTC: HiddenStates, tokens_NT: Tensor) -> None:
     """Replace the outputs of the last block by the loss's gradients at them, for labels drawn from the predictions."""
     decoder, generator = survey.decoder, torch.Generator().manual_seed(survey.seed)
-    gradients = Outputs(states_NTC, survey.device)
+    gradients, share = Outputs(states_NTC, survey.device), survey.share(tokens_NT)
+    chance_NT1 = torch.rand(*tokens_NT.shape, 1, generator=generator)[share.places]
     with decoder.outside_blocks(survey.device):
-        for n in range(len(tokens_NT)):
+        for n, (sequence_T, chance_T1) in enumerate(zip(tokens_NT[share.places], chance_NT1, strict=True)):
             y_NTC = fetched(states_NTC[n : n + 1], survey.device).requires_grad_()
             with torch.enable_grad():
-                logits_TV = logits_of(decoder.model, decoder.blocks, tokens_NT[n : n + 1], y_NTC)[0].float()
-                chance_T = torch.rand(len(logits_TV), 1, generator=generator).to(logits_TV.device)
-                labels_T = torch.searchsorted(logits_TV.detach().softmax(-1).cumsum(-1), chance_T)[:, 0]
+                logits_TV = logits_of(decoder.model, decoder.blocks, sequence_T[None], y_NTC)[0].float()
+                chance_T1 = chance_T1.to(logits_TV.device)
+                labels_T = torch.searchsorted(logits_TV.detach().softmax(-1).cumsum(-1), chance_T1)[:, 0]
                 labels_T = labels_T.clamp_max(logits_TV.shape[-1] - 1)
                 loss = torch.nn.functional.cross_entropy(logits_TV, labels_T, reduction="sum")
                 gradients.put(slice(n, n + 1), torch.autograd.grad(loss, y_NTC)[0])
@@ -114,6 +115,7 @@ def _send_back(
             sent_NTC = rows.send_back(fetched(inputs_NTC[one], device), fetched(gradients_NTC[one], device))
             gradients.put(one, sent_NTC)
     gradients.finish()
+    rows.add_up()
     return rows, statistics
 
 

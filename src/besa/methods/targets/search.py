@@ -24,6 +24,7 @@ from besa.methods.targets.fisher import one_threshold
 from besa.models.activations import HiddenStates
 from besa.models.blocks import logits_of, send
 from besa.observing.input_statistics import InputStatistics
+from besa.system import ranks
 
 
 class Search(Bounded):
@@ -114,14 +115,16 @@ def _from_dense(
     """The divergence of each pruned path from the dense path, from the outputs of the last block."""
     divergences_NP: list[Tensor] = []
     with survey.decoder.outside_blocks(survey.device):
-        for n in range(len(tokens_NT)):
+        for n, sequence_T in enumerate(tokens_NT[survey.share(tokens_NT).places]):
             one = slice(n, n + 1)
-            dense_TV = _predicted(survey, tokens_NT[one], dense_NTC[one])
-            predicted = (_predicted(survey, tokens_NT[one], path_NTC[one]) for path_NTC in pruned)
+            dense_TV = _predicted(survey, sequence_T[None], dense_NTC[one])
+            predicted = (_predicted(survey, sequence_T[None], path_NTC[one]) for path_NTC in pruned)
             divergences_NP.append(
                 torch.stack([kl_div(own_TV, dense_TV, log_target=True, reduction="sum") for own_TV in predicted])
             )
-    return [sum(of_path) / tokens_NT.numel() for of_path in zip(*torch.stack(divergences_NP).tolist(), strict=True)]
+    of_ranks = ranks.all_of(torch.stack(divergences_NP).tolist() if divergences_NP else [])
+    sequences = [of_paths for of_rank in of_ranks for of_paths in of_rank]
+    return [sum(of_path) / tokens_NT.numel() for of_path in zip(*sequences, strict=True)]
 
 
 def _predicted(survey: Survey, tokens_NT: Tensor, y_NTC: Tensor) -> Tensor:

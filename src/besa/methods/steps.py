@@ -1,0 +1,69 @@
+"""Learning steps on several sequences: which sequences a step has, and the mean of what they give.
+
+Shape suffixes: V all numbers of several tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from besa.counting.precision import widest
+from besa.system import ranks
+
+
+def one_pass(places: Sequence[int], batch: int, generator: torch.Generator) -> list[list[int]]:
+    """The sequences of each step of a pass over the calibration set, in random order.
+
+    The set is cut into `batch` parts. A step has one sequence of each, so that ranks with equal shares have equal work.
+
+    Args:
+        places: of the sequences in the set.
+        batch: sequences of a step; the last step has fewer if they do not divide the set.
+        generator: of the order.
+    """
+    ends = [len(places) * part // batch for part in range(batch + 1)]
+    parts = [places[start:end] for start, end in pairwise(ends)]
+    orders = [[part[at] for at in torch.randperm(len(part), generator=generator).tolist()] for part in parts]
+    longest = max(len(order) for order in orders)
+    return [[order[step] for order in orders if step < len(order)] for step in range(longest)]
+
+
+class Mean:
+    """The mean of some tensors over the sequences of a step, which one rank or several compute.
+
+    Sums are as wide as the device computes, so that they do not depend on who computes what (`ranks.total`). The mean
+    of one sequence that this rank computes by itself is what was added.
+
+    Args:
+        sequences: of the step, over all ranks.
+    """
+
+    def __init__(self, sequences: int) -> None:
+        self._sequences = sequences
+        self._sum_V: Tensor | None = None
+
+    @property
+    def _trivial(self) -> bool:
+        return self._sequences == ranks.count() == 1
+
+    def add(self, tensors: Sequence[Tensor]) -> None:
+        """Add what one sequence gave, float32."""
+        if self._trivial:
+            return
+        flat_V = torch.cat([tensor.flatten() for tensor in tensors]).to(widest(tensors[0].device))
+        self._sum_V = flat_V if self._sum_V is None else self._sum_V.add_(flat_V)
+
+    def into(self, tensors: Sequence[Tensor]) -> None:
+        """Write the mean into tensors of the same shapes."""
+        if self._trivial:
+            return
+        sizes = [tensor.numel() for tensor in tensors]
+        if self._sum_V is None:  # no sequence of the step is on this rank
+            self._sum_V = tensors[0].new_zeros(sum(sizes), dtype=widest(tensors[0].device))
+        mean_V = ranks.total(self._sum_V) / self._sequences
+        for tensor, part in zip(tensors, mean_V.split(sizes), strict=True):
+            tensor.copy_(part.view_as(tensor))
