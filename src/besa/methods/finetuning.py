@@ -22,7 +22,7 @@ from besa.models.blocks import Block
 from besa.models.transfers import fetched
 from besa.models.units import Unit
 from besa.observing.losses import reconstruction_error, token_weighted_error
-from besa.settings import Settings
+from besa.settings import Learning, Settings
 from besa.system import ranks
 from besa.system.machine import learning_dtype, loss_scaler
 from besa.system.ranks import Share
@@ -108,7 +108,7 @@ class NoFinetuning(Finetuner):
         return Finetuned()
 
 
-class MaskedAdam(Finetuner):
+class MaskedAdam(Learning, Finetuner):
     """Adam on the weights that are not zero, with a step size that falls linearly to zero.
 
     The loss on held-out sequences is measured after every epoch. The best weights are kept. The first epoch that does
@@ -117,7 +117,6 @@ class MaskedAdam(Finetuner):
 
     method: Literal["adam"] = "adam"
     epochs: int = Field(default=2, ge=1, description="passes over the calibration set, at most")
-    batch: int = Field(default=1, ge=1, description="sequences of a step, which ranks share")
     rate: float = Field(default=1e-3, gt=0, description="first step size, as a share of a matrix's root mean square")
     held_out: int = Field(default=16, ge=2, description="one sequence in so many is held out")
     loss: Literal["channel", "token"] = Field(
@@ -163,7 +162,7 @@ class MaskedAdam(Finetuner):
         leaves = {name: w_OI.float().clone().requires_grad_() for name, w_OI in before.items()}
         pruned = {name: w_OI == 0 for name, w_OI in before.items()}
         held, learned = self._split(share.total)
-        steps = self.epochs * -(-len(learned) // self.batch)
+        steps = self.epochs * -(-len(learned) // self.sequences)
         sizes: list[float] = torch.stack([_root_mean_square(leaf) for leaf in leaves.values()]).tolist()
         groups = [{"params": [leaf], "lr": self.rate * size} for leaf, size in zip(leaves.values(), sizes, strict=True)]
         optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
@@ -174,7 +173,7 @@ class MaskedAdam(Finetuner):
         losses = [self._mean_loss(block, leaves, inputs_NTC, targets_NTC, own_held)]
         best = {name: leaf.detach().clone() for name, leaf in leaves.items()}
         for _ in range(self.epochs):
-            for sequences in one_pass(learned, self.batch, generator):
+            for sequences in one_pass(learned, self.sequences, generator):
                 for place in share.own(sequences):
                     scaler.scale(self._loss(block, leaves, inputs_NTC, targets_NTC, place)).backward()
                 _average(leaves.values(), len(sequences))

@@ -1,0 +1,101 @@
+"""Every kind of method on tiny models, by one rank or several, with a digest of each result.
+
+python -m tests.on_ranks FOLDER all                          # one rank
+torchrun --nproc-per-node 3 -m tests.on_ranks FOLDER first
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
+
+import besa
+from besa.data.calibration import Calibration
+from besa.methods.recipe import Recipe
+from besa.system import ranks
+from besa.system.joining import joined
+
+DIGESTS = "digests.json"
+TINY_LLAMA = Path(__file__).parent / "assets" / "tiny-llama"
+EIGHT_EXPERTS = MixtralConfig(
+    vocab_size=1024,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    num_local_experts=8,
+    num_experts_per_tok=1,
+)
+TWO_EACH = ["allocation.batch=2", "allocation.steps=9"]
+CASES: dict[str, tuple[str, list[str]]] = {
+    "wanda": ("wanda", []),
+    "magnitude": ("magnitude", []),
+    "ria": ("ria", ["sparsity=0.6"]),
+    "sparsegpt": ("sparsegpt", []),
+    "fast": ("fast", []),
+    "best": ("best", ["finetune.epochs=2", "finetune.batch=1"]),
+    "besa": ("besa", TWO_EACH),
+    "besa-layerwise": ("besa-layerwise", [*TWO_EACH, "allocation.granularity=attn-mlp"]),
+    "besa-pruned-teacher": ("besa", [*TWO_EACH, "allocation.teacher=pruned"]),
+    "besa-two-blocks": ("besa", [*TWO_EACH, "allocation.granularity=two-blocks"]),
+    "besa-int4": ("besa-int4", TWO_EACH),
+    "wanda-int4": ("wanda-int4", ["quantization.batch=2"]),
+    "2-of-4": ("sparsegpt", ["allocation={method: nm}"]),
+    "mixed patterns": ("wanda", ["allocation={method: nm, mixed: true}"]),
+    "structured": ("wanda", ["allocation.method=structured"]),
+    "owl": ("sparsegpt", ["targets.method=owl"]),
+    "search": ("wanda", ["targets.method=search"]),
+}
+FIRST = ("wanda", "magnitude", "sparsegpt", "fast", "besa")
+ON_EXPERTS = ("wanda", "sparsegpt", "fast", "best", "besa")  # of a mixture, ranks see different experts
+ON_FEW = ("fast", "best", "besa", "structured", "search")  # two sequences in one batch: other ranks have none
+
+
+def main(out: Path, which: str) -> None:
+    """Prune by every method, or by the `first`; rank 0 writes digests to the file DIGESTS in the folder `out`."""
+    torch.set_num_threads(1)
+    with joined():
+        recipes = {name: Recipe.load(recipe, overrides=changes) for name, (recipe, changes) in CASES.items()}
+        experts = out / "experts"
+        if ranks.is_first():
+            torch.manual_seed(0)
+            AutoModelForCausalLM.from_config(EIGHT_EXPERTS).save_pretrained(experts)
+        ranks.wait()
+        digests = {name: _digest(TINY_LLAMA, recipes[name], 11, out / name) for name in _some(CASES, which)}
+        for name in _some(ON_EXPERTS, which):
+            digests[f"{name} of experts"] = _digest(experts, recipes[name], 11, out / f"{name}-experts")
+        for name in _some(ON_FEW, which):
+            digests[f"{name} of few"] = _digest(TINY_LLAMA, recipes[name], 2, out / f"{name}-few")
+        if ranks.is_first():
+            (out / DIGESTS).write_text(json.dumps(digests))
+
+
+def _some(names: Iterable[str], which: str) -> list[str]:
+    return [name for name in names if which == "all" or name in FIRST]
+
+
+def _digest(model: Path, recipe: Recipe, samples: int, out: Path) -> dict[str, Any]:
+    """The number of zeros, a digest of the tensors, and what was measured."""
+    tokens_NT = torch.randint(3, 1000, (samples, 24), generator=torch.Generator().manual_seed(0))
+    tokenizer = AutoTokenizer.from_pretrained(TINY_LLAMA)
+    calibration = Calibration(tokens_NT, "random tokens", 0)
+    record = besa.compress(model, recipe, calibration, out=out, batch=2, tokenizer=tokenizer, device="cpu").record
+    return {
+        "zeros": record.zeros,
+        "tensors": hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest(),
+        "losses": [block.losses + block.finetuning for block in record.blocks],
+        "errors": [block.reconstruction_error for block in record.blocks],
+        "sent": [block.sent for block in record.blocks],
+    }
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
