@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -57,7 +58,9 @@ def seal(folder: Path) -> None:
     Raises:
         BesaError: the disk is full.
     """
-    digests = {path.name: _sha256(path) for path in folder.glob("*.safetensors")}
+    weights = list(folder.glob("*.safetensors"))
+    with ThreadPoolExecutor() as threads:
+        digests = dict(zip((path.name for path in weights), threads.map(_sha256, weights), strict=True))
     for path in folder.glob("*.safetensors.index.json"):
         index = json.loads(path.read_text(encoding="utf-8"))
         shards = sorted(set(index["weight_map"].values()))

@@ -97,6 +97,7 @@ def prune_blocks(
             records += unit_records
             if journal is not None:
                 with watch("write"):
+                    journal.settle()  # before there are two blocks to be written
                     for block, record in zip(unit.blocks, unit_records, strict=True):
                         coded = {
                             decoder.name_in_files(name): quantized[name]
@@ -110,6 +111,8 @@ def prune_blocks(
             len(blocks),
             f"error {records[-1].reconstruction_error:.4f}, sparsity {records[-1].sparsity:.2%}",
         )
+    if journal is not None:
+        journal.settle()
     records += [done[block.index] for unit in in_order[last + 1 :] for block in unit.blocks]
     return records
 

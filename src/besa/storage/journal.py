@@ -6,7 +6,8 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ class Journal:
     """Finished blocks in a folder; see `journal_for`.
 
     Each block has two files: its tensors, then its record with their digest. Both are written under another name and
-    renamed. A block is done if both files exist and agree.
+    renamed. A block is done if both files exist and agree. A thread writes them, while the next block is pruned.
 
     Attributes:
         folder: of the journal.
@@ -37,6 +38,8 @@ class Journal:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.restored = 0
+        self._writer = ThreadPoolExecutor(max_workers=1)
+        self._writing: Future[None] | None = None
 
     def begin(self, identity: Mapping[str, Any]) -> None:
         """Write the identity of the run, or check that the journal has the same.
@@ -80,15 +83,29 @@ class Journal:
         return self.folder / f"block-{index:05}.safetensors"
 
     def keep(self, tensors: Mapping[str, Tensor], record: BlockRecord) -> None:
-        """Add a finished block.
+        """Begin to add a finished block; nobody changes its tensors any more.
 
         Args:
             tensors: all tensors of the block, named as in the checkpoint's files.
             record: of the block.
 
         Raises:
+            BesaError: the disk is full, so that the block before this one could not be written.
+        """
+        self.settle()
+        self._writing = self._writer.submit(self._write, tensors, record)
+
+    def settle(self) -> None:
+        """Wait until every block is written.
+
+        Raises:
             BesaError: the disk is full.
         """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _write(self, tensors: Mapping[str, Tensor], record: BlockRecord) -> None:
         path = self.path(record.index)
         save_tensors(path, tensors)
         entry = {"sha256": _sha256(path, record), "record": record.model_dump(mode="json")}
@@ -164,13 +181,17 @@ def journal_for(out: Path, resume: bool) -> Iterator[Journal]:
             )
         try:
             yield journal
+            journal.settle()
         except KeyboardInterrupt:
+            journal.settle()
             if journal.blocks:
                 raise Interrupted(
                     f"interrupted; {journal.blocks} finished blocks are kept in {journal.folder}: go on with --resume."
                 ) from None
             raise
         finally:
+            with suppress(BesaError):  # of a full disk: either it ends the work already, or another error does
+                journal.settle()
             if not journal.blocks or out.exists():
                 shutil.rmtree(journal.folder, ignore_errors=True)
 
