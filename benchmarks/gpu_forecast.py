@@ -6,7 +6,8 @@ The program itself runs at the real size, without numbers (benchmarks/weightless
 operator is seen with its shapes; the difference between the runs is a block, the rest comes before. An operator takes
 as long as its arithmetic or its bytes need at a stated share of the published rates, whichever is longer. Copies of
 hidden states and weights go beside the computation, as do launches where the device has more to do than the host.
-Reading, writing and hashing of files are worked out from the bytes of a block.
+Reading, writing and hashing of files are worked out from the bytes of a block. One block is read and another written
+while a third is computed; at the end, all files are read and hashed again.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedConfig
 
 from benchmarks.operations import Operation, Seen
 from benchmarks.random_model import config
@@ -33,7 +36,7 @@ SHORTEST = 2e-6  # seconds of the device for an operator
 WAIT = 20e-6  # seconds for the host to wait and go on
 READ = 2.5e9  # bytes a second from a disk
 WRITE = 2e9  # bytes a second to a disk
-HASH = 1.7e9  # bytes a second through sha256 (docs/formats.md): of each block when it is kept, of all at the end
+HASH = 1.7e9  # bytes a second through sha256 (docs/formats.md), by each of several threads
 ITEM = 2  # bytes of a bfloat16
 
 
@@ -176,10 +179,9 @@ def forecast(card: Card, runs: tuple[dict[str, Seen], dict[str, Seen]], recipe: 
     peak = max(max(found.peak for found in two.values()), one["before"].peak + on_device - counted)
     phases = {name: phase(card, two[name].less(one[name]), name == "load") for name in two if name != "before"}
     weights = phases["load"].travelling * 1e9
-    write, outside = weights / WRITE + weights / HASH, 2 * settings.vocab_size * settings.hidden_size * ITEM
-    after = (blocks * weights + outside) / HASH
+    write, after = files(weights, blocks, settings)
     compute = sum(found.seconds for name, found in phases.items() if name != "load")
-    block = max(compute, phases["load"].seconds) + write
+    block = max(compute, phases["load"].seconds, write)
     start = phase(card, before, from_disk=True)
     return {
         "shape": shape,
@@ -197,6 +199,13 @@ def forecast(card: Card, runs: tuple[dict[str, Seen], dict[str, Seen]], recipe: 
             "after": {"seconds": after, "limit": "disk"},
         },
     }
+
+
+def files(weights: float, blocks: int, settings: PreTrainedConfig) -> tuple[float, float]:
+    """Seconds to write and hash a block of so many bytes, and to finish the checkpoint after the last one."""
+    outside = 2 * settings.vocab_size * settings.hidden_size * ITEM
+    write = weights / WRITE + weights / HASH
+    return write, write + outside / WRITE + (blocks * weights + outside) / READ
 
 
 def main() -> None:

@@ -33,6 +33,8 @@ class Seen:
         to_device: bytes.
         to_host: bytes.
         peak: most bytes that were allocated on the device at a time.
+        sent: bytes that a rank sent to others.
+        exchanges: times the ranks exchanged something.
     """
 
     operations: Counter[Operation] = field(default_factory=Counter)
@@ -40,6 +42,8 @@ class Seen:
     to_device: int = 0
     to_host: int = 0
     peak: int = 0
+    sent: float = 0.0
+    exchanges: int = 0
 
     def less(self, part: Seen) -> Seen:
         """What this has beyond `part`; the peak is that of the whole."""
@@ -49,6 +53,8 @@ class Seen:
             self.to_device - part.to_device,
             self.to_host - part.to_host,
             self.peak,
+            self.sent - part.sent,
+            self.exchanges - part.exchanges,
         )
 
     def and_again(self, each: Seen, times: int) -> Seen:
@@ -60,4 +66,6 @@ class Seen:
             self.to_device + times * each.to_device,
             self.to_host + times * each.to_host,
             self.peak,
+            self.sent + times * each.sent,
+            self.exchanges + times * each.exchanges,
         )

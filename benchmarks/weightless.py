@@ -36,6 +36,7 @@ from besa.models.streaming import DecoderInMemory, _outside
 from besa.models.visiting import visiting
 from besa.pruning import loop
 from besa.pruning.paths import Resources
+from besa.system import ranks
 from tests import pretend
 from tests.pretend import Pretend
 
@@ -80,10 +81,35 @@ class Trace:
     def watch(self, phase: str) -> Iterator[None]:
         """While open, what runs belongs to a phase."""
         before, self.phase = self.phase, phase
+        sent = ranks.sent()
         try:
             yield
         finally:
+            self._seen.sent += ranks.sent() - sent
             self.phase = before
+
+    @contextmanager
+    def ranks(self, count: int) -> Iterator[None]:
+        """While open, this process is the last of so many ranks, none of which has more sequences."""
+
+        def exchanging(does: Callable[..., None]) -> Callable[..., None]:
+            def exchange(*arguments: Any) -> None:
+                self._seen.exchanges += 1
+                does(*arguments)
+
+            return exchange
+
+        def gather(parts: list[Tensor], own: Tensor) -> None:
+            for part in parts:
+                part.copy_(own)
+
+        with ExitStack() as stack:
+            stack.enter_context(ranks.together(count - 1, count, 1))
+            stack.enter_context(mock.patch.object(ranks, "from_first", lambda thing: thing))
+            stack.enter_context(mock.patch.object(ranks, "WIRED", ("cpu", pretend.DEVICE.type)))
+            for name, does in (("all_reduce", lambda _: None), ("all_gather", gather)):
+                stack.enter_context(mock.patch.object(torch.distributed, name, exchanging(does)))
+            yield
 
     @property
     def _seen(self) -> Seen:
@@ -213,7 +239,9 @@ def _flops(name: str, inputs: list[Tensor], outputs: list[Tensor], args: Any) ->
     return 0.0
 
 
-def seen(config: PreTrainedConfig, recipe: Recipe, samples: int, seqlen: int, memory: int) -> dict[str, Seen]:
+def seen(
+    config: PreTrainedConfig, recipe: Recipe, samples: int, seqlen: int, memory: int, count: int = 1
+) -> dict[str, Seen]:
     """What a run of `prune_blocks` asks of a device, by phase; without the journal, so nothing is written.
 
     Args:
@@ -222,6 +250,7 @@ def seen(config: PreTrainedConfig, recipe: Recipe, samples: int, seqlen: int, me
         samples: calibration sequences.
         seqlen: tokens of each.
         memory: bytes of the device, which decide where hidden states are kept.
+        count: of ranks, each on a device of its own; what the last one does is seen.
     """
     trace = Trace()
 
@@ -237,10 +266,14 @@ def seen(config: PreTrainedConfig, recipe: Recipe, samples: int, seqlen: int, me
     device = pretend.DEVICE
     tokens_NT = torch.randint(config.vocab_size, (samples, seqlen), generator=torch.Generator().manual_seed(0))
     size = SimpleNamespace(free=memory, total=memory)
-    with trace.open(), mock.patch.object(pretend, "memory", size), mock.patch.object(loop, "Stopwatch", Watch):
+    with ExitStack() as stack:
+        stack.enter_context(trace.open())
+        stack.enter_context(trace.ranks(count))
+        stack.enter_context(mock.patch.object(pretend, "memory", size))
+        stack.enter_context(mock.patch.object(loop, "Stopwatch", Watch))
         decoder, calibration = WeightlessDecoder(config, trace), Calibration(tokens_NT, "random tokens", 0)
         resources = Resources(default_batch(samples, seqlen, device), device, Room(device))
-        loop.prune_blocks(decoder, recipe, calibration, resources=resources)
+        loop.prune_blocks(decoder, recipe.settled(count, {}), calibration, resources=resources)
     return trace.phases
 
 
