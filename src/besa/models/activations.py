@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from besa.errors import BesaError
+from besa.system import ranks
 from besa.system.devices import CPU, available_bytes, has_streams, is_available, shares_memory
 
 Place = Literal["device", "host", "file"]
@@ -54,7 +55,7 @@ class Room:
     Args:
         device: where blocks are computed.
         budget: bytes on the device, and as many on the host; by default a quarter of what is free on the device, and
-            half of what is free on the host.
+            half of what is free on the host, divided by the ranks on this machine.
         folder: of the files; by default the folder of temporary files.
     """
 
@@ -111,7 +112,7 @@ def _limit(device: torch.device, budget: int | None) -> int:
         return budget
     if not is_available(device.type):
         return sys.maxsize
-    return available_bytes(device) // (2 if shares_memory(device) else 4)
+    return available_bytes(device) // (2 * ranks.here() if shares_memory(device) else 4)
 
 
 class MappedStates:

@@ -31,7 +31,7 @@ def joined() -> Iterator[None]:
         torch.cuda.set_device(local)
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=FOREVER)
     try:
-        with ranks.together(dist.get_rank(), dist.get_world_size()):
+        with ranks.together(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))):
             yield
     finally:
         dist.destroy_process_group()

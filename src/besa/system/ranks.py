@@ -34,11 +34,13 @@ class _Group:
     Attributes:
         number: of this one.
         count: of all.
+        here: of those on this machine.
         sent: bytes that this rank has sent, if sums and gatherings go round a ring.
     """
 
     number: int = 0
     count: int = 1
+    here: int = 1
     sent: float = 0.0
 
 
@@ -55,16 +57,27 @@ def number() -> int:
     return _group.number
 
 
+def here() -> int:
+    """Number of ranks on this machine, which share its memory."""
+    return _group.here
+
+
 def is_first() -> bool:
     """Whether this is rank 0."""
     return _group.number == 0
 
 
 @contextmanager
-def together(number: int, count: int) -> Iterator[None]:
-    """While open, this process is a rank of torch.distributed's default group."""
+def together(number: int, count: int, here: int) -> Iterator[None]:
+    """While open, this process is a rank of torch.distributed's default group.
+
+    Args:
+        number: of this rank.
+        count: of all ranks.
+        here: of those on this machine.
+    """
     global _group
-    before, _group = _group, _Group(number, count)
+    before, _group = _group, _Group(number, count, here)
     try:
         yield
     finally:
@@ -73,8 +86,8 @@ def together(number: int, count: int) -> Iterator[None]:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """While open, this process works without the other ranks."""
-    with together(0, 1):
+    """While open, this process works without the other ranks, beside those on this machine."""
+    with together(0, 1, here()):
         yield
 
 
@@ -201,8 +214,7 @@ def tensors_from_first(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def wait() -> None:
     """Wait until all ranks have come here."""
-    if count() > 1:
-        dist.barrier()
+    all_of(None)
 
 
 def check_same(name: str, tensors: Sequence[Tensor]) -> None:
