@@ -18,6 +18,8 @@ from besa.data import questions as embedded
 from besa.data.questions import TASKS, questions
 from besa.errors import BesaError
 from besa.evaluation.zero_shot import DEFINITIONS, check_tasks, zero_shot
+from besa.system import ranks
+from tests.pretend_ranks import each_rank
 from tests.tiny_questions import NOUNS, rows
 
 BY_PATH = {
@@ -114,6 +116,42 @@ def test_limit_progress_and_the_record(tiny_llama, tiny_tokenizer):
     assert told[-1] == (12, 12, "zero-shot")
     assert [done for done, _, _ in told] == sorted(done for done, _, _ in told)
     assert (found.source, found.limit, found.lm_eval) == ("embedded", 3, "0.4.13")
+
+
+@pytest.mark.parametrize("count", [2, 3, 20])
+def test_ranks_share_whole_questions_and_find_the_same_accuracies(monkeypatch, tiny_llama, tiny_tokenizer, count):
+    tasks, asked = ["hellaswag", "boolq", "arc_easy"], {}
+    alone = zero_shot(tiny_llama, tiny_tokenizer, tasks)
+    original = HFLM.loglikelihood
+
+    def loglikelihood(self, requests, **settings):
+        asked[ranks.number()] = [(request.task_name, request.doc_id) for request in requests]
+        assert (self.rank, self.world_size) == (0, 1)
+        return original(self, requests, **settings)
+
+    monkeypatch.setattr(HFLM, "loglikelihood", loglikelihood)
+    monkeypatch.setenv("WORLD_SIZE", str(count))
+    assert each_rank(count, lambda: zero_shot(tiny_llama, tiny_tokenizer, tasks)) == [alone] * count
+    assert set(asked) == set(range(min(count, 18)))
+    assert sum(len(of_rank) for of_rank in asked.values()) == 6 * (4 + 2 + 4)
+    assert sum(len(set(of_rank)) for of_rank in asked.values()) == 3 * 6  # no question is on two ranks
+
+
+def test_an_error_on_one_rank_ends_all(monkeypatch, tiny_llama, tiny_tokenizer):
+    forward = tiny_llama.forward
+
+    def broken(**inputs):
+        found = forward(**inputs)
+        found.logits *= torch.inf if ranks.number() == 1 else 1
+        return found
+
+    monkeypatch.setattr(tiny_llama, "forward", broken)
+
+    def measured():
+        with pytest.raises(BesaError, match=r"^The model's output is NaN or infinite: .*\.$"):
+            zero_shot(tiny_llama, tiny_tokenizer, ["piqa"])
+
+    assert each_rank(3, measured) == [None] * 3
 
 
 def test_arc_questions_get_letters():
