@@ -10,7 +10,7 @@ from besa.system import ranks
 T = TypeVar("T")
 
 
-class _Meeting(Exception):
+class _Meeting(Exception):  # noqa: N818 - not an error
     """A rank has come to an exchange that the others have not reached."""
 
 

@@ -1,13 +1,10 @@
 """The embedded questions scored as lm_eval scores its own data sets, to the last digit, on the tiny Llama."""
 
-import gzip
-import json
 import sys
 from pathlib import Path
 
 import datasets
 import lm_eval.tasks
-import pyarrow as pa
 import pytest
 import torch
 from lm_eval.evaluator import evaluate
@@ -20,7 +17,7 @@ from besa.errors import BesaError
 from besa.evaluation.zero_shot import DEFINITIONS, check_tasks, zero_shot
 from besa.system import ranks
 from tests.pretend_ranks import each_rank
-from tests.tiny_questions import NOUNS, rows
+from tests.tiny_questions import NOUNS, rows, write
 
 BY_PATH = {
     ("baber/piqa", None): "piqa", ("aps/super_glue", "boolq"): "boolq", ("Rowan/hellaswag", None): "hellaswag",
@@ -35,28 +32,6 @@ def load_dataset(path, name=None, **_):
     mine, others = datasets.Dataset.from_list(rows(task)), datasets.Dataset.from_list(rows(task)[::-1])
     arc_splits = {"train": others, "validation": others, "test": mine}
     return arc_splits if task.startswith("arc") else {"train": others, "validation": mine, "test": others}
-
-
-def write(task, folder: Path) -> Path:
-    """The file of a task as the embedded ones are written."""
-    if task.startswith("arc"):
-        path = folder / f"{task}.jsonl.gz"
-        with gzip.open(path, "wt", encoding="utf-8") as file:
-            for row in rows(task):
-                gold = row["choices"]["label"].index(row["answerKey"])
-                query = f"Question: {row['question']}\nAnswer:"
-                document = {"id": row["id"], "query": query, "choices": row["choices"]["text"], "gold": gold}
-                for place in range(8):  # every answer has two requests
-                    file.write(json.dumps({"doc": document, "idx": place}) + "\n")
-        return path
-    table = pa.Table.from_pylist(rows(task))
-    if task == "boolq":
-        answers = pa.array([bool(label) for label in table["label"].to_pylist()])
-        table = table.drop_columns(["label", "idx"]).append_column("answer", answers)
-    path = folder / f"{task}.arrow"
-    with pa.ipc.new_stream(path, table.schema) as stream:
-        stream.write_table(table)
-    return path
 
 
 @pytest.fixture(autouse=True)
