@@ -2,14 +2,21 @@
 
 import json
 import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import besa
 from besa.cli import app
 from besa.data import questions
+from besa.methods.recipe import Recipe
 from besa.studies import workspace
 from besa.system import ranks
 from besa.system.joining import joined
+from besa.system.stopwatch import Stopwatch
 from tests.tiny_questions import write
 
 MODEL = Path(__file__).parent / "assets" / "tiny-llama"
@@ -17,6 +24,27 @@ EVALUATE = [
     *("eval", str(MODEL), "--ppl", str(MODEL / "heldout.txt"), "--window", "64", "--max-windows", "11"),
     *("--tasks", "piqa,arc_easy", "--batch", "4"),
 ]
+SIZES = {"samples": 5, "seqlen": 32, "batch": 2}
+FEW = ["allocation.steps=3", "allocation.tolerance=0"]  # all of them are taken
+RECIPES = {  # by name: a shipped recipe, and settings
+    "wanda": ("wanda", []),
+    "sparsegpt": ("sparsegpt", []),
+    "sparsegpt-fixed": ("sparsegpt", ["reconstruction.mask=fixed"]),
+    "fast": ("fast", []),
+    "best": ("best", ["finetune.epochs=1"]),
+    "besa": ("besa", FEW),
+    "attn-mlp": ("besa", [*FEW, "allocation.granularity=attn-mlp", "skip=['*.k_proj']"]),
+    "two-blocks": ("besa-layerwise", [*FEW, "allocation.granularity=two-blocks", "reconstruction.method=cg"]),
+    "joint": ("besa-int4", [*FEW, "quantization.group=32"]),
+    "first": ("besa-int4", [*FEW, "quantization.clipping=first", "quantization.ranks=quantized"]),
+    "mixed": ("wanda", ["allocation={method: nm, mixed: true}"]),
+}
+
+
+def recipe(name: str) -> Recipe:
+    """One of `RECIPES`."""
+    shipped, settings = RECIPES[name]
+    return Recipe.load(shipped, None, settings)
 
 
 def comparison(text: Path) -> list[str]:
@@ -36,6 +64,38 @@ def call(arguments: list[str]) -> None:
     app(arguments, prog_name="besa", standalone_mode=False)
 
 
+@contextmanager
+def counting() -> Iterator[Counter[str]]:
+    """While open, counts the bytes that this rank sends by phase of a run, those of JSON aside."""
+    sent: Counter[str] = Counter()
+    all_of, phase_of = ranks.all_of, Stopwatch.__call__
+
+    def uncounted(thing: Any) -> list[Any]:
+        before = ranks._group.sent
+        things = all_of(thing)
+        ranks._group.sent = before
+        return things
+
+    @contextmanager
+    def counted(watch: Stopwatch, phase: str) -> Iterator[None]:
+        ranks.sent()
+        with phase_of(watch, phase):
+            yield
+        sent[phase] += ranks.sent()
+
+    with patch.object(ranks, "all_of", uncounted), patch.object(Stopwatch, "__call__", counted):
+        yield sent
+
+
+def traffic(text: Path) -> dict[str, Counter[str]]:
+    """Bytes sent by phase while the whole model is pruned, by name of the recipe."""
+    by_recipe = {}
+    for name in RECIPES:
+        with counting() as by_recipe[name]:
+            besa.compress(str(MODEL), recipe(name), str(text), **SIZES)
+    return by_recipe
+
+
 def main(folder: Path) -> None:
     """Leaves the results of the commands, and `RANK.json`: what a rank did."""
     pruned, compress = [], workspace.compress
@@ -46,7 +106,8 @@ def main(folder: Path) -> None:
         call([*EVALUATE, "--json", str(own / "eval.json")])
         workspace.compress = lambda *a, **k: pruned.append(k["out"].name) or compress(*a, **k)
         call([*comparison(folder / "text.txt"), "--out", str(folder / "compare")])
-        (folder / f"{ranks.number()}.json").write_text(json.dumps({"pruned": pruned}))
+        found = {"pruned": pruned, "sent": traffic(folder / "text.txt")}
+        (folder / f"{ranks.number()}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -265,6 +265,7 @@ def plan(
     dtype: Dtype = "auto",
     batch: Count | None = None,
     activation_budget: Bytes | None = None,
+    ranks: Count = 1,
     trust_remote_code: bool = False,
 ) -> Plan:
     """Estimate from the model's configuration what `compress` will take.
@@ -279,7 +280,8 @@ def plan(
         device: as in `compress`; this machine need not have it.
         dtype: as in `compress`.
         batch: as in `compress`.
-        activation_budget: as in `compress`.
+        activation_budget: as in `compress`; each rank has so much.
+        ranks: processes that torchrun would start on this machine, one for each device.
         trust_remote_code: as in `compress`.
 
     Raises:
@@ -309,6 +311,7 @@ def plan(
         device=device,
         activation_budget=activation_budget,
         folder=path_of(out),
+        ranks=ranks,
     )
 
 
@@ -332,6 +335,8 @@ def evaluate(
     progress: Progress = silent,
 ) -> Evaluation:
     """Measure the perplexity of a model on texts, each cut into non-overlapping windows, and its zero-shot accuracy.
+
+    Ranks share windows and questions: each has the model on its own device, and all return the same numbers.
 
     Args:
         model: as in `compress`.

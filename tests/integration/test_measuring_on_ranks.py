@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import besa
 from besa.errors import BesaError
 from besa.evaluation.result import Evaluation
 from besa.methods.recipe import Recipe
@@ -18,7 +19,7 @@ from besa.studies.origin import Origin
 from besa.studies.sharing import check_alike, share_out
 from besa.studies.workspace import Conditions, Measures, Workspace
 from besa.system import ranks
-from tests.on_ranks import EVALUATE, MODEL, call, comparison, with_tiny_questions
+from tests.on_ranks import EVALUATE, MODEL, RECIPES, SIZES, call, comparison, recipe, with_tiny_questions
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,15 @@ def test_a_comparison_is_that_of_one_process(folder: Path, tmp_path: Path) -> No
     of_ranks = [one["pruned"] for one in done_by(folder)]
     assert all(of_ranks)
     assert len({*of_ranks[0], *of_ranks[1]}) == len([*of_ranks[0], *of_ranks[1]]) == 4
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_ranks_send_as_many_bytes_as_planned(folder: Path, name: str) -> None:
+    planned = besa.plan(MODEL, recipe(name), ranks=2, **SIZES)
+    assert planned.traffic_bytes.keys() >= {"statistics", "rank", "measure"}
+    for one in done_by(folder):
+        sent = {phase: size for phase, size in one["sent"][name].items() if size}
+        assert sent == {phase: planned.blocks * size for phase, size in planned.traffic_bytes.items()}
 
 
 @pytest.fixture

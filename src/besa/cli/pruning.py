@@ -171,6 +171,9 @@ def plan_command(
     skip: SkipOption = None,
     sparsity_of: SparsityOfOption = None,
     activation_budget: BudgetOption = None,
+    ranks: Annotated[
+        int, typer.Option(min=1, help="Processes that torchrun would start here, one for each device.")
+    ] = 1,
     json: JsonOption = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
@@ -188,6 +191,7 @@ def plan_command(
         dtype=dtype.value,
         batch=batch,
         activation_budget=bytes_of(activation_budget),
+        ranks=ranks,
         trust_remote_code=trust_remote_code,
     )
     keep(result, json)

@@ -13,26 +13,34 @@ from besa.pruning.paths import dense_share
 from besa.settings import LARGEST
 
 
-def forward_passes(recipe: Recipe, samples: int, seqlen: int) -> float:
+def forward_passes(recipe: Recipe, samples: int, seqlen: int, ranks: int = 1, sequences: int | None = None) -> float:
     """Forward passes over the calibration set, through all blocks, that a recipe takes at most.
+
+    Of several ranks, those of the rank with the most sequences, over its own. In a learning step on fewer sequences
+    than ranks, all ranks wait for those that have one.
 
     Args:
         recipe: the method.
         samples: calibration sequences.
         seqlen: tokens of each.
+        ranks: that share them.
+        sequences: of the rank with the most; by default all.
     """
+    own = sequences or samples
     share, tokens = dense_share(recipe, seqlen)
-    dense = -(-samples // share) * tokens / (samples * seqlen)
+    dense = -(-own // share) * tokens / (own * seqlen)
     passes = dense + 2  # the dense path, statistics, the pruned path
     parts = 2 if recipe.granularity == "attn-mlp" else 1  # attention has its own teacher and its own steps
     if parts == 2:
         passes += 1 if recipe.teacher == "pruned" else dense
     if recipe.descent is not None:
-        learned = recipe.descent.steps * first_tokens(seqlen, recipe.descent.crop)
-        passes += 3 * parts * learned / (samples * seqlen)
+        steps = recipe.descent.steps * -(-min(recipe.descent.batch, samples) // ranks)
+        passes += 3 * parts * steps * first_tokens(seqlen, recipe.descent.crop) / (own * seqlen)
     if recipe.allocation.probes_every is not None:
         passes += 2 / recipe.allocation.probes_every
-    return passes + recipe.targets.passes + recipe.finetune.passes
+    step = recipe.finetune.step_sequences
+    waiting = samples / own * -(-step // ranks) / step - 1  # 0 if the steps are divided as the set is
+    return passes + recipe.targets.passes + recipe.finetune.passes + waiting * recipe.finetune.learned_passes
 
 
 def spending(recipe: Recipe, passes: float, samples: int, seqlen: int) -> Recipe:
