@@ -87,12 +87,12 @@ def counting() -> Iterator[Counter[str]]:
         yield sent
 
 
-def traffic(text: Path) -> dict[str, Counter[str]]:
-    """Bytes sent by phase while the whole model is pruned, by name of the recipe."""
+def traffic(folder: Path) -> dict[str, Counter[str]]:
+    """Bytes sent by phase while a whole model is pruned, by name of the recipe."""
     by_recipe = {}
     for name in RECIPES:
         with counting() as by_recipe[name]:
-            besa.compress(str(MODEL), recipe(name), str(text), **SIZES)
+            besa.compress(str(folder / "model"), recipe(name), str(folder / "text.txt"), **SIZES)
     return by_recipe
 
 
@@ -106,7 +106,7 @@ def main(folder: Path) -> None:
         call([*EVALUATE, "--json", str(own / "eval.json")])
         workspace.compress = lambda *a, **k: pruned.append(k["out"].name) or compress(*a, **k)
         call([*comparison(folder / "text.txt"), "--out", str(folder / "compare")])
-        found = {"pruned": pruned, "sent": traffic(folder / "text.txt")}
+        found = {"pruned": pruned, "sent": traffic(folder)}
         (folder / f"{ranks.number()}.json").write_text(json.dumps(found))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import besa
 from besa.errors import BesaError
@@ -27,6 +28,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two ranks have done what `tests.on_ranks` says."""
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "text.txt").write_text((MODEL / "calibration.txt").read_text(encoding="utf-8")[:20_000])
+    small = AutoModelForCausalLM.from_pretrained(MODEL, num_hidden_layers=2)
+    small.save_pretrained(folder / "model")
+    AutoTokenizer.from_pretrained(MODEL).save_pretrained(folder / "model")
     root = Path(__file__).parents[2]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     started = subprocess.run(
@@ -73,7 +77,7 @@ def test_a_comparison_is_that_of_one_process(folder: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_ranks_send_as_many_bytes_as_planned(folder: Path, name: str) -> None:
-    planned = besa.plan(MODEL, recipe(name), ranks=2, **SIZES)
+    planned = besa.plan(folder / "model", recipe(name), ranks=2, **SIZES)
     assert planned.traffic_bytes.keys() >= {"statistics", "rank", "measure"}
     for one in done_by(folder):
         sent = {phase: size for phase, size in one["sent"][name].items() if size}
