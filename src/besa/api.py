@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from besa.checkpoint.opening import open_decoder
 from besa.checkpoint.writer import disk_bytes, finish
-from besa.data.arguments import Bos, Bytes, Count, Dtype, Length, checked
+from besa.data.arguments import Bos, Bytes, Count, Dtype, Length, Ranks, checked
 from besa.data.calibration import Calibration, sample
 from besa.data.seeds import check_seed
 from besa.data.tokens import check_known
@@ -265,7 +265,7 @@ def plan(
     dtype: Dtype = "auto",
     batch: Count | None = None,
     activation_budget: Bytes | None = None,
-    ranks: Count = 1,
+    ranks: Ranks = 1,
     trust_remote_code: bool = False,
 ) -> Plan:
     """Estimate from the model's configuration what `compress` will take.

@@ -172,7 +172,7 @@ def plan_command(
     sparsity_of: SparsityOfOption = None,
     activation_budget: BudgetOption = None,
     ranks: Annotated[
-        int, typer.Option(min=1, help="Processes that torchrun would start here, one for each device.")
+        int, typer.Option(min=1, max=1024, help="Processes that torchrun would start here, one for each device.")
     ] = 1,
     json: JsonOption = None,
     trust_remote_code: TrustOption = False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from besa.errors import BesaError
@@ -55,13 +56,13 @@ def share_out(workspace: Workspace, runs: Sequence[tuple[Recipe | None, int]]) -
             break
         if workspace.done(recipe, seed):
             continue
-        with taken(folder / f"{workspace.key(recipe, seed)}.{LOCK}") as mine, ranks.alone():
-            if not mine or workspace.done(recipe, seed):
-                continue
-            try:
-                workspace.outcome(recipe, seed)
-            except BesaError as error:
-                problem = str(error)
+        try:
+            with taken(folder / f"{workspace.key(recipe, seed)}.{LOCK}") as mine, ranks.alone():
+                if mine and not workspace.done(recipe, seed):
+                    workspace.outcome(recipe, seed)
+        except BesaError as error:
+            problem = str(error)
+            with suppress(OSError):  # on a full disk, the others find out by themselves
                 (folder / FAILED).touch()
     problem = next(filter(None, ranks.all_of(problem)), "")
     if ranks.is_first():
