@@ -252,7 +252,7 @@ def block(
         DecoderInMemory(model.eval().requires_grad_(False)),
         recipe,
         calibration,
-        resources=Resources(default_batch(seqlen, device), device, Room(device)),
+        resources=Resources(default_batch(samples, seqlen, device), device, Room(device)),
     )
     seconds = time.perf_counter() - began
     free = total_bytes(device)

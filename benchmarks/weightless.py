@@ -228,6 +228,7 @@ def seen(config: PreTrainedConfig, recipe: Recipe, samples: int, seqlen: int, me
     class Watch:
         def __init__(self, device: torch.device) -> None:
             self.seconds: dict[str, float] = {}
+            self.sent: dict[str, int] = {}
 
         def __call__(self, phase: str) -> AbstractContextManager[None]:
             return trace.watch(phase)
@@ -238,7 +239,7 @@ def seen(config: PreTrainedConfig, recipe: Recipe, samples: int, seqlen: int, me
     size = SimpleNamespace(free=memory, total=memory)
     with trace.open(), mock.patch.object(pretend, "memory", size), mock.patch.object(loop, "Stopwatch", Watch):
         decoder, calibration = WeightlessDecoder(config, trace), Calibration(tokens_NT, "random tokens", 0)
-        resources = Resources(default_batch(seqlen, device), device, Room(device))
+        resources = Resources(default_batch(samples, seqlen, device), device, Room(device))
         loop.prune_blocks(decoder, recipe, calibration, resources=resources)
     return trace.phases
 

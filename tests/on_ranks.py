@@ -1,114 +1,101 @@
-"""What each of several ranks does in a folder; torchrun starts them: `torchrun … -m tests.on_ranks FOLDER`."""
+"""Every kind of method on tiny models, by one rank or several, with a digest of each result.
 
+python -m tests.on_ranks FOLDER all                          # one rank
+torchrun --nproc-per-node 3 -m tests.on_ranks FOLDER first
+"""
+
+from __future__ import annotations
+
+import hashlib
 import json
 import sys
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 
 import besa
-from besa.cli import app
-from besa.data import questions
+from besa.data.calibration import Calibration
 from besa.methods.recipe import Recipe
-from besa.studies import workspace
 from besa.system import ranks
 from besa.system.joining import joined
-from besa.system.stopwatch import Stopwatch
-from tests.tiny_questions import write
 
-MODEL = Path(__file__).parent / "assets" / "tiny-llama"
-EVALUATE = [
-    *("eval", str(MODEL), "--ppl", str(MODEL / "heldout.txt"), "--window", "64", "--max-windows", "11"),
-    *("--tasks", "piqa,arc_easy", "--batch", "4"),
-]
-SIZES = {"samples": 5, "seqlen": 32, "batch": 2}
-FEW = ["allocation.steps=3", "allocation.tolerance=0"]  # all of them are taken
-RECIPES = {  # by name: a shipped recipe, and settings
+DIGESTS = "digests.json"
+TINY_LLAMA = Path(__file__).parent / "assets" / "tiny-llama"
+EIGHT_EXPERTS = MixtralConfig(
+    vocab_size=1024,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    num_local_experts=8,
+    num_experts_per_tok=1,
+)
+TWO_EACH = ["allocation.batch=2", "allocation.steps=9"]
+CASES: dict[str, tuple[str, list[str]]] = {
     "wanda": ("wanda", []),
+    "magnitude": ("magnitude", []),
+    "ria": ("ria", ["sparsity=0.6"]),
     "sparsegpt": ("sparsegpt", []),
-    "sparsegpt-fixed": ("sparsegpt", ["reconstruction.mask=fixed"]),
     "fast": ("fast", []),
-    "best": ("best", ["finetune.epochs=1"]),
-    "besa": ("besa", FEW),
-    "attn-mlp": ("besa", [*FEW, "allocation.granularity=attn-mlp", "skip=['*.k_proj']"]),
-    "two-blocks": ("besa-layerwise", [*FEW, "allocation.granularity=two-blocks", "reconstruction.method=cg"]),
-    "joint": ("besa-int4", [*FEW, "quantization.group=32"]),
-    "first": ("besa-int4", [*FEW, "quantization.clipping=first", "quantization.ranks=quantized"]),
-    "mixed": ("wanda", ["allocation={method: nm, mixed: true}"]),
+    "best": ("best", ["finetune.epochs=2", "finetune.batch=1"]),
+    "besa": ("besa", TWO_EACH),
+    "besa-layerwise": ("besa-layerwise", [*TWO_EACH, "allocation.granularity=attn-mlp"]),
+    "besa-pruned-teacher": ("besa", [*TWO_EACH, "allocation.teacher=pruned"]),
+    "besa-two-blocks": ("besa", [*TWO_EACH, "allocation.granularity=two-blocks"]),
+    "besa-int4": ("besa-int4", TWO_EACH),
+    "wanda-int4": ("wanda-int4", ["quantization.batch=2"]),
+    "2-of-4": ("sparsegpt", ["allocation={method: nm}"]),
+    "mixed patterns": ("wanda", ["allocation={method: nm, mixed: true}"]),
+    "structured": ("wanda", ["allocation.method=structured"]),
+    "owl": ("sparsegpt", ["targets.method=owl"]),
+    "search": ("wanda", ["targets.method=search"]),
 }
+FIRST = ("wanda", "magnitude", "sparsegpt", "fast", "besa")
+ON_EXPERTS = ("wanda", "sparsegpt", "fast", "best", "besa")  # of a mixture, ranks see different experts
+ON_FEW = ("fast", "best", "besa", "structured", "search")  # two sequences in one batch: other ranks have none
 
 
-def recipe(name: str) -> Recipe:
-    """One of `RECIPES`."""
-    shipped, settings = RECIPES[name]
-    return Recipe.load(shipped, None, settings)
-
-
-def comparison(text: Path) -> list[str]:
-    """A comparison of four runs and the dense model."""
-    sizes = ["--calibration", str(text), "--samples", "4", "--seqlen", "32", "--window", "32", "--max-windows", "4"]
-    recipes = ["--recipes", "magnitude,wanda", "--sparsity", "0.5", "--seeds", "2"]
-    return ["compare", str(MODEL), *recipes, "--ppl", str(MODEL / "heldout.txt"), *sizes]
-
-
-def with_tiny_questions(folder: Path, patch: Any) -> None:
-    """The questions of tasks are six each, written to the folder."""
-    patch(questions, "fetch", lambda name, progress: write(name.removeprefix("zero-shot-"), folder))
-
-
-def call(arguments: list[str]) -> None:
-    """The command line, in this process."""
-    app(arguments, prog_name="besa", standalone_mode=False)
-
-
-@contextmanager
-def counting() -> Iterator[Counter[str]]:
-    """While open, counts the bytes that this rank sends by phase of a run, those of JSON aside."""
-    sent: Counter[str] = Counter()
-    all_of, phase_of = ranks.all_of, Stopwatch.__call__
-
-    def uncounted(thing: Any) -> list[Any]:
-        before = ranks._group.sent
-        things = all_of(thing)
-        ranks._group.sent = before
-        return things
-
-    @contextmanager
-    def counted(watch: Stopwatch, phase: str) -> Iterator[None]:
-        ranks.sent()
-        with phase_of(watch, phase):
-            yield
-        sent[phase] += ranks.sent()
-
-    with patch.object(ranks, "all_of", uncounted), patch.object(Stopwatch, "__call__", counted):
-        yield sent
-
-
-def traffic(folder: Path) -> dict[str, Counter[str]]:
-    """Bytes sent by phase while a whole model is pruned, by name of the recipe."""
-    by_recipe = {}
-    for name in RECIPES:
-        with counting() as by_recipe[name]:
-            besa.compress(str(folder / "model"), recipe(name), str(folder / "text.txt"), **SIZES)
-    return by_recipe
-
-
-def main(folder: Path) -> None:
-    """Leaves the results of the commands, and `RANK.json`: what a rank did."""
-    pruned, compress = [], workspace.compress
+def main(out: Path, which: str) -> None:
+    """Prune by every method, or by the `first`; rank 0 writes digests to the file DIGESTS in the folder `out`."""
+    torch.set_num_threads(1)
     with joined():
-        own = folder / f"{ranks.number()}"
-        own.mkdir()
-        with_tiny_questions(own, setattr)
-        call([*EVALUATE, "--json", str(own / "eval.json")])
-        workspace.compress = lambda *a, **k: pruned.append(k["out"].name) or compress(*a, **k)
-        call([*comparison(folder / "text.txt"), "--out", str(folder / "compare")])
-        found = {"pruned": pruned, "sent": traffic(folder)}
-        (folder / f"{ranks.number()}.json").write_text(json.dumps(found))
+        recipes = {name: Recipe.load(recipe, overrides=changes) for name, (recipe, changes) in CASES.items()}
+        experts = out / "experts"
+        if ranks.is_first():
+            torch.manual_seed(0)
+            AutoModelForCausalLM.from_config(EIGHT_EXPERTS).save_pretrained(experts)
+        ranks.wait()
+        digests = {name: _digest(TINY_LLAMA, recipes[name], 11, out / name) for name in _some(CASES, which)}
+        for name in _some(ON_EXPERTS, which):
+            digests[f"{name} of experts"] = _digest(experts, recipes[name], 11, out / f"{name}-experts")
+        for name in _some(ON_FEW, which):
+            digests[f"{name} of few"] = _digest(TINY_LLAMA, recipes[name], 2, out / f"{name}-few")
+        if ranks.is_first():
+            (out / DIGESTS).write_text(json.dumps(digests))
+
+
+def _some(names: Iterable[str], which: str) -> list[str]:
+    return [name for name in names if which == "all" or name in FIRST]
+
+
+def _digest(model: Path, recipe: Recipe, samples: int, out: Path) -> dict[str, Any]:
+    """The number of zeros, a digest of the tensors, and what was measured."""
+    tokens_NT = torch.randint(3, 1000, (samples, 24), generator=torch.Generator().manual_seed(0))
+    tokenizer = AutoTokenizer.from_pretrained(TINY_LLAMA)
+    calibration = Calibration(tokens_NT, "random tokens", 0)
+    record = besa.compress(model, recipe, calibration, out=out, batch=2, tokenizer=tokenizer, device="cpu").record
+    return {
+        "zeros": record.zeros,
+        "tensors": hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest(),
+        "losses": [block.losses + block.finetuning for block in record.blocks],
+        "errors": [block.reconstruction_error for block in record.blocks],
+        "sent": [block.sent for block in record.blocks],
+    }
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -52,6 +52,7 @@ from besa.storage.writing import check_space
 from besa.system import memory, ranks
 from besa.system.devices import check_dtype, named_device, resolve_device
 from besa.system.machine import machine, versions
+from besa.system.ranks import together
 
 BATCH_TOKENS = 2048  # default tokens in a forward pass
 ACCELERATOR_BATCH_TOKENS = 8192  # the same on any other device than the CPU, which needs more to be busy
@@ -153,10 +154,13 @@ def compress(
         )
         decoder, tokenizer, identity = open_decoder(opened, tokenizer, dtype, out is not None)
         check_dtype(decoder.model.dtype, device)
+        begun = ranks.from_first(journal.begun or {} if journal is not None else {})
+        recipe = recipe.settled(ranks.count(), begun.get("recipe", {}))
         calibration, notes = _calibration(
             calibration, decoder.model, tokenizer, samples=samples, seqlen=seqlen, bos=bos, seed=seed, progress=progress
         )
-        batch = min(calibration.samples, batch or default_batch(calibration.seqlen, device))
+        batch = batch or begun.get("batch") or default_batch(calibration.samples, calibration.seqlen, device)
+        batch = min(calibration.samples, batch)
         if journal is not None:
             journal.begin(_decisive(recipe, identity, calibration, seed, batch, device) | {"dequantized": dequantized})
             size = decoder.model.num_parameters() * decoder.model.dtype.itemsize + decoder.unbuilt_bytes
@@ -181,8 +185,9 @@ def compress(
             blocks=blocks,
             **_totals(blocks, decoder, identity["parameters"]),
             seconds=time.perf_counter() - began,
-            peak_memory_bytes=memory.peak_bytes(),
-            peak_gpu_memory_bytes=memory.peak_gpu_bytes(device),
+            ranks=ranks.count(),
+            peak_memory_bytes=max(ranks.all_of(memory.peak_bytes())),
+            peak_gpu_memory_bytes=max(ranks.all_of(memory.peak_gpu_bytes(device) or 0)) or None,
             notes=notes,
             restored_blocks=journal.restored if journal else 0,
         )
@@ -300,14 +305,16 @@ def plan(
     room = positions(empty)
     seqlen = room.usual if seqlen is None else seqlen
     room.checked(seqlen, "--seqlen")
+    with together(0, ranks):
+        batch = batch or default_batch(samples, seqlen, device)
     return work_out(
         source.name,
         empty,
         find_blocks(empty),
-        _chosen(recipe, sparsity),
+        _chosen(recipe, sparsity).settled(ranks, {}),
         samples=samples,
         seqlen=seqlen,
-        batch=min(samples, batch or default_batch(seqlen, device)),
+        batch=min(samples, batch),
         device=device,
         activation_budget=activation_budget,
         folder=path_of(out),
@@ -444,6 +451,7 @@ def simulate(
     return simulate_checkpoint(source, tokens, accelerator or Accelerator(), progress)
 
 
-def default_batch(seqlen: int, device: torch.device) -> int:
-    """Default number of sequences in a forward pass, which keeps the device busy."""
-    return max(1, (BATCH_TOKENS if device.type == "cpu" else ACCELERATOR_BATCH_TOKENS) // seqlen)
+def default_batch(samples: int, seqlen: int, device: torch.device) -> int:
+    """Default number of sequences in a forward pass, which keeps every device busy."""
+    busy = (BATCH_TOKENS if device.type == "cpu" else ACCELERATOR_BATCH_TOKENS) // seqlen
+    return max(1, min(busy, -(-samples // ranks.count())))

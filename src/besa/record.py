@@ -54,6 +54,7 @@ class BlockRecord(Record):
     )
     seconds: float
     phases: dict[str, float] = Field(default={}, description="seconds by phase")
+    sent: dict[str, int] = Field(default={}, description="bytes that each of several ranks sent to others, by phase")
     linears: list[LinearRecord]
 
 
@@ -88,7 +89,8 @@ class RunRecord(Record):
         default={}, description="weights of the blocks' matrices that stay dense, by name within a block"
     )
     seconds: float
-    peak_memory_bytes: int
+    ranks: int = Field(default=1, description="processes that pruned together")
+    peak_memory_bytes: int = Field(description="of the process that took most")
     peak_gpu_memory_bytes: int | None = None
     notes: list[str] = Field(default=[], description="notices for the user, one sentence each")
     passed_through: PassedThrough = PassedThrough()

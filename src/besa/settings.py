@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
 
 LARGEST = 2**31 - 1  # largest integer of a setting, so that counts fit into 32 bits
+MOST_SHARED = 8  # sequences of a step that several ranks share by default (docs/log.md)
 
 
 class Settings(BaseModel):
@@ -20,3 +22,33 @@ class Settings(BaseModel):
             if isinstance(value, int) and value > LARGEST:
                 raise ValueError(f"{name} is larger than {LARGEST:,}: ask for less")
         return self
+
+
+def _batch(value: Any) -> int | str:
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value  # type: ignore[no-any-return]
+    raise ValueError(f"batch is {value!r:.80} but must be a number of sequences from 1 on, or auto")
+
+
+class Learning(Settings):
+    """Base of parts that learn step by step."""
+
+    batch: Annotated[int | Literal["auto"], PlainValidator(_batch)] = Field(
+        default="auto", description="sequences of a learning step; auto: one, or one for each of several ranks"
+    )
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of a step; one until `settled` has chosen another number."""
+        return 1 if self.batch == "auto" else self.batch
+
+    def settled(self, ranks: int, begun: Mapping[str, Any]) -> Self:
+        """The same with a number of sequences.
+
+        Args:
+            ranks: that share the sequences of a step.
+            begun: settings of the same part in a run that is resumed, if there is one: its number stays.
+        """
+        if self.batch != "auto":
+            return self
+        return self.model_copy(update={"batch": begun.get("batch", min(ranks, MOST_SHARED))})

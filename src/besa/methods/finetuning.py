@@ -22,7 +22,7 @@ from besa.models.blocks import Block
 from besa.models.transfers import fetched
 from besa.models.units import Unit
 from besa.observing.losses import reconstruction_error, token_weighted_error
-from besa.settings import Settings
+from besa.settings import Learning, Settings
 from besa.system import ranks
 from besa.system.machine import learning_dtype, loss_scaler
 from besa.system.ranks import Share
@@ -66,7 +66,7 @@ class Finetuner(Settings):
         return 0.0
 
     @property
-    def step_sequences(self) -> int:
+    def sequences(self) -> int:
         """Sequences of a learning step."""
         return 1
 
@@ -127,7 +127,7 @@ class NoFinetuning(Finetuner):
         return Finetuned()
 
 
-class MaskedAdam(Finetuner):
+class MaskedAdam(Learning, Finetuner):
     """Adam on the weights that are not zero, with a step size that falls linearly to zero.
 
     The loss on held-out sequences is measured after every epoch. The best weights are kept. The first epoch that does
@@ -136,7 +136,6 @@ class MaskedAdam(Finetuner):
 
     method: Literal["adam"] = "adam"
     epochs: int = Field(default=2, ge=1, description="passes over the calibration set, at most")
-    batch: int = Field(default=1, ge=1, description="sequences of a step, which ranks share")
     rate: float = Field(default=1e-3, gt=0, description="first step size, as a share of a matrix's root mean square")
     held_out: int = Field(default=16, ge=2, description="one sequence in so many is held out")
     loss: Literal["channel", "token"] = Field(
@@ -167,11 +166,6 @@ class MaskedAdam(Finetuner):
         """Forward and backward over the sequences learned from, in all epochs."""
         return self.epochs * 3 * (1 - 1 / self.held_out)
 
-    @property
-    def step_sequences(self) -> int:
-        """As `batch` says."""
-        return self.batch
-
     def summed_bytes(self, shapes: Sequence[tuple[int, int]], samples: int) -> int:
         """Float32 gradients of all weights, and for each linear whether any token of the step reached it."""
         weights = sum(rows * columns for rows, columns in shapes)
@@ -180,7 +174,7 @@ class MaskedAdam(Finetuner):
     def _steps(self, samples: int) -> int:
         """The number of learning steps in all epochs."""
         _, learned = self._split(samples)
-        return self.epochs * -(-len(learned) // self.batch)
+        return self.epochs * -(-len(learned) // self.sequences)
 
     def bytes_per_weight(self, item: int) -> int:
         """Weight, gradient, two moments and the best weight so far in float32, the mask, and copies to multiply."""
@@ -212,7 +206,7 @@ class MaskedAdam(Finetuner):
         losses = [self._mean_loss(block, leaves, inputs_NTC, targets_NTC, own_held)]
         best = {name: leaf.detach().clone() for name, leaf in leaves.items()}
         for _ in range(self.epochs):
-            for sequences in one_pass(learned, self.batch, generator):
+            for sequences in one_pass(learned, self.sequences, generator):
                 for place in share.own(sequences):
                     scaler.scale(self._loss(block, leaves, inputs_NTC, targets_NTC, place)).backward()
                 _average(leaves.values(), len(sequences))

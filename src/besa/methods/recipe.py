@@ -19,7 +19,7 @@ from besa.methods.reconstruction import NoReconstruction, Reconstruction
 from besa.methods.targets import Targets, UniformTargets
 from besa.models.units import Granularity
 from besa.quantization import NoQuantization, Quantization
-from besa.settings import Settings
+from besa.settings import Learning, Settings
 from besa.storage.names import check_plain, path_of
 
 RECIPES = resources.files("besa.methods") / "recipes"
@@ -89,7 +89,8 @@ class Recipe(Settings):
         """Settings of the descent on rates, clipping or both; None if nothing is learned."""
         if self.allocation.descent is not None:
             return self.allocation.descent
-        return Descent() if self.quantization.learns_first else None
+        coding = self.quantization.coding
+        return Descent(batch=coding.batch) if coding is not None and coding.learns_first else None
 
     @property
     def teacher(self) -> Literal["dense", "pruned"] | None:
@@ -137,6 +138,17 @@ class Recipe(Settings):
             BesaError: the sparsity is out of bounds, or does not go with the rest of the recipe.
         """
         return self._validated(self.name, self.model_dump() | {"sparsity": sparsity})
+
+    def settled(self, ranks: int, begun: Mapping[str, Any]) -> Recipe:
+        """The recipe with a number of sequences for the steps of all parts that learn (`Learning.settled`).
+
+        Args:
+            ranks: that share the sequences of a step.
+            begun: settings of the recipe in a run that is resumed, if there is one.
+        """
+        learning = {name: part for name, part in self if isinstance(part, Learning)}
+        settled = {name: part.settled(ranks, begun.get(name, {})) for name, part in learning.items()}
+        return self.model_copy(update=settled)
 
     def to_yaml(self) -> str:
         """The recipe as YAML, with every setting."""

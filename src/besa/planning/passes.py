@@ -34,11 +34,11 @@ def forward_passes(recipe: Recipe, samples: int, seqlen: int, ranks: int = 1, se
     if parts == 2:
         passes += 1 if recipe.teacher == "pruned" else dense
     if recipe.descent is not None:
-        steps = recipe.descent.steps * -(-min(recipe.descent.batch, samples) // ranks)
+        steps = recipe.descent.steps * -(-min(recipe.descent.sequences, samples) // ranks)
         passes += 3 * parts * steps * first_tokens(seqlen, recipe.descent.crop) / (own * seqlen)
     if recipe.allocation.probes_every is not None:
         passes += 2 / recipe.allocation.probes_every
-    step = recipe.finetune.step_sequences
+    step = recipe.finetune.sequences
     waiting = samples / own * -(-step // ranks) / step - 1  # 0 if the steps are divided as the set is
     return passes + recipe.targets.passes + recipe.finetune.passes + waiting * recipe.finetune.learned_passes
 

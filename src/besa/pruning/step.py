@@ -238,6 +238,7 @@ def _records(
                 finetuning=finetuned.losses if block is unit.blocks[-1] else [],
                 seconds=sum(watch.seconds.values()) / share,
                 phases={phase: seconds / share for phase, seconds in watch.seconds.items()},
+                sent={phase: sent // share for phase, sent in watch.sent.items()},
                 linears=block_linears,
             )
         )

@@ -13,7 +13,7 @@ from torch import Tensor
 from besa.errors import BesaError
 from besa.quantization.clipping import Clipping, Quantized
 from besa.quantization.minmax import Grid
-from besa.settings import Settings
+from besa.settings import Learning, Settings
 
 
 class Quantizer(Settings):
@@ -50,8 +50,11 @@ class NoQuantization(Quantizer):
     method: Literal["none"] = "none"
 
 
-class MinMax(Quantizer):
-    """Weights become N-bit codes on a grid between clipped extremes (eq. 7)."""
+class MinMax(Learning, Quantizer):
+    """Weights become N-bit codes on a grid between clipped extremes (eq. 7).
+
+    `batch` is of the steps that learn the clipping first; jointly, it is learned in the steps of the allocation.
+    """
 
     method: Literal["minmax"] = "minmax"
     bits: int = Field(default=4, ge=2, le=8, description="N of eq. 7")

@@ -47,20 +47,33 @@ class Journal:
         Raises:
             BesaError: the journal belongs to another run, or is damaged.
         """
-        path = self.folder / IDENTITY
-        current = json.loads(json.dumps({"format": FORMAT, **identity}))
-        if not path.exists():
-            write_file(path, json.dumps(current, indent=2))
+        current, begun = json.loads(json.dumps({"format": FORMAT, **identity})), self.begun
+        if begun is None:
+            write_file(self.folder / IDENTITY, json.dumps(current, indent=2))
             return
-        try:
-            begun = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            raise BesaError(f"{path} is damaged: remove {self.folder} and run without --resume.") from None
         difference = _difference(begun, current)
         if difference:
             raise BesaError(
                 f"{self.folder} was begun with {difference}: ask for the same again, or remove it to start anew."
             )
+
+    @property
+    def begun(self) -> dict[str, Any] | None:
+        """What `begin` wrote; None if the run has not begun.
+
+        Raises:
+            BesaError: the journal is damaged.
+        """
+        path = self.folder / IDENTITY
+        try:
+            begun = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, RecursionError):
+            begun = None
+        if not isinstance(begun, dict):
+            raise BesaError(f"{path} is damaged: remove {self.folder} and run without --resume.")
+        return begun
 
     def path(self, index: int) -> Path:
         """Path of the tensors of a block."""

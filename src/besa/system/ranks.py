@@ -227,9 +227,8 @@ def check_same(name: str, tensors: Sequence[Tensor]) -> None:
 
 
 def sent() -> int:
-    """Bytes that this rank has sent to others since the last call, if sums and gatherings go round a ring."""
-    bytes_sent, _group.sent = _group.sent, 0.0
-    return round(bytes_sent)
+    """Bytes that this rank has sent to others until now, if sums and gatherings go round a ring."""
+    return round(_group.sent)
 
 
 def _empty(shape: list[int], dtype: str) -> Tensor:

@@ -14,13 +14,13 @@ from torch import Tensor
 from besa.methods.allocation.changing import ChangingLinears
 from besa.methods.allocation.problem import BlockProblem, first_tokens
 from besa.methods.steps import Mean, one_pass
-from besa.settings import Settings
+from besa.settings import Learning
 from besa.system.machine import learning_dtype, loss_scaler
 
 LOOK_EVERY = 16  # steps, at least, between two looks at the losses
 
 
-class Descent(Settings):
+class Descent(Learning):
     """Adam with a step size that falls linearly to zero, on the mean gradient of a few sequences per step.
 
     The sequences of a step are spread evenly over the calibration set. Ranks therefore share them, and compute together
@@ -31,7 +31,6 @@ class Descent(Settings):
         default=0.5, gt=0, le=1, description="share of a sequence, from its beginning, that a step uses"
     )
     steps: int = Field(default=64, ge=1, description="learning steps; those beyond a pass repeat the calibration set")
-    batch: int = Field(default=1, ge=1, description="sequences of a step")
     tolerance: float = Field(
         default=0.01,
         ge=0,
@@ -72,7 +71,7 @@ class Descent(Settings):
         autocast = torch.autocast(problem.device.type, dtype, enabled=dtype != problem.dtype)
         scaler = loss_scaler(dtype, problem.device)
         losses: list[Tensor] = []
-        in_pass = -(-problem.share.total // self.batch)
+        in_pass = -(-problem.share.total // self.sequences)
         for sequences in self._steps(problem.share.total, problem.seed):
             for part in parts:
                 part.update()
@@ -109,7 +108,7 @@ class Descent(Settings):
         generator = torch.Generator().manual_seed(seed)
         order: list[list[int]] = []
         while len(order) < self.steps:
-            order += one_pass(range(samples), self.batch, generator)
+            order += one_pass(range(samples), self.sequences, generator)
         return order[: self.steps]
 
     def _converged(self, losses: list[Tensor], in_pass: int) -> bool:

@@ -1,0 +1,40 @@
+"""Several ranks give what one rank gives, to the bit: `tests.on_ranks` by one, two and three processes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests import on_ranks
+from tests.ranks import ROOT, started
+
+
+@pytest.fixture(scope="module")
+def digests(tmp_path_factory):
+    """The digests of every case by the number of ranks."""
+    by_ranks = {}
+    for count, which in ((1, "all"), (2, "all"), (3, "first")):
+        out = tmp_path_factory.mktemp(f"ranks-{count}")
+        if count == 1:
+            command = [sys.executable, "-m", "tests.on_ranks", str(out), which]
+            subprocess.run(command, cwd=ROOT, check=True, timeout=300)
+        else:
+            started(count, "-m", "tests.on_ranks", str(out), which)
+        by_ranks[count] = json.loads((out / on_ranks.DIGESTS).read_text())
+    return by_ranks
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_any_number_of_ranks_gives_the_same_weights(digests, count):
+    one, several = digests[1], digests[count]
+    assert len(several) >= 10
+    for case, digest in several.items():
+        for part in ("zeros", "tensors", "losses"):
+            assert digest[part] == one[case][part], f"{part} of {case}"
+        assert digest["errors"] == pytest.approx(one[case]["errors"], rel=1e-5), case
+
+
+def test_only_ranks_send(digests):
+    assert not any(sent for digest in digests[1].values() for sent in digest["sent"])
+    assert all(sum(sent.values()) > 0 for digest in digests[3].values() for sent in digest["sent"])
