@@ -81,13 +81,19 @@ def test_the_largest_models_of_the_paper_fit_one_gpu_of_80_gb(config, weights, g
     assert planned.lacking
 
 
-def test_activations_beyond_the_budget_go_to_disk(tmp_path: Path) -> None:
+@pytest.fixture
+def nothing_taken(monkeypatch: Any) -> None:
+    """This process counts as empty: what the system counts as its memory varies with the memory of others."""
+    monkeypatch.setattr(memory, "current_bytes", lambda: 0)
+
+
+def test_activations_beyond_the_budget_go_to_disk(tmp_path: Path, nothing_taken: None) -> None:
     LLAMA_70B.save_pretrained(tmp_path)
     near, far = (besa.plan(tmp_path, out=tmp_path, activation_budget=size) for size in (10**15, 1))
     assert near.activation_bytes == far.activation_bytes == 1.5 * 128 * 2048 * 8192 * 2
     assert near.activation_places == {"device": 0, "host": near.activation_bytes, "file": 0}
     assert far.activation_places == {"device": 0, "host": 0, "file": far.activation_bytes}
-    assert near.memory_bytes - far.memory_bytes == pytest.approx(near.activation_bytes, rel=0.05)
+    assert near.memory_bytes - far.memory_bytes == near.activation_bytes
     assert far.disk_bytes - near.disk_bytes == near.activation_bytes
 
 
@@ -120,12 +126,14 @@ def test_hidden_states_are_planned_where_they_will_be(
     assert plan.lacking == [f"GPU memory ({pretend.memory.total / 1e9:.1f} GB)"]
 
 
-def test_memory_that_cpu_and_gpu_share_is_planned_once(tiny_llama_folder: Path, tmp_path: Path) -> None:
+def test_memory_that_cpu_and_gpu_share_is_planned_once(
+    tiny_llama_folder: Path, tmp_path: Path, nothing_taken: None
+) -> None:
     sizes = {"samples": 64, "seqlen": 64, "out": tmp_path, "batch": 4, "activation_budget": 1 << 30}
     cpu, mps = (besa.plan(tiny_llama_folder, "besa", device=device, **sizes) for device in ("cpu", "mps"))
     assert mps.gpu_memory_bytes is None
     assert mps.activation_places == {"device": cpu.activation_bytes, "host": 0, "file": 0}
-    assert mps.memory_bytes == pytest.approx(cpu.memory_bytes, rel=0.02)  # of the process, which grows as it works
+    assert mps.memory_bytes == cpu.memory_bytes
 
 
 def test_a_gpu_that_is_not_here_is_planned_without_a_limit(tmp_path: Path, monkeypatch: Any) -> None:
@@ -266,7 +274,9 @@ def test_passes_of_a_rank_are_over_its_own_sequences(recipe, settings, passes, t
     assert plan.sequences == 16
 
 
-def test_all_ranks_must_fit_here(tiny_llama_folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_all_ranks_must_fit_here(
+    tiny_llama_folder: Path, tmp_path: Path, monkeypatch: Any, nothing_taken: None
+) -> None:
     sizes = SHARED | {"out": tmp_path, "ranks": 2}
     needed = besa.plan(tiny_llama_folder, **sizes).memory_bytes
     monkeypatch.setattr(memory, "total_bytes", lambda: int(1.5 * needed))
