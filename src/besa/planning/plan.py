@@ -21,7 +21,7 @@ from besa.methods.targets.budgets import budgets
 from besa.models.activations import Place, Room
 from besa.models.blocks import Block, left_dense
 from besa.models.units import Unit, units
-from besa.planning.passes import forward_passes
+from besa.planning.passes import forward_passes, most, shares_of
 from besa.planning.peak import stored_bytes, unit_bytes
 from besa.planning.shapes import learn_arguments, shared_inputs
 from besa.planning.traffic import traffic
@@ -29,7 +29,6 @@ from besa.pruning.paths import dense_share
 from besa.quantization import MinMax
 from besa.system import memory
 from besa.system.devices import is_available, shares_memory, total_bytes
-from besa.system.ranks import Share, together
 
 PLACES: tuple[Place, ...] = get_args(Place)
 TEXT = 64 << 20  # bytes of the tokenizer and the calibration text while they are read
@@ -128,15 +127,19 @@ def work_out(
         size += _code_bytes(recipe.quantization.coding, blocks, names, item)
     channels: int = model.config.get_text_config().hidden_size
     share, tokens = dense_share(recipe, seqlen)
-    shares = _shares(samples, batch, ranks)
-    sequences = max(len(own) for own in shares)
+    shares = shares_of(samples, batch, ranks)
+    sequences = most(shares)
     stream = sequences * seqlen * channels * item
     teacher = recipe.teacher
-    dense_stream = max(len(own.every(share)) for own in shares) * tokens * channels * item
+    dense_stream = most(shares, share) * tokens * channels * item
     two_parts = recipe.granularity == "attn-mlp"  # attention has its own teacher
     target = stream if teacher == "pruned" else dense_stream
     streams = [stream, dense_stream, *([target] if two_parts else []), *([stream] if teacher == "pruned" else [])]
-    surveyed = [stream // sequences] * _surveyed(recipe, samples, batch, ranks, len(blocks))
+    surveyed: list[int] = []
+    if recipe.targets.measuring is not None:
+        every = recipe.targets.measuring.every
+        measured = most(shares_of(-(-samples // every), batch, ranks))
+        surveyed = [stream // sequences] * recipe.targets.sequences_kept(measured * every, len(blocks))
     # Hidden states of the targets are freed before the others are allocated.
     in_turn = [_placed(sizes, Room(device, activation_budget)) for sizes in (streams, surveyed)]
     places = {place: max(placed[place] for placed in in_turn) for place in PLACES}
@@ -183,28 +186,10 @@ def work_out(
         activation_places=places,
         memory_bytes=needs,
         gpu_memory_bytes=gpu,
-        forward_passes=forward_passes(recipe, samples, seqlen, ranks, sequences),
+        forward_passes=forward_passes(recipe, samples, seqlen, batch, ranks),
         fits=not lacking,
         lacking=lacking,
     )
-
-
-def _shares(samples: int, batch: int, ranks: int) -> list[Share]:
-    """The sequences of each rank."""
-    shares = []
-    for number in range(ranks):
-        with together(number, ranks):
-            shares.append(Share.of(samples, batch))
-    return shares
-
-
-def _surveyed(recipe: Recipe, samples: int, batch: int, ranks: int, blocks: int) -> int:
-    """The number of sequences whose hidden states a rank keeps at once, to measure targets."""
-    if recipe.targets.measuring is None:
-        return 0
-    every = recipe.targets.measuring.every
-    measured = max(len(own) for own in _shares(-(-samples // every), batch, ranks))
-    return recipe.targets.sequences_kept(measured * every, blocks)
 
 
 def _lacking(needs: int, gpu: int | None, disk: int, device: torch.device, folder: Path, ranks: int) -> Iterator[str]:
