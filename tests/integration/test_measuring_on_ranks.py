@@ -1,6 +1,7 @@
 """Evaluations, comparisons and plans of two ranks, which torchrun starts once, against those of one process."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from besa.errors import BesaError
 from besa.evaluation.result import Evaluation
 from besa.methods.recipe import Recipe
 from besa.storage.writing import taken
+from besa.studies import workspace as workspace_module
 from besa.studies.comparing import Comparison
 from besa.studies.origin import Origin
 from besa.studies.sharing import check_alike, share_out
@@ -109,6 +111,23 @@ def test_what_another_rank_works_on_is_left_to_it(workspace: Workspace, monkeypa
         assert mine
         share_out(workspace, RUNS)
     assert asked == [(1, 1)]  # it works by itself
+
+
+def test_ranks_compute_on_their_own_devices_under_the_same_keys(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, asked = Origin.here("cpu"), []
+    monkeypatch.setattr(Origin, "here", lambda device: asked.append(device) or here)
+    for name in ("compress", "evaluate"):
+        monkeypatch.setattr(workspace_module, name, lambda *_, **given: asked.append(given["device"]) or 1 / 0)
+    first = replace(workspace, conditions=replace(workspace.conditions, device="cuda:0"))
+    second = replace(first, device="cuda:1")
+    assert second.key(*RUNS[0]) == first.key(*RUNS[0])
+    assert second.decisive() == first.decisive()
+    for one in (None, RUNS[0][0]):
+        with pytest.raises(ZeroDivisionError):
+            second.outcome(one)
+    assert asked == ["cuda:1", "cuda:0", "cuda:1", "cuda:1"]
 
 
 def test_ranks_that_cannot_work_together_are_refused(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
