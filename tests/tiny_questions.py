@@ -1,5 +1,11 @@
 """Six questions for each zero-shot task, with the columns of its data set on the Hugging Face Hub."""
 
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow as pa
+
 NOUNS = ["river", "bridge", "church", "village", "army", "station"]
 
 
@@ -53,3 +59,25 @@ ON_HUB = {
 
 def rows(task):
     return [ON_HUB[task](i) for i in range(6)]
+
+
+def write(task, folder: Path) -> Path:
+    """The file of a task as the embedded ones are written."""
+    if task.startswith("arc"):
+        path = folder / f"{task}.jsonl.gz"
+        with gzip.open(path, "wt", encoding="utf-8") as file:
+            for row in rows(task):
+                gold = row["choices"]["label"].index(row["answerKey"])
+                query = f"Question: {row['question']}\nAnswer:"
+                document = {"id": row["id"], "query": query, "choices": row["choices"]["text"], "gold": gold}
+                for place in range(8):  # every answer has two requests
+                    file.write(json.dumps({"doc": document, "idx": place}) + "\n")
+        return path
+    table = pa.Table.from_pylist(rows(task))
+    if task == "boolq":
+        answers = pa.array([bool(label) for label in table["label"].to_pylist()])
+        table = table.drop_columns(["label", "idx"]).append_column("answer", answers)
+    path = folder / f"{task}.arrow"
+    with pa.ipc.new_stream(path, table.schema) as stream:
+        stream.write_table(table)
+    return path

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from besa.checkpoint.opening import open_decoder
 from besa.checkpoint.writer import disk_bytes, finish
-from besa.data.arguments import Bos, Bytes, Count, Dtype, Length, checked
+from besa.data.arguments import Bos, Bytes, Count, Dtype, Length, Ranks, checked
 from besa.data.calibration import Calibration, sample
 from besa.data.seeds import check_seed
 from besa.data.tokens import check_known
@@ -52,6 +52,7 @@ from besa.storage.writing import check_space
 from besa.system import memory, ranks
 from besa.system.devices import check_dtype, named_device, resolve_device
 from besa.system.machine import machine, versions
+from besa.system.ranks import together
 
 BATCH_TOKENS = 2048  # default tokens in a forward pass
 ACCELERATOR_BATCH_TOKENS = 8192  # the same on any other device than the CPU, which needs more to be busy
@@ -269,6 +270,7 @@ def plan(
     dtype: Dtype = "auto",
     batch: Count | None = None,
     activation_budget: Bytes | None = None,
+    ranks: Ranks = 1,
     trust_remote_code: bool = False,
 ) -> Plan:
     """Estimate from the model's configuration what `compress` will take.
@@ -283,7 +285,8 @@ def plan(
         device: as in `compress`; this machine need not have it.
         dtype: as in `compress`.
         batch: as in `compress`.
-        activation_budget: as in `compress`.
+        activation_budget: as in `compress`; each rank has so much.
+        ranks: processes that torchrun would start on this machine, one for each device.
         trust_remote_code: as in `compress`.
 
     Raises:
@@ -302,17 +305,20 @@ def plan(
     room = positions(empty)
     seqlen = room.usual if seqlen is None else seqlen
     room.checked(seqlen, "--seqlen")
+    with together(0, ranks):
+        batch = batch or default_batch(samples, seqlen, device)
     return work_out(
         source.name,
         empty,
         find_blocks(empty),
-        _chosen(recipe, sparsity),
+        _chosen(recipe, sparsity).settled(ranks, {}),
         samples=samples,
         seqlen=seqlen,
-        batch=min(samples, batch or default_batch(samples, seqlen, device)),
+        batch=min(samples, batch),
         device=device,
         activation_budget=activation_budget,
         folder=path_of(out),
+        ranks=ranks,
     )
 
 
@@ -336,6 +342,8 @@ def evaluate(
     progress: Progress = silent,
 ) -> Evaluation:
     """Measure the perplexity of a model on texts, each cut into non-overlapping windows, and its zero-shot accuracy.
+
+    Ranks share windows and questions: each has the model on its own device, and all return the same numbers.
 
     Args:
         model: as in `compress`.

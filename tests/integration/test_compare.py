@@ -98,25 +98,23 @@ def test_nothing_is_run_twice(made: tuple[Workspace, Comparison], nothing_runs: 
 def test_whatever_decides_a_result_is_in_its_key(made: tuple[Workspace, Comparison], change) -> None:
     workspace, _ = made
     recipe = Recipe.load("wanda", 0.7)
-    keys = {
-        w._key(recipe, 0) + str([w._name(one) for one in w.measures.each()]) for w in (workspace, change(workspace))
-    }
+    keys = {w.key(recipe, 0) + str([w._name(one) for one in w.measures.each()]) for w in (workspace, change(workspace))}
     assert len(keys) == 2
 
 
 def test_keys_know_recipes_seeds_and_contents(made: tuple[Workspace, Comparison], tmp_path: Path, text: str) -> None:
     workspace, _ = made
     recipe = Recipe.load("wanda", 0.7)
-    key = workspace._key(recipe, 0)
+    key = workspace.key(recipe, 0)
     assert re.fullmatch(r"wanda-0\.7-seed0-[0-9a-f]{10}", key)
-    others = [workspace._key(recipe, 1), workspace._key(Recipe.load("wanda", 0.7, ["skip=['*.k_proj']"]), 0)]
+    others = [workspace.key(recipe, 1), workspace.key(Recipe.load("wanda", 0.7, ["skip=['*.k_proj']"]), 0)]
     assert len({key, *others}) == 3
     copy = tmp_path / "another name.txt"
     copy.write_text(Path(text).read_text())
     moved = replace(workspace, conditions=replace(workspace.conditions, calibration=str(copy)))
-    same = moved._key(recipe, 0)
+    same = moved.key(recipe, 0)
     copy.write_text(Path(text).read_text() + ".")
-    assert moved._key(recipe, 0) != same
+    assert moved.key(recipe, 0) != same
 
 
 def test_another_evaluation_prunes_anew_only_where_weights_are_gone(
@@ -125,7 +123,7 @@ def test_another_evaluation_prunes_anew_only_where_weights_are_gone(
     workspace = replace(workspace_in(tmp_path, tiny_llama_folder, text), keep=True)
     recipe = Recipe.load("magnitude", 0.5)
     first = workspace.outcome(recipe)
-    assert (tmp_path / workspace._key(recipe, 0) / "model.safetensors").exists()
+    assert (tmp_path / workspace.key(recipe, 0) / "model.safetensors").exists()
     monkeypatch.setattr(workspace_module, "compress", lambda *_, **__: pytest.fail("it was pruned again"))
     other = replace(workspace, measures=replace(workspace.measures, max_windows=2)).outcome(recipe)
     assert other.record == first.record

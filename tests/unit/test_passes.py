@@ -18,6 +18,7 @@ HALF_STEPS = 88 / 64 / 2  # passes over half of every sequence
         ("besa", (), 0.5 + 2 + 3 * HALF_STEPS),
         ("besa", ("allocation.crop=1", "allocation.steps=64"), 1 + 2 + 3),
         ("besa", ("allocation.granularity=attn-mlp",), 0.5 + 2 + 0.5 + 2 * 3 * HALF_STEPS),
+        ("besa", ("allocation.batch=4",), 0.5 + 2 + 4 * 3 * HALF_STEPS),
         ("fast", (), 0.5 / 16 + 2 + 3 / 8 + 2 / 4),
         ("wanda", ("targets.method=search",), 0.5 / 16 + 2 + (3 + 1 + 4) / 8),
         ("wanda", ("targets={method: search, every: 4, strengths: [0, 1]}",), 0.5 / 16 + 2 + (3 + 1 + 2) / 4),

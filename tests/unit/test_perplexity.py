@@ -9,6 +9,8 @@ import torch
 
 from besa.errors import BesaError
 from besa.evaluation.perplexity import perplexity
+from besa.system import ranks
+from tests.pretend_ranks import each_rank
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +105,39 @@ def test_progress_is_told(tiny_llama, tokens_L):
     assert [(done, total) for done, total, _ in told] == [(2, 5), (4, 5), (5, 5)]
     assert told[-1][2] == f"perplexity {result.perplexity:.2f}"
     assert told[0][2] == f"perplexity {perplexity(tiny_llama, tokens_L[:40], 20).perplexity:.2f}"
+
+
+@pytest.mark.parametrize("count", [2, 3, 20])  # 11 windows, in batches of 2: of 20 ranks, 14 have none
+def test_any_number_of_ranks_finds_the_same_perplexity(tiny_llama, tokens_L, count):
+    alone = perplexity(tiny_llama, tokens_L[:230], 20, batch=2)
+    assert alone.windows == 11
+    seen = []
+
+    def measured():
+        own = []
+        seen.append(own)
+        return perplexity(tiny_llama, tokens_L[:230], 20, batch=2, progress=lambda *news: own.append(news))
+
+    assert each_rank(count, measured) == [alone] * count  # to the bit
+    shares = seen[:count]
+    assert [len(told) for told in shares] == {2: [3, 3], 3: [2, 2, 2]}.get(count, [len(told) for told in shares])
+    assert sum(len(told) for told in shares) == 6  # forward passes: none is done twice
+    assert all(told[-1][:2] == (11, 11) for told in shares if told)
+
+
+def test_output_that_is_not_finite_on_one_rank_ends_all(tiny_llama, tokens_L):
+    """The last window alone predicts NaN, and only the last rank has it."""
+
+    def measured():
+        def broken(input_ids, use_cache):
+            logits = tiny_llama(input_ids=input_ids, use_cache=False).logits
+            return SimpleNamespace(logits=logits * (math.nan if ranks.number() == 2 else 1))
+
+        broken.device = torch.device("cpu")
+        with pytest.raises(BesaError, match=r"^The model's output is NaN or infinite: .*\.$"):
+            perplexity(broken, tokens_L[:230], 20, batch=2)
+
+    assert each_rank(3, measured) == [None] * 3
 
 
 def test_the_recorded_perplexity_is_met(tiny_llama, tiny_llama_folder, tokens_L):

@@ -1,13 +1,10 @@
 """The embedded questions scored as lm_eval scores its own data sets, to the last digit, on the tiny Llama."""
 
-import gzip
-import json
 import sys
 from pathlib import Path
 
 import datasets
 import lm_eval.tasks
-import pyarrow as pa
 import pytest
 import torch
 from lm_eval.evaluator import evaluate
@@ -18,7 +15,9 @@ from besa.data import questions as embedded
 from besa.data.questions import TASKS, questions
 from besa.errors import BesaError
 from besa.evaluation.zero_shot import DEFINITIONS, check_tasks, zero_shot
-from tests.tiny_questions import NOUNS, rows
+from besa.system import ranks
+from tests.pretend_ranks import each_rank
+from tests.tiny_questions import NOUNS, rows, write
 
 BY_PATH = {
     ("baber/piqa", None): "piqa", ("aps/super_glue", "boolq"): "boolq", ("Rowan/hellaswag", None): "hellaswag",
@@ -33,28 +32,6 @@ def load_dataset(path, name=None, **_):
     mine, others = datasets.Dataset.from_list(rows(task)), datasets.Dataset.from_list(rows(task)[::-1])
     arc_splits = {"train": others, "validation": others, "test": mine}
     return arc_splits if task.startswith("arc") else {"train": others, "validation": mine, "test": others}
-
-
-def write(task, folder: Path) -> Path:
-    """The file of a task as the embedded ones are written."""
-    if task.startswith("arc"):
-        path = folder / f"{task}.jsonl.gz"
-        with gzip.open(path, "wt", encoding="utf-8") as file:
-            for row in rows(task):
-                gold = row["choices"]["label"].index(row["answerKey"])
-                query = f"Question: {row['question']}\nAnswer:"
-                document = {"id": row["id"], "query": query, "choices": row["choices"]["text"], "gold": gold}
-                for place in range(8):  # every answer has two requests
-                    file.write(json.dumps({"doc": document, "idx": place}) + "\n")
-        return path
-    table = pa.Table.from_pylist(rows(task))
-    if task == "boolq":
-        answers = pa.array([bool(label) for label in table["label"].to_pylist()])
-        table = table.drop_columns(["label", "idx"]).append_column("answer", answers)
-    path = folder / f"{task}.arrow"
-    with pa.ipc.new_stream(path, table.schema) as stream:
-        stream.write_table(table)
-    return path
 
 
 @pytest.fixture(autouse=True)
@@ -114,6 +91,42 @@ def test_limit_progress_and_the_record(tiny_llama, tiny_tokenizer):
     assert told[-1] == (12, 12, "zero-shot")
     assert [done for done, _, _ in told] == sorted(done for done, _, _ in told)
     assert (found.source, found.limit, found.lm_eval) == ("embedded", 3, "0.4.13")
+
+
+@pytest.mark.parametrize("count", [2, 3, 20])
+def test_ranks_share_whole_questions_and_find_the_same_accuracies(monkeypatch, tiny_llama, tiny_tokenizer, count):
+    tasks, asked = ["hellaswag", "boolq", "arc_easy"], {}
+    alone = zero_shot(tiny_llama, tiny_tokenizer, tasks)
+    original = HFLM.loglikelihood
+
+    def loglikelihood(self, requests, **settings):
+        asked[ranks.number()] = [(request.task_name, request.doc_id) for request in requests]
+        assert (self.rank, self.world_size) == (0, 1)
+        return original(self, requests, **settings)
+
+    monkeypatch.setattr(HFLM, "loglikelihood", loglikelihood)
+    monkeypatch.setenv("WORLD_SIZE", str(count))
+    assert each_rank(count, lambda: zero_shot(tiny_llama, tiny_tokenizer, tasks)) == [alone] * count
+    assert set(asked) == set(range(min(count, 18)))
+    assert sum(len(of_rank) for of_rank in asked.values()) == 6 * (4 + 2 + 4)
+    assert sum(len(set(of_rank)) for of_rank in asked.values()) == 3 * 6  # no question is on two ranks
+
+
+def test_an_error_on_one_rank_ends_all(monkeypatch, tiny_llama, tiny_tokenizer):
+    forward = tiny_llama.forward
+
+    def broken(**inputs):
+        found = forward(**inputs)
+        found.logits *= torch.inf if ranks.number() == 1 else 1
+        return found
+
+    monkeypatch.setattr(tiny_llama, "forward", broken)
+
+    def measured():
+        with pytest.raises(BesaError, match=r"^The model's output is NaN or infinite: .*\.$"):
+            zero_shot(tiny_llama, tiny_tokenizer, ["piqa"])
+
+    assert each_rank(3, measured) == [None] * 3
 
 
 def test_arc_questions_get_letters():

@@ -62,6 +62,7 @@ def evaluate_command(
     """Measure a model's perplexity on texts, and its accuracy on zero-shot tasks."""
     from besa.api import evaluate
     from besa.cli.show import evaluated, progress_bar
+    from besa.system import ranks
 
     with progress_bar(err) as tracker:
         result = evaluate(
@@ -80,7 +81,8 @@ def evaluate_command(
             trust_remote_code=trust_remote_code,
             progress=tracker,
         )
-    keep(result, json)
+    if ranks.is_first():
+        keep(result, json)
     out.print(evaluated(result))
 
 

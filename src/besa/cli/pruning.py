@@ -171,6 +171,9 @@ def plan_command(
     skip: SkipOption = None,
     sparsity_of: SparsityOfOption = None,
     activation_budget: BudgetOption = None,
+    ranks: Annotated[
+        int, typer.Option(min=1, max=1024, help="Processes that torchrun would start here, one for each device.")
+    ] = 1,
     json: JsonOption = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
@@ -188,6 +191,7 @@ def plan_command(
         dtype=dtype.value,
         batch=batch,
         activation_budget=bytes_of(activation_budget),
+        ranks=ranks,
         trust_remote_code=trust_remote_code,
     )
     keep(result, json)
@@ -234,7 +238,7 @@ def compare_command(
     from besa.models.loading import locate
     from besa.studies.comparing import compare
     from besa.studies.workspace import Conditions, Measures, Workspace
-    from besa.system import memory
+    from besa.system import memory, ranks
     from besa.system.devices import resolve_device
 
     texts = tuple(ppl or ([] if tasks else ["wiki"]))
@@ -243,12 +247,13 @@ def compare_command(
     measures = Measures(
         texts, files_of(data), usual if window is None else window, max_windows, tuple(words(tasks)), limit, hub
     )
+    own_device = str(resolve_device(device))
     conditions = Conditions(
         model,
         calibration,
         samples,
         usual if seqlen is None else seqlen,
-        str(resolve_device(device)),
+        ranks.from_first(own_device),
         dtype.value,
         batch,
         bos.value,
@@ -256,7 +261,7 @@ def compare_command(
     )
     memory.stay_lean()
     with progress_bar(err) as tracker:
-        workspace = Workspace(out_dir, conditions, measures, keep, tracker)
+        workspace = Workspace(out_dir, conditions, measures, keep, tracker, own_device)
         command = ["besa", *sys.argv[1:]]
         result = compare(workspace, words(recipes), numbers("--sparsity", sparsity, float), seeds, command)
     out.print(compared(result))

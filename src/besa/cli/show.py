@@ -96,16 +96,24 @@ def planned(plan: Plan) -> RenderableType:
     share = plan.zeros / plan.prunable_weights
     table.add_row("prunable weights", f"{plan.prunable_weights:,}, of which {plan.zeros:,} go ({share:.2%})")
     table.add_row("whole model", f"{plan.model_sparsity:.2%} of all parameters go; {_dense(plan.dense)}")
-    table.add_row("memory", f"{plan.memory_bytes / 1e9:.2f} GB at the peak")
+    each, passed = "", "the calibration set"
+    if plan.ranks > 1:
+        each, passed = " of each rank", "the sequences of a rank"
+        sent = sum(plan.traffic_bytes.values())
+        phases = ", ".join(f"{phase} {size / 1e6:.2g}" for phase, size in plan.traffic_bytes.items())
+        table.add_row("ranks", f"{plan.ranks}, each with at most {plan.sequences:,} calibration sequences")
+        table.add_row("sent by a rank", f"{sent / 1e6:,.1f} MB for a block: {phases}")
+    table.add_row("memory", f"{plan.memory_bytes / 1e9:.2f} GB at the peak{each}")
     if plan.gpu_memory_bytes is not None:
         others = plan.gpu_memory_bytes - plan.activation_places["device"]
         table.add_row(
-            "GPU memory", f"{plan.gpu_memory_bytes / 1e9:.2f} GB at the peak, {others / 1e9:.2f} GB without activations"
+            "GPU memory",
+            f"{plan.gpu_memory_bytes / 1e9:.2f} GB at the peak{each}, {others / 1e9:.2f} GB without activations",
         )
     places = [f"{size / 1e9:.2f} GB {PLACES[place]}" for place, size in plan.activation_places.items() if size]
-    table.add_row("activations", f"{plan.activation_bytes / 1e9:.2f} GB between blocks: {', '.join(places)}")
+    table.add_row("activations", f"{plan.activation_bytes / 1e9:.2f} GB{each} between blocks: {', '.join(places)}")
     table.add_row("disk", f"{plan.disk_bytes / 1e9:.2f} GB free, {plan.checkpoint_bytes / 1e9:.2f} GB of it stays")
-    table.add_row("forward passes", f"{plan.forward_passes:.3g} of the calibration set, a backward pass counted as two")
+    table.add_row("forward passes", f"{plan.forward_passes:.3g} of {passed}, a backward pass counted as two")
     table.add_row("fits here", "yes" if plan.fits else f"no: too little {' and '.join(plan.lacking)}")
     return table
 

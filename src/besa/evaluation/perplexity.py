@@ -6,6 +6,7 @@ Shape suffixes: W windows, T tokens of a window, V vocabulary.
 from __future__ import annotations
 
 import math
+from itertools import chain
 from typing import Annotated
 
 import torch
@@ -16,6 +17,8 @@ from transformers import PreTrainedModel
 
 from besa.errors import BesaError
 from besa.progress import Progress, silent
+from besa.system import ranks
+from besa.system.ranks import Share
 
 LOGITS = 2048  # tokens whose logits are in memory at a time, unless one window is longer
 TOGETHER = 16  # forward passes of an accelerator whose losses are fetched together, because fetching waits for it
@@ -58,6 +61,9 @@ def perplexity(
 ) -> Perplexity:
     """exp of the mean cross-entropy over all predicted tokens of the text's windows; the tail is dropped.
 
+    Ranks share the windows in whole forward passes, whose losses all of them add up in one order. The number is
+    therefore the same for any number of ranks.
+
     A window of T tokens is T tokens of the text, of which the first is not predicted. With a BOS token it is that and
     T − 1 tokens of the text, all of which are predicted.
 
@@ -70,7 +76,7 @@ def perplexity(
             beyond rounding.
         bytes_per_token: of the text, in UTF-8.
         bos: token that begins every window, None for none.
-        progress: told (windows done, windows, perplexity so far).
+        progress: told (windows done, windows, perplexity so far), as if all ranks were as far as this one.
 
     Raises:
         BesaError: the text is shorter than one window, or the model's output is not finite.
@@ -89,20 +95,13 @@ def perplexity(
     tokens_WT = tokens_L[: windows * text_tokens].reshape(windows, text_tokens)
     if bos is not None:
         tokens_WT = torch.cat([torch.full((windows, 1), bos), tokens_WT], dim=1)
-    total, done = 0.0, 0
-    losses: list[Tensor] = []
-    together = 1 if model.device.type == "cpu" else TOGETHER
-    for part_WT in tokens_WT.split(min(batch or max(1, LOGITS // window), windows)):
-        losses.append(_negative_log_likelihood(model, part_WT.to(model.device)))
-        done += len(part_WT)
-        if len(losses) < together and done < windows:
-            continue
-        for loss in torch.stack(losses).tolist():
-            total += loss
-        losses.clear()
-        if not math.isfinite(total):
-            raise BesaError("The model's output is NaN or infinite: try --dtype float32, or check the checkpoint.")
-        progress(done, windows, f"perplexity {_exp(total, done * (window - 1)):.2f}")
+    batch = min(batch or max(1, LOGITS // window), windows)
+    own_WT = tokens_WT[Share.of(windows, batch).places]
+    total = 0.0
+    for loss in chain.from_iterable(ranks.all_of(_losses(model, own_WT, batch, windows, progress))):
+        total += loss
+    if not math.isfinite(total):
+        raise BesaError("The model's output is NaN or infinite: try --dtype float32, or check the checkpoint.")
     predicted = windows * (window - 1)
     bits = total / predicted / math.log(2)
     return Perplexity(
@@ -122,6 +121,37 @@ def check_window(window: int) -> None:
     """
     if window < 2:
         raise BesaError(f"A window of {window} tokens predicts nothing: use at least 2.")
+
+
+def _losses(model: PreTrainedModel, own_WT: Tensor, batch: int, windows: int, progress: Progress) -> list[float]:
+    """The loss of each forward pass of this rank; if one is not finite, those up to it.
+
+    Args:
+        model: as in `perplexity`.
+        own_WT: windows of this rank.
+        batch: windows in a forward pass.
+        windows: of all ranks.
+        progress: as in `perplexity`.
+    """
+    losses: list[float] = []
+    waiting: list[Tensor] = []
+    total, done = 0.0, 0
+    together = 1 if model.device.type == "cpu" else TOGETHER
+    for part_WT in own_WT.split(batch) if len(own_WT) else ():
+        waiting.append(_negative_log_likelihood(model, part_WT.to(model.device)))
+        done += len(part_WT)
+        if len(waiting) < together and done < len(own_WT):
+            continue
+        fetched: list[float] = torch.stack(waiting).tolist()
+        waiting.clear()
+        losses += fetched
+        for loss in fetched:
+            total += loss
+        if not math.isfinite(total):
+            break
+        so_far = f"perplexity {_exp(total, done * (own_WT.shape[1] - 1)):.2f}"
+        progress(done * windows / len(own_WT), windows, so_far)
+    return losses
 
 
 @torch.no_grad()

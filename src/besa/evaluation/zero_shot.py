@@ -1,6 +1,7 @@
 """Zero-shot accuracy on the paper's six tasks, with the definitions, scoring and standard errors of lm_eval.
 
-Besa adds only the source of the questions (embedded, or the Hugging Face Hub) and the progress.
+Besa adds only the source of the questions (embedded, or the Hugging Face Hub), the progress, and ranks that share the
+questions. lm_eval itself sees one process: it forgoes its own setup for several if it is given a model, not its name.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from functools import cache
 from importlib.metadata import version
+from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,7 @@ from besa.errors import BesaError
 from besa.models.bos import adds_bos
 from besa.models.limits import embedding_rows, positions
 from besa.progress import Progress, silent
+from besa.system import ranks
 
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
@@ -117,7 +120,7 @@ def zero_shot(
     bos: str = "auto",
     progress: Progress = silent,
 ) -> ZeroShot:
-    """Measure the accuracy of a model on zero-shot tasks.
+    """Measure the accuracy of a model on zero-shot tasks. Ranks share the questions.
 
     Args:
         model: causal decoder; it runs on its own device.
@@ -125,7 +128,7 @@ def zero_shot(
         tasks: of `TASKS`.
         limit: number of questions per task, from the beginning; None for all.
         hub: use the questions of the Hugging Face Hub, as lm_eval does, instead of the embedded ones.
-        batch: answers in a forward pass; the numbers depend on it only by rounding.
+        batch: answers in a forward pass; the numbers depend on it, and on the number of ranks, only by rounding.
         bos: whether questions begin with the BOS token: ``yes``, ``no``, or ``auto`` as the tokenizer does by itself
             (lm_eval's default).
         progress: is called with (answers scored, answers, state).
@@ -215,12 +218,35 @@ def _scorer(
 
     class Scorer(HFLM):  # type: ignore[misc]
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-            self.done, self.answers = 0, len(requests)
+            """Ranks share the questions. Every rank gets the scores of all, as if it had asked them by itself."""
+            questions = [list(answers) for _, answers in groupby(requests, lambda one: (one.task_name, one.doc_id))]
+            own = [request for question in questions[ranks.number() :: ranks.count()] for request in question]
+            problem, scores = "", []
+            try:
+                scores = self._scored(own, len(requests))
+            except BesaError as error:  # all ranks end alike
+                problem = str(error)
+            of_ranks: list[list[Any]] = ranks.all_of([problem, scores])
+            for problem, _ in of_ranks:
+                if problem:
+                    raise BesaError(problem)
+            progress(len(requests), len(requests), "zero-shot")
+            left = [iter(of_rank) for _, of_rank in of_ranks]
+            return [
+                (score, greedy)
+                for place, question in enumerate(questions)
+                for score, greedy in islice(left[place % len(left)], len(question))
+            ]
+
+        def _scored(self, requests: list[Any], total: int) -> list[tuple[float, bool]]:
+            """The scores of this rank's requests, of `total` of all ranks."""
+            if not requests:
+                return []
+            self.done, self.answers, self.share = 0, total, len(requests) / total
             self.finite: list[Tensor] = []  # of each batch; read at the end, because reading waits for an accelerator
             scores: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
             if not bool(torch.stack(self.finite).all()):
                 raise BesaError("The model's output is NaN or infinite: try --dtype float32, or check the checkpoint.")
-            progress(self.answers, self.answers, "zero-shot")
             return scores
 
         def _loglikelihood_tokens(self, requests: list[Any], **settings: Any) -> list[tuple[float, bool]]:
@@ -236,7 +262,7 @@ def _scorer(
             logits: Tensor = self.model(input_ids=inps, use_cache=False).logits
             self.finite.append(logits.isfinite().all())
             self.done += len(inps)  # may end below the total: answers of one token to a question are scored together
-            progress(self.done, self.answers, "zero-shot")
+            progress(self.done / self.share, self.answers, "zero-shot")
             return logits
 
     longest = positions(model).most  # longer questions lose their beginning

@@ -6,7 +6,7 @@ Shape suffixes: N sequences, T tokens, C channels of the residual stream, O rows
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Annotated, ClassVar, Literal
@@ -59,6 +59,25 @@ class Finetuner(Settings):
     def passes(self) -> float:
         """Forward passes over the calibration set in all epochs, at most."""
         return 0.0
+
+    @property
+    def learned_passes(self) -> float:
+        """Of `passes`, those of learning steps."""
+        return 0.0
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of a learning step."""
+        return 1
+
+    def summed_bytes(self, shapes: Sequence[tuple[int, int]], samples: int) -> int:
+        """Bytes that ranks add up in all learning steps, at most.
+
+        Args:
+            shapes: rows and columns of each linear.
+            samples: calibration sequences of all ranks.
+        """
+        return 0
 
     def bytes_per_weight(self, item: int) -> int:
         """Bytes that fine-tuning keeps for each weight, besides the weight itself.
@@ -142,6 +161,21 @@ class MaskedAdam(Learning, Finetuner):
         """All epochs, and a forward pass over the held-out sequences before the first."""
         return self.epochs * self.epoch_passes + 1 / self.held_out
 
+    @property
+    def learned_passes(self) -> float:
+        """Forward and backward over the sequences learned from, in all epochs."""
+        return self.epochs * 3 * (1 - 1 / self.held_out)
+
+    def summed_bytes(self, shapes: Sequence[tuple[int, int]], samples: int) -> int:
+        """Float32 gradients of all weights, and for each linear whether any token of the step reached it."""
+        weights = sum(rows * columns for rows, columns in shapes)
+        return self._steps(samples) * (4 * weights + 8 * len(shapes))
+
+    def _steps(self, samples: int) -> int:
+        """The number of learning steps in all epochs."""
+        _, learned = self._split(samples)
+        return self.epochs * -(-len(learned) // self.sequences)
+
     def bytes_per_weight(self, item: int) -> int:
         """Weight, gradient, two moments and the best weight so far in float32, the mask, and copies to multiply."""
         return 21 + item + 2
@@ -162,11 +196,10 @@ class MaskedAdam(Learning, Finetuner):
         leaves = {name: w_OI.float().clone().requires_grad_() for name, w_OI in before.items()}
         pruned = {name: w_OI == 0 for name, w_OI in before.items()}
         held, learned = self._split(share.total)
-        steps = self.epochs * -(-len(learned) // self.sequences)
         sizes: list[float] = torch.stack([_root_mean_square(leaf) for leaf in leaves.values()]).tolist()
         groups = [{"params": [leaf], "lr": self.rate * size} for leaf, size in zip(leaves.values(), sizes, strict=True)]
         optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
-        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=self._steps(share.total))
         scaler = loss_scaler(self._dtype(block, names[0]), leaves[names[0]].device)
         generator = torch.Generator().manual_seed(seed)
         own_held = share.own(held)

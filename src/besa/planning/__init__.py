@@ -1,4 +1,4 @@
-"""Planning: what a run needs (`plan`): forward passes (`passes`), memory (`peak`), memory of a pass (`shapes`)."""
+"""Planning: what a run needs (`plan`): forward passes, peak memory, shapes of a pass, and traffic between ranks."""
 
 from besa.planning.passes import forward_passes, spending
 from besa.planning.plan import Plan, work_out

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from transformers import PreTrainedModel
 
@@ -12,12 +14,15 @@ from besa.models.units import Unit
 from besa.planning.shapes import forward_bytes
 
 
-def unit_bytes(model: PreTrainedModel, unit: Unit, recipe: Recipe, batch: int, seqlen: int) -> int:
+def unit_bytes(
+    model: PreTrainedModel, unit: Unit, inputs: Sequence[tuple[str, ...]], recipe: Recipe, batch: int, seqlen: int
+) -> int:
     """Peak bytes while a unit is pruned: its weights, plus the most that a phase adds.
 
     Args:
         model: a skeleton on the meta device, in the dtype of the run.
         unit: of the model.
+        inputs: names of its matrices, grouped by the input that they share.
         recipe: the method.
         batch: sequences in a forward pass.
         seqlen: tokens of a sequence.
@@ -30,12 +35,13 @@ def unit_bytes(model: PreTrainedModel, unit: Unit, recipe: Recipe, batch: int, s
     read = stored // len(unit.blocks)  # each tensor is copied from its file before it becomes a parameter
     observed = batch * seqlen * widest * 8  # the input of a product as float32, and its squares
     statistics = forward_bytes(unit, model, batch, seqlen, learning=False) + observed
-    gram = 4 * sum(columns**2 for columns in {p.columns for p in unit.prunables.values()}) if recipe.needs_gram else 0
+    gram = 4 * sum(unit.prunables[names[0]].columns ** 2 for names in inputs) if recipe.needs_gram else 0
+    summing = 2 * gram + (4 * widest**2 if gram else 0)  # in float64, and what one pass adds
     ranked = 4 * weights + (2 if widest < 1 << 15 else 4) * weights  # importance and ranks, kept together
     whole = most if recipe.allocation.sorts_linears else CHUNK  # weights sorted at once
     ranking = ranked + 12 * most + 32 * min(whole, most)
     coded = recipe.quantization.coding is not None
-    phases = [read, statistics + gram, ranking + gram]
+    phases = [read, statistics + summing, ranking + gram]
     if recipe.descent is not None:
         shapes = [(prunable.rows, prunable.columns) for prunable in unit.prunables.values()]
         changing = item * (weights + most) + (2 * weights if model.dtype == torch.float32 else 0)  # a copy in bfloat16

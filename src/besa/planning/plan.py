@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from transformers import PreTrainedModel
 
 from besa.checkpoint.writer import disk_bytes
+from besa.counting.budget import Budget
 from besa.errors import BesaError
 from besa.methods.allocation import first_tokens
 from besa.methods.recipe import Recipe
@@ -20,9 +21,10 @@ from besa.methods.targets.budgets import budgets
 from besa.models.activations import Place, Room
 from besa.models.blocks import Block, left_dense
 from besa.models.units import Unit, units
-from besa.planning.passes import forward_passes
+from besa.planning.passes import forward_passes, most, shares_of
 from besa.planning.peak import stored_bytes, unit_bytes
-from besa.planning.shapes import learn_arguments
+from besa.planning.shapes import learn_arguments, shared_inputs
+from besa.planning.traffic import traffic
 from besa.pruning.paths import dense_share
 from besa.quantization import MinMax
 from besa.system import memory
@@ -33,7 +35,7 @@ TEXT = 64 << 20  # bytes of the tokenizer and the calibration text while they ar
 
 
 class Plan(BaseModel):
-    """What a run needs.
+    """What a run needs. Of several ranks, hidden states, memory and passes are those of one: of the one with the most.
 
     Attributes:
         model: its name.
@@ -45,13 +47,18 @@ class Plan(BaseModel):
         model_sparsity: zeros as a share of all parameters.
         dense: weights of the blocks' matrices that stay dense, by name within a block.
         checkpoint_bytes: size of the pruned checkpoint.
-        disk_bytes: free space needed during the run, for journal, checkpoint and activations.
+        disk_bytes: free space needed during the run, for journal, checkpoint and activations of all ranks.
+        ranks: processes on this machine that share the work, one for each device.
+        sequences: calibration sequences of a rank.
+        traffic_bytes: that a rank sends to others for a block, by phase; see `planning.traffic`.
         activation_bytes: size of all hidden states kept between blocks.
         activation_places: how many bytes they take on the ``device``, in memory of the ``host``, and in a ``file``.
         memory_bytes: expected peak of the process.
         gpu_memory_bytes: expected peak on the GPU; None for a device that computes in the machine's memory.
-        forward_passes: over the calibration set through all blocks; a backward pass counts as two.
-        fits: whether this machine has enough memory and disk, and GPU memory for a run on the GPU.
+        forward_passes: over the calibration set (the sequences of a rank) through all blocks; a backward pass counts as
+            two.
+        fits: whether this machine has enough memory and disk for all ranks, and for a run on GPUs, one with enough
+            memory for each.
         lacking: what this machine has too little of, in words.
     """
 
@@ -65,6 +72,9 @@ class Plan(BaseModel):
     dense: dict[str, int]
     checkpoint_bytes: int
     disk_bytes: int
+    ranks: int
+    sequences: int
+    traffic_bytes: dict[str, int]
     activation_bytes: int
     activation_places: dict[Place, int]
     memory_bytes: int
@@ -86,6 +96,7 @@ def work_out(
     device: torch.device,
     activation_budget: int | None,
     folder: Path,
+    ranks: int = 1,
 ) -> Plan:
     """Work out what a run needs.
 
@@ -100,30 +111,39 @@ def work_out(
         device: where blocks would be computed; this machine need not have it.
         activation_budget: as in `Room`; if the device is not here, its memory has no limit by default.
         folder: where the checkpoint would be written.
+        ranks: processes on this machine, one for each device.
 
     Raises:
         BesaError: a pattern of the recipe matches nothing, or one batch needs more than the memory of this machine.
     """
     in_order = units(blocks, recipe.granularity)
-    plan = [budget for unit_budgets in budgets(blocks, recipe) for budget in unit_budgets]
+    budgets_of_units = budgets(blocks, recipe)
+    plan = [budget for unit_budgets in budgets_of_units for budget in unit_budgets]
     parameters, item = model.num_parameters(), model.dtype.itemsize
     size = parameters * item
     if recipe.quantization.coding is not None:
         names = {name for budget in plan for name in budget.names}
         size -= item * sum(budget.weights for budget in plan)
         size += _code_bytes(recipe.quantization.coding, blocks, names, item)
-    stream = samples * seqlen * model.config.get_text_config().hidden_size * item
-    teacher = recipe.teacher
+    channels: int = model.config.get_text_config().hidden_size
     share, tokens = dense_share(recipe, seqlen)
-    dense_stream = stream // seqlen * tokens // samples * -(-samples // share)
+    shares = shares_of(samples, batch, ranks)
+    sequences = most(shares)
+    stream = sequences * seqlen * channels * item
+    teacher = recipe.teacher
+    dense_stream = most(shares, share) * tokens * channels * item
     two_parts = recipe.granularity == "attn-mlp"  # attention has its own teacher
     target = stream if teacher == "pruned" else dense_stream
     streams = [stream, dense_stream, *([target] if two_parts else []), *([stream] if teacher == "pruned" else [])]
-    surveyed = [stream // samples] * recipe.targets.sequences_kept(samples, len(blocks))
+    surveyed: list[int] = []
+    if recipe.targets.measuring is not None:
+        every = recipe.targets.measuring.every
+        measured = most(shares_of(-(-samples // every), batch, ranks))
+        surveyed = [stream // sequences] * recipe.targets.sequences_kept(measured * every, len(blocks))
     # Hidden states of the targets are freed before the others are allocated.
     in_turn = [_placed(sizes, Room(device, activation_budget)) for sizes in (streams, surveyed)]
     places = {place: max(placed[place] for placed in in_turn) for place in PLACES}
-    if batch * seqlen * model.config.get_text_config().hidden_size * item > memory.total_bytes():
+    if batch * seqlen * channels * item > memory.total_bytes():
         raise BesaError(
             f"A batch of {batch:,} × {seqlen:,} tokens needs more memory than this machine has: lower --batch or "
             "--seqlen."
@@ -134,14 +154,20 @@ def work_out(
     outside = sum(parameter.nbytes for parameter in model.parameters() if id(parameter) not in inside)
     if recipe.targets.needs_loss:  # predictions, their logarithms and gradients
         outside += 20 * seqlen * model.config.get_text_config().vocab_size
-    work = max(unit_bytes(model, unit, recipe, batch, seqlen) for unit in _distinct(in_order))
+    work, sent = 0, Counter[str]()
+    for unit, unit_budgets in _distinct(in_order, budgets_of_units):
+        inputs = shared_inputs(unit, model, seqlen)
+        work = max(work, unit_bytes(model, unit, inputs, recipe, batch, seqlen))
+        of_unit = traffic(unit, inputs, unit_budgets, recipe, samples, channels, ranks)
+        of_block = Counter({phase: size // len(unit.blocks) for phase, size in of_unit.items()})
+        sent = max(sent, of_block, key=Counter.total)
     unit_size = max(stored_bytes(unit) for unit in in_order)
     on_device = places["device"] + max(outside, work)
     gpu = None if shares_memory(device) else on_device
     needs = memory.current_bytes() + TEXT + places["host"] + (on_device if gpu is None else 2 * unit_size)
-    disk = disk_bytes(size) + places["file"]
+    disk = disk_bytes(size) + ranks * places["file"]
     zeros = sum(budget.zeros for budget in plan)
-    lacking = list(_lacking(needs, gpu, disk, device, folder))
+    lacking = list(_lacking(needs, gpu, disk, device, folder, ranks))
     return Plan(
         model=name,
         architecture=type(model).__name__,
@@ -153,23 +179,28 @@ def work_out(
         dense=left_dense(blocks, {name for budget in plan for name in budget.names}),
         checkpoint_bytes=size,
         disk_bytes=disk,
+        ranks=ranks,
+        sequences=sequences,
+        traffic_bytes=dict(sent),
         activation_bytes=max(sum(streams), sum(surveyed)),
         activation_places=places,
         memory_bytes=needs,
         gpu_memory_bytes=gpu,
-        forward_passes=forward_passes(recipe, samples, seqlen),
+        forward_passes=forward_passes(recipe, samples, seqlen, batch, ranks),
         fits=not lacking,
         lacking=lacking,
     )
 
 
-def _lacking(needs: int, gpu: int | None, disk: int, device: torch.device, folder: Path) -> Iterator[str]:
-    """What this machine has too little of, in words."""
-    if needs > memory.total_bytes():
+def _lacking(needs: int, gpu: int | None, disk: int, device: torch.device, folder: Path, ranks: int) -> Iterator[str]:
+    """What this machine has too little of for so many processes, in words."""
+    if ranks * needs > memory.total_bytes():
         yield f"memory ({memory.total_bytes() / 1e9:.1f} GB)"
     if gpu is not None:
         if not is_available(device.type):
             yield "GPU memory (there is none)"
+        elif ranks > (present := torch.get_device_module(device).device_count()):
+            yield f"GPU memory (one GPU for each of {ranks} ranks; there {'is' if present == 1 else 'are'} {present})"
         elif gpu > (total := total_bytes(device)):
             yield f"GPU memory ({total / 1e9:.1f} GB)"
     place = next(parent for parent in [folder, *folder.absolute().parents] if parent.is_dir())
@@ -186,9 +217,12 @@ def _placed(sizes: list[int], room: Room) -> Counter[Place]:
     return placed
 
 
-def _distinct(in_order: list[Unit]) -> list[Unit]:
-    """One unit of each shape; most decoders have only one shape."""
-    by_shapes = {tuple((p.rows, p.columns) for p in unit.prunables.values()): unit for unit in reversed(in_order)}
+def _distinct(in_order: list[Unit], budgets_of_units: list[list[Budget]]) -> list[tuple[Unit, list[Budget]]]:
+    """One unit of each shape, and its budgets; most decoders have only one shape."""
+    by_shapes = {
+        tuple((p.rows, p.columns) for p in unit.prunables.values()): (unit, unit_budgets)
+        for unit, unit_budgets in reversed(list(zip(in_order, budgets_of_units, strict=True)))
+    }
     return list(by_shapes.values())
 
 

@@ -1,4 +1,4 @@
-"""Memory of a forward and backward pass, counted on the meta device, where tensors have shapes but no memory.
+"""Memory of a forward and backward pass, and who shares an input, found on the meta device: shapes without memory.
 
 Shape suffixes: N sequences, T tokens, C channels of the residual stream.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from besa.errors import BesaError
 from besa.models.blocks import Block, standing_aside
 from besa.models.calls import ElsewhereError
 from besa.models.units import Unit
+
+VALUES_NEEDED = (RuntimeError, NotImplementedError, TypeError, ValueError)  # of a block for which shapes are not enough
 
 
 def forward_bytes(unit: Unit, model: PreTrainedModel, batch: int, seqlen: int, learning: bool) -> int:
@@ -56,11 +58,51 @@ def forward_bytes(unit: Unit, model: PreTrainedModel, batch: int, seqlen: int, l
             f"{type(model).__name__} cannot be pruned block by block: {unit.blocks[0].name} needs what other blocks "
             f"left behind ({error.args[0]!r})."
         ) from error
-    except (RuntimeError, NotImplementedError, TypeError, ValueError):  # the block needs values, not only shapes
+    except VALUES_NEEDED:
         wide = sum({prunable.parameter: prunable.rows for prunable in unit.prunables.values()}.values())
         return batch * seqlen * (12 * channels + (3 if learning else 1) * wide) * 4
     peak: int = live.peak
     return peak
+
+
+@torch.no_grad()
+def shared_inputs(unit: Unit, model: PreTrainedModel, seqlen: int) -> list[tuple[str, ...]]:
+    """The names of the matrices of a unit, grouped by the input that they share, as `InputStatistics` are.
+
+    Where modules do not say it, as those of experts, each matrix counts as one with an input of its own.
+
+    Args:
+        unit: on the meta device.
+        model: of the unit.
+        seqlen: tokens of a sequence.
+    """
+    channels: int = model.config.get_text_config().hidden_size
+    groups: list[list[str]] = []
+    unseen = dict.fromkeys(unit.prunables)
+    last: Any = None
+
+    def see(name: str, x: Any) -> None:
+        nonlocal last
+        if name in unseen:
+            del unseen[name]
+            if x is last:
+                groups[-1].append(name)
+            else:
+                groups.append([name])
+        last = x
+
+    with ExitStack() as stack:
+        for block in unit.blocks:
+            for name, prunable in block.prunables.items():
+                if prunable.expert is None:
+                    module = block.module.get_submodule(prunable.parameter.rpartition(".")[0])
+                    hook = module.register_forward_pre_hook(lambda _, inputs, name=name: see(name, *inputs[:1]))
+                    stack.callback(hook.remove)
+        stack.enter_context(_lean_attention())
+        stack.enter_context(_stacks_aside(unit))
+        stack.enter_context(suppress(ElsewhereError, *VALUES_NEEDED))
+        unit(torch.empty(1, seqlen, channels, dtype=model.dtype, device="meta"))
+    return [*(tuple(names) for names in groups), *((name,) for name in unseen)]
 
 
 @torch.no_grad()

@@ -62,7 +62,7 @@ def allocate_and_quantize(
     losses: list[float] = []
     if quantization.learns_first and recipe.descent is not None:
         losses = learn_clipping(problem, clippings, recipe.descent)
-    if quantization.ranks == "quantized" and quantization.clipping != "none":
+    if quantization.ranks_again:
         linears = {
             name: _ranked(recipe, linear, clippings[name], statistics[name]) for name, linear in problem.linears.items()
         }

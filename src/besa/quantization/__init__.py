@@ -34,6 +34,15 @@ class Quantizer(Settings):
         """Whether clipping is learned together with the pruning rates."""
         return False
 
+    @property
+    def ranks_again(self) -> bool:
+        """Whether weights are ranked once more, in their quantised form."""
+        return False
+
+    def clipping_numbers(self, name: str, rows: int, columns: int) -> int:
+        """How many numbers the clipping of the linear `name` has."""
+        return 0
+
 
 class NoQuantization(Quantizer):
     """Weights stay in the floating-point format of the model."""
@@ -75,6 +84,15 @@ class MinMax(Learning, Quantizer):
     def learns_jointly(self) -> bool:
         """As `clipping` says."""
         return self.clipping == "joint"
+
+    @property
+    def ranks_again(self) -> bool:
+        """As `ranks` says, unless the whole range is kept."""
+        return self.ranks == "quantized" and self.clipping != "none"
+
+    def clipping_numbers(self, name: str, rows: int, columns: int) -> int:
+        """Two for each group of a row."""
+        return 2 * rows * self.groups(name, columns)
 
     def groups(self, name: str, columns: int) -> int:
         """The number of groups in a row of the linear `name`.

@@ -64,6 +64,28 @@ def claimed(folder: Path, out: Path) -> Iterator[None]:
 
 
 @contextmanager
+def taken(lock: Path) -> Iterator[bool]:
+    """While open, this process does a piece of work, if no other does it; says which of both it is.
+
+    Args:
+        lock: a file that stands for the work; it is gone when the work is done. A killed process leaves it unlocked.
+
+    Raises:
+        BesaError: it cannot be written.
+    """
+    with explained(lock):
+        file = lock.open("w")
+    with file:
+        if not _locked(file) or _removed(file):  # removed: another process has just finished
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+@contextmanager
 def appearing(out: Path) -> Iterator[Path]:
     """A folder to fill. It is renamed to `out` at the end, or removed after an error.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,9 @@ from besa.storage.names import path_of
 from besa.storage.writing import LOCK, claimed, write_file
 from besa.studies.origin import Origin
 from besa.studies.rows import LABELS, Row, markdown, row
+from besa.studies.sharing import check_alike, share_out, tidy
 from besa.studies.workspace import DENSE, Workspace
+from besa.system import ranks
 
 NAME = "compare"
 
@@ -67,6 +69,8 @@ def compare(
     stay, as long as they were made under the same conditions. Those made by another besa or on another machine are
     shown as such, and not taken for what is asked for here.
 
+    Ranks share the runs out. Rank 0 has the folder, and makes table and plot when all runs are done.
+
     Args:
         workspace: model, data, measures, and where to keep what is done.
         recipes: names of shipped ones, or YAML files.
@@ -76,7 +80,7 @@ def compare(
 
     Raises:
         BesaError: an unknown recipe, nothing to compare, a folder whose table is of something else, or where another
-            process is at work, or as `compress` and `evaluate`.
+            process is at work, ranks that differ or do not share the folder, or as `compress` and `evaluate`.
     """
     if not recipes or not sparsities:
         raise BesaError("There is nothing to compare: give --recipes and --sparsity.")
@@ -85,29 +89,55 @@ def compare(
         raise BesaError("Two recipes to compare have the same name: give each its own in its YAML file.")
     folder, conditions = path_of(workspace.folder), workspace.decisive()
     workspace.check([(None, 0), *((recipe, seed) for recipe in chosen for seed in range(seeds))])
-    with _claimed(folder):
+    check_alike(workspace.origin)
+    with _claimed(folder) if ranks.is_first() else nullcontext():
+        ranks.wait()
         rows, earlier = _earlier(folder, conditions, workspace.origin)
         seeds_by_recipe = [(recipe, _seeds(recipe, seeds, rows, folder)) for recipe in chosen]
-        dense = row(DENSE, [workspace.outcome(None)])
-        for recipe, count in seeds_by_recipe:
-            made = row(recipe.name, [workspace.outcome(recipe, seed) for seed in range(count)])
-            rows[_place(made.settings)] = made
-        given, measures = workspace.conditions, workspace.measures
-        compared = Comparison(
-            command=command,
-            model=given.model,
-            calibration=f"{given.samples} × {given.seqlen} tokens of {given.calibration}",
-            window=measures.window,
-            max_windows=measures.max_windows,
-            conditions=conditions,
-            dense=dense,
-            rows=[rows[place] for place in sorted(rows, key=itemgetter(1))],
-            earlier=earlier,
-            created=now(),
-        )
-        write_file(folder / f"{NAME}.json", compared.model_dump_json(indent=2) + "\n")
-        write_file(folder / f"{NAME}.md", markdown([dense, *compared.rows], earlier))
-        write_file(folder / f"{NAME}.svg", plot(compared))
+        if ranks.count() > 1:
+            runs = [(recipe, seed) for recipe, count in seeds_by_recipe for seed in range(count)]
+            share_out(workspace, [(None, 0), *runs])
+        compared = _table(workspace, seeds_by_recipe, rows, earlier, command) if ranks.is_first() else None
+        made = ranks.from_first(compared.model_dump_json() if compared else "")
+    return compared or Comparison.model_validate_json(made)
+
+
+def _table(
+    workspace: Workspace,
+    seeds_by_recipe: Sequence[tuple[Recipe, int]],
+    rows: dict[tuple[str, float], Row],
+    earlier: list[Row],
+    command: list[str] | None,
+) -> Comparison:
+    """Run what is still missing, and write table and plot.
+
+    Args:
+        workspace: as in `compare`.
+        seeds_by_recipe: the recipes, and how many seeds each shall have.
+        rows: that the table has already, by their places.
+        earlier: as in `Comparison`.
+        command: as in `compare`.
+    """
+    given, measures, folder = workspace.conditions, workspace.measures, path_of(workspace.folder)
+    dense = row(DENSE, [workspace.outcome(None)])
+    for recipe, count in seeds_by_recipe:
+        made = row(recipe.name, [workspace.outcome(recipe, seed) for seed in range(count)])
+        rows = rows | {_place(made.settings): made}
+    compared = Comparison(
+        command=command,
+        model=given.model,
+        calibration=f"{given.samples} × {given.seqlen} tokens of {given.calibration}",
+        window=measures.window,
+        max_windows=measures.max_windows,
+        conditions=workspace.decisive(),
+        dense=dense,
+        rows=[rows[place] for place in sorted(rows, key=itemgetter(1))],
+        earlier=earlier,
+        created=now(),
+    )
+    write_file(folder / f"{NAME}.json", compared.model_dump_json(indent=2) + "\n")
+    write_file(folder / f"{NAME}.md", markdown([dense, *compared.rows], earlier))
+    write_file(folder / f"{NAME}.svg", plot(compared))
     return compared
 
 
@@ -116,6 +146,7 @@ def _claimed(folder: Path) -> Iterator[None]:
     """Have the folder to oneself; a new one goes again where nothing came of the work."""
     new = not folder.exists()
     with claimed(folder, folder):
+        tidy(folder)
         try:
             yield
         finally:

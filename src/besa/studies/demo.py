@@ -14,6 +14,7 @@ from besa.storage.names import path_of
 from besa.storage.writing import write_file
 from besa.studies.comparing import Comparison, compare
 from besa.studies.workspace import DENSE, Conditions, Measures, Workspace
+from besa.system import ranks
 from besa.system.devices import resolve_device
 
 PAGE = "report.html"
@@ -85,13 +86,15 @@ def run_demo(
     Raises:
         BesaError: as `compare`.
     """
-    conditions = Conditions(EMBEDDED, calibration, plan.samples, plan.seqlen, str(resolve_device(device)), dtype)
+    own_device = str(resolve_device(device))
+    conditions = Conditions(EMBEDDED, calibration, plan.samples, plan.seqlen, ranks.from_first(own_device), dtype)
     measures = Measures(tuple(texts), window=plan.window, max_windows=plan.max_windows)
-    workspace = Workspace(path_of(out), conditions, measures, keep=True, progress=progress)
+    workspace = Workspace(path_of(out), conditions, measures, keep=True, progress=progress, device=own_device)
     comparison = compare(workspace, plan.recipes, [sparsity], seeds=1, command=command)
     recipes = [Recipe.load(name, sparsity) for name in plan.recipes]
     runs = {workspace.folder / DENSE: workspace.outcome(None)}
     runs |= {workspace.checkpoint(recipe): workspace.outcome(recipe) for recipe in recipes}
     page = out / PAGE
-    write_file(page, render([Run(folder, found.record, found.evaluation) for folder, found in runs.items()]))
+    if ranks.is_first():
+        write_file(page, render([Run(folder, found.record, found.evaluation) for folder, found in runs.items()]))
     return Demo(comparison, {recipe.name: workspace.checkpoint(recipe) for recipe in recipes}, page)

@@ -113,6 +113,7 @@ class Workspace:
         keep: have pruned weights in `KEY/`; else those pruned now go once they are evaluated, and another evaluation
             prunes anew.
         progress: told about each piece of work in turn.
+        device: where this rank computes; None for the device of the conditions, which all ranks name alike.
     """
 
     folder: Path
@@ -120,11 +121,16 @@ class Workspace:
     measures: Measures
     keep: bool = False
     progress: Progress = silent
+    device: str | None = None
 
     @cached_property
     def origin(self) -> Origin:
         """Versions and machine of what is made now."""
-        return Origin.here(self.conditions.device)
+        return Origin.here(self._device)
+
+    @property
+    def _device(self) -> str:
+        return self.device or self.conditions.device
 
     def outcome(self, recipe: Recipe | None, seed: int = 0) -> Outcome:
         """The run of a recipe (None: the dense model) and its evaluations; done now, or gone on with, where missing.
@@ -136,8 +142,7 @@ class Workspace:
         record, checkpoint = self.folder / f"{key}.run.json", self.folder / key
         kept = self.keep or checkpoint.exists()
         missing = {measures: path for measures, path in files.items() if not path.exists()}
-        gone = self.keep and not checkpoint.exists()
-        if recipe is not None and (missing or gone or not record.exists()):
+        if recipe is not None and (missing or not self._pruned(key)):
             self._prune(recipe, seed, checkpoint, record)
         if missing:
             self._measure(checkpoint if recipe is not None else self.conditions.model, missing)
@@ -149,6 +154,15 @@ class Workspace:
             self.origin,
         )
 
+    def done(self, recipe: Recipe | None, seed: int = 0) -> bool:
+        """Whether `outcome` would find all that it needs."""
+        key, files = self._files(recipe, seed)
+        return all(path.exists() for path in files.values()) and (recipe is None or self._pruned(key))
+
+    def _pruned(self, key: str) -> bool:
+        """Whether the record of a run is there, and its weights if they are to be kept."""
+        return (self.folder / f"{key}.run.json").exists() and ((self.folder / key).exists() or not self.keep)
+
     def check(self, runs: Iterable[tuple[Recipe | None, int]]) -> None:
         """Find out before the work what would end it, where something of the runs (recipes and seeds) is missing.
 
@@ -158,7 +172,7 @@ class Workspace:
         if all(path.exists() for run in runs for path in self._files(*run)[1].values()):
             return
         given = self.conditions
-        resolve_device(given.device)
+        resolve_device(self._device)
         check_tasks(self.measures.tasks)
         read_texts(self.measures.texts, self.measures.data, self.progress)
         source = locate(given.model, self.progress, trust_remote_code=given.trust_remote_code)
@@ -168,16 +182,17 @@ class Workspace:
 
     def checkpoint(self, recipe: Recipe, seed: int = 0) -> Path:
         """Where the pruned weights of a run are, if they are kept."""
-        return self.folder / self._key(recipe, seed)
+        return self.folder / self.key(recipe, seed)
 
     def _files(self, recipe: Recipe | None, seed: int) -> tuple[str, dict[Measures, Path]]:
         """The key of a run, and where its evaluations are."""
-        key = DENSE if recipe is None else self._key(recipe, seed)
+        key = self.key(recipe, seed)
         return key, {each: self.folder / f"{key}.{self._name(each)}.json" for each in self.measures.each()}
 
     def _prune(self, recipe: Recipe, seed: int, checkpoint: Path, record: Path) -> None:
         if not checkpoint.exists():
             progress, settings = labelled(self.progress, _label(checkpoint)), asdict(self.conditions)
+            settings["device"] = self._device
             compress(
                 settings.pop("model"), recipe, out=checkpoint, seed=seed, resume=True, progress=progress, **settings
             )
@@ -190,7 +205,7 @@ class Workspace:
         evaluation = evaluate(
             model,
             batch=self.conditions.batch,
-            device=self.conditions.device,
+            device=self._device,
             dtype=self.conditions.dtype,
             bos=self.conditions.bos,
             trust_remote_code=self.conditions.trust_remote_code,
@@ -206,8 +221,10 @@ class Workspace:
         decisive: dict[str, Any] = json.loads(json.dumps(self._of_runs() | self._of_evaluation(self.measures)))
         return decisive
 
-    def _key(self, recipe: Recipe, seed: int) -> str:
+    def key(self, recipe: Recipe | None, seed: int) -> str:
         """A name that a reader knows the run by, and a digest of all that decides its result."""
+        if recipe is None:
+            return DENSE
         settings = recipe.model_dump(mode="json")
         name = settings.pop("name")
         decisive = self._of_runs() | {"recipe": settings, "seed": seed}

@@ -88,6 +88,18 @@ class Allocator(Settings):
         """
         return 0
 
+    def summed_numbers(
+        self, shapes: Sequence[tuple[int, int]], learning: Sequence[tuple[int, int]], clipping: int
+    ) -> int:
+        """How many numbers ranks add up while it decides, at most; none if each decides by itself.
+
+        Args:
+            shapes: rows and columns of each matrix of the unit.
+            learning: those of linears that may lose some of their weights.
+            clipping: numbers of the clippings that are learned with it.
+        """
+        return 0
+
     @abstractmethod
     def allocate(self, problem: BlockProblem) -> Allocated:
         """The zeros of every row. They add up to the budgets of the problem.

@@ -95,6 +95,10 @@ class Descent(Learning):
                 break
         return _fetched(losses)
 
+    def steps_numbers(self, gradients: int) -> int:
+        """How many numbers ranks add up in all steps, at most: in each, the loss and so many gradients."""
+        return self.steps * (1 + gradients)
+
     def dtype(self, problem: BlockProblem) -> torch.dtype:
         """The dtype in which learning steps multiply; statistics, teacher and pruned path keep the run's dtype."""
         return learning_dtype(problem.dtype, problem.device) if self.autocast else problem.dtype

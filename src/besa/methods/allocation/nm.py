@@ -6,6 +6,7 @@ linears, P numbers of pruned weights in a group.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -62,6 +63,12 @@ class NM(Allocator):
     def compares_errors(self) -> bool:
         """Whether patterns are mixed: then it compares linears."""
         return self.mixed
+
+    def summed_numbers(
+        self, shapes: Sequence[tuple[int, int]], learning: Sequence[tuple[int, int]], clipping: int
+    ) -> int:
+        """As `Sensitivity` if patterns are mixed."""
+        return Sensitivity().summed_numbers(shapes, learning, clipping) if self.mixed else 0
 
     def allocate(self, problem: BlockProblem) -> Allocated:
         """The same number of zeros in every row of a linear.

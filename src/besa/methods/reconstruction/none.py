@@ -19,6 +19,10 @@ class NoReconstruction(Rebuilder):
     moves_weights: ClassVar[bool] = False
     solver_bytes: ClassVar[int] = 0
 
+    def gathered_bytes(self, columns: int, item: int, group: int | None) -> int:
+        """None: every rank has the weight."""
+        return 0
+
     def rebuild(
         self,
         w_OI: Tensor,

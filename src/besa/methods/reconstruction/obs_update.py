@@ -41,6 +41,10 @@ class OBSUpdate(Rebuilder):
         """Whether the mask is fixed."""
         return self.mask == "fixed"
 
+    def gathered_bytes(self, columns: int, item: int, group: int | None) -> int:
+        """The rebuilt row in float32; before, if rows compete, its blocks of columns as their turn comes."""
+        return 4 * columns * (2 if self.mask == "adaptive" and group is None else 1)
+
     def rebuild(
         self,
         w_OI: Tensor,

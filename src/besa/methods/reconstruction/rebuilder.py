@@ -29,6 +29,16 @@ class Rebuilder(Settings):
         """Whether the zeros are the lowest ranks of each row, as the allocation chose them."""
         return True
 
+    def gathered_bytes(self, columns: int, item: int, group: int | None) -> int:
+        """Bytes that ranks gather of each row of a linear: by default the rebuilt row.
+
+        Args:
+            columns: of the linear.
+            item: bytes of a weight of the model.
+            group: as in `rebuild`.
+        """
+        return item * columns
+
     @abstractmethod
     def rebuild(
         self,
