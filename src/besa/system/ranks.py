@@ -68,16 +68,16 @@ def is_first() -> bool:
 
 
 @contextmanager
-def together(number: int, count: int, here: int) -> Iterator[None]:
+def together(number: int, count: int, here: int | None = None) -> Iterator[None]:
     """While open, this process is a rank of torch.distributed's default group.
 
     Args:
         number: of this rank.
         count: of all ranks.
-        here: of those on this machine.
+        here: of those on this machine; all by default.
     """
     global _group
-    before, _group = _group, _Group(number, count, here)
+    before, _group = _group, _Group(number, count, count if here is None else here)
     try:
         yield
     finally:
