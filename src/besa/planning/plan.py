@@ -29,6 +29,7 @@ from besa.pruning.paths import dense_share
 from besa.quantization import MinMax
 from besa.system import memory
 from besa.system.devices import is_available, shares_memory, total_bytes
+from besa.system.ranks import together
 
 PLACES: tuple[Place, ...] = get_args(Place)
 TEXT = 64 << 20  # bytes of the tokenizer and the calibration text while they are read
@@ -141,7 +142,8 @@ def work_out(
         measured = most(shares_of(-(-samples // every), batch, ranks))
         surveyed = [stream // sequences] * recipe.targets.sequences_kept(measured * every, len(blocks))
     # Hidden states of the targets are freed before the others are allocated.
-    in_turn = [_placed(sizes, Room(device, activation_budget)) for sizes in (streams, surveyed)]
+    with together(0, ranks):  # they share the host's memory
+        in_turn = [_placed(sizes, Room(device, activation_budget)) for sizes in (streams, surveyed)]
     places = {place: max(placed[place] for placed in in_turn) for place in PLACES}
     if batch * seqlen * channels * item > memory.total_bytes():
         raise BesaError(
