@@ -200,6 +200,16 @@ def test_another_comparison_adds_its_rows_to_the_table(made: tuple[Workspace, Co
     assert {path.name: path.read_bytes() for path in workspace.folder.iterdir()} == before
 
 
+def test_a_recipe_that_learns_is_the_same_when_it_is_asked_for_again(
+    tiny_llama_folder: Path, tmp_path: Path, text: str
+) -> None:
+    """Its record has numbers where the recipe has `auto`."""
+    (few := tmp_path / "few.yaml").write_text("name: few\nallocation: {method: besa, steps: 1}")
+    workspace = workspace_in(tmp_path / "out", tiny_llama_folder, text)
+    first = compare(workspace, [str(few)], [0.5], 1)
+    assert compare(workspace, [str(few)], [0.5], 1).rows == first.rows
+
+
 def of_another(monkeypatch: pytest.MonkeyPatch, **changes: object) -> None:
     """As if another besa, or the same on another machine, went on."""
     here = Origin.here("cpu")

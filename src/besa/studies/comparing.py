@@ -189,7 +189,7 @@ def _seeds(recipe: Recipe, seeds: int, rows: Mapping[tuple[str, float], Row], fo
     Raises:
         BesaError: the table in `folder` has a row of another recipe by that name.
     """
-    settings = recipe.model_dump(mode="json")
+    settings = recipe.settled(1, {}).model_dump(mode="json")  # as in the record: a run is done by one rank
     earlier = rows.get(_place(settings))
     if earlier is None:
         return seeds
