@@ -34,11 +34,17 @@ class _Group:
     Attributes:
         number: of this one.
         count: of all.
+        place: of this one among those on its machine.
+        explain: is called when torch.distributed fails.
+        waiting: this one waits for others.
         sent: bytes that this rank has sent, if sums and gatherings go round a ring.
     """
 
     number: int = 0
     count: int = 1
+    place: int = 0
+    explain: Callable[[RuntimeError], None] = lambda error: None
+    waiting: bool = False
     sent: float = 0.0
 
 
@@ -60,11 +66,30 @@ def is_first() -> bool:
     return _group.number == 0
 
 
+def place() -> int:
+    """Number of this rank among those on its machine, from 0: that of its GPU."""
+    return _group.place
+
+
+def waiting() -> bool:
+    """Whether this rank is waiting for others."""
+    return _group.waiting
+
+
 @contextmanager
-def together(number: int, count: int) -> Iterator[None]:
-    """While open, this process is a rank of torch.distributed's default group."""
+def together(
+    number: int, count: int, place: int = 0, explain: Callable[[RuntimeError], None] = lambda error: None
+) -> Iterator[None]:
+    """While open, this process is a rank of torch.distributed's default group.
+
+    Args:
+        number: of this rank.
+        count: of all.
+        place: of this rank among those on its machine.
+        explain: is called when torch.distributed fails; it may raise a better error.
+    """
     global _group
-    before, _group = _group, _Group(number, count)
+    before, _group = _group, _Group(number, count, place, explain)
     try:
         yield
     finally:
@@ -74,8 +99,21 @@ def together(number: int, count: int) -> Iterator[None]:
 @contextmanager
 def alone() -> Iterator[None]:
     """While open, this process works without the other ranks."""
-    with together(0, 1):
+    with together(0, 1, _group.place):
         yield
+
+
+@contextmanager
+def with_others() -> Iterator[None]:
+    """While open, this rank waits for what the others send."""
+    _group.waiting = True
+    try:
+        yield
+    except RuntimeError as error:
+        _group.explain(error)
+        raise
+    finally:
+        _group.waiting = False
 
 
 @dataclass(frozen=True)
@@ -128,7 +166,8 @@ def total(tensor: Tensor) -> Tensor:
     """
     if count() > 1:
         wired = _wired(tensor)
-        dist.all_reduce(wired)
+        with with_others():
+            dist.all_reduce(wired)
         if wired is not tensor:
             tensor.copy_(wired)
         _group.sent += 2 * (count() - 1) / count() * tensor.nbytes
@@ -178,7 +217,8 @@ def _all_parts(part: Tensor, lengths: Sequence[int]) -> list[Tensor]:
     padded[: len(part)] = part
     padded = _wired(padded).view(torch.uint8)
     parts = [torch.empty_like(padded) for _ in lengths]
-    dist.all_gather(parts, padded)
+    with with_others():
+        dist.all_gather(parts, padded)
     _group.sent += (count() - 1) * padded.nbytes
     return [each.view(part.dtype)[:length].to(part.device) for each, length in zip(parts, lengths, strict=True)]
 
@@ -193,7 +233,8 @@ def tensors_from_first(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     kinds, received = from_first(kinds), {}
     for name, kind in kinds.items():
         own = tensors[name].cpu().contiguous() if is_first() else _empty(**kind)
-        dist.broadcast(own.reshape(-1).view(torch.uint8), 0)
+        with with_others():
+            dist.broadcast(own.reshape(-1).view(torch.uint8), 0)
         _group.sent += (count() - 1) / count() * own.nbytes
         received[name] = own
     return received
@@ -202,7 +243,8 @@ def tensors_from_first(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def wait() -> None:
     """Wait until all ranks have come here."""
     if count() > 1:
-        dist.barrier()
+        with with_others():
+            dist.barrier()
 
 
 def check_same(name: str, tensors: Sequence[Tensor]) -> None:
