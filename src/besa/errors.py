@@ -10,6 +10,10 @@ class BesaError(Exception):
     """
 
 
+class ToldError(BesaError):
+    """An error whose sentence another rank shows."""
+
+
 class Interrupted(BaseException):
     """Ctrl-C, with one sentence that says which work was kept."""
 

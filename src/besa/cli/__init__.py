@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TextIO
 
 import typer
 from rich.text import Text
 
-from besa.cli import measuring, pruning, running
-from besa.cli.consoles import err, guard_streams
-from besa.errors import BesaError, Interrupted, Notice
-from besa.storage.names import printable
+from besa.cli import measuring, pruning, running, several
+from besa.cli.consoles import err, guard_streams, refuse
+from besa.errors import BesaError, Interrupted, Notice, ToldError
 
 UsageError: Any = typer.BadParameter.__base__  # the base of all usage errors; typer exports only this child of it
 app = typer.Typer(
@@ -33,29 +31,36 @@ def main() -> None:
     guard_streams()
     try:
         _check_text(sys.argv[1:])
-        with _ranks():
-            code = app(sys.argv[1:] or ["--help"], prog_name="besa", standalone_mode=False)
-        if code == 130:  # typer's code for Ctrl-C
-            raise KeyboardInterrupt
+        with several.together():
+            _run(sys.argv[1:])
+    except ToldError:
+        several.leave(2)
     except BesaError as error:
-        _refuse(str(error))
-    except UsageError as error:
-        _refuse(f"{error.format_message().rstrip('.')}: see `{error.ctx.command_path} --help`.")
+        refuse(str(error))
+        several.leave(2)
     except Interrupted as interruption:
         err.print("besa:", Text(str(interruption)), highlight=False, soft_wrap=True)
-        sys.exit(130)
-    except (KeyboardInterrupt, typer.Abort):
+        several.leave(130)
+    except KeyboardInterrupt:
         err.print("besa: interrupted; unfinished work was not kept.", highlight=False)
-        sys.exit(130)
+        several.leave(130)
 
 
-def _ranks() -> AbstractContextManager[None]:
-    """Work together with the other processes that torchrun has started, if it has."""
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        return nullcontext()
-    from besa.system.joining import joined  # torch takes a while to import
+def _run(arguments: list[str]) -> None:
+    """Run a command.
 
-    return joined()
+    Raises:
+        BesaError: there is no such command, or its arguments are wrong.
+        KeyboardInterrupt: Ctrl-C.
+    """
+    try:
+        code = app(arguments or ["--help"], prog_name="besa", standalone_mode=False)
+    except UsageError as error:
+        raise BesaError(f"{error.format_message().rstrip('.')}: see `{error.ctx.command_path} --help`.") from None
+    except typer.Abort:
+        raise KeyboardInterrupt from None
+    if code == 130:  # typer's code for Ctrl-C
+        raise KeyboardInterrupt
 
 
 def _check_text(arguments: list[str]) -> None:
@@ -85,8 +90,3 @@ def _note(
             soft_wrap=True,
             end="",
         )
-
-
-def _refuse(sentence: str) -> None:
-    err.print("besa:", Text(printable(" ".join(sentence.split()))), style="red", highlight=False, soft_wrap=True)
-    sys.exit(2)

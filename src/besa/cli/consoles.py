@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
+from rich.text import Text
 
 from besa.errors import BesaError
+from besa.storage.names import printable
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
 out = Console()
 err = Console(stderr=True)
+_removers: list[Callable[[], None]] = []  # of what is drawn on the terminal while the work goes on
 
 
 class _Guarded:
@@ -50,6 +54,30 @@ class _Guarded:
         os.dup2(nowhere, self._stream.fileno())  # Python writes what is left in buffers when it exits
         os.close(nowhere)
         self._failed(error)
+
+
+@contextmanager
+def removable(remove: Callable[[], None]) -> Iterator[None]:
+    """While open, something is drawn on the terminal that `remove` takes away."""
+    _removers.append(remove)
+    try:
+        yield
+    finally:
+        _removers.remove(remove)
+
+
+def refuse(sentence: str) -> None:
+    """Show the error that ends the command, in place of what is drawn on the terminal."""
+    for remove in _removers:
+        remove()
+    err.quiet = False
+    err.print("besa:", Text(printable(" ".join(sentence.split()))), style="red", highlight=False, soft_wrap=True)
+
+
+def only_errors() -> None:
+    """Show nothing but `refuse`: another process shows the rest."""
+    sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+    err.quiet = True
 
 
 def guard_streams() -> None:

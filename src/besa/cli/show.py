@@ -17,24 +17,33 @@ from besa.checkpoint.inspection import Contents
 from besa.checkpoint.packing import Packing
 from besa.checkpoint.shrinking import Shrinking
 from besa.checkpoint.verification import Verified
+from besa.cli import logs
+from besa.cli.consoles import removable
 from besa.evaluation.result import Evaluation
 from besa.evaluation.zero_shot import ZeroShot
 from besa.models.couplings import CALLED
 from besa.models.kinds import shortened
 from besa.planning import Plan
-from besa.progress import Progress
+from besa.progress import Progress, silent
 from besa.record import RunRecord
 from besa.runtime.timings import Bench
 from besa.simulator import Simulation, described
 from besa.studies.comparing import Comparison
 from besa.studies.rows import MADE_BY, listed
+from besa.system import ranks
 
 PLACES = {"device": "on the device", "host": "in memory", "file": "on disk"}  # of hidden states
 
 
 @contextmanager
 def progress_bar(console: Console) -> Iterator[Progress]:
-    """A bar that follows one piece of work after another; a new total starts a new bar."""
+    """A bar that follows one piece of work after another; a new total starts a new bar.
+
+    Of several ranks, the first has the bar, and each has its log.
+    """
+    if not ranks.is_first():
+        yield logs.followed(silent)
+        return
     bars = Bars(
         TextColumn("{task.percentage:>3.0f}%"),
         BarColumn(bar_width=24),
@@ -46,7 +55,7 @@ def progress_bar(console: Console) -> Iterator[Progress]:
         console=console,
         transient=True,
     )
-    with bars:
+    with bars, removable(bars.stop):
         task = None
         last = float("inf")
 
@@ -60,7 +69,7 @@ def progress_bar(console: Console) -> Iterator[Progress]:
             count = f"{done:,.0f}/{total:,.0f}" if total < 1e6 else f"{done / 1e6:,.1f}/{total / 1e6:,.1f} MB"
             bars.update(task, completed=done, total=total, count=count, note=note)
 
-        yield tell
+        yield logs.followed(tell)
 
 
 def pruned(record: RunRecord, folder: Path) -> RenderableType:

@@ -8,7 +8,7 @@ import torch
 
 from besa.counting.precision import widest
 from besa.errors import BesaError
-from besa.system import memory
+from besa.system import memory, ranks
 
 TYPES = ("cpu", "cuda", "mps", "xpu")
 USUAL = "auto, cpu, cuda, cuda:N, mps or xpu"
@@ -20,13 +20,13 @@ def named_device(name: str | torch.device) -> torch.device:
 
     Args:
         name: ``auto``, which is the first CUDA device that torch can use, else the CPU; a usual name; or any type of
-            device that torch can use here.
+            device that torch can use here. Of several ranks on a machine, each has a device of its own.
 
     Raises:
         BesaError: torch knows no such device, or besa does not compute on it.
     """
     if name == "auto":
-        return torch.device("cuda", 0) if torch.cuda.is_available() else CPU
+        return torch.device("cuda", ranks.place()) if torch.cuda.is_available() else CPU
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -51,6 +51,8 @@ def resolve_device(name: str | torch.device) -> torch.device:
     if not is_available(device.type):
         raise BesaError(f"There is no {device.type.upper()} device that torch can use here: use --device cpu.")
     count = torch.get_device_module(device).device_count()
+    if device != CPU and ranks.count() > 1:
+        _check_own(device, count)
     if (device.index or 0) >= count:
         raise BesaError(f"There is no device {device}: torch finds {count} of this type here, from 0 on.")
     try:
@@ -62,8 +64,29 @@ def resolve_device(name: str | torch.device) -> torch.device:
     return device
 
 
+def _check_own(device: torch.device, count: int) -> None:
+    """Check that a device is that of this rank, and not of another one beside it.
+
+    Raises:
+        BesaError: it is another's, or there are fewer devices than ranks.
+    """
+    if ranks.place() >= count:
+        kind = device.type.upper()
+        raise BesaError(
+            f"Rank {ranks.number()} has no {kind} device of its own: torch finds {count} here, so start no more "
+            "ranks on this machine, or use --device cpu."
+        )
+    if device.index != ranks.place():
+        raise BesaError(
+            f"Rank {ranks.number()} computes on {device.type}:{ranks.place()}, not on {device}: use --device "
+            f"{device.type}, which gives each rank its own."
+        )
+
+
 def _present(kind: str) -> int:
-    """The index of the device of a type that torch uses by default."""
+    """The index of the device of a type that torch uses by default; of several ranks, each has its own."""
+    if ranks.count() > 1:
+        return ranks.place()
     return int(getattr(torch.get_device_module(kind), "current_device", int)()) if is_available(kind) else 0
 
 

@@ -35,12 +35,18 @@ class _Group:
         number: of this one.
         count: of all.
         here: of those on this machine.
+        place: of this one among those on its machine.
+        explain: is called when torch.distributed fails.
+        waiting: this one waits for others.
         sent: bytes that this rank has sent, if sums and gatherings go round a ring.
     """
 
     number: int = 0
     count: int = 1
     here: int = 1
+    place: int = 0
+    explain: Callable[[RuntimeError], None] = lambda error: None
+    waiting: bool = False
     sent: float = 0.0
 
 
@@ -67,17 +73,35 @@ def is_first() -> bool:
     return _group.number == 0
 
 
+def place() -> int:
+    """Number of this rank among those on its machine, from 0: that of its GPU."""
+    return _group.place
+
+
+def waiting() -> bool:
+    """Whether this rank is waiting for others."""
+    return _group.waiting
+
+
 @contextmanager
-def together(number: int, count: int, here: int | None = None) -> Iterator[None]:
+def together(
+    number: int,
+    count: int,
+    here: int | None = None,
+    place: int = 0,
+    explain: Callable[[RuntimeError], None] = lambda error: None,
+) -> Iterator[None]:
     """While open, this process is a rank of torch.distributed's default group.
 
     Args:
         number: of this rank.
         count: of all ranks.
         here: of those on this machine; all by default.
+        place: of this rank among those on its machine.
+        explain: is called when torch.distributed fails; it may raise a better error.
     """
     global _group
-    before, _group = _group, _Group(number, count, count if here is None else here)
+    before, _group = _group, _Group(number, count, count if here is None else here, place, explain)
     try:
         yield
     finally:
@@ -87,8 +111,21 @@ def together(number: int, count: int, here: int | None = None) -> Iterator[None]
 @contextmanager
 def alone() -> Iterator[None]:
     """While open, this process works without the other ranks, beside those on this machine."""
-    with together(0, 1, here()):
+    with together(0, 1, here(), place()):
         yield
+
+
+@contextmanager
+def with_others() -> Iterator[None]:
+    """While open, this rank waits for what the others send."""
+    _group.waiting = True
+    try:
+        yield
+    except RuntimeError as error:
+        _group.explain(error)
+        raise
+    finally:
+        _group.waiting = False
 
 
 @dataclass(frozen=True)
@@ -141,7 +178,8 @@ def total(tensor: Tensor) -> Tensor:
     """
     if count() > 1:
         wired = _wired(tensor)
-        dist.all_reduce(wired)
+        with with_others():
+            dist.all_reduce(wired)
         if wired is not tensor:
             tensor.copy_(wired)
         _group.sent += 2 * (count() - 1) / count() * tensor.nbytes
@@ -191,7 +229,8 @@ def _all_parts(part: Tensor, lengths: Sequence[int]) -> list[Tensor]:
     padded[: len(part)] = part
     padded = _wired(padded).view(torch.uint8)
     parts = [torch.empty_like(padded) for _ in lengths]
-    dist.all_gather(parts, padded)
+    with with_others():
+        dist.all_gather(parts, padded)
     _group.sent += (count() - 1) * padded.nbytes
     return [each.view(part.dtype)[:length].to(part.device) for each, length in zip(parts, lengths, strict=True)]
 
@@ -206,7 +245,8 @@ def tensors_from_first(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     kinds, received = from_first(kinds), {}
     for name, kind in kinds.items():
         own = tensors[name].cpu().contiguous() if is_first() else _empty(**kind)
-        dist.broadcast(own.reshape(-1).view(torch.uint8), 0)
+        with with_others():
+            dist.broadcast(own.reshape(-1).view(torch.uint8), 0)
         _group.sent += (count() - 1) / count() * own.nbytes
         received[name] = own
     return received
