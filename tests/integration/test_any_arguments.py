@@ -34,8 +34,10 @@ THERE = ["@tiny", "@pruned", "@packed", "@pipe", "@latin.yaml", "@deep.yaml", "@
 VALUES = st.sampled_from(NUMBERS) | st.sampled_from(NAMES) | st.sampled_from(THERE) | st.text(max_size=20)
 
 
-def write_recipes(place: Path) -> None:
-    """Recipes that cannot be read; a call may have written its result over one of them."""
+def write_texts(place: Path, tiny_llama: Path) -> None:
+    """Little texts, and recipes that cannot be read; a call may have written its result over one of them."""
+    for name in ("calibration.txt", "heldout.txt"):
+        (place / name).write_text((tiny_llama / name).read_text(encoding="utf-8")[:5000], encoding="utf-8")
     (place / "latin.yaml").write_bytes("name: é".encode("latin-1"))
     (place / "deep.yaml").write_text("[" * 10_000)
 
@@ -45,9 +47,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_llama_folder: Path) -> 
     """Models of all kinds and little texts, the hub out of reach, and a demo and a bench that take no time."""
     place = tmp_path_factory.mktemp("any")
     shutil.copytree(tiny_llama_folder, place / "tiny")
-    for name in ("calibration.txt", "heldout.txt"):
-        (place / name).write_text((tiny_llama_folder / name).read_text(encoding="utf-8")[:5000], encoding="utf-8")
-    write_recipes(place)
+    write_texts(place, tiny_llama_folder)
     os.mkfifo(place / "pipe")
     small = demo.Plan(("magnitude",), samples=2, seqlen=8, window=8, max_windows=1)
     with pytest.MonkeyPatch.context() as patch:
@@ -188,7 +188,7 @@ def test_any_of_many_calls_ends_as_it_should(place, call):
     ],
 )
 def test_what_cannot_be_is_refused_by_what_it_is(place, tmp_path, name, odd, words):
-    write_recipes(place)
+    write_texts(place, place / "tiny")
     code, said = leave(written(name, odd, place), tmp_path)
     assert code == 2
     assert words in said
@@ -210,4 +210,5 @@ def test_what_cannot_be_is_refused_by_what_it_is(place, tmp_path, name, odd, wor
     ],
 )
 def test_what_is_only_odd_is_done(place, tmp_path, name, odd):
+    write_texts(place, place / "tiny")
     assert leave(written(name, odd, place), tmp_path)[0] == 0

@@ -151,19 +151,19 @@ def two_gpus(monkeypatch):
 
 def test_each_rank_of_a_machine_has_its_own_gpu(two_gpus):
     for place in range(2):
-        with together(4 + place, 8, place):
+        with together(4 + place, 8, place=place):
             assert named_device("auto") == named_device("cuda") == torch.device("cuda", place)
 
 
 def test_the_gpu_of_another_rank_is_refused(two_gpus):
-    with together(5, 8, 1):
+    with together(5, 8, place=1):
         assert str(refusal(resolve_device, "cuda:0")) == (
             "Rank 5 computes on cuda:1, not on cuda:0: use --device cuda, which gives each rank its own."
         )
 
 
 def test_more_ranks_than_gpus_are_refused(two_gpus):
-    with together(6, 8, 2):
+    with together(6, 8, place=2):
         assert resolve_device("cpu") == torch.device("cpu")
         for name in ("auto", "cuda", "cuda:0"):
             assert str(refusal(resolve_device, name)) == (
