@@ -569,3 +569,27 @@ def test_a_bfloat16_model_learns_as_it_is(problem, monkeypatch):
     monkeypatch.setattr(machine, "multiplies_bfloat16", lambda device: pytest.fail("asked"))
     halved = in_dtype(problem, torch.bfloat16)
     assert Besa().allocate(halved).losses == pytest.approx(Besa(autocast=False).allocate(halved).losses)
+
+
+def test_a_step_of_all_sequences_is_along_their_mean_gradient(problem, monkeypatch):
+    """A sequence that is there twice counts as one: the mean of equal gradients is the gradient."""
+    seen = []
+
+    class Watched(torch.optim.Adam):
+        def step(self):
+            seen.append(torch.cat([logits_RD.grad.flatten() for logits_RD in self.param_groups[0]["params"]]))
+            return super().step()
+
+    monkeypatch.setattr(torch.optim, "Adam", Watched)
+    one = first(problem, 1)
+    states = {name: getattr(one, name).repeat(4, 1, 1) for name in ("inputs_NTC", "targets_NTC")}
+    four = dataclasses.replace(one, share=Share.whole(4), **states)
+    losses = [Besa(steps=1).allocate(one).losses, Besa(steps=1, batch=4).allocate(four).losses]
+    assert torch.equal(seen[0], seen[1])
+    assert losses[0] == losses[1]
+
+
+def test_convergence_is_looked_for_after_passes_of_batches(problem):
+    """Eight sequences, four a step: a pass has two steps, and a look comes after eight passes."""
+    eight = first(problem, 8)
+    assert len(Besa(steps=30, batch=4, tolerance=0.99).allocate(eight).losses) == 16

@@ -135,3 +135,22 @@ def test_float16_learns_although_its_gradients_underflow(task, monkeypatch, scal
         monkeypatch.setattr(finetuning, "loss_scaler", lambda *_: torch.amp.GradScaler("cpu", enabled=False))
     tuned = MaskedAdam(epochs=4, rate=0.02).tune(block, names, inputs_NTC.half(), targets_NTC.half(), WHOLE, seed=0)
     assert (tuned.losses[-1] < 0.8 * tuned.losses[0]) == scaled
+
+
+def test_several_sequences_a_step_take_fewer_and_larger_steps(task, monkeypatch):
+    """Four sequences a step: the first step is along the mean gradient of four, and twice as large."""
+    rates = []
+
+    class Watched(torch.optim.Adam):
+        def step(self):
+            rates.append(self.param_groups[0]["lr"])
+            return super().step()
+
+    monkeypatch.setattr(torch.optim, "Adam", Watched)
+    one = MaskedAdam(epochs=1, rate=0.01, autocast=False).tune(*task, WHOLE, seed=0)
+    steps, first = len(rates), rates[0]
+    rates.clear()
+    four = MaskedAdam(epochs=1, rate=0.01, batch=4, autocast=False).tune(*task, WHOLE, seed=0)
+    assert (steps, len(rates)) == (30, 8)  # of 33 sequences, 3 are held out
+    assert rates[0] == pytest.approx(2 * first)
+    assert four.losses[-1] < four.losses[0] == one.losses[0]

@@ -5,6 +5,7 @@ Shape suffixes: N sequences, T tokens, C channels of the residual stream, O rows
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -136,7 +137,11 @@ class MaskedAdam(Learning, Finetuner):
 
     method: Literal["adam"] = "adam"
     epochs: int = Field(default=2, ge=1, description="passes over the calibration set, at most")
-    rate: float = Field(default=1e-3, gt=0, description="first step size, as a share of a matrix's root mean square")
+    rate: float = Field(
+        default=1e-3,
+        gt=0,
+        description="first step size, as a share of a matrix's root mean square; times √batch, for fewer steps",
+    )
     held_out: int = Field(default=16, ge=2, description="one sequence in so many is held out")
     loss: Literal["channel", "token"] = Field(
         default="token",
@@ -197,7 +202,8 @@ class MaskedAdam(Learning, Finetuner):
         pruned = {name: w_OI == 0 for name, w_OI in before.items()}
         held, learned = self._split(share.total)
         sizes: list[float] = torch.stack([_root_mean_square(leaf) for leaf in leaves.values()]).tolist()
-        groups = [{"params": [leaf], "lr": self.rate * size} for leaf, size in zip(leaves.values(), sizes, strict=True)]
+        rate = self.rate * math.sqrt(self.sequences)
+        groups = [{"params": [leaf], "lr": rate * size} for leaf, size in zip(leaves.values(), sizes, strict=True)]
         optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=self._steps(share.total))
         scaler = loss_scaler(self._dtype(block, names[0]), leaves[names[0]].device)
