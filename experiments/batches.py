@@ -79,7 +79,7 @@ def tuning(batch: int, epochs: int, rate: float = 1e-3) -> dict[str, list[str]]:
 
 def tiny(recipe: str, sparsity: float, cells: Mapping[str, Sequence[str]]) -> Study:
     """A study of the tests' model."""
-    measures = Measures((str(TINY / "heldout.txt"), "wiki"), window=128, max_windows=400)
+    measures = Measures((str(TINY / "heldout.txt"), "wiki"), window=128, max_windows=200)
     return Study(Conditions(str(TINY), samples=64, seqlen=128), measures, recipe, sparsity, cells)
 
 
