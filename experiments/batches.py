@@ -106,12 +106,12 @@ TUNINGS = (
 )
 STUDIES = {
     "tiny-50": tiny("besa", 0.5, GRID),
-    "tiny-70": tiny("besa", 0.7, GRID),
+    "tiny-70": tiny("besa", 0.7, learning((1, 88), (1, 44), (1, 22), *product(BATCHES, (44, 22)))),
     "tiny-finetune": tiny("best", 0.5, TUNINGS),
     "smollm2-50": smollm2(
         0.5, (1, 88), (1, 44), (4, 22), (2, 44), (8, 11), (1, 22), (4, 44), (2, 88), (8, 22), (8, 44)
     ),
-    "smollm2-60": smollm2(0.6, (1, 88), (1, 44), (2, 44), (4, 22), (4, 44)),
+    "smollm2-60": smollm2(0.6, (1, 88), (1, 44), (4, 44)),
 }
 
 
