@@ -72,7 +72,7 @@ def learning(*pairs: tuple[int, int], tolerance: float = 0.0) -> dict[str, list[
 
 def tuning(batch: int, epochs: int, rate: float = 1e-3) -> dict[str, list[str]]:
     """A cell of fine-tuning; `rate` is that of the first step."""
-    settings = {"batch": batch, "epochs": epochs, "rate": f"{rate:.2e}"}
+    settings = {"method": "adam", "batch": batch, "epochs": epochs, "rate": f"{rate:.2e}"}
     label = f"batch {batch}, {epochs} epochs, rate {rate:.2g}"
     return {label: [f"finetune.{key}={value}" for key, value in settings.items()]}
 
@@ -83,13 +83,10 @@ def tiny(recipe: str, sparsity: float, cells: Mapping[str, Sequence[str]]) -> St
     return Study(Conditions(str(TINY), samples=64, seqlen=128), measures, recipe, sparsity, cells)
 
 
-def smollm2(sparsity: float, *pairs: tuple[int, int]) -> Study:
+def smollm2(cells: Mapping[str, Sequence[str]], recipe: str = "besa", seqlen: int = 256) -> Study:
     """A study of the embedded model."""
-    conditions, measures = (
-        Conditions("smollm2", samples=32, seqlen=256),
-        Measures(("wiki",), window=256, max_windows=40),
-    )
-    return Study(conditions, measures, "besa", sparsity, learning(*pairs))
+    measures = Measures(("wiki",), window=256, max_windows=40)
+    return Study(Conditions("smollm2", samples=32, seqlen=seqlen), measures, recipe, 0.5, cells)
 
 
 GRID = (
@@ -99,6 +96,9 @@ GRID = (
 EPOCHS = 4  # of a batch of 1
 TUNINGS = (
     tuning(1, EPOCHS)
+    | {label: own for batch in BATCHES for label, own in tuning(1, EPOCHS, 1e-3 * batch).items()}
+    | {label: own for rate in (8e-3, 16e-3) for label, own in tuning(4, EPOCHS, rate).items()}
+    | tuning(8, EPOCHS, 16e-3)
     | {label: own for batch in BATCHES for label, own in tuning(batch, EPOCHS).items()}
     | {label: own for batch in BATCHES for label, own in tuning(batch, EPOCHS, 1e-3 * sqrt(batch)).items()}
     | {label: own for batch in BATCHES for label, own in tuning(batch, EPOCHS, 1e-3 * batch).items()}
@@ -108,10 +108,8 @@ STUDIES = {
     "tiny-50": tiny("besa", 0.5, GRID),
     "tiny-70": tiny("besa", 0.7, learning((1, 88), (1, 44), (1, 22), *product(BATCHES, (44, 22)))),
     "tiny-finetune": tiny("best", 0.5, TUNINGS),
-    "smollm2-50": smollm2(
-        0.5, (1, 88), (1, 44), (4, 22), (2, 44), (8, 11), (1, 22), (4, 44), (2, 88), (8, 22), (8, 44)
-    ),
-    "smollm2-60": smollm2(0.6, (1, 88), (1, 44), (4, 44)),
+    "smollm2-50": smollm2(learning((1, 88), (1, 44), (4, 22), (2, 44), (8, 11), (1, 22), (4, 44))),
+    "smollm2-finetune": smollm2(tuning(1, EPOCHS) | tuning(4, EPOCHS, 4e-3) | tuning(1, EPOCHS, 4e-3), "fast", 128),
 }
 
 
