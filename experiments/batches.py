@@ -96,6 +96,7 @@ GRID = (
 EPOCHS = 4  # of a batch of 1
 TUNINGS = (
     tuning(1, EPOCHS)
+    | tuning(1, 1, 4e-3)
     | {label: own for batch in BATCHES for label, own in tuning(1, EPOCHS, 1e-3 * batch).items()}
     | {label: own for rate in (8e-3, 16e-3) for label, own in tuning(4, EPOCHS, rate).items()}
     | tuning(8, EPOCHS, 16e-3)
