@@ -1,9 +1,10 @@
 """What more ranks gain: measured with two processes on this machine, and forecast for GPUs.
 
     python -m benchmarks.scaling measured FOLDER    # one and two ranks of one thread each; results/scaling.json
+    python -m benchmarks.scaling planned            # what each of 1, 2, 4 and 8 ranks has to do, keep and send
     python -m benchmarks.scaling forecast           # one, 8 and 32 ranks on H100s; results/scaling-forecast.json
 
-Both print the tables of docs/scaling.md. What ranks send is counted at every exchange, as if it went round a ring; what
+They print the tables of docs/scaling.md. What ranks send is counted at every exchange, as if it went round a ring; what
 really passes the loopback interface, and what all ranks read from the disk, is measured beside it.
 """
 
@@ -14,6 +15,7 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -24,6 +26,7 @@ import typer
 from benchmarks.gpu_forecast import CARDS, SAMPLES, SEQLEN, SHAPES, files, phase
 from benchmarks.random_model import config
 from benchmarks.weightless import seen
+from besa.api import plan
 from besa.methods.recipe import Recipe
 from besa.models.loading import load_model, load_tokenizer, locate
 from besa.record import RECORD_NAME, RunRecord, now
@@ -180,6 +183,30 @@ def _measured_table(found: dict[str, Any]) -> list[str]:
                 cells = f"{before:.1f} | {after:.1f} | {before / after:.2f} | {sent / 1e6:.2f} MB"
                 lines.append(f"| {recipe} | {name} | {cells} |")
     return lines
+
+
+@app.command()
+def planned() -> None:
+    """What `besa plan --ranks` says of LLaMA-2 7B, where every rank has a GPU."""
+    lines = [
+        "| recipe | ranks | sequences | passes over them | GPU memory | activations of it | sent for a block |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        config("7B", SHAPES["7B"]).save_pretrained(folder)
+        for name in ("wanda", "sparsegpt", "besa", "fast", "best"):
+            for count in (1, 2, 4, 8):
+                found = plan(folder, name, samples=SAMPLES, seqlen=SEQLEN, device="cuda", ranks=count)
+                sizes = (
+                    found.gpu_memory_bytes or 0,
+                    found.activation_places["device"],
+                    sum(found.traffic_bytes.values()),
+                )
+                cells = (
+                    f"{found.sequences} | {found.forward_passes:.1f} | {' | '.join(f'{s / 1e9:.2f} GB' for s in sizes)}"
+                )
+                lines.append(f"| {name} | {count} | {cells} |")
+    print("\n".join(lines))
 
 
 @app.command()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
 
 LARGEST = 2**31 - 1  # largest integer of a setting, so that counts fit into 32 bits
-MOST_SHARED = 8  # sequences of a step that several ranks share by default (docs/log.md)
 
 
 class Settings(BaseModel):
@@ -31,10 +30,16 @@ def _batch(value: Any) -> int | str:
 
 
 class Learning(Settings):
-    """Base of parts that learn step by step."""
+    """Base of parts that learn step by step.
 
+    Attributes:
+        most_shared: sequences of a step, at most, that several ranks share by default (docs/log.md).
+    """
+
+    most_shared: ClassVar[int] = 1
     batch: Annotated[int | Literal["auto"], PlainValidator(_batch)] = Field(
-        default="auto", description="sequences of a learning step; auto: one, or one for each of several ranks"
+        default="auto",
+        description="sequences of a learning step; auto: 1, or more where ranks share them",
     )
 
     @property
@@ -51,4 +56,4 @@ class Learning(Settings):
         """
         if self.batch != "auto":
             return self
-        return self.model_copy(update={"batch": begun.get("batch", min(ranks, MOST_SHARED))})
+        return self.model_copy(update={"batch": begun.get("batch", min(ranks, self.most_shared))})

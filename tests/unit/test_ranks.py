@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from besa.errors import BesaError
 from besa.methods.recipe import Recipe
 from besa.models.activations import Room
-from besa.settings import MOST_SHARED
 from besa.system import ranks
 from besa.system.ranks import Share, alone, together
 from tests.pretend_ranks import each_rank
@@ -95,13 +94,13 @@ def test_batches_settle_with_the_number_of_ranks_and_stay_what_they_were():
     recipe = Recipe.load("besa")
     assert (recipe.allocation.batch, recipe.allocation.sequences) == ("auto", 1)
     assert recipe.settled(1, {}).allocation.batch == 1
-    assert recipe.settled(3, {}).allocation.batch == 3
-    assert recipe.settled(100, {}).allocation.batch == MOST_SHARED
-    assert recipe.settled(3, recipe.settled(2, {}).model_dump()).allocation.batch == 2
-    chosen = Recipe.load("besa", overrides=["allocation.batch=5"])
-    assert chosen.settled(3, recipe.settled(2, {}).model_dump()) == chosen
-    assert Recipe.load("int4").settled(2, {}).descent.sequences == 2
-    assert Recipe.load("best").settled(2, {}).finetune.sequences == 2
+    assert recipe.settled(8, {}).allocation.batch == 1
+    best = Recipe.load("best")
+    assert [best.settled(ranks, {}).finetune.batch for ranks in (1, 2, 3, 8)] == [1, 2, 3, 4]
+    assert best.settled(3, best.settled(2, {}).model_dump()).finetune.batch == 2
+    chosen = Recipe.load("best", overrides=["finetune.batch=5"])
+    assert chosen.settled(3, best.settled(2, {}).model_dump()) == chosen
+    assert Recipe.load("int4", overrides=["quantization.batch=2"]).settled(2, {}).descent.sequences == 2
 
 
 @pytest.mark.parametrize("batch", ["0", "-1", "1.5", "true", "many"])

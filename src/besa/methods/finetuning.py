@@ -154,6 +154,7 @@ class MaskedAdam(Learning, Finetuner):
         default=True, description="multiply in bfloat16 while learning, if that makes a float32 run faster"
     )
     moves_weights: ClassVar[bool] = True
+    most_shared: ClassVar[int] = 4
 
     @property
     def epoch_passes(self) -> float:

@@ -35,8 +35,8 @@ def one_pass(places: Sequence[int], batch: int, generator: torch.Generator) -> l
 class Mean:
     """The mean of some tensors over the sequences of a step, which one rank or several compute.
 
-    Sums are as wide as the device computes, so that they do not depend on who computes what (`ranks.total`). The mean
-    of one sequence that this rank computes by itself is what was added.
+    Sums of several sequences are as wide as the device computes, so that they do not depend on who computes what
+    (`ranks.total`). The mean of one sequence is what its rank has added.
 
     Args:
         sequences: of the step, over all ranks.
@@ -46,6 +46,9 @@ class Mean:
         self._sequences = sequences
         self._sum_V: Tensor | None = None
 
+    def _dtype(self, device: torch.device) -> torch.dtype:
+        return widest(device) if self._sequences > 1 else torch.float32
+
     @property
     def _trivial(self) -> bool:
         return self._sequences == ranks.count() == 1
@@ -54,7 +57,7 @@ class Mean:
         """Add what one sequence gave, float32."""
         if self._trivial:
             return
-        flat_V = torch.cat([tensor.flatten() for tensor in tensors]).to(widest(tensors[0].device))
+        flat_V = torch.cat([tensor.flatten() for tensor in tensors]).to(self._dtype(tensors[0].device))
         self._sum_V = flat_V if self._sum_V is None else self._sum_V.add_(flat_V)
 
     def into(self, tensors: Sequence[Tensor]) -> None:
@@ -63,7 +66,7 @@ class Mean:
             return
         sizes = [tensor.numel() for tensor in tensors]
         if self._sum_V is None:  # no sequence of the step is on this rank
-            self._sum_V = tensors[0].new_zeros(sum(sizes), dtype=widest(tensors[0].device))
+            self._sum_V = tensors[0].new_zeros(sum(sizes), dtype=self._dtype(tensors[0].device))
         mean_V = ranks.total(self._sum_V) / self._sequences
         for tensor, part in zip(tensors, mean_V.split(sizes), strict=True):
             tensor.copy_(part.view_as(tensor))

@@ -54,7 +54,7 @@ def traffic(
     sent = {
         "statistics": summed(WIDE * sum(width + (width**2 if recipe.needs_gram else 0) for width in widths), ranks),
         "rank": order,
-        "allocate": summed(WIDE * sums, ranks) + (order if recipe.quantization.ranks_again else 0),
+        "allocate": summed(sums, ranks) + (order if recipe.quantization.ranks_again else 0),
         "rebuild": gathered(rebuilt, ranks),
         "finetune": summed(recipe.finetune.summed_bytes(pruned, samples), ranks),
         "measure": summed(WIDE * 2 * channels * len(unit.blocks), ranks),
@@ -73,7 +73,7 @@ def gathered(tensors: Iterable[tuple[int, int]], ranks: int) -> float:
 
 
 def _allocated(unit: Unit, budgets: Sequence[Budget], recipe: Recipe) -> int:
-    """How many numbers are summed up to decide the zeros of a part of the unit, and the clipping of its codes."""
+    """Bytes that are summed up to decide the zeros of a part of the unit, and the clipping of its codes."""
 
     def shapes(names: Iterable[str]) -> list[tuple[int, int]]:
         return [(unit.prunables[name].rows, unit.prunables[name].columns) for name in names]
@@ -86,10 +86,10 @@ def _allocated(unit: Unit, budgets: Sequence[Budget], recipe: Recipe) -> int:
     every = [name for budget in budgets for name in budget.names]
     learning = [name for budget in budgets if 0 < budget.zeros < budget.weights for name in budget.names]
     joint = clipped(learning) if recipe.quantization.learns_jointly else 0
-    numbers = recipe.allocation.summed_numbers(shapes(unit.prunables), shapes(learning), joint)
+    size = recipe.allocation.summed_bytes(shapes(unit.prunables), shapes(learning), joint)
     if recipe.quantization.learns_first and recipe.descent is not None:
-        numbers += recipe.descent.steps_numbers(clipped(every))
-    return numbers
+        size += recipe.descent.steps_bytes(clipped(every))
+    return size
 
 
 def _rank_bytes(columns: int, group: int | None) -> int:

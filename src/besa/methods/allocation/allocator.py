@@ -88,10 +88,10 @@ class Allocator(Settings):
         """
         return 0
 
-    def summed_numbers(
+    def summed_bytes(
         self, shapes: Sequence[tuple[int, int]], learning: Sequence[tuple[int, int]], clipping: int
     ) -> int:
-        """How many numbers ranks add up while it decides, at most; none if each decides by itself.
+        """Bytes that ranks add up while it decides, at most; none if each decides by itself.
 
         Args:
             shapes: rows and columns of each matrix of the unit.

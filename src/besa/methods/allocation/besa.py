@@ -69,12 +69,12 @@ class Besa(Descent, Allocator):
         groups = rows if self.rates == "row" else len(shapes)
         return 4 * round(1 / self.candidate_step) * (OPTIMIZER * groups + rows)
 
-    def summed_numbers(
+    def summed_bytes(
         self, shapes: Sequence[tuple[int, int]], learning: Sequence[tuple[int, int]], clipping: int
     ) -> int:
         """At every step the loss, a gradient for each row and candidate rate, and those of the clippings."""
         rows = sum(rows_of_linear for rows_of_linear, _ in learning)
-        return self.steps_numbers(rows * (round(1 / self.candidate_step) + 1) + clipping) if learning else 0
+        return self.steps_bytes(rows * (round(1 / self.candidate_step) + 1) + clipping) if learning else 0
 
     def allocate(self, problem: BlockProblem) -> Allocated:
         """Learn the block's rates and apportion its zeros to rows (lines 5 to 10 of Algorithm 1).

@@ -95,9 +95,9 @@ class Descent(Learning):
                 break
         return _fetched(losses)
 
-    def steps_numbers(self, gradients: int) -> int:
-        """How many numbers ranks add up in all steps, at most: in each, the loss and so many gradients."""
-        return self.steps * (1 + gradients)
+    def steps_bytes(self, gradients: int) -> int:
+        """Bytes that ranks add up in all steps, at most: in each, the loss and so many gradients (`Mean`)."""
+        return self.steps * (8 if self.sequences > 1 else 4) * (1 + gradients)
 
     def dtype(self, problem: BlockProblem) -> torch.dtype:
         """The dtype in which learning steps multiply; statistics, teacher and pruned path keep the run's dtype."""

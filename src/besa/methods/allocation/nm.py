@@ -64,11 +64,11 @@ class NM(Allocator):
         """Whether patterns are mixed: then it compares linears."""
         return self.mixed
 
-    def summed_numbers(
+    def summed_bytes(
         self, shapes: Sequence[tuple[int, int]], learning: Sequence[tuple[int, int]], clipping: int
     ) -> int:
         """As `Sensitivity` if patterns are mixed."""
-        return Sensitivity().summed_numbers(shapes, learning, clipping) if self.mixed else 0
+        return Sensitivity().summed_bytes(shapes, learning, clipping) if self.mixed else 0
 
     def allocate(self, problem: BlockProblem) -> Allocated:
         """The same number of zeros in every row of a linear.

@@ -44,11 +44,11 @@ class Sensitivity(Allocator):
         """Yes: between all rows of the linears of a budget."""
         return True
 
-    def summed_numbers(
+    def summed_bytes(
         self, shapes: Sequence[tuple[int, int]], learning: Sequence[tuple[int, int]], clipping: int
     ) -> int:
-        """One for each row of the unit."""
-        return sum(rows for rows, _ in shapes)
+        """A float64 for each row of the unit."""
+        return 8 * sum(rows for rows, _ in shapes)
 
     def allocate(self, problem: BlockProblem) -> Allocated:
         """The zeros of every row; linears that no token reached get the sparsity of their budget.
