@@ -216,10 +216,10 @@ def forecast() -> None:
     found: list[dict[str, Any]] = []
     for shape, blocks in SHAPES.items():
         for name in ("wanda", "besa", "fast"):
+            recipe = Recipe.load(name)
+            learning = 0.0  # seconds of all steps, one after another; at each, all ranks wait for the one that has it
             for wire in WIRES:
-                runs = [
-                    seen(config(shape, n), Recipe.load(name), SAMPLES, SEQLEN, card.memory, wire.ranks) for n in (1, 2)
-                ]
+                runs = [seen(config(shape, n), recipe, SAMPLES, SEQLEN, card.memory, wire.ranks) for n in (1, 2)]
                 one, two = runs
                 before = one["before"].and_again(two["before"].less(one["before"]), blocks - 1)
                 start = phase(card, before, from_disk=True).seconds + _exchange(wire, before.sent, before.exchanges)
@@ -228,6 +228,8 @@ def forecast() -> None:
                     if part != "before":
                         each = two[part].less(one[part])
                         seconds = phase(card, each, part == "load").seconds
+                        if part == "allocate" and recipe.descent is not None:
+                            seconds = learning = max(learning, seconds)
                         phases[part] = seconds + _exchange(wire, each.sent, each.exchanges)
                         sent[part] = each.sent
                 reading = phases.pop("load")
