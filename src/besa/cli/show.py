@@ -79,6 +79,7 @@ def pruned(record: RunRecord, folder: Path) -> RenderableType:
     unreached = (
         f"\n{record.unreached} experts saw no calibration token: pruned by weights alone" if record.unreached else ""
     )
+    several = f" of one of {record.ranks} ranks" if record.ranks > 1 else ""
     passed = record.passed_through
     unbuilt = (
         f"\n{passed.tensors:,} tensors that transformers does not build were passed through as they are "
@@ -93,7 +94,7 @@ def pruned(record: RunRecord, folder: Path) -> RenderableType:
         f"{folder}: {record.zeros:,} of {record.weights:,} prunable weights are zero ({record.sparsity:.4%})\n"
         f"{whole}"
         f"recipe {record.recipe['name']}, {record.seconds:,.0f} s, "
-        f"peak memory {record.peak_memory_bytes / 1e9:.2f} GB{gpu}\n"
+        f"peak memory {record.peak_memory_bytes / 1e9:.2f} GB{gpu}{several}\n"
         f"reconstruction error {errors[0]:.4f} in the first block, {errors[-1]:.4f} in the last{unreached}{unbuilt}"
     )
 

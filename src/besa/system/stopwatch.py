@@ -37,5 +37,5 @@ class Stopwatch:
         finally:
             synchronize(self._device)
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - began
-            if ranks.count() > 1:
-                self.sent[phase] = self.sent.get(phase, 0) + ranks.sent() - sent
+            if added := ranks.sent() - sent:
+                self.sent[phase] = self.sent.get(phase, 0) + added
