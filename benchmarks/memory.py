@@ -86,7 +86,7 @@ def _measure(name: str, blocks: int, recipe: str, samples: int, seqlen: int, fol
 def _besa(*arguments: str) -> float:
     """Seconds that a besa command took."""
     began = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "besa.cli", *arguments], check=True)
+    subprocess.run([sys.executable, "-m", "besa", *arguments], check=True)
     return time.perf_counter() - began
 
 

@@ -18,7 +18,7 @@ SMALL = ["--calibration", str(TINY / "calibration.txt"), "--samples", "8", "--se
 
 def besa(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "besa.cli", *map(str, arguments)],
+        [sys.executable, "-m", "besa", *map(str, arguments)],
         capture_output=True,
         text=True,
         env={**os.environ, "COLUMNS": "200", **environment},
@@ -236,7 +236,7 @@ def test_infinity_in_activations_is_refused(tmp_path: Path) -> None:
 
 def with_file_quota(kilobytes: int, *arguments: object) -> subprocess.CompletedProcess[str]:
     """A quota on file size is the full disk that a test can make: the write fails in the middle."""
-    command = f"ulimit -f {kilobytes}; exec {sys.executable} -m besa.cli {' '.join(map(str, arguments))}"
+    command = f"ulimit -f {kilobytes}; exec {sys.executable} -m besa {' '.join(map(str, arguments))}"
     return subprocess.run(["bash", "-c", f"trap '' XFSZ; {command}"], capture_output=True, text=True, check=False)
 
 

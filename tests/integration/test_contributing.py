@@ -82,7 +82,7 @@ def test_an_importance_is_added_as_the_page_says(
     prune[2:4] = [str(tiny_llama_folder), str(out)]  # in place of smollm2
     sizes = ["--calibration", str(tiny_llama_folder / "calibration.txt"), "--samples", "2", "--seqlen", "32"]
     environment = os.environ | {"PYTHONPATH": str(package / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
-    for words in (["pytest", *test[1:], "-p", "no:cacheprovider"], ["besa.cli", *prune[1:], *sizes]):
+    for words in (["pytest", *test[1:], "-p", "no:cacheprovider"], ["besa", *prune[1:], *sizes]):
         done = subprocess.run(
             [sys.executable, "-m", *words], cwd=package, env=environment, capture_output=True, text=True
         )

@@ -106,7 +106,7 @@ def begun(five_blocks: Path, tmp_path: Path) -> Path:
 def start(*arguments: object) -> subprocess.Popen[str]:
     """The command line in a process group of its own."""
     return subprocess.Popen(
-        [sys.executable, "-m", "besa.cli", *map(str, arguments)],
+        [sys.executable, "-m", "besa", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

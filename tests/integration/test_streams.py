@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-BESA = [sys.executable, "-m", "besa.cli"]
+BESA = [sys.executable, "-m", "besa"]
 TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
 full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full here")
 

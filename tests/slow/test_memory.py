@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 def peak(model: Path, out: Path, *settings: str) -> tuple[int, int]:
     """Bytes measured by a run in a process of its own, and bytes planned."""
-    besa = [sys.executable, "-m", "besa.cli"]
+    besa = [sys.executable, "-m", "besa"]
     plan = out.with_suffix(".json")
     subprocess.run([*besa, "plan", str(model), *settings, "--json", str(plan)], check=True)
     text = ["--calibration", str(TOKENIZER / "calibration.txt")]

@@ -1,5 +1,0 @@
-"""`python -m besa.cli` is `besa`."""
-
-from besa.cli import main
-
-main()
