@@ -17,6 +17,7 @@ from besa.methods.allocation.changing import ChangingLinears
 from besa.methods.importance import Wanda
 from besa.methods.reconstruction import NoReconstruction
 from besa.models.blocks import Block, capture_inputs, find_blocks
+from besa.models.prunable import find_prunables
 from besa.observing.input_statistics import collect
 from besa.observing.losses import error_between, reconstruction_error
 from besa.system import machine
@@ -593,3 +594,51 @@ def test_convergence_is_looked_for_after_passes_of_batches(problem):
     """Eight sequences, four a step: a pass has two steps, and a look comes after eight passes."""
     eight = first(problem, 8)
     assert len(Besa(steps=30, batch=4, tolerance=0.99).allocate(eight).losses) == 16
+
+
+class Choice(nn.Module):
+    """Two experts in a list, of which the sign of the input chooses one."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(6, 4, bias=False) for _ in range(2))
+
+    def forward(self, x):
+        return self.experts[int(x.mean() > 0)](x)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_an_expert_that_a_sequence_does_not_reach_has_no_gradient_from_the_one_before(monkeypatch, batch):
+    """A step's gradient of an expert is that of the sequences that reach it, over all sequences of the step."""
+    torch.manual_seed(0)
+    module = Choice().requires_grad_(False)
+    prunables = find_prunables(module)
+    block = Block(0, "b", module, prunables, {(1, 3): {}, (2, 3): {}})
+    inputs_NTC = torch.stack([torch.rand(3, 6), -torch.rand(3, 6)])
+    targets_NTC = torch.cat([module(x_NTC[None]) for x_NTC in inputs_NTC])
+    linears = {}
+    for name in prunables:
+        w_OI = block.weight(name).clone()
+        linears[name] = RankedLinear(w_OI, w_OI.abs(), rank(w_OI.abs(), w_OI))
+    budget = Budget(tuple(linears), 48, 24)
+    problem = BlockProblem(block, linears, inputs_NTC, targets_NTC, [budget], 0, Share.whole(2))
+    seen = []
+    backward = ChangingLinears.backward
+
+    def watched(self, penalty):
+        seen.append([gradient.clone() for gradient in self.gradients])
+        backward(self, penalty)
+
+    monkeypatch.setattr(ChangingLinears, "backward", watched)
+    Besa(steps=2, batch=batch, tolerance=0, crop=1, autocast=False, travel=1e-9).allocate(problem)
+    steps = seen.copy()
+    seen.clear()
+    for place in range(2):
+        states = {name: getattr(problem, name)[place : place + 1] for name in ("inputs_NTC", "targets_NTC")}
+        one = dataclasses.replace(problem, share=Share.whole(1), **states)
+        Besa(steps=1, crop=1, autocast=False, travel=1e-9).allocate(one)
+    for expert in range(2):
+        found = sum(gradients[expert] for gradients in steps) / len(steps)
+        alone = sum(gradients[expert] for gradients in seen) / 2
+        assert alone.any()
+        torch.testing.assert_close(found, alone)

@@ -78,6 +78,11 @@ class ChangingLinears:
         sums = [part.sums_OD for part in self._parts if self.rates is not None]
         return [*sums, *(part.clipping_gradient for part in self._parts if part.clipping_gradient is not None)]
 
+    def finish_pass(self) -> None:
+        """Zero the `gradients` of weights that the last backward pass did not reach: experts that no token came to."""
+        for part in self._parts:
+            part.finish_pass()
+
     def backward(self, penalty: Tensor) -> None:
         """Compute the gradients of the parameters from `gradients`.
 
@@ -132,6 +137,7 @@ class _ChangingLinear:
         self.clipping = clipping
         self._ranks_OI = linear.ranks_OI
         self._counts_O: Tensor | None = None
+        self._reached = False  # by the present backward pass
         rows, columns = self.w_OI.shape
         candidates = len(rates.rates_D) if rates else 0
         self.sums_OD = torch.zeros(rows, candidates, device=self.w_OI.device)
@@ -153,9 +159,18 @@ class _ChangingLinear:
         """Sum up the gradient of the leaf by candidates, and drop it."""
         assert leaf_OI.grad is not None
         gradient_OI, leaf_OI.grad = leaf_OI.grad.contiguous(), None
+        self._reached = True
         if self._bins_I is not None:
             kernels.binned(gradient_OI, self.w_OI, self._ranks_OI, self._bins_I, self.sums_OD)
         if self.clipping is not None and self.clipping_gradient is not None:
             if self._counts_O is not None:
                 kernels.masked(gradient_OI, self._ranks_OI, self._counts_O, gradient_OI)
             self.clipping_gradient = kernels.clipping_gradient(gradient_OI, self.clipping)
+
+    def finish_pass(self) -> None:
+        """Zero what an earlier pass has left, if this one did not reach the leaf."""
+        if not self._reached:
+            self.sums_OD.zero_()
+            if self.clipping_gradient is not None:
+                self.clipping_gradient.zero_()
+        self._reached = False

@@ -80,6 +80,8 @@ class Descent(Learning):
                 with autocast:
                     error = problem.error(chosen, tokens, weights, self.plain)
                 scaler.scale(error).backward()
+                for part in parts:
+                    part.finish_pass()
                 loss.copy_(error.detach())
                 mean.add([loss, *(gradient for part in parts for gradient in part.gradients)])
             mean.into([loss, *(gradient for part in parts for gradient in part.gradients)])
