@@ -11,7 +11,8 @@ from torch.distributed import HashStore
 from besa.errors import BesaError, ToldError
 from besa.system import joining, watching
 from besa.system.devices import named_device, resolve_device
-from besa.system.joining import Launch, joined, launched
+from besa.system.joining import Launch, joined
+from besa.system.processes import launched
 from besa.system.ranks import count, together
 from tests.forked import free_port
 

@@ -11,11 +11,7 @@ from contextlib import contextmanager
 from besa.cli import logs
 from besa.cli.consoles import only_errors, refuse
 from besa.errors import BesaError, Interrupted
-
-
-def launched() -> bool:
-    """Whether a launcher has started other processes beside this one."""
-    return os.environ.get("WORLD_SIZE", "1") != "1"
+from besa.system.processes import launched
 
 
 @contextmanager

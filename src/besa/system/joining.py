@@ -22,6 +22,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from besa.errors import BesaError, ToldError
 from besa.system import ranks, watching
+from besa.system.processes import launched
 from besa.system.watching import Member, Watch
 from besa.version import __version__
 
@@ -74,11 +75,6 @@ class Launch:
     def has_store(self) -> bool:
         """Whether this process keeps the store."""
         return self.number == 0 and not self.kept
-
-
-def launched() -> bool:
-    """Whether torchrun, or another launcher that sets its variables, has started several processes."""
-    return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 @contextmanager

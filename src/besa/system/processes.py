@@ -1,4 +1,4 @@
-"""What the system knows of a process: whether it lives, and whether it moves."""
+"""What the system knows of processes: whether others were started beside this one, live, and move."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ from pathlib import Path
 
 PROC = Path("/proc")
 BUSY = 0.05  # share of a core below which threads beside the main one do nothing but draw a bar or pass messages on
+
+
+def launched() -> bool:
+    """Whether torchrun, or another launcher that sets its variables, has started several processes."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def machine() -> str:
