@@ -97,9 +97,6 @@ def _refuse_foreign(path: Path, source: Path) -> None:
     homes = [source.resolve()]
     if source.resolve().parent.name == "snapshots":  # of the cache: models--a--b/snapshots/commit
         repository = source.resolve().parent.parent
-        homes += [
-            repository / "blobs",
-            repository.parent / "blobs",
-        ]  # those of all repositories are linked from its own
+        homes += [repository / "blobs", repository.parent / "blobs"]  # the latter holds what repositories share
     if not any(path.resolve().is_relative_to(home) for home in homes):
         raise BesaError(f"{path} is a link to a file outside the model's folder: put a copy of the file in its place.")
