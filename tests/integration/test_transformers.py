@@ -120,6 +120,18 @@ def test_a_saved_model_is_a_packed_checkpoint(folder: Path, size: str, tmp_path:
         model.save_pretrained(tmp_path / "other", push_to_hub=True)
 
 
+def test_a_model_made_dense_is_an_ordinary_one(folder: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder).dequantize()
+    expected = AutoModelForCausalLM.from_pretrained(folder.parent / "dense")
+    assert sparse(model) == 0
+    torch.testing.assert_close(logits(model), logits(expected), rtol=1e-5, atol=1e-5)
+    model.requires_grad_(True)
+    logits(model).sum().backward()
+    model.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+
+
 def test_device_maps(plain: Path) -> None:
     """What lies on another device than its input would be an error."""
     expected = logits(besa.load(plain))

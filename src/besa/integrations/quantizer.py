@@ -69,6 +69,11 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
 
         return finish(model, self._bits)
 
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        from besa.runtime.packed import make_dense
+
+        return make_dense(model, dtype)
+
     def is_serializable(self) -> bool:
         """`save_pretrained` writes a packed checkpoint."""
         return True

@@ -96,6 +96,23 @@ def finish(model: PreTrainedModel, bits: int | None) -> PreTrainedModel:
     return model.requires_grad_(False)
 
 
+def make_dense(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with ordinary linears in place of sparse ones; pruned weights are zeros.
+
+    Args:
+        model: as `finish` returned it.
+        dtype: of the linears.
+    """
+    for name, module in dict(model.named_modules()).items():
+        if isinstance(module, SparseLinear):
+            dense = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+            dense.weight = nn.Parameter(module.weight.to(dtype))
+            dense.register_parameter("bias", module.bias)
+            model.set_submodule(name, dense)
+    del model.save_pretrained  # its class has one for dense models
+    return model
+
+
 def save_pretrained(model: PreTrainedModel, save_directory: str | Path, **options: Any) -> None:
     """`save_pretrained` of a model with sparse layers: it writes a packed checkpoint.
 
