@@ -15,14 +15,17 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
+from typer.testing import CliRunner
 
 import besa
 from besa.checkpoint import writer
 from besa.checkpoint.inspection import inspect
 from besa.checkpoint.packing import pack, unpack
+from besa.cli import app
 from besa.errors import BesaError, Interrupted
 from besa.models import hub as fetching
 from besa.models.loading import locate
+from besa.planning import spending
 from besa.record import RunRecord
 from besa.report import load_run, render
 from besa.storage.journal import partial_folder
@@ -487,3 +490,25 @@ def test_large_models_come_in_shards_and_go_on_as_such(
     found = besa.load(tmp_path / "out").state_dict()
     expected = besa.load(folders["pruned"]).state_dict()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_whatever_takes_a_model_takes_a_revision(
+    commits: tuple[str, str], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    id, folder = f"org/model@{commits[0][:10]}", folders["first"]
+    told = [besa.generate(model, "The city", max_new_tokens=4) for model in (id, folder, folders["second"])]
+    assert told[0] == told[1] != told[2]
+    assert besa.simulate(id, [1]).linears == besa.simulate(folder, [1]).linears
+    command = ["plan", id, "--passes", "8", "--recipe", "best", "--json", str(tmp_path / "plan.json")]
+    assert CliRunner().invoke(app, command, catch_exceptions=False).exit_code == 0
+    expected = besa.plan(folder, spending(besa.Recipe.load("best"), 8, 128, 64))
+    assert json.loads((tmp_path / "plan.json").read_text())["forward_passes"] == expected.forward_passes
+    arguments = ["--recipes", "magnitude", "--ppl", TEXT, "--max-windows", "2", "--calibration", TEXT, "--samples", "2"]
+    for model, out in ((id, "hub"), (folder, "local")):
+        command = ["compare", str(model), "--out", str(tmp_path / out), *arguments]
+        assert CliRunner().invoke(app, command, catch_exceptions=False).exit_code == 0
+    found, made = (json.loads((tmp_path / out / "compare.json").read_text()) for out in ("hub", "local"))
+    assert found["conditions"] == made["conditions"]  # by what is in the files
+    assert [row["mean"] for row in (found["dense"], *found["rows"])] == [
+        row["mean"] for row in (made["dense"], *made["rows"])
+    ]
