@@ -512,3 +512,29 @@ def test_whatever_takes_a_model_takes_a_revision(
     assert [row["mean"] for row in (found["dense"], *found["rows"])] == [
         row["mean"] for row in (made["dense"], *made["rows"])
     ]
+
+
+def test_code_of_a_repository_runs_if_it_is_trusted_and_as_its_commit_has_it(
+    hub: LoopbackHub, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    commits = []
+    for version in ("first", "second"):
+        folder = tmp_path / version
+        shutil.copytree(folders[version], folder)
+        (folder / "modeling_own.py").write_text(
+            "from transformers import LlamaConfig, LlamaForCausalLM\n"
+            "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+            f"class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n    version = '{version}'\n"
+        )
+        places = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+        config = json.loads((folder / "config.json").read_text()) | {"model_type": "own", "auto_map": places}
+        (folder / "config.json").write_text(json.dumps(config))
+        commits.append(hub.add("org/own", folder))
+    for call in (besa.load, besa.plan):
+        text = refused(lambda call=call: call("org/own"))
+        assert text.startswith("Model org/own cannot be read: it needs model code of its own; pass --trust-remote-code")
+    for version, revision in (("second", ""), ("first", f"@{commits[0]}"), ("second", "@main")):
+        model = besa.load(f"org/own{revision}", trust_remote_code=True)
+        assert model.version == version
+        assert same(model, besa.load(folders[version]))

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from besa.errors import BesaError
-from besa.storage.names import LONGEST, PLAIN, path_of, plain, printable
+from besa.storage.names import LONGEST, PLAIN, is_path, path_of, pinned, plain, printable
 
 
 def test_paths_that_can_be(tmp_path):
@@ -52,3 +52,12 @@ def test_reminders_are_plain(text):
 
 def test_control_characters_do_not_reach_a_terminal():
     assert printable("a\x1b[31mé\x07\x9b \u202e") == "a\ufffd[31mé\ufffd\ufffd \ufffd"
+
+
+@pytest.mark.parametrize("model", ["./a", "../a/b", "~/a", "/a", "a/b/c"])
+def test_only_what_may_be_an_id_is_written_with_its_commit(model):
+    assert is_path(model)
+    assert pinned(model, "c0ffee") == model
+    for id in ("a", "a/b"):
+        assert not is_path(id)
+        assert (pinned(id, "c0ffee"), pinned(id, None)) == (f"{id}@c0ffee", id)
