@@ -1,6 +1,7 @@
 """Models from a Hub that speaks the real protocol: found, fetched once, of a commit that is recorded, or refused."""
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -230,18 +231,21 @@ def test_without_a_connection_the_cache_is_enough(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
     recwarn: pytest.WarningsRecorder,
 ) -> None:
     expected = besa.load("org/model")
     besa.plan("org/model@v1")
     away(monkeypatch)
     capfd.readouterr()
+    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "handlers", [caplog.handler])
     for name in ("org/model", f"org/model@{commits[1]}"):
         assert same(besa.load(name), expected)
     record = besa.compress("org/model", "magnitude", out=tmp_path / "out", **SMALL).record
     assert record.model["revision"] == commits[1]
     assert besa.plan("org/model@v1").blocks == 2
     assert capfd.readouterr() == ("", "")
+    assert not caplog.messages
     assert not [str(each.message) for each in recwarn.list if each.category is not ResourceWarning]
 
 
