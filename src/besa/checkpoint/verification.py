@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from besa.checkpoint.checking import check_packed
 from besa.data.arguments import checked
 from besa.errors import BesaError
+from besa.models.hub import CARD
 from besa.progress import Progress, silent
 from besa.record import RECORD_NAME
 from besa.storage.formats.container import open_files
@@ -50,7 +51,8 @@ class Verified(BaseModel):
 def seal(folder: Path) -> None:
     """Write the sha256 of each file of a finished folder into its record, and those of shards into their index too.
 
-    A folder without a record gets one. The record's own digest is that of its text with 64 zeros in the digest's place.
+    Only the card has none: it tells of measurements, and its owner may edit it. A folder without a record gets one. The
+    record's own digest is that of its text with 64 zeros in the digest's place.
 
     Args:
         folder: to which only measurements are added afterwards.
@@ -69,7 +71,8 @@ def seal(folder: Path) -> None:
     record = folder / RECORD_NAME
     content = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
     content.pop(FILES, None)  # digests of the folder that this one was made from
-    names = sorted(_name(path, folder) for path in folder.rglob("*") if path.is_file() and path != record)
+    unsealed = (record, folder / CARD)
+    names = sorted(_name(path, folder) for path in folder.rglob("*") if path.is_file() and path not in unsealed)
     content[FILES] = {name: digests.get(name) or _sha256(folder / name) for name in names} | {RECORD_NAME: BLANK}
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     write_file(record, hashlib.sha256(text.encode()).hexdigest().join(text.rsplit(BLANK, 1)))

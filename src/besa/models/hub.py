@@ -15,6 +15,7 @@ from besa.storage.weights import INDEX, SPARSE_STEM, STEM
 CONFIGURATIONS = ("*.json", "*.txt", "*.jinja", "*.py")
 TOKENIZERS = ("*.model", "tokenizer.model.*", "*.tiktoken", "*.bpe", "*.codes", "*.vocab", "*.spm")
 LICENCES = r"(?i)(licen[cs]e|notice|copying|use[-_]policy)"  # beginnings of their names
+CARD = "README.md"  # of a model; fetched for the licence that it names, and never passed on
 TEMPLATES = "additional_chat_templates/*.jinja"
 ADAPTER = "adapter_config.json"  # of an adapter beside the model: peft would load the adapter and its own base
 
@@ -40,7 +41,7 @@ def fetch(model: str, revision: str | None = None) -> Path:
             return Path(cached)
         except LocalEntryNotFoundError:
             raise error from None
-    files = [name for name in names if belongs(name)]
+    files = [name for name in names if belongs(name) or name == CARD]
     stem = next((stem for stem in (STEM, SPARSE_STEM) if {f"{stem}.safetensors", f"{stem}{INDEX}"} & {*names}), STEM)
     if f"{stem}.safetensors" in names:
         files.append(f"{stem}.safetensors")
