@@ -6,8 +6,9 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from besa.checkpoint.cards import NOTHING, Measurement, Measurements, refresh_card
+from besa.checkpoint.cards import refresh_card
 from besa.checkpoint.companions import read_config_json
+from besa.checkpoint.measurements import NOTHING, Measurement, Measurements
 from besa.errors import Notice
 from besa.evaluation.result import EVALUATION_NAME, Evaluation
 from besa.evaluation.texts import TEST_SETS
