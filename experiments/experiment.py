@@ -211,5 +211,5 @@ def numbers(found: Found, labels: Sequence[str], score: str | None = None, digit
 
 def linear_names(model: str) -> dict[str, list[str]]:
     """Names of the model's linears by the name of their block, from its configuration alone."""
-    source = locate(model)
+    source = locate(model).local(weights=False)
     return {block.name: list(block.prunables) for block in find_blocks(skeleton(source, read_config(source)))}

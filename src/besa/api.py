@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from besa.checkpoint.opening import open_decoder
+from besa.checkpoint.rewriting import folder_of
 from besa.checkpoint.writer import disk_bytes, finish
 from besa.data.arguments import Bos, Bytes, Count, Dtype, Length, Ranks, checked
 from besa.data.calibration import Calibration, sample
@@ -30,6 +31,7 @@ from besa.models.borrowing import borrowed, tokenizer_of_caller
 from besa.models.bos import bos_token
 from besa.models.limits import embedding_rows, positions
 from besa.models.loading import (
+    commit,
     load_model,
     load_tokenizer,
     locate,
@@ -108,8 +110,9 @@ def compress(
     """Prune a causal decoder block by block (Algorithm 1 of the paper) to an exact sparsity.
 
     Args:
-        model: Hugging Face id, local folder, .gguf file, ``smollm2`` (embedded), or a loaded model, which is pruned in
-            place; its device, mode and gradients stay as they are.
+        model: Hugging Face id, also with a branch, a tag or a commit (``ORGANISATION/NAME@REVISION``), local folder,
+            .gguf file, ``smollm2`` (embedded), or a loaded model, which is pruned in place; its device, mode and
+            gradients stay as they are.
         recipe: a `Recipe`, the name of a shipped one (``besa``, ``wanda``, …), or a YAML file.
         calibration: token batches, or the text to sample them from: ``c4``, ``wiki``, a file, ``hf:<dataset>``.
         out: folder to write the checkpoint and `besa_run.json` to; must not exist. A model given by name then stays on
@@ -276,7 +279,7 @@ def plan(
     """Estimate from the model's configuration what `compress` will take.
 
     Args:
-        model: Hugging Face id, or local folder; a config.json is enough.
+        model: Hugging Face id, of which no weights are downloaded, or local folder; a config.json is enough.
         recipe: as in `compress`.
         out: where the checkpoint would be written.
         sparsity: as in `compress`.
@@ -293,10 +296,10 @@ def plan(
         BesaError: the configuration cannot be read or is of no decoder that besa can prune.
     """
     device = named_device(device)
-    source = locate(model, trust_remote_code=trust_remote_code)
+    source = locate(model, trust_remote_code=trust_remote_code).local(weights=False)
     if source.gguf:
         raise BesaError(f"{model} is a .gguf file, which is loaded whole: plan for a folder of safetensors.")
-    if source.folder and header(source.folder) is not None:
+    if header(folder_of(source)) is not None:
         raise BesaError(f"{source.name} is packed: make it dense with `besa unpack` first.")
     config = read_config(source)
     refuse_quantized(source, config)
@@ -377,10 +380,10 @@ def evaluate(
     check_tasks(tasks)
     if isinstance(model, PreTrainedModel):
         tokenizer = tokenizer_of_caller(tokenizer)
-        loaded, name = model, model.name_or_path
+        loaded, name, revision = model, model.name_or_path, commit(model)
     else:
-        source = locate(model, progress, trust_remote_code=trust_remote_code)
-        loaded, name = load_source(source, device, dtype), source.name
+        source = locate(model, progress, trust_remote_code=trust_remote_code).local()
+        loaded, name, revision = load_source(source, device, dtype), source.base, source.revision
         tokenizer = tokenizer or load_tokenizer(source)
     began = time.perf_counter()
     room, first = positions(loaded), bos_token(bos, tokenizer, loaded.config)
@@ -394,6 +397,7 @@ def evaluate(
     details = by_window.pop(windows[0])
     return Evaluation(
         model=name,
+        revision=revision,
         perplexity={text: result.perplexity for text, result in details.items()},
         window=windows[0],
         details=details,

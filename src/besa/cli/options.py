@@ -35,7 +35,10 @@ class Dtype(StrEnum):
 
 
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Hugging Face id, folder, .gguf file, or smollm2 (embedded).")
+    str,
+    typer.Argument(
+        metavar="MODEL", help="Hugging Face id (also ID@REVISION), folder, .gguf file, or smollm2 (embedded)."
+    ),
 ]
 FILES = "a file of JSON (lines or an array, with fields named text), parquet or plain text, also .gz or .zst"
 TEXTS = f"c4, wiki, {FILES}, or hf:<dataset>"

@@ -242,7 +242,7 @@ def compare_command(
     from besa.system.devices import resolve_device
 
     texts = tuple(ppl or ([] if tasks else ["wiki"]))
-    source = locate(model, trust_remote_code=trust_remote_code)
+    source = locate(model, trust_remote_code=trust_remote_code).local(weights=False)
     usual = usual_length(source) if seqlen is None or window is None else 0
     measures = Measures(
         texts, files_of(data), usual if window is None else window, max_windows, tuple(words(tasks)), limit, hub
@@ -294,5 +294,5 @@ def _recipe(
     if passes is None:
         return recipe
     if seqlen is None:
-        seqlen = usual_length(locate(model, trust_remote_code=trust_remote_code))
+        seqlen = usual_length(locate(model, trust_remote_code=trust_remote_code).local(weights=False))
     return spending(recipe, passes, samples, seqlen)

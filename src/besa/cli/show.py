@@ -28,6 +28,7 @@ from besa.progress import Progress, silent
 from besa.record import RunRecord
 from besa.runtime.timings import Bench
 from besa.simulator import Simulation, described
+from besa.storage.names import pinned
 from besa.studies.comparing import Comparison
 from besa.studies.rows import MADE_BY, listed
 from besa.system import ranks
@@ -191,8 +192,9 @@ def benched(result: Bench) -> RenderableType:
 def evaluated(evaluation: Evaluation) -> RenderableType:
     """Perplexities and accuracies of one model."""
     tables: list[RenderableType] = []
+    model = pinned(evaluation.model, evaluation.revision)
     if evaluation.details:
-        table = Table(title=evaluation.model)
+        table = Table(title=model)
         table.add_column("text")
         for column in ("window", "windows", "perplexity", "bits per byte"):
             table.add_column(column, justify="right")
@@ -202,7 +204,7 @@ def evaluated(evaluation: Evaluation) -> RenderableType:
                 table.add_row(text, f"{window:,}", f"{result.windows:,}", f"{result.perplexity:,.3f}", bits)
         tables.append(table)
     if evaluation.zero_shot is not None:
-        tables.append(_answered(evaluation.model, evaluation.zero_shot))
+        tables.append(_answered(model, evaluation.zero_shot))
     return Group(*tables)
 
 

@@ -20,6 +20,7 @@ class Evaluation(BaseModel):
 
     Attributes:
         model: what was evaluated.
+        revision: its commit, if it came from the Hugging Face Hub.
         perplexity: by name of the text.
         window: tokens of a window; perplexities of different windows do not compare.
         details: windows, predicted tokens and bits per byte by name of the text.
@@ -38,6 +39,7 @@ class Evaluation(BaseModel):
     model_config = ConfigDict(ser_json_inf_nan="constants")
 
     model: str = ""
+    revision: str | None = None
     perplexity: dict[str, Infinite]
     window: int
     details: dict[str, Perplexity] = {}

@@ -1,54 +1,186 @@
-"""Fetching a model from the Hugging Face Hub: only the files that are needed."""
+"""Fetching a model from the Hugging Face Hub: only the files that are needed, of one commit."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub import HfApi, ResolvedRevision, constants, get_cached_repo_tree, snapshot_download
+from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError: of the client that it uses
+    CachedRepoTreeNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    RevisionResolutionError,
+)
 
+from besa.errors import BesaError
 from besa.storage.weights import INDEX, SPARSE_STEM, STEM
 
 # Names of the files that belong to a model beside its weights: configurations, model code, chat templates, tokenizers.
 CONFIGURATIONS = ("*.json", "*.txt", "*.jinja", "*.py")
 TOKENIZERS = ("*.model", "tokenizer.model.*", "*.tiktoken", "*.bpe", "*.codes", "*.vocab", "*.spm")
 LICENCES = r"(?i)(licen[cs]e|notice|copying|use[-_]policy)"  # beginnings of their names
-CARD = "README.md"  # of a model; fetched for the licence that it names, and never passed on
 TEMPLATES = "additional_chat_templates/*.jinja"
+CONFIG, CARD = "config.json", "README.md"  # the card says what licence the model has
 ADAPTER = "adapter_config.json"  # of an adapter beside the model: peft would load the adapter and its own base
 
 
-def fetch(model: str, revision: str | None = None) -> Path:
-    """The folder of a model's files in the local cache; missing files are downloaded.
+def fetch(model: str, revision: str | None = None, *, weights: bool = True) -> Path:
+    """The folder of a model's files in the local cache, named by their commit; missing files are downloaded.
 
     The weights are those that transformers would load: ``model.safetensors``, or else the shards of its index. Weights
-    in other formats and files in subfolders are left out. Without a connection, the cache must have all files.
+    in other formats and files in subfolders are left out. Without a connection, the cache must have all files; of a
+    commit that it has, the Hub is not asked for anything.
 
     Args:
         model: Hugging Face id.
         revision: branch, tag or commit, None for the default branch.
+        weights: fetch these too, and not only the files beside them.
 
     Raises:
-        Exception: of huggingface_hub: there is no such model, no access to it, or no connection.
+        BesaError: there is no such model or revision, no access to it, no connection, no room, or the model has no
+            safetensors.
+    """
+    name = f"{model}@{revision}" if revision else model
+    with _explained(model, revision, f"{name} is not in the cache"):
+        commit = HfApi().resolve_revision(model, revision=revision)
+        try:
+            names = _listing(model, commit)
+        except (HTTPError, OfflineModeIsEnabled) as error:
+            if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
+                raise
+            return _cached(name, model, commit, weights, error)
+    if CONFIG not in names:
+        raise BesaError(f"{name} has no config.json: name a model in the format of transformers.")
+    with _explained(model, revision, f"Only a part of {name} is in the cache"):
+        beside = [each for each in names if belongs(each) or each == CARD]
+        folder = Path(snapshot_download(model, revision=commit, allow_patterns=beside))
+        if weights and (files := _weights(names, folder)):
+            snapshot_download(model, revision=commit, allow_patterns=files)
+        elif weights:
+            raise BesaError(
+                f"{name} has no {STEM}.safetensors, nor shards with an index: name another model or revision, as besa "
+                "reads no pickled weights."
+            )
+    return folder
+
+
+def _listing(model: str, commit: ResolvedRevision) -> list[str]:
+    """Names of all files of a commit: from the cache, which has the listings of what it has, or else from the Hub."""
+    try:
+        return [file.path for file in get_cached_repo_tree(model, revision=commit)]
+    except CachedRepoTreeNotFoundError:
+        return [file.rfilename for file in HfApi().model_info(model, revision=commit.resolved).siblings or []]
+
+
+def _cached(name: str, model: str, commit: ResolvedRevision, weights: bool, reason: Exception) -> Path:
+    """The folder of a model that another program has put into the cache, without the listing of the Hub.
+
+    Args:
+        name: for the error message.
+        model: as of `fetch`.
+        commit: of the model.
+        weights: as of `fetch`.
+        reason: why the Hub cannot be asked.
+
+    Raises:
+        BesaError: configuration or weights are missing.
     """
     try:
-        names = [file.rfilename for file in HfApi().model_info(model, revision=revision).siblings or []]
-    except Exception as error:  # connection errors of huggingface_hub share no base class
-        try:
-            cached = snapshot_download(model, revision=revision, allow_patterns=["config.json"], local_files_only=True)
-            return Path(cached)
-        except LocalEntryNotFoundError:
-            raise error from None
-    files = [name for name in names if belongs(name) or name == CARD]
-    stem = next((stem for stem in (STEM, SPARSE_STEM) if {f"{stem}.safetensors", f"{stem}{INDEX}"} & {*names}), STEM)
-    if f"{stem}.safetensors" in names:
-        files.append(f"{stem}.safetensors")
-    elif f"{stem}{INDEX}" in names:
-        index = Path(hf_hub_download(model, f"{stem}{INDEX}", revision=revision))
-        files += _shards(index)
-    return Path(snapshot_download(model, revision=revision, allow_patterns=files))
+        folder = Path(snapshot_download(model, revision=commit, allow_patterns=[CONFIG], local_files_only=True))
+    except LocalEntryNotFoundError:
+        raise BesaError(_out_of_reach(f"{name} is not in the cache", reason)) from reason
+    names = {path.name for path in folder.iterdir()}
+    files = _weights(names, folder)
+    if CONFIG not in names or (weights and not (files and names.issuperset(files))):
+        raise BesaError(_out_of_reach(f"Only a part of {name} is in the cache", reason)) from reason
+    return folder
+
+
+def _weights(names: Collection[str], folder: Path) -> list[str]:
+    """Names of the weight files among those of a model; none if it has no weights that besa reads."""
+    for stem in (STEM, SPARSE_STEM):
+        if f"{stem}.safetensors" in names:
+            return [f"{stem}.safetensors"]
+        if f"{stem}{INDEX}" in names:
+            return _shards(folder / f"{stem}{INDEX}")
+    return []
+
+
+@contextmanager
+def _explained(model: str, revision: str | None, lacking: str) -> Iterator[None]:
+    """Turn an error of huggingface_hub into one sentence.
+
+    Args:
+        model: Hugging Face id.
+        revision: as of `fetch`.
+        lacking: a clause that says what the cache lacks.
+    """
+    try:
+        yield
+    except HFValidationError:
+        raise BesaError(
+            f"There is no folder {model}, and it cannot be a Hugging Face id either, which is like ORGANISATION/NAME: "
+            "check the name."
+        ) from None
+    except GatedRepoError as error:
+        raise BesaError(
+            f"{model} is gated: accept its licence at {constants.ENDPOINT}/{model}, and log in with `hf auth login`."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise BesaError(
+            f"There is no folder {model}, and no model of this name on the Hugging Face Hub that you may read: check "
+            "the name, and if it is private, log in with `hf auth login`."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise BesaError(f"{model} has no revision {revision}: name one of its branches, tags or commits.") from error
+    except (LocalEntryNotFoundError, RevisionResolutionError) as error:
+        raise BesaError(_out_of_reach(lacking, error.__cause__)) from error
+    except HfHubHTTPError as error:
+        status, said = error.response.status_code, error.server_message or "without a reason"
+        if status == 401:
+            raise BesaError("The Hugging Face Hub does not know your token: log in with `hf auth login`.") from error
+        raise BesaError(f"The Hugging Face Hub refuses {model} ({status}, {_short(said)}): try again later.") from error
+    except (HTTPError, ConnectionError, TimeoutError, RuntimeError) as error:  # RuntimeError: of hf_xet
+        raise _broken_off(model, error) from error
+    except json.JSONDecodeError as error:
+        raise BesaError(
+            f"{constants.ENDPOINT} does not answer as the Hugging Face Hub does: check HF_ENDPOINT and the proxy."
+        ) from error
+    except OSError as error:
+        if error.errno is None:  # of huggingface_hub: a file has another size than it should have
+            raise _broken_off(model, error) from error
+        raise BesaError(
+            f"The cache of the Hugging Face Hub in {constants.HF_HUB_CACHE} cannot be written ({error.strerror}): set "
+            "HF_HOME to a folder that can be."
+        ) from error
+
+
+def _out_of_reach(lacking: str, cause: BaseException | None) -> str:
+    """The sentence about a model that the cache lacks, and that the Hub cannot be asked for because of `cause`."""
+    if isinstance(cause, OfflineModeIsEnabled):
+        return f"{lacking}, and HF_HUB_OFFLINE forbids to ask the Hugging Face Hub for it: unset that."
+    reason = f"status {cause.response.status_code}" if isinstance(cause, HfHubHTTPError) else _short(cause)
+    return f"{lacking}, and the Hugging Face Hub cannot be reached ({reason}): try again when it can."
+
+
+def _broken_off(model: str, error: Exception) -> BesaError:
+    return BesaError(
+        f"The download of {model} broke off ({_short(error)}): try again, and it goes on with what is missing."
+    )
+
+
+def _short(reason: object) -> str:
+    return " ".join(str(reason).split()).rstrip(".")[:200]
 
 
 def belongs(name: str) -> bool:

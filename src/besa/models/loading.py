@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from compressed_tensors.offload import remove_dispatch
+from huggingface_hub.utils import logging as hub_logging
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -33,7 +34,7 @@ from besa.data import assets
 from besa.errors import BesaError
 from besa.models import hub
 from besa.progress import Progress, silent
-from besa.storage.names import path_of
+from besa.storage.names import is_path, path_of, pinned
 from besa.storage.weights import STEM, WeightFiles, check_regular
 
 EMBEDDED = "smollm2"
@@ -46,10 +47,10 @@ class Source:
 
     Attributes:
         name: as the user wrote it.
-        location: folder, or Hugging Face id.
+        location: folder, or Hugging Face id without a revision.
         gguf: name of the .gguf file in the folder, None for safetensors.
         trust_remote_code: run model code that comes with the checkpoint.
-        revision: branch, tag or commit of a Hugging Face id, None for its default branch.
+        revision: branch, tag or commit of a Hugging Face id, None for its default branch; once local, the commit.
     """
 
     name: str
@@ -63,25 +64,37 @@ class Source:
         """The local folder, or None for a Hugging Face id."""
         return Path(self.location) if Path(self.location).is_dir() else None
 
-    def local(self) -> Source:
+    @property
+    def base(self) -> str:
+        """The name without its revision."""
+        return self.name.partition("@")[0] if self.revision else self.name
+
+    @property
+    def pinned(self) -> str:
+        """What to write to have the same again: of a Hugging Face id once it is local, with its commit."""
+        return pinned(self.base, self.revision)
+
+    def local(self, *, weights: bool = True) -> Source:
         """The same source with its files in a folder: the files of a Hugging Face id are downloaded to the cache.
+
+        Args:
+            weights: download these too; without, only configuration and tokenizer can be read.
 
         Raises:
             BesaError: the files cannot be downloaded and are not in the cache.
         """
         if self.folder is not None:
             return self
-        with quiet(), model_explained(self.name):
-            return replace(self, location=str(hub.fetch(self.location, self.revision)))
+        with quiet():
+            folder = hub.fetch(self.location, self.revision, weights=weights)
+        return replace(self, location=str(folder), revision=folder.name)
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The arguments of `from_pretrained` that open it."""
+        """The arguments of `from_pretrained` that open it, once it is local."""
         opening = {"pretrained_model_name_or_path": self.location, "trust_remote_code": self.trust_remote_code}
         if self.gguf:
             opening["gguf_file"] = self.gguf
-        if self.revision:
-            opening["revision"] = self.revision
         return opening
 
 
@@ -89,12 +102,14 @@ def locate(model: str | Path, progress: Progress = silent, *, trust_remote_code:
     """Find a MODEL argument. The embedded model is fetched.
 
     Args:
-        model: Hugging Face id, local folder, .gguf file, or ``smollm2`` (embedded).
+        model: Hugging Face id, also with a branch, a tag or a commit (``ORGANISATION/NAME@REVISION``), local folder,
+            .gguf file, or ``smollm2`` (embedded).
         progress: told about a download.
         trust_remote_code: run model code that comes with the checkpoint, whenever this source is opened.
 
     Raises:
-        BesaError: it is no model folder, .gguf file or name, or the embedded model cannot be fetched.
+        BesaError: it is no model folder, .gguf file or name, has a revision where there are none, or the embedded model
+            cannot be fetched.
     """
     if not isinstance(model, str | Path):
         raise BesaError(
@@ -113,11 +128,26 @@ def locate(model: str | Path, progress: Progress = silent, *, trust_remote_code:
         if not (path / "config.json").is_file():
             raise BesaError(f"{path} has no config.json: give the folder of a Hugging Face model.")
         return Source(str(model), str(path), trust_remote_code=trust_remote_code)
-    if path.exists() or str(model).count("/") > 1 or str(model).startswith((".", "~", "/")):
+    name, revision = _parted(str(model))
+    if path.exists() or is_path(name):
         raise BesaError(
             f"{model} is not a model folder: give a folder with a config.json, a .gguf file or a Hugging Face id."
         )
-    return Source(str(model), str(model), trust_remote_code=trust_remote_code)
+    return Source(str(model), name, trust_remote_code=trust_remote_code, revision=revision)
+
+
+def _parted(model: str) -> tuple[str, str | None]:
+    """The name and the revision of a model that is no path.
+
+    Raises:
+        BesaError: what is named has no revisions, or no revision is named.
+    """
+    name, at, revision = model.partition("@")
+    if at and (name == EMBEDDED or name.endswith(".gguf") or path_of(name).exists()):
+        raise BesaError(f"{name} has no revisions, as it is no Hugging Face id: leave out @{revision}.")
+    if at and not revision:
+        raise BesaError(f"{model} names no revision: write a branch, a tag or a commit after the @, or leave it out.")
+    return name, revision or None
 
 
 def load_model(source: Source, dtype: str = "auto") -> PreTrainedModel:
@@ -262,14 +292,19 @@ def _keep_about(config: PreTrainedConfig | None, model: PreTrainedModel) -> None
 def describe(model: PreTrainedModel, source: Source | None = None) -> dict[str, Any]:
     """Identity of a model for a run record; `source` is None for a model that the caller loaded."""
     return {
-        "source": source.name if source else model.name_or_path,
+        "source": source.base if source else model.name_or_path,
         "gguf": source.gguf if source else None,
         "architecture": type(model).__name__,
         "parameters": model.num_parameters(),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "revision": getattr(model.config, "_commit_hash", None),
+        "revision": commit(model, source),
         "fingerprint": fingerprint(source) if source else None,
     }
+
+
+def commit(model: PreTrainedModel, source: Source | None = None) -> str | None:
+    """The commit that a model comes from, None where there is none; `source` as of `describe`."""
+    return (source and source.revision) or getattr(model.config, "_commit_hash", None)
 
 
 def weight_paths(source: Source) -> list[Path]:
@@ -282,10 +317,9 @@ def weight_paths(source: Source) -> list[Path]:
     return [source.folder / source.gguf] if source.gguf else WeightFiles(source.folder).paths
 
 
-def fingerprint(source: Source) -> str | None:
-    """A digest of the configuration and of the size, head and tail of every weight file; None for a Hugging Face id."""
-    if source.folder is None:
-        return None
+def fingerprint(source: Source) -> str:
+    """A digest of the configuration and of the size, head and tail of every weight file of a local source."""
+    assert source.folder is not None
     patterns = [source.gguf] if source.gguf else ["config.json", "*.safetensors"]
     digest = hashlib.sha256()
     for path in sorted(path for pattern in patterns for path in source.folder.glob(pattern)):
@@ -309,8 +343,7 @@ def model_explained(name: str) -> Iterator[None]:
         reason = " ".join(str(error).split()).rstrip(".")
         if "trust_remote_code" in reason:
             reason = "it needs model code of its own; pass --trust-remote-code if you trust it"
-        where = "" if Path(name).exists() or name == EMBEDDED else " (no local folder, so used as a Hugging Face id)"
-        raise BesaError(f"Model {name}{where} cannot be read: {reason[:300] or type(error).__name__}.") from error
+        raise BesaError(f"Model {name} cannot be read: {reason[:300] or type(error).__name__}.") from error
 
 
 def _without_bar(source: Source) -> AbstractContextManager[object]:
@@ -320,15 +353,18 @@ def _without_bar(source: Source) -> AbstractContextManager[object]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers' own progress bars and warnings out of the terminal."""
+    """Keep the progress bars and warnings of transformers and huggingface_hub out of the terminal."""
     bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    of_hub = hub_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity(logging.ERROR)
+    hub_logging.set_verbosity(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         transformers_logging.set_verbosity(level)
+        hub_logging.set_verbosity(of_hub)
         if bars:
             transformers_logging.enable_progress_bar()

@@ -14,6 +14,7 @@ from besa.record import RunRecord
 from besa.report import accuracy, allocation, figures, reproduce, results, simulation, speed, wording
 from besa.report.results import Entry, Pruned
 from besa.report.runs import Run, labels
+from besa.storage.names import is_path
 from besa.version import __version__
 
 
@@ -74,8 +75,7 @@ def _title(runs: list[Run]) -> str:
 
 def _short(model: str) -> str:
     """The last part of a path; a Hugging Face id stays whole."""
-    is_path = model.count("/") > 1 or model.startswith((".", "~", "/"))
-    return Path(model).name or model if is_path else model
+    return Path(model).name or model if is_path(model) else model
 
 
 def _facts(entries: list[Entry], records: list[RunRecord]) -> list[tuple[str, str]]:

@@ -16,6 +16,7 @@ from besa.methods.recipe import Recipe, shipped
 from besa.record import RunRecord
 from besa.report.results import Entry
 from besa.report.runs import SIMULATION_NAME
+from besa.storage.names import pinned
 
 WIDTH = 96  # of a command line on the page
 
@@ -30,7 +31,7 @@ def prune(entry: Entry, record: RunRecord) -> str:
     device, threads = record.machine.get("device", "cpu"), record.machine.get("threads")
     model = record.model.get("source") or record.model.get("architecture") or "MODEL"
     return _line(
-        ["prune", str(model), folder(entry)],
+        ["prune", pinned(str(model), record.model.get("revision")), folder(entry)],
         recipe=record.recipe["name"] if is_shipped(record) else f"{folder(entry)}.yaml",
         sparsity=record.recipe.get("sparsity"),
         calibration=record.calibration.get("source"),
@@ -52,7 +53,7 @@ def evaluate(entry: Entry) -> str | None:
     zero_shot = measured.zero_shot
     used = [entry.run.basis(text) for text in entry.run.texts]
     return _line(
-        ["eval", measured.model if entry.run.dense else folder(entry)],
+        ["eval", pinned(measured.model, measured.revision) if entry.run.dense else folder(entry)],
         ppl=entry.run.texts,
         window=",".join(map(str, [measured.window, *measured.other_windows])) if used else None,
         max_windows=max((basis[1] for basis in used if basis and basis[1]), default=None),

@@ -197,11 +197,15 @@ def _origin_notes(entries: list[Entry]) -> Iterator[str]:
         yield "The runs were not calibrated on the same tokens."
     if len(versions := sorted({r.versions.get("besa", "unknown") for r in records})) > 1:
         yield f"The runs were made by different versions of besa: {wording.listed(versions)}."
-    sources = {r.model.get("source") for r in records}
+    sources, commits = ({record.model.get(key) for record in records} for key in ("source", "revision"))
     for entry in entries:
-        if entry.run.dense and entry.run.measured and sources and entry.run.measured.model not in sources:
-            measured = f"{entry.label} was measured on {entry.run.measured.model}"
-            yield f"{measured}, by its name another model than was pruned."
+        measured = entry.run.measured
+        if not entry.run.dense or measured is None or not records:
+            continue
+        if measured.model not in sources:
+            yield f"{entry.label} was measured on {measured.model}, by its name another model than was pruned."
+        elif measured.revision and commits - {measured.revision, None}:
+            yield f"{entry.label} was measured on commit {measured.revision}, another one than was pruned."
     if any(r.model.get("gguf") for r in records):
         yield (
             "The model comes from a .gguf file: its “dense” weights are dequantised, so the dense perplexity contains "

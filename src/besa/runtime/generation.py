@@ -67,7 +67,7 @@ def generate(
     except UnicodeEncodeError:
         raise BesaError("The prompt holds half a surrogate pair, which is no character: remove it.") from None
     if not isinstance(model, PreTrainedModel):
-        source = locate(model, progress, trust_remote_code=trust_remote_code)
+        source = locate(model, progress, trust_remote_code=trust_remote_code).local()
         tokenizer = tokenizer or load_tokenizer(source)
         model = load_source(source, resolve_device(device), dtype)
     else:

@@ -110,7 +110,8 @@ def bench(
     device = resolve_device(device)
     contenders: list[_Contender] = []
     for name in names:
-        contenders += _contenders(locate(name, progress, trust_remote_code=trust_remote_code), device, dtype)
+        source = locate(name, progress, trust_remote_code=trust_remote_code).local()
+        contenders += _contenders(source, device, dtype)
     read = torch.zeros(READ // 4, device=device)
     reading: list[float] = []
     total = (rounds + 1) * len(WORKS) * len(contenders)
@@ -141,7 +142,7 @@ def _contenders(source: Source, device: torch.device, dtype: str) -> list[_Conte
     model = load_source(source, device, dtype)
     _measure(model, WORKS[0])
     resident = _resident(device) - before
-    size = sum(path.stat().st_size for path in weight_paths(source.local()))
+    size = sum(path.stat().st_size for path in weight_paths(source))
     sparse = any(isinstance(module, SparseLinear) for module in model.modules())
     read = step_bytes(model)
     forms = [_Contender(source.name, SPARSE if sparse else DENSE, model, size, resident, read)]

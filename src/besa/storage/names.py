@@ -50,6 +50,21 @@ def plain(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.]+", "-", text)[:LONGEST]
 
 
+def is_path(model: str) -> bool:
+    """Whether the name of a model can be nothing but a path; a name like ``a/b`` may be a Hugging Face id as well."""
+    return model.count("/") > 1 or model.startswith((".", "~", "/"))
+
+
+def pinned(model: str, revision: str | None) -> str:
+    """What to write to have the same model again.
+
+    Args:
+        model: Hugging Face id, path, or another name.
+        revision: its commit, None where there is none.
+    """
+    return f"{model}@{revision}" if revision and not is_path(model) else model
+
+
 def printable(text: str) -> str:
     """The text without control characters: terminals obey them, and HTML and SVG cannot hold them."""
     return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)

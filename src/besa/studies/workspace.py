@@ -21,7 +21,7 @@ from besa.evaluation.texts import read_texts, text_name
 from besa.evaluation.zero_shot import check_tasks
 from besa.methods.recipe import Recipe
 from besa.models.bos import bos_token
-from besa.models.loading import fingerprint, load_tokenizer, locate, read_config
+from besa.models.loading import Source, fingerprint, load_tokenizer, locate, read_config
 from besa.progress import Progress, labelled, silent
 from besa.record import RECORD_NAME, RunRecord
 from besa.storage.names import path_of, plain
@@ -145,7 +145,7 @@ class Workspace:
         if recipe is not None and (missing or not self._pruned(key)):
             self._prune(recipe, seed, checkpoint, record)
         if missing:
-            self._measure(checkpoint if recipe is not None else self.conditions.model, missing)
+            self._measure(checkpoint if recipe is not None else self._source.pinned, missing)
         if not kept and checkpoint.exists():
             shutil.rmtree(checkpoint)
         return Outcome(
@@ -175,9 +175,8 @@ class Workspace:
         resolve_device(self._device)
         check_tasks(self.measures.tasks)
         read_texts(self.measures.texts, self.measures.data, self.progress)
-        source = locate(given.model, self.progress, trust_remote_code=given.trust_remote_code)
-        tokenizer = load_tokenizer(source)
-        first = bos_token(given.bos, tokenizer, read_config(source))
+        tokenizer = load_tokenizer(self._source)
+        first = bos_token(given.bos, tokenizer, read_config(self._source))
         sample(given.calibration, tokenizer, given.samples, given.seqlen, 0, self.progress, bos=first)
 
     def checkpoint(self, recipe: Recipe, seed: int = 0) -> Path:
@@ -192,10 +191,8 @@ class Workspace:
     def _prune(self, recipe: Recipe, seed: int, checkpoint: Path, record: Path) -> None:
         if not checkpoint.exists():
             progress, settings = labelled(self.progress, _label(checkpoint)), asdict(self.conditions)
-            settings["device"] = self._device
-            compress(
-                settings.pop("model"), recipe, out=checkpoint, seed=seed, resume=True, progress=progress, **settings
-            )
+            settings |= {"model": self._source.pinned, "device": self._device}
+            compress(recipe=recipe, out=checkpoint, seed=seed, resume=True, progress=progress, **settings)
         write_file(record, (checkpoint / RECORD_NAME).read_text(encoding="utf-8"))
 
     def _measure(self, model: str | Path, missing: Mapping[Measures, Path]) -> None:
@@ -241,7 +238,7 @@ class Workspace:
 
     def _of_runs(self) -> dict[str, Any]:
         return asdict(self.conditions) | {
-            "model": self._model(),
+            "model": self._fingerprint,
             "calibration": _content(self.conditions.calibration),
         }
 
@@ -250,14 +247,20 @@ class Workspace:
         return asdict(measures) | {
             "texts": [_content(text) for text in measures.texts],
             "data": {name: _content(file) for name, file in measures.data.items()},
-            "model": self._model(),
+            "model": self._fingerprint,
             "dtype": self.conditions.dtype,
             "bos": self.conditions.bos,
         }
 
-    def _model(self) -> str:
-        """The model's name, or of local files a digest."""
-        return fingerprint(locate(self.conditions.model, self.progress)) or self.conditions.model
+    @cached_property
+    def _source(self) -> Source:
+        """The model, of one commit for all that is done."""
+        given = self.conditions
+        return locate(given.model, self.progress, trust_remote_code=given.trust_remote_code).local()
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return fingerprint(self._source)
 
 
 def _label(checkpoint: Path) -> str:
