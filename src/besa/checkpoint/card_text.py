@@ -30,6 +30,9 @@ FOLDER = "FOLDER"  # stands for the folder of a checkpoint that has no name yet
 SHOWN = 200  # characters of a name in the text
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
+Origin = tuple[str | None, str | None]  # of a model: as the user named it, and its commit on the Hub
+NOWHERE: Origin = (None, None)
+
 
 @dataclass(frozen=True)
 class About:
@@ -48,17 +51,15 @@ class About:
     commit: str | None
 
     @classmethod
-    def of(cls, folder: Path, name: str | None = None, base: Path | None = None) -> About:
-        """Of a folder; without a record, its origin is the model of this name in the folder `base`."""
+    def of(cls, folder: Path, origin: Origin = NOWHERE) -> About:
+        """Of a folder, with its origin if there is no record that says so."""
         try:
             record = RunRecord.of(folder)
         except BesaError:  # of another tool, or of a besa that wrote other records
             record = None
         if record is not None:
-            named, commit = record.model.get("source"), record.model.get("revision")
-        else:
-            cached = base is not None and base.resolve().parent.name == "snapshots"  # of the Hugging Face cache
-            named, commit = name, base.resolve().name if base is not None and cached else None
+            origin = record.model.get("source"), record.model.get("revision")
+        named, commit = origin
         known = isinstance(commit, str) and COMMIT.fullmatch(commit) is not None
         return cls(record, read_config_json(folder), str(named or ""), str(commit) if known else None)
 
@@ -67,14 +68,13 @@ class About:
         """The id on the Hub of the model it was made from; None if it came from elsewhere."""
         if self.named == EMBEDDED:
             return ASSETS[EMBEDDED].hub
-        identity = self.named.partition("@")[0]
-        if self.commit is None or not identity:
+        if self.commit is None or not self.named:
             return None
         try:
-            validate_repo_id(identity)
+            validate_repo_id(self.named)
         except HFValidationError:
             return None
-        return identity
+        return self.named
 
     @property
     def known_terms(self) -> dict[str, Any]:
@@ -273,7 +273,7 @@ class About:
                 "Zeros make a dense file no smaller and dense products no faster; what `besa pack` makes of them is."
             )
         if not licensed:
-            lines.append("The licence is that of the model it was made from, whose card did not say which it is.")
+            lines.append("The licence is that of the model it was made from: see there.")
         return "\n".join(f"- {line}" for line in lines)
 
 

@@ -18,7 +18,7 @@ from huggingface_hub import EvalResult, ModelCardData, RepoCard
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
-from besa.checkpoint.card_text import BEGIN, END, About
+from besa.checkpoint.card_text import BEGIN, END, NOWHERE, About, Origin
 from besa.checkpoint.measurements import NOTHING, Measurement, Measurements
 from besa.errors import Notice
 from besa.models.hub import CARD
@@ -34,7 +34,7 @@ LINK = re.compile(r"(https?://[^\s<>\"]{1,500}|[A-Za-z0-9_][A-Za-z0-9_./-]{0,200
 TASK = "text-generation"
 
 
-def write_card(folder: Path, base: Path | None, name: str | None = None) -> None:
+def write_card(folder: Path, base: Path | None, origin: Origin = NOWHERE) -> None:
     """Write the card of a new checkpoint, which nobody has measured yet.
 
     The licence and the languages are those in the card of the model that the checkpoint was made from. If that card is
@@ -43,12 +43,12 @@ def write_card(folder: Path, base: Path | None, name: str | None = None) -> None
     Args:
         folder: of the checkpoint, with everything else in it.
         base: folder of the model that it was made from; None if there is none.
-        name: of that model, if there is no record that says so: as the user wrote it.
+        origin: of that model, for a checkpoint without a record that says so.
 
     Raises:
         BesaError: the card cannot be written.
     """
-    about = About.of(folder, name, base)
+    about = About.of(folder, origin)
     terms = _terms(base) or about.known_terms
     data = ModelCardData(
         base_model=about.base,

@@ -72,7 +72,7 @@ def rewrite(
     assemble(folder, written, stem, about)
     shutil.rmtree(folder / "parts")
     pass_on(folder_of(source), folder, config, also=[RECORD_NAME])
-    write_card(folder, folder_of(source), source.name)
+    write_card(folder, folder_of(source), (source.base, source.revision))
     seal(folder)
 
 
