@@ -173,8 +173,10 @@ def test_patterns_codes_and_bitmasks_are_said(tmp_path: Path) -> None:
     assert "pip install transformers compressed-tensors" in card.text
 
     recipe = Recipe.load("wanda", overrides=["allocation.method=nm"]).model_dump(mode="json")
-    packed = {"besa": {"format": "bitmask", "version": 1}, "auto_map": {"AutoConfig": "x.Y"}}
-    folder = folder_of(tmp_path / "packed", packed, recipe=recipe) if (tmp_path / "packed").mkdir() is None else folder
+    (folder / RECORD_NAME).write_text(json.dumps(json.loads((folder / RECORD_NAME).read_text()) | {"recipe": recipe}))
+    about = {"dtype": "bfloat16", "auto_map": {"AutoConfig": "x.Y"}, "quantization_config": {"quant_method": "besa"}}
+    (folder / "config.json").write_text(json.dumps(about))
+    (folder / "bitmask-00001-of-00001.safetensors").touch()
     write_card(folder, None)
     card = ModelCard.load(folder / "README.md")
     assert "base_model_relation" not in card.data.to_dict()
@@ -195,7 +197,7 @@ def test_what_was_removed_after_pruning_is_said(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("record", ["absent", '{"files": {}}', '{"recipe": 1}', "{"])
 def test_a_model_without_a_record_has_a_card_that_says_so(record: str, tmp_path: Path) -> None:
-    folder = folder_of(tmp_path, {"besa": {"format": "bitmask", "version": 1}})
+    folder = folder_of(tmp_path)
     (folder / RECORD_NAME).write_text(record)
     if record == "absent":
         (folder / RECORD_NAME).unlink()

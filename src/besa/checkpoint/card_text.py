@@ -21,6 +21,7 @@ from besa.models.couplings import CALLED
 from besa.models.loading import EMBEDDED
 from besa.record import RunRecord
 from besa.storage.names import printable
+from besa.storage.weights import SPARSE_STEM
 
 BEGIN = (
     "<!-- besa: written anew after each measurement, up to the next such line; your own text goes before or after -->"
@@ -43,12 +44,14 @@ class About:
         config: content of config.json.
         named: the model it was made from, as the user wrote it.
         commit: of that model on the Hub; None if it came from elsewhere, or that is not known.
+        packed: whether linears are stored as bitmasks.
     """
 
     record: RunRecord | None
     config: Mapping[str, Any]
     named: str
     commit: str | None
+    packed: bool
 
     @classmethod
     def of(cls, folder: Path, origin: Origin = NOWHERE) -> About:
@@ -61,7 +64,13 @@ class About:
             origin = record.model.get("source"), record.model.get("revision")
         named, commit = origin
         known = isinstance(commit, str) and COMMIT.fullmatch(commit) is not None
-        return cls(record, read_config_json(folder), str(named or ""), str(commit) if known else None)
+        return cls(
+            record,
+            read_config_json(folder),
+            str(named or ""),
+            str(commit) if known else None,
+            any(folder.glob(f"{SPARSE_STEM}*.safetensors")),
+        )
 
     @property
     def base(self) -> str | None:
@@ -88,14 +97,12 @@ class About:
         return about if isinstance(about, dict) else {}
 
     @property
-    def packed(self) -> bool:
-        """Whether linears are stored as bitmasks."""
-        return "format" in self.besa
-
-    @property
     def coded(self) -> bool:
         """Whether weights are stored as codes."""
-        return bool(self.config.get("quantization_config") or self.besa.get("quantization_config"))
+        settings = self.config.get("quantization_config")
+        if self.packed and isinstance(settings, dict):
+            settings = settings.get("codes")
+        return bool(settings or self.besa.get("quantization_config"))
 
     @property
     def bits(self) -> int | None:

@@ -94,7 +94,7 @@ def verify(folder: str | Path, *, progress: Progress = silent) -> Verified:
     if not folder.is_dir():
         raise BesaError(f"{folder} is no folder: give one that `besa prune`, `pack`, `unpack` or `shrink` wrote.")
     check_regular(folder)
-    digests = _recorded(folder / RECORD_NAME)
+    digests = digests_of(folder / RECORD_NAME)
     if not digests:
         raise BesaError(
             f"{folder} has no digests to verify, because an older besa or another tool wrote it: make it anew."
@@ -122,7 +122,7 @@ def check_weights(folder: Path) -> None:
     Raises:
         BesaError: the digest of a weight file is not the one in the record, or the record is damaged.
     """
-    for name, digest in _recorded(folder / RECORD_NAME).items():
+    for name, digest in digests_of(folder / RECORD_NAME).items():
         path = folder / name
         if path.suffix == ".safetensors" and path.is_file() and digest != _sha256(path):
             raise BesaError(
@@ -131,7 +131,7 @@ def check_weights(folder: Path) -> None:
             )
 
 
-def _recorded(record: Path) -> dict[str, str]:
+def digests_of(record: Path) -> dict[str, str]:
     """The digests in a record by name of the file, the record's own first; empty for a record without digests.
 
     Raises:
