@@ -418,8 +418,7 @@ class Handler(BaseHTTPRequestHandler):
         if not room:
             self.hub.full.set()
             self.hub.room_made.wait()
-            self.close_connection = True
-            return
+            raise RefusalError(400, "Too late")
         if hashlib.sha256(self.body).hexdigest() != oid:
             raise RefusalError(400, "The content has another sha256")
         self.hub.large[oid] = self.body

@@ -32,6 +32,7 @@ from besa.errors import BesaError, Interrupted
 from besa.evaluation.carding import update_card
 from besa.models.hub import CARD
 from besa.progress import Progress, silent
+from besa.record import RECORD_NAME
 from besa.storage.names import path_of
 from besa.storage.weights import SPARSE_STEM, STEM
 from besa.version import __version__
@@ -114,7 +115,7 @@ def prepare(folder: str | Path, repo: str, progress: Progress = silent) -> Parce
     verify(folder, progress=progress)
     update_card(folder, repo)
     beside = {path.name for path in folder.glob(OWN) if path.is_file()}
-    files = {*digests_of(folder), *beside, CARD}
+    files = {*digests_of(folder / RECORD_NAME), *beside, CARD}
     tops = {name.partition("/")[0] for name in files}
     others = {path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir()}
     left_out = {
