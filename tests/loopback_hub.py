@@ -122,7 +122,7 @@ class LoopbackHub:
         full: set when a large file is kept waiting.
         requests: all that came, in order.
         broken: by the end of an address, after how many bytes each of the next answers breaks off.
-        failing: by the end of an address, the status of each of the next answers.
+        failing: by the end of an address, the status of each of the next answers, or a page that comes instead.
     """
 
     def __init__(self) -> None:
@@ -136,7 +136,7 @@ class LoopbackHub:
         self.lock = threading.Lock()
         self.requests: list[Request] = []
         self.broken: dict[str, list[int]] = {}
-        self.failing: dict[str, list[int]] = {}
+        self.failing: dict[str, list[int | str]] = {}
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
         self.server.hub = self
@@ -222,7 +222,9 @@ class Handler(BaseHTTPRequestHandler):
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.hub.requests.append(Request(self.command, url.path, {k.lower(): v for k, v in self.headers.items()}))
         try:
-            if status := self._planned(self.hub.failing, url.path):
+            if isinstance(status := self._planned(self.hub.failing, url.path), str):
+                return self.send(status.encode(), headers={"Content-Type": "text/html"})
+            if status:
                 raise RefusalError(status, "Internal Error - We're working hard to fix this as soon as possible!")
             for answer in (getattr(type(self), name) for name in dir(type(self))):
                 methods, pattern = getattr(answer, "route", ((), None))
@@ -236,7 +238,7 @@ class Handler(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _answer
 
-    def _planned(self, plan: dict[str, list[int]], path: str) -> int | None:
+    def _planned(self, plan: Mapping[str, list[Any]], path: str) -> Any:
         return next((numbers.pop(0) for end, numbers in plan.items() if path.endswith(end) and numbers), None)
 
     def send(self, body: bytes = b"", status: int = 200, headers: Mapping[str, str] | None = None) -> None:

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,7 @@ from besa.checkpoint.inspection import inspect
 from besa.checkpoint.packing import pack, unpack
 from besa.checkpoint.shrinking import shrink
 from besa.errors import BesaError
-from besa.models import hub
-from besa.models.loading import Source, locate
+from besa.models.loading import locate
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
 WEIGHTS = "model.safetensors"
@@ -653,7 +651,8 @@ def test_a_file_whose_name_is_no_text_is_refused_before_the_work(tmp_path: Path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
-def test_the_cache_of_the_hub_is_made_of_links(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_cache_of_the_hub_is_made_of_links(tmp_path: Path, shared: bool) -> None:
     source = llama(tmp_path / "model")
     store, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "c0ffee"
     store.mkdir(parents=True)
@@ -661,69 +660,13 @@ def test_the_cache_of_the_hub_is_made_of_links(tmp_path: Path) -> None:
     for number, path in enumerate(sorted(source.iterdir())):
         path.rename(store / str(number))
         (snapshot / path.name).symlink_to(Path("..", "..", "blobs", str(number)))
+        if shared:  # by all repositories: files of Xet, since huggingface_hub 2
+            (tmp_path / "blobs").mkdir(exist_ok=True)
+            (store / str(number)).rename(tmp_path / "blobs" / path.name)
+            (store / str(number)).symlink_to(Path("..", "..", "blobs", path.name))
     besa.compress(snapshot, "wanda", out=tmp_path / "out", **SMALL)
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (TINY / "tokenizer.json").read_bytes()
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
-
-
-class Repository:
-    """Stands for huggingface_hub: a listing, and what is asked for of it."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, names: set[str]) -> None:
-        self.names, self.asked, self.online = names, set[str](), True
-        self.revisions: set[str | None] = set()
-        monkeypatch.setattr(hub, "HfApi", lambda: self)
-        monkeypatch.setattr(hub, "hf_hub_download", self.download_one)
-        monkeypatch.setattr(hub, "snapshot_download", self.download)
-        self._folder = folder
-
-    def model_info(self, _: str, revision: str | None) -> Any:
-        self.revisions.add(revision)
-        if not self.online:
-            raise ConnectionError("no network")
-        siblings = [type("Sibling", (), {"rfilename": name}) for name in self.names]
-        return type("Info", (), {"siblings": siblings})
-
-    def download_one(self, _: str, name: str, revision: str | None) -> str:
-        self.revisions.add(revision)
-        return str(self._folder / name)
-
-    def download(self, _: str, revision: str | None, allow_patterns: list[str], local_files_only: bool = False) -> str:
-        assert local_files_only is not self.online
-        self.revisions.add(revision)
-        self.asked = set(allow_patterns)
-        return str(self._folder)
-
-
-def test_of_a_repository_only_what_is_needed_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    beside = {"config.json", "tokenizer.json", "tokenizer.model", "LICENSE", "modeling_x.py", "chat_template.jinja"}
-    beside |= {"additional_chat_templates/tools.jinja", "USE_POLICY.md", "tokenizer.model.v3"}
-    never = {"pytorch_model.bin", "consolidated.safetensors", "original/params.json", "onnx/model.onnx", "figure.png"}
-    never |= {"model.fp16.safetensors", "README.md", "original/consolidated.safetensors", "adapter_config.json"}
-    shards = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
-    index = tmp_path / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": dict(zip("ab", sorted(shards), strict=True))}))
-    repository = Repository(monkeypatch, tmp_path, beside | never | shards | {index.name})
-    assert hub.fetch("a/b") == tmp_path
-    assert repository.asked == beside | shards | {index.name}
-    repository.names |= {WEIGHTS}  # beside a stale index
-    hub.fetch("a/b")
-    assert repository.asked == beside | {WEIGHTS, index.name}
-    repository.online = False
-    assert hub.fetch("a/b") == tmp_path
-    assert repository.revisions == {None}
-
-
-@pytest.mark.parametrize("online", [True, False])
-def test_a_revision_is_the_one_that_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, online: bool) -> None:
-    index = tmp_path / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00001.safetensors"}}))
-    repository = Repository(monkeypatch, tmp_path, {"config.json", index.name})
-    repository.online = online
-    source = Source("a/b", "a/b", revision="v2", trust_remote_code=True)
-    assert source.arguments["revision"] == "v2"
-    assert source.local() == replace(source, location=str(tmp_path))
-    assert repository.revisions == {"v2"}
 
 
 OLDER = """

@@ -11,9 +11,7 @@ from typer.testing import CliRunner
 
 import besa
 from besa import BesaError
-from besa.checkpoint.inspection import inspect
 from besa.cli import app
-from besa.models import hub, loading
 from besa.simulator import Accelerator, cycles
 from besa.simulator.bandwidth import load_cycles
 
@@ -119,19 +117,6 @@ def test_table_and_json(half: Path, tmp_path: Path) -> None:
     (own,) = [line for line in lines[start : start + 5] if line.split()[:1] == ["half"]]
     assert own.split()[1:] == [f"{kind['cycles_corrected']:.1f}" for kind in [*found["kinds"], found["block"]]]
     assert set(found["linears"][0]["cycles_memory"]) == {"1", "32"}
-
-
-def test_a_hugging_face_id_is_fetched(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def fetch(name: str, revision: str | None) -> Path:
-        asked.append(name)
-        return half
-
-    monkeypatch.setattr(hub, "fetch", fetch)
-    assert besa.simulate("somebody/model", [1]).linears == besa.simulate(half, [1]).linears
-    assert inspect(loading.locate("somebody/model")).zeros == inspect(loading.locate(half)).zeros
-    assert set(asked) == {"somebody/model"}
 
 
 def test_bad_input_is_refused(half: Path) -> None:

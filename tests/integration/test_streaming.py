@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import besa
 from besa.checkpoint import writer
-from besa.models import hub
 from besa.report import load_run, render
 
 
@@ -106,20 +105,6 @@ def test_dtype_of_the_result_is_the_one_asked_for(tiny_llama_folder, settings, t
     besa.compress(tiny_llama_folder, "wanda", out=tmp_path / "out", dtype="bfloat16", **settings)
     assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
-
-
-def test_a_hub_id_is_fetched_and_streamed(tiny_llama_folder, settings, tmp_path, monkeypatch):
-    asked = []
-
-    def fetch(name: str, revision: str | None) -> Path:
-        asked.append(name)
-        return tiny_llama_folder
-
-    monkeypatch.setattr(hub, "fetch", fetch)
-    besa.compress("someone/tiny-llama", "wanda", out=tmp_path / "hub", **settings)
-    besa.compress(tiny_llama_folder, "wanda", out=tmp_path / "local", **settings)
-    assert same(tmp_path / "hub", tmp_path / "local")
-    assert set(asked) == {"someone/tiny-llama"}
 
 
 def test_skipped_linears_stay_dense_and_others_get_what_was_asked(tiny_llama_folder, tiny_llama, settings, tmp_path):

@@ -89,13 +89,14 @@ def companions(folder: Path) -> list[Path]:
 
 
 def _refuse_foreign(path: Path, source: Path) -> None:
-    """Refuse a link to a file outside the model's folder and its store in the Hugging Face cache.
+    """Refuse a link to a file outside the model's folder and the stores of the Hugging Face cache.
 
     Raises:
         BesaError: the path is such a link.
     """
     homes = [source.resolve()]
     if source.resolve().parent.name == "snapshots":  # of the cache: models--a--b/snapshots/commit
-        homes.append(source.resolve().parent.parent / "blobs")
+        repository = source.resolve().parent.parent
+        homes += [repository / "blobs", repository.parent / "blobs"]  # the latter holds what repositories share
     if not any(path.resolve().is_relative_to(home) for home in homes):
         raise BesaError(f"{path} is a link to a file outside the model's folder: put a copy of the file in its place.")

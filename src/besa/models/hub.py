@@ -149,7 +149,9 @@ def _explained(model: str, revision: str | None, lacking: str) -> Iterator[None]
         status, said = error.response.status_code, error.server_message or "without a reason"
         if status == 401:
             raise BesaError("The Hugging Face Hub does not know your token: log in with `hf auth login`.") from error
-        raise BesaError(f"The Hugging Face Hub refuses {model} ({status}, {_short(said)}): try again later.") from error
+        raise BesaError(
+            f"The Hugging Face Hub refuses {model} (status {status}, {_short(said)}): try again later."
+        ) from error
     except (HTTPError, ConnectionError, TimeoutError, RuntimeError) as error:  # RuntimeError: of hf_xet
         raise _broken_off(model, error) from error
     except json.JSONDecodeError as error:
