@@ -169,7 +169,8 @@ def test_weights_of_an_earlier_push_do_not_stay_beside_others(
     "repo", ["tiny", "a/b/c", "me/", "/tiny", "me/ti ny", "me/tiny.git", "../tiny", "", "me/-tiny"]
 )
 def test_a_name_that_no_repository_has(repo: str, hub: LoopbackHub, made: Path) -> None:
-    assert refused(made / "one", repo).startswith("That cannot be the name of a repository: write USER/NAME")
+    words = f"{repo!r} cannot be the name of a repository: write USER/NAME or ORGANISATION/NAME."
+    assert refused(made / "one", repo) == words
     assert not hub.requests
 
 
@@ -325,4 +326,4 @@ def test_the_command_says_what_it_did_not_take(
     with pytest.raises(SystemExit) as leaving:
         cli.main()
     assert leaving.value.code == 2
-    assert "besa: That cannot be the name of a repository" in capsys.readouterr().err
+    assert "besa: 'tiny' cannot be the name of a repository" in capsys.readouterr().err

@@ -20,9 +20,13 @@ def push_command(
     private: Annotated[bool, typer.Option("--private", help="Create REPO so that only its owners see it.")] = False,
 ) -> None:
     """Upload a checkpoint with its card, record and measurements to the Hugging Face Hub; the same again goes on."""
+    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+
     from besa.cli.show import progress_bar, pushed
     from besa.integrations.pushing import prepare, send
 
     with progress_bar(err) as tracker:
         parcel = prepare(folder, repo, tracker)
+    if not err.is_terminal:
+        disable_progress_bars()  # those of huggingface_hub, which shows them in files too
     out.print(pushed(send(parcel, private)))

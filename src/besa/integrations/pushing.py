@@ -22,7 +22,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError:
     HTTPError,
     OfflineModeIsEnabled,
 )
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from huggingface_hub.utils import logging, validate_repo_id  # type: ignore[attr-defined]
 from pydantic import BaseModel
 
 from besa.checkpoint.companions import OWN
@@ -102,12 +102,7 @@ def push(folder: str | Path, repo: str, *, private: bool = False, progress: Prog
 def prepare(folder: str | Path, repo: str, progress: Progress = silent) -> Parcel:
     """Check a checkpoint and where it shall go, before anything is sent; arguments and errors as of `push`."""
     folder = path_of(folder)
-    try:
-        validate_repo_id(repo)
-    except HFValidationError:
-        repo = ""
-    if repo.count("/") != 1:
-        raise BesaError("That cannot be the name of a repository: write USER/NAME or ORGANISATION/NAME.")
+    _check_name(repo)
     if constants.is_offline_mode():
         raise BesaError("HF_HUB_OFFLINE forbids to reach the Hugging Face Hub: unset it.")
     if not get_token():
@@ -157,10 +152,27 @@ def send(parcel: Parcel, private: bool) -> Pushed:
     )
 
 
+def _check_name(repo: str) -> None:
+    """Refuse what cannot be the full name of a repository.
+
+    Raises:
+        BesaError: it is no such name.
+    """
+    try:
+        validate_repo_id(repo)
+        valid = "/" in repo
+    except HFValidationError:
+        valid = False
+    if not valid:
+        raise BesaError(f"{repo[:80]!r} cannot be the name of a repository: write USER/NAME or ORGANISATION/NAME.")
+
+
 @contextmanager
 def _explained(repo: str) -> Iterator[None]:
-    """Turn an error of huggingface_hub, and Ctrl-C, into one sentence."""
+    """Turn an error of huggingface_hub, and Ctrl-C, into one sentence, and keep its warnings out of the terminal."""
     again = "push again, and it goes on with what is missing"
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
     try:
         yield
     except KeyboardInterrupt:
@@ -183,6 +195,8 @@ def _explained(repo: str) -> Iterator[None]:
         raise BesaError(
             f"The Hugging Face Hub refuses the card ({_short(error)}): mend the {CARD} of the folder."
         ) from error
+    finally:
+        logging.set_verbosity(level)
 
 
 def _refusal(repo: str, error: HfHubHTTPError) -> BesaError:
