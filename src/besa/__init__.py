@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from besa.errors import BesaError
 from besa.version import __version__
+from besa_hook import install
 
 if TYPE_CHECKING:
     from besa.api import Compressed, compress, evaluate, plan, simulate
@@ -65,6 +66,9 @@ _HOMES = {
     "unpack": "besa.checkpoint.packing",
     "verify": "besa.checkpoint.verification",
 }
+
+
+install()
 
 
 def __getattr__(name: str) -> Any:

@@ -116,18 +116,12 @@ def test_bytes_that_half_the_weights_take() -> None:
 
 
 def test_header_names_format_and_version(plain: Path) -> None:
-    about = config_of(plain / "packed")["besa"]
-    assert about["format"] == "bitmask"
-    assert about["version"] == 1
-    assert about["recipe"] == "wanda"
-    assert "quantization_config" not in config_of(plain / "packed")
+    config = config_of(plain / "packed")
+    header = {"format": "bitmask", "version": 2}
+    assert config["quantization_config"] == {"quant_method": "besa", **header, "sharded": False}
+    assert config["besa"]["recipe"] == "wanda"
     with safe_open(plain / "packed" / WEIGHTS, "pt") as file:
-        assert json.loads(file.metadata()["besa"]) == {"format": "bitmask", "version": 1}
-
-
-def test_transformers_alone_refuses_instead_of_drawing_weights(plain: Path) -> None:
-    with pytest.raises(OSError, match="no file named"):
-        AutoModelForCausalLM.from_pretrained(plain / "packed")
+        assert json.loads(file.metadata()["besa"]) == header
 
 
 def test_inspect_counts_the_same_zeros_and_the_bytes_of_the_files(checkpoint: Path) -> None:
@@ -203,7 +197,8 @@ def test_numbers_too_large_for_a_dtype_are_refused(plain: Path, tmp_path: Path) 
 
 UP = "model.layers.1.mlp.up_proj"
 DAMAGES = {
-    "another version": ({}, {"version": 2}, "version 2"),
+    "another version": ({}, {"version": 3}, "version 3"),
+    "version 1 without what marks it": ({}, {"version": 1}, "version 1"),
     "no version": ({}, {"version": None}, "version None"),
     "a bit too many": ({"weight_mask": lambda mask: mask.index_fill(1, torch.tensor(0), -1)}, {}, "do not fit"),
     "values cut": ({"weight_values": lambda values: values[:100].clone()}, {}, "do not fit"),
@@ -212,9 +207,9 @@ DAMAGES = {
     "another shape": ({"weight_shape": lambda shape: shape.flip(0)}, {}, "do not fit"),
     "negative shape": ({"weight_shape": lambda shape: -shape}, {}, "do not fit"),
     "values of integers": ({"weight_values": lambda values: values.view(torch.int32)}, {}, "do not fit"),
-    "codes of another format": ({}, {"quantization_config": {"format": "gptq"}}, "does not read"),
-    "codes of no format": ({}, {"quantization_config": "pack-quantized"}, "does not read"),
-    "codes of no bits": ({}, {"quantization_config": {"format": "pack-quantized"}}, "how many bits"),
+    "codes of another format": ({}, {"codes": {"format": "gptq"}}, "does not read"),
+    "codes of no format": ({}, {"codes": "pack-quantized"}, "does not read"),
+    "codes of no bits": ({}, {"codes": {"format": "pack-quantized"}}, "how many bits"),
     "no values": ({"weight_values": None}, {}, "lacks"),
 }
 
@@ -230,7 +225,7 @@ def test_damaged_containers_are_refused(damage: str, plain: Path, tmp_path: Path
             tensors[f"{UP}.{key}"] = change(tensor)
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
     config = config_of(folder)
-    config["besa"] |= header
+    config["quantization_config"] |= header
     (folder / "config.json").write_text(json.dumps(config))
     for action in (lambda: besa.unpack(folder, tmp_path / "out"), lambda: besa.load(folder)):
         with pytest.raises(BesaError, match=says):

@@ -298,9 +298,9 @@ def test_damage_is_told_alike_whoever_opens(damage: str, copy: Callable[[str], P
 
 def test_codes_beyond_their_bits(copy: Callable[[str], Path], tmp_path: Path) -> None:
     folder = copy("joint-packed")
-    about = json.loads((folder / "config.json").read_text())["besa"]
-    about["quantization_config"]["config_groups"]["group_0"]["weights"]["num_bits"] = 3
-    change_config(folder, besa=about)
+    about = json.loads((folder / "config.json").read_text())["quantization_config"]
+    about["codes"]["config_groups"]["group_0"]["weights"]["num_bits"] = 3
+    change_config(folder, quantization_config=about)
     for action in actions(folder, tmp_path / "out").values():
         assert re.search(r"(values|zero points) are no codes of 3 bits", sentence(action))
 
@@ -348,23 +348,29 @@ def all_commands(folder: Path, out: Path) -> dict[str, Callable[[], object]]:
     return actions(folder, out) | more
 
 
+def packed_as(**said: object) -> dict[str, object]:
+    return {"quantization_config": {"quant_method": "besa", **said}}
+
+
 @pytest.mark.parametrize(
     ("about", "words"),
     [
-        (["a list"], "is damaged"),
-        ("a string", "is damaged"),
-        (None, "is damaged"),
-        ({"format": "tiles", "version": 1}, "in the format 'tiles', version 1"),
-        ({"format": ["bitmask"], "version": 1}, r"in the format ['bitmask'], version 1"),
-        ({"format": "bitmask", "version": 2}, "version 2"),
-        ({"format": "bitmask"}, "version None"),
+        ({"besa": ["a list"]}, "is damaged"),
+        ({"besa": "a string"}, "is damaged"),
+        ({"besa": None}, "is damaged"),
+        (packed_as(format="tiles", version=2), "in the format 'tiles', version 2"),
+        (packed_as(format=["bitmask"], version=2), r"in the format ['bitmask'], version 2"),
+        (packed_as(format="bitmask", version=3), "version 3"),
+        (packed_as(format="bitmask"), "version None"),
+        ({"quantization_config": None, "besa": {"format": "tiles", "version": 1}}, "in the format 'tiles', version 1"),
+        ({"quantization_config": None, "besa": {"format": "bitmask", "version": 2}}, "version 2"),
     ],
 )
 def test_no_command_takes_what_it_does_not_know(
-    about: object, words: str, copy: Callable[[str], Path], tmp_path: Path
+    about: dict[str, object], words: str, copy: Callable[[str], Path], tmp_path: Path
 ) -> None:
     folder = copy("float32-packed")
-    change_config(folder, besa=about)
+    change_config(folder, **about)
     for command, action in all_commands(folder, tmp_path / "out").items():
         assert words in sentence(action), command
 

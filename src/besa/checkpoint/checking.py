@@ -77,8 +77,22 @@ def check_complete(source: Source, files: WeightFiles, config: PreTrainedConfig)
         codes.bits_of(quantization_of(config), source.name)
     with torch.device("meta"):
         empty = skeleton(source, config)
-    Layout(source.name, AsDense(files), empty, find_blocks(empty))
+    check_layout(source.name, files, empty)
     return empty
+
+
+def check_layout(name: str, files: WeightFiles, model: PreTrainedModel) -> None:
+    """The same check against a model that is there.
+
+    Args:
+        name: of the checkpoint, for error messages.
+        files: as of `check_complete`.
+        model: on the meta device, buffers too.
+
+    Raises:
+        BesaError: as `check_complete`.
+    """
+    Layout(name, AsDense(files), model, find_blocks(model))
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -21,7 +21,7 @@ from besa.models.layout import in_dtype, renaming
 from besa.models.loading import Source, quantization_of, read_config
 from besa.progress import Progress, silent
 from besa.storage.formats import bitmask, codes
-from besa.storage.formats.container import HEADER, header, open_files, tensors_of
+from besa.storage.formats.container import header, open_files, tensors_of, without_header
 from besa.storage.weights import SPARSE_STEM, STEM, WeightFiles
 from besa.storage.writing import appearing
 
@@ -119,8 +119,6 @@ def pack(
             raise BesaError(f"{model}: no linear would get smaller, {_why_not(packing, files)}.")
 
     config = read_config_json(folder_of(source))
-    about_codes = {"quantization_config": config.pop("quantization_config")} if quantization else {}
-    config["besa"] = config.get("besa", {}) | HEADER | about_codes
     if dtype != "auto":
         config = with_dtype(config, dtype)
     with appearing(Path(out)) as folder:
@@ -154,12 +152,7 @@ def unpack(model: str | Path, out: str | Path, *, trust_remote_code: bool = Fals
             yield dict(group.read(files))
             progress(done, len(groups), group.name)
 
-    config = read_config_json(folder_of(source))
-    about = config.pop("besa")
-    if "quantization_config" in about:
-        config["quantization_config"] = about.pop("quantization_config")
-    if rest := {key: value for key, value in about.items() if key not in HEADER}:
-        config["besa"] = rest
+    config = without_header(read_config_json(folder_of(source)))
     with appearing(Path(out)) as folder:
         rewrite(source, folder, parts(), config, STEM)
 

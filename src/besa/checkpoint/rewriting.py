@@ -17,7 +17,7 @@ from besa.errors import BesaError
 from besa.models.loading import Source, locate
 from besa.progress import Progress
 from besa.record import RECORD_NAME
-from besa.storage.formats.container import ABOUT
+from besa.storage.formats.container import ABOUT, settings
 from besa.storage.weights import SPARSE_STEM
 from besa.storage.writing import save_tensors
 
@@ -56,14 +56,15 @@ def rewrite(
         source: whose files are copied, the run record too, but no measurements.
         folder: to fill.
         parts: tensors by name; one part at a time is in memory.
-        config: content of config.json.
-        stem: beginning of the names of weight files.
+        config: content of config.json; that of a packed checkpoint gets its header here.
+        stem: beginning of the names of weight files, which says whether the parts are packed.
 
     Raises:
         BesaError: it cannot be written, or the source's weights have changed since its record was written.
     """
     check_weights(folder_of(source))
-    about = ABOUT if stem == SPARSE_STEM else None
+    packed = stem == SPARSE_STEM
+    about = ABOUT if packed else None
     (folder / "parts").mkdir()
     written = []
     for number, tensors in enumerate(parts):
@@ -71,6 +72,8 @@ def rewrite(
         save_tensors(written[-1], tensors, about)
     assemble(folder, written, stem, about)
     shutil.rmtree(folder / "parts")
+    if packed:
+        config = config | {"quantization_config": settings(folder, config.get("quantization_config"))}
     pass_on(folder_of(source), folder, config, also=[RECORD_NAME])
     write_card(folder, folder_of(source), (source.base, source.revision))
     seal(folder)

@@ -9,6 +9,7 @@ written into the folder but the card.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,8 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError:
     HTTPError,
     OfflineModeIsEnabled,
 )
-from huggingface_hub.utils import logging, validate_repo_id  # type: ignore[attr-defined]
+from huggingface_hub.utils import logging as hub_logging
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from pydantic import BaseModel
 
 from besa.checkpoint.companions import OWN
@@ -171,8 +173,8 @@ def _check_name(repo: str) -> None:
 def _explained(repo: str) -> Iterator[None]:
     """Turn an error of huggingface_hub, and Ctrl-C, into one sentence, and keep its warnings out of the terminal."""
     again = "push again, and it goes on with what is missing"
-    level = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
+    level = hub_logging.get_verbosity()
+    hub_logging.set_verbosity(logging.ERROR)
     try:
         yield
     except KeyboardInterrupt:
@@ -196,7 +198,7 @@ def _explained(repo: str) -> Iterator[None]:
             f"The Hugging Face Hub refuses the card ({_short(error)}): mend the {CARD} of the folder."
         ) from error
     finally:
-        logging.set_verbosity(level)
+        hub_logging.set_verbosity(level)
 
 
 def _refusal(repo: str, error: HfHubHTTPError) -> BesaError:

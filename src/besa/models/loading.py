@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
@@ -34,8 +35,9 @@ from besa.data import assets
 from besa.errors import BesaError
 from besa.models import hub
 from besa.progress import Progress, silent
+from besa.storage.formats.container import header, settings
 from besa.storage.names import is_path, path_of, pinned
-from besa.storage.weights import STEM, WeightFiles, check_regular
+from besa.storage.weights import PACKED, STEM, WeightFiles, check_regular
 
 EMBEDDED = "smollm2"
 EDGE = 1 << 20  # bytes of a weight file's head and tail that go into its fingerprint
@@ -163,9 +165,12 @@ def load_model(source: Source, dtype: str = "auto") -> PreTrainedModel:
     if source.folder and not source.gguf:
         WeightFiles(source.folder)  # its error messages are clearer than those of transformers
     config = None if source.gguf else read_config(source)
+    opening = source.arguments
+    if source.folder and not source.gguf and (packed := header(source.folder)) and packed.version == 1:
+        opening["quantization_config"] = AutoQuantizationConfig.from_dict(settings(source.folder, packed.codes))
     with quiet(), model_explained(source.name), _without_bar(source):
         model = _loader(config).from_pretrained(
-            **source.arguments,
+            **opening,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             use_safetensors=None if source.gguf else True,
         )
@@ -237,9 +242,10 @@ def read_generation_config(source: Source, model: PreTrainedModel) -> Generation
 
 def quantization_of(config: PreTrainedConfig) -> dict[str, Any]:
     """The settings of the quantiser that made the stored codes, packed or not; empty for weights without codes."""
-    settings = [getattr(part, "quantization_config", None) for part in (config, config.get_text_config())]
-    settings.append(getattr(config, "besa", {}).get("quantization_config"))
-    return next((each for each in settings if each and isinstance(each, dict)), {})
+    said = [getattr(part, "quantization_config", None) for part in (config, config.get_text_config())]
+    said.append(getattr(config, "besa", {}).get("quantization_config"))  # of a packed checkpoint, version 1
+    first = next((each for each in said if each and isinstance(each, dict)), {})
+    return (first.get("codes") or {}) if first.get("quant_method") == PACKED else first
 
 
 def is_quantized(config: PreTrainedConfig) -> bool:

@@ -6,7 +6,7 @@ Shape suffixes: N tokens, O rows (output channels), I columns (input channels).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,17 +21,35 @@ class SparseLinear(nn.Module):
     """y = x Wᵀ + b with the packed W, for inference; its buffers are named as the tensors of the container.
 
     Args:
-        weight: W, kept as `bitmask`; its tensors may be memory-mapped and are not copied.
+        weight: W; its tensors may be memory-mapped and are not copied.
         bias: b (O,), or None.
     """
 
     def __init__(self, weight: Bitmask, bias: nn.Parameter | None = None) -> None:
         super().__init__()
-        self.bitmask = weight
         self.out_features, self.in_features = weight.shape
-        for name, tensor in tensors_of(weight).items():
-            self.register_buffer(name, tensor)
+        self.bits = weight.bits
+        self.keep(weight)
         self.bias = bias
+
+    def keep(self, weight: Bitmask) -> None:
+        """Take another W of the same shape."""
+        for name, tensor in tensors_of(weight).items():
+            self.register_buffer(name, tensor.to(weight.values.device))
+
+    @property
+    def bitmask(self) -> Bitmask:
+        """W as packed, made of the buffers, which loaders and devices replace."""
+        buffers: dict[str, Any] = self._buffers
+        return Bitmask(
+            (self.out_features, self.in_features),
+            buffers[MASK],
+            buffers[VALUES],
+            buffers[OFFSETS],
+            buffers.get(SCALE),
+            buffers.get(ZERO),
+            self.bits,
+        )
 
     @property
     def weight(self) -> Tensor:
@@ -51,8 +69,9 @@ class SparseLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """As of nn.Linear, with the bits of a weight."""
-        rows, columns = self.bitmask.shape
-        return f"{columns}, {rows}, kind={self.bitmask.kind}, bits={8 * self.bitmask.nbytes / (rows * columns):.2f}"
+        weight = self.bitmask
+        bits = 8 * weight.nbytes / (self.out_features * self.in_features)
+        return f"{self.in_features}, {self.out_features}, kind={weight.kind}, bits={bits:.2f}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
         """Move to another device; the dtype cannot change.
@@ -60,16 +79,8 @@ class SparseLinear(nn.Module):
         Raises:
             BesaError: the dtype would change.
         """
-        if fn(torch.empty(0, dtype=self.bitmask.dtype)).dtype != self.bitmask.dtype:
-            raise BesaError("Packed linears keep their dtype: ask for another one with besa.load(..., dtype=).")
+        dtype = self.bitmask.dtype
+        if fn(torch.empty(0, dtype=dtype)).dtype != dtype:
+            raise BesaError("Packed linears keep their dtype: ask for another one when you load, with dtype=.")
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        buffers = dict(self.named_buffers(recurse=False))
-        self.bitmask = replace(
-            self.bitmask,
-            masks_BCR=buffers[MASK],
-            values=buffers[VALUES],
-            offsets=buffers[OFFSETS],
-            scales_OG=buffers.get(SCALE),
-            zeros_OG=buffers.get(ZERO),
-        )
         return self

@@ -17,6 +17,7 @@ from besa.errors import BesaError
 
 STEM = "model"  # beginning of the names of weight files
 SPARSE_STEM = "bitmask"  # the same for packed checkpoints, which transformers must not load with random weights
+PACKED = "besa"  # the quant_method in their config.json, by which transformers and vLLM find what loads them
 INDEX = ".safetensors.index.json"  # end of the name of an index
 # Formats of weights, by their safetensors names.
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

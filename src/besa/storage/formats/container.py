@@ -5,8 +5,10 @@ docs/formats.md specifies it. Here, a *linear* is the name of a weight without i
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,9 @@ from torch import Tensor
 from besa.errors import BesaError
 from besa.storage.formats import codes
 from besa.storage.formats.bitmask import Bitmask
-from besa.storage.weights import WeightFiles
+from besa.storage.weights import PACKED, SPARSE_STEM, WeightFiles
 
-FORMAT, VERSION = "bitmask", 1
+FORMAT, VERSION = "bitmask", 2
 PURPOSES = {
     (MASK := "weight_mask"): "masks",
     (VALUES := "weight_values"): "values",
@@ -27,33 +29,80 @@ PURPOSES = {
     (SCALE := "weight_scale"): "scales",
     (ZERO := "weight_zero_point"): "zero points",
 }
-HEADER = {"format": FORMAT, "version": VERSION}
-ABOUT = {"besa": json.dumps(HEADER)}  # metadata of the weight files
+ABOUT = {"besa": json.dumps({"format": FORMAT, "version": VERSION})}  # metadata of the weight files
 DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")  # what families call the number of their blocks
 DAMAGED = "the packed checkpoint is damaged"
 
 
-def header(folder: Path) -> dict[str, Any] | None:
-    """The entry `besa` of a packed checkpoint's config.json; None for other checkpoints.
+@dataclass(frozen=True)
+class Header:
+    """What config.json says of a packed checkpoint.
+
+    Attributes:
+        version: of the format. Version 1 has no `quantization_config`, so that only besa loads it.
+        codes: the settings of the quantiser that made the codes; None for weights without codes.
+    """
+
+    version: int
+    codes: dict[str, Any] | None
+
+
+def settings(folder: Path, codes: dict[str, Any] | None) -> dict[str, Any]:
+    """The `quantization_config` of a packed checkpoint.
+
+    It does not name the weight file: where besa is not installed, transformers would load that, and draw random numbers
+    for all linears.
+
+    Args:
+        folder: that has its weight files already.
+        codes: as of `Header`.
+    """
+    sharded = not (folder / f"{SPARSE_STEM}.safetensors").is_file()
+    said = {"quant_method": PACKED, "format": FORMAT, "version": VERSION, "sharded": sharded}
+    return said | ({"codes": codes} if codes else {})
+
+
+def header(folder: Path) -> Header | None:
+    """The header of a packed checkpoint; None for other checkpoints.
 
     Raises:
-        BesaError: this besa does not know the format or its version, or the entry is damaged.
+        BesaError: this besa does not know the format or its version, or config.json is damaged.
     """
     config = _config(folder)
-    if not isinstance(config, dict) or "besa" not in config:
+    if not isinstance(config, dict):
         return None
-    about = config["besa"]
-    if not isinstance(about, dict):
+    if not isinstance(config.get("besa", {}), dict):
         raise BesaError(f'{folder / "config.json"} is damaged: under "besa" it holds no settings.')
-    if "format" not in about:
+    about = config.get("quantization_config")
+    if isinstance(about, dict) and about.get("quant_method") == PACKED:
+        newest, codes = VERSION, about.get("codes")
+    elif "format" in (about := config.get("besa", {})):
+        newest, codes = 1, about.get("quantization_config")
+    else:
         return None
-    if about["format"] != FORMAT or about.get("version") != VERSION:
+    if about.get("format") != FORMAT or about.get("version") != newest:
+        said = f"{about.get('format')!r}, version {about.get('version')!r}"
         raise BesaError(
-            f"{folder} is packed in the format {about['format']!r}, version {about.get('version')!r}, and this besa "
-            f"reads {FORMAT!r}, version {VERSION}: use the besa that packed it, or unpack it with that and pack it "
-            "with this."
+            f"{folder} is packed in the format {said}, and this besa reads {FORMAT!r}, versions 1 and {VERSION}: use "
+            "the besa that packed it, or unpack it with that and pack it with this."
         )
-    return about
+    return Header(newest, codes)
+
+
+def without_header(config: dict[str, Any]) -> dict[str, Any]:
+    """The config.json that a packed checkpoint had before it was packed.
+
+    Args:
+        config: of a folder with a `header`.
+    """
+    before = copy.deepcopy(config)
+    own = before.get("besa", {})
+    codes = own.pop("quantization_config", None) if "format" in own else before.pop("quantization_config").get("codes")
+    for key in ("format", "version"):
+        own.pop(key, None)
+    if not own:
+        before.pop("besa", None)
+    return before | ({"quantization_config": codes} if codes else {})
 
 
 def tensors_of(weight: Bitmask) -> dict[str, Tensor]:
@@ -86,8 +135,7 @@ class Container(WeightFiles):
         super().__init__(folder)
         about = header(folder)
         assert about is not None
-        quantization = about.get("quantization_config")
-        self.bits = codes.bits_of(quantization, str(folder)) if quantization else None
+        self.bits = codes.bits_of(about.codes, str(folder)) if about.codes else None
         stored = set(self._holders)
         of_bitmasks = (MASK, VALUES, OFFSETS)
         linears = sorted({linear for linear, _, key in (name.rpartition(".") for name in stored) if key in of_bitmasks})

@@ -1,0 +1,161 @@
+"""The layers of a packed checkpoint in a model of transformers: laid out before its tensors are loaded, finished after.
+
+A linear stored as bitmask becomes a `SparseLinear`, whose buffers have the names of the stored tensors, so that
+transformers loads them as any others. A linear stored as codes has these as buffers, and becomes dense when they are
+loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+
+from besa.checkpoint.checking import check_layout, check_packed
+from besa.errors import BesaError
+from besa.models.layout import renaming
+from besa.runtime.linear import SparseLinear
+from besa.storage.formats import bitmask, codes
+from besa.storage.formats.bitmask import Bitmask
+from besa.storage.formats.container import Container, header, settings
+from besa.storage.weights import INDEX, SPARSE_STEM, STEM
+from besa.storage.writing import write_file
+
+
+def lay_out(model: PreTrainedModel, folder: Path) -> int | None:
+    """Check a packed checkpoint, and put layers that hold its tensors into the model.
+
+    Args:
+        model: of the folder's configuration, without memory for weights.
+        folder: of the checkpoint.
+
+    Returns:
+        Bits of a code, None if no weights are stored as codes.
+
+    Raises:
+        BesaError: the checkpoint is damaged or incomplete, or belongs to another configuration.
+    """
+    if header(folder) is None:
+        raise BesaError(f"{folder} is not packed, though its config.json was: put the files of one checkpoint into it.")
+    with torch.device("cpu"):
+        files = Container(folder)
+        check_packed(files)
+        check_layout(str(folder), files, model)
+        renamed = renaming(model, get_model_conversion_mapping(model))
+        linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+        def place(stored: str, shape: tuple[int, ...]) -> tuple[str, nn.Linear]:
+            name = renamed(f"{stored}.weight")[0].removesuffix(".weight")
+            linear = linears.get(name)
+            if linear is None or (linear.out_features, linear.in_features) != shape:
+                raise BesaError(f"{folder}: {stored} {shape} has no place in the model of its config.json.")
+            return name, linear
+
+        for stored, weight in files.weights():
+            name, linear = place(stored, weight.shape)
+            model.set_submodule(name, SparseLinear(weight, linear.bias))
+        tensors = dict(files.mapped(files.dense))
+        for stored in codes.linears(tensors):
+            of_linear = codes.of_linear(tensors, stored)
+            _, linear = place(stored, tuple(of_linear[codes.SHAPE].tolist()))
+            linear.register_parameter("weight", None)
+            for key, tensor in of_linear.items():
+                linear.register_buffer(key, tensor)
+    return files.bits
+
+
+def finish(model: PreTrainedModel, bits: int | None) -> PreTrainedModel:
+    """The model that was laid out, with its tensors loaded: in its dtype, without gradients.
+
+    Args:
+        model: after `lay_out`.
+        bits: as `lay_out` returned them.
+
+    Raises:
+        BesaError: a weight was left on the disk, or its numbers are too large for the dtype.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, SparseLinear):
+            module.keep(_in_dtype(module.bitmask, model.dtype, name))
+        elif codes.WEIGHT in module._buffers:
+            assert bits is not None
+            of_linear = {key: module.get_buffer(key) for key in codes.KEYS if key in module._buffers}
+            for key in of_linear:
+                delattr(module, key)
+            module.weight = nn.Parameter(codes.quantized(of_linear, bits).weight().to(model.dtype))
+    model.save_pretrained = MethodType(save_pretrained, model)
+    return model.requires_grad_(False)
+
+
+def make_dense(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with ordinary linears in place of sparse ones; pruned weights are zeros.
+
+    Args:
+        model: as `finish` returned it.
+        dtype: of the linears.
+    """
+    for name, module in dict(model.named_modules()).items():
+        if isinstance(module, SparseLinear):
+            dense = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+            dense.weight = nn.Parameter(module.weight.to(dtype))
+            dense.register_parameter("bias", module.bias)
+            model.set_submodule(name, dense)
+    del model.save_pretrained  # its class has one for dense models
+    return model
+
+
+def save_pretrained(model: PreTrainedModel, save_directory: str | Path, **options: Any) -> None:
+    """`save_pretrained` of a model with sparse layers: it writes a packed checkpoint.
+
+    transformers would name the weight file as that of any model, and load it with random linears where besa is absent.
+
+    Args:
+        model: as `finish` returned it.
+        save_directory: folder to fill.
+        options: as of transformers' method.
+
+    Raises:
+        BesaError: the model was to be pushed at the same time.
+    """
+    if options.pop("push_to_hub", False):
+        raise BesaError("A packed model is saved first, and then pushed: call `model.push_to_hub` or `besa push`.")
+    folder = Path(save_directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
+        made = Path(temporary)
+        type(model).save_pretrained(model, made, **options)
+        for path in made.glob(f"{STEM}*.safetensors"):
+            path.rename(made / path.name.replace(STEM, SPARSE_STEM, 1))
+        if (index := made / f"{STEM}{INDEX}").exists():
+            content = json.loads(index.read_text(encoding="utf-8"))
+            places = content["weight_map"].items()
+            content["weight_map"] = {name: file.replace(STEM, SPARSE_STEM, 1) for name, file in places}
+            write_file(made / f"{SPARSE_STEM}{INDEX}", json.dumps(content, indent=2) + "\n")
+            index.unlink()
+        config = json.loads((made / "config.json").read_text(encoding="utf-8"))
+        config["quantization_config"] = settings(made, config["quantization_config"]["codes"])
+        write_file(made / "config.json", json.dumps(config, indent=2) + "\n")
+        for path in made.iterdir():
+            shutil.move(path, folder / path.name)
+
+
+def _in_dtype(weight: Bitmask, dtype: torch.dtype, name: str) -> Bitmask:
+    if weight.masks_BCR.is_meta:
+        raise BesaError(f"There is no room for {name} in memory, and packed weights cannot be offloaded: free some.")
+    if weight.dtype == dtype:
+        return weight
+    if weight.scales_OG is not None:
+        converted = replace(weight, scales_OG=weight.scales_OG.to(dtype))
+    else:
+        converted = bitmask.pack(weight.unpack().to(dtype))
+    converted.check(name)
+    return converted

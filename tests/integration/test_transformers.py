@@ -1,0 +1,249 @@
+"""Packed checkpoints in plain transformers: `from_pretrained`, pipelines and saving, with and without `import besa`."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, pipeline
+
+import besa
+import besa_hook
+from besa import BesaError, Recipe
+from besa.checkpoint import writer
+from besa.runtime.linear import SparseLinear
+from tests import pretend
+
+TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
+TEXT = str(TINY / "calibration.txt")
+SIZES = {"samples": 2, "seqlen": 16}
+PROMPT = "The city lies on the river"
+FORMS = {  # each leaves one linear of a block as it was: dense, or stored as codes
+    "float32": "wanda",
+    "codes": "wanda-int4",
+}
+
+
+def packed(folder: Path, recipe: Recipe) -> Path:
+    besa.compress(TINY, recipe, TEXT, out=folder / "dense", **SIZES)
+    besa.pack(folder / "dense", folder / "packed")
+    return folder / "packed"
+
+
+@pytest.fixture(scope="module", params=[*FORMS, "shards"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    recipe = Recipe.load(FORMS.get(request.param, "wanda")).with_exceptions(["*.k_proj"], [])
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "shards":
+            patch.setattr(writer, "ONE_FILE", 0)
+        return packed(folder, recipe)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return packed(tmp_path_factory.mktemp("plain"), Recipe.load("wanda"))
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    """Without `no_grad`, as in anybody's notebook."""
+    return model(torch.arange(48).view(2, -1)).logits
+
+
+def sparse(model: nn.Module) -> int:
+    return sum(isinstance(module, SparseLinear) for module in model.modules())
+
+
+def test_from_pretrained_gives_the_model_of_besa_load(folder: Path) -> None:
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    own, dense = besa.load(folder), besa.load(folder.parent / "dense")
+    assert sparse(model) == sparse(own) > 0
+    assert torch.equal(logits(model), logits(own))
+    torch.testing.assert_close(logits(model), logits(dense), rtol=1e-4, atol=1e-4)
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_weights_are_mapped_from_their_file(plain: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(plain)
+    file = str((plain / "bitmask.safetensors").resolve())
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(file)]
+    ranges = [tuple(int(end, 16) for end in line[0].split("-")) for line in lines]
+    for module in model.modules():
+        if isinstance(module, SparseLinear):
+            address = module.bitmask.values.data_ptr()
+            assert any(begin <= address < end for begin, end in ranges)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_another_dtype(folder: Path, dtype: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    assert {tensor.dtype for tensor in model.parameters()} == {getattr(torch, dtype)}
+    assert torch.equal(logits(model), logits(besa.load(folder, dtype=dtype)))
+
+
+def test_pipeline_and_generate_continue_a_text(folder: Path) -> None:
+    generator = pipeline("text-generation", model=str(folder))
+    [made] = generator(PROMPT, max_new_tokens=12, do_sample=False, return_full_text=False)
+    assert made["generated_text"] == besa.generate(folder, PROMPT, max_new_tokens=12)
+
+
+def test_the_model_without_its_head(folder: Path) -> None:
+    inner, whole = AutoModel.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    tokens = torch.arange(24)[None]
+    expected = whole(tokens, output_hidden_states=True).hidden_states[-1]
+    assert torch.equal(inner(tokens).last_hidden_state, expected)
+    assert sparse(inner) == sparse(whole)
+
+
+@pytest.mark.parametrize("size", ["50GB", "300KB"])
+def test_a_saved_model_is_a_packed_checkpoint(folder: Path, size: str, tmp_path: Path) -> None:
+    """It loads again here and in besa, and without besa it is refused as what `besa pack` wrote."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for _ in range(2):  # again into the same folder
+        model.save_pretrained(tmp_path / "saved", max_shard_size=size)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "bitmask.safetensors").exists() == (size == "50GB")
+    assert not [*(tmp_path / "saved").glob("model*"), *(tmp_path / "saved").glob(".*")]
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not any(info.values()), info
+    for loaded in (again, besa.load(tmp_path / "saved")):
+        assert torch.equal(logits(loaded), logits(model))
+    assert "transformers_weights" not in json.loads((tmp_path / "saved" / "config.json").read_text())
+    with pytest.raises(BesaError, match="saved first, and then pushed"):
+        model.save_pretrained(tmp_path / "other", push_to_hub=True)
+
+
+def test_a_model_made_dense_is_an_ordinary_one(folder: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder).dequantize()
+    expected = AutoModelForCausalLM.from_pretrained(folder.parent / "dense")
+    assert sparse(model) == 0
+    torch.testing.assert_close(logits(model), logits(expected), rtol=1e-5, atol=1e-5)
+    model.requires_grad_(True)
+    logits(model).sum().backward()
+    model.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+
+
+def test_device_maps(plain: Path) -> None:
+    """What lies on another device than its input would be an error."""
+    expected = logits(besa.load(plain))
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(plain, device_map="cpu")), expected)
+    model = AutoModelForCausalLM.from_pretrained(plain, device_map={"": pretend.DEVICE})
+    assert {tensor.device for tensor in (*model.parameters(), *model.buffers())} == {pretend.DEVICE}
+    found = model(torch.arange(48).view(2, -1).to(pretend.DEVICE)).logits
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_that_would_stay_on_the_disk_are_refused(plain: Path, tmp_path: Path) -> None:
+    places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    layers = {f"model.layers.{number}": "disk" if number else "cpu" for number in range(8)}
+    with pytest.raises(BesaError, match="cannot be offloaded"):
+        AutoModelForCausalLM.from_pretrained(
+            plain, device_map=places | layers, offload_folder=str(tmp_path), offload_buffers=True
+        )
+
+
+def test_damage_is_refused_here_too(plain: Path, tmp_path: Path) -> None:
+    config = json.loads((plain / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 9}))
+    (tmp_path / "bitmask.safetensors").symlink_to(plain / "bitmask.safetensors")
+    with pytest.raises(BesaError, match=r"lacks the weight model.layers.8."):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_version_1_loads_in_besa(folder: Path, tmp_path: Path) -> None:
+    """besa 0.1 kept the header under its own key, which no other program reads."""
+    config = json.loads((folder / "config.json").read_text())
+    about = config.pop("quantization_config")
+    config["besa"] |= {"format": "bitmask", "version": 1}
+    if "codes" in about:
+        config["besa"]["quantization_config"] = about["codes"]
+    for path in folder.iterdir():
+        if path.name not in ("config.json", "besa_run.json"):
+            shutil.copyfile(path, tmp_path / path.name)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = besa.load(tmp_path)
+    assert sparse(model) == sparse(besa.load(folder))
+    assert torch.equal(logits(model), logits(besa.load(folder)))
+    besa.unpack(tmp_path, tmp_path / "out")
+    assert torch.equal(logits(besa.load(tmp_path / "out")), logits(besa.load(folder.parent / "dense")))
+    with pytest.raises(OSError, match="no file named"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+# Programs that do not import besa.
+
+LOAD = """
+import sys, torch
+assert "besa" not in sys.modules, "torch imports besa itself"
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+print(type(model.model.layers[0].mlp.up_proj).__name__)
+"""
+BLOCKED = """
+import sys
+class Absent:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] in ("besa", "besa_hook"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+"""
+
+
+def program(code: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code, str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | variables, timeout=120)
+
+
+def test_a_program_that_does_not_import_besa(plain: Path) -> None:
+    made = program(LOAD, plain)
+    assert made.stdout.split() == ["SparseLinear"], made.stderr
+
+
+@pytest.mark.parametrize("variable", ["BESA_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"])
+def test_a_variable_turns_it_off(variable: str, plain: Path) -> None:
+    made = program(LOAD, plain, **{variable: "0"})
+    assert made.returncode == 1
+    assert "OSError: Error no file named model.safetensors" in made.stderr
+
+
+def test_without_besa_there_is_an_error_and_no_random_model(plain: Path, tmp_path: Path) -> None:
+    """Of what `besa pack` wrote, and of what `save_pretrained` wrote of it."""
+    AutoModelForCausalLM.from_pretrained(plain).save_pretrained(tmp_path)
+    for folder in (plain, tmp_path):
+        made = program(BLOCKED + LOAD, folder, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+        assert made.returncode == 1
+        assert "OSError: Error no file named model.safetensors" in made.stderr
+        assert "Unknown quantization type, got besa" in made.stderr
+
+
+def test_a_broken_besa_breaks_neither_torch_nor_transformers(plain: Path) -> None:
+    broken = "import sys; sys.modules['besa.integrations.quantizer'] = None\n"
+    made = program(broken + LOAD, plain)
+    assert "besa could not register with transformers" in made.stderr
+    assert "OSError: Error no file named model.safetensors" in made.stderr
+
+
+def test_whichever_is_imported_first(plain: Path) -> None:
+    for first, second in (("besa", "transformers"), ("transformers.quantizers", "besa")):
+        code = f"import {first}, {second}\n" + LOAD.replace('assert "besa" not in', "assert [] is not")
+        made = program(code, plain, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+        assert made.stdout.split() == ["SparseLinear"], made.stderr
+
+
+def test_the_hook_waits_once_and_for_one_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "meta_path", [])
+    monkeypatch.delitem(sys.modules, besa_hook.REGISTRY)
+    besa_hook.install()
+    besa_hook.install()
+    [waiting] = sys.meta_path
+    assert waiting.find_spec("transformers.quantizers", None) is None
+    assert sys.meta_path == [waiting]
