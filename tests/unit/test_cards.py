@@ -170,6 +170,7 @@ def test_patterns_codes_and_bitmasks_are_said(tmp_path: Path) -> None:
     assert card.data.to_dict()["base_model_relation"] == "quantized"
     assert card.data.tags == ["besa", "pruned", "sparse", "4-bit"]
     assert row_of(card, "quantised to") == "4 bits, stored as codes"
+    assert row_of(card, "stored as") == "codes (pack-quantized), `bfloat16`"
     assert "pip install transformers compressed-tensors" in card.text
 
     recipe = Recipe.load("wanda", overrides=["allocation.method=nm"]).model_dump(mode="json")

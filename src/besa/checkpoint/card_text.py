@@ -201,12 +201,16 @@ class About:
         if self.pattern:
             yield "pattern", f"{self.pattern}, kept weights in groups of consecutive columns"
         if self.bits:
-            yield "quantised to", f"{self.bits} bits, stored as {'codes' if self.coded else 'dense numbers'}"
+            yield "quantised to", f"{self.bits} bits, stored as {'codes' if self.coded else 'plain numbers'}"
         for kind, (before, after) in self._removed().items():
             yield "removed", f"{kind} that nothing read: {after:,} of {before:,} are left in each block"
         dtype = self.config.get("dtype") or self.config.get("torch_dtype")
-        form = "bitmasks and kept values" if self.packed else "dense safetensors"
-        yield "stored as", form + (f", {_code(dtype)}" if isinstance(dtype, str) else "")
+        dense = "codes (pack-quantized)" if self.coded else "dense safetensors"
+        yield (
+            "stored as",
+            ("bitmasks and kept values" if self.packed else dense)
+            + (f", {_code(dtype)}" if isinstance(dtype, str) else ""),
+        )
         if record:
             yield "calibrated on", self._calibration()
             if version := record.versions.get("besa"):
@@ -277,7 +281,7 @@ class About:
         )
         if not self.packed and not self.besa.get("shrunk"):
             lines.append(
-                "Zeros make a dense file no smaller and dense products no faster; what `besa pack` makes of them is."
+                "The zeros alone make the files no smaller and dense products no faster; `besa pack` stores them away."
             )
         if not licensed:
             lines.append("The licence is that of the model it was made from: see there.")
