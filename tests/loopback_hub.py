@@ -10,6 +10,7 @@ huggingface_hub takes that for a missing one at https:// addresses only; so the 
 A method of `Handler` that is marked by `route` answers requests; its arguments are the named groups of the pattern.
 """
 
+import binascii
 import hashlib
 import json
 import re
@@ -25,6 +26,7 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import huggingface_hub.constants
 import pytest
+import yaml
 
 LARGE = (".safetensors", ".gguf", ".bin")  # endings of the names of files that are in LFS
 ID = r"(?P<repo>[\w.-]+(?:/[\w.-]+)?)"
@@ -34,9 +36,16 @@ CHUNK = 1 << 16
 
 @dataclass(frozen=True)
 class Blob:
-    """One file: its content is read from `path`, which must not change."""
+    """One file: its content is read from `path`, which must not change, unless it was uploaded."""
 
     path: Path
+
+    @classmethod
+    def of(cls, content: bytes) -> "Blob":
+        """Of an uploaded file."""
+        blob = cls(Path())
+        blob.__dict__["content"] = content
+        return blob
 
     @cached_property
     def content(self) -> bytes:
@@ -107,6 +116,10 @@ class LoopbackHub:
         repositories: by their ids.
         moved: new ids by old ones.
         tokens: private and gated repositories that the owner of each token may read.
+        writers: users and organisations in whose name the owner of each token may write.
+        large: contents of uploaded large files by their sha256, also of those that no commit holds yet.
+        room: how many more large files are taken in; the others are kept waiting until `room_made`.
+        full: set when a large file is kept waiting.
         requests: all that came, in order.
         broken: by the end of an address, after how many bytes each of the next answers breaks off.
         failing: by the end of an address, the status of each of the next answers, or a page that comes instead.
@@ -116,6 +129,11 @@ class LoopbackHub:
         self.repositories: dict[str, Repository] = {}
         self.moved: dict[str, str] = {}
         self.tokens: dict[str, set[str]] = {}
+        self.writers: dict[str, set[str]] = {}
+        self.large: dict[str, bytes] = {}
+        self.room = 1 << 30
+        self.full, self.room_made = threading.Event(), threading.Event()
+        self.lock = threading.Lock()
         self.requests: list[Request] = []
         self.broken: dict[str, list[int]] = {}
         self.failing: dict[str, list[int | str]] = {}
@@ -162,6 +180,7 @@ class LoopbackHub:
         try:
             yield self
         finally:
+            self.room_made.set()
             self.server.shutdown()
             self.server.server_close()
             thread.join()
@@ -330,6 +349,102 @@ class Handler(BaseHTTPRequestHandler):
             }
         )
 
+    def writable(self, repo: str) -> Repository:
+        """A repository that the sender may write to."""
+        self.readable()
+        if (found := self.hub.repositories.get(repo)) is None:
+            raise RefusalError(404, "Repository not found", "RepoNotFound")
+        self.check_writer(repo.partition("/")[0])
+        return found
+
+    def check_writer(self, owner: str) -> None:
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if owner not in self.hub.writers.get(token, ()):
+            raise RefusalError(403, f'You don\'t have the rights to create a model under the namespace "{owner}"')
+
+    @route("POST", "/api/repos/create")
+    def create(self) -> None:
+        asked = json.loads(self.body)
+        self.readable()
+        owner, repo = asked["organization"], f"{asked['organization']}/{asked['name']}"
+        self.check_writer(owner)
+        url = f"{self.hub.url}/{repo}"
+        if repo in self.hub.repositories:
+            body = json.dumps({"error": "You already created this model repo", "url": url}).encode()
+            return self.send(body, 409, {"Content-Type": "application/json"})
+        private = asked.get("visibility") == "private" or bool(asked.get("private"))
+        self.hub.repositories[repo] = Repository(repo, private=private)
+        attributes = "".join(f"*{end} filter=lfs diff=lfs merge=lfs -text\n" for end in LARGE)
+        self.hub.repositories[repo].commit({".gitattributes": Blob.of(attributes.encode())}, title="initial commit")
+        if private:
+            self.hub.tokens[self.headers["Authorization"].removeprefix("Bearer ")].add(repo)
+        return self.send_json({"url": url, "name": repo})
+
+    @route("POST", "/api/validate-yaml")
+    def validate(self) -> None:
+        errors = [{"message": fault} for fault in faults_of_card(json.loads(self.body)["content"])]
+        body = json.dumps({"errors": errors, "warnings": []}).encode()
+        self.send(body, 400 if errors else 200, {"Content-Type": "application/json"})
+
+    @route("POST", rf"/api/models/{ID}/preupload/(?P<revision>[^/]+)")
+    def preupload(self, repo: str, revision: str) -> None:
+        there = self.commit(self.writable(repo), revision).files
+        answers = []
+        for file in json.loads(self.body)["files"]:
+            name, blob = file["path"], there.get(file["path"])
+            answer = {"path": name, "uploadMode": "lfs" if name.endswith(LARGE) else "regular", "shouldIgnore": False}
+            if blob is not None:
+                answer["oid"] = blob.sha256 if name.endswith(LARGE) else blob.sha1
+            answers.append(answer)
+        self.send_json({"files": answers})
+
+    @route("POST", rf"/{ID}\.git/info/lfs/objects/batch")
+    def batch(self, repo: str) -> None:
+        self.writable(repo)
+        asked = json.loads(self.body)
+        assert asked["operation"] == "upload"
+        objects = []
+        for each in asked["objects"]:
+            answer = {"oid": each["oid"], "size": each["size"]}
+            if each["oid"] not in self.hub.large:
+                answer["actions"] = {"upload": {"href": f"{self.hub.elsewhere}/lfs/{each['oid']}"}}
+            objects.append(answer)
+        self.send_json({"transfer": "basic", "objects": objects})
+
+    @route("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})")
+    def store(self, oid: str) -> None:
+        assert "Authorization" not in self.headers  # the address alone is the permission
+        with self.hub.lock:
+            self.hub.room -= 1
+            room = self.hub.room >= 0
+        if not room:
+            self.hub.full.set()
+            self.hub.room_made.wait()
+            raise RefusalError(400, "Too late")
+        if hashlib.sha256(self.body).hexdigest() != oid:
+            raise RefusalError(400, "The content has another sha256")
+        self.hub.large[oid] = self.body
+        self.send()
+
+    @route("POST", rf"/api/models/{ID}/commit/(?P<revision>[^/]+)")
+    def make_commit(self, repo: str, revision: str) -> None:
+        repository = self.writable(repo)
+        lines = [json.loads(line) for line in self.body.splitlines()]
+        assert lines[0]["key"] == "header"
+        files = dict(self.commit(repository, revision).files)
+        for line in lines[1:]:
+            value = line["value"]
+            if line["key"] == "deletedFile":
+                del files[value["path"]]
+            elif line["key"] == "file":
+                files[value["path"]] = Blob.of(binascii.a2b_base64(value["content"]))
+            elif line["key"] == "lfsFile" and value["oid"] in self.hub.large:
+                files[value["path"]] = Blob.of(self.hub.large[value["oid"]])
+            else:
+                raise RefusalError(400, f"{value['path']} was not uploaded")
+        sha = repository.commit(files, revision, lines[0]["value"]["summary"])
+        self.send_json({"commitUrl": f"{self.hub.url}/{repo}/commit/{sha}", "commitOid": sha, "pullRequestUrl": None})
+
     @route("GET HEAD", rf"/{ID}/resolve/(?P<revision>[^/]+)/(?P<name>.+)")
     def resolve(self, repo: str, revision: str, name: str) -> None:
         if (found := self.repository(repo)) is None:
@@ -374,6 +489,25 @@ class Handler(BaseHTTPRequestHandler):
             raise RefusalError(416, "Range Not Satisfiable", **{"Content-Range": f"bytes */{size}"})
         spread = {**headers, "Content-Range": f"bytes {first}-{last}/{size}"}
         return self.send(content[first : last + 1], 206, spread)
+
+
+def faults_of_card(content: str) -> list[str]:
+    """What the Hub would find wrong with the metadata of a card."""
+    block = re.match(r"---\n(.*?)\n---(\n|$)", content, re.DOTALL)
+    try:
+        metadata = yaml.safe_load(block[1]) if block else {}
+        for entry in metadata.get("model-index", []):
+            assert isinstance(entry["name"], str)
+            for result in entry["results"]:
+                assert isinstance(result["task"]["type"], str)
+                assert isinstance(result["dataset"]["type"], str)
+                assert isinstance(result["dataset"]["name"], str)
+                for metric in result["metrics"]:
+                    assert isinstance(metric["type"], str)
+                    assert isinstance(metric["value"], int | float | str)
+    except (yaml.YAMLError, AttributeError, TypeError, KeyError, AssertionError) as fault:
+        return [f"{type(fault).__name__} in the metadata"]
+    return [] if isinstance(metadata.get("license", ""), str | list) else ["license must be a string"]
 
 
 @contextmanager

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from besa.checkpoint.verification import verify
     from besa.data.calibration import Calibration
     from besa.evaluation.result import Evaluation
+    from besa.integrations.pushing import push
     from besa.methods.recipe import Recipe
     from besa.runtime.generation import generate
     from besa.runtime.sparse_models import load
@@ -38,6 +39,7 @@ __all__ = [
     "load",
     "pack",
     "plan",
+    "push",
     "shrink",
     "simulate",
     "unpack",
@@ -58,6 +60,7 @@ _HOMES = {
     "load": "besa.runtime.sparse_models",
     "pack": "besa.checkpoint.packing",
     "plan": "besa.api",
+    "push": "besa.integrations.pushing",
     "shrink": "besa.checkpoint.shrinking",
     "simulate": "besa.api",
     "unpack": "besa.checkpoint.packing",

@@ -14,6 +14,7 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 from typer.testing import CliRunner
@@ -148,7 +149,11 @@ def test_what_is_pruned_is_as_from_the_folder_and_says_of_which_commit(
     names = {path.name for path in (tmp_path / "hub").iterdir()}
     assert names == {path.name for path in (tmp_path / "local").iterdir()}
     assert "LICENSE" in names
-    assert "README.md" not in names  # the card of the model that was pruned is not that of the result
+    card = ModelCard.load(tmp_path / "hub" / "README.md")  # not that of the model that was pruned
+    assert (card.data.base_model, card.data.license) == ("org/model", "apache-2.0")
+    assert f"commit `{commits[0][:12]}`" in card.text
+    assert "A random model." not in card.text
+    assert ModelCard.load(tmp_path / "local" / "README.md").data.base_model is None
     assert (record.model["source"], record.model["revision"]) == ("org/model", commits[0])
     assert record.model["fingerprint"] == RunRecord.read(tmp_path / "local" / "besa_run.json").model["fingerprint"]
 

@@ -84,7 +84,8 @@ def test_the_tiny_llama_gets_smaller_and_says_the_same(
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
     kept = {"intermediate_size", "num_attention_heads", "num_key_value_heads"}
     old, new = (json.loads((path / "config.json").read_text()) for path in (pruned, tmp_path / "small"))
-    assert {key for key in old | new if old.get(key) != new.get(key)} == kept
+    assert {key for key in old | new if old.get(key) != new.get(key)} == {*kept, "besa"}
+    assert new["besa"] == old["besa"] | {"shrunk": {"ffn": [256, 160], "heads": [2, 1]}}
 
 
 def test_records_count_what_whole_structures_come_to(pruned: Path) -> None:

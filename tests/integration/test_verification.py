@@ -21,6 +21,7 @@ from besa import BesaError, cli
 from besa.checkpoint import writer
 from besa.checkpoint.inspection import inspect
 from besa.checkpoint.verification import seal
+from besa.models.hub import CARD
 from besa.models.loading import locate
 from besa.report import load_run
 from tests.integration.kill_and_repeat import sparse_model
@@ -73,10 +74,16 @@ def record_of(folder: Path) -> dict[str, Any]:
 # Digests.
 
 
+def sealed(folder: Path) -> dict[str, Path]:
+    """The files of a folder that have digests, by name."""
+    return {path.name: path for path in sorted(folder.iterdir()) if path.name != CARD}
+
+
 def assert_sealed(folder: Path) -> None:
-    """Every file has its digest in the record, and the folder verifies."""
+    """Every file but the card has its digest in the record, and the folder verifies."""
     found = besa.verify(folder)
-    files = {path.name: path for path in folder.iterdir()}
+    assert (folder / CARD).is_file()
+    files = sealed(folder)
     assert found.files == len(files)
     assert found.bytes == sum(path.stat().st_size for path in files.values())
     digests = record_of(folder)["files"]
@@ -124,7 +131,7 @@ def test_an_index_holds_the_digests_of_its_shards(made: Path, tmp_path: Path, mo
 @pytest.mark.parametrize("name", ["float32", "joint-packed"])
 def test_every_flipped_bit_is_found_in_its_file(name: str, copy: Callable[[str], Path]) -> None:
     folder, draw = copy(name), random.Random(0)
-    paths = sorted(folder.iterdir())
+    paths = list(sealed(folder).values())
     assert len(paths) >= 6
     for path in [*paths * 4, *[folder / "besa_run.json"] * 40]:
         content = path.read_bytes()
@@ -191,13 +198,15 @@ def test_what_is_made_of_damaged_weights_is_not_sealed(
     assert sentence(lambda: action(folder, out)) == f"{record} is damaged: get the folder anew."
     record.unlink()  # as the first sentence says
     action(folder, out)
-    assert besa.verify(out).files == len(list(out.iterdir()))
+    assert besa.verify(out).files == len(sealed(out))
 
 
 def test_measurements_beside_are_no_damage(copy: Callable[[str], Path]) -> None:
     folder = copy("float32-packed")
     (folder / "besa_eval.json").write_text("{}")
-    (folder / "README.md").write_text("mine")
+    (folder / CARD).write_text("mine")
+    besa.verify(folder)
+    (folder / CARD).unlink()
     besa.verify(folder)
 
 
@@ -206,8 +215,8 @@ def test_the_command(copy: Callable[[str], Path], monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("COLUMNS", "300")
     monkeypatch.setattr(sys, "argv", ["besa", "verify", str(folder)])
     cli.main()
-    size = sum(path.stat().st_size for path in folder.iterdir())
-    count = len(list(folder.iterdir()))
+    size = sum(path.stat().st_size for path in sealed(folder).values())
+    count = len(sealed(folder))
     assert capsys.readouterr().out == f"{folder}: {count} files with {size:,} bytes are as they were written\n"
     (folder / "config.json").write_text("{}")
     with pytest.raises(SystemExit) as leaving:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from besa.checkpoint.cards import write_card
 from besa.checkpoint.companions import companions, pass_on
 from besa.checkpoint.verification import check_weights, seal
 from besa.checkpoint.writer import assemble
@@ -49,7 +50,7 @@ def folder_of(source: Source) -> Path:
 def rewrite(
     source: Source, folder: Path, parts: Iterable[dict[str, Tensor]], config: dict[str, Any], stem: str
 ) -> None:
-    """Fill a folder with a checkpoint of these parts, and with copies of another checkpoint's other files.
+    """Fill a folder with a checkpoint of these parts, a card, and copies of another checkpoint's other files.
 
     Args:
         source: whose files are copied, the run record too, but no measurements.
@@ -74,6 +75,7 @@ def rewrite(
     if packed:
         config = config | {"quantization_config": settings(folder, config.get("quantization_config"))}
     pass_on(folder_of(source), folder, config, also=[RECORD_NAME])
+    write_card(folder, folder_of(source), (source.base, source.revision))
     seal(folder)
 
 

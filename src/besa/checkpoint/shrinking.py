@@ -91,6 +91,9 @@ def shrink(
 
     numbers = {coupling.kind: coupling.structures for coupling in couplings(decoder.blocks[0])}
     sizes = {kind: (numbers[kind], len(indices[0])) for kind, indices in kept.items()}
+    earlier = config.get("besa", {}).get("shrunk", {})
+    removed = earlier | {kind: (earlier.get(kind, sizes[kind])[0], sizes[kind][1]) for kind in sizes}
+    config["besa"] = config.get("besa", {}) | {"shrunk": removed}
     before = size_of(folder_of(source).glob("*.safetensors"))
     with appearing(Path(out)) as folder:
         rewrite(source, folder, parts(), config, STEM)

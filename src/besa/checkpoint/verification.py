@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from besa.checkpoint.checking import check_packed
 from besa.data.arguments import checked
 from besa.errors import BesaError
+from besa.models.hub import CARD
 from besa.progress import Progress, silent
 from besa.record import RECORD_NAME
 from besa.storage.formats.container import open_files
@@ -50,7 +51,8 @@ class Verified(BaseModel):
 def seal(folder: Path) -> None:
     """Write the sha256 of each file of a finished folder into its record, and those of shards into their index too.
 
-    A folder without a record gets one. The record's own digest is that of its text with 64 zeros in the digest's place.
+    Only the card has none: it tells of measurements, and its owner may edit it. A folder without a record gets one. The
+    record's own digest is that of its text with 64 zeros in the digest's place.
 
     Args:
         folder: to which only measurements are added afterwards.
@@ -69,7 +71,8 @@ def seal(folder: Path) -> None:
     record = folder / RECORD_NAME
     content = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
     content.pop(FILES, None)  # digests of the folder that this one was made from
-    names = sorted(_name(path, folder) for path in folder.rglob("*") if path.is_file() and path != record)
+    unsealed = (record, folder / CARD)
+    names = sorted(_name(path, folder) for path in folder.rglob("*") if path.is_file() and path not in unsealed)
     content[FILES] = {name: digests.get(name) or _sha256(folder / name) for name in names} | {RECORD_NAME: BLANK}
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     write_file(record, hashlib.sha256(text.encode()).hexdigest().join(text.rsplit(BLANK, 1)))
@@ -91,7 +94,7 @@ def verify(folder: str | Path, *, progress: Progress = silent) -> Verified:
     if not folder.is_dir():
         raise BesaError(f"{folder} is no folder: give one that `besa prune`, `pack`, `unpack` or `shrink` wrote.")
     check_regular(folder)
-    digests = _recorded(folder / RECORD_NAME)
+    digests = digests_of(folder / RECORD_NAME)
     if not digests:
         raise BesaError(
             f"{folder} has no digests to verify, because an older besa or another tool wrote it: make it anew."
@@ -119,7 +122,7 @@ def check_weights(folder: Path) -> None:
     Raises:
         BesaError: the digest of a weight file is not the one in the record, or the record is damaged.
     """
-    for name, digest in _recorded(folder / RECORD_NAME).items():
+    for name, digest in digests_of(folder / RECORD_NAME).items():
         path = folder / name
         if path.suffix == ".safetensors" and path.is_file() and digest != _sha256(path):
             raise BesaError(
@@ -128,7 +131,7 @@ def check_weights(folder: Path) -> None:
             )
 
 
-def _recorded(record: Path) -> dict[str, str]:
+def digests_of(record: Path) -> dict[str, str]:
     """The digests in a record by name of the file, the record's own first; empty for a record without digests.
 
     Raises:

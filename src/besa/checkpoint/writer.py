@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from besa.checkpoint.cards import write_card
 from besa.checkpoint.companions import pass_on, read_config_json, with_dtype
 from besa.checkpoint.verification import seal
 from besa.models.loading import quiet
@@ -75,6 +76,7 @@ def finish(
                 config = with_dtype(config, decoder.dtype)
             pass_on(decoder.folder, folder, config | added)
         write_file(folder / RECORD_NAME, record.model_dump_json(indent=2) + "\n")
+        write_card(folder, decoder.folder)
         seal(folder)
         folder.rename(out)
 

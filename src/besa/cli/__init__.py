@@ -10,7 +10,7 @@ from typing import Any, TextIO
 import typer
 from rich.text import Text
 
-from besa.cli import measuring, pruning, running, several
+from besa.cli import measuring, pruning, running, several, sharing
 from besa.cli.consoles import err, guard_streams, refuse
 from besa.errors import BesaError, Interrupted, Notice, ToldError
 
@@ -20,7 +20,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for part in (pruning, measuring, running):
+for part in (pruning, measuring, running, sharing):
     app.add_typer(part.commands)
 
 

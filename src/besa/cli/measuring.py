@@ -62,6 +62,7 @@ def evaluate_command(
     """Measure a model's perplexity on texts, and its accuracy on zero-shot tasks."""
     from besa.api import evaluate
     from besa.cli.show import evaluated, progress_bar
+    from besa.evaluation.carding import tell_card
     from besa.system import ranks
 
     with progress_bar(err) as tracker:
@@ -83,6 +84,8 @@ def evaluate_command(
         )
     if ranks.is_first():
         keep(result, json)
+        if json is not None:
+            tell_card(json, model)
     out.print(evaluated(result))
 
 

@@ -21,6 +21,7 @@ from besa.cli import logs
 from besa.cli.consoles import removable
 from besa.evaluation.result import Evaluation
 from besa.evaluation.zero_shot import ZeroShot
+from besa.integrations.pushing import Pushed
 from besa.models.couplings import CALLED
 from besa.models.kinds import shortened
 from besa.planning import Plan
@@ -132,6 +133,18 @@ def planned(plan: Plan) -> RenderableType:
 def verified(result: Verified, folder: Path) -> RenderableType:
     """That a checkpoint is as it was written, in one line."""
     return Text(f"{folder}: {result.files} files with {result.bytes:,} bytes are as they were written")
+
+
+def pushed(result: Pushed) -> RenderableType:
+    """Where a checkpoint is, and what is not there."""
+    lines = [f"{result.url}: {len(result.files)} files in commit {result.commit}"]
+    if not result.changed:
+        lines[0] += ", which was there already"
+    if result.removed:
+        lines.append(f"removed there, as this checkpoint has other weight files: {', '.join(result.removed)}")
+    if result.left_out:
+        lines.append(f"not uploaded, as no part of the checkpoint: {', '.join(result.left_out)}")
+    return Text("\n".join(lines))
 
 
 def _dense(dense: dict[str, int]) -> str:

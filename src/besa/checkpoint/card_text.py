@@ -1,0 +1,351 @@
+"""The text of a model card: what the files of a checkpoint say about it, in words."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+from besa.checkpoint.companions import read_config_json
+from besa.checkpoint.measurements import Measurement, Measurements
+from besa.data.assets import ASSETS
+from besa.errors import BesaError
+from besa.models.couplings import CALLED
+from besa.models.loading import EMBEDDED
+from besa.record import RunRecord
+from besa.storage.names import printable
+from besa.storage.weights import SPARSE_STEM
+
+BEGIN = (
+    "<!-- besa: written anew after each measurement, up to the next such line; your own text goes before or after -->"
+)
+END = "<!-- besa: end of what is written anew -->"
+FOLDER = "FOLDER"  # stands for the folder of a checkpoint that has no name yet
+SHOWN = 200  # characters of a name in the text
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+Origin = tuple[str | None, str | None]  # of a model: as the user named it, and its commit on the Hub
+NOWHERE: Origin = (None, None)
+
+
+@dataclass(frozen=True)
+class About:
+    """What the files of a checkpoint say about it.
+
+    Attributes:
+        record: of the run; None if it came without one.
+        config: content of config.json.
+        named: the model it was made from, as the user wrote it.
+        commit: of that model on the Hub; None if it came from elsewhere, or that is not known.
+        packed: whether linears are stored as bitmasks.
+    """
+
+    record: RunRecord | None
+    config: Mapping[str, Any]
+    named: str
+    commit: str | None
+    packed: bool
+
+    @classmethod
+    def of(cls, folder: Path, origin: Origin = NOWHERE) -> About:
+        """Of a folder, with its origin if there is no record that says so."""
+        try:
+            record = RunRecord.of(folder)
+        except BesaError:  # of another tool, or of a besa that wrote other records
+            record = None
+        if record is not None:
+            origin = record.model.get("source"), record.model.get("revision")
+        named, commit = origin
+        known = isinstance(commit, str) and COMMIT.fullmatch(commit) is not None
+        return cls(
+            record,
+            read_config_json(folder),
+            str(named or ""),
+            str(commit) if known else None,
+            any(folder.glob(f"{SPARSE_STEM}*.safetensors")),
+        )
+
+    @property
+    def base(self) -> str | None:
+        """The id on the Hub of the model it was made from; None if it came from elsewhere."""
+        if self.named == EMBEDDED:
+            return ASSETS[EMBEDDED].hub
+        if self.commit is None or not self.named:
+            return None
+        try:
+            validate_repo_id(self.named)
+        except HFValidationError:
+            return None
+        return self.named
+
+    @property
+    def known_terms(self) -> dict[str, Any]:
+        """The licence of the embedded model, which comes without a card."""
+        return {"license": ASSETS[EMBEDDED].licence.lower()} if self.named == EMBEDDED else {}
+
+    @property
+    def besa(self) -> Mapping[str, Any]:
+        """besa's entry in the configuration."""
+        about = self.config.get("besa")
+        return about if isinstance(about, dict) else {}
+
+    @property
+    def coded(self) -> bool:
+        """Whether weights are stored as codes."""
+        settings = self.config.get("quantization_config")
+        if self.packed and isinstance(settings, dict):
+            settings = settings.get("codes")
+        return bool(settings or self.besa.get("quantization_config"))
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of a quantised weight; None if none is quantised."""
+        settings = self._choice("quantization")
+        bits = settings.get("bits")
+        return bits if settings.get("method", "none") != "none" and isinstance(bits, int) else None
+
+    @property
+    def pattern(self) -> str | None:
+        """The n:m pattern of the weights that were kept, such as ``2:4``; None if there is none."""
+        settings = self._choice("allocation")
+        keep, of = settings.get("keep"), settings.get("of")
+        if settings.get("method") != "nm" or not (isinstance(keep, int) and isinstance(of, int)):
+            return None
+        return f"mixed n:{of}" if settings.get("mixed") else f"{keep}:{of}"
+
+    def _choice(self, stage: str) -> Mapping[str, Any]:
+        """The settings of a stage of the recipe."""
+        settings = self.record.recipe.get(stage) if self.record else None
+        return settings if isinstance(settings, dict) else {}
+
+    @property
+    def tags(self) -> list[str]:
+        """The tags of the metadata."""
+        tags = ["besa", "pruned", "sparse"]
+        if self.pattern:
+            tags.append(self.pattern.replace("mixed n:", "n:"))
+        if self.bits:
+            tags.append(f"{self.bits}-bit")
+        return [*tags, "bitmask"] if self.packed else tags
+
+    @property
+    def title(self) -> str:
+        """A short name of the model it was made from: paths of a user's disk are nobody's business."""
+        source = self.base or self.named
+        return _plain(Path(source).name) or "A model"
+
+    def part(self, measurements: Measurements, name: str | None, licensed: bool) -> str:
+        """The text of the card, between its marks.
+
+        Args:
+            measurements: all that is known.
+            name: of the repository on the Hub; None if there is none.
+            licensed: whether the metadata name the licence.
+        """
+        sections = [
+            BEGIN,
+            f"# {self.title}, pruned by besa",
+            self._introduction(),
+            _table(("", ""), self._facts()),
+            "## Measured",
+            _measured(measurements),
+            "## Use",
+            self._use(name or FOLDER),
+            "## Limits",
+            self._limits(measurements, licensed),
+        ]
+        if self.record:
+            text = yaml.safe_dump(self.record.recipe, sort_keys=False, allow_unicode=True)
+            summary = "<summary>all settings</summary>"
+            sections += ["## Recipe", f"<details>{summary}\n\n{_fenced('yaml', text)}\n\n</details>"]
+        return "\n\n".join([*sections, END])
+
+    def _introduction(self) -> str:
+        paper = "[BESA](https://arxiv.org/abs/2402.16880)"
+        if self.record is None:
+            return f"Written by besa ({paper}) from a model that came without a record of how it was pruned."
+        share = _percent(self.record.zeros, self.record.weights)
+        return (
+            f"{self._origin()} with {share} of the weights in the pruned matrices of its decoder blocks set to zero, "
+            f"one block after another, by besa ({paper}; the Python package `besa-llm`)."
+        )
+
+    def _origin(self) -> str:
+        """The model it was made from, with a link if it is on the Hub."""
+        return f"[{self.base}](https://huggingface.co/{self.base})" if self.base else _code(self.title)
+
+    def _facts(self) -> Iterable[tuple[str, str]]:
+        """What is known for certain: name and value."""
+        if self.named:
+            at = f", commit `{self.commit[:12]}`" if self.base and self.commit else ""
+            yield "made from", self._origin() + at
+        record = self.record
+        if record:
+            weights, parameters = record.weights, record.model.get("parameters")
+            yield "recipe", f"{_code(record.recipe.get('name'))}, seed {record.seed}"
+            when = " before the removal" if self._removed() else ""
+            share = f"{_percent(record.zeros, weights)}: {record.zeros:,} of {weights:,} weights were set to zero"
+            yield f"sparsity of the pruned matrices{when}", share
+            if isinstance(parameters, int) and parameters > 0:
+                share = f"{_percent(record.zeros, parameters)} of {parameters:,}, embeddings included"
+                yield f"sparsity of all parameters{when}", share
+            if record.dense:
+                yield "matrices left dense", ", ".join(map(_code, record.dense))
+        if self.pattern:
+            yield "pattern", f"{self.pattern}, kept weights in groups of consecutive columns"
+        if self.bits:
+            yield "quantised to", f"{self.bits} bits, stored as {'codes' if self.coded else 'plain numbers'}"
+        for kind, (before, after) in self._removed().items():
+            yield "removed", f"{kind} that nothing read: {after:,} of {before:,} are left in each block"
+        dtype = self.config.get("dtype") or self.config.get("torch_dtype")
+        dense = "codes (pack-quantized)" if self.coded else "dense safetensors"
+        yield (
+            "stored as",
+            ("bitmasks and kept values" if self.packed else dense)
+            + (f", {_code(dtype)}" if isinstance(dtype, str) else ""),
+        )
+        if record:
+            yield "calibrated on", self._calibration()
+            if version := record.versions.get("besa"):
+                yield "pruned by besa", _code(version)
+
+    def _removed(self) -> dict[str, tuple[int, int]]:
+        """Channels and heads in each block before and after `besa shrink`, by what they are called."""
+        removed = self.besa.get("shrunk")
+        counts = removed.items() if isinstance(removed, dict) else ()
+        return {CALLED[kind]: (pair[0], pair[1]) for kind, pair in counts if kind in CALLED and _is_pair(pair)}
+
+    def _calibration(self) -> str:
+        """The calibration text, without the folder that it was in."""
+        assert self.record is not None
+        about = self.record.calibration
+        source = str(about.get("source") or "tokens of the user's own")
+        source = source if source.startswith("hf:") else Path(source).name
+        sizes = [about.get("samples"), about.get("seqlen")]
+        counted = [f"{size:,}" for size in sizes if isinstance(size, int)]
+        return _code(source) + (f", {counted[0]} sequences of {counted[1]} tokens" if len(counted) == 2 else "")
+
+    def _use(self, name: str) -> str:
+        """How to load it."""
+        code = "trust_remote_code=True" if "auto_map" in self.config else ""
+        flag = " --trust-remote-code" if code else ""
+        arguments = f'"{name}"' + (f", {code}" if code else "")
+        install = ["transformers", *(["compressed-tensors"] if self.coded else [])]
+        lead = (
+            "The weights are stored as bitmasks, which transformers reads only where besa is installed (`besa unpack` "
+            "makes the folder dense for other programs):"
+            if self.packed
+            else "Plain transformers loads it:"
+        )
+        python = (
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            f"model = AutoModelForCausalLM.from_pretrained({arguments})\n"
+            f"tokenizer = AutoTokenizer.from_pretrained({arguments})"
+        )
+        shell = "" if self.packed else "pip install besa-llm\n"
+        shell += f'besa generate {name} --prompt "Once upon a time"{flag}\nbesa eval {name} --ppl wiki{flag}'
+        steps = [
+            lead,
+            _fenced("sh", f"pip install {'besa-llm' if self.packed else ' '.join(install)}"),
+            _fenced("python", python),
+            "besa runs and measures it from the command line:",
+            _fenced("sh", shell),
+        ]
+        return "\n\n".join(steps)
+
+    def _limits(self, measurements: Measurements, licensed: bool) -> str:
+        """What a reader must not expect."""
+        lines = []
+        if self.record:
+            english = ", which is English web text," if self.record.calibration.get("source") == "c4" else ""
+            lines.append(
+                f"The weights to keep were chosen on {self._calibration()}{english} alone. What the model could do "
+                "with other text (other languages, code, mathematics, dialogue) may have suffered more."
+            )
+        lines.append(
+            "Only what stands under *Measured* was measured, and on this model alone: compare with the model it was "
+            "made from, under the same conditions, before you rely on it."
+            if measurements.rows
+            else "Nothing has been measured."
+        )
+        lines.append(
+            "Its safety was not evaluated again: refusals and other behaviour that was trained into the model may have "
+            "changed."
+        )
+        if not self.packed and not self.besa.get("shrunk"):
+            lines.append(
+                "The zeros alone make the files no smaller and dense products no faster; `besa pack` stores them away."
+            )
+        if not licensed:
+            lines.append("The licence is that of the model it was made from: see there.")
+        return "\n".join(f"- {line}" for line in lines)
+
+
+def _measured(measurements: Measurements) -> str:
+    """The numbers as a table, or how to get some."""
+    if not measurements.rows:
+        command = _fenced("sh", f"besa eval {FOLDER} --ppl wikitext2 --json {FOLDER}/besa_eval.json")
+        return f"Nothing yet. This measures a folder, and writes what it finds here:\n\n{command}"
+    rows = [
+        (
+            _code(row.name),
+            row.metric,
+            _plain(row.basis),
+            _number(row),
+            "" if row.stderr is None else f"{row.stderr:.4f}",
+        )
+        for row in measurements.rows
+    ]
+    by = f"By `besa eval` of {_code(measurements.version or 'an unknown version')}"
+    by += f", {_plain(measurements.date[:10])}." if measurements.date else "."
+    notes = "".join(f"\n- {_plain(note)}" for note in measurements.notes)
+    return f"{_table(('data', 'metric', 'measured on', 'value', '±'), rows)}\n\n{by}" + (notes and f"\n{notes}")
+
+
+def _number(row: Measurement) -> str:
+    if not math.isfinite(row.value):
+        return "∞"
+    return f"{row.value:,.2f}" if row.metric == "perplexity" else f"{row.value:.4f}"
+
+
+def _is_pair(pair: Any) -> bool:
+    return isinstance(pair, list) and len(pair) == 2 and all(isinstance(number, int) for number in pair)
+
+
+def _percent(part: int, whole: int) -> str:
+    """A share in per cent with all its digits, or with four if it has more than five."""
+    share = 100 * part / max(1, whole)
+    digits = next((digits for digits in range(6) if round(share, digits) == share), 4)
+    return f"{share:.{digits}f} %"
+
+
+def _plain(text: object) -> str:
+    """Text from elsewhere, in one line that Markdown leaves as it is."""
+    line = printable(" ".join(str(text).split()))[:SHOWN]
+    return re.sub(r"([\\`*_\[\]<>|#~$])", r"\\\1", line)
+
+
+def _code(text: object) -> str:
+    """Text from elsewhere, in one line and set as code."""
+    line = printable(" ".join(str(text).split()))[:SHOWN].replace("`", "'").replace("|", "\\|")
+    return f"`{line}`" if line else ""
+
+
+def _fenced(language: str, text: str) -> str:
+    """A block of code, between fences longer than any in it."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

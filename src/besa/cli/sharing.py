@@ -1,0 +1,32 @@
+"""The command that shares a checkpoint: push."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from besa.cli.consoles import err, out
+
+commands = typer.Typer()
+PANEL = "Share"
+
+
+@commands.command("push", rich_help_panel=PANEL)
+def push_command(
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that prune, pack, unpack or shrink wrote.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="Its name on the Hub: USER/NAME or ORGANISATION/NAME.")],
+    private: Annotated[bool, typer.Option("--private", help="Create REPO so that only its owners see it.")] = False,
+) -> None:
+    """Upload a checkpoint with its card, record and measurements to the Hugging Face Hub; the same again goes on."""
+    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+
+    from besa.cli.show import progress_bar, pushed
+    from besa.integrations.pushing import prepare, send
+
+    with progress_bar(err) as tracker:
+        parcel = prepare(folder, repo, tracker)
+    if not err.is_terminal:
+        disable_progress_bars()  # those of huggingface_hub, which shows them in files too
+    out.print(pushed(send(parcel, private)))
