@@ -8,7 +8,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from accelerate.state import AcceleratorState, DistributedType
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from transformers import (
@@ -274,6 +274,6 @@ def test_what_cannot_be_kept_is_refused(
         kept.apply()
     kept.remove()
     run = trainer(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "out", 1)
-    monkeypatch.setitem(AcceleratorState._shared_state, "distributed_type", DistributedType.DEEPSPEED)
+    monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", object())
     with pytest.raises(BesaError, match="under DeepSpeed or FSDP"):
         run.callback_handler.on_train_begin(run.args, run.state, run.control)

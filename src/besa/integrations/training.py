@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState, DistributedType  # type: ignore[import-untyped]
+from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
 from accelerate.utils import extract_model_from_parallel  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -150,7 +150,8 @@ class KeepMasks(TrainerCallback):  # type: ignore[misc]
         Raises:
             BesaError: as `keep_masks`, or the Trainer shards the weights.
         """
-        if AcceleratorState().distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+        state = AcceleratorState()
+        if any(getattr(state, plugin, None) is not None for plugin in ("deepspeed_plugin", "fsdp_plugin")):
             raise BesaError(
                 "Zeros cannot be kept under DeepSpeed or FSDP, which shard weights: train without them, or by DDP."
             )
