@@ -19,8 +19,8 @@ END = "/exit"
 
 
 def say(word: str) -> None:
-    """Print a part of an answer, without breaking its lines."""
-    out.print(Text(word), end="", soft_wrap=True)
+    """Print a part of an answer; a console of rich would print it again later if Ctrl-C stopped it on the way."""
+    print(word, end="", flush=True)
 
 
 def chat(conversation: Conversation) -> None:
