@@ -60,6 +60,14 @@ def batch(number: int) -> Tensor:
     return torch.tensor(tokens[number * 128 :][:128]).view(4, 32)
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model, pruned by besa."""
+    out = tmp_path_factory.mktemp("training") / "pruned"
+    besa.compress(TINY, "wanda", str(TINY / "calibration.txt"), out=out, samples=2, seqlen=16)
+    return out
+
+
 @pytest.fixture
 def pruned(tiny_llama: PreTrainedModel) -> PreTrainedModel:
     return prune(tiny_llama).requires_grad_(True)
@@ -156,6 +164,21 @@ def test_the_model_may_change_its_home(pruned: PreTrainedModel) -> None:
     assert all(torch.equal(mask, masks_of(pruned)[name]) for name, mask in masks.items())
 
 
+def test_a_packed_model_is_made_dense_and_trained(folder: Path, tmp_path: Path) -> None:
+    besa.pack(folder, tmp_path / "packed")
+    stored = (tmp_path / "packed" / "bitmask.safetensors").read_bytes()
+    model = besa.load(tmp_path / "packed", device="cpu").dequantize().requires_grad_(True)
+    masks = masks_of(besa.load(folder, device="cpu"))
+    with besa.keep_masks(model):
+        losses, _ = train(model, OPTIMISERS["AdamW"](model.parameters()))
+    assert losses[3] < losses[0]
+    assert all(torch.equal(mask, masks_of(model)[name]) for name, mask in masks.items())
+    model.save_pretrained(tmp_path / "trained")
+    again = besa.load(tmp_path / "trained", device="cpu")
+    assert all(torch.equal(weight, again.get_parameter(name)) for name, weight in model.named_parameters())
+    assert (tmp_path / "packed" / "bitmask.safetensors").read_bytes() == stored
+
+
 def small(config: type, **sizes: object) -> PreTrainedModel:
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config(vocab_size=1024, bos_token_id=0, eos_token_id=0, **sizes))
@@ -178,14 +201,6 @@ def test_transposed_linears_and_experts() -> None:
             train(model, OPTIMISERS["AdamW"](model.parameters()), steps=2)
         assert kept.sparsity == 0.5
         assert all(torch.equal(mask, masks_of(model)[name]) for name, mask in masks.items())
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model, pruned by besa."""
-    out = tmp_path_factory.mktemp("training") / "pruned"
-    besa.compress(TINY, "wanda", str(TINY / "calibration.txt"), out=out, samples=2, seqlen=16)
-    return out
 
 
 def trainer(model: PreTrainedModel, out: Path, steps: int, **settings: object) -> Trainer:
@@ -259,7 +274,7 @@ def test_what_cannot_be_kept_is_refused(
     refused(nn.Linear(2, 2), "Linear is no model of transformers")
     refused("model", "keep_masks: model ")
     besa.pack(folder, tmp_path / "packed")
-    refused(besa.load(tmp_path / "packed", device="cpu"), "are packed, which cannot be trained: `besa unpack`")
+    refused(besa.load(tmp_path / "packed", device="cpu"), r"are packed, .* dense by `model\.dequantize\(\)` first")
     with torch.device("meta"):
         refused(AutoModelForCausalLM.from_config(tiny_llama.config), "has no memory")
     prune(tiny_llama).hf_quantizer = object()

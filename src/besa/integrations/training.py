@@ -36,7 +36,8 @@ def keep_masks(model: nn.Module) -> KeptMasks:
     so call `KeptMasks.apply` afterwards.
 
     Args:
-        model: of transformers, pruned and dense in memory; also inside peft's PeftModel.
+        model: of transformers, pruned and dense in memory; also inside peft's PeftModel. ``model.dequantize()`` makes a
+            packed one dense.
 
     Returns:
         What holds the zeros, until its `remove`, or the end of its ``with`` block.
@@ -53,7 +54,7 @@ def keep_masks(model: nn.Module) -> KeptMasks:
         raise BesaError(f"{name} is no model of transformers: give a PreTrainedModel, also in a PeftModel.")
     if any(isinstance(module, SparseLinear) for module in inner.modules()):
         raise BesaError(
-            f"The linears of {name} are packed, which cannot be trained: `besa unpack` the checkpoint first."
+            f"The linears of {name} are packed, which cannot be trained: make them dense by `model.dequantize()` first."
         )
     if getattr(inner, "hf_quantizer", None) is not None:
         raise BesaError(f"{name} is quantised, and codes cannot be trained: load the dense model that was pruned.")
