@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from besa.data.calibration import Calibration
     from besa.evaluation.result import Evaluation
     from besa.integrations.pushing import push
+    from besa.integrations.training import KeepMasks, keep_masks
     from besa.methods.recipe import Recipe
     from besa.runtime.generation import generate
     from besa.runtime.sparse_models import load
@@ -29,6 +30,7 @@ __all__ = [
     "Calibration",
     "Compressed",
     "Evaluation",
+    "KeepMasks",
     "Recipe",
     "Simulation",
     "__version__",
@@ -36,6 +38,7 @@ __all__ = [
     "compress",
     "evaluate",
     "generate",
+    "keep_masks",
     "load",
     "pack",
     "plan",
@@ -51,12 +54,14 @@ _HOMES = {
     "Calibration": "besa.data.calibration",
     "Compressed": "besa.api",
     "Evaluation": "besa.evaluation.result",
+    "KeepMasks": "besa.integrations.training",
     "Recipe": "besa.methods.recipe",
     "Simulation": "besa.simulator",
     "bench": "besa.runtime.speed",
     "compress": "besa.api",
     "evaluate": "besa.api",
     "generate": "besa.runtime.generation",
+    "keep_masks": "besa.integrations.training",
     "load": "besa.runtime.sparse_models",
     "pack": "besa.checkpoint.packing",
     "plan": "besa.api",

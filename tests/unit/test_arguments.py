@@ -84,7 +84,10 @@ ODD = {
     ],
     "plan": [{"batch": -1}, {"dtype": "foo"}, {"sparsity": 1.5}, {"seqlen": 0}, {"samples": 0}, {"device": "tpu"}],
     "evaluate": [{"batch": -1}, {"dtype": "foo"}, {"window": 8.5}, {"limit": 0}, {"texts": "held"}, {"texts": [5]}],
-    "generate": [{"prompt": "\ud800"}, {"prompt": None}, {"max_new_tokens": 1.5}, {"seed": None}, {"temperature": ""}],
+    "generate": [
+        *({"prompt": "\ud800"}, {"prompt": None}, {"max_new_tokens": 1.5}, {"seed": None}, {"temperature": ""}),
+        *({"chat": "yes"}, {"chat": True}, {"system": 5}, {"system": "\ud800"}),
+    ],
     "load": [{"dtype": "foo"}, {"device": None}],
     "bench": [{"rounds": 0}, {"models": []}, {"models": "x"}, {"dtype": "foo"}],
     "simulate": [{"tokens": 5}, {"tokens": [1.5]}, {"tokens": [0]}],

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from besa.cli.consoles import err, keep, out
 from besa.cli.options import DeviceOption, Dtype, DtypeOption, JsonOption, Model, TrustOption
+from besa.errors import BesaError
 
 commands = typer.Typer()
 PANEL = "Run"
@@ -51,8 +52,25 @@ def unpack(
 @commands.command("generate", rich_help_panel=PANEL)
 def generate_command(
     model: Model,
-    prompt: Annotated[str, typer.Option(help="Text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens at most.")] = 128,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="Question to answer, or text to continue; default: a chat, with a question a line."),
+    ] = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--no-chat",
+            help="Answer in the model's chat template, or continue the prompt as a text; default: chat, if the model "
+            "has a template.",
+        ),
+    ] = None,
+    system: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="Instructions that a chat begins with, instead of the template's."),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens at most; default: 1024 for an answer, 128 for a continuation.")
+    ] = None,
     temperature: Annotated[
         float, typer.Option(min=0, help="Of the sampling; 0 takes the likeliest token each time.")
     ] = 0.0,
@@ -61,24 +79,48 @@ def generate_command(
     dtype: DtypeOption = Dtype.auto,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Continue a text with a model, packed or not, word by word."""
+    """Chat with a model, packed or not, or continue a text, word by word."""
+    from besa.cli.chatting import chat as chat_in_terminal
+    from besa.cli.chatting import say
     from besa.cli.show import progress_bar
-    from besa.runtime.generation import generate
+    from besa.runtime.conversation import Conversation
+    from besa.runtime.generation import generate, open_writer
 
     with progress_bar(err) as tracker:
-        generate(
+        if prompt is not None:
+            generate(
+                model,
+                prompt,
+                chat=chat,
+                system=system,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                seed=seed,
+                device=device,
+                dtype=dtype.value,
+                trust_remote_code=trust_remote_code,
+                tell=say,
+                progress=tracker,
+            )
+            out.print()
+            return
+        if chat is False:
+            raise BesaError("Without a chat there is a text to continue: give it with --prompt.")
+        writer, chats = open_writer(
             model,
-            prompt,
+            chat=chat,
+            system=system,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             seed=seed,
             device=device,
             dtype=dtype.value,
             trust_remote_code=trust_remote_code,
-            tell=lambda text: out.print(Text(text), end=""),
             progress=tracker,
         )
-    out.print()
+    if not chats:
+        raise BesaError(f"{model} has no chat template, so it continues texts: give one with --prompt.")
+    chat_in_terminal(Conversation(writer, system))
 
 
 @commands.command("bench", rich_help_panel=PANEL)

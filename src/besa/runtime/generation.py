@@ -1,15 +1,17 @@
-"""Generating text from a prompt, passed on word by word."""
+"""Generating text, passed on word by word: the continuation of a text, or an answer in a chat."""
 
 from __future__ import annotations
 
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import GenerationMixin, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from besa.data.arguments import Count, Dtype, checked
 from besa.data.seeds import check_seed
@@ -18,8 +20,11 @@ from besa.models.borrowing import borrowed, tokenizer_of_caller
 from besa.models.limits import positions
 from besa.models.loading import load_tokenizer, locate
 from besa.progress import Progress, silent
+from besa.runtime.chat_template import check_chat, message, prompt_of
 from besa.runtime.sparse_models import load_source
 from besa.system.devices import resolve_device
+
+CONTINUATION, ANSWER = 128, 1024  # default tokens at most
 
 
 @checked
@@ -27,7 +32,9 @@ def generate(
     model: str | Path | PreTrainedModel,
     prompt: str,
     *,
-    max_new_tokens: Count = 128,
+    chat: bool | None = None,
+    system: str | None = None,
+    max_new_tokens: Count | None = None,
     temperature: float = 0.0,
     seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -37,12 +44,16 @@ def generate(
     tell: Callable[[str], None] | None = None,
     progress: Progress = silent,
 ) -> str:
-    """Continue a text.
+    """Answer a question, or continue a text.
 
     Args:
         model: anything `besa.load` takes, or a loaded model.
-        prompt: the text to continue, without a chat template.
-        max_new_tokens: at most; the model may end sooner, and ends when it has no more positions.
+        prompt: the question, or the text to continue.
+        chat: put the prompt into the tokenizer's chat template, so that an instruct model answers it; False continues
+            the prompt as a text. By default, whatever the tokenizer is made for: a chat if it has a template.
+        system: instructions that the chat begins with, instead of the template's own.
+        max_new_tokens: at most; the model may end sooner, and ends when it has no more positions. Default: 1024 in a
+            chat, else 128.
         temperature: of the softmax that tokens are sampled from; 0 takes the likeliest token each time.
         seed: of the sampling.
         tokenizer: needed with a loaded model; otherwise the model's own.
@@ -53,48 +64,189 @@ def generate(
         progress: told about a download.
 
     Returns:
-        The continuation, without the prompt.
+        The answer or the continuation, without the prompt.
 
     Raises:
         BesaError: the model cannot be read, the prompt is empty or longer than the model's positions, a number is
-            invalid, or a loaded model came without its tokenizer.
+            invalid, a loaded model came without its tokenizer, or the tokenizer has no chat template, or none that
+            takes a system prompt.
+    """
+    check_text(prompt, "prompt")
+    writer, chat = open_writer(
+        model,
+        chat=chat,
+        system=system,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        tokenizer=tokenizer,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    )
+    if chat:
+        beginning = [] if system is None else [message("system", system)]
+        tokens_1T = prompt_of(writer.tokenizer, [*beginning, message("user", prompt)])
+    else:
+        tokens_1T = writer.tokenizer(prompt, return_tensors="pt")["input_ids"]
+    if tokens_1T.numel() == 0 or (chat and not prompt.strip()):
+        raise BesaError("The prompt is empty: give at least one word to go on from.")
+    return writer.write(tokens_1T, tell).text
+
+
+def open_writer(
+    model: str | Path | PreTrainedModel,
+    *,
+    chat: bool | None,
+    system: str | None,
+    max_new_tokens: int | None,
+    temperature: float,
+    seed: int,
+    device: str | torch.device,
+    dtype: str,
+    trust_remote_code: bool,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    progress: Progress = silent,
+) -> tuple[Writer, bool]:
+    """A model that is ready to generate, and whether it chats; arguments as of `generate`.
+
+    Raises:
+        BesaError: as `generate`, but for the prompt. What needs no weights is checked before they are read.
     """
     check_seed(seed)
     if not 0 <= temperature < math.inf:
         raise BesaError(f"There is no temperature {temperature}: use 0 or a positive number.")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        raise BesaError("The prompt holds half a surrogate pair, which is no character: remove it.") from None
+    source = None
     if not isinstance(model, PreTrainedModel):
         source = locate(model, progress, trust_remote_code=trust_remote_code).local()
-        tokenizer = tokenizer or load_tokenizer(source)
-        model = load_source(source, resolve_device(device), dtype)
+    tokenizer = tokenizer_of_caller(tokenizer) if source is None else tokenizer or load_tokenizer(source)
+    if system is not None:
+        check_text(system, "system prompt")
+    chat = check_chat(tokenizer, chat, system)
+    if isinstance(model, PreTrainedModel):
+        loaded = model
     else:
-        tokenizer = tokenizer_of_caller(tokenizer)
-    if not isinstance(model, GenerationMixin):
-        raise BesaError(f"{type(model).__name__} cannot generate text, because its code is no GenerationMixin.")
-    tokens_1T = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
-    if tokens_1T.numel() == 0:
-        raise BesaError("The prompt is empty: give at least one word to go on from.")
-    room = (positions(model).most or sys.maxsize) - tokens_1T.shape[1]
-    if room < 1:
-        raise BesaError(f"The prompt has {tokens_1T.shape[1]:,} tokens, so the model has no position left: shorten it.")
-    sampling = (
-        {"do_sample": True, "logits_processor": [_Tempered(temperature)]} if temperature else {"do_sample": False}
-    )
-    others = [model.device] if model.device.type != "cpu" else []
-    with borrowed(model), torch.random.fork_rng(others, device_type=model.device.type):
-        torch.manual_seed(seed)
-        made_1T = model.generate(
-            tokens_1T,
-            attention_mask=torch.ones_like(tokens_1T),
-            max_new_tokens=min(max_new_tokens, room),
-            streamer=_Telling(tokenizer, tell) if tell else None,
-            temperature=None,  # `_Tempered` applies it; this also switches off that of the checkpoint
-            **sampling,
+        assert source is not None
+        loaded = load_source(source, resolve_device(device), dtype)
+    if not isinstance(loaded, GenerationMixin):
+        raise BesaError(f"{type(loaded).__name__} cannot generate text, because its code is no GenerationMixin.")
+    most = max_new_tokens or (ANSWER if chat else CONTINUATION)
+    return Writer(loaded, tokenizer, most, temperature, seed), chat
+
+
+def check_text(text: str, name: str) -> None:
+    """Refuse text that no tokenizer takes.
+
+    Raises:
+        BesaError: it holds half a surrogate pair.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BesaError(f"The {name} holds half a surrogate pair, which is no character: remove it.") from None
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a model wrote.
+
+    Attributes:
+        text: without the prompt and without special tokens.
+        tokens_1T: ids (1, T) of the prompt and of what follows.
+        cache: keys and values of all these tokens but the last, to go on from; None if they cannot be reused.
+    """
+
+    text: str
+    tokens_1T: Tensor
+    cache: DynamicCache | None
+
+
+class Writer:
+    """A model with its tokenizer and one way of sampling.
+
+    Attributes:
+        tokenizer: of the model.
+        most: tokens that it writes at most.
+        positions: tokens that prompt and answer may have together.
+
+    Args:
+        model: that can generate.
+        tokenizer: of the model.
+        most: see above.
+        temperature: 0 takes the likeliest token each time.
+        seed: of the sampling, which starts afresh with each call of `write`.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, most: int, temperature: float, seed: int
+    ) -> None:
+        self.tokenizer, self.most = tokenizer, most
+        self.positions = positions(model).most or sys.maxsize
+        self._model, self._temperature, self._seed = model, temperature, seed
+
+    def write(
+        self, tokens_1T: Tensor, tell: Callable[[str], None] | None = None, before: Written | None = None
+    ) -> Written:
+        """Go on from token ids (1, T).
+
+        Args:
+            tokens_1T: the prompt.
+            tell: called with each word as soon as it is complete.
+            before: what was written before. Where the prompt begins with the same tokens, they are not computed again.
+                Its cache changes, so it serves once.
+
+        Raises:
+            BesaError: the prompt leaves no position.
+        """
+        tokens_1T, length = tokens_1T.to(self._model.device), tokens_1T.shape[1]
+        room = self.positions - length
+        if room < 1:
+            raise BesaError(f"The prompt has {length:,} tokens, so the model has no position left: shorten it.")
+        temperature = self._temperature
+        sampling = (
+            {"do_sample": True, "logits_processor": [_Tempered(temperature)]} if temperature else {"do_sample": False}
         )
-    return str(tokenizer.decode(made_1T[0, tokens_1T.shape[1] :], skip_special_tokens=True))
+        cache = before and _beginning(before, tokens_1T)
+        others = [self._model.device] if self._model.device.type != "cpu" else []
+        with borrowed(self._model), torch.random.fork_rng(others, device_type=self._model.device.type):
+            torch.manual_seed(self._seed)
+            made = self._model.generate(
+                tokens_1T,
+                attention_mask=torch.ones_like(tokens_1T),
+                max_new_tokens=min(self.most, room),
+                streamer=_Telling(self.tokenizer, tell) if tell else None,
+                temperature=None,  # `_Tempered` applies it; this also switches off that of the checkpoint
+                return_dict_in_generate=True,
+                **({"past_key_values": cache} if cache else {}),
+                **sampling,
+            )
+        text = str(self.tokenizer.decode(made.sequences[0, length:], skip_special_tokens=True))
+        return Written(text, made.sequences, _plain(made.get("past_key_values")))
+
+
+def _plain(cache: Cache | None) -> DynamicCache | None:
+    """The cache if it can be shortened to any length; sliding windows and recurrent states cannot."""
+    if (
+        cache is None
+        or type(cache) is not DynamicCache
+        or any(type(layer) is not DynamicLayer for layer in cache.layers)
+    ):
+        return None
+    return cache
+
+
+def _beginning(before: Written, tokens_1T: Tensor) -> DynamicCache | None:
+    """The cache of the tokens that a prompt begins with, as far as they were written before; None if there are none."""
+    if before.cache is None:
+        return None
+    held = before.cache.get_seq_length()
+    most = min(held, tokens_1T.shape[1] - 1)  # the last token of the prompt is always computed
+    same = before.tokens_1T[0, :most] == tokens_1T[0, :most]
+    common = int(same.cumprod(0).sum())
+    if common < held:
+        before.cache.crop(common - held)
+    return before.cache if common else None
 
 
 class _Tempered(LogitsProcessor):  # type: ignore[misc]

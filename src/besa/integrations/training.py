@@ -1,0 +1,272 @@
+"""Training a pruned model on: its zeros stay zero under any optimiser, in a loop of one's own and in a Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
+from accelerate.utils import extract_model_from_parallel  # type: ignore[import-untyped]
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.pytorch_utils import Conv1D
+
+from besa.data.arguments import checked
+from besa.errors import BesaError
+from besa.models.blocks import find_blocks
+from besa.runtime.linear import SparseLinear
+
+SHARDED = "is sharded, or lost its shape, so its zeros cannot be kept: train the model whole, or by DDP."
+
+
+@checked
+def keep_masks(model: nn.Module) -> KeptMasks:
+    """Hold the weights of a pruned model at zero that are zero now, while it is trained.
+
+    These are the zeros of the matrices in the decoder blocks. Their gradients are zero from now on, so norms, clipping,
+    momentum and second moments are those of the sparse model. After each step of any optimiser of torch they are set to
+    zero again, which weight decay, old momentum and updates that mix weights (Adafactor, Muon) need.
+
+    The matrices are remembered by their modules. So the model may be moved, wrapped by peft, compiled or put into
+    DistributedDataParallel before or after. Adapters of peft are trained as ever; to merge them makes a matrix dense,
+    so call `KeptMasks.apply` afterwards.
+
+    Args:
+        model: of transformers, pruned and dense in memory; also inside peft's PeftModel. ``model.dequantize()`` makes a
+            packed one dense.
+
+    Returns:
+        What holds the zeros, until its `remove`, or the end of its ``with`` block.
+
+    Raises:
+        BesaError: the model has no zeros, is packed, quantised, sharded or without memory, or is no decoder of
+            transformers.
+    """
+    inner = extract_model_from_parallel(model, keep_torch_compile=False)
+    if hasattr(inner, "get_base_model"):  # peft
+        inner = inner.get_base_model()
+    name = type(inner).__name__
+    if not isinstance(inner, PreTrainedModel):
+        raise BesaError(f"{name} is no model of transformers: give a PreTrainedModel, also in a PeftModel.")
+    if any(isinstance(module, SparseLinear) for module in inner.modules()):
+        raise BesaError(
+            f"The linears of {name} are packed, which cannot be trained: make them dense by `model.dequantize()` first."
+        )
+    if getattr(inner, "hf_quantizer", None) is not None:
+        raise BesaError(f"{name} is quantised, and codes cannot be trained: load the dense model that was pruned.")
+    if flat := next((name for name, module in inner.named_modules() if _is_flat(module)), None):
+        raise BesaError(f"{flat} {SHARDED}")
+    weights = list(_weights(inner))
+    if not any(weight.zeros for weight in weights):
+        raise BesaError(f"{name} has no zeros to keep: prune it first.")
+    return KeptMasks(weights)
+
+
+class KeptMasks:
+    """The zeros of a model, held while it is trained; a context manager.
+
+    Attributes:
+        sparsity: share of the weights of the decoder blocks' matrices that are held at zero.
+
+    Args:
+        weights: every matrix that could be pruned.
+    """
+
+    def __init__(self, weights: list[_Weight]) -> None:
+        self.sparsity = sum(weight.zeros for weight in weights) / sum(weight.numel for weight in weights)
+        self._weights = [weight for weight in weights if weight.zeros]
+        for weight in self._weights:
+            weight.mask_gradient()
+        self._steps: RemovableHandle | None = register_optimizer_step_post_hook(self._after_step)
+
+    def apply(self) -> None:
+        """Set the weights to zero now: after a merge of adapters, or a step that no optimiser of torch made.
+
+        It also works after `remove`.
+
+        Raises:
+            BesaError: a weight was sharded, or has another shape than it had.
+        """
+        for weight in self._weights:
+            weight.apply()
+
+    def check(self) -> None:
+        """Check that all of them are zero.
+
+        Raises:
+            BesaError: one is not.
+        """
+        for weight in self._weights:
+            if lost := weight.lost():
+                raise BesaError(
+                    f"{lost:,} zeros of {weight.name} were lost, by a merge or an optimiser that is none of torch's: "
+                    "call apply() of what keep_masks returned after the merge, or after each step."
+                )
+
+    def remove(self) -> None:
+        """Let the weights learn again."""
+        if self._steps is not None:
+            self._steps.remove()
+            self._steps = None
+            for weight in self._weights:
+                weight.let_gradient()
+
+    def __enter__(self) -> KeptMasks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def _after_step(self, optimizer: Optimizer, *_: object) -> None:
+        """Set to zero what an optimiser has just changed."""
+        changed = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for weight in self._weights:
+            if weight.is_in(changed):
+                weight.apply()
+
+
+class KeepMasks(TrainerCallback):  # type: ignore[misc]
+    """`keep_masks` for a Trainer of transformers: ``Trainer(..., callbacks=[besa.KeepMasks()])``.
+
+    The zeros are those that the model has when the training begins, also where it resumes from a checkpoint. When it
+    ends, they are checked.
+
+    Attributes:
+        masks: what holds the zeros; None before the training. After it, `masks.apply()` restores the zeros of a model
+            that adapters were merged into.
+    """
+
+    def __init__(self) -> None:
+        self.masks: KeptMasks | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **about: Any
+    ) -> None:
+        """Hold the zeros.
+
+        Raises:
+            BesaError: as `keep_masks`, or the Trainer shards the weights.
+        """
+        state = AcceleratorState()
+        if any(getattr(state, plugin, None) is not None for plugin in ("deepspeed_plugin", "fsdp_plugin")):
+            raise BesaError(
+                "Zeros cannot be kept under DeepSpeed or FSDP, which shard weights: train without them, or by DDP."
+            )
+        if self.masks is not None:
+            self.masks.remove()  # of a training that ended by an exception
+        self.masks = keep_masks(about["model"])
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **about: Any) -> None:
+        """Check the zeros, and let go of them.
+
+        Raises:
+            BesaError: some were lost.
+        """
+        assert self.masks is not None
+        self.masks.remove()
+        self.masks.check()
+
+
+class _Weight:
+    """A parameter with matrices that can be pruned, and where it is zero.
+
+    Attributes:
+        name: of the parameter in the model.
+        numel: number of its weights.
+        zeros: number of these that are zero.
+
+    Args:
+        name: see above.
+        module: that has the parameter, whatever takes its place there: a model that moves may get new parameters.
+    """
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self.name, self._module = name, module
+        parameter = self._parameter
+        self._mask = parameter.detach() == 0
+        self.numel, self.zeros = parameter.numel(), int(self._mask.sum())
+        self._hook: RemovableHandle | None = None
+        self._hooked: Tensor | None = None
+
+    def apply(self) -> None:
+        """Set it to zero where it was.
+
+        Raises:
+            BesaError: it was sharded, or has another shape than it had.
+        """
+        parameter = self._checked()
+        with torch.no_grad():
+            parameter.masked_fill_(self._mask, 0)
+        if self._hook and self._hooked is not parameter:
+            self.mask_gradient()
+
+    def lost(self) -> int:
+        """How many of its zeros are none now."""
+        return int((self._checked()[self._mask] != 0).sum())
+
+    def mask_gradient(self) -> None:
+        """Make the gradient zero where the parameter is, before it is added to others."""
+        self.let_gradient()
+        parameter = self._hooked = self._checked()
+        learning = parameter.requires_grad
+        parameter.requires_grad_(True)  # else torch takes no hook, which serves as soon as the parameter learns
+        self._hook = parameter.register_hook(self._masked)
+        parameter.requires_grad_(learning)
+
+    def let_gradient(self) -> None:
+        """Leave the gradient as it is."""
+        if self._hook:
+            self._hook.remove()
+            self._hook = self._hooked = None
+
+    def is_in(self, parameters: set[int]) -> bool:
+        """Whether it is one of the parameters with these `id`."""
+        return id(self._parameter) in parameters
+
+    @property
+    def _parameter(self) -> Tensor:
+        parameter: Tensor = getattr(self._module, self.name.rpartition(".")[2])
+        return parameter
+
+    def _masked(self, gradient: Tensor) -> Tensor:
+        self._mask = self._mask.to(gradient.device)
+        return gradient.masked_fill(self._mask, 0)
+
+    def _checked(self) -> Tensor:
+        """The parameter, with the mask on its device."""
+        parameter = self._parameter
+        if isinstance(parameter, DTensor) or parameter.shape != self._mask.shape:
+            raise BesaError(f"{self.name} {SHARDED}")
+        self._mask = self._mask.to(parameter.device)
+        return parameter
+
+
+def _weights(model: PreTrainedModel) -> Iterator[_Weight]:
+    """The parameters that the prunable matrices of a model lie in, but not those of adapters.
+
+    Raises:
+        BesaError: besa cannot find them, or one has no memory, is sharded or holds codes.
+    """
+    for block in find_blocks(model):
+        adapted = [path for path, module in block.module.named_modules() if hasattr(module, "base_layer")]
+        for place in dict.fromkeys(prunable.parameter for prunable in block.prunables.values()):
+            inside = [path for path in adapted if place.startswith(f"{path}.")]
+            if not all(place.startswith(f"{path}.base_layer.") for path in inside):
+                continue
+            name, parameter = f"{block.name}.{place}", block.module.get_parameter(place)
+            if parameter.is_meta:
+                raise BesaError(f"{name} has no memory (meta device): load the weights first.")
+            if isinstance(parameter, DTensor):
+                raise BesaError(f"{name} {SHARDED}")
+            if not parameter.is_floating_point():
+                raise BesaError(f"{name} holds codes, which cannot be trained: load the dense model that was pruned.")
+            yield _Weight(name, block.module.get_submodule(place.rpartition(".")[0]))
+
+
+def _is_flat(module: nn.Module) -> bool:
+    """Whether a module's matrix is a part of one, or none, as DeepSpeed and FSDP leave it."""
+    return isinstance(module, nn.Linear | Conv1D) and module.weight.dim() != 2

@@ -1,0 +1,294 @@
+"""Pruned models that are trained on: the same zeros under any optimiser, in a loop, in a Trainer and with LoRA."""
+
+import copy
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.optimization import Adafactor
+from transformers.trainer_utils import get_last_checkpoint
+
+import besa
+from besa import BesaError
+
+TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
+Masks = dict[str, Tensor]
+OPTIMISERS: dict[str, Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]] = {
+    "AdamW": lambda learned: torch.optim.AdamW(learned, lr=1e-3, weight_decay=0.1),
+    "fused AdamW": lambda learned: torch.optim.AdamW(learned, lr=1e-3, weight_decay=0.1, fused=True),
+    "SGD": lambda learned: torch.optim.SGD(learned, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "Adafactor": lambda learned: Adafactor(learned, lr=1e-3, relative_step=False, scale_parameter=False, beta1=0.9),
+    "Muon": lambda learned: torch.optim.Muon([each for each in learned if each.dim() == 2], lr=1e-3),
+}
+
+
+def prune(model: PreTrainedModel) -> PreTrainedModel:
+    """Half of each matrix of the blocks set to zero by magnitude; the down projections as 2:4."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "_proj" in name or "experts" in name or "attn.c_" in name or "mlp.c_" in name:
+                groups = weight.view(-1, 4) if "down" in name else weight.flatten()[None]
+                groups.scatter_(1, groups.abs().topk(groups.shape[1] // 2, largest=False).indices, 0)
+    return model
+
+
+def masks_of(model: nn.Module) -> Masks:
+    return {
+        name: weight == 0 for name, weight in model.named_parameters() if weight.dim() > 1 and bool((weight == 0).any())
+    }
+
+
+def batch(number: int) -> Tensor:
+    tokens = AutoTokenizer.from_pretrained(TINY)((TINY / "calibration.txt").read_text()[:20_000])["input_ids"]
+    return torch.tensor(tokens[number * 128 :][:128]).view(4, 32)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model, pruned by besa."""
+    out = tmp_path_factory.mktemp("training") / "pruned"
+    besa.compress(TINY, "wanda", str(TINY / "calibration.txt"), out=out, samples=2, seqlen=16)
+    return out
+
+
+@pytest.fixture
+def pruned(tiny_llama: PreTrainedModel) -> PreTrainedModel:
+    return prune(tiny_llama).requires_grad_(True)
+
+
+def train(
+    model: nn.Module, optimiser: torch.optim.Optimizer, steps: int = 5, parts: int = 2, held: Masks | None = None
+) -> tuple[list[float], list[float]]:
+    """Losses and gradient norms; `held` are masks that are kept by hand, as a reference."""
+    losses, norms, named = [], [], dict(model.named_parameters())
+    for step in range(steps):
+        optimiser.zero_grad()
+        for part in batch(step % 3).chunk(parts):
+            loss = model(input_ids=part, labels=part).loss / parts
+            loss.backward()
+        for name, mask in (held or {}).items():
+            named[name].grad[mask] = 0
+        norms.append(float(clip_grad_norm_(named.values(), 0.5)))
+        optimiser.step()
+        with torch.no_grad():
+            for name, mask in (held or {}).items():
+                named[name][mask] = 0
+        losses.append(loss.item())
+    return losses, norms
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_zeros_are_kept_and_the_rest_learns_as_by_hand(pruned: PreTrainedModel, name: str) -> None:
+    masks, by_hand = masks_of(pruned), copy.deepcopy(pruned)
+    assert len(masks) == 56
+    with besa.keep_masks(pruned) as kept:
+        assert kept.sparsity == 0.5
+        losses, norms = train(pruned, OPTIMISERS[name](pruned.parameters()))
+        kept.check()
+    assert losses[3] < losses[0]
+    assert train(by_hand, OPTIMISERS[name](by_hand.parameters()), held=masks) == (losses, norms)
+    learned = dict(by_hand.named_parameters())
+    assert all(torch.equal(weight, learned[name]) for name, weight in pruned.named_parameters())
+    after = masks_of(pruned)
+    assert masks.keys() == after.keys()
+    assert all(torch.equal(mask, after[place]) for place, mask in masks.items())
+    assert not any(weight.signbit()[masks[name]].any() for name, weight in pruned.named_parameters() if name in masks)
+
+
+def test_without_it_the_zeros_are_lost(pruned: PreTrainedModel) -> None:
+    kept = besa.keep_masks(pruned)
+    kept.remove()
+    kept.remove()
+    train(pruned, OPTIMISERS["AdamW"](pruned.parameters()), steps=1)
+    with pytest.raises(BesaError, match=r"zeros of model\.layers\.0\.self_attn\.q_proj\.weight were lost"):
+        kept.check()
+    kept.apply()
+    kept.check()
+
+
+def test_old_momentum_does_not_bring_weights_back(pruned: PreTrainedModel) -> None:
+    optimiser = OPTIMISERS["SGD"](pruned.parameters())
+    train(pruned, optimiser, steps=2)
+    masks = masks_of(prune(pruned))
+    with besa.keep_masks(pruned):
+        train(pruned, optimiser, steps=2)
+    assert all(torch.equal(mask, masks_of(pruned)[name]) for name, mask in masks.items())
+
+
+def test_mixed_precision(pruned: PreTrainedModel) -> None:
+    masks, scaler = masks_of(pruned), torch.amp.GradScaler("cpu", init_scale=2.0**20)  # the first steps overflow
+    optimiser = OPTIMISERS["AdamW"](pruned.parameters())
+    before = pruned.model.layers[0].mlp.up_proj.weight.clone()
+    with besa.keep_masks(pruned):
+        for step in range(12):
+            optimiser.zero_grad()
+            with torch.autocast("cpu", torch.float16):
+                loss = pruned(input_ids=batch(step), labels=batch(step)).loss
+            scaler.scale(loss).backward()
+            scaler.step(optimiser)
+            scaler.update()
+    assert scaler.get_scale() < 2.0**20
+    assert not torch.equal(before, pruned.model.layers[0].mlp.up_proj.weight)
+    assert all(torch.equal(mask, masks_of(pruned)[name]) for name, mask in masks.items())
+
+
+def test_the_model_may_change_its_home(pruned: PreTrainedModel) -> None:
+    """It is frozen, as `besa.load` gives it; then it gets another dtype, other parameters, and learns."""
+    masks = masks_of(pruned)
+    with besa.keep_masks(pruned.requires_grad_(False)) as kept:
+        assert not any(weight.requires_grad for weight in pruned.parameters())
+        pruned.to(torch.bfloat16).requires_grad_(True)
+        train(pruned, OPTIMISERS["AdamW"](pruned.parameters()), steps=1)
+        assert not pruned.model.layers[0].mlp.up_proj.weight.grad[masks["model.layers.0.mlp.up_proj.weight"]].any()
+        pruned.load_state_dict({name: each.float() for name, each in pruned.state_dict().items()}, assign=True)
+        train(pruned, OPTIMISERS["AdamW"](pruned.parameters()), steps=2)
+        kept.check()
+        assert not pruned.model.layers[0].mlp.up_proj.weight.grad[masks["model.layers.0.mlp.up_proj.weight"]].any()
+    assert all(torch.equal(mask, masks_of(pruned)[name]) for name, mask in masks.items())
+
+
+def test_a_packed_model_is_made_dense_and_trained(folder: Path, tmp_path: Path) -> None:
+    besa.pack(folder, tmp_path / "packed")
+    stored = (tmp_path / "packed" / "bitmask.safetensors").read_bytes()
+    model = besa.load(tmp_path / "packed", device="cpu").dequantize().requires_grad_(True)
+    masks = masks_of(besa.load(folder, device="cpu"))
+    with besa.keep_masks(model):
+        losses, _ = train(model, OPTIMISERS["AdamW"](model.parameters()))
+    assert losses[3] < losses[0]
+    assert all(torch.equal(mask, masks_of(model)[name]) for name, mask in masks.items())
+    model.save_pretrained(tmp_path / "trained")
+    again = besa.load(tmp_path / "trained", device="cpu")
+    assert all(torch.equal(weight, again.get_parameter(name)) for name, weight in model.named_parameters())
+    assert (tmp_path / "packed" / "bitmask.safetensors").read_bytes() == stored
+
+
+def small(config: type, **sizes: object) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config(vocab_size=1024, bos_token_id=0, eos_token_id=0, **sizes))
+
+
+def test_transposed_linears_and_experts() -> None:
+    models = [
+        small(GPT2Config, n_embd=32, n_layer=2, n_head=2),
+        small(
+            MixtralConfig, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, num_local_experts=3,
+        ),
+    ]  # fmt: skip
+    assert isinstance(models[0], GPT2LMHeadModel)
+    assert isinstance(models[1], MixtralForCausalLM)
+    for model, parameters in zip(models, (8, 12), strict=True):
+        masks = masks_of(prune(model))
+        assert len(masks) == parameters
+        with besa.keep_masks(model) as kept:
+            train(model, OPTIMISERS["AdamW"](model.parameters()), steps=2)
+        assert kept.sparsity == 0.5
+        assert all(torch.equal(mask, masks_of(model)[name]) for name, mask in masks.items())
+
+
+def trainer(model: PreTrainedModel, out: Path, steps: int, **settings: object) -> Trainer:
+    rows = [{"input_ids": row, "labels": row} for row in batch(0)]
+    arguments = TrainingArguments(
+        str(out), max_steps=steps, per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-3,
+        weight_decay=0.1, save_steps=2, logging_steps=1, report_to="none", use_cpu=True, disable_tqdm=True, seed=1,
+        **settings,
+    )  # fmt: skip
+    return Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[besa.KeepMasks()])
+
+
+@pytest.mark.parametrize("settings", [{}, {"optim": "adafactor", "bf16": True, "gradient_checkpointing": True}])
+def test_a_trainer_keeps_the_zeros_also_when_it_resumes(folder: Path, tmp_path: Path, settings: dict) -> None:
+    before = besa.load(folder, device="cpu")
+    masks = masks_of(before)
+    whole = trainer(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "whole", 4, **settings)
+    whole.train()
+    log = [entry["loss"] for entry in whole.state.log_history if "loss" in entry]
+    assert log[-1] < log[0]
+    stopped = trainer(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "stopped", 4, **settings)
+    (tmp_path / "whole" / "checkpoint-2").rename(tmp_path / "stopped" / "checkpoint-2")
+    stopped.train(resume_from_checkpoint=get_last_checkpoint(tmp_path / "stopped"))
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "stopped" / "checkpoint-4")
+    for name, weight in whole.model.named_parameters():
+        assert torch.equal(weight, stopped.model.get_parameter(name))
+        assert torch.equal(weight, saved.get_parameter(name))
+        if name in masks:
+            assert torch.equal(weight == 0, masks[name])
+            assert not torch.equal(weight, before.get_parameter(name))
+    assert json.loads((tmp_path / "stopped" / "checkpoint-4" / "trainer_state.json").read_text())["global_step"] == 4
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_adapters_are_trained_and_merged(folder: Path, tmp_path: Path, wrapped: bool) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    masks, before = masks_of(model), copy.deepcopy(model.state_dict())
+    early = None if wrapped else besa.keep_masks(model)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+    run = trainer(adapted, tmp_path / "lora", 3)
+    run.train()
+    kept = early or next(each.masks for each in run.callback_handler.callbacks if isinstance(each, besa.KeepMasks))
+    kept.check()
+    layer = adapted.base_model.model.model.layers[0].mlp.up_proj
+    assert torch.equal(layer.base_layer.weight, before["model.layers.0.mlp.up_proj.weight"])
+    delta = layer.get_delta_weight("default")
+    assert bool((delta != 0).all())
+    merged = adapted.merge_and_unload()
+    with pytest.raises(BesaError, match="by a merge"):
+        kept.check()
+    kept.apply()
+    kept.check()
+    after = masks_of(merged)
+    assert all(torch.equal(mask, after[name]) for name, mask in masks.items())
+    expected = (before["model.layers.0.mlp.up_proj.weight"] + delta) * ~masks["model.layers.0.mlp.up_proj.weight"]
+    assert torch.equal(merged.get_parameter("model.layers.0.mlp.up_proj.weight"), expected)
+    if early:
+        early.remove()
+
+
+def test_what_cannot_be_kept_is_refused(
+    folder: Path, tmp_path: Path, tiny_llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(model: object, sentence: str) -> None:
+        with pytest.raises(BesaError, match=sentence) as caught:
+            besa.keep_masks(model)
+        assert "\n" not in str(caught.value)
+        assert str(caught.value).endswith(".")
+
+    refused(tiny_llama, "LlamaForCausalLM has no zeros to keep: prune it first")
+    refused(nn.Linear(2, 2), "Linear is no model of transformers")
+    refused("model", "keep_masks: model ")
+    besa.pack(folder, tmp_path / "packed")
+    refused(besa.load(tmp_path / "packed", device="cpu"), r"are packed, .* dense by `model\.dequantize\(\)` first")
+    with torch.device("meta"):
+        refused(AutoModelForCausalLM.from_config(tiny_llama.config), "has no memory")
+    prune(tiny_llama).hf_quantizer = object()
+    refused(tiny_llama, "LlamaForCausalLM is quantised")
+    del tiny_llama.hf_quantizer
+    shard = copy.deepcopy(tiny_llama)
+    shard.model.layers[1].mlp.up_proj.weight.data = torch.empty(0)
+    refused(shard, r"model\.layers\.1\.mlp\.up_proj is sharded")
+    kept = besa.keep_masks(tiny_llama)
+    tiny_llama.model.layers[1].mlp.up_proj.weight.data = torch.empty(0)
+    with pytest.raises(BesaError, match=r"up_proj\.weight is sharded, or lost its shape"):
+        kept.apply()
+    kept.remove()
+    run = trainer(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "out", 1)
+    monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", object())
+    with pytest.raises(BesaError, match="under DeepSpeed or FSDP"):
+        run.callback_handler.on_train_begin(run.args, run.state, run.control)
