@@ -16,7 +16,7 @@ import torch
 import transformers
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from typer.testing import CliRunner
 
 import besa
@@ -30,6 +30,7 @@ from besa.models.loading import locate
 from besa.planning import spending
 from besa.record import RunRecord
 from besa.report import load_run, render
+from besa.runtime.linear import SparseLinear
 from besa.storage.journal import partial_folder
 from besa.studies.workspace import Conditions, Measures, Workspace
 from tests.loopback_hub import Blob, LoopbackHub, loopback_hub
@@ -202,6 +203,27 @@ def test_packed_and_sharded_repositories(hub: LoopbackHub, folders: dict[str, Pa
     assert inspect(locate("org/packed")).zeros == inspect(locate(folders["packed"])).zeros
     assert same(besa.load("org/shards", verify=False), besa.load(folders["first"]))
     assert same(besa.load("org/pruned", verify=True), besa.load(folders["pruned"]))
+
+
+def test_plain_transformers_load_a_packed_repository(
+    hub: LoopbackHub, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole and in shards, of a revision, and once more from the cache without a connection."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writer, "ONE_FILE", 0)
+        pack(folders["pruned"], tmp_path / "shards")
+    commit = hub.add("org/whole", folders["packed"])
+    hub.add("org/whole", folders["pruned"])
+    hub.add("org/shards", tmp_path / "shards")
+    x_NT = torch.arange(5, 25)[None]
+    expected = besa.load(folders["packed"])(x_NT).logits
+    for plug in (lambda: None, lambda: forbid(monkeypatch)):
+        plug()
+        for name, revision in (("org/whole", commit), ("org/shards", None)):
+            model, info = AutoModelForCausalLM.from_pretrained(name, revision=revision, output_loading_info=True)
+            assert not any(info.values())
+            assert isinstance(model.model.layers[0].mlp.up_proj, SparseLinear)
+            assert torch.equal(model(x_NT).logits, expected)
 
 
 def test_only_what_is_needed_is_downloaded(hub: LoopbackHub, folders: dict[str, Path], tmp_path: Path) -> None:
