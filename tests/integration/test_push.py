@@ -189,6 +189,7 @@ def test_the_hub_does_not_know_the_token(hub: LoopbackHub, made: Path, monkeypat
 
 def test_no_right_to_write(hub: LoopbackHub, made: Path) -> None:
     assert refused(made / "one", "others/tiny").startswith("You may not write to others/tiny (")
+    assert "others/tiny" not in (made / "one" / "README.md").read_text()
     hub.add("others/tiny", made / "one")  # one that is there can be read all the same
     before = on_hub(hub, "others/tiny")
     assert refused(made / "one", "others/tiny").startswith("You may not write to others/tiny (")

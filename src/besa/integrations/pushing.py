@@ -110,7 +110,7 @@ def prepare(folder: str | Path, repo: str, progress: Progress = silent) -> Parce
     if not get_token():
         raise BesaError("Nobody is logged in to the Hugging Face Hub here: run `hf auth login`, or set HF_TOKEN.")
     verify(folder, progress=progress)
-    update_card(folder, repo)
+    update_card(folder)
     beside = {path.name for path in folder.glob(OWN) if path.is_file()}
     files = {*digests_of(folder / RECORD_NAME), *beside, CARD}
     tops = {name.partition("/")[0] for name in files}
@@ -133,6 +133,7 @@ def send(parcel: Parcel, private: bool) -> Pushed:
             raise BesaError(
                 f"{url.repo_id} exists and is public: leave out --private, or make it private in its settings first."
             )
+        update_card(parcel.folder, url.repo_id)  # now that there is a repository of this name
         there = [file.rfilename for file in about.siblings or []]
         removed = [name for name in there if WEIGHTS.fullmatch(name) and name not in parcel.files]
         commit = api.create_commit(
