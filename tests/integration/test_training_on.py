@@ -261,6 +261,40 @@ def test_adapters_are_trained_and_merged(folder: Path, tmp_path: Path, wrapped: 
         early.remove()
 
 
+@pytest.mark.parametrize("kind", ["linears", "transposed linears"])
+def test_adapters_can_be_trained_as_what_they_become(tiny_llama: PreTrainedModel, kind: str) -> None:
+    model = prune(tiny_llama if kind == "linears" else small(GPT2Config, n_embd=32, n_layer=2, n_head=2)).eval()
+    tokens = batch(5)
+
+    def changed_by_merge(adapters: bool) -> tuple[float, float]:
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=4, lora_alpha=64, target_modules="all-linear", fan_in_fan_out=kind != "linears")
+        adapted = peft.get_peft_model(copy.deepcopy(model), config).eval()
+        masks = masks_of(adapted.get_base_model())
+        with besa.keep_masks(adapted, adapters=adapters) as kept:
+            start = {name: weight.clone() for name, weight in adapted.named_parameters()}
+            losses, _ = train(adapted, OPTIMISERS["AdamW"](each for each in adapted.parameters() if each.requires_grad))
+            learned = [name for name, each in adapted.named_parameters() if not torch.equal(each, start[name])]
+            assert learned
+            assert all("lora_" in name for name in learned)
+            assert losses[3] < losses[0]
+            with torch.inference_mode():
+                trained = adapted(tokens).logits
+                with adapted.disable_adapter():
+                    assert torch.equal(adapted(tokens).logits, model(tokens).logits)
+            merged = adapted.merge_and_unload()
+            kept.apply()
+        for name, mask in masks.items():
+            assert "lora_" in name or torch.equal(mask, merged.get_parameter(name.replace(".base_layer", "")) == 0)
+        with torch.inference_mode():
+            return float((merged(tokens).logits - trained).abs().max()), float(trained.abs().max())
+
+    change, size = changed_by_merge(adapters=True)
+    assert change < 1e-5 * size
+    change, size = changed_by_merge(adapters=False)
+    assert change > 1e-3 * size
+
+
 def test_what_cannot_be_kept_is_refused(
     folder: Path, tmp_path: Path, tiny_llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -271,6 +305,12 @@ def test_what_cannot_be_kept_is_refused(
         assert str(caught.value).endswith(".")
 
     refused(tiny_llama, "LlamaForCausalLM has no zeros to keep: prune it first")
+    sparse = prune(copy.deepcopy(tiny_llama))
+    with pytest.raises(BesaError, match=r"no adapters yet: call keep_masks with adapters after peft\.get_peft_model"):
+        besa.keep_masks(sparse, adapters=True)
+    weighted = peft.get_peft_model(sparse, peft.LoraConfig(target_modules=["up_proj"], use_dora=True))
+    with pytest.raises(BesaError, match="up_proj is no plain LoRA of a linear"):
+        besa.keep_masks(weighted, adapters=True)
     refused(nn.Linear(2, 2), "Linear is no model of transformers")
     refused("model", "keep_masks: model ")
     besa.pack(folder, tmp_path / "packed")

@@ -11,6 +11,7 @@ from accelerate.utils import extract_model_from_parallel  # type: ignore[import-
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.pytorch_utils import Conv1D
@@ -24,7 +25,7 @@ SHARDED = "is sharded, or lost its shape, so its zeros cannot be kept: train the
 
 
 @checked
-def keep_masks(model: nn.Module) -> KeptMasks:
+def keep_masks(model: nn.Module, *, adapters: bool = False) -> KeptMasks:
     """Hold the weights of a pruned model at zero that are zero now, while it is trained.
 
     These are the zeros of the matrices in the decoder blocks. Their gradients are zero from now on, so norms, clipping,
@@ -32,19 +33,23 @@ def keep_masks(model: nn.Module) -> KeptMasks:
     zero again, which weight decay, old momentum and updates that mix weights (Adafactor, Muon) need.
 
     The matrices are remembered by their modules. So the model may be moved, wrapped by peft, compiled or put into
-    DistributedDataParallel before or after. Adapters of peft are trained as ever; to merge them makes a matrix dense,
-    so call `KeptMasks.apply` afterwards.
+    DistributedDataParallel before or after.
+
+    Adapters of peft are trained as ever, and make a matrix dense when they are merged. Call `KeptMasks.apply` after the
+    merge: it removes a part of what they learned, unless they were trained with `adapters`.
 
     Args:
         model: of transformers, pruned and dense in memory; also inside peft's PeftModel. ``model.dequantize()`` makes a
             packed one dense.
+        adapters: let LoRA's adapters, which the model has already, add nothing where the weights are zero. What is
+            trained is then what the merge and `apply` make. It costs a product with the whole matrix in each layer.
 
     Returns:
         What holds the zeros, until its `remove`, or the end of its ``with`` block.
 
     Raises:
         BesaError: the model has no zeros, is packed, quantised, sharded or without memory, or is no decoder of
-            transformers.
+            transformers; or it has no adapters, or others than plain LoRA.
     """
     inner = extract_model_from_parallel(model, keep_torch_compile=False)
     if hasattr(inner, "get_base_model"):  # peft
@@ -63,7 +68,7 @@ def keep_masks(model: nn.Module) -> KeptMasks:
     weights = list(_weights(inner))
     if not any(weight.zeros for weight in weights):
         raise BesaError(f"{name} has no zeros to keep: prune it first.")
-    return KeptMasks(weights)
+    return KeptMasks(weights, _adapters(inner) if adapters else {})
 
 
 class KeptMasks:
@@ -74,13 +79,19 @@ class KeptMasks:
 
     Args:
         weights: every matrix that could be pruned.
+        adapters: layers that add to them, by the module that has the weight.
     """
 
-    def __init__(self, weights: list[_Weight]) -> None:
+    def __init__(self, weights: list[_Weight], adapters: dict[nn.Module, nn.Module]) -> None:
         self.sparsity = sum(weight.zeros for weight in weights) / sum(weight.numel for weight in weights)
         self._weights = [weight for weight in weights if weight.zeros]
         for weight in self._weights:
             weight.mask_gradient()
+        self._adapters = [
+            adapters[weight.module].register_forward_hook(weight.without_its_zeros)
+            for weight in self._weights
+            if weight.module in adapters
+        ]
         self._steps: RemovableHandle | None = register_optimizer_step_post_hook(self._after_step)
 
     def apply(self) -> None:
@@ -108,12 +119,14 @@ class KeptMasks:
                 )
 
     def remove(self) -> None:
-        """Let the weights learn again."""
+        """Let the weights learn again; adapters that were trained with it are merged before."""
         if self._steps is not None:
             self._steps.remove()
             self._steps = None
             for weight in self._weights:
                 weight.let_gradient()
+            for hook in self._adapters:
+                hook.remove()
 
     def __enter__(self) -> KeptMasks:
         return self
@@ -178,14 +191,15 @@ class _Weight:
         name: of the parameter in the model.
         numel: number of its weights.
         zeros: number of these that are zero.
+        module: that has the parameter, whatever takes its place there: a model that moves may get new parameters.
 
     Args:
         name: see above.
-        module: that has the parameter, whatever takes its place there: a model that moves may get new parameters.
+        module: see above.
     """
 
     def __init__(self, name: str, module: nn.Module) -> None:
-        self.name, self._module = name, module
+        self.name, self.module = name, module
         parameter = self._parameter
         self._mask = parameter.detach() == 0
         self.numel, self.zeros = parameter.numel(), int(self._mask.sum())
@@ -227,9 +241,23 @@ class _Weight:
         """Whether it is one of the parameters with these `id`."""
         return id(self._parameter) in parameters
 
+    def without_its_zeros(self, layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """The output of a layer of LoRA without what its adapters add where the weight is zero."""
+        if layer.merged or layer.disable_adapters:
+            return output
+
+        def lost(x: Tensor) -> Tensor:
+            deltas = [layer.get_delta_weight(name) for name in layer.active_adapters if name in layer.lora_A]
+            at_zeros = torch.stack(deltas).sum(0).masked_fill(~self._mask.to(x.device), 0)
+            transposed = isinstance(self.module, Conv1D)
+            return x.to(at_zeros.dtype) @ (at_zeros if transposed else at_zeros.T)
+
+        added: Tensor = checkpoint(lost, inputs[0], use_reentrant=False)  # else the matrix waits for the backward pass
+        return output - added.to(output.dtype)
+
     @property
     def _parameter(self) -> Tensor:
-        parameter: Tensor = getattr(self._module, self.name.rpartition(".")[2])
+        parameter: Tensor = getattr(self.module, self.name.rpartition(".")[2])
         return parameter
 
     def _masked(self, gradient: Tensor) -> Tensor:
@@ -265,6 +293,21 @@ def _weights(model: PreTrainedModel) -> Iterator[_Weight]:
             if not parameter.is_floating_point():
                 raise BesaError(f"{name} holds codes, which cannot be trained: load the dense model that was pruned.")
             yield _Weight(name, block.module.get_submodule(place.rpartition(".")[0]))
+
+
+def _adapters(model: PreTrainedModel) -> dict[nn.Module, nn.Module]:
+    """The layers of LoRA in a model, by the module that each adds to.
+
+    Raises:
+        BesaError: there are none, or one is no plain LoRA.
+    """
+    layers = {name: module for name, module in model.named_modules() if hasattr(module, "base_layer")}
+    if not layers:
+        raise BesaError("The model has no adapters yet: call keep_masks with adapters after peft.get_peft_model.")
+    for name, layer in layers.items():
+        if not hasattr(layer, "lora_A") or layer.lora_variant or not isinstance(layer.base_layer, nn.Linear | Conv1D):
+            raise BesaError(f"{name} is no plain LoRA of a linear: only such adapters can be kept sparse.")
+    return {layer.base_layer: layer for layer in layers.values()}
 
 
 def _is_flat(module: nn.Module) -> bool:
