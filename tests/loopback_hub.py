@@ -290,6 +290,7 @@ class Handler(BaseHTTPRequestHandler):
         if (found := self.repository(repo)) is None:
             return
         commit = self.commit(found, revision)
+        blobs = self.query.get("blobs", "false").lower() == "true"
         self.send_json(
             {
                 "_id": "621ffdc036468d709f17434d",
@@ -307,7 +308,10 @@ class Handler(BaseHTTPRequestHandler):
                 "tags": ["transformers", "safetensors"],
                 "library_name": "transformers",
                 "cardData": found.card,
-                "siblings": [{"rfilename": name} for name in sorted(commit.files)],
+                "siblings": [
+                    {"rfilename": name} | ({"size": len(blob.content), "blobId": blob.sha1} if blobs else {})
+                    for name, blob in sorted(commit.files.items())
+                ],
             }
         )
 

@@ -153,7 +153,7 @@ def compress(
         opened = (
             model
             if isinstance(model, PreTrainedModel)
-            else locate(model, progress, trust_remote_code=trust_remote_code)
+            else locate(model, progress, trust_remote_code=trust_remote_code).local(progress)
         )
         decoder, tokenizer, identity = open_decoder(opened, tokenizer, dtype, out is not None)
         check_dtype(decoder.model.dtype, device)
@@ -382,7 +382,7 @@ def evaluate(
         tokenizer = tokenizer_of_caller(tokenizer)
         loaded, name, revision = model, model.name_or_path, commit(model)
     else:
-        source = locate(model, progress, trust_remote_code=trust_remote_code).local()
+        source = locate(model, progress, trust_remote_code=trust_remote_code).local(progress)
         loaded, name, revision = load_source(source, device, dtype), source.base, source.revision
         tokenizer = tokenizer or load_tokenizer(source)
     began = time.perf_counter()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -15,6 +16,7 @@ import pytest
 import torch
 import transformers
 from huggingface_hub import ModelCard
+from huggingface_hub.utils._xet_progress_reporting import XetDownloadProgressReporter
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from typer.testing import CliRunner
@@ -179,6 +181,36 @@ def test_an_evaluation_says_of_which_commit_and_the_report_asks_for_that(
     assert f"measured on commit {commits[1]}, another one than was pruned" in page
 
 
+def test_what_is_counted_and_measured_says_of_which_commit(
+    commits: tuple[str, str], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    def run(*command: str | Path) -> str:
+        done = CliRunner().invoke(app, [*map(str, command)], catch_exceptions=False, env={"COLUMNS": "200"})
+        assert done.exit_code == 0
+        return done.stdout
+
+    kept = tmp_path / "dense"
+    kept.mkdir()
+    evaluation = besa.evaluate("org/model@v1", [TEXT], window=16, max_windows=1)
+    (kept / "besa_eval.json").write_text(evaluation.model_dump_json())
+    names = ["org/model@v1", "org/model"]
+    pins = [f"org/model@{commit}" for commit in commits]
+    page = run("simulate", names[0], "--method-baseline", names[1], "--json", kept / "besa_simulation.json")
+    assert all(pin in page for pin in pins)
+    assert pins[0] in run("inspect", names[0], "--json", kept / "inspect.json")
+    page = run("bench", *names, "--rounds", "1", "--json", kept / "besa_bench.json")
+    assert all(pin[: len("org/model@") + 12] in page for pin in pins)
+    found = [json.loads((kept / f"{name}.json").read_text()) for name in ("besa_simulation", "inspect")]
+    speeds = json.loads((kept / "besa_bench.json").read_text())["models"]
+    assert {(each["model"], each["revision"]) for each in found} == {("org/model", commits[0])}
+    assert {(each["model"], each["revision"]) for each in speeds} == {("org/model", commit) for commit in commits}
+    page = render([load_run(kept)])
+    assert f"besa simulate {pins[0]} " in page
+    assert f"{pins[1][: len('org/model@') + 12]}<" in page
+    assert besa.simulate(folders["first"], [1]).revision is None
+    assert "named twice" in refused(lambda: besa.bench(["org/model@old", "org/model@v1"]))
+
+
 def test_a_plan_downloads_no_weights(hub: LoopbackHub, folders: dict[str, Path]) -> None:
     hub.add("org/model", folders["shards"])
     hub.add("org/packed", folders["packed"])
@@ -242,6 +274,102 @@ def test_only_what_is_needed_is_downloaded(hub: LoopbackHub, folders: dict[str, 
     assert {path.name for path in fetching.fetch("org/model").glob("*.safetensors")} == {WEIGHTS}
 
 
+class Told:
+    """A progress that keeps what it is told of downloads."""
+
+    def __init__(self) -> None:
+        self.reports: list[tuple[float, float]] = []
+
+    def __call__(self, done: float, total: float, note: str = "") -> None:
+        if note == "downloading org/model":
+            self.reports.append((done, total))
+
+
+def told(call: Callable[[Any], object]) -> list[tuple[float, float]]:
+    progress = Told()
+    call(progress)
+    return progress.reports
+
+
+def test_a_download_tells_its_bytes(
+    hub: LoopbackHub, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 10_000)
+    monkeypatch.setattr("time.sleep", lambda _: None)  # between attempts
+    hub.add("org/model", folders["shards"])
+    shards = {path.name: path.stat().st_size for path in folders["shards"].glob("model-*")}
+    hub.broken = {min(shards): [20_000]}
+    read_first = ("config.json", f"{WEIGHTS}.index.json")
+    beside = sum(path.stat().st_size for path in folders["shards"].iterdir() if path.name not in (*shards, *read_first))
+    capfd.readouterr()
+    reports = told(lambda progress: besa.load("org/model", progress=progress))
+    total = beside + sum(shards.values())
+    assert {each for _, each in reports} == {total}
+    done = [each for each, _ in reports]
+    assert (done[0], done[-1]) == (0, total)
+    assert done == sorted(set(done))
+    assert len(done) > sum(shards.values()) / 10_000
+    assert not told(lambda progress: besa.load("org/model", progress=progress))
+    assert capfd.readouterr() == ("", "")
+    (fetching.fetch("org/model") / min(shards)).resolve().unlink()
+    assert told(lambda progress: besa.load("org/model", progress=progress))[-1] == (shards[min(shards)],) * 2
+    hub.repositories["org/model"].commit(dict(next(iter(hub.repositories["org/model"].commits.values())).files))
+    assert told(lambda progress: besa.load("org/model", progress=progress)) == [(0, total), (total, total)]
+
+
+def test_a_download_through_xet_tells_its_bytes(
+    commits: tuple[str, str],
+    folders: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """As huggingface_hub hears of one from hf_xet: bytes of the network first, which are fewer, then of the file."""
+
+    def get(url: str, temp_file: Any, *, expected_size: int, tqdm_class: Any, **_: Any) -> None:
+        content = (folders["second"] / url.rpartition("/")[2]).read_bytes()
+        with XetDownloadProgressReporter(
+            reconstruction_desc="", total=expected_size, log_level=logging.WARNING, tqdm_class=tqdm_class
+        ) as reporter:
+            for network, disk in ((0.5, 0.0), (0.7, 0.6), (0.7, 1.0)):
+                report = {"total_bytes": expected_size, "total_bytes_completed": int(disk * expected_size)}
+                report |= {"total_transfer_bytes_completed": int(network * expected_size)}
+                report |= {"total_bytes_completion_rate": 1.0, "total_transfer_bytes_completion_rate": None}
+                reporter.update_progress(SimpleNamespace(**report))
+        temp_file.write(content)
+
+    monkeypatch.setattr("huggingface_hub.file_download.http_get", get)
+    capfd.readouterr()
+    reports = told(lambda progress: besa.load("org/model", progress=progress))
+    total = sum(path.stat().st_size for path in folders["second"].iterdir() if path.name != "config.json")
+    assert reports[-1] == (total, total)
+    assert reports == [(each, total) for each in sorted({done for done, _ in reports})]
+    size = (folders["second"] / WEIGHTS).stat().st_size
+    assert any(int(0.5 * size) <= done < size for done, _ in reports)
+    assert capfd.readouterr() == ("", "")
+    assert same(besa.load("org/model"), besa.load(folders["second"]))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda out, progress: besa.compress("org/model", "magnitude", out=out, progress=progress, **SMALL),
+        lambda out, progress: besa.evaluate("org/model", [TEXT], window=16, max_windows=1, progress=progress),
+        lambda out, progress: besa.generate("org/model", "The", max_new_tokens=1, progress=progress),
+        lambda out, progress: besa.simulate("org/model", [1], progress=progress),
+        lambda out, progress: besa.bench(["org/model"], rounds=1, progress=progress),
+        lambda out, progress: besa.pack("org/model", out, progress=progress),
+        lambda out, progress: inspect(locate("org/model"), progress),
+    ],
+)
+def test_whatever_downloads_tells_of_it(
+    call: Callable[..., object], hub: LoopbackHub, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    hub.add("org/model", folders["pruned"])
+    reports = told(lambda progress: call(tmp_path / "out", progress))
+    assert reports[0][0] == 0
+    assert reports[-1][0] == reports[-1][1] > (folders["pruned"] / WEIGHTS).stat().st_size
+
+
 def test_a_commit_in_the_cache_is_asked_for_no_more(hub: LoopbackHub, commits: tuple[str, str]) -> None:
     first = besa.load("org/model@v1")
     before = len(hub.requests)
@@ -290,12 +418,14 @@ def test_without_a_connection_what_the_cache_lacks_is_said(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     besa.plan("org/model@v1")
-    monkeypatch.setattr("time.sleep", lambda _: None)  # between attempts
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)  # between attempts
     away(monkeypatch)
     assert refused(lambda: besa.load("org/model@v1")) == f"Only a part of org/model@v1 is in the cache, and {why}"
     for name in ("org/model", "org/other", f"org/model@{commits[1]}"):
         for call in (besa.load, besa.plan):
             assert refused(lambda call=call, name=name: call(name)) == f"{name} is not in the cache, and {why}"
+    assert not waited
 
 
 def test_what_other_programs_have_in_the_cache_is_used(

@@ -37,9 +37,13 @@ class BlockContents(BaseModel):
 
 
 class Contents(BaseModel):
-    """A checkpoint: totals over the prunable weights, each block, each linear."""
+    """A checkpoint: totals over the prunable weights, each block, each linear.
+
+    `revision` is its commit, if it came from the Hugging Face Hub.
+    """
 
     model: str
+    revision: str | None = None
     weights: int
     zeros: int
     sparsity: float
@@ -55,15 +59,16 @@ def inspect(source: Source, progress: Progress = silent) -> Contents:
     """Count zeros and bytes of every prunable weight of a checkpoint; a Hugging Face id is downloaded first.
 
     Raises:
-        BesaError: as `stored_weights` does.
+        BesaError: the model cannot be fetched, or as `stored_weights` does.
     """
-    source = source.local()
+    source = source.local(progress)
     blocks: dict[str, list[LinearContents]] = {}
     for weight in stored_weights(source, progress):
         blocks.setdefault(weight.block, []).append(_count(weight))
     linears = [linear for of_block in blocks.values() for linear in of_block]
     return Contents(
-        model=source.name,
+        model=source.base,
+        revision=source.revision,
         file_bytes=sum(path.stat().st_size for path in weight_paths(source)),
         blocks=[BlockContents(name=name, **_totals(of_block)) for name, of_block in blocks.items()],
         linears=linears,

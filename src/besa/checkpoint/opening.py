@@ -20,7 +20,7 @@ def open_decoder(
     """Decoder, tokenizer and identity of a model.
 
     Args:
-        model: located, or loaded by the caller.
+        model: a local source, or loaded by the caller.
         tokenizer: needed with a loaded model; otherwise the model's own by default.
         dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``; a loaded model keeps its own.
         from_disk: leave the weights on the disk. A .gguf file is loaded all the same.
@@ -33,12 +33,11 @@ def open_decoder(
         if absent := next((name for name, weight in model.named_parameters() if weight.is_meta), None):
             raise BesaError(f"{absent} of {type(model).__name__} has no memory (meta device): load the weights first.")
         return DecoderInMemory(model), tokenizer_of_caller(tokenizer), describe(model)
-    source = model.local()
-    if source.gguf:
-        decoder: Decoder = DecoderInMemory(load_model(source, dtype))
+    if model.gguf:
+        decoder: Decoder = DecoderInMemory(load_model(model, dtype))
     else:
-        decoder = _decoder_of_folder(source, dtype, from_disk)
-    return decoder, tokenizer or load_tokenizer(source), describe(decoder.model, source)
+        decoder = _decoder_of_folder(model, dtype, from_disk)
+    return decoder, tokenizer or load_tokenizer(model), describe(decoder.model, model)
 
 
 def _decoder_of_folder(source: Source, dtype: str, from_disk: bool) -> Decoder:

@@ -36,7 +36,7 @@ def local(model: str | Path, progress: Progress, trust_remote_code: bool) -> Sou
     source = locate(model, progress, trust_remote_code=trust_remote_code)
     if source.gguf:
         raise BesaError(f"{model} is a .gguf file, which has no pruned weights: give a folder that `besa prune` wrote.")
-    source = source.local()
+    source = source.local(progress)
     companions(folder_of(source))  # refuses links before the work
     return source
 

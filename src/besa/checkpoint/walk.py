@@ -46,13 +46,12 @@ def stored_weights(source: Source, progress: Progress) -> Iterator[StoredWeight]
     counted.
 
     Args:
-        source: dense, pruned or packed.
+        source: dense, pruned or packed, and local.
         progress: told (blocks done, blocks, name of the block).
 
     Raises:
-        BesaError: the model cannot be fetched, or a weight is missing or cannot be read.
+        BesaError: a weight is missing or cannot be read.
     """
-    source = source.local()
     assert source.folder is not None
     files = None if source.gguf else open_files(source.folder)
     if files:

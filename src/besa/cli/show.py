@@ -174,7 +174,7 @@ def shrunk(result: Shrinking, folder: Path) -> RenderableType:
 
 def benched(result: Bench) -> RenderableType:
     """Tokens a second by work and model, and what each model takes."""
-    reference = result.models[0].model
+    reference = result.models[0].name
     speeds = Table(
         title="tokens a second: median and quartiles",
         caption=f"×: to {reference} in its fastest form; limit: weights read at {result.bandwidth / 1e9:.1f} GB/s; "
@@ -189,7 +189,7 @@ def benched(result: Bench) -> RenderableType:
         for model, timing, ratio in result.of(work):
             middle, low, high, limit = timing.paces()
             share = f"{timing.limit / timing.seconds:.0%}"
-            speeds.add_row(work, model.model, model.form, middle, f"{low}–{high}", f"{ratio:.2f}", limit, share)
+            speeds.add_row(work, model.name, model.form, middle, f"{low}–{high}", f"{ratio:.2f}", limit, share)
     sizes = Table(box=SIMPLE)
     for name in ("model", "form", "dtype"):
         sizes.add_column(name)
@@ -198,7 +198,7 @@ def benched(result: Bench) -> RenderableType:
     for model in result.models:
         resident = "" if model.resident_bytes is None else f"{model.resident_bytes / 1e6:,.0f}"
         files, step = (f"{size / 1e6:,.0f}" for size in (model.file_bytes, model.step_bytes))
-        sizes.add_row(model.model, model.form, model.dtype, files, resident, step)
+        sizes.add_row(model.name, model.form, model.dtype, files, resident, step)
     return Group(speeds, sizes)
 
 
@@ -253,7 +253,8 @@ def _share(share: float | None, error: float | None) -> str:
 
 def contents(result: Contents) -> RenderableType:
     """Sparsity by block (rows) and linear (columns), and bytes."""
-    table = Table(title=f"{result.model}: sparsity of the prunable weights in %", box=SIMPLE)
+    model = pinned(result.model, result.revision)
+    table = Table(title=f"{model}: sparsity of the prunable weights in %", box=SIMPLE)
     table.add_column("block")
     linears_of = {
         block.name: [linear for linear in result.linears if linear.name.startswith(f"{block.name}.")]
@@ -277,12 +278,13 @@ def contents(result: Contents) -> RenderableType:
 
 def simulated(simulation: Simulation, baselines: Sequence[Simulation]) -> RenderableType:
     """Like the paper's Table 4, once for each figure: mean cycles of each kind of linear, dense and in checkpoints."""
-    table = Table(title=f"{simulation.model}: cycles on a simulated accelerator, mean over blocks", box=SIMPLE)
+    model = pinned(simulation.model, simulation.revision)
+    table = Table(title=f"{model}: cycles on a simulated accelerator, mean over blocks", box=SIMPLE)
     table.add_column("")
     shown = [*baselines, simulation]
     labels = [Path(one.model).name for one in shown]
     if len(set(labels)) < len(labels):
-        labels = [one.model for one in shown]
+        labels = [pinned(one.model, one.revision) for one in shown]
     columns = [*simulation.kinds, simulation.block]
     for name in shortened([kind.name for kind in columns]):
         table.add_column(name if "." in name else name.removesuffix("_proj"), justify="right")

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import HfApi, ResolvedRevision, constants, get_cached_repo_tree, snapshot_download
+from huggingface_hub import (
+    HfApi,
+    ResolvedRevision,
+    constants,
+    get_cached_repo_tree,
+    snapshot_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError: of the client that it uses
     CachedRepoTreeNotFoundError,
     GatedRepoError,
@@ -23,6 +30,8 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError:
 )
 
 from besa.errors import BesaError
+from besa.models.downloading import Download
+from besa.progress import Progress, silent
 from besa.storage.weights import INDEX, SPARSE_STEM, STEM
 
 # Names of the files that belong to a model beside its weights: configurations, model code, chat templates, tokenizers.
@@ -34,7 +43,7 @@ CONFIG, CARD = "config.json", "README.md"  # the card says what licence the mode
 ADAPTER = "adapter_config.json"  # of an adapter beside the model: peft would load the adapter and its own base
 
 
-def fetch(model: str, revision: str | None = None, *, weights: bool = True) -> Path:
+def fetch(model: str, revision: str | None = None, *, weights: bool = True, progress: Progress = silent) -> Path:
     """The folder of a model's files in the local cache, named by their commit; missing files are downloaded.
 
     The weights are those that transformers would load: ``model.safetensors``, or else the shards of its index. Weights
@@ -45,41 +54,90 @@ def fetch(model: str, revision: str | None = None, *, weights: bool = True) -> P
         model: Hugging Face id.
         revision: branch, tag or commit, None for the default branch.
         weights: fetch these too, and not only the files beside them.
+        progress: told (bytes so far, bytes) of what is downloaded, from any thread, but never from two at once.
 
     Raises:
         BesaError: there is no such model or revision, no access to it, no connection, no room, or the model has no
             safetensors.
     """
     name = f"{model}@{revision}" if revision else model
+    part = f"Only a part of {name} is in the cache"
     with _explained(model, revision, f"{name} is not in the cache"):
         commit = HfApi().resolve_revision(model, revision=revision)
-        try:
-            names = _listing(model, commit)
+        listing = _listing(model, commit)
+        if folder := _complete(model, commit, listing, weights):
+            return folder
+        try:  # also where the listing is known: asked for files, huggingface_hub would try to reach the Hub for long
+            info = HfApi().model_info(model, revision=commit.resolved, files_metadata=True)
         except (HTTPError, OfflineModeIsEnabled) as error:
             if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
                 raise
+            if listing:
+                raise BesaError(_out_of_reach(part, error)) from error
             return _cached(name, model, commit, weights, error)
-    if CONFIG not in names:
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
+    if CONFIG not in sizes:
         raise BesaError(f"{name} has no config.json: name a model in the format of transformers.")
-    with _explained(model, revision, f"Only a part of {name} is in the cache"):
-        beside = [each for each in names if belongs(each) or each == CARD]
-        folder = Path(snapshot_download(model, revision=commit, allow_patterns=beside))
-        if weights and (files := _weights(names, folder)):
-            snapshot_download(model, revision=commit, allow_patterns=files)
-        elif weights:
-            raise BesaError(
-                f"{name} has no {STEM}.safetensors, nor shards with an index: name another model or revision, as besa "
-                "reads no pickled weights."
-            )
-    return folder
+    with _explained(model, revision, part):
+        files = []
+        if weights:
+            indexes = [f"{stem}{INDEX}" for stem in (STEM, SPARSE_STEM) if f"{stem}{INDEX}" in sizes]
+            folder = _download(model, commit, {each: sizes[each] for each in (CONFIG, *indexes)}, silent)
+            if not (files := _weights(sizes, folder)):
+                raise BesaError(
+                    f"{name} has no {STEM}.safetensors, nor shards with an index: name another model or revision, as "
+                    "besa reads no pickled weights."
+                )
+        wanted = {*_beside(sizes), *files}
+        return _download(model, commit, {each: size for each, size in sizes.items() if each in wanted}, progress)
 
 
 def _listing(model: str, commit: ResolvedRevision) -> list[str]:
-    """Names of all files of a commit: from the cache, which has the listings of what it has, or else from the Hub."""
+    """Names of all files of a commit, as the cache keeps them with what it has of it; none if it has nothing."""
     try:
         return [file.path for file in get_cached_repo_tree(model, revision=commit)]
     except CachedRepoTreeNotFoundError:
-        return [file.rfilename for file in HfApi().model_info(model, revision=commit.resolved).siblings or []]
+        return []
+
+
+def _complete(model: str, commit: ResolvedRevision, names: Collection[str], weights: bool) -> Path | None:
+    """The folder of a model in the cache, None if a file is missing there.
+
+    Args:
+        model: as of `fetch`.
+        commit: of the model.
+        names: of all its files.
+        weights: as of `fetch`.
+    """
+    beside = _beside(names)
+    if CONFIG not in beside or not all(_has(model, commit, name) for name in beside):
+        return None
+    folder = Path(str(try_to_load_from_cache(model, CONFIG, revision=commit.resolved))).parent
+    files = _weights(names, folder) if weights else []
+    lacks = (weights and not files) or not all(name in names and _has(model, commit, name) for name in files)
+    return None if lacks else folder
+
+
+def _has(model: str, commit: ResolvedRevision, name: str) -> bool:
+    """Whether the cache has a file of a commit."""
+    return isinstance(try_to_load_from_cache(model, name, revision=commit.resolved), str)
+
+
+def _download(model: str, commit: ResolvedRevision, sizes: Mapping[str, int], progress: Progress) -> Path:
+    """The folder of a model, with these files in it.
+
+    Args:
+        model: as of `fetch`.
+        commit: of the model.
+        sizes: of the files by their names, in bytes.
+        progress: as of `fetch`.
+    """
+    lacking = sum(size for name, size in sizes.items() if not _has(model, commit, name))
+    download = Download(progress, lacking, f"downloading {model}")
+    download.reach(0)
+    folder = snapshot_download(model, revision=commit, allow_patterns=list(sizes), tqdm_class=download.bars)
+    download.reach(lacking)  # also with files that another commit or process has brought into the cache
+    return Path(folder)
 
 
 def _cached(name: str, model: str, commit: ResolvedRevision, weights: bool, reason: Exception) -> Path:
@@ -183,6 +241,11 @@ def _broken_off(model: str, error: Exception) -> BesaError:
 
 def _short(reason: object) -> str:
     return " ".join(str(reason).split()).rstrip(".")[:200]
+
+
+def _beside(names: Collection[str]) -> list[str]:
+    """Names of the files beside the weights that are fetched, of all names."""
+    return [name for name in names if belongs(name) or name == CARD]
 
 
 def belongs(name: str) -> bool:

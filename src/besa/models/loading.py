@@ -76,10 +76,11 @@ class Source:
         """What to write to have the same again: of a Hugging Face id once it is local, with its commit."""
         return pinned(self.base, self.revision)
 
-    def local(self, *, weights: bool = True) -> Source:
+    def local(self, progress: Progress = silent, *, weights: bool = True) -> Source:
         """The same source with its files in a folder: the files of a Hugging Face id are downloaded to the cache.
 
         Args:
+            progress: told about a download.
             weights: download these too; without, only configuration and tokenizer can be read.
 
         Raises:
@@ -88,7 +89,7 @@ class Source:
         if self.folder is not None:
             return self
         with quiet():
-            folder = hub.fetch(self.location, self.revision, weights=weights)
+            folder = hub.fetch(self.location, self.revision, weights=weights, progress=progress)
         return replace(self, location=str(folder), revision=folder.name)
 
     @property
@@ -101,12 +102,12 @@ class Source:
 
 
 def locate(model: str | Path, progress: Progress = silent, *, trust_remote_code: bool = False) -> Source:
-    """Find a MODEL argument. The embedded model is fetched.
+    """Find a MODEL argument. The embedded model is fetched; a Hugging Face id by `Source.local`.
 
     Args:
         model: Hugging Face id, also with a branch, a tag or a commit (``ORGANISATION/NAME@REVISION``), local folder,
             .gguf file, or ``smollm2`` (embedded).
-        progress: told about a download.
+        progress: told about a download of the embedded model.
         trust_remote_code: run model code that comes with the checkpoint, whenever this source is opened.
 
     Raises:

@@ -71,7 +71,7 @@ def simulate(entry: Entry) -> str | None:
     if simulated is None:
         return None
     return _line(
-        ["simulate", simulated.model if entry.run.dense else folder(entry)],
+        ["simulate", pinned(simulated.model, simulated.revision) if entry.run.dense else folder(entry)],
         tokens=",".join(map(str, simulated.block.cycles_memory)),
         json=f"{folder(entry)}/{SIMULATION_NAME}",
     )

@@ -20,7 +20,7 @@ def _speeds(label: str, bench: Bench) -> Table:
     caption = (
         f"{label}: tokens a second, by median and quartiles of {wording.counted(bench.rounds, 'round')} on {where}, "
         f"which reads {bench.bandwidth / 1e9:.1f} GB/s; "
-        f"{wording.TIMES} compares with {bench.models[0].model} in its fastest form"
+        f"{wording.TIMES} compares with {bench.models[0].name} in its fastest form"
     )
     head = ["work", "model", "form", "median", "quartiles", wording.TIMES, "limit", "of limit"]
     rows = []
@@ -29,14 +29,14 @@ def _speeds(label: str, bench: Bench) -> Table:
             middle, low, high, limit = timing.paces()
             share = wording.percent(timing.limit / timing.seconds, 0)
             numbers = [middle, f"{low} to {high}", f"{ratio:.2f}", limit, share]
-            rows.append([*map(printable, (work, model.model, model.form)), *numbers])
+            rows.append([*map(printable, (work, model.name, model.form)), *numbers])
     return Table(printable(caption), head, rows)
 
 
 def _sizes(label: str, bench: Bench) -> Table:
     rows = [
         [
-            *map(printable, (model.model, model.form, model.dtype)),
+            *map(printable, (model.name, model.form, model.dtype)),
             wording.size(model.file_bytes),
             wording.NO_VALUE if model.resident_bytes is None else wording.size(model.resident_bytes),
             wording.size(model.step_bytes),

@@ -119,7 +119,7 @@ def open_writer(
         raise BesaError(f"There is no temperature {temperature}: use 0 or a positive number.")
     source = None
     if not isinstance(model, PreTrainedModel):
-        source = locate(model, progress, trust_remote_code=trust_remote_code).local()
+        source = locate(model, progress, trust_remote_code=trust_remote_code).local(progress)
     tokenizer = tokenizer_of_caller(tokenizer) if source is None else tokenizer or load_tokenizer(source)
     if system is not None:
         check_text(system, "system prompt")

@@ -48,7 +48,7 @@ def load(
             infinity; or there is no such device, or it has no numbers of the model's dtype.
     """
     device = resolve_device(device)
-    source = locate(model, progress, trust_remote_code=trust_remote_code).local()
+    source = locate(model, progress, trust_remote_code=trust_remote_code).local(progress)
     if verify:
         verify_folder(source.location, progress=progress)
     return load_source(source, device, dtype)

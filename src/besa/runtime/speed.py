@@ -67,7 +67,7 @@ WORKS = [
 class _Contender:
     """A model in one form, with its measurements: seconds by work."""
 
-    name: str
+    source: Source
     form: str
     model: PreTrainedModel
     file_bytes: int
@@ -97,7 +97,7 @@ def bench(
         device: as in `besa.load`.
         dtype: as in `besa.load`.
         trust_remote_code: as in `besa.load`.
-        progress: told (measurements done, measurements, model and work).
+        progress: told about downloads, then (measurements done, measurements, model and work).
 
     Raises:
         BesaError: a model cannot be read, one is named twice, or none is named.
@@ -105,12 +105,12 @@ def bench(
     names = [str(model) for model in models]
     if not names:
         raise BesaError("There is nothing to measure: name a model.")
-    if len(set(names)) < len(names):
-        raise BesaError("A model is named twice: name each once.")
     device = resolve_device(device)
+    sources = [locate(name, progress, trust_remote_code=trust_remote_code).local(progress) for name in names]
+    if len({source.pinned for source in sources}) < len(names):
+        raise BesaError("A model is named twice: name each once.")
     contenders: list[_Contender] = []
-    for name in names:
-        source = locate(name, progress, trust_remote_code=trust_remote_code).local()
+    for source in sources:
         contenders += _contenders(source, device, dtype)
     read = torch.zeros(READ // 4, device=device)
     reading: list[float] = []
@@ -122,7 +122,7 @@ def bench(
                 seconds = _measure(contender.model, work)
                 if turn:
                     contender.seconds[work.name].append(seconds)
-                progress(next(done), total, f"{contender.name} {contender.form}, {work.name}")
+                progress(next(done), total, f"{contender.source.name} {contender.form}, {work.name}")
             reading.append(_timed(device, lambda: read.sum()))
     bandwidth = READ / min(reading)
     return Bench(
@@ -145,9 +145,9 @@ def _contenders(source: Source, device: torch.device, dtype: str) -> list[_Conte
     size = sum(path.stat().st_size for path in weight_paths(source))
     sparse = any(isinstance(module, SparseLinear) for module in model.modules())
     read = step_bytes(model)
-    forms = [_Contender(source.name, SPARSE if sparse else DENSE, model, size, resident, read)]
+    forms = [_Contender(source, SPARSE if sparse else DENSE, model, size, resident, read)]
     if not sparse and (other := prepacked(model)) is not None:
-        forms.append(_Contender(source.name, PREPACKED, other, size, None, read))
+        forms.append(_Contender(source, PREPACKED, other, size, None, read))
     return forms
 
 
@@ -219,7 +219,8 @@ def _speed(contender: _Contender, bandwidth: float) -> ModelSpeed:
         limit = work.passes * contender.step_bytes / bandwidth
         timings.append(Timing(work=work.name, tokens=work.counted, seconds=middle, low=low, high=high, limit=limit))
     return ModelSpeed(
-        model=contender.name,
+        model=contender.source.base,
+        revision=contender.source.revision,
         form=contender.form,
         dtype=str(contender.model.dtype).removeprefix("torch."),
         file_bytes=contender.file_bytes,

@@ -7,9 +7,11 @@ from typing import Any
 from pydantic import Field, PositiveFloat
 
 from besa.record import Record
+from besa.storage.names import pinned
 
 BENCH_NAME = "besa_bench.json"
 FIRST = "first token"
+SHORT = 12  # characters of a commit that name it in a table
 DENSE, PREPACKED, SPARSE = "dense", "dense, prepacked", "sparse"
 
 
@@ -44,7 +46,8 @@ class ModelSpeed(Record):
     """One model in one form.
 
     Attributes:
-        model: as the user named it.
+        model: as the user named it, but for the revision.
+        revision: its commit, if it came from the Hugging Face Hub.
         form: how its linears are computed: ``dense`` by torch, ``dense, prepacked`` with weights in oneDNN's
             own layout, or ``sparse``.
         dtype: of the model.
@@ -55,12 +58,18 @@ class ModelSpeed(Record):
     """
 
     model: str
+    revision: str | None = None
     form: str
     dtype: str
     file_bytes: int
     resident_bytes: int | None
     step_bytes: int
     timings: list[Timing]
+
+    @property
+    def name(self) -> str:
+        """The model's name, with its commit in short: it stands in every line of a table."""
+        return pinned(self.model, self.revision and self.revision[:SHORT])
 
 
 class Bench(Record):
@@ -89,5 +98,5 @@ class Bench(Record):
     def of(self, work: str) -> list[tuple[ModelSpeed, Timing, float]]:
         """Each model with its timing and its speed-up over the first model's fastest form."""
         rows = [(model, timing) for model in self.models for timing in model.timings if timing.work == work]
-        best = min(timing.seconds for model, timing in rows if model.model == self.models[0].model)
+        best = min(timing.seconds for model, timing in rows if model.name == self.models[0].name)
         return [(model, timing, best / timing.seconds) for model, timing in rows]

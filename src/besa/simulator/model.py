@@ -22,6 +22,7 @@ from besa.record import now
 from besa.settings import LARGEST
 from besa.simulator.bandwidth import load_cycles
 from besa.simulator.vitcod import Accelerator, Cycles, cycles
+from besa.storage.names import pinned
 from besa.system.machine import versions
 
 Number = TypeVar("Number", int, float)
@@ -115,6 +116,7 @@ class Simulation(BaseModel):
 
     Attributes:
         model: name of the model.
+        revision: its commit, if it came from the Hugging Face Hub.
         accelerator: its settings.
         linears: each linear alone.
         kinds: means over linears with the same path inside their blocks.
@@ -124,6 +126,7 @@ class Simulation(BaseModel):
     """
 
     model: str
+    revision: str | None = None
     accelerator: Accelerator
     linears: list[LinearSimulation]
     kinds: list[MeanSimulation]
@@ -135,26 +138,29 @@ class Simulation(BaseModel):
 def simulate(
     source: Source, tokens: Sequence[int], accelerator: Accelerator, progress: Progress = silent
 ) -> Simulation:
-    """Simulate every prunable weight of a local checkpoint.
+    """Simulate every prunable weight of a checkpoint; a Hugging Face id is downloaded first.
 
     Args:
         source: dense, pruned or packed.
         tokens: numbers of input vectors for the figures with memory.
         accelerator: its settings.
-        progress: is called with (blocks done, blocks, name of the block).
+        progress: told about a download, then (blocks done, blocks, name of the block).
 
     Raises:
-        BesaError: a number of tokens is not positive or too large, or as `stored_weights` does.
+        BesaError: a number of tokens is not positive or too large, the model cannot be fetched, or as `stored_weights`
+            does.
     """
     if not tokens or min(tokens) < 1 or max(tokens) > LARGEST:
         numbers = ", ".join(map(str, tokens)) or "none at all"
         raise BesaError(f"Numbers of tokens must be positive and at most {LARGEST:,}, not {numbers}.")
+    source = source.local(progress)
     linears = [simulate_weight(weight, tuple(tokens), accelerator) for weight in stored_weights(source, progress)]
     by_kind: dict[str, list[LinearSimulation]] = {}
     for linear in linears:
         by_kind.setdefault(kind(linear.name, linear.block), []).append(linear)
     return Simulation(
-        model=source.name,
+        model=source.base,
+        revision=source.revision,
         accelerator=accelerator,
         linears=linears,
         kinds=[_mean(name, of_kind, len(of_kind)) for name, of_kind in by_kind.items()],
@@ -173,7 +179,8 @@ def check_alike(simulations: Sequence[Simulation]) -> None:
     first, *others = simulations
     for other in others:
         if {kind.name: kind.dense for kind in other.kinds} != {kind.name: kind.dense for kind in first.kinds}:
-            raise BesaError(f"{other.model} has other linears than {first.model}: compare checkpoints of one model.")
+            names = [pinned(one.model, one.revision) for one in (other, first)]
+            raise BesaError(f"{names[0]} has other linears than {names[1]}: compare checkpoints of one model.")
 
 
 def simulate_weight(weight: StoredWeight, tokens: tuple[int, ...], accelerator: Accelerator) -> LinearSimulation:

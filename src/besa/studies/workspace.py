@@ -256,7 +256,7 @@ class Workspace:
     def _source(self) -> Source:
         """The model, of one commit for all that is done."""
         given = self.conditions
-        return locate(given.model, self.progress, trust_remote_code=given.trust_remote_code).local()
+        return locate(given.model, self.progress, trust_remote_code=given.trust_remote_code).local(self.progress)
 
     @cached_property
     def _fingerprint(self) -> str:
