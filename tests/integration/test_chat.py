@@ -246,13 +246,15 @@ class Terminal:
     def type(self, keys: str) -> None:
         os.write(self._mine, keys.encode())
 
-    def until(self, text: str) -> str:
-        """What is shown up to and with a text."""
+    def until(self, text: str, again: str = "") -> str:
+        """What is shown up to and with a text; keys are typed `again` each second, as Python can lose a Ctrl-C."""
         end = time.monotonic() + 120
         while text not in self._shown:
             assert time.monotonic() < end, self._shown
             if select.select([self._mine], [], [], 1)[0]:
                 self._shown += os.read(self._mine, 4096).decode()
+            else:
+                self.type(again)
         before, _, self._shown = self._shown.partition(text)
         return before + text
 
@@ -285,7 +287,7 @@ def test_a_chat_in_a_terminal(instruct: Path) -> None:
         terminal.until("no position left: shorten it.")
         terminal.until("> ")
         terminal.type("\x03")
-        terminal.until("/exit or Ctrl-D ends the chat.")
+        terminal.until("/exit or Ctrl-D ends the chat.", again="\x03")
         terminal.until("> ")
         terminal.type("\x04")
         assert terminal.ends() == 0

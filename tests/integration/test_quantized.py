@@ -1,6 +1,7 @@
 """Pruned and quantised checkpoints: loaded by transformers alone, zeros intact, sizes as told."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -84,7 +85,8 @@ def test_a_fresh_process_without_besa_gives_the_same_output(joint: Compressed) -
         "logits = model(torch.arange(20)[None]).logits; assert 'besa' not in sys.modules; "
         "print(float(logits.double().abs().sum()))"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    alone = os.environ | {"BESA_AUTOLOAD": "0"}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=alone)
     with torch.no_grad():
         logits = decompressed(joint.out)(torch.arange(20)[None]).logits
     assert float(run.stdout) == pytest.approx(float(logits.double().abs().sum()), rel=1e-6)
