@@ -120,6 +120,22 @@ def test_a_saved_model_is_a_packed_checkpoint(folder: Path, size: str, tmp_path:
         model.save_pretrained(tmp_path / "other", push_to_hub=True)
 
 
+def test_a_save_replaces_what_was_saved_there(plain: Path, tmp_path: Path) -> None:
+    """Whole, in shards, dense, and the very files that the model is mapped from."""
+    shutil.copytree(plain, tmp_path / "saved", ignore=shutil.ignore_patterns("besa_run.json"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    expected = logits(model)
+    model.model.norm.weight.mul_(2)
+    for size in ("300KB", "50GB"):
+        AutoModelForCausalLM.from_pretrained(plain.parent / "dense").save_pretrained(tmp_path / "saved")
+        model.save_pretrained(tmp_path / "saved", max_shard_size=size)
+        names = {path.name for path in (tmp_path / "saved").glob("*.safetensors*")}
+        assert all(name.startswith("bitmask") for name in names)
+        assert ("bitmask.safetensors" in names) == (size == "50GB") == (len(names) == 1)
+        for loaded in (besa.load(tmp_path / "saved"), AutoModelForCausalLM.from_pretrained(tmp_path / "saved")):
+            torch.testing.assert_close(logits(loaded), 2 * expected)
+
+
 def test_a_model_made_dense_is_an_ordinary_one(folder: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder).dequantize()
     expected = AutoModelForCausalLM.from_pretrained(folder.parent / "dense")

@@ -144,6 +144,9 @@ def save_pretrained(model: PreTrainedModel, save_directory: str | Path, **option
         config = json.loads((made / "config.json").read_text(encoding="utf-8"))
         config["quantization_config"] = settings(made, config["quantization_config"]["codes"])
         write_file(made / "config.json", json.dumps(config, indent=2) + "\n")
+        for stem in (STEM, SPARSE_STEM):  # of an earlier save, which would be read instead
+            for path in [*folder.glob(f"{stem}*.safetensors"), *folder.glob(f"{stem}{INDEX}")]:
+                path.unlink()
         for path in made.iterdir():
             shutil.move(path, folder / path.name)
 
