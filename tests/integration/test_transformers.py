@@ -175,6 +175,15 @@ def test_damage_is_refused_here_too(plain: Path, tmp_path: Path) -> None:
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("other", ["model.safetensors", "bitmask.safetensors"])
+def test_weights_of_two_checkpoints_are_refused(other: str, plain: Path, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(plain).save_pretrained(tmp_path, max_shard_size="300KB")
+    source = plain if other.startswith("bitmask") else plain.parent / "dense"
+    shutil.copyfile(source / other, tmp_path / other)
+    with pytest.raises(BesaError, match="weight files of two checkpoints"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
 def test_version_1_loads_in_besa(folder: Path, tmp_path: Path) -> None:
     """besa 0.1 kept the header under its own key, which no other program reads."""
     config = json.loads((folder / "config.json").read_text())

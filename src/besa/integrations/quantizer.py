@@ -62,7 +62,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         from besa.runtime.packed import lay_out
 
         del model.config.transformers_weights  # in a saved config.json it would lead programs without besa to the file
-        self._bits = lay_out(model, Path(checkpoint_files[0]).parent)
+        self._bits = lay_out(model, [Path(file) for file in checkpoint_files])
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         from besa.runtime.packed import finish

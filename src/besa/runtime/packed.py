@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MethodType
@@ -31,23 +32,27 @@ from besa.storage.weights import INDEX, SPARSE_STEM, STEM
 from besa.storage.writing import write_file
 
 
-def lay_out(model: PreTrainedModel, folder: Path) -> int | None:
+def lay_out(model: PreTrainedModel, paths: Sequence[Path]) -> int | None:
     """Check a packed checkpoint, and put layers that hold its tensors into the model.
 
     Args:
         model: of the folder's configuration, without memory for weights.
-        folder: of the checkpoint.
+        paths: of the weight files that transformers will load, in the folder of the checkpoint.
 
     Returns:
         Bits of a code, None if no weights are stored as codes.
 
     Raises:
-        BesaError: the checkpoint is damaged or incomplete, or belongs to another configuration.
+        BesaError: the checkpoint is damaged or incomplete, or belongs to another configuration; or the folder has
+            other weights too.
     """
+    folder = paths[0].parent
     if header(folder) is None:
         raise BesaError(f"{folder} is not packed, though its config.json was: put the files of one checkpoint into it.")
     with torch.device("cpu"):
         files = Container(folder)
+        if {path.resolve() for path in files.paths} != {path.resolve() for path in paths}:
+            raise BesaError(f"{folder} holds weight files of two checkpoints: remove those that do not belong to it.")
         check_packed(files)
         check_layout(str(folder), files, model)
         renamed = renaming(model, get_model_conversion_mapping(model))
