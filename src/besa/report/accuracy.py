@@ -67,13 +67,12 @@ def _differences(runs: Answered) -> list[Table]:
     rows = [
         [
             entry.label,
-            entry.sparsity,
             *(_difference(pairs.tasks.get(task)) for task in tasks),
             _difference(pairs.mean if pairs.tasks.keys() == {*tasks} else None),
         ]
         for entry, pairs in _against_dense(runs)
     ]
-    head = ["method", "sparsity", *map(printable, tasks), "mean"]
+    head = ["method", *map(printable, tasks), "mean"]
     caption = "Accuracy less that of dense on the same questions, in points, with the paired standard error"
     return [Table(caption, head, rows)] if rows else []
 
