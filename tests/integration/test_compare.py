@@ -1,5 +1,6 @@
 """Recipes side by side: what is missing is run, what is there is used, and table and plot are of these runs."""
 
+import io
 import json
 import math
 import re
@@ -10,8 +11,10 @@ from statistics import mean, stdev
 from xml.etree import ElementTree
 
 import pytest
+from rich.console import Console
 
 import besa
+from besa.cli.show import compared
 from besa.errors import BesaError
 from besa.methods.recipe import Recipe
 from besa.storage.writing import claimed
@@ -19,6 +22,7 @@ from besa.studies import workspace as workspace_module
 from besa.studies.comparing import Comparison, compare
 from besa.studies.origin import Origin
 from besa.studies.workspace import Conditions, Measures, Workspace
+from tests.measuring_on_ranks import with_tiny_questions
 
 RECIPES, SPARSITIES = ["magnitude", "wanda"], [0.5, 0.7]
 
@@ -176,6 +180,58 @@ def test_table_plot_and_json_agree(made: tuple[Workspace, Comparison]) -> None:
     for word in ("magnitude", "wanda", "dense", "perplexity heldout", "perplexity little", "sparsity in %"):
         assert word in text
     assert "var(" not in (workspace.folder / "compare.svg").read_text()
+
+
+def test_accuracies_are_paired_with_those_of_the_dense_model(
+    tmp_path: Path, tiny_llama_folder: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_tiny_questions(tmp_path, monkeypatch.setattr)
+    measures = Measures(tasks=("piqa", "winogrande"))
+    workspace = replace(workspace_in(tmp_path / "out", tiny_llama_folder, text), measures=measures)
+    found = compare(workspace, ["wanda"], [0.7], 2)
+    reference, *models = (
+        workspace.outcome(recipe, seed).evaluation.zero_shot.tasks
+        for recipe, seed in [(None, 0), (Recipe.load("wanda", 0.7), 0), (Recipe.load("wanda", 0.7), 1)]
+    )
+    pairs, mean_pair = found.rows[0].paired.tasks, found.rows[0].paired.mean
+    for task in measures.tasks:
+        dense, *runs = ([*map(int, one[task].right)] for one in (reference, *models))
+        changes = [(first + second) / 2 - right for first, second, right in zip(*runs, dense, strict=True)]
+        assert pairs[task].difference == pytest.approx(mean(changes))
+        assert pairs[task].stderr == pytest.approx(stdev(changes) / len(changes) ** 0.5)
+        assert pairs[task].won - pairs[task].lost == 2 * sum(changes)
+    assert any(pair.won + pair.lost for pair in pairs.values())
+    assert 100 * mean_pair.difference == pytest.approx(found.rows[0].mean["accuracy"] - found.dense.mean["accuracy"])
+    assert mean_pair.answers == 2 * 2 * 6
+    assert found.dense.paired is None
+    assert Comparison.model_validate_json((workspace.folder / "compare.json").read_text()).rows == found.rows
+    document = (workspace.folder / "compare.md").read_text()
+    assert "| recipe | sparsity | piqa | winogrande | mean | won | lost | of |" in document
+    said = f"{100 * mean_pair.difference:+.2f} ± {100 * mean_pair.stderr:.2f}"
+    assert f"| {said} | {mean_pair.won} | {mean_pair.lost} | 24 |" in document
+    shown = Console(width=200, record=True, file=io.StringIO())
+    shown.print(compared(found))
+    terminal = shown.export_text()
+    assert said in terminal
+    assert "on the same questions, in points" in terminal
+
+
+def test_without_answers_there_is_no_pairing(
+    tmp_path: Path, tiny_llama_folder: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files of before answers were kept."""
+    with_tiny_questions(tmp_path, monkeypatch.setattr)
+    given = workspace_in(tmp_path / "out", tiny_llama_folder, text)
+    workspace = replace(given, measures=Measures(tasks=("piqa",)))
+    compare(workspace, ["magnitude"], [0.5], 1)
+    (path,) = workspace.folder.glob("dense.zero-shot-*.json")
+    content = json.loads(path.read_text())
+    for key in ("right", "right_norm", "asked"):
+        del content["zero_shot"]["tasks"]["piqa"][key]
+    path.write_text(json.dumps(content))
+    found = compare(workspace, ["magnitude"], [0.5], 1)
+    assert found.rows[0].paired is None
+    assert "same questions" not in (workspace.folder / "compare.md").read_text()
 
 
 def copied(workspace: Workspace, folder: Path) -> Workspace:

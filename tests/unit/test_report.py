@@ -478,6 +478,40 @@ def test_accuracies_stand_beside_those_of_the_same_questions(folder):
     assert "besa eval tiny --tasks piqa,boolq --limit 200 --json dense/besa_eval.json" in page.text
 
 
+def answered(piqa, boolq, norm=None, source="embedded"):
+    """Accuracies with the answers they are the shares of."""
+    found = zero_shot(source, piqa=piqa.count("1") / len(piqa), boolq=boolq.count("1") / len(boolq))
+    found["tasks"]["piqa"] |= {"right": piqa, "asked": "p"}
+    found["tasks"]["boolq"] |= {"right": boolq, "asked": "b"}
+    if norm:
+        found["tasks"]["piqa"] |= {"acc_norm": norm.count("1") / len(norm), "right_norm": norm}
+    return found
+
+
+def test_accuracies_are_paired_with_those_of_dense(folder):
+    dense = folder("dense", measured=evaluation({}, zero_shot=answered("1111100000", "11110", "1111100000")))
+    besa = folder("besa", record(), evaluation({}, zero_shot=answered("0011110000", "11110", "1111110000")))
+    plain = zero_shot(piqa=0.6, boolq=0.8)  # of before answers were kept
+    wanda = folder("wanda", record("wanda"), evaluation({}, zero_shot=plain))
+    hub = folder("fast", record("fast"), evaluation({}, zero_shot=answered("0000000000", "00000", source="hub")))
+    page = Page(render([dense, besa, wanda, hub]))
+    tables = [table for table in page.tables if table[0] == ["method", "sparsity", "piqa", "boolq", "mean"]]
+    assert [len(table) for table in tables] == [4, 2]
+    # Two answers lost and one won of ten: (3 - 1/10) / 9 / 10 is the square of the error.
+    assert page.table("method", "piqa", "boolq", "mean")[1:] == [
+        ["besa", "−10.00 ± 17.95", "+0.00 ± 0.00", "−5.00 ± 8.98"]
+    ]
+    assert "Accuracy less that of dense on the same questions, in points, with the paired standard error" in page.text
+    assert page.table("method", "task", "questions")[1:] == [
+        ["besa", "piqa", "10", "1", "2", "−10.00 ± 17.95", "+10.00 ± 10.00"],
+        ["besa", "boolq", "5", "0", "0", "+0.00 ± 0.00", "—"],
+    ]
+    assert "Answers won and lost, by task" in page.text
+    for runs in ([besa, wanda], [dense, wanda], [dense, hub]):
+        assert "Accuracy less" not in Page(render(runs)).text
+        assert "won and lost" not in Page(render(runs)).text
+
+
 def test_windows_of_other_lengths_have_a_table(folder):
     details = {"wiki": {"perplexity": 20.0, "windows": 40, "predicted": 1, "bits_per_byte": 0.98765}}
     longer = {"wiki": {"perplexity": 17.5, "windows": 10, "predicted": 1}}

@@ -16,6 +16,7 @@ from besa.data.questions import TASKS, questions
 from besa.errors import BesaError
 from besa.evaluation.zero_shot import DEFINITIONS, check_tasks, zero_shot
 from besa.system import ranks
+from tests import tiny_questions
 from tests.pretend_ranks import each_rank
 from tests.tiny_questions import NOUNS, rows, write
 
@@ -50,7 +51,8 @@ def test_embedded_questions_are_scored_as_lm_eval_scores_the_same_rows(monkeypat
     manager = TaskManager(
         include_path=[(folder / file).parent for file in DEFINITIONS.values()], include_defaults=False
     )
-    theirs = evaluate(HFLM(pretrained=tiny_llama, tokenizer=tiny_tokenizer, batch_size=16), manager.load(list(TASKS)))
+    scorer = HFLM(pretrained=tiny_llama, tokenizer=tiny_tokenizer, batch_size=16)
+    theirs = evaluate(scorer, manager.load(list(TASKS)), log_samples=True)
     assert set(ours.tasks) == set(theirs["results"]) == set(TASKS)
     for task, accuracy in ours.tasks.items():
         result = theirs["results"][task]
@@ -59,6 +61,11 @@ def test_embedded_questions_are_scored_as_lm_eval_scores_the_same_rows(monkeypat
         assert accuracy.acc_norm_stderr == result.get("acc_norm_stderr,none"), task
         assert accuracy.version == theirs["versions"][task]
         assert accuracy.questions == 6
+        samples = sorted(theirs["samples"][task], key=lambda sample: sample["doc_id"])
+        assert accuracy.right == "".join(str(int(sample["acc"])) for sample in samples)
+        norm = [sample.get("acc_norm") for sample in samples]
+        assert accuracy.right_norm == (None if None in norm else "".join(str(int(right)) for right in norm))
+    assert len({accuracy.right for accuracy in ours.tasks.values()}) > 3
     assert ours.mean == pytest.approx(sum(result["acc,none"] for result in theirs["results"].values()) / 6)
     assert len({accuracy.acc for accuracy in ours.tasks.values()}) > 1
 
@@ -80,6 +87,37 @@ def test_questions_are_the_prompts_lm_eval_makes_of_its_own(monkeypatch, tiny_ll
     assert asked["embedded"] == asked["hub"]
     assert len(asked["hub"]) == 2 * 6 * 4
     assert asked["hub"][0] == ("Building a house: A man looks at the river. He", " walks to the river.")
+
+
+def test_a_digest_tells_questions_and_their_keys_apart(monkeypatch, tmp_path, tiny_llama, tiny_tokenizer):
+    def digests(**settings):
+        found = zero_shot(tiny_llama, tiny_tokenizer, TASKS, **settings)
+        return {task: accuracy.asked for task, accuracy in found.tasks.items()}
+
+    def as_if(change):
+        with monkeypatch.context() as patch:
+            patch.setattr(tiny_questions, "rows", lambda task: change(rows(task)))
+            return digests()
+
+    first = digests()
+    assert len({*first.values()}) == 6
+    assert as_if(lambda asked: asked) == first
+    for change in (lambda asked: asked[::-1], lambda asked: asked[:5], lambda asked: [other_key(asked[0]), *asked[1:]]):
+        assert all(digest != first[task] for task, digest in as_if(change).items())
+    with monkeypatch.context() as patch:
+        from_the_hub(patch)
+        assert digests(hub=True) == first
+    assert digests(limit=5) == as_if(lambda asked: asked[:5])
+
+
+def other_key(row):
+    """The same question with another answer as the correct one."""
+    if "choices" in row:
+        labels = row["choices"]["label"]
+        return row | {"answerKey": labels[(labels.index(row["answerKey"]) + 1) % 4]}
+    if "answer" in row:
+        return row | {"answer": "2" if row["answer"] == "1" else "1"}
+    return row | {"label": str(1 - int(row["label"])) if isinstance(row["label"], str) else 1 - row["label"]}
 
 
 def test_limit_progress_and_the_record(tiny_llama, tiny_tokenizer):

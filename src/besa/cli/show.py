@@ -31,7 +31,7 @@ from besa.runtime.timings import Bench
 from besa.simulator import Simulation, described
 from besa.storage.names import pinned
 from besa.studies.comparing import Comparison
-from besa.studies.rows import MADE_BY, listed
+from besa.studies.rows import MADE_BY, PAIRED, listed, listed_pairs
 from besa.system import ranks
 
 PLACES = {"device": "on the device", "host": "in memory", "file": "on disk"}  # of hidden states
@@ -229,7 +229,15 @@ def compared(result: Comparison) -> RenderableType:
         table.add_column(column, justify="left" if column in (head[0], MADE_BY) else "right")
     for line in cells:
         table.add_row(*line)
-    return table
+    pairs = listed_pairs(result.rows)
+    if not pairs:
+        return table
+    paired = Table(caption=PAIRED)
+    for column in pairs[0]:
+        paired.add_column(column, justify="left" if column == pairs[0][0] else "right")
+    for line in pairs[1:]:
+        paired.add_row(*line)
+    return Group(table, paired)
 
 
 def _answered(model: str, result: ZeroShot) -> RenderableType:

@@ -6,7 +6,9 @@ questions. lm_eval itself sees one process: it forgoes its own setup for several
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -57,6 +59,10 @@ class Accuracy(BaseModel):
         acc_norm_stderr: its standard error.
         questions: number of questions.
         version: of lm_eval's definition.
+        right: a 1 for each question with a correct answer and a 0 for each other one, in the order of the questions;
+            None in files of before answers were kept.
+        right_norm: the same with probabilities per byte; None if there is no such score.
+        asked: SHA-256 of what was asked: all questions with their answers, and which one is correct.
     """
 
     acc: float
@@ -65,6 +71,9 @@ class Accuracy(BaseModel):
     acc_norm_stderr: float | None = None
     questions: int
     version: float
+    right: str | None = Field(default=None, pattern="^[01]+$")
+    right_norm: str | None = Field(default=None, pattern="^[01]+$")
+    asked: str | None = None
 
 
 class ZeroShot(BaseModel):
@@ -146,7 +155,7 @@ def zero_shot(
         chosen = {task: _task(task, hub, progress) for task in tasks}
         lm = _scorer(model, tokenizer, batch or BATCH, {"auto": None, "yes": True, "no": False}[bos], progress)
         results = evaluate(lm, task_dict={"tasks": chosen, "groups": {}}, limit=limit, log_samples=False)
-    accuracies = {task: _accuracy(results, task) for task in tasks}
+    accuracies = {task: _accuracy(results, task, chosen[task]) for task in tasks}
     return ZeroShot(
         tasks=accuracies,
         mean=sum(accuracy.acc for accuracy in accuracies.values()) / len(accuracies),
@@ -157,14 +166,33 @@ def zero_shot(
     )
 
 
-def _accuracy(results: Any, task: str) -> Accuracy:
+def _accuracy(results: Any, task: str, answered: Any) -> Accuracy:
     result = results["results"][task]
     scores = {name: result.get(f"{name},none") for name in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")}
     for name in ("acc_stderr", "acc_norm_stderr"):
         if isinstance(scores[name], str):  # "N/A" for a single question
             scores[name] = None
     number = results["n-samples"][task]["effective"]
-    return Accuracy(**scores, questions=number, version=float(results["versions"][task]))
+    return Accuracy(
+        **scores,
+        questions=number,
+        version=float(results["versions"][task]),
+        right=answered.right["acc"],
+        right_norm=answered.right.get("acc_norm"),
+        asked=_asked(answered),
+    )
+
+
+def _asked(task: ConfigurableTask) -> str:
+    """A digest of the questions, their answers and the correct ones."""
+    digest = hashlib.sha256()
+    for _, requests in groupby(task.instances, lambda one: one.doc_id):
+        scored = list(requests)
+        question = scored[0].doc
+        # Of Winogrande, the correct answer stands in what the others have as the question.
+        correct = [str(task.doc_to_text(question)), str(task.doc_to_target(question))]
+        digest.update(json.dumps([*(request.args for request in scored), correct]).encode() + b"\n")
+    return digest.hexdigest()
 
 
 @cache
@@ -187,6 +215,17 @@ def _task(name: str, hub: bool, progress: Progress) -> ConfigurableTask:
     from lm_eval.tasks._yaml_loader import load_yaml
 
     class Task(ConfigurableTask):  # type: ignore[misc]
+        def __init__(self, config: dict[str, Any]) -> None:
+            super().__init__(config=config)
+            self.right: dict[str, str] = {}
+
+        def process_results(self, doc: Any, results: Any) -> dict[str, float]:
+            """Called for one question after the other, in their order."""
+            scores: dict[str, float] = super().process_results(doc, results)
+            for score, value in scores.items():
+                self.right[score] = self.right.get(score, "") + ("1" if value else "0")
+            return scores
+
         def build_all_requests(self, **settings: Any) -> None:
             with redirect_stderr(io.StringIO()):  # no setting turns off its progress bar
                 super().build_all_requests(**settings)

@@ -1,9 +1,10 @@
-"""Tables of what else an evaluation found: accuracies on tasks, and perplexities in windows of other lengths."""
+"""Tables of what else an evaluation found: accuracies, also against dense, and perplexities in other windows."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+from besa.evaluation.pairing import Against, Paired, against
 from besa.evaluation.perplexity import Perplexity
 from besa.evaluation.zero_shot import Accuracy, ZeroShot
 from besa.report import wording
@@ -11,19 +12,31 @@ from besa.report.figures import Table
 from besa.report.results import Entry
 from besa.storage.names import printable
 
+Answered = list[tuple[Entry, ZeroShot]]
+
 
 def accuracies(entries: list[Entry]) -> list[Table]:
-    """A table for all runs that were asked the same questions, in per cent."""
-    answered = [(entry, entry.run.measured.zero_shot) for entry in entries if entry.run.measured]
-    groups: dict[str, list[tuple[Entry, ZeroShot]]] = {}
-    for entry, zero_shot in answered:
-        if zero_shot is not None:
+    """For all runs that were asked the same questions, their accuracies in per cent, and the differences to dense."""
+    return [
+        table for questions, runs in _asked(entries).items() for table in (_table(questions, runs), *_differences(runs))
+    ]
+
+
+def _asked(entries: list[Entry]) -> dict[str, Answered]:
+    """Runs with what they answered, by what they were asked."""
+    groups: dict[str, Answered] = {}
+    for entry in entries:
+        if entry.run.measured and (zero_shot := entry.run.measured.zero_shot) is not None:
             groups.setdefault(_questions(zero_shot), []).append((entry, zero_shot))
-    return [_table(questions, runs) for questions, runs in groups.items()]
+    return groups
 
 
-def _table(questions: str, runs: list[tuple[Entry, ZeroShot]]) -> Table:
-    tasks = list(dict.fromkeys(task for _, zero_shot in runs for task in zero_shot.tasks))
+def _tasks(runs: Answered) -> list[str]:
+    return list(dict.fromkeys(task for _, zero_shot in runs for task in zero_shot.tasks))
+
+
+def _table(questions: str, runs: Answered) -> Table:
+    tasks = _tasks(runs)
     rows = [
         [
             entry.label,
@@ -37,9 +50,65 @@ def _table(questions: str, runs: list[tuple[Entry, ZeroShot]]) -> Table:
     return Table(printable(caption), ["method", "sparsity", *map(printable, tasks), "mean"], rows)
 
 
+def _against_dense(runs: Answered, norm: bool = False) -> list[tuple[Entry, Against]]:
+    """Every pruned model against the first dense one that was asked the same questions."""
+    found = []
+    for entry, zero_shot in runs:
+        known = (against([zero_shot], other, norm=norm) for dense, other in runs if dense.run.dense)
+        pairs = None if entry.run.dense else next((one for one in known if one), None)
+        if pairs:
+            found.append((entry, pairs))
+    return found
+
+
+def _differences(runs: Answered) -> list[Table]:
+    """A table of differences, none without a dense model whose answers are known."""
+    tasks = _tasks(runs)
+    rows = [
+        [
+            entry.label,
+            *(_difference(pairs.tasks.get(task)) for task in tasks),
+            _difference(pairs.mean if pairs.tasks.keys() == {*tasks} else None),
+        ]
+        for entry, pairs in _against_dense(runs)
+    ]
+    head = ["method", *map(printable, tasks), "mean"]
+    caption = "Accuracy less that of dense on the same questions, in points, with the paired standard error"
+    return [Table(caption, head, rows)] if rows else []
+
+
+def changes(entries: list[Entry]) -> list[Table]:
+    """For all runs that were asked the same questions, how many answers changed from right to wrong and back."""
+    tables = []
+    for questions, runs in _asked(entries).items():
+        by_norm = dict(_against_dense(runs, norm=True))
+        rows = [
+            [
+                entry.label,
+                printable(task),
+                wording.count(pair.answers),
+                wording.count(pair.won),
+                wording.count(pair.lost),
+                _difference(pair),
+                _difference(by_norm[entry].tasks.get(task) if entry in by_norm else None),
+            ]
+            for entry, pairs in _against_dense(runs)
+            for task, pair in pairs.tasks.items()
+        ]
+        head = ["method", "task", "questions", "won", "lost", "acc", "acc_norm"]
+        caption = "Right answers of the method only (won) and of dense only (lost), and differences in points; "
+        if rows:
+            tables.append(Table(printable(caption + questions), head, rows))
+    return tables
+
+
 def _questions(zero_shot: ZeroShot) -> str:
     limit = f"the first {wording.count(zero_shot.limit)} questions" if zero_shot.limit else "all questions"
     return f"{limit} of each task, {zero_shot.source}, lm_eval {zero_shot.lm_eval}"
+
+
+def _difference(pair: Paired | None) -> str:
+    return wording.NO_VALUE if pair is None else wording.points(pair.difference, pair.stderr)
 
 
 def _share(accuracy: Accuracy | None) -> str:

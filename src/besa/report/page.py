@@ -129,6 +129,7 @@ def _results(entries: list[Entry]) -> dict[str, Any]:
         "ratios": any(cell and cell.ratio is not None for row in cells for cell in row),
         "perplexities": figures.perplexities(entries),
         "accuracies": accuracy.accuracies(entries),
+        "changes": accuracy.changes(entries),
         "lengths": accuracy.lengths(entries),
         "footnotes": _footnotes(entries, any(cell and cell.best for row in cells for cell in row)),
     }

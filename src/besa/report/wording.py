@@ -35,6 +35,12 @@ def percent_unlike(share: float, other: float) -> str:
     return percent(share, digits)
 
 
+def points(difference: float, error: float | None = None) -> str:
+    """A difference of shares in points with its sign, and its standard error."""
+    said = f"{100 * difference:+.2f}".replace("-", MINUS)
+    return said if error is None else f"{said} ± {100 * error:.2f}"
+
+
 def count(number: float) -> str:
     """A whole number with thousands set apart."""
     return f"{number:,.0f}"

@@ -119,9 +119,10 @@ def _table(
         command: as in `compare`.
     """
     given, measures, folder = workspace.conditions, workspace.measures, path_of(workspace.folder)
-    dense = row(DENSE, [workspace.outcome(None)])
+    reference = workspace.outcome(None)
+    dense = row(DENSE, [reference])
     for recipe, count in seeds_by_recipe:
-        made = row(recipe.name, [workspace.outcome(recipe, seed) for seed in range(count)])
+        made = row(recipe.name, [workspace.outcome(recipe, seed) for seed in range(count)], dense=reference)
         rows = rows | {_place(made.settings): made}
     compared = Comparison(
         command=command,

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from besa.evaluation.pairing import Against, Paired, against
 from besa.report.markdown import table
 from besa.studies.origin import Origin
 from besa.studies.workspace import Outcome
@@ -17,6 +18,10 @@ from besa.studies.workspace import Outcome
 SCORES: Callable[[Outcome], dict[str, float]] = attrgetter("scores")
 MADE_BY = "made by"
 LABELS = {"accuracy": "mean accuracy in %"}
+PAIRED = (
+    "Accuracy less that of dense on the same questions, in points, with the paired standard error. Won and lost: how "
+    "many answers only the recipe, and only dense, has right, of all answers to all tasks with all seeds."
+)
 
 
 class Row(BaseModel):
@@ -32,6 +37,7 @@ class Row(BaseModel):
         values: the scores by seed.
         seconds: of pruning, mean.
         origin: versions and machine that made it; None where a file does not say.
+        paired: accuracies against those of the dense model, where both were asked the same questions.
     """
 
     model_config = ConfigDict(ser_json_inf_nan="constants")
@@ -45,15 +51,22 @@ class Row(BaseModel):
     values: dict[str, list[float]]
     seconds: float | None
     origin: Origin | None = None
+    paired: Against | None = None
 
 
-def row(recipe: str, outcomes: Sequence[Outcome], scores: Callable[[Outcome], dict[str, float]] = SCORES) -> Row:
+def row(
+    recipe: str,
+    outcomes: Sequence[Outcome],
+    scores: Callable[[Outcome], dict[str, float]] = SCORES,
+    dense: Outcome | None = None,
+) -> Row:
     """Mean and spread of one recipe's outcomes.
 
     Args:
         recipe: its name.
         outcomes: one for each seed, all of one origin.
         scores: what is looked at.
+        dense: what is found of the dense model, to compare accuracies with.
     """
     each = [scores(outcome) for outcome in outcomes]
     values = {score: [numbers[score] for numbers in each] for score in each[0]}
@@ -72,7 +85,17 @@ def row(recipe: str, outcomes: Sequence[Outcome], scores: Callable[[Outcome], di
         values=values,
         seconds=mean(record.seconds for record in records) if records else None,
         origin=outcomes[0].origin,
+        paired=_paired(outcomes, dense),
     )
+
+
+def _paired(outcomes: Sequence[Outcome], dense: Outcome | None) -> Against | None:
+    """Accuracies of all outcomes against those of the dense model."""
+    if dense is None or (reference := dense.evaluation.zero_shot) is None:
+        return None
+    asked = [outcome.evaluation.zero_shot for outcome in outcomes]
+    known = [one for one in asked if one is not None]
+    return against(known, reference) if len(known) == len(asked) else None
 
 
 def listed(rows: Sequence[Row], earlier: Sequence[Row] = (), first: str = "recipe") -> list[list[str]]:
@@ -108,6 +131,39 @@ def cell(row: Row, score: str) -> str:
 
 
 def markdown(rows: Sequence[Row], earlier: Sequence[Row] = (), first: str = "recipe") -> str:
-    """The table that `listed` describes, in Markdown."""
+    """The table that `listed` describes, in Markdown, and that of `listed_pairs` where there is one."""
     head, *cells = listed(rows, earlier, first)
-    return table(head, cells, words=2 if earlier else 1)
+    found, pairs = table(head, cells, words=2 if earlier else 1), listed_pairs(rows, first)
+    return f"{found}\n{PAIRED}\n\n{table(pairs[0], pairs[1:])}" if pairs else found
+
+
+def listed_pairs(rows: Sequence[Row], first: str = "recipe") -> list[list[str]]:
+    """The cells of a table of accuracies against dense, its head first; empty where there are none.
+
+    Args:
+        rows: of which those are left out that have none.
+        first: name of the first column.
+    """
+    found = [(one, one.paired) for one in rows if one.paired]
+    tasks = list(dict.fromkeys(task for _, pairs in found for task in pairs.tasks))
+    cells = []
+    for one, pairs in found:
+        mean = pairs.mean
+        counts = (mean.won, mean.lost, mean.answers) if mean else ()
+        cells.append(
+            [
+                one.recipe,
+                f"{one.sparsity:.4%}",
+                *(_points(pairs.tasks.get(task)) for task in tasks),
+                _points(mean),
+                *([f"{number:,}" for number in counts] or [""] * 3),
+            ]
+        )
+    return [[first, "sparsity", *tasks, "mean", "won", "lost", "of"], *cells] if cells else []
+
+
+def _points(pair: Paired | None) -> str:
+    """A difference with its error."""
+    if pair is None:
+        return ""
+    return f"{100 * pair.difference:+.2f}" + ("" if pair.stderr is None else f" ± {100 * pair.stderr:.2f}")
