@@ -121,7 +121,7 @@ def _table(
     given, measures, folder = workspace.conditions, workspace.measures, path_of(workspace.folder)
     dense = row(DENSE, [workspace.outcome(None)])
     for recipe, count in seeds_by_recipe:
-        made = row(recipe.name, [workspace.outcome(recipe, seed) for seed in range(count)])
+        made = row(recipe.name, [workspace.outcome(recipe, seed) for seed in range(count)], dense=dense)
         rows = rows | {_place(made.settings): made}
     compared = Comparison(
         command=command,

@@ -10,13 +10,15 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from besa.data.domains import DOMAINS
+from besa.evaluation.domains import ALL
 from besa.report.markdown import table
 from besa.studies.origin import Origin
 from besa.studies.workspace import Outcome
 
 SCORES: Callable[[Outcome], dict[str, float]] = attrgetter("scores")
 MADE_BY = "made by"
-LABELS = {"accuracy": "mean accuracy in %"}
+LABELS = {"accuracy": "mean accuracy in %", ALL: "mean of domains"}
 
 
 class Row(BaseModel):
@@ -30,6 +32,7 @@ class Row(BaseModel):
         mean: of every score over the seeds.
         spread: their standard deviation, where there are several and all are finite.
         values: the scores by seed.
+        ratios: of a pruned model's mean perplexities to dense, on the domains, and their geometric mean.
         seconds: of pruning, mean.
         origin: versions and machine that made it; None where a file does not say.
     """
@@ -43,33 +46,43 @@ class Row(BaseModel):
     mean: dict[str, float]
     spread: dict[str, float]
     values: dict[str, list[float]]
+    ratios: dict[str, float] = {}
     seconds: float | None
     origin: Origin | None = None
 
 
-def row(recipe: str, outcomes: Sequence[Outcome], scores: Callable[[Outcome], dict[str, float]] = SCORES) -> Row:
+def row(
+    recipe: str,
+    outcomes: Sequence[Outcome],
+    scores: Callable[[Outcome], dict[str, float]] = SCORES,
+    dense: Row | None = None,
+) -> Row:
     """Mean and spread of one recipe's outcomes.
 
     Args:
         recipe: its name.
         outcomes: one for each seed, all of one origin.
         scores: what is looked at.
+        dense: the row of the model that was pruned, if it is known.
     """
     each = [scores(outcome) for outcome in outcomes]
     values = {score: [numbers[score] for numbers in each] for score in each[0]}
     records = [outcome.record for outcome in outcomes if outcome.record]
+    means = {score: mean(numbers) for score, numbers in values.items()}
+    of_domains = [score for score in (*DOMAINS, ALL) if dense and score in means and score in dense.mean]
     return Row(
         recipe=recipe,
         settings=records[0].recipe if records else None,
         sparsity=mean(record.sparsity for record in records) if records else 0.0,
         seeds=len(outcomes),
-        mean={score: mean(numbers) for score, numbers in values.items()},
+        mean=means,
         spread={
             score: stdev(numbers)
             for score, numbers in values.items()
             if len(numbers) > 1 and all(map(isfinite, numbers))
         },
         values=values,
+        ratios={score: means[score] / dense.mean[score] for score in of_domains} if dense else {},
         seconds=mean(record.seconds for record in records) if records else None,
         origin=outcomes[0].origin,
     )
@@ -102,9 +115,10 @@ def listed(rows: Sequence[Row], earlier: Sequence[Row] = (), first: str = "recip
 
 
 def cell(row: Row, score: str) -> str:
-    """A score and its spread."""
+    """A score, its spread and its ratio to dense."""
     spread, digits = row.spread.get(score), 2 if abs(row.mean[score]) >= 1 else 4
-    return f"{row.mean[score]:,.{digits}f}" + ("" if spread is None else f" ± {spread:,.{digits}f}")
+    shown = f"{row.mean[score]:,.{digits}f}" + ("" if spread is None else f" ± {spread:,.{digits}f}")
+    return shown + (f" ({row.ratios[score]:.3f} ×)" if score in row.ratios else "")
 
 
 def markdown(rows: Sequence[Row], earlier: Sequence[Row] = (), first: str = "recipe") -> str:
