@@ -350,9 +350,10 @@ def evaluate(
 
     Args:
         model: as in `compress`.
-        texts: ``wikitext2``, ``ptb`` and ``c4``, the test sets of the papers under their protocols; or ``wiki``
-            (embedded), files and ``hf:<dataset>``, whose documents are joined by blank lines. The keys of results are
-            these names, or the stems of files.
+        texts: ``wikitext2``, ``ptb`` and ``c4``, the test sets of the papers under their protocols; ``domains``, or
+            of these ``web``, ``encyclopedia``, ``code``, ``technical`` and ``languages``, which are embedded and never
+            calibrated on; or ``wiki`` (embedded), files and ``hf:<dataset>``, whose documents are joined by blank
+            lines. The keys of results are these names, or the stems of files.
         data: local files of test sets by name; the others come from the Hugging Face Hub.
         window: tokens of a window, or several such lengths; by default 2048, which published numbers use, or as many
             as the model has positions.

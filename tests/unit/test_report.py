@@ -433,6 +433,23 @@ def test_experts_share_a_name_and_equal_endings_are_told_apart():
     assert (table["up_proj"][0].zeros, table["up_proj"][0].weights, sum(table["up_proj"][0].row_rates)) == (45, 80, 8)
 
 
+def test_domains_have_their_mean_and_its_ratio_where_all_are_known(folder, three):
+    def on_domains(*values):
+        return evaluation(dict(zip(["web", "encyclopedia", "code", "technical", "languages"], values, strict=False)))
+
+    dense = folder("d", measured=on_domains(2.0, 4.0, 8.0, 16.0, 32.0))
+    besa, wanda = on_domains(4.0, 4.0, 12.0, 16.0, 32.0), on_domains(4.0, 4.0, 12.0, 16.0)
+    page = Page(render([dense, folder("b", record(), besa), folder("w", record("wanda"), wanda)]))
+    assert page.table("method", "sparsity", "perplexity", "÷ dense")[1:] == [
+        ["dense", "—", "8.00", "—"],
+        ["besa", "50.00 %", "9.97", "1.246"],  # 8 × 3^(1/5), whose ratios are 2, 1, 3/2, 1 and 1
+    ]
+    assert page.rows()["wanda"][5:7] == ["12.00", "1.50"]
+    alone = Page(render([folder("alone", record(), besa)]))
+    assert alone.table("method", "sparsity", "perplexity", "÷ dense")[1:] == [["besa", "50.00 %", "9.97", "—"]]
+    assert "Geometric mean" not in Page(render(three)).text
+
+
 def test_many_runs_and_blocks(folder):
     runs = [folder(str(i), record("besa", blocks=41), evaluation({"wiki": 10.0 * 3**i})) for i in range(10)]
     page = Page(render(runs))

@@ -48,8 +48,9 @@ EvaluationOption = Annotated[
     typer.Option(
         "--ppl",
         metavar="TEXT",
-        help="Measure perplexity (repeatable) on wikitext2, ptb or c4, the papers' test sets, or on another text: wiki "
-        f"(embedded), {FILES}, or hf:<dataset>.",
+        help="Measure perplexity (repeatable) on wikitext2, ptb or c4, the papers' test sets, on domains (web, "
+        "encyclopedia, code, technical, languages: embedded, never calibrated on; each can be named alone), or on "
+        f"another text: wiki (embedded), {FILES}, or hf:<dataset>.",
     ),
 ]
 DataOption = Annotated[

@@ -234,6 +234,7 @@ def compare_command(
 ) -> None:
     """Prune by several recipes, at several sparsities and seeds, and put what comes out into one table and one plot."""
     from besa.cli.show import compared, progress_bar
+    from besa.evaluation.texts import spelled_out
     from besa.models.limits import usual_length
     from besa.models.loading import locate
     from besa.studies.comparing import compare
@@ -241,7 +242,7 @@ def compare_command(
     from besa.system import memory, ranks
     from besa.system.devices import resolve_device
 
-    texts = tuple(ppl or ([] if tasks else ["wiki"]))
+    texts = tuple(spelled_out(ppl or ([] if tasks else ["wiki"])))
     source = locate(model, trust_remote_code=trust_remote_code).local(weights=False)
     usual = usual_length(source) if seqlen is None or window is None else 0
     measures = Measures(

@@ -19,6 +19,7 @@ from besa.checkpoint.shrinking import Shrinking
 from besa.checkpoint.verification import Verified
 from besa.cli import logs
 from besa.cli.consoles import removable
+from besa.evaluation.domains import mean_of_domains
 from besa.evaluation.result import Evaluation
 from besa.evaluation.zero_shot import ZeroShot
 from besa.integrations.pushing import Pushed
@@ -215,6 +216,8 @@ def evaluated(evaluation: Evaluation) -> RenderableType:
             for text, result in details.items():
                 bits = "" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f}"
                 table.add_row(text, f"{window:,}", f"{result.windows:,}", f"{result.perplexity:,.3f}", bits)
+            if mean := mean_of_domains({text: result.perplexity for text, result in details.items()}):
+                table.add_row("mean of domains", f"{window:,}", "", f"{mean:,.3f}", "")
         tables.append(table)
     if evaluation.zero_shot is not None:
         tables.append(_answered(model, evaluation.zero_shot))

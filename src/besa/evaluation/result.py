@@ -6,9 +6,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, computed_field
 
 from besa.errors import BesaError
+from besa.evaluation.domains import mean_of_domains
 from besa.evaluation.perplexity import Infinite, Perplexity
 from besa.evaluation.zero_shot import ZeroShot
 
@@ -53,6 +54,12 @@ class Evaluation(BaseModel):
     seconds: float | None = None
     created: str = ""
     versions: dict[str, str] = {}
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def domains(self) -> float | None:
+        """The geometric mean over the domains in windows of the first length, if all were measured."""
+        return mean_of_domains(self.perplexity)
 
     @classmethod
     def read(cls, path: Path) -> Evaluation:

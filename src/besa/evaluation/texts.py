@@ -1,7 +1,8 @@
-"""Texts for perplexity: the three test sets of the pruning papers with their own protocols, and any other text.
+"""Texts for perplexity: the three test sets of the pruning papers with their own protocols, domains, and other texts.
 
-Here, `wikitext2`, `ptb` and `c4` always mean the test sets. Any other name is a text as calibration takes it, with its
-documents joined by blank lines. The name `c4` therefore never means the embedded C4 documents, which are for
+Here, `wikitext2`, `ptb` and `c4` always mean the test sets, and `web`, `encyclopedia`, `code`, `technical` and
+`languages` the embedded domains, which nothing is calibrated on. Any other name is a text as calibration takes it.
+Documents are joined by blank lines. The name `c4` therefore never means the embedded C4 documents, which are for
 calibration.
 """
 
@@ -17,9 +18,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from besa.data.documents import EMBEDDED, WHOLE, beginning, hub_column, read_documents, shown
+from besa.data.domains import DOMAINS, held_out
 from besa.data.textfiles import COMPRESSED, file_documents, is_plain_text
 from besa.data.tokens import check_known, tokenize
 from besa.errors import BesaError
+from besa.evaluation.domains import ALL
 from besa.evaluation.perplexity import Perplexity, perplexity
 from besa.models.limits import embedding_rows
 from besa.progress import Progress, silent
@@ -144,15 +147,16 @@ def read_texts(texts: Iterable[str], data: Mapping[str, str | Path], progress: P
     """Read the texts to measure perplexity on.
 
     Args:
-        texts: names of `TEST_SETS`, the embedded ``wiki``, files, or ``hf:<dataset>``.
+        texts: names of `TEST_SETS` or `DOMAINS`, ``domains`` for all of these, the embedded ``wiki``, files, or
+            ``hf:<dataset>``.
         data: local files of test sets by name; other test sets come from the Hugging Face Hub.
         progress: is called during a download.
 
     Raises:
-        BesaError: a text cannot be read, two texts have the same name, a file has the name of a test set, or `data`
-            names a set that is not in `texts`.
+        BesaError: a text cannot be read, two texts have the same name, a file has the name of a test set or a domain,
+            or `data` names a set that is not in `texts`.
     """
-    texts = list(texts)
+    texts = spelled_out(texts)
     for name in data:
         if name not in TEST_SETS:
             raise BesaError(f"--data {name}=…: there is no test set {name}, only {', '.join(TEST_SETS)}.")
@@ -167,10 +171,17 @@ def read_texts(texts: Iterable[str], data: Mapping[str, str | Path], progress: P
                 f"{text} has the name of a test set: if it is that set, give it as --ppl {name} --data {name}={text}, "
                 "else rename it."
             )
+        if name in {ALL, *DOMAINS} and text != name:
+            raise BesaError(f"{text} has the name of an embedded text (--ppl {name}): rename it.")
     return [
         _test_set(text, data.get(text), progress) if text in TEST_SETS else _other(text, name, progress)
         for text, name in zip(texts, names, strict=True)
     ]
+
+
+def spelled_out(texts: Iterable[str]) -> list[str]:
+    """The texts, with the domains themselves in the place of ``domains``."""
+    return [one for text in texts for one in (DOMAINS if text == ALL else [text])]
 
 
 def perplexities(
@@ -215,13 +226,15 @@ def perplexities(
 
 def text_name(text: str) -> str:
     """The key of a text's results: the name of an embedded text, Hub data set or test set, or the file's stem."""
-    if text in EMBEDDED or text in TEST_SETS or text.startswith("hf:"):
+    if text in EMBEDDED or text in TEST_SETS or text in DOMAINS or text.startswith("hf:"):
         return text
     path = Path(text)
     return (path.with_suffix("") if path.suffix.lower() in COMPRESSED else path).stem
 
 
 def _other(text: str, name: str, progress: Progress) -> Text:
+    if text in DOMAINS:
+        return Text(name, held_out(text, progress), "\n\n", "embedded")
     documents = read_documents(text, progress)
     return Text(name, beginning(documents, WHOLE), "\n\n", text, further=documents)
 

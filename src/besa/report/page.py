@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from besa.errors import BesaError
 from besa.record import RunRecord
-from besa.report import accuracy, allocation, figures, reproduce, results, simulation, speed, wording
+from besa.report import accuracy, allocation, domains, figures, reproduce, results, simulation, speed, wording
 from besa.report.results import Entry, Pruned
 from besa.report.runs import Run, labels
 from besa.storage.names import is_path
@@ -128,6 +128,7 @@ def _results(entries: list[Entry]) -> dict[str, Any]:
         "rows": list(zip(entries, cells, strict=True)),
         "ratios": any(cell and cell.ratio is not None for row in cells for cell in row),
         "perplexities": figures.perplexities(entries),
+        "domains": domains.means(entries),
         "accuracies": accuracy.accuracies(entries),
         "changes": accuracy.changes(entries),
         "lengths": accuracy.lengths(entries),

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from besa.data.documents import EMBEDDED
+from besa.data.domains import DOMAINS
 from besa.errors import BesaError
 from besa.evaluation.result import EVALUATION_NAME
 from besa.evaluation.texts import TEST_SETS
@@ -85,7 +86,7 @@ def report(entries: list[Entry]) -> str:
 def files(entries: list[Entry]) -> list[str]:
     """Texts that were files of the user's."""
     names = dict.fromkeys(text for entry in entries for text in entry.run.texts)
-    return [name for name in names if name not in {*EMBEDDED, *TEST_SETS} and not name.startswith("hf:")]
+    return [name for name in names if name not in {*EMBEDDED, *TEST_SETS, *DOMAINS} and not name.startswith("hf:")]
 
 
 def _line(words: list[str], variables: dict[str, Any] | None = None, **options: Any) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from besa.evaluation.texts import spelled_out
 from besa.methods.recipe import Recipe
 from besa.models.loading import EMBEDDED
 from besa.progress import Progress, silent
@@ -88,7 +89,7 @@ def run_demo(
     """
     own_device = str(resolve_device(device))
     conditions = Conditions(EMBEDDED, calibration, plan.samples, plan.seqlen, ranks.from_first(own_device), dtype)
-    measures = Measures(tuple(texts), window=plan.window, max_windows=plan.max_windows)
+    measures = Measures(tuple(spelled_out(texts)), window=plan.window, max_windows=plan.max_windows)
     workspace = Workspace(path_of(out), conditions, measures, keep=True, progress=progress, device=own_device)
     comparison = compare(workspace, plan.recipes, [sparsity], seeds=1, command=command)
     recipes = [Recipe.load(name, sparsity) for name in plan.recipes]

@@ -10,6 +10,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from besa.data.domains import DOMAINS
+from besa.evaluation.domains import ALL
 from besa.evaluation.pairing import Against, Paired, against
 from besa.report.markdown import table
 from besa.studies.origin import Origin
@@ -17,7 +19,7 @@ from besa.studies.workspace import Outcome
 
 SCORES: Callable[[Outcome], dict[str, float]] = attrgetter("scores")
 MADE_BY = "made by"
-LABELS = {"accuracy": "mean accuracy in %"}
+LABELS = {"accuracy": "mean accuracy in %", ALL: "mean of domains"}
 PAIRED = (
     "Accuracy less that of dense on the same questions, in points, with the paired standard error. Won and lost: how "
     "many answers only the recipe, and only dense, has right, of all answers to all tasks with all seeds."
@@ -35,6 +37,7 @@ class Row(BaseModel):
         mean: of every score over the seeds.
         spread: their standard deviation, where there are several and all are finite.
         values: the scores by seed.
+        ratios: of a pruned model's mean perplexities to dense, on the domains, and their geometric mean.
         seconds: of pruning, mean.
         origin: versions and machine that made it; None where a file does not say.
         paired: accuracies against those of the dense model, where both were asked the same questions.
@@ -49,6 +52,7 @@ class Row(BaseModel):
     mean: dict[str, float]
     spread: dict[str, float]
     values: dict[str, list[float]]
+    ratios: dict[str, float] = {}
     seconds: float | None
     origin: Origin | None = None
     paired: Against | None = None
@@ -66,23 +70,27 @@ def row(
         recipe: its name.
         outcomes: one for each seed, all of one origin.
         scores: what is looked at.
-        dense: what is found of the dense model, to compare accuracies with.
+        dense: what is found of the dense model, to compare with.
     """
     each = [scores(outcome) for outcome in outcomes]
     values = {score: [numbers[score] for numbers in each] for score in each[0]}
     records = [outcome.record for outcome in outcomes if outcome.record]
+    means = {score: mean(numbers) for score, numbers in values.items()}
+    reference = scores(dense) if dense else {}
+    shared = means.keys() & reference.keys()
     return Row(
         recipe=recipe,
         settings=records[0].recipe if records else None,
         sparsity=mean(record.sparsity for record in records) if records else 0.0,
         seeds=len(outcomes),
-        mean={score: mean(numbers) for score, numbers in values.items()},
+        mean=means,
         spread={
             score: stdev(numbers)
             for score, numbers in values.items()
             if len(numbers) > 1 and all(map(isfinite, numbers))
         },
         values=values,
+        ratios={score: means[score] / reference[score] for score in (*DOMAINS, ALL) if score in shared},
         seconds=mean(record.seconds for record in records) if records else None,
         origin=outcomes[0].origin,
         paired=_paired(outcomes, dense),
@@ -125,9 +133,10 @@ def listed(rows: Sequence[Row], earlier: Sequence[Row] = (), first: str = "recip
 
 
 def cell(row: Row, score: str) -> str:
-    """A score and its spread."""
+    """A score, its spread and its ratio to dense."""
     spread, digits = row.spread.get(score), 2 if abs(row.mean[score]) >= 1 else 4
-    return f"{row.mean[score]:,.{digits}f}" + ("" if spread is None else f" ± {spread:,.{digits}f}")
+    shown = f"{row.mean[score]:,.{digits}f}" + ("" if spread is None else f" ± {spread:,.{digits}f}")
+    return shown + (f" ({row.ratios[score]:.3f} ×)" if score in row.ratios else "")
 
 
 def markdown(rows: Sequence[Row], earlier: Sequence[Row] = (), first: str = "recipe") -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 from besa.api import compress, evaluate
 from besa.data.calibration import sample
+from besa.evaluation.domains import ALL, mean_of_domains
 from besa.evaluation.result import Evaluation
 from besa.evaluation.texts import read_texts, text_name
 from besa.evaluation.zero_shot import check_tasks
@@ -86,10 +87,13 @@ class Outcome:
 
     @property
     def scores(self) -> dict[str, float]:
-        """Perplexity by text, accuracy in per cent by task, and `accuracy`, their mean."""
+        """Perplexity by text and mean of the domains; accuracy in per cent by task, and `accuracy`, their mean."""
         scores: dict[str, float] = {}
         for evaluation in self.evaluations:
             scores |= evaluation.perplexity
+        if (mean := mean_of_domains(scores)) is not None:
+            scores[ALL] = mean
+        for evaluation in self.evaluations:
             if (asked := evaluation.zero_shot) is not None:
                 scores |= {task: 100 * accuracy.acc for task, accuracy in asked.tasks.items()} | {
                     "accuracy": 100 * asked.mean
