@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, pipeline
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DeepseekV32Config,
+    PreTrainedModel,
+    pipeline,
+)
 
 import besa
 import besa_hook
@@ -182,6 +189,29 @@ def test_weights_of_two_checkpoints_are_refused(other: str, plain: Path, tmp_pat
     shutil.copyfile(source / other, tmp_path / other)
     with pytest.raises(BesaError, match="weight files of two checkpoints"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_linears_that_transformers_keeps_in_float32(tmp_path: Path) -> None:
+    """It casts all tensors of such a linear, its masks too, which would then be other masks."""
+    sizes = {"vocab_size": 1024, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "first_k_dense_replace": 1}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+    ranks = {"q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
+    indexer = {"index_n_heads": 4, "index_head_dim": 32, "index_topk": 8}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(DeepseekV32Config(**sizes, **heads, **experts, **ranks, **indexer)).half()
+    for name, weight in model.named_parameters():
+        if weight.dim() > 1 and ".layers." in name:
+            weight.data[torch.rand(weight.shape) < 0.6] = 0
+    model.save_pretrained(tmp_path / "dense")
+    AutoTokenizer.from_pretrained(TINY).save_pretrained(tmp_path / "dense")
+    besa.pack(tmp_path / "dense", tmp_path / "packed")
+    dense, found = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("dense", "packed"))
+    kept = found.model.layers[0].self_attn.indexer.weights_proj
+    assert isinstance(kept, SparseLinear)
+    assert kept.weight.dtype == torch.float32
+    assert torch.equal(kept.weight, dense.model.layers[0].self_attn.indexer.weights_proj.weight)
+    torch.testing.assert_close(logits(found), logits(dense), rtol=1e-2, atol=1e-2)
 
 
 def test_version_1_loads_in_besa(folder: Path, tmp_path: Path) -> None:

@@ -62,12 +62,12 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         from besa.runtime.packed import lay_out
 
         del model.config.transformers_weights  # in a saved config.json it would lead programs without besa to the file
-        self._bits = lay_out(model, [Path(file) for file in checkpoint_files])
+        self._packed = lay_out(model, [Path(file) for file in checkpoint_files])
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         from besa.runtime.packed import finish
 
-        return finish(model, self._bits)
+        return finish(model, self.__dict__.pop("_packed"))  # which a copy of the model would copy
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         from besa.runtime.packed import make_dense

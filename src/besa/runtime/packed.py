@@ -11,13 +11,13 @@ import json
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MethodType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
@@ -32,15 +32,27 @@ from besa.storage.weights import INDEX, SPARSE_STEM, STEM
 from besa.storage.writing import write_file
 
 
-def lay_out(model: PreTrainedModel, paths: Sequence[Path]) -> int | None:
+@dataclass
+class Stored:
+    """What the files of a checkpoint hold for its packed linears, mapped from them.
+
+    Attributes:
+        bits: of a code; None if no weights are stored as codes.
+        sparse: weights stored as bitmasks, by name of the linear in the model.
+        coded: tensors of linears stored as codes, by name in the model and last part of their own names.
+    """
+
+    bits: int | None
+    sparse: dict[str, Bitmask] = field(default_factory=dict)
+    coded: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+
+def lay_out(model: PreTrainedModel, paths: Sequence[Path]) -> Stored:
     """Check a packed checkpoint, and put layers that hold its tensors into the model.
 
     Args:
         model: of the folder's configuration, without memory for weights.
         paths: of the weight files that transformers will load, in the folder of the checkpoint.
-
-    Returns:
-        Bits of a code, None if no weights are stored as codes.
 
     Raises:
         BesaError: the checkpoint is damaged or incomplete, or belongs to another configuration; or the folder has
@@ -65,38 +77,50 @@ def lay_out(model: PreTrainedModel, paths: Sequence[Path]) -> int | None:
                 raise BesaError(f"{folder}: {stored} {shape} has no place in the model of its config.json.")
             return name, linear
 
+        packed = Stored(files.bits)
         for stored, weight in files.weights():
             name, linear = place(stored, weight.shape)
             model.set_submodule(name, SparseLinear(weight, linear.bias))
+            packed.sparse[name] = weight
         tensors = dict(files.mapped(files.dense))
         for stored in codes.linears(tensors):
             of_linear = codes.of_linear(tensors, stored)
-            _, linear = place(stored, tuple(of_linear[codes.SHAPE].tolist()))
+            name, linear = place(stored, tuple(of_linear[codes.SHAPE].tolist()))
+            packed.coded[name] = of_linear
             linear.register_parameter("weight", None)
             for key, tensor in of_linear.items():
                 linear.register_buffer(key, tensor)
-    return files.bits
+    return packed
 
 
-def finish(model: PreTrainedModel, bits: int | None) -> PreTrainedModel:
+def finish(model: PreTrainedModel, packed: Stored) -> PreTrainedModel:
     """The model that was laid out, with its tensors loaded: in its dtype, without gradients.
+
+    transformers keeps some linears of some families in float32, and casts all their tensors, masks and codes too. Those
+    are taken from the files once more.
 
     Args:
         model: after `lay_out`.
-        bits: as `lay_out` returned them.
+        packed: as `lay_out` returned it.
 
     Raises:
         BesaError: a weight was left on the disk, or its numbers are too large for the dtype.
     """
-    for name, module in model.named_modules():
-        if isinstance(module, SparseLinear):
-            module.keep(_in_dtype(module.bitmask, model.dtype, name))
-        elif codes.WEIGHT in module._buffers:
-            assert bits is not None
-            of_linear = {key: module.get_buffer(key) for key in codes.KEYS if key in module._buffers}
-            for key in of_linear:
-                delattr(module, key)
-            module.weight = nn.Parameter(codes.quantized(of_linear, bits).weight().to(model.dtype))
+    for name, stored in packed.sparse.items():
+        linear = model.get_submodule(name)
+        assert isinstance(linear, SparseLinear)
+        weight, device = linear.bitmask, linear.bitmask.masks_BCR.device
+        cast = weight.masks_BCR.is_floating_point()
+        linear.keep(_in_dtype(stored, weight.dtype, name) if cast else _in_dtype(weight, model.dtype, name))
+        linear.to(device)
+    for name, of_linear in packed.coded.items():
+        assert packed.bits is not None
+        dense = model.get_submodule(name)
+        loaded = dense.get_buffer(codes.WEIGHT)
+        dtype = loaded.dtype if loaded.is_floating_point() else model.dtype
+        for key in of_linear:
+            delattr(dense, key)
+        dense.weight = nn.Parameter(codes.quantized(of_linear, packed.bits).weight().to(loaded.device, dtype))
     model.save_pretrained = MethodType(save_pretrained, model)
     return model.requires_grad_(False)
 
