@@ -107,7 +107,7 @@ def test_no_reconstruction_does_not_let_infinity_through():
 
 
 def test_inverse_factor_is_the_triangle_whose_square_is_the_inverse(x_TI):
-    factor_II = inverse_factor(gathered(x_TI), 0.01)
+    factor_II = inverse_factor(gathered(x_TI).inverse_hessian(0.01))
     assert torch.equal(factor_II, factor_II.triu())
     inverse_II = torch.linalg.inv(damped_hessian(x_TI, 0.01))
     torch.testing.assert_close((factor_II.T @ factor_II).double(), inverse_II, rtol=1e-3, atol=1e-6)
@@ -205,7 +205,7 @@ def test_without_tokens_kept_weights_stay(w_OI, mask):
 
 def test_columns_of_different_width_share_the_zeros(w_OI, x_TI):
     """24 columns in blocks of 10, 10 and 4."""
-    factor_II = inverse_factor(gathered(x_TI), 0.01)
+    factor_II = inverse_factor(gathered(x_TI).inverse_hessian(0.01))
     swept_OI = sweep(w_OI, w_OI == 0, factor_II, 10, torch.tensor(72))
     assert [int((part == 0).sum()) for part in swept_OI.split(10, dim=1)] == [30, 30, 12]
 

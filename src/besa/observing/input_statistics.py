@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,10 @@ from besa.models.transfers import fetched
 from besa.models.units import Unit
 from besa.observing.products import Products
 from besa.system import ranks
+from besa.system.ranks import Share
 
 UNSEEN = [-1, 0]  # of a matrix that no token of a rank reached: number of its input, and tokens
+HELD_OUT = 8  # where weights are solved for, one sequence in so many is held out to judge the result by
 
 
 @dataclass
@@ -32,13 +35,15 @@ class InputStatistics:
 
     Attributes:
         squares_I: Σ x², in the widest numbers of the device.
-        gram_II: Σ x xᵀ, float32, and as wide as `squares_I` until it is settled; None if no method of the recipe needs
-            it.
-        tokens: number of tokens.
+        gram_II: Σ x xᵀ of the tokens to solve for, float32, and as wide as `squares_I` until it is settled; None if no
+            method of the recipe needs it.
+        held_II: the same of the tokens that are held out.
+        tokens: number of tokens, of both.
     """
 
     squares_I: Tensor
     gram_II: Tensor | None
+    held_II: Tensor | None = None
     tokens: int = 0
     _reached: bool | None = field(default=None, repr=False)  # None: nobody has looked
     _inverses: dict[float, Tensor] = field(default_factory=dict, repr=False)  # by damping
@@ -47,16 +52,25 @@ class InputStatistics:
     def empty(cls, width: int, gram: bool, device: torch.device) -> InputStatistics:
         """Statistics of no tokens for inputs of `width` channels."""
         squares_I = torch.zeros(width, dtype=widest(device), device=device)
-        return cls(squares_I, squares_I.new_zeros(width, width) if gram else None)
+        gram_II, held_II = (squares_I.new_zeros(width, width) if gram else None for _ in range(2))
+        return cls(squares_I, gram_II, held_II)
 
-    def add(self, x_TI: Tensor) -> None:
-        """Add the tokens `x_TI` (tokens, channels), of any float dtype."""
+    def add(self, x_TI: Tensor, held_out: Sequence[bool] = (False,)) -> None:
+        """Add tokens of a forward pass.
+
+        Args:
+            x_TI: the tokens, of any float dtype, in the order of the sequences.
+            held_out: whether each sequence of the pass is held out. Its rows are told by their place, which is exact
+                where every token of the pass comes, and nearly so for an expert that gets some of them.
+        """
         self._inverses.clear()
         self._reached = None
-        if self.gram_II is not None:
+        if self.gram_II is not None and self.held_II is not None:
             with _products_of(x_TI.dtype):
-                x_TI = x_TI.float()
-                self.gram_II += x_TI.T @ x_TI
+                for rows, held in _runs(len(x_TI), held_out):
+                    run_TI = x_TI[rows].float()
+                    gram_II = self.held_II if held else self.gram_II
+                    gram_II += run_TI.T @ run_TI
         squares_I = torch.zeros_like(self.squares_I)
         kernels.add_squares(x_TI, squares_I)
         self.squares_I += squares_I.float()
@@ -70,9 +84,12 @@ class InputStatistics:
         return self._reached
 
     def hessian(self, damping: float) -> Tensor:
-        """H = Σ x xᵀ (I, I). `damping` × the diagonal's mean is added to the diagonal, which is 1 for zero channels."""
-        assert self.gram_II is not None, "the recipe did not ask for the Gram matrix"
-        hessian_II = self.gram_II.to(torch.float32, copy=True)
+        """H = Σ x xᵀ (I, I) of all tokens, as SparseGPT has it.
+
+        `damping` × the diagonal's mean is added to the diagonal, which is 1 for zero channels.
+        """
+        assert self.gram_II is not None and self.held_II is not None, "the recipe did not ask for the Gram matrix"
+        hessian_II = self.gram_II + self.held_II
         diagonal_I = hessian_II.diagonal()
         diagonal_I.masked_fill_(diagonal_I == 0, 1.0)
         diagonal_I += damping * diagonal_I.mean()
@@ -84,15 +101,32 @@ class InputStatistics:
         Raises:
             BesaError: the damped Hessian is not positive definite.
         """
-        if damping in self._inverses:
-            return self._inverses[damping]
-        factor_II, failed = torch.linalg.cholesky_ex(self.hessian(damping))
-        if failed:
-            raise BesaError(
-                f"The Hessian of a linear's inputs is not positive definite at damping {damping:g}: "
-                "use more calibration samples or a larger damping in the recipe."
-            )
-        return self._inverses.setdefault(damping, torch.cholesky_inverse(factor_II))
+        if damping not in self._inverses:
+            self._inverses[damping] = inverted(self.hessian(damping))
+        return self._inverses[damping]
+
+
+def inverted(hessian_II: Tensor) -> Tensor:
+    """The inverse (I, I) of a Hessian, by Cholesky.
+
+    Raises:
+        BesaError: it is not positive definite.
+    """
+    factor_II, failed = torch.linalg.cholesky_ex(hessian_II)
+    if failed:
+        raise BesaError(
+            "The Hessian of a linear's inputs is not positive definite: use more calibration samples or a larger "
+            "damping in the recipe."
+        )
+    return torch.cholesky_inverse(factor_II)
+
+
+def _runs(tokens: int, held_out: Sequence[bool]) -> Iterator[tuple[slice, bool]]:
+    """The rows of consecutive sequences that are held out, or that are not."""
+    sequences, end = len(held_out), 0
+    for held, run in groupby(held_out):
+        start, end = end, end + len(list(run))
+        yield slice(tokens * start // sequences, tokens * end // sequences), held
 
 
 def settle(statistics: dict[str, InputStatistics]) -> None:
@@ -105,8 +139,8 @@ def settle(statistics: dict[str, InputStatistics]) -> None:
     reached = torch.stack([one.squares_I.any() for one in distinct]).tolist()
     for one, came in zip(distinct, reached, strict=True):
         one._reached = came
-        if one.gram_II is not None:
-            one.gram_II = one.gram_II.float()
+        if one.gram_II is not None and one.held_II is not None:
+            one.gram_II, one.held_II = one.gram_II.float(), one.held_II.float()
 
 
 def _add_up(statistics: dict[str, InputStatistics]) -> None:
@@ -121,9 +155,9 @@ def _add_up(statistics: dict[str, InputStatistics]) -> None:
     for names in sharing.values():
         one = statistics[names[0]]
         one.tokens = sum(of_rank.get(names[0], UNSEEN)[1] for of_rank in seen)
-        ranks.total(one.squares_I)
-        if one.gram_II is not None:
-            ranks.total(one.gram_II)
+        for sums in (one.squares_I, one.gram_II, one.held_II):
+            if sums is not None:
+                ranks.total(sums)
         statistics.update(dict.fromkeys(names, one))
 
 
@@ -158,16 +192,18 @@ def collect(block: nn.Module, prunables: Mapping[str, Prunable], gram: bool) -> 
 
 
 @torch.no_grad()
-def look(unit: Unit, x_NTC: HiddenStates, batch: int, gram: bool) -> dict[str, InputStatistics]:
+def look(unit: Unit, x_NTC: HiddenStates, batch: int, gram: bool, share: Share) -> dict[str, InputStatistics]:
     """The input statistics of all matrices of a unit, by full name; its outputs are not needed.
 
-    If every matrix sees every token once in the first pass, later passes stop before the last matmul.
+    If every matrix sees every token once in the first pass, later passes stop before the last matmul. The sequences at
+    multiples of `HELD_OUT` are held out from what weights are solved for; a single sequence serves as both.
 
     Args:
         unit: runs with its own weights.
         x_NTC: its inputs.
         batch: sequences in a forward pass.
         gram: whether to sum up Gram matrices.
+        share: the sequences of the inputs, which are those of this rank.
     """
     sums = [_Sums(gram) for _ in unit.blocks]
     final: str | None = None
@@ -182,6 +218,9 @@ def look(unit: Unit, x_NTC: HiddenStates, batch: int, gram: bool) -> dict[str, I
             stack.enter_context(Products(block.module, block.prunables, receive))
         for start in range(0, len(x_NTC), batch):
             batch_NTC = x_NTC[start : start + batch]
+            held_out = [(share.first + start + at) % HELD_OUT == 0 for at in range(len(batch_NTC))]
+            for block_sums in sums:
+                block_sums.held_out = held_out
             with suppress(_Enough):
                 unit(fetched(batch_NTC, unit.device))
             if start == 0 and sums[-1].saw_all_once(unit.blocks[-1], batch_NTC.shape[0] * batch_NTC.shape[1]):
@@ -190,6 +229,9 @@ def look(unit: Unit, x_NTC: HiddenStates, batch: int, gram: bool) -> dict[str, I
         block_sums.fill_up(block.module, block.prunables)
     found = {name: statistics for block_sums in sums for name, statistics in block_sums.statistics.items()}
     settle(found)
+    if share.total == 1:
+        for one in found.values():
+            one.gram_II = one.held_II
     return found
 
 
@@ -205,10 +247,12 @@ class _Sums:
 
     Attributes:
         statistics: by name of the matrix.
+        held_out: whether each sequence of the present pass is held out.
     """
 
     def __init__(self, gram: bool) -> None:
         self.statistics: dict[str, InputStatistics] = {}
+        self.held_out = [False]
         self._gram = gram
         self._last: tuple[Tensor, InputStatistics, set[str]] | None = None  # input, statistics, names of its matrices
 
@@ -220,7 +264,7 @@ class _Sums:
                 return
         if name not in self.statistics:
             self.statistics[name] = InputStatistics.empty(x.shape[-1], self._gram, x.device)
-        self.statistics[name].add(x.detach().reshape(-1, x.shape[-1]))
+        self.statistics[name].add(x.detach().reshape(-1, x.shape[-1]), self.held_out)
         self._last = (x, self.statistics[name], {name})
 
     def saw_all_once(self, block: Block, tokens: int) -> bool:

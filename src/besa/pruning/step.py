@@ -6,7 +6,6 @@ Shape suffixes: N sequences, T tokens, C channels of the residual stream, O rows
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +19,7 @@ from besa.methods.recipe import Recipe
 from besa.models.activations import HiddenStates
 from besa.models.prunable import everywhere
 from besa.models.units import Part, Unit, parts
-from besa.observing.input_statistics import InputStatistics, collect, look
+from besa.observing.input_statistics import InputStatistics, look
 from besa.observing.losses import error_between
 from besa.pruning import quantizing
 from besa.pruning.counted import linear_records
@@ -110,15 +109,10 @@ def _observe(step: Step, outputs_NTC: HiddenStates | None) -> tuple[dict[str, In
         for block in unit.blocks:
             block.run(step.dense_NTC, batch, into=step.dense_NTC)
             dense_outputs.append(step.dense_NTC if block is unit.blocks[-1] else _error_sample(step))
-    if outputs_NTC is None:
-        with watch("statistics"):
-            return look(unit, step.pruned_NTC, batch, recipe.needs_gram), dense_outputs
-    with watch("statistics"), ExitStack() as stack:
-        collected = [
-            stack.enter_context(collect(block.module, block.prunables, recipe.needs_gram)) for block in unit.blocks
-        ]
-        unit.run(step.pruned_NTC, batch, into=outputs_NTC)
-    return {name: one for block_statistics in collected for name, one in block_statistics.items()}, dense_outputs
+    with watch("statistics"):
+        if outputs_NTC is not None:
+            unit.run(step.pruned_NTC, batch, into=outputs_NTC)
+        return look(unit, step.pruned_NTC, batch, recipe.needs_gram, step.share), dense_outputs
 
 
 def _check_seen(step: Step, statistics: Mapping[str, InputStatistics]) -> None:

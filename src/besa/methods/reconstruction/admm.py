@@ -12,8 +12,8 @@ from pydantic import Field
 from torch import Tensor
 
 from besa.counting.masks import hard_mask, rank
-from besa.methods.reconstruction.cg import solve
 from besa.methods.reconstruction.rebuilder import Rebuilder
+from besa.methods.reconstruction.ridge import better, ridged, solve
 from besa.methods.reconstruction.written import written
 from besa.observing.input_statistics import InputStatistics
 from besa.system import ranks
@@ -23,15 +23,15 @@ class ADMM(Rebuilder):
     """Alternating directions: a penalty draws weights without a mask and weights with one together, more each round.
 
     Each row keeps its number of zeros but chooses a new mask. Columns are scaled so that the Hessian's diagonal is 1.
-    The mask keeps the largest scaled weights. Conjugate gradient solves for the kept weights of the last mask.
+    The mask keeps the largest scaled weights. Conjugate gradient solves for the kept weights of the last mask. The
+    Hessian has the ridge that held-out tokens ask for on the first mask (`ridge`).
     """
 
     method: Literal["admm"] = "admm"
     rounds: int = Field(default=30, ge=1, description="rounds of solving for the weights and then for the mask")
     penalty: float = Field(default=0.1, gt=0, description="penalty of the first round, as a share of H's diagonal")
     growth: float = Field(default=1.1, ge=1, description="factor of the penalty from round to round")
-    iterations: int = Field(default=20, ge=1, description="steps of conjugate gradient on the last mask")
-    damping: float = Field(default=0.01, gt=0, description="added to the Hessian's diagonal, as a share of its mean")
+    iterations: int = Field(default=10, ge=1, description="steps of conjugate gradient on the last mask")
     solver_bytes: ClassVar[int] = 44
 
     @property
@@ -47,18 +47,22 @@ class ADMM(Rebuilder):
         statistics: InputStatistics,
         group: int | None = None,
     ) -> Tensor:
-        """The weight (O, I) in its dtype with `counts_O` zeros in each row; `ranks_OI` give the first mask."""
-        hessian_II = statistics.hessian(self.damping)
-        scale_I = hessian_II.diagonal().sqrt()
-        scaled_II = hessian_II / scale_I / scale_I[:, None]
+        """The weight (O, I) in its dtype with `counts_O` zeros in each row; `ranks_OI` give the first mask.
+
+        On held-out tokens it is never worse than the unchanged weights under the first mask.
+        """
+        unsolved_OI = w_OI.where(hard_mask(ranks_OI, counts_O), 0)
+        problem = ridged(w_OI, unsolved_OI != 0, statistics, self.iterations)
+        scale_I = problem.hessian_II.diagonal().sqrt()
+        scaled_II = problem.hessian_II / scale_I / scale_I[:, None]
         eigen = torch.linalg.eigh(scaled_II)
 
         def rebuilt(rows: slice) -> Tensor:
             w_RI = w_OI[rows]
             kept_RI = self._mask(w_RI, ranks_OI[rows], counts_O[rows], scaled_II, eigen, scale_I, group)
-            return written(solve(w_RI.float(), kept_RI, hessian_II, self.iterations), kept_RI, w_OI.dtype)
+            return written(solve(w_RI.float(), kept_RI, problem.hessian_II, self.iterations), kept_RI, w_OI.dtype)
 
-        return ranks.by_rows(rebuilt, len(w_OI))
+        return better(ranks.by_rows(rebuilt, len(w_OI)), unsolved_OI, w_OI, statistics)
 
     def _mask(
         self,

@@ -17,9 +17,12 @@ from besa.counting.masks import hard_mask, rank
 from besa.errors import BesaError
 from besa.methods.apportioning import apportion
 from besa.methods.reconstruction.rebuilder import Rebuilder
+from besa.methods.reconstruction.ridge import better, ridged
 from besa.methods.reconstruction.written import written
-from besa.observing.input_statistics import InputStatistics
+from besa.observing.input_statistics import InputStatistics, inverted
 from besa.system import ranks
+
+ITERATIONS = 10  # of conjugate gradient, while a ridge is chosen
 
 
 class OBSUpdate(Rebuilder):
@@ -32,7 +35,12 @@ class OBSUpdate(Rebuilder):
 
     method: Literal["obs"] = "obs"
     columns: int = Field(default=128, ge=1, description="columns pruned before the columns to the right are updated")
-    damping: float = Field(default=0.01, gt=0, description="added to the Hessian's diagonal, as a share of its mean")
+    damping: float | None = Field(
+        default=None,
+        gt=0,
+        description="added to the Hessian's diagonal as a share of its mean, as SparseGPT does; by default, held-out "
+        "tokens choose a ridge, and weights that it does not help stay as they are",
+    )
     mask: Literal["adaptive", "fixed"] = "adaptive"
     solver_bytes: ClassVar[int] = 12
 
@@ -58,28 +66,38 @@ class OBSUpdate(Rebuilder):
         Raises:
             BesaError: the damped Hessian is not positive definite.
         """
-        kept_OI = hard_mask(ranks_OI, counts_O) if self.mask == "fixed" else None
-        factor_II = inverse_factor(statistics, self.damping)
-        dense_OI = w_OI.float()
+        first_OI, dense_OI = hard_mask(ranks_OI, counts_O), w_OI.float()
+        kept_OI = first_OI if self.mask == "fixed" else None
+        if self.damping is None:
+            inverse_II = inverted(ridged(w_OI, first_OI, statistics, ITERATIONS).hessian_II)
+        else:
+            inverse_II = statistics.inverse_hessian(self.damping)
         columns = self.columns if group is None else group
         rebuilt_OI = sweep(
-            dense_OI, dense_OI == 0, factor_II, columns, counts_O.sum(), kept_OI, per_row=group is not None
+            dense_OI,
+            dense_OI == 0,
+            inverse_factor(inverse_II),
+            columns,
+            counts_O.sum(),
+            kept_OI,
+            per_row=group is not None,
         )
-        return written(rebuilt_OI, rebuilt_OI != 0, w_OI.dtype)
+        written_OI = written(rebuilt_OI, rebuilt_OI != 0, w_OI.dtype)
+        return written_OI if self.damping else better(written_OI, w_OI.where(first_OI, 0), w_OI, statistics)
 
 
-def inverse_factor(statistics: InputStatistics, damping: float) -> Tensor:
+def inverse_factor(inverse_II: Tensor) -> Tensor:
     """Upper triangular U (I, I) with H⁻¹ = Uᵀ U; row j over U_jj is the effect of removing weight j on later ones.
 
     Raises:
-        BesaError: the inverse of the damped Hessian is not positive definite.
+        BesaError: the inverse Hessian is not positive definite.
     """
     upper_II: Tensor
-    upper_II, failed = torch.linalg.cholesky_ex(statistics.inverse_hessian(damping), upper=True)
+    upper_II, failed = torch.linalg.cholesky_ex(inverse_II, upper=True)
     if failed:
         raise BesaError(
-            f"The inverse Hessian of a linear's inputs is not positive definite at damping {damping:g}: "
-            "use more calibration samples or a larger damping in the recipe."
+            "The inverse Hessian of a linear's inputs is not positive definite: use more calibration samples or a "
+            "larger damping in the recipe."
         )
     return upper_II
 
