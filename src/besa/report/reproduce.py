@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from besa.data.documents import EMBEDDED
 from besa.data.domains import DOMAINS
+from besa.data.embedded import EMBEDDED
 from besa.errors import BesaError
 from besa.evaluation.result import EVALUATION_NAME
 from besa.evaluation.texts import TEST_SETS
