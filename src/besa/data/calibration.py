@@ -294,7 +294,9 @@ class _Supply:
         if further is not None:
             held = _choice(itertools.chain(held, [further], documents), max(WHOLE, LONGEST * needed), self.seed)
         if self.dialogue is not None:
-            sequences = list(itertools.islice(packed(self._dialogues(held, self.dialogue), self.seqlen, self.bos), size))
+            sequences = list(
+                itertools.islice(packed(self._dialogues(held, self.dialogue), self.seqlen, self.bos), size)
+            )
             tokens = torch.tensor(sequences, dtype=torch.int64).view(-1, self.seqlen)
             return _Held(source, first, whole, len(tokens), tokens.numel(), lambda count: tokens[:count])
         if whole:

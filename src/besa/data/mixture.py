@@ -130,7 +130,7 @@ def levelled(rooms: Sequence[int], total: int) -> list[int]:
 
 
 def interleaved(sizes: Sequence[int], seed: int) -> torch.Tensor:
-    """An order (N,) of sequences that stand one text after another, in which every stretch has all texts by their shares.
+    """An order (N,) of sequences that stand text by text, in which every stretch has all texts by their shares.
 
     Within a stretch their order is random, so that no text falls on every n-th place.
 
