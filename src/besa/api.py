@@ -18,6 +18,7 @@ from besa.checkpoint.rewriting import folder_of
 from besa.checkpoint.writer import disk_bytes, finish
 from besa.data.arguments import Bos, Bytes, Count, Dtype, Length, Ranks, checked
 from besa.data.calibration import Calibration, sample
+from besa.data.mixture import OWN, parts_of
 from besa.data.seeds import check_seed
 from besa.data.tokens import check_known
 from besa.errors import BesaError
@@ -300,6 +301,7 @@ def plan(
     *,
     out: str | Path = ".",
     sparsity: float | None = None,
+    calibration: str = "c4",
     samples: Count = 128,
     seqlen: Length | None = None,
     device: str | torch.device = "auto",
@@ -316,6 +318,7 @@ def plan(
         recipe: as in `compress`.
         out: where the checkpoint would be written.
         sparsity: as in `compress`.
+        calibration: as in `compress`; what the model writes itself takes passes and memory.
         samples: as in `compress`.
         seqlen: as in `compress`.
         device: as in `compress`; this machine need not have it.
@@ -355,6 +358,7 @@ def plan(
         activation_budget=activation_budget,
         folder=path_of(out),
         ranks=ranks,
+        own=float(sum(part.share for part in parts_of(calibration) if part.source == OWN)),
     )
 
 

@@ -64,6 +64,16 @@ def parts_of(calibration: str) -> list[Part]:
     return [Part(name, weight / total) for name, weight in weighed]
 
 
+def texts_of(calibration: str) -> list[str]:
+    """The texts, as `read_documents` takes them, that sequences are drawn from; none for what the model writes.
+
+    Raises:
+        BesaError: as `parts_of`.
+    """
+    sources = [part.source for part in parts_of(calibration) if part.source != OWN]
+    return [text for source in sources for text in (EMBEDDED if source == MIX else [source])]
+
+
 def _is_one(calibration: str) -> bool:
     """Whether a name is that of a file, or of a data set whose configuration may look like a weight."""
     if calibration.startswith("hf:") and "," not in calibration:

@@ -39,6 +39,7 @@ def prune(entry: Entry, record: RunRecord) -> str:
         samples=record.calibration.get("samples"),
         seqlen=record.calibration.get("seqlen"),
         bos=None if (bos := record.calibration.get("bos")) is None else "yes" if bos else "no",
+        chat=record.calibration.get("chat"),
         seed=record.seed,
         dtype=record.model.get("dtype"),
         device=device,
