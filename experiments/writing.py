@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from besa.data.documents import read_documents
+from besa.data.mixture import texts_of
 from besa.record import now
 from besa.report.curves import curves
 from besa.report.svg import standalone
@@ -34,7 +35,7 @@ def without_calibration(options: Options, folder: Path) -> tuple[dict[str, str],
         if not file.endswith(".jsonl"):
             notes.append(f"{name} is {Path(file).name}")
             continue
-        calibrated = set(read_documents(options.conditions.calibration))
+        calibrated = {text for name in texts_of(options.conditions.calibration) for text in read_documents(name)}
         documents = list(read_documents(file))
         left = [document for document in documents if document not in calibrated]
         if len(left) < len(documents):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from besa.checkpoint.rewriting import folder_of
 from besa.checkpoint.writer import disk_bytes, finish
 from besa.data.arguments import Bos, Bytes, Count, Dtype, Length, Ranks, checked
 from besa.data.calibration import Calibration, sample
+from besa.data.mixture import OWN, parts_of
 from besa.data.seeds import check_seed
 from besa.data.tokens import check_known
 from besa.errors import BesaError
@@ -44,6 +46,8 @@ from besa.planning import Plan, work_out
 from besa.progress import Progress, silent
 from besa.pruning import Resources, prune_blocks
 from besa.record import PASSED_NAMES, BlockRecord, PassedThrough, RunRecord, now
+from besa.runtime.chat_template import dialogue_of
+from besa.runtime.own_text import Author
 from besa.runtime.sparse_models import load_source
 from besa.simulator import Accelerator, Simulation
 from besa.simulator import simulate as simulate_checkpoint
@@ -95,6 +99,7 @@ def compress(
     samples: Count = 128,
     seqlen: Length | None = None,
     bos: Bos = "auto",
+    chat: bool = False,
     seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
     device: str | torch.device = "auto",
@@ -114,7 +119,10 @@ def compress(
             .gguf file, ``smollm2`` (embedded), or a loaded model, which is pruned in place; its device, mode and
             gradients stay as they are.
         recipe: a `Recipe`, the name of a shipped one (``besa``, ``wanda``, …), or a YAML file.
-        calibration: token batches, or the text to sample them from: ``c4``, ``wiki``, a file, ``hf:<dataset>``.
+        calibration: token batches, or the text to sample them from: ``c4``, ``wiki``, ``code``, ``technical``,
+            ``multilingual`` (embedded), a file, ``hf:<dataset>``, ``mix`` (equal shares of the embedded ones) or
+            ``self`` (what the dense model writes, which must have room in memory); or several of these by weight,
+            such as ``self:0.5,c4:0.5``.
         out: folder to write the checkpoint and `besa_run.json` to; must not exist. A model given by name then stays on
             the disk, with one block in memory at a time, and finished blocks are kept in a journal.
         sparsity: share of the prunable weights to set to zero, in [0, 1); replaces the recipe's.
@@ -123,6 +131,8 @@ def compress(
             has positions.
         bos: whether each calibration sequence begins with the token that begins a text, if `calibration` is a text:
             ``yes``, ``no``, or ``auto``, which follows the tokenizer, but means no for Llama and OPT.
+        chat: render texts as dialogues in the tokenizer's chat template, if `calibration` is a text; of ``self``, the
+            model answers. Such a sequence begins with a BOS token where template or `bos` put one.
         seed: of the calibration sample and of the learning order; a repeated run on the same CPU with the same number
             of threads is bit-equal. On a GPU, gradients of attention are added up in an order that may differ.
         tokenizer: needed with a loaded model; otherwise the model's own.
@@ -159,8 +169,18 @@ def compress(
         check_dtype(decoder.model.dtype, device)
         begun = ranks.from_first(journal.begun or {} if journal is not None else {})
         recipe = recipe.settled(ranks.count(), begun.get("recipe", {}))
+        author = partial(Author, decoder, opened, tokenizer, identity, chat=chat, device=device, dtype=dtype)
         calibration, notes = _calibration(
-            calibration, decoder.model, tokenizer, samples=samples, seqlen=seqlen, bos=bos, seed=seed, progress=progress
+            calibration,
+            decoder.model,
+            tokenizer,
+            samples=samples,
+            seqlen=seqlen,
+            bos=bos,
+            chat=chat,
+            seed=seed,
+            author=author,
+            progress=progress,
         )
         batch = batch or begun.get("batch") or default_batch(calibration.samples, calibration.seqlen, device)
         batch = min(calibration.samples, batch)
@@ -210,10 +230,12 @@ def _calibration(
     samples: int,
     seqlen: int | None,
     bos: str,
+    chat: bool,
     seed: int,
+    author: Callable[..., Author],
     progress: Progress,
 ) -> tuple[Calibration, list[str]]:
-    """Token batches that the model can read, and notes on their length; arguments as of `compress`."""
+    """Token batches that the model can read, and notes on their length; arguments as of `compress` and `Author`."""
     room, rows = positions(model), embedding_rows(model)
     if isinstance(calibration, Calibration):
         notes = room.checked(calibration.seqlen, "A calibration sequence of")
@@ -221,7 +243,19 @@ def _calibration(
         return calibration, notes
     seqlen = room.usual if seqlen is None else seqlen
     notes, first = room.checked(seqlen, "--seqlen"), bos_token(bos, tokenizer, model.config)
-    return sample(calibration, tokenizer, samples, seqlen, seed, progress, bos=first, rows=rows), notes
+    drawn = sample(
+        calibration,
+        tokenizer,
+        samples,
+        seqlen,
+        seed,
+        progress,
+        bos=first,
+        rows=rows,
+        dialogue=dialogue_of(tokenizer) if chat else None,
+        author=author(seqlen=seqlen, seed=seed, bos=first, progress=progress),
+    )
+    return drawn, notes
 
 
 def _totals(blocks: list[BlockRecord], decoder: Decoder, parameters: int) -> dict[str, Any]:
@@ -267,6 +301,7 @@ def plan(
     *,
     out: str | Path = ".",
     sparsity: float | None = None,
+    calibration: str = "c4",
     samples: Count = 128,
     seqlen: Length | None = None,
     device: str | torch.device = "auto",
@@ -283,6 +318,7 @@ def plan(
         recipe: as in `compress`.
         out: where the checkpoint would be written.
         sparsity: as in `compress`.
+        calibration: as in `compress`; what the model writes itself takes passes and memory.
         samples: as in `compress`.
         seqlen: as in `compress`.
         device: as in `compress`; this machine need not have it.
@@ -322,6 +358,7 @@ def plan(
         activation_budget=activation_budget,
         folder=path_of(out),
         ranks=ranks,
+        own=float(sum(part.share for part in parts_of(calibration) if part.source == OWN)),
     )
 
 

@@ -184,3 +184,143 @@ def test_a_text_of_just_the_size_is_read_whole(corpus, tmp_path):
     path = tmp_path / "small.jsonl"
     path.write_text('{"text": "' + "1 " * 49 + '11"}\n')
     assert sample(str(path), COUNTING, 1, 4, 0).whole
+
+
+# --- mixtures ---
+
+
+@pytest.fixture
+def texts(tmp_path, monkeypatch):
+    """The embedded texts as runs of numbers: c4 from 0, wiki from 80, code from 160, …, the last from 320."""
+    starts = {name: 80 * place for place, name in enumerate(calibration.EMBEDDED)}
+
+    def documents(name, progress):
+        start = starts[name]
+        return iter([" ".join(map(str, range(start, start + lengths.get(name, 80))))])
+
+    lengths: dict[str, int] = {}
+    monkeypatch.setattr(calibration, "read_documents", documents)
+    return lengths
+
+
+def by_text(tokens):
+    """Sequences of each embedded text."""
+    counted = Counter((tokens[:, -1] // 80).tolist())
+    return [counted[place] for place in range(5)]
+
+
+def test_a_mixture_has_its_shares_exactly(texts):
+    found = sample("c4:0.5,code:0.3,wiki:0.2", COUNTING, 9, 4, 1)
+    assert by_text(found.tokens_NT) == [4, 2, 3, 0, 0]  # 4.5, 1.8 and 2.7: to the largest remainders
+    assert found.describe()["parts"] == [
+        {"source": "c4", "share": 0.5, "samples": 4, "beginning": shown(0), "whole": True},
+        {"source": "code", "share": 0.3, "samples": 3, "beginning": shown(160), "whole": True},
+        {"source": "wiki", "share": 0.2, "samples": 2, "beginning": shown(80), "whole": True},
+    ]
+    assert found.source == "c4:0.5,code:0.3,wiki:0.2"
+    assert found.describe()["beginning"] == shown(0)
+    again, other = (sample("c4:0.5,code:0.3,wiki:0.2", COUNTING, 9, 4, seed) for seed in (1, 2))
+    assert torch.equal(found.tokens_NT, again.tokens_NT)
+    assert found.sha256 != other.sha256
+
+
+def shown(start):
+    return " ".join(map(str, range(start, start + 80)))[:80]
+
+
+def test_sequences_of_a_mixture_are_those_of_its_texts(texts):
+    mixed = sample("c4:1,code:1", COUNTING, 8, 4, 5).tokens_NT
+    alone = torch.cat([sample(name, COUNTING, 4, 4, 5).tokens_NT for name in ("c4", "code")])
+    assert sorted(mixed.tolist()) == sorted(alone.tolist())
+    assert mixed.tolist() != alone.tolist()
+
+
+def test_a_text_alone_has_no_parts(texts):
+    assert "parts" not in sample("code", COUNTING, 8, 4, 5).describe()
+    assert "chat" not in sample("code", COUNTING, 8, 4, 5).describe()
+
+
+def test_the_mix_has_equal_shares(texts):
+    found = sample("mix", COUNTING, 33, 4, 0)
+    assert by_text(found.tokens_NT) == [7, 7, 7, 6, 6]
+    assert [part.samples for part in found.parts] == [7, 7, 7, 6, 6]
+    assert [part.share for part in found.parts] == [0.2] * 5
+    assert by_text(sample("mix", COUNTING, 3, 4, 0).tokens_NT) == [1, 1, 1, 0, 0]
+
+
+def test_in_the_mix_a_short_text_gives_what_it_has(texts):
+    texts["technical"] = 11
+    assert by_text(sample("mix", COUNTING, 34, 4, 0).tokens_NT) == [8, 8, 8, 2, 8]
+    assert by_text(sample("mix:0.5,self:0.5", COUNTING, 68, 4, 0, author=absent).tokens_NT) == [42, 8, 8, 2, 8]
+    assert "The text technical holds 11 tokens, but 3 sequences of 4 tokens need 12" in refusal(
+        lambda: sample("c4:0.5,technical:0.5", COUNTING, 6, 4, 0)
+    )
+    assert "The embedded texts hold 82 sequences of 4 tokens, but 83 are needed" in refusal(
+        lambda: sample("mix", COUNTING, 83, 4, 0)
+    )
+
+
+def absent(size):
+    """The model's own text, here of the number 1."""
+    return torch.ones(size, 4, dtype=torch.int64)
+
+
+def test_the_model_s_own_text_is_a_part_like_any_other(texts):
+    found = sample("self:0.75,wiki:0.25", COUNTING, 8, 4, 0, author=absent)
+    assert by_text(found.tokens_NT) == [6, 2, 0, 0, 0]
+    assert [(part.source, part.samples, part.beginning) for part in found.parts] == [
+        ("self", 6, "1 1 1 1"),
+        ("wiki", 2, shown(80)),
+    ]
+    assert torch.equal(sample("self", COUNTING, 3, 4, 0, author=absent).tokens_NT, absent(3))
+    assert "needs a model that writes" in refusal(lambda: sample("self", COUNTING, 3, 4, 0))
+
+
+# --- dialogues ---
+
+
+def dialogue(user: str, answer: str) -> str:
+    return f"399 {user} 398 {answer} 397"
+
+
+@pytest.fixture
+def dialogues_of_numbers(tmp_path):
+    """Twenty documents of sixty tokens of their own each: 300 to 319, thirty times two."""
+    path = tmp_path / "documents.jsonl"
+    path.write_text("".join(json.dumps({"text": f"{i} " * 60}) + "\n" for i in range(300, 320)))
+    return str(path)
+
+
+def test_every_sequence_begins_with_a_dialogue(dialogues_of_numbers):
+    found = sample(dialogues_of_numbers, COUNTING, 6, 70, 1, dialogue=dialogue)
+    assert found.tokens_NT.shape == (6, 70)
+    assert found.tokens_NT[:, 0].tolist() == [399] * 6
+    first = found.tokens_NT[0].tolist()
+    at = first.index(398)
+    assert len(set(first[1:at])) == len(set(first[1:62]) - {398}) == 1  # one document is the question and its answer
+    assert first[62:64] == [397, 399]  # and the next dialogue follows
+    assert found.describe()["chat"] is True
+    again, other = (sample(dialogues_of_numbers, COUNTING, 6, 70, s, dialogue=dialogue).tokens_NT for s in (1, 2))
+    assert torch.equal(again, found.tokens_NT)
+    assert not torch.equal(other, found.tokens_NT)
+
+
+def test_a_template_s_own_bos_token_is_not_doubled(dialogues_of_numbers):
+    with_own = sample(dialogues_of_numbers, COUNTING, 6, 70, 1, dialogue=dialogue, bos=399)
+    assert with_own.tokens_NT[:, :2].tolist() == [[399, tokens[1]] for tokens in with_own.tokens_NT.tolist()]
+    assert 399 not in with_own.tokens_NT[:, 1].tolist()
+    added = sample(dialogues_of_numbers, COUNTING, 6, 70, 1, dialogue=dialogue, bos=7)
+    assert added.tokens_NT[:, :2].tolist() == [[7, 399]] * 6
+    assert added.tokens_NT.shape == (6, 70)
+
+
+def test_too_few_dialogues_are_told(dialogues_of_numbers):
+    assert "holds dialogues for 10 sequences only, but 11 sequences of 70 tokens are needed" in refusal(
+        lambda: sample(dialogues_of_numbers, COUNTING, 11, 70, 1, dialogue=dialogue)
+    )
+
+
+def test_tokens_of_dialogues_are_held_to_the_embeddings(dialogues_of_numbers):
+    assert "but the model's embeddings have 399 rows only" in refusal(
+        lambda: sample(dialogues_of_numbers, COUNTING, 1, 70, 1, dialogue=dialogue, rows=399)
+    )

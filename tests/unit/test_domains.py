@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from besa.data import domains
+from besa.data import domains, embedded
 from besa.data.assets import ASSETS
 from besa.data.documents import read_documents
 from besa.data.domains import DOMAINS, held_out
@@ -69,7 +69,7 @@ def test_papers_are_taken_once_with_title_abstract_and_paragraphs(source):
 
 
 def test_prose_of_the_languages_is_taken_in_turn(source, monkeypatch):
-    monkeypatch.setattr(domains, "ARTICLES", ((0, 4), (4, 6)))
+    monkeypatch.setattr(embedded, "ARTICLES", ((0, 4), (4, 6)))
     monkeypatch.setattr(domains, "PASSAGE", 150)
     prose = {letter: letter * 80 for letter in "abcde"}
     lines = ["Heading", prose["a"], prose["b"], prose["c"], prose["d"], "x\t" * 40, prose["e"]]

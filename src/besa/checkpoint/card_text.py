@@ -16,6 +16,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from besa.checkpoint.companions import read_config_json
 from besa.checkpoint.measurements import Measurement, Measurements
 from besa.data.assets import ASSETS
+from besa.data.mixture import OWN
 from besa.errors import BesaError
 from besa.models.couplings import CALLED
 from besa.models.loading import EMBEDDED
@@ -223,14 +224,18 @@ class About:
         return {CALLED[kind]: (pair[0], pair[1]) for kind, pair in counts if kind in CALLED and _is_pair(pair)}
 
     def _calibration(self) -> str:
-        """The calibration text, without the folder that it was in."""
+        """The calibration texts, without the folders that they were in."""
         assert self.record is not None
         about = self.record.calibration
-        source = str(about.get("source") or "tokens of the user's own")
-        source = source if source.startswith("hf:") else Path(source).name
+        parts = about.get("parts") or [{"source": about.get("source") or "tokens of the user's own"}]
+        sources = [_text(str(part["source"])) for part in parts]
         sizes = [about.get("samples"), about.get("seqlen")]
         counted = [f"{size:,}" for size in sizes if isinstance(size, int)]
-        return _code(source) + (f", {counted[0]} sequences of {counted[1]} tokens" if len(counted) == 2 else "")
+        return (
+            (sources[0] if len(sources) == 1 else f"{', '.join(sources[:-1])} and {sources[-1]}")
+            + (", as dialogues" if about.get("chat") else "")
+            + (f", {counted[0]} sequences of {counted[1]} tokens" if len(counted) == 2 else "")
+        )
 
     def _use(self, name: str) -> str:
         """How to load it."""
@@ -330,6 +335,13 @@ def _plain(text: object) -> str:
     """Text from elsewhere, in one line that Markdown leaves as it is."""
     line = printable(" ".join(str(text).split()))[:SHOWN]
     return re.sub(r"([\\`*_\[\]<>|#~$])", r"\\\1", line)
+
+
+def _text(source: str) -> str:
+    """A calibration text as a reader knows it."""
+    if source == OWN:
+        return "text that the dense model wrote"
+    return _code(source if source.startswith("hf:") else Path(source).name)
 
 
 def _code(text: object) -> str:

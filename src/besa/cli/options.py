@@ -41,8 +41,18 @@ Model = Annotated[
     ),
 ]
 FILES = "a file of JSON (lines or an array, with fields named text), parquet or plain text, also .gz or .zst"
-TEXTS = f"c4, wiki, {FILES}, or hf:<dataset>"
-CalibrationOption = Annotated[str, typer.Option(metavar="TEXT", help=f"Text to calibrate on: {TEXTS}.")]
+CalibrationOption = Annotated[
+    str,
+    typer.Option(
+        metavar="TEXT",
+        help="Text to calibrate on: c4, wiki, code, technical or multilingual (embedded); mix, equal shares of these; "
+        f"self, which the dense model writes; {FILES}; or hf:<dataset>. Several by weight: c4:0.5,self:0.5.",
+    ),
+]
+ChatOption = Annotated[
+    bool,
+    typer.Option("--chat", help="Calibrate on dialogues in the model's chat template, made from the text."),
+]
 EvaluationOption = Annotated[
     list[str] | None,
     typer.Option(

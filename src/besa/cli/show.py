@@ -127,6 +127,12 @@ def planned(plan: Plan) -> RenderableType:
     table.add_row("activations", f"{plan.activation_bytes / 1e9:.2f} GB{each} between blocks: {', '.join(places)}")
     table.add_row("disk", f"{plan.disk_bytes / 1e9:.2f} GB free, {plan.checkpoint_bytes / 1e9:.2f} GB of it stays")
     table.add_row("forward passes", f"{plan.forward_passes:.3g} of {passed}, a backward pass counted as two")
+    if plan.writing_passes:
+        table.add_row(
+            "own text", f"as much as {plan.writing_passes:.3g} passes, but token by token, by the whole model"
+        )
+    for warning in plan.warnings:
+        table.add_row("warning", warning)
     table.add_row("fits here", "yes" if plan.fits else f"no: too little {' and '.join(plan.lacking)}")
     return table
 

@@ -122,6 +122,16 @@ ASSETS: dict[str, Asset] = {
             description="source files of public repositories in 13 languages (1.4 MB)",
         ),
         Asset(
+            name="technical",
+            package="exllamav3",
+            version="1.6.5",
+            wheel_sha256=_EXLLAMAV3_SHA256,
+            member="exllamav3/conversion/standard_cal_data/technical.utf8",
+            member_sha256="7cac2a0ddd7bc4db19e52e3b12ced3812514059f1f11bfc427b7849e0077a2ee",
+            licence="MIT (wheel), CC BY-SA (Wikipedia), each article its own",
+            description="articles on science, philosophy, law and technology, and commentaries on shares (0.3 MB)",
+        ),
+        Asset(
             name="multilingual",
             package="exllamav3",
             version="1.6.5",

@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from besa.data.assets import fetch
+from besa.data.embedded import EMBEDDED
 from besa.data.textfiles import file_documents
 from besa.errors import BesaError
 from besa.progress import Progress, silent
@@ -24,9 +25,9 @@ def read_documents(source: str, progress: Progress = silent) -> Iterator[str]:
     """The documents of a text one after another, without blank ones.
 
     Args:
-        source: an embedded text (`c4` or `wiki`; `./c4` is a file of that name); a file as `file_documents` takes it;
-            or `hf:dataset[:config[:split]]` for the first documents of a Hugging Face dataset (split: train), 20,000 or
-            as many as hold 64 Mi characters.
+        source: an embedded text (a key of `EMBEDDED`; `./c4` is a file of that name); a file as `file_documents` takes
+            it; or `hf:dataset[:config[:split]]` for the first documents of a Hugging Face dataset (split: train),
+            20,000 or as many as hold 64 Mi characters.
         progress: is called during the download and while reading.
 
     Raises:
@@ -45,19 +46,6 @@ def _documents(source: str, progress: Progress) -> Iterable[str]:
     if source.startswith("hf:"):
         return _hub_documents(source, progress)
     return file_documents(Path(source), progress)
-
-
-def _c4_documents(text: str) -> Iterable[str]:
-    """One document per line, without the first nine, which are navigation of web pages, not prose."""
-    return text.split("\n")[9:]
-
-
-def _wiki_documents(text: str) -> Iterable[str]:
-    """Articles between `<doc …>` and `</doc>`."""
-    return (article.strip() for article in re.findall(r"<doc [^>]*>(.*?)</doc>", text, re.DOTALL))
-
-
-EMBEDDED: dict[str, Callable[[str], Iterable[str]]] = {"c4": _c4_documents, "wiki": _wiki_documents}
 
 
 def beginning(documents: Iterator[str], characters: int) -> list[str]:

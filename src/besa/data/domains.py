@@ -21,15 +21,12 @@ from itertools import chain, zip_longest
 
 from besa.data.assets import fetch
 from besa.data.documents import beginning
+from besa.data.embedded import articles_to_measure, code_to_measure
 from besa.data.questions import questions
 from besa.progress import Progress, silent
 
 SIZE = 1 << 20  # characters of a domain, at most
-HELD_OUT = 4  # of so many source files, one is measured on; the others are left to calibration
-FILE = re.compile(r"^// ===== BEGIN (.*?) =====\n(.*?)\n// ===== END =====$", re.MULTILINE | re.DOTALL)
 TAG = re.compile(r" *\[(?:header|title|step|substeps)\] *")
-# Lines of the articles: Chinese, Italian, German, Russian, French, Afrikaans, Spanish, Dutch, Danish.
-ARTICLES = (123, 202), (204, 245), (246, 333), (335, 357), (357, 383), (383, 404), (404, 478), (478, 503), (503, 517)
 PROSE = 60  # characters of the longest heading
 PASSAGE = 3000  # bytes of a language before the next one's turn
 
@@ -60,7 +57,7 @@ def _encyclopedia(progress: Progress) -> Iterable[str]:
 
 
 def _code(progress: Progress) -> Iterable[str]:
-    files = FILE.findall(fetch("code", progress).read_text(encoding="utf-8"))[::HELD_OUT]
+    files = code_to_measure(fetch("code", progress).read_text(encoding="utf-8"))
     by_language: dict[str, list[str]] = {language: [] for language, _ in files}
     for language, content in files:
         by_language[language].append(content)
@@ -80,8 +77,8 @@ def _technical(progress: Progress) -> Iterator[str]:
 
 
 def _languages(progress: Progress) -> Iterable[str]:
-    lines = fetch("multilingual", progress).read_text(encoding="utf-8").split("\n")
-    return _in_turn(list(_passages(lines[first:end])) for first, end in ARTICLES)
+    articles = articles_to_measure(fetch("multilingual", progress).read_text(encoding="utf-8"))
+    return _in_turn(list(_passages(lines)) for lines in articles)
 
 
 def _passages(lines: Iterable[str]) -> Iterator[str]:

@@ -6,7 +6,7 @@ Shape suffixes: L tokens of a whole text.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -58,6 +58,24 @@ def tokenize(
         parts.append(torch.tensor([token for ids in batch_ids for token in ids], dtype=torch.int64))
         taken, tokens = taken + len(batch), tokens + len(parts[-1])
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
+
+
+def packed(pieces: Iterable[Sequence[int]], length: int, bos: int | None = None) -> Iterator[list[int]]:
+    """Sequences of `length` token ids that each begin with a piece; the last piece of a sequence is cut.
+
+    Args:
+        pieces: token ids of one piece after another.
+        length: tokens of a sequence.
+        bos: token that begins every sequence, put there where a piece does not begin with it; None for none.
+    """
+    sequence: list[int] = []
+    for piece in pieces:
+        if not sequence and bos is not None and list(piece[:1]) != [bos]:
+            sequence.append(bos)
+        sequence += piece
+        if len(sequence) >= length:
+            yield sequence[:length]
+            sequence = []
 
 
 def check_known(tokens: torch.Tensor, rows: int, tokenizer: PreTrainedTokenizerBase) -> None:

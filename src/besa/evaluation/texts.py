@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from besa.data.documents import EMBEDDED, WHOLE, beginning, hub_column, read_documents, shown
+from besa.data.documents import WHOLE, beginning, hub_column, read_documents, shown
 from besa.data.domains import DOMAINS, held_out
+from besa.data.embedded import EMBEDDED
 from besa.data.textfiles import COMPRESSED, file_documents, is_plain_text
 from besa.data.tokens import check_known, tokenize
 from besa.errors import BesaError

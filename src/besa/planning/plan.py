@@ -27,11 +27,15 @@ from besa.planning.shapes import learn_arguments, shared_inputs
 from besa.planning.traffic import traffic
 from besa.pruning.paths import dense_share
 from besa.quantization import MinMax
+from besa.runtime.own_text import PASSES, sizes_of
 from besa.system import memory
 from besa.system.devices import is_available, shares_memory, total_bytes
 from besa.system.ranks import together
 
 PLACES: tuple[Place, ...] = get_args(Place)
+# Tokens for each column of a Gram matrix, at least. Of C independent columns and n tokens, its eigenvalues are off by
+# factors of up to (1 ± √(C/n))² (Marchenko and Pastur): from n = 4 C on, by 1/4 to 9/4 at the most.
+ENOUGH = 4
 TEXT = 64 << 20  # bytes of the tokenizer and the calibration text while they are read
 
 
@@ -58,9 +62,12 @@ class Plan(BaseModel):
         gpu_memory_bytes: expected peak on the GPU; None for a device that computes in the machine's memory.
         forward_passes: over the calibration set (the sequences of a rank) through all blocks; a backward pass counts as
             two.
+        writing_passes: the arithmetic of writing the model's own text, in forward passes; it takes longer than these,
+            as tokens come one by one.
         fits: whether this machine has enough memory and disk for all ranks, and for a run on GPUs, one with enough
             memory for each.
         lacking: what this machine has too little of, in words.
+        warnings: what could cost quality, one sentence each.
     """
 
     model: str
@@ -81,8 +88,10 @@ class Plan(BaseModel):
     memory_bytes: int
     gpu_memory_bytes: int | None
     forward_passes: float
+    writing_passes: float = 0.0
     fits: bool
     lacking: list[str]
+    warnings: list[str] = []
 
 
 def work_out(
@@ -98,6 +107,7 @@ def work_out(
     activation_budget: int | None,
     folder: Path,
     ranks: int = 1,
+    own: float = 0.0,
 ) -> Plan:
     """Work out what a run needs.
 
@@ -113,6 +123,7 @@ def work_out(
         activation_budget: as in `Room`; if the device is not here, its memory has no limit by default.
         folder: where the checkpoint would be written.
         ranks: processes on this machine, one for each device.
+        own: share of the sequences that the model writes itself; rank 0 loads it whole for that.
 
     Raises:
         BesaError: a pattern of the recipe matches nothing, or one batch needs more than the memory of this machine.
@@ -169,7 +180,15 @@ def work_out(
     needs = memory.current_bytes() + TEXT + places["host"] + (on_device if gpu is None else 2 * unit_size)
     disk = disk_bytes(size) + ranks * places["file"]
     zeros = sum(budget.zeros for budget in plan)
-    lacking = list(_lacking(needs, gpu, disk, device, folder, ranks))
+    most_at_once = ranks * needs
+    if own:
+        weights, cache = sizes_of(model, seqlen, device)
+        writing = memory.current_bytes() + TEXT + weights + (cache if gpu is None else 0)
+        needs, most_at_once = max(needs, writing), max(most_at_once, writing)
+        gpu = None if gpu is None else max(gpu, weights + cache)
+    lacking = list(_lacking(most_at_once, gpu, disk, device, folder, ranks))
+    pruned = {name for budget in plan for name in budget.names}
+    widths = [prunable.columns for block in blocks for name, prunable in block.prunables.items() if name in pruned]
     return Plan(
         model=name,
         architecture=type(model).__name__,
@@ -189,14 +208,27 @@ def work_out(
         memory_bytes=needs,
         gpu_memory_bytes=gpu,
         forward_passes=forward_passes(recipe, samples, seqlen, batch, ranks),
+        writing_passes=own * PASSES,
         fits=not lacking,
         lacking=lacking,
+        warnings=list(_warnings(recipe, samples, seqlen, max(widths, default=0))),
     )
 
 
+def _warnings(recipe: Recipe, samples: int, seqlen: int, widest: int) -> Iterator[str]:
+    """What could cost quality, given the most inputs that a pruned matrix has."""
+    tokens = samples * seqlen
+    if recipe.needs_gram and tokens < ENOUGH * widest:
+        yield (
+            f"{tokens:,} calibration tokens are few for inputs of {widest:,} columns, and solving for weights may fit "
+            f"these tokens only: give at least {ENOUGH} tokens for each column, such as --samples "
+            f"{-(-ENOUGH * widest // seqlen):,}."
+        )
+
+
 def _lacking(needs: int, gpu: int | None, disk: int, device: torch.device, folder: Path, ranks: int) -> Iterator[str]:
-    """What this machine has too little of for so many processes, in words."""
-    if ranks * needs > memory.total_bytes():
+    """What this machine has too little of for so many processes, which need so much together, in words."""
+    if needs > memory.total_bytes():
         yield f"memory ({memory.total_bytes() / 1e9:.1f} GB)"
     if gpu is not None:
         if not is_available(device.type):

@@ -116,6 +116,10 @@ def _calibration(record: RunRecord) -> str:
     if "samples" in about and "seqlen" in about:
         samples, seqlen = wording.count(about["samples"]), wording.count(about["seqlen"])
         parts.append(f"{samples} {wording.TIMES} {seqlen} tokens")
+    if given := about.get("parts"):
+        parts.append(" + ".join(f"{part['samples']} {part['source']}" for part in given))
+    if about.get("chat"):
+        parts.append("as dialogues")
     return ", ".join([*parts, f"seed {about.get('seed', record.seed)}"])
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from besa.data.documents import EMBEDDED
 from besa.data.domains import DOMAINS
+from besa.data.embedded import EMBEDDED
 from besa.errors import BesaError
 from besa.evaluation.result import EVALUATION_NAME
 from besa.evaluation.texts import TEST_SETS
@@ -39,6 +39,7 @@ def prune(entry: Entry, record: RunRecord) -> str:
         samples=record.calibration.get("samples"),
         seqlen=record.calibration.get("seqlen"),
         bos=None if (bos := record.calibration.get("bos")) is None else "yes" if bos else "no",
+        chat=record.calibration.get("chat"),
         seed=record.seed,
         dtype=record.model.get("dtype"),
         device=device,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from jinja2 import TemplateError
 from torch import Tensor
@@ -58,6 +58,25 @@ def prompt_of(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -
     return _applied(tokenizer, messages, tokenize=True)["input_ids"]  # type: ignore[index, no-any-return]
 
 
+def dialogue_of(tokenizer: PreTrainedTokenizerBase) -> Callable[[str, str], str]:
+    """A function that renders what a user says and the answer as text.
+
+    Raises:
+        BesaError: the tokenizer has no chat template, or one that fails; the function raises it too.
+    """
+    if not tokenizer.chat_template:
+        raise BesaError(
+            "--chat: the tokenizer has no chat template, so the model is not made for chats: calibrate on plain text."
+        )
+
+    def render(user: str, answer: str) -> str:
+        messages = [message("user", user), message("assistant", answer)]
+        return str(_applied(tokenizer, messages, answered=True, instead="calibrate on plain text, without --chat"))
+
+    render("?", "!")
+    return render
+
+
 def _check_system(tokenizer: PreTrainedTokenizerBase, system: str) -> None:
     """Refuse a system prompt that would not reach the model.
 
@@ -78,25 +97,36 @@ def _check_system(tokenizer: PreTrainedTokenizerBase, system: str) -> None:
 FAILURES = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError)
 
 
-def _applied(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tokenize: bool = False) -> object:
-    """See `_rendered`.
+def _applied(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    tokenize: bool = False,
+    answered: bool = False,
+    instead: str = "continue a text (--no-chat)",
+) -> object:
+    """See `_rendered`; `instead` is what a user can do where the template fails.
 
     Raises:
         BesaError: the template refuses the messages, or is damaged.
     """
     try:
-        return _rendered(tokenizer, messages, tokenize)
+        return _rendered(tokenizer, messages, tokenize, answered)
     except FAILURES as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise BesaError(
-            f"The model's chat template fails ({reason[:300] or type(error).__name__}): continue a text (--no-chat)."
+            f"The model's chat template fails ({reason[:300] or type(error).__name__}): {instead}."
         ) from error
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tokenize: bool = False) -> object:
-    """Messages in the template, as text or, `tokenize`, as the tokenizer's tensors."""
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tokenize: bool = False, answered: bool = False
+) -> object:
+    """Messages in the template, as text or, `tokenize`, as the tokenizer's tensors.
+
+    The beginning of an answer follows, unless the messages have been `answered`.
+    """
     how = {"return_tensors": "pt", "return_dict": True} if tokenize else {}
     rendered: object = tokenizer.apply_chat_template(
-        list(messages), add_generation_prompt=True, tokenize=tokenize, **how
+        list(messages), add_generation_prompt=not answered, tokenize=tokenize, **how
     )
     return rendered

@@ -127,7 +127,8 @@ def _table(
     compared = Comparison(
         command=command,
         model=given.model,
-        calibration=f"{given.samples} × {given.seqlen} tokens of {given.calibration}",
+        calibration=f"{given.samples} × {given.seqlen} tokens of {given.calibration}"
+        + (" as dialogues" if given.chat else ""),
         window=measures.window,
         max_windows=measures.max_windows,
         conditions=workspace.decisive(),

@@ -14,8 +14,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from besa.api import compress, evaluate
 from besa.data.calibration import sample
+from besa.data.mixture import parts_of
 from besa.evaluation.domains import ALL, mean_of_domains
 from besa.evaluation.result import Evaluation
 from besa.evaluation.texts import read_texts, text_name
@@ -25,6 +28,7 @@ from besa.models.bos import bos_token
 from besa.models.loading import Source, fingerprint, load_tokenizer, locate, read_config
 from besa.progress import Progress, labelled, silent
 from besa.record import RECORD_NAME, RunRecord
+from besa.runtime.chat_template import dialogue_of
 from besa.storage.names import path_of, plain
 from besa.storage.writing import write_file
 from besa.studies.origin import Origin
@@ -46,6 +50,7 @@ class Conditions:
     batch: int | None = None
     bos: str = "auto"
     trust_remote_code: bool = False
+    chat: bool = False
 
 
 @dataclass(frozen=True)
@@ -181,7 +186,17 @@ class Workspace:
         read_texts(self.measures.texts, self.measures.data, self.progress)
         tokenizer = load_tokenizer(self._source)
         first = bos_token(given.bos, tokenizer, read_config(self._source))
-        sample(given.calibration, tokenizer, given.samples, given.seqlen, 0, self.progress, bos=first)
+        sample(
+            given.calibration,
+            tokenizer,
+            given.samples,
+            given.seqlen,
+            0,
+            self.progress,
+            bos=first,
+            dialogue=dialogue_of(tokenizer) if given.chat else None,
+            author=lambda size: torch.zeros(size, given.seqlen, dtype=torch.int64),  # the model writes when it runs
+        )
 
     def checkpoint(self, recipe: Recipe, seed: int = 0) -> Path:
         """Where the pruned weights of a run are, if they are kept."""
@@ -241,10 +256,13 @@ class Workspace:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
 
     def _of_runs(self) -> dict[str, Any]:
-        return asdict(self.conditions) | {
+        decisive = asdict(self.conditions) | {
             "model": self._fingerprint,
-            "calibration": _content(self.conditions.calibration),
+            "calibration": _calibrated_on(self.conditions.calibration),
         }
+        if not self.conditions.chat:
+            del decisive["chat"]  # plain text, as before there was a choice
+        return decisive
 
     def _of_evaluation(self, measures: Measures) -> dict[str, Any]:
         """Of the dense model, numbers depend on that too, and on its dtype."""
@@ -270,6 +288,14 @@ class Workspace:
 def _label(checkpoint: Path) -> str:
     """The key without its digest."""
     return checkpoint.name.rpartition("-")[0]
+
+
+def _calibrated_on(calibration: str) -> Any:
+    """The content of a text, or of the texts of a mixture with their shares."""
+    parts = parts_of(calibration)
+    if len(parts) == 1:
+        return _content(parts[0].source)
+    return [[_content(part.source), str(part.share)] for part in parts]
 
 
 def _content(text: str) -> str:
