@@ -6,13 +6,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from besa.counting.masks import hard_mask, rank
-from besa.methods.reconstruction import ConjugateGradient, NoReconstruction
+from besa.methods.reconstruction import ADMM, ConjugateGradient, NoReconstruction, OBSUpdate
+from besa.methods.reconstruction.ridge import RIDGES, ridged, solve, with_ridge
+from besa.methods.reconstruction.written import written
 from besa.observing.input_statistics import InputStatistics
 
+FIXED = OBSUpdate(mask="fixed")
 
-def gathered(x_TI) -> InputStatistics:
+
+def gathered(x_TI, held_TI=None) -> InputStatistics:
+    """Statistics to solve for `x_TI`, and to judge by `held_TI`; by default the same."""
     statistics = InputStatistics.empty(x_TI.shape[1], True, x_TI.device)
     statistics.add(x_TI)
+    statistics.add(x_TI if held_TI is None else held_TI, [True])
     return statistics
 
 
@@ -34,12 +40,11 @@ def problems(draw):
     return w_OI, x_TI, counts_O
 
 
-def slowly(w_OI, kept_OI, x_TI, damping):
+def slowly(w_OI, kept_OI, x_TI, ridge):
     """The kept weights of each row by stacked least squares: the output, and the distance from the dense weight."""
     x_TI, w_OI = x_TI.double(), w_OI.double()
     diagonal_I = x_TI.square().sum(dim=0)
-    dead_I = (diagonal_I == 0).double()
-    pull_I = (dead_I + damping * (diagonal_I + dead_I).mean()).sqrt()
+    pull_I = (ridge * diagonal_I + (diagonal_I == 0)).sqrt()
     solved_OI = torch.zeros_like(w_OI)
     for row, (w_I, kept_I) in enumerate(zip(w_OI, kept_OI, strict=True)):
         system = torch.cat([x_TI, pull_I.diag()])[:, kept_I]
@@ -49,30 +54,60 @@ def slowly(w_OI, kept_OI, x_TI, damping):
     return solved_OI
 
 
-@given(problem=problems(), damping=st.sampled_from([0.01, 0.2]))
+@given(problem=problems(), ridge=st.sampled_from([0.01, 0.2, 3.0]), started=st.booleans())
 @settings(max_examples=40, deadline=None)
-def test_it_ends_at_the_least_squares_solution(problem, damping):
+def test_it_ends_at_the_least_squares_solution(problem, ridge, started):
     w_OI, x_TI, counts_O = problem
-    ranks_OI = rank(w_OI.abs(), w_OI)
-    kept_OI = hard_mask(ranks_OI, counts_O)
-    method = ConjugateGradient(iterations=60, damping=damping)
-    rebuilt_OI = method.rebuild(w_OI, ranks_OI, counts_O, gathered(x_TI))
-    expected_OI = slowly(w_OI, kept_OI, x_TI, damping)
-    torch.testing.assert_close(rebuilt_OI.double(), expected_OI, rtol=1e-3, atol=1e-3)
-    assert torch.equal(rebuilt_OI != 0, kept_OI)
+    kept_OI = hard_mask(rank(w_OI.abs(), w_OI), counts_O)
+    hessian_II = with_ridge(gathered(x_TI), torch.tensor(ridge))
+    start_OI = torch.ones_like(w_OI) * kept_OI if started else None
+    solved_OI = solve(w_OI, kept_OI, hessian_II, 60, start_OI)
+    torch.testing.assert_close(solved_OI.double(), slowly(w_OI, kept_OI, x_TI, ridge), rtol=1e-3, atol=1e-3)
 
 
-@given(problem=problems(), iterations=st.integers(1, 30))
-@settings(max_examples=40, deadline=None)
-def test_no_row_is_worse_than_no_reconstruction(problem, iterations):
+@given(problem=problems(), other=st.integers(0, 10**6), iterations=st.integers(1, 30))
+@settings(max_examples=60, deadline=None)
+def test_it_is_never_worse_than_no_reconstruction_on_held_out_tokens(problem, other, iterations):
+    """Held-out tokens of another kind: where what helps on the ones harms on the others, weights stay."""
     w_OI, x_TI, counts_O = problem
-    ranks_OI = rank(w_OI.abs(), w_OI)
-    statistics = gathered(x_TI)
-    rebuilt_OI = ConjugateGradient(iterations=iterations, damping=1e-4).rebuild(w_OI, ranks_OI, counts_O, statistics)
+    held_TI = correlated(30, w_OI.shape[1], torch.Generator().manual_seed(other))
+    ranks_OI, statistics = rank(w_OI.abs(), w_OI), gathered(x_TI, held_TI)
     frozen_OI = NoReconstruction().rebuild(w_OI, ranks_OI, counts_O, statistics)
-    target_OT = w_OI @ x_TI.T
-    error_O, before_O = ((weight @ x_TI.T - target_OT).square().sum(dim=1) for weight in (rebuilt_OI, frozen_OI))
-    assert (error_O <= before_O * 1.001 + 1e-3).all()
+    for method in (ConjugateGradient(iterations=iterations), ADMM(iterations=iterations), OBSUpdate(), FIXED):
+        rebuilt_OI = method.rebuild(w_OI, ranks_OI, counts_O, statistics)
+        error, before = (float(((weight - w_OI) @ held_TI.T).square().sum()) for weight in (rebuilt_OI, frozen_OI))
+        assert error <= before * 1.001 + 1e-3
+        assert int((rebuilt_OI == 0).sum()) == int(counts_O.sum())
+
+
+def test_the_ridge_is_the_one_that_held_out_tokens_like_best():
+    generator = torch.Generator().manual_seed(5)
+    w_OI, mixing_II = torch.randn(8, 24, generator=generator), torch.randn(24, 24, generator=generator) / 3
+    x_TI, held_TI = (torch.randn(n, 24, generator=generator) @ (mixing_II + torch.eye(24)) for n in (30, 200))
+    statistics, kept_OI = gathered(x_TI, held_TI), w_OI.abs() > w_OI.abs().median()
+    errors = {
+        ridge: float(((slowly(w_OI, kept_OI, x_TI, ridge) - w_OI) @ held_TI.double().T).square().sum())
+        for ridge in RIDGES
+    }
+    best = min(errors, key=errors.__getitem__)
+    assert best not in (RIDGES[0], RIDGES[-1])  # too weak overfits, too strong does nothing
+    found = ridged(w_OI, kept_OI, statistics, 60)
+    assert float(found.ridge) == pytest.approx(best)
+    assert bool(found.helps)
+
+
+def test_massive_activations_do_not_rule_the_ridge():
+    """A channel a thousand times as large leaves the solution of the others as it is."""
+    generator = torch.Generator().manual_seed(6)
+    w_OI, x_TI = torch.randn(4, 12, generator=generator), correlated(100, 12, generator)
+    kept_OI = hard_mask(rank(w_OI.abs(), w_OI), torch.full((4,), 6))
+    scale_I = torch.ones(12)
+    scale_I[3] = 1000
+    plain, massive = (
+        solve(w_OI / scale, kept_OI, with_ridge(gathered(x_TI * scale), torch.tensor(0.2)), 60)
+        for scale in (torch.ones(12), scale_I)
+    )
+    torch.testing.assert_close(massive * scale_I, plain, rtol=1e-3, atol=1e-3)
 
 
 @pytest.fixture
@@ -114,8 +149,7 @@ def test_a_kept_weight_that_lands_on_zero_adds_no_zero():
     """Both channels are alike, so the first weight, 1, is made up for by the second, which becomes −1 + 1 = 0."""
     x_TI = torch.tensor([[1.0, 1.0]])
     w_OI = torch.tensor([[1.0, -1.0]])
-    rebuilt_OI = ConjugateGradient(damping=1e-9).rebuild(
-        w_OI, torch.tensor([[0, 1]]), torch.tensor([1]), gathered(x_TI)
-    )
-    assert abs(float(rebuilt_OI[0, 1])) < 1e-6
-    assert (rebuilt_OI == 0).tolist() == [[True, False]]
+    kept_OI = torch.tensor([[False, True]])
+    solved_OI = solve(w_OI, kept_OI, gathered(x_TI).gram_II.float(), 10)
+    assert solved_OI.tolist() == [[0, 0]]
+    assert (written(solved_OI, kept_OI, torch.float32) == 0).tolist() == [[True, False]]

@@ -23,7 +23,7 @@ METHODS = {
     "besa-layerwise": (Wanda(), Besa(rates="layer", travel=3.2), NoReconstruction()),
     "magnitude": (Magnitude(), Uniform(per="linear"), NoReconstruction()),
     "ria": (RIA(), Uniform(per="linear"), NoReconstruction()),
-    "sparsegpt": (OBS(), Uniform(per="row"), OBSUpdate(mask="adaptive")),
+    "sparsegpt": (OBS(), Uniform(per="row"), OBSUpdate(mask="adaptive", damping=0.01)),
     "wanda": (Wanda(), Uniform(per="row"), NoReconstruction()),
 }
 

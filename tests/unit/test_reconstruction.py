@@ -10,6 +10,7 @@ from besa.methods.reconstruction.obs_update import inverse_factor, sweep
 from besa.observing.input_statistics import InputStatistics
 
 ROWS, WIDTH, TOKENS = 6, 24, 120
+SPARSEGPT = {"damping": 0.01}
 
 
 def gathered(x_TI) -> InputStatistics:
@@ -132,7 +133,7 @@ def test_a_fixed_mask_is_solved_as_slowly_by_hand(w_OI, x_TI, counts_O, columns,
 @pytest.mark.parametrize("columns", [1, 4, 8, 24, 128])
 def test_an_adaptive_mask_is_chosen_as_slowly_by_hand(w_OI, x_TI, counts_O, columns):
     counts_O = counts_O.roll(2)  # 72 zeros, of which only the sum counts
-    rebuilt_OI = OBSUpdate(columns=columns).rebuild(w_OI, rank(w_OI.abs(), w_OI), counts_O, gathered(x_TI))
+    rebuilt_OI = OBSUpdate(**SPARSEGPT, columns=columns).rebuild(w_OI, rank(w_OI.abs(), w_OI), counts_O, gathered(x_TI))
     expected_OI = slowly_choosing_the_mask(w_OI, 72, damped_hessian(x_TI, 0.01), min(columns, WIDTH))
     assert torch.equal(rebuilt_OI == 0, expected_OI == 0)
     torch.testing.assert_close(rebuilt_OI.double(), expected_OI, rtol=1e-4, atol=1e-4)
@@ -144,7 +145,7 @@ def test_an_adaptive_mask_is_chosen_as_slowly_by_hand(w_OI, x_TI, counts_O, colu
 @pytest.mark.parametrize("zeros", [0, 1, 71, 143, 144])
 def test_an_adaptive_mask_has_the_zeros_it_was_given(w_OI, x_TI, columns, zeros):
     counts_O = torch.tensor([min(WIDTH, max(0, zeros - o * WIDTH)) for o in range(ROWS)])
-    rebuilt_OI = OBSUpdate(columns=columns).rebuild(w_OI, rank(w_OI.abs(), w_OI), counts_O, gathered(x_TI))
+    rebuilt_OI = OBSUpdate(**SPARSEGPT, columns=columns).rebuild(w_OI, rank(w_OI.abs(), w_OI), counts_O, gathered(x_TI))
     assert int((rebuilt_OI == 0).sum()) == zeros
     if zeros == 0:
         assert torch.equal(rebuilt_OI, w_OI)
@@ -158,7 +159,9 @@ def test_zeros_stay_zero(w_OI, x_TI, mask, columns):
     zero_OI[:, 18:] = True
     w_OI = w_OI.masked_fill(zero_OI, 0)
     counts_O = zero_OI.sum(dim=1) + torch.tensor([1, 2, 3, 4, 5, 0])
-    rebuilt_OI = OBSUpdate(mask=mask, columns=columns).rebuild(w_OI, rank(w_OI.abs(), w_OI), counts_O, gathered(x_TI))
+    rebuilt_OI = OBSUpdate(**SPARSEGPT, mask=mask, columns=columns).rebuild(
+        w_OI, rank(w_OI.abs(), w_OI), counts_O, gathered(x_TI)
+    )
     assert (rebuilt_OI[zero_OI] == 0).all()
     assert int((rebuilt_OI == 0).sum()) == int(counts_O.sum())
 
@@ -167,7 +170,7 @@ def test_zeros_that_are_there_already_keep_the_rest_as_it_is(w_OI, x_TI):
     w_OI[:, ::2] = 0
     counts_O = torch.full((ROWS,), WIDTH // 2)
     for mask in ("adaptive", "fixed"):
-        rebuilt_OI = OBSUpdate(mask=mask).rebuild(w_OI, rank(w_OI.abs(), w_OI), counts_O, gathered(x_TI))
+        rebuilt_OI = OBSUpdate(**SPARSEGPT, mask=mask).rebuild(w_OI, rank(w_OI.abs(), w_OI), counts_O, gathered(x_TI))
         assert torch.equal(rebuilt_OI, w_OI)
 
 
@@ -175,8 +178,8 @@ def test_zeros_that_are_there_already_keep_the_rest_as_it_is(w_OI, x_TI):
 def test_moving_the_kept_weights_lowers_the_error(w_OI, x_TI, columns):
     ranks_OI, counts_O = rank(w_OI.abs(), w_OI), torch.full((ROWS,), WIDTH // 2)
     frozen_OI = NoReconstruction().rebuild(w_OI, ranks_OI, counts_O, gathered(x_TI))
-    fixed_OI = OBSUpdate(mask="fixed", columns=columns).rebuild(w_OI, ranks_OI, counts_O, gathered(x_TI))
-    adaptive_OI = OBSUpdate(columns=columns).rebuild(w_OI, ranks_OI, counts_O, gathered(x_TI))
+    fixed_OI = OBSUpdate(**SPARSEGPT, mask="fixed", columns=columns).rebuild(w_OI, ranks_OI, counts_O, gathered(x_TI))
+    adaptive_OI = OBSUpdate(**SPARSEGPT, columns=columns).rebuild(w_OI, ranks_OI, counts_O, gathered(x_TI))
     assert output_error(w_OI, fixed_OI, x_TI) < 0.95 * output_error(w_OI, frozen_OI, x_TI)
     assert output_error(w_OI, adaptive_OI, x_TI) < output_error(w_OI, fixed_OI, x_TI)
 
@@ -197,7 +200,7 @@ def test_independent_channels_have_nothing_to_make_up(w_OI):
 def test_without_tokens_kept_weights_stay(w_OI, mask):
     ranks_OI, counts_O = rank(w_OI.abs(), w_OI), torch.full((ROWS,), WIDTH // 2)
     nothing = InputStatistics.empty(WIDTH, True, w_OI.device)
-    rebuilt_OI = OBSUpdate(mask=mask).rebuild(w_OI, ranks_OI, counts_O, nothing)
+    rebuilt_OI = OBSUpdate(**SPARSEGPT, mask=mask).rebuild(w_OI, ranks_OI, counts_O, nothing)
     smallest = w_OI.abs().flatten().sort().values[ROWS * WIDTH // 2 - 1]
     kept_OI = hard_mask(ranks_OI, counts_O) if mask == "fixed" else w_OI.abs() > smallest
     torch.testing.assert_close(rebuilt_OI, w_OI * kept_OI)
@@ -215,7 +218,7 @@ def test_columns_of_different_width_share_the_zeros(w_OI, x_TI):
 def test_half_precision_weights_stay_so(w_OI, x_TI, counts_O, mask, dtype):
     w_OI = w_OI.to(dtype)
     ranks_OI = rank(w_OI.float().abs(), w_OI)
-    update = OBSUpdate(mask=mask, columns=8)
+    update = OBSUpdate(**SPARSEGPT, mask=mask, columns=8)
     rebuilt_OI = update.rebuild(w_OI, ranks_OI, counts_O, gathered(x_TI))
     assert rebuilt_OI.dtype == dtype
     assert int((rebuilt_OI == 0).sum()) == int(counts_O.sum())
@@ -237,4 +240,4 @@ def test_a_kept_weight_that_the_update_lands_on_zero_adds_no_zero(mask, dtype):
 def test_a_hessian_that_cannot_be_inverted_is_refused(w_OI, counts_O):
     statistics = gathered(torch.full((3, WIDTH), torch.nan))
     with pytest.raises(BesaError, match="not positive definite"):
-        OBSUpdate().rebuild(w_OI, rank(w_OI.abs(), w_OI), counts_O, statistics)
+        OBSUpdate(**SPARSEGPT).rebuild(w_OI, rank(w_OI.abs(), w_OI), counts_O, statistics)

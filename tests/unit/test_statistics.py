@@ -11,6 +11,7 @@ from besa.models.blocks import Block
 from besa.models.prunable import Prunable, find_prunables
 from besa.models.units import Unit
 from besa.observing.input_statistics import InputStatistics, collect, look
+from besa.system.ranks import Share
 
 
 class Attention(nn.Module):
@@ -65,7 +66,12 @@ def test_sums_over_all_tokens(attention, batches, gram):
 def test_linears_of_one_input_share_the_work(attention, batches, monkeypatch):
     added = []
     add = InputStatistics.add
-    monkeypatch.setattr(InputStatistics, "add", lambda self, x_TI: (added.append(len(x_TI)), add(self, x_TI)))
+
+    def counted(self, x_TI, *held_out):
+        added.append(len(x_TI))
+        add(self, x_TI, *held_out)
+
+    monkeypatch.setattr(InputStatistics, "add", counted)
     with collect(attention, find_prunables(attention), gram=True) as statistics:
         for x in batches:
             attention(x)
@@ -350,8 +356,8 @@ def test_fewer_tokens_than_channels_need_damping():
 
 @pytest.mark.parametrize("gram", [[[1.0, 2.0], [2.0, 1.0]], [[torch.nan, 0.0], [0.0, 1.0]]])
 def test_what_is_not_positive_definite_is_refused(gram):
-    statistics = InputStatistics(torch.ones(2, dtype=torch.float64), torch.tensor(gram), 1)
-    with pytest.raises(BesaError, match=r"not positive definite at damping 0\.01: .*\.$") as caught:
+    statistics = InputStatistics(torch.ones(2, dtype=torch.float64), torch.tensor(gram), torch.zeros(2, 2), 1)
+    with pytest.raises(BesaError, match=r"not positive definite: .*\.$") as caught:
         statistics.inverse_hessian(0.01)
     assert "\n" not in str(caught.value)
 
@@ -411,10 +417,38 @@ def test_a_look_is_as_good_as_whole_passes_and_ends_early_where_it_may(kind, ski
 
     for place, module in enumerate(modules):
         module.down.register_forward_hook(count(place))
-    found = look(Unit(tuple(blocks)), x_NTC, 2, gram)
+    found = look(Unit(tuple(blocks)), x_NTC, 2, gram, Share(3, 8, 8))
     assert list(found) == [*first, *last]
     for name, expected in (first | last).items():
         assert found[name].tokens == expected.tokens
         assert torch.equal(found[name].squares_I, expected.squares_I)
         assert (found[name].gram_II is None) if not gram else torch.equal(found[name].gram_II, expected.gram_II)
+        assert (
+            (found[name].held_II is None) if not gram else not found[name].held_II.any()
+        )  # none is at a multiple of 8
     assert calls == [3, 3 - skipped]
+
+
+@pytest.mark.parametrize("batch", [1, 3, 20])
+def test_every_eighth_sequence_is_held_out(batch):
+    """Of nine sequences of a set of 20, from place 7 on, those at 8 and at 15 + 1."""
+    torch.manual_seed(0)
+    module = Residual().requires_grad_(False)
+    block = Block(0, "b", module, find_prunables(module), {(n, 5): {} for n in (1, 2, 3, 11)})
+    x_NTC = torch.randn(11, 5, 6)
+    found = look(Unit((block,)), x_NTC, batch if batch < 20 else 11, True, Share(7, 18, 20))
+    rows = {"up": x_NTC, "down": module.up(x_NTC).relu()}
+    for name, x in rows.items():
+        held, rest = x[[1, 9]].flatten(0, 1).double(), x[[0, *range(2, 9), 10]].flatten(0, 1).double()
+        torch.testing.assert_close(found[name].held_II, (held.T @ held).float())
+        torch.testing.assert_close(found[name].gram_II, (rest.T @ rest).float())
+        torch.testing.assert_close(found[name].squares_I, x.double().square().sum(dim=(0, 1)), rtol=1e-5, atol=0)
+
+
+def test_a_single_sequence_is_solved_for_and_judged_by():
+    torch.manual_seed(0)
+    module = Residual().requires_grad_(False)
+    block = Block(0, "b", module, find_prunables(module), {(1, 5): {}})
+    found = look(Unit((block,)), torch.randn(1, 5, 6), 1, True, Share.whole(1))
+    assert found["up"].gram_II.any()
+    assert torch.equal(found["up"].gram_II, found["up"].held_II)

@@ -89,7 +89,7 @@ class InputStatistics:
         `damping` × the diagonal's mean is added to the diagonal, which is 1 for zero channels.
         """
         assert self.gram_II is not None and self.held_II is not None, "the recipe did not ask for the Gram matrix"
-        hessian_II = self.gram_II + self.held_II
+        hessian_II = (self.gram_II + self.held_II).float()
         diagonal_I = hessian_II.diagonal()
         diagonal_I.masked_fill_(diagonal_I == 0, 1.0)
         diagonal_I += damping * diagonal_I.mean()

@@ -61,7 +61,7 @@ def ridged(dense_OI: Tensor, kept_OI: Tensor, statistics: InputStatistics, itera
 def with_ridge(statistics: InputStatistics, ridge: Tensor) -> Tensor:
     """Σ x xᵀ (I, I) with its diagonal times 1 + `ridge` (scalar); 1 for channels that are always zero."""
     assert statistics.gram_II is not None, "the recipe did not ask for the Gram matrix"
-    hessian_II = statistics.gram_II.clone()
+    hessian_II = statistics.gram_II.to(torch.float32, copy=True)
     diagonal_I = hessian_II.diagonal()
     diagonal_I *= 1 + ridge
     diagonal_I.masked_fill_(diagonal_I == 0, 1.0)
@@ -72,7 +72,7 @@ def held_out_error(w_OI: Tensor, dense_OI: Tensor, statistics: InputStatistics) 
     """‖W X − W̄ X‖² over the held-out tokens X (scalar)."""
     assert statistics.held_II is not None, "the recipe did not ask for the Gram matrix"
     change_OI = w_OI.float() - dense_OI.float()
-    return ((change_OI @ statistics.held_II) * change_OI).sum()
+    return ((change_OI @ statistics.held_II.float()) * change_OI).sum()
 
 
 def better(changed_OI: Tensor, unchanged_OI: Tensor, dense_OI: Tensor, statistics: InputStatistics) -> Tensor:
