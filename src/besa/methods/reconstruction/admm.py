@@ -13,7 +13,7 @@ from torch import Tensor
 
 from besa.counting.masks import hard_mask, rank
 from besa.methods.reconstruction.rebuilder import Rebuilder
-from besa.methods.reconstruction.ridge import better, ridged, solve
+from besa.methods.reconstruction.ridge import best_ridge, better, solve, with_ridge
 from besa.methods.reconstruction.written import written
 from besa.observing.input_statistics import InputStatistics
 from besa.system import ranks
@@ -52,15 +52,16 @@ class ADMM(Rebuilder):
         On held-out tokens it is never worse than the unchanged weights under the first mask.
         """
         unsolved_OI = w_OI.where(hard_mask(ranks_OI, counts_O), 0)
-        problem = ridged(w_OI, unsolved_OI != 0, statistics, self.iterations)
-        scale_I = problem.hessian_II.diagonal().sqrt()
-        scaled_II = problem.hessian_II / scale_I / scale_I[:, None]
+        ridge = best_ridge(w_OI, hard_mask(ranks_OI, counts_O), statistics, self.iterations)
+        hessian_II = with_ridge(statistics, ridge)
+        scale_I = hessian_II.diagonal().sqrt()
+        scaled_II = hessian_II / scale_I / scale_I[:, None]
         eigen = torch.linalg.eigh(scaled_II)
 
         def rebuilt(rows: slice) -> Tensor:
             w_RI = w_OI[rows]
             kept_RI = self._mask(w_RI, ranks_OI[rows], counts_O[rows], scaled_II, eigen, scale_I, group)
-            return written(solve(w_RI.float(), kept_RI, problem.hessian_II, self.iterations), kept_RI, w_OI.dtype)
+            return written(solve(w_RI.float(), kept_RI, hessian_II, self.iterations), kept_RI, w_OI.dtype)
 
         return better(ranks.by_rows(rebuilt, len(w_OI)), unsolved_OI, w_OI, statistics)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from besa.counting.masks import hard_mask
 from besa.methods.reconstruction.rebuilder import Rebuilder
-from besa.methods.reconstruction.ridge import ridged, solve
+from besa.methods.reconstruction.ridge import best_ridge, better, solve, with_ridge
 from besa.methods.reconstruction.written import written
 from besa.observing.input_statistics import InputStatistics
 from besa.system import ranks
@@ -36,11 +36,11 @@ class ConjugateGradient(Rebuilder):
         group: int | None = None,
     ) -> Tensor:
         """The weight (O, I) in its dtype; the `counts_O` lowest ranks of each row are zero, the others are changed."""
-        problem = ridged(w_OI, hard_mask(ranks_OI, counts_O), statistics, self.iterations)
+        kept_OI = hard_mask(ranks_OI, counts_O)
+        hessian_II = with_ridge(statistics, best_ridge(w_OI, kept_OI, statistics, self.iterations))
 
         def rebuilt(rows: slice) -> Tensor:
-            kept_OI = hard_mask(ranks_OI[rows], counts_O[rows])
-            solved_OI = solve(w_OI[rows].float(), kept_OI, problem.hessian_II, self.iterations)
-            return written(solved_OI.where(problem.helps, w_OI[rows].float() * kept_OI), kept_OI, w_OI.dtype)
+            solved_OI = solve(w_OI[rows].float(), kept_OI[rows], hessian_II, self.iterations)
+            return written(solved_OI, kept_OI[rows], w_OI.dtype)
 
-        return ranks.by_rows(rebuilt, len(w_OI))
+        return better(ranks.by_rows(rebuilt, len(w_OI)), w_OI.where(kept_OI, 0), w_OI, statistics)

@@ -17,7 +17,7 @@ from besa.counting.masks import hard_mask, rank
 from besa.errors import BesaError
 from besa.methods.apportioning import apportion
 from besa.methods.reconstruction.rebuilder import Rebuilder
-from besa.methods.reconstruction.ridge import better, ridged
+from besa.methods.reconstruction.ridge import best_ridge, better, with_ridge
 from besa.methods.reconstruction.written import written
 from besa.observing.input_statistics import InputStatistics, inverted
 from besa.system import ranks
@@ -69,7 +69,7 @@ class OBSUpdate(Rebuilder):
         first_OI, dense_OI = hard_mask(ranks_OI, counts_O), w_OI.float()
         kept_OI = first_OI if self.mask == "fixed" else None
         if self.damping is None:
-            inverse_II = inverted(ridged(w_OI, first_OI, statistics, ITERATIONS).hessian_II)
+            inverse_II = inverted(with_ridge(statistics, best_ridge(w_OI, first_OI, statistics, ITERATIONS)))
         else:
             inverse_II = statistics.inverse_hessian(self.damping)
         columns = self.columns if group is None else group

@@ -8,8 +8,6 @@ Shape suffixes: O rows (output channels), I columns (input channels), R ridges t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -19,43 +17,24 @@ RIDGES = (3.0, 1.0, 0.5, 0.2, 0.05, 0.01)  # shares of each input's squared norm
 ROWS = 256  # the ridge of a linear is chosen on so many of its rows, at most
 
 
-@dataclass(frozen=True)
-class Ridged:
-    """The problem of a linear with its ridge.
-
-    Attributes:
-        hessian_II: Σ x xᵀ of the tokens to solve for, plus the ridge.
-        helps: whether solving lowers the error on held-out tokens (scalar, boolean).
-        ridge: that was chosen (scalar), as a share of each input's squared norm.
-    """
-
-    hessian_II: Tensor
-    helps: Tensor
-    ridge: Tensor
-
-
-def ridged(dense_OI: Tensor, kept_OI: Tensor, statistics: InputStatistics, iterations: int) -> Ridged:
-    """Choose the ridge with the least error on held-out tokens. The host does not wait for the device.
+def best_ridge(dense_OI: Tensor, kept_OI: Tensor, statistics: InputStatistics, iterations: int) -> Tensor:
+    """The ridge (scalar) with the least error on held-out tokens. The host does not wait for the device.
 
     Args:
         dense_OI: the dense weight, of all rows; rows at equal distances decide.
         kept_OI: True where a weight is kept.
         statistics: of the linear's input.
-        iterations: as of `solve`.
+        iterations: as of `solve`, for each ridge; they start from the solution of the stronger one before.
     """
-    assert statistics.held_II is not None, "the recipe did not ask for the Gram matrix"
     every = -(-len(dense_OI) // ROWS)
     dense_OI, kept_OI = dense_OI[::every].float(), kept_OI[::every]
     w_OI = dense_OI.where(kept_OI, 0)
-    before = held_out_error(w_OI, dense_OI, statistics)
     errors = []
     ridges_R = torch.tensor(RIDGES).to(dense_OI.device)
     for ridge in ridges_R:
         w_OI = solve(dense_OI, kept_OI, with_ridge(statistics, ridge), iterations, w_OI)
         errors.append(held_out_error(w_OI, dense_OI, statistics))
-    errors_R = torch.stack(errors)
-    ridge = ridges_R[errors_R.argmin()]
-    return Ridged(with_ridge(statistics, ridge), errors_R.min() < before, ridge)
+    return ridges_R[torch.stack(errors).argmin()]
 
 
 def with_ridge(statistics: InputStatistics, ridge: Tensor) -> Tensor:
