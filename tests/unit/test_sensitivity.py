@@ -131,12 +131,23 @@ def scores(problem, every):
 def test_one_threshold_for_the_block(problem, every, power, zeros):
     linears = {name: dataclasses.replace(linear, power=power) for name, linear in problem.linears.items()}
     problem = dataclasses.replace(problem, linears=linears, budgets=[Budget(tuple(linears), 60, zeros)])
-    counts = Sensitivity(every=every).allocate(problem).counts
+    counts = Sensitivity(every=every, strength=1).allocate(problem).counts
     by_name = scores(problem, every)
     threshold = torch.cat([part.flatten() for part in by_name.values()]).sort().values[zeros - 1]
     for name, part in by_name.items():
         assert counts[name].tolist() == (part <= threshold).sum(dim=1).tolist()
         assert counts[name].dtype == torch.int64
+
+
+def test_strength_is_the_part_of_the_way_to_the_threshold(problem):
+    """Rates of a quarter of the way are met as exactly as whole weights allow."""
+    uniform, part, threshold = (Sensitivity(strength=strength).allocate(problem).counts for strength in (0, 0.25, 1))
+    for name, linear in problem.linears.items():
+        width = linear.w_OI.shape[1]
+        expected_O = width / 2 + 0.25 * (threshold[name] - width / 2)
+        assert ((part[name] - expected_O).abs() < 1).all()
+        assert (uniform[name] - width / 2).abs().max() < 1
+    assert sum(int(counts_O.sum()) for counts_O in part.values()) == 30
 
 
 def test_budgets_apart_have_thresholds_of_their_own(problem):

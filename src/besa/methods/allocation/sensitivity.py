@@ -28,11 +28,14 @@ class Sensitivity(Allocator):
     """Prune the weights with the lowest (error of the row's output) × (squared gradient from the block's output).
 
     Importance gives the first factor, such as Wanda's W²·Σx². Random ±1 sent backward through the dense block give the
-    second (`probes`). All linears of a budget compete. Within a row, the order is that of the ranks.
+    second (`probes`). All linears of a budget compete. Within a row, the order is that of the ranks. Rates go only part
+    of the way to those of the threshold: it adds up errors of single weights, which is too good for rows that lose most
+    of theirs.
     """
 
     method: Literal["sensitivity"] = "sensitivity"
     every: int = Field(default=4, ge=1, description="one sequence in so many is sent forward and backward")
+    strength: float = Field(default=0.5, ge=0, le=1, description="part of the way from uniform to that threshold")
 
     @property
     def probes_every(self) -> int:
@@ -59,7 +62,10 @@ class Sensitivity(Allocator):
         sensitivities = row_sensitivities(problem, self.every)
         counts: dict[str, Tensor] = {}
         for budget in problem.budgets:
-            rates = rates_by_threshold(problem, budget, sensitivities)
+            rates = {
+                name: budget.sparsity + self.strength * (rates_O - budget.sparsity)
+                for name, rates_O in rates_by_threshold(problem, budget, sensitivities).items()
+            }
             rows, linears = [len(rates_O) for rates_O in rates.values()], [problem.linears[name] for name in rates]
             widths_R = torch.cat([torch.full_like(linear.zeros_O, linear.w_OI.shape[1]) for linear in linears])
             zeros_R = torch.cat([linear.zeros_O for linear in linears])
