@@ -167,6 +167,7 @@ class Author:
             group.append(prompt_1S)
             if len(group) == batch:
                 yield torch.cat(by_length.pop(length))
+        yield from map(torch.cat, by_length.values())
 
     def _written(self, samples: int, starts: Iterator[Tensor]) -> Tensor:
         """Sequences (N, T), written now.
