@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 import besa
 from besa import cli
 from besa.api import Compressed
+from besa.counting.precision import widest
 from besa.data import dialogues, documents
 from besa.data.embedded import EMBEDDED
 from besa.errors import BesaError, Interrupted
@@ -26,6 +27,7 @@ from besa.runtime import own_text
 from besa.runtime.own_text import Author
 from besa.studies.workspace import Conditions, Measures, Workspace
 from besa.system import devices, ranks
+from tests import pretend
 from tests.ranks import started
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
@@ -184,6 +186,15 @@ def test_batches_go_on_one_after_another(beginning: Path, monkeypatch: pytest.Mo
     assert steps == sorted(steps)
     assert len(steps) == 3 * SEQLEN  # batches of 4, 4 and 2
     assert steps[-1] == goal
+
+
+def test_a_device_without_float64_writes_the_same(beginning: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretend.numbers, "float64", False)
+    widest.cache_clear()
+    own = {"identity": {"fingerprint": None, "dtype": "float32"}, "seqlen": 16}
+    found = author(beginning, device=torch.device("pretend:0"), **own)(2)
+    widest.cache_clear()
+    assert torch.equal(found, author(beginning, **own)(2))
 
 
 def test_learned_positions_are_enough(beginning: Path) -> None:

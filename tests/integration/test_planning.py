@@ -385,6 +385,12 @@ def test_own_text_takes_passes_and_the_whole_model(tiny_llama_folder: Path, tmp_
     )
     assert (plain.writing_passes, own.writing_passes, half.writing_passes) == (0, 1.25, 0.625)
     assert own.forward_passes == plain.forward_passes
+    console = Console(record=True, width=200, file=io.StringIO())
+    console.print(show.planned(half))
+    console.print(show.planned(besa.plan(tiny_llama_folder, "sparsegpt", **sizes)))
+    text = console.export_text()
+    assert text.count("as much as 0.625 passes, but token by token, by the whole model") == 1
+    assert text.count("512 calibration tokens are few for inputs of 256 columns") == 1
     on_gpu = besa.plan(tiny_llama_folder, "wanda", calibration="self", device="cuda", **sizes)
     cache = 2 * 8 * 2 * 24 * 4 * 64 * 32  # keys and values of 8 layers, 2 heads, 32 sequences of 64 tokens
     assert on_gpu.gpu_memory_bytes == 4 * on_gpu.parameters + cache
