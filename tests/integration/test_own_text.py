@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -21,7 +22,7 @@ from besa.counting.precision import widest
 from besa.data import dialogues, documents
 from besa.data.embedded import EMBEDDED
 from besa.errors import BesaError, Interrupted
-from besa.models.loading import locate
+from besa.models.loading import load_model, locate
 from besa.models.streaming import DecoderInMemory, DecoderOnDisk
 from besa.runtime import own_text
 from besa.runtime.own_text import Author
@@ -231,9 +232,17 @@ def test_answers_end_and_are_joined_to_sequences(instruct: Path) -> None:
 
 
 def test_what_was_written_is_read_again(beginning: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = []
+
+    def load(*arguments: Any) -> Any:
+        model = load_model(*arguments)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(own_text, "load_model", load)
     found = author(beginning)(SAMPLES)
-    (file,) = (cache / "own-text").iterdir()
-    shutil.copy(file, cache / "kept")
+    assert [model() for model in loaded] == [None]  # freed
+    assert len(list((cache / "own-text").iterdir())) == 1
     assert torch.equal(author(beginning)(SAMPLES), found)
     monkeypatch.setattr(own_text, "load_model", lambda *_: pytest.fail("it is written again"))
     assert torch.equal(author(beginning)(SAMPLES), found)
@@ -242,7 +251,6 @@ def test_what_was_written_is_read_again(beginning: Path, cache: Path, monkeypatc
             author(beginning, **change)(SAMPLES)
     with pytest.raises(pytest.fail.Exception):
         author(beginning)(SAMPLES + 1)
-    monkeypatch.undo()
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
