@@ -19,6 +19,7 @@ from typing import Annotated, Any
 
 import typer
 
+from besa.data.mixture import without_folders
 from besa.methods.recipe import Recipe
 from besa.record import now
 from besa.report.markdown import table
@@ -150,7 +151,7 @@ def _write(study: Study, name: str, rows: Sequence[Row], results: Path) -> None:
         "name": name,
         "command": ["python", "-m", "experiments.batches", name, "--seeds", str(rows[0].seeds)],
         "model": Path(given.model).name,
-        "calibration": f"{given.samples} × {given.seqlen} tokens of {Path(given.calibration).name}",
+        "calibration": f"{given.samples} × {given.seqlen} tokens of {without_folders(given.calibration)}",
         "recipe": study.recipe,
         "sparsity": study.sparsity,
         "window": measures.window,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from besa.data.documents import read_documents
-from besa.data.mixture import texts_of
+from besa.data.mixture import texts_of, without_folders
 from besa.record import now
 from besa.report.curves import curves
 from besa.report.svg import standalone
@@ -62,7 +62,7 @@ def write(experiment: Experiment, found: Found, folder: Path, arguments: Sequenc
         "title": experiment.title,
         "command": ["python", "-m", f"experiments.{experiment.name}", *shown(arguments)],
         "model": Path(given.model).name if Path(given.model).exists() else given.model,
-        "calibration": f"{given.samples} × {given.seqlen} tokens of {Path(given.calibration).name}",
+        "calibration": f"{given.samples} × {given.seqlen} tokens of {without_folders(given.calibration)}",
         "window": measures.window,
         "max_windows": measures.max_windows,
         "limit": measures.limit,

@@ -28,7 +28,7 @@ NAMES = [
     "", " ", ".", "..", "/", "~", "x" * 300, "x" * 250, "a/" * 3000 + "b", "../../x", "nul\0", "\udcff", "new\nline",
     "\x1b[31m", "[bold]", "é", "*", "[", "{", "a=b", "a=", "=", "=0.5", ",", "a,b", "hf:", "hf:../..", "hf:a:b:c",
     "none.gguf", "wikitext2", "ptb=none", "wanda", "besa", "best", "int4", "allocation.steps=2", "name=../../x",
-    "name=.nan", "cpu", "cuda", "float16", "mmlu", "nowhere/x/y",
+    "name=.nan", "cpu", "cuda", "float16", "mmlu", "mix", "self", "self:1,c4:1", "nowhere/x/y",
 ]  # fmt: skip
 THERE = ["@tiny", "@pruned", "@packed", "@pipe", "@latin.yaml", "@deep.yaml", "@calibration.txt"]
 VALUES = st.sampled_from(NUMBERS) | st.sampled_from(NAMES) | st.sampled_from(THERE) | st.text(max_size=20)

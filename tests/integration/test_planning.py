@@ -360,3 +360,39 @@ def test_live_bytes_are_counted_by_hand() -> None:
         w = z.view(500) + 1  # a view is no new memory
     assert live.peak == 6000
     assert w.nbytes == 2000
+
+
+def test_few_tokens_for_wide_inputs_are_warned_of(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    """The widest inputs are the 256 of the down projections: 1,024 tokens are enough."""
+    sizes = {"out": tmp_path, "seqlen": 32}
+    few = besa.plan(tiny_llama_folder, "sparsegpt", samples=31, **sizes)
+    assert few.warnings == [
+        "992 calibration tokens are few for inputs of 256 columns, and solving for weights may fit these tokens only: "
+        "give at least 4 tokens for each column, such as --samples 32."
+    ]
+    assert few.fits
+    assert besa.plan(tiny_llama_folder, "sparsegpt", samples=32, **sizes).warnings == []
+    assert besa.plan(tiny_llama_folder, "wanda", samples=1, **sizes).warnings == []  # solves nothing
+    skipping = besa.Recipe.load("sparsegpt").with_exceptions(["*.down_proj"], [])
+    assert "inputs of 96 columns" in besa.plan(tiny_llama_folder, skipping, samples=11, **sizes).warnings[0]
+    assert besa.plan(tiny_llama_folder, skipping, samples=12, **sizes).warnings == []
+
+
+def test_own_text_takes_passes_and_the_whole_model(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    sizes = {"out": tmp_path, "samples": 8, "seqlen": 64}
+    plain, own, half = (
+        besa.plan(tiny_llama_folder, "wanda", calibration=text, **sizes) for text in ("mix", "self", "self:1,c4:1")
+    )
+    assert (plain.writing_passes, own.writing_passes, half.writing_passes) == (0, 1.25, 0.625)
+    assert own.forward_passes == plain.forward_passes
+    console = Console(record=True, width=200, file=io.StringIO())
+    console.print(show.planned(half))
+    console.print(show.planned(besa.plan(tiny_llama_folder, "sparsegpt", **sizes)))
+    text = console.export_text()
+    assert text.count("as much as 0.625 passes, but token by token, by the whole model") == 1
+    assert text.count("512 calibration tokens are few for inputs of 256 columns") == 1
+    on_gpu = besa.plan(tiny_llama_folder, "wanda", calibration="self", device="cuda", **sizes)
+    cache = 2 * 8 * 2 * 24 * 4 * 64 * 32  # keys and values of 8 layers, 2 heads, 32 sequences of 64 tokens
+    assert on_gpu.gpu_memory_bytes == 4 * on_gpu.parameters + cache
+    with pytest.raises(besa.BesaError, match="gives c4,wiki no weight"):
+        besa.plan(tiny_llama_folder, calibration="c4,wiki")

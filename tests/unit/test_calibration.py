@@ -228,6 +228,11 @@ def shown(start):
     return " ".join(map(str, range(start, start + 80)))[:80]
 
 
+def test_golden_sequences_of_a_mixture(texts):
+    """As of a text alone: a seed has to mean the same sequences tomorrow."""
+    assert sample("mix", COUNTING, 7, 4, 7).tokens_NT[:, 0].tolist() == [67, 387, 147, 35, 115, 307, 227]
+
+
 def test_sequences_of_a_mixture_are_those_of_its_texts(texts):
     mixed = sample("c4:1,code:1", COUNTING, 8, 4, 5).tokens_NT
     alone = torch.cat([sample(name, COUNTING, 4, 4, 5).tokens_NT for name in ("c4", "code")])

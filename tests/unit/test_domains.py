@@ -11,6 +11,7 @@ from besa.data import domains, embedded
 from besa.data.assets import ASSETS
 from besa.data.documents import read_documents
 from besa.data.domains import DOMAINS, held_out
+from besa.data.embedded import EMBEDDED, articles_to_measure, code_to_measure
 from besa.errors import BesaError
 from besa.evaluation import texts
 from besa.evaluation.domains import mean_of_domains
@@ -57,6 +58,25 @@ def test_of_four_files_of_code_one_is_held_out_and_languages_take_turns(source):
     files = [f"// ===== BEGIN {name} =====\nfile {i}\n\n  end\n// ===== END =====" for i, name in enumerate(names)]
     source("code", ("mov a, b\n" + "\n\n".join(files) + "\n").encode())
     assert [re.match(r"file (\d+)\n\n  end$", file)[1] for file in held_out("code")] == ["0", "12", "4", "16", "8"]
+
+
+def test_calibration_takes_the_files_of_code_that_are_not_measured_on():
+    files = [f"// ===== BEGIN go =====\nfile {i}\n// ===== END =====" for i in range(9)]
+    text = "mov a, b\n" + "\n\n".join(files) + "\n"
+    assert [content for _, content in code_to_measure(text)] == ["file 0", "file 4", "file 8"]
+    assert list(EMBEDDED["code"](text)) == [f"file {i}" for i in (1, 2, 3, 5, 6, 7)]
+
+
+def test_calibration_takes_the_languages_between_the_articles_that_are_measured_on(monkeypatch):
+    monkeypatch.setattr(embedded, "ARTICLES", ((1, 3), (4, 5)))
+    text = "\n".join(["before", "measured", "", "between", "and this", "after", "", "measured", "end"])
+    assert articles_to_measure(text) == [["measured", ""], ["and this"]]
+    assert list(EMBEDDED["multilingual"](text)) == ["before", "between", "after\n\nend"]
+
+
+def test_calibration_takes_no_licence_for_a_technical_text(monkeypatch):
+    monkeypatch.setattr(embedded, "LICENCES", ((0, 2), (3, 4)))
+    assert list(EMBEDDED["technical"]("MIT\n\nA machine\nApache\nis abstract.\n")) == ["", "A machine", "is abstract."]
 
 
 def test_papers_are_taken_once_with_title_abstract_and_paragraphs(source):
@@ -132,7 +152,10 @@ def test_a_row_has_the_ratios_to_dense_and_their_geometric_mean():
 
 @pytest.mark.slow
 def test_the_real_domains_share_nothing_with_what_is_calibrated_on_and_are_long_enough(tmp_path):
-    """No stretch of 60 characters of a domain is in a text that calibration takes; `ASSETS` pins what was measured."""
+    """No stretch of 60 characters of a domain is in a text that calibration takes; `ASSETS` pins what was measured.
+
+    Source files share licences and what every program begins with, so of code it is the files that differ.
+    """
     from besa.data.tokens import tokenize
     from besa.models.loading import load_tokenizer, locate
 
@@ -140,13 +163,21 @@ def test_the_real_domains_share_nothing_with_what_is_calibrated_on_and_are_long_
         plain = re.sub(r"\s+", " ", text)
         return {plain[i : i + 60] for i in range(0, len(plain) - 59, step)}
 
-    calibrated = set().union(*(stretches(document, 1) for name in ("c4", "wiki") for document in read_documents(name)))
+    by_text = {name: list(read_documents(name)) for name in EMBEDDED}
+    seen = {name: set().union(*(stretches(document, 1) for document in by_text[name])) for name in EMBEDDED}
+    calibrated = set().union(*seen.values())
     tokenizer = load_tokenizer(locate("smollm2"))
     windows = {}
     for name in DOMAINS:
         documents = held_out(name)
-        assert not calibrated & set().union(*(stretches(document, 1) for document in documents))
+        measured = set().union(*(stretches(document, 1) for document in documents))
+        if name == "code":
+            assert not measured & set().union(*(seen[other] for other in EMBEDDED if other != "code"))
+            assert len(measured & seen["code"]) < 0.03 * len(measured)
+        else:
+            assert not measured & calibrated
+        assert not set(documents) & {document for text in by_text.values() for document in text}
         assert len(set(documents)) == len(documents)
         windows[name] = len(tokenize(documents, "\n\n", tokenizer)) // 512
     assert windows == {"web": 469, "encyclopedia": 476, "code": 191, "technical": 469, "languages": 59}
-    assert {"code", "multilingual", "papers"} <= ASSETS.keys()
+    assert {*EMBEDDED, "papers"} <= ASSETS.keys()

@@ -326,6 +326,17 @@ def test_windows_of_different_length_are_told_and_not_compared(three, folder):
     assert "different" not in Page(render(three)).text
 
 
+def test_a_mixture_and_dialogues_are_told_and_repeated(three, folder):
+    parts = [{"source": "self", "samples": 6}, {"source": "c4", "samples": 10}]
+    about = record("magnitude")["calibration"] | {"source": "self:0.4,c4:0.6", "chat": True, "parts": parts}
+    page = Page(render([folder("mixed", record("magnitude", calibration=about))]))
+    assert "self:0.4,c4:0.6, 16 × 128 tokens, 6 self + 10 c4, as dialogues, seed 7" in page.text
+    assert "--calibration self:0.4,c4:0.6 --samples 16 --seqlen 128 --chat --seed 7" in " ".join(
+        page.text.replace("\\\n", "").split()
+    )
+    assert "dialogues" not in Page(render(three)).text and "--chat" not in Page(render(three)).text
+
+
 def test_windows_with_a_bos_token_do_not_compare_with_others(three, folder):
     details = {"wiki": {"perplexity": 22.0, "windows": 40, "predicted": 1, "bos": True}}
     measured = evaluation({"wiki": 22.0}, details=details, bos="yes")

@@ -77,8 +77,8 @@ def _opened(path: Path) -> Iterator[io.BufferedReader]:
     try:
         if not path.is_file():
             raise BesaError(
-                f"There is no text {path}: give an embedded one (c4, wiki), a file of text, JSON lines or parquet, or "
-                "hf:<dataset>."
+                f"There is no text {path}: give an embedded one (such as c4), a file of text, JSON lines or parquet, "
+                "or hf:<dataset>."
             )
         with path.open("rb") as file:
             yield file

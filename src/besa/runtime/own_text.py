@@ -44,7 +44,7 @@ from besa.models.streaming import Decoder
 from besa.progress import Progress
 from besa.runtime.chat_template import message, prompt_of
 from besa.storage.writing import explained, save_tensors
-from besa.system import devices, memory, ranks
+from besa.system import devices, ranks
 
 VERSION = 1  # of all that decides the text besides model, seed and sizes
 DROPPED = 5  # of so many pieces, one is dropped
@@ -167,6 +167,7 @@ class Author:
             group.append(prompt_1S)
             if len(group) == batch:
                 yield torch.cat(by_length.pop(length))
+        yield from map(torch.cat, by_length.values())
 
     def _written(self, samples: int, starts: Iterator[Tensor]) -> Tensor:
         """Sequences (N, T), written now.
@@ -222,18 +223,13 @@ class Author:
 
     @contextmanager
     def _whole(self) -> Iterator[PreTrainedModel]:
-        """The whole model where it computes; one that is read from the disk is freed afterwards."""
+        """The whole model where it computes; one that is read from the disk goes with its last user."""
         if self.decoder.folder is None:
             with borrowed(self.decoder.model, self.device):
                 yield self.decoder.model
-            return
-        assert isinstance(self.opened, Source)
-        model = load_model(self.opened, self.dtype).to(self.device)
-        try:
-            yield model
-        finally:
-            del model
-            memory.trim()
+        else:
+            assert isinstance(self.opened, Source)
+            yield load_model(self.opened, self.dtype).to(self.device)
 
     def _check_room(self) -> None:
         """Check that the whole model has room in memory.

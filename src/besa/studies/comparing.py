@@ -177,7 +177,8 @@ def _earlier(
         return {}, []
     except (OSError, ValidationError):
         raise BesaError(f"{path} is no table that rows can be added to: choose another --out.") from None
-    if other := [key for key, value in conditions.items() if table.conditions.get(key) != value]:
+    keys = dict.fromkeys([*conditions, *table.conditions])
+    if other := [key for key in keys if table.conditions.get(key) != conditions.get(key)]:
         raise BesaError(f"The table in {folder} was made with another {' and '.join(other)}: choose another --out.")
     present = {
         _place(row.settings): row for row in (*table.rows, *table.earlier) if row.origin == origin and row.settings
