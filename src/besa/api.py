@@ -42,7 +42,7 @@ from besa.models.loading import (
 from besa.models.streaming import Decoder
 from besa.planning import Plan, work_out
 from besa.progress import Progress, silent
-from besa.pruning import Resources, prune_blocks
+from besa.pruning import Resources, prune_model
 from besa.record import PASSED_NAMES, BlockRecord, PassedThrough, RunRecord, now
 from besa.runtime.sparse_models import load_source
 from besa.simulator import Accelerator, Simulation
@@ -173,7 +173,7 @@ def compress(
         began = time.perf_counter()
         room = Room(device, activation_budget, journal.folder if journal else None)
         resources = Resources(batch, device, room, codes=not dequantized)
-        blocks = prune_blocks(
+        blocks, distilling = prune_model(
             decoder, recipe, calibration, seed=seed, resources=resources, journal=journal, progress=progress
         )
         record = RunRecord(
@@ -186,6 +186,7 @@ def compress(
             versions=versions(),
             machine=machine(device),
             blocks=blocks,
+            distilling=distilling,
             **_totals(blocks, decoder, identity["parameters"]),
             seconds=time.perf_counter() - began,
             ranks=ranks.count(),

@@ -124,10 +124,10 @@ def test_nothing_asks_which_method_it_has():
     """What a method is like, it says itself: no `isinstance` in besa names a class of a recipe's parts."""
     classes = {
         method.__name__
-        for name in ("targets", "importance", "allocation", "reconstruction", "finetune", "quantization")
+        for name in ("targets", "importance", "allocation", "reconstruction", "finetune", "distill", "quantization")
         for method in get_args(Recipe.model_fields[name].annotation)
     }
-    assert {"UniformTargets", "Wanda", "Besa", "ADMM", "MaskedAdam", "MinMax"} < classes
+    assert {"UniformTargets", "Wanda", "Besa", "ADMM", "MaskedAdam", "MaskedKL", "MinMax"} < classes
     asking = []
     for path in sorted(Path(besa.__file__).parent.rglob("*.py")):
         nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 from besa.data.calibration import Calibration
 from besa.methods.recipe import Recipe
 from besa.methods.targets.bounded import Survey
 from besa.methods.targets.budgets import budgets, shared_names
+from besa.models.activations import HiddenStates
 from besa.models.check import Check
 from besa.models.streaming import Decoder
 from besa.models.units import Unit, units
@@ -23,6 +25,22 @@ from besa.system.ranks import Share
 from besa.system.stopwatch import Stopwatch
 
 
+@dataclass(frozen=True)
+class Pruned:
+    """Blocks that are pruned, and what is left of the dense path.
+
+    Attributes:
+        records: of the blocks.
+        dense_NTC: outputs of the last block on the dense path, of the sequences and tokens that the recipe needs; None
+            if all blocks came from the journal and nobody needs them.
+        share: the sequences of this rank.
+    """
+
+    records: list[BlockRecord]
+    dense_NTC: HiddenStates | None
+    share: Share
+
+
 def prune_blocks(
     decoder: Decoder,
     recipe: Recipe,
@@ -32,8 +50,8 @@ def prune_blocks(
     resources: Resources = PLAIN,
     journal: Journal | None = None,
     progress: Progress = silent,
-) -> list[BlockRecord]:
-    """Prune a decoder by `recipe`, one block at a time, and return a record of each block.
+) -> Pruned:
+    """Prune a decoder by `recipe`, one block at a time.
 
     Args:
         decoder: causal decoder in evaluation mode.
@@ -64,9 +82,12 @@ def prune_blocks(
             codes.check(decoder.model, planned)
     if journal is not None:
         journal.restored = len(done)
-    if check is None:  # the earlier run stopped while it assembled the checkpoint
-        return [done[block.index] for block in blocks]
-    last = max(place for place, unit in enumerate(in_order) if unit.index not in done)
+    distilling = recipe.distill.moves_weights
+    open_units = [place for place, unit in enumerate(in_order) if unit.index not in done]
+    if not (open_units or distilling):  # the earlier run stopped while it assembled the checkpoint
+        return Pruned([done[block.index] for block in blocks], None, share)
+    last_open = max(open_units, default=-1)
+    last = len(in_order) - 1 if distilling else last_open  # which needs the dense path to its end
     progress(0, len(blocks), "embeddings")
     pruned_NTC, dense_NTC = first_inputs(decoder, recipe, calibration, resources, share)  # line 1
     records: list[BlockRecord] = []
@@ -76,19 +97,21 @@ def prune_blocks(
             with watch("load"):
                 for block in unit.blocks:
                     stack.enter_context(decoder.opened(block, resources.device))
-            with watch("check"):
-                for block in unit.blocks:
-                    check.see(block)
+            if check is not None:
+                with watch("check"):
+                    for block in unit.blocks:
+                        check.see(block)
             if place < last:
                 for block in in_order[place + 1].blocks:
                     decoder.prefetch(block, resources.device)
             if unit.index in done:
                 for block in unit.blocks:
                     block.run(dense_NTC, resources.batch, into=dense_NTC)
+                    records.append(done[block.index])
+                for block in unit.blocks if place < last_open else ():
                     tensors = ranks.tensors_from_first(journal.tensors(block.index) if journal is not None else {})
                     decoder.load_tensors(block, codes.decode(tensors, quantization) if quantization else tensors)
                     block.run(pruned_NTC, resources.batch, into=pruned_NTC)
-                    records.append(done[block.index])
                 progress(len(records), len(blocks), "taken from the journal")
                 continue
             step = Step(unit, unit_budgets, recipe, pruned_NTC, dense_NTC, share, seed, resources, watch)
@@ -114,7 +137,7 @@ def prune_blocks(
     if journal is not None:
         journal.settle()
     records += [done[block.index] for unit in in_order[last + 1 :] for block in unit.blocks]
-    return records
+    return Pruned(records, dense_NTC, share)
 
 
 def _done(journal: Journal | None, in_order: list[Unit]) -> dict[int, BlockRecord]:

@@ -1,0 +1,369 @@
+"""Distilling: the pruned model as a whole learns to predict what the dense model predicts.
+
+Shape suffixes: N sequences, T tokens, C channels of the residual stream.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from statistics import fmean
+from typing import Annotated, Any, ClassVar, Literal, Protocol
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from besa.methods.reconstruction.written import written
+from besa.methods.steps import average, one_pass, root_mean_square
+from besa.models.activations import HiddenStates
+from besa.models.transfers import fetched
+from besa.models.whole import Whole
+from besa.observing.divergence import divergence, tokens_at_once
+from besa.progress import Progress
+from besa.settings import Learning, Settings
+from besa.system import ranks
+from besa.system.machine import learning_dtype, loss_scaler
+from besa.system.ranks import Share
+
+WARM = 0.05  # share of the steps in which the step size grows
+CLIPPED = 1.0  # largest norm of the gradient of a step
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # what Adam keeps of each tensor
+
+
+@dataclass(frozen=True)
+class Pupil:
+    """A pruned model that learns, and what it learns from.
+
+    Attributes:
+        whole: the pruned model.
+        linears: full names of the pruned linears, whose kept weights may change.
+        tokens_NT: of the sequences of this rank.
+        inputs_NTC: of the first block, for the same sequences.
+        targets_NTC: outputs of the last block of the dense model.
+        share: these sequences.
+        seed: of the order of sequences.
+    """
+
+    whole: Whole
+    linears: list[str]
+    tokens_NT: Tensor
+    inputs_NTC: HiddenStates
+    targets_NTC: HiddenStates
+    share: Share
+    seed: int
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """The result of distilling.
+
+    Attributes:
+        losses: on held-out sequences, before the first epoch and after every epoch.
+        changed: names of the tensors that may have changed; none if no epoch helped.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+
+
+class Snapshots(Protocol):
+    """Where the state of the work is kept, so that a killed run goes on from it."""
+
+    def last(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """The position (JSON types) and the tensors that were kept last; the same on all ranks."""
+
+    def keep(self, position: Mapping[str, Any], tensors: Callable[[], Mapping[str, Tensor]], urgent: bool) -> None:
+        """Keep a state, if it is urgent or some time has passed since the last one.
+
+        Args:
+            position: in the work, in JSON types.
+            tensors: gives the tensors.
+            urgent: keep it in any case.
+        """
+
+
+class NoSnapshots:
+    """Nothing is kept."""
+
+    def last(self) -> None:
+        """Nothing."""
+
+    def keep(self, position: Mapping[str, Any], tensors: Callable[[], Mapping[str, Tensor]], urgent: bool) -> None:
+        """Nothing is done."""
+
+
+class Distiller(Settings):
+    """Base of all ways to distil. The defaults describe one that does nothing.
+
+    Attributes:
+        moves_weights: whether the model changes; the dense path then needs the outputs of all tokens.
+    """
+
+    moves_weights: ClassVar[bool] = False
+
+    @abstractmethod
+    def distill(self, pupil: Pupil, snapshots: Snapshots, progress: Progress) -> Distilled:
+        """Change the model in place, if that brings its predictions closer to those of the dense model.
+
+        Args:
+            pupil: the model.
+            snapshots: where states are kept.
+            progress: is called with (steps done, steps, state) after every step.
+        """
+
+
+class NoDistilling(Distiller):
+    """The model stays as its blocks were pruned; `distill.method=none`."""
+
+    method: Literal["none"] = "none"
+
+    def distill(self, pupil: Pupil, snapshots: Snapshots, progress: Progress) -> Distilled:
+        """No change and no losses."""
+        return Distilled()
+
+
+class MaskedKL(Learning, Distiller):
+    """Adam on what is not pruned, down the divergence KL(dense ‖ pruned) of the predictions of the next token.
+
+    The step size grows over the first steps and then falls linearly to zero. The loss on held-out sequences is measured
+    after every epoch. The best values are kept. The first epoch that does not lower the loss is the last.
+    """
+
+    method: Literal["kl"] = "kl"
+    learns: Literal["weights", "norms", "both", "together"] = Field(
+        default="weights",
+        description="kept weights of pruned linears; norms and biases; both, first norms; or both at once",
+    )
+    epochs: int = Field(default=2, ge=1, description="passes over the calibration set, at most; of both, for each")
+    rate: float = Field(
+        default=1e-3,
+        gt=0,
+        description="largest step size, as a share of a tensor's root mean square; times √batch, for fewer steps",
+    )
+    held_out: int = Field(default=16, ge=2, description="one sequence in so many is held out")
+    autocast: bool = Field(
+        default=True, description="multiply in bfloat16 while learning, if that makes a float32 run faster"
+    )
+    moves_weights: ClassVar[bool] = True
+    most_shared: ClassVar[int] = 4
+
+    def distill(self, pupil: Pupil, snapshots: Snapshots, progress: Progress) -> Distilled:
+        """The values with the lowest loss on the held-out sequences."""
+        return _Course(self, pupil, snapshots, progress).run()
+
+    def stages(self, linears: Sequence[str], vectors: Sequence[str]) -> list[list[str]]:
+        """The names of what learns, stage by stage.
+
+        Args:
+            linears: names of the pruned linears.
+            vectors: names of norms and biases.
+        """
+        chosen: dict[str, list[Sequence[str]]] = {
+            "weights": [linears],
+            "norms": [vectors],
+            "both": [vectors, linears],
+            "together": [[*linears, *vectors]],
+        }
+        return [list(names) for names in chosen[self.learns] if names]
+
+    def split(self, samples: int) -> tuple[list[int], list[int]]:
+        """Positions of the sequences to hold out and to learn from; a single sequence serves as both."""
+        held = list(range(0, samples, self.held_out))
+        return held, [place for place in range(samples) if place % self.held_out] or held
+
+
+class _Course:
+    """The work of `MaskedKL.distill`.
+
+    A state has the best values so far (the model's own tensors), and within an epoch the float32 values with Adam's
+    moments. Of linears, only kept weights are in it.
+    """
+
+    def __init__(self, settings: MaskedKL, pupil: Pupil, snapshots: Snapshots, progress: Progress) -> None:
+        self._settings, self._pupil, self._snapshots, self._progress = settings, pupil, snapshots, progress
+        whole = pupil.whole
+        self._linears = set(pupil.linears)
+        self._dtype = learning_dtype(whole.dtype, whole.device) if settings.autocast else whole.dtype
+        self._stages = settings.stages(pupil.linears, whole.vectors)
+        self._dense = {name: whole.own(name).clone() for name in whole.vectors}  # of the dense model
+        self._held, self._learned = settings.split(pupil.share.total)
+        self._steps = -(-len(self._learned) // settings.sequences)  # in an epoch
+        self._at_once = tokens_at_once(whole.vocabulary)
+        self._losses: list[float] = []
+        self._helped = False
+
+    def run(self) -> Distilled:
+        begun = self._snapshots.last()
+        place, tensors = begun if begun is not None else ({}, {})
+        self._losses, self._helped = list(place.get("losses", [])), place.get("helped", False)
+        if self._helped:
+            self._put_best(tensors)
+        if not self._losses:
+            self._losses.append(self._held_out_loss({}))
+        for number in range(place.get("stage", 0), len(self._stages)):
+            self._learn(number, place, tensors)
+            place, tensors = {}, {}
+        changed = [name for names in self._stages for name in names] if self._helped else []
+        return Distilled(self._losses, changed)
+
+    def _learn(self, number: int, place: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """A stage, from its beginning or from a place in it."""
+        names = self._stages[number]
+        own = self._pupil.whole.own
+        sizes: list[float] = (
+            place.get("sizes") or torch.stack([root_mean_square(own(name).float()) for name in names]).tolist()
+        )
+        values = {name: own(name).float().clone().requires_grad_() for name in names}
+        groups = [{"params": [value], "lr": 0.0} for value in values.values()]
+        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
+        scaler = loss_scaler(self._dtype, self._pupil.whole.device)
+        if "scaler" in place:
+            scaler.load_state_dict(place["scaler"])
+        self._put_values(values, optimizer, tensors)
+        begun: dict[str, Any] = {"stage": number, "sizes": sizes}
+        for epoch in range(place.get("epoch", 0), self._settings.epochs):
+            generator = torch.Generator().manual_seed(self._pupil.seed + epoch)
+            order = one_pass(self._learned, self._settings.sequences, generator)
+            for step in range(place.get("step", 0) if epoch == place.get("epoch") else 0, self._steps):
+                rate = self._rate(epoch * self._steps + step)
+                for group, size in zip(optimizer.param_groups, sizes, strict=True):
+                    group["lr"] = rate * size
+                self._step(values, optimizer, scaler, order[step])
+                self._tell(number, epoch, step + 1)
+                here = begun | {"epoch": epoch, "step": step + 1, "scaler": scaler.state_dict()}
+                self._keep(here, partial(self._state, values, optimizer), urgent=False)
+            self._losses.append(self._held_out_loss(values))
+            self._tell(number, epoch + 1, 0)
+            if not self._losses[-1] < min(self._losses[:-1]):
+                break
+            self._write_best(values)
+            here = begun | {"epoch": epoch + 1, "step": 0, "scaler": scaler.state_dict()}
+            self._keep(here, partial(self._state, values, optimizer), urgent=True)
+        self._keep({"stage": number + 1}, self._best, urgent=True)
+
+    def _step(
+        self,
+        values: Mapping[str, Tensor],
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        sequences: Sequence[int],
+    ) -> None:
+        """Learn from some sequences of all ranks."""
+        scale = scaler.scale(torch.ones((), device=self._pupil.whole.device))
+        for place in self._pupil.share.own(sequences):
+            self._loss(values, place, scale)
+        average(values.values(), len(sequences))
+        for name, value in values.items():
+            if name in self._linears and value.grad is not None:
+                value.grad.masked_fill_(self._pupil.whole.own(name) == 0, 0)
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_([value for value in values.values() if value.grad is not None], CLIPPED)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+    def _rate(self, step: int) -> float:
+        """The step size of a step of a stage, as a share of a tensor's root mean square."""
+        steps = self._settings.epochs * self._steps
+        warm = max(1, round(WARM * steps))
+        share = min((step + 1) / warm, (steps - step) / (steps - warm + 1))
+        return self._settings.rate * math.sqrt(self._settings.sequences) * share
+
+    def _held_out_loss(self, values: Mapping[str, Tensor]) -> float:
+        """The mean loss of the held-out sequences of all ranks."""
+        losses = [self._loss(values, place, None) for place in self._pupil.share.own(self._held)]
+        of_ranks = ranks.all_of(torch.stack(losses).tolist() if losses else [])
+        return fmean(loss for of_rank in of_ranks for loss in of_rank)
+
+    def _loss(self, values: Mapping[str, Tensor], place: int, scale: Tensor | None) -> Tensor:
+        """The loss (scalar) of a sequence; with a scale, its gradients are added to those of the values."""
+        pupil, whole, dtype = self._pupil, self._pupil.whole, self._dtype
+        one = slice(place, place + 1)
+        tokens_NT = pupil.tokens_NT[one]
+        x_NTC, target_NTC = (fetched(kept[one], whole.device) for kept in (pupil.inputs_NTC, pupil.targets_NTC))
+        states = whole.states(x_NTC, values, dtype)
+        loss, gradient_NTC = divergence(
+            lambda part, y_NTC: whole.logits(tokens_NT[:, part], y_NTC, values, dtype),
+            lambda part, y_NTC: whole.logits(tokens_NT[:, part], y_NTC, self._dense, dtype),
+            states[-1],
+            target_NTC,
+            self._at_once,
+            scale,
+        )
+        if scale is not None:
+            whole.send_back(states, gradient_NTC, values, dtype)
+        return loss
+
+    def _tell(self, stage: int, epoch: int, step: int) -> None:
+        """Report the progress; epochs that are not needed count as done."""
+        epochs = self._settings.epochs
+        done = (stage * epochs + epoch) * self._steps + step
+        first, last = self._losses[0], self._losses[-1]
+        self._progress(
+            done, len(self._stages) * epochs * self._steps, f"distilling: held-out {first:.4f}, now {last:.4f}"
+        )
+
+    def _write_best(self, values: Mapping[str, Tensor]) -> None:
+        """Write values into the model."""
+        self._helped = True
+        for name, value in values.items():
+            own = self._pupil.whole.own(name)
+            kept = own != 0 if name in self._linears else torch.zeros_like(own, dtype=torch.bool)
+            own.copy_(written(value.detach(), kept, own.dtype))
+
+    def _keep(self, place: Mapping[str, Any], tensors: Callable[[], dict[str, Tensor]], urgent: bool) -> None:
+        position = {**place, "losses": self._losses, "helped": self._helped}
+        self._snapshots.keep(position, tensors, urgent)
+
+    def _best(self) -> dict[str, Tensor]:
+        """The best values so far."""
+        if not self._helped:
+            return {}
+        own = self._pupil.whole.own
+        return {f"best.{name}": self._dense_part(name, own(name)) for names in self._stages for name in names}
+
+    def _state(self, values: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        """All tensors of the work within a stage."""
+        tensors = self._best()
+        for name, value in values.items():
+            tensors[f"value.{name}"] = self._dense_part(name, value.detach())
+            for kind, tensor in optimizer.state.get(value, {}).items():
+                tensors[f"{kind}.{name}"] = tensor if kind == "step" else self._dense_part(name, tensor)
+        return tensors
+
+    def _put_best(self, tensors: Mapping[str, Tensor]) -> None:
+        for names in self._stages:
+            for name in names:
+                self._put(name, self._pupil.whole.own(name), tensors[f"best.{name}"])
+
+    def _put_values(
+        self, values: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
+    ) -> None:
+        for name, value in values.items():
+            if f"value.{name}" in tensors:
+                self._put(name, value.detach(), tensors[f"value.{name}"])
+            if f"step.{name}" in tensors:
+                state = {"step": tensors[f"step.{name}"].clone()}
+                for kind in MOMENTS[:2]:
+                    state[kind] = torch.zeros_like(value)
+                    self._put(name, state[kind], tensors[f"{kind}.{name}"])
+                optimizer.state[value] = state
+
+    def _dense_part(self, name: str, tensor: Tensor) -> Tensor:
+        """Of a tensor with the shape of the parameter, what a state has: of linears, where weights are kept."""
+        return tensor[self._pupil.whole.own(name) != 0] if name in self._linears else tensor
+
+    def _put(self, name: str, tensor: Tensor, kept: Tensor) -> None:
+        """The inverse of `_dense_part`, into a tensor."""
+        kept = kept.to(tensor.device)
+        if name in self._linears:
+            tensor.masked_scatter_(self._pupil.whole.own(name) != 0, kept)
+        else:
+            tensor.copy_(kept)
+
+
+Distilling = Annotated[NoDistilling | MaskedKL, Field(discriminator="method")]
