@@ -286,7 +286,7 @@ def test_sparsity_out_of_bounds(sparsity):
         (
             "",
             "must be a YAML mapping with the keys name, sparsity, skip, sparsity_of, targets, importance, allocation, "
-            "reconstruction, finetune, quantization.",
+            "reconstruction, finetune, distill, quantization.",
         ),
         ("- a\n- b", "must be a YAML mapping"),
         ("besa", "must be a YAML mapping"),

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from statistics import fmean
 from typing import Annotated, Any, ClassVar, Literal, Protocol
 
@@ -31,7 +30,7 @@ from besa.system.ranks import Share
 
 WARM = 0.05  # share of the steps in which the step size grows
 CLIPPED = 1.0  # largest norm of the gradient of a step
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # what Adam keeps of each tensor
+BETAS = (0.9, 0.99)  # of Adam
 
 
 @dataclass(frozen=True)
@@ -63,37 +62,35 @@ class Distilled:
 
     Attributes:
         losses: on held-out sequences, before the first epoch and after every epoch.
-        changed: names of the tensors that may have changed; none if no epoch helped.
+        helped: whether the model has changed.
+        changed: full names of the norms and biases that have changed.
     """
 
     losses: list[float] = field(default_factory=list)
+    helped: bool = False
     changed: list[str] = field(default_factory=list)
 
 
 class Snapshots(Protocol):
-    """Where the state of the work is kept, so that a killed run goes on from it."""
+    """Where the states of the work are kept, so that a killed run goes on from the last."""
 
-    def last(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        """The position (JSON types) and the tensors that were kept last; the same on all ranks."""
+    @property
+    def position(self) -> dict[str, Any] | None:
+        """Of the last state, in JSON types; None if there is none."""
 
-    def keep(self, position: Mapping[str, Any], tensors: Callable[[], Mapping[str, Tensor]], urgent: bool) -> None:
+    def tensors(self, group: str) -> dict[str, Tensor]:
+        """Those of a group in the last state."""
+
+    def keep(
+        self, position: Mapping[str, Any], groups: Iterable[tuple[str, Mapping[str, Tensor]]], urgent: bool
+    ) -> None:
         """Keep a state, if it is urgent or some time has passed since the last one.
 
         Args:
             position: in the work, in JSON types.
-            tensors: gives the tensors.
-            urgent: keep it in any case.
+            groups: tensors by name of each group; one group at a time is in memory.
+            urgent: keep it now.
         """
-
-
-class NoSnapshots:
-    """Nothing is kept."""
-
-    def last(self) -> None:
-        """Nothing."""
-
-    def keep(self, position: Mapping[str, Any], tensors: Callable[[], Mapping[str, Tensor]], urgent: bool) -> None:
-        """Nothing is done."""
 
 
 class Distiller(Settings):
@@ -175,12 +172,17 @@ class MaskedKL(Learning, Distiller):
         held = list(range(0, samples, self.held_out))
         return held, [place for place in range(samples) if place % self.held_out] or held
 
+    def steps(self, samples: int) -> int:
+        """Learning steps in an epoch."""
+        _, learned = self.split(samples)
+        return -(-len(learned) // self.sequences)
+
 
 class _Course:
     """The work of `MaskedKL.distill`.
 
-    A state has the best values so far (the model's own tensors), and within an epoch the float32 values with Adam's
-    moments. Of linears, only kept weights are in it.
+    A state has the best values so far, which are the model's own tensors, and the float32 values that learn, with their
+    moments. A group of it is a block, or what is outside. Of linears it has the kept weights only.
     """
 
     def __init__(self, settings: MaskedKL, pupil: Pupil, snapshots: Snapshots, progress: Progress) -> None:
@@ -189,61 +191,60 @@ class _Course:
         self._linears = set(pupil.linears)
         self._dtype = learning_dtype(whole.dtype, whole.device) if settings.autocast else whole.dtype
         self._stages = settings.stages(pupil.linears, whole.vectors)
-        self._dense = {name: whole.own(name).clone() for name in whole.vectors}  # of the dense model
+        self._dense = {name: whole.own(name).clone() for name in whole.vectors}
         self._held, self._learned = settings.split(pupil.share.total)
-        self._steps = -(-len(self._learned) // settings.sequences)  # in an epoch
+        self._steps = settings.steps(pupil.share.total)  # in an epoch
         self._at_once = tokens_at_once(whole.vocabulary)
         self._losses: list[float] = []
         self._helped = False
 
     def run(self) -> Distilled:
-        begun = self._snapshots.last()
-        place, tensors = begun if begun is not None else ({}, {})
-        self._losses, self._helped = list(place.get("losses", [])), place.get("helped", False)
+        """All stages, from the last state on."""
+        begun: Mapping[str, Any] = self._snapshots.position or {}
+        self._losses, self._helped = list(begun.get("losses", [])), begun.get("helped", False)
         if self._helped:
-            self._put_best(tensors)
+            self._restore({name: {"best": self._pupil.whole.own(name)} for names in self._stages for name in names})
         if not self._losses:
             self._losses.append(self._held_out_loss({}))
-        for number in range(place.get("stage", 0), len(self._stages)):
-            self._learn(number, place, tensors)
-            place, tensors = {}, {}
-        changed = [name for names in self._stages for name in names] if self._helped else []
-        return Distilled(self._losses, changed)
+        for number in range(begun.get("stage", 0), len(self._stages)):
+            self._learn(number, begun)
+            begun = {}
+        whole = self._pupil.whole
+        changed = [name for name, before in self._dense.items() if not torch.equal(whole.own(name), before)]
+        return Distilled(self._losses, self._helped, changed)
 
-    def _learn(self, number: int, place: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    def _learn(self, number: int, begun: Mapping[str, Any]) -> None:
         """A stage, from its beginning or from a place in it."""
-        names = self._stages[number]
-        own = self._pupil.whole.own
+        names, own = self._stages[number], self._pupil.whole.own
         sizes: list[float] = (
-            place.get("sizes") or torch.stack([root_mean_square(own(name).float()) for name in names]).tolist()
+            begun.get("sizes") or torch.stack([root_mean_square(own(name).float()) for name in names]).tolist()
         )
         values = {name: own(name).float().clone().requires_grad_() for name in names}
         groups = [{"params": [value], "lr": 0.0} for value in values.values()]
-        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
+        optimizer = torch.optim.Adam(groups, betas=BETAS, fused=True)
         scaler = loss_scaler(self._dtype, self._pupil.whole.device)
-        if "scaler" in place:
-            scaler.load_state_dict(place["scaler"])
-        self._put_values(values, optimizer, tensors)
-        begun: dict[str, Any] = {"stage": number, "sizes": sizes}
-        for epoch in range(place.get("epoch", 0), self._settings.epochs):
+        if "sizes" in begun:
+            scaler.load_state_dict(begun["scaler"])
+            self._restore_values(values, optimizer)
+        position: dict[str, Any] = {"stage": number, "sizes": sizes}
+        for epoch in range(begun.get("epoch", 0), self._settings.epochs):
             generator = torch.Generator().manual_seed(self._pupil.seed + epoch)
             order = one_pass(self._learned, self._settings.sequences, generator)
-            for step in range(place.get("step", 0) if epoch == place.get("epoch") else 0, self._steps):
+            for step in range(begun.get("step", 0) if epoch == begun.get("epoch") else 0, self._steps):
                 rate = self._rate(epoch * self._steps + step)
                 for group, size in zip(optimizer.param_groups, sizes, strict=True):
                     group["lr"] = rate * size
                 self._step(values, optimizer, scaler, order[step])
                 self._tell(number, epoch, step + 1)
-                here = begun | {"epoch": epoch, "step": step + 1, "scaler": scaler.state_dict()}
-                self._keep(here, partial(self._state, values, optimizer), urgent=False)
+                position |= {"epoch": epoch, "step": step + 1, "scaler": scaler.state_dict()}
+                self._keep(position, values, optimizer, urgent=False)
             self._losses.append(self._held_out_loss(values))
             self._tell(number, epoch + 1, 0)
             if not self._losses[-1] < min(self._losses[:-1]):
                 break
-            self._write_best(values)
-            here = begun | {"epoch": epoch + 1, "step": 0, "scaler": scaler.state_dict()}
-            self._keep(here, partial(self._state, values, optimizer), urgent=True)
-        self._keep({"stage": number + 1}, self._best, urgent=True)
+            self._write(values)
+            self._keep(position | {"epoch": epoch + 1, "step": 0}, values, optimizer, urgent=True)
+        self._keep({"stage": number + 1}, {}, optimizer, urgent=True)
 
     def _step(
         self,
@@ -258,7 +259,7 @@ class _Course:
             self._loss(values, place, scale)
         average(values.values(), len(sequences))
         for name, value in values.items():
-            if name in self._linears and value.grad is not None:
+            if name in self._linears and value.grad is not None:  # None if no token reached an expert
                 value.grad.masked_fill_(self._pupil.whole.own(name) == 0, 0)
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_([value for value in values.values() if value.grad is not None], CLIPPED)
@@ -300,70 +301,84 @@ class _Course:
 
     def _tell(self, stage: int, epoch: int, step: int) -> None:
         """Report the progress; epochs that are not needed count as done."""
-        epochs = self._settings.epochs
+        epochs, first, best = self._settings.epochs, self._losses[0], min(self._losses)
         done = (stage * epochs + epoch) * self._steps + step
-        first, last = self._losses[0], self._losses[-1]
-        self._progress(
-            done, len(self._stages) * epochs * self._steps, f"distilling: held-out {first:.4f}, now {last:.4f}"
-        )
+        note = f"distilling, held-out divergence {first:.4f}" + (f" → {best:.4f}" if self._losses[1:] else "")
+        self._progress(done, len(self._stages) * epochs * self._steps, note)
 
-    def _write_best(self, values: Mapping[str, Tensor]) -> None:
-        """Write values into the model."""
+    def _write(self, values: Mapping[str, Tensor]) -> None:
+        """Write values into the model: they are the best so far."""
         self._helped = True
         for name, value in values.items():
             own = self._pupil.whole.own(name)
             kept = own != 0 if name in self._linears else torch.zeros_like(own, dtype=torch.bool)
             own.copy_(written(value.detach(), kept, own.dtype))
 
-    def _keep(self, place: Mapping[str, Any], tensors: Callable[[], dict[str, Tensor]], urgent: bool) -> None:
-        position = {**place, "losses": self._losses, "helped": self._helped}
-        self._snapshots.keep(position, tensors, urgent)
-
-    def _best(self) -> dict[str, Tensor]:
-        """The best values so far."""
-        if not self._helped:
-            return {}
-        own = self._pupil.whole.own
-        return {f"best.{name}": self._dense_part(name, own(name)) for names in self._stages for name in names}
-
-    def _state(self, values: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-        """All tensors of the work within a stage."""
-        tensors = self._best()
-        for name, value in values.items():
-            tensors[f"value.{name}"] = self._dense_part(name, value.detach())
-            for kind, tensor in optimizer.state.get(value, {}).items():
-                tensors[f"{kind}.{name}"] = tensor if kind == "step" else self._dense_part(name, tensor)
-        return tensors
-
-    def _put_best(self, tensors: Mapping[str, Tensor]) -> None:
-        for names in self._stages:
-            for name in names:
-                self._put(name, self._pupil.whole.own(name), tensors[f"best.{name}"])
-
-    def _put_values(
-        self, values: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
+    def _keep(
+        self,
+        position: Mapping[str, Any],
+        values: Mapping[str, Tensor],
+        optimizer: torch.optim.Optimizer,
+        urgent: bool,
     ) -> None:
-        for name, value in values.items():
-            if f"value.{name}" in tensors:
-                self._put(name, value.detach(), tensors[f"value.{name}"])
-            if f"step.{name}" in tensors:
-                state = {"step": tensors[f"step.{name}"].clone()}
-                for kind in MOMENTS[:2]:
-                    state[kind] = torch.zeros_like(value)
-                    self._put(name, state[kind], tensors[f"{kind}.{name}"])
-                optimizer.state[value] = state
+        """Keep a state."""
+        own = self._pupil.whole.own
+        tensors: dict[str, dict[str, Tensor]] = {}
+        for name in dict.fromkeys(name for names in self._stages for name in names):
+            tensors[name] = {"best": own(name)} if self._helped else {}
+            if name in values:
+                tensors[name] |= {"value": values[name].detach(), **optimizer.state.get(values[name], {})}
+        position = {**position, "losses": self._losses, "helped": self._helped}
+        self._snapshots.keep(position, self._compressed(tensors), urgent)
 
-    def _dense_part(self, name: str, tensor: Tensor) -> Tensor:
-        """Of a tensor with the shape of the parameter, what a state has: of linears, where weights are kept."""
-        return tensor[self._pupil.whole.own(name) != 0] if name in self._linears else tensor
+    def _compressed(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """The tensors of a state by group, made one group at a time; of linears, where weights are kept."""
+        for group, names in self._groups(tensors).items():
+            yield (
+                group,
+                {
+                    f"{kind}.{name}": tensor[self._pupil.whole.own(name) != 0]
+                    if self._partial(name, tensor)
+                    else tensor
+                    for name in names
+                    for kind, tensor in tensors[name].items()
+                },
+            )
 
-    def _put(self, name: str, tensor: Tensor, kept: Tensor) -> None:
-        """The inverse of `_dense_part`, into a tensor."""
-        kept = kept.to(tensor.device)
-        if name in self._linears:
-            tensor.masked_scatter_(self._pupil.whole.own(name) != 0, kept)
-        else:
-            tensor.copy_(kept)
+    def _restore(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Fill tensors from the last state."""
+        for group, names in self._groups(tensors).items():
+            kept = self._snapshots.tensors(group)
+            for name in names:
+                for kind, tensor in tensors[name].items():
+                    numbers = kept[f"{kind}.{name}"].to(tensor.device)
+                    if self._partial(name, tensor):
+                        tensor.masked_scatter_(self._pupil.whole.own(name) != 0, numbers)
+                    else:
+                        tensor.copy_(numbers)
+
+    def _restore_values(self, values: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+        """Fill values and their moments from the last state; a value that no gradient has reached has none."""
+        for group, names in self._groups(values).items():
+            kept = self._snapshots.tensors(group)
+            for name in names:
+                if f"step.{name}" in kept:
+                    state = {kind: torch.zeros_like(values[name]) for kind in ("exp_avg", "exp_avg_sq")}
+                    optimizer.state[values[name]] = {"step": torch.zeros_like(kept[f"step.{name}"]), **state}
+        self._restore(
+            {name: {"value": value.detach(), **optimizer.state.get(value, {})} for name, value in values.items()}
+        )
+
+    def _groups(self, names: Iterable[str]) -> dict[str, list[str]]:
+        """The names by the block that they belong to."""
+        groups: dict[str, list[str]] = {}
+        for name in names:
+            groups.setdefault(self._pupil.whole.place(name), []).append(name)
+        return groups
+
+    def _partial(self, name: str, tensor: Tensor) -> bool:
+        """Whether a state has only the kept weights of a tensor."""
+        return name in self._linears and tensor.dim() > 0
 
 
 Distilling = Annotated[NoDistilling | MaskedKL, Field(discriminator="method")]

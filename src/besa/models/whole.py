@@ -29,6 +29,12 @@ class Whole:
         self._model = model
         self.blocks = list(blocks)
         self._block_of = {name: block for block in blocks for name in block.prunables}
+        self._inner = {  # names of parameters within each block by name of the block, with their full names
+            block.name: {inner: f"{block.name}.{inner}" for inner, _ in block.module.named_parameters()}
+            for block in blocks
+        }
+        self._places = {name: block.name for name, block in self._block_of.items()}
+        self._places |= {name: block for block, inner in self._inner.items() for name in inner.values()}
 
     @property
     def device(self) -> torch.device:
@@ -64,6 +70,10 @@ class Whole:
             return self._block_of[name].weight(name).detach()
         parameter: Tensor = self._model.get_parameter(name)
         return parameter.detach()
+
+    def place(self, name: str) -> str:
+        """The name of the block that a parameter or linear belongs to; empty outside the blocks."""
+        return self._places.get(name, "")
 
     @torch.no_grad()
     def states(self, x_NTC: Tensor, values: Mapping[str, Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -110,15 +120,14 @@ class Whole:
             values: by name.
             dtype: to multiply in.
         """
-        inside = tuple(f"{block.name}." for block in self.blocks)
-        outside = {name: self._cast(name, value) for name, value in values.items() if not name.startswith(inside)}
+        outside = {name: self._cast(name, value) for name, value in values.items() if not self.place(name)}
         with self._multiplying_in(dtype):
             return logits_of(self._model, self.blocks, tokens_NT, y_NTC, outside)
 
     def _run(self, block: Block, x_NTC: Tensor, values: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         weights = {name: self._cast(name, values[name]) for name in block.prunables if name in values}
-        full = {inner: f"{block.name}.{inner}" for inner, _ in block.module.named_parameters()}
-        others = {inner: self._cast(name, values[name]) for inner, name in full.items() if name in values}
+        inner_names = self._inner[block.name].items()
+        others = {inner: self._cast(name, values[name]) for inner, name in inner_names if name in values}
         with self._multiplying_in(dtype):  # one block at a time: it keeps every weight that it converts
             return block(x_NTC, weights, others)
 

@@ -31,8 +31,8 @@ class Pruned:
 
     Attributes:
         records: of the blocks.
-        dense_NTC: outputs of the last block on the dense path, of the sequences and tokens that the recipe needs; None
-            if all blocks came from the journal and nobody needs them.
+        dense_NTC: where the dense path has come to, of the sequences and tokens that the recipe needs; None if nothing
+            was run.
         share: the sequences of this rank.
     """
 
@@ -50,6 +50,7 @@ def prune_blocks(
     resources: Resources = PLAIN,
     journal: Journal | None = None,
     progress: Progress = silent,
+    to_the_end: bool = False,
 ) -> Pruned:
     """Prune a decoder by `recipe`, one block at a time.
 
@@ -62,6 +63,7 @@ def prune_blocks(
         journal: every finished block is written to it; blocks that it already holds are not pruned again. Only rank 0
             has one.
         progress: is called with (blocks done, blocks, state) after every block.
+        to_the_end: run the dense path to its end, even if the journal has the last blocks.
 
     Raises:
         BesaError: the blocks cannot be run one by one, activations are not finite, a block already has more zeros than
@@ -82,12 +84,11 @@ def prune_blocks(
             codes.check(decoder.model, planned)
     if journal is not None:
         journal.restored = len(done)
-    distilling = recipe.distill.moves_weights
     open_units = [place for place, unit in enumerate(in_order) if unit.index not in done]
-    if not (open_units or distilling):  # the earlier run stopped while it assembled the checkpoint
+    if not (open_units or to_the_end):  # the earlier run stopped while it assembled the checkpoint
         return Pruned([done[block.index] for block in blocks], None, share)
     last_open = max(open_units, default=-1)
-    last = len(in_order) - 1 if distilling else last_open  # which needs the dense path to its end
+    last = len(in_order) - 1 if to_the_end else last_open
     progress(0, len(blocks), "embeddings")
     pruned_NTC, dense_NTC = first_inputs(decoder, recipe, calibration, resources, share)  # line 1
     records: list[BlockRecord] = []
@@ -107,11 +108,11 @@ def prune_blocks(
             if unit.index in done:
                 for block in unit.blocks:
                     block.run(dense_NTC, resources.batch, into=dense_NTC)
-                    records.append(done[block.index])
-                for block in unit.blocks if place < last_open else ():
                     tensors = ranks.tensors_from_first(journal.tensors(block.index) if journal is not None else {})
                     decoder.load_tensors(block, codes.decode(tensors, quantization) if quantization else tensors)
-                    block.run(pruned_NTC, resources.batch, into=pruned_NTC)
+                    if place < last_open:
+                        block.run(pruned_NTC, resources.batch, into=pruned_NTC)
+                    records.append(done[block.index])
                 progress(len(records), len(blocks), "taken from the journal")
                 continue
             step = Step(unit, unit_budgets, recipe, pruned_NTC, dense_NTC, share, seed, resources, watch)

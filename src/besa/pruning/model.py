@@ -6,7 +6,7 @@ from besa.data.calibration import Calibration
 from besa.methods.recipe import Recipe
 from besa.models.streaming import Decoder
 from besa.progress import Progress, silent
-from besa.pruning.distilling import distill
+from besa.pruning.distilling import distill, distilled_before
 from besa.pruning.loop import prune_blocks
 from besa.pruning.paths import PLAIN, Resources
 from besa.record import BlockRecord, DistillingRecord
@@ -28,13 +28,22 @@ def prune_model(
     Returns:
         A record of each block, and one of distilling if the recipe distils.
     """
+    before = distilled_before(journal)
+    distilling = recipe.distill.moves_weights and before is None
     pruned = prune_blocks(
-        decoder, recipe, calibration, seed=seed, resources=resources, journal=journal, progress=progress
+        decoder,
+        recipe,
+        calibration,
+        seed=seed,
+        resources=resources,
+        journal=journal,
+        progress=progress,
+        to_the_end=distilling,
     )
-    if not recipe.distill.moves_weights:
-        return pruned.records, None
+    if not distilling:
+        return pruned.records, before
     assert pruned.dense_NTC is not None
-    distilled = distill(
+    record = distill(
         decoder,
         recipe,
         calibration,
@@ -43,6 +52,7 @@ def prune_model(
         share=pruned.share,
         seed=seed,
         resources=resources,
+        journal=journal,
         progress=progress,
     )
-    return pruned.records, distilled
+    return pruned.records, record
