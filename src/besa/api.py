@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from besa.checkpoint.opening import open_decoder
 from besa.checkpoint.rewriting import folder_of
-from besa.checkpoint.writer import disk_bytes, finish
+from besa.checkpoint.writer import finish
 from besa.data.arguments import Bos, Bytes, Count, Dtype, Length, Ranks, checked
 from besa.data.calibration import Calibration, sample
 from besa.data.seeds import check_seed
@@ -25,6 +25,7 @@ from besa.evaluation.result import Evaluation
 from besa.evaluation.texts import perplexities, read_texts
 from besa.evaluation.zero_shot import check_tasks, zero_shot
 from besa.methods.recipe import Recipe
+from besa.methods.targets.budgets import budgets
 from besa.models.activations import Room
 from besa.models.blocks import find_blocks, left_dense
 from besa.models.borrowing import borrowed, tokenizer_of_caller
@@ -40,7 +41,7 @@ from besa.models.loading import (
     skeleton,
 )
 from besa.models.streaming import Decoder
-from besa.planning import Plan, work_out
+from besa.planning import Plan, check_fits, whole_disk_bytes, work_out
 from besa.progress import Progress, silent
 from besa.pruning import Resources, prune_model
 from besa.record import PASSED_NAMES, BlockRecord, PassedThrough, RunRecord, now
@@ -164,10 +165,12 @@ def compress(
         )
         batch = batch or begun.get("batch") or default_batch(calibration.samples, calibration.seqlen, device)
         batch = min(calibration.samples, batch)
+        whole = decoder.model, decoder.blocks, _prunable(decoder, recipe), recipe
+        check_fits(*whole, calibration.seqlen, device)
         if journal is not None:
             journal.begin(_decisive(recipe, identity, calibration, seed, batch, device) | {"dequantized": dequantized})
             size = decoder.model.num_parameters() * decoder.model.dtype.itemsize + decoder.unbuilt_bytes
-            check_space(journal.folder, disk_bytes(size) - journal.bytes)
+            check_space(journal.folder, whole_disk_bytes(*whole, size) - journal.bytes)
         memory.trim()
         memory.reset_peak(device)
         began = time.perf_counter()
@@ -223,6 +226,11 @@ def _calibration(
     seqlen = room.usual if seqlen is None else seqlen
     notes, first = room.checked(seqlen, "--seqlen"), bos_token(bos, tokenizer, model.config)
     return sample(calibration, tokenizer, samples, seqlen, seed, progress, bos=first, rows=rows), notes
+
+
+def _prunable(decoder: Decoder, recipe: Recipe) -> set[str]:
+    """Full names of the linears that the recipe prunes."""
+    return {name for of_unit in budgets(decoder.blocks, recipe) for budget in of_unit for name in budget.names}
 
 
 def _totals(blocks: list[BlockRecord], decoder: Decoder, parameters: int) -> dict[str, Any]:

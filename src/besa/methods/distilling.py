@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Annotated, Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
 from pydantic import Field
@@ -31,6 +31,10 @@ from besa.system.ranks import Share
 WARM = 0.05  # share of the steps in which the step size grows
 CLIPPED = 1.0  # largest norm of the gradient of a step
 BETAS = (0.9, 0.99)  # of Adam
+LEARNING, LEARNING_HEADS = 4, 3  # passes through blocks and head to learn: the blocks run again for the backward pass
+HEADS = 2  # passes through the head to measure: of the dense model too
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,56 @@ class Distiller(Settings):
 
     moves_weights: ClassVar[bool] = False
 
+    @property
+    def sequences(self) -> int:
+        """Sequences of a learning step."""
+        return 1
+
+    def epoch_passes(self, head: float) -> float:
+        """Forward passes over the calibration set in an epoch of all that learns.
+
+        Args:
+            head: cost of the model's head, as a share of a forward pass through all blocks.
+        """
+        return 0.0
+
+    def passes(self, head: float) -> float:
+        """Forward passes over the calibration set in all epochs, at most; argument as of `epoch_passes`."""
+        return 0.0
+
+    def learned_passes(self, head: float) -> float:
+        """Of `passes`, those of learning steps."""
+        return 0.0
+
+    def learning_bytes(self, linears: Sequence[int], vectors: Sequence[int]) -> int:
+        """Bytes that learning keeps besides the model.
+
+        Args:
+            linears: number of weights of each pruned linear.
+            vectors: number of elements of each norm and bias.
+        """
+        return 0
+
+    def state_bytes(self, kept: int, vectors: int, item: int) -> int:
+        """Bytes of a state on the disk.
+
+        Args:
+            kept: number of weights that are not pruned.
+            vectors: number of elements of norms and biases.
+            item: bytes of a weight of the model.
+        """
+        return 0
+
+    def summed_bytes(self, linears: Sequence[int], vectors: Sequence[int], samples: int) -> int:
+        """Bytes that ranks add up in all learning steps, at most.
+
+        Args:
+            linears: as of `learning_bytes`.
+            vectors: likewise.
+            samples: calibration sequences of all ranks.
+        """
+        return 0
+
     @abstractmethod
     def distill(self, pupil: Pupil, snapshots: Snapshots, progress: Progress) -> Distilled:
         """Change the model in place, if that brings its predictions closer to those of the dense model.
@@ -148,24 +202,56 @@ class MaskedKL(Learning, Distiller):
     moves_weights: ClassVar[bool] = True
     most_shared: ClassVar[int] = 4
 
+    def epoch_passes(self, head: float) -> float:
+        """Forward twice and backward over the sequences learned from, and forward over those held out.
+
+        With each goes the head, once for the dense model too.
+        """
+        held = 1 / self.held_out
+        learning = (LEARNING + LEARNING_HEADS * head) * (1 - held)
+        return len(self.stages([0], [0])) * (learning + (1 + HEADS * head) * held)
+
+    def passes(self, head: float) -> float:
+        """All epochs, and a forward pass over the held-out sequences before the first."""
+        return self.epochs * self.epoch_passes(head) + (1 + HEADS * head) / self.held_out
+
+    def learned_passes(self, head: float) -> float:
+        """Forward and backward over the sequences learned from, in all epochs."""
+        epochs = self.epochs * len(self.stages([0], [0]))
+        return epochs * (LEARNING + LEARNING_HEADS * head) * (1 - 1 / self.held_out)
+
+    def learning_bytes(self, linears: Sequence[int], vectors: Sequence[int]) -> int:
+        """Value, gradient and two moments in float32, of what learns at once."""
+        return 16 * max(map(sum, self.stages(linears, vectors)), default=0)
+
+    def state_bytes(self, kept: int, vectors: int, item: int) -> int:
+        """Value and two moments in float32 of what learns at once, and the best value of all."""
+        stages = [sum(stage) for stage in self.stages([kept], [vectors])]
+        return 12 * max(stages) + item * sum(stages)
+
+    def summed_bytes(self, linears: Sequence[int], vectors: Sequence[int], samples: int) -> int:
+        """Float32 gradients, and for each tensor whether any token of the step reached it."""
+        steps = self.epochs * self.steps(samples)
+        return steps * sum(4 * numbers + 8 for stage in self.stages(linears, vectors) for numbers in stage)
+
     def distill(self, pupil: Pupil, snapshots: Snapshots, progress: Progress) -> Distilled:
         """The values with the lowest loss on the held-out sequences."""
         return _Course(self, pupil, snapshots, progress).run()
 
-    def stages(self, linears: Sequence[str], vectors: Sequence[str]) -> list[list[str]]:
-        """The names of what learns, stage by stage.
+    def stages(self, linears: Sequence[T], vectors: Sequence[T]) -> list[list[T]]:
+        """What learns at once, stage by stage.
 
         Args:
-            linears: names of the pruned linears.
-            vectors: names of norms and biases.
+            linears: one thing for each pruned linear, such as its name.
+            vectors: the same for each norm and bias.
         """
-        chosen: dict[str, list[Sequence[str]]] = {
+        chosen: dict[str, list[Sequence[T]]] = {
             "weights": [linears],
             "norms": [vectors],
             "both": [vectors, linears],
             "together": [[*linears, *vectors]],
         }
-        return [list(names) for names in chosen[self.learns] if names]
+        return [list(stage) for stage in chosen[self.learns] if stage]
 
     def split(self, samples: int) -> tuple[list[int], list[int]]:
         """Positions of the sequences to hold out and to learn from; a single sequence serves as both."""

@@ -61,7 +61,7 @@ class Whole:
         return [
             name
             for name, parameter in self._model.named_parameters()
-            if parameter.dim() == 1 and id(parameter) not in fixed and not parameter.is_meta
+            if parameter.dim() == 1 and id(parameter) not in fixed
         ]
 
     def own(self, name: str) -> Tensor:
