@@ -104,7 +104,8 @@ def pruned(record: RunRecord, folder: Path) -> RenderableType:
         f"{whole}"
         f"recipe {record.recipe['name']}, {record.seconds:,.0f} s, "
         f"peak memory {record.peak_memory_bytes / 1e9:.2f} GB{gpu}{several}\n"
-        f"reconstruction error {errors[0]:.4f} in the first block, {errors[-1]:.4f} in the last{learned}{unreached}{unbuilt}"
+        f"reconstruction error {errors[0]:.4f} in the first block, {errors[-1]:.4f} in the last"
+        f"{learned}{unreached}{unbuilt}"
     )
 
 

@@ -64,7 +64,7 @@ def unit_bytes(
 
 
 def learning_bytes(model: PreTrainedModel, unit: Unit, seqlen: int) -> int:
-    """Bytes that a unit adds where the whole model learns: copies to multiply, what its backward pass needs, or a state.
+    """Bytes that a unit adds where the whole model learns: copies to multiply and its backward pass, or its state.
 
     Args:
         model: a skeleton on the meta device, in the dtype of the run.
@@ -72,8 +72,9 @@ def learning_bytes(model: PreTrainedModel, unit: Unit, seqlen: int) -> int:
         seqlen: tokens of a sequence.
     """
     weights = sum(prunable.numel for prunable in unit.prunables.values())
-    passed = forward_bytes(unit, model, 1, seqlen, learning=True) + 2 * model.dtype.itemsize * weights
-    return max(passed, 2 * (12 + model.dtype.itemsize) * weights)
+    item: int = model.dtype.itemsize
+    passed = forward_bytes(unit, model, 1, seqlen, learning=True) + 2 * item * weights
+    return max(passed, 2 * (12 + item) * weights)
 
 
 def stored_bytes(unit: Unit) -> int:

@@ -12,7 +12,7 @@ from besa.errors import BesaError
 from besa.methods.recipe import Recipe
 from besa.models.blocks import Block
 from besa.models.whole import Whole
-from besa.observing.divergence import LOGITS
+from besa.observing.divergence import tokens_at_once
 from besa.system import ranks
 from besa.system.devices import shares_memory, total_bytes
 
@@ -33,10 +33,11 @@ def whole_bytes(
     """
     if not recipe.distill.moves_weights:
         return 0
-    config, item = model.config.get_text_config(), model.dtype.itemsize
-    parameters = sum(parameter.nbytes for parameter in model.parameters())
-    states = (len(blocks) + 2) * seqlen * config.hidden_size * item
-    logits = ALIVE * max(LOGITS, 4 * config.vocab_size)
+    config = model.config.get_text_config()
+    vocabulary, channels = int(config.vocab_size), int(config.hidden_size)
+    parameters: int = sum(parameter.nbytes for parameter in model.parameters())
+    states = (len(blocks) + 2) * seqlen * channels * int(model.dtype.itemsize)
+    logits = ALIVE * 4 * vocabulary * min(seqlen, tokens_at_once(vocabulary))
     return parameters + recipe.distill.learning_bytes(*_sizes(model, blocks, pruned)) + states + logits
 
 
