@@ -103,6 +103,10 @@ def test_what_only_orders_weights_takes_any_importance(allocation):
             ["quantization.method=minmax", "finetune.method=adam"],
             "quantization works only if kept weights do not change",
         ),
+        (
+            ["quantization.method=minmax", "distill={method: kl, learns: norms}"],
+            "finetune.method=none and distill.method=none",
+        ),
         (["quantization.method=minmax"], "quantization.clipping=joint needs an allocation that learns"),
         (["allocation.method=structured", "reconstruction.method=admm"], "needs a reconstruction that keeps the mask"),
         (["allocation.method=structured", "reconstruction.method=obs"], "needs a reconstruction that keeps the mask"),
