@@ -253,7 +253,7 @@ def block(
         recipe,
         calibration,
         resources=Resources(default_batch(samples, seqlen, device), device, Room(device)),
-    )
+    ).records
     seconds = time.perf_counter() - began
     free = total_bytes(device)
     one, two = (_asked(settings, depth, recipe, samples, seqlen, free) for depth in (1, 2))

@@ -10,6 +10,7 @@ import besa
 from besa.cli import app
 from besa.data import questions
 from besa.methods.recipe import Recipe
+from besa.record import BlockRecord, RunRecord
 from besa.studies import workspace
 from besa.system import ranks
 from besa.system.joining import joined
@@ -28,6 +29,7 @@ RECIPES = {  # by name: a shipped recipe, and settings
     "sparsegpt-fixed": ("sparsegpt", ["reconstruction.mask=fixed"]),
     "fast": ("fast", []),
     "best": ("best", ["finetune.epochs=1"]),
+    "distilled": ("wanda", ["distill={method: kl, learns: both, epochs: 1, rate: 1.0e-6}"]),
     "besa": ("besa", FEW),
     "attn-mlp": ("besa", [*FEW, "allocation.granularity=attn-mlp", "skip=['*.k_proj']"]),
     "two-blocks": ("besa-layerwise", [*FEW, "allocation.granularity=two-blocks", "reconstruction.method=cg"]),
@@ -72,7 +74,17 @@ def traffic(folder: Path) -> dict[str, list[dict[str, int]]]:
 
     with patch.object(ranks, "all_of", uncounted):
         records = {name: besa.compress(model, recipe(name), text, **SIZES).record for name in RECIPES}
-    return {name: [block.sent for block in record.blocks] for name, record in records.items()}
+    return {name: [_of_block(record, block) for block in record.blocks] for name, record in records.items()}
+
+
+def _of_block(record: RunRecord, block: BlockRecord) -> dict[str, int]:
+    """What was sent for a block; its share of what was sent for the whole model, without that of the final norm."""
+    if record.distilling is None:
+        return block.sent
+    steps, channels = 4, 96  # of the four sequences that are learned from, if not in one step
+    steps = -(-steps // record.recipe["distill"]["batch"])
+    sent = record.distilling.sent["distill"] - steps * (4 * channels + 8)
+    return block.sent | {"distill": round(sent / len(record.blocks))}
 
 
 def main(folder: Path) -> None:

@@ -42,6 +42,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "sparsegpt": ("sparsegpt", []),
     "fast": ("fast", []),
     "best": ("best", ["finetune.epochs=2", "finetune.batch=1"]),
+    "distilled": ("wanda", ["distill={method: kl, learns: both, epochs: 1, rate: 0.003, batch: 1}"]),
     "besa": ("besa", TWO_EACH),
     "besa-layerwise": ("besa-layerwise", [*TWO_EACH, "allocation.granularity=attn-mlp"]),
     "besa-pruned-teacher": ("besa", [*TWO_EACH, "allocation.teacher=pruned"]),
@@ -55,8 +56,15 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "search": ("wanda", ["targets.method=search"]),
 }
 FIRST = ("wanda", "magnitude", "sparsegpt", "fast", "besa")
-ON_EXPERTS = ("wanda", "sparsegpt", "fast", "best", "besa")  # of a mixture, ranks see different experts
-ON_FEW = ("fast", "best", "besa", "structured", "search")  # two sequences in one batch: other ranks have none
+ON_EXPERTS = ("wanda", "sparsegpt", "fast", "best", "distilled", "besa")  # of a mixture, ranks see different experts
+ON_FEW = (
+    "fast",
+    "best",
+    "distilled",
+    "besa",
+    "structured",
+    "search",
+)  # two sequences in one batch: other ranks have none
 
 
 def main(out: Path, which: str) -> None:
@@ -92,6 +100,7 @@ def _digest(model: Path, recipe: Recipe, samples: int, out: Path) -> dict[str, A
         "zeros": record.zeros,
         "tensors": hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest(),
         "losses": [block.losses + block.finetuning for block in record.blocks],
+        "distilling": record.distilling.losses if record.distilling is not None else [],
         "errors": [block.reconstruction_error for block in record.blocks],
         "sent": [block.sent for block in record.blocks],
     }

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from besa.checkpoint.opening import open_decoder
 from besa.checkpoint.rewriting import folder_of
-from besa.checkpoint.writer import disk_bytes, finish
+from besa.checkpoint.writer import finish
 from besa.data.arguments import Bos, Bytes, Count, Dtype, Length, Ranks, checked
 from besa.data.calibration import Calibration, sample
 from besa.data.mixture import OWN, parts_of
@@ -27,6 +27,7 @@ from besa.evaluation.result import Evaluation
 from besa.evaluation.texts import perplexities, read_texts
 from besa.evaluation.zero_shot import check_tasks, zero_shot
 from besa.methods.recipe import Recipe
+from besa.methods.targets.budgets import budgets
 from besa.models.activations import Room
 from besa.models.blocks import find_blocks, left_dense
 from besa.models.borrowing import borrowed, tokenizer_of_caller
@@ -42,9 +43,9 @@ from besa.models.loading import (
     skeleton,
 )
 from besa.models.streaming import Decoder
-from besa.planning import Plan, work_out
+from besa.planning import Plan, check_fits, whole_disk_bytes, work_out
 from besa.progress import Progress, silent
-from besa.pruning import Resources, prune_blocks
+from besa.pruning import Resources, prune_model
 from besa.record import PASSED_NAMES, BlockRecord, PassedThrough, RunRecord, now
 from besa.runtime.chat_template import dialogue_of
 from besa.runtime.own_text import Author
@@ -184,16 +185,18 @@ def compress(
         )
         batch = batch or begun.get("batch") or default_batch(calibration.samples, calibration.seqlen, device)
         batch = min(calibration.samples, batch)
+        whole = decoder.model, decoder.blocks, _prunable(decoder, recipe), recipe
+        check_fits(*whole, calibration.seqlen, device)
         if journal is not None:
             journal.begin(_decisive(recipe, identity, calibration, seed, batch, device) | {"dequantized": dequantized})
             size = decoder.model.num_parameters() * decoder.model.dtype.itemsize + decoder.unbuilt_bytes
-            check_space(journal.folder, disk_bytes(size) - journal.bytes)
+            check_space(journal.folder, whole_disk_bytes(*whole, size) - journal.bytes)
         memory.trim()
         memory.reset_peak(device)
         began = time.perf_counter()
         room = Room(device, activation_budget, journal.folder if journal else None)
         resources = Resources(batch, device, room, codes=not dequantized)
-        blocks = prune_blocks(
+        blocks, distilling = prune_model(
             decoder, recipe, calibration, seed=seed, resources=resources, journal=journal, progress=progress
         )
         record = RunRecord(
@@ -206,6 +209,7 @@ def compress(
             versions=versions(),
             machine=machine(device),
             blocks=blocks,
+            distilling=distilling,
             **_totals(blocks, decoder, identity["parameters"]),
             seconds=time.perf_counter() - began,
             ranks=ranks.count(),
@@ -256,6 +260,11 @@ def _calibration(
         author=author(seqlen=seqlen, seed=seed, bos=first, progress=progress),
     )
     return drawn, notes
+
+
+def _prunable(decoder: Decoder, recipe: Recipe) -> set[str]:
+    """Full names of the linears that the recipe prunes."""
+    return {name for of_unit in budgets(decoder.blocks, recipe) for budget in of_unit for name in budget.names}
 
 
 def _totals(blocks: list[BlockRecord], decoder: Decoder, parameters: int) -> dict[str, Any]:

@@ -58,6 +58,15 @@ class BlockRecord(Record):
     linears: list[LinearRecord]
 
 
+class DistillingRecord(Record):
+    """The stage in which the whole model learned."""
+
+    losses: list[float] = Field(description="held-out divergence in nats before the first epoch and after every epoch")
+    seconds: float
+    phases: dict[str, float] = Field(description="seconds by phase")
+    sent: dict[str, int] = Field(default={}, description="bytes that each of several ranks sent to others, by phase")
+
+
 class PassedThrough(Record):
     """Stored tensors that transformers does not build; they are copied to the bit."""
 
@@ -79,6 +88,7 @@ class RunRecord(Record):
     versions: dict[str, str]
     machine: dict[str, Any]
     blocks: list[BlockRecord]
+    distilling: DistillingRecord | None = Field(default=None, description="None if the model was not distilled")
     weights: int
     zeros: int
     sparsity: float

@@ -5,11 +5,12 @@ a time, at one of the moments at which the child touches its files, or at such a
 the checkpoint together. Runs follow each other until there were enough kills. For each kill, the number of its run and
 what OUT.partial held are printed as JSON.
 
-Usage: kill_and_resume.py MODEL TEXT FOLDER SEED KILLS
+Usage: kill_and_resume.py MODEL TEXT FOLDER SEED KILLS [SETTING…]
 """
 
 import itertools
 import json
+import math
 import os
 import random
 import signal
@@ -22,13 +23,23 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.llama import modeling_llama
 
 from besa.api import compress
+from besa.methods.recipe import Recipe
+from besa.storage import snapshots
 
 IMPORTED = (PreTrainedTokenizerFast, modeling_llama)  # lazily otherwise, in every child
 TOUCHES = ("open", "os.rename", "os.remove", "os.mkdir")
-PLACES = {"touch": ("",), "block": (".block-",), "finishing": ("checkpoint", "rest")}  # parts of names, by what is hit
+PLACES = {  # parts of names, by what is hit
+    "touch": ("",),
+    "block": (".block-",),
+    "state": ("state-",),
+    "distilled": ("distilled",),
+    "finishing": ("checkpoint", "rest"),
+}
+WAYS = ["time", "touch", "touch", "time", "block", "finishing", "finishing", "never"]
+WAYS_OF_DISTILLING = ["state", "time", "state", "touch", "distilled", "state", "distilled", "finishing", "never"]
 
 
-def prune(model: str, text: str, out: Path, at: int, places: tuple[str, ...]) -> None:
+def prune(model: str, text: str, out: Path, at: int, places: tuple[str, ...], settings: list[str]) -> None:
     """Prune towards `out`, and die when it touches files of such names for the `at`-th time (0: live)."""
     partial = str(out.with_name(f"{out.name}.partial"))
     touched = 0
@@ -43,24 +54,27 @@ def prune(model: str, text: str, out: Path, at: int, places: tuple[str, ...]) ->
 
     if at:
         sys.addaudithook(watch)
-    compress(model, "besa", text, out=out, samples=8, seqlen=32, dtype="float32", resume=True)
+    compress(
+        model, Recipe.load("besa", None, settings), text, out=out, samples=8, seqlen=32, dtype="float32", resume=True
+    )
 
 
-def main(model: str, text: str, folder: Path, seed: int, kills: int) -> None:
+def main(model: str, text: str, folder: Path, seed: int, kills: int, settings: list[str]) -> None:
     torch.set_num_threads(1)
+    snapshots.EVERY, snapshots.SHARE = 0.0, math.inf  # a state after every step
     draw = random.Random(seed)
     log: list[list[str]] = []
     for run in itertools.count():
         out = folder / f"out{run}"
         partial = out.with_name(f"{out.name}.partial")
-        ways = ["time", "touch", "touch", "time", "block", "finishing", "finishing", "never"]
+        ways = list(WAYS_OF_DISTILLING if settings else WAYS)
         while not out.exists():
             way = ways.pop(0)
             at = draw.randint(1, 2 if way == "block" else 24) if way in PLACES else 0
             child = os.fork()
             if child == 0:
                 try:
-                    prune(model, text, out, at, PLACES.get(way, ()))
+                    prune(model, text, out, at, PLACES.get(way, ()), settings)
                 except BaseException as error:
                     print(repr(error), file=sys.stderr, flush=True)
                     os._exit(1)
@@ -79,4 +93,4 @@ def main(model: str, text: str, folder: Path, seed: int, kills: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]))
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]), sys.argv[6:])

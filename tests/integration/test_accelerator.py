@@ -36,6 +36,7 @@ MORE = {
     "mixed 2-of-4": ("fast", ["allocation.method=nm", "allocation.mixed=true", "targets.method=uniform"]),
     "int4 groups": ("besa-int4", ["quantization.group=32"]),
     "probability": ("besa", ["allocation.mask=probability"]),
+    "distilled": ("wanda", ["distill={method: kl, learns: together, epochs: 1, rate: 0.003}"]),
 }
 BATCH = 4 * 37 * 96 * 2  # bytes of the hidden states of a batch; nothing else has this size
 CASES = {name: (name, []) for name in shipped()} | VARIANTS | MORE
@@ -70,9 +71,10 @@ def weights_of(folder: Path) -> dict[str, bytes]:
 
 
 def decisions_of(folder: Path) -> list[dict[str, Any]]:
-    """What the record says of each block, but for the time it took."""
-    blocks = json.loads((folder / "besa_run.json").read_text())["blocks"]
-    return [{key: value for key, value in block.items() if key not in ("seconds", "phases")} for block in blocks]
+    """What the record says of each block, and of distilling, but for the time it took."""
+    record = json.loads((folder / "besa_run.json").read_text())
+    parts = [*record["blocks"], record["distilling"] or {}]
+    return [{key: value for key, value in part.items() if key not in ("seconds", "phases")} for part in parts]
 
 
 def assert_same_on_both(model: Path, recipe: Recipe, tmp_path: Path, **changes: Any) -> None:

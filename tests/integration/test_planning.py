@@ -396,3 +396,51 @@ def test_own_text_takes_passes_and_the_whole_model(tiny_llama_folder: Path, tmp_
     assert on_gpu.gpu_memory_bytes == 4 * on_gpu.parameters + cache
     with pytest.raises(besa.BesaError, match="gives c4,wiki no weight"):
         besa.plan(tiny_llama_folder, calibration="c4,wiki")
+
+
+DISTILLED = ["distill={method: kl, learns: together}"]
+
+
+def test_distilling_is_planned_with_the_whole_model(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    """Weights, and value, gradient and two moments of what learns; on the disk, two states and the distilled blocks."""
+    sizes = {"samples": 16, "seqlen": 32, "out": tmp_path}
+    linears, vectors, parameters = 8 * 101_376, 17 * 96, 8 * 101_376 + 17 * 96 + 1024 * 96
+    plans = {
+        learns: besa.plan(
+            tiny_llama_folder, Recipe.load("wanda", None, [f"distill={{method: kl, learns: {learns}}}"]), **sizes
+        )
+        for learns in ("weights", "norms", "both", "together")
+    }
+    plain = besa.plan(tiny_llama_folder, "wanda", **sizes)
+    assert plain.distilling_bytes == 0
+    assert plain.parameters == parameters
+    states, logits = 10 * 32 * 96 * 4, 5 * 4 * 1024 * 32
+    block = plans["weights"].distilling_bytes - (4 * parameters + 16 * linears + states + logits)
+    assert 0 < block < 4e6  # what a block keeps for its gradients, or its part of a state
+    assert plans["norms"].distilling_bytes - block == 4 * parameters + 16 * vectors + states + logits
+    assert plans["both"].distilling_bytes == plans["weights"].distilling_bytes
+    assert plans["together"].distilling_bytes - plans["weights"].distilling_bytes == 16 * vectors
+    state = (12 + 4) * (linears // 2 + vectors)
+    assert plans["together"].disk_bytes == 4 * parameters + max(2 * state, 2 * 4 * parameters)
+    assert plans["together"].disk_bytes > plain.disk_bytes
+    assert plans["together"].activation_bytes == 2 * 16 * 32 * 96 * 4  # the dense path has all tokens
+    assert plans["norms"].memory_bytes >= plans["norms"].distilling_bytes
+    console = Console(record=True, width=200, file=io.StringIO())
+    console.print(show.planned(plans["weights"]))
+    assert "with the whole model at once" in console.export_text()
+
+
+def test_a_model_too_large_to_be_distilled_is_refused_before_the_work(
+    tiny_llama_folder: Path, tmp_path: Path, monkeypatch: Any, nothing_taken: None
+) -> None:
+    recipe, text = Recipe.load("wanda", None, DISTILLED), str(tiny_llama_folder / "calibration.txt")
+    needed = besa.plan(tiny_llama_folder, recipe, samples=2, seqlen=32).distilling_bytes
+    monkeypatch.setattr(memory, "total_bytes", lambda: needed // 2)
+    plan = besa.plan(tiny_llama_folder, recipe, samples=2, seqlen=32, out=tmp_path, activation_budget=10**9)
+    assert not plan.fits
+    assert plan.lacking == [f"memory ({needed / 2e9:.1f} GB)"]
+    with pytest.raises(besa.BesaError) as refusal:
+        besa.compress(tiny_llama_folder, recipe, text, out=tmp_path / "out", samples=2, seqlen=32)
+    assert str(refusal.value).startswith("Distilling has the whole model in memory and needs ")
+    assert str(refusal.value).endswith("set distill.learns=norms, which needs less, or distill.method=none.")
+    assert list(tmp_path.iterdir()) == []

@@ -121,7 +121,9 @@ def test_modules_of_commands_exist() -> None:
         assert importlib.util.find_spec(name), name
 
 
-@pytest.mark.parametrize("stage", ["targets", "importance", "allocation", "reconstruction", "finetune", "quantization"])
+@pytest.mark.parametrize(
+    "stage", ["targets", "importance", "allocation", "reconstruction", "finetune", "distill", "quantization"]
+)
 def test_table_of_stages_lists_every_method(stage: str) -> None:
     lines = text_of(ROOT / "docs" / "architecture.md").splitlines()
     listed = re.findall(r"`([\w-]+)`", next(line for line in lines if line.startswith(f"| {stage} ")))

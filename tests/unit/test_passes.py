@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from besa.errors import BesaError
 from besa.methods.recipe import Recipe
-from besa.planning import forward_passes, spending
+from besa.models.blocks import find_blocks
+from besa.planning import forward_passes, head_share, spending
 
 HALF_STEPS = 88 / 64 / 2  # passes over half of every sequence
 
@@ -29,6 +30,32 @@ HALF_STEPS = 88 / 64 / 2  # passes over half of every sequence
 )
 def test_passes_are_those_of_the_algorithm(recipe: str, settings: tuple[str, ...], passes: float) -> None:
     assert forward_passes(Recipe.load(recipe, 0.5, settings), 64, 512) == pytest.approx(passes)
+
+
+@pytest.mark.parametrize(("learns", "stages"), [("weights", 1), ("norms", 1), ("both", 2), ("together", 1)])
+def test_distilling_runs_blocks_twice_and_heads_of_both_models(learns: str, stages: int) -> None:
+    """For each learned sequence: forward, again, backward (2); the head forward, backward, and of the dense model."""
+    recipe = Recipe.load("wanda", None, [f"distill={{method: kl, learns: {learns}, epochs: 3}}"])
+    for head in (0.0, 0.25):
+        epoch = ((4 + 3 * head) * 15 + (1 + 2 * head)) / 16
+        expected = 1 + 2 + 3 * stages * epoch + (1 + 2 * head) / 16  # the dense path has all tokens
+        assert forward_passes(recipe, 64, 512, head=head) == pytest.approx(expected)
+
+
+def test_the_head_is_a_share_of_the_blocks(tiny_llama) -> None:
+    blocks = find_blocks(tiny_llama)
+    inside = sum(parameter.numel() for parameter in tiny_llama.model.layers.parameters())
+    assert head_share(tiny_llama, blocks) == 1024 * 96 / inside
+
+
+def test_distilling_has_what_fine_tuning_leaves() -> None:
+    recipe = Recipe.load("best", None, ["finetune.epochs=2", "distill.method=kl"])
+    spent = spending(recipe, 40, 64, 512, head=0.25)
+    assert spent.finetune.epochs == 2
+    more = spent.model_copy(update={"distill": spent.distill.model_copy(update={"epochs": spent.distill.epochs + 1})})
+    assert forward_passes(spent, 64, 512, head=0.25) <= 40 < forward_passes(more, 64, 512, head=0.25)
+    with pytest.raises(BesaError, match=r"too few: best takes .* with one epoch of distilling"):
+        spending(recipe, 10, 64, 512)
 
 
 @given(st.floats(7, 300), st.integers(2, 200), st.integers(2, 4096))

@@ -103,6 +103,10 @@ def test_what_only_orders_weights_takes_any_importance(allocation):
             ["quantization.method=minmax", "finetune.method=adam"],
             "quantization works only if kept weights do not change",
         ),
+        (
+            ["quantization.method=minmax", "distill={method: kl, learns: norms}"],
+            "finetune.method=none and distill.method=none",
+        ),
         (["quantization.method=minmax"], "quantization.clipping=joint needs an allocation that learns"),
         (["allocation.method=structured", "reconstruction.method=admm"], "needs a reconstruction that keeps the mask"),
         (["allocation.method=structured", "reconstruction.method=obs"], "needs a reconstruction that keeps the mask"),
@@ -124,10 +128,10 @@ def test_nothing_asks_which_method_it_has():
     """What a method is like, it says itself: no `isinstance` in besa names a class of a recipe's parts."""
     classes = {
         method.__name__
-        for name in ("targets", "importance", "allocation", "reconstruction", "finetune", "quantization")
+        for name in ("targets", "importance", "allocation", "reconstruction", "finetune", "distill", "quantization")
         for method in get_args(Recipe.model_fields[name].annotation)
     }
-    assert {"UniformTargets", "Wanda", "Besa", "ADMM", "MaskedAdam", "MinMax"} < classes
+    assert {"UniformTargets", "Wanda", "Besa", "ADMM", "MaskedAdam", "MaskedKL", "MinMax"} < classes
     asking = []
     for path in sorted(Path(besa.__file__).parent.rglob("*.py")):
         nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
@@ -286,7 +290,7 @@ def test_sparsity_out_of_bounds(sparsity):
         (
             "",
             "must be a YAML mapping with the keys name, sparsity, skip, sparsity_of, targets, importance, allocation, "
-            "reconstruction, finetune, quantization.",
+            "reconstruction, finetune, distill, quantization.",
         ),
         ("- a\n- b", "must be a YAML mapping"),
         ("besa", "must be a YAML mapping"),

@@ -91,6 +91,9 @@ def record(name="besa", sparsity=0.5, blocks=3, **changes):
     return RunRecord.model_validate(content | changes).model_dump(mode="json")
 
 
+DISTILLED = {"losses": [0.4321, 0.1234, 0.2345], "seconds": 5.0, "phases": {"distill": 5.0}}
+
+
 def evaluation(perplexity, window=128, windows=40, **changes):
     details = {text: {"perplexity": value, "windows": windows, "predicted": 1} for text, value in perplexity.items()}
     content = {"model": "tiny", "perplexity": perplexity, "window": window, "details": details, "sparsity": None}
@@ -311,6 +314,16 @@ def test_recipe_that_besa_does_not_ship_is_given_as_yaml(folder):
     assert "--recipe besa.yaml" in html and "save it as besa.yaml" in html and "besa prune &#39;a b&#39;" in html
     recipe = re.search(r"<pre>(name: .*?)</pre>", html, re.DOTALL)[1]
     assert yaml.safe_load(recipe) == run["recipe"]
+
+
+def test_distilling_has_a_curve(three, folder):
+    page = render([*three, folder("far", record("wanda", distilling=DISTILLED), evaluation({"wiki": 19.0}))])
+    assert 'id="distilling"' in page
+    assert 'href="#distilling"' in page
+    for loss in ("0.4321", "0.1234", "0.2345"):
+        assert f"<td>{loss}</td>" in page
+    assert 'id="distilling"' not in render(three)
+    assert 'id="distilling"' not in render([folder("none", record("wanda", distilling=DISTILLED | {"losses": []}))])
 
 
 def test_windows_of_different_length_are_told_and_not_compared(three, folder):

@@ -28,7 +28,7 @@ def prune(model, sparsity, reconstruction=None, **settings_):
         allocation=Structured(**settings_),
         **({"reconstruction": reconstruction} if reconstruction else {}),
     )
-    return prune_blocks(DecoderInMemory(model), recipe, TOKENS)
+    return prune_blocks(DecoderInMemory(model), recipe, TOKENS).records
 
 
 @given(data=st.data())

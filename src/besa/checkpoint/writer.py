@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import GENERATION_CONFIG_NAME
@@ -63,8 +63,8 @@ def finish(
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped while it assembled its checkpoint
         folder.mkdir()
         parts = [
-            _save_outside_blocks(journal.folder, decoder),
-            *(journal.path(block.index) for block in decoder.blocks),
+            _save_outside_blocks(journal.folder, decoder, journal.final_rest()),
+            *(journal.final_path(block.index) for block in decoder.blocks),
         ]
         assemble(folder, parts)
         added = _about(decoder.model, record, quantization)
@@ -112,13 +112,19 @@ def _serialise(
         tokenizer.save_pretrained(folder)
 
 
-def _save_outside_blocks(folder: Path, decoder: Decoder) -> Path:
-    """Write the tensors outside the blocks to one file, one tensor at a time: embeddings can be larger than a block."""
+def _save_outside_blocks(folder: Path, decoder: Decoder, changed: Mapping[str, Tensor]) -> Path:
+    """Write the tensors outside the blocks to one file, one tensor at a time: embeddings can be larger than a block.
+
+    Args:
+        folder: to write to.
+        decoder: has the tensors.
+        changed: those that the run has changed.
+    """
     whole = folder / "rest.safetensors"
     parts: list[Path] = []
     for name, tensor in decoder.tensors_outside_blocks():
         parts.append(folder / f"rest-{len(parts):05}.safetensors")
-        save_tensors(parts[-1], {name: tensor})
+        save_tensors(parts[-1], {name: changed.get(name, tensor)})
     join_tensors(whole, parts)
     for part in parts:
         part.unlink()

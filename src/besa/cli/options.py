@@ -101,7 +101,7 @@ PassesOption = Annotated[
     typer.Option(
         min=0,
         help="Total cost of the run in forward passes of the calibration set, such as 20, 60 or 200, which sets the "
-        "length of fine-tuning; default: the recipe's epochs.",
+        "length of fine-tuning or distilling; default: the recipe's epochs.",
     ),
 ]
 SamplesOption = Annotated[int, typer.Option(min=1, help="Calibration sequences.")]

@@ -294,13 +294,15 @@ def _recipe(
         BesaError: no such recipe, a setting that it cannot have, or a model that cannot be read.
     """
     from besa.methods.recipe import Recipe
-    from besa.models.limits import usual_length
-    from besa.models.loading import locate
-    from besa.planning import spending
+    from besa.models.blocks import find_blocks
+    from besa.models.limits import positions
+    from besa.models.loading import locate, read_config, skeleton
+    from besa.planning import head_share, spending
 
     recipe = Recipe.load(name, sparsity, settings or ()).with_exceptions(skip or (), sparsity_of or ())
     if passes is None:
         return recipe
-    if seqlen is None:
-        seqlen = usual_length(locate(model, trust_remote_code=trust_remote_code).local(weights=False))
-    return spending(recipe, passes, samples, seqlen)
+    source = locate(model, trust_remote_code=trust_remote_code).local(weights=False)
+    empty = skeleton(source, read_config(source))
+    seqlen = positions(empty).usual if seqlen is None else seqlen
+    return spending(recipe, passes, samples, seqlen, head_share(empty, find_blocks(empty)))

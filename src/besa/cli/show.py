@@ -93,12 +93,19 @@ def pruned(record: RunRecord, folder: Path) -> RenderableType:
     whole = ""
     if record.model_sparsity is not None:
         whole = f"{record.model_sparsity:.2%} of the whole model pruned; {_dense(record.dense)}\n"
+    learned = ""
+    if record.distilling is not None:
+        first, best = record.distilling.losses[0], min(record.distilling.losses)
+        learned = (
+            f"\ndivergence from the dense model on held-out tokens {first:.4f} before distilling, {best:.4f} after"
+        )
     return Text(
         f"{folder}: {record.zeros:,} of {record.weights:,} prunable weights are zero ({record.sparsity:.4%})\n"
         f"{whole}"
         f"recipe {record.recipe['name']}, {record.seconds:,.0f} s, "
         f"peak memory {record.peak_memory_bytes / 1e9:.2f} GB{gpu}{several}\n"
-        f"reconstruction error {errors[0]:.4f} in the first block, {errors[-1]:.4f} in the last{unreached}{unbuilt}"
+        f"reconstruction error {errors[0]:.4f} in the first block, {errors[-1]:.4f} in the last"
+        f"{learned}{unreached}{unbuilt}"
     )
 
 
@@ -123,6 +130,8 @@ def planned(plan: Plan) -> RenderableType:
             "GPU memory",
             f"{plan.gpu_memory_bytes / 1e9:.2f} GB at the peak{each}, {others / 1e9:.2f} GB without activations",
         )
+    if plan.distilling_bytes:
+        table.add_row("distilling", f"{plan.distilling_bytes / 1e9:.2f} GB of it, with the whole model at once")
     places = [f"{size / 1e9:.2f} GB {PLACES[place]}" for place, size in plan.activation_places.items() if size]
     table.add_row("activations", f"{plan.activation_bytes / 1e9:.2f} GB{each} between blocks: {', '.join(places)}")
     table.add_row("disk", f"{plan.disk_bytes / 1e9:.2f} GB free, {plan.checkpoint_bytes / 1e9:.2f} GB of it stays")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Annotated, ClassVar, Literal
@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from besa.methods.reconstruction.written import written
-from besa.methods.steps import one_pass
+from besa.methods.steps import average, one_pass, root_mean_square
 from besa.models.activations import HiddenStates
 from besa.models.blocks import Block
 from besa.models.transfers import fetched
@@ -202,7 +202,7 @@ class MaskedAdam(Learning, Finetuner):
         leaves = {name: w_OI.float().clone().requires_grad_() for name, w_OI in before.items()}
         pruned = {name: w_OI == 0 for name, w_OI in before.items()}
         held, learned = self._split(share.total)
-        sizes: list[float] = torch.stack([_root_mean_square(leaf) for leaf in leaves.values()]).tolist()
+        sizes: list[float] = torch.stack([root_mean_square(leaf) for leaf in leaves.values()]).tolist()
         rate = self.rate * math.sqrt(self.sequences)
         groups = [{"params": [leaf], "lr": rate * size} for leaf, size in zip(leaves.values(), sizes, strict=True)]
         optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
@@ -216,7 +216,7 @@ class MaskedAdam(Learning, Finetuner):
             for sequences in one_pass(learned, self.sequences, generator):
                 for place in share.own(sequences):
                     scaler.scale(self._loss(block, leaves, inputs_NTC, targets_NTC, place)).backward()
-                _average(leaves.values(), len(sequences))
+                average(leaves.values(), len(sequences))
                 for name, leaf in leaves.items():
                     if leaf.grad is not None:  # None if no token of this sequence reached an expert
                         leaf.grad.masked_fill_(pruned[name], 0)
@@ -273,29 +273,6 @@ class MaskedAdam(Learning, Finetuner):
         if self.loss == "channel":
             return reconstruction_error(y_NTC, target_NTC)
         return token_weighted_error(y_NTC, target_NTC, self.token_power)
-
-
-def _average(leaves: Iterable[Tensor], sequences: int) -> None:
-    """Divide the summed gradients of a step by the number of its sequences on all ranks.
-
-    A leaf that no token of any sequence reached has none: such experts stay as they are.
-    """
-    leaves = list(leaves)
-    if ranks.count() > 1:
-        reached = ranks.total(torch.tensor([leaf.grad is not None for leaf in leaves], dtype=torch.int64)).tolist()
-        for leaf, on_ranks in zip(leaves, reached, strict=True):
-            if on_ranks:
-                leaf.grad = ranks.total(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
-    if sequences > 1:
-        for leaf in leaves:
-            if leaf.grad is not None:
-                leaf.grad /= sequences
-
-
-def _root_mean_square(w_OI: Tensor) -> Tensor:
-    """The root mean square (scalar) of the weights that are not zero."""
-    w_OI = w_OI.detach()
-    return (w_OI.square().sum() / (w_OI != 0).sum().clamp_min(1)).sqrt()
 
 
 Finetuning = Annotated[NoFinetuning | MaskedAdam, Field(discriminator="method")]

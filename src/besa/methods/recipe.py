@@ -13,6 +13,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from besa.errors import BesaError
 from besa.methods.allocation import Allocation, Uniform
 from besa.methods.allocation.descent import Descent
+from besa.methods.distilling import Distilling, NoDistilling
 from besa.methods.finetuning import Finetuning, NoFinetuning
 from besa.methods.importance import Importance, Wanda
 from besa.methods.reconstruction import NoReconstruction, Reconstruction
@@ -27,7 +28,7 @@ DEEPEST = 8  # levels of YAML
 
 
 class Recipe(Settings):
-    """Importance, allocation, reconstruction, fine-tuning and quantisation, applied block by block."""
+    """Importance, allocation, reconstruction, fine-tuning and quantisation, applied block by block; then distilling."""
 
     name: Annotated[str, AfterValidator(check_plain)] = "custom"
     sparsity: float = Field(default=0.5, ge=0, lt=1, description="share of the prunable weights that become zero")
@@ -40,15 +41,16 @@ class Recipe(Settings):
     allocation: Allocation = Uniform()
     reconstruction: Reconstruction = NoReconstruction()
     finetune: Finetuning = NoFinetuning()
+    distill: Distilling = NoDistilling()
     quantization: Quantization = NoQuantization()
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         allocation, coded = self.allocation, self.quantization.coding is not None
-        if coded and (self.reconstruction.moves_weights or self.finetune.moves_weights):
+        if coded and (self.reconstruction.moves_weights or self.finetune.moves_weights or self.distill.moves_weights):
             raise ValueError(
-                "quantization works only if kept weights do not change: set reconstruction.method=none and "
-                "finetune.method=none"
+                "quantization works only if kept weights do not change: set reconstruction.method=none, "
+                "finetune.method=none and distill.method=none"
             )
         if self.quantization.learns_jointly and allocation.descent is None:
             raise ValueError(

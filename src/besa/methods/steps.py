@@ -1,11 +1,11 @@
 """Learning steps on several sequences: which sequences a step has, and the mean of what they give.
 
-Shape suffixes: V all numbers of several tensors.
+Shape suffixes: V all numbers of several tensors, O rows, I columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 import torch
@@ -70,3 +70,26 @@ class Mean:
         mean_V = ranks.total(self._sum_V) / self._sequences
         for tensor, part in zip(tensors, mean_V.split(sizes), strict=True):
             tensor.copy_(part.view_as(tensor))
+
+
+def average(leaves: Iterable[Tensor], sequences: int) -> None:
+    """Divide the summed gradients of a step by the number of its sequences on all ranks.
+
+    A leaf that no token of any sequence reached has none: such experts stay as they are.
+    """
+    leaves = list(leaves)
+    if ranks.count() > 1:
+        reached = ranks.total(torch.tensor([leaf.grad is not None for leaf in leaves], dtype=torch.int64)).tolist()
+        for leaf, on_ranks in zip(leaves, reached, strict=True):
+            if on_ranks:
+                leaf.grad = ranks.total(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
+    if sequences > 1:
+        for leaf in leaves:
+            if leaf.grad is not None:
+                leaf.grad /= sequences
+
+
+def root_mean_square(w_OI: Tensor) -> Tensor:
+    """The root mean square (scalar) of the weights that are not zero."""
+    w_OI = w_OI.detach()
+    return (w_OI.square().sum() / (w_OI != 0).sum().clamp_min(1)).sqrt()

@@ -57,19 +57,27 @@ class Block:
         prunable = self.prunables[name]
         return prunable.of(self.module.get_parameter(prunable.parameter))
 
-    def __call__(self, x_NTC: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+    def __call__(
+        self,
+        x_NTC: Tensor,
+        weights: Mapping[str, Tensor] | None = None,
+        others: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
         """Output (N, T, C) of the block for hidden states (N, T, C).
 
         Args:
             x_NTC: input on the block's device.
             weights: matrices by full name that replace the block's own; gradients reach them.
+            others: parameters by name within the block, such as norms, that replace its own; gradients reach them.
         """
         captured = self.arguments[x_NTC.shape[0], x_NTC.shape[1]]
         arguments = {name: replayed(value, x_NTC.device) for name, value in captured.items()}
-        if weights is None:
+        if weights is None and others is None:
             output: Any = self.module(x_NTC.contiguous(), **arguments)
         else:
-            parameters = replaced(dict(self.module.named_parameters()), self.prunables, weights)
+            parameters = replaced(dict(self.module.named_parameters()), self.prunables, weights or {}) | dict(
+                others or {}
+            )
             output = functional_call(self.module, parameters, (x_NTC.contiguous(),), arguments)
         return hidden_states_of(output)
 
@@ -264,14 +272,29 @@ def run_base(model: PreTrainedModel, tokens_NT: Tensor) -> None:
     model.base_model(input_ids=tokens_NT.to(model.get_input_embeddings().weight.device), use_cache=False)
 
 
-def logits_of(model: PreTrainedModel, blocks: list[Block], tokens_NT: Tensor, y_NTC: Tensor) -> Tensor:
+def logits_of(
+    model: PreTrainedModel,
+    blocks: list[Block],
+    tokens_NT: Tensor,
+    y_NTC: Tensor,
+    parameters: Mapping[str, Tensor] | None = None,
+) -> Tensor:
     """Logits (N, T, V) of the model for the output `y_NTC` of its last block; gradients reach `y_NTC`.
 
     The blocks stand aside and need no weights. All other weights are used, on the device of `y_NTC`.
+
+    Args:
+        model: the model.
+        blocks: of the model.
+        tokens_NT: that were read.
+        y_NTC: output of the last block.
+        parameters: outside the blocks, by full name, that replace the model's own; gradients reach them.
     """
     with standing_aside(blocks):
         blocks[-1].module.forward = lambda *_, **__: y_NTC.as_subclass(_Passed)
-        logits_NTV: Tensor = model(input_ids=tokens_NT.to(y_NTC.device), use_cache=False).logits
+        arguments = {"input_ids": tokens_NT.to(y_NTC.device), "use_cache": False}
+        output = functional_call(model, dict(parameters), (), arguments) if parameters else model(**arguments)
+        logits_NTV: Tensor = output.logits
     return logits_NTV
 
 

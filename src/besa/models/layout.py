@@ -201,17 +201,27 @@ class Layout:
         state = at_home(_state(block))
         names = self.of_block[block.name]
         merged = self._reverted(state) if self._merged.intersection(names) else {}
-        tensors: dict[str, Tensor] = {}
+        places = {stored: self._places.get(stored) for stored in names}
+        tensors = {stored: merged[stored] if place is None else state[place] for stored, place in places.items()}
+        return self._as_in_files(tensors, rounded)
+
+    def stored_outside(self, state: Mapping[str, Tensor], rounded: bool) -> dict[str, Tensor]:
+        """Parameters outside the blocks with their names and dtypes in the files.
+
+        Args:
+            state: on the CPU, by their names in the model.
+            rounded: as for `stored`.
+        """
+        return self._as_in_files({self._names[name]: tensor for name, tensor in state.items()}, rounded)
+
+    def _as_in_files(self, tensors: dict[str, Tensor], rounded: bool) -> dict[str, Tensor]:
+        """The tensors, by their names in the files, in the dtypes of the files."""
         other: list[str] = []  # names of tensors that have another dtype in the files
-        for stored in names:
-            place = self._places.get(stored)
-            tensors[stored] = merged[stored] if place is None else state[place]
+        for stored, tensor in tensors.items():
             converted = rounded and self._is_weight(stored)
-            if not converted and FLOATS.get(self._dtypes[stored]) not in (None, tensors[stored].dtype):
+            if not converted and FLOATS.get(self._dtypes[stored]) not in (None, tensor.dtype):
                 other.append(stored)
-        for stored, old in self._files.read(other):
-            tensors[stored] = _in_dtype_of(old, tensors[stored])
-        return tensors
+        return tensors | {stored: _in_dtype_of(old, tensors[stored]) for stored, old in self._files.read(other)}
 
     def tensors_outside_blocks(self, rounded: bool) -> Iterator[tuple[str, Tensor]]:
         """The stored tensors that belong to no block, one by one, bit-equal unless they are `rounded`.

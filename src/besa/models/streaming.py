@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -17,7 +17,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from besa.models.blocks import Block, find_blocks
 from besa.models.layout import Layout, in_files, load_tensors, tie
 from besa.models.loading import Source, read_config, read_generation_config, refuse_quantized, skeleton
-from besa.models.transfers import Ahead
+from besa.models.transfers import Ahead, at_home
 from besa.models.visiting import Visit, copies, visiting
 from besa.storage.formats.container import open_files
 
@@ -32,6 +32,7 @@ class Decoder(Protocol):
         dtype: name of the dtype that replaces the checkpoint's, None where the checkpoint's stays.
         unbuilt: names of stored tensors that the model has no module for; `tensors_outside_blocks` yields them too.
         unbuilt_bytes: size of these tensors.
+        lasting: whether a block that was closed has its changes when it is opened again.
     """
 
     model: PreTrainedModel
@@ -40,6 +41,7 @@ class Decoder(Protocol):
     dtype: str | None
     unbuilt: list[str]
     unbuilt_bytes: int
+    lasting: bool
 
     def embeddings(self, device: torch.device) -> AbstractContextManager[None]:
         """While open, the inner model has on `device` what is outside its blocks: embeddings and final norm."""
@@ -57,6 +59,13 @@ class Decoder(Protocol):
         """The tensors of an open block on the host, with the names and layout of the checkpoint's files.
 
         It is the last that is done with an open block, which may have left its device after it.
+        """
+
+    def stored_outside(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Parameters outside the blocks, which are open, on the host, with their names and dtypes in the files.
+
+        Args:
+            names: of the parameters in the model.
         """
 
     def name_in_files(self, name: str) -> str:
@@ -79,6 +88,7 @@ class DecoderInMemory:
         self.dtype: str | None = None
         self.unbuilt: list[str] = []
         self.unbuilt_bytes = 0
+        self.lasting = True
         self._visits: dict[str, Visit] = {}  # of open blocks, by name
         self._ahead: Ahead[int] = Ahead()
 
@@ -112,6 +122,12 @@ class DecoderInMemory:
         """See `Decoder`; the block moves back."""
         self._visits[block.name].end()
         return in_files(self.model, block)
+
+    def stored_outside(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """See `Decoder`."""
+        state = at_home({name: self.model.get_parameter(name).detach() for name in names})
+        tensors: dict[str, Tensor] = revert_weight_conversion(self.model, state)
+        return tensors
 
     def name_in_files(self, name: str) -> str:
         """See `Decoder`."""
@@ -159,6 +175,7 @@ class DecoderOnDisk:
         self.model.generation_config = read_generation_config(source, self.model)
         self.blocks = find_blocks(self.model)
         self.unbuilt, self.unbuilt_bytes = self._layout.unbuilt, self._layout.unbuilt_bytes
+        self.lasting = False
         self._ahead: Ahead[str] = Ahead()
 
     @contextmanager
@@ -218,6 +235,11 @@ class DecoderOnDisk:
     def stored(self, block: Block) -> dict[str, Tensor]:
         """See `Decoder`; without another `dtype`, numbers that did not change keep their dtype and bits."""
         return self._layout.stored(block, rounded=self.dtype is not None)
+
+    def stored_outside(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """See `Decoder`."""
+        state = at_home({name: self.model.get_parameter(name).detach() for name in names})
+        return self._layout.stored_outside(state, rounded=self.dtype is not None)
 
     def name_in_files(self, name: str) -> str:
         """See `Decoder`."""

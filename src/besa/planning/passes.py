@@ -1,16 +1,21 @@
 """How many forward passes over the calibration set a recipe takes, and the recipe for a given number of passes.
 
-A backward pass counts as two forward passes, or as one if its gradients go only to activations. Solving for weights
+A backward pass counts as two forward passes, or as one if its gradients go only to activations. Blocks that run again
+for a backward pass count again. Solving for weights
 between passes (`cg`, `admm` and `obs`) does not count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from transformers import PreTrainedModel
 
 from besa.errors import BesaError
 from besa.methods.allocation import first_tokens
 from besa.methods.recipe import Recipe
+from besa.models.blocks import Block
 from besa.pruning.paths import dense_share
 from besa.settings import LARGEST
 from besa.system.ranks import Share, together
@@ -30,7 +35,17 @@ def most(shares: Sequence[Share], every: int = 1) -> int:
     return max(len(share.every(every)) for share in shares)
 
 
-def forward_passes(recipe: Recipe, samples: int, seqlen: int, batch: int = 1, ranks: int = 1) -> float:
+def head_share(model: PreTrainedModel, blocks: Sequence[Block]) -> float:
+    """The cost of a model's head, as a share of a forward pass through all its blocks."""
+    config = model.config.get_text_config()
+    inside = sum(parameter.numel() for block in blocks for parameter in block.module.parameters())
+    head: int = config.vocab_size * config.hidden_size
+    return head / inside
+
+
+def forward_passes(
+    recipe: Recipe, samples: int, seqlen: int, batch: int = 1, ranks: int = 1, head: float = 0.0
+) -> float:
     """Forward passes over the calibration set, through all blocks, that a recipe takes at most.
 
     Of several ranks, those of the rank with the most sequences, over its own. Where a rank waits for one that has more
@@ -42,6 +57,7 @@ def forward_passes(recipe: Recipe, samples: int, seqlen: int, batch: int = 1, ra
         seqlen: tokens of each.
         batch: sequences in a forward pass.
         ranks: that share them.
+        head: cost of the model's head (`head_share`), which counts where the whole model learns.
     """
     shares = shares_of(samples, batch, ranks)
     own = most(shares)
@@ -56,41 +72,74 @@ def forward_passes(recipe: Recipe, samples: int, seqlen: int, batch: int = 1, ra
         passes += 3 * parts * steps * first_tokens(seqlen, recipe.descent.crop) / (own * seqlen)
     if recipe.allocation.probes_every is not None:
         passes += 2 / recipe.allocation.probes_every
-    step = recipe.finetune.sequences
-    waiting = samples / own * -(-step // ranks) / step - 1  # 0 if the steps are divided as the set is
-    passes += recipe.finetune.passes + waiting * recipe.finetune.learned_passes
+
+    def waiting(step: int) -> float:
+        """What is added to the passes of learning; 0 if the sequences of a step are divided as the set is."""
+        return samples / own * -(-step // ranks) / step - 1
+
+    passes += recipe.finetune.passes + waiting(recipe.finetune.sequences) * recipe.finetune.learned_passes
+    passes += recipe.distill.passes(head) + waiting(recipe.distill.sequences) * recipe.distill.learned_passes(head)
     if recipe.targets.measuring is not None:
         measured = -(-samples // recipe.targets.measuring.every)
         passes += recipe.targets.passes * most(shares_of(measured, batch, ranks)) / measured * samples / own
     return passes
 
 
-def spending(recipe: Recipe, passes: float, samples: int, seqlen: int) -> Recipe:
-    """The recipe with as many epochs of fine-tuning as the given forward passes allow.
+def spending(recipe: Recipe, passes: float, samples: int, seqlen: int, head: float = 0.0) -> Recipe:
+    """The recipe with as many epochs of learning as the given forward passes allow.
 
     Args:
-        recipe: must fine-tune.
+        recipe: must fine-tune or distil.
         passes: forward passes, at most.
         samples: calibration sequences.
         seqlen: tokens of each.
+        head: as of `forward_passes`.
 
     Raises:
-        BesaError: the recipe does not fine-tune, or the passes are too few for one epoch or too many to count.
+        BesaError: the recipe does neither, or the passes are too few for one epoch or too many to count.
     """
-    if not recipe.finetune.moves_weights:
+    if not (recipe.finetune.moves_weights or recipe.distill.moves_weights):
         raise BesaError(
-            f"Recipe {recipe.name} does not fine-tune, so it has no use for more passes: choose the recipe best, or "
-            "set finetune.method=adam."
+            f"Recipe {recipe.name} does not fine-tune or distil, so it has no use for more passes: choose the recipe "
+            "best, or set finetune.method=adam."
         )
-    epoch, least = recipe.finetune.epoch_passes, forward_passes(_with_epochs(recipe, 1), samples, seqlen)
+
+    def taken(given: Recipe) -> float:
+        return forward_passes(given, samples, seqlen, head=head)
+
+    return _divided(recipe, passes, taken, head)
+
+
+def _divided(recipe: Recipe, passes: float, taken: Callable[[Recipe], float], head: float) -> Recipe:
+    """The recipe with the epochs of its parts that learn: the last of them has what the others leave.
+
+    Args:
+        recipe: the method.
+        passes: to spend.
+        taken: passes of a recipe.
+        head: as of `forward_passes`.
+    """
+    if recipe.distill.moves_weights:
+        return _filled(recipe, "distill", passes, taken, recipe.distill.epoch_passes(head))
+    return _filled(recipe, "finetune", passes, taken, recipe.finetune.epoch_passes)
+
+
+def _filled(
+    recipe: Recipe, part: Literal["finetune", "distill"], passes: float, taken: Callable[[Recipe], float], epoch: float
+) -> Recipe:
+    """The recipe with as many epochs of a part as fit, each of so many passes.
+
+    Raises:
+        BesaError: as `spending`.
+    """
+
+    def with_epochs(epochs: int) -> Recipe:
+        return recipe.model_copy(update={part: getattr(recipe, part).model_copy(update={"epochs": epochs})})
+
+    least = taken(with_epochs(1))
     if not passes >= least:
-        raise BesaError(
-            f"{passes:g} passes are too few: {recipe.name} takes {least:.1f} with one epoch of fine-tuning."
-        )
+        name = {"finetune": "fine-tuning", "distill": "distilling"}[part]
+        raise BesaError(f"{passes:g} passes are too few: {recipe.name} takes {least:.1f} with one epoch of {name}.")
     if (passes - least) / epoch >= LARGEST:
         raise BesaError(f"{passes:g} passes are more than can be counted: ask for less.")
-    return _with_epochs(recipe, 1 + int((passes - least) / epoch))
-
-
-def _with_epochs(recipe: Recipe, epochs: int) -> Recipe:
-    return recipe.model_copy(update={"finetune": recipe.finetune.model_copy(update={"epochs": epochs})})
+    return with_epochs(1 + int((passes - least) / epoch))

@@ -63,6 +63,20 @@ def unit_bytes(
     return stored + max(phases)
 
 
+def learning_bytes(model: PreTrainedModel, unit: Unit, seqlen: int) -> int:
+    """Bytes that a unit adds where the whole model learns: copies to multiply and its backward pass, or its state.
+
+    Args:
+        model: a skeleton on the meta device, in the dtype of the run.
+        unit: of the model.
+        seqlen: tokens of a sequence.
+    """
+    weights = sum(prunable.numel for prunable in unit.prunables.values())
+    item: int = model.dtype.itemsize
+    passed = forward_bytes(unit, model, 1, seqlen, learning=True) + 2 * item * weights
+    return max(passed, 2 * (12 + item) * weights)
+
+
 def stored_bytes(unit: Unit) -> int:
     """Bytes of a unit's parameters."""
     return sum(parameter.nbytes for block in unit.blocks for parameter in block.module.parameters())

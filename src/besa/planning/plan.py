@@ -12,7 +12,6 @@ import torch
 from pydantic import BaseModel
 from transformers import PreTrainedModel
 
-from besa.checkpoint.writer import disk_bytes
 from besa.counting.budget import Budget
 from besa.errors import BesaError
 from besa.methods.allocation import first_tokens
@@ -21,10 +20,11 @@ from besa.methods.targets.budgets import budgets
 from besa.models.activations import Place, Room
 from besa.models.blocks import Block, left_dense
 from besa.models.units import Unit, units
-from besa.planning.passes import forward_passes, most, shares_of
-from besa.planning.peak import stored_bytes, unit_bytes
+from besa.planning.passes import forward_passes, head_share, most, shares_of
+from besa.planning.peak import learning_bytes, stored_bytes, unit_bytes
 from besa.planning.shapes import learn_arguments, shared_inputs
 from besa.planning.traffic import traffic
+from besa.planning.whole import whole_bytes, whole_disk_bytes
 from besa.pruning.paths import dense_share
 from besa.quantization import MinMax
 from besa.runtime.own_text import PASSES, sizes_of
@@ -60,6 +60,8 @@ class Plan(BaseModel):
         activation_places: how many bytes they take on the ``device``, in memory of the ``host``, and in a ``file``.
         memory_bytes: expected peak of the process.
         gpu_memory_bytes: expected peak on the GPU; None for a device that computes in the machine's memory.
+        distilling_bytes: memory where the whole model is distilled, hidden states of the calibration set aside; 0 if it
+            is not. It is within the peaks.
         forward_passes: over the calibration set (the sequences of a rank) through all blocks; a backward pass counts as
             two.
         writing_passes: the arithmetic of writing the model's own text, in forward passes; it takes longer than these,
@@ -87,6 +89,7 @@ class Plan(BaseModel):
     activation_places: dict[Place, int]
     memory_bytes: int
     gpu_memory_bytes: int | None
+    distilling_bytes: int
     forward_passes: float
     writing_passes: float = 0.0
     fits: bool
@@ -167,18 +170,22 @@ def work_out(
     outside = sum(parameter.nbytes for parameter in model.parameters() if id(parameter) not in inside)
     if recipe.targets.needs_loss:  # predictions, their logarithms and gradients
         outside += 20 * seqlen * model.config.get_text_config().vocab_size
-    work, sent = 0, Counter[str]()
+    pruned = {name for budget in plan for name in budget.names}
+    whole = whole_bytes(model, blocks, pruned, recipe, seqlen)
+    work, learning, sent = 0, 0, Counter[str]()
     for unit, unit_budgets in _distinct(in_order, budgets_of_units):
         inputs = shared_inputs(unit, model, seqlen)
         work = max(work, unit_bytes(model, unit, inputs, recipe, batch, seqlen))
+        learning = max(learning, learning_bytes(model, unit, seqlen) if whole else 0)
         of_unit = traffic(unit, inputs, unit_budgets, recipe, samples, channels, ranks)
         of_block = Counter({phase: size // len(unit.blocks) for phase, size in of_unit.items()})
         sent = max(sent, of_block, key=Counter.total)
     unit_size = max(stored_bytes(unit) for unit in in_order)
-    on_device = places["device"] + max(outside, work)
+    distilling = whole + learning
+    on_device = places["device"] + max(outside, work, distilling)
     gpu = None if shares_memory(device) else on_device
     needs = memory.current_bytes() + TEXT + places["host"] + (on_device if gpu is None else 2 * unit_size)
-    disk = disk_bytes(size) + ranks * places["file"]
+    disk = whole_disk_bytes(model, blocks, pruned, recipe, size) + ranks * places["file"]
     zeros = sum(budget.zeros for budget in plan)
     most_at_once = ranks * needs
     if own:
@@ -197,7 +204,7 @@ def work_out(
         prunable_weights=sum(budget.weights for budget in plan),
         zeros=zeros,
         model_sparsity=zeros / parameters,
-        dense=left_dense(blocks, {name for budget in plan for name in budget.names}),
+        dense=left_dense(blocks, pruned),
         checkpoint_bytes=size,
         disk_bytes=disk,
         ranks=ranks,
@@ -207,7 +214,8 @@ def work_out(
         activation_places=places,
         memory_bytes=needs,
         gpu_memory_bytes=gpu,
-        forward_passes=forward_passes(recipe, samples, seqlen, batch, ranks),
+        distilling_bytes=distilling,
+        forward_passes=forward_passes(recipe, samples, seqlen, batch, ranks, head_share(model, blocks)),
         writing_passes=own * PASSES,
         fits=not lacking,
         lacking=lacking,

@@ -9,6 +9,7 @@ Shape suffixes: O rows, I columns.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -44,6 +45,8 @@ def traffic(
     item = next(unit.blocks[0].module.parameters()).dtype.itemsize
     shapes = {name: (prunable.rows, prunable.columns) for name, prunable in unit.prunables.items()}
     pruned = [shapes[name] for budget in budgets for name in budget.names]
+    parameters = [parameter for block in unit.blocks for parameter in block.module.parameters()]
+    vectors = [parameter.numel() for parameter in parameters if parameter.dim() == 1]
     widths = [shapes[names[0]][1] for names in inputs]
     order = gathered(((rows, columns * _rank_bytes(columns, recipe.group)) for rows, columns in pruned), ranks)
     rebuilt = ((rows, recipe.reconstruction.gathered_bytes(columns, item, recipe.group)) for rows, columns in pruned)
@@ -57,6 +60,7 @@ def traffic(
         "allocate": summed(sums, ranks) + (order if recipe.quantization.ranks_again else 0),
         "rebuild": gathered(rebuilt, ranks),
         "finetune": summed(recipe.finetune.summed_bytes(pruned, samples), ranks),
+        "distill": summed(recipe.distill.summed_bytes(list(map(math.prod, pruned)), vectors, samples), ranks),
         "measure": summed(WIDE * 2 * channels * len(unit.blocks), ranks),
     }
     return {phase: round(size) for phase, size in sent.items() if size}

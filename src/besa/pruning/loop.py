@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 from besa.data.calibration import Calibration
 from besa.methods.recipe import Recipe
 from besa.methods.targets.bounded import Survey
 from besa.methods.targets.budgets import budgets, shared_names
+from besa.models.activations import HiddenStates
 from besa.models.check import Check
 from besa.models.streaming import Decoder
 from besa.models.units import Unit, units
@@ -23,6 +25,22 @@ from besa.system.ranks import Share
 from besa.system.stopwatch import Stopwatch
 
 
+@dataclass(frozen=True)
+class Pruned:
+    """Blocks that are pruned, and what is left of the dense path.
+
+    Attributes:
+        records: of the blocks.
+        dense_NTC: where the dense path has come to, of the sequences and tokens that the recipe needs; None if nothing
+            was run.
+        share: the sequences of this rank.
+    """
+
+    records: list[BlockRecord]
+    dense_NTC: HiddenStates | None
+    share: Share
+
+
 def prune_blocks(
     decoder: Decoder,
     recipe: Recipe,
@@ -32,8 +50,9 @@ def prune_blocks(
     resources: Resources = PLAIN,
     journal: Journal | None = None,
     progress: Progress = silent,
-) -> list[BlockRecord]:
-    """Prune a decoder by `recipe`, one block at a time, and return a record of each block.
+    to_the_end: bool = False,
+) -> Pruned:
+    """Prune a decoder by `recipe`, one block at a time.
 
     Args:
         decoder: causal decoder in evaluation mode.
@@ -44,6 +63,7 @@ def prune_blocks(
         journal: every finished block is written to it; blocks that it already holds are not pruned again. Only rank 0
             has one.
         progress: is called with (blocks done, blocks, state) after every block.
+        to_the_end: run the dense path to its end, even if the journal has the last blocks.
 
     Raises:
         BesaError: the blocks cannot be run one by one, activations are not finite, a block already has more zeros than
@@ -64,9 +84,11 @@ def prune_blocks(
             codes.check(decoder.model, planned)
     if journal is not None:
         journal.restored = len(done)
-    if check is None:  # the earlier run stopped while it assembled the checkpoint
-        return [done[block.index] for block in blocks]
-    last = max(place for place, unit in enumerate(in_order) if unit.index not in done)
+    open_units = [place for place, unit in enumerate(in_order) if unit.index not in done]
+    if not (open_units or to_the_end):  # the earlier run stopped while it assembled the checkpoint
+        return Pruned([done[block.index] for block in blocks], None, share)
+    last_open = max(open_units, default=-1)
+    last = len(in_order) - 1 if to_the_end else last_open
     progress(0, len(blocks), "embeddings")
     pruned_NTC, dense_NTC = first_inputs(decoder, recipe, calibration, resources, share)  # line 1
     records: list[BlockRecord] = []
@@ -76,9 +98,10 @@ def prune_blocks(
             with watch("load"):
                 for block in unit.blocks:
                     stack.enter_context(decoder.opened(block, resources.device))
-            with watch("check"):
-                for block in unit.blocks:
-                    check.see(block)
+            if check is not None:
+                with watch("check"):
+                    for block in unit.blocks:
+                        check.see(block)
             if place < last:
                 for block in in_order[place + 1].blocks:
                     decoder.prefetch(block, resources.device)
@@ -87,7 +110,8 @@ def prune_blocks(
                     block.run(dense_NTC, resources.batch, into=dense_NTC)
                     tensors = ranks.tensors_from_first(journal.tensors(block.index) if journal is not None else {})
                     decoder.load_tensors(block, codes.decode(tensors, quantization) if quantization else tensors)
-                    block.run(pruned_NTC, resources.batch, into=pruned_NTC)
+                    if place < last_open:
+                        block.run(pruned_NTC, resources.batch, into=pruned_NTC)
                     records.append(done[block.index])
                 progress(len(records), len(blocks), "taken from the journal")
                 continue
@@ -114,7 +138,7 @@ def prune_blocks(
     if journal is not None:
         journal.settle()
     records += [done[block.index] for unit in in_order[last + 1 :] for block in unit.blocks]
-    return records
+    return Pruned(records, dense_NTC, share)
 
 
 def _done(journal: Journal | None, in_order: list[Unit]) -> dict[int, BlockRecord]:

@@ -166,6 +166,20 @@ def _loss_curve(entry: Entry, losses: dict[int, list[float]], stride: int) -> Pl
     return Plot([drawing], [Table(title, ["block", *(f"step {x[place]}" for place in places)], rows)])
 
 
+def distilling(pruned: Pruned) -> Plot | None:
+    """The held-out divergence of every distilled run before the first epoch and after every epoch; None without one."""
+    found = [(entry, record.distilling) for entry, record in pruned]
+    losses = [(entry, distilled.losses) for entry, distilled in found if distilled is not None and distilled.losses]
+    if not losses:
+        return None
+    title, epochs = "Divergence from the dense model by epoch", range(max(len(own) for _, own in losses))
+    columns = [[*own, *[math.nan] * (len(epochs) - len(own))] for _, own in losses]
+    series = [Series(entry.label, entry.color, column) for (entry, _), column in zip(losses, columns, strict=True)]
+    drawing = plots.lines(title, epochs, series, "epoch", "nats", (plots.HALF, 230))
+    rows = [[str(epoch), *(wording.significant(column[epoch]) for column in columns)] for epoch in epochs]
+    return Plot([drawing], [Table(title, ["epoch", *(entry.label for entry, _ in losses)], rows)])
+
+
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 

@@ -169,6 +169,7 @@ def _blocks(pruned: Pruned) -> dict[str, Any]:
         "row_rates": figures.row_rates(pruned),
         "learned_rows": [(entry.label, entry.color) for entry, record in pruned if allocation.learned_rows(record)],
         "losses": figures.loss_curves(pruned),
+        "distilling": figures.distilling(pruned),
         "block_seconds": figures.by_block(pruned, "seconds", "Seconds by block", "seconds", 200) if pruned else None,
     }
 

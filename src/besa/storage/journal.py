@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,12 +16,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from besa.errors import BesaError, Interrupted
-from besa.record import BlockRecord
+from besa.record import BlockRecord, DistillingRecord
 from besa.storage.writing import check_absent, claimed, save_tensors, write_file
 
 FORMAT = 1
 IDENTITY = "run.json"
 TARGETS = "targets.json"
+DISTILLED = "distilled.json"
+REST = "distilled-rest.safetensors"
 
 
 class Journal:
@@ -108,7 +110,7 @@ class Journal:
     def _write(self, tensors: Mapping[str, Tensor], record: BlockRecord) -> None:
         path = self.path(record.index)
         save_tensors(path, tensors)
-        entry = {"sha256": _sha256(path, record), "record": record.model_dump(mode="json")}
+        entry = {"sha256": _sha256([path], record), "record": record.model_dump(mode="json")}
         write_file(path.with_suffix(".json"), json.dumps(entry))
 
     def record(self, index: int) -> BlockRecord | None:
@@ -117,7 +119,7 @@ class Journal:
         try:
             entry = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
             record = BlockRecord.model_validate(entry["record"])
-            if record.index == index and entry["sha256"] == _sha256(path, record):
+            if record.index == index and entry["sha256"] == _sha256([path], record):
                 return record
         except (OSError, ValueError, TypeError, KeyError, RecursionError, ValidationError):
             pass
@@ -126,6 +128,55 @@ class Journal:
     def tensors(self, index: int) -> dict[str, Tensor]:
         """The tensors of a finished block."""
         return load_file(self.path(index))
+
+    def keep_distilled(
+        self, blocks: Iterable[tuple[int, Mapping[str, Tensor]]], rest: Mapping[str, Tensor], record: DistillingRecord
+    ) -> None:
+        """Keep the model that distilling has changed, beside the blocks from which it began.
+
+        Args:
+            blocks: index and all tensors of each block, named as in the checkpoint's files.
+            rest: tensors outside the blocks that have changed, likewise.
+            record: of the distilling.
+
+        Raises:
+            BesaError: the disk is full.
+        """
+        paths = []
+        for index, tensors in blocks:
+            paths.append(self._distilled_path(index))
+            save_tensors(paths[-1], tensors)
+        if rest:
+            paths.append(self.folder / REST)
+            save_tensors(paths[-1], rest)
+        files = [path.name for path in paths]
+        entry = {"sha256": _sha256(paths, record), "record": record.model_dump(mode="json"), "files": files}
+        write_file(self.folder / DISTILLED, json.dumps(entry))
+
+    @property
+    def distilled(self) -> DistillingRecord | None:
+        """The record that `keep_distilled` kept; None if there is none or one of its files is damaged."""
+        try:
+            entry = json.loads((self.folder / DISTILLED).read_text(encoding="utf-8"))
+            record = DistillingRecord.model_validate(entry["record"])
+            if entry["sha256"] == _sha256([self.folder / str(name) for name in entry["files"]], record):
+                return record
+        except (OSError, ValueError, TypeError, KeyError, RecursionError, ValidationError):
+            pass
+        return None
+
+    def final_path(self, index: int) -> Path:
+        """Path of the tensors of a block of the whole run, distilled if anything was."""
+        distilled = self._distilled_path(index)
+        return distilled if (self.folder / DISTILLED).exists() and distilled.exists() else self.path(index)
+
+    def final_rest(self) -> dict[str, Tensor]:
+        """The tensors outside the blocks that the run has changed."""
+        path = self.folder / REST
+        return load_file(path) if (self.folder / DISTILLED).exists() and path.exists() else {}
+
+    def _distilled_path(self, index: int) -> Path:
+        return self.folder / f"distilled-{index:05}.safetensors"
 
     def keep_targets(self, targets: list[float]) -> None:
         """Keep the sparsity of each block that was measured on the dense model."""
@@ -148,8 +199,8 @@ class Journal:
 
     @property
     def bytes(self) -> int:
-        """Size of the finished blocks on the disk."""
-        return sum(path.stat().st_size for path in self.folder.glob("block-*.safetensors"))
+        """Size of the finished blocks on the disk, and of what distilling has added."""
+        return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
 
 
 def partial_folder(out: Path) -> Path:
@@ -196,10 +247,12 @@ def journal_for(out: Path, resume: bool) -> Iterator[Journal]:
                 shutil.rmtree(journal.folder, ignore_errors=True)
 
 
-def _sha256(path: Path, record: BlockRecord) -> str:
-    """The digest of a block's tensors and record."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
+def _sha256(paths: Iterable[Path], record: BlockRecord | DistillingRecord) -> str:
+    """The digest of tensors and their record."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            hashlib.file_digest(file, lambda: digest)
     digest.update(record.model_dump_json().encode())
     return digest.hexdigest()
 

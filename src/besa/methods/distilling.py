@@ -1,0 +1,470 @@
+"""Distilling: the pruned model as a whole learns to predict what the dense model predicts.
+
+Shape suffixes: N sequences, T tokens, C channels of the residual stream.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from besa.methods.reconstruction.written import written
+from besa.methods.steps import average, one_pass, root_mean_square
+from besa.models.activations import HiddenStates
+from besa.models.transfers import fetched
+from besa.models.whole import Whole
+from besa.observing.divergence import divergence, tokens_at_once
+from besa.progress import Progress
+from besa.settings import Learning, Settings
+from besa.system import ranks
+from besa.system.machine import learning_dtype, loss_scaler
+from besa.system.ranks import Share
+
+WARM = 0.05  # share of the steps in which the step size grows
+CLIPPED = 1.0  # largest norm of the gradient of a step
+BETAS = (0.9, 0.99)  # of Adam
+LEARNING, LEARNING_HEADS = 4, 3  # passes through blocks and head to learn: the blocks run again for the backward pass
+HEADS = 2  # passes through the head to measure: of the dense model too
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Pupil:
+    """A pruned model that learns, and what it learns from.
+
+    Attributes:
+        whole: the pruned model.
+        linears: full names of the pruned linears, whose kept weights may change.
+        tokens_NT: of the sequences of this rank.
+        inputs_NTC: of the first block, for the same sequences.
+        targets_NTC: outputs of the last block of the dense model.
+        share: these sequences.
+        seed: of the order of sequences.
+    """
+
+    whole: Whole
+    linears: list[str]
+    tokens_NT: Tensor
+    inputs_NTC: HiddenStates
+    targets_NTC: HiddenStates
+    share: Share
+    seed: int
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """The result of distilling.
+
+    Attributes:
+        losses: on held-out sequences, before the first epoch and after every epoch.
+        helped: whether the model has changed.
+        changed: full names of the norms and biases that have changed.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    helped: bool = False
+    changed: list[str] = field(default_factory=list)
+
+
+class Snapshots(Protocol):
+    """Where the states of the work are kept, so that a killed run goes on from the last."""
+
+    @property
+    def position(self) -> dict[str, Any] | None:
+        """Of the last state, in JSON types; None if there is none."""
+
+    def tensors(self, group: str) -> dict[str, Tensor]:
+        """Those of a group in the last state."""
+
+    def keep(
+        self, position: Mapping[str, Any], groups: Iterable[tuple[str, Mapping[str, Tensor]]], urgent: bool
+    ) -> None:
+        """Keep a state, if it is urgent or some time has passed since the last one.
+
+        Args:
+            position: in the work, in JSON types.
+            groups: tensors by name of each group; one group at a time is in memory.
+            urgent: keep it now.
+        """
+
+
+class Distiller(Settings):
+    """Base of all ways to distil. The defaults describe one that does nothing.
+
+    Attributes:
+        moves_weights: whether the model changes; the dense path then needs the outputs of all tokens.
+    """
+
+    moves_weights: ClassVar[bool] = False
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of a learning step."""
+        return 1
+
+    def epoch_passes(self, head: float) -> float:
+        """Forward passes over the calibration set in an epoch of all that learns.
+
+        Args:
+            head: cost of the model's head, as a share of a forward pass through all blocks.
+        """
+        return 0.0
+
+    def passes(self, head: float) -> float:
+        """Forward passes over the calibration set in all epochs, at most; argument as of `epoch_passes`."""
+        return 0.0
+
+    def learned_passes(self, head: float) -> float:
+        """Of `passes`, those of learning steps."""
+        return 0.0
+
+    def learning_bytes(self, linears: Sequence[int], vectors: Sequence[int]) -> int:
+        """Bytes that learning keeps besides the model.
+
+        Args:
+            linears: number of weights of each pruned linear.
+            vectors: number of elements of each norm and bias.
+        """
+        return 0
+
+    def state_bytes(self, kept: int, vectors: int, item: int) -> int:
+        """Bytes of a state on the disk.
+
+        Args:
+            kept: number of weights that are not pruned.
+            vectors: number of elements of norms and biases.
+            item: bytes of a weight of the model.
+        """
+        return 0
+
+    def summed_bytes(self, linears: Sequence[int], vectors: Sequence[int], samples: int) -> int:
+        """Bytes that ranks add up in all learning steps, at most.
+
+        Args:
+            linears: as of `learning_bytes`.
+            vectors: likewise.
+            samples: calibration sequences of all ranks.
+        """
+        return 0
+
+    @abstractmethod
+    def distill(self, pupil: Pupil, snapshots: Snapshots, progress: Progress) -> Distilled:
+        """Change the model in place, if that brings its predictions closer to those of the dense model.
+
+        Args:
+            pupil: the model.
+            snapshots: where states are kept.
+            progress: is called with (steps done, steps, state) after every step.
+        """
+
+
+class NoDistilling(Distiller):
+    """The model stays as its blocks were pruned; `distill.method=none`."""
+
+    method: Literal["none"] = "none"
+
+    def distill(self, pupil: Pupil, snapshots: Snapshots, progress: Progress) -> Distilled:
+        """No change and no losses."""
+        return Distilled()
+
+
+class MaskedKL(Learning, Distiller):
+    """Adam on what is not pruned, down the divergence KL(dense ‖ pruned) of the predictions of the next token.
+
+    The step size grows over the first steps and then falls linearly to zero. The loss on held-out sequences is measured
+    after every epoch. The best values are kept. The first epoch that does not lower the loss is the last.
+    """
+
+    method: Literal["kl"] = "kl"
+    learns: Literal["weights", "norms", "both", "together"] = Field(
+        default="weights",
+        description="kept weights of pruned linears; norms and biases; both, first norms; or both at once",
+    )
+    epochs: int = Field(default=2, ge=1, description="passes over the calibration set, at most; of both, for each")
+    rate: float = Field(
+        default=1e-3,
+        gt=0,
+        description="largest step size, as a share of a tensor's root mean square; times √batch, for fewer steps",
+    )
+    held_out: int = Field(default=16, ge=2, description="one sequence in so many is held out")
+    autocast: bool = Field(
+        default=True, description="multiply in bfloat16 while learning, if that makes a float32 run faster"
+    )
+    moves_weights: ClassVar[bool] = True
+    most_shared: ClassVar[int] = 4
+
+    def epoch_passes(self, head: float) -> float:
+        """Forward twice and backward over the sequences learned from, and forward over those held out.
+
+        With each goes the head, once for the dense model too.
+        """
+        held = 1 / self.held_out
+        learning = (LEARNING + LEARNING_HEADS * head) * (1 - held)
+        return len(self.stages([0], [0])) * (learning + (1 + HEADS * head) * held)
+
+    def passes(self, head: float) -> float:
+        """All epochs, and a forward pass over the held-out sequences before the first."""
+        return self.epochs * self.epoch_passes(head) + (1 + HEADS * head) / self.held_out
+
+    def learned_passes(self, head: float) -> float:
+        """Forward and backward over the sequences learned from, in all epochs."""
+        epochs = self.epochs * len(self.stages([0], [0]))
+        return epochs * (LEARNING + LEARNING_HEADS * head) * (1 - 1 / self.held_out)
+
+    def learning_bytes(self, linears: Sequence[int], vectors: Sequence[int]) -> int:
+        """Value, gradient and two moments in float32, of what learns at once."""
+        return 16 * max(map(sum, self.stages(linears, vectors)), default=0)
+
+    def state_bytes(self, kept: int, vectors: int, item: int) -> int:
+        """Value and two moments in float32 of what learns at once, and the best value of all."""
+        stages = [sum(stage) for stage in self.stages([kept], [vectors])]
+        return 12 * max(stages) + item * sum(stages)
+
+    def summed_bytes(self, linears: Sequence[int], vectors: Sequence[int], samples: int) -> int:
+        """Float32 gradients, and for each tensor whether any token of the step reached it."""
+        steps = self.epochs * self.steps(samples)
+        return steps * sum(4 * numbers + 8 for stage in self.stages(linears, vectors) for numbers in stage)
+
+    def distill(self, pupil: Pupil, snapshots: Snapshots, progress: Progress) -> Distilled:
+        """The values with the lowest loss on the held-out sequences."""
+        return _Course(self, pupil, snapshots, progress).run()
+
+    def stages(self, linears: Sequence[T], vectors: Sequence[T]) -> list[list[T]]:
+        """What learns at once, stage by stage.
+
+        Args:
+            linears: one thing for each pruned linear, such as its name.
+            vectors: the same for each norm and bias.
+        """
+        chosen: dict[str, list[Sequence[T]]] = {
+            "weights": [linears],
+            "norms": [vectors],
+            "both": [vectors, linears],
+            "together": [[*linears, *vectors]],
+        }
+        return [list(stage) for stage in chosen[self.learns] if stage]
+
+    def split(self, samples: int) -> tuple[list[int], list[int]]:
+        """Positions of the sequences to hold out and to learn from; a single sequence serves as both."""
+        held = list(range(0, samples, self.held_out))
+        return held, [place for place in range(samples) if place % self.held_out] or held
+
+    def steps(self, samples: int) -> int:
+        """Learning steps in an epoch."""
+        _, learned = self.split(samples)
+        return -(-len(learned) // self.sequences)
+
+
+class _Course:
+    """The work of `MaskedKL.distill`.
+
+    A state has the best values so far, which are the model's own tensors, and the float32 values that learn, with their
+    moments. A group of it is a block, or what is outside. Of linears it has the kept weights only.
+    """
+
+    def __init__(self, settings: MaskedKL, pupil: Pupil, snapshots: Snapshots, progress: Progress) -> None:
+        self._settings, self._pupil, self._snapshots, self._progress = settings, pupil, snapshots, progress
+        whole = pupil.whole
+        self._linears = set(pupil.linears)
+        self._dtype = learning_dtype(whole.dtype, whole.device) if settings.autocast else whole.dtype
+        self._stages = settings.stages(pupil.linears, whole.vectors)
+        self._dense = {name: whole.own(name).clone() for name in whole.vectors}
+        self._held, self._learned = settings.split(pupil.share.total)
+        self._steps = settings.steps(pupil.share.total)  # in an epoch
+        self._at_once = tokens_at_once(whole.vocabulary)
+        self._losses: list[float] = []
+        self._helped = False
+
+    def run(self) -> Distilled:
+        """All stages, from the last state on."""
+        begun: Mapping[str, Any] = self._snapshots.position or {}
+        self._losses, self._helped = list(begun.get("losses", [])), begun.get("helped", False)
+        if self._helped:
+            self._restore({name: {"best": self._pupil.whole.own(name)} for names in self._stages for name in names})
+        if not self._losses:
+            self._losses.append(self._held_out_loss({}))
+        for number in range(begun.get("stage", 0), len(self._stages)):
+            self._learn(number, begun)
+            begun = {}
+        whole = self._pupil.whole
+        changed = [name for name, before in self._dense.items() if not torch.equal(whole.own(name), before)]
+        return Distilled(self._losses, self._helped, changed)
+
+    def _learn(self, number: int, begun: Mapping[str, Any]) -> None:
+        """A stage, from its beginning or from a place in it."""
+        names, own = self._stages[number], self._pupil.whole.own
+        sizes: list[float] = (
+            begun.get("sizes") or torch.stack([root_mean_square(own(name).float()) for name in names]).tolist()
+        )
+        values = {name: own(name).float().clone().requires_grad_() for name in names}
+        groups = [{"params": [value], "lr": 0.0} for value in values.values()]
+        optimizer = torch.optim.Adam(groups, betas=BETAS, fused=True)
+        scaler = loss_scaler(self._dtype, self._pupil.whole.device)
+        if "sizes" in begun:
+            scaler.load_state_dict(begun["scaler"])
+            self._restore_values(values, optimizer)
+        position: dict[str, Any] = {"stage": number, "sizes": sizes}
+        for epoch in range(begun.get("epoch", 0), self._settings.epochs):
+            generator = torch.Generator().manual_seed(self._pupil.seed + epoch)
+            order = one_pass(self._learned, self._settings.sequences, generator)
+            for step in range(begun.get("step", 0) if epoch == begun.get("epoch") else 0, self._steps):
+                rate = self._rate(epoch * self._steps + step)
+                for group, size in zip(optimizer.param_groups, sizes, strict=True):
+                    group["lr"] = rate * size
+                self._step(values, optimizer, scaler, order[step])
+                self._tell(number, epoch, step + 1)
+                position |= {"epoch": epoch, "step": step + 1, "scaler": scaler.state_dict()}
+                self._keep(position, values, optimizer, urgent=False)
+            self._losses.append(self._held_out_loss(values))
+            self._tell(number, epoch + 1, 0)
+            if not self._losses[-1] < min(self._losses[:-1]):
+                break
+            self._write(values)
+            self._keep(position | {"epoch": epoch + 1, "step": 0}, values, optimizer, urgent=True)
+        self._keep({"stage": number + 1}, {}, optimizer, urgent=True)
+
+    def _step(
+        self,
+        values: Mapping[str, Tensor],
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        sequences: Sequence[int],
+    ) -> None:
+        """Learn from some sequences of all ranks."""
+        scale = scaler.scale(torch.ones((), device=self._pupil.whole.device))
+        for place in self._pupil.share.own(sequences):
+            self._loss(values, place, scale)
+        average(values.values(), len(sequences))
+        for name, value in values.items():
+            if name in self._linears and value.grad is not None:  # None if no token reached an expert
+                value.grad.masked_fill_(self._pupil.whole.own(name) == 0, 0)
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_([value for value in values.values() if value.grad is not None], CLIPPED)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+    def _rate(self, step: int) -> float:
+        """The step size of a step of a stage, as a share of a tensor's root mean square."""
+        steps = self._settings.epochs * self._steps
+        warm = max(1, round(WARM * steps))
+        share = min((step + 1) / warm, (steps - step) / (steps - warm + 1))
+        return self._settings.rate * math.sqrt(self._settings.sequences) * share
+
+    def _held_out_loss(self, values: Mapping[str, Tensor]) -> float:
+        """The mean loss of the held-out sequences of all ranks."""
+        losses = [self._loss(values, place, None) for place in self._pupil.share.own(self._held)]
+        of_ranks = ranks.all_of(torch.stack(losses).tolist() if losses else [])
+        return fmean(loss for of_rank in of_ranks for loss in of_rank)
+
+    def _loss(self, values: Mapping[str, Tensor], place: int, scale: Tensor | None) -> Tensor:
+        """The loss (scalar) of a sequence; with a scale, its gradients are added to those of the values."""
+        pupil, whole, dtype = self._pupil, self._pupil.whole, self._dtype
+        one = slice(place, place + 1)
+        tokens_NT = pupil.tokens_NT[one]
+        x_NTC, target_NTC = (fetched(kept[one], whole.device) for kept in (pupil.inputs_NTC, pupil.targets_NTC))
+        states = whole.states(x_NTC, values, dtype)
+        loss, gradient_NTC = divergence(
+            lambda part, y_NTC: whole.logits(tokens_NT[:, part], y_NTC, values, dtype),
+            lambda part, y_NTC: whole.logits(tokens_NT[:, part], y_NTC, self._dense, dtype),
+            states[-1],
+            target_NTC,
+            self._at_once,
+            scale,
+        )
+        if scale is not None:
+            whole.send_back(states, gradient_NTC, values, dtype)
+        return loss
+
+    def _tell(self, stage: int, epoch: int, step: int) -> None:
+        """Report the progress; epochs that are not needed count as done."""
+        epochs, first, best = self._settings.epochs, self._losses[0], min(self._losses)
+        done = (stage * epochs + epoch) * self._steps + step
+        note = f"distilling, held-out divergence {first:.4f}" + (f" → {best:.4f}" if self._losses[1:] else "")
+        self._progress(done, len(self._stages) * epochs * self._steps, note)
+
+    def _write(self, values: Mapping[str, Tensor]) -> None:
+        """Write values into the model: they are the best so far."""
+        self._helped = True
+        for name, value in values.items():
+            own = self._pupil.whole.own(name)
+            kept = own != 0 if name in self._linears else torch.zeros_like(own, dtype=torch.bool)
+            own.copy_(written(value.detach(), kept, own.dtype))
+
+    def _keep(
+        self,
+        position: Mapping[str, Any],
+        values: Mapping[str, Tensor],
+        optimizer: torch.optim.Optimizer,
+        urgent: bool,
+    ) -> None:
+        """Keep a state."""
+        own = self._pupil.whole.own
+        tensors: dict[str, dict[str, Tensor]] = {}
+        for name in dict.fromkeys(name for names in self._stages for name in names):
+            tensors[name] = {"best": own(name)} if self._helped else {}
+            if name in values:
+                tensors[name] |= {"value": values[name].detach(), **optimizer.state.get(values[name], {})}
+        position = {**position, "losses": self._losses, "helped": self._helped}
+        self._snapshots.keep(position, self._compressed(tensors), urgent)
+
+    def _compressed(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """The tensors of a state by group, made one group at a time; of linears, where weights are kept."""
+        for group, names in self._groups(tensors).items():
+            yield (
+                group,
+                {
+                    f"{kind}.{name}": tensor[self._pupil.whole.own(name) != 0]
+                    if self._partial(name, tensor)
+                    else tensor
+                    for name in names
+                    for kind, tensor in tensors[name].items()
+                },
+            )
+
+    def _restore(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Fill tensors from the last state."""
+        for group, names in self._groups(tensors).items():
+            kept = self._snapshots.tensors(group)
+            for name in names:
+                for kind, tensor in tensors[name].items():
+                    numbers = kept[f"{kind}.{name}"].to(tensor.device)
+                    if self._partial(name, tensor):
+                        tensor.masked_scatter_(self._pupil.whole.own(name) != 0, numbers)
+                    else:
+                        tensor.copy_(numbers)
+
+    def _restore_values(self, values: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+        """Fill values and their moments from the last state; a value that no gradient has reached has none."""
+        for group, names in self._groups(values).items():
+            kept = self._snapshots.tensors(group)
+            for name in names:
+                if f"step.{name}" in kept:
+                    state = {kind: torch.zeros_like(values[name]) for kind in ("exp_avg", "exp_avg_sq")}
+                    optimizer.state[values[name]] = {"step": torch.zeros_like(kept[f"step.{name}"]), **state}
+        self._restore(
+            {name: {"value": value.detach(), **optimizer.state.get(value, {})} for name, value in values.items()}
+        )
+
+    def _groups(self, names: Iterable[str]) -> dict[str, list[str]]:
+        """The names by the block that they belong to."""
+        groups: dict[str, list[str]] = {}
+        for name in names:
+            groups.setdefault(self._pupil.whole.place(name), []).append(name)
+        return groups
+
+    def _partial(self, name: str, tensor: Tensor) -> bool:
+        """Whether a state has only the kept weights of a tensor."""
+        return name in self._linears and tensor.dim() > 0
+
+
+Distilling = Annotated[NoDistilling | MaskedKL, Field(discriminator="method")]

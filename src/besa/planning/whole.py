@@ -1,0 +1,84 @@
+"""What distilling takes, for which all blocks are in memory at once."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from besa.checkpoint.writer import disk_bytes
+from besa.errors import BesaError
+from besa.methods.recipe import Recipe
+from besa.models.blocks import Block
+from besa.models.whole import Whole
+from besa.observing.divergence import tokens_at_once
+from besa.system import ranks
+from besa.system.devices import shares_memory, total_bytes
+
+ALIVE = 5  # tensors of the size of a chunk of logits
+
+
+def whole_bytes(
+    model: PreTrainedModel, blocks: Sequence[Block], pruned: Collection[str], recipe: Recipe, seqlen: int
+) -> int:
+    """Bytes where a model is distilled, but for what the pass through a block keeps for its gradients; 0 if it is not.
+
+    Args:
+        model: in the dtype of the run; its weights may be on the meta device.
+        blocks: of the model.
+        pruned: full names of the linears that are pruned.
+        recipe: the method.
+        seqlen: tokens of a calibration sequence.
+    """
+    if not recipe.distill.moves_weights:
+        return 0
+    config = model.config.get_text_config()
+    vocabulary, channels = int(config.vocab_size), int(config.hidden_size)
+    parameters: int = sum(parameter.nbytes for parameter in model.parameters())
+    states = (len(blocks) + 2) * seqlen * channels * int(model.dtype.itemsize)
+    logits = ALIVE * 4 * vocabulary * min(seqlen, tokens_at_once(vocabulary))
+    return parameters + recipe.distill.learning_bytes(*_sizes(model, blocks, pruned)) + states + logits
+
+
+def whole_disk_bytes(
+    model: PreTrainedModel, blocks: Sequence[Block], pruned: Collection[str], recipe: Recipe, size: int
+) -> int:
+    """Most bytes on the disk during a run, for a checkpoint of `size` bytes.
+
+    While a state is written, the one before it is there. The distilled blocks are beside those from which they came.
+    Other arguments as of `whole_bytes`.
+    """
+    if not recipe.distill.moves_weights:
+        return disk_bytes(size)
+    linears, vectors = (sum(sizes) for sizes in _sizes(model, blocks, pruned))
+    state = recipe.distill.state_bytes(round((1 - recipe.sparsity) * linears), vectors, model.dtype.itemsize)
+    return size + max(2 * state, disk_bytes(size))
+
+
+def check_fits(
+    model: PreTrainedModel,
+    blocks: Sequence[Block],
+    pruned: Collection[str],
+    recipe: Recipe,
+    seqlen: int,
+    device: torch.device,
+) -> None:
+    """Check before the work that a model can be distilled here; arguments as of `whole_bytes`.
+
+    Raises:
+        BesaError: the device has too little memory.
+    """
+    needed = whole_bytes(model, blocks, pruned, recipe, seqlen)
+    there = total_bytes(device) // (ranks.here() if shares_memory(device) else 1)
+    if needed > there:
+        raise BesaError(
+            f"Distilling has the whole model in memory and needs {needed / 1e9:.2f} GB, but {device.type} has "
+            f"{there / 1e9:.2f} GB for each rank: set distill.learns=norms, which needs less, or distill.method=none."
+        )
+
+
+def _sizes(model: PreTrainedModel, blocks: Sequence[Block], pruned: Collection[str]) -> tuple[list[int], list[int]]:
+    """The number of elements of each pruned linear, and of each norm and bias."""
+    linears = [prunable.numel for block in blocks for name, prunable in block.prunables.items() if name in pruned]
+    return linears, [model.get_parameter(name).numel() for name in Whole(model, blocks).vectors]

@@ -1,0 +1,157 @@
+"""Distilling that is stopped, by whatever, and goes on: the result is to the bit that of a run that was not stopped."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import besa
+from besa.errors import Interrupted
+from besa.methods.recipe import Recipe
+from besa.record import RunRecord
+from besa.storage import snapshots
+from besa.storage.snapshots import Snapshots
+
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "tests" / "assets" / "tiny-llama"
+TEXT = str(TINY / "calibration.txt")
+SETTINGS = ["distill={method: kl, learns: both, epochs: 2, rate: 0.003, batch: 4}"]
+SIZES = {"samples": 9, "seqlen": 64}
+STEPS = 2 * 2 * 2  # epochs of both, each of eight sequences in steps of four
+
+
+@pytest.fixture(autouse=True)
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state is kept after every step."""
+    monkeypatch.setattr(snapshots, "EVERY", 0.0)
+    monkeypatch.setattr(snapshots, "SHARE", math.inf)
+
+
+def prune(out: Path, stop: int = 0, resume: bool = False) -> RunRecord:
+    """Prune and distil towards `out`; stop as Ctrl-C would when so many reports on distilling have come."""
+    told = 0
+
+    def progress(done: float, total: float, note: str = "") -> None:
+        nonlocal told
+        if note.startswith("distilling"):
+            assert total == STEPS
+            told += 1
+            if told == stop:
+                raise KeyboardInterrupt
+
+    recipe = Recipe.load("wanda", None, SETTINGS)
+    return besa.compress(
+        TINY, recipe, TEXT, out=out, **SIZES, dtype="bfloat16", resume=resume, progress=progress
+    ).record
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The result of a run that nobody stopped."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    record = prune(out)
+    assert record.distilling is not None
+    assert len(record.distilling.losses) == 5
+    assert record.distilling.losses[-1] < record.distilling.losses[0]
+    return out
+
+
+def test_a_checkpoint_has_what_learned_in_memory(whole: Path) -> None:
+    """Linears, norms in the blocks and the final norm, by whichever way the model was read; embeddings stay."""
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    record = besa.compress(model, Recipe.load("wanda", None, SETTINGS), TEXT, tokenizer=tokenizer, **SIZES).record
+    written, dense = AutoModelForCausalLM.from_pretrained(whole), load_file(TINY / "model.safetensors")
+    assert record.distilling.losses == RunRecord.of(whole).distilling.losses
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, written.get_parameter(name)), name
+        same = torch.equal(parameter, dense[name].to(torch.bfloat16)) if name in dense else True
+        assert same == ("embed_tokens" in name or "lm_head" in name), name
+    besa.verify(whole)
+
+
+@pytest.mark.parametrize("stop", [4, 8])
+def test_interrupted_and_gone_on_with(stop: int, whole: Path, tmp_path: Path) -> None:
+    """While norms learn, and while weights learn."""
+    out = tmp_path / "out"
+    with pytest.raises(Interrupted, match="8 finished blocks are kept"):
+        prune(out, stop)
+    partial = out.with_name("out.partial")
+    assert len(list(partial.glob("state-?.json"))) == 1
+    record = prune(out, resume=True)
+    assert record.restored_blocks == 8
+    assert record.distilling.losses == RunRecord.of(whole).distilling.losses
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert not partial.exists()
+
+
+@pytest.mark.slow
+def test_killed_again_and_again(tmp_path: Path) -> None:
+    settings = ["distill={method: kl, learns: together, epochs: 2, rate: 0.001, batch: 4}", "allocation.steps=4"]
+    result = subprocess.run(
+        [sys.executable, Path(__file__).with_name("kill_and_resume.py"), TINY, TEXT, tmp_path, "0", "9", *settings],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"},
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    log = json.loads(result.stdout.splitlines()[-1])
+    names = {name for _, *names in log for name in names}
+    assert any(name.startswith(".state-") for name in names), log  # killed in the middle of a state
+    assert any(name.startswith("distilled-") for name in names), log  # between the distilled blocks
+    outs = [tmp_path / f"out{run}" for run in range(int(log[-1][0]) + 1)]
+    assert len(outs) >= 2
+    assert len({(out / "model.safetensors").read_bytes() for out in outs}) == 1
+    assert len({str(RunRecord.of(out).distilling.losses) for out in outs}) == 1
+
+
+def test_the_last_whole_state_counts(tmp_path: Path) -> None:
+    def keep(states: Snapshots, step: int) -> None:
+        states.keep({"step": step}, [("a", {"x": torch.tensor([step])}), ("", {"y": torch.ones(2)})], urgent=False)
+
+    states = Snapshots(tmp_path)
+    assert states.position is None
+    for step in range(4):
+        keep(states, step)
+        again = Snapshots(tmp_path)
+        assert again.position == {"step": step}
+        assert again.tensors("a")["x"].tolist() == [step]
+        assert len(list(tmp_path.iterdir())) == 3  # the one before is gone
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    keep(states, 4)
+    for name, content in before.items():  # as if killed before the state of step 3 was removed
+        (tmp_path / name).write_bytes(content)
+    assert Snapshots(tmp_path).position == {"step": 4}
+    (tmp_path / "state-0-00000.safetensors").write_bytes(b"damaged")
+    assert Snapshots(tmp_path).position == {"step": 3}
+    (tmp_path / "state-1.json").write_text("[" * 10_000)
+    assert Snapshots(tmp_path).position is None
+    states.clear()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_states_are_kept_from_time_to_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(snapshots.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(snapshots, "EVERY", 100.0)
+    monkeypatch.setattr(snapshots, "SHARE", 0.05)
+    states, kept = Snapshots(tmp_path), []
+
+    def groups():
+        now[0] += 10  # seconds that writing takes
+        kept.append(now[0])
+        yield "a", {}
+
+    for at, urgent in [(99, False), (101, False), (120, True), (310, True), (311, False), (520, True), (521, False)]:
+        now[0] = float(at)
+        states.keep({}, groups(), urgent)
+    assert kept == [111, 321, 531]  # at most a twentieth of the time, even if urgent

@@ -1,0 +1,230 @@
+"""Distilling: the divergence and its gradients against plain torch, what may change, and what must not."""
+
+import copy
+from functools import cache
+
+import pytest
+import torch
+from torch.func import functional_call
+
+import besa
+from besa.methods import distilling
+from besa.methods.distilling import Distilled, MaskedKL, NoDistilling
+from besa.methods.recipe import Recipe
+from besa.models.blocks import capture_inputs, find_blocks
+from besa.models.whole import Whole
+from besa.observing import divergence as observing
+from besa.observing.divergence import divergence, tokens_at_once
+
+WIDTH, VOCABULARY = 8, 50
+
+
+def plain_divergence(logits, teacher):
+    """The mean over tokens of KL(teacher ‖ model), by its definition."""
+    p = teacher.softmax(-1)
+    return (p * (teacher.log_softmax(-1) - logits.log_softmax(-1))).sum(-1).mean()
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 7, 100])
+def test_divergence_and_gradients_are_those_of_plain_torch(at_once):
+    torch.manual_seed(0)
+    y, target = torch.randn(2, 7, WIDTH, dtype=torch.float64), torch.randn(2, 7, WIDTH, dtype=torch.float64)
+    weight = torch.randn(VOCABULARY, WIDTH, dtype=torch.float64)
+    gains = [torch.rand(WIDTH, dtype=torch.float64).requires_grad_() for _ in range(2)]
+    gains[1].data.copy_(gains[0])
+
+    def head(x, gain):
+        return (x * gain @ weight.T).tanh() * 5  # with capped logits, as some families have
+
+    loss, gradient = divergence(
+        lambda part, x: head(x, gains[0]),
+        lambda part, x: head(x, 1.0),
+        y,
+        target,
+        at_once,
+        torch.tensor(3.0, dtype=y.dtype),
+    )
+    leaf = y.clone().requires_grad_()
+    expected = plain_divergence(head(leaf, gains[1]), head(target, 1.0))
+    (3 * expected).backward()
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradient, leaf.grad, rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(gains[0].grad, gains[1].grad, rtol=1e-10, atol=1e-14)
+    measured, nothing = divergence(lambda part, x: head(x, gains[0]), lambda part, x: head(x, 1.0), y, target, at_once)
+    assert measured == loss
+    assert not nothing.any()
+
+
+def test_tokens_that_are_ruled_out_do_not_count():
+    """A logit of −∞ in both models, as of padded vocabularies."""
+    y, target = torch.randn(1, 4, 5), torch.randn(1, 4, 5)
+    out = torch.tensor([0.0, 0.0, float("-inf"), 0.0, 0.0])
+    head = lambda part, x: x + out  # noqa: E731
+    loss, gradient = divergence(head, head, y, target, 4, torch.ones(()))
+    kept = [0, 1, 3, 4]
+    torch.testing.assert_close(loss, plain_divergence(y[..., kept], target[..., kept]))
+    assert gradient.isfinite().all()
+    assert not gradient[..., 2].any()
+
+
+def test_memory_for_logits_is_bounded():
+    assert tokens_at_once(49_152) * 49_152 * 4 <= observing.LOGITS
+    assert tokens_at_once(262_144) * 262_144 * 4 == observing.LOGITS
+    assert tokens_at_once(10**9) == 1
+
+
+def test_gradients_of_a_whole_model_are_those_of_plain_torch(tiny_llama):
+    """Of linears, of norms in the blocks, and of the final norm, in float64."""
+    model, dense = tiny_llama.double(), copy.deepcopy(tiny_llama).double()
+    tokens = torch.randint(3, 1000, (1, 16), generator=torch.Generator().manual_seed(0))
+    blocks = find_blocks(model)
+    (x,) = capture_inputs(model, blocks, tokens, 1)
+    whole = Whole(model, blocks)
+    assert set(whole.vectors) == {name for name, p in model.named_parameters() if p.dim() == 1}
+    linears = ["model.layers.0.self_attn.q_proj", "model.layers.5.mlp.down_proj"]
+    vectors = ["model.layers.7.input_layernorm.weight", "model.norm.weight"]
+    assert [whole.place(name) for name in [*linears, *vectors]] == [
+        *(f"model.layers.{at}" for at in (0, 5, 7)),
+        "",
+    ]
+    generator = torch.Generator().manual_seed(1)
+    values = {}
+    for name in [*linears, *vectors]:
+        own = whole.own(name)
+        values[name] = own + 0.1 * own.std() * torch.randn(own.shape, generator=generator, dtype=own.dtype)
+        values[name].requires_grad_()
+    target = dense.model(tokens).last_hidden_state
+    with_head = dense(tokens).logits
+    states = whole.states(x, values, torch.float64)
+    assert len(states) == 9
+    loss, gradient = divergence(
+        lambda part, y: whole.logits(tokens[:, part], y, values, torch.float64),
+        lambda part, y: y @ dense.lm_head.weight.T,
+        states[-1],
+        target,
+        5,
+        torch.ones((), dtype=torch.float64),
+    )
+    whole.send_back(states, gradient, values, torch.float64)
+
+    leaves = {
+        name if name in vectors else f"{name}.weight": v.detach().clone().requires_grad_() for name, v in values.items()
+    }
+    expected = plain_divergence(functional_call(model, leaves, (tokens,)).logits, with_head)
+    expected.backward()
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-9, atol=0)
+    for value, leaf in zip(values.values(), leaves.values(), strict=True):
+        torch.testing.assert_close(value.grad, leaf.grad, rtol=1e-6, atol=1e-12)
+
+
+def distilled(model, tokenizer, folder, samples=17, **settings):
+    """The record of a model that is pruned in place by Wanda, and distilled if there are settings."""
+    overrides = [f"distill.{name}={value}" for name, value in ({"method": "kl"} | settings).items() if settings]
+    recipe = Recipe.load("wanda", None, overrides)
+    text = str(folder / "calibration.txt")
+    return besa.compress(model, recipe, text, tokenizer=tokenizer, samples=samples, seqlen=48).record
+
+
+def tensors(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def wanda(pristine_tiny_llama, tiny_tokenizer, tiny_llama_folder):
+    """The tensors of the tiny model as Wanda prunes it, by the number of sequences."""
+
+    def pruned(samples):
+        model = copy.deepcopy(pristine_tiny_llama)
+        distilled(model, tiny_tokenizer, tiny_llama_folder, samples)
+        return tensors(model)
+
+    return cache(pruned)
+
+
+@pytest.mark.parametrize("learns", ["weights", "both", "together"])
+def test_predictions_come_closer_and_zeros_stay(learns, wanda, tiny_llama, tiny_tokenizer, tiny_llama_folder):
+    record = distilled(tiny_llama, tiny_tokenizer, tiny_llama_folder, learns=learns, epochs=1, rate=0.003)
+    losses = record.distilling.losses
+    assert len(losses) == (3 if learns == "both" else 2)
+    assert losses == sorted(set(losses), reverse=True)
+    assert record.zeros == record.weights // 2
+    changed = {name for name, tensor in tensors(tiny_llama).items() if not torch.equal(tensor, wanda(17)[name])}
+    linears = {f"{linear.name}.weight" for block in record.blocks for linear in block.linears}
+    vectors = {name for name, tensor in wanda(17).items() if tensor.dim() == 1}
+    assert changed == (linears if learns == "weights" else linears | vectors)
+    for name in linears:
+        assert torch.equal(tiny_llama.get_parameter(name) == 0, wanda(17)[name] == 0), name
+
+
+def test_losses_are_the_divergence_of_held_out_sequences(pristine_tiny_llama, tiny_tokenizer, tiny_llama_folder):
+    dense, model = pristine_tiny_llama, copy.deepcopy(pristine_tiny_llama)
+    tokens = torch.randint(3, 1000, (18, 24), generator=torch.Generator().manual_seed(0))
+    recipe = Recipe.load("wanda", None, ["distill={method: kl, epochs: 1, rate: 0.01, autocast: false, held_out: 8}"])
+    calibration = besa.Calibration(tokens, "random tokens", 0)
+    record = besa.compress(model, recipe, calibration, tokenizer=tiny_tokenizer).record
+    with torch.no_grad():
+        by_hand = plain_divergence(model(tokens[::8]).logits, dense(tokens[::8]).logits)
+    assert record.distilling.losses[-1] < record.distilling.losses[0]
+    assert record.distilling.losses[-1] == pytest.approx(float(by_hand), rel=1e-4)
+
+
+def test_where_nothing_helps_weights_stay_as_they_were(wanda, tiny_llama, tiny_tokenizer, tiny_llama_folder):
+    record = distilled(tiny_llama, tiny_tokenizer, tiny_llama_folder, samples=5, learns="together", epochs=5, rate=2.0)
+    assert len(record.distilling.losses) == 2  # the first epoch that does not help is the last
+    assert record.distilling.losses[1] > record.distilling.losses[0]
+    for name, tensor in tensors(tiny_llama).items():
+        assert torch.equal(tensor, wanda(5)[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_learns_in_full(dtype, tiny_llama, tiny_tokenizer, tiny_llama_folder):
+    model = tiny_llama.to(dtype)
+    record = distilled(model, tiny_tokenizer, tiny_llama_folder, epochs=1, rate=0.003)
+    assert record.distilling.losses[1] < record.distilling.losses[0]
+    zeros = sum(int((model.get_submodule(part.name).weight == 0).sum()) for b in record.blocks for part in b.linears)
+    assert (zeros, model.dtype) == (record.zeros, dtype)
+
+
+def test_steps_are_a_share_of_each_tensor_and_fall(monkeypatch, tiny_llama, tiny_tokenizer, tiny_llama_folder):
+    rates = []
+
+    class Watched(torch.optim.Adam):
+        def step(self):
+            rates.append(self.param_groups[0]["lr"])
+            norms = [p.grad.norm() for group in self.param_groups for p in group["params"] if p.grad is not None]
+            assert torch.stack(norms).norm() <= distilling.CLIPPED * 1.0001
+            return super().step()
+
+    monkeypatch.setattr(torch.optim, "Adam", Watched)
+    record = distilled(tiny_llama, tiny_tokenizer, tiny_llama_folder, samples=23, epochs=1, rate=0.002)
+    assert len(rates) == 21  # of 23 sequences, 2 are held out; the first step is 5 % of them
+    falling = [share / 21 for share in range(21, 0, -1)]
+    assert rates == pytest.approx([rates[0] * share for share in falling])
+    (name,) = [linear.name for linear in record.blocks[0].linears if linear.name.endswith("q_proj")]
+    kept = tensors(tiny_llama)  # after the run; its root mean square has hardly changed
+    kept = kept[f"{name}.weight"]
+    assert rates[0] == pytest.approx(0.002 * float(kept[kept != 0].square().mean().sqrt()), rel=0.02)
+
+
+def test_steps_grow_at_first():
+    course = object.__new__(distilling._Course)
+    course._settings, course._steps = MaskedKL(epochs=4, rate=0.1, batch=4), 10
+    rates = [course._rate(step) for step in range(40)]
+    assert rates[:3] == pytest.approx([0.1, 0.2, 0.2 * 38 / 39])
+    assert rates[-1] == pytest.approx(0.2 / 39)
+
+
+def test_what_does_nothing_does_nothing():
+    assert NoDistilling().distill(None, None, None) == Distilled([], False, [])
+    assert (NoDistilling().passes(0.5), NoDistilling().learning_bytes([5], [5])) == (0, 0)
+
+
+def test_what_learns_at_once():
+    for learns, stages in {
+        "weights": [["w"]],
+        "norms": [["n"]],
+        "both": [["n"], ["w"]],
+        "together": [["w", "n"]],
+    }.items():
+        assert MaskedKL(learns=learns).stages(["w"], ["n"]) == stages
+    assert MaskedKL(learns="both").stages(["w"], []) == [["w"]]
