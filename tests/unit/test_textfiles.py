@@ -184,7 +184,7 @@ def test_what_is_no_text_is_refused(write, name, content, reason):
 def test_files_that_are_not_there(tmp_path):
     for missing in ("no-such-text", "", str(tmp_path), "nul\0"):
         for call in (read, is_plain_text):
-            assert "embedded one (c4, wiki)" in refusal(call, type(tmp_path)(missing))
+            assert "embedded one (such as c4)" in refusal(call, type(tmp_path)(missing))
     assert "Could not read" in refusal(read, type(tmp_path)("x" * 5000))
 
 
