@@ -20,6 +20,10 @@ HALF_STEPS = 88 / 64 / 2  # passes over half of every sequence
         ("besa", ("allocation.granularity=attn-mlp",), 0.5 + 2 + 0.5 + 2 * 3 * HALF_STEPS),
         ("besa", ("allocation.batch=4",), 0.5 + 2 + 4 * 3 * HALF_STEPS),
         ("fast", (), 0.5 / 16 + 2 + 3 / 8 + 2 / 4),
+        ("besa", ("importance.statistics_every=8",), 0.5 + 1 / 8 + 1 + 3 * HALF_STEPS),
+        ("besa", ("importance.statistics_every=8", "allocation.teacher=pruned"), 0.5 / 16 + 2 + 3 * HALF_STEPS),
+        ("besa", ("importance.statistics_every=8", "reconstruction.method=obs"), 0.5 + 2 + 3 * HALF_STEPS),
+        ("wanda", ("importance.statistics_every=48",), 0.5 / 16 + 2 / 64 + 1),
         ("wanda", ("targets.method=search",), 0.5 / 16 + 2 + (3 + 1 + 4) / 8),
         ("wanda", ("targets={method: search, every: 4, strengths: [0, 1]}",), 0.5 / 16 + 2 + (3 + 1 + 2) / 4),
         ("wanda", ("allocation={method: nm, mixed: true}",), 0.5 / 16 + 2 + 2 / 4),
@@ -29,6 +33,11 @@ HALF_STEPS = 88 / 64 / 2  # passes over half of every sequence
 )
 def test_passes_are_those_of_the_algorithm(recipe: str, settings: tuple[str, ...], passes: float) -> None:
     assert forward_passes(Recipe.load(recipe, 0.5, settings), 64, 512) == pytest.approx(passes)
+
+
+def test_experts_need_the_statistics_of_all_sequences() -> None:
+    recipe = Recipe.load("besa", 0.5, ("importance.statistics_every=8",))
+    assert forward_passes(recipe, 64, 512, routed=True) == pytest.approx(0.5 + 2 + 3 * HALF_STEPS)
 
 
 @given(st.floats(7, 300), st.integers(2, 200), st.integers(2, 4096))

@@ -11,6 +11,7 @@ from besa.models.blocks import Block
 from besa.models.prunable import Prunable, find_prunables
 from besa.models.units import Unit
 from besa.observing.input_statistics import InputStatistics, collect, look
+from besa.system.ranks import Share
 
 
 class Attention(nn.Module):
@@ -411,10 +412,30 @@ def test_a_look_is_as_good_as_whole_passes_and_ends_early_where_it_may(kind, ski
 
     for place, module in enumerate(modules):
         module.down.register_forward_hook(count(place))
-    found = look(Unit(tuple(blocks)), x_NTC, 2, gram)
+    found = look(Unit(tuple(blocks)), x_NTC, 2, gram, Share.whole(5))
     assert list(found) == [*first, *last]
     for name, expected in (first | last).items():
         assert found[name].tokens == expected.tokens
         assert torch.equal(found[name].squares_I, expected.squares_I)
         assert (found[name].gram_II is None) if not gram else torch.equal(found[name].gram_II, expected.gram_II)
     assert calls == [3, 3 - skipped]
+
+
+def test_a_look_at_a_share_of_the_sequences_sees_these_alone_whoever_has_them():
+    torch.manual_seed(0)
+    module = Residual().requires_grad_(False)
+    block = Block(0, "b", module, find_prunables(module), {(n, 5): {} for n in (1, 2)})
+    x_NTC = torch.randn(8, 5, 6)
+    found = look(Unit((block,)), x_NTC, 2, False, Share.whole(8), 3)
+    expected = look(Unit((block,)), x_NTC[[0, 3, 6]], 1, False, Share.whole(3))
+    halves = [
+        look(Unit((block,)), x_NTC[part], 2, False, Share(part.start, part.stop, 8), 3)
+        for part in (slice(0, 4), slice(4, 8))
+    ]
+    nothing = look(Unit((block,)), x_NTC[4:6], 2, False, Share(4, 6, 8), 3)
+    assert list(found) == list(expected) == list(nothing)
+    for name, one in found.items():
+        assert one.tokens == 15
+        assert torch.equal(one.squares_I, expected[name].squares_I)
+        assert torch.equal(one.squares_I, halves[0][name].squares_I + halves[1][name].squares_I)
+        assert nothing[name].tokens == 0

@@ -19,6 +19,7 @@ from besa.models.transfers import fetched
 from besa.models.units import Unit
 from besa.observing.products import Products
 from besa.system import ranks
+from besa.system.ranks import Share
 
 UNSEEN = [-1, 0]  # of a matrix that no token of a rank reached: number of its input, and tokens
 
@@ -158,7 +159,9 @@ def collect(block: nn.Module, prunables: Mapping[str, Prunable], gram: bool) -> 
 
 
 @torch.no_grad()
-def look(unit: Unit, x_NTC: HiddenStates, batch: int, gram: bool) -> dict[str, InputStatistics]:
+def look(
+    unit: Unit, x_NTC: HiddenStates, batch: int, gram: bool, share: Share, every: int = 1
+) -> dict[str, InputStatistics]:
     """The input statistics of all matrices of a unit, by full name; its outputs are not needed.
 
     If every matrix sees every token once in the first pass, later passes stop before the last matmul.
@@ -168,7 +171,13 @@ def look(unit: Unit, x_NTC: HiddenStates, batch: int, gram: bool) -> dict[str, I
         x_NTC: its inputs.
         batch: sequences in a forward pass.
         gram: whether to sum up Gram matrices.
+        share: the sequences of the inputs, which are those of this rank.
+        every: one sequence in so many is looked at.
     """
+    if every == 1:
+        passes = [slice(start, start + batch) for start in range(0, len(x_NTC), batch)]
+    else:  # by themselves, so that sums do not depend on how ranks share the sequences
+        passes = [slice(place, place + 1) for place in share.own(share.every(every))]
     sums = [_Sums(gram) for _ in unit.blocks]
     final: str | None = None
 
@@ -180,11 +189,13 @@ def look(unit: Unit, x_NTC: HiddenStates, batch: int, gram: bool) -> dict[str, I
     with ExitStack() as stack:
         for block, receive in zip(unit.blocks, [*(block_sums.add for block_sums in sums[:-1]), add], strict=True):
             stack.enter_context(Products(block.module, block.prunables, receive))
-        for start in range(0, len(x_NTC), batch):
-            batch_NTC = x_NTC[start : start + batch]
+        for one_pass in passes:
+            batch_NTC = x_NTC[one_pass]
             with suppress(_Enough):
                 unit(fetched(batch_NTC, unit.device))
-            if start == 0 and sums[-1].saw_all_once(unit.blocks[-1], batch_NTC.shape[0] * batch_NTC.shape[1]):
+            if one_pass is passes[0] and sums[-1].saw_all_once(
+                unit.blocks[-1], batch_NTC.shape[0] * batch_NTC.shape[1]
+            ):
                 final = list(sums[-1].statistics)[-1]
     for block, block_sums in zip(unit.blocks, sums, strict=True):
         block_sums.fill_up(block.module, block.prunables)

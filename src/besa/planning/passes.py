@@ -30,7 +30,9 @@ def most(shares: Sequence[Share], every: int = 1) -> int:
     return max(len(share.every(every)) for share in shares)
 
 
-def forward_passes(recipe: Recipe, samples: int, seqlen: int, batch: int = 1, ranks: int = 1) -> float:
+def forward_passes(
+    recipe: Recipe, samples: int, seqlen: int, batch: int = 1, ranks: int = 1, routed: bool = False
+) -> float:
     """Forward passes over the calibration set, through all blocks, that a recipe takes at most.
 
     Of several ranks, those of the rank with the most sequences, over its own. Where a rank waits for one that has more
@@ -42,12 +44,14 @@ def forward_passes(recipe: Recipe, samples: int, seqlen: int, batch: int = 1, ra
         seqlen: tokens of each.
         batch: sequences in a forward pass.
         ranks: that share them.
+        routed: whether the model has experts.
     """
     shares = shares_of(samples, batch, ranks)
     own = most(shares)
     every, tokens = dense_share(recipe, seqlen)
     dense = most(shares, every) * tokens / (own * seqlen)
-    passes = dense + 2  # the dense path, statistics, the pruned path
+    observed = most(shares, recipe.statistics_every(routed=routed)) / own
+    passes = dense + observed + 1  # the dense path, statistics, the pruned path
     parts = 2 if recipe.granularity == "attn-mlp" else 1  # attention has its own teacher and its own steps
     if parts == 2:
         passes += 1 if recipe.teacher == "pruned" else dense

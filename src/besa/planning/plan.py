@@ -167,6 +167,7 @@ def work_out(
     on_device = places["device"] + max(outside, work)
     gpu = None if shares_memory(device) else on_device
     needs = memory.current_bytes() + TEXT + places["host"] + (on_device if gpu is None else 2 * unit_size)
+    routed = any(prunable.routed for block in blocks for prunable in block.prunables.values())
     disk = disk_bytes(size) + ranks * places["file"]
     zeros = sum(budget.zeros for budget in plan)
     lacking = list(_lacking(needs, gpu, disk, device, folder, ranks))
@@ -188,7 +189,7 @@ def work_out(
         activation_places=places,
         memory_bytes=needs,
         gpu_memory_bytes=gpu,
-        forward_passes=forward_passes(recipe, samples, seqlen, batch, ranks),
+        forward_passes=forward_passes(recipe, samples, seqlen, batch, ranks, routed),
         fits=not lacking,
         lacking=lacking,
     )

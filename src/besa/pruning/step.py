@@ -112,7 +112,8 @@ def _observe(step: Step, outputs_NTC: HiddenStates | None) -> tuple[dict[str, In
             dense_outputs.append(step.dense_NTC if block is unit.blocks[-1] else _error_sample(step))
     if outputs_NTC is None:
         with watch("statistics"):
-            return look(unit, step.pruned_NTC, batch, recipe.needs_gram), dense_outputs
+            every = recipe.statistics_every(routed=any(prunable.routed for prunable in unit.prunables.values()))
+            return look(unit, step.pruned_NTC, batch, recipe.needs_gram, step.share, every), dense_outputs
     with watch("statistics"), ExitStack() as stack:
         collected = [
             stack.enter_context(collect(block.module, block.prunables, recipe.needs_gram)) for block in unit.blocks
