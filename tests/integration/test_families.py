@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from besa import BesaError, Calibration, compress
 from besa.errors import Interrupted
+from besa.methods.recipe import Recipe
 from besa.models.blocks import find_blocks, left_dense
 
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
@@ -214,6 +215,18 @@ def test_bfloat16_files_stay_what_they_are(family: str, tiny_tokenizer: Any, tmp
     assert before.dtype == torch.bfloat16
     assert different(before, after) == set()
     assert config_of_loaded(after) == config_of_loaded(before)
+
+
+def test_statistics_from_a_share_of_the_sequences_are_of_all_where_there_are_experts(tiny_tokenizer: Any) -> None:
+    """One sequence may not reach an expert that others reach, and it would be pruned by its weights alone."""
+    for family, same in (("qwen3_moe", True), ("llama", False)):
+        pruned = []
+        for every in (1, 1000):
+            model = random_model(config_of(family))
+            recipe = Recipe.load("wanda", 0.5, [f"importance.statistics_every={every}"])
+            compress(model, recipe, TOKENS, tokenizer=tiny_tokenizer)
+            pruned.append(model)
+        assert (different(*pruned) == set()) == same, family
 
 
 def test_experts_no_token_reached_are_reported_and_pruned_by_magnitude(tiny_tokenizer: Any, tmp_path: Path) -> None:

@@ -625,9 +625,9 @@ def test_an_expert_that_a_sequence_does_not_reach_has_no_gradient_from_the_one_b
     seen = []
     backward = ChangingLinears.backward
 
-    def watched(self, penalty):
+    def watched(self, factor, penalty):
         seen.append([gradient.clone() for gradient in self.gradients])
-        backward(self, penalty)
+        backward(self, factor, penalty)
 
     monkeypatch.setattr(ChangingLinears, "backward", watched)
     Besa(steps=2, batch=batch, tolerance=0, crop=1, autocast=False, travel=1e-9).allocate(problem)

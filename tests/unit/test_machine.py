@@ -6,7 +6,7 @@ import torch
 from besa import cli
 from besa.errors import Notice
 from besa.kernels import native
-from besa.system.machine import machine, multiplies_bfloat16, versions
+from besa.system.machine import loss_scaler, machine, multiplies_bfloat16, versions
 
 
 def test_the_machine_tells_what_computes(monkeypatch):
@@ -23,6 +23,18 @@ def test_the_machine_tells_what_computes(monkeypatch):
 def test_bfloat16_is_what_the_processor_says(monkeypatch, has, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
     assert multiplies_bfloat16(torch.device("cpu")) == expected
+
+
+@pytest.mark.parametrize(("outputs", "at_least"), [(1, 2**16), (256 * 576, 2**17), (1024 * 8192, 2**23)])
+def test_the_scale_of_a_float16_loss_makes_up_for_its_outputs(outputs, at_least):
+    """The gradient of a mean is as much smaller as it has more terms, and float16 has none below 6e-8."""
+    scaler = loss_scaler(torch.float16, torch.device("cpu"), outputs)
+    y = torch.full((outputs,), 0.01, dtype=torch.float16, requires_grad=True)
+    scaler.scale(y.float().square().mean()).backward()
+    assert scaler.get_scale() >= at_least
+    assert y.grad.min() > 0.01
+    assert y.grad.isfinite().all()
+    assert loss_scaler(torch.bfloat16, torch.device("cpu"), outputs).scale(torch.tensor(3.0)) == 3
 
 
 def test_versions():

@@ -212,7 +212,7 @@ def test_gradients_reach_the_logits_as_through_a_dense_mask(per_row, mask):
     value = loss(linears.weights.values())
     value.backward()
     assert all(leaf.grad is None for leaf in linears.weights.values())
-    linears.backward(torch.tensor(0.0))
+    linears.backward(torch.tensor(16.0), torch.tensor(0.0))
 
     reference_RD = logits_RD.double().requires_grad_()
     beta_RD = reference_RD.softmax(dim=1)
@@ -229,7 +229,7 @@ def test_gradients_reach_the_logits_as_through_a_dense_mask(per_row, mask):
     reference.backward()
     assert reference_RD.grad.abs().max() > 1e-3
     torch.testing.assert_close(value.double(), reference, rtol=1e-5, atol=0)
-    torch.testing.assert_close(found.logits_RD.grad.double(), reference_RD.grad, rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(found.logits_RD.grad.double() / 16, reference_RD.grad, rtol=1e-4, atol=1e-8)
 
 
 def test_masked_weights_in_bfloat16():
@@ -242,7 +242,7 @@ def test_masked_weights_in_bfloat16():
     linears.update()
     assert leaf_OI.tolist() == [[0, -2, 4, -8]]
     leaf_OI.sum().backward()
-    linears.backward(torch.tensor(0.0))
+    linears.backward(torch.tensor(1.0), torch.tensor(0.0))
     slope_D = torch.tensor([0.0, 1, 5])  # dL/dbeta: nothing, −(1 − 2), −(1 − 2 + 4 − 8)
     assert logits_RD.grad.tolist() == [pytest.approx(((slope_D - slope_D.mean()) / 3).tolist())]
     linears.update()
@@ -255,7 +255,7 @@ def test_the_penalty_pulls_towards_the_target():
     linears = masked_linears({"w": torch.ones(1, 4)}, found)
     linears.update()
     (0 * linears.weights["w"]).sum().backward()
-    linears.backward(torch.tensor(3.0))
+    linears.backward(torch.tensor(1.0), torch.tensor(3.0))
     expected_RD = torch.zeros(1, 3, requires_grad=True)
     (3 * ((expected_RD.softmax(1) @ torch.tensor([0.0, 0.5, 1])) / 0.25 - 1).square().sum()).backward()
     torch.testing.assert_close(logits_RD.grad, expected_RD.grad)

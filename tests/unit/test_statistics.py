@@ -452,3 +452,23 @@ def test_a_single_sequence_is_solved_for_and_judged_by():
     found = look(Unit((block,)), torch.randn(1, 5, 6), 1, True, Share.whole(1))
     assert found["up"].gram_II.any()
     assert torch.equal(found["up"].gram_II, found["up"].held_II)
+
+
+def test_a_look_at_a_share_of_the_sequences_sees_these_alone_whoever_has_them():
+    torch.manual_seed(0)
+    module = Residual().requires_grad_(False)
+    block = Block(0, "b", module, find_prunables(module), {(n, 5): {} for n in (1, 2)})
+    x_NTC = torch.randn(8, 5, 6)
+    found = look(Unit((block,)), x_NTC, 2, False, Share.whole(8), 3)
+    expected = look(Unit((block,)), x_NTC[[0, 3, 6]], 1, False, Share.whole(3))
+    halves = [
+        look(Unit((block,)), x_NTC[part], 2, False, Share(part.start, part.stop, 8), 3)
+        for part in (slice(0, 4), slice(4, 8))
+    ]
+    nothing = look(Unit((block,)), x_NTC[4:6], 2, False, Share(4, 6, 8), 3)
+    assert list(found) == list(expected) == list(nothing)
+    for name, one in found.items():
+        assert one.tokens == 15
+        assert torch.equal(one.squares_I, expected[name].squares_I)
+        assert torch.equal(one.squares_I, halves[0][name].squares_I + halves[1][name].squares_I)
+        assert nothing[name].tokens == 0

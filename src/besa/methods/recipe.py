@@ -111,6 +111,15 @@ class Recipe(Settings):
         """Whether any choice needs the Gram matrix of the linears' inputs."""
         return self.importance.needs_gram or self.reconstruction.needs_gram
 
+    def statistics_every(self, *, routed: bool) -> int:
+        """One sequence in how many the statistics of the inputs are taken on.
+
+        Args:
+            routed: whether the model has experts; a share of the sequences may not reach all of them.
+        """
+        # A Gram matrix needs more tokens than channels. The teacher of the pruned path sees all sequences anyway.
+        return 1 if routed or self.needs_gram or self.teacher == "pruned" else self.importance.every
+
     def with_exceptions(self, skip: Sequence[str], sparsity_of: Sequence[str]) -> Recipe:
         """The recipe with further patterns.
 

@@ -192,7 +192,9 @@ def collect(block: nn.Module, prunables: Mapping[str, Prunable], gram: bool) -> 
 
 
 @torch.no_grad()
-def look(unit: Unit, x_NTC: HiddenStates, batch: int, gram: bool, share: Share) -> dict[str, InputStatistics]:
+def look(
+    unit: Unit, x_NTC: HiddenStates, batch: int, gram: bool, share: Share, every: int = 1
+) -> dict[str, InputStatistics]:
     """The input statistics of all matrices of a unit, by full name; its outputs are not needed.
 
     If every matrix sees every token once in the first pass, later passes stop before the last matmul. The sequences at
@@ -204,7 +206,12 @@ def look(unit: Unit, x_NTC: HiddenStates, batch: int, gram: bool, share: Share) 
         batch: sequences in a forward pass.
         gram: whether to sum up Gram matrices.
         share: the sequences of the inputs, which are those of this rank.
+        every: one sequence in so many is looked at.
     """
+    if every == 1:
+        passes = [slice(start, start + batch) for start in range(0, len(x_NTC), batch)]
+    else:  # by themselves, so that sums do not depend on how ranks share the sequences
+        passes = [slice(place, place + 1) for place in share.own(share.every(every))]
     sums = [_Sums(gram) for _ in unit.blocks]
     final: str | None = None
 
@@ -216,14 +223,16 @@ def look(unit: Unit, x_NTC: HiddenStates, batch: int, gram: bool, share: Share) 
     with ExitStack() as stack:
         for block, receive in zip(unit.blocks, [*(block_sums.add for block_sums in sums[:-1]), add], strict=True):
             stack.enter_context(Products(block.module, block.prunables, receive))
-        for start in range(0, len(x_NTC), batch):
-            batch_NTC = x_NTC[start : start + batch]
-            held_out = [(share.first + start + at) % HELD_OUT == 0 for at in range(len(batch_NTC))]
+        for one_pass in passes:
+            batch_NTC = x_NTC[one_pass]
+            held_out = [(share.first + one_pass.start + at) % HELD_OUT == 0 for at in range(len(batch_NTC))]
             for block_sums in sums:
                 block_sums.held_out = held_out
             with suppress(_Enough):
                 unit(fetched(batch_NTC, unit.device))
-            if start == 0 and sums[-1].saw_all_once(unit.blocks[-1], batch_NTC.shape[0] * batch_NTC.shape[1]):
+            if one_pass is passes[0] and sums[-1].saw_all_once(
+                unit.blocks[-1], batch_NTC.shape[0] * batch_NTC.shape[1]
+            ):
                 final = list(sums[-1].statistics)[-1]
     for block, block_sums in zip(unit.blocks, sums, strict=True):
         block_sums.fill_up(block.module, block.prunables)

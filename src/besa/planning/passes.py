@@ -44,7 +44,7 @@ def head_share(model: PreTrainedModel, blocks: Sequence[Block]) -> float:
 
 
 def forward_passes(
-    recipe: Recipe, samples: int, seqlen: int, batch: int = 1, ranks: int = 1, head: float = 0.0
+    recipe: Recipe, samples: int, seqlen: int, batch: int = 1, ranks: int = 1, routed: bool = False, head: float = 0.0
 ) -> float:
     """Forward passes over the calibration set, through all blocks, that a recipe takes at most.
 
@@ -57,13 +57,17 @@ def forward_passes(
         seqlen: tokens of each.
         batch: sequences in a forward pass.
         ranks: that share them.
+        routed: whether the model has experts.
         head: cost of the model's head (`head_share`), which counts where the whole model learns.
     """
     shares = shares_of(samples, batch, ranks)
     own = most(shares)
     every, tokens = dense_share(recipe, seqlen)
     dense = most(shares, every) * tokens / (own * seqlen)
-    passes = dense + 2  # the dense path, statistics, the pruned path
+    observed = most(shares, recipe.statistics_every(routed=routed)) / own
+    passes = dense + observed + 1  # the dense path, statistics, the pruned path
+    if recipe.teacher == "pruned":
+        passes += 1  # its outputs
     parts = 2 if recipe.granularity == "attn-mlp" else 1  # attention has its own teacher and its own steps
     if parts == 2:
         passes += 1 if recipe.teacher == "pruned" else dense

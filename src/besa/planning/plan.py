@@ -185,6 +185,7 @@ def work_out(
     on_device = places["device"] + max(outside, work, distilling)
     gpu = None if shares_memory(device) else on_device
     needs = memory.current_bytes() + TEXT + places["host"] + (on_device if gpu is None else 2 * unit_size)
+    routed = any(prunable.routed for block in blocks for prunable in block.prunables.values())
     disk = whole_disk_bytes(model, blocks, pruned, recipe, size) + ranks * places["file"]
     zeros = sum(budget.zeros for budget in plan)
     most_at_once = ranks * needs
@@ -215,7 +216,7 @@ def work_out(
         memory_bytes=needs,
         gpu_memory_bytes=gpu,
         distilling_bytes=distilling,
-        forward_passes=forward_passes(recipe, samples, seqlen, batch, ranks, head_share(model, blocks)),
+        forward_passes=forward_passes(recipe, samples, seqlen, batch, ranks, routed, head_share(model, blocks)),
         writing_passes=own * PASSES,
         fits=not lacking,
         lacking=lacking,

@@ -112,7 +112,8 @@ def _observe(step: Step, outputs_NTC: HiddenStates | None) -> tuple[dict[str, In
     with watch("statistics"):
         if outputs_NTC is not None:
             unit.run(step.pruned_NTC, batch, into=outputs_NTC)
-        return look(unit, step.pruned_NTC, batch, recipe.needs_gram, step.share), dense_outputs
+        every = recipe.statistics_every(routed=any(prunable.routed for prunable in unit.prunables.values()))
+        return look(unit, step.pruned_NTC, batch, recipe.needs_gram, step.share, every), dense_outputs
 
 
 def _check_seen(step: Step, statistics: Mapping[str, InputStatistics]) -> None:

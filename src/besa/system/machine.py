@@ -50,12 +50,18 @@ def learning_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.float32 and multiplies_bfloat16(device) else dtype
 
 
-def loss_scaler(dtype: torch.dtype, device: torch.device) -> torch.amp.GradScaler:
+def loss_scaler(dtype: torch.dtype, device: torch.device, outputs: int = 1) -> torch.amp.GradScaler:
     """Scales the loss of a descent in float16, in which many gradients would underflow to zero.
 
     A step whose gradients overflow is skipped, and the scale is halved. In other dtypes nothing changes.
+
+    Args:
+        dtype: of the products.
+        device: that computes.
+        outputs: numbers that the loss is a mean over. The gradient of each is as much smaller as they are more.
     """
-    return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    scale = 2.0 ** max(16, outputs.bit_length())
+    return torch.amp.GradScaler(device.type, init_scale=scale, enabled=dtype == torch.float16)
 
 
 def _kernels(device: torch.device) -> str:

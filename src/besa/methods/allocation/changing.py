@@ -83,25 +83,26 @@ class ChangingLinears:
         for part in self._parts:
             part.finish_pass()
 
-    def backward(self, penalty: Tensor) -> None:
+    def backward(self, factor: Tensor, penalty: Tensor) -> None:
         """Compute the gradients of the parameters from `gradients`.
 
         Args:
+            factor: by which the gradients of the first term of eq. 1 are multiplied (scalar).
             penalty: weight of the second term of eq. 1.
         """
         if self.rates is not None:
             sparsity_term = self.rates.sparsity_term(self._alpha_R)
-            torch.autograd.backward([self._beta_RD, sparsity_term], [self._beta_gradient(), penalty])
+            torch.autograd.backward([self._beta_RD, sparsity_term], [self._beta_gradient(factor), penalty])
         for part in self._parts:
-            if part.clipping is not None:
-                part.clipping.logits_2OG.grad = part.clipping_gradient
+            if part.clipping is not None and part.clipping_gradient is not None:
+                part.clipping.logits_2OG.grad = part.clipping_gradient * factor
 
-    def _beta_gradient(self) -> Tensor:
-        """dL/dbeta (R, D): −Σ_j dL/dM_j · [candidate d prunes rank j]."""
+    def _beta_gradient(self, factor: Tensor) -> Tensor:
+        """dL/dbeta (R, D) × the factor: −Σ_j dL/dM_j · [candidate d prunes rank j]."""
         sums = [part.sums_OD for part in self._parts]
         if not self._per_row:
             sums = [sums_OD.sum(dim=0, keepdim=True) for sums_OD in sums]
-        return torch.cat(sums).cumsum(dim=1).neg_()
+        return torch.cat(sums).cumsum(dim=1).mul_(-factor)
 
     def row_rates(self) -> dict[str, Tensor]:
         """The learned rate of each row (O,) by full name."""

@@ -18,6 +18,9 @@ from besa.settings import Learning
 from besa.system.machine import learning_dtype, loss_scaler
 
 LOOK_EVERY = 16  # steps, at least, between two looks at the losses
+# Gradients that Adam sees are around 1, whatever the model: some of them are far smaller, and it must not damp those.
+EPS = 1e-16
+SMALLEST = 1e-30  # a loss, to divide by
 
 
 class Descent(Learning):
@@ -63,13 +66,15 @@ class Descent(Learning):
             constant: weights (O, I) by full name that replace others of the block and do not learn.
         """
         parameters = [parameter for part in parts for parameter in part.parameters]
-        optimizer = torch.optim.Adam(parameters, lr=2 * self.travel / self.steps, fused=True)
+        count = sum(parameter.numel() for parameter in parameters)
+        optimizer = torch.optim.Adam(parameters, lr=2 * self.travel / self.steps, eps=EPS, fused=True)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=self.steps)
         weights = constant | {name: leaf for part in parts for name, leaf in part.weights.items()}
         tokens = first_tokens(problem.inputs_NTC[:1].shape[1], self.crop)
         dtype = self.dtype(problem)
         autocast = torch.autocast(problem.device.type, dtype, enabled=dtype != problem.dtype)
-        scaler = loss_scaler(dtype, problem.device)
+        scaler = loss_scaler(dtype, problem.device, tokens * problem.inputs_NTC.shape[-1])
+        weight = torch.full((), self.penalty * count, device=problem.device)
         losses: list[Tensor] = []
         in_pass = -(-problem.share.total // self.sequences)
         for sequences in self._steps(problem.share.total, problem.seed):
@@ -86,9 +91,10 @@ class Descent(Learning):
                 mean.add([loss, *(gradient for part in parts for gradient in part.gradients)])
             mean.into([loss, *(gradient for part in parts for gradient in part.gradients)])
             losses.append(loss)
+            # The gradient of the loss's logarithm, by parameters: neither a small loss nor a wide block makes it small.
+            factor = count / loss.clamp_min(SMALLEST)
             for part in parts:
-                # Relative to the loss, which grows tenfold from 50 to 90 %, one λ fits every sparsity and model.
-                part.backward(self.penalty * scaler.scale(loss))
+                part.backward(factor, scaler.scale(weight))
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()

@@ -24,6 +24,11 @@ class Criterion(Settings):
     needs_gram: ClassVar[bool] = False
     power: ClassVar[int | None] = None
 
+    @property
+    def every(self) -> int:
+        """One sequence in how many `score` takes its statistics from, if the recipe needs no Gram matrix."""
+        return 1
+
     @abstractmethod
     def score(self, w_OI: Tensor, statistics: InputStatistics) -> Tensor:
         """The importance of each weight (O, I), float32, not negative; the lowest are pruned first.
