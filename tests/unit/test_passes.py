@@ -53,7 +53,7 @@ def test_the_head_is_a_share_of_the_blocks(tiny_llama) -> None:
 
 
 def test_distilling_has_what_fine_tuning_leaves() -> None:
-    recipe = Recipe.load("best", None, ["finetune.epochs=2", "distill.method=kl"])
+    recipe = Recipe.load("best", None, ["finetune.method=adam", "finetune.epochs=2", "distill.epochs=1", "distill.method=kl"])
     spent = spending(recipe, 40, 64, 512, head=0.25)
     assert spent.finetune.epochs == 2
     more = spent.model_copy(update={"distill": spent.distill.model_copy(update={"epochs": spent.distill.epochs + 1})})
