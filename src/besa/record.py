@@ -62,6 +62,7 @@ class DistillingRecord(Record):
     """The stage in which the whole model learned."""
 
     losses: list[float] = Field(description="held-out divergence in nats before the first epoch and after every epoch")
+    passes: float = Field(default=0.0, description="forward passes over the calibration set; a backward pass is two")
     seconds: float
     phases: dict[str, float] = Field(description="seconds by phase")
     sent: dict[str, int] = Field(default={}, description="bytes that each of several ranks sent to others, by phase")

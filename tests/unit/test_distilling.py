@@ -172,6 +172,8 @@ def test_where_nothing_helps_weights_stay_as_they_were(wanda, tiny_llama, tiny_t
     record = distilled(tiny_llama, tiny_tokenizer, tiny_llama_folder, samples=5, learns="together", epochs=5, rate=2.0)
     assert len(record.distilling.losses) == 2  # the first epoch that does not help is the last
     assert record.distilling.losses[1] > record.distilling.losses[0]
+    head = 1024 * 96 / sum(parameter.numel() for parameter in tiny_llama.model.layers.parameters())
+    assert record.distilling.passes == pytest.approx(((4 + 3 * head) * 15 + 2 * (1 + 2 * head)) / 16)
     for name, tensor in tensors(tiny_llama).items():
         assert torch.equal(tensor, wanda(5)[name]), name
 

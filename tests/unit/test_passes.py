@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from besa.errors import BesaError
 from besa.methods.recipe import Recipe
 from besa.models.blocks import find_blocks
-from besa.planning import forward_passes, head_share, spending
+from besa.models.whole import head_share
+from besa.planning import forward_passes, spending
 
 HALF_STEPS = 88 / 64 / 2  # passes over half of every sequence
 

@@ -297,7 +297,8 @@ def _recipe(
     from besa.models.blocks import find_blocks
     from besa.models.limits import positions
     from besa.models.loading import locate, read_config, skeleton
-    from besa.planning import head_share, spending
+    from besa.models.whole import head_share
+    from besa.planning import spending
 
     recipe = Recipe.load(name, sparsity, settings or ()).with_exceptions(skip or (), sparsity_of or ())
     if passes is None:

@@ -119,8 +119,13 @@ class Distiller(Settings):
         """
         return 0.0
 
-    def passes(self, head: float) -> float:
-        """Forward passes over the calibration set in all epochs, at most; argument as of `epoch_passes`."""
+    def passes(self, head: float, epochs: int | None = None) -> float:
+        """Forward passes over the calibration set in so many epochs, by default as many as there are at most.
+
+        Args:
+            head: as of `epoch_passes`.
+            epochs: of one part after the other.
+        """
         return 0.0
 
     def learned_passes(self, head: float) -> float:
@@ -211,9 +216,10 @@ class MaskedKL(Learning, Distiller):
         learning = (LEARNING + LEARNING_HEADS * head) * (1 - held)
         return len(self.stages([0], [0])) * (learning + (1 + HEADS * head) * held)
 
-    def passes(self, head: float) -> float:
+    def passes(self, head: float, epochs: int | None = None) -> float:
         """All epochs, and a forward pass over the held-out sequences before the first."""
-        return self.epochs * self.epoch_passes(head) + (1 + HEADS * head) / self.held_out
+        share = self.epochs if epochs is None else epochs / len(self.stages([0], [0]))
+        return share * self.epoch_passes(head) + (1 + HEADS * head) / self.held_out
 
     def learned_passes(self, head: float) -> float:
         """Forward and backward over the sequences learned from, in all epochs."""

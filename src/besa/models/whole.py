@@ -136,3 +136,11 @@ class Whole:
 
     def _multiplying_in(self, dtype: torch.dtype) -> torch.autocast:
         return torch.autocast(self.device.type, dtype, enabled=dtype != self._model.dtype)
+
+
+def head_share(model: PreTrainedModel, blocks: Sequence[Block]) -> float:
+    """The cost of a model's head, as a share of a forward pass through all its blocks."""
+    config = model.config.get_text_config()
+    inside = sum(parameter.numel() for block in blocks for parameter in block.module.parameters())
+    head: int = config.vocab_size * config.hidden_size
+    return head / inside

@@ -10,12 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from transformers import PreTrainedModel
-
 from besa.errors import BesaError
 from besa.methods.allocation import first_tokens
 from besa.methods.recipe import Recipe
-from besa.models.blocks import Block
 from besa.pruning.paths import dense_share
 from besa.settings import LARGEST
 from besa.system.ranks import Share, together
@@ -35,14 +32,6 @@ def most(shares: Sequence[Share], every: int = 1) -> int:
     return max(len(share.every(every)) for share in shares)
 
 
-def head_share(model: PreTrainedModel, blocks: Sequence[Block]) -> float:
-    """The cost of a model's head, as a share of a forward pass through all its blocks."""
-    config = model.config.get_text_config()
-    inside = sum(parameter.numel() for block in blocks for parameter in block.module.parameters())
-    head: int = config.vocab_size * config.hidden_size
-    return head / inside
-
-
 def forward_passes(
     recipe: Recipe, samples: int, seqlen: int, batch: int = 1, ranks: int = 1, routed: bool = False, head: float = 0.0
 ) -> float:
@@ -58,7 +47,7 @@ def forward_passes(
         batch: sequences in a forward pass.
         ranks: that share them.
         routed: whether the model has experts.
-        head: cost of the model's head (`head_share`), which counts where the whole model learns.
+        head: cost of the model's head (`models.whole.head_share`), which counts where the whole model learns.
     """
     shares = shares_of(samples, batch, ranks)
     own = most(shares)

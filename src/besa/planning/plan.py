@@ -20,7 +20,8 @@ from besa.methods.targets.budgets import budgets
 from besa.models.activations import Place, Room
 from besa.models.blocks import Block, left_dense
 from besa.models.units import Unit, units
-from besa.planning.passes import forward_passes, head_share, most, shares_of
+from besa.models.whole import head_share
+from besa.planning.passes import forward_passes, most, shares_of
 from besa.planning.peak import learning_bytes, stored_bytes, unit_bytes
 from besa.planning.shapes import learn_arguments, shared_inputs
 from besa.planning.traffic import traffic

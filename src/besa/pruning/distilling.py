@@ -14,7 +14,7 @@ from besa.methods.recipe import Recipe
 from besa.models.activations import HiddenStates
 from besa.models.blocks import embedded
 from besa.models.streaming import Decoder
-from besa.models.whole import Whole
+from besa.models.whole import Whole, head_share
 from besa.progress import Progress
 from besa.pruning.paths import Resources
 from besa.record import BlockRecord, DistillingRecord
@@ -84,9 +84,13 @@ def distill(
         with watch("distill"):
             states = _SharedSnapshots(Snapshots(journal.folder) if journal is not None else None)
             distilled = recipe.distill.distill(pupil, states, progress)
-        seconds = watch.seconds
+        seconds, head = watch.seconds, head_share(decoder.model, blocks)
         record = DistillingRecord(
-            losses=distilled.losses, seconds=sum(seconds.values()), phases=seconds, sent=watch.sent
+            losses=distilled.losses,
+            passes=recipe.distill.passes(head, len(distilled.losses) - 1),
+            seconds=sum(seconds.values()),
+            phases=seconds,
+            sent=watch.sent,
         )
         if journal is not None:
             rest = decoder.stored_outside(name for name in distilled.changed if not pupil.whole.place(name))
