@@ -109,7 +109,7 @@ TUNINGS = (
 STUDIES = {
     "tiny-50": tiny("besa", 0.5, GRID),
     "tiny-70": tiny("besa", 0.7, learning((1, 88), (1, 44), (1, 22), *product(BATCHES, (44, 22)))),
-    "tiny-finetune": tiny("best", 0.5, TUNINGS),
+    "tiny-finetune": tiny("fast", 0.5, TUNINGS),
     "smollm2-50": smollm2(learning((1, 88), (1, 44), (4, 22), (2, 44), (8, 11), (1, 22), (4, 44))),
     "smollm2-finetune": smollm2(tuning(1, EPOCHS) | tuning(4, EPOCHS, 4e-3) | tuning(1, EPOCHS, 4e-3), "fast", 128),
 }

@@ -8,7 +8,7 @@ Costs are forward passes of the calibration set, counted (`besa.planning.passes`
 from besa.methods.recipe import Recipe
 from besa.planning import forward_passes, spending
 from besa.report.curves import Curve, Panel
-from experiments.experiment import DENSE_CASE, Case, Experiment, Found, Options, Verdict, at, by_sparsity
+from experiments.experiment import DENSE_CASE, Case, Experiment, Found, Options, Verdict, at, by_sparsity, head_of
 from experiments.running import run
 
 PASSES = 20  # that `best` may take
@@ -45,7 +45,8 @@ def cases(options: Options) -> list[Case]:
 
 
 def _spending(options: Options, recipe: Recipe) -> Recipe:
-    return spending(recipe, PASSES, options.conditions.samples, options.conditions.seqlen)
+    given = options.conditions
+    return spending(recipe, PASSES, given.samples, given.seqlen, head_of(given.model))
 
 
 def verdict(found: Found) -> Verdict:
@@ -81,7 +82,8 @@ def panels(found: Found) -> list[Panel]:
 def frontier(found: Found) -> Panel:
     """Perplexity against forward passes at the first sparsity; the line joins what nothing cheaper beats."""
     point, given = found.options.points[0], found.options.conditions
-    cost = {n: forward_passes(r, given.samples, given.seqlen) for n, r in methods(found.options, point).items()}
+    head, recipes = head_of(given.model), methods(found.options, point)
+    cost = {name: forward_passes(one, given.samples, given.seqlen, head=head) for name, one in recipes.items()}
     values = {name: found.score(at(name, point)) for name in cost}
     shown = [name for name in cost if name != "magnitude"]  # so far off that the others would fall into one
     line: list[str] = []

@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from transformers import PreTrainedModel
+
 from besa.data.questions import TASKS
 from besa.methods.recipe import Recipe
 from besa.models.blocks import find_blocks
 from besa.models.loading import locate, read_config, skeleton
+from besa.models.whole import head_share
 from besa.report.curves import Curve, Panel
 from besa.studies.rows import SCORES, Row
 from besa.studies.workspace import DENSE, Conditions, Measures, Outcome
@@ -211,5 +214,15 @@ def numbers(found: Found, labels: Sequence[str], score: str | None = None, digit
 
 def linear_names(model: str) -> dict[str, list[str]]:
     """Names of the model's linears by the name of their block, from its configuration alone."""
+    return {block.name: list(block.prunables) for block in find_blocks(_skeleton(model))}
+
+
+def head_of(model: str) -> float:
+    """The cost of the model's head, as a share of a forward pass through all its blocks."""
+    empty = _skeleton(model)
+    return head_share(empty, find_blocks(empty))
+
+
+def _skeleton(model: str) -> PreTrainedModel:
     source = locate(model).local(weights=False)
-    return {block.name: list(block.prunables) for block in find_blocks(skeleton(source, read_config(source)))}
+    return skeleton(source, read_config(source))

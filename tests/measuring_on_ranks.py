@@ -28,7 +28,7 @@ RECIPES = {  # by name: a shipped recipe, and settings
     "sparsegpt": ("sparsegpt", []),
     "sparsegpt-fixed": ("sparsegpt", ["reconstruction.mask=fixed"]),
     "fast": ("fast", []),
-    "best": ("best", ["finetune.method=adam", "finetune.epochs=1", "distill.epochs=1"]),
+    "best": ("best", ["finetune={method: adam, epochs: 1}", "distill.method=none"]),
     "distilled": ("wanda", ["distill={method: kl, learns: both, epochs: 1, rate: 1.0e-6}"]),
     "besa": ("besa", FEW),
     "attn-mlp": ("besa", [*FEW, "allocation.granularity=attn-mlp", "skip=['*.k_proj']"]),

@@ -64,7 +64,7 @@ def test_cells_are_compared_with_the_first_seed_by_seed(
 def test_a_study_goes_on_where_it_stopped(
     one_block: Path, tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    study = little(one_block, tiny_llama_folder, "best", tuning(1, 1) | tuning(2, 1))
+    study = little(one_block, tiny_llama_folder, "fast", tuning(1, 1) | tuning(2, 1))
     done = batches.carry_out(study, "little", 1, tmp_path / "work", tmp_path)
     assert all(one.mean[TUNING] > 0 for one in done)
     monkeypatch.setattr("besa.studies.workspace.compress", None)

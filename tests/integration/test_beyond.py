@@ -13,7 +13,7 @@ from besa.models.streaming import DecoderInMemory
 from besa.pruning import prune_blocks
 
 SIZES = {"samples": 16, "seqlen": 64}
-QUICK = ["finetune.epochs=2"]
+QUICK = ["distill.epochs=2"]
 
 
 def pruned(folder: Path, recipe: Recipe, out: Path, **options):
@@ -33,7 +33,7 @@ def test_each_step_lowers_the_perplexity(tiny_llama_folder, tmp_path):
 
 
 def test_best_goes_on_after_an_interruption_to_the_same(tiny_llama_folder, tmp_path):
-    recipe = Recipe.load("best", None, ["finetune.method=adam", "finetune.epochs=1", "distill.epochs=1"])
+    recipe = Recipe.load("best", None, ["finetune={method: adam, epochs: 1}", "distill.epochs=1"])
     sizes = {"samples": 8, "seqlen": 32}
 
     def stop(done, blocks, state):
@@ -61,7 +61,7 @@ def test_best_goes_on_after_an_interruption_to_the_same(tiny_llama_folder, tmp_p
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_parts_go_together(dtype, overrides, tiny_llama_folder, tmp_path):
-    recipe = Recipe.load("best", 0.55, ["finetune.method=adam", "finetune.epochs=1", "distill.epochs=1", *overrides])
+    recipe = Recipe.load("best", 0.55, ["finetune={method: adam, epochs: 1}", "distill.epochs=1", *overrides])
     record = pruned(tiny_llama_folder, recipe, tmp_path / "out", samples=4, seqlen=32, dtype=dtype).record
     assert record.zeros == round(0.55 * record.weights)
     assert all(block.reconstruction_error < 1 for block in record.blocks)
@@ -80,6 +80,6 @@ def test_mixtures_of_experts():
     )
     model = AutoModelForCausalLM.from_config(config).eval()
     calibration = Calibration(torch.randint(0, 64, (8, 16)), "random", 0)
-    recipe = Recipe.load("best", 0.5, ["finetune.method=adam", "finetune.epochs=1", "distill.epochs=1", "reconstruction.method=cg"])
+    recipe = Recipe.load("best", 0.5, ["finetune={method: adam, epochs: 1}", "distill.epochs=1"])
     records = prune_blocks(DecoderInMemory(model), recipe, calibration).records
     assert sum(block.zeros for block in records) == round(0.5 * sum(block.weights for block in records))

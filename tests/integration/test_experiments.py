@@ -365,7 +365,7 @@ def test_points_alone_are_named_where_they_are_and_crowded_places_get_round_tick
 def test_beyond_names_its_winner_and_draws_the_frontier() -> None:
     from experiments.beyond import PATTERN, PATTERNS, frontier, methods
 
-    names = methods(Options(Conditions("m"), Measures(), 0.5, 1, ()), 0.5)
+    names = methods(Options(Conditions(str(TINY)), Measures(), 0.5, 1, ()), 0.5)
     scores = {"dense": 5.0, **{f"{name} at {column}": 9.0 for name in names for column in ("50 %", "70 %")}}
     scores |= {f"{name} at {PATTERN}": 9.0 for name in PATTERNS}
     scores |= {f"best at {column}": 7.0 for column in ("50 %", "70 %", PATTERN)} | {"fast at 50 %": 8.0}
@@ -375,5 +375,5 @@ def test_beyond_names_its_winner_and_draws_the_frontier() -> None:
     edge, *points = frontier(fake(**scores)).curves
     assert {point.label for point in points} == set(names) - {"magnitude"}
     assert edge.y == [9.0, 8.0, 7.0] and list(edge.x) == sorted(edge.x)
-    spent = names["best"].finetune.epochs
+    spent = names["best"].distill.epochs
     assert spent == 5 and edge.x[-1] <= 20

@@ -30,7 +30,11 @@ HALF_STEPS = 88 / 64 / 2  # passes over half of every sequence
         ("wanda", ("targets={method: search, every: 4, strengths: [0, 1]}",), 0.5 / 16 + 2 + (3 + 1 + 2) / 4),
         ("wanda", ("allocation={method: nm, mixed: true}",), 0.5 / 16 + 2 + 2 / 4),
         ("wanda", ("allocation={method: nm}",), 0.5 / 16 + 2),
-        ("best", ("finetune.epochs=4",), 1 + 2 + 3 / 8 + 2 / 4 + 4 * (3 * 15 + 1) / 16 + 1 / 16),
+        (
+            "best",
+            ("finetune={method: adam, epochs: 4}", "distill.method=none"),
+            1 + 2 + 3 / 8 + 2 / 4 + 4 * (3 * 7 + 1) / 8 + 1 / 8,
+        ),
     ],
 )
 def test_passes_are_those_of_the_algorithm(recipe: str, settings: tuple[str, ...], passes: float) -> None:
@@ -42,8 +46,8 @@ def test_distilling_runs_blocks_twice_and_heads_of_both_models(learns: str, stag
     """For each learned sequence: forward, again, backward (2); the head forward, backward, and of the dense model."""
     recipe = Recipe.load("wanda", None, [f"distill={{method: kl, learns: {learns}, epochs: 3}}"])
     for head in (0.0, 0.25):
-        epoch = ((4 + 3 * head) * 15 + (1 + 2 * head)) / 16
-        expected = 1 + 2 + 3 * stages * epoch + (1 + 2 * head) / 16  # the dense path has all tokens
+        epoch = ((4 + 3 * head) * 7 + (1 + 2 * head)) / 8
+        expected = 1 + 2 + 3 * stages * epoch + (1 + 2 * head) / 8  # the dense path has all tokens
         assert forward_passes(recipe, 64, 512, head=head) == pytest.approx(expected)
 
 
@@ -54,7 +58,7 @@ def test_the_head_is_a_share_of_the_blocks(tiny_llama) -> None:
 
 
 def test_distilling_has_what_fine_tuning_leaves() -> None:
-    recipe = Recipe.load("best", None, ["finetune.method=adam", "finetune.epochs=2", "distill.epochs=1", "distill.method=kl"])
+    recipe = Recipe.load("best", None, ["finetune={method: adam, epochs: 2}"])
     spent = spending(recipe, 40, 64, 512, head=0.25)
     assert spent.finetune.epochs == 2
     more = spent.model_copy(update={"distill": spent.distill.model_copy(update={"epochs": spent.distill.epochs + 1})})
@@ -67,11 +71,11 @@ def test_experts_need_the_statistics_of_all_sequences() -> None:
     assert forward_passes(Recipe.load("besa"), 64, 512, routed=True) == pytest.approx(0.5 + 2 + 3 * HALF_STEPS)
 
 
-@given(st.floats(7, 300), st.integers(2, 200), st.integers(2, 4096))
+@given(st.floats(8, 300), st.integers(2, 200), st.integers(2, 4096))
 def test_as_many_epochs_as_fit_and_no_more(passes: float, samples: int, seqlen: int) -> None:
     recipe = spending(Recipe.load("best"), passes, samples, seqlen)
     longer = recipe.model_copy(
-        update={"finetune": recipe.finetune.model_copy(update={"epochs": recipe.finetune.epochs + 1})}
+        update={"distill": recipe.distill.model_copy(update={"epochs": recipe.distill.epochs + 1})}
     )
     assert forward_passes(recipe, samples, seqlen) <= passes + 1e-9 < forward_passes(longer, samples, seqlen) + 2e-9
 

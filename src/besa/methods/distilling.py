@@ -22,6 +22,7 @@ from besa.models.activations import HiddenStates
 from besa.models.transfers import fetched
 from besa.models.whole import Whole
 from besa.observing.divergence import divergence, tokens_at_once
+from besa.observing.input_statistics import HELD_OUT
 from besa.progress import Progress
 from besa.settings import Learning, Settings
 from besa.system import ranks
@@ -200,7 +201,6 @@ class MaskedKL(Learning, Distiller):
         gt=0,
         description="largest step size, as a share of a tensor's root mean square; times √batch, for fewer steps",
     )
-    held_out: int = Field(default=16, ge=2, description="one sequence in so many is held out")
     autocast: bool = Field(
         default=True, description="multiply in bfloat16 while learning, if that makes a float32 run faster"
     )
@@ -212,19 +212,19 @@ class MaskedKL(Learning, Distiller):
 
         With each goes the head, once for the dense model too.
         """
-        held = 1 / self.held_out
+        held = 1 / HELD_OUT
         learning = (LEARNING + LEARNING_HEADS * head) * (1 - held)
         return len(self.stages([0], [0])) * (learning + (1 + HEADS * head) * held)
 
     def passes(self, head: float, epochs: int | None = None) -> float:
         """All epochs, and a forward pass over the held-out sequences before the first."""
         share = self.epochs if epochs is None else epochs / len(self.stages([0], [0]))
-        return share * self.epoch_passes(head) + (1 + HEADS * head) / self.held_out
+        return share * self.epoch_passes(head) + (1 + HEADS * head) / HELD_OUT
 
     def learned_passes(self, head: float) -> float:
         """Forward and backward over the sequences learned from, in all epochs."""
         epochs = self.epochs * len(self.stages([0], [0]))
-        return epochs * (LEARNING + LEARNING_HEADS * head) * (1 - 1 / self.held_out)
+        return epochs * (LEARNING + LEARNING_HEADS * head) * (1 - 1 / HELD_OUT)
 
     def learning_bytes(self, linears: Sequence[int], vectors: Sequence[int]) -> int:
         """Value, gradient and two moments in float32, of what learns at once."""
@@ -261,8 +261,8 @@ class MaskedKL(Learning, Distiller):
 
     def split(self, samples: int) -> tuple[list[int], list[int]]:
         """Positions of the sequences to hold out and to learn from; a single sequence serves as both."""
-        held = list(range(0, samples, self.held_out))
-        return held, [place for place in range(samples) if place % self.held_out] or held
+        held = list(range(0, samples, HELD_OUT))
+        return held, [place for place in range(samples) if place % HELD_OUT] or held
 
     def steps(self, samples: int) -> int:
         """Learning steps in an epoch."""

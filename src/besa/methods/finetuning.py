@@ -22,6 +22,7 @@ from besa.models.activations import HiddenStates
 from besa.models.blocks import Block
 from besa.models.transfers import fetched
 from besa.models.units import Unit
+from besa.observing.input_statistics import HELD_OUT
 from besa.observing.losses import reconstruction_error, token_weighted_error
 from besa.settings import Learning, Settings
 from besa.system import ranks
@@ -142,7 +143,6 @@ class MaskedAdam(Learning, Finetuner):
         gt=0,
         description="first step size, as a share of a matrix's root mean square; times √batch, for fewer steps",
     )
-    held_out: int = Field(default=16, ge=2, description="one sequence in so many is held out")
     loss: Literal["channel", "token"] = Field(
         default="token",
         description="squared error relative to each channel's norm, or weighted by a power of each token's norm",
@@ -159,18 +159,18 @@ class MaskedAdam(Learning, Finetuner):
     @property
     def epoch_passes(self) -> float:
         """Forward and backward over the sequences learned from, and forward over those held out."""
-        held = 1 / self.held_out
+        held = 1 / HELD_OUT
         return 3 * (1 - held) + held
 
     @property
     def passes(self) -> float:
         """All epochs, and a forward pass over the held-out sequences before the first."""
-        return self.epochs * self.epoch_passes + 1 / self.held_out
+        return self.epochs * self.epoch_passes + 1 / HELD_OUT
 
     @property
     def learned_passes(self) -> float:
         """Forward and backward over the sequences learned from, in all epochs."""
-        return self.epochs * 3 * (1 - 1 / self.held_out)
+        return self.epochs * 3 * (1 - 1 / HELD_OUT)
 
     def summed_bytes(self, shapes: Sequence[tuple[int, int]], samples: int) -> int:
         """Float32 gradients of all weights, and for each linear whether any token of the step reached it."""
@@ -239,8 +239,8 @@ class MaskedAdam(Learning, Finetuner):
 
     def _split(self, samples: int) -> tuple[list[int], list[int]]:
         """Positions of the sequences to hold out and to learn from; a single sequence serves as both."""
-        held = list(range(0, samples, self.held_out))
-        return held, [place for place in range(samples) if place % self.held_out] or held
+        held = list(range(0, samples, HELD_OUT))
+        return held, [place for place in range(samples) if place % HELD_OUT] or held
 
     def _mean_loss(
         self,

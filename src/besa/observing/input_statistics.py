@@ -23,7 +23,7 @@ from besa.system import ranks
 from besa.system.ranks import Share
 
 UNSEEN = [-1, 0]  # of a matrix that no token of a rank reached: number of its input, and tokens
-HELD_OUT = 8  # where weights are solved for, one sequence in so many is held out to judge the result by
+HELD_OUT = 8  # whatever moves weights holds out one sequence in so many, to judge the result by
 
 
 @dataclass

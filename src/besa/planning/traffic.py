@@ -55,7 +55,7 @@ def traffic(
         for part in parts(unit, recipe.granularity)
     )
     sent = {
-        "statistics": summed(WIDE * sum(width + (width**2 if recipe.needs_gram else 0) for width in widths), ranks),
+        "statistics": summed(WIDE * sum(width + (2 * width**2 if recipe.needs_gram else 0) for width in widths), ranks),
         "rank": order,
         "allocate": summed(sums, ranks) + (order if recipe.quantization.ranks_again else 0),
         "rebuild": gathered(rebuilt, ranks),
