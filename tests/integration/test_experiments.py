@@ -34,6 +34,8 @@ NAMES = ("table1", "table2", "table5", "table6", "fig1a", "fig1b", "fig3", "fig4
 PAPER = {"sparsity": 0.5, "seeds": 1}
 POINTS = {"fig1b": (0.9,), "fig3": (0.6, 0.9), "fig4": (2.0, 4.0), "table5": (1.0, 2.0)}
 
+TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
+
 
 def experiment(name: str) -> Experiment:
     found: Experiment = import_module(f"experiments.{name}").EXPERIMENT
@@ -228,7 +230,7 @@ def fake(points: tuple[float, ...] = (0.5, 0.7), **scores: float) -> Found:
     """Found perplexities."""
     from besa.studies.rows import Row
 
-    options = Options(Conditions("m"), Measures(), 0.5, 1, points)
+    options = Options(Conditions(str(TINY)), Measures(), 0.5, 1, points)
     made = {
         label.replace("_", " "): Row(
             recipe=label, sparsity=0.5, seeds=1, mean={"wikitext2": value}, spread={}, values={}, seconds=1
