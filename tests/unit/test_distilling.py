@@ -159,7 +159,7 @@ def test_predictions_come_closer_and_zeros_stay(learns, wanda, tiny_llama, tiny_
 def test_losses_are_the_divergence_of_held_out_sequences(pristine_tiny_llama, tiny_tokenizer, tiny_llama_folder):
     dense, model = pristine_tiny_llama, copy.deepcopy(pristine_tiny_llama)
     tokens = torch.randint(3, 1000, (18, 24), generator=torch.Generator().manual_seed(0))
-    recipe = Recipe.load("wanda", None, ["distill={method: kl, epochs: 1, rate: 0.01, autocast: false, }"])
+    recipe = Recipe.load("wanda", None, ["distill={method: kl, epochs: 1, rate: 0.01, autocast: false}"])
     calibration = besa.Calibration(tokens, "random tokens", 0)
     record = besa.compress(model, recipe, calibration, tokenizer=tiny_tokenizer).record
     with torch.no_grad():
@@ -170,10 +170,10 @@ def test_losses_are_the_divergence_of_held_out_sequences(pristine_tiny_llama, ti
 
 def test_where_nothing_helps_weights_stay_as_they_were(wanda, tiny_llama, tiny_tokenizer, tiny_llama_folder):
     record = distilled(tiny_llama, tiny_tokenizer, tiny_llama_folder, samples=5, learns="together", epochs=5, rate=2.0)
-    assert len(record.distilling.losses) == 2  # the first epoch that does not help is the last
-    assert record.distilling.losses[1] > record.distilling.losses[0]
+    assert len(record.distilling.losses) == 3  # two epochs in a row that do not help are the last
+    assert min(record.distilling.losses[1:]) > record.distilling.losses[0]
     head = 1024 * 96 / sum(parameter.numel() for parameter in tiny_llama.model.layers.parameters())
-    assert record.distilling.passes == pytest.approx(((4 + 3 * head) * 7 + 2 * (1 + 2 * head)) / 8)
+    assert record.distilling.passes == pytest.approx((2 * (4 + 3 * head) * 7 + 3 * (1 + 2 * head)) / 8)
     for name, tensor in tensors(tiny_llama).items():
         assert torch.equal(tensor, wanda(5)[name]), name
 
@@ -199,8 +199,8 @@ def test_steps_are_a_share_of_each_tensor_and_fall(monkeypatch, tiny_llama, tiny
 
     monkeypatch.setattr(torch.optim, "Adam", Watched)
     record = distilled(tiny_llama, tiny_tokenizer, tiny_llama_folder, samples=23, epochs=1, rate=0.002)
-    assert len(rates) == 21  # of 23 sequences, 2 are held out; the first step is 5 % of them
-    falling = [share / 21 for share in range(21, 0, -1)]
+    assert len(rates) == 20  # of 23 sequences, 3 are held out; the first step is 5 % of them
+    falling = [share / 20 for share in range(20, 0, -1)]
     assert rates == pytest.approx([rates[0] * share for share in falling])
     (name,) = [linear.name for linear in record.blocks[0].linears if linear.name.endswith("q_proj")]
     kept = tensors(tiny_llama)  # after the run; its root mean square has hardly changed
@@ -214,6 +214,20 @@ def test_steps_grow_at_first():
     rates = [course._rate(step) for step in range(40)]
     assert rates[:3] == pytest.approx([0.1, 0.2, 0.2 * 38 / 39])
     assert rates[-1] == pytest.approx(0.2 / 39)
+
+
+def test_an_epoch_may_raise_the_loss_while_the_next_lowers_it(
+    monkeypatch, wanda, tiny_llama, tiny_tokenizer, tiny_llama_folder
+):
+    """Held-out losses are pretended; the values of the third epoch are the best."""
+    losses = iter([9.0, 8.0, 8.5, 7.0, 7.5, 7.6, 1.0])
+    written = []
+    write = distilling._Course._write
+    monkeypatch.setattr(distilling._Course, "_held_out_loss", lambda self, values: next(losses))
+    monkeypatch.setattr(distilling._Course, "_write", lambda self, values: (written.append(1), write(self, values)))
+    record = distilled(tiny_llama, tiny_tokenizer, tiny_llama_folder, samples=5, epochs=9, rate=1e-4)
+    assert record.distilling.losses == [9.0, 8.0, 8.5, 7.0, 7.5, 7.6]
+    assert len(written) == 2
 
 
 def test_what_does_nothing_does_nothing():

@@ -23,7 +23,7 @@ HALF_STEPS = 88 / 64 / 2  # passes over half of every sequence
         ("besa", ("allocation.batch=4",), 0.5 + 1 / 8 + 1 + 4 * 3 * HALF_STEPS),
         ("fast", (), 0.5 / 16 + 2 + 3 / 8 + 2 / 4),
         ("besa", ("importance.statistics_every=1",), 0.5 + 2 + 3 * HALF_STEPS),
-        ("besa", ("allocation.teacher=pruned",), 0.5 / 16 + 2 + 3 * HALF_STEPS),
+        ("besa", ("allocation.teacher=pruned",), 0.5 / 16 + 1 + 1 / 8 + 1 + 3 * HALF_STEPS),
         ("besa", ("reconstruction.method=obs",), 0.5 + 2 + 3 * HALF_STEPS),
         ("wanda", ("importance.statistics_every=48",), 0.5 / 16 + 2 / 64 + 1),
         ("wanda", ("targets.method=search",), 0.5 / 16 + 2 + (3 + 1 + 4) / 8),

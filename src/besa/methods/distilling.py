@@ -30,6 +30,7 @@ from besa.system.machine import learning_dtype, loss_scaler
 from besa.system.ranks import Share
 
 WARM = 0.05  # share of the steps in which the step size grows
+PATIENCE = 2  # epochs in a row that do not lower the held-out loss, and learning ends
 CLIPPED = 1.0  # largest norm of the gradient of a step
 BETAS = (0.9, 0.99)  # of Adam
 LEARNING, LEARNING_HEADS = 4, 3  # passes through blocks and head to learn: the blocks run again for the backward pass
@@ -187,7 +188,8 @@ class MaskedKL(Learning, Distiller):
     """Adam on what is not pruned, down the divergence KL(dense ‖ pruned) of the predictions of the next token.
 
     The step size grows over the first steps and then falls linearly to zero. The loss on held-out sequences is measured
-    after every epoch. The best values are kept. The first epoch that does not lower the loss is the last.
+    after every epoch. The best values are kept. Two epochs in a row that do not lower the loss are the last: while steps
+    are large, one epoch may raise it.
     """
 
     method: Literal["kl"] = "kl"
@@ -318,7 +320,8 @@ class _Course:
         if "sizes" in begun:
             scaler.load_state_dict(begun["scaler"])
             self._restore_values(values, optimizer)
-        position: dict[str, Any] = {"stage": number, "sizes": sizes}
+        first: int = begun.get("first", len(self._losses))
+        position: dict[str, Any] = {"stage": number, "sizes": sizes, "first": first}
         for epoch in range(begun.get("epoch", 0), self._settings.epochs):
             generator = torch.Generator().manual_seed(self._pupil.seed + epoch)
             order = one_pass(self._learned, self._settings.sequences, generator)
@@ -332,9 +335,10 @@ class _Course:
                 self._keep(position, values, optimizer, urgent=False)
             self._losses.append(self._held_out_loss(values))
             self._tell(number, epoch + 1, 0)
-            if not self._losses[-1] < min(self._losses[:-1]):
+            if self._losses[-1] < min(self._losses[:-1]):
+                self._write(values)
+            elif len(self._losses) >= first + PATIENCE and self._best_is_past():
                 break
-            self._write(values)
             self._keep(position | {"epoch": epoch + 1, "step": 0}, values, optimizer, urgent=True)
         self._keep({"stage": number + 1}, {}, optimizer, urgent=True)
 
@@ -397,6 +401,10 @@ class _Course:
         done = (stage * epochs + epoch) * self._steps + step
         note = f"distilling, held-out divergence {first:.4f}" + (f" → {best:.4f}" if self._losses[1:] else "")
         self._progress(done, len(self._stages) * epochs * self._steps, note)
+
+    def _best_is_past(self) -> bool:
+        """Whether none of the last epochs lowered the held-out loss."""
+        return min(self._losses[-PATIENCE:]) >= min(self._losses[:-PATIENCE])
 
     def _write(self, values: Mapping[str, Tensor]) -> None:
         """Write values into the model: they are the best so far."""

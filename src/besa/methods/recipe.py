@@ -117,8 +117,9 @@ class Recipe(Settings):
         Args:
             routed: whether the model has experts; a share of the sequences may not reach all of them.
         """
-        # A Gram matrix needs more tokens than channels. The teacher of the pruned path sees all sequences anyway.
-        return 1 if routed or self.needs_gram or self.teacher == "pruned" else self.importance.every
+        return (
+            1 if routed or self.needs_gram else self.importance.every
+        )  # a Gram matrix needs more tokens than channels
 
     def with_exceptions(self, skip: Sequence[str], sparsity_of: Sequence[str]) -> Recipe:
         """The recipe with further patterns.
