@@ -188,8 +188,8 @@ class MaskedKL(Learning, Distiller):
     """Adam on what is not pruned, down the divergence KL(dense ‖ pruned) of the predictions of the next token.
 
     The step size grows over the first steps and then falls linearly to zero. The loss on held-out sequences is measured
-    after every epoch. The best values are kept. Two epochs in a row that do not lower the loss are the last: while steps
-    are large, one epoch may raise it.
+    after every epoch. The best values are kept. Two epochs in a row that do not lower the loss are the last: one epoch
+    may raise it while steps are large.
     """
 
     method: Literal["kl"] = "kl"
