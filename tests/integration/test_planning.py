@@ -56,7 +56,7 @@ def test_counts_are_those_of_the_run(tiny_llama_folder: Path, tmp_path: Path) ->
     written = (tmp_path / "out" / "model.safetensors").stat().st_size
     assert planned.checkpoint_bytes <= written < planned.checkpoint_bytes + 20_000  # the header
     assert planned.activation_bytes == 1.5 * 16 * 32 * 96 * 4  # the dense path for half of each sequence
-    assert planned.forward_passes == 0.5 + 1 / 8 + 1 + 3 * 0.5 * 88 / 16
+    assert planned.forward_passes == 0.5 + 2 + 3 * 0.5 * 88 / 16
     assert planned.fits
     assert planned.gpu_memory_bytes is None
 
@@ -149,7 +149,7 @@ def test_a_gpu_that_is_not_here_is_planned_without_a_limit(tmp_path: Path, monke
     [
         ("wanda", 2.03125, 1.03125),
         ("sparsegpt", 2.03125, 1.03125),
-        ("besa", 0.5 + 1 / 8 + 1 + 3 * 0.5 * 88 / 64, 1.5),
+        ("besa", 0.5 + 2 + 3 * 0.5 * 88 / 64, 1.5),
         ("fast", 2.03125 + 3 / 8 + 2 / 4, 9 / 8),  # the inputs of eight blocks and the last outputs, an eighth of each
         ("best", 3 + 3 / 8 + 2 / 4 + 8 * (3 * 15 / 16 + 1 / 16) + 1 / 16, 2),
     ],
