@@ -58,7 +58,7 @@ def test_counts_are_those_of_the_run(tiny_llama_folder: Path, tmp_path: Path) ->
     written = (tmp_path / "out" / "model.safetensors").stat().st_size
     assert planned.checkpoint_bytes <= written < planned.checkpoint_bytes + 20_000  # the header
     assert planned.activation_bytes == 1.5 * 16 * 32 * 96 * 4  # the dense path for half of each sequence
-    assert planned.forward_passes == 0.5 + 1 / 8 + 1 + 3 * 0.5 * 88 / 16
+    assert planned.forward_passes == 0.5 + 2 + 3 * 0.5 * 88 / 16
     assert planned.fits
     assert planned.gpu_memory_bytes is None
 
@@ -151,7 +151,7 @@ def test_a_gpu_that_is_not_here_is_planned_without_a_limit(tmp_path: Path, monke
     [
         ("wanda", 2.03125, 1.03125),
         ("sparsegpt", 2.03125, 1.03125),
-        ("besa", 0.5 + 1 / 8 + 1 + 3 * 0.5 * 88 / 64, 1.5),
+        ("besa", 0.5 + 2 + 3 * 0.5 * 88 / 64, 1.5),
         ("fast", 2.03125 + 3 / 8 + 2 / 4, 9 / 8),  # the inputs of eight blocks and the last outputs, an eighth of each
         ("best", 3 + 3 / 8 + 2 / 4 + 4 * ((4 + 3 * HEAD) * 7 / 8 + (1 + 2 * HEAD) / 8) + (1 + 2 * HEAD) / 8, 2),
     ],
@@ -263,9 +263,9 @@ def test_methods_know_what_ranks_send(recipe, settings, sent, tiny_llama_folder:
     ("recipe", "settings", "passes"),
     [
         ("wanda", [], 2 + 1 / 32),
-        ("besa", ["allocation.batch=1"], 1.625 + 3 / 2 * 88 / 16),  # three ranks wait for the one that has the sequence
-        ("besa", [], 1.625 + 3 / 2 * 88 / 16),
-        ("besa", ["allocation.batch=8"], 1.625 + 3 / 2 * 88 * 2 / 16),
+        ("besa", ["allocation.batch=1"], 2.5 + 3 / 2 * 88 / 16),  # three ranks wait for the one that has the sequence
+        ("besa", [], 2.5 + 3 / 2 * 88 / 16),
+        ("besa", ["allocation.batch=8"], 2.5 + 3 / 2 * 88 * 2 / 16),
         ("best", [*TUNED, "finetune.batch=1"], 3 + 3 / 8 * 2 + 2 / 4 + 8 * (4 * 3 * 7 / 8 + 1 / 8) + 1 / 8),
         ("best", TUNED, 3 + 3 / 8 * 2 + 2 / 4 + 8 * (3 * 7 / 8 + 1 / 8) + 1 / 8),
     ],

@@ -17,14 +17,18 @@ HALF_STEPS = 88 / 64 / 2  # passes over half of every sequence
     ("recipe", "settings", "passes"),
     [
         ("wanda", (), 0.5 / 16 + 2),
-        ("besa", (), 0.5 + 1 / 8 + 1 + 3 * HALF_STEPS),
-        ("besa", ("allocation.crop=1", "allocation.steps=64"), 1 + 1 / 8 + 1 + 3),
-        ("besa", ("allocation.granularity=attn-mlp",), 0.5 + 1 / 8 + 1 + 0.5 + 2 * 3 * HALF_STEPS),
-        ("besa", ("allocation.batch=4",), 0.5 + 1 / 8 + 1 + 4 * 3 * HALF_STEPS),
+        ("besa", (), 0.5 + 2 + 3 * HALF_STEPS),
+        ("besa", ("allocation.crop=1", "allocation.steps=64"), 1 + 2 + 3),
+        ("besa", ("allocation.granularity=attn-mlp",), 0.5 + 2 + 0.5 + 2 * 3 * HALF_STEPS),
+        ("besa", ("allocation.batch=4",), 0.5 + 2 + 4 * 3 * HALF_STEPS),
         ("fast", (), 0.5 / 16 + 2 + 3 / 8 + 2 / 4),
-        ("besa", ("importance.statistics_every=1",), 0.5 + 2 + 3 * HALF_STEPS),
-        ("besa", ("allocation.teacher=pruned",), 0.5 / 16 + 1 + 1 / 8 + 1 + 3 * HALF_STEPS),
-        ("besa", ("reconstruction.method=obs",), 0.5 + 2 + 3 * HALF_STEPS),
+        ("besa", ("importance.statistics_every=8",), 0.5 + 1 / 8 + 1 + 3 * HALF_STEPS),
+        (
+            "besa",
+            ("importance.statistics_every=8", "allocation.teacher=pruned"),
+            0.5 / 16 + 1 + 1 / 8 + 1 + 3 * HALF_STEPS,
+        ),
+        ("besa", ("importance.statistics_every=8", "reconstruction.method=obs"), 0.5 + 2 + 3 * HALF_STEPS),
         ("wanda", ("importance.statistics_every=48",), 0.5 / 16 + 2 / 64 + 1),
         ("wanda", ("targets.method=search",), 0.5 / 16 + 2 + (3 + 1 + 4) / 8),
         ("wanda", ("targets={method: search, every: 4, strengths: [0, 1]}",), 0.5 / 16 + 2 + (3 + 1 + 2) / 4),
@@ -68,7 +72,8 @@ def test_distilling_has_what_fine_tuning_leaves() -> None:
 
 
 def test_experts_need_the_statistics_of_all_sequences() -> None:
-    assert forward_passes(Recipe.load("besa"), 64, 512, routed=True) == pytest.approx(0.5 + 2 + 3 * HALF_STEPS)
+    recipe = Recipe.load("besa", 0.5, ("importance.statistics_every=8",))
+    assert forward_passes(recipe, 64, 512, routed=True) == pytest.approx(0.5 + 2 + 3 * HALF_STEPS)
 
 
 @given(st.floats(8, 300), st.integers(2, 200), st.integers(2, 4096))

@@ -19,7 +19,7 @@ from besa.methods.recipe import RECIPES, Recipe, shipped
 from besa.methods.reconstruction import NoReconstruction, OBSUpdate
 
 METHODS = {
-    "besa": (Wanda(statistics_every=8), Besa(rates="row", plain=0.5, steps=88), NoReconstruction()),
+    "besa": (Wanda(), Besa(rates="row", plain=0.5, steps=88), NoReconstruction()),
     "besa-layerwise": (Wanda(), Besa(rates="layer", travel=3.2), NoReconstruction()),
     "magnitude": (Magnitude(), Uniform(per="linear"), NoReconstruction()),
     "ria": (RIA(), Uniform(per="linear"), NoReconstruction()),
@@ -176,7 +176,7 @@ def test_sparsity_replaces_the_recipes_own(write):
 def test_overrides(overrides, changed):
     recipe = Recipe.load("besa", overrides=overrides)
     assert recipe.allocation == Besa(**{"plain": 0.5, "steps": 88} | changed)
-    assert (recipe.importance, recipe.reconstruction) == (Wanda(statistics_every=8), NoReconstruction())
+    assert (recipe.importance, recipe.reconstruction) == (Wanda(), NoReconstruction())
 
 
 def test_overrides_may_change_the_method_and_add_a_part(write):

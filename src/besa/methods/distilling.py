@@ -30,7 +30,8 @@ from besa.system.machine import learning_dtype, loss_scaler
 from besa.system.ranks import Share
 
 WARM = 0.05  # share of the steps in which the step size grows
-PATIENCE = 2  # epochs in a row that do not lower the held-out loss, and learning ends
+EASED = 0.3  # factor of the step size after an epoch that did not lower the held-out loss
+PATIENCE = 2  # such epochs in a row, and learning ends
 CLIPPED = 1.0  # largest norm of the gradient of a step
 BETAS = (0.9, 0.99)  # of Adam
 LEARNING, LEARNING_HEADS = 4, 3  # passes through blocks and head to learn: the blocks run again for the backward pass
@@ -188,8 +189,8 @@ class MaskedKL(Learning, Distiller):
     """Adam on what is not pruned, down the divergence KL(dense ‖ pruned) of the predictions of the next token.
 
     The step size grows over the first steps and then falls linearly to zero. The loss on held-out sequences is measured
-    after every epoch. The best values are kept. Two epochs in a row that do not lower the loss are the last: one epoch
-    may raise it while steps are large.
+    after every epoch. The best values are kept. An epoch that does not lower the loss is taken back, and steps are smaller
+    from there on, as models differ in what they bear. Two such epochs in a row are the last.
     """
 
     method: Literal["kl"] = "kl"
@@ -321,12 +322,12 @@ class _Course:
             scaler.load_state_dict(begun["scaler"])
             self._restore_values(values, optimizer)
         first: int = begun.get("first", len(self._losses))
-        position: dict[str, Any] = {"stage": number, "sizes": sizes, "first": first}
+        position: dict[str, Any] = {"stage": number, "sizes": sizes, "first": first, "eased": begun.get("eased", 0)}
         for epoch in range(begun.get("epoch", 0), self._settings.epochs):
             generator = torch.Generator().manual_seed(self._pupil.seed + epoch)
             order = one_pass(self._learned, self._settings.sequences, generator)
             for step in range(begun.get("step", 0) if epoch == begun.get("epoch") else 0, self._steps):
-                rate = self._rate(epoch * self._steps + step)
+                rate = self._rate(epoch * self._steps + step) * EASED ** position["eased"]
                 for group, size in zip(optimizer.param_groups, sizes, strict=True):
                     group["lr"] = rate * size
                 self._step(values, optimizer, scaler, order[step])
@@ -339,6 +340,10 @@ class _Course:
                 self._write(values)
             elif len(self._losses) >= first + PATIENCE and self._best_is_past():
                 break
+            else:
+                position["eased"] += 1
+                for name, value in values.items():
+                    value.detach().copy_(own(name))
             self._keep(position | {"epoch": epoch + 1, "step": 0}, values, optimizer, urgent=True)
         self._keep({"stage": number + 1}, {}, optimizer, urgent=True)
 
