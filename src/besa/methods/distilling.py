@@ -189,8 +189,8 @@ class MaskedKL(Learning, Distiller):
     """Adam on what is not pruned, down the divergence KL(dense ‖ pruned) of the predictions of the next token.
 
     The step size grows over the first steps and then falls linearly to zero. The loss on held-out sequences is measured
-    after every epoch. The best values are kept. An epoch that does not lower the loss is taken back, and steps are smaller
-    from there on, as models differ in what they bear. Two such epochs in a row are the last.
+    after every epoch. The best values are kept. An epoch that does not lower the loss is taken back, and steps become
+    smaller, as models differ in what they bear. Two such epochs in a row are the last.
     """
 
     method: Literal["kl"] = "kl"
