@@ -41,7 +41,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "ria": ("ria", ["sparsity=0.6"]),
     "sparsegpt": ("sparsegpt", []),
     "fast": ("fast", []),
-    "best": ("best", ["finetune.epochs=2", "finetune.batch=1"]),
+    "best": ("best", ["finetune={method: adam, epochs: 2, batch: 1}", "distill={method: kl, epochs: 1, batch: 1}"]),
     "distilled": ("wanda", ["distill={method: kl, learns: both, epochs: 1, rate: 0.003, batch: 1}"]),
     "besa": ("besa", TWO_EACH),
     "besa-layerwise": ("besa-layerwise", [*TWO_EACH, "allocation.granularity=attn-mlp"]),

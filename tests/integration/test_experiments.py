@@ -378,4 +378,4 @@ def test_beyond_names_its_winner_and_draws_the_frontier() -> None:
     assert {point.label for point in points} == set(names) - {"magnitude"}
     assert edge.y == [9.0, 8.0, 7.0] and list(edge.x) == sorted(edge.x)
     spent = names["best"].distill.epochs
-    assert spent == 5 and edge.x[-1] <= 20
+    assert spent == 4 and edge.x[-1] <= 20

@@ -28,7 +28,9 @@ from besa.checkpoint.packing import pack, unpack
 from besa.cli import app
 from besa.errors import BesaError, Interrupted
 from besa.models import hub as fetching
+from besa.models.blocks import find_blocks
 from besa.models.loading import locate
+from besa.models.whole import head_share
 from besa.planning import spending
 from besa.record import RunRecord
 from besa.report import load_run, render
@@ -660,9 +662,10 @@ def test_whatever_takes_a_model_takes_a_revision(
     told = [besa.generate(model, "The city", max_new_tokens=4) for model in (id, folder, folders["second"])]
     assert told[0] == told[1] != told[2]
     assert besa.simulate(id, [1]).linears == besa.simulate(folder, [1]).linears
-    command = ["plan", id, "--passes", "8", "--recipe", "best", "--json", str(tmp_path / "plan.json")]
+    command = ["plan", id, "--passes", "16", "--recipe", "best", "--json", str(tmp_path / "plan.json")]
     assert CliRunner().invoke(app, command, catch_exceptions=False).exit_code == 0
-    expected = besa.plan(folder, spending(besa.Recipe.load("best"), 8, 128, 64))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    expected = besa.plan(folder, spending(besa.Recipe.load("best"), 16, 128, 64, head_share(model, find_blocks(model))))
     assert json.loads((tmp_path / "plan.json").read_text())["forward_passes"] == expected.forward_passes
     arguments = ["--recipes", "magnitude", "--ppl", TEXT, "--max-windows", "2", "--calibration", TEXT, "--samples", "2"]
     for model, out in ((id, "hub"), (folder, "local")):

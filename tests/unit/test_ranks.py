@@ -96,9 +96,9 @@ def test_batches_settle_with_the_number_of_ranks_and_stay_what_they_were():
     assert recipe.settled(1, {}).allocation.batch == 1
     assert recipe.settled(8, {}).allocation.batch == 1
     best = Recipe.load("best")
-    assert [best.settled(ranks, {}).finetune.batch for ranks in (1, 2, 3, 8)] == [1, 2, 3, 4]
-    assert best.settled(3, best.settled(2, {}).model_dump()).finetune.batch == 2
-    chosen = Recipe.load("best", overrides=["finetune.batch=5"])
+    assert [best.settled(ranks, {}).distill.batch for ranks in (1, 2, 3, 8)] == [1, 2, 3, 4]
+    assert best.settled(3, best.settled(2, {}).model_dump()).distill.batch == 2
+    chosen = Recipe.load("best", overrides=["distill.batch=5"])
     assert chosen.settled(3, best.settled(2, {}).model_dump()) == chosen
     assert Recipe.load("int4", overrides=["quantization.batch=2"]).settled(2, {}).descent.sequences == 2
 
