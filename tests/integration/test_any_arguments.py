@@ -1,12 +1,8 @@
 """Whatever a command is given, it leaves with 0, 2 or 130: commands and options come from the app itself."""
 
-import contextlib
-import io
 import os
 import shutil
-import sys
 import tempfile
-import warnings
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -15,9 +11,10 @@ import typer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from besa.cli import app, main
+from besa.cli import app
 from besa.runtime import speed
 from besa.studies import demo
+from tests.calling import called
 
 COMMANDS = typer.main.get_command(app).commands
 NUMBERS = [
@@ -84,19 +81,8 @@ USUAL = {name: usual(command) for name, command in COMMANDS.items()}
 
 def leave(arguments: list[str], folder: Path) -> tuple[int, str]:
     """The exit code of a command that runs in a folder, and what it says; any other exception is a bug."""
-    said = io.StringIO()
-    with contextlib.ExitStack() as stack:
-        patch = stack.enter_context(pytest.MonkeyPatch.context())
-        patch.setattr(sys, "argv", ["besa", *arguments])
-        patch.setattr(warnings, "showwarning", warnings.showwarning)  # main() changes it
-        stack.enter_context(contextlib.chdir(folder))
-        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        stack.enter_context(contextlib.redirect_stderr(said))
-        try:
-            main()
-        except SystemExit as end:
-            return end.code, said.getvalue()
-    return 0, said.getvalue()
+    done = called(*arguments, folder=folder)
+    return done.returncode, done.stderr
 
 
 @st.composite

@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.calling import called
+
 TINY = Path(__file__).parent.parent / "assets" / "tiny-llama"
 SMALL = ["--calibration", str(TINY / "calibration.txt"), "--samples", "8", "--seqlen", "64"]
 
@@ -156,14 +158,14 @@ def test_eval_of_test_sets_in_several_windows(tmp_path: Path) -> None:
         (["--ppl", "wiki", "--window", ","], ["window", "2048"]),
         (["--tasks", "piqa,mmlu"], ["mmlu", "winogrande"]),
     ):
-        assert_refused(besa("eval", TINY, *arguments), *words)
+        assert_refused(called("eval", TINY, *arguments), *words)
 
 
 def test_report_is_one_page(pruned: Path, tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     assert besa("report", pruned, "--out", page).returncode == 0
     assert "60.00" in page.read_text()
-    assert_refused(besa("report", tmp_path, "--out", page), str(tmp_path))
+    assert_refused(called("report", tmp_path, "--out", page), str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -188,7 +190,7 @@ def test_report_is_one_page(pruned: Path, tmp_path: Path) -> None:
 def test_bad_arguments_are_refused_in_a_sentence(arguments: list[str], words: list[str], tmp_path: Path) -> None:
     if "cuda" in arguments and torch.cuda.is_available():
         pytest.skip("there is a CUDA device here")
-    assert_refused(besa("prune", TINY, tmp_path / "out", *SMALL, *arguments), *words)
+    assert_refused(called("prune", TINY, tmp_path / "out", *SMALL, *arguments), *words)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -200,18 +202,18 @@ def test_models_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     damaged = shutil.copytree(TINY, tmp_path / "damaged")
     (damaged / "model.safetensors").write_bytes((TINY / "model.safetensors").read_bytes()[:100_000])
-    assert_refused(besa("prune", empty, out, *SMALL), "config.json")
-    assert_refused(besa("prune", pickled, out, *SMALL), "safetensors")
-    assert_refused(besa("prune", damaged, out, *SMALL), "damaged")
-    assert_refused(besa("prune", tmp_path / "none.gguf", out, *SMALL), "none.gguf")
-    assert_refused(besa("prune", tmp_path / "nowhere", out, *SMALL), "nowhere")
+    assert_refused(called("prune", empty, out, *SMALL), "config.json")
+    assert_refused(called("prune", pickled, out, *SMALL), "safetensors")
+    assert_refused(called("prune", damaged, out, *SMALL), "damaged")
+    assert_refused(called("prune", tmp_path / "none.gguf", out, *SMALL), "none.gguf")
+    assert_refused(called("prune", tmp_path / "nowhere", out, *SMALL), "nowhere")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged", "empty", "pickled"]
 
 
 def test_existing_out_is_refused_and_untouched(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("mine")
-    assert_refused(besa("prune", TINY, tmp_path / "out", *SMALL), "exists")
+    assert_refused(called("prune", TINY, tmp_path / "out", *SMALL), "exists")
     assert (tmp_path / "out" / "mine").read_text() == "mine"
 
 
@@ -258,14 +260,14 @@ def test_full_disk_at_the_end_keeps_the_blocks(pruned: Path, tmp_path: Path) -> 
 
 def test_short_text_for_evaluation_is_refused(tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("Too short.")
-    assert_refused(besa("eval", TINY, "--ppl", tmp_path / "short.txt", "--window", "128"), "128")
+    assert_refused(called("eval", TINY, "--ppl", tmp_path / "short.txt", "--window", "128"), "128")
 
 
 def test_usage_errors_leave_with_2() -> None:
-    assert_refused(besa("prune"), "MODEL", "besa prune --help")
-    assert_refused(besa("prune", TINY, "out", "--sparsity", "half"), "--sparsity", "number")
-    assert_refused(besa("unknown"), "unknown")
-    assert_refused(besa("eval", TINY), "--ppl")
+    assert_refused(called("prune"), "MODEL", "besa prune --help")
+    assert_refused(called("prune", TINY, "out", "--sparsity", "half"), "--sparsity", "number")
+    assert_refused(called("unknown"), "unknown")
+    assert_refused(called("eval", TINY), "--ppl")
 
 
 def test_no_arguments_show_the_commands() -> None:

@@ -37,6 +37,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "packed"
 
 
+@pytest.mark.slow
 def test_lm_eval_finds_the_scores_of_besa_eval(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedded, "fetch", lambda name, progress: write(name.removeprefix("zero-shot-"), tmp_path))
     ours = besa.evaluate(packed, tasks=["arc_easy"]).zero_shot

@@ -124,6 +124,7 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.005)
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(whole: Path, tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, Path(__file__).with_name("kill_and_resume.py"), TINY, TEXT, tmp_path, "0", "20"],
