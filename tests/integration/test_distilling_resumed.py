@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(snapshots, "SHARE", math.inf)
 
 
-def prune(out: Path, stop: int = 0, resume: bool = False) -> RunRecord:
+def prune(out: Path, stop: int = 0, resume: bool = False, settings: Sequence[str] = SETTINGS) -> RunRecord:
     """Prune and distil towards `out`; stop as Ctrl-C would when so many reports on distilling have come."""
     told = 0
 
@@ -46,7 +47,7 @@ def prune(out: Path, stop: int = 0, resume: bool = False) -> RunRecord:
             if told == stop:
                 raise KeyboardInterrupt
 
-    recipe = Recipe.load("wanda", None, SETTINGS)
+    recipe = Recipe.load("wanda", None, settings)
     return besa.compress(
         TINY, recipe, TEXT, out=out, **SIZES, dtype="bfloat16", resume=resume, progress=progress
     ).record
@@ -90,6 +91,18 @@ def test_interrupted_and_gone_on_with(stop: int, whole: Path, tmp_path: Path) ->
     assert record.distilling.losses == RunRecord.of(whole).distilling.losses
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     assert not partial.exists()
+
+
+def test_what_fitted_into_the_minutes_stays(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine is faster when the run goes on."""
+    out, settings = tmp_path / "out", [*SETTINGS, "distill.minutes=1", "distill.epochs=7"]
+    monkeypatch.setattr("besa.methods.distilling._Course._fitting", lambda self, seconds: 2)
+    with pytest.raises(Interrupted):
+        prune(out, 3, settings=settings)
+    monkeypatch.setattr("besa.methods.distilling._Course._fitting", lambda self, seconds: 5)
+    record = prune(out, resume=True, settings=settings)
+    assert record.distilling.epochs == 2
+    assert record.distilling.losses == RunRecord.of(whole).distilling.losses
 
 
 @pytest.mark.slow

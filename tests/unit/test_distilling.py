@@ -2,6 +2,7 @@
 
 import copy
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -244,8 +245,40 @@ def test_an_epoch_that_does_not_help_is_taken_back(monkeypatch, tiny_llama, tiny
         torch.testing.assert_close(kept[f"{name}.weight"], value, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(("minutes", "epochs"), [(10.0, 5), (2.0, 0), (5.6, 2)])
+def test_minutes_are_filled_with_whole_epochs(minutes, epochs):
+    """Three minutes are gone when a pass over an eighth takes 10 seconds: an epoch takes 4.5 × 7 + 1 times as long, and
+    for the head of a quarter of the blocks 1.5 in place of 1."""
+    course = object.__new__(distilling._Course)
+    course._settings = MaskedKL(minutes=minutes)
+    course._pupil = SimpleNamespace(seconds=180, head=0.0)
+    expected = (60 * minutes - 180 - 2.6) / (2.6 * (4 * 7 + 1))
+    assert course._fitting(2.6) == max(0, int(expected)) == epochs
+    course._pupil.head = 0.25
+    assert course._fitting(2.6) == max(0, int((60 * minutes - 182.6) / (2.6 * (4.75 * 7 / 1.5 + 1))))
+
+
+def test_minutes_decide_how_far_steps_reach(monkeypatch, tiny_llama, tiny_tokenizer, tiny_llama_folder):
+    same = copy.deepcopy(tiny_llama)
+    monkeypatch.setattr(distilling._Course, "_fitting", lambda self, seconds: 2)
+    within = distilled(tiny_llama, tiny_tokenizer, tiny_llama_folder, samples=5, minutes=1, rate=0.003)
+    monkeypatch.undo()
+    chosen = distilled(same, tiny_tokenizer, tiny_llama_folder, samples=5, epochs=2, rate=0.003)
+    assert within.distilling.epochs == chosen.distilling.epochs == 2
+    assert within.distilling.losses == chosen.distilling.losses
+    for name, tensor in tensors(same).items():
+        assert torch.equal(tensor, tensors(tiny_llama)[name]), name
+
+
+def test_too_few_minutes_leave_the_model_as_its_blocks_are(wanda, tiny_llama, tiny_tokenizer, tiny_llama_folder):
+    record = distilled(tiny_llama, tiny_tokenizer, tiny_llama_folder, samples=5, minutes=1e-6)
+    assert (record.distilling.epochs, len(record.distilling.losses)) == (0, 1)
+    for name, tensor in tensors(tiny_llama).items():
+        assert torch.equal(tensor, wanda(5)[name]), name
+
+
 def test_what_does_nothing_does_nothing():
-    assert NoDistilling().distill(None, None, None) == Distilled([], False, [])
+    assert NoDistilling().distill(None, None, None) == Distilled(0, [], False, [])
     assert (NoDistilling().passes(0.5), NoDistilling().learning_bytes([5], [5])) == (0, 0)
 
 

@@ -8,7 +8,7 @@ from besa.errors import BesaError
 from besa.methods.recipe import Recipe
 from besa.models.blocks import find_blocks
 from besa.models.whole import head_share
-from besa.planning import forward_passes, spending
+from besa.planning import forward_passes, spending, within
 
 HALF_STEPS = 88 / 64 / 2  # passes over half of every sequence
 
@@ -83,6 +83,15 @@ def test_as_many_epochs_as_fit_and_no_more(passes: float, samples: int, seqlen: 
         update={"distill": recipe.distill.model_copy(update={"epochs": recipe.distill.epochs + 1})}
     )
     assert forward_passes(recipe, samples, seqlen) <= passes + 1e-9 < forward_passes(longer, samples, seqlen) + 2e-9
+
+
+def test_minutes_are_for_recipes_that_distil() -> None:
+    assert within(Recipe.load("best"), 2.5).distill.minutes == 2.5
+    with pytest.raises(BesaError, match=r"^Recipe fast does not distil, .*choose the recipe best.*\.$"):
+        within(Recipe.load("fast"), 2.5)
+    for minutes in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(BesaError, match="give a positive number"):
+            within(Recipe.load("best"), minutes)
 
 
 def test_what_cannot_be_spent_is_refused() -> None:

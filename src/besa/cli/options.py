@@ -104,6 +104,13 @@ PassesOption = Annotated[
         "length of fine-tuning or distilling; default: the recipe's epochs.",
     ),
 ]
+MinutesOption = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        help="Distil for as many epochs as fit into so many minutes of the whole run; the record has their number.",
+    ),
+]
 SamplesOption = Annotated[int, typer.Option(min=1, help="Calibration sequences.")]
 SeqlenOption = Annotated[
     int | None,

@@ -24,6 +24,7 @@ from besa.cli.options import (
     HubOption,
     JsonOption,
     LimitOption,
+    MinutesOption,
     Model,
     PassesOption,
     RecipeOption,
@@ -89,6 +90,7 @@ def prune(
     recipe: RecipeOption = "besa",
     sparsity: SparsityOption = None,
     passes: PassesOption = None,
+    minutes: MinutesOption = None,
     calibration: CalibrationOption = "c4",
     samples: SamplesOption = 128,
     seqlen: SeqlenOption = None,
@@ -111,13 +113,18 @@ def prune(
     """Prune a model block by block and write a checkpoint that transformers loads, with a run record."""
     from besa.api import compress
     from besa.cli.show import progress_bar, pruned
+    from besa.errors import BesaError
+    from besa.planning import within
     from besa.system import memory
 
+    if passes is not None and minutes is not None:
+        raise BesaError("A run has either passes or minutes to spend: give --passes or --minutes, not both.")
     memory.stay_lean()
     with progress_bar(err) as tracker:
+        chosen = _recipe(recipe, sparsity, set_, skip, sparsity_of, passes, samples, seqlen, model, trust_remote_code)
         result = compress(
             model,
-            _recipe(recipe, sparsity, set_, skip, sparsity_of, passes, samples, seqlen, model, trust_remote_code),
+            chosen if minutes is None else within(chosen, minutes),
             calibration,
             out=out_dir,
             samples=samples,

@@ -6,6 +6,7 @@ Shape suffixes: N sequences, T tokens, C channels of the residual stream.
 from __future__ import annotations
 
 import math
+import time
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -52,6 +53,8 @@ class Pupil:
         targets_NTC: outputs of the last block of the dense model.
         share: these sequences.
         seed: of the order of sequences.
+        seconds: that the run has taken so far.
+        head: cost of the model's head, as a share of a forward pass through all blocks.
     """
 
     whole: Whole
@@ -61,6 +64,8 @@ class Pupil:
     targets_NTC: HiddenStates
     share: Share
     seed: int
+    seconds: float
+    head: float
 
 
 @dataclass(frozen=True)
@@ -68,11 +73,13 @@ class Distilled:
     """The result of distilling.
 
     Attributes:
+        epochs: that the step sizes were laid out for; those of each stage.
         losses: on held-out sequences, before the first epoch and after every epoch.
         helped: whether the model has changed.
         changed: full names of the norms and biases that have changed.
     """
 
+    epochs: int = 0
     losses: list[float] = field(default_factory=list)
     helped: bool = False
     changed: list[str] = field(default_factory=list)
@@ -199,6 +206,12 @@ class MaskedKL(Learning, Distiller):
         description="kept weights of pruned linears; norms and biases; both, first norms; or both at once",
     )
     epochs: int = Field(default=2, ge=1, description="passes over the calibration set, at most; of both, for each")
+    minutes: float | None = Field(
+        default=None,
+        gt=0,
+        description="in place of epochs: as many as fit into so many minutes of the whole run; the record has their "
+        "number",
+    )
     rate: float = Field(
         default=1e-3,
         gt=0,
@@ -290,6 +303,7 @@ class _Course:
         self._held, self._learned = settings.split(pupil.share.total)
         self._steps = settings.steps(pupil.share.total)  # in an epoch
         self._at_once = tokens_at_once(whole.vocabulary)
+        self._epochs = settings.epochs
         self._losses: list[float] = []
         self._helped = False
 
@@ -299,14 +313,29 @@ class _Course:
         self._losses, self._helped = list(begun.get("losses", [])), begun.get("helped", False)
         if self._helped:
             self._restore({name: {"best": self._pupil.whole.own(name)} for names in self._stages for name in names})
+        self._epochs = begun.get("epochs", self._epochs)
         if not self._losses:
+            began = time.perf_counter()
             self._losses.append(self._held_out_loss({}))
+            if self._settings.minutes is not None:
+                self._epochs = ranks.from_first(self._fitting(time.perf_counter() - began))
         for number in range(begun.get("stage", 0), len(self._stages)):
             self._learn(number, begun)
             begun = {}
         whole = self._pupil.whole
         changed = [name for name, before in self._dense.items() if not torch.equal(whole.own(name), before)]
-        return Distilled(self._losses, self._helped, changed)
+        return Distilled(self._epochs, self._losses, self._helped, changed)
+
+    def _fitting(self, seconds: float) -> int:
+        """The epochs that fit into the minutes that are left.
+
+        Args:
+            seconds: of a forward pass over the held-out sequences.
+        """
+        settings, head = self._settings, self._pupil.head
+        assert settings.minutes is not None
+        epoch = seconds * settings.epoch_passes(head) / ((1 + HEADS * head) / HELD_OUT)
+        return max(0, int((60 * settings.minutes - self._pupil.seconds - seconds) / epoch))
 
     def _learn(self, number: int, begun: Mapping[str, Any]) -> None:
         """A stage, from its beginning or from a place in it."""
@@ -323,7 +352,7 @@ class _Course:
             self._restore_values(values, optimizer)
         first: int = begun.get("first", len(self._losses))
         position: dict[str, Any] = {"stage": number, "sizes": sizes, "first": first, "eased": begun.get("eased", 0)}
-        for epoch in range(begun.get("epoch", 0), self._settings.epochs):
+        for epoch in range(begun.get("epoch", 0), self._epochs):
             generator = torch.Generator().manual_seed(self._pupil.seed + epoch)
             order = one_pass(self._learned, self._settings.sequences, generator)
             for step in range(begun.get("step", 0) if epoch == begun.get("epoch") else 0, self._steps):
@@ -370,7 +399,7 @@ class _Course:
 
     def _rate(self, step: int) -> float:
         """The step size of a step of a stage, as a share of a tensor's root mean square."""
-        steps = self._settings.epochs * self._steps
+        steps = self._epochs * self._steps
         warm = max(1, round(WARM * steps))
         share = min((step + 1) / warm, (steps - step) / (steps - warm + 1))
         return self._settings.rate * math.sqrt(self._settings.sequences) * share
@@ -402,7 +431,7 @@ class _Course:
 
     def _tell(self, stage: int, epoch: int, step: int) -> None:
         """Report the progress; epochs that are not needed count as done."""
-        epochs, first, best = self._settings.epochs, self._losses[0], min(self._losses)
+        epochs, first, best = self._epochs, self._losses[0], min(self._losses)
         done = (stage * epochs + epoch) * self._steps + step
         note = f"distilling, held-out divergence {first:.4f}" + (f" → {best:.4f}" if self._losses[1:] else "")
         self._progress(done, len(self._stages) * epochs * self._steps, note)
@@ -433,7 +462,7 @@ class _Course:
             tensors[name] = {"best": own(name)} if self._helped else {}
             if name in values:
                 tensors[name] |= {"value": values[name].detach(), **optimizer.state.get(values[name], {})}
-        position = {**position, "losses": self._losses, "helped": self._helped}
+        position = {**position, "epochs": self._epochs, "losses": self._losses, "helped": self._helped}
         self._snapshots.keep(position, self._compressed(tensors), urgent)
 
     def _compressed(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> Iterator[tuple[str, dict[str, Tensor]]]:

@@ -1,12 +1,12 @@
 """How many forward passes over the calibration set a recipe takes, and the recipe for a given number of passes.
 
 A backward pass counts as two forward passes, or as one if its gradients go only to activations. Blocks that run again
-for a backward pass count again. Solving for weights
-between passes (`cg`, `admm` and `obs`) does not count.
+for a backward pass count again. Solving for weights between passes (`cg`, `admm` and `obs`) does not count.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -101,6 +101,22 @@ def spending(recipe: Recipe, passes: float, samples: int, seqlen: int, head: flo
         return forward_passes(given, samples, seqlen, head=head)
 
     return _divided(recipe, passes, taken, head)
+
+
+def within(recipe: Recipe, minutes: float) -> Recipe:
+    """The recipe that distils for as many epochs as fit into so many minutes of a run.
+
+    Raises:
+        BesaError: the recipe does not distil, or the minutes are no time.
+    """
+    if not recipe.distill.moves_weights:
+        raise BesaError(
+            f"Recipe {recipe.name} does not distil, so it has no use for more minutes: choose the recipe best, or set "
+            "distill.method=kl."
+        )
+    if not 0 < minutes < math.inf:
+        raise BesaError(f"{minutes:g} minutes are no time to spend: give a positive number.")
+    return recipe.model_copy(update={"distill": recipe.distill.model_copy(update={"minutes": minutes})})
 
 
 def _divided(recipe: Recipe, passes: float, taken: Callable[[Recipe], float], head: float) -> Recipe:

@@ -80,14 +80,17 @@ def distill(
             targets_NTC,
             share,
             seed,
+            sum(block.seconds for block in records) + sum(watch.seconds.values()),
+            head_share(decoder.model, blocks),
         )
         with watch("distill"):
             states = _SharedSnapshots(Snapshots(journal.folder) if journal is not None else None)
             distilled = recipe.distill.distill(pupil, states, progress)
-        seconds, head = watch.seconds, head_share(decoder.model, blocks)
+        seconds = watch.seconds
         record = DistillingRecord(
+            epochs=distilled.epochs,
             losses=distilled.losses,
-            passes=recipe.distill.passes(head, len(distilled.losses) - 1),
+            passes=recipe.distill.passes(pupil.head, len(distilled.losses) - 1),
             seconds=sum(seconds.values()),
             phases=seconds,
             sent=watch.sent,
