@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from besa.methods.reconstruction.written import written
-from besa.methods.steps import average, one_pass, root_mean_square
+from besa.methods.steps import average, one_pass, root_mean_square, split
 from besa.models.activations import HiddenStates
 from besa.models.transfers import fetched
 from besa.models.whole import Whole
@@ -275,14 +275,9 @@ class MaskedKL(Learning, Distiller):
         }
         return [list(stage) for stage in chosen[self.learns] if stage]
 
-    def split(self, samples: int) -> tuple[list[int], list[int]]:
-        """Positions of the sequences to hold out and to learn from; a single sequence serves as both."""
-        held = list(range(0, samples, HELD_OUT))
-        return held, [place for place in range(samples) if place % HELD_OUT] or held
-
     def steps(self, samples: int) -> int:
         """Learning steps in an epoch."""
-        _, learned = self.split(samples)
+        _, learned = split(samples)
         return -(-len(learned) // self.sequences)
 
 
@@ -300,7 +295,7 @@ class _Course:
         self._dtype = learning_dtype(whole.dtype, whole.device) if settings.autocast else whole.dtype
         self._stages = settings.stages(pupil.linears, whole.vectors)
         self._dense = {name: whole.own(name).clone() for name in whole.vectors}
-        self._held, self._learned = settings.split(pupil.share.total)
+        self._held, self._learned = split(pupil.share.total)
         self._steps = settings.steps(pupil.share.total)  # in an epoch
         self._at_once = tokens_at_once(whole.vocabulary)
         self._epochs = settings.epochs

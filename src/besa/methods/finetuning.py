@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from besa.methods.reconstruction.written import written
-from besa.methods.steps import average, one_pass, root_mean_square
+from besa.methods.steps import average, one_pass, root_mean_square, split
 from besa.models.activations import HiddenStates
 from besa.models.blocks import Block
 from besa.models.transfers import fetched
@@ -179,7 +179,7 @@ class MaskedAdam(Learning, Finetuner):
 
     def _steps(self, samples: int) -> int:
         """The number of learning steps in all epochs."""
-        _, learned = self._split(samples)
+        _, learned = split(samples)
         return self.epochs * -(-len(learned) // self.sequences)
 
     def bytes_per_weight(self, item: int) -> int:
@@ -201,7 +201,7 @@ class MaskedAdam(Learning, Finetuner):
         before = {name: block.weight(name).detach() for name in names}
         leaves = {name: w_OI.float().clone().requires_grad_() for name, w_OI in before.items()}
         pruned = {name: w_OI == 0 for name, w_OI in before.items()}
-        held, learned = self._split(share.total)
+        held, learned = split(share.total)
         sizes: list[float] = torch.stack([root_mean_square(leaf) for leaf in leaves.values()]).tolist()
         rate = self.rate * math.sqrt(self.sequences)
         groups = [{"params": [leaf], "lr": rate * size} for leaf, size in zip(leaves.values(), sizes, strict=True)]
@@ -236,11 +236,6 @@ class MaskedAdam(Learning, Finetuner):
         """The dtype in which the block multiplies while it learns."""
         stored = block.weight(name)
         return learning_dtype(stored.dtype, stored.device) if self.autocast else stored.dtype
-
-    def _split(self, samples: int) -> tuple[list[int], list[int]]:
-        """Positions of the sequences to hold out and to learn from; a single sequence serves as both."""
-        held = list(range(0, samples, HELD_OUT))
-        return held, [place for place in range(samples) if place % HELD_OUT] or held
 
     def _mean_loss(
         self,

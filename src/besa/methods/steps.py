@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from besa.counting.precision import widest
+from besa.observing.input_statistics import HELD_OUT
 from besa.system import ranks
 
 
@@ -70,6 +71,12 @@ class Mean:
         mean_V = ranks.total(self._sum_V) / self._sequences
         for tensor, part in zip(tensors, mean_V.split(sizes), strict=True):
             tensor.copy_(part.view_as(tensor))
+
+
+def split(samples: int) -> tuple[list[int], list[int]]:
+    """Positions of the sequences to hold out and to learn from; a single sequence serves as both."""
+    held = list(range(0, samples, HELD_OUT))
+    return held, [place for place in range(samples) if place % HELD_OUT] or held
 
 
 def average(leaves: Iterable[Tensor], sequences: int) -> None:
