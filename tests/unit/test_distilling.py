@@ -211,7 +211,7 @@ def test_steps_are_a_share_of_each_tensor_and_fall(monkeypatch, tiny_llama, tiny
 
 def test_steps_grow_at_first():
     course = object.__new__(distilling._Course)
-    course._settings, course._steps = MaskedKL(epochs=4, rate=0.1, batch=4), 10
+    course._settings, course._epochs, course._steps = MaskedKL(rate=0.1, batch=4), 4, 10
     rates = [course._rate(step) for step in range(40)]
     assert rates[:3] == pytest.approx([0.1, 0.2, 0.2 * 38 / 39])
     assert rates[-1] == pytest.approx(0.2 / 39)
