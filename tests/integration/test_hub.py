@@ -678,10 +678,25 @@ def test_whatever_takes_a_model_takes_a_revision(
     ]
 
 
-def test_code_of_a_repository_runs_if_it_is_trusted_and_as_its_commit_has_it(
-    hub: LoopbackHub, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def own_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Models' code goes to a folder of the test; python forgets the package afterwards, as it keeps where it was."""
+
+    def forget() -> None:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+            del sys.modules[name]
+
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    forget()
+    yield
+    forget()
+
+
+@pytest.mark.usefixtures("own_modules")
+def test_code_of_a_repository_runs_if_it_is_trusted_and_as_its_commit_has_it(
+    hub: LoopbackHub, folders: dict[str, Path], tmp_path: Path
+) -> None:
     commits = []
     for version in ("first", "second"):
         folder = tmp_path / version
