@@ -105,6 +105,18 @@ def test_what_fitted_into_the_minutes_stays(whole: Path, tmp_path: Path, monkeyp
     assert record.distilling.losses == RunRecord.of(whole).distilling.losses
 
 
+def test_steps_that_were_eased_stay_so(tmp_path: Path) -> None:
+    """Steps too large to help: the first epoch is taken back; then the run is stopped, in the second."""
+    settings = ["distill={method: kl, learns: weights, epochs: 4, rate: 0.3, batch: 4}"]
+    expected = prune(tmp_path / "whole", settings=settings).distilling.losses
+    assert expected[1] > expected[0]
+    with pytest.raises(Interrupted):
+        prune(tmp_path / "out", 4, settings=settings)
+    assert prune(tmp_path / "out", resume=True, settings=settings).distilling.losses == expected
+    written = [(tmp_path / out / "model.safetensors").read_bytes() for out in ("whole", "out")]
+    assert written[0] == written[1]
+
+
 @pytest.mark.slow
 def test_killed_again_and_again(tmp_path: Path) -> None:
     settings = ["distill={method: kl, learns: together, epochs: 2, rate: 0.001, batch: 4}", "allocation.steps=4"]
