@@ -196,7 +196,6 @@ def work_out(
         needs, most_at_once = max(needs, writing), max(most_at_once, writing)
         gpu = None if gpu is None else max(gpu, weights + cache)
     lacking = list(_lacking(most_at_once, gpu, disk, device, folder, ranks))
-    pruned = {name for budget in plan for name in budget.names}
     widths = [prunable.columns for block in blocks for name, prunable in block.prunables.items() if name in pruned]
     return Plan(
         model=name,
