@@ -96,10 +96,10 @@ def test_interrupted_and_gone_on_with(stop: int, whole: Path, tmp_path: Path) ->
 def test_what_fitted_into_the_minutes_stays(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine is faster when the run goes on."""
     out, settings = tmp_path / "out", [*SETTINGS, "distill.minutes=1", "distill.epochs=7"]
-    monkeypatch.setattr("besa.methods.distilling._Course._fitting", lambda self, seconds: 2)
+    monkeypatch.setattr("besa.methods.distilling.course.Course._fitting", lambda self, seconds: 2)
     with pytest.raises(Interrupted):
         prune(out, 3, settings=settings)
-    monkeypatch.setattr("besa.methods.distilling._Course._fitting", lambda self, seconds: 5)
+    monkeypatch.setattr("besa.methods.distilling.course.Course._fitting", lambda self, seconds: 5)
     record = prune(out, resume=True, settings=settings)
     assert record.distilling.epochs == 2
     assert record.distilling.losses == RunRecord.of(whole).distilling.losses

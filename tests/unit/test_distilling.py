@@ -9,8 +9,8 @@ import torch
 from torch.func import functional_call
 
 import besa
-from besa.methods import distilling
 from besa.methods.distilling import Distilled, MaskedKL, NoDistilling
+from besa.methods.distilling import course as courses
 from besa.methods.recipe import Recipe
 from besa.models.blocks import capture_inputs, find_blocks
 from besa.models.whole import Whole
@@ -195,7 +195,7 @@ def test_steps_are_a_share_of_each_tensor_and_fall(monkeypatch, tiny_llama, tiny
         def step(self):
             rates.append(self.param_groups[0]["lr"])
             norms = [p.grad.norm() for group in self.param_groups for p in group["params"] if p.grad is not None]
-            assert torch.stack(norms).norm() <= distilling.CLIPPED * 1.0001
+            assert torch.stack(norms).norm() <= courses.CLIPPED * 1.0001
             return super().step()
 
     monkeypatch.setattr(torch.optim, "Adam", Watched)
@@ -210,7 +210,7 @@ def test_steps_are_a_share_of_each_tensor_and_fall(monkeypatch, tiny_llama, tiny
 
 
 def test_steps_grow_at_first():
-    course = object.__new__(distilling._Course)
+    course = object.__new__(courses.Course)
     course._settings, course._epochs, course._steps = MaskedKL(rate=0.1, batch=4), 4, 10
     rates = [course._rate(step) for step in range(40)]
     assert rates[:3] == pytest.approx([0.1, 0.2, 0.2 * 38 / 39])
@@ -234,7 +234,7 @@ def test_an_epoch_that_does_not_help_is_taken_back(monkeypatch, tiny_llama, tiny
             return super().step()
 
     monkeypatch.setattr(torch.optim, "Adam", Watched)
-    monkeypatch.setattr(distilling._Course, "_held_out_loss", held_out_loss)
+    monkeypatch.setattr(courses.Course, "_held_out_loss", held_out_loss)
     record = distilled(tiny_llama, tiny_tokenizer, tiny_llama_folder, samples=5, epochs=9, rate=1e-4)
     assert record.distilling.losses == [9.0, 8.0, 8.5, 7.0, 7.5, 7.6]
     plain = [min((step + 1) / 2, (36 - step) / 35) for step in range(20)]
@@ -249,7 +249,7 @@ def test_an_epoch_that_does_not_help_is_taken_back(monkeypatch, tiny_llama, tiny
 def test_minutes_are_filled_with_whole_epochs(minutes, epochs):
     """Three minutes are gone when a pass over an eighth takes 10 seconds: an epoch takes 4.5 × 7 + 1 times as long, and
     for the head of a quarter of the blocks 1.5 in place of 1."""
-    course = object.__new__(distilling._Course)
+    course = object.__new__(courses.Course)
     course._settings = MaskedKL(minutes=minutes)
     course._pupil = SimpleNamespace(seconds=180, head=0.0)
     expected = (60 * minutes - 180 - 2.6) / (2.6 * (4 * 7 + 1))
@@ -260,7 +260,7 @@ def test_minutes_are_filled_with_whole_epochs(minutes, epochs):
 
 def test_minutes_decide_how_far_steps_reach(monkeypatch, tiny_llama, tiny_tokenizer, tiny_llama_folder):
     same = copy.deepcopy(tiny_llama)
-    monkeypatch.setattr(distilling._Course, "_fitting", lambda self, seconds: 2)
+    monkeypatch.setattr(courses.Course, "_fitting", lambda self, seconds: 2)
     within = distilled(tiny_llama, tiny_tokenizer, tiny_llama_folder, samples=5, minutes=1, rate=0.003)
     monkeypatch.undo()
     chosen = distilled(same, tiny_tokenizer, tiny_llama_folder, samples=5, epochs=2, rate=0.003)

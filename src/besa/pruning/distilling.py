@@ -115,17 +115,17 @@ class _SharedSnapshots:
 
     @property
     def position(self) -> dict[str, Any] | None:
-        """See `methods.distilling.Snapshots`."""
+        """See `methods.distilling.distiller.Snapshots`."""
         return ranks.from_first(self._own.position if self._own is not None else None)
 
     def tensors(self, group: str) -> dict[str, Tensor]:
-        """See `methods.distilling.Snapshots`."""
+        """See `methods.distilling.distiller.Snapshots`."""
         return ranks.tensors_from_first(self._own.tensors(group) if self._own is not None else {})
 
     def keep(
         self, position: Mapping[str, Any], groups: Iterable[tuple[str, Mapping[str, Tensor]]], urgent: bool
     ) -> None:
-        """See `methods.distilling.Snapshots`."""
+        """See `methods.distilling.distiller.Snapshots`."""
         if self._own is not None:
             self._own.keep(position, groups, urgent)
 

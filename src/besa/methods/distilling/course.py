@@ -1,4 +1,4 @@
-"""Distilling: the pruned model as a whole learns to predict what the dense model predicts.
+"""The course of distilling: stages, epochs and steps, from the last state on, and the best values at the end.
 
 Shape suffixes: N sequences, T tokens, C channels of the residual stream.
 """
@@ -7,281 +7,33 @@ from __future__ import annotations
 
 import math
 import time
-from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
+from besa.methods.distilling.distiller import Distilled, Pupil, Snapshots
 from besa.methods.reconstruction.written import written
 from besa.methods.steps import average, one_pass, root_mean_square, split
-from besa.models.activations import HiddenStates
 from besa.models.transfers import fetched
-from besa.models.whole import Whole
 from besa.observing.divergence import divergence, tokens_at_once
-from besa.observing.input_statistics import HELD_OUT
 from besa.progress import Progress
-from besa.settings import Learning, Settings
 from besa.system import ranks
 from besa.system.machine import learning_dtype, loss_scaler
-from besa.system.ranks import Share
+
+if TYPE_CHECKING:
+    from besa.methods.distilling.kl import MaskedKL
 
 WARM = 0.05  # share of the steps in which the step size grows
 EASED = 0.3  # factor of the step size after an epoch that did not lower the held-out loss
 PATIENCE = 2  # such epochs in a row, and learning ends
 CLIPPED = 1.0  # largest norm of the gradient of a step
 BETAS = (0.9, 0.99)  # of Adam
-LEARNING, LEARNING_HEADS = 4, 3  # passes through blocks and head to learn: the blocks run again for the backward pass
-HEADS = 2  # passes through the head to measure: of the dense model too
-
-T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Pupil:
-    """A pruned model that learns, and what it learns from.
-
-    Attributes:
-        whole: the pruned model.
-        linears: full names of the pruned linears, whose kept weights may change.
-        tokens_NT: of the sequences of this rank.
-        inputs_NTC: of the first block, for the same sequences.
-        targets_NTC: outputs of the last block of the dense model.
-        share: these sequences.
-        seed: of the order of sequences.
-        seconds: that the run has taken so far.
-        head: cost of the model's head, as a share of a forward pass through all blocks.
-    """
-
-    whole: Whole
-    linears: list[str]
-    tokens_NT: Tensor
-    inputs_NTC: HiddenStates
-    targets_NTC: HiddenStates
-    share: Share
-    seed: int
-    seconds: float
-    head: float
-
-
-@dataclass(frozen=True)
-class Distilled:
-    """The result of distilling.
-
-    Attributes:
-        epochs: that the step sizes were laid out for; those of each stage.
-        losses: on held-out sequences, before the first epoch and after every epoch.
-        helped: whether the model has changed.
-        changed: full names of the norms and biases that have changed.
-    """
-
-    epochs: int = 0
-    losses: list[float] = field(default_factory=list)
-    helped: bool = False
-    changed: list[str] = field(default_factory=list)
-
-
-class Snapshots(Protocol):
-    """Where the states of the work are kept, so that a killed run goes on from the last."""
-
-    @property
-    def position(self) -> dict[str, Any] | None:
-        """Of the last state, in JSON types; None if there is none."""
-
-    def tensors(self, group: str) -> dict[str, Tensor]:
-        """Those of a group in the last state."""
-
-    def keep(
-        self, position: Mapping[str, Any], groups: Iterable[tuple[str, Mapping[str, Tensor]]], urgent: bool
-    ) -> None:
-        """Keep a state, if it is urgent or some time has passed since the last one.
-
-        Args:
-            position: in the work, in JSON types.
-            groups: tensors by name of each group; one group at a time is in memory.
-            urgent: keep it now.
-        """
-
-
-class Distiller(Settings):
-    """Base of all ways to distil. The defaults describe one that does nothing.
-
-    Attributes:
-        moves_weights: whether the model changes; the dense path then needs the outputs of all tokens.
-    """
-
-    moves_weights: ClassVar[bool] = False
-
-    @property
-    def sequences(self) -> int:
-        """Sequences of a learning step."""
-        return 1
-
-    def epoch_passes(self, head: float) -> float:
-        """Forward passes over the calibration set in an epoch of all that learns.
-
-        Args:
-            head: cost of the model's head, as a share of a forward pass through all blocks.
-        """
-        return 0.0
-
-    def passes(self, head: float, epochs: int | None = None) -> float:
-        """Forward passes over the calibration set in so many epochs, by default as many as there are at most.
-
-        Args:
-            head: as of `epoch_passes`.
-            epochs: of one part after the other.
-        """
-        return 0.0
-
-    def learned_passes(self, head: float) -> float:
-        """Of `passes`, those of learning steps."""
-        return 0.0
-
-    def learning_bytes(self, linears: Sequence[int], vectors: Sequence[int]) -> int:
-        """Bytes that learning keeps besides the model.
-
-        Args:
-            linears: number of weights of each pruned linear.
-            vectors: number of elements of each norm and bias.
-        """
-        return 0
-
-    def state_bytes(self, kept: int, vectors: int, item: int) -> int:
-        """Bytes of a state on the disk.
-
-        Args:
-            kept: number of weights that are not pruned.
-            vectors: number of elements of norms and biases.
-            item: bytes of a weight of the model.
-        """
-        return 0
-
-    def summed_bytes(self, linears: Sequence[int], vectors: Sequence[int], samples: int) -> int:
-        """Bytes that ranks add up in all learning steps, at most.
-
-        Args:
-            linears: as of `learning_bytes`.
-            vectors: likewise.
-            samples: calibration sequences of all ranks.
-        """
-        return 0
-
-    @abstractmethod
-    def distill(self, pupil: Pupil, snapshots: Snapshots, progress: Progress) -> Distilled:
-        """Change the model in place, if that brings its predictions closer to those of the dense model.
-
-        Args:
-            pupil: the model.
-            snapshots: where states are kept.
-            progress: is called with (steps done, steps, state) after every step.
-        """
-
-
-class NoDistilling(Distiller):
-    """The model stays as its blocks were pruned; `distill.method=none`."""
-
-    method: Literal["none"] = "none"
-
-    def distill(self, pupil: Pupil, snapshots: Snapshots, progress: Progress) -> Distilled:
-        """No change and no losses."""
-        return Distilled()
-
-
-class MaskedKL(Learning, Distiller):
-    """Adam on what is not pruned, down the divergence KL(dense ‖ pruned) of the predictions of the next token.
-
-    The step size grows over the first steps and then falls linearly to zero. The loss on held-out sequences is measured
-    after every epoch. The best values are kept. An epoch that does not lower the loss is taken back, and steps become
-    smaller, as models differ in what they bear. Two such epochs in a row are the last.
-    """
-
-    method: Literal["kl"] = "kl"
-    learns: Literal["weights", "norms", "both", "together"] = Field(
-        default="weights",
-        description="kept weights of pruned linears; norms and biases; both, first norms; or both at once",
-    )
-    epochs: int = Field(default=2, ge=1, description="passes over the calibration set, at most; of both, for each")
-    minutes: float | None = Field(
-        default=None,
-        gt=0,
-        description="in place of epochs: as many as fit into so many minutes of the whole run; the record has their "
-        "number",
-    )
-    rate: float = Field(
-        default=1e-3,
-        gt=0,
-        description="largest step size, as a share of a tensor's root mean square; times √batch, for fewer steps",
-    )
-    autocast: bool = Field(
-        default=True, description="multiply in bfloat16 while learning, if that makes a float32 run faster"
-    )
-    moves_weights: ClassVar[bool] = True
-    most_shared: ClassVar[int] = 4
-
-    def epoch_passes(self, head: float) -> float:
-        """Forward twice and backward over the sequences learned from, and forward over those held out.
-
-        With each goes the head, once for the dense model too.
-        """
-        held = 1 / HELD_OUT
-        learning = (LEARNING + LEARNING_HEADS * head) * (1 - held)
-        return len(self.stages([0], [0])) * (learning + (1 + HEADS * head) * held)
-
-    def passes(self, head: float, epochs: int | None = None) -> float:
-        """All epochs, and a forward pass over the held-out sequences before the first."""
-        share = self.epochs if epochs is None else epochs / len(self.stages([0], [0]))
-        return share * self.epoch_passes(head) + (1 + HEADS * head) / HELD_OUT
-
-    def learned_passes(self, head: float) -> float:
-        """Forward and backward over the sequences learned from, in all epochs."""
-        epochs = self.epochs * len(self.stages([0], [0]))
-        return epochs * (LEARNING + LEARNING_HEADS * head) * (1 - 1 / HELD_OUT)
-
-    def learning_bytes(self, linears: Sequence[int], vectors: Sequence[int]) -> int:
-        """Value, gradient and two moments in float32, of what learns at once."""
-        return 16 * max(map(sum, self.stages(linears, vectors)), default=0)
-
-    def state_bytes(self, kept: int, vectors: int, item: int) -> int:
-        """Value and two moments in float32 of what learns at once, and the best value of all."""
-        stages = [sum(stage) for stage in self.stages([kept], [vectors])]
-        return 12 * max(stages) + item * sum(stages)
-
-    def summed_bytes(self, linears: Sequence[int], vectors: Sequence[int], samples: int) -> int:
-        """Float32 gradients, and for each tensor whether any token of the step reached it."""
-        steps = self.epochs * self.steps(samples)
-        return steps * sum(4 * numbers + 8 for stage in self.stages(linears, vectors) for numbers in stage)
-
-    def distill(self, pupil: Pupil, snapshots: Snapshots, progress: Progress) -> Distilled:
-        """The values with the lowest loss on the held-out sequences."""
-        return _Course(self, pupil, snapshots, progress).run()
-
-    def stages(self, linears: Sequence[T], vectors: Sequence[T]) -> list[list[T]]:
-        """What learns at once, stage by stage.
-
-        Args:
-            linears: one thing for each pruned linear, such as its name.
-            vectors: the same for each norm and bias.
-        """
-        chosen: dict[str, list[Sequence[T]]] = {
-            "weights": [linears],
-            "norms": [vectors],
-            "both": [vectors, linears],
-            "together": [[*linears, *vectors]],
-        }
-        return [list(stage) for stage in chosen[self.learns] if stage]
-
-    def steps(self, samples: int) -> int:
-        """Learning steps in an epoch."""
-        _, learned = split(samples)
-        return -(-len(learned) // self.sequences)
-
-
-class _Course:
+class Course:
     """The work of `MaskedKL.distill`.
 
     A state has the best values so far, which are the model's own tensors, and the float32 values that learn, with their
@@ -329,7 +81,7 @@ class _Course:
         """
         settings, head = self._settings, self._pupil.head
         assert settings.minutes is not None
-        epoch = seconds * settings.epoch_passes(head) / ((1 + HEADS * head) / HELD_OUT)
+        epoch = seconds * settings.epoch_passes(head) / settings.passes(head, epochs=0)
         return max(0, int((60 * settings.minutes - self._pupil.seconds - seconds) / epoch))
 
     def _learn(self, number: int, begun: Mapping[str, Any]) -> None:
@@ -508,6 +260,3 @@ class _Course:
     def _partial(self, name: str, tensor: Tensor) -> bool:
         """Whether a state has only the kept weights of a tensor."""
         return name in self._linears and tensor.dim() > 0
-
-
-Distilling = Annotated[NoDistilling | MaskedKL, Field(discriminator="method")]

@@ -1,0 +1,109 @@
+"""Distilling what is not pruned: down the divergence of the predictions from those of the dense model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal, TypeVar
+
+from pydantic import Field
+
+from besa.methods.distilling.course import Course
+from besa.methods.distilling.distiller import Distilled, Distiller, Pupil, Snapshots
+from besa.methods.steps import split
+from besa.observing.input_statistics import HELD_OUT
+from besa.progress import Progress
+from besa.settings import Learning
+
+LEARNING, LEARNING_HEADS = 4, 3  # passes through blocks and head to learn: the blocks run again for the backward pass
+HEADS = 2  # passes through the head to measure: of the dense model too
+
+T = TypeVar("T")
+
+
+class MaskedKL(Learning, Distiller):
+    """Adam on what is not pruned, down the divergence KL(dense ‖ pruned) of the predictions of the next token.
+
+    The step size grows over the first steps and then falls linearly to zero. The loss on held-out sequences is measured
+    after every epoch. The best values are kept. An epoch that does not lower the loss is taken back, and steps become
+    smaller, as models differ in what they bear. Two such epochs in a row are the last.
+    """
+
+    method: Literal["kl"] = "kl"
+    learns: Literal["weights", "norms", "both", "together"] = Field(
+        default="weights",
+        description="kept weights of pruned linears; norms and biases; both, first norms; or both at once",
+    )
+    epochs: int = Field(default=2, ge=1, description="passes over the calibration set, at most; of both, for each")
+    minutes: float | None = Field(
+        default=None,
+        gt=0,
+        description="in place of epochs: as many as fit into so many minutes of the whole run; the record has their "
+        "number",
+    )
+    rate: float = Field(
+        default=1e-3,
+        gt=0,
+        description="largest step size, as a share of a tensor's root mean square; times √batch, for fewer steps",
+    )
+    autocast: bool = Field(
+        default=True, description="multiply in bfloat16 while learning, if that makes a float32 run faster"
+    )
+    moves_weights: ClassVar[bool] = True
+    most_shared: ClassVar[int] = 4
+
+    def epoch_passes(self, head: float) -> float:
+        """Forward twice and backward over the sequences learned from, and forward over those held out.
+
+        With each goes the head, once for the dense model too.
+        """
+        held = 1 / HELD_OUT
+        learning = (LEARNING + LEARNING_HEADS * head) * (1 - held)
+        return len(self.stages([0], [0])) * (learning + (1 + HEADS * head) * held)
+
+    def passes(self, head: float, epochs: int | None = None) -> float:
+        """All epochs, and a forward pass over the held-out sequences before the first."""
+        share = self.epochs if epochs is None else epochs / len(self.stages([0], [0]))
+        return share * self.epoch_passes(head) + (1 + HEADS * head) / HELD_OUT
+
+    def learned_passes(self, head: float) -> float:
+        """Forward and backward over the sequences learned from, in all epochs."""
+        epochs = self.epochs * len(self.stages([0], [0]))
+        return epochs * (LEARNING + LEARNING_HEADS * head) * (1 - 1 / HELD_OUT)
+
+    def learning_bytes(self, linears: Sequence[int], vectors: Sequence[int]) -> int:
+        """Value, gradient and two moments in float32, of what learns at once."""
+        return 16 * max(map(sum, self.stages(linears, vectors)), default=0)
+
+    def state_bytes(self, kept: int, vectors: int, item: int) -> int:
+        """Value and two moments in float32 of what learns at once, and the best value of all."""
+        stages = [sum(stage) for stage in self.stages([kept], [vectors])]
+        return 12 * max(stages) + item * sum(stages)
+
+    def summed_bytes(self, linears: Sequence[int], vectors: Sequence[int], samples: int) -> int:
+        """Float32 gradients, and for each tensor whether any token of the step reached it."""
+        steps = self.epochs * self.steps(samples)
+        return steps * sum(4 * numbers + 8 for stage in self.stages(linears, vectors) for numbers in stage)
+
+    def distill(self, pupil: Pupil, snapshots: Snapshots, progress: Progress) -> Distilled:
+        """The values with the lowest loss on the held-out sequences."""
+        return Course(self, pupil, snapshots, progress).run()
+
+    def stages(self, linears: Sequence[T], vectors: Sequence[T]) -> list[list[T]]:
+        """What learns at once, stage by stage.
+
+        Args:
+            linears: one thing for each pruned linear, such as its name.
+            vectors: the same for each norm and bias.
+        """
+        chosen: dict[str, list[Sequence[T]]] = {
+            "weights": [linears],
+            "norms": [vectors],
+            "both": [vectors, linears],
+            "together": [[*linears, *vectors]],
+        }
+        return [list(stage) for stage in chosen[self.learns] if stage]
+
+    def steps(self, samples: int) -> int:
+        """Learning steps in an epoch."""
+        _, learned = split(samples)
+        return -(-len(learned) // self.sequences)
