@@ -12,11 +12,11 @@ from torch.nn import functional
 import besa
 from besa.data.calibration import Calibration
 from besa.errors import BesaError
+from besa.methods.fisher import one_threshold
 from besa.methods.recipe import Recipe
+from besa.methods.survey import Survey
 from besa.methods.targets import LossSensitivity, Owl, Search
-from besa.methods.targets.bounded import Survey
 from besa.methods.targets.budgets import budgets
-from besa.methods.targets.fisher import one_threshold
 from besa.methods.targets.search import divergences
 from besa.models.activations import Room
 from besa.models.blocks import find_blocks

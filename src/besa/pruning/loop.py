@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from besa.data.calibration import Calibration
 from besa.methods.recipe import Recipe
-from besa.methods.targets.bounded import Survey
+from besa.methods.survey import Survey
 from besa.methods.targets.budgets import budgets, shared_names
 from besa.models.activations import HiddenStates
 from besa.models.check import Check

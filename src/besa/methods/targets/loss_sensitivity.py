@@ -6,8 +6,9 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from besa.methods.targets.bounded import Bounded, Survey
-from besa.methods.targets.fisher import one_threshold
+from besa.methods.fisher import one_threshold
+from besa.methods.survey import Survey
+from besa.methods.targets.bounded import Bounded
 
 
 class LossSensitivity(Bounded):

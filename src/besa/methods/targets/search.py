@@ -18,9 +18,10 @@ from torch.nn.functional import kl_div
 from besa.counting.masks import hard_mask, rank
 from besa.counting.precision import widest
 from besa.errors import BesaError
+from besa.methods.fisher import one_threshold
 from besa.methods.importance import Wanda
-from besa.methods.targets.bounded import Bounded, Survey
-from besa.methods.targets.fisher import one_threshold
+from besa.methods.survey import Survey
+from besa.methods.targets.bounded import Bounded
 from besa.models.activations import HiddenStates
 from besa.models.blocks import logits_of, send
 from besa.observing.input_statistics import InputStatistics

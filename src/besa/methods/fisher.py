@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from besa.kernels import histogram
-from besa.methods.targets.bounded import Survey
+from besa.methods.survey import Survey
 from besa.models.activations import HiddenStates
 from besa.models.blocks import Block, logits_of
 from besa.models.transfers import Outputs, fetched
