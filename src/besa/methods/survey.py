@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from besa.models.activations import HiddenStates, Room
 from besa.models.blocks import Block, embedded
 from besa.models.streaming import Decoder
 from besa.system.ranks import Share
+
+if TYPE_CHECKING:
+    from besa.methods.fisher import LossGradients
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Survey:
         device: where blocks are computed.
         room: for hidden states.
         seed: of random choices.
+        gradients: of the loss, by how many sequences there are to one that they are measured on; each is measured once.
     """
 
     decoder: Decoder
@@ -43,6 +48,7 @@ class Survey:
     device: torch.device
     room: Room
     seed: int
+    gradients: dict[int, LossGradients] = field(default_factory=dict)
 
     @cached_property
     def sizes(self) -> list[int]:
