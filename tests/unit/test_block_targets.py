@@ -12,11 +12,11 @@ from torch.nn import functional
 import besa
 from besa.data.calibration import Calibration
 from besa.errors import BesaError
+from besa.methods.fisher import loss_gradients
 from besa.methods.recipe import Recipe
+from besa.methods.survey import Survey
 from besa.methods.targets import LossSensitivity, Owl, Search
-from besa.methods.targets.bounded import Survey
 from besa.methods.targets.budgets import budgets
-from besa.methods.targets.fisher import one_threshold
 from besa.methods.targets.search import divergences
 from besa.models.activations import Room
 from besa.models.blocks import find_blocks
@@ -105,10 +105,9 @@ def slow_scores(model, blocks, tokens_NT):
             x, y = outputs[module]
             squares[name] = squares.get(name, 0) + x[0].square().sum(dim=0)
             gradients[name] = gradients.get(name, 0) + y.grad[0].square().sum(dim=0)
-    return {
-        name: module.weight.square() * squares[name] * (gradients[name] / count)[:, None]
-        for name, module in modules.items()
-    }
+    rows = {name: gradients[name] / count for name in modules}
+    scores = {name: module.weight.square() * squares[name] * rows[name][:, None] for name, module in modules.items()}
+    return scores, rows
 
 
 @pytest.mark.parametrize("sparsity", [0.3, 0.7])
@@ -116,14 +115,18 @@ def test_sensitivities_are_those_of_a_backward_pass_through_the_whole(
     sparsity, tiny_llama, tiny_llama_folder, tiny_tokenizer
 ):
     blocks, calibration = blocks_and_tokens(tiny_llama, tiny_llama_folder, tiny_tokenizer)
-    expected = slow_scores(tiny_llama, blocks, calibration.tokens_NT[::2])
+    expected, expected_rows = slow_scores(tiny_llama, blocks, calibration.tokens_NT[::2])
     threshold = torch.cat([part.flatten() for part in expected.values()]).quantile(sparsity)
-    method = LossSensitivity(every=2, strength=1)
-    found = method.measure(survey(DecoderInMemory(tiny_llama), calibration, sparsity))
+    method, own = LossSensitivity(every=2, strength=1), survey(DecoderInMemory(tiny_llama), calibration, sparsity)
+    found = method.measure(own)
     for block, rate in zip(blocks, found, strict=True):
         part = torch.cat([expected[name].flatten() for name in block.prunables])
         assert rate == pytest.approx(float((part <= threshold).float().mean()), abs=0.005)
     assert max(found) - min(found) > 0.02
+    squares = loss_gradients(own, 2).squares
+    assert squares.keys() == expected.keys()
+    for name, squares_O in squares.items():
+        torch.testing.assert_close(squares_O, expected_rows[name], rtol=1e-3, atol=1e-9)
     half = LossSensitivity(every=2).measure(survey(DecoderInMemory(tiny_llama), calibration, sparsity))
     assert half == pytest.approx([(rate + sparsity) / 2 for rate in found])
 
@@ -144,7 +147,7 @@ def test_from_the_disk_the_same_comes_out(method, tiny_llama, tiny_llama_folder,
 def test_only_what_shares_the_sparsity_counts(tiny_llama, tiny_llama_folder, tiny_tokenizer):
     blocks, calibration = blocks_and_tokens(tiny_llama, tiny_llama_folder, tiny_tokenizer)
     decoder = DecoderInMemory(tiny_llama)
-    expected = slow_scores(tiny_llama, blocks, calibration.tokens_NT)
+    expected, _ = slow_scores(tiny_llama, blocks, calibration.tokens_NT)
     names = [tuple(name for name in block.prunables if "mlp" in name) for block in blocks]
     threshold = torch.cat([expected[name].flatten() for own in names for name in own]).median()
     found = LossSensitivity(every=1, strength=1).measure(survey(decoder, calibration, names=names))
@@ -177,9 +180,9 @@ def test_trials_diverge_as_models_do_that_are_pruned_whole(tiny_llama, tiny_llam
     blocks, calibration = blocks_and_tokens(tiny_llama, tiny_llama_folder, tiny_tokenizer)
     looked_at_NT, held_out_NT = calibration.tokens_NT[::2], calibration.tokens_NT[1::2]
     own = survey(DecoderInMemory(tiny_llama), calibration)
-    threshold = one_threshold(own, looked_at_NT)
+    measured = loss_gradients(own, 2)
     trials = [[0.5] * len(blocks), [0.3 + 0.05 * block.index for block in blocks], [0.0] * len(blocks)]
-    found = divergences(own, threshold.statistics, trials, held_out_NT)
+    found = divergences(own, measured.statistics, trials, held_out_NT)
 
     inputs = {}
     modules = {tiny_llama.get_submodule(name): name for block in blocks for name in block.prunables}
@@ -215,7 +218,7 @@ def test_search_takes_the_best_of_its_strengths_and_leaves_the_model_alone(
     method = Search(every=3, strengths=(1.0, 0.5, 0.0))
     chosen = method.measure(own)
     ways = [LossSensitivity(every=3, strength=strength).measure(own) for strength in method.strengths]
-    statistics = one_threshold(own, method.tokens(own)).statistics
+    statistics = loss_gradients(own, 3).statistics
     trials = [method.bounded(way, own.sizes, 0.6) for way in ways]
     found = divergences(own, statistics, trials, calibration.tokens_NT[1::3])
     assert len(set(found)) == 3
@@ -276,3 +279,16 @@ def test_targets_that_are_damaged_are_measured_again(damage, tiny_llama_folder, 
     else:
         (tmp_path / "targets.json").write_text(damage)
     assert journal.targets is None
+
+
+@pytest.mark.parametrize("damage", [b"", b"no tensors", None])
+def test_gradients_that_are_damaged_are_measured_again(damage, tmp_path):
+    from besa.storage.journal import Journal
+
+    journal = Journal(tmp_path)
+    assert journal.gradients is None
+    journal.keep_gradients({"a": torch.arange(3.0)})
+    assert journal.gradients["a"].tolist() == [0, 1, 2]
+    path = tmp_path / "gradients.safetensors"
+    path.unlink() if damage is None else path.write_bytes(damage)
+    assert journal.gradients is None

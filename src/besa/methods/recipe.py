@@ -107,6 +107,12 @@ class Recipe(Settings):
         return self.allocation.scope
 
     @property
+    def losses_every(self) -> set[int]:
+        """Gradients of the dense model's loss are measured on one sequence in so many, for each of these numbers."""
+        asked = (self.targets.loss_every, self.allocation.loss_every)
+        return {every for every in asked if every is not None}
+
+    @property
     def needs_gram(self) -> bool:
         """Whether any choice needs the Gram matrix of the linears' inputs."""
         return self.importance.needs_gram or self.reconstruction.needs_gram

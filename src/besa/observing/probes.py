@@ -1,6 +1,6 @@
-"""How strongly a block's output, or the model's loss, depends on each row of its matrices, by sending gradients back.
+"""How strongly the model's loss depends on each row of a block's matrices, by sending gradients back.
 
-Shape suffixes: N sequences, T tokens, C channels of the residual stream, O rows (output channels), B bytes.
+Shape suffixes: N sequences, T tokens, C channels of the residual stream, O rows (output channels).
 """
 
 from __future__ import annotations
@@ -25,9 +25,6 @@ class RowSensitivities:
     Sums of a pass are float32 and are added up as wide as the device computes, so that they do not depend on how
     sequences are divided among ranks (`ranks.total`).
 
-    With random ±1 (v) sent back from the block's output, an error e at a matrix's output adds Σ_o e_o² E[(Jᵀv)_o²] to
-    the squared error of the block's output, in the mean over v and if channels do not correlate.
-
     Args:
         block: the block or unit; its weights are not changed.
     """
@@ -36,25 +33,22 @@ class RowSensitivities:
     _sums: dict[str, Tensor] = field(default_factory=dict)
     _tokens: dict[str, int] = field(default_factory=dict)
 
-    def send_back(self, x_NTC: Tensor, seeds_NTC: Tensor | None = None, seed: int = 0) -> Tensor:
+    def send_back(self, x_NTC: Tensor, seeds_NTC: Tensor) -> Tensor:
         """Send gradients backward through the block and add those at its matrices; returns those at its input.
 
         Args:
             x_NTC: inputs, on the block's device.
-            seeds_NTC: gradients at the output; by default random ±1.
-            seed: of the random ±1.
+            seeds_NTC: gradients at the output.
         """
         x_NTC = x_NTC.detach().requires_grad_()
         with torch.enable_grad(), ExitStack() as stack:
             for block in self.block.blocks if isinstance(self.block, Unit) else (self.block,):
                 stack.enter_context(Products(block.module, block.prunables, gradients=self._add))
             y_NTC = self.block(x_NTC)
-        if seeds_NTC is None:
-            seeds_NTC = random_signs(y_NTC, seed)
         return torch.autograd.grad(y_NTC, x_NTC, seeds_NTC.to(y_NTC))[0]
 
     def rows(self, name: str) -> Tensor:
-        """E[(Jᵀv)²] (O,), float32, of the matrix `name`; zeros if no token reached it."""
+        """E[g²] (O,), float32, of the matrix `name`; zeros if no token reached it."""
         prunable = self.block.prunables[name]
         if name not in self._sums:
             return torch.zeros(prunable.rows, device=self.block.weight(name).device)
@@ -76,14 +70,3 @@ class RowSensitivities:
         squares_O = gradient.float().square().reshape(-1, gradient.shape[-1]).sum(dim=0).to(widest(gradient.device))
         self._sums[name] = self._sums[name] + squares_O if name in self._sums else squares_O
         self._tokens[name] = self._tokens.get(name, 0) + gradient.numel() // gradient.shape[-1]
-
-
-def random_signs(like: Tensor, seed: int) -> Tensor:
-    """Random ±1 with the shape, dtype and device of `like`; the same numbers on every device.
-
-    The host draws them as bits and the device spreads them out, so that few bytes travel.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    bytes_B = torch.randint(0, 256, (-(-like.numel() // 8),), generator=generator, dtype=torch.uint8).to(like.device)
-    bits_B8 = bytes_B[:, None] >> torch.arange(8, dtype=torch.uint8, device=like.device) & 1
-    return bits_B8.flatten()[: like.numel()].reshape(like.shape).to(like.dtype).mul_(2).sub_(1)

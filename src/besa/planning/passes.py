@@ -51,8 +51,8 @@ def forward_passes(
     """
     shares = shares_of(samples, batch, ranks)
     own = most(shares)
-    every, tokens = dense_share(recipe, seqlen)
-    dense = most(shares, every) * tokens / (own * seqlen)
+    share, tokens = dense_share(recipe, seqlen)
+    dense = most(shares, share) * tokens / (own * seqlen)
     observed = most(shares, recipe.statistics_every(routed=routed)) / own
     passes = dense + observed + 1  # the dense path, statistics, the pruned path
     if recipe.teacher == "pruned":
@@ -63,8 +63,8 @@ def forward_passes(
     if recipe.descent is not None:
         steps = recipe.descent.steps * -(-min(recipe.descent.sequences, samples) // ranks)
         passes += 3 * parts * steps * first_tokens(seqlen, recipe.descent.crop) / (own * seqlen)
-    if recipe.allocation.probes_every is not None:
-        passes += 2 / recipe.allocation.probes_every
+    for every in recipe.losses_every:  # a forward pass, then a forward and a backward pass to activations
+        passes += 3 * most(shares_of(-(-samples // every), batch, ranks)) / own
 
     def waiting(step: int) -> float:
         """What is added to the passes of learning; 0 if the sequences of a step are divided as the set is."""

@@ -151,12 +151,13 @@ def work_out(
     two_parts = recipe.granularity == "attn-mlp"  # attention has its own teacher
     target = stream if teacher == "pruned" else dense_stream
     streams = [stream, dense_stream, *([target] if two_parts else []), *([stream] if teacher == "pruned" else [])]
-    surveyed: list[int] = []
+    kept = [most(shares_of(-(-samples // every), batch, ranks)) * (len(blocks) + 1) for every in recipe.losses_every]
     if recipe.targets.measuring is not None:
         every = recipe.targets.measuring.every
         measured = most(shares_of(-(-samples // every), batch, ranks))
-        surveyed = [stream // sequences] * recipe.targets.sequences_kept(measured * every, len(blocks))
-    # Hidden states of the targets are freed before the others are allocated.
+        kept.append(recipe.targets.sequences_kept(measured * every, len(blocks)))
+    surveyed = [stream // sequences] * max(kept, default=0)
+    # What is measured on the dense model is freed before the others are allocated.
     with together(0, ranks):  # they share the host's memory
         in_turn = [_placed(sizes, Room(device, activation_budget)) for sizes in (streams, surveyed)]
     places = {place: max(placed[place] for placed in in_turn) for place in PLACES}
@@ -169,7 +170,7 @@ def work_out(
     learn_arguments(model, blocks, {(batch, seqlen), (1, seqlen), (1, crop)})
     inside = {id(parameter) for block in blocks for parameter in block.module.parameters()}
     outside = sum(parameter.nbytes for parameter in model.parameters() if id(parameter) not in inside)
-    if recipe.targets.needs_loss:  # predictions, their logarithms and gradients
+    if recipe.losses_every:  # predictions, their logarithms and gradients
         outside += 20 * seqlen * model.config.get_text_config().vocab_size
     pruned = {name for budget in plan for name in budget.names}
     whole = whole_bytes(model, blocks, pruned, recipe, seqlen)

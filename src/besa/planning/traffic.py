@@ -90,7 +90,7 @@ def _allocated(unit: Unit, budgets: Sequence[Budget], recipe: Recipe) -> int:
     every = [name for budget in budgets for name in budget.names]
     learning = [name for budget in budgets if 0 < budget.zeros < budget.weights for name in budget.names]
     joint = clipped(learning) if recipe.quantization.learns_jointly else 0
-    size = recipe.allocation.summed_bytes(shapes(unit.prunables), shapes(learning), joint)
+    size = recipe.allocation.summed_bytes(shapes(learning), joint)
     if recipe.quantization.learns_first and recipe.descent is not None:
         size += recipe.descent.steps_bytes(clipped(every))
     return size

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from besa.data.calibration import Calibration
+from besa.methods.fisher import loss_gradients
 from besa.methods.recipe import Recipe
-from besa.methods.targets.bounded import Survey
+from besa.methods.survey import Survey
 from besa.methods.targets.budgets import budgets, shared_names
 from besa.models.activations import HiddenStates
 from besa.models.check import Check
@@ -74,8 +78,10 @@ def prune_blocks(
     share = Share.of(calibration.samples, resources.batch)
     done = _done(journal, in_order)
     check = Check(decoder, calibration.tokens_NT, resources.device) if len(done) < len(blocks) else None
-    targets = _targets(decoder, recipe, calibration, seed, resources, journal) if len(done) < len(blocks) else None
-    plan = budgets(blocks, recipe, targets)
+    measured = _Measured()
+    if len(done) < len(blocks):
+        measured = _measured(decoder, recipe, calibration, seed, resources, journal)
+    plan = budgets(blocks, recipe, measured.targets)
     quantization = recipe.quantization.coding
     if quantization is not None:
         quantizing.check(quantization, in_order, plan)
@@ -115,7 +121,8 @@ def prune_blocks(
                     records.append(done[block.index])
                 progress(len(records), len(blocks), "taken from the journal")
                 continue
-            step = Step(unit, unit_budgets, recipe, pruned_NTC, dense_NTC, share, seed, resources, watch)
+            paths_NTC, gradients = (pruned_NTC, dense_NTC), measured.gradients
+            step = Step(unit, unit_budgets, recipe, *paths_NTC, share, gradients, seed, resources, watch)
             unit_records, quantized = prune_unit(step)  # lines 3 to 12
             ranks.check_same(unit.blocks[-1].name, [unit.weight(name) for name in unit.prunables])
             records += unit_records
@@ -152,13 +159,24 @@ def _done(journal: Journal | None, in_order: list[Unit]) -> dict[int, BlockRecor
     return {record.index: record for record in map(BlockRecord.model_validate, known)}
 
 
-def _targets(
+@dataclass(frozen=True)
+class _Measured:
+    """What was measured on the dense model.
+
+    Attributes:
+        targets: the sparsity of each block; None if all have the same.
+        gradients: squared gradients of the loss at the rows, by full name; empty if the recipe needs none.
+    """
+
+    targets: list[float] | None = None
+    gradients: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def _measured(
     decoder: Decoder, recipe: Recipe, calibration: Calibration, seed: int, resources: Resources, journal: Journal | None
-) -> list[float] | None:
-    """The sparsity of each block; None if all are the same. The journal keeps what was measured."""
-    measuring = recipe.targets.measuring
-    if measuring is None:
-        return None
+) -> _Measured:
+    """Measure what the recipe needs. The journal keeps it."""
+    measuring, every = recipe.targets.measuring, recipe.allocation.loss_every
     names, _ = shared_names(decoder.blocks, recipe)
     survey = Survey(
         decoder,
@@ -170,11 +188,18 @@ def _targets(
         resources.room,
         seed,
     )
-    if not any(survey.sizes):
-        return None
-    measured = ranks.from_first(journal.targets if journal is not None else None)
-    if measured is None:
-        measured = measuring.measure(survey)
-        if journal is not None:
-            journal.keep_targets(measured)
-    return measuring.bounded(measured, survey.sizes, recipe.sparsity)
+    targets, gradients = None, {}
+    if every is not None:
+        gradients = ranks.tensors_from_first((journal.gradients if journal is not None else None) or {})
+        if not gradients:
+            gradients = loss_gradients(survey, every).squares
+            if journal is not None:
+                journal.keep_gradients(gradients)
+    if measuring is not None and any(survey.sizes):
+        measured = ranks.from_first(journal.targets if journal is not None else None)
+        if measured is None:
+            measured = measuring.measure(survey)
+            if journal is not None:
+                journal.keep_targets(measured)
+        targets = measuring.bounded(measured, survey.sizes, recipe.sparsity)
+    return _Measured(targets, gradients)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from besa.counting.budget import Budget
 from besa.counting.masks import rank
@@ -42,6 +43,7 @@ class Step:
         pruned_NTC: inputs on the pruned path; replaced by the outputs of the pruned unit.
         dense_NTC: inputs on the dense path, of the sequences and tokens that it has; replaced by the outputs.
         share: the sequences of both, which are those of this rank.
+        gradients: as in `BlockProblem`.
         seed: of the run.
         resources: how to compute.
         watch: counts the seconds of each phase.
@@ -53,6 +55,7 @@ class Step:
     pruned_NTC: HiddenStates
     dense_NTC: HiddenStates
     share: Share
+    gradients: Mapping[str, Tensor]
     seed: int
     resources: Resources
     watch: Stopwatch
@@ -142,7 +145,16 @@ def _prune(
     with watch("rank"):
         linears = {name: _ranked(unit, name, recipe, statistics[name]) for budget in budgets for name in budget.names}
     block = unit.silencing(part.silent)
-    problem = BlockProblem(block, linears, step.pruned_NTC, targets_NTC, budgets, step.seed + unit.index, step.share)
+    problem = BlockProblem(
+        block,
+        linears,
+        step.pruned_NTC,
+        targets_NTC,
+        budgets,
+        step.seed + unit.index,
+        step.share,
+        gradients=step.gradients,
+    )
     quantized: dict[str, Quantized] = {}
     with watch("allocate"):
         if recipe.quantization.coding is not None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from besa.storage.writing import check_absent, claimed, save_tensors, write_file
 FORMAT = 1
 IDENTITY = "run.json"
 TARGETS = "targets.json"
+GRADIENTS = "gradients.safetensors"
 DISTILLED = "distilled.json"
 REST = "distilled-rest.safetensors"
 
@@ -191,6 +193,18 @@ class Journal:
             return None
         numbers = isinstance(targets, list) and all(isinstance(target, float) for target in targets)
         return targets if numbers else None
+
+    def keep_gradients(self, squares: Mapping[str, Tensor]) -> None:
+        """Keep the squared gradients of the dense model's loss, by full name of the matrix."""
+        save_tensors(self.folder / GRADIENTS, squares)
+
+    @property
+    def gradients(self) -> dict[str, Tensor] | None:
+        """What `keep_gradients` kept; None if there is nothing or it is damaged, so that it is measured again."""
+        try:
+            return load_file(self.folder / GRADIENTS)
+        except (OSError, SafetensorError):
+            return None
 
     @property
     def blocks(self) -> int:

@@ -42,8 +42,8 @@ class Allocator(Settings):
         return None
 
     @property
-    def probes_every(self) -> int | None:
-        """One calibration sequence in so many is sent backward through each block; None if none is."""
+    def loss_every(self) -> int | None:
+        """It needs gradients of the dense model's loss, from one sequence in so many; None if it needs none."""
         return None
 
     @property
@@ -88,14 +88,11 @@ class Allocator(Settings):
         """
         return 0
 
-    def summed_bytes(
-        self, shapes: Sequence[tuple[int, int]], learning: Sequence[tuple[int, int]], clipping: int
-    ) -> int:
+    def summed_bytes(self, learning: Sequence[tuple[int, int]], clipping: int) -> int:
         """Bytes that ranks add up while it decides, at most; none if each decides by itself.
 
         Args:
-            shapes: rows and columns of each matrix of the unit.
-            learning: those of linears that may lose some of their weights.
+            learning: rows and columns of the linears that may lose some of their weights.
             clipping: numbers of the clippings that are learned with it.
         """
         return 0

@@ -69,9 +69,7 @@ class Besa(Descent, Allocator):
         groups = rows if self.rates == "row" else len(shapes)
         return 4 * round(1 / self.candidate_step) * (OPTIMIZER * groups + rows)
 
-    def summed_bytes(
-        self, shapes: Sequence[tuple[int, int]], learning: Sequence[tuple[int, int]], clipping: int
-    ) -> int:
+    def summed_bytes(self, learning: Sequence[tuple[int, int]], clipping: int) -> int:
         """At every step the loss, a gradient for each row and candidate rate, and those of the clippings."""
         rows = sum(rows_of_linear for rows_of_linear, _ in learning)
         return self.steps_bytes(rows * (round(1 / self.candidate_step) + 1) + clipping) if learning else 0

@@ -6,7 +6,6 @@ linears, P numbers of pruned weights in a group.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -17,8 +16,7 @@ from besa.counting.budget import Budget, cheapest
 from besa.counting.precision import widest
 from besa.methods.allocation.allocator import Allocator
 from besa.methods.allocation.problem import Allocated, BlockProblem, RankedLinear
-from besa.methods.allocation.sensitivity import Sensitivity, row_sensitivities
-from besa.observing.probes import RowSensitivities
+from besa.methods.allocation.sensitivity import Sensitivity
 
 
 class NM(Allocator):
@@ -28,7 +26,7 @@ class NM(Allocator):
     therefore those that the pattern prunes, and patterns need only counts per row.
 
     If patterns are `mixed`, each linear keeps its own number of weights in a group, from 1 to `of`. The linears of a
-    budget together keep as many weights as if all kept `keep`. The numbers with the least error of the block's output
+    budget together keep as many weights as if all kept `keep`. The numbers that add least to the model's loss
     are chosen, as `Sensitivity` measures it.
     """
 
@@ -55,7 +53,7 @@ class NM(Allocator):
         return self.of
 
     @property
-    def probes_every(self) -> int | None:
+    def loss_every(self) -> int | None:
         """As `Sensitivity` if patterns are mixed; else None."""
         return Sensitivity().every if self.mixed else None
 
@@ -64,12 +62,6 @@ class NM(Allocator):
         """Whether patterns are mixed: then it compares linears."""
         return self.mixed
 
-    def summed_bytes(
-        self, shapes: Sequence[tuple[int, int]], learning: Sequence[tuple[int, int]], clipping: int
-    ) -> int:
-        """As `Sensitivity` if patterns are mixed."""
-        return Sensitivity().summed_bytes(shapes, learning, clipping) if self.mixed else 0
-
     def allocate(self, problem: BlockProblem) -> Allocated:
         """The same number of zeros in every row of a linear.
 
@@ -77,19 +69,18 @@ class NM(Allocator):
         """
         pruned = dict.fromkeys(problem.linears, self.of - self.keep)
         if self.mixed:
-            sensitivities = row_sensitivities(problem, Sensitivity().every)
             for budget in problem.budgets:
-                pruned |= self._mix(problem, budget, sensitivities)
+                pruned |= self._mix(problem, budget)
         counts = {}
         for name, linear in problem.linears.items():
             rows, width = linear.w_OI.shape
             counts[name] = torch.full((rows,), width // self.of * pruned[name], device=linear.w_OI.device)
         return Allocated(counts)
 
-    def _mix(self, problem: BlockProblem, budget: Budget, sensitivities: RowSensitivities) -> dict[str, int]:
+    def _mix(self, problem: BlockProblem, budget: Budget) -> dict[str, int]:
         """Weights to prune in each group, by linear; empty if no numbers add up to the budget."""
         linears = {name: problem.linears[name] for name in budget.names}
-        costs_LP = torch.stack([self._costs(linear, sensitivities.rows(name)) for name, linear in linears.items()])
+        costs_LP = torch.stack([self._costs(linear, problem.gradients_O(name)) for name, linear in linears.items()])
         sizes = [linear.w_OI.numel() // self.of for linear in linears.values()]
         pruned = cheapest(costs_LP.tolist(), sizes, budget.zeros)
         return {} if pruned is None else dict(zip(linears, pruned, strict=True))

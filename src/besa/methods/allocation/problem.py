@@ -52,10 +52,10 @@ class RankedLinear:
         return self.importance_OI.float().pow(self.power)
 
     def errors(self, gradients_O: Tensor) -> Tensor:
-        """The squared error of the block's output if one weight is removed (O, I), float32.
+        """What the removal of one weight adds to the model's loss (O, I), float32, up to a common factor.
 
         Args:
-            gradients_O: squared gradients from the block's output to the rows, as from `probes.RowSensitivities`.
+            gradients_O: squared gradients of the loss at the rows (`fisher.LossGradients`).
         """
         return self.errors_OI * gradients_O[:, None]
 
@@ -74,6 +74,8 @@ class BlockProblem:
         seed: of random choices.
         share: the sequences of the inputs and targets, which are those of this rank.
         clippings: of the weights that are quantised while the rates are learned, by full name.
+        gradients: squared gradients of the model's loss at the rows (O,), float32, by full name of the matrix; empty if
+            the allocation needs none.
         own_outputs: whether the loss compares each linear's own output, for its inputs in the dense block.
     """
 
@@ -85,6 +87,7 @@ class BlockProblem:
     seed: int
     share: Share
     clippings: Mapping[str, Clipping] = field(default_factory=dict)
+    gradients: Mapping[str, Tensor] = field(default_factory=dict)
     own_outputs: bool = False
 
     @property
@@ -96,6 +99,10 @@ class BlockProblem:
     def dtype(self) -> torch.dtype:
         """The dtype of the block."""
         return next(iter(self.linears.values())).w_OI.dtype
+
+    def gradients_O(self, name: str) -> Tensor:
+        """Squared gradients of the model's loss at the rows of a matrix (O,), float32, on the device."""
+        return self.gradients[name].to(self.device)
 
     def error(self, chosen: int, tokens: int, weights: Mapping[str, Tensor], plain: float = 0.0) -> Tensor:
         """The first term of eq. 1 (scalar, float32).

@@ -1,4 +1,4 @@
-"""Sensitivity: one threshold for the block, on the error of the block's output if a weight is removed.
+"""Sensitivity: one threshold for the block, on what the removal of a weight adds to the model's loss.
 
 Shape suffixes: O rows (output channels), I columns (input channels).
 """
@@ -18,27 +18,25 @@ from besa.kernels import histogram
 from besa.methods.allocation.allocator import Allocator
 from besa.methods.allocation.problem import Allocated, BlockProblem, RankedLinear
 from besa.methods.apportioning import apportion
-from besa.models.transfers import fetched
-from besa.observing.probes import RowSensitivities
 
 HALF = 1 << 16
 
 
 class Sensitivity(Allocator):
-    """Prune the weights with the lowest (error of the row's output) × (squared gradient from the block's output).
+    """Prune the weights with the lowest (error of the row's output) × (squared gradient of the model's loss there).
 
-    Importance gives the first factor, such as Wanda's W²·Σx². Random ±1 sent backward through the dense block give the
-    second (`probes`). All linears of a budget compete. Within a row, the order is that of the ranks. Rates go only part
-    of the way to those of the threshold: it adds up errors of single weights, which is too good for rows that lose most
-    of theirs.
+    Importance gives the first factor, such as Wanda's W²·Σx². Gradients sent backward through the dense model give the
+    second (`fisher`). The product is W² times the diagonal of the Fisher information. All linears of a budget compete.
+    Within a row, the order is that of the ranks. Rates go only part of the way to those of the threshold: it adds up
+    errors of single weights, which is too good for rows that lose most of theirs.
     """
 
     method: Literal["sensitivity"] = "sensitivity"
-    every: int = Field(default=4, ge=1, description="one sequence in so many is sent forward and backward")
+    every: int = Field(default=2, ge=1, description="one calibration sequence in so many is measured")
     strength: float = Field(default=0.5, ge=0, le=1, description="part of the way from uniform to that threshold")
 
     @property
-    def probes_every(self) -> int:
+    def loss_every(self) -> int:
         """As `every` says."""
         return self.every
 
@@ -47,24 +45,17 @@ class Sensitivity(Allocator):
         """Yes: between all rows of the linears of a budget."""
         return True
 
-    def summed_bytes(
-        self, shapes: Sequence[tuple[int, int]], learning: Sequence[tuple[int, int]], clipping: int
-    ) -> int:
-        """A float64 for each row of the unit."""
-        return 8 * sum(rows for rows, _ in shapes)
-
     def allocate(self, problem: BlockProblem) -> Allocated:
         """The zeros of every row; linears that no token reached get the sparsity of their budget.
 
         Raises:
             BesaError: the block already has more zeros than its budget.
         """
-        sensitivities = row_sensitivities(problem, self.every)
         counts: dict[str, Tensor] = {}
         for budget in problem.budgets:
             rates = {
                 name: budget.sparsity + self.strength * (rates_O - budget.sparsity)
-                for name, rates_O in rates_by_threshold(problem, budget, sensitivities).items()
+                for name, rates_O in rates_by_threshold(problem, budget).items()
             }
             rows, linears = [len(rates_O) for rates_O in rates.values()], [problem.linears[name] for name in rates]
             widths_R = torch.cat([torch.full_like(linear.zeros_O, linear.w_OI.shape[1]) for linear in linears])
@@ -74,21 +65,10 @@ class Sensitivity(Allocator):
         return Allocated(counts)
 
 
-def row_sensitivities(problem: BlockProblem, every: int) -> RowSensitivities:
-    """The sensitivities of the block's rows, from one calibration sequence in `every`, on all ranks."""
-    sensitivities = RowSensitivities(problem.block)
-    for place in problem.share.every(every):
-        (own,) = problem.share.own([place])
-        x_NTC = fetched(problem.inputs_NTC[own : own + 1], problem.device)
-        sensitivities.send_back(x_NTC, seed=problem.seed + place)
-    sensitivities.add_up()
-    return sensitivities
-
-
-def rates_by_threshold(problem: BlockProblem, budget: Budget, sensitivities: RowSensitivities) -> dict[str, Tensor]:
+def rates_by_threshold(problem: BlockProblem, budget: Budget) -> dict[str, Tensor]:
     """The pruning rate of each row (O,) by full name, from one threshold for all reached linears.
 
-    Linears that no token reached have the sparsity of the budget.
+    Linears that no token reached, on the pruned path or where gradients were measured, have the sparsity of the budget.
     """
     linears = {name: problem.linears[name] for name in budget.names}
     dtype = widest(problem.device)
@@ -96,10 +76,11 @@ def rates_by_threshold(problem: BlockProblem, budget: Budget, sensitivities: Row
         name: torch.full((len(one.w_OI),), budget.sparsity, dtype=dtype, device=one.w_OI.device)
         for name, one in linears.items()
     }
-    competing = [name for name, linear in linears.items() if linear.reached]
+    gradients = {name: problem.gradients_O(name) for name in linears}
+    competing = [name for name, linear in linears.items() if linear.reached and bool(gradients[name].any())]
     weights = sum(linears[name].w_OI.numel() for name in competing)
     total = split(budget.zeros, [weights, budget.weights - weights])[0]
-    counts = lowest([_keys(linears[name], sensitivities.rows(name)) for name in competing], total)
+    counts = lowest([_keys(linears[name], gradients[name]) for name in competing], total)
     for name, counts_O in zip(competing, counts, strict=True):
         rates[name] = counts_O.to(dtype) / linears[name].w_OI.shape[1]
     return rates

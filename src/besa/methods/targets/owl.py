@@ -11,7 +11,8 @@ import torch
 from pydantic import Field
 
 from besa.methods.importance import Wanda
-from besa.methods.targets.bounded import Bounded, Survey
+from besa.methods.survey import Survey
+from besa.methods.targets.bounded import Bounded
 from besa.observing.input_statistics import collect
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -18,9 +18,10 @@ from torch.nn.functional import kl_div
 from besa.counting.masks import hard_mask, rank
 from besa.counting.precision import widest
 from besa.errors import BesaError
+from besa.methods.fisher import loss_gradients
 from besa.methods.importance import Wanda
-from besa.methods.targets.bounded import Bounded, Survey
-from besa.methods.targets.fisher import one_threshold
+from besa.methods.survey import Survey
+from besa.methods.targets.bounded import Bounded
 from besa.models.activations import HiddenStates
 from besa.models.blocks import logits_of, send
 from besa.observing.input_statistics import InputStatistics
@@ -41,12 +42,16 @@ class Search(Bounded):
     strengths: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field(
         default=(0.0, 0.35, 0.7, 1.0), min_length=2, description="strengths to try: 0 is uniform, 1 one threshold"
     )
-    needs_loss: ClassVar[bool] = True
+
+    @property
+    def loss_every(self) -> int:
+        """As `every` says."""
+        return self.every
 
     @property
     def passes(self) -> float:
-        """As `LossSensitivity`, plus one forward pass of the dense model and of each trial."""
-        return (3 + 1 + self.trials) / self.every
+        """One of the dense model and one of each trial."""
+        return (1 + self.trials) / self.every
 
     @property
     def trials(self) -> int:
@@ -54,8 +59,8 @@ class Search(Bounded):
         return len(self.strengths)
 
     def sequences_kept(self, samples: int, blocks: int) -> int:
-        """As `LossSensitivity`; then those of the embeddings, the dense model and every trial, at one block."""
-        return -(-samples // self.every) * max(blocks + 1, self.trials + 2)
+        """Those of the embeddings, the dense model and every trial, at one block."""
+        return -(-samples // self.every) * (self.trials + 2)
 
     def measure(self, survey: Survey) -> list[float]:
         """A sparsity for each block; of equally good strengths, the first is chosen.
@@ -66,10 +71,10 @@ class Search(Bounded):
         held_out_NT = survey.calibration.tokens_NT[1 :: self.every]
         if not len(held_out_NT):
             raise BesaError("targets.method=search holds sequences out: take at least two --samples.")
-        threshold = one_threshold(survey, self.tokens(survey))
-        candidates = [threshold.part_way(strength) for strength in self.strengths]
+        measured = loss_gradients(survey, self.every)
+        candidates = [measured.part_way(strength) for strength in self.strengths]
         trials = [self.bounded(rates, survey.sizes, survey.sparsity) for rates in candidates]
-        distances = divergences(survey, threshold.statistics, trials, held_out_NT)
+        distances = divergences(survey, measured.statistics, trials, held_out_NT)
         return candidates[distances.index(min(distances))]
 
 

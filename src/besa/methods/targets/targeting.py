@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from besa.settings import Settings
 
@@ -11,13 +11,7 @@ if TYPE_CHECKING:
 
 
 class Targeting(Settings):
-    """Base of all targets. By default every block has the sparsity of the model, and nothing is measured.
-
-    Attributes:
-        needs_loss: whether the gradient of the model's loss is sent backward through all blocks.
-    """
-
-    needs_loss: ClassVar[bool] = False
+    """Base of all targets. By default every block has the sparsity of the model, and nothing is measured."""
 
     @property
     def measuring(self) -> Bounded | None:
@@ -25,8 +19,13 @@ class Targeting(Settings):
         return None
 
     @property
+    def loss_every(self) -> int | None:
+        """They need gradients of the dense model's loss, from one sequence in so many; None if they need none."""
+        return None
+
+    @property
     def passes(self) -> float:
-        """Forward passes over the calibration set through all blocks that measuring takes."""
+        """Forward passes over the calibration set through all blocks that measuring takes, but for those gradients."""
         return 0.0
 
     @property
@@ -35,7 +34,7 @@ class Targeting(Settings):
         return 0
 
     def sequences_kept(self, samples: int, blocks: int) -> int:
-        """Number of sequences whose hidden states are kept at once.
+        """Number of sequences whose hidden states are kept at once, after those gradients.
 
         Args:
             samples: calibration sequences.

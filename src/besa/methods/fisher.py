@@ -1,4 +1,4 @@
-"""One threshold for the whole model, on the importance of weights to its loss (diagonal of the Fisher information).
+"""How much the model's loss depends on its weights: the diagonal of the Fisher information, from the dense model.
 
 Shape suffixes: N sequences, T tokens, C channels of the residual stream, V vocabulary, O rows, I columns,
 B blocks, S bins of scores.
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from besa.kernels import histogram
-from besa.methods.targets.bounded import Survey
+from besa.methods.survey import Survey
 from besa.models.activations import HiddenStates
 from besa.models.blocks import Block, logits_of
 from besa.models.transfers import Outputs, fetched
@@ -23,17 +23,21 @@ BINS = 1 << 16  # the upper half of a float32's bits: scores that differ by more
 
 
 @dataclass(frozen=True)
-class Threshold:
-    """The effect of one threshold on the blocks of a model.
+class LossGradients:
+    """What the gradients of a dense model's loss show, for labels drawn from the model's own predictions.
 
     Attributes:
         sparsity: of the model.
-        rates: sparsity of each block.
-        statistics: of the matrices' inputs in the dense model, by full name.
+        rates: sparsity of each block if the weights of lowest W²·E[x²]·E[g²] of the whole model go, where g is the
+            gradient at the linear's output. The score approximates W² times the weight's diagonal entry of the Fisher
+            information.
+        squares: E[g²] of each row (O,), float32, on the host, by full name of the matrix.
+        statistics: of the matrices' inputs, by full name.
     """
 
     sparsity: float
     rates: list[float]
+    squares: dict[str, Tensor]
     statistics: dict[str, InputStatistics]
 
     def part_way(self, strength: float) -> list[float]:
@@ -41,34 +45,40 @@ class Threshold:
         return [self.sparsity + strength * (rate - self.sparsity) for rate in self.rates]
 
 
-def one_threshold(survey: Survey, tokens_NT: Tensor) -> Threshold:
-    """Prune the lowest W²·E[x²]·E[g²] of the whole model.
+def loss_gradients(survey: Survey, every: int) -> LossGradients:
+    """Send gradients of the loss backward, on one sequence of so many. What was measured before is not measured again.
 
-    g is the gradient of the loss at the linear's output, for labels drawn from the model's own predictions. The score
-    approximates W² times the weight's diagonal entry of the Fisher information. Measuring takes a forward and a
-    backward pass, one block at a time in both directions.
+    Measuring takes a forward pass, then a forward and a backward pass, one block at a time in both directions.
 
     Args:
         survey: the model.
-        tokens_NT: sequences to run.
+        every: 1 measures all calibration sequences.
     """
+    if every not in survey.gradients:
+        survey.gradients[every] = _measured(survey, survey.calibration.tokens_NT[::every])
+    return survey.gradients[every]
+
+
+def _measured(survey: Survey, tokens_NT: Tensor) -> LossGradients:
     blocks = survey.decoder.blocks
     states = _forward(survey, tokens_NT)
     gradients_NTC = states.pop()
     _loss_gradients(survey, gradients_NTC, tokens_NT)
     histograms: dict[int, Tensor] = {}
+    squares: dict[str, Tensor] = {}
     statistics: dict[str, InputStatistics] = {}
     for block, names in reversed(list(zip(blocks, survey.names, strict=True))):
         with survey.opened(block, step=-1):
             rows, inputs = _send_back(block, states.pop(), gradients_NTC, survey.device)
             histograms[block.index] = _histogram(block, names, rows, inputs)
+        squares |= {name: rows.rows(name).cpu() for name in block.prunables}
         statistics |= inputs
     upto_BS = torch.stack([histograms[block.index] for block in blocks]).cumsum(dim=1)
     upto_S = upto_BS.sum(dim=0)
     place = (upto_S < round(survey.sparsity * sum(survey.sizes))).sum()
     pruned: list[int] = upto_BS.index_select(1, place.reshape(1))[:, 0].tolist()
     rates = [zeros / max(1, size) for zeros, size in zip(pruned, survey.sizes, strict=True)]
-    return Threshold(survey.sparsity, rates, statistics)
+    return LossGradients(survey.sparsity, rates, squares, statistics)
 
 
 def _forward(survey: Survey, tokens_NT: Tensor) -> list[HiddenStates]:

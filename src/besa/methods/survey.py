@@ -1,0 +1,77 @@
+"""The dense model as methods measure it before anything is pruned.
+
+Shape suffixes: N sequences, T tokens, C channels of the residual stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from besa.data.calibration import Calibration
+from besa.models.activations import HiddenStates, Room
+from besa.models.blocks import Block, embedded
+from besa.models.streaming import Decoder
+from besa.system.ranks import Share
+
+if TYPE_CHECKING:
+    from besa.methods.fisher import LossGradients
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A dense model to measure before it is pruned.
+
+    Attributes:
+        decoder: the model.
+        calibration: token ids (N, T).
+        names: full names of the matrices that share the model's sparsity, by block.
+        sparsity: of these matrices together.
+        batch: sequences in a forward pass.
+        device: where blocks are computed.
+        room: for hidden states.
+        seed: of random choices.
+        gradients: of the loss, by how many sequences there are to one that they are measured on; each is measured once.
+    """
+
+    decoder: Decoder
+    calibration: Calibration
+    names: list[tuple[str, ...]]
+    sparsity: float
+    batch: int
+    device: torch.device
+    room: Room
+    seed: int
+    gradients: dict[int, LossGradients] = field(default_factory=dict)
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """The number of weights of each block that share the sparsity."""
+        blocks = zip(self.decoder.blocks, self.names, strict=True)
+        return [sum(block.prunables[name].numel for name in names) for block, names in blocks]
+
+    @contextmanager
+    def opened(self, block: Block, step: int = 1) -> Iterator[None]:
+        """While open, a block has its weights on the device, and the block `step` further is on its way there."""
+        blocks, following = self.decoder.blocks, block.index + step
+        with self.decoder.opened(block, self.device):
+            if 0 <= following < len(blocks):
+                self.decoder.prefetch(blocks[following], self.device)
+            yield
+
+    def share(self, tokens_NT: Tensor) -> Share:
+        """Which of these sequences this rank measures."""
+        return Share.of(len(tokens_NT), self.batch)
+
+    def embedded(self, tokens_NT: Tensor) -> HiddenStates:
+        """The inputs of the first block (n, T, C), for the sequences of this rank."""
+        with self.decoder.embeddings(self.device):
+            return embedded(
+                self.decoder.model, self.decoder.blocks, tokens_NT, self.batch, self.room, self.share(tokens_NT)
+            )
