@@ -77,7 +77,7 @@ def test_experts_need_the_statistics_of_all_sequences() -> None:
     assert forward_passes(recipe, 64, 512, routed=True) == pytest.approx(0.5 + 2 + 3 * HALF_STEPS)
 
 
-@given(st.floats(8, 300), st.integers(2, 200), st.integers(2, 4096))
+@given(st.floats(10, 300), st.integers(2, 200), st.integers(2, 4096))
 def test_as_many_epochs_as_fit_and_no_more(passes: float, samples: int, seqlen: int) -> None:
     recipe = spending(Recipe.load("best"), passes, samples, seqlen)
     longer = recipe.model_copy(
