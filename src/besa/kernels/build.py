@@ -11,6 +11,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -37,7 +38,7 @@ def load(source: str) -> ctypes.CDLL | None:
     Args:
         source: name of the file.
     """
-    text = (resources.files("besa.kernels") / source).read_bytes()
+    text = _source(source)
     compiler = next(
         (path for name in (os.environ.get("CXX"), *COMPILERS) if name and (path := shutil.which(name))), None
     )
@@ -55,6 +56,12 @@ def load(source: str) -> ctypes.CDLL | None:
             return library
     warnings.warn(f"besa computes more slowly than it could, in plain torch: {reason}.", Notice, stacklevel=2)
     return None
+
+
+def _source(name: str) -> bytes:
+    """The text of a C++ file of this package, with those that it includes from here in their places."""
+    text = (resources.files("besa.kernels") / name).read_bytes()
+    return re.sub(rb'^#include "(.+)"$', lambda found: _source(found[1].decode()), text, flags=re.MULTILINE)
 
 
 def _loaded(compiler: str, flags: tuple[str, ...], text: bytes) -> ctypes.CDLL:
