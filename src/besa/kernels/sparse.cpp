@@ -1,7 +1,7 @@
 // y = x Wᵀ for a bitmask weight, and such weights made dense; docs/formats.md says how one lies in memory.
 //
-// The kernels for processors without AVX-512 (sparse_avx512.cpp has those with it): some columns of a band are expanded
-// into the first cache, where all rows of x meet them.
+// The kernels for processors without AVX-512 (sparse_avx512.cpp) and NEON (sparse_neon.cpp): some columns of a band are
+// expanded into the first cache, where all rows of x meet them.
 #include <type_traits>
 #include <vector>
 
