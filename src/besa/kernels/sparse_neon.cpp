@@ -141,10 +141,12 @@ struct BFloat16Pairs : Halves {  // exact products, two at a time
     }
 };
 
-// Codes: a chunk of a band; a step has two masks of eight columns.
+// Codes: a chunk of a band. A step has two masks of eight columns.
 template <typename Kind> struct CodeRuns {
     uint64_t masks[ROWS];
-    uint8x16_t begins[ROWS / 2];  // of two rows each: how many codes are kept before every eight columns
+    // Of two rows each, a byte for every eight columns: how many codes are kept of them, and up to their end.
+    uint8x16_t counts[ROWS / 2];
+    uint64x2_t ends[ROWS / 2];
     const uint8_t* at[ROWS];
 
     INLINED CodeRuns(const uint64_t* from, const uint8_t*& next) {
@@ -152,29 +154,22 @@ template <typename Kind> struct CodeRuns {
             constexpr int R = 2 * i;
             masks[R] = from[R];
             masks[R + 1] = from[R + 1];
-            uint64x2_t ends = vreinterpretq_u64_u8(vcntq_u8(vreinterpretq_u8_u64(vld1q_u64(from + R))));
-            ends = vaddq_u64(ends, vshlq_n_u64(ends, 8));
-            ends = vaddq_u64(ends, vshlq_n_u64(ends, 16));
-            ends = vaddq_u64(ends, vshlq_n_u64(ends, 32));
-            begins[i] = vreinterpretq_u8_u64(vshlq_n_u64(ends, 8));
+            counts[i] = vcntq_u8(vreinterpretq_u8_u64(vld1q_u64(from + R)));
+            uint64x2_t sums = vreinterpretq_u64_u8(counts[i]);
+            sums = vaddq_u64(sums, vshlq_n_u64(sums, 8));
+            sums = vaddq_u64(sums, vshlq_n_u64(sums, 16));
+            ends[i] = vaddq_u64(sums, vshlq_n_u64(sums, 32));
             at[R] = next;
-            next += Kind::size(vgetq_lane_u64(ends, 0) >> 56);
+            next += Kind::size(vgetq_lane_u64(ends[i], 0) >> 56);
             at[R + 1] = next;
-            next += Kind::size(vgetq_lane_u64(ends, 1) >> 56);
+            next += Kind::size(vgetq_lane_u64(ends[i], 1) >> 56);
         });
     }
     template <int R, int J> INLINED uint8x16_t bytes(uint8x16_t fill) const {
-        alignas(16) static constexpr uint8_t BOTH[16] = {0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1};
         const auto& places = PLACES<8, 1>.of;
-        uint8x16_t from = vcombine_u8(vld1_u8(places[masks[R] >> 16 * J & 255]),
-                                      vld1_u8(places[masks[R] >> (16 * J + 8) & 255]));
-        const uint8x16_t which = vaddq_u8(vld1q_u8(BOTH), vdupq_n_u8(uint8_t(R % 2 * 8 + 2 * J)));
-        from = vaddq_u8(from, vqtbl1q_u8(begins[R / 2], which));
-        const uint8x16x4_t codes = Kind::codes(at[R]);
-        if constexpr (J == 0) return vqtbx1q_u8(fill, codes.val[0], from);
-        if constexpr (J == 1) return vqtbx2q_u8(fill, {codes.val[0], codes.val[1]}, from);
-        if constexpr (J == 2) return vqtbx3q_u8(fill, {codes.val[0], codes.val[1], codes.val[2]}, from);
-        return vqtbx4q_u8(fill, codes, from);
+        const uint8x16_t from = vcombine_u8(vld1_u8(places[masks[R] >> 16 * J & 255]),
+                                            vld1_u8(places[masks[R] >> (16 * J + 8) & 255]));
+        return Kind::template moved<R % 2, J>(from, counts[R / 2], ends[R / 2], at[R], fill);
     }
 };
 
@@ -195,7 +190,15 @@ struct Codes {
 template <bool DOT> struct Int8 : Codes {
     using Runs = CodeRuns<Int8>;
     INLINE uint64_t size(uint64_t kept) { return kept; }
-    INLINE uint8x16x4_t codes(const uint8_t* at) { return vld1q_u8_x4(at); }
+    // The codes of a step of the first or second of two rows; `from`: their places among those of eight columns.
+    template <int ROW, int J>
+    INLINE uint8x16_t moved(uint8x16_t from, uint8x16_t counts, uint64x2_t ends, const uint8_t* at, uint8x16_t fill) {
+        alignas(16) static constexpr uint8_t SECOND[16] = {NONE, NONE, NONE, NONE, NONE, NONE, NONE, NONE};
+        const uint8x16_t which = vaddq_u8(vld1q_u8(SECOND), vdupq_n_u8(8 * ROW + 2 * J));
+        from = vaddq_u8(from, vqtbl1q_u8(counts, which));
+        const uint64_t begin = J ? vgetq_lane_u64(ends, ROW) >> (J ? 16 * J - 8 : 0) & 255 : 0;
+        return vqtbx1q_u8(fill, vld1q_u8(at + begin), from);
+    }
     INLINE Vector wide(uint8x16_t codes) { return vreinterpretq_s8_u8(veorq_u8(codes, vdupq_n_u8(128))); }  // less 128
     INLINE void add(int32x4_t& sum, Vector w, Vector x) {
         if constexpr (DOT) {
@@ -211,14 +214,25 @@ template <bool DOT> struct Int8 : Codes {
 template <bool DOT> struct Int4 : Int8<DOT> {
     using Runs = CodeRuns<Int4>;
     INLINE uint64_t size(uint64_t kept) { return (kept + 1) / 2; }
-    INLINE uint8x16x4_t codes(const uint8_t* at) {
-        const uint8x16_t four = vdupq_n_u8(15), first = vld1q_u8(at), second = vld1q_u8(at + 16);
-        const uint8x16_t even[] = {vandq_u8(first, four), vandq_u8(second, four)};
-        const uint8x16_t odd[] = {vshrq_n_u8(first, 4), vshrq_n_u8(second, 4)};
-        return {vzip1q_u8(even[0], odd[0]), vzip2q_u8(even[0], odd[0]), vzip1q_u8(even[1], odd[1]),
-                vzip2q_u8(even[1], odd[1])};
+    template <int ROW, int J>
+    INLINE uint8x16_t moved(uint8x16_t from, uint8x16_t, uint64x2_t ends, const uint8_t* at, uint8x16_t fill) {
+        alignas(16) static constexpr uint8_t BOTH[16] = {0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1};
+        const uint8x16_t which = vaddq_u8(vld1q_u8(BOTH), vdupq_n_u8(8 * ROW + 2 * J));
+        from = vaddq_u8(from, vqtbl1q_u8(vreinterpretq_u8_u64(vshlq_n_u64(ends, 8)), which));
+        const uint8x16x4_t codes = halves(at);  // of which a step can need no more than come up to its last column
+        if constexpr (J == 0) return vqtbx1q_u8(fill, codes.val[0], from);
+        if constexpr (J == 1) return vqtbx2q_u8(fill, {codes.val[0], codes.val[1]}, from);
+        if constexpr (J == 2) return vqtbx3q_u8(fill, {codes.val[0], codes.val[1], codes.val[2]}, from);
+        return vqtbx4q_u8(fill, codes, from);
     }
-    INLINE typename Codes::Vector wide(uint8x16_t codes) { return vreinterpretq_s8_u8(codes); }
+    INLINE uint8x16x4_t halves(const uint8_t* at) {
+        const uint8x16_t four = vdupq_n_u8(15), first = vld1q_u8(at), second = vld1q_u8(at + 16);
+        const uint8x16_t low[] = {vandq_u8(first, four), vandq_u8(second, four)};
+        const uint8x16_t high[] = {vshrq_n_u8(first, 4), vshrq_n_u8(second, 4)};
+        return {vzip1q_u8(low[0], high[0]), vzip2q_u8(low[0], high[0]), vzip1q_u8(low[1], high[1]),
+                vzip2q_u8(low[1], high[1])};
+    }
+    INLINE Codes::Vector wide(uint8x16_t codes) { return vreinterpretq_s8_u8(codes); }
 };
 
 template <typename Kind> int64_t steps_of(const Weight& weight) {
@@ -296,36 +310,38 @@ template <typename Kind> struct Rows {
     }
 };
 
-// What the codes of a band mean: of every column the code of zero; of every unit of steps what each lane of its sums is
-// multiplied by. Groups of less than a step have lanes of their own.
+// What the codes of a band mean: of every column what is there if it is pruned; of every unit of steps what each lane of
+// its sums is multiplied by. Groups of less than a step have lanes of their own.
 template <typename Kind> struct Grid {
     int64_t steps, unit, units;  // of a row; of a unit; of a row
     int64_t group, lanes;        // columns and lanes of a group
     std::vector<float> scales;
-    std::vector<uint8_t> zeros;
+    std::vector<uint8_t> fills;
 
     explicit Grid(const Weight& weight) : steps(steps_of<Kind>(weight)), unit(steps), units(1), lanes(4) {
         group = weight.columns / weight.groups;
-        if constexpr (!Kind::CODES) return;
-        if (weight.groups > 1) {
-            unit = std::max<int64_t>(1, group / 16);
-            units = steps / unit + 1;
-            lanes = std::min<int64_t>(4, group / 4);
+        if constexpr (Kind::CODES) {
+            if (weight.groups > 1) {
+                unit = std::max<int64_t>(1, group / 16);
+                units = steps / unit + 1;
+                lanes = std::min<int64_t>(4, group / 4);
+            }
+            scales.resize(size_t(ROWS * units * 4));
+            fills.resize(size_t(ROWS * steps * 16), uint8_t(weight.zero));
         }
-        scales.resize(size_t(ROWS * units * 4));
-        zeros.resize(size_t(ROWS * steps * 16), uint8_t(weight.zero));
     }
     void read(const Weight& weight, int64_t band) {
-        if constexpr (!Kind::CODES) return;
-        for (int64_t r = 0; r < std::min(ROWS, weight.rows - ROWS * band); ++r)
-            for (int64_t g = 0, at = (ROWS * band + r) * weight.groups; g < weight.groups; ++g, ++at) {
-                std::fill_n(&scales[size_t(r * units * 4 + g * lanes)], lanes, step_of(weight, at));
-                if (weight.zeros) std::memset(&zeros[size_t(r * steps * 16 + g * group)], weight.zeros[at], size_t(group));
-            }
+        if constexpr (Kind::CODES)
+            for (int64_t r = 0; r < std::min(ROWS, weight.rows - ROWS * band); ++r)
+                for (int64_t g = 0, at = (ROWS * band + r) * weight.groups; g < weight.groups; ++g, ++at) {
+                    std::fill_n(&scales[size_t(r * units * 4 + g * lanes)], lanes, step_of(weight, at));
+                    if (weight.zeros)
+                        std::fill_n(&fills[size_t(r * steps * 16 + g * group)], group, weight.zeros[at]);
+                }
     }
     INLINED uint8x16_t fill(int64_t r, int64_t step) const {
         if constexpr (!Kind::CODES) return vdupq_n_u8(0);
-        return vld1q_u8(&zeros[size_t((r * steps + step) * 16)]);
+        return vld1q_u8(&fills[size_t((r * steps + step) * 16)]);
     }
     INLINED float32x4_t scale(int64_t r, int64_t step) const {
         return vld1q_f32(&scales[size_t((r * units + step / unit) * 4)]);
