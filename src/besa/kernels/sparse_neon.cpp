@@ -310,42 +310,44 @@ template <typename Kind> struct Rows {
     }
 };
 
-// What the codes of a band mean: of every column what is there if it is pruned; of every unit of steps what each lane of
-// its sums is multiplied by. Groups of less than a step have lanes of their own.
+// What the codes of a band mean: for every unit of steps, what is there where they are pruned, and what the lanes of its
+// sums are multiplied by. A unit is a group, or a step if groups are smaller.
 template <typename Kind> struct Grid {
     int64_t steps, unit, units;  // of a row; of a unit; of a row
-    int64_t group, lanes;        // columns and lanes of a group
+    int64_t shift;               // that makes a step of a chunk the unit that it is in, counted from the chunk's first
+    int64_t group, lanes;        // columns and lanes of a group, at most those of a step
     std::vector<float> scales;
     std::vector<uint8_t> fills;
 
-    explicit Grid(const Weight& weight) : steps(steps_of<Kind>(weight)), unit(steps), units(1), lanes(4) {
-        group = weight.columns / weight.groups;
+    explicit Grid(const Weight& weight) : steps(steps_of<Kind>(weight)), unit(steps), units(1), group(16), lanes(4) {
         if constexpr (Kind::CODES) {
             if (weight.groups > 1) {
-                unit = std::max<int64_t>(1, group / 16);
+                const int64_t columns = weight.columns / weight.groups;
+                unit = std::max<int64_t>(1, columns / 16);
                 units = steps / unit + 1;
-                lanes = std::min<int64_t>(4, group / 4);
+                group = std::min<int64_t>(16, columns);
+                lanes = group / 4;
             }
-            scales.resize(size_t(ROWS * units * 4));
-            fills.resize(size_t(ROWS * steps * 16), uint8_t(weight.zero));
+            scales.resize(size_t(ROWS * units * 4 + 4));
+            fills.resize(size_t(ROWS * units * 16 + 16), uint8_t(weight.zero));
         }
+        shift = std::min<int64_t>(unit, STEPS) / 2;
     }
+    // Whole vectors are written; what is beyond a group is overwritten by the next.
     void read(const Weight& weight, int64_t band) {
         if constexpr (Kind::CODES)
             for (int64_t r = 0; r < std::min(ROWS, weight.rows - ROWS * band); ++r)
                 for (int64_t g = 0, at = (ROWS * band + r) * weight.groups; g < weight.groups; ++g, ++at) {
-                    std::fill_n(&scales[size_t(r * units * 4 + g * lanes)], lanes, step_of(weight, at));
+                    vst1q_f32(&scales[size_t(r * units * 4 + g * lanes)], vdupq_n_f32(step_of(weight, at)));
                     if (weight.zeros)
-                        std::fill_n(&fills[size_t(r * steps * 16 + g * group)], group, weight.zeros[at]);
+                        vst1q_u8(&fills[size_t(r * units * 16 + g * group)], vdupq_n_u8(weight.zeros[at]));
                 }
     }
-    INLINED uint8x16_t fill(int64_t r, int64_t step) const {
+    INLINED uint8x16_t fill(int64_t r, int64_t u) const {
         if constexpr (!Kind::CODES) return vdupq_n_u8(0);
-        return vld1q_u8(&fills[size_t((r * steps + step) * 16)]);
+        return vld1q_u8(&fills[size_t((r * units + u) * 16)]);
     }
-    INLINED float32x4_t scale(int64_t r, int64_t step) const {
-        return vld1q_f32(&scales[size_t((r * units + step / unit) * 4)]);
-    }
+    INLINED float32x4_t scale(int64_t r, int64_t u) const { return vld1q_f32(&scales[size_t((r * units + u) * 4)]); }
     // The first step after this one at which sums must be read: none goes on beyond a unit, or too far for whole numbers.
     int64_t end(int64_t step) const { return std::min({steps, (step / unit + 1) * unit, (step / TILE + 1) * TILE}); }
 };
@@ -381,17 +383,17 @@ template <int N> INLINE void add_up(float32x4_t (*sums)[ROWS][2], Totals* totals
 
 // Adds the sums of digits from a step to another, as numbers, less the codes of zero.
 template <typename Kind>
-INLINE void add_up(int32x4_t (*sums)[3], const Grid<Kind>& grid, int64_t step, const Codes::X* from, const Codes::X* to,
+INLINE void add_up(int32x4_t (*sums)[3], const Grid<Kind>& grid, int64_t u, const Codes::X* from, const Codes::X* to,
                    Totals& totals) {
     times<ROWS>([&](auto r) INLINED {
-        const int32x4_t zero = vshrq_n_s32(vreinterpretq_s32_s8(Kind::wide(grid.fill(r, step))), 24);
+        const int32x4_t zero = vshrq_n_s32(vreinterpretq_s32_s8(Kind::wide(grid.fill(r, u))), 24);
         float32x4_t parts[3];
         for (int k = 0; k < 3; ++k) {
             const int32x4_t of_x = vsubq_s32(vld1q_s32(to->before[k]), vld1q_s32(from->before[k]));
             parts[k] = vcvtq_f32_s32(vmlsq_s32(sums[r][k], zero, of_x));
         }
         const float32x4_t sum = vfmaq_n_f32(parts[0], vfmaq_n_f32(parts[1], parts[2], 256), 256);
-        totals.of[r] = vfmaq_f32(totals.of[r], sum, grid.scale(r, step));
+        totals.of[r] = vfmaq_f32(totals.of[r], sum, grid.scale(r, u));
     });
 }
 
@@ -403,12 +405,14 @@ INLINE void read(Stream<Kind>& stream, const Grid<Kind>& grid, int64_t step, int
     if constexpr (Kind::CODES) {
         int32x4_t sums[ROWS][3] = {};
         const auto* from = x;
+        uint8x16_t fills[ROWS];
+        times<ROWS>([&](auto r) INLINED { fills[r] = grid.fill(r, step / grid.unit); });
         for (int64_t at = step; at < end; at += STEPS, x += STEPS) {
             const auto runs = own.next();
             const auto add = [&](auto digits) INLINED {
                 times<ROWS * STEPS>([&](auto i) INLINED {
                     constexpr int R = i / STEPS, J = i % STEPS;
-                    const auto w = Kind::wide(runs.template bytes<R, J>(grid.fill(R, at + J)));
+                    const auto w = Kind::wide(runs.template bytes<R, J>(fills[R]));
                     times<decltype(digits)::value>(
                         [&](auto k) INLINED { Kind::add(sums[R][k], w, vld1q_s8(x[J].digits[k])); });
                 });
@@ -418,7 +422,7 @@ INLINE void read(Stream<Kind>& stream, const Grid<Kind>& grid, int64_t step, int
             else
                 add(std::integral_constant<int, 2>());
         }
-        add_up(sums, grid, step, from, x, totals);
+        add_up(sums, grid, step / grid.unit, from, x, totals);
     } else {
         float32x4_t sums[1][ROWS][2] = {};
         for (int64_t at = step; at < end; at += STEPS, x += STEPS * Kind::SPAN) {
@@ -447,7 +451,7 @@ INLINE void meet(const typename Kind::Vector (*w)[ROWS], const Grid<Kind>& grid,
             });
             if (x->wide) times<ROWS>([&](auto r) INLINED { Kind::add(sums[r][2], (*w)[r], vld1q_s8(x->digits[2])); });
         }
-        add_up(sums, grid, step, from, x, *totals);
+        add_up(sums, grid, step / grid.unit, from, x, *totals);
     } else {
         float32x4_t sums[N][ROWS][2] = {};
         for (int64_t at = step; at < end; at += 2, w += 2, x += 2 * Kind::SPAN)
@@ -493,9 +497,10 @@ FLAT void tiled(const Weight& weight, const Rows<Kind>& rows, float* y, int64_t 
             const int64_t right = std::min(grid.steps, left + TILE);
             for (int64_t at = left; at < right; at += STEPS) {
                 const auto runs = stream.next();
+                const int64_t u = at / grid.unit;
                 times<ROWS * STEPS>([&](auto i) INLINED {
                     constexpr int R = i / STEPS, J = i % STEPS;
-                    tile[at - left + J][R] = Kind::wide(runs.template bytes<R, J>(grid.fill(R, at + J)));
+                    tile[at - left + J][R] = Kind::wide(runs.template bytes<R, J>(grid.fill(R, u + (J >> grid.shift))));
                 });
             }
             for (int64_t step = left; step < right; step = grid.end(step)) {
@@ -531,10 +536,11 @@ template <typename Kind> FLAT void expanded(const Weight& weight, int64_t band, 
     out += (ROWS * band - start) * width;
     for (int64_t at = 0; at < grid.steps; at += STEPS) {
         const auto runs = stream.next();
+        const int64_t u = at / grid.unit;
         uint8_t bytes[ROWS][64];
         times<ROWS * STEPS>([&](auto i) INLINED {
             constexpr int R = i / STEPS, J = i % STEPS;
-            const uint8x16_t step = runs.template bytes<R, J>(grid.fill(R, at + J));
+            const uint8x16_t step = runs.template bytes<R, J>(grid.fill(R, u + (J >> grid.shift)));
             vst1q_u8(bytes[R] + 16 * J, step);
         });
         for (int64_t r = 0; r < rows; ++r)
