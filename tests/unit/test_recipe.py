@@ -109,7 +109,10 @@ def test_what_only_orders_weights_takes_any_importance(allocation):
         ),
         (["quantization.method=minmax"], "quantization.clipping=joint needs an allocation that learns"),
         (["allocation.method=structured", "reconstruction.method=admm"], "needs a reconstruction that keeps the mask"),
-        (["allocation.method=structured", "reconstruction.method=obs"], "needs a reconstruction that keeps the mask"),
+        (
+            ["allocation.method=structured", "reconstruction={method: obs, mask: adaptive}"],
+            "needs a reconstruction that keeps the mask",
+        ),
         (
             ["allocation.method=structured", "targets.method=owl"],
             "allocation.method=structured works only with targets.",

@@ -133,7 +133,9 @@ def test_a_fixed_mask_is_solved_as_slowly_by_hand(w_OI, x_TI, counts_O, columns,
 @pytest.mark.parametrize("columns", [1, 4, 8, 24, 128])
 def test_an_adaptive_mask_is_chosen_as_slowly_by_hand(w_OI, x_TI, counts_O, columns):
     counts_O = counts_O.roll(2)  # 72 zeros, of which only the sum counts
-    rebuilt_OI = OBSUpdate(**SPARSEGPT, columns=columns).rebuild(w_OI, rank(w_OI.abs(), w_OI), counts_O, gathered(x_TI))
+    rebuilt_OI = OBSUpdate(**SPARSEGPT, mask="adaptive", columns=columns).rebuild(
+        w_OI, rank(w_OI.abs(), w_OI), counts_O, gathered(x_TI)
+    )
     expected_OI = slowly_choosing_the_mask(w_OI, 72, damped_hessian(x_TI, 0.01), min(columns, WIDTH))
     assert torch.equal(rebuilt_OI == 0, expected_OI == 0)
     torch.testing.assert_close(rebuilt_OI.double(), expected_OI, rtol=1e-4, atol=1e-4)
@@ -145,7 +147,9 @@ def test_an_adaptive_mask_is_chosen_as_slowly_by_hand(w_OI, x_TI, counts_O, colu
 @pytest.mark.parametrize("zeros", [0, 1, 71, 143, 144])
 def test_an_adaptive_mask_has_the_zeros_it_was_given(w_OI, x_TI, columns, zeros):
     counts_O = torch.tensor([min(WIDTH, max(0, zeros - o * WIDTH)) for o in range(ROWS)])
-    rebuilt_OI = OBSUpdate(**SPARSEGPT, columns=columns).rebuild(w_OI, rank(w_OI.abs(), w_OI), counts_O, gathered(x_TI))
+    rebuilt_OI = OBSUpdate(**SPARSEGPT, mask="adaptive", columns=columns).rebuild(
+        w_OI, rank(w_OI.abs(), w_OI), counts_O, gathered(x_TI)
+    )
     assert int((rebuilt_OI == 0).sum()) == zeros
     if zeros == 0:
         assert torch.equal(rebuilt_OI, w_OI)
@@ -179,7 +183,9 @@ def test_moving_the_kept_weights_lowers_the_error(w_OI, x_TI, columns):
     ranks_OI, counts_O = rank(w_OI.abs(), w_OI), torch.full((ROWS,), WIDTH // 2)
     frozen_OI = NoReconstruction().rebuild(w_OI, ranks_OI, counts_O, gathered(x_TI))
     fixed_OI = OBSUpdate(**SPARSEGPT, mask="fixed", columns=columns).rebuild(w_OI, ranks_OI, counts_O, gathered(x_TI))
-    adaptive_OI = OBSUpdate(**SPARSEGPT, columns=columns).rebuild(w_OI, ranks_OI, counts_O, gathered(x_TI))
+    adaptive_OI = OBSUpdate(**SPARSEGPT, mask="adaptive", columns=columns).rebuild(
+        w_OI, ranks_OI, counts_O, gathered(x_TI)
+    )
     assert output_error(w_OI, fixed_OI, x_TI) < 0.95 * output_error(w_OI, frozen_OI, x_TI)
     assert output_error(w_OI, adaptive_OI, x_TI) < output_error(w_OI, fixed_OI, x_TI)
 
@@ -188,7 +194,7 @@ def test_independent_channels_have_nothing_to_make_up(w_OI):
     """With a diagonal Hessian the kept weights stay, and the adaptive mask is that of w²·‖x‖²."""
     x_TI = torch.diag(torch.linspace(0.5, 2, WIDTH))
     zeros = ROWS * WIDTH // 2
-    rebuilt_OI = OBSUpdate(damping=1e-6).rebuild(
+    rebuilt_OI = OBSUpdate(mask="adaptive", damping=1e-6).rebuild(
         w_OI, rank(w_OI.abs(), w_OI), torch.full((ROWS,), WIDTH // 2), gathered(x_TI)
     )
     score_OI = (w_OI * x_TI.diagonal()).abs()

@@ -29,8 +29,9 @@ class OBSUpdate(Rebuilder):
     """Optimal-brain-surgeon update of the kept weights, left to right in blocks of columns.
 
     With an *adaptive* mask, each block of columns chooses its zeros by w²/[H⁻¹]ⱼⱼ of the updated weights. The number of
-    zeros stays the same for the linear, but not for each row. With a *fixed* mask, the zeros are the lowest ranks of
-    each row, as the allocation chose them.
+    zeros stays the same for the linear, but not for each row; SparseGPT does so, and on other kinds of text it can be
+    worse than what it began with (docs/log.md). With a *fixed* mask, the zeros are the lowest ranks of each row, as the
+    allocation chose them.
     """
 
     method: Literal["obs"] = "obs"
@@ -41,7 +42,7 @@ class OBSUpdate(Rebuilder):
         description="added to the Hessian's diagonal as a share of its mean, as SparseGPT does; by default, held-out "
         "tokens choose a ridge, and weights that it does not help stay as they are",
     )
-    mask: Literal["adaptive", "fixed"] = "adaptive"
+    mask: Literal["adaptive", "fixed"] = "fixed"
     solver_bytes: ClassVar[int] = 12
 
     @property
