@@ -165,10 +165,13 @@ struct Int8 {
 
 struct Int4 : Int8 {
     INLINE int64_t size(uint64_t mask) { return (_mm_popcnt_u64(mask) + 1) / 2; }
-    INLINE Vector expand(Word mask, const uint8_t* at, __m512i fill) {
+    INLINE Vector unpacked(const uint8_t* at) {
         const __m512i pairs = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
         const __m512i low = _mm512_set1_epi8(15), higher = _mm512_slli_epi16(pairs, 4);
-        return _mm512_mask_expand_epi8(fill, mask, _mm512_ternarylogic_epi64(pairs, higher, low, 0xa8));  // (p | h) & l
+        return _mm512_ternarylogic_epi64(pairs, higher, low, 0xa8);  // (pairs | higher) & low
+    }
+    INLINE Vector expand(Word mask, const uint8_t* at, __m512i fill) {
+        return _mm512_mask_expand_epi8(fill, mask, unpacked(at));
     }
 };
 
