@@ -28,6 +28,9 @@ struct Weight {  // as besa.kernels.sparse_native fills it in
     const uint8_t* zeros;  // (rows, groups); none where all are `zero`
     int64_t scale_type;    // 0 float32, 1 bfloat16, 2 float16
     int64_t groups, zero;
+    // How one row of x meets it, 0 as usual:
+    int64_t bands;  // read at once: 1, 2 or 4
+    int64_t ahead;  // bytes fetched before they are met
 };
 
 namespace {
@@ -312,12 +315,14 @@ struct Grid {
 template <typename Kind> struct Stream {
     const typename Kind::Word* masks;
     const uint8_t* values;
+    int64_t ahead;
     __m512i fills[ROWS];  // of pruned codes
 
     INLINE Stream of(const Weight& weight, int64_t band) {
         const int64_t chunks = (weight.columns + Kind::LENGTH - 1) / Kind::LENGTH;
         const auto* masks = static_cast<const typename Kind::Word*>(weight.masks);
-        Stream result = {masks + band * chunks * ROWS, weight.values + weight.offsets[band], {}};
+        Stream result = {masks + band * chunks * ROWS, weight.values + weight.offsets[band],
+                         weight.ahead ? weight.ahead : AHEAD, {}};
         for (int64_t r = 0; r < ROWS; ++r) result.fills[r] = _mm512_set1_epi8(char(weight.zero));
         return result;
     }
@@ -326,8 +331,8 @@ template <typename Kind> struct Stream {
             for (int64_t r = 0; r < ROWS; ++r) stream.fills[r] = Grid::fill(grid, r, s);
     }
     INLINE typename Kind::Vector next(Stream& stream, int64_t, int64_t r) {
-        _mm_prefetch(reinterpret_cast<const char*>(stream.values + AHEAD), _MM_HINT_T1);
-        if (r == 0) _mm_prefetch(reinterpret_cast<const char*>(stream.masks) + AHEAD / 4, _MM_HINT_T1);
+        _mm_prefetch(reinterpret_cast<const char*>(stream.values + stream.ahead), _MM_HINT_T1);
+        if (r == 0) _mm_prefetch(reinterpret_cast<const char*>(stream.masks) + stream.ahead / 4, _MM_HINT_T1);
         uint64_t mask = *stream.masks++;
         asm("" : "+r"(mask));
         typename Kind::Vector w;
@@ -542,9 +547,8 @@ TARGET void together(const Weight& weight, const Rows<Kind>& rows, float* y, int
     }
 }
 
-template <typename Kind, int SHAPE, int N>
+template <typename Kind, int SHAPE, int N, int BANDS>
 TARGET void direct(const Weight& weight, const Rows<Kind>& rows, float* y, int64_t first, int64_t last) {
-    constexpr int BANDS = std::max(1, Kind::BANDS / N);
     const int64_t count = (last - first) / BANDS;
     together<Kind, SHAPE, N, BANDS>(weight, rows, y, first, count);
     together<Kind, SHAPE, N, 1>(weight, rows, y, first + BANDS * count, last - first - BANDS * count);
@@ -602,12 +606,15 @@ template <typename Kind> int64_t first_band(const Weight& weight, int64_t part, 
 
 template <typename Kind, int SHAPE>
 void multiply(const Weight& weight, const Rows<Kind>& rows, float* y, int64_t threads) {
-    constexpr int most = Kind::DIRECT;
+    constexpr int most = Kind::DIRECT, usual = Kind::BANDS;
+    const int64_t bands = weight.bands ? weight.bands : usual;
     const auto kernel = rows.batch > most ? tiled<Kind, SHAPE>
-                        : rows.batch == 1 ? direct<Kind, SHAPE, 1>
-                        : rows.batch == 2 ? direct<Kind, SHAPE, 2>
-                        : rows.batch == 3 ? direct<Kind, SHAPE, std::min(3, most)>
-                                          : direct<Kind, SHAPE, most>;
+                        : rows.batch == 1 ? (bands == 1   ? direct<Kind, SHAPE, 1, 1>
+                                             : bands == 2 ? direct<Kind, SHAPE, 1, 2>
+                                                          : direct<Kind, SHAPE, 1, 4>)
+                        : rows.batch == 2 ? direct<Kind, SHAPE, 2, std::max(1, usual / 2)>
+                        : rows.batch == 3 ? direct<Kind, SHAPE, std::min(3, most), 1>
+                                          : direct<Kind, SHAPE, most, 1>;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t part = 0; part < threads; ++part)
         kernel(weight, rows, y, first_band<Kind>(weight, part, threads), first_band<Kind>(weight, part + 1, threads));
