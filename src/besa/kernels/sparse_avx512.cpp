@@ -3,7 +3,8 @@
 //
 // Three things make it three times as fast as the obvious code: an expansion is kept apart from its load (the form that
 // does both is slow), it goes to a register made for it (otherwise it waits for what was there before), and the
-// streams are fetched 6144 bytes ahead, to the second cache only, which measured faster (docs/log.md).
+// streams are fetched thousands of bytes ahead, to the second cache only, which measured faster (docs/log.md). How far, and
+// how many bands are read at once, differs between processors: besa.kernels.reading.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -137,7 +138,7 @@ struct Int8 {
         __m512i low, middle;
     };
     static constexpr bool CODES = true;
-    static constexpr int DIRECT = 2, TOGETHER = 1, BANDS = 1;
+    static constexpr int DIRECT = 4, TOGETHER = 1, BANDS = 1;
     static constexpr int64_t LENGTH = 64, STRIDE = 1;
     INLINE int64_t size(uint64_t mask) { return _mm_popcnt_u64(mask); }
     INLINE Vector expand(Word mask, const uint8_t* at, __m512i fill) {
@@ -167,6 +168,7 @@ struct Int8 {
 };
 
 struct Int4 : Int8 {
+    static constexpr int TOGETHER = 2;
     INLINE int64_t size(uint64_t mask) { return (_mm_popcnt_u64(mask) + 1) / 2; }
     INLINE Vector unpacked(const uint8_t* at) {
         const __m512i pairs = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
@@ -271,25 +273,33 @@ struct Grid {
         zeros.assign(size_t(ROWS * width), uint8_t(weight.zero));
     }
     TARGET void read(const Weight& weight, int64_t band) {
-        for (int64_t r = 0; r < std::min(ROWS, weight.rows - ROWS * band); ++r) {
-            const int64_t at = (ROWS * band + r) * groups;
-            for (int64_t g = 0; g < groups; g += 16)
-                _mm512_storeu_ps(&scales[size_t(r * width + g)], some(weight, at + g, inside(groups - g)));
-            if (!alike) std::copy_n(weight.zeros + at, groups, &zeros[size_t(r * width)]);
-        }
+        const int64_t last = weight.rows - 1;  // stands for the rows beyond it, too: no branch depends on their number
+        for (int64_t g = 0; g < groups; g += 16)
+#pragma GCC unroll 4
+            for (int64_t r = 0; r < ROWS; ++r) {
+                const int64_t at = std::min(ROWS * band + r, last) * groups + g;
+                const __mmask16 which = inside(groups - g);
+                _mm512_storeu_ps(&scales[size_t(r * width + g)], some(weight, at, which));
+                if (alike) continue;
+                auto* codes = reinterpret_cast<__m128i*>(&zeros[size_t(r * width + g)]);
+                _mm_storeu_si128(codes, _mm_maskz_loadu_epi8(which, weight.zeros + at));
+            }
     }
     // What a band begins with, given the sums of x by group: what its codes of zero add, taken off.
     TARGET void start(const float* sums, Totals& totals) const {
-        for (int64_t r = 0; r < ROWS; ++r) {
-            __m512 result = _mm512_setzero_ps();
-            for (int64_t g = 0; g < groups; g += 16) {
+        __m512 results[ROWS] = {};
+        for (int64_t g = 0; g < groups; g += 16) {
+            const __m512 of_x = _mm512_maskz_loadu_ps(inside(groups - g), sums + g);
+#pragma GCC unroll 4
+            for (int64_t r = 0; r < ROWS; ++r) {
                 const auto* codes = reinterpret_cast<const __m128i*>(&zeros[size_t(r * width + g)]);
                 const __m512 lowered = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(codes)));
                 const __m512 values = _mm512_mul_ps(_mm512_loadu_ps(&scales[size_t(r * width + g)]), lowered);
-                result = _mm512_fnmadd_ps(values, _mm512_maskz_loadu_ps(inside(groups - g), sums + g), result);
+                results[r] = _mm512_fnmadd_ps(values, of_x, results[r]);
             }
-            _mm512_storeu_ps(totals.of[r], result);
         }
+#pragma GCC unroll 4
+        for (int64_t r = 0; r < ROWS; ++r) _mm512_storeu_ps(totals.of[r], results[r]);
     }
     INLINE __m512 some(const Weight& weight, int64_t at, __mmask16 which) {
         if (weight.scale_type == 0) return _mm512_maskz_loadu_ps(which, static_cast<const float*>(weight.scales) + at);
