@@ -117,7 +117,7 @@ def test_sensitivities_are_those_of_a_backward_pass_through_the_whole(
     blocks, calibration = blocks_and_tokens(tiny_llama, tiny_llama_folder, tiny_tokenizer)
     expected, expected_rows = slow_scores(tiny_llama, blocks, calibration.tokens_NT[::2])
     threshold = torch.cat([part.flatten() for part in expected.values()]).quantile(sparsity)
-    method, own = LossSensitivity(every=2, strength=1), survey(DecoderInMemory(tiny_llama), calibration, sparsity)
+    method, own = LossSensitivity(sequences=2, strength=1), survey(DecoderInMemory(tiny_llama), calibration, sparsity)
     found = method.measure(own)
     for block, rate in zip(blocks, found, strict=True):
         part = torch.cat([expected[name].flatten() for name in block.prunables])
@@ -127,13 +127,13 @@ def test_sensitivities_are_those_of_a_backward_pass_through_the_whole(
     assert squares.keys() == expected.keys()
     for name, squares_O in squares.items():
         torch.testing.assert_close(squares_O, expected_rows[name], rtol=1e-3, atol=1e-9)
-    half = LossSensitivity(every=2).measure(survey(DecoderInMemory(tiny_llama), calibration, sparsity))
+    half = LossSensitivity(sequences=2).measure(survey(DecoderInMemory(tiny_llama), calibration, sparsity))
     assert half == pytest.approx([(rate + sparsity) / 2 for rate in found])
 
 
 @pytest.mark.parametrize(
     "method",
-    [LossSensitivity(every=2), Owl(every=2), Search(every=2, strengths=(0, 1))],
+    [LossSensitivity(sequences=2), Owl(sequences=2), Search(sequences=2, strengths=(0, 1))],
     ids=["sensitivity", "owl", "search"],
 )
 def test_from_the_disk_the_same_comes_out(method, tiny_llama, tiny_llama_folder, tiny_tokenizer):
@@ -150,7 +150,7 @@ def test_only_what_shares_the_sparsity_counts(tiny_llama, tiny_llama_folder, tin
     expected, _ = slow_scores(tiny_llama, blocks, calibration.tokens_NT)
     names = [tuple(name for name in block.prunables if "mlp" in name) for block in blocks]
     threshold = torch.cat([expected[name].flatten() for own in names for name in own]).median()
-    found = LossSensitivity(every=1, strength=1).measure(survey(decoder, calibration, names=names))
+    found = LossSensitivity(sequences=4, strength=1).measure(survey(decoder, calibration, names=names))
     for own, rate in zip(names, found, strict=True):
         part = torch.cat([expected[name].flatten() for name in own])
         assert rate == pytest.approx(float((part <= threshold).float().mean()), abs=0.005)
@@ -158,7 +158,7 @@ def test_only_what_shares_the_sparsity_counts(tiny_llama, tiny_llama_folder, tin
 
 def test_owl_by_hand(tiny_llama, tiny_llama_folder, tiny_tokenizer):
     blocks, calibration = blocks_and_tokens(tiny_llama, tiny_llama_folder, tiny_tokenizer)
-    found = Owl(every=2, outlier=3.0).measure(survey(DecoderInMemory(tiny_llama), calibration, 0.6))
+    found = Owl(sequences=2, outlier=3.0).measure(survey(DecoderInMemory(tiny_llama), calibration, 0.6))
     inputs = {}
     modules = {tiny_llama.get_submodule(name): name for block in blocks for name in block.prunables}
     handles = [
@@ -215,9 +215,9 @@ def test_search_takes_the_best_of_its_strengths_and_leaves_the_model_alone(
     _, calibration = blocks_and_tokens(tiny_llama, tiny_llama_folder, tiny_tokenizer, samples=6)
     before = copy.deepcopy(tiny_llama.state_dict())
     own = survey(DecoderInMemory(tiny_llama), calibration, 0.6)
-    method = Search(every=3, strengths=(1.0, 0.5, 0.0))
+    method = Search(sequences=2, strengths=(1.0, 0.5, 0.0))
     chosen = method.measure(own)
-    ways = [LossSensitivity(every=3, strength=strength).measure(own) for strength in method.strengths]
+    ways = [LossSensitivity(sequences=2, strength=strength).measure(own) for strength in method.strengths]
     statistics = loss_gradients(own, 3).statistics
     trials = [method.bounded(way, own.sizes, 0.6) for way in ways]
     found = divergences(own, statistics, trials, calibration.tokens_NT[1::3])
@@ -235,7 +235,7 @@ def test_search_needs_something_to_hold_out(tiny_llama, tiny_llama_folder, tiny_
 @pytest.mark.parametrize(
     ("setting", "told"),
     [
-        ("every=1", "targets.every: input should be greater than or equal to 2"),
+        ("sequences=0", "targets.sequences: input should be greater than or equal to 1"),
         ("strengths=[0.5]", "targets.strengths: tuple should have at least 2 items"),
         ("strengths=[0, 2]", "targets.strengths.1: input should be less than or equal to 1"),
     ],
@@ -247,7 +247,7 @@ def test_settings_of_search_that_are_refused(setting, told):
 
 @pytest.mark.parametrize("method", ["owl", "sensitivity", "search"])
 def test_a_run_meets_the_sparsity_and_goes_on_after_an_interruption(method, tiny_llama_folder, tmp_path):
-    recipe = Recipe.load("wanda", 0.6, [f"targets.method={method}", "targets.every=2"])
+    recipe = Recipe.load("wanda", 0.6, [f"targets.method={method}", "targets.sequences=2"])
     text = str(tiny_llama_folder / "calibration.txt")
     sizes = {"samples": 4, "seqlen": 32}
     whole = besa.compress(tiny_llama_folder, recipe, text, out=tmp_path / "whole", **sizes).record

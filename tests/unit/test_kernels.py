@@ -254,6 +254,12 @@ def test_a_library_belongs_to_source_compiler_and_flags(fresh, tmp_path, monkeyp
     assert len({path.name.partition("-")[0] for path in fresh.iterdir()}) == len(list(fresh.iterdir())) == 4
 
 
+def test_what_is_included_belongs_to_the_source():
+    source, shared = build._source("sparse.cpp"), build._source("sparse.hpp")
+    assert shared in source
+    assert b'#include "' not in source
+
+
 @compiled
 def test_two_processes_may_fill_the_cache_at_once(fresh, tmp_path):
     compiler, here = tmp_path / "compiler", tmp_path / "here"

@@ -130,19 +130,29 @@ def test_levels_of_texts_with_room_are_equal_shares():
 
 
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=5).filter(sum), st.integers(0, 2**32 - 1))
-def test_every_stretch_has_all_texts_by_their_shares(sizes, seed):
+def test_halves_quarters_and_eighths_have_all_texts_by_their_shares(sizes, seed):
     order = interleaved(sizes, seed)
     assert sorted(order.tolist()) == list(range(sum(sizes)))
     assert torch.equal(order, interleaved(sizes, seed))
     text = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))[order]
-    for number, size in enumerate(sizes):
-        seen = (text == number).cumsum(0) if size else torch.zeros(1)
-        expected = torch.arange(1, len(seen) + 1) * size / len(text) if size else torch.zeros(1)
-        assert (seen - expected).abs().max() <= len(sizes)
+    for step in (1, 2, 4, 8, 16):
+        part = text[::step]
+        for number, size in enumerate(sizes):
+            assert abs(int((part == number).sum()) - len(part) * size / len(text)) <= len(sizes)
+
+
+@pytest.mark.parametrize("samples", [16, 32, 40, 64, 128])
+def test_what_is_held_out_is_of_as_many_texts_as_can_be(samples):
+    """One sequence in eight: of 16 two texts, of 40 all five."""
+    sizes = counts([Fraction(1, 5)] * 5, samples)
+    text = torch.repeat_interleave(torch.arange(5), torch.tensor(sizes))
+    for seed in range(10):
+        held_out = text[interleaved(sizes, seed)][::8]
+        assert len(set(held_out.tolist())) == min(5, len(held_out))
 
 
 def test_the_order_has_no_period():
     """Every n-th sequence is held out or measured on: it must not always be of one text."""
     order = interleaved([40] * 5, 0)
-    for step in (5, 10, 20):
+    for step in (3, 5, 10, 20):
         assert len({int(place) // 40 for place in order[::step]}) > 2

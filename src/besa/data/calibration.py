@@ -138,8 +138,8 @@ def sample(
     longer text, documents are drawn at random in one pass and tokenised until they hold four times the tokens needed.
     Windows are drawn from these tokens. A dialogue is never cut at its beginning: each sequence begins with one.
 
-    A mixture has its shares of the sequences exactly, by largest remainder. Its order lets every stretch of sequences
-    have all texts. Of `MIX`, texts that are too short for an equal share give all they have.
+    A mixture has its shares of the sequences exactly, by largest remainder. In its order every so many-th sequence
+    is of another text. Of `MIX`, texts that are too short for an equal share give all they have.
 
     Args:
         source: as `parts_of` takes it.

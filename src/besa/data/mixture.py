@@ -153,9 +153,10 @@ def levelled(rooms: Sequence[int], total: int) -> list[int]:
 
 
 def interleaved(sizes: Sequence[int], seed: int) -> torch.Tensor:
-    """An order (N,) of sequences that stand text by text, in which every stretch has all texts by their shares.
+    """An order (N,) of sequences that stand text by text, in which every 2nd, 4th, 8th … has all texts by their shares.
 
-    Within a stretch their order is random, so that no text falls on every n-th place.
+    Stages hold every so many-th sequence out, or measure on these alone. The first half of an even order therefore goes
+    to the even places, the first quarter to every fourth, and so on (bit reversal). Which text comes first is random.
 
     Args:
         sizes: sequences of each text.
@@ -167,4 +168,9 @@ def interleaved(sizes: Sequence[int], seed: int) -> torch.Tensor:
         for size in sizes
         if size
     ]
-    return torch.cat(places).argsort(stable=True)
+    even = torch.cat(places).argsort(stable=True)
+    bits = len(even).bit_length()
+    reversed_bits = sorted(range(len(even)), key=lambda place: f"{place:0{bits}b}"[::-1])
+    order = torch.empty_like(even)
+    order[torch.tensor(reversed_bits)] = even
+    return order

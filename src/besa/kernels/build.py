@@ -11,8 +11,10 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import warnings
 from functools import cache
@@ -26,7 +28,9 @@ COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-ffp-contract=off")
 # The kernels are linked without OpenMP's library. They use that of torch, which is loaded already, and so torch's
 # threads; a second pool of threads would compete for the cores. If torch has no such library, they use one thread.
-OPENMP_FLAGS = (("-fopenmp",), ())
+# Apple's clang takes the flag only past its driver, and its linker must be told that torch has what is missing.
+OPENMP_FLAGS = (("-fopenmp",), ("-Xclang", "-fopenmp"), ())
+LINK_FLAGS = ("-shared", *(("-undefined", "dynamic_lookup") if sys.platform == "darwin" else ()))
 OTHERS = 0o022  # the permission to write, for all users except the owner
 
 
@@ -37,7 +41,7 @@ def load(source: str) -> ctypes.CDLL | None:
     Args:
         source: name of the file.
     """
-    text = (resources.files("besa.kernels") / source).read_bytes()
+    text = _source(source)
     compiler = next(
         (path for name in (os.environ.get("CXX"), *COMPILERS) if name and (path := shutil.which(name))), None
     )
@@ -55,6 +59,12 @@ def load(source: str) -> ctypes.CDLL | None:
             return library
     warnings.warn(f"besa computes more slowly than it could, in plain torch: {reason}.", Notice, stacklevel=2)
     return None
+
+
+def _source(name: str) -> bytes:
+    """The text of a C++ file of this package, with those that it includes from here in their places."""
+    text = (resources.files("besa.kernels") / name).read_bytes()
+    return re.sub(rb'^#include "(.+)"$', lambda found: _source(found[1].decode()), text, flags=re.MULTILINE)
 
 
 def _loaded(compiler: str, flags: tuple[str, ...], text: bytes) -> ctypes.CDLL:
@@ -75,7 +85,7 @@ def _loaded(compiler: str, flags: tuple[str, ...], text: bytes) -> ctypes.CDLL:
         library = built.with_suffix(".so")
         code.write_bytes(text)
         _call(compiler, *flags, "-c", str(code), "-o", str(built))
-        _call(compiler, "-shared", str(built), "-o", str(library))
+        _call(compiler, *LINK_FLAGS, str(built), "-o", str(library))
         return _opened(library if folder is None else library.replace(folder / _name(key, library)))
 
 

@@ -1,12 +1,11 @@
 // y = x Wᵀ for a bitmask weight, and such weights made dense; docs/formats.md says how one lies in memory.
 //
-// The kernels for processors without AVX-512 (sparse_avx512.cpp has those with it): some columns of a band are expanded
-// into the first cache, where all rows of x meet them.
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
+// The kernels for processors without AVX-512 (sparse_avx512.cpp) and NEON (sparse_neon.cpp): some columns of a band are
+// expanded into the first cache, where all rows of x meet them.
 #include <type_traits>
 #include <vector>
+
+#include "sparse.hpp"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -14,38 +13,11 @@
 #endif
 #define PLAIN __attribute__((flatten))
 
-struct Weight {  // as besa.kernels.sparse_native fills it in
-    const void* masks;
-    const uint8_t* values;
-    const int64_t* offsets;
-    int64_t rows, columns;
-    // Of codes only:
-    const void* scales;    // (rows, groups)
-    const uint8_t* zeros;  // (rows, groups); none where all are `zero`
-    int64_t scale_type;    // 0 float32, 1 bfloat16, 2 float16
-    int64_t groups, zero;
-};
-
 namespace {
 
-constexpr int64_t ROWS = 4;     // of a band
 constexpr int64_t TILE = 1024;  // columns expanded at a time
 typedef float Lanes __attribute__((vector_size(32)));
 constexpr int64_t LANES = 8;
-
-inline float bits_as_float(uint32_t bits) {
-    float result;
-    std::memcpy(&result, &bits, sizeof result);
-    return result;
-}
-inline float from_bfloat16(uint16_t bits) { return bits_as_float(uint32_t(bits) << 16); }
-inline float from_float16(uint16_t bits) {
-    const uint32_t sign = uint32_t(bits & 0x8000) << 16, rest = uint32_t(bits & 0x7fff) << 13;
-    const float scaled = bits_as_float(rest) * 0x1p112f;  // also where it is subnormal
-    uint32_t magnitude;
-    std::memcpy(&magnitude, &scaled, sizeof magnitude);
-    return bits_as_float(sign | (rest >= 0x0f800000 ? rest | 0x7f800000 : magnitude));
-}
 
 // Kinds of weights. Raw: a value as it is stored, or a code in a byte.
 struct Float32 {
@@ -167,15 +139,8 @@ template <typename Kind> struct Band {
     }
     int64_t group(int64_t column) const { return column * weight.groups / weight.columns; }
     int64_t end_of(int64_t group) const { return (group + 1) * (weight.columns / weight.groups); }
-    int zero(int64_t r, int64_t g) const {
-        return int(weight.zeros ? weight.zeros[(first + r) * weight.groups + g] : weight.zero);
-    }
-    float step(int64_t r, int64_t g) const {
-        const int64_t at = (first + r) * weight.groups + g;
-        if (weight.scale_type == 0) return static_cast<const float*>(weight.scales)[at];
-        const uint16_t half = static_cast<const uint16_t*>(weight.scales)[at];
-        return weight.scale_type == 1 ? from_bfloat16(half) : from_float16(half);
-    }
+    int zero(int64_t r, int64_t g) const { return zero_of(weight, (first + r) * weight.groups + g); }
+    float step(int64_t r, int64_t g) const { return step_of(weight, (first + r) * weight.groups + g); }
 
     // The next columns, from `left` on, as they are stored; tiles come in order.
     template <auto SPREAD> void next(int64_t left, int64_t right, Tile<Kind>& tile) {
@@ -257,23 +222,6 @@ template <typename Kind, auto SPREAD> inline void expanded(const Weight& weight,
     }
 }
 
-// The first band of a part, if the parts have the same number of bytes to read: learned rows differ in what they keep.
-template <typename Kind> int64_t first_band(const Weight& weight, int64_t part, int64_t parts) {
-    const int64_t all = (weight.rows + ROWS - 1) / ROWS;
-    const int64_t chunks = (weight.columns + LENGTH<Kind> - 1) / LENGTH<Kind>;
-    const int64_t masks = chunks * ROWS * int64_t(sizeof(typename Kind::Word));
-    const int64_t aim = (weight.offsets[all] + all * masks) * part / parts;
-    int64_t low = 0, high = all;
-    while (low < high) {
-        const int64_t middle = (low + high) / 2;
-        if (weight.offsets[middle] + middle * masks < aim)
-            low = middle + 1;
-        else
-            high = middle;
-    }
-    return low;
-}
-
 }  // namespace
 
 // multiply_<kind>_<path>: y (batch, rows) of x (batch, columns). expand_<kind>_<path>: some bands, dense.
@@ -291,8 +239,8 @@ template <typename Kind> int64_t first_band(const Weight& weight, int64_t part, 
         _Pragma("omp parallel for num_threads(threads) schedule(static)") for (int64_t part = 0; part < threads;       \
                                                                                ++part)                                 \
             multiply_##NAME##_##PATH##_part(*weight, padded.data(), stride, batch, y,                                  \
-                                            first_band<KIND>(*weight, part, threads),                                  \
-                                            first_band<KIND>(*weight, part + 1, threads));                             \
+                                            first_band<KIND::Word>(*weight, part, threads),                                  \
+                                            first_band<KIND::Word>(*weight, part + 1, threads));                             \
     }                                                                                                                  \
     ATTRIBUTE static void expand_##NAME##_##PATH##_band(const Weight& weight, char* out, int64_t band) {               \
         expanded<KIND, spread_##PATH<KIND>>(weight, out, band);                                                        \

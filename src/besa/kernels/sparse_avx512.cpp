@@ -8,39 +8,20 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
 #include <numeric>
 #include <type_traits>
 #include <vector>
+
+#include "sparse.hpp"
 
 #define TARGET \
     __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512vnni,f16c,popcnt")))
 #define INLINE TARGET __attribute__((always_inline)) static inline
 
-struct Weight {  // as besa.kernels.sparse_native fills it in
-    const void* masks;
-    const uint8_t* values;
-    const int64_t* offsets;
-    int64_t rows, columns;
-    // Of codes only:
-    const void* scales;    // (rows, groups)
-    const uint8_t* zeros;  // (rows, groups); none where all are `zero`
-    int64_t scale_type;    // 0 float32, 1 bfloat16, 2 float16
-    int64_t groups, zero;
-    // How one row of x meets it, 0 as usual:
-    int64_t bands;  // read at once: 1, 2 or 4
-    int64_t ahead;  // bytes fetched before they are met
-};
-
 namespace {
 
-constexpr int64_t ROWS = 4;                // of a band
 constexpr int64_t TILE = 64;               // chunks expanded at a time where a batch shares them: half a first cache
 constexpr int64_t AHEAD = 6144;            // bytes
-constexpr float TWO = 127 * 257.0f, THREE = 127 * 65793.0f;  // largest numbers of so many digits, to the base 256
-constexpr float FINE = 2048;               // units in the mean of a row of x in half precision, at least
 
 INLINE __m512i loaded(const void* at) {
     __m512i values = _mm512_loadu_si512(at);
@@ -597,23 +578,6 @@ TARGET void tiled(const Weight& weight, const Rows<Kind>& rows, float* y, int64_
     }
 }
 
-// The first band of a part, if the parts have the same number of bytes to read: learned rows differ in what they keep.
-template <typename Kind> int64_t first_band(const Weight& weight, int64_t part, int64_t parts) {
-    const int64_t all = (weight.rows + ROWS - 1) / ROWS;
-    const int64_t chunks = (weight.columns + Kind::LENGTH - 1) / Kind::LENGTH;
-    const int64_t masks = chunks * ROWS * int64_t(sizeof(typename Kind::Word));
-    const int64_t aim = (weight.offsets[all] + all * masks) * part / parts;
-    int64_t low = 0, high = all;
-    while (low < high) {
-        const int64_t middle = (low + high) / 2;
-        if (weight.offsets[middle] + middle * masks < aim)
-            low = middle + 1;
-        else
-            high = middle;
-    }
-    return low;
-}
-
 template <typename Kind, int SHAPE>
 void multiply(const Weight& weight, const Rows<Kind>& rows, float* y, int64_t threads) {
     constexpr int most = Kind::DIRECT, usual = Kind::BANDS;
@@ -627,7 +591,8 @@ void multiply(const Weight& weight, const Rows<Kind>& rows, float* y, int64_t th
                                           : direct<Kind, SHAPE, most, 1>;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t part = 0; part < threads; ++part)
-        kernel(weight, rows, y, first_band<Kind>(weight, part, threads), first_band<Kind>(weight, part + 1, threads));
+        kernel(weight, rows, y, first_band<typename Kind::Word>(weight, part, threads),
+               first_band<typename Kind::Word>(weight, part + 1, threads));
 }
 
 template <typename Kind> void multiply(const Weight& weight, const float* x, int64_t batch, float* y, int64_t threads) {

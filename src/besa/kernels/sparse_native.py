@@ -1,4 +1,4 @@
-"""The kernels of sparse_avx512.cpp and sparse.cpp, called on torch's tensors."""
+"""The kernels of sparse_avx512.cpp, sparse_neon.cpp and sparse.cpp, called on torch's tensors."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ from besa.storage.formats.bitmask import PADDING, ROWS, Bitmask, pack, pack_code
 SOURCES = {
     "avx512bf16": "sparse_avx512.cpp",
     "avx512": "sparse_avx512.cpp",
+    "neonbf16": "sparse_neon.cpp",
+    "neondot": "sparse_neon.cpp",
+    "neon": "sparse_neon.cpp",
     "avx2": "sparse.cpp",
     "plain": "sparse.cpp",
 }

@@ -106,10 +106,13 @@ class Recipe(Settings):
         """Which linears share a budget, and whose output the loss compares."""
         return self.allocation.scope
 
-    @property
-    def losses_every(self) -> set[int]:
-        """Gradients of the dense model's loss are measured on one sequence in so many, for each of these numbers."""
-        asked = (self.targets.loss_every, self.allocation.loss_every)
+    def losses_every(self, samples: int) -> set[int]:
+        """Gradients of the dense model's loss are measured on one sequence in so many, for each of these numbers.
+
+        Args:
+            samples: calibration sequences.
+        """
+        asked = (self.targets.loss_every(samples), self.allocation.loss_every(samples))
         return {every for every in asked if every is not None}
 
     @property

@@ -24,6 +24,11 @@ if TYPE_CHECKING:
     from besa.methods.fisher import LossGradients
 
 
+def one_in(samples: int, sequences: int) -> int:
+    """One calibration sequence in how many is measured, so that at least `sequences` are, if there are so many."""
+    return max(1, samples // sequences)
+
+
 @dataclass(frozen=True)
 class Survey:
     """A dense model to measure before it is pruned.

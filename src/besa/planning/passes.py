@@ -63,7 +63,7 @@ def forward_passes(
     if recipe.descent is not None:
         steps = recipe.descent.steps * -(-min(recipe.descent.sequences, samples) // ranks)
         passes += 3 * parts * steps * first_tokens(seqlen, recipe.descent.crop) / (own * seqlen)
-    for every in recipe.losses_every:  # a forward pass, then a forward and a backward pass to activations
+    for every in recipe.losses_every(samples):  # a forward pass, then a forward and a backward pass to activations
         passes += 3 * most(shares_of(-(-samples // every), batch, ranks)) / own
 
     def waiting(step: int) -> float:
@@ -73,8 +73,8 @@ def forward_passes(
     passes += recipe.finetune.passes + waiting(recipe.finetune.sequences) * recipe.finetune.learned_passes
     passes += recipe.distill.passes(head) + waiting(recipe.distill.sequences) * recipe.distill.learned_passes(head)
     if recipe.targets.measuring is not None:
-        measured = -(-samples // recipe.targets.measuring.every)
-        passes += recipe.targets.passes * most(shares_of(measured, batch, ranks)) / measured * samples / own
+        measured = -(-samples // recipe.targets.measuring.every(samples))
+        passes += recipe.targets.forwards * most(shares_of(measured, batch, ranks)) / own
     return passes
 
 

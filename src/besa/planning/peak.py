@@ -54,7 +54,7 @@ def unit_bytes(
         phases.append(ranked + weights + 16 * most)  # codes
     if recipe.reconstruction.needs_gram:
         phases.append(ranked + gram + 4 * 4 * widest**2 + recipe.reconstruction.solver_bytes * most)
-    if recipe.losses_every:
+    if recipe.losses_every(1):
         phases.append(ranked + 12 * most + forward_bytes(unit, model, 1, seqlen, learning=True))
     if recipe.targets.trials:  # ranks, and the pruned weights of a trial
         phases.append(ranked + item * weights + forward_bytes(unit, model, batch, seqlen, learning=False))

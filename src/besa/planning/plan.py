@@ -151,11 +151,11 @@ def work_out(
     two_parts = recipe.granularity == "attn-mlp"  # attention has its own teacher
     target = stream if teacher == "pruned" else dense_stream
     streams = [stream, dense_stream, *([target] if two_parts else []), *([stream] if teacher == "pruned" else [])]
-    kept = [most(shares_of(-(-samples // every), batch, ranks)) * (len(blocks) + 1) for every in recipe.losses_every]
+    paths = dict.fromkeys(recipe.losses_every(samples), len(blocks) + 1)  # the inputs of all blocks, and gradients
     if recipe.targets.measuring is not None:
-        every = recipe.targets.measuring.every
-        measured = most(shares_of(-(-samples // every), batch, ranks))
-        kept.append(recipe.targets.sequences_kept(measured * every, len(blocks)))
+        every = recipe.targets.measuring.every(samples)
+        paths[every] = max(paths.get(every, 0), recipe.targets.paths)
+    kept = [most(shares_of(-(-samples // every), batch, ranks)) * number for every, number in paths.items()]
     surveyed = [stream // sequences] * max(kept, default=0)
     # What is measured on the dense model is freed before the others are allocated.
     with together(0, ranks):  # they share the host's memory
@@ -170,7 +170,7 @@ def work_out(
     learn_arguments(model, blocks, {(batch, seqlen), (1, seqlen), (1, crop)})
     inside = {id(parameter) for block in blocks for parameter in block.module.parameters()}
     outside = sum(parameter.nbytes for parameter in model.parameters() if id(parameter) not in inside)
-    if recipe.losses_every:  # predictions, their logarithms and gradients
+    if recipe.losses_every(samples):  # predictions, their logarithms and gradients
         outside += 20 * seqlen * model.config.get_text_config().vocab_size
     pruned = {name for budget in plan for name in budget.names}
     whole = whole_bytes(model, blocks, pruned, recipe, seqlen)

@@ -176,7 +176,7 @@ def _measured(
     decoder: Decoder, recipe: Recipe, calibration: Calibration, seed: int, resources: Resources, journal: Journal | None
 ) -> _Measured:
     """Measure what the recipe needs. The journal keeps it."""
-    measuring, every = recipe.targets.measuring, recipe.allocation.loss_every
+    measuring, every = recipe.targets.measuring, recipe.allocation.loss_every(calibration.samples)
     names, _ = shared_names(decoder.blocks, recipe)
     survey = Survey(
         decoder,

@@ -41,9 +41,12 @@ class Allocator(Settings):
         """The path whose hidden states are the teacher's inputs; None without a teacher."""
         return None
 
-    @property
-    def loss_every(self) -> int | None:
-        """It needs gradients of the dense model's loss, from one sequence in so many; None if it needs none."""
+    def loss_every(self, samples: int) -> int | None:
+        """It needs gradients of the dense model's loss, from one sequence in so many; None if it needs none.
+
+        Args:
+            samples: calibration sequences.
+        """
         return None
 
     @property

@@ -52,10 +52,9 @@ class NM(Allocator):
         """M."""
         return self.of
 
-    @property
-    def loss_every(self) -> int | None:
+    def loss_every(self, samples: int) -> int | None:
         """As `Sensitivity` if patterns are mixed; else None."""
-        return Sensitivity().every if self.mixed else None
+        return Sensitivity().loss_every(samples) if self.mixed else None
 
     @property
     def compares_errors(self) -> bool:

@@ -18,6 +18,7 @@ from besa.kernels import histogram
 from besa.methods.allocation.allocator import Allocator
 from besa.methods.allocation.problem import Allocated, BlockProblem, RankedLinear
 from besa.methods.apportioning import apportion
+from besa.methods.survey import one_in
 
 HALF = 1 << 16
 
@@ -32,13 +33,12 @@ class Sensitivity(Allocator):
     """
 
     method: Literal["sensitivity"] = "sensitivity"
-    every: int = Field(default=2, ge=1, description="one calibration sequence in so many is measured")
+    sequences: int = Field(default=8, ge=1, description="calibration sequences that are measured; more if uneven")
     strength: float = Field(default=0.5, ge=0, le=1, description="part of the way from uniform to that threshold")
 
-    @property
-    def loss_every(self) -> int:
-        """As `every` says."""
-        return self.every
+    def loss_every(self, samples: int) -> int:
+        """As `sequences` says."""
+        return one_in(samples, self.sequences)
 
     @property
     def compares_errors(self) -> bool:

@@ -11,14 +11,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from besa.methods.survey import Survey
+from besa.methods.survey import Survey, one_in
 from besa.methods.targets.targeting import Targeting
 
 
 class Bounded(Targeting):
     """Blocks may differ in sparsity, each within bounds around the sparsity of the model."""
 
-    every: int = Field(default=8, ge=1, description="one calibration sequence in so many is measured")
+    sequences: int = Field(default=8, ge=1, description="calibration sequences that are measured; more if uneven")
     least_pruned: float = Field(
         default=0.6,
         ge=0,
@@ -37,10 +37,9 @@ class Bounded(Targeting):
         """The method itself."""
         return self
 
-    @property
-    def passes(self) -> float:
-        """A forward pass over the measured sequences."""
-        return 1 / self.every
+    def every(self, samples: int) -> int:
+        """One calibration sequence in so many is measured."""
+        return one_in(samples, self.sequences)
 
     @abstractmethod
     def measure(self, survey: Survey) -> list[float]:
@@ -77,4 +76,4 @@ class Bounded(Targeting):
 
     def tokens(self, survey: Survey) -> Tensor:
         """The measured sequences (n, T)."""
-        return survey.calibration.tokens_NT[:: self.every]
+        return survey.calibration.tokens_NT[:: self.every(survey.calibration.samples)]

@@ -15,19 +15,12 @@ class LossSensitivity(Bounded):
     """The sparsity of a block lies between that of the model and that of one threshold (`fisher`)."""
 
     method: Literal["sensitivity"] = "sensitivity"
-    every: int = Field(default=2, ge=1, description="one calibration sequence in so many is measured")
     strength: float = Field(default=0.5, ge=0, le=1, description="part of the way from uniform to that threshold")
 
-    @property
-    def loss_every(self) -> int:
-        """As `every` says."""
-        return self.every
-
-    @property
-    def passes(self) -> float:
-        """None but for the gradients."""
-        return 0.0
+    def loss_every(self, samples: int) -> int:
+        """As many as are measured."""
+        return self.every(samples)
 
     def measure(self, survey: Survey) -> list[float]:
         """A sparsity for each block, from the gradients."""
-        return loss_gradients(survey, self.every).part_way(self.strength)
+        return loss_gradients(survey, self.every(survey.calibration.samples)).part_way(self.strength)

@@ -26,6 +26,16 @@ class Owl(Bounded):
     outlier: float = Field(default=5.0, gt=1, description="M: an outlier is above so many times the mean")
     span: float = Field(default=0.16, ge=0, le=1, description="2λ: difference of the highest and the lowest target")
 
+    @property
+    def forwards(self) -> int:
+        """One of the dense model."""
+        return 1
+
+    @property
+    def paths(self) -> int:
+        """One, at one block."""
+        return 1
+
     def measure(self, survey: Survey) -> list[float]:
         """A sparsity for each block, from a forward pass of the dense model."""
         decoder, ratios = survey.decoder, []

@@ -36,31 +36,32 @@ class Search(Bounded):
     """
 
     method: Literal["search"] = "search"
-    every: int = Field(
-        default=8, ge=2, description="one calibration sequence in so many is measured, another is held out"
-    )
     strengths: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field(
         default=(0.0, 0.35, 0.7, 1.0), min_length=2, description="strengths to try: 0 is uniform, 1 one threshold"
     )
 
-    @property
-    def loss_every(self) -> int:
-        """As `every` says."""
-        return self.every
+    def every(self, samples: int) -> int:
+        """At least two: others are held out."""
+        return max(2, super().every(samples))
+
+    def loss_every(self, samples: int) -> int:
+        """As many as are measured."""
+        return self.every(samples)
 
     @property
-    def passes(self) -> float:
+    def forwards(self) -> int:
         """One of the dense model and one of each trial."""
-        return (1 + self.trials) / self.every
+        return 1 + self.trials
 
     @property
     def trials(self) -> int:
         """One for each strength."""
         return len(self.strengths)
 
-    def sequences_kept(self, samples: int, blocks: int) -> int:
+    @property
+    def paths(self) -> int:
         """Those of the embeddings, the dense model and every trial, at one block."""
-        return -(-samples // self.every) * (self.trials + 2)
+        return self.trials + 2
 
     def measure(self, survey: Survey) -> list[float]:
         """A sparsity for each block; of equally good strengths, the first is chosen.
@@ -68,10 +69,11 @@ class Search(Bounded):
         Raises:
             BesaError: there is no sequence to hold out.
         """
-        held_out_NT = survey.calibration.tokens_NT[1 :: self.every]
+        every = self.every(survey.calibration.samples)
+        held_out_NT = survey.calibration.tokens_NT[1::every]
         if not len(held_out_NT):
             raise BesaError("targets.method=search holds sequences out: take at least two --samples.")
-        measured = loss_gradients(survey, self.every)
+        measured = loss_gradients(survey, every)
         candidates = [measured.part_way(strength) for strength in self.strengths]
         trials = [self.bounded(rates, survey.sizes, survey.sparsity) for rates in candidates]
         distances = divergences(survey, measured.statistics, trials, held_out_NT)

@@ -18,26 +18,25 @@ class Targeting(Settings):
         """The method that measures a sparsity for each block; None if all blocks have the same."""
         return None
 
-    @property
-    def loss_every(self) -> int | None:
-        """They need gradients of the dense model's loss, from one sequence in so many; None if they need none."""
+    def loss_every(self, samples: int) -> int | None:
+        """They need gradients of the dense model's loss, from one sequence in so many; None if they need none.
+
+        Args:
+            samples: calibration sequences.
+        """
         return None
 
     @property
-    def passes(self) -> float:
-        """Forward passes over the calibration set through all blocks that measuring takes, but for those gradients."""
-        return 0.0
+    def forwards(self) -> int:
+        """Forward passes over the measured sequences through all blocks, but for those gradients."""
+        return 0
 
     @property
     def trials(self) -> int:
         """Number of pruned models that are compared."""
         return 0
 
-    def sequences_kept(self, samples: int, blocks: int) -> int:
-        """Number of sequences whose hidden states are kept at once, after those gradients.
-
-        Args:
-            samples: calibration sequences.
-            blocks: of the model.
-        """
+    @property
+    def paths(self) -> int:
+        """Hidden states of every measured sequence that are kept at once, but for those gradients."""
         return 0
