@@ -14,6 +14,9 @@ struct Weight {  // as besa.kernels.sparse_native fills it in
     const uint8_t* zeros;  // (rows, groups); none where all are `zero`
     int64_t scale_type;    // 0 float32, 1 bfloat16, 2 float16
     int64_t groups, zero;
+    // How sparse_avx512.cpp reads it for one row of x, 0 as usual:
+    int64_t bands;  // read at once: 1, 2 or 4
+    int64_t ahead;  // bytes fetched before they are met
 };
 
 namespace {

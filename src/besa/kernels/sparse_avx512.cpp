@@ -3,11 +3,13 @@
 //
 // Three things make it three times as fast as the obvious code: an expansion is kept apart from its load (the form that
 // does both is slow), it goes to a register made for it (otherwise it waits for what was there before), and the
-// streams are fetched 6144 bytes ahead, to the second cache only, which measured faster (docs/log.md).
+// streams are fetched thousands of bytes ahead, to the second cache only, which measured faster (docs/log.md). How far, and
+// how many bands are read at once, differs between processors: besa.kernels.reading.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
 #include <numeric>
+#include <type_traits>
 #include <vector>
 
 #include "sparse.hpp"
@@ -31,6 +33,8 @@ INLINE __m512i fresh() {
     asm volatile("vpxord %0, %0, %0" : "=v"(zero));
     return zero;
 }
+
+INLINE __mmask16 inside(int64_t left) { return left < 16 ? __mmask16((1 << left) - 1) : __mmask16(-1); }
 
 // What a kind of weight is: how a run is expanded to a Vector, what it meets of x (Inputs), how products are summed.
 
@@ -111,11 +115,11 @@ struct Int8 {
         __m512i low, middle;
         const X* of;
     };
-    struct Sum {
-        __m512i digits[3];
+    struct Sum {  // by digit; few numbers have a third, and so its products are summed in memory
+        __m512i low, middle;
     };
     static constexpr bool CODES = true;
-    static constexpr int DIRECT = 2, TOGETHER = 1, BANDS = 1;
+    static constexpr int DIRECT = 4, TOGETHER = 1, BANDS = 1;
     static constexpr int64_t LENGTH = 64, STRIDE = 1;
     INLINE int64_t size(uint64_t mask) { return _mm_popcnt_u64(mask); }
     INLINE Vector expand(Word mask, const uint8_t* at, __m512i fill) {
@@ -124,27 +128,36 @@ struct Int8 {
     INLINE Inputs inputs(const X* x) {
         return {_mm512_load_si512(x->digits[0]), _mm512_load_si512(x->digits[1]), x};
     }
-    INLINE Sum none() { return {{_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512()}}; }
+    INLINE Sum none() { return {_mm512_setzero_si512(), _mm512_setzero_si512()}; }
     INLINE Sum add(Sum sum, Vector w, Inputs x) {
-        // Written out, as with the intrinsic gcc 12 copies every sum to and fro.
-        asm("vpdpbusd %2, %1, %0" : "+v"(sum.digits[0]) : "v"(w), "v"(x.low));
-        asm("vpdpbusd %2, %1, %0" : "+v"(sum.digits[1]) : "v"(w), "v"(x.middle));
-        if (x.of->wide) asm("vpdpbusd %2, %1, %0" : "+v"(sum.digits[2]) : "v"(w), "m"(x.of->digits[2]));
+        add(sum.low, w, x.low);
+        add(sum.middle, w, x.middle);
         return sum;
     }
+    INLINE void add(__m512i& sum, Vector w, __m512i digits) {
+        // Written out, as with the intrinsic gcc 12 copies every sum to and fro.
+        asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "vm"(digits));
+    }
     INLINE __m512 total(Sum sum) {
-        const __m512 low = _mm512_cvtepi32_ps(sum.digits[0]), middle = _mm512_cvtepi32_ps(sum.digits[1]);
-        const __m512 high = _mm512_cvtepi32_ps(sum.digits[2]), base = _mm512_set1_ps(256);
+        return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum.middle), _mm512_set1_ps(256), _mm512_cvtepi32_ps(sum.low));
+    }
+    INLINE __m512 total(Sum sum, __m512i third) {
+        const __m512 low = _mm512_cvtepi32_ps(sum.low), middle = _mm512_cvtepi32_ps(sum.middle);
+        const __m512 high = _mm512_cvtepi32_ps(third), base = _mm512_set1_ps(256);
         return _mm512_fmadd_ps(_mm512_fmadd_ps(high, base, middle), base, low);
     }
 };
 
 struct Int4 : Int8 {
+    static constexpr int TOGETHER = 2;
     INLINE int64_t size(uint64_t mask) { return (_mm_popcnt_u64(mask) + 1) / 2; }
-    INLINE Vector expand(Word mask, const uint8_t* at, __m512i fill) {
+    INLINE Vector unpacked(const uint8_t* at) {
         const __m512i pairs = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
-        const __m512i codes = _mm512_or_si512(pairs, _mm512_slli_epi16(pairs, 4));
-        return _mm512_mask_expand_epi8(fill, mask, _mm512_and_si512(codes, _mm512_set1_epi8(15)));
+        const __m512i low = _mm512_set1_epi8(15), higher = _mm512_slli_epi16(pairs, 4);
+        return _mm512_ternarylogic_epi64(pairs, higher, low, 0xa8);  // (pairs | higher) & low
+    }
+    INLINE Vector expand(Word mask, const uint8_t* at, __m512i fill) {
+        return _mm512_mask_expand_epi8(fill, mask, unpacked(at));
     }
 };
 
@@ -154,6 +167,7 @@ template <typename Kind> struct Rows {
     std::vector<typename Kind::X> numbers;
     std::vector<float> factors;  // what a unit of the last digit is worth, by row
     std::vector<float> sums;     // of each group, in such units, by row
+    const float* sums_of(int64_t n) const { return sums.data() + n * int64_t(sums.size()) / batch; }
 
     TARGET Rows(const Weight& weight, const float* x, int64_t batch) : batch(batch) {
         const int64_t columns = weight.columns;
@@ -209,19 +223,24 @@ template <typename Kind> struct Rows {
         for (const int32_t* at = whole.data(); at < whole.data() + columns; at += group)
             sums.push_back(float(std::accumulate(at, at + group, int64_t(0))));
     }
-    INLINE __mmask16 inside(int64_t left) { return left < 16 ? __mmask16((1 << left) - 1) : __mmask16(-1); }
+};
+
+struct Totals {  // of the rows of a band, in lanes
+    float of[ROWS][16];
 };
 
 // How a band is summed: by segments of whole chunks that share a step, or a chunk whose groups have lanes of their own.
 struct Grid {
     int64_t chunks, segment;    // of a row; of a segment
     int64_t groups, each;       // of a row; of a segment
+    int64_t width;              // of a row of what follows: the groups, and room for a vector after them
     int32_t lanes[16];          // which group of a segment a lane of sums belongs to, and of codes
     int8_t places[64];
-    std::vector<float> scales;  // by row, with room for a vector after it
+    std::vector<float> scales;  // of a band
     std::vector<uint8_t> zeros;
+    bool alike;                 // all codes of zero are
 
-    TARGET Grid(const Weight& weight, int64_t length) : groups(weight.groups) {
+    TARGET Grid(const Weight& weight, int64_t length) : groups(weight.groups), alike(!weight.zeros) {
         chunks = segment = (weight.columns + length - 1) / length;
         each = 1;
         const int64_t group = weight.columns / groups;
@@ -230,33 +249,56 @@ struct Grid {
             each = std::max<int64_t>(1, length / group);
         }
         for (int i = 0; i < 64; ++i) lanes[i / 4] = places[i] = int8_t(each > 1 ? i / group : 0);
-        scales.resize(size_t(ROWS * (groups + 16)));
-        zeros.resize(size_t(ROWS * (groups + 64)));
+        width = groups + 16;
+        scales.resize(size_t(ROWS * width));
+        zeros.assign(size_t(ROWS * width), uint8_t(weight.zero));
     }
     TARGET void read(const Weight& weight, int64_t band) {
-        const int64_t rows = std::min(ROWS, weight.rows - ROWS * band);
-        for (int64_t r = 0; r < rows; ++r)
-            for (int64_t g = 0, at = (ROWS * band + r) * groups; g < groups; ++g, ++at) {
-                scales[size_t(r * (groups + 16) + g)] = step_of(weight, at);
-                zeros[size_t(r * (groups + 64) + g)] = zero_of(weight, at);
+        const int64_t last = weight.rows - 1;  // stands for the rows beyond it, too: no branch depends on their number
+        for (int64_t g = 0; g < groups; g += 16)
+#pragma GCC unroll 4
+            for (int64_t r = 0; r < ROWS; ++r) {
+                const int64_t at = std::min(ROWS * band + r, last) * groups + g;
+                const __mmask16 which = inside(groups - g);
+                _mm512_storeu_ps(&scales[size_t(r * width + g)], some(weight, at, which));
+                if (alike) continue;
+                auto* codes = reinterpret_cast<__m128i*>(&zeros[size_t(r * width + g)]);
+                _mm_storeu_si128(codes, _mm_maskz_loadu_epi8(which, weight.zeros + at));
             }
     }
-    INLINE __m512 steps(const Grid& grid, int64_t r, int64_t s) {
-        const float* scales = grid.scales.data() + r * (grid.groups + 16) + s * grid.each;
-        if (grid.each == 1) return _mm512_set1_ps(*scales);
+    // What a band begins with, given the sums of x by group: what its codes of zero add, taken off.
+    TARGET void start(const float* sums, Totals& totals) const {
+        __m512 results[ROWS] = {};
+        for (int64_t g = 0; g < groups; g += 16) {
+            const __m512 of_x = _mm512_maskz_loadu_ps(inside(groups - g), sums + g);
+#pragma GCC unroll 4
+            for (int64_t r = 0; r < ROWS; ++r) {
+                const auto* codes = reinterpret_cast<const __m128i*>(&zeros[size_t(r * width + g)]);
+                const __m512 lowered = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(codes)));
+                const __m512 values = _mm512_mul_ps(_mm512_loadu_ps(&scales[size_t(r * width + g)]), lowered);
+                results[r] = _mm512_fnmadd_ps(values, of_x, results[r]);
+            }
+        }
+#pragma GCC unroll 4
+        for (int64_t r = 0; r < ROWS; ++r) _mm512_storeu_ps(totals.of[r], results[r]);
+    }
+    INLINE __m512 some(const Weight& weight, int64_t at, __mmask16 which) {
+        if (weight.scale_type == 0) return _mm512_maskz_loadu_ps(which, static_cast<const float*>(weight.scales) + at);
+        const __m256i halves = _mm256_maskz_loadu_epi16(which, static_cast<const uint16_t*>(weight.scales) + at);
+        if (weight.scale_type == 2) return _mm512_cvtph_ps(halves);
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+    }
+    // PARTS: several groups share a chunk.
+    template <bool PARTS> INLINE __m512 steps(const Grid& grid, int64_t r, int64_t s) {
+        const float* scales = grid.scales.data() + r * grid.width + s * grid.each;
+        if (!PARTS) return _mm512_set1_ps(*scales);
         return _mm512_permutexvar_ps(_mm512_loadu_si512(grid.lanes), _mm512_loadu_ps(scales));
     }
     INLINE __m512i fill(const Grid& grid, int64_t r, int64_t s) {
-        const uint8_t* zeros = grid.zeros.data() + r * (grid.groups + 64) + s * grid.each;
+        const uint8_t* zeros = grid.zeros.data() + r * grid.width + s * grid.each;
         if (grid.each == 1) return _mm512_set1_epi8(char(*zeros));
-        return _mm512_permutexvar_epi8(_mm512_loadu_si512(grid.places), _mm512_loadu_si512(zeros));
-    }
-    // What the codes of zero add to a row.
-    TARGET float excess(int64_t r, const float* sums) const {
-        float result = 0;
-        for (int64_t g = 0; g < groups; ++g)
-            result += scales[size_t(r * (groups + 16) + g)] * zeros[size_t(r * (groups + 64) + g)] * sums[g];
-        return result;
+        const __m128i some = _mm_loadu_si128(reinterpret_cast<const __m128i*>(zeros));
+        return _mm512_permutexvar_epi8(_mm512_loadu_si512(grid.places), _mm512_castsi128_si512(some));
     }
 };
 
@@ -264,20 +306,24 @@ struct Grid {
 template <typename Kind> struct Stream {
     const typename Kind::Word* masks;
     const uint8_t* values;
+    int64_t ahead;
     __m512i fills[ROWS];  // of pruned codes
 
     INLINE Stream of(const Weight& weight, int64_t band) {
         const int64_t chunks = (weight.columns + Kind::LENGTH - 1) / Kind::LENGTH;
         const auto* masks = static_cast<const typename Kind::Word*>(weight.masks);
-        return {masks + band * chunks * ROWS, weight.values + weight.offsets[band], {}};
+        Stream result = {masks + band * chunks * ROWS, weight.values + weight.offsets[band],
+                         weight.ahead ? weight.ahead : AHEAD, {}};
+        for (int64_t r = 0; r < ROWS; ++r) result.fills[r] = _mm512_set1_epi8(char(weight.zero));
+        return result;
     }
     INLINE void enter(Stream& stream, const Grid& grid, int64_t s) {
-        if constexpr (Kind::CODES)
+        if (Kind::CODES && !grid.alike)
             for (int64_t r = 0; r < ROWS; ++r) stream.fills[r] = Grid::fill(grid, r, s);
     }
     INLINE typename Kind::Vector next(Stream& stream, int64_t, int64_t r) {
-        _mm_prefetch(reinterpret_cast<const char*>(stream.values + AHEAD), _MM_HINT_T1);
-        if (r == 0) _mm_prefetch(reinterpret_cast<const char*>(stream.masks) + AHEAD / 4, _MM_HINT_T1);
+        _mm_prefetch(reinterpret_cast<const char*>(stream.values + stream.ahead), _MM_HINT_T1);
+        if (r == 0) _mm_prefetch(reinterpret_cast<const char*>(stream.masks) + stream.ahead / 4, _MM_HINT_T1);
         uint64_t mask = *stream.masks++;
         asm("" : "+r"(mask));
         typename Kind::Vector w;
@@ -293,25 +339,25 @@ template <typename Kind> struct Stream {
 // Chunks of a band that were expanded before.
 template <typename Kind> struct Tile {
     const typename Kind::Vector (*chunks)[ROWS];
-    INLINE typename Kind::Vector next(const Tile& tile, int64_t c, int64_t r) { return tile.chunks[c][r]; }
+    int64_t first;  // of the chunks
+    INLINE void enter(const Tile&, const Grid&, int64_t) {}
+    INLINE typename Kind::Vector next(const Tile& tile, int64_t c, int64_t r) { return tile.chunks[c - tile.first][r]; }
 };
 
-struct Totals {
-    float of[ROWS][16];
-};
-
-// Adds the products of some chunks of a segment of BANDS bands and N rows of x.
-template <typename Kind, int N, int BANDS, typename Source>
-INLINE void add(Source* sources, const Grid* grids, int64_t s, int64_t chunks, const typename Kind::X* x,
-                int64_t stride, Totals* totals) {
+// Adds the products of some chunks of BANDS bands and N rows of x. Every way through it adds in the same order.
+template <typename Kind, int SHAPE, int N, int BANDS, typename Source>
+INLINE std::enable_if_t<!Kind::CODES> add(Source* sources, const Grid*, int64_t begin, int64_t end,
+                                          const typename Kind::X* x, int64_t stride, Totals* totals) {
     asm("" : "+r"(totals));  // in memory: the registers are for the sums
     Source own[BANDS];
 #pragma GCC unroll 4
     for (int b = 0; b < BANDS; ++b) own[b] = sources[b];
-    typename Kind::Sum sums[BANDS][N][ROWS];
+    __m512 sums[BANDS][N][ROWS];
 #pragma GCC unroll 16
-    for (int i = 0; i < BANDS * N * ROWS; ++i) sums[i / ROWS / N][i / ROWS % N][i % ROWS] = Kind::none();
-    for (int64_t c = 0; c < chunks; ++c, x += Kind::STRIDE) {
+    for (int i = 0; i < BANDS * N * ROWS; ++i)
+        sums[i / ROWS / N][i / ROWS % N][i % ROWS] = _mm512_loadu_ps(totals[i / ROWS].of[i % ROWS]);
+    x += begin * Kind::STRIDE;
+    for (int64_t c = begin; c < end; ++c, x += Kind::STRIDE) {
         typename Kind::Inputs inputs[N];
 #pragma GCC unroll 4
         for (int n = 0; n < N; ++n) inputs[n] = Kind::inputs(x + n * stride);
@@ -326,104 +372,238 @@ INLINE void add(Source* sources, const Grid* grids, int64_t s, int64_t chunks, c
     }
 #pragma GCC unroll 4
     for (int b = 0; b < BANDS; ++b) sources[b] = own[b];
+#pragma GCC unroll 16
+    for (int i = 0; i < BANDS * N * ROWS; ++i)
+        _mm512_storeu_ps(totals[i / ROWS].of[i % ROWS], sums[i / ROWS / N][i / ROWS % N][i % ROWS]);
+}
+
+// A chunk of codes. THIRD: some number of x has a third digit there.
+template <typename Kind, int N, int BANDS, bool THIRD, typename Source>
+INLINE void meet(Source* own, int64_t c, const typename Kind::Inputs (&inputs)[N],
+                 typename Kind::Sum (&sums)[BANDS][N][ROWS], __m512i (&third)[BANDS][N][ROWS]) {
 #pragma GCC unroll 4
     for (int b = 0; b < BANDS; ++b)
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; ++r) {
-            __m512 steps = _mm512_set1_ps(1);
-            if constexpr (Kind::CODES) steps = Grid::steps(grids[b], r, s);
+            const typename Kind::Vector w = Source::next(own[b], c, r);
 #pragma GCC unroll 4
             for (int n = 0; n < N; ++n) {
-                float* total = totals[b * N + n].of[r];
-                const __m512 sum = _mm512_fmadd_ps(Kind::total(sums[b][n][r]), steps, _mm512_loadu_ps(total));
-                _mm512_storeu_ps(total, sum);
+                sums[b][n][r] = Kind::add(sums[b][n][r], w, inputs[n]);
+                if constexpr (THIRD) Kind::add(third[b][n][r], w, _mm512_load_si512(inputs[n].of->digits[2]));
             }
         }
 }
 
-template <typename Kind>
-INLINE void write(const Weight& weight, const Grid& grid, const Rows<Kind>& rows, int64_t band, int64_t n,
-                  const Totals& totals, float* y) {
-    for (int64_t r = 0; r < std::min(ROWS, weight.rows - ROWS * band); ++r) {
-        float result = _mm512_reduce_add_ps(_mm512_loadu_ps(totals.of[r]));
-        if constexpr (Kind::CODES)
-            result = rows.factors[size_t(n)] * (result - grid.excess(r, rows.sums.data() + n * grid.groups));
-        y[n * weight.rows + ROWS * band + r] = result;
+// A segment of codes, from some chunk of it on: whole numbers to its end, which is met by its steps.
+template <typename Kind, bool PARTS, int N, int BANDS, typename Source>
+INLINE void meet(Source* own, const Grid* grids, int64_t s, int64_t c, int64_t end, const typename Kind::X* x,
+                 int64_t stride, __m512 (&all)[BANDS][N][ROWS]) {
+    __m512i third[BANDS][N][ROWS];
+    typename Kind::Sum sums[BANDS][N][ROWS];
+#pragma GCC unroll 16
+    for (int i = 0; i < BANDS * N * ROWS; ++i) sums[i / ROWS / N][i / ROWS % N][i % ROWS] = Kind::none();
+    bool wide = false;
+    for (; c < end; ++c, x += Kind::STRIDE) {
+        typename Kind::Inputs inputs[N];
+        bool here = false;
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) {
+            inputs[n] = Kind::inputs(x + n * stride);
+            here |= inputs[n].of->wide != 0;
+        }
+        if (here && !wide) {
+            wide = true;
+            std::memset(third, 0, sizeof third);
+        }
+        if (here)
+            meet<Kind, N, BANDS, true>(own, c, inputs, sums, third);
+        else
+            meet<Kind, N, BANDS, false>(own, c, inputs, sums, third);
+    }
+#pragma GCC unroll 4
+    for (int b = 0; b < BANDS; ++b)
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r) {
+            const __m512 steps = Grid::steps<PARTS>(grids[b], r, s);
+#pragma GCC unroll 4
+            for (int n = 0; n < N; ++n) {
+                const __m512 sum = wide ? Kind::total(sums[b][n][r], third[b][n][r]) : Kind::total(sums[b][n][r]);
+                all[b][n][r] = _mm512_fmadd_ps(sum, steps, all[b][n][r]);
+            }
+        }
+}
+
+// The same of a whole segment of one or two chunks without third digits, to the bit, with one sum for both digits: the
+// products with the higher one are there first, and become 256 times as much.
+template <typename Kind, bool PARTS, int SEGMENT, int N, int BANDS, typename Source>
+INLINE void meet_few(Source* own, const Grid* grids, int64_t s, int64_t c, const typename Kind::X* x, int64_t stride,
+                     __m512 (&all)[BANDS][N][ROWS]) {
+    typename Kind::Inputs inputs[SEGMENT][N];
+#pragma GCC unroll 4
+    for (int i = 0; i < SEGMENT * N; ++i) inputs[i / N][i % N] = Kind::inputs(x + i / N * Kind::STRIDE + i % N * stride);
+#pragma GCC unroll 4
+    for (int b = 0; b < BANDS; ++b) {
+        typename Kind::Vector w[SEGMENT][ROWS];
+#pragma GCC unroll 8
+        for (int i = 0; i < SEGMENT * ROWS; ++i) w[i / ROWS][i % ROWS] = Source::next(own[b], c + i / ROWS, i % ROWS);
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r) {
+            const __m512 steps = Grid::steps<PARTS>(grids[b], r, s);
+#pragma GCC unroll 4
+            for (int n = 0; n < N; ++n) {
+                __m512i sum = _mm512_setzero_si512();
+#pragma GCC unroll 2
+                for (int i = 0; i < SEGMENT; ++i) Kind::add(sum, w[i][r], inputs[i][n].middle);
+                sum = _mm512_slli_epi32(sum, 8);
+#pragma GCC unroll 2
+                for (int i = 0; i < SEGMENT; ++i) Kind::add(sum, w[i][r], inputs[i][n].low);
+                all[b][n][r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), steps, all[b][n][r]);
+            }
+        }
     }
 }
 
+// The same of codes. SHAPE of a segment: its chunks if they are one or two, otherwise 0; -1 if groups share a chunk.
+template <typename Kind, int SHAPE, int N, int BANDS, typename Source>
+INLINE std::enable_if_t<Kind::CODES> add(Source* sources, const Grid* grids, int64_t begin, int64_t end,
+                                         const typename Kind::X* x, int64_t stride, Totals* totals) {
+    constexpr bool PARTS = SHAPE < 0;
+    Source own[BANDS];
+#pragma GCC unroll 4
+    for (int b = 0; b < BANDS; ++b) own[b] = sources[b];
+    __m512 all[BANDS][N][ROWS];
+#pragma GCC unroll 16
+    for (int i = 0; i < BANDS * N * ROWS; ++i)
+        all[i / ROWS / N][i / ROWS % N][i % ROWS] = _mm512_loadu_ps(totals[i / ROWS].of[i % ROWS]);
+    const int64_t segment = SHAPE ? std::abs(SHAPE) : grids->segment;
+    for (int64_t c = begin, s = begin / segment; c < end; ++s) {
+#pragma GCC unroll 4
+        for (int b = 0; b < BANDS; ++b) Source::enter(own[b], grids[b], s);
+        const int64_t right = std::min(end, (s + 1) * segment);
+        const typename Kind::X* at = x + c * Kind::STRIDE;
+        bool wide = SHAPE == 0;
+        if constexpr (SHAPE != 0)
+            for (int i = 0; i < std::abs(SHAPE) * N; ++i) wide |= at[i / N * Kind::STRIDE + i % N * stride].wide != 0;
+        if (__builtin_expect(wide, SHAPE == 0))
+            meet<Kind, PARTS, N, BANDS>(own, grids, s, c, right, at, stride, all);
+        else
+            meet_few<Kind, PARTS, std::max(1, std::abs(SHAPE)), N, BANDS>(own, grids, s, c, at, stride, all);
+        c = right;
+    }
+#pragma GCC unroll 4
+    for (int b = 0; b < BANDS; ++b) sources[b] = own[b];
+#pragma GCC unroll 16
+    for (int i = 0; i < BANDS * N * ROWS; ++i)
+        _mm512_storeu_ps(totals[i / ROWS].of[i % ROWS], all[i / ROWS / N][i / ROWS % N][i % ROWS]);
+}
+
+// The sums of four vectors.
+INLINE __m128 summed(const float (&of)[ROWS][16]) {
+    __m512 pairs[2];
+    for (int i = 0; i < 2; ++i) {
+        const __m512 a = _mm512_loadu_ps(of[2 * i]), b = _mm512_loadu_ps(of[2 * i + 1]);
+        pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    }
+    const __m512d a = _mm512_castps_pd(pairs[0]), b = _mm512_castps_pd(pairs[1]);
+    const __m512 four = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    const __m256 two = _mm256_add_ps(_mm512_castps512_ps256(four), _mm512_extractf32x8_ps(four, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(two), _mm256_extractf128_ps(two, 1));
+}
+
+template <typename Kind>
+INLINE void write(const Weight& weight, const Rows<Kind>& rows, int64_t band, int64_t n, const Totals& totals, float* y) {
+    __m128 result = summed(totals.of);
+    if constexpr (Kind::CODES) result = _mm_mul_ps(result, _mm_set1_ps(rows.factors[size_t(n)]));
+    const auto which = __mmask8(inside(std::min(ROWS, weight.rows - ROWS * band)));
+    _mm_mask_storeu_ps(y + n * weight.rows + ROWS * band, which, result);
+}
+
 // Some bands times N rows of x, as the bands are read: BANDS at once from as many places, as memory gives more then.
-template <typename Kind, int N, int BANDS>
+template <typename Kind, int SHAPE, int N, int BANDS>
 TARGET void together(const Weight& weight, const Rows<Kind>& rows, float* y, int64_t first, int64_t count) {
     std::vector<Grid> grids(BANDS, Grid(weight, Kind::LENGTH));
-    const int64_t chunks = grids[0].chunks, segment = grids[0].segment;
     for (int64_t band = first; band < first + count; ++band) {
         Stream<Kind> streams[BANDS];
         Totals totals[BANDS * N] = {};
         for (int64_t b = 0; b < BANDS; ++b) {
-            if constexpr (Kind::CODES) grids[size_t(b)].read(weight, band + b * count);
+            if constexpr (Kind::CODES) {
+                grids[size_t(b)].read(weight, band + b * count);
+                for (int64_t n = 0; n < N; ++n) grids[size_t(b)].start(rows.sums_of(n), totals[b * N + n]);
+            }
             streams[b] = Stream<Kind>::of(weight, band + b * count);
         }
-        for (int64_t begin = 0, s = 0; begin < chunks; begin += segment, ++s) {
-            for (int64_t b = 0; b < BANDS; ++b) Stream<Kind>::enter(streams[b], grids[size_t(b)], s);
-            add<Kind, N, BANDS>(streams, grids.data(), s, std::min(segment, chunks - begin),
-                                rows.numbers.data() + begin * Kind::STRIDE, rows.stride, totals);
-        }
+        add<Kind, SHAPE, N, BANDS>(streams, grids.data(), 0, grids[0].chunks, rows.numbers.data(), rows.stride, totals);
         for (int64_t i = 0; i < BANDS * N; ++i)
-            write<Kind>(weight, grids[size_t(i / N)], rows, band + i / N * count, i % N, totals[i], y);
+            write<Kind>(weight, rows, band + i / N * count, i % N, totals[i], y);
     }
 }
 
-template <typename Kind, int N>
+template <typename Kind, int SHAPE, int N, int BANDS>
 TARGET void direct(const Weight& weight, const Rows<Kind>& rows, float* y, int64_t first, int64_t last) {
-    constexpr int BANDS = std::max(1, Kind::BANDS / N);
     const int64_t count = (last - first) / BANDS;
-    together<Kind, N, BANDS>(weight, rows, y, first, count);
-    together<Kind, N, 1>(weight, rows, y, first + BANDS * count, last - first - BANDS * count);
+    together<Kind, SHAPE, N, BANDS>(weight, rows, y, first, count);
+    together<Kind, SHAPE, N, 1>(weight, rows, y, first + BANDS * count, last - first - BANDS * count);
 }
 
 // Some bands times any number of rows of x, all of which meet a tile of a band after the other.
-template <typename Kind>
+template <typename Kind, int SHAPE>
 TARGET void tiled(const Weight& weight, const Rows<Kind>& rows, float* y, int64_t first, int64_t last) {
     Grid grid(weight, Kind::LENGTH);
     alignas(64) typename Kind::Vector expanded[TILE][ROWS];
-    Tile<Kind> tile{expanded};
+    Tile<Kind> tile{expanded, 0};
     std::vector<Totals> totals(static_cast<size_t>(rows.batch));
     for (int64_t band = first; band < last; ++band) {
-        if constexpr (Kind::CODES) grid.read(weight, band);
-        Stream<Kind> stream = Stream<Kind>::of(weight, band);
         std::fill(totals.begin(), totals.end(), Totals{});
-        for (int64_t begin = 0, s = 0; begin < grid.chunks; begin += grid.segment, ++s) {
-            Stream<Kind>::enter(stream, grid, s);
-            const int64_t end = std::min(grid.chunks, begin + grid.segment);
-            for (int64_t left = begin; left < end; left += TILE) {
-                const int64_t chunks = std::min(TILE, end - left);
-                for (int64_t c = 0; c < chunks; ++c)
-                    for (int64_t r = 0; r < ROWS; ++r) expanded[c][r] = Stream<Kind>::next(stream, c, r);
-                const typename Kind::X* x = rows.numbers.data() + left * Kind::STRIDE;
-                int64_t n = 0;
-                for (constexpr int some = Kind::TOGETHER; n + some <= rows.batch; n += some)
-                    add<Kind, some, 1>(&tile, &grid, s, chunks, x + n * rows.stride, rows.stride, &totals[size_t(n)]);
-                for (; n < rows.batch; ++n)
-                    add<Kind, 1, 1>(&tile, &grid, s, chunks, x + n * rows.stride, rows.stride, &totals[size_t(n)]);
-            }
+        if constexpr (Kind::CODES) {
+            grid.read(weight, band);
+            for (int64_t n = 0; n < rows.batch; ++n) grid.start(rows.sums_of(n), totals[size_t(n)]);
         }
-        for (int64_t n = 0; n < rows.batch; ++n) write<Kind>(weight, grid, rows, band, n, totals[size_t(n)], y);
+        Stream<Kind> stream = Stream<Kind>::of(weight, band);
+        for (int64_t left = 0; left < grid.chunks; left += TILE) {
+            const int64_t right = std::min(grid.chunks, left + TILE);
+            tile.first = left;
+            for (int64_t c = left; c < right; ++c) {
+                if (c % grid.segment == 0) Stream<Kind>::enter(stream, grid, c / grid.segment);
+                for (int64_t r = 0; r < ROWS; ++r) expanded[c - left][r] = Stream<Kind>::next(stream, c, r);
+            }
+            int64_t n = 0;
+            for (constexpr int some = Kind::TOGETHER; n + some <= rows.batch; n += some)
+                add<Kind, SHAPE, some, 1>(&tile, &grid, left, right, rows.numbers.data() + n * rows.stride, rows.stride,
+                                   &totals[size_t(n)]);
+            for (; n < rows.batch; ++n)
+                add<Kind, SHAPE, 1, 1>(&tile, &grid, left, right, rows.numbers.data() + n * rows.stride, rows.stride,
+                                &totals[size_t(n)]);
+        }
+        for (int64_t n = 0; n < rows.batch; ++n) write<Kind>(weight, rows, band, n, totals[size_t(n)], y);
     }
 }
 
-template <typename Kind> void multiply(const Weight& weight, const float* x, int64_t batch, float* y, int64_t threads) {
-    const Rows<Kind> rows(weight, x, batch);
-    constexpr int most = Kind::DIRECT;
-    const auto kernel = batch > most ? tiled<Kind>
-                        : batch == 1 ? direct<Kind, 1>
-                        : batch == 2 ? direct<Kind, 2>
-                        : batch == 3 ? direct<Kind, std::min(3, most)>
-                                     : direct<Kind, most>;
+template <typename Kind, int SHAPE>
+void multiply(const Weight& weight, const Rows<Kind>& rows, float* y, int64_t threads) {
+    constexpr int most = Kind::DIRECT, usual = Kind::BANDS;
+    const int64_t bands = weight.bands ? weight.bands : usual;
+    const auto kernel = rows.batch > most ? tiled<Kind, SHAPE>
+                        : rows.batch == 1 ? (bands == 1   ? direct<Kind, SHAPE, 1, 1>
+                                             : bands == 2 ? direct<Kind, SHAPE, 1, 2>
+                                                          : direct<Kind, SHAPE, 1, 4>)
+                        : rows.batch == 2 ? direct<Kind, SHAPE, 2, std::max(1, usual / 2)>
+                        : rows.batch == 3 ? direct<Kind, SHAPE, std::min(3, most), 1>
+                                          : direct<Kind, SHAPE, most, 1>;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t part = 0; part < threads; ++part)
         kernel(weight, rows, y, first_band<typename Kind::Word>(weight, part, threads),
                first_band<typename Kind::Word>(weight, part + 1, threads));
+}
+
+template <typename Kind> void multiply(const Weight& weight, const float* x, int64_t batch, float* y, int64_t threads) {
+    const Rows<Kind> rows(weight, x, batch);
+    if constexpr (Kind::CODES) {
+        const Grid grid(weight, Kind::LENGTH);
+        if (grid.each > 1) return multiply<Kind, -1>(weight, rows, y, threads);
+        if (grid.segment == 1) return multiply<Kind, 1>(weight, rows, y, threads);
+        if (grid.segment == 2) return multiply<Kind, 2>(weight, rows, y, threads);
+    }
+    multiply<Kind, 0>(weight, rows, y, threads);
 }
 
 INLINE void store(void* to, __m512i v, uint64_t kept) { _mm512_mask_storeu_epi8(to, kept, v); }

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-from functools import cache
+from functools import cache, partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from besa.kernels.build import load
-from besa.storage.formats.bitmask import ROWS, Bitmask
+from besa.kernels.reading import USUAL, Way, Work, fastest
+from besa.quantization import Grid, Quantized
+from besa.storage.formats.bitmask import PADDING, ROWS, Bitmask, pack, pack_codes
 
 SOURCES = {
     "avx512bf16": "sparse_avx512.cpp",
@@ -21,6 +24,10 @@ SOURCES = {
     "plain": "sparse.cpp",
 }
 SCALES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+TRIED = ("avx512bf16", "avx512")  # have several ways to read a weight
+LARGE = 1 << 20  # bytes of a weight for which the fastest way is looked for
+PIECE, PIECES = 1 << 22, 16  # bytes of weights that are read to find it, and their number: more than caches hold
+COLUMNS = 4096  # of them
 WIDEST = 1 << 20  # columns up to which the sum of products with a digit stays below 2^31
 
 
@@ -31,7 +38,7 @@ class _Weight(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("masks", "values", "offsets")),
         *((name, ctypes.c_int64) for name in ("rows", "columns")),
         *((name, ctypes.c_void_p) for name in ("scales", "zeros")),
-        *((name, ctypes.c_int64) for name in ("scale_type", "groups", "zero")),
+        *((name, ctypes.c_int64) for name in ("scale_type", "groups", "zero", "bands", "ahead")),
     ]
 
 
@@ -52,17 +59,22 @@ def serves(weight: Bitmask) -> bool:
     return weight.values.device.type == "cpu" and whole and weight.shape[1] <= WIDEST and bool(paths())
 
 
-def multiply(x_NI: Tensor, weight: Bitmask, path: str = "") -> Tensor:
+def multiply(x_NI: Tensor, weight: Bitmask, path: str = "", way: Way | None = None) -> Tensor:
     """y = x Wᵀ (N, O), float32.
 
     Args:
         x_NI: float32; for a bfloat16 weight, its numbers must be exact in bfloat16.
         weight: on the CPU, with at least one row.
         path: instruction set; by default the best.
+        way: to read the weight for one row of x; by default the fastest, if the weight is large.
     """
+    path = path or paths()[0]
     x_NI = x_NI.contiguous()
     y_NO = torch.empty(len(x_NI), weight.shape[0])
-    _call("multiply", weight, path, x_NI.data_ptr(), len(x_NI), y_NO.data_ptr())
+    if way is None:
+        sought = len(x_NI) == 1 and weight.nbytes >= LARGE and path in TRIED
+        way = _fastest(weight.kind, path, torch.get_num_threads()) if sought else USUAL
+    _call("multiply", passed(weight, way), weight.kind, path, x_NI.data_ptr(), len(x_NI), y_NO.data_ptr())
     return y_NO
 
 
@@ -70,20 +82,59 @@ def expand(weight: Bitmask, bands: slice, path: str = "") -> Tensor:
     """The values, or codes, of some bands (O, I), dense."""
     rows = min(ROWS * bands.stop, weight.shape[0]) - ROWS * bands.start
     out_OI = torch.empty(rows, weight.shape[1], dtype=weight.values.dtype)
-    _call("expand", weight, path, bands.start, bands.stop, out_OI.data_ptr())
+    _call("expand", passed(weight), weight.kind, path or paths()[0], bands.start, bands.stop, out_OI.data_ptr())
     return out_OI
 
 
-def _call(work: str, weight: Bitmask, path: str, *arguments: int) -> None:
-    path = path or paths()[0]
+@cache
+def _fastest(kind: str, path: str, threads: int) -> Way:
+    """The fastest way to read large weights of a kind on this machine."""
+    kernels = load(SOURCES[path])
+    assert kernels is not None
+
+    def works() -> list[Work]:
+        x_NI = torch.ones(1, COLUMNS)
+        return [partial(multiply, x_NI, weight, path) for weight in _samples(kind)]
+
+    return fastest(f"{Path(kernels._name).name} {kind} {path} {threads}", works)
+
+
+def _samples(kind: str) -> list[Bitmask]:
+    """Half-sparse weights of a kind, `PIECES` with `PIECE` bytes each: a small one, many times over."""
+    generator = torch.Generator().manual_seed(0)
+    kept_OI = (torch.rand(64, COLUMNS, generator=generator) < 0.5).float()
+    if kind.startswith("int"):
+        bits, groups = (4, COLUMNS // 128) if kind == "int4" else (8, 1)
+        zero = 2 ** (bits - 1)
+        grid = Grid(torch.ones(64, groups), torch.full((64, groups), float(zero)), bits)
+        small = pack_codes(Quantized((kept_OI + zero).to(torch.uint8), grid, True, torch.bfloat16))
+    else:
+        small = pack(kept_OI.to(getattr(torch, kind)))
+    times, end = -(-PIECE // small.nbytes), int(small.offsets[-1])
+    values = small.values.view(torch.uint8)
+    offsets = (small.offsets[:-1] + end * torch.arange(times)[:, None]).flatten()
+    return [
+        Bitmask(
+            (64 * times, COLUMNS),
+            small.masks_BCR.repeat(times, 1, 1),
+            torch.cat([values[:-PADDING].repeat(times), values[-PADDING:]]).view(small.values.dtype),
+            torch.cat([offsets, offsets.new_tensor([end * times])]),
+            None if small.scales_OG is None else small.scales_OG.repeat(times, 1),
+            bits=small.bits,
+        )
+        for _ in range(PIECES)
+    ]
+
+
+def _call(work: str, weight: _Weight, kind: str, path: str, *arguments: int) -> None:
     kernels = load(SOURCES[path])
     assert kernels is not None
     numbers = [ctypes.c_int64(argument) for argument in (*arguments, torch.get_num_threads())]
-    kernels[f"{work}_{weight.kind}_{path}"](ctypes.byref(passed(weight)), *numbers)
+    kernels[f"{work}_{kind}_{path}"](ctypes.byref(weight), *numbers)
 
 
-def passed(weight: Bitmask) -> _Weight:
-    """The weight as a C structure. Its tensors must live until the kernel returns."""
+def passed(weight: Bitmask, way: Way = USUAL) -> _Weight:
+    """The weight as a C structure, and how it is read. Its tensors must live until the kernel returns."""
     scales_OG = weight.scales_OG
     tensors = (weight.masks_BCR, weight.values, weight.offsets)
     assert all(tensor.is_contiguous() for tensor in tensors)
@@ -95,4 +146,5 @@ def passed(weight: Bitmask) -> _Weight:
         0 if scales_OG is None else SCALES[scales_OG.dtype],
         1 if scales_OG is None else scales_OG.shape[1],
         0 if weight.bits is None else 2 ** (weight.bits - 1),
+        *way,
     )

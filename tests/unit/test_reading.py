@@ -1,0 +1,128 @@
+"""How sparse weights are read: the fastest way is found once and kept, and no way changes a result."""
+
+import json
+
+import pytest
+import torch
+
+from besa.kernels import reading, sparse_native
+from besa.kernels.reading import USUAL, WAYS, Way, fastest
+from besa.storage.formats import bitmask
+from tests.sparse_weights import codes_weight, half_pruned, row_of_x
+from tests.unit.test_kernels import compiled
+
+TRIED = [path for path in sparse_native.paths() if path in sparse_native.TRIED]
+
+
+@pytest.fixture
+def pieces(monkeypatch, tmp_path):
+    """Two pieces of work; a way costs what `costs` says, by the clock that `fastest` looks at."""
+    monkeypatch.setenv("BESA_CACHE", str(tmp_path / "cache"))
+    costs, clock = dict.fromkeys(WAYS, 1.0), [0.0]
+
+    def work(way):
+        clock[0] += costs[way]
+
+    monkeypatch.setattr(reading.time, "perf_counter", lambda: clock[0])
+    return costs, lambda: [work, work]
+
+
+def never():
+    raise AssertionError("measured again")
+
+
+def kept(tmp_path):
+    (path,) = (tmp_path / "cache" / "kernels").glob("*.json")
+    return path
+
+
+def test_the_fastest_way_is_kept(pieces, tmp_path):
+    costs, works = pieces
+    costs[Way(2, 3072)] = 0.9
+    assert fastest("some work", works) == Way(2, 3072)
+    assert fastest("some work", never) == Way(2, 3072)
+    assert json.loads(kept(tmp_path).read_text()) == [2, 3072]
+    costs[Way(4, 6144)] = 0.5
+    assert fastest("other work", works) == Way(4, 6144)
+
+
+def test_what_may_be_chance_changes_nothing(pieces):
+    costs, works = pieces
+    costs[Way(2, 3072)] = 0.99
+    assert fastest("some work", works) == USUAL
+
+
+@pytest.mark.parametrize("content", ["", "{", "[3, 1]", "[2]", "null", "\ud800"])
+def test_a_damaged_file_is_measured_again(pieces, tmp_path, content):
+    costs, works = pieces
+    costs[Way(1, 3072)] = 0.5
+    fastest("some work", works)
+    kept(tmp_path).write_bytes(content.encode(errors="surrogatepass"))
+    assert fastest("some work", works) == Way(1, 3072)
+    assert json.loads(kept(tmp_path).read_text()) == [1, 3072]
+
+
+def test_another_processor_is_measured_itself(pieces, monkeypatch):
+    costs, works = pieces
+    costs[Way(1, 3072)] = 0.5
+    monkeypatch.setattr(reading, "processor", lambda: "one")
+    fastest("some work", works)
+    monkeypatch.setattr(reading, "processor", lambda: "another")
+    with pytest.raises(AssertionError, match="measured again"):
+        fastest("some work", never)
+
+
+def test_without_a_cache_it_is_measured_all_the_same(pieces, monkeypatch, tmp_path):
+    costs, works = pieces
+    costs[Way(1, 3072)] = 0.5
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("BESA_CACHE", str(tmp_path / "file"))
+    assert fastest("some work", works) == Way(1, 3072)
+
+
+@compiled
+@pytest.mark.parametrize("path", TRIED)
+@pytest.mark.parametrize(
+    "kind", ["float32", "bfloat16", "float16", "rows of 8", "128 of 8", "128 of 4", "64 of 4", "16 of 4"]
+)
+def test_every_way_adds_in_the_same_order(path, kind):
+    """To the bit, whatever is chosen; also with numbers of x that have a third digit, and rows that fill no band."""
+    columns = 2176
+    if kind.startswith("float") or kind == "bfloat16":
+        weight = bitmask.pack(half_pruned(45, columns).to(getattr(torch, kind)))
+    else:
+        group, bits = kind.split(" of ")
+        weight = codes_weight(45, columns, 1 if group == "rows" else columns // int(group), int(bits), False)
+    x_NI = row_of_x(weight, 1).float()
+    usual_NO = sparse_native.multiply(x_NI, weight, path, USUAL)
+    assert usual_NO.any()
+    for way in WAYS:
+        assert torch.equal(sparse_native.multiply(x_NI, weight, path, way), usual_NO), way
+
+
+@compiled
+@pytest.mark.skipif(not TRIED, reason="this processor has one way only")
+@pytest.mark.parametrize("kind", bitmask.CHUNKS)
+def test_large_weights_are_read_in_the_fastest_way(monkeypatch, kind):
+    found = []
+
+    def choose(name, works):
+        pieces = works()
+        for work in pieces:
+            work(USUAL)
+        found.append((name, pieces))
+        return Way(2, 3072)
+
+    for name, value in {"LARGE": 1 << 10, "PIECE": 1 << 10, "PIECES": 2, "fastest": choose}.items():
+        monkeypatch.setattr(sparse_native, name, value)
+    sparse_native._fastest.cache_clear()
+    for weight in sparse_native._samples(kind):
+        weight.check(kind)
+    x_NI = torch.linspace(-1, 1, 4096)[None]
+    y_NO = sparse_native.multiply(x_NI, weight)
+    assert torch.equal(y_NO, sparse_native.multiply(x_NI, weight, way=USUAL))
+    sparse_native.multiply(x_NI, weight)
+    sparse_native.multiply(x_NI.repeat(2, 1), weight)  # not of one row
+    ((name, pieces),) = found
+    assert kind in name and len(pieces) == 2
+    sparse_native._fastest.cache_clear()
