@@ -171,10 +171,14 @@ def _dense(dense: dict[str, int]) -> str:
 
 
 def packed(result: Packing, folder: Path) -> RenderableType:
-    """What packing did, in two lines."""
+    """What packing did, in two or three lines."""
+    before, after = result.head_dense_bytes / 1e6, result.head_bytes / 1e6
+    head = f"head and embeddings in eight bits: from {before:,.1f} to {after:,.1f} MB\n" if after else ""
+    share = result.packed_bytes / max(1, result.dense_bytes)
     return Text(
         f"{folder}: {result.packed:,} of {result.linears:,} linears packed, from {result.dense_bytes / 1e6:,.1f} to "
-        f"{result.packed_bytes / 1e6:,.1f} MB ({result.packed_bytes / result.dense_bytes:.3f} of the bytes)\n"
+        f"{result.packed_bytes / 1e6:,.1f} MB ({share:.3f} of the bytes)\n"
+        f"{head}"
         f"weight files: from {result.file_bytes_before / 1e6:,.1f} to {result.file_bytes / 1e6:,.1f} MB"
     )
 
