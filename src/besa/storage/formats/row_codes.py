@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from besa.errors import BesaError
-from besa.quantization.minmax import Grid, codes, extremes, grid
+from besa.quantization import Clipping
 from besa.storage.formats.bitmask import FLOATS, is_positive
 
 BITS = 8
@@ -90,7 +90,5 @@ def pack(w_OI: Tensor) -> RowCodes:
 
 def _coded(w_OI: Tensor) -> tuple[Tensor, Tensor]:
     """Codes and steps of some rows."""
-    covering = grid(*extremes(w_OI, 1), BITS, symmetric=True)
-    steps_O1 = covering.step_OG.to(w_OI.dtype)
-    rounded = Grid(steps_O1.float(), covering.zero_OG, BITS)
-    return (codes(w_OI, rounded) - MIDDLE).to(torch.int8), steps_O1
+    coded = Clipping(w_OI, 1, BITS, symmetric=True, learned=False).quantized(w_OI.dtype)
+    return (coded.codes_OI.to(torch.int16) - MIDDLE).to(torch.int8), coded.grid.step_OG.to(w_OI.dtype)
