@@ -98,8 +98,9 @@ class CodedEmbedding(Coded):
         super().__init__(matrix)
         self._padding = family.padding_idx
         family.padding_idx = None  # it concerns gradients only, and must be a row
-        family.register_parameter("weight", None)
-        family.__dict__["_is_hf_initialized"] = True  # else transformers would draw numbers for its weight
+        del family.weight
+        family.weight = torch.empty(0)  # no parameter, as it has no place in a file
+        family.weight.__dict__["_is_hf_initialized"] = True  # else transformers would draw numbers for it
         self.family = family
 
     def forward(self, tokens: Tensor) -> Tensor:
