@@ -172,7 +172,7 @@ EMBED = "model.embed_tokens"
 
 @pytest.mark.parametrize(
     ("key", "change", "says"),
-    [
+    [  # the scales of other codes show which dtype those of the head should have
         ("weight_scale", None, "lacks model.embed_tokens.weight_scale"),
         ("weight_scale", lambda scales: -scales, "not all positive"),
         ("weight_scale", lambda scales: scales.half(), "scales of .* are .*, others"),
@@ -188,7 +188,7 @@ def test_damage_is_refused(
     made: Callable[[str], Path],
     tmp_path: Path,
 ) -> None:
-    folder = shutil.copytree(made("tied") / "packed", tmp_path / "damaged")
+    folder = shutil.copytree(made("codes") / "packed", tmp_path / "damaged")
     tensors = load_file(folder / WEIGHTS)
     tensor = tensors.pop(f"{EMBED}.{key}")
     if change is not None:
