@@ -19,7 +19,7 @@ from besa.data.assets import cache_dir
 from besa.errors import BesaError
 
 VERSION = "0.3.36"  # of llama-cpp-python, whose source package holds llama.cpp
-PROGRAMS = ("llama-bench", "llama-quantize", "llama-perplexity")
+PROGRAMS = ("llama-bench", "llama-quantize", "llama-perplexity", "llama-tokenize")
 SETTINGS = ("CMAKE_BUILD_TYPE=Release", "GGML_NATIVE=ON", "BUILD_SHARED_LIBS=OFF", "LLAMA_BUILD_TOOLS=ON")
 NOT_BUILT = ("LLAMA_BUILD_TESTS", "LLAMA_BUILD_EXAMPLES", "LLAMA_BUILD_SERVER")
 
@@ -43,6 +43,12 @@ class Tools:
         (measured,) = json.loads(said)
         return float(measured["avg_ts"])
 
+    def tokens(self, file: Path, text: Path) -> list[int]:
+        """The tokens of a text, which are not always those of transformers."""
+        said = self._run("llama-tokenize", "-m", file, "-f", text, "--ids", "--no-bos", "--no-escape", "--log-disable")
+        found: list[int] = json.loads(said)
+        return found
+
     def perplexity(self, file: Path, text: Path, window: int, windows: int) -> float:
         """Of the second half of each window of a text: exp of the mean loss of its tokens."""
         options = ("-m", file, "-f", text, "-c", window, "-b", window, "--chunks", windows, "-t", self.threads)
@@ -61,7 +67,7 @@ class Tools:
         ran = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         if ran.returncode:
             raise BesaError(f"{' '.join(command)} failed: {(ran.stderr or ran.stdout).strip()[-400:]}")
-        return ran.stdout if program == "llama-bench" else ran.stdout + ran.stderr
+        return ran.stdout + ran.stderr if program == "llama-perplexity" else ran.stdout
 
 
 def built(jobs: int) -> Path:

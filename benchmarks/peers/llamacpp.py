@@ -27,7 +27,7 @@ import torch
 import typer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 import besa
 from benchmarks.peers import gguf_files
@@ -119,7 +119,8 @@ def shape(
         for bits, group in ((8, None), (4, 64)):
             forms[f"{bits} bits"] = place / f"codes-{bits}"
             quantized(place / "dense", forms[f"{bits} bits"], bits, group)
-        contenders = [*_of_llama(tools, place, place / "dense", None, None), _dense(place / "dense", None)]
+        _as_gguf(tools, place, None)
+        contenders = [*_of_llama(tools, place, None), _dense(place / "dense", None)]
         contenders += [_packed(place, f"half-sparse {name}", form, None) for name, form in forms.items()]
         _measure(contenders, rounds, steps)
         _write(f"peers-llamacpp-{name}-{blocks}", contenders, {"sparsity": sparsity, "rounds": rounds, "steps": steps})
@@ -141,8 +142,9 @@ def smollm2(
         model = besa.load("smollm2", dtype="bfloat16", device="cpu")
         model.save_pretrained(place / "dense")
         del model
-        measured = _windows(place, text, windows)
-        contenders = _of_llama(tools, place, place / "dense", fetch("smollm2"), measured)
+        _as_gguf(tools, place, fetch("smollm2"))
+        measured = _windows(tools, place, text, windows)
+        contenders = _of_llama(tools, place, measured)
         contenders.append(_dense(place / "dense", measured))
         for one in pruned:
             name, _, checkpoint = one.partition("=")
@@ -161,25 +163,26 @@ def _place(folder: Path) -> Iterator[Path]:
         shutil.rmtree(place)
 
 
-def _windows(place: Path, text: str, windows: int) -> Windows:
-    """The text as a file, and its tokens."""
+def _as_gguf(tools: Tools, place: Path, tokenizer: Path | None) -> None:
+    """Write the dense model in llama.cpp's kinds; the tokenizer is that of a .gguf file."""
+    gguf_files.write(place / "dense", place / "BF16.gguf", tokenizer)
+    for kind in KINDS[1:]:
+        tools.quantize(place / "BF16.gguf", place / f"{kind}.gguf", kind)
+
+
+def _windows(tools: Tools, place: Path, text: str, windows: int) -> Windows:
+    """The text as a file, and its tokens as llama.cpp splits it: transformers splits a few words otherwise."""
     (read,) = read_texts([text], {})
     whole = read.separator.join([*read.parts, *read.further])
     (place / "text").write_text(whole, encoding="utf-8")
-    tokenizer = AutoTokenizer.from_pretrained(fetch("smollm2").parent, gguf_file=fetch("smollm2").name)
-    tokens_L = torch.tensor(tokenizer(whole, add_special_tokens=False)["input_ids"])
+    tokens_L = torch.tensor(tools.tokens(place / "BF16.gguf", place / "text"))
     windows = min(windows, len(tokens_L) // PROMPT)
     return Windows(place / "text", tokens_L[: windows * PROMPT].view(windows, PROMPT))
 
 
-def _of_llama(
-    tools: Tools, place: Path, dense: Path, tokenizer: Path | None, windows: Windows | None
-) -> list[Contender]:
+def _of_llama(tools: Tools, place: Path, windows: Windows | None) -> list[Contender]:
     """The dense model in llama.cpp's kinds."""
     files = {kind: place / f"{kind}.gguf" for kind in KINDS}
-    gguf_files.write(dense, files["BF16"], tokenizer)
-    for kind in KINDS[1:]:
-        tools.quantize(files["BF16"], files[kind], kind)
 
     def contender(kind: str, file: Path) -> Contender:
         return Contender(
