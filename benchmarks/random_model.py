@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig
+
+from besa.quantization import MinMax
+from besa.storage.formats import codes
 
 TOKENIZER = Path(__file__).parents[1] / "tests" / "assets" / "tiny-llama"
 SHAPES = {  # hidden size, feed-forward size, heads, key-value heads
@@ -92,3 +96,32 @@ def _block(settings: LlamaConfig, index: int) -> Iterator[tuple[str, tuple[int, 
     }
     for name, shape in shapes.items():
         yield f"model.layers.{index}.{name}.weight", shape
+
+
+def quantized(folder: Path, out: Path, bits: int, group: int | None) -> None:
+    """Write another checkpoint of that folder to `out`: the linears of its blocks as codes, zeros exact.
+
+    Args:
+        folder: that `write` filled.
+        out: new folder.
+        bits: of a code.
+        group: columns that share a grid; None for whole rows.
+    """
+    settings = MinMax(bits=bits, group=group, clipping="none")
+    shutil.copytree(folder, out)
+    for path in sorted(out.glob("*.safetensors"))[1:]:  # the first holds embeddings and head
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in load_file(path).items():
+            if tensor.dim() == 1:
+                tensors[name] = tensor
+            else:
+                linear = name.removesuffix(".weight")
+                coded = settings.clipping_of(linear, tensor).quantized(tensor.dtype).pruned(tensor != 0)
+                tensors |= {f"{linear}.{key}": stored for key, stored in codes.tensors_of(coded).items()}
+        save_file(tensors, path, {"format": "pt"})
+    (out / "model.safetensors.index.json").unlink()
+    files = {name: path.name for path in sorted(out.glob("*.safetensors")) for name in load_file(path)}
+    (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    config = json.loads((out / "config.json").read_text())
+    config["quantization_config"] = codes.quantization_config(settings, ["lm_head"])
+    (out / "config.json").write_text(json.dumps(config))

@@ -28,15 +28,19 @@ def check_packed(files: WeightFiles) -> None:
         BesaError: a tensor is invalid; the message has its name.
     """
     sparse = dict(files.weights()) if isinstance(files, Container) else {}
+    matrices = dict(files.matrices()) if isinstance(files, Container) else {}
     names = files.dense if isinstance(files, Container) else files.names
     coded = codes.linears(names)
-    if not sparse and not coded:
+    if not sparse and not coded and not matrices:
         return
     scales: dict[str, torch.dtype] = {}
     for linear, weight in sparse.items():
         weight.check(linear)
         if weight.scales_OG is not None:
             scales[linear] = weight.scales_OG.dtype
+    for name, matrix in matrices.items():
+        matrix.check(name)
+        scales[name] = matrix.dtype
     tensors, bits = dict(files.mapped(names)), bits_in(files)
     for linear in coded:
         if bits is None:

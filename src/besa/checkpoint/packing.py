@@ -14,14 +14,15 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from besa.checkpoint.checking import check_complete, check_packed
 from besa.checkpoint.companions import read_config_json, with_dtype
 from besa.checkpoint.rewriting import folder_of, local, rewrite, size_of
-from besa.data.arguments import Dtype, checked
+from besa.data.arguments import Dtype, Head, checked
 from besa.errors import BesaError
 from besa.models.blocks import find_blocks
+from besa.models.ends import ends
 from besa.models.layout import in_dtype, renaming
 from besa.models.loading import Source, quantization_of, read_config
 from besa.progress import Progress, silent
-from besa.storage.formats import bitmask, codes
-from besa.storage.formats.container import header, open_files, tensors_of, without_header
+from besa.storage.formats import bitmask, codes, row_codes
+from besa.storage.formats.container import header, open_files, tensors_of, tensors_of_codes, without_header
 from besa.storage.weights import SPARSE_STEM, STEM, WeightFiles
 from besa.storage.writing import appearing
 
@@ -34,6 +35,8 @@ class Packing(BaseModel):
         packed: number of these that became bitmasks; the others would not get smaller.
         dense_bytes: size of the packed linears before.
         packed_bytes: size of the packed linears after.
+        head_dense_bytes: size of the head and the embeddings before, where they were stored in codes.
+        head_bytes: their size after.
         file_bytes_before: of all weight files of the model.
         file_bytes: of all weight files that were written.
     """
@@ -42,6 +45,8 @@ class Packing(BaseModel):
     packed: int = 0
     dense_bytes: int = 0
     packed_bytes: int = 0
+    head_dense_bytes: int = 0
+    head_bytes: int = 0
     file_bytes_before: int
     file_bytes: int = 0
 
@@ -55,12 +60,14 @@ class _Group:
         weights: names in the files of the model's parameters.
         others: names of buffers and of tensors that the model has no module for; these are never rounded.
         linears: names in the files of the plain linears among the weights, in order.
+        is_head: whether it is the head or the embeddings, and is to be stored as codes.
     """
 
     name: str
     weights: list[str] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
     linears: dict[str, None] = field(default_factory=dict)
+    is_head: bool = False
 
     def read(self, files: WeightFiles) -> Iterator[tuple[str, Tensor]]:
         """Its tensors. Weights must be finite; the others may hold infinity, as bounds and masks do."""
@@ -74,25 +81,28 @@ def pack(
     out: str | Path,
     *,
     dtype: Dtype = "auto",
+    head: Head = "same",
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> Packing:
     """Write a pruned checkpoint with its linears as bitmasks: it is smaller, and `besa.load` runs it without unpacking.
 
-    Only plain linears of decoder blocks that get smaller are packed. Embeddings, the head, GPT-2's transposed linears
-    and fused stacks of experts stay dense.
+    Only plain linears of decoder blocks that get smaller are packed. GPT-2's transposed linears and fused stacks of
+    experts stay dense, and so do embeddings and the head unless `head` says otherwise.
 
     Args:
         model: Hugging Face id or local folder: safetensors, dense or ``pack-quantized``.
         out: folder to write; must not exist.
         dtype: ``auto`` keeps every number bit-equal, except negative zeros, which become zeros; ``float32``,
             ``bfloat16`` or ``float16`` rounds first.
+        head: ``same`` stores the head and the embeddings as they are; ``int8`` rounds them to codes of eight bits, on a
+            symmetric grid for each row, which halves what they take in half precision.
         trust_remote_code: run model code that comes with the checkpoint.
         progress: told (parts done, parts, name of the part).
 
     Raises:
-        BesaError: the model cannot be read, is incomplete or packed already, or would not get smaller; or `out` exists
-            or cannot be written.
+        BesaError: the model cannot be read, is incomplete or packed already, or would not get smaller; its head or its
+            embeddings cannot be stored as codes; or `out` exists or cannot be written.
     """
     source = local(model, progress, trust_remote_code)
     if header(folder_of(source)) is not None:
@@ -103,7 +113,7 @@ def pack(
     if quantization and dtype != "auto":
         raise BesaError(f"{model} holds codes, which cannot be rounded to another dtype: leave out --dtype.")
     bits = codes.bits_of(quantization, str(model)) if quantization else None
-    groups = _groups(source, files)
+    groups = _groups(source, files, head)
     packing = Packing(linears=sum(len(group.linears) for group in groups), file_bytes_before=size_of(files.paths))
 
     def parts() -> Iterator[dict[str, Tensor]]:
@@ -113,9 +123,11 @@ def pack(
                 tensors |= {name: in_dtype(name, tensors[name], getattr(torch, dtype)) for name in group.weights}
             for linear in group.linears:
                 _pack_linear(tensors, linear, bits, packing)
+            if group.is_head:
+                _code_head(tensors, group.name, packing)
             yield tensors
             progress(done, len(groups), group.name)
-        if not packing.packed:
+        if not packing.packed and not packing.head_bytes:
             raise BesaError(f"{model}: no linear would get smaller, {_why_not(packing, files)}.")
 
     config = read_config_json(folder_of(source))
@@ -145,7 +157,7 @@ def unpack(model: str | Path, out: str | Path, *, trust_remote_code: bool = Fals
         raise BesaError(f"{model} is not packed: `besa unpack` takes what `besa pack` wrote.")
     files = open_files(folder_of(source))
     check_packed(files)
-    groups = _groups(source, files)
+    groups = _groups(source, files, "same")
 
     def parts() -> Iterator[dict[str, Tensor]]:
         for done, group in enumerate(groups, start=1):
@@ -180,11 +192,29 @@ def _pack_linear(tensors: dict[str, Tensor], linear: str, bits: int | None, pack
         packing.packed_bytes += after
 
 
-def _groups(source: Source, files: WeightFiles) -> list[_Group]:
-    """All tensors of the files: one group for each block, and one for each other tensor, as embeddings are large.
+def _code_head(tensors: dict[str, Tensor], name: str, packing: Packing) -> None:
+    """Replace the weight of the head or of the embeddings by its codes.
 
     Raises:
-        BesaError: the files lack tensors of the model.
+        BesaError: it has a dtype that codes cannot have.
+    """
+    dense_OI = tensors.pop(name)
+    coded = row_codes.pack(dense_OI)
+    tensors |= {f"{name.removesuffix('.weight')}.{key}": tensor for key, tensor in tensors_of_codes(coded).items()}
+    packing.head_dense_bytes += dense_OI.nbytes
+    packing.head_bytes += coded.nbytes
+
+
+def _groups(source: Source, files: WeightFiles, head: str) -> list[_Group]:
+    """All tensors of the files: one group for each block, and one for each other tensor, as embeddings are large.
+
+    Args:
+        source: of the files.
+        files: of a checkpoint, checked.
+        head: as of `pack`.
+
+    Raises:
+        BesaError: the files lack tensors of the model, or its head or embeddings cannot be stored as codes.
     """
     empty = check_complete(source, files, read_config(source))
     blocks = find_blocks(empty)
@@ -192,6 +222,7 @@ def _groups(source: Source, files: WeightFiles) -> list[_Group]:
     plain &= {name for block in blocks for name in block.prunables}
     renamed = renaming(empty, get_model_conversion_mapping(empty))
     parameters = {name for name, _ in empty.named_parameters(remove_duplicate=False)}
+    heads = {f"{name}.weight" for name in (ends(empty) if head == "int8" else ())}
     of_blocks = {block.name: _Group(block.name) for block in blocks}
     groups: list[_Group] = []
     for stored in files.names:
@@ -199,7 +230,7 @@ def _groups(source: Source, files: WeightFiles) -> list[_Group]:
         name, merged = renamed(f"{linear}.weight" if last in codes.KEYS else stored)
         group = next((of_blocks[block.name] for block in blocks if name.startswith(f"{block.name}.")), None)
         if group is None:
-            group = _Group(stored)
+            group = _Group(stored, is_head=name in heads and not merged)
             groups.append(group)
         (group.weights if merged or name in parameters else group.others).append(stored)
         if last in ("weight", *codes.KEYS) and not merged and name.removesuffix(".weight") in plain:

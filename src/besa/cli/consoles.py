@@ -18,7 +18,7 @@ from besa.storage.names import printable
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-out = Console()
+out = Console(soft_wrap=True)  # what is printed may be copied: terminals break lines, nothing else does
 err = Console(stderr=True)
 _removers: list[Callable[[], None]] = []  # of what is drawn on the terminal while the work goes on
 

@@ -34,6 +34,13 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
+class Head(StrEnum):
+    """How a packed checkpoint has its head and embeddings."""
+
+    same = "same"
+    int8 = "int8"
+
+
 Model = Annotated[
     str,
     typer.Argument(

@@ -9,7 +9,7 @@ import typer
 from rich.text import Text
 
 from besa.cli.consoles import err, keep, out
-from besa.cli.options import DeviceOption, Dtype, DtypeOption, JsonOption, Model, TrustOption
+from besa.cli.options import DeviceOption, Dtype, DtypeOption, Head, JsonOption, Model, TrustOption
 from besa.errors import BesaError
 
 commands = typer.Typer()
@@ -21,6 +21,9 @@ def pack(
     model: Model,
     out_dir: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the packed checkpoint; must not exist.")],
     dtype: Annotated[Dtype, typer.Option(help="Round weights to it first; auto keeps them bit-equal.")] = Dtype.auto,
+    head: Annotated[
+        Head, typer.Option(help="How to store the head and the embeddings: int8 rounds them to codes of eight bits.")
+    ] = Head.same,
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Store a pruned checkpoint as bitmasks and kept values. It is smaller, and eval, generate and bench run it."""
@@ -29,7 +32,12 @@ def pack(
 
     with progress_bar(err) as tracker:
         result = pack_checkpoint(
-            model, out_dir, dtype=dtype.value, trust_remote_code=trust_remote_code, progress=tracker
+            model,
+            out_dir,
+            dtype=dtype.value,
+            head=head.value,
+            trust_remote_code=trust_remote_code,
+            progress=tracker,
         )
     out.print(packed(result, out_dir))
 

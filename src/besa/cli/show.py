@@ -10,7 +10,6 @@ from rich.box import SIMPLE
 from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
-from rich.table import Table
 from rich.text import Text
 
 from besa.checkpoint.inspection import Contents
@@ -19,6 +18,7 @@ from besa.checkpoint.shrinking import Shrinking
 from besa.checkpoint.verification import Verified
 from besa.cli import logs
 from besa.cli.consoles import removable
+from besa.cli.tables import Whole
 from besa.evaluation.domains import mean_of_domains
 from besa.evaluation.result import Evaluation
 from besa.evaluation.zero_shot import ZeroShot
@@ -111,7 +111,7 @@ def pruned(record: RunRecord, folder: Path) -> RenderableType:
 
 def planned(plan: Plan) -> RenderableType:
     """What a run will take."""
-    table = Table(title=plan.model, show_header=False)
+    table = Whole(title=plan.model, show_header=False)
     table.add_row("architecture", f"{plan.architecture}, {plan.blocks} blocks, {plan.parameters:,} parameters")
     share = plan.zeros / plan.prunable_weights
     table.add_row("prunable weights", f"{plan.prunable_weights:,}, of which {plan.zeros:,} go ({share:.2%})")
@@ -171,10 +171,14 @@ def _dense(dense: dict[str, int]) -> str:
 
 
 def packed(result: Packing, folder: Path) -> RenderableType:
-    """What packing did, in two lines."""
+    """What packing did, in two or three lines."""
+    before, after = result.head_dense_bytes / 1e6, result.head_bytes / 1e6
+    head = f"head and embeddings in eight bits: from {before:,.1f} to {after:,.1f} MB\n" if after else ""
+    share = result.packed_bytes / max(1, result.dense_bytes)
     return Text(
         f"{folder}: {result.packed:,} of {result.linears:,} linears packed, from {result.dense_bytes / 1e6:,.1f} to "
-        f"{result.packed_bytes / 1e6:,.1f} MB ({result.packed_bytes / result.dense_bytes:.3f} of the bytes)\n"
+        f"{result.packed_bytes / 1e6:,.1f} MB ({share:.3f} of the bytes)\n"
+        f"{head}"
         f"weight files: from {result.file_bytes_before / 1e6:,.1f} to {result.file_bytes / 1e6:,.1f} MB"
     )
 
@@ -191,7 +195,7 @@ def shrunk(result: Shrinking, folder: Path) -> RenderableType:
 def benched(result: Bench) -> RenderableType:
     """Tokens a second by work and model, and what each model takes."""
     reference = result.models[0].name
-    speeds = Table(
+    speeds = Whole(
         title="tokens a second: median and quartiles",
         caption=f"×: to {reference} in its fastest form; limit: weights read at {result.bandwidth / 1e9:.1f} GB/s; "
         f"{result.rounds} rounds, {result.machine['threads']} threads",
@@ -206,7 +210,7 @@ def benched(result: Bench) -> RenderableType:
             middle, low, high, limit = timing.paces()
             share = f"{timing.limit / timing.seconds:.0%}"
             speeds.add_row(work, model.name, model.form, middle, f"{low}–{high}", f"{ratio:.2f}", limit, share)
-    sizes = Table(box=SIMPLE)
+    sizes = Whole(box=SIMPLE)
     for name in ("model", "form", "dtype"):
         sizes.add_column(name)
     for name in ("file", "resident", "read by a step"):
@@ -223,7 +227,7 @@ def evaluated(evaluation: Evaluation) -> RenderableType:
     tables: list[RenderableType] = []
     model = pinned(evaluation.model, evaluation.revision)
     if evaluation.details:
-        table = Table(title=model)
+        table = Whole(title=model)
         table.add_column("text")
         for column in ("window", "windows", "perplexity", "bits per byte"):
             table.add_column(column, justify="right")
@@ -241,7 +245,7 @@ def evaluated(evaluation: Evaluation) -> RenderableType:
 
 def compared(result: Comparison) -> RenderableType:
     """Recipes side by side."""
-    table = Table(title=result.model, caption=f"{result.calibration}; perplexity in windows of {result.window} tokens")
+    table = Whole(title=result.model, caption=f"{result.calibration}; perplexity in windows of {result.window} tokens")
     head, *cells = listed([result.dense, *result.rows], result.earlier)
     for column in head:
         table.add_column(column, justify="left" if column in (head[0], MADE_BY) else "right")
@@ -250,7 +254,7 @@ def compared(result: Comparison) -> RenderableType:
     pairs = listed_pairs(result.rows)
     if not pairs:
         return table
-    paired = Table(caption=PAIRED)
+    paired = Whole(caption=PAIRED)
     for column in pairs[0]:
         paired.add_column(column, justify="left" if column == pairs[0][0] else "right")
     for line in pairs[1:]:
@@ -260,7 +264,7 @@ def compared(result: Comparison) -> RenderableType:
 
 def _answered(model: str, result: ZeroShot) -> RenderableType:
     """Accuracies with their standard errors, in per cent."""
-    table = Table(title=model, caption=f"zero-shot, lm_eval {result.lm_eval}, questions {result.source}")
+    table = Whole(title=model, caption=f"zero-shot, lm_eval {result.lm_eval}, questions {result.source}")
     table.add_column("task")
     for column in ("questions", "acc %", "acc_norm %"):
         table.add_column(column, justify="right")
@@ -280,7 +284,7 @@ def _share(share: float | None, error: float | None) -> str:
 def contents(result: Contents) -> RenderableType:
     """Sparsity by block (rows) and linear (columns), and bytes."""
     model = pinned(result.model, result.revision)
-    table = Table(title=f"{model}: sparsity of the prunable weights in %", box=SIMPLE)
+    table = Whole(title=f"{model}: sparsity of the prunable weights in %", box=SIMPLE)
     table.add_column("block")
     linears_of = {
         block.name: [linear for linear in result.linears if linear.name.startswith(f"{block.name}.")]
@@ -305,7 +309,7 @@ def contents(result: Contents) -> RenderableType:
 def simulated(simulation: Simulation, baselines: Sequence[Simulation]) -> RenderableType:
     """Like the paper's Table 4, once for each figure: mean cycles of each kind of linear, dense and in checkpoints."""
     model = pinned(simulation.model, simulation.revision)
-    table = Table(title=f"{model}: cycles on a simulated accelerator, mean over blocks", box=SIMPLE)
+    table = Whole(title=f"{model}: cycles on a simulated accelerator, mean over blocks", box=SIMPLE)
     table.add_column("")
     shown = [*baselines, simulation]
     labels = [Path(one.model).name for one in shown]

@@ -17,6 +17,7 @@ Result = TypeVar("Result")
 
 SHOWN = 80  # characters of a value in a sentence
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+HEADS = ("same", "int8")
 BOS = ("auto", "yes", "no")
 
 
@@ -34,6 +35,7 @@ Ranks = Annotated[int, Field(ge=1, le=1024)]  # on one machine
 Length = Annotated[int, Field(ge=2)]  # tokens of a sequence; a single token leaves nothing to predict
 Bytes = Annotated[int, Field(ge=0)]
 Dtype = Annotated[str, _one_of(DTYPES)]
+Head = Annotated[str, _one_of(HEADS)]
 Bos = Annotated[str, _one_of(BOS)]
 
 

@@ -69,9 +69,9 @@ def positions(model: PreTrainedModel) -> Positions:
 
 def _tables(model: PreTrainedModel, stated: int) -> Iterator[int]:
     """The number of positions in each table of them: learned embeddings, and sinusoids in a buffer."""
-    tokens = model.get_input_embeddings()
+    tokens = set(model.get_input_embeddings().modules())
     for module in model.modules():
-        if isinstance(module, nn.Embedding) and module is not tokens and module.num_embeddings - stated in OFFSETS:
+        if isinstance(module, nn.Embedding) and module not in tokens and module.num_embeddings - stated in OFFSETS:
             # Positions begin after the row of the padding token (RoBERTa).
             yield module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
     for buffer in model.buffers():

@@ -1,8 +1,8 @@
 """The layers of a packed checkpoint in a model of transformers: laid out before its tensors are loaded, finished after.
 
 A linear stored as bitmask becomes a `SparseLinear`, whose buffers have the names of the stored tensors, so that
-transformers loads them as any others. A linear stored as codes has these as buffers, and becomes dense when they are
-loaded.
+transformers loads them as any others. So do a head and embeddings in codes of eight bits. A linear stored as codes of
+compressed-tensors has these as buffers, and becomes dense when they are loaded.
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from besa.checkpoint.checking import check_layout, check_packed
 from besa.errors import BesaError
+from besa.models.ends import ends
 from besa.models.layout import renaming
+from besa.runtime.coded import Coded, CodedEmbedding, CodedLinear
 from besa.runtime.linear import SparseLinear
 from besa.storage.formats import bitmask, codes
 from besa.storage.formats.bitmask import Bitmask
 from besa.storage.formats.container import Container, header, settings
+from besa.storage.formats.row_codes import RowCodes
 from besa.storage.weights import INDEX, SPARSE_STEM, STEM
 from besa.storage.writing import write_file
 
@@ -40,11 +43,13 @@ class Stored:
         bits: of a code; None if no weights are stored as codes.
         sparse: weights stored as bitmasks, by name of the linear in the model.
         coded: tensors of linears stored as codes, by name in the model and last part of their own names.
+        ends: matrices of the head and the embeddings stored as codes, by name of the module.
     """
 
     bits: int | None
     sparse: dict[str, Bitmask] = field(default_factory=dict)
     coded: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    ends: dict[str, RowCodes] = field(default_factory=dict)
 
 
 def lay_out(model: PreTrainedModel, paths: Sequence[Path]) -> Stored:
@@ -70,9 +75,11 @@ def lay_out(model: PreTrainedModel, paths: Sequence[Path]) -> Stored:
         renamed = renaming(model, get_model_conversion_mapping(model))
         linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
+        def placed(stored: str) -> str:
+            return renamed(f"{stored}.weight")[0].removesuffix(".weight")
+
         def place(stored: str, shape: tuple[int, ...]) -> tuple[str, nn.Linear]:
-            name = renamed(f"{stored}.weight")[0].removesuffix(".weight")
-            linear = linears.get(name)
+            linear = linears.get(name := placed(stored))
             if linear is None or (linear.out_features, linear.in_features) != shape:
                 raise BesaError(f"{folder}: {stored} {shape} has no place in the model of its config.json.")
             return name, linear
@@ -90,7 +97,36 @@ def lay_out(model: PreTrainedModel, paths: Sequence[Path]) -> Stored:
             linear.register_parameter("weight", None)
             for key, tensor in of_linear.items():
                 linear.register_buffer(key, tensor)
+        packed.ends = {placed(stored): matrix for stored, matrix in files.matrices()}
+        _lay_out_ends(model, packed.ends)
     return packed
+
+
+def _lay_out_ends(model: PreTrainedModel, matrices: dict[str, RowCodes]) -> None:
+    """Put modules that compute with codes in place of the head and the embeddings.
+
+    Args:
+        model: checked, but for the layers of its linears.
+        matrices: by name of the module; those without a module go, as a model may have no head.
+    """
+    modules = {name: model.get_submodule(name) for name in ends(model)}
+    for name in set(matrices) - set(modules):
+        del matrices[name]
+    tied = {name.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for name in pair}
+    lender = next((name for name in matrices if name in tied), None)
+    made: dict[str, Coded] = {}
+    for name, module in sorted(modules.items(), key=lambda item: item[0] not in matrices):  # lenders first
+        borrows = name not in matrices
+        if borrows and (lender is None or name not in tied):
+            continue
+        matrix = made[str(lender)] if borrows else matrices[name]
+        embeds = isinstance(module, nn.Embedding)
+        made[name] = CodedEmbedding(matrix, module) if embeds else CodedLinear(matrix, module.bias)
+        model.set_submodule(name, made[name])
+    if made:  # nothing is left for transformers to tie
+        gone = {f"{name}.weight" for name in made}
+        kept = {to: of for to, of in model.all_tied_weights_keys.items() if not gone & {to, of}}
+        model.all_tied_weights_keys, model._tied_weights_keys = dict(kept), dict(kept)
 
 
 def finish(model: PreTrainedModel, packed: Stored) -> PreTrainedModel:
@@ -121,6 +157,10 @@ def finish(model: PreTrainedModel, packed: Stored) -> PreTrainedModel:
         for key in of_linear:
             delattr(dense, key)
         dense.weight = nn.Parameter(codes.quantized(of_linear, packed.bits).weight().to(loaded.device, dtype))
+    for name, matrix in packed.ends.items():
+        end = model.get_submodule(name)
+        assert isinstance(end, Coded)
+        end.keep(_as_loaded(end.matrix, matrix, model.dtype, name))
     model.save_pretrained = MethodType(save_pretrained, model)
     return model.requires_grad_(False)
 
@@ -132,12 +172,20 @@ def make_dense(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
         model: as `finish` returned it.
         dtype: of the linears.
     """
+    weights: dict[int, nn.Parameter] = {}  # of the head and the embeddings, by their codes
     for name, module in dict(model.named_modules()).items():
+        if isinstance(module, CodedEmbedding | CodedLinear):
+            matrix = module.matrix
+            weight = nn.Parameter(matrix.unpack().to(dtype), requires_grad=False)
+            model.set_submodule(name, module.dense(weights.setdefault(id(matrix.codes_OI), weight)))
         if isinstance(module, SparseLinear):
             dense = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
             dense.weight = nn.Parameter(module.weight.to(dtype))
             dense.register_parameter("bias", module.bias)
             model.set_submodule(name, dense)
+    if weights:
+        del model._tied_weights_keys  # its class has them
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
     del model.save_pretrained  # its class has one for dense models
     return model
 
@@ -180,9 +228,24 @@ def save_pretrained(model: PreTrainedModel, save_directory: str | Path, **option
             shutil.move(path, folder / path.name)
 
 
-def _in_dtype(weight: Bitmask, dtype: torch.dtype, name: str) -> Bitmask:
-    if weight.masks_BCR.is_meta:
+def _as_loaded(loaded: RowCodes, stored: RowCodes, dtype: torch.dtype, name: str) -> RowCodes:
+    """A matrix in the dtype of the model, or in that which transformers keeps it in."""
+    _check_room(loaded.codes_OI, name)
+    if loaded.codes_OI.is_floating_point():  # cast
+        matrix = RowCodes(stored.codes_OI.to(loaded.codes_OI.device), loaded.steps_O1)
+    else:
+        matrix = RowCodes(loaded.codes_OI, loaded.steps_O1.to(dtype))
+    matrix.check(name)
+    return matrix
+
+
+def _check_room(tensor: Tensor, name: str) -> None:
+    if tensor.is_meta:
         raise BesaError(f"There is no room for {name} in memory, and packed weights cannot be offloaded: free some.")
+
+
+def _in_dtype(weight: Bitmask, dtype: torch.dtype, name: str) -> Bitmask:
+    _check_room(weight.masks_BCR, name)
     if weight.dtype == dtype:
         return weight
     if weight.scales_OG is not None:

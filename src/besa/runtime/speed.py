@@ -21,6 +21,7 @@ from besa.errors import BesaError
 from besa.models.loading import Source, locate, weight_paths
 from besa.progress import Progress, silent
 from besa.record import now
+from besa.runtime.coded import Coded, CodedEmbedding
 from besa.runtime.linear import SparseLinear
 from besa.runtime.prepacked import prepacked
 from besa.runtime.sparse_models import load_source
@@ -143,7 +144,7 @@ def _contenders(source: Source, device: torch.device, dtype: str) -> list[_Conte
     _measure(model, WORKS[0])
     resident = _resident(device) - before
     size = sum(path.stat().st_size for path in weight_paths(source))
-    sparse = any(isinstance(module, SparseLinear) for module in model.modules())
+    sparse = any(isinstance(module, SparseLinear | Coded) for module in model.modules())
     read = step_bytes(model)
     forms = [_Contender(source, SPARSE if sparse else DENSE, model, size, resident, read)]
     if not sparse and (other := prepacked(model)) is not None:
@@ -206,8 +207,14 @@ def step_bytes(model: nn.Module) -> int:
 
     Embeddings count only if they are the head too. All experts count.
     """
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    heads = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    tables: set[int] = set()
+    heads: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, nn.Embedding | nn.Linear):
+            (tables if isinstance(module, nn.Embedding) else heads).add(id(module.weight))
+        elif isinstance(module, Coded):
+            codes = {id(module.matrix.codes_OI), id(module.matrix.steps_O1)}
+            (tables if isinstance(module, CodedEmbedding) else heads).update(codes)
     read = {id(tensor): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
     return sum(size for key, size in read.items() if key not in tables or key in heads)
 

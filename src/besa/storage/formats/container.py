@@ -1,6 +1,7 @@
 """A checkpoint whose sparse linears are stored as bitmasks: names, header, and how it is read.
 
-docs/formats.md specifies it. Here, a *linear* is the name of a weight without its last part.
+Its head and embeddings may be codes. docs/formats.md specifies all of it. Here, a *linear* is the name of a weight
+without its last part.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from besa.errors import BesaError
 from besa.storage.formats import codes
 from besa.storage.formats.bitmask import Bitmask
+from besa.storage.formats.row_codes import RowCodes
 from besa.storage.weights import PACKED, SPARSE_STEM, WeightFiles
 
 FORMAT, VERSION = "bitmask", 2
@@ -29,6 +31,7 @@ PURPOSES = {
     (SCALE := "weight_scale"): "scales",
     (ZERO := "weight_zero_point"): "zero points",
 }
+CODES = "weight_codes"  # of a dense matrix; its scales have the name of those of a bitmask
 ABOUT = {"besa": json.dumps({"format": FORMAT, "version": VERSION})}  # metadata of the weight files
 DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")  # what families call the number of their blocks
 DAMAGED = "the packed checkpoint is damaged"
@@ -116,12 +119,20 @@ def tensors_of(weight: Bitmask) -> dict[str, Tensor]:
     return tensors
 
 
+def tensors_of_codes(matrix: RowCodes) -> dict[str, Tensor]:
+    """The tensors of a dense matrix in codes by the last part of their names."""
+    return {CODES: matrix.codes_OI, SCALE: matrix.steps_O1}
+
+
 class Container(WeightFiles):
     """A packed checkpoint. `read` gives the tensors it was packed from, `weights` the bitmasks to run.
+
+    A matrix in codes is read as the numbers that these stand for.
 
     Attributes:
         bits: of a code; None if no weights are stored as codes.
         sparse: names of the tensors in the files, by linear stored as bitmask.
+        coded: names without their last part of dense matrices stored as codes.
         dense: names of all other tensors.
 
     Args:
@@ -146,8 +157,14 @@ class Container(WeightFiles):
             missing = [key for key in (MASK, VALUES, OFFSETS, SHAPE) if f"{linear}.{key}" not in names]
             if missing:
                 raise BesaError(f"{folder} lacks {linear}.{missing[0]}: {DAMAGED}.")
+        self.coded = sorted(name.removesuffix(f".{CODES}") for name in stored if name.endswith(f".{CODES}"))
+        for matrix in self.coded:
+            if f"{matrix}.{SCALE}" not in stored:
+                raise BesaError(f"{folder} lacks {matrix}.{SCALE}: {DAMAGED}.")
         self._originals = {name: linear for linear in linears for name in self._original(linear)}
+        self._matrices = {f"{matrix}.weight": matrix for matrix in self.coded}
         inside = {name for names in self.sparse.values() for name in names}
+        inside |= {f"{matrix}.{key}" for matrix in self.coded for key in (CODES, SCALE)}
         self.dense = [name for name in self._holders if name not in inside]
 
     def _original(self, linear: str) -> list[str]:
@@ -160,16 +177,20 @@ class Container(WeightFiles):
     @property
     def names(self) -> list[str]:
         """Names of all tensors before packing."""
-        return sorted([*self.dense, *self._originals])
+        return sorted([*self.dense, *self._originals, *self._matrices])
 
     def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Names and shapes of all tensors before packing."""
         dense = set(self.dense)
-        yield from ((name, shape) for name, shape in super().shapes() if name in dense)
+        for name, shape in super().shapes():
+            if name in dense:
+                yield name, shape
+            elif name.endswith(f".{CODES}"):
+                yield f"{name.removesuffix(f'.{CODES}')}.weight", shape
         for linear in self.sparse:
             if f"{linear}.weight" in self._originals:
-                ((_, shape),) = super().read([f"{linear}.{SHAPE}"])
-                yield f"{linear}.weight", tuple(shape.tolist())
+                ((_, sides),) = super().read([f"{linear}.{SHAPE}"])
+                yield f"{linear}.weight", tuple(sides.tolist())
             else:
                 yield from ((name, tuple(tensor.shape)) for name, tensor in self.read(self._original(linear)))
 
@@ -177,12 +198,16 @@ class Container(WeightFiles):
         """Read tensors as they were before packing, one linear at a time.
 
         Raises:
-            BesaError: a tensor cannot be read, or does not pass `Bitmask.check`.
+            BesaError: a tensor cannot be read.
         """
         linears: dict[str, None] = {}
         for name in names:
             if name in self._originals:
                 linears[self._originals[name]] = None
+            elif name in self._matrices:
+                matrix = self._matrices[name]
+                stored = dict(super().read([f"{matrix}.{CODES}", f"{matrix}.{SCALE}"]))
+                yield name, RowCodes(stored[f"{matrix}.{CODES}"], stored[f"{matrix}.{SCALE}"]).unpack()
             else:
                 yield from super().read([name])
         for linear in linears:
@@ -196,8 +221,13 @@ class Container(WeightFiles):
     def prefetch(self, names: Iterable[str]) -> None:
         """See `WeightFiles`."""
         linears = {self._originals[name] for name in names if name in self._originals}
-        of_bitmasks = [name for linear in linears for name in self.sparse[linear]]
-        super().prefetch([*(name for name in names if name not in self._originals), *of_bitmasks])
+        stored = [name for linear in linears for name in self.sparse[linear]]
+        for name in names:
+            if name in self._matrices:
+                stored += [f"{self._matrices[name]}.{key}" for key in (CODES, SCALE)]
+            elif name not in self._originals:
+                stored.append(name)
+        super().prefetch(stored)
 
     def weights(self) -> Iterator[tuple[str, Bitmask]]:
         """Every sparse weight by its linear; it stays in its file.
@@ -208,6 +238,16 @@ class Container(WeightFiles):
         stored = dict(super().mapped(name for names in self.sparse.values() for name in names))
         for linear, names in self.sparse.items():
             yield linear, self._bitmask(linear, ((name, stored[name]) for name in names))
+
+    def matrices(self) -> Iterator[tuple[str, RowCodes]]:
+        """Every dense matrix in codes by its name without the last part; it stays in its file.
+
+        Raises:
+            BesaError: one cannot be read.
+        """
+        for matrix in self.coded:
+            stored = dict(super().mapped([f"{matrix}.{CODES}", f"{matrix}.{SCALE}"]))
+            yield matrix, RowCodes(stored[f"{matrix}.{CODES}"], stored[f"{matrix}.{SCALE}"])
 
     def parts(self, linear: str) -> dict[str, int]:
         """Bytes of the tensors of a linear, by purpose; empty if the linear is not stored as a bitmask.
@@ -268,10 +308,12 @@ class AsDense(WeightFiles):
 
     def __init__(self, files: WeightFiles) -> None:
         super().__init__(files.folder)
-        shapes, packed_parts = dict(super().shapes()), {*PURPOSES, *codes.KEYS}
+        shapes, packed_parts = dict(super().shapes()), {*PURPOSES, *codes.KEYS, CODES}
         self._shapes = {name: shape for name, shape in shapes.items() if name.rpartition(".")[2] not in packed_parts}
         for name, tensor in self.mapped([name for name in shapes if name.endswith(f".{SHAPE}")]):
             self._shapes[f"{name.removesuffix(f'.{SHAPE}')}.weight"] = tuple(tensor.tolist())
+        coded = {name: shape for name, shape in shapes.items() if name.endswith(f".{CODES}")}
+        self._shapes |= {f"{name.removesuffix(f'.{CODES}')}.weight": shape for name, shape in coded.items()}
 
     @property
     def names(self) -> list[str]:

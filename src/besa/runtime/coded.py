@@ -1,0 +1,117 @@
+"""The head and the embeddings of a packed checkpoint, computed from codes of eight bits.
+
+If they are tied, one of them holds the codes and the other borrows them.
+
+Shape suffixes: N tokens, O rows, I columns.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from besa.errors import BesaError
+from besa.kernels import row_codes
+from besa.storage.formats.container import tensors_of_codes
+from besa.storage.formats.row_codes import RowCodes
+
+
+class Coded(nn.Module):
+    """What has a matrix in codes, for inference; its buffers are named as the tensors of the container.
+
+    Args:
+        matrix: its tensors may be memory-mapped and are not copied; or the module that holds it.
+    """
+
+    weight_codes: Tensor
+    weight_scale: Tensor
+
+    def __init__(self, matrix: RowCodes | Coded) -> None:
+        super().__init__()
+        self._lender = (matrix,) if isinstance(matrix, Coded) else ()  # no module of this one, so a tuple
+        if isinstance(matrix, RowCodes):
+            self.keep(matrix)
+
+    def keep(self, matrix: RowCodes) -> None:
+        """Take another matrix of the same shape."""
+        for name, tensor in tensors_of_codes(matrix).items():
+            self.register_buffer(name, tensor)
+
+    @property
+    def matrix(self) -> RowCodes:
+        """The codes, made of the buffers, which loaders and devices replace."""
+        for lender in self._lender:
+            return lender.matrix
+        return RowCodes(self.weight_codes, self.weight_scale)
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix (O, I), made dense at each access."""
+        return self.matrix.unpack()
+
+
+class CodedLinear(Coded):
+    """y = x Wᵀ + b.
+
+    Args:
+        matrix: as of `Coded`.
+        bias: b (O,), or None.
+    """
+
+    def __init__(self, matrix: RowCodes | Coded, bias: nn.Parameter | None) -> None:
+        super().__init__(matrix)
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Output (…, O) for inputs (…, I) of the dtype of the matrix.
+
+        Raises:
+            BesaError: `x` requires gradients.
+        """
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise BesaError("Packed linears compute no gradients: train the dense model, which `besa unpack` writes.")
+        y_NO = row_codes.multiplied(x.reshape(-1, x.shape[-1]), self.matrix)
+        y = y_NO.view(*x.shape[:-1], y_NO.shape[-1])
+        return y if self.bias is None else y + self.bias
+
+    def dense(self, weight: nn.Parameter) -> nn.Linear:
+        """The linear of torch with this weight."""
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=self.bias is not None, device="meta")
+        linear.weight = weight
+        linear.register_parameter("bias", self.bias)
+        return linear
+
+
+class CodedEmbedding(Coded):
+    """Rows of the matrix, each made dense when its token comes.
+
+    A family may do something of its own with them, such as scale them. Its module is therefore called as it is, with
+    the rows of these tokens as its weight.
+
+    Args:
+        matrix: as of `Coded`.
+        family: the module that had the dense matrix.
+    """
+
+    def __init__(self, matrix: RowCodes | Coded, family: nn.Embedding) -> None:
+        super().__init__(matrix)
+        self._padding = family.padding_idx
+        family.padding_idx = None  # it concerns gradients only, and must be a row
+        del family.weight
+        family.weight = torch.empty(0)  # no parameter, as it has no place in a file
+        family.weight.__dict__["_is_hf_initialized"] = True  # else transformers would draw numbers for it
+        self.family = family
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Embeddings (…, I) of token ids of any shape."""
+        rows_NI = self.matrix.rows(tokens.flatten())
+        places = torch.arange(len(rows_NI), device=tokens.device).view_as(tokens)
+        embedded: Tensor = functional_call(self.family, {"weight": rows_NI}, (places,))
+        return embedded
+
+    def dense(self, weight: nn.Parameter) -> nn.Embedding:
+        """The family's module with this weight."""
+        self.family.weight = weight
+        self.family.padding_idx = self._padding
+        return self.family

@@ -1,0 +1,109 @@
+"""Tables on narrow terminals and on none: every name and number is there, whole."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.box import SIMPLE
+from rich.console import Console, RenderableType
+
+import besa
+from besa.cli import show
+from besa.cli.tables import Whole
+from besa.runtime.timings import Bench, ModelSpeed, Timing
+from besa.studies.comparing import Comparison
+from besa.studies.rows import Row
+
+TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
+NAMES = ["runs/qwen2.5-0.5b/half-sparse/dense-model", "runs/qwen2.5-0.5b/half-sparse/besa-int4-packed"]
+DOMAINS = ["web", "encyclopedia", "code", "worked maths", "dialogue", "technical", "multilingual"]
+
+
+def printed(shown: RenderableType, width: int | None) -> str:
+    """As a terminal of so many columns receives it; None for a file or a pipe, which has no width."""
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=width is not None, width=width, color_system=None, soft_wrap=True)
+    console.print(shown)
+    return stream.getvalue()
+
+
+def bench() -> tuple[RenderableType, list[str]]:
+    timings = [Timing(work=work, tokens=16, seconds=0.5, low=0.4, high=0.75, limit=0.25) for work in ("decode 1", "x")]
+    shared = {"revision": None, "dtype": "bfloat16", "file_bytes": 9e9, "resident_bytes": None, "step_bytes": 8e9}
+    models = [
+        ModelSpeed(model=name, form=form, timings=timings, **shared)
+        for name, form in zip(NAMES, ("dense, prepacked", "sparse"), strict=True)
+    ]
+    facts = {"bandwidth": 1e10, "rounds": 7, "created": "now", "versions": {}, "machine": {"threads": 2}}
+    numbers = ["tokens/s 32.0", "quartiles 21.3–40.0", "× 1.00", "limit 64.0", "of limit 50%", "file, MB 9,000"]
+    return show.benched(Bench(models=models, **facts)), [
+        *NAMES,
+        "decode 1",
+        "dense, prepacked",
+        *numbers,
+        "7 rounds, 2 threads",
+    ]
+
+
+def comparison() -> tuple[RenderableType, list[str]]:
+    means = {name: 10.25 + place for place, name in enumerate(DOMAINS)}
+    rows = [
+        Row(recipe=name, sparsity=0.5, seeds=1, mean=means, spread={}, values={}, seconds=1234.0, ratios={"code": 1.25})
+        for name in NAMES
+    ]
+    facts = {"model": NAMES[0], "calibration": "128 sequences of a mixture", "window": 2048, "dense": rows[0]}
+    result = Comparison.model_construct(**facts, rows=rows, earlier=[])
+    numbers = ["sparsity 50.0000%", "seconds 1,234", "web 10.25", "code 12.25", "worked maths 13.25"]
+    return show.compared(result), [*NAMES, *numbers]
+
+
+SHOWN: dict[str, Callable[[], tuple[RenderableType, list[str]]]] = {"bench": bench, "compare": comparison}
+
+
+@pytest.mark.parametrize("width", [40, 80, None])
+@pytest.mark.parametrize("name", SHOWN)
+def test_names_and_numbers_are_whole(name: str, width: int | None) -> None:
+    shown, parts = SHOWN[name]()
+    text = printed(shown, width)
+    assert "…" not in text
+    assert text.count(NAMES[0]) >= 3  # in rows and in a title or a caption
+    for part in parts:
+        name, _, number = part.rpartition(" ")
+        assert part in text if width else number in text and name in text, part
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_without_a_terminal_a_row_is_a_line(name: str) -> None:
+    shown, _ = SHOWN[name]()
+    rows = [line for line in printed(shown, None).splitlines() if NAMES[1] in line]
+    assert all("50%" in line or "9,000" in line or "50.0000%" in line for line in rows)
+    assert len(rows) == {"bench": 3, "compare": 1}[name]  # of bench, two kinds of work and the sizes
+
+
+def test_numbers_of_rows_stand_below_each_other() -> None:
+    table = Whole(box=SIMPLE)
+    table.add_column("name")
+    for column in ("first", "second", "third", "fourth"):
+        table.add_column(column, justify="right")
+    table.add_row("a", "1", "2", "3", "4")
+    table.add_row("b", "10,000", "", "300", "4")
+    assert printed(table, 30) == (
+        "a\n  first 1       second 2\n  third 3    fourth 4\nb\n  first 10,000\n  third 300  fourth 4\n"
+    )
+    assert "a     " in printed(table, 60)
+    assert printed(table, 60) == printed(table, None)
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_sentences_are_broken_between_words_and_no_word_is_lost(width: int) -> None:
+    shown = show.planned(besa.plan(str(TINY), "wanda", samples=4, seqlen=16, device="cpu"))
+    text, whole = printed(shown, width), printed(shown, None)
+    lines = text.splitlines()
+    assert max(map(len, lines[1:])) <= width < max(map(len, whole.splitlines()))
+
+    def words(text: str) -> list[str]:
+        cells = [[part.strip() for part in line.split("│")[1:3]] for line in text.splitlines() if "│" in line]
+        return sorted(word for column in zip(*cells, strict=True) for word in " ".join(column).split())
+
+    assert words(text) == words(whole)
