@@ -1,7 +1,7 @@
 """Quantisation: how many bits do the kept weights have?
 
-`minmax` holds the equations, `clipping` their learned parameters, `searching` clipping that is searched, and `unrounded`
-weights that still move. The settings classes here are the methods.
+`minmax` holds the equations, `clipping` their learned parameters, `searching` clipping that is searched, and
+`unrounded` weights that still move. The settings classes here are the methods.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ class Quantizer(Settings):
 
     Attributes:
         needs_gram: whether quantising needs the Gram matrix of the linears' inputs.
+        solver_bytes: bytes that quantising needs for each weight of a linear, besides matrices of its inputs.
     """
 
     needs_gram: ClassVar[bool] = False
+    solver_bytes: ClassVar[int] = 16
 
     @property
     def coding(self) -> Coding | None:
@@ -56,6 +58,15 @@ class Quantizer(Settings):
     def ranks_again(self) -> bool:
         """Whether weights are ranked once more, in their quantised form."""
         return False
+
+    def gathered_bytes(self, columns: int, item: int) -> int:
+        """Bytes that ranks gather of each row of a linear.
+
+        Args:
+            columns: of the linear.
+            item: bytes of a weight of the model.
+        """
+        return 0
 
     def clipping_numbers(self, name: str, rows: int, columns: int) -> int:
         """How many numbers the learned clipping of the linear `name` has."""
@@ -146,7 +157,7 @@ class Moved(Coding):
     """Weights move first and become codes then; those of later columns make up for the rounding of earlier ones.
 
     Weights that round to zero before anything has moved are the first to be pruned. The mask is fixed from then on: a
-    kept weight has no code of zero. Where held-out tokens do not show the sweep to be better, weights are rounded plainly.
+    kept weight has no code of zero. Weights that the sweep does not help on held-out tokens are rounded plainly.
     """
 
     method: Literal["moved"] = "moved"
@@ -157,6 +168,7 @@ class Moved(Coding):
         default="sweep", description="column by column, making up for errors, as GPTQ does; or to the nearest code"
     )
     needs_gram: ClassVar[bool] = True
+    solver_bytes: ClassVar[int] = 32
 
     @property
     def moved(self) -> Moved:
@@ -167,6 +179,10 @@ class Moved(Coding):
     def ranks_again(self) -> bool:
         """Yes: weights that round to zero come first."""
         return True
+
+    def gathered_bytes(self, columns: int, item: int) -> int:
+        """The row as the sweep leaves it."""
+        return item * columns if self.rounding == "sweep" else 0
 
 
 Quantization = Annotated[NoQuantization | MinMax | Moved, Field(discriminator="method")]

@@ -1,6 +1,6 @@
 """Codes for weights that have moved: the rounding error of each column is made up for by the columns after it (GPTQ).
 
-Shape suffixes: O rows (output channels), R rows of this rank, I columns (input channels), B columns of the present block.
+Shape suffixes: O rows (output channels), I columns (input channels), B columns of the present block.
 """
 
 from __future__ import annotations
