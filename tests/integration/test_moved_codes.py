@@ -17,9 +17,9 @@ from besa.storage import snapshots
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
 TEXT = str(TINY / "calibration.txt")
-SIZES = {"samples": 9, "seqlen": 32}
+SIZES = {"samples": 17, "seqlen": 32}
 DENSE = [f"*.layers.{index}.*" for index in range(2, 8)]  # left dense, for speed
-FEW = ["quantization.group=32", "distill.epochs=1", "distill.rate=0.003"]
+FEW = ["quantization.group=32", "distill.epochs=1"]
 
 
 def recipe(*overrides: str, name: str = "best-int4") -> Recipe:
@@ -103,7 +103,7 @@ def test_a_run_that_was_stopped_goes_on(
         nonlocal told
         distilling = note.startswith("distilling")
         told += distilling or (stop == "block" and note.startswith("error"))
-        if told == {"block": 2, "step": 3, "epoch": 8}[stop]:
+        if told == {"block": 2, "step": 3, "epoch": 16}[stop]:
             raise KeyboardInterrupt
 
     out = tmp_path / "out"

@@ -155,6 +155,8 @@ def _prune(
     """Prune a part of the unit in place; returns its dense linears and its zeros, and adds to the quantised weights."""
     unit, recipe, watch = step.unit, step.recipe, step.watch
     budgets = [budget for budget in step.budgets if budget.names[0] in part.names]
+    if not budgets:  # all its linears are skipped
+        return {}, Allocated({})
     with watch("rank"):
         linears = {name: _ranked(unit, name, recipe, statistics[name]) for budget in budgets for name in budget.names}
     block = unit.silencing(part.silent)
