@@ -29,16 +29,20 @@ def best_grid(
         shares: of the range, to choose from.
     """
     low_OG, high_OG = extremes(w_OI, groups)
-    best: tuple[Tensor, Tensor, Tensor] | None = None
+    best: Grid | None = None
+    least_OG = torch.empty(0)
     for share in shares:
         exact = grid(share * low_OG, share * high_OG, bits, symmetric)
         tried = Grid(exact.step_OG.to(w_OI.dtype).float(), exact.zero_OG, bits)
         change_OI = dequantized(kept_codes(w_OI, tried), tried, w_OI.dtype).float() - w_OI.float()
         error_OG = (change_OI.square() * squares_I.float()).view(*low_OG.shape, -1).sum(dim=2)
-        found = error_OG, tried.step_OG, tried.zero_OG
-        if best is not None:
-            lower_OG = error_OG < best[0]
-            found = tuple(torch.where(lower_OG, new_OG, old_OG) for new_OG, old_OG in zip(found, best, strict=True))
-        best = found
+        if best is None:
+            best, least_OG = tried, error_OG
+            continue
+        lower_OG = error_OG < least_OG
+        least_OG = torch.where(lower_OG, error_OG, least_OG)
+        best = Grid(
+            torch.where(lower_OG, tried.step_OG, best.step_OG), torch.where(lower_OG, tried.zero_OG, best.zero_OG), bits
+        )
     assert best is not None
-    return Grid(best[1], best[2], bits)
+    return best
