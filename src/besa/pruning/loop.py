@@ -146,10 +146,8 @@ def prune_blocks(
                     journal.settle()  # before there are two blocks to be written
                     for block, record in zip(unit.blocks, unit_records, strict=True):
                         if later:
-                            of_block = {
-                                name: coded.unrounded[name] for name in block.prunables if name in coded.unrounded
-                            }
-                            journal.keep(unrounded.encode(decoder.stored(block), of_block), record)
+                            moved = {name: coded.unrounded[name] for name in block.prunables if name in coded.unrounded}
+                            journal.keep(unrounded.encode(decoder.stored(block), moved), record)
                         else:
                             journal.keep(quantizing.in_files(decoder, block, coded.quantized, resources.codes), record)
         memory.trim()
