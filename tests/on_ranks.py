@@ -48,6 +48,10 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "besa-pruned-teacher": ("besa", [*TWO_EACH, "allocation.teacher=pruned"]),
     "besa-two-blocks": ("besa", [*TWO_EACH, "allocation.granularity=two-blocks"]),
     "besa-int4": ("besa-int4", TWO_EACH),
+    "best-int4": (
+        "best-int4",
+        ["quantization.group=32", "distill={method: kl, epochs: 1, batch: 1}", "skip=['*.layers.[2-7].*']"],
+    ),
     "wanda-int4": ("wanda-int4", ["quantization.batch=2"]),
     "2-of-4": ("sparsegpt", ["allocation={method: nm}"]),
     "mixed patterns": ("wanda", ["allocation={method: nm, mixed: true}"]),

@@ -97,15 +97,15 @@ def test_what_only_orders_weights_takes_any_importance(allocation):
     [
         (
             ["quantization.method=minmax", "reconstruction.method=cg"],
-            "quantization works only if kept weights do not change",
+            "quantization.method=minmax works only if kept weights do not change",
         ),
         (
-            ["quantization.method=minmax", "finetune.method=adam"],
-            "quantization works only if kept weights do not change",
+            ["quantization.method=moved", "finetune.method=adam"],
+            "quantization does not go with finetune",
         ),
         (
             ["quantization.method=minmax", "distill={method: kl, learns: norms}"],
-            "finetune.method=none and distill.method=none",
+            "set quantization.method=moved, or reconstruction.method=none and distill.method=none",
         ),
         (["quantization.method=minmax"], "quantization.clipping=joint needs an allocation that learns"),
         (["allocation.method=structured", "reconstruction.method=admm"], "needs a reconstruction that keeps the mask"),
@@ -134,7 +134,7 @@ def test_nothing_asks_which_method_it_has():
         for name in ("targets", "importance", "allocation", "reconstruction", "finetune", "distill", "quantization")
         for method in get_args(Recipe.model_fields[name].annotation)
     }
-    assert {"UniformTargets", "Wanda", "Besa", "ADMM", "MaskedAdam", "MaskedKL", "MinMax"} < classes
+    assert {"UniformTargets", "Wanda", "Besa", "ADMM", "MaskedAdam", "MaskedKL", "MinMax", "Moved"} < classes
     asking = []
     for path in sorted(Path(besa.__file__).parent.rglob("*.py")):
         nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))

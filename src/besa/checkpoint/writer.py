@@ -20,7 +20,7 @@ from besa.checkpoint.companions import pass_on, read_config_json, with_dtype
 from besa.checkpoint.verification import seal
 from besa.models.loading import quiet
 from besa.models.streaming import Decoder
-from besa.quantization import MinMax
+from besa.quantization import Coding
 from besa.record import RECORD_NAME, RunRecord
 from besa.storage.formats.codes import quantization_config
 from besa.storage.journal import Journal
@@ -41,7 +41,7 @@ def finish(
     tokenizer: PreTrainedTokenizerBase,
     record: RunRecord,
     out: Path,
-    quantization: MinMax | None = None,
+    quantization: Coding | None = None,
 ) -> None:
     """Make the checkpoint from the blocks in the journal and the rest of the model; `out` appears complete.
 
@@ -81,7 +81,7 @@ def finish(
         folder.rename(out)
 
 
-def _about(model: PreTrainedModel, record: RunRecord, quantization: MinMax | None) -> dict[str, Any]:
+def _about(model: PreTrainedModel, record: RunRecord, quantization: Coding | None) -> dict[str, Any]:
     """The keys that are added to the dense model's config.json."""
     about: dict[str, Any] = {
         "besa": {"recipe": record.recipe["name"], "sparsity": record.sparsity, "record": RECORD_NAME}

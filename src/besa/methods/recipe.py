@@ -47,10 +47,15 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         allocation, coded = self.allocation, self.quantization.coding is not None
-        if coded and (self.reconstruction.moves_weights or self.finetune.moves_weights or self.distill.moves_weights):
+        if coded and self.finetune.moves_weights:
             raise ValueError(
-                "quantization works only if kept weights do not change: set reconstruction.method=none, "
-                "finetune.method=none and distill.method=none"
+                "quantization does not go with finetune, which would move the codes: set finetune.method=none"
+            )
+        moved = self.reconstruction.moves_weights or self.distill.moves_weights
+        if coded and moved and self.quantization.moved is None:
+            raise ValueError(
+                f"quantization.method={self.quantization.method} works only if kept weights do not change: set "
+                "quantization.method=moved, or reconstruction.method=none and distill.method=none"
             )
         if self.quantization.learns_jointly and allocation.descent is None:
             raise ValueError(
@@ -91,8 +96,8 @@ class Recipe(Settings):
         """Settings of the descent on rates, clipping or both; None if nothing is learned."""
         if self.allocation.descent is not None:
             return self.allocation.descent
-        coding = self.quantization.coding
-        return Descent(batch=coding.batch) if coding is not None and coding.learns_first else None
+        batch = self.quantization.first_batch
+        return Descent(batch=batch) if batch is not None else None
 
     @property
     def teacher(self) -> Literal["dense", "pruned"] | None:
@@ -100,6 +105,11 @@ class Recipe(Settings):
         if self.allocation.teacher_path is not None:
             return self.allocation.teacher_path
         return "dense" if self.quantization.learns_first else None
+
+    @property
+    def rounds_last(self) -> bool:
+        """Whether weights become codes only when the whole model has learned; until then they only have their grids."""
+        return self.quantization.coding is not None and self.distill.moves_weights
 
     @property
     def granularity(self) -> Granularity:
@@ -118,7 +128,7 @@ class Recipe(Settings):
     @property
     def needs_gram(self) -> bool:
         """Whether any choice needs the Gram matrix of the linears' inputs."""
-        return self.importance.needs_gram or self.reconstruction.needs_gram
+        return self.importance.needs_gram or self.reconstruction.needs_gram or self.quantization.needs_gram
 
     def statistics_every(self, *, routed: bool) -> int:
         """One sequence in how many the statistics of the inputs are taken on.

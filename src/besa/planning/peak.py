@@ -51,7 +51,9 @@ def unit_bytes(
         learning = forward_bytes(unit, model, 1, first_tokens(seqlen, recipe.descent.crop), learning=True)
         phases.append(ranked + changing + recipe.allocation.learning_bytes(shapes) + learning)
     if coded:
-        phases.append(ranked + weights + 16 * most)  # codes
+        codes = weights * (1 if recipe.quantization.moved is None else 1 + item)  # and what was rounded
+        matrices = gram + 4 * 4 * widest**2 if recipe.quantization.needs_gram else 0
+        phases.append(ranked + codes + matrices + recipe.quantization.solver_bytes * most)
     if recipe.reconstruction.needs_gram:
         phases.append(ranked + gram + 4 * 4 * widest**2 + recipe.reconstruction.solver_bytes * most)
     if recipe.losses_every(1):

@@ -27,7 +27,7 @@ from besa.planning.shapes import learn_arguments, shared_inputs
 from besa.planning.traffic import traffic
 from besa.planning.whole import whole_bytes, whole_disk_bytes
 from besa.pruning.paths import dense_share
-from besa.quantization import MinMax
+from besa.quantization import Coding
 from besa.runtime.own_text import PASSES, sizes_of
 from besa.system import memory
 from besa.system.devices import is_available, shares_memory, total_bytes
@@ -270,7 +270,7 @@ def _distinct(in_order: list[Unit], budgets_of_units: list[list[Budget]]) -> lis
     return list(by_shapes.values())
 
 
-def _code_bytes(quantization: MinMax, blocks: list[Block], names: set[str], item: int) -> int:
+def _code_bytes(quantization: Coding, blocks: list[Block], names: set[str], item: int) -> int:
     """Bytes of the quantised linears as codes, with scales and zero points."""
     bits = 0
     for block in blocks:

@@ -49,7 +49,14 @@ def traffic(
     vectors = [parameter.numel() for parameter in parameters if parameter.dim() == 1]
     widths = [shapes[names[0]][1] for names in inputs]
     order = gathered(((rows, columns * _rank_bytes(columns, recipe.group)) for rows, columns in pruned), ranks)
-    rebuilt = ((rows, recipe.reconstruction.gathered_bytes(columns, item, recipe.group)) for rows, columns in pruned)
+    rebuilt = (
+        (
+            rows,
+            recipe.reconstruction.gathered_bytes(columns, item, recipe.group)
+            + recipe.quantization.gathered_bytes(columns, item),
+        )
+        for rows, columns in pruned
+    )
     sums = sum(
         _allocated(unit, [budget for budget in budgets if budget.names[0] in part.names], recipe)
         for part in parts(unit, recipe.granularity)

@@ -38,7 +38,9 @@ def whole_bytes(
     parameters: int = sum(parameter.nbytes for parameter in model.parameters())
     states = (len(blocks) + 2) * seqlen * channels * int(model.dtype.itemsize)
     logits = ALIVE * 4 * vocabulary * min(seqlen, tokens_at_once(vocabulary))
-    return parameters + recipe.distill.learning_bytes(*_sizes(model, blocks, pruned)) + states + logits
+    linears, vectors = _sizes(model, blocks, pruned)
+    rounded = 4 * sum(linears) if recipe.rounds_last else 0
+    return parameters + recipe.distill.learning_bytes(linears, vectors) + rounded + states + logits
 
 
 def whole_disk_bytes(
@@ -46,14 +48,15 @@ def whole_disk_bytes(
 ) -> int:
     """Most bytes on the disk during a run, for a checkpoint of `size` bytes.
 
-    While a state is written, the one before it is there. The distilled blocks are beside those from which they came.
-    Other arguments as of `whole_bytes`.
+    While a state is written, the one before it is there. The distilled blocks are beside those from which they came,
+    which are not codes yet. Other arguments as of `whole_bytes`.
     """
     if not recipe.distill.moves_weights:
         return disk_bytes(size)
     linears, vectors = (sum(sizes) for sizes in _sizes(model, blocks, pruned))
     state = recipe.distill.state_bytes(round((1 - recipe.sparsity) * linears), vectors, model.dtype.itemsize)
-    return size + max(2 * state, disk_bytes(size))
+    begun = sum(parameter.nbytes for parameter in model.parameters()) if recipe.rounds_last else size
+    return begun + max(2 * state, disk_bytes(size))
 
 
 def check_fits(

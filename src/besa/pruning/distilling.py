@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from besa.data.calibration import Calibration
@@ -16,8 +17,11 @@ from besa.models.blocks import embedded
 from besa.models.streaming import Decoder
 from besa.models.whole import Whole, head_share
 from besa.progress import Progress
+from besa.pruning import quantizing
 from besa.pruning.paths import Resources
+from besa.quantization import Grid, Quantized
 from besa.record import BlockRecord, DistillingRecord
+from besa.storage.formats import unrounded
 from besa.storage.journal import Journal
 from besa.storage.snapshots import Snapshots
 from besa.system import ranks
@@ -38,6 +42,7 @@ def distill(
     calibration: Calibration,
     records: list[BlockRecord],
     targets_NTC: HiddenStates,
+    grids: Mapping[str, Grid],
     *,
     share: Share,
     seed: int,
@@ -53,6 +58,7 @@ def distill(
         calibration: token ids (N, T).
         records: of the blocks.
         targets_NTC: outputs of the last block on the dense path, for all tokens of the share.
+        grids: by full name, of linears that are rounded from now on.
         share: the sequences of this rank.
         seed: of the order of sequences.
         resources: how to compute.
@@ -70,8 +76,8 @@ def distill(
             for block in blocks:
                 stack.enter_context(decoder.opened(block, device))
                 if not decoder.lasting:
-                    tensors = journal.tensors(block.index) if journal is not None else {}
-                    decoder.load_tensors(block, ranks.tensors_from_first(tensors))
+                    tensors = ranks.tensors_from_first(journal.tensors(block.index) if journal is not None else {})
+                    decoder.load_tensors(block, unrounded.decode(tensors, 0)[0] if grids else tensors)
         pupil = Pupil(
             Whole(decoder.model, blocks),
             [linear.name for record in records for linear in record.linears],
@@ -82,10 +88,15 @@ def distill(
             seed,
             sum(block.seconds for block in records) + sum(watch.seconds.values()),
             head_share(decoder.model, blocks),
+            {name: _at(grid, device) for name, grid in grids.items()},
         )
         with watch("distill"):
             states = _SharedSnapshots(Snapshots(journal.folder) if journal is not None else None)
             distilled = recipe.distill.distill(pupil, states, progress)
+            quantized: dict[str, Quantized] = {}
+            if (coding := recipe.quantization.coding) is not None:
+                for block in blocks:
+                    quantized |= quantizing.round_block(block, grids, coding)
         seconds = watch.seconds
         record = DistillingRecord(
             epochs=distilled.epochs,
@@ -97,10 +108,18 @@ def distill(
         )
         if journal is not None:
             rest = decoder.stored_outside(name for name in distilled.changed if not pupil.whole.place(name))
-            changed = ((block.index, decoder.stored(block)) for block in blocks if distilled.helped)
+            changed = (
+                (block.index, quantizing.in_files(decoder, block, quantized, resources.codes))
+                for block in blocks
+                if distilled.helped or quantized
+            )
             journal.keep_distilled(changed, rest, record)
             states.clear()
     return record
+
+
+def _at(grid: Grid, device: torch.device) -> Grid:
+    return Grid(grid.step_OG.to(device), grid.zero_OG.to(device), grid.bits)
 
 
 class _SharedSnapshots:

@@ -21,8 +21,9 @@ from besa.progress import Progress, silent
 from besa.pruning import quantizing
 from besa.pruning.paths import PLAIN, Resources, first_inputs
 from besa.pruning.step import Step, prune_unit
+from besa.quantization import Grid
 from besa.record import BlockRecord
-from besa.storage.formats import codes
+from besa.storage.formats import codes, unrounded
 from besa.storage.journal import Journal
 from besa.system import memory, ranks
 from besa.system.ranks import Share
@@ -38,11 +39,13 @@ class Pruned:
         dense_NTC: where the dense path has come to, of the sequences and tokens that the recipe needs; None if nothing
             was run.
         share: the sequences of this rank.
+        grids: by full name, of linears that are to be rounded after distilling.
     """
 
     records: list[BlockRecord]
     dense_NTC: HiddenStates | None
     share: Share
+    grids: dict[str, Grid] = field(default_factory=dict)
 
 
 def prune_blocks(
@@ -98,6 +101,8 @@ def prune_blocks(
     progress(0, len(blocks), "embeddings")
     pruned_NTC, dense_NTC = first_inputs(decoder, recipe, calibration, resources, share)  # line 1
     records: list[BlockRecord] = []
+    grids: dict[str, Grid] = {}
+    later = recipe.rounds_last
     for place, (unit, unit_budgets) in enumerate(zip(in_order[: last + 1], plan, strict=False)):  # line 2
         watch = Stopwatch(resources.device)
         with ExitStack() as stack:
@@ -115,7 +120,13 @@ def prune_blocks(
                 for block in unit.blocks:
                     block.run(dense_NTC, resources.batch, into=dense_NTC)
                     tensors = ranks.tensors_from_first(journal.tensors(block.index) if journal is not None else {})
-                    decoder.load_tensors(block, codes.decode(tensors, quantization) if quantization else tensors)
+                    if quantization is not None and later:
+                        tensors, of_block = unrounded.decode(tensors, quantization.bits)
+                        grids |= of_block
+                        decoder.load_tensors(block, tensors)
+                        quantizing.round_block(block, of_block, quantization)
+                    else:
+                        decoder.load_tensors(block, codes.decode(tensors, quantization) if quantization else tensors)
                     if place < last_open:
                         block.run(pruned_NTC, resources.batch, into=pruned_NTC)
                     records.append(done[block.index])
@@ -123,19 +134,22 @@ def prune_blocks(
                 continue
             paths_NTC, gradients = (pruned_NTC, dense_NTC), measured.gradients
             step = Step(unit, unit_budgets, recipe, *paths_NTC, share, gradients, seed, resources, watch)
-            unit_records, quantized = prune_unit(step)  # lines 3 to 12
+            unit_records, coded = prune_unit(step)  # lines 3 to 12
+            if later:
+                for name, weight in coded.unrounded.items():
+                    grids[name] = weight.grid
+                    unit.weight(name).detach().copy_(weight.w_OI)
             ranks.check_same(unit.blocks[-1].name, [unit.weight(name) for name in unit.prunables])
             records += unit_records
             if journal is not None:
                 with watch("write"):
                     journal.settle()  # before there are two blocks to be written
                     for block, record in zip(unit.blocks, unit_records, strict=True):
-                        coded = {
-                            decoder.name_in_files(name): quantized[name]
-                            for name in block.prunables
-                            if name in quantized and resources.codes
-                        }
-                        journal.keep(codes.encode(decoder.stored(block), coded), record)
+                        if later:
+                            moved = {name: coded.unrounded[name] for name in block.prunables if name in coded.unrounded}
+                            journal.keep(unrounded.encode(decoder.stored(block), moved), record)
+                        else:
+                            journal.keep(quantizing.in_files(decoder, block, coded.quantized, resources.codes), record)
         memory.trim()
         progress(
             len(records),
@@ -145,7 +159,7 @@ def prune_blocks(
     if journal is not None:
         journal.settle()
     records += [done[block.index] for unit in in_order[last + 1 :] for block in unit.blocks]
-    return Pruned(records, dense_NTC, share)
+    return Pruned(records, dense_NTC, share, grids)
 
 
 def _done(journal: Journal | None, in_order: list[Unit]) -> dict[int, BlockRecord]:

@@ -49,6 +49,7 @@ def prune_model(
         calibration,
         pruned.records,
         pruned.dense_NTC,
+        pruned.grids,
         share=pruned.share,
         seed=seed,
         resources=resources,

@@ -18,13 +18,16 @@ from besa.methods.allocation.changing import ChangingLinears
 from besa.methods.allocation.descent import Descent
 from besa.methods.apportioning import apportion
 from besa.methods.recipe import Recipe
+from besa.models.blocks import Block
+from besa.models.streaming import Decoder
 from besa.models.units import Unit
 from besa.observing.input_statistics import InputStatistics
-from besa.quantization import Clipping, MinMax, Quantized
+from besa.quantization import Clipping, Coding, Grid, Quantized, Unrounded
+from besa.storage.formats import codes
 from besa.system import ranks
 
 
-def check(quantization: MinMax, in_order: list[Unit], plan: list[list[Budget]]) -> None:
+def check(quantization: Coding, in_order: list[Unit], plan: list[list[Budget]]) -> None:
     """Check that every linear of the plan can be quantised.
 
     Args:
@@ -42,7 +45,7 @@ def check(quantization: MinMax, in_order: list[Unit], plan: list[list[Budget]]) 
 
 
 def allocate_and_quantize(
-    problem: BlockProblem, recipe: Recipe, quantization: MinMax, statistics: Mapping[str, InputStatistics]
+    problem: BlockProblem, recipe: Recipe, quantization: Coding, statistics: Mapping[str, InputStatistics]
 ) -> tuple[Allocated, dict[str, Quantized]]:
     """Decide the zeros and the codes of a block.
 
@@ -75,12 +78,65 @@ def allocate_and_quantize(
     return replace(allocated, losses=[*losses, *allocated.losses]), quantized
 
 
+def allocate_before_moving(problem: BlockProblem, recipe: Recipe, quantization: Coding) -> Allocated:
+    """Decide the zeros of a block whose weights will move before they become codes; arguments as above.
+
+    Weights that round to zero where they are now come first. Where a budget prunes nothing, they alone become zero.
+
+    Returns:
+        The zeros of each row, and the ranks by which they are chosen.
+
+    Raises:
+        BesaError: the block already has more zeros than its budget allows.
+    """
+    order: dict[str, Tensor] = {}
+    counts: dict[str, Tensor] = {}
+    for name, linear in problem.linears.items():
+        q_OI = quantization.clipping_of(name, linear.w_OI).quantized(linear.w_OI.dtype).weight()
+        order[name] = _order(linear, q_OI, recipe.group)
+        counts[name] = (q_OI == 0).sum(dim=1)
+    linears = {name: replace(linear, ranks_OI=order[name]) for name, linear in problem.linears.items()}
+    pruning = [budget for budget in problem.budgets if budget.zeros]
+    allocated = recipe.allocation.allocate(replace(problem, linears=linears, budgets=pruning))
+    return replace(allocated, counts=counts | allocated.counts, ranks=order | allocated.ranks)
+
+
+def _order(linear: RankedLinear, q_OI: Tensor, group: int | None = None) -> Tensor:
+    """The pruning order of a weight (O, I), those that round to zero first."""
+    return ranks.by_rows(lambda rows: rank(linear.importance_OI[rows], q_OI[rows], group), len(q_OI))
+
+
 def _ranked(recipe: Recipe, linear: RankedLinear, clipping: Clipping, statistics: InputStatistics) -> RankedLinear:
     """The weight with the pruning order of its quantised form; weights that round to zero come first."""
     q_OI = clipping.quantized(linear.w_OI.dtype).weight()
     importance_OI = recipe.importance.score(q_OI, statistics)
-    ranks_OI = ranks.by_rows(lambda rows: rank(importance_OI[rows], q_OI[rows]), len(q_OI))
-    return replace(linear, importance_OI=importance_OI, ranks_OI=ranks_OI)
+    scored = replace(linear, importance_OI=importance_OI)
+    return replace(scored, ranks_OI=_order(scored, q_OI))
+
+
+def round_block(block: Block, grids: Mapping[str, Grid], quantization: Coding) -> dict[str, Quantized]:
+    """Round the linears of a block that have these grids, in place; returns them by full name."""
+    quantized = {}
+    for name, grid in grids.items():
+        if name in block.prunables:
+            w_OI = block.weight(name).detach()
+            of_linear = Grid(grid.step_OG.to(w_OI.device), grid.zero_OG.to(w_OI.device), grid.bits)
+            quantized[name] = Unrounded(w_OI, of_linear, quantization.symmetric).quantized()
+            w_OI.copy_(quantized[name].weight())
+    return quantized
+
+
+def in_files(decoder: Decoder, block: Block, quantized: Mapping[str, Quantized], as_codes: bool) -> dict[str, Tensor]:
+    """All tensors of an open block, named as in the checkpoint's files.
+
+    Args:
+        decoder: of the block.
+        block: with its final weights.
+        quantized: by full name, of this block and others.
+        as_codes: store quantised weights as codes; else as the numbers they stand for.
+    """
+    coded = {decoder.name_in_files(name): quantized[name] for name in block.prunables if name in quantized and as_codes}
+    return codes.encode(decoder.stored(block), coded)
 
 
 def learn_clipping(problem: BlockProblem, clippings: Mapping[str, Clipping], descent: Descent) -> list[float]:

@@ -6,7 +6,7 @@ Shape suffixes: N sequences, T tokens, C channels of the residual stream, O rows
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from besa.errors import BesaError
 from besa.methods.allocation import Allocated, BlockProblem, RankedLinear, first_tokens
 from besa.methods.finetuning import Finetuned
 from besa.methods.recipe import Recipe
+from besa.methods.reconstruction.rounding import unrounded
 from besa.models.activations import HiddenStates
 from besa.models.prunable import everywhere
 from besa.models.units import Part, Unit, parts
@@ -25,7 +26,7 @@ from besa.observing.losses import error_between
 from besa.pruning import quantizing
 from besa.pruning.counted import linear_records
 from besa.pruning.paths import ERROR_SHARE, ERROR_TOKENS, Resources
-from besa.quantization import Quantized
+from besa.quantization import Quantized, Unrounded
 from besa.record import BlockRecord
 from besa.system import ranks
 from besa.system.ranks import Share
@@ -61,11 +62,24 @@ class Step:
     watch: Stopwatch
 
 
-def prune_unit(step: Step) -> tuple[list[BlockRecord], dict[str, Quantized]]:
+@dataclass
+class Coded:
+    """The quantised weights of a unit, by full name.
+
+    Attributes:
+        quantized: all of them.
+        unrounded: those that have moved, as they were before their rounding.
+    """
+
+    quantized: dict[str, Quantized] = field(default_factory=dict)
+    unrounded: dict[str, Unrounded] = field(default_factory=dict)
+
+
+def prune_unit(step: Step) -> tuple[list[BlockRecord], Coded]:
     """Prune a unit in place, and move both paths on to its outputs.
 
     Returns:
-        A record of each block, and the quantised weights of the unit by full name.
+        A record of each block, and the quantised weights of the unit.
 
     Raises:
         BesaError: no token reaches a matrix that is to be pruned, or the block already has more zeros than its budget
@@ -81,19 +95,18 @@ def prune_unit(step: Step) -> tuple[list[BlockRecord], dict[str, Quantized]]:
     unit_targets_NTC = step.dense_NTC if outputs_NTC is None else outputs_NTC
     linears: dict[str, RankedLinear] = {}
     losses: list[float] = []
-    quantized: dict[str, Quantized] = {}
+    coded = Coded()
     for part, targets_NTC in zip(in_turn, [*part_targets, unit_targets_NTC], strict=True):
-        part_linears, allocated, part_quantized = _prune(step, part, targets_NTC, statistics)
+        part_linears, allocated = _prune(step, part, targets_NTC, statistics, coded)
         linears |= part_linears
         losses += allocated.losses
-        quantized |= part_quantized
     with watch("finetune"):
         finetuned = recipe.finetune.tune(
             unit, list(linears), step.pruned_NTC, step.dense_NTC, step.share, step.seed + unit.index
         )
         for name, w_OI in finetuned.weights.items():
             unit.weight(name).detach().copy_(w_OI)
-    return _records(step, linears, losses, finetuned, dense_outputs), quantized
+    return _records(step, linears, losses, finetuned, dense_outputs), coded
 
 
 def _observe(step: Step, outputs_NTC: HiddenStates | None) -> tuple[dict[str, InputStatistics], list[HiddenStates]]:
@@ -137,11 +150,13 @@ def _check_seen(step: Step, statistics: Mapping[str, InputStatistics]) -> None:
 
 
 def _prune(
-    step: Step, part: Part, targets_NTC: HiddenStates, statistics: Mapping[str, InputStatistics]
-) -> tuple[dict[str, RankedLinear], Allocated, dict[str, Quantized]]:
-    """Prune a part of the unit in place; returns its dense linears, its zeros, and its quantised weights."""
+    step: Step, part: Part, targets_NTC: HiddenStates, statistics: Mapping[str, InputStatistics], coded: Coded
+) -> tuple[dict[str, RankedLinear], Allocated]:
+    """Prune a part of the unit in place; returns its dense linears and its zeros, and adds to the quantised weights."""
     unit, recipe, watch = step.unit, step.recipe, step.watch
     budgets = [budget for budget in step.budgets if budget.names[0] in part.names]
+    if not budgets:  # all its linears are skipped
+        return {}, Allocated({})
     with watch("rank"):
         linears = {name: _ranked(unit, name, recipe, statistics[name]) for budget in budgets for name in budget.names}
     block = unit.silencing(part.silent)
@@ -155,24 +170,30 @@ def _prune(
         step.share,
         gradients=step.gradients,
     )
-    quantized: dict[str, Quantized] = {}
+    coding, moved = recipe.quantization.coding, recipe.quantization.moved
     with watch("allocate"):
-        if recipe.quantization.coding is not None:
-            allocated, quantized = quantizing.allocate_and_quantize(
-                problem, recipe, recipe.quantization.coding, statistics
-            )
+        if moved is not None:
+            allocated = quantizing.allocate_before_moving(problem, recipe, moved)
+        elif coding is not None:
+            allocated, quantized = quantizing.allocate_and_quantize(problem, recipe, coding, statistics)
+            coded.quantized |= quantized
         else:
             allocated = recipe.allocation.allocate(problem)  # lines 5 to 10
     with watch("rebuild"), torch.no_grad():
         for name, linear in linears.items():  # line 12
-            if name in quantized:
-                w_OI = quantized[name].weight()
+            if name in coded.quantized:
+                w_OI = coded.quantized[name].weight()
             else:
                 ranks_OI = allocated.ranks.get(name, linear.ranks_OI)
                 counts_O = allocated.counts[name]
                 w_OI = recipe.reconstruction.rebuild(linear.w_OI, ranks_OI, counts_O, statistics[name], recipe.group)
+            if moved is not None:
+                groups = moved.groups(name, w_OI.shape[1])
+                coded.unrounded[name] = unrounded(w_OI, linear.w_OI, statistics[name], moved, groups)
+                coded.quantized[name] = coded.unrounded[name].quantized()
+                w_OI = coded.quantized[name].weight()
             unit.weight(name).copy_(w_OI)
-    return linears, allocated, quantized
+    return linears, allocated
 
 
 def _part_targets(step: Step, part: Part) -> HiddenStates:

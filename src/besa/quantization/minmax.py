@@ -71,6 +71,18 @@ def codes(w_OI: Tensor, grid: Grid) -> Tensor:
     return codes_OGI.reshape(w_OI.shape)
 
 
+def kept_codes(w_OI: Tensor, grid: Grid) -> Tensor:
+    """`codes` (O, I) of a pruned weight: a zero has the code of zero, and no other weight has it.
+
+    What would round to zero has the next code on its side of zero, or on the other side where the grid ends.
+    """
+    codes_OI = codes(w_OI, grid)
+    zero_OI = grid.zero_OG.repeat_interleave(w_OI.shape[1] // grid.zero_OG.shape[1], dim=1)
+    up_OI = torch.where(w_OI < 0, zero_OI == 0, zero_OI < grid.largest)
+    beside_OI = torch.where(up_OI, zero_OI + 1, zero_OI - 1)
+    return torch.where(w_OI == 0, zero_OI, torch.where(codes_OI == zero_OI, beside_OI, codes_OI))
+
+
 def dequantized(codes_OI: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
     """Q(W) = (codes − z)·h of eq. 7 (O, I), multiplied in `dtype`, as programs that load the codes do."""
     codes_OGI = _grouped(codes_OI, grid.step_OG.shape[1])

@@ -20,6 +20,7 @@ from besa.methods.steps import average, one_pass, root_mean_square, split
 from besa.models.transfers import fetched
 from besa.observing.divergence import divergence, tokens_at_once
 from besa.progress import Progress
+from besa.quantization.minmax import dequantized, kept_codes
 from besa.system import ranks
 from besa.system.machine import learning_dtype, loss_scaler
 
@@ -132,8 +133,11 @@ class Course:
     ) -> None:
         """Learn from some sequences of all ranks."""
         scale = scaler.scale(torch.ones((), device=self._pupil.whole.device))
+        predicting = self._predicting(values)
         for place in self._pupil.share.own(sequences):
-            self._loss(values, place, scale)
+            self._loss(predicting, place, scale)
+        for name, value in values.items():
+            value.grad = predicting[name].grad  # straight through the rounding, if there is one
         average(values.values(), len(sequences))
         for name, value in values.items():
             if name in self._linears and value.grad is not None:  # None if no token reached an expert
@@ -153,9 +157,20 @@ class Course:
 
     def _held_out_loss(self, values: Mapping[str, Tensor]) -> float:
         """The mean loss of the held-out sequences of all ranks."""
-        losses = [self._loss(values, place, None) for place in self._pupil.share.own(self._held)]
+        predicting = self._predicting(values)
+        losses = [self._loss(predicting, place, None) for place in self._pupil.share.own(self._held)]
         of_ranks = ranks.all_of(torch.stack(losses).tolist() if losses else [])
         return fmean(loss for of_rank in of_ranks for loss in of_rank)
+
+    def _predicting(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The values that the model predicts with: linears with grids are rounded, learning or not."""
+        predicting = dict(values)
+        for name, grid in self._pupil.grids.items():
+            own, value = self._pupil.whole.own(name), values.get(name)
+            w_OI = own if value is None else written(value.detach(), own != 0, own.dtype)
+            q_OI = dequantized(kept_codes(w_OI, grid), grid, own.dtype)
+            predicting[name] = q_OI if value is None else q_OI.float().requires_grad_()
+        return predicting
 
     def _loss(self, values: Mapping[str, Tensor], place: int, scale: Tensor | None) -> Tensor:
         """The loss (scalar) of a sequence; with a scale, its gradients are added to those of the values."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from besa.models.activations import HiddenStates
 from besa.models.whole import Whole
 from besa.progress import Progress
+from besa.quantization import Grid
 from besa.settings import Settings
 from besa.system.ranks import Share
 
@@ -33,6 +34,7 @@ class Pupil:
         seed: of the order of sequences.
         seconds: that the run has taken so far.
         head: cost of the model's head, as a share of a forward pass through all blocks.
+        grids: by full name, of linears that the model has unrounded and that predict as rounded.
     """
 
     whole: Whole
@@ -44,6 +46,7 @@ class Pupil:
     seed: int
     seconds: float
     head: float
+    grids: Mapping[str, Grid] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -56,11 +56,16 @@ def held_out_error(w_OI: Tensor, dense_OI: Tensor, statistics: InputStatistics) 
 
 def better(changed_OI: Tensor, unchanged_OI: Tensor, dense_OI: Tensor, statistics: InputStatistics) -> Tensor:
     """Whichever of two weights (O, I) has the lower error on held-out tokens; rows at equal distances decide."""
+    return changed_OI.where(is_better(changed_OI, unchanged_OI, dense_OI, statistics), unchanged_OI)
+
+
+def is_better(changed_OI: Tensor, unchanged_OI: Tensor, dense_OI: Tensor, statistics: InputStatistics) -> Tensor:
+    """Whether (scalar) the first of two weights has the lower error on held-out tokens, as of `better`."""
     every = -(-len(dense_OI) // ROWS)
     changed, unchanged = (
         held_out_error(w_OI[::every], dense_OI[::every], statistics) for w_OI in (changed_OI, unchanged_OI)
     )
-    return changed_OI.where(changed < unchanged, unchanged_OI)
+    return changed < unchanged
 
 
 def solve(

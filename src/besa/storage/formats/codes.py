@@ -15,7 +15,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from torch import Tensor, nn
 
 from besa.errors import BesaError
-from besa.quantization import Grid, MinMax, Quantized
+from besa.quantization import Coding, Grid, Quantized
 from besa.storage.formats.bitmask import FLOATS, is_positive
 
 FORMAT = "pack-quantized"
@@ -80,7 +80,7 @@ def tensors_of(weight: Quantized) -> dict[str, Tensor]:
     return tensors
 
 
-def decode(tensors: Mapping[str, Tensor], quantization: MinMax) -> dict[str, Tensor]:
+def decode(tensors: Mapping[str, Tensor], quantization: Coding) -> dict[str, Tensor]:
     """The dense tensors of a block from what `encode` returned, to the bit."""
     dense = {name: tensor for name, tensor in tensors.items() if not name.endswith(KEYS)}
     for linear in linears(tensors):
@@ -186,13 +186,13 @@ def bytes_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     return {names[key]: tensor.nbytes for key, tensor in tensors.items()}
 
 
-def _scheme(quantization: MinMax) -> QuantizationScheme:
+def _scheme(quantization: Coding) -> QuantizationScheme:
     grouped = {"strategy": "group", "group_size": quantization.group} if quantization.group else {"strategy": "channel"}
     arguments = QuantizationArgs(num_bits=quantization.bits, type="int", symmetric=quantization.symmetric, **grouped)
     return QuantizationScheme(targets=["Linear"], weights=arguments)
 
 
-def quantization_config(quantization: MinMax, ignored: Iterable[str]) -> dict[str, Any]:
+def quantization_config(quantization: Coding, ignored: Iterable[str]) -> dict[str, Any]:
     """The quantization_config of config.json, for programs that load the model.
 
     Args:

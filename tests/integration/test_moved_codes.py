@@ -1,0 +1,138 @@
+"""Weights that move and become codes: budgets, grids, files, packing, and runs that go on."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import besa
+from besa import BesaError, Recipe
+from besa.api import Compressed
+from besa.errors import Interrupted
+from besa.storage import snapshots
+
+TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
+TEXT = str(TINY / "calibration.txt")
+SIZES = {"samples": 17, "seqlen": 32}
+DENSE = ["*.layers.[2-7].*"]  # for speed
+FEW = ["quantization.group=32", "distill.epochs=1"]
+
+
+def recipe(*overrides: str, name: str = "best-int4") -> Recipe:
+    return Recipe.load(name, overrides=[*FEW, *overrides]).with_exceptions(DENSE, [])
+
+
+def prunable(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of the quantised linears, as anybody loads them; the first forward pass makes them."""
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        model(torch.tensor([[1, 2, 3]]))
+    return {
+        name: module.weight.detach()
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and any(f".layers.{index}." in name for index in (0, 1))
+    }
+
+
+@pytest.fixture(scope="module")
+def moved(tmp_path_factory: pytest.TempPathFactory) -> Compressed:
+    """A run that nobody stopped."""
+    out = tmp_path_factory.mktemp("moved") / "out"
+    return besa.compress(TINY, recipe(), TEXT, out=out, **SIZES)
+
+
+def test_budgets_are_exact_and_values_are_on_the_grid(moved: Compressed) -> None:
+    assert moved.out is not None
+    weights = prunable(moved.out)
+    assert len(weights) == 2 * 7
+    zeros = sum(int((w_OI == 0).sum()) for w_OI in weights.values())
+    assert zeros == moved.record.zeros == moved.record.weights // 2
+    for w_OI in weights.values():
+        for part in w_OI.reshape(-1, 32)[:50]:
+            assert part.unique().numel() <= 16
+    settings = json.loads((moved.out / "config.json").read_text())["quantization_config"]
+    assert settings["format"] == "pack-quantized"
+    assert settings["config_groups"]["group_0"]["weights"]["num_bits"] == 4
+
+
+def test_the_model_learns_through_the_rounding(moved: Compressed) -> None:
+    """The held-out divergence is that of the codes as written: lower than before, and of what is stored."""
+    distilling = moved.record.distilling
+    assert distilling is not None
+    assert distilling.losses[-1] < distilling.losses[0]
+
+
+def test_a_model_in_memory_becomes_the_same(moved: Compressed, tmp_path: Path) -> None:
+    """And the numbers that codes stand for, where they are asked for."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(TINY), AutoTokenizer.from_pretrained(TINY)
+    out = tmp_path / "dequantized"
+    record = besa.compress(model, recipe(), TEXT, out=out, tokenizer=tokenizer, dequantized=True, **SIZES).record
+    assert record.distilling is not None
+    assert moved.record.distilling is not None
+    assert record.distilling.losses == moved.record.distilling.losses
+    assert moved.out is not None
+    stored, modules = prunable(out), dict(model.named_modules())
+    for name, w_OI in prunable(moved.out).items():
+        assert torch.equal(w_OI, stored[name]), name
+        assert torch.equal(w_OI, modules[name].weight), name
+
+
+def test_a_packed_checkpoint_has_the_same_bits(moved: Compressed, tmp_path: Path) -> None:
+    assert moved.out is not None
+    besa.pack(moved.out, tmp_path / "packed")
+    besa.unpack(tmp_path / "packed", tmp_path / "again")
+    before, after = (load_file(folder / "model.safetensors") for folder in (moved.out, tmp_path / "again"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("stop", ["block", "step", "epoch"])
+def test_a_run_that_was_stopped_goes_on(
+    stop: str, moved: Compressed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a block, within an epoch and at its end: the files are the same to the bit."""
+    monkeypatch.setattr(snapshots, "EVERY", 0.0)
+    monkeypatch.setattr(snapshots, "SHARE", math.inf)
+    told = 0
+
+    def progress(done: float, total: float, note: str = "") -> None:
+        nonlocal told
+        distilling = note.startswith("distilling")
+        told += distilling or (stop == "block" and note.startswith("error"))
+        if told == {"block": 2, "step": 3, "epoch": 15}[stop]:
+            raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with pytest.raises(Interrupted):
+        besa.compress(TINY, recipe(), TEXT, out=out, progress=progress, **SIZES)
+    record = besa.compress(TINY, recipe(), TEXT, out=out, resume=True, **SIZES).record
+    assert record.distilling is not None
+    assert moved.record.distilling is not None
+    assert record.distilling.losses == moved.record.distilling.losses
+    assert moved.out is not None
+    for name in ("model.safetensors", "config.json"):
+        assert (out / name).read_bytes() == (moved.out / name).read_bytes(), name
+
+
+def test_without_pruning_the_zeros_are_those_of_rounding(tmp_path: Path) -> None:
+    """Whole rows in eight bits, and no distilling."""
+    chosen = recipe("distill={method: none}", "quantization.group=null", "targets.method=uniform", name="best-int8").at(
+        0
+    )
+    result = besa.compress(TINY, chosen, TEXT, out=tmp_path / "out", **SIZES)
+    weights = prunable(tmp_path / "out")
+    zeros = sum(int((w_OI == 0).sum()) for w_OI in weights.values())
+    assert zeros == result.record.zeros
+    assert 0 < zeros < 0.1 * result.record.weights
+    assert all(part.unique().numel() <= 256 for w_OI in weights.values() for part in w_OI[:20])
+
+
+def test_what_does_not_go_together() -> None:
+    with pytest.raises(BesaError, match=r"finetune.*set finetune\.method=none"):
+        recipe("finetune.method=adam")
+    with pytest.raises(BesaError, match="no whole number of groups of 128"):
+        besa.compress(TINY, recipe("quantization.group=128"), TEXT, **SIZES)
