@@ -96,3 +96,8 @@ def passed(weight: Bitmask) -> _Weight:
         1 if scales_OG is None else scales_OG.shape[1],
         0 if weight.bits is None else 2 ** (weight.bits - 1),
     )
+
+
+def passed_dense(w_OI: Tensor) -> _Weight:
+    """A dense weight as a C structure, for kernels that take both; its tensor must live until the kernel returns."""
+    return _Weight(None, w_OI.data_ptr(), None, *w_OI.shape, None, None, 0, 1, 0)

@@ -24,6 +24,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from besa.checkpoint.checking import check_layout, check_packed
 from besa.errors import BesaError
 from besa.models.layout import renaming
+from besa.runtime.dense import DenseLinear
 from besa.runtime.linear import SparseLinear
 from besa.storage.formats import bitmask, codes
 from besa.storage.formats.bitmask import Bitmask
@@ -121,6 +122,9 @@ def finish(model: PreTrainedModel, packed: Stored) -> PreTrainedModel:
         for key in of_linear:
             delattr(dense, key)
         dense.weight = nn.Parameter(codes.quantized(of_linear, packed.bits).weight().to(loaded.device, dtype))
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear:
+            model.set_submodule(name, DenseLinear(module))
     model.save_pretrained = MethodType(save_pretrained, model)
     return model.requires_grad_(False)
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import platform
 import sys
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from besa.kernels import native
 from besa.kernels.operators import triton_works
+from besa.kernels.processor import processor
 from besa.system.devices import device_name
 from besa.version import __version__
 
@@ -26,7 +26,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     """The machine of a run, for its record: processor, threads, type of the device, a GPU's name, and kernels."""
     return {
         "system": sys.platform,
-        "processor": _processor(),
+        "processor": processor(),
         "threads": torch.get_num_threads(),
         "device": device.type,
         "gpu": device_name(device),
@@ -69,12 +69,3 @@ def _kernels(device: torch.device) -> str:
     if device.type == "cpu":
         return next(iter(native.paths()), "torch")
     return "triton" if device.type == "cuda" and triton_works(device) else "torch"
-
-
-def _processor() -> str:
-    """The processor's marketing name, or its architecture if the system does not give the name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
