@@ -1,4 +1,4 @@
-"""Tiles and dense kernels against products in double precision, within the rounding that is stated; how a way is chosen."""
+"""Tiles and dense kernels against products in double precision, and how a way to multiply is chosen."""
 
 import json
 from dataclasses import replace
@@ -18,7 +18,9 @@ from tests.unit.test_sparse import with_threads
 FLOATS = {torch.float32: ["singles"], torch.float16: ["singles"], torch.bfloat16: ["singles", "pairs"]}
 CASES = [(dtype, path) for dtype, paths in FLOATS.items() for path in paths if path in tiles_native.paths()]
 BATCHES = [1, 5, 16, 17, 33, 48, 64, 70]
-needs_tiles = pytest.mark.skipif(not tiles_native.paths(), reason="this processor has no AVX-512, or there is no compiler")
+needs_tiles = pytest.mark.skipif(
+    not tiles_native.paths(), reason="this processor has no AVX-512, or there is no compiler"
+)
 
 
 def assert_product(y_NO, x_NI, w_OI, rounded=0.0):
@@ -32,7 +34,7 @@ def assert_product(y_NO, x_NI, w_OI, rounded=0.0):
 @needs_tiles
 @pytest.mark.parametrize(("dtype", "path"), CASES)
 @given(w_OI=weights(), batch=st.sampled_from(BATCHES), threads=st.integers(1, 3))
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 def test_products_with_floats(dtype, path, w_OI, batch, threads):
     w_OI = w_OI.to(dtype)
     weight = bitmask.pack(w_OI)
@@ -45,7 +47,7 @@ def test_products_with_floats(dtype, path, w_OI, batch, threads):
 @needs_tiles
 @pytest.mark.parametrize(("dtype", "path"), CASES)
 @given(weight=quantized(), batch=st.sampled_from(BATCHES), threads=st.integers(1, 3))
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 def test_products_with_codes(dtype, path, weight, batch, threads):
     packed = bitmask.pack_codes(weight)
     packed = replace(packed, scales_OG=packed.scales_OG.to(dtype))
@@ -154,7 +156,15 @@ def test_the_fastest_way_is_taken(monkeypatch):
 
 
 def test_places_of_numbers_of_rows():
-    assert [choosing.COUNTS[choosing.place(count)] for count in (1, 2, 5, 12, 63, 64, 5000)] == [1, 2, 4, 12, 32, 64, 256]
+    assert [choosing.COUNTS[choosing.place(count)] for count in (1, 2, 5, 12, 63, 64, 5000)] == [
+        1,
+        2,
+        4,
+        12,
+        32,
+        64,
+        256,
+    ]
 
 
 @pytest.mark.parametrize("way", sparse.WAYS)

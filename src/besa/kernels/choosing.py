@@ -27,7 +27,10 @@ Work = Callable[[], object]
 
 
 def fastest(
-    subject: str, sources: Sequence[str], ways: Sequence[str], prepare: Callable[[], Mapping[str, Callable[[int], Work]]]
+    subject: str,
+    sources: Sequence[str],
+    ways: Sequence[str],
+    prepare: Callable[[], Mapping[str, Callable[[int], Work]]],
 ) -> list[str]:
     """The name of the fastest way for each of `COUNTS`.
 

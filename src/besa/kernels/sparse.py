@@ -1,10 +1,10 @@
 """Products with bitmask weights (docs/formats.md), without making the whole weight dense if that can be helped.
 
 Kernels multiply a few rows of x, in C++ on the CPU and in Triton on a GPU. For many rows, arithmetic costs more than
-memory traffic. On the CPU, tiles unpack some of the weight into the caches, where all rows of x meet it; or the weight is
-made dense for torch, in panels that the caches hold. Which is faster is measured once on a machine. Elsewhere the weight
-is made dense as a whole, so that nothing waits for the host. This is also the way without kernels, and the reference of
-their tests.
+memory traffic. On the CPU, tiles unpack some of the weight into the caches, where all rows of x meet it; or the weight
+is made dense for torch, in panels that the caches hold. Which is faster is measured once on a machine. Elsewhere the
+weight is made dense as a whole, so that nothing waits for the host. This is also the way without kernels, and the
+reference of their tests.
 
 Shape suffixes: N rows of x, O rows and I columns of the weight.
 """

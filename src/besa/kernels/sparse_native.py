@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -75,11 +76,18 @@ def expand(weight: Bitmask, bands: slice, path: str = "") -> Tensor:
 
 
 def _call(work: str, weight: Bitmask, path: str, *arguments: int) -> None:
-    path = path or paths()[0]
+    packed = passed(weight)
+    _function(work, weight.kind, path or paths()[0])(ctypes.addressof(packed), *arguments, torch.get_num_threads())
+
+
+@cache
+def _function(work: str, kind: str, path: str) -> Callable[..., None]:
+    """A kernel that takes the address of a weight, and whole numbers."""
     kernels = load(SOURCES[path])
     assert kernels is not None
-    numbers = [ctypes.c_int64(argument) for argument in (*arguments, torch.get_num_threads())]
-    kernels[f"{work}_{weight.kind}_{path}"](ctypes.byref(passed(weight)), *numbers)
+    function = kernels[f"{work}_{kind}_{path}"]
+    function.argtypes, function.restype = [ctypes.c_void_p, *[ctypes.c_int64] * 4], None
+    return function
 
 
 def passed(weight: Bitmask) -> _Weight:
