@@ -97,6 +97,17 @@ def test_threads_and_other_rows_change_no_bit():
 
 
 @needs_tiles
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_product_is_rounded_in_the_end(dtype):
+    w_OI = half_pruned(37, 300).to(dtype)
+    weight = bitmask.pack(w_OI)
+    x_NI = row_of_x(weight, 520, spread=1)
+    y_NO = tiles_native.multiply(x_NI, weight, dtype=dtype)
+    assert y_NO.dtype == dtype
+    assert torch.equal(y_NO, tiles_native.multiply(x_NI, weight).to(dtype))
+
+
+@needs_tiles
 @pytest.mark.parametrize("trouble", [torch.inf, torch.nan])
 def test_what_is_no_number_shows(trouble):
     for weight in (bitmask.pack(half_pruned(5, 70)), codes_weight(5, 70, 1, 4, False), half_pruned(5, 70)):

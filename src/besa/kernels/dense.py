@@ -77,7 +77,7 @@ def by_rows(x_NI: Tensor, w_OI: Tensor) -> Tensor:
 
 def by_tiles(x_NI: Tensor, w_OI: Tensor) -> Tensor:
     """x Wᵀ (N, O) by the kernels for many rows."""
-    return tiles_native.multiply(x_NI, w_OI).to(x_NI.dtype)
+    return tiles_native.multiply(x_NI, w_OI, dtype=x_NI.dtype)
 
 
 WAYS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"rows": by_rows, "tiles": by_tiles, "torch": linear}

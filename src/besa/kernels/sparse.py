@@ -81,7 +81,7 @@ def by_rows(x_NI: Tensor, weight: Bitmask) -> Tensor:
 
 def by_tiles(x_NI: Tensor, weight: Bitmask) -> Tensor:
     """x Wᵀ (N, O) by the kernels that unpack some of the weight for all rows of x."""
-    return tiles_native.multiply(x_NI, weight).to(x_NI.dtype)
+    return tiles_native.multiply(x_NI, weight, dtype=x_NI.dtype)
 
 
 def by_panels(x_NI: Tensor, weight: Bitmask) -> Tensor:

@@ -74,10 +74,10 @@ struct Singles {
 
 // Writes 16 columns, or 32, to a row of a panel.
 INLINE void put(float* to, __m512 w) { _mm512_storeu_ps(to, w); }
-INLINE void put(uint16_t* to, __m512 w) {
+INLINE void put(uint16_t* to, __m512 w, __mmask16 kept = 0xffff) {
     __m256i halves;
     asm("vcvtneps2bf16 %1, %0" : "=v"(halves) : "v"(w));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), halves);
+    _mm256_mask_storeu_epi16(to, kept, halves);
 }
 
 // What a kind of weight is: how a run becomes a chunk of numbers. A run is expanded to a vector, and that widened.
@@ -372,7 +372,8 @@ TARGET void tiles(const typename Unit::Number* w, const uint32_t* x, int64_t row
 
 // Some bands times all rows of x.
 template <typename Unit, typename Source>
-TARGET void panels(const Weight& weight, const Columns<Unit>& x, int64_t panel, float* y, int64_t first, int64_t last) {
+TARGET void panels(const Weight& weight, const Columns<Unit>& x, int64_t panel, void* y, bool rounded, int64_t first,
+                   int64_t last) {
     using Number = typename Unit::Number;
     const int64_t stride = x.registers * LANES;
     // One slice meets what is unpacked at once, in the first cache; for more, the whole panel goes to the second.
@@ -414,19 +415,25 @@ TARGET void panels(const Weight& weight, const Columns<Unit>& x, int64_t panel, 
                 for (int64_t i = 0; i < 16; ++i)
                     part[i] = r + i < rows ? _mm512_load_si512(sums.get() + (r + i) * stride + n) : __m512i{};
                 transpose(part);
-                for (int64_t i = 0; i < std::min(LANES, x.batch - n); ++i)
-                    _mm512_mask_storeu_epi32(y + (n + i) * weight.rows + top + r, inside(rows - r), part[i]);
+                for (int64_t i = 0; i < std::min(LANES, x.batch - n); ++i) {
+                    const int64_t at = (n + i) * weight.rows + top + r;
+                    if (rounded)
+                        put(static_cast<uint16_t*>(y) + at, _mm512_castsi512_ps(part[i]), inside(rows - r));
+                    else
+                        _mm512_mask_storeu_epi32(static_cast<float*>(y) + at, inside(rows - r), part[i]);
+                }
             }
     }
 }
 
 template <typename Unit, typename Source>
-void multiply(const Weight& weight, const typename Unit::Number* x, int64_t batch, float* y, int64_t threads) {
+void multiply(const Weight& weight, const typename Unit::Number* x, int64_t batch, char* y, bool rounded,
+              int64_t threads) {
     const int64_t bands = (weight.rows + ROWS - 1) / ROWS, columns = weight.columns;
     const int64_t share = (weight.rows + threads - 1) / threads;
     const int64_t panel = std::min(PANEL, (share + FEWEST - 1) / FEWEST * FEWEST);
     const int64_t all = (weight.rows + panel - 1) / panel, each = panel / ROWS;
-    for (int64_t n = 0; n < batch; n += PASS, x += PASS * columns, y += PASS * weight.rows) {
+    for (int64_t n = 0; n < batch; n += PASS, x += PASS * columns, y += PASS * weight.rows * (rounded ? 2 : 4)) {
         Columns<Unit> laid(std::min(PASS, batch - n), columns);
 #pragma omp parallel num_threads(threads)
         {
@@ -435,7 +442,7 @@ void multiply(const Weight& weight, const typename Unit::Number* x, int64_t batc
                 for (int64_t step = 0; step < laid.steps; step += 16) laid.lay(x, columns, r, step);
 #pragma omp for schedule(static)
             for (int64_t part = 0; part < threads; ++part)
-                panels<Unit, Source>(weight, laid, panel, y, all * part / threads * each,
+                panels<Unit, Source>(weight, laid, panel, y, rounded, all * part / threads * each,
                                      std::min(bands, all * (part + 1) / threads * each));
         }
     }
@@ -443,16 +450,15 @@ void multiply(const Weight& weight, const typename Unit::Number* x, int64_t batc
 
 }  // namespace
 
-// tiles_<kind>_<path>: y (batch, rows), float32, of x (batch, columns) in bfloat16 (a path with it, and a weight of it) or
-// float32.
+// tiles_<kind>_<path>: y (batch, rows) of x (batch, columns) in bfloat16 (pairs) or float32 (singles). y is float32, or
+// rounded to bfloat16 (pairs only).
 #define TILES(NAME, PATH, UNIT, SOURCE)                                                                                \
-    extern "C" void tiles_##NAME##_##PATH(const Weight* weight, const UNIT::Number* x, int64_t batch, float* y,        \
-                                          int64_t threads) {                                                           \
-        multiply<UNIT, SOURCE>(*weight, x, batch, y, threads);                                                         \
+    extern "C" void tiles_##NAME##_##PATH(const Weight* weight, const UNIT::Number* x, int64_t batch, char* y,         \
+                                          int64_t rounded, int64_t threads) {                                          \
+        multiply<UNIT, SOURCE>(*weight, x, batch, y, rounded, threads);                                                \
     }
 
-#define SINGLES(NAME, KIND)                         \
-    TILES(NAME, singles, Singles, Sparse<KIND>)
+#define SINGLES(NAME, KIND) TILES(NAME, singles, Singles, Sparse<KIND>)
 SINGLES(float32, Float32)
 SINGLES(float16, Float16)
 SINGLES(bfloat16, BFloat16)

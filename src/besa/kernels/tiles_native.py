@@ -43,23 +43,25 @@ def serves(weight: Bitmask | Tensor) -> bool:
     return bool(paths()) and weight.device.type == "cpu" and weight.dtype in FLOATS and weight.is_contiguous()
 
 
-def multiply(x_NI: Tensor, weight: Bitmask | Tensor, path: str = "") -> Tensor:
-    """y = x Wᵀ (N, O), float32.
+def multiply(x_NI: Tensor, weight: Bitmask | Tensor, path: str = "", dtype: torch.dtype = torch.float32) -> Tensor:
+    """y = x Wᵀ (N, O).
 
     Args:
         x_NI: in the weight's dtype, with at least one row.
         weight: that `serves` allows.
         path: `pairs` or `singles`; by default the best.
+        dtype: of y. Sums are float32, and rounded in the end.
     """
     path = path or path_of(x_NI.dtype, paths())
     x_NI = (x_NI if path == PAIRS else x_NI.float()).contiguous()
-    y_NO = torch.empty(len(x_NI), weight.shape[0])
+    rounded = path == PAIRS and dtype == torch.bfloat16
+    y_NO = torch.empty(len(x_NI), weight.shape[0], dtype=dtype if rounded else torch.float32)
     if isinstance(weight, Bitmask):
         kind, passed = weight.kind, sparse_native.passed(weight)
     else:
         kind, passed = f"dense_{str(weight.dtype).removeprefix('torch.')}", sparse_native.passed_dense(weight)
     kernels = load(SOURCE)
     assert kernels is not None
-    numbers = (x_NI.data_ptr(), len(x_NI), y_NO.data_ptr(), torch.get_num_threads())
+    numbers = (x_NI.data_ptr(), len(x_NI), y_NO.data_ptr(), rounded, torch.get_num_threads())
     kernels[f"tiles_{kind}_{path}"](ctypes.byref(passed), *(ctypes.c_int64(number) for number in numbers))
-    return y_NO
+    return y_NO.to(dtype)
