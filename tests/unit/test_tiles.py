@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import linear
 
 from besa.kernels import choosing, dense, sparse, sparse_native, tiles_native
+from besa.runtime.dense import DenseLinear
 from besa.storage.formats import bitmask
 from tests.sparse_weights import codes_weight, half_pruned, row_of_x
 from tests.unit.test_bitmask import quantized, weights
@@ -202,3 +203,19 @@ def test_every_way_may_be_chosen_for_a_dense_weight(monkeypatch, way):
         y_NO = dense.multiplied(x_NI, w_OI)
         assert y_NO.dtype == dtype
         torch.testing.assert_close(y_NO, linear(x_NI, w_OI), rtol=8 * torch.finfo(dtype).eps, atol=0.1)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_dense_linear_is_one_of_torch(bias):
+    """The same tensors, and the same outputs; torch's own where gradients are wanted."""
+    plain = torch.nn.Linear(70, 30, bias=bias)
+    layer = DenseLinear(plain)
+    assert layer.state_dict().keys() == plain.state_dict().keys()
+    assert layer.weight is plain.weight
+    x_NTI = torch.randn(2, 3, 70)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x_NTI), plain(x_NTI))
+    layer(x_NTI.requires_grad_()).sum().backward()
+    assert plain.weight.grad is not None
+    with torch.no_grad():
+        assert layer(x_NTI[:, :0]).shape == (2, 0, 30)
