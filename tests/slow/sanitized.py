@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from besa.kernels import build, native, reference, sparse_native
+from besa.kernels import build, dense, native, reference, sparse_native, tiles_native
 from besa.storage.formats import bitmask
 
 build.FLAGS = ("-O1", "-g", *build.FLAGS[1:], "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
@@ -58,6 +58,12 @@ def products(draw: random.Random, generator: torch.Generator) -> int:
     for path in sparse_native.paths():
         assert sparse_native.multiply(x_NI, weight, path).isfinite().all()
         sparse_native.expand(weight, bands, path)
+    many_NI, dense_OI = row_of_x(weight, draw.choice([1, 4, 16, 17, 40, 64, 70]), seed), weight.unpack()
+    for path in tiles_native.paths():
+        if path != tiles_native.PAIRS or weight.dtype == torch.bfloat16:
+            for multiply, of in ((tiles_native.multiply, weight), (tiles_native.multiply, dense_OI)):
+                assert multiply(many_NI, of, path).isfinite().all()
+            assert dense.multiply(many_NI, dense_OI, path).isfinite().all()
     return 2 * len(sparse_native.paths())
 
 

@@ -151,9 +151,9 @@ def test_nothing_times_anything_is_nothing(path):
         assert y_NO[0, 0].abs() < 1e-4  # the first row keeps nothing
 
 
-@pytest.mark.parametrize("batch", [0, 1, 5, sparse.MANY - 1, sparse.MANY])
+@pytest.mark.parametrize("batch", [0, 1, 5, 64])
 @pytest.mark.parametrize("dtype", bitmask.FLOATS)
-def test_many_rows_go_by_panels(monkeypatch, batch, dtype):
+def test_any_number_of_rows(monkeypatch, batch, dtype):
     monkeypatch.setattr(sparse, "PANEL", 8)
     coded = codes_weight(19, 96, 3, 4, False)
     steps_OG = coded.scales_OG.to(dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 
@@ -127,10 +128,17 @@ def _samples(kind: str) -> list[Bitmask]:
 
 
 def _call(work: str, weight: _Weight, kind: str, path: str, *arguments: int) -> None:
+    _function(work, kind, path)(ctypes.addressof(weight), *arguments, torch.get_num_threads())
+
+
+@cache
+def _function(work: str, kind: str, path: str) -> Callable[..., None]:
+    """A kernel that takes the address of a weight, and whole numbers."""
     kernels = load(SOURCES[path])
     assert kernels is not None
-    numbers = [ctypes.c_int64(argument) for argument in (*arguments, torch.get_num_threads())]
-    kernels[f"{work}_{kind}_{path}"](ctypes.byref(weight), *numbers)
+    function = kernels[f"{work}_{kind}_{path}"]
+    function.argtypes, function.restype = [ctypes.c_void_p, *[ctypes.c_int64] * 4], None
+    return function
 
 
 def passed(weight: Bitmask, way: Way = USUAL) -> _Weight:
@@ -148,3 +156,8 @@ def passed(weight: Bitmask, way: Way = USUAL) -> _Weight:
         0 if weight.bits is None else 2 ** (weight.bits - 1),
         *way,
     )
+
+
+def passed_dense(w_OI: Tensor) -> _Weight:
+    """A dense weight as a C structure, for kernels that take both; its tensor must live until the kernel returns."""
+    return _Weight(None, w_OI.data_ptr(), None, *w_OI.shape, None, None, 0, 1, 0)

@@ -26,6 +26,7 @@ from besa.errors import BesaError
 from besa.models.ends import ends
 from besa.models.layout import renaming
 from besa.runtime.coded import Coded, CodedEmbedding, CodedLinear
+from besa.runtime.dense import DenseLinear
 from besa.runtime.linear import SparseLinear
 from besa.storage.formats import bitmask, codes
 from besa.storage.formats.bitmask import Bitmask
@@ -161,6 +162,9 @@ def finish(model: PreTrainedModel, packed: Stored) -> PreTrainedModel:
         end = model.get_submodule(name)
         assert isinstance(end, Coded)
         end.keep(_as_loaded(end.matrix, matrix, model.dtype, name))
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear:
+            model.set_submodule(name, DenseLinear(module))
     model.save_pretrained = MethodType(save_pretrained, model)
     return model.requires_grad_(False)
 

@@ -11,7 +11,7 @@ import torch
 
 from besa.kernels import native
 from besa.kernels.operators import triton_works
-from besa.kernels.reading import processor
+from besa.kernels.processor import processor
 from besa.system.devices import device_name
 from besa.version import __version__
 

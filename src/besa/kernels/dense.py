@@ -1,0 +1,102 @@
+"""Products with dense weights, as torch keeps them, on the CPU: the head's, and those of linears that were not pruned.
+
+Torch's own product of one row reads a weight at half the rate of memory or less. Kernels for few rows of x read it
+as fast as it comes; for more, there are tiles. Which is faster is measured once on a machine.
+
+Shape suffixes: N rows of x, O rows and I columns of the weight.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from besa.kernels import choosing, tiles_native
+from besa.kernels.build import load
+from besa.storage.formats.bitmask import FLOATS
+
+SOURCE = "dense.cpp"
+EXAMPLE = (1024, 2048)  # rows and columns of the weights by which ways are compared
+COPIES = 16  # of them: a head is read from memory, not from a cache
+
+
+def multiplied(x_NI: Tensor, w_OI: Tensor) -> Tensor:
+    """x Wᵀ (N, O), in the dtype of both.
+
+    Products are added in float32, in an order that differs between kernels. The error of y before it is rounded is at
+    most I/8 + 16 roundings of 2^-24 Σ|w||x|.
+    """
+    assert x_NI.dtype == w_OI.dtype
+    if not len(x_NI) or not serves(w_OI):
+        return linear(x_NI, w_OI)
+    names = _fastest(w_OI.dtype, torch.get_num_threads())
+    return WAYS[names[choosing.place(len(x_NI))]](x_NI, w_OI)
+
+
+@cache
+def paths() -> list[str]:
+    """As `tiles_native.paths`, of the kernels for few rows."""
+    kernels = load(SOURCE)
+    names = (tiles_native.PAIRS, tiles_native.SINGLES)
+    return [] if kernels is None else [name for name in names if tiles_native.has(kernels, name)]
+
+
+def serves(w_OI: Tensor) -> bool:
+    """Whether there is a kernel for a weight."""
+    return w_OI.device.type == "cpu" and w_OI.dtype in FLOATS and w_OI.is_contiguous() and bool(paths())
+
+
+def multiply(x_NI: Tensor, w_OI: Tensor, path: str = "") -> Tensor:
+    """y = x Wᵀ (N, O), float32, by the kernels for few rows.
+
+    Args:
+        x_NI: in the weight's dtype, with at least one row.
+        w_OI: that `serves` allows.
+        path: `pairs` (of bfloat16) or `singles` (float32); by default the best.
+    """
+    path = path or tiles_native.path_of(x_NI.dtype, paths())
+    x_NI = (x_NI if path == tiles_native.PAIRS else x_NI.float()).contiguous()
+    rows, columns = w_OI.shape
+    y_NO = torch.empty(len(x_NI), rows)
+    kernels = load(SOURCE)
+    assert kernels is not None
+    numbers = (w_OI.data_ptr(), x_NI.data_ptr(), len(x_NI), columns, rows, y_NO.data_ptr(), torch.get_num_threads())
+    kernels[f"dense_{str(w_OI.dtype).removeprefix('torch.')}_{path}"](*(ctypes.c_int64(number) for number in numbers))
+    return y_NO
+
+
+def by_rows(x_NI: Tensor, w_OI: Tensor) -> Tensor:
+    """x Wᵀ (N, O) by the kernels for few rows."""
+    return multiply(x_NI, w_OI).to(x_NI.dtype)
+
+
+def by_tiles(x_NI: Tensor, w_OI: Tensor) -> Tensor:
+    """x Wᵀ (N, O) by the kernels for many rows."""
+    return tiles_native.multiply(x_NI, w_OI, dtype=x_NI.dtype)
+
+
+WAYS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"rows": by_rows, "tiles": by_tiles, "torch": linear}
+
+
+@cache
+def _fastest(dtype: torch.dtype, threads: int) -> list[str]:
+    """The fastest way to multiply so many rows of x by a weight, for each of `choosing.COUNTS`."""
+    assert threads == torch.get_num_threads()
+    ways = [name for name in WAYS if name != "tiles" or tiles_native.paths()]
+    return choosing.fastest(f"dense {dtype}", [SOURCE, tiles_native.SOURCE], ways, partial(_works, ways, dtype))
+
+
+def _works(ways: list[str], dtype: torch.dtype) -> Mapping[str, Callable[[int], choosing.Work]]:
+    generator = torch.Generator().manual_seed(0)
+    copies = [torch.randn(EXAMPLE, generator=generator).to(dtype) for _ in range(COPIES)]
+
+    def work(way: str, count: int) -> choosing.Work:
+        x_NI = torch.randn(count, EXAMPLE[1], generator=generator).to(dtype)
+        return lambda: [WAYS[way](x_NI, w_OI) for w_OI in copies[: max(1, COPIES // count)]]
+
+    return {way: partial(work, way) for way in ways}

@@ -1,0 +1,67 @@
+"""The kernels of tiles.cpp, for many rows of x, called on torch's tensors.
+
+Shape suffixes: N rows of x, O rows and I columns of the weight.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from besa.kernels import sparse_native
+from besa.kernels.build import load
+from besa.storage.formats.bitmask import FLOATS, Bitmask
+
+SOURCE = "tiles.cpp"
+PAIRS, SINGLES = "pairs", "singles"
+
+
+@cache
+def paths() -> list[str]:
+    """How this processor multiplies, best first: `pairs` of bfloat16, float32 `singles`; none without AVX-512."""
+    kernels = load(SOURCE)
+    return [] if kernels is None else [name for name in (PAIRS, SINGLES) if has(kernels, name)]
+
+
+def has(kernels: ctypes.CDLL, path: str) -> bool:
+    """Whether a library has kernels for a path, and the processor can run it."""
+    return hasattr(kernels, f"has_{path}") and bool(kernels[f"has_{path}"]())
+
+
+def path_of(dtype: torch.dtype, paths: list[str]) -> str:
+    """The best of the paths for weights and inputs of a dtype."""
+    return PAIRS if dtype == torch.bfloat16 and PAIRS in paths else SINGLES
+
+
+def serves(weight: Bitmask | Tensor) -> bool:
+    """Whether there is a kernel for a bitmask of this kind and grid, or for a dense weight."""
+    if isinstance(weight, Bitmask):
+        return bool(paths()) and sparse_native.serves(weight)
+    return bool(paths()) and weight.device.type == "cpu" and weight.dtype in FLOATS and weight.is_contiguous()
+
+
+def multiply(x_NI: Tensor, weight: Bitmask | Tensor, path: str = "", dtype: torch.dtype = torch.float32) -> Tensor:
+    """y = x Wᵀ (N, O).
+
+    Args:
+        x_NI: in the weight's dtype, with at least one row.
+        weight: that `serves` allows.
+        path: `pairs` or `singles`; by default the best.
+        dtype: of y. Sums are float32, and rounded in the end.
+    """
+    path = path or path_of(x_NI.dtype, paths())
+    x_NI = (x_NI if path == PAIRS else x_NI.float()).contiguous()
+    rounded = path == PAIRS and dtype == torch.bfloat16
+    y_NO = torch.empty(len(x_NI), weight.shape[0], dtype=dtype if rounded else torch.float32)
+    if isinstance(weight, Bitmask):
+        kind, passed = weight.kind, sparse_native.passed(weight)
+    else:
+        kind, passed = f"dense_{str(weight.dtype).removeprefix('torch.')}", sparse_native.passed_dense(weight)
+    kernels = load(SOURCE)
+    assert kernels is not None
+    numbers = (x_NI.data_ptr(), len(x_NI), y_NO.data_ptr(), rounded, torch.get_num_threads())
+    kernels[f"tiles_{kind}_{path}"](ctypes.byref(passed), *(ctypes.c_int64(number) for number in numbers))
+    return y_NO.to(dtype)

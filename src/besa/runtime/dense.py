@@ -1,0 +1,29 @@
+"""A dense linear layer of a packed model: the head, and what was not worth packing."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from besa.kernels import dense
+
+
+class DenseLinear(nn.Linear):
+    """A linear of torch that computes with besa's kernels where no gradients are wanted.
+
+    Args:
+        linear: whose weight and bias it shares.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Output (…, O) for inputs (…, I) of the dtype of the weight."""
+        learns = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        if learns or x.dtype != self.weight.dtype or not dense.serves(self.weight):
+            return super().forward(x)
+        y = dense.multiplied(x.reshape(-1, self.in_features), self.weight).view(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
