@@ -140,9 +140,9 @@ def choose(ways=("slow", "fast"), subject="products"):
 def test_a_choice_is_measured_once_and_kept(measured, tmp_path):
     assert choose() == choose() == ["fast"] * len(choosing.COUNTS)
     assert len(measured) == 1
-    (path,) = (tmp_path / "choices").iterdir()
+    (path,) = (tmp_path / "kernels").iterdir()
     kept = json.loads(path.read_text())
-    path.write_text(json.dumps(kept | {"fastest": ["slow"] * len(choosing.COUNTS)}))
+    path.write_text(json.dumps(kept | {"found": ["slow"] * len(choosing.COUNTS)}))
     assert choose() == ["slow"] * len(choosing.COUNTS)  # what the first process found holds
     choose(subject="others")
     assert len(measured) == 2
@@ -156,7 +156,7 @@ def test_one_way_needs_no_measuring(measured):
 
 
 def test_where_nothing_can_be_kept_a_choice_holds_for_the_process(measured, tmp_path):
-    (tmp_path / "choices").write_text("no folder")
+    (tmp_path / "kernels").write_text("no folder")
     assert choose() == ["fast"] * len(choosing.COUNTS)
 
 

@@ -1,25 +1,20 @@
 """Which of several ways to compute a product is the fastest here: measured once on a machine, then read from the cache.
 
-The ways differ in the rounding of their sums. A choice is therefore kept in a file, and the first file stays: all
-processes of a machine choose alike.
+The ways differ in the rounding of their sums, so all processes of a machine must choose alike (`once`).
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import tempfile
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
-from pathlib import Path
+from typing import Any
 
 import torch
 
-from besa.data.assets import cache_dir
-from besa.kernels.processor import processor
+from besa.kernels.once import once
 
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 256)  # rows of x for which ways are compared
 ROUNDS = 5
@@ -42,17 +37,15 @@ def fastest(
     """
     if len(ways) == 1:
         return [*ways] * len(COUNTS)
-    texts = [(resources.files("besa.kernels") / source).read_bytes() for source in sources]
-    threads = torch.get_num_threads()
-    identity = [subject, processor(), torch.__version__, str(threads), *ways, *map(str, COUNTS)]
-    digest = hashlib.sha256("\0".join(identity).encode() + b"\0".join(texts)).hexdigest()[:32]
-    path = cache_dir() / "choices" / f"{digest}.json"
-    found = _read(path, ways)
-    if found is None:
-        measured = _measured(prepare())
-        _keep(path, {"subject": subject, "processor": processor(), "threads": threads, "fastest": measured})
-        found = _read(path, ways) or measured  # another process may have been first
-    return found
+    texts = b"".join((resources.files("besa.kernels") / source).read_bytes() for source in sources)
+    threads = str(torch.get_num_threads())
+    depends_on = [hashlib.sha256(texts).hexdigest(), torch.__version__, threads, *ways, *map(str, COUNTS)]
+
+    def allowed(found: Any) -> bool:
+        return isinstance(found, list) and len(found) == len(COUNTS) and all(name in ways for name in found)
+
+    measured: list[str] = once(f"ways for {subject}", depends_on, allowed, lambda: _measured(prepare()))
+    return measured
 
 
 def place(count: int) -> int:
@@ -73,27 +66,3 @@ def _seconds(work: Work) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
-
-
-def _read(path: Path, ways: Sequence[str]) -> list[str] | None:
-    """The choices in a file; None if there is none, or it is damaged."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))["fastest"]
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-    whole = isinstance(found, list) and len(found) == len(COUNTS) and all(name in ways for name in found)
-    return found if whole else None
-
-
-def _keep(path: Path, result: dict[str, object]) -> None:
-    """Write a file unless there is one; where nothing can be written, the choice holds for this process."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
-            json.dump(result, file)
-        try:
-            os.link(file.name, path)
-        finally:
-            Path(file.name).unlink()
-    except OSError:
-        return

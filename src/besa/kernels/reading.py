@@ -6,18 +6,11 @@ measured once on each machine, and kept in the cache. Every way adds in the same
 
 from __future__ import annotations
 
-import hashlib
-import json
-import platform
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from pathlib import Path
 from typing import NamedTuple
 
-from besa.data.assets import cache_dir
-from besa.errors import BesaError
-from besa.storage.writing import write_file
+from besa.kernels.once import once
 
 ROUNDS = 5
 MARGIN = 0.98  # of the usual way's time: what is not faster than this may be chance
@@ -39,29 +32,11 @@ def fastest(name: str, works: Callable[[], Sequence[Work]]) -> Way:
     """The way that takes the least time here: as it was measured before, or is now.
 
     Args:
-        name: of the work and the kernels that do it. What was measured is kept for it and this kind of processor.
+        name: of the work and the kernels that do it.
         works: gives pieces of work, which read more memory together than the caches hold.
     """
-    digest = hashlib.sha256("\0".join((processor(), name)).encode()).hexdigest()[:32]
-    path = cache_dir() / "kernels" / f"{digest}.json"
-    with suppress(OSError, ValueError):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        for way in WAYS:
-            if found == list(way):
-                return way
-    way = _measured(works())
-    with suppress(BesaError):  # no file can be written there: measured again by the next process
-        write_file(path, json.dumps(way))
-    return way
-
-
-def processor() -> str:
-    """The processor's marketing name, or its architecture if the system does not give the name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    ways = [list(way) for way in WAYS]
+    return Way(*once(f"how to read {name}", [], lambda found: found in ways, lambda: list(_measured(works()))))
 
 
 def _measured(works: Sequence[Work]) -> Way:
