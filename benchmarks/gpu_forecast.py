@@ -23,6 +23,7 @@ from benchmarks.operations import Operation, Seen
 from benchmarks.random_model import config
 from benchmarks.weightless import seen
 from besa.methods.recipe import Recipe
+from besa.planning.passes import states_measured
 
 RESULTS = Path(__file__).parent / "results" / "gpu-forecast.json"
 NOTE = "A forecast from counted work and published rates. Nothing of it was measured on a GPU."
@@ -170,12 +171,12 @@ def forecast(card: Card, runs: tuple[dict[str, Seen], dict[str, Seen]], recipe: 
     blocks, settings = SHAPES[shape], config(shape, 1)
     before = one["before"].and_again(two["before"].less(one["before"]), blocks - 1)
     state = SEQLEN * settings.hidden_size * ITEM
-    kept = recipe.targets.sequences_kept(SAMPLES, blocks) * state
+    kept = states_measured(recipe, SAMPLES, blocks) * state
     on_device = min(kept, card.memory // 4)
     if kept > on_device:  # written once, and read by the next block and on the way back
         before.to_host += kept - on_device
         before.to_device += 2 * (kept - on_device)
-    counted = recipe.targets.sequences_kept(SAMPLES, 1) * state  # in the peak that was seen with one block
+    counted = states_measured(recipe, SAMPLES, 1) * state  # in the peak that was seen with one block
     peak = max(max(found.peak for found in two.values()), one["before"].peak + on_device - counted)
     phases = {name: phase(card, two[name].less(one[name]), name == "load") for name in two if name != "before"}
     weights = phases["load"].travelling * 1e9

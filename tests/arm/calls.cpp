@@ -59,7 +59,9 @@ int main() {
                             zeros.empty() ? nullptr : reinterpret_cast<const uint8_t*>(zeros.data()),
                             call.scale_type,
                             call.groups,
-                            call.zero};
+                            call.zero,
+                            0,
+                            0};
         for (const Kernel& kernel : KERNELS) {
             if (std::strcmp(kernel.name, call.name)) continue;
             std::vector<float> y(size_t(call.batch * call.rows));

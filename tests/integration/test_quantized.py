@@ -191,7 +191,7 @@ def test_skipped_linears_stay_as_they_are(tmp_path: Path) -> None:
     ("overrides", "says"),
     [
         (["allocation={method: uniform}"], "set quantization.clipping=first"),
-        (["reconstruction.method=obs"], "set reconstruction.method=none"),
+        (["reconstruction.method=obs"], "reconstruction.method=none and distill.method=none"),
         (["quantization.bits=9"], "quantization.bits: input should be less than or equal to 8"),
         (["quantization.group=100"], "quantization.group: "),
     ],

@@ -7,30 +7,16 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
+#include "sparse.hpp"
+
 #include <memory>
 #include <vector>
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,f16c,popcnt")))
 #define INLINE TARGET __attribute__((always_inline)) static inline
 
-struct Weight {  // as besa.kernels.sparse_native fills it in
-    const void* masks;
-    const uint8_t* values;
-    const int64_t* offsets;
-    int64_t rows, columns;
-    // Of codes only:
-    const void* scales;    // (rows, groups)
-    const uint8_t* zeros;  // (rows, groups); none where all are `zero`
-    int64_t scale_type;    // 0 float32, 1 bfloat16, 2 float16
-    int64_t groups, zero;
-};
-
 namespace {
 
-constexpr int64_t ROWS = 4;      // of a band
 constexpr int64_t LANES = 16;    // rows of x in a register
 constexpr int64_t SLICE = 4;     // registers of rows of x that meet a weight together
 constexpr int64_t BLOCK = 256;   // columns unpacked at a time; a slice of x of so many fills most of the first cache

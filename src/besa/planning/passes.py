@@ -78,6 +78,24 @@ def forward_passes(
     return passes
 
 
+def states_measured(recipe: Recipe, samples: int, blocks: int, batch: int = 1, ranks: int = 1) -> int:
+    """Sequences of hidden states that a rank keeps at once, at most, while the dense model is measured.
+
+    Args:
+        recipe: the method.
+        samples: calibration sequences.
+        blocks: of the model.
+        batch: sequences in a forward pass.
+        ranks: that share them.
+    """
+    paths = dict.fromkeys(recipe.losses_every(samples), blocks + 1)  # the inputs of all blocks, and the gradients
+    if recipe.targets.measuring is not None:
+        every = recipe.targets.measuring.every(samples)
+        paths[every] = max(paths.get(every, 0), recipe.targets.paths)
+    kept = [most(shares_of(-(-samples // every), batch, ranks)) * number for every, number in paths.items()]
+    return max(kept, default=0)
+
+
 def spending(recipe: Recipe, passes: float, samples: int, seqlen: int, head: float = 0.0) -> Recipe:
     """The recipe with as many epochs of learning as the given forward passes allow.
 

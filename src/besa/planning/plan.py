@@ -21,7 +21,7 @@ from besa.models.activations import Place, Room
 from besa.models.blocks import Block, left_dense
 from besa.models.units import Unit, units
 from besa.models.whole import head_share
-from besa.planning.passes import forward_passes, most, shares_of
+from besa.planning.passes import forward_passes, most, shares_of, states_measured
 from besa.planning.peak import learning_bytes, stored_bytes, unit_bytes
 from besa.planning.shapes import learn_arguments, shared_inputs
 from besa.planning.traffic import traffic
@@ -151,12 +151,7 @@ def work_out(
     two_parts = recipe.granularity == "attn-mlp"  # attention has its own teacher
     target = stream if teacher == "pruned" else dense_stream
     streams = [stream, dense_stream, *([target] if two_parts else []), *([stream] if teacher == "pruned" else [])]
-    paths = dict.fromkeys(recipe.losses_every(samples), len(blocks) + 1)  # the inputs of all blocks, and gradients
-    if recipe.targets.measuring is not None:
-        every = recipe.targets.measuring.every(samples)
-        paths[every] = max(paths.get(every, 0), recipe.targets.paths)
-    kept = [most(shares_of(-(-samples // every), batch, ranks)) * number for every, number in paths.items()]
-    surveyed = [stream // sequences] * max(kept, default=0)
+    surveyed = [stream // sequences] * states_measured(recipe, samples, len(blocks), batch, ranks)
     # What is measured on the dense model is freed before the others are allocated.
     with together(0, ranks):  # they share the host's memory
         in_turn = [_placed(sizes, Room(device, activation_budget)) for sizes in (streams, surveyed)]
