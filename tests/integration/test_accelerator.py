@@ -40,6 +40,7 @@ MORE = {
 }
 BATCH = 4 * 37 * 96 * 2  # bytes of the hidden states of a batch; nothing else has this size
 CASES = {name: (name, []) for name in shipped()} | VARIANTS | MORE
+LIKE_OTHERS = ("best-int8",)  # differs from best-int4 in numbers only
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,9 @@ def assert_same_on_both(model: Path, recipe: Recipe, tmp_path: Path, **changes: 
 # Equal to the CPU
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow) if case in LIKE_OTHERS else case for case in CASES]
+)
 def test_every_method_gives_the_bits_of_the_cpu(shallow: Path, tmp_path: Path, case: str) -> None:
     assert_same_on_both(shallow, recipe_of(case), tmp_path)
 

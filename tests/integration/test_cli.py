@@ -247,6 +247,7 @@ def test_full_disk_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_full_disk_at_the_end_keeps_the_blocks(pruned: Path, tmp_path: Path) -> None:
     arguments = ["prune", TINY, tmp_path / "out", "--recipe", "besa", "--sparsity", "0.6", *SMALL]
     assert_refused(with_file_quota(1000, *arguments), "out")  # the checkpoint has 4 MB

@@ -65,6 +65,7 @@ def seen(linear: nn.Linear, model: nn.Module, tokens_NT: Tensor) -> Tensor:
     return torch.cat(inputs)
 
 
+@pytest.mark.slow
 def test_an_importance_is_added_as_the_page_says(
     package, tmp_path, tiny_llama, tiny_llama_folder, tiny_tokenizer, record_property
 ):

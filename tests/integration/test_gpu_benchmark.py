@@ -53,7 +53,8 @@ def test_every_kernel_is_measured() -> None:
     assert all(case["times_torch"] == case["torch_seconds"] / case["seconds"] for case in multiplied)
 
 
-@pytest.mark.parametrize("name", ["besa", pytest.param("fast", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["besa", "fast"])
 def test_a_block_is_measured_by_phase(name: str) -> None:
     settings = LlamaConfig(
         vocab_size=64,

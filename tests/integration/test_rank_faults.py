@@ -98,6 +98,7 @@ def check(case: str, found: dict[str, Any], folder: Path, text: Path, whole: byt
         assert prune(folder / "out", text) == whole
 
 
+@pytest.mark.slow
 def test_one_sentence_names_the_rank_and_one_process_goes_on(text: Path, whole: bytes, tmp_path: Path) -> None:
     for case, found in run(OFTEN, text, tmp_path).items():
         check(case, found, tmp_path / case.replace("/", "-"), text, whole)

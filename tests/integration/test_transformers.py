@@ -287,6 +287,7 @@ def test_a_broken_besa_breaks_neither_torch_nor_transformers(plain: Path) -> Non
     assert "OSError: Error no file named model.safetensors" in made.stderr
 
 
+@pytest.mark.slow
 def test_whichever_is_imported_first(plain: Path) -> None:
     for first, second in (("besa", "transformers"), ("transformers.quantizers", "besa")):
         code = f"import {first}, {second}\n" + LOAD.replace('assert "besa" not in', "assert [] is not")
