@@ -1,5 +1,5 @@
 // y = x Wᵀ for a few rows of x and a dense W, as torch keeps it, for processors with AVX-512: at the rate at which memory
-// gives it. Some rows of W are read at once, and those after them fetched meanwhile.
+// gives it.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -58,34 +58,67 @@ struct BFloat16Pairs {  // exact products, two at a time
     }
 };
 
-// R rows of W times N rows of x.
+// One step of R rows of W and N rows of x. Rows of W are `apart` numbers apart, and fetched `ahead` numbers before.
 template <typename Kind, int R, int N>
-INLINE void together(const typename Kind::Number* w, const typename Kind::X* x, int64_t columns, int64_t rows, float* y) {
-    __m512 sums[R][N];
-#pragma GCC unroll 16
-    for (int i = 0; i < R * N; ++i) sums[i / N][i % N] = _mm512_setzero_ps();
-    for (int64_t c = 0; c < columns; c += Kind::WIDTH) {
-        decltype(Kind::of_x(x, 0)) inputs[N];
+INLINE void step(const typename Kind::Number* w, int64_t apart, int64_t ahead, const typename Kind::X* x,
+                 int64_t columns, int64_t left, __m512 (&sums)[R][N]) {
+    decltype(Kind::of_x(x, 0)) inputs[N];
 #pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) inputs[n] = Kind::of_x(x + n * columns + c, columns - c);
+    for (int n = 0; n < N; ++n) inputs[n] = Kind::of_x(x + n * columns, left);
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-            const typename Kind::Number* at = w + r * columns + c;
-            _mm_prefetch(reinterpret_cast<const char*>(at + R * columns), _MM_HINT_T1);
-            const auto of_w = Kind::of_w(at, columns - c);
+    for (int r = 0; r < R; ++r) {
+        const typename Kind::Number* at = w + r * apart;
+        _mm_prefetch(reinterpret_cast<const char*>(at + ahead), _MM_HINT_T1);
+        const auto of_w = Kind::of_w(at, left);
 #pragma GCC unroll 4
-            for (int n = 0; n < N; ++n) sums[r][n] = Kind::add(sums[r][n], of_w, inputs[n]);
-        }
+        for (int n = 0; n < N; ++n) sums[r][n] = Kind::add(sums[r][n], of_w, inputs[n]);
     }
-#pragma GCC unroll 16
-    for (int i = 0; i < R * N; ++i) y[i % N * rows + i / N] = _mm512_reduce_add_ps(sums[i / N][i % N]);
 }
 
+// R rows of W, each so many after the last, times N rows of x. U sums for each: they do not wait for each other.
+template <typename Kind, int R, int N, int U>
+INLINE void together(const typename Kind::Number* w, int64_t each, int64_t ahead, const typename Kind::X* x,
+                     int64_t columns, int64_t rows, float* y) {
+    constexpr int64_t WIDTH = Kind::WIDTH;
+    __m512 sums[U][R][N];
+#pragma GCC unroll 16
+    for (int i = 0; i < U * R * N; ++i) sums[i / N / R][i / N % R][i % N] = _mm512_setzero_ps();
+    int64_t c = 0;
+    for (; c + U * WIDTH <= columns; c += U * WIDTH)
+#pragma GCC unroll 4
+        for (int u = 0; u < U; ++u)
+            step<Kind, R, N>(w + c + u * WIDTH, each * columns, ahead, x + c + u * WIDTH, columns, WIDTH, sums[u]);
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u, c += WIDTH)
+        if (c < columns) step<Kind, R, N>(w + c, each * columns, ahead, x + c, columns, columns - c, sums[u]);
+#pragma GCC unroll 16
+    for (int i = 0; i < R * N; ++i) {
+        __m512 sum = sums[0][i / N][i % N];
+#pragma GCC unroll 4
+        for (int u = 1; u < U; ++u) sum = _mm512_add_ps(sum, sums[u][i / N][i % N]);
+        y[i % N * rows + i / N * each] = _mm512_reduce_add_ps(sum);
+    }
+}
+
+// Neighbouring rows at once, while those after them are fetched.
 template <typename Kind, int R, int N>
-TARGET void part(const typename Kind::Number* w, const typename Kind::X* x, int64_t columns, int64_t rows, int64_t first,
+TARGET void near(const typename Kind::Number* w, const typename Kind::X* x, int64_t columns, int64_t rows, int64_t first,
                  int64_t last, float* y) {
-    for (; first + R <= last; first += R) together<Kind, R, N>(w + first * columns, x, columns, rows, y + first);
-    for (; first < last; ++first) together<Kind, 1, N>(w + first * columns, x, columns, rows, y + first);
+    for (; first + R <= last; first += R)
+        together<Kind, R, N, 1>(w + first * columns, 1, R * columns, x, columns, rows, y + first);
+    for (; first < last; ++first) together<Kind, 1, N, 1>(w + first * columns, 1, columns, x, columns, rows, y + first);
+}
+
+// Rows from R places at once, each read to its end and on: memory gives more then.
+template <typename Kind, int R, int N>
+TARGET void far(const typename Kind::Number* w, const typename Kind::X* x, int64_t columns, int64_t rows, int64_t first,
+                int64_t last, float* y) {
+    constexpr int64_t AHEAD = 1536 / sizeof(typename Kind::Number);
+    const int64_t each = (last - first) / R;
+    for (int64_t row = first; row < first + each; ++row)
+        together<Kind, R, N, 2>(w + row * columns, each, AHEAD, x, columns, rows, y + row);
+    for (int64_t row = first + R * each; row < last; ++row)
+        together<Kind, 1, N, 2>(w + row * columns, 1, AHEAD, x, columns, rows, y + row);
 }
 
 template <typename Kind>
@@ -96,18 +129,22 @@ void multiply(const typename Kind::Number* w, const typename Kind::X* x, int64_t
     for (int64_t thread = 0; thread < threads; ++thread) {
         const int64_t all = (rows + EIGHT - 1) / EIGHT, end = std::min(rows, all * (thread + 1) / threads * EIGHT);
         const int64_t begin = all * thread / threads * EIGHT;
-        if (batch == 1) {
-            part<Kind, 8, 1>(w, x, columns, rows, begin, end, y);
+        if (batch <= 4) {
+            const auto kernel = batch == 1   ? far<Kind, 4, 1>
+                                : batch == 2 ? far<Kind, 4, 2>
+                                : batch == 3 ? far<Kind, 2, 3>
+                                             : far<Kind, 2, 4>;
+            kernel(w, x, columns, rows, begin, end, y);
             continue;
         }
         for (int64_t first = begin; first < end; first += EIGHT) {
             const int64_t last = std::min(end, first + EIGHT);
             int64_t n = 0;
             for (; n + 4 <= batch; n += 4)
-                part<Kind, 4, 4>(w, x + n * columns, columns, rows, first, last, y + n * rows);
+                near<Kind, 4, 4>(w, x + n * columns, columns, rows, first, last, y + n * rows);
             for (; n + 2 <= batch; n += 2)
-                part<Kind, 8, 2>(w, x + n * columns, columns, rows, first, last, y + n * rows);
-            for (; n < batch; ++n) part<Kind, 8, 1>(w, x + n * columns, columns, rows, first, last, y + n * rows);
+                near<Kind, 8, 2>(w, x + n * columns, columns, rows, first, last, y + n * rows);
+            for (; n < batch; ++n) near<Kind, 8, 1>(w, x + n * columns, columns, rows, first, last, y + n * rows);
         }
     }
 }
