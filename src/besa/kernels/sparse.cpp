@@ -3,7 +3,6 @@
 // The kernels for processors without AVX-512 (sparse_avx512.cpp) and NEON (sparse_neon.cpp): some columns of a band are
 // expanded into the first cache, where all rows of x meet them.
 #include <type_traits>
-#include <vector>
 
 #include "sparse.hpp"
 
@@ -224,7 +223,8 @@ template <typename Kind, auto SPREAD> inline void expanded(const Weight& weight,
 
 }  // namespace
 
-// multiply_<kind>_<path>: y (batch, rows) of x (batch, columns). expand_<kind>_<path>: some bands, dense.
+// multiply_<kind>_<path>: y (batch, rows) of x (batch, columns). halves_<kind>_<path>: both in bfloat16.
+// expand_<kind>_<path>: some bands, dense.
 #define KIND(NAME, KIND, PATH, ATTRIBUTE)                                                                              \
     ATTRIBUTE static void multiply_##NAME##_##PATH##_part(const Weight& weight, const float* x, int64_t stride,        \
                                                           int64_t batch, float* y, int64_t first, int64_t last) {      \
@@ -244,6 +244,10 @@ template <typename Kind, auto SPREAD> inline void expanded(const Weight& weight,
     }                                                                                                                  \
     ATTRIBUTE static void expand_##NAME##_##PATH##_band(const Weight& weight, char* out, int64_t band) {               \
         expanded<KIND, spread_##PATH<KIND>>(weight, out, band);                                                        \
+    }                                                                                                                  \
+    extern "C" void halves_##NAME##_##PATH(const Weight* weight, const uint16_t* x, int64_t batch, uint16_t* y,        \
+                                           int64_t threads) {                                                          \
+        in_halves(multiply_##NAME##_##PATH, weight, x, batch, y, threads);                                             \
     }                                                                                                                  \
     extern "C" void expand_##NAME##_##PATH(const Weight* weight, int64_t first, int64_t last, char* out,               \
                                            int64_t threads) {                                                          \

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 struct Weight {  // as besa.kernels.sparse_native fills it in
     const void* masks;
@@ -32,6 +33,11 @@ inline float bits_as_float(uint32_t bits) {
     return result;
 }
 inline float from_bfloat16(uint16_t bits) { return bits_as_float(uint32_t(bits) << 16); }
+inline uint16_t to_bfloat16(float number) {  // rounded to the nearest, as torch does
+    uint32_t bits;
+    std::memcpy(&bits, &number, sizeof bits);
+    return uint16_t(number != number ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
 inline float from_float16(uint16_t bits) {
     const uint32_t sign = uint32_t(bits & 0x8000) << 16, rest = uint32_t(bits & 0x7fff) << 13;
     const float scaled = bits_as_float(rest) * 0x1p112f;  // also where it is subnormal
@@ -65,6 +71,16 @@ template <typename Word> int64_t first_band(const Weight& weight, int64_t part, 
             high = middle;
     }
     return low;
+}
+
+// A product of float32 numbers, with x and y in bfloat16.
+using Multiply = void(const Weight*, const float*, int64_t, float*, int64_t);
+inline void in_halves(Multiply* multiply, const Weight* weight, const uint16_t* x, int64_t batch, uint16_t* y,
+                      int64_t threads) {
+    std::vector<float> wide(size_t(batch * weight->columns)), sums(size_t(batch * weight->rows));
+    for (size_t i = 0; i < wide.size(); ++i) wide[i] = from_bfloat16(x[i]);
+    multiply(weight, wide.data(), batch, sums.data(), threads);
+    for (size_t i = 0; i < sums.size(); ++i) y[i] = to_bfloat16(sums[i]);
 }
 
 }  // namespace

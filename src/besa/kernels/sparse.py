@@ -53,6 +53,28 @@ def multiplied(x_NI: Tensor, weight: Bitmask) -> Tensor:
     return linear(x_NI, unpacked(weight))
 
 
+class Product:
+    """x Wᵀ for one weight, as `multiplied` gives it: what the kernels need for one row of x is made ready once.
+
+    Args:
+        weight: W.
+    """
+
+    def __init__(self, weight: Bitmask) -> None:
+        self._weight, self._columns, self._dtype = weight, weight.shape[1], weight.dtype
+        self._ready = weight.dtype != torch.float16 and sparse_native.serves(weight)
+        self._of_threads: dict[int, sparse_native.Product] = {}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Output (…, O) for inputs (…, I) in the weight's dtype, on its device."""
+        if self._ready and x.numel() == self._columns == x.size(-1) and x.is_cpu and x.dtype == self._dtype:
+            threads = torch.get_num_threads()
+            if threads not in self._of_threads:
+                self._of_threads[threads] = sparse_native.Product(self._weight, 1, self._dtype)
+            return self._of_threads[threads](x)
+        return multiplied(x.reshape(-1, self._columns), self._weight).view(*x.shape[:-1], self._weight.shape[0])
+
+
 def unpacked(weight: Bitmask) -> Tensor:
     """The dense weight (O, I), as `Bitmask.unpack` gives it."""
     kernels = _on_gpu(weight.values)
@@ -76,7 +98,9 @@ def _on_cpu(x_NI: Tensor, weight: Bitmask) -> Tensor:
 
 def by_rows(x_NI: Tensor, weight: Bitmask) -> Tensor:
     """x Wᵀ (N, O) by the kernels that hold a few rows of x in registers."""
-    return sparse_native.multiply(x_NI.float(), weight).to(x_NI.dtype)
+    if x_NI.dtype == torch.float16:
+        return sparse_native.multiply(x_NI.float(), weight).to(x_NI.dtype)
+    return sparse_native.multiply(x_NI, weight)
 
 
 def by_tiles(x_NI: Tensor, weight: Bitmask) -> Tensor:

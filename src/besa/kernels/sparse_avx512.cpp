@@ -10,7 +10,6 @@
 
 #include <numeric>
 #include <type_traits>
-#include <vector>
 
 #include "sparse.hpp"
 
@@ -633,11 +632,16 @@ template <typename Kind> void expand(const Weight& weight, int64_t first, int64_
 
 }  // namespace
 
-// multiply_<kind>_<path>: y (batch, rows) of x (batch, columns). expand_<kind>_<path>: some bands, dense.
+// multiply_<kind>_<path>: y (batch, rows) of x (batch, columns). halves_<kind>_<path>: both in bfloat16.
+// expand_<kind>_<path>: some bands, dense.
 #define KIND(NAME, PATH, KERNEL)                                                                                       \
     extern "C" void multiply_##NAME##_##PATH(const Weight* weight, const float* x, int64_t batch, float* y,            \
                                              int64_t threads) {                                                        \
         multiply<KERNEL>(*weight, x, batch, y, threads);                                                               \
+    }                                                                                                                  \
+    extern "C" void halves_##NAME##_##PATH(const Weight* weight, const uint16_t* x, int64_t batch, uint16_t* y,        \
+                                           int64_t threads) {                                                          \
+        in_halves(multiply_##NAME##_##PATH, weight, x, batch, y, threads);                                             \
     }                                                                                                                  \
     extern "C" void expand_##NAME##_##PATH(const Weight* weight, int64_t first, int64_t last, char* out,               \
                                            int64_t threads) {                                                          \

@@ -25,6 +25,7 @@ SOURCES = {
     "plain": "sparse.cpp",
 }
 SCALES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+WORKS = {torch.float32: "multiply", torch.bfloat16: "halves"}  # by the dtype of x and y
 TRIED = ("avx512bf16", "avx512")  # have several ways to read a weight
 LARGE = 1 << 20  # bytes of a weight for which the fastest way is looked for
 PIECE, PIECES = 1 << 22, 16  # bytes of weights that are read to find it, and their number: more than caches hold
@@ -61,29 +62,53 @@ def serves(weight: Bitmask) -> bool:
 
 
 def multiply(x_NI: Tensor, weight: Bitmask, path: str = "", way: Way | None = None) -> Tensor:
-    """y = x Wᵀ (N, O), float32.
+    """y = x Wᵀ (N, O), in the dtype of x. Sums are float32, and rounded in the end.
 
     Args:
-        x_NI: float32; for a bfloat16 weight, its numbers must be exact in bfloat16.
+        x_NI: float32 or bfloat16; for a bfloat16 weight, its numbers must be exact in bfloat16.
         weight: on the CPU, with at least one row.
         path: instruction set; by default the best.
         way: to read the weight for one row of x; by default the fastest, if the weight is large.
     """
-    path = path or paths()[0]
-    x_NI = x_NI.contiguous()
-    y_NO = torch.empty(len(x_NI), weight.shape[0])
-    if way is None:
-        sought = len(x_NI) == 1 and weight.nbytes >= LARGE and path in TRIED
-        way = _fastest(weight.kind, path, torch.get_num_threads()) if sought else USUAL
-    _call("multiply", passed(weight, way), weight.kind, path, x_NI.data_ptr(), len(x_NI), y_NO.data_ptr())
-    return y_NO
+    return Product(weight, len(x_NI), x_NI.dtype, path, way)(x_NI)
+
+
+class Product:
+    """y = x Wᵀ for one weight and a number of rows of x, with all made ready that does not depend on x.
+
+    Args:
+        weight: as of `multiply`, as are `path` and `way`.
+        rows: of x.
+        dtype: of x and y, float32 or bfloat16.
+        path: see `multiply`.
+        way: see `multiply`.
+    """
+
+    def __init__(self, weight: Bitmask, rows: int, dtype: torch.dtype, path: str = "", way: Way | None = None) -> None:
+        assert dtype in WORKS
+        path, self._threads = path or paths()[0], torch.get_num_threads()
+        if way is None:
+            sought = rows == 1 and weight.nbytes >= LARGE and path in TRIED
+            way = _fastest(weight.kind, path, self._threads) if sought else USUAL
+        self._weight, self._rows, self._shape = weight, rows, weight.shape  # the weight's tensors must live
+        self._passed = passed(weight, way)
+        self._address = ctypes.addressof(self._passed)
+        self._function = _function(WORKS[dtype], weight.kind, path)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Output (…, O) for inputs (…, I) of so many rows."""
+        x = x.contiguous()
+        y = x.new_empty((*x.shape[:-1], self._shape[0]))
+        self._function(self._address, x.data_ptr(), self._rows, y.data_ptr(), self._threads)
+        return y
 
 
 def expand(weight: Bitmask, bands: slice, path: str = "") -> Tensor:
     """The values, or codes, of some bands (O, I), dense."""
     rows = min(ROWS * bands.stop, weight.shape[0]) - ROWS * bands.start
     out_OI = torch.empty(rows, weight.shape[1], dtype=weight.values.dtype)
-    _call("expand", passed(weight), weight.kind, path or paths()[0], bands.start, bands.stop, out_OI.data_ptr())
+    expand, given = _function("expand", weight.kind, path or paths()[0]), passed(weight)
+    expand(ctypes.addressof(given), bands.start, bands.stop, out_OI.data_ptr(), torch.get_num_threads())
     return out_OI
 
 
@@ -125,10 +150,6 @@ def _samples(kind: str) -> list[Bitmask]:
         )
         for _ in range(PIECES)
     ]
-
-
-def _call(work: str, weight: _Weight, kind: str, path: str, *arguments: int) -> None:
-    _function(work, kind, path)(ctypes.addressof(weight), *arguments, torch.get_num_threads())
 
 
 @cache

@@ -6,6 +6,7 @@ Shape suffixes: N tokens, O rows (output channels), I columns (input channels).
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import is_
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ class SparseLinear(nn.Module):
         """Take another W of the same shape."""
         for name, tensor in tensors_of(weight).items():
             self.register_buffer(name, tensor.to(weight.values.device))
+        self._product: sparse.Product | None = None
 
     @property
     def bitmask(self) -> Bitmask:
@@ -64,7 +66,9 @@ class SparseLinear(nn.Module):
         """
         if torch.is_grad_enabled() and x.requires_grad:
             raise BesaError("Packed linears compute no gradients: train the dense model, which `besa unpack` writes.")
-        y = sparse.multiplied(x.reshape(-1, self.in_features), self.bitmask).view(*x.shape[:-1], self.out_features)
+        if self._product is None or not all(map(is_, self._buffers.values(), self._tensors)):
+            self._product, self._tensors = sparse.Product(self.bitmask), list(self._buffers.values())
+        y = self._product(x)
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
@@ -83,4 +87,9 @@ class SparseLinear(nn.Module):
         if fn(torch.empty(0, dtype=dtype)).dtype != dtype:
             raise BesaError("Packed linears keep their dtype: ask for another one when you load, with dtype=.")
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._product = None
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: without what holds addresses in memory."""
+        return {**self.__dict__, "_product": None}
