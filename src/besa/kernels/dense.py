@@ -63,11 +63,19 @@ def multiply(x_NI: Tensor, w_OI: Tensor, path: str = "") -> Tensor:
     x_NI = (x_NI if path == tiles_native.PAIRS else x_NI.float()).contiguous()
     rows, columns = w_OI.shape
     y_NO = torch.empty(len(x_NI), rows)
+    function = _function(f"dense_{str(w_OI.dtype).removeprefix('torch.')}_{path}")
+    function(w_OI.data_ptr(), x_NI.data_ptr(), len(x_NI), columns, rows, y_NO.data_ptr(), torch.get_num_threads())
+    return y_NO
+
+
+@cache
+def _function(name: str) -> Callable[..., None]:
+    """A kernel, which takes addresses and whole numbers."""
     kernels = load(SOURCE)
     assert kernels is not None
-    numbers = (w_OI.data_ptr(), x_NI.data_ptr(), len(x_NI), columns, rows, y_NO.data_ptr(), torch.get_num_threads())
-    kernels[f"dense_{str(w_OI.dtype).removeprefix('torch.')}_{path}"](*(ctypes.c_int64(number) for number in numbers))
-    return y_NO
+    function = kernels[name]
+    function.argtypes, function.restype = [ctypes.c_int64] * 7, None
+    return function
 
 
 def by_rows(x_NI: Tensor, w_OI: Tensor) -> Tensor:
