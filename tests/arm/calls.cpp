@@ -7,7 +7,6 @@
 
 #include "sparse.hpp"
 
-using Multiply = void(const Weight*, const float*, int64_t, float*, int64_t);
 using Expand = void(const Weight*, int64_t, int64_t, char*, int64_t);
 
 #define KIND(NAME, PATH)                        \

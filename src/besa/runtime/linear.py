@@ -38,6 +38,7 @@ class SparseLinear(nn.Module):
         for name, tensor in tensors_of(weight).items():
             self.register_buffer(name, tensor.to(weight.values.device))
         self._product: sparse.Product | None = None
+        self._tensors: list[Tensor | None] = []  # that it is made of
 
     @property
     def bitmask(self) -> Bitmask:
