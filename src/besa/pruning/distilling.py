@@ -17,7 +17,7 @@ from besa.models.blocks import embedded
 from besa.models.streaming import Decoder
 from besa.models.whole import Whole, head_share
 from besa.progress import Progress
-from besa.pruning import quantizing
+from besa.pruning.coded import in_files, round_block
 from besa.pruning.paths import Resources
 from besa.quantization import Grid, Quantized
 from besa.record import BlockRecord, DistillingRecord
@@ -96,7 +96,7 @@ def distill(
             quantized: dict[str, Quantized] = {}
             if (coding := recipe.quantization.coding) is not None:
                 for block in blocks:
-                    quantized |= quantizing.round_block(block, grids, coding)
+                    quantized |= round_block(block, grids, coding)
         seconds = watch.seconds
         record = DistillingRecord(
             epochs=distilled.epochs,
@@ -109,7 +109,7 @@ def distill(
         if journal is not None:
             rest = decoder.stored_outside(name for name in distilled.changed if not pupil.whole.place(name))
             changed = (
-                (block.index, quantizing.in_files(decoder, block, quantized, resources.codes))
+                (block.index, in_files(decoder, block, quantized, resources.codes))
                 for block in blocks
                 if distilled.helped or quantized
             )

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
 from besa.data.calibration import Calibration
-from besa.methods.fisher import loss_gradients
 from besa.methods.recipe import Recipe
-from besa.methods.survey import Survey
-from besa.methods.targets.budgets import budgets, shared_names
+from besa.methods.targets.budgets import budgets
 from besa.models.activations import HiddenStates
 from besa.models.check import Check
 from besa.models.streaming import Decoder
 from besa.models.units import Unit, units
 from besa.progress import Progress, silent
 from besa.pruning import quantizing
+from besa.pruning.coded import put_back, to_keep
+from besa.pruning.measuring import Measured, measure
 from besa.pruning.paths import PLAIN, Resources, first_inputs
 from besa.pruning.step import Step, prune_unit
 from besa.quantization import Grid
 from besa.record import BlockRecord
-from besa.storage.formats import codes, unrounded
+from besa.storage.formats import codes
 from besa.storage.journal import Journal
 from besa.system import memory, ranks
 from besa.system.ranks import Share
@@ -81,9 +78,9 @@ def prune_blocks(
     share = Share.of(calibration.samples, resources.batch)
     done = _done(journal, in_order)
     check = Check(decoder, calibration.tokens_NT, resources.device) if len(done) < len(blocks) else None
-    measured = _Measured()
+    measured = Measured()
     if len(done) < len(blocks):
-        measured = _measured(decoder, recipe, calibration, seed, resources, journal)
+        measured = measure(decoder, recipe, calibration, seed, resources, journal)
     plan = budgets(blocks, recipe, measured.targets)
     quantization = recipe.quantization.coding
     if quantization is not None:
@@ -102,7 +99,6 @@ def prune_blocks(
     pruned_NTC, dense_NTC = first_inputs(decoder, recipe, calibration, resources, share)  # line 1
     records: list[BlockRecord] = []
     grids: dict[str, Grid] = {}
-    later = recipe.rounds_last
     for place, (unit, unit_budgets) in enumerate(zip(in_order[: last + 1], plan, strict=False)):  # line 2
         watch = Stopwatch(resources.device)
         with ExitStack() as stack:
@@ -120,13 +116,7 @@ def prune_blocks(
                 for block in unit.blocks:
                     block.run(dense_NTC, resources.batch, into=dense_NTC)
                     tensors = ranks.tensors_from_first(journal.tensors(block.index) if journal is not None else {})
-                    if quantization is not None and later:
-                        tensors, of_block = unrounded.decode(tensors, quantization.bits)
-                        grids |= of_block
-                        decoder.load_tensors(block, tensors)
-                        quantizing.round_block(block, of_block, quantization)
-                    else:
-                        decoder.load_tensors(block, codes.decode(tensors, quantization) if quantization else tensors)
+                    grids |= put_back(decoder, block, tensors, recipe)
                     if place < last_open:
                         block.run(pruned_NTC, resources.batch, into=pruned_NTC)
                     records.append(done[block.index])
@@ -135,7 +125,7 @@ def prune_blocks(
             paths_NTC, gradients = (pruned_NTC, dense_NTC), measured.gradients
             step = Step(unit, unit_budgets, recipe, *paths_NTC, share, gradients, seed, resources, watch)
             unit_records, coded = prune_unit(step)  # lines 3 to 12
-            if later:
+            if recipe.rounds_last:
                 for name, weight in coded.unrounded.items():
                     grids[name] = weight.grid
                     unit.weight(name).detach().copy_(weight.w_OI)
@@ -145,11 +135,7 @@ def prune_blocks(
                 with watch("write"):
                     journal.settle()  # before there are two blocks to be written
                     for block, record in zip(unit.blocks, unit_records, strict=True):
-                        if later:
-                            moved = {name: coded.unrounded[name] for name in block.prunables if name in coded.unrounded}
-                            journal.keep(unrounded.encode(decoder.stored(block), moved), record)
-                        else:
-                            journal.keep(quantizing.in_files(decoder, block, coded.quantized, resources.codes), record)
+                        journal.keep(to_keep(decoder, block, coded, recipe, resources.codes), record)
         memory.trim()
         progress(
             len(records),
@@ -171,49 +157,3 @@ def _done(journal: Journal | None, in_order: list[Unit]) -> dict[int, BlockRecor
         done += kept if len(kept) == len(unit.blocks) else []
     known = ranks.from_first([record.model_dump(mode="json") for record in done])
     return {record.index: record for record in map(BlockRecord.model_validate, known)}
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """What was measured on the dense model.
-
-    Attributes:
-        targets: the sparsity of each block; None if all have the same.
-        gradients: squared gradients of the loss at the rows, by full name; empty if the recipe needs none.
-    """
-
-    targets: list[float] | None = None
-    gradients: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-def _measured(
-    decoder: Decoder, recipe: Recipe, calibration: Calibration, seed: int, resources: Resources, journal: Journal | None
-) -> _Measured:
-    """Measure what the recipe needs. The journal keeps it."""
-    measuring, every = recipe.targets.measuring, recipe.allocation.loss_every(calibration.samples)
-    names, _ = shared_names(decoder.blocks, recipe)
-    survey = Survey(
-        decoder,
-        calibration,
-        names,
-        recipe.sparsity,
-        resources.batch,
-        resources.device,
-        resources.room,
-        seed,
-    )
-    targets, gradients = None, {}
-    if every is not None:
-        gradients = ranks.tensors_from_first((journal.gradients if journal is not None else None) or {})
-        if not gradients:
-            gradients = loss_gradients(survey, every).squares
-            if journal is not None:
-                journal.keep_gradients(gradients)
-    if measuring is not None and any(survey.sizes):
-        measured = ranks.from_first(journal.targets if journal is not None else None)
-        if measured is None:
-            measured = measuring.measure(survey)
-            if journal is not None:
-                journal.keep_targets(measured)
-        targets = measuring.bounded(measured, survey.sizes, recipe.sparsity)
-    return _Measured(targets, gradients)

@@ -18,12 +18,9 @@ from besa.methods.allocation.changing import ChangingLinears
 from besa.methods.allocation.descent import Descent
 from besa.methods.apportioning import apportion
 from besa.methods.recipe import Recipe
-from besa.models.blocks import Block
-from besa.models.streaming import Decoder
 from besa.models.units import Unit
 from besa.observing.input_statistics import InputStatistics
-from besa.quantization import Clipping, Coding, Grid, Quantized, Unrounded
-from besa.storage.formats import codes
+from besa.quantization import Clipping, Coding, Quantized
 from besa.system import ranks
 
 
@@ -112,31 +109,6 @@ def _ranked(recipe: Recipe, linear: RankedLinear, clipping: Clipping, statistics
     importance_OI = recipe.importance.score(q_OI, statistics)
     scored = replace(linear, importance_OI=importance_OI)
     return replace(scored, ranks_OI=_order(scored, q_OI))
-
-
-def round_block(block: Block, grids: Mapping[str, Grid], quantization: Coding) -> dict[str, Quantized]:
-    """Round the linears of a block that have these grids, in place; returns them by full name."""
-    quantized = {}
-    for name, grid in grids.items():
-        if name in block.prunables:
-            w_OI = block.weight(name).detach()
-            of_linear = Grid(grid.step_OG.to(w_OI.device), grid.zero_OG.to(w_OI.device), grid.bits)
-            quantized[name] = Unrounded(w_OI, of_linear, quantization.symmetric).quantized()
-            w_OI.copy_(quantized[name].weight())
-    return quantized
-
-
-def in_files(decoder: Decoder, block: Block, quantized: Mapping[str, Quantized], as_codes: bool) -> dict[str, Tensor]:
-    """All tensors of an open block, named as in the checkpoint's files.
-
-    Args:
-        decoder: of the block.
-        block: with its final weights.
-        quantized: by full name, of this block and others.
-        as_codes: store quantised weights as codes; else as the numbers they stand for.
-    """
-    coded = {decoder.name_in_files(name): quantized[name] for name in block.prunables if name in quantized and as_codes}
-    return codes.encode(decoder.stored(block), coded)
 
 
 def learn_clipping(problem: BlockProblem, clippings: Mapping[str, Clipping], descent: Descent) -> list[float]:

@@ -6,7 +6,7 @@ Shape suffixes: N sequences, T tokens, C channels of the residual stream, O rows
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,9 +24,9 @@ from besa.models.units import Part, Unit, parts
 from besa.observing.input_statistics import InputStatistics, look
 from besa.observing.losses import error_between
 from besa.pruning import quantizing
+from besa.pruning.coded import Coded
 from besa.pruning.counted import linear_records
 from besa.pruning.paths import ERROR_SHARE, ERROR_TOKENS, Resources
-from besa.quantization import Quantized, Unrounded
 from besa.record import BlockRecord
 from besa.system import ranks
 from besa.system.ranks import Share
@@ -60,19 +60,6 @@ class Step:
     seed: int
     resources: Resources
     watch: Stopwatch
-
-
-@dataclass
-class Coded:
-    """The quantised weights of a unit, by full name.
-
-    Attributes:
-        quantized: all of them.
-        unrounded: those that have moved, as they were before their rounding.
-    """
-
-    quantized: dict[str, Quantized] = field(default_factory=dict)
-    unrounded: dict[str, Unrounded] = field(default_factory=dict)
 
 
 def prune_unit(step: Step) -> tuple[list[BlockRecord], Coded]:
