@@ -84,3 +84,20 @@ inline void in_halves(Multiply* multiply, const Weight* weight, const uint16_t* 
 }
 
 }  // namespace
+
+// For a file whose functions `multiply` and `expand` take a kind of weight, what is called of it.
+// multiply_<kind>_<path>: y (batch, rows) of x (batch, columns). halves_<kind>_<path>: both in bfloat16.
+// expand_<kind>_<path>: some bands, dense.
+#define CALLS(NAME, PATH, ...)                                                                                         \
+    extern "C" void multiply_##NAME##_##PATH(const Weight* weight, const float* x, int64_t batch, float* y,            \
+                                             int64_t threads) {                                                        \
+        multiply<__VA_ARGS__>(*weight, x, batch, y, threads);                                                          \
+    }                                                                                                                  \
+    extern "C" void halves_##NAME##_##PATH(const Weight* weight, const uint16_t* x, int64_t batch, uint16_t* y,        \
+                                           int64_t threads) {                                                          \
+        in_halves(multiply_##NAME##_##PATH, weight, x, batch, y, threads);                                             \
+    }                                                                                                                  \
+    extern "C" void expand_##NAME##_##PATH(const Weight* weight, int64_t first, int64_t last, char* out,               \
+                                           int64_t threads) {                                                          \
+        expand<__VA_ARGS__>(*weight, first, last, out, threads);                                                       \
+    }

@@ -555,28 +555,12 @@ template <typename Kind> void expand(const Weight& weight, int64_t first, int64_
 
 }  // namespace
 
-// multiply_<kind>_<path>: y (batch, rows) of x (batch, columns). halves_<kind>_<path>: both in bfloat16.
-// expand_<kind>_<path>: some bands, dense.
-#define KIND(NAME, PATH, ...)                                                                                          \
-    extern "C" void multiply_##NAME##_##PATH(const Weight* weight, const float* x, int64_t batch, float* y,            \
-                                             int64_t threads) {                                                        \
-        multiply<__VA_ARGS__>(*weight, x, batch, y, threads);                                                          \
-    }                                                                                                                  \
-    extern "C" void halves_##NAME##_##PATH(const Weight* weight, const uint16_t* x, int64_t batch, uint16_t* y,        \
-                                           int64_t threads) {                                                          \
-        in_halves(multiply_##NAME##_##PATH, weight, x, batch, y, threads);                                             \
-    }                                                                                                                  \
-    extern "C" void expand_##NAME##_##PATH(const Weight* weight, int64_t first, int64_t last, char* out,               \
-                                           int64_t threads) {                                                          \
-        expand<__VA_ARGS__>(*weight, first, last, out, threads);                                                       \
-    }
-
 #define ALL(PATH, BFLOAT16, DOT)    \
-    KIND(float32, PATH, Float32)    \
-    KIND(bfloat16, PATH, BFLOAT16)  \
-    KIND(float16, PATH, Float16)    \
-    KIND(int8, PATH, Int8<DOT>)     \
-    KIND(int4, PATH, Int4<DOT>)
+    CALLS(float32, PATH, Float32)   \
+    CALLS(bfloat16, PATH, BFLOAT16) \
+    CALLS(float16, PATH, Float16)   \
+    CALLS(int8, PATH, Int8<DOT>)    \
+    CALLS(int4, PATH, Int4<DOT>)
 
 ALL(neon, BFloat16, false)
 ALL(neondot, BFloat16, true)
