@@ -31,7 +31,7 @@ def fastest(
 
     Args:
         subject: what is multiplied, in words; measured apart for each number of threads.
-        sources: the C++ files of the ways: when they change, it is measured again.
+        sources: the C++ files of the ways and their headers: when they change, it is measured again.
         ways: their names.
         prepare: makes an example, and for each way what gives the work for a number of rows.
     """

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from besa.kernels import choosing, tiles_native
+from besa.kernels import choosing, sparse_native, tiles_native
 from besa.kernels.build import load
 from besa.storage.formats.bitmask import FLOATS
 
@@ -96,7 +96,9 @@ def _fastest(dtype: torch.dtype, threads: int) -> list[str]:
     """The fastest way to multiply so many rows of x by a weight, for each of `choosing.COUNTS`."""
     assert threads == torch.get_num_threads()
     ways = [name for name in WAYS if name != "tiles" or tiles_native.paths()]
-    return choosing.fastest(f"dense {dtype}", [SOURCE, tiles_native.SOURCE], ways, partial(_works, ways, dtype))
+    return choosing.fastest(
+        f"dense {dtype}", [SOURCE, tiles_native.SOURCE, sparse_native.HEADER], ways, partial(_works, ways, dtype)
+    )
 
 
 def _works(ways: list[str], dtype: torch.dtype) -> Mapping[str, Callable[[int], choosing.Work]]:

@@ -136,9 +136,8 @@ class Recipe(Settings):
         Args:
             routed: whether the model has experts; a share of the sequences may not reach all of them.
         """
-        return (
-            1 if routed or self.needs_gram else self.importance.every
-        )  # a Gram matrix needs more tokens than channels
+        of_all = routed or self.needs_gram  # a Gram matrix needs more tokens than channels
+        return 1 if of_all else self.importance.every
 
     def with_exceptions(self, skip: Sequence[str], sparsity_of: Sequence[str]) -> Recipe:
         """The recipe with further patterns.
