@@ -62,6 +62,16 @@ def test_a_damaged_file_is_measured_again(pieces, tmp_path, content):
     assert json.loads(kept(tmp_path).read_text())["found"] == [1, 3072]
 
 
+def test_a_way_is_kept_where_files_have_no_links(pieces, monkeypatch):
+    def none(*_):
+        raise OSError("not supported")
+
+    costs, works = pieces
+    costs[Way(2, 3072)] = 0.5
+    monkeypatch.setattr(once.os, "link", none)
+    assert fastest("some work", works) == fastest("some work", never) == Way(2, 3072)
+
+
 def test_another_processor_is_measured_itself(pieces, monkeypatch):
     costs, works = pieces
     costs[Way(1, 3072)] = 0.5

@@ -54,7 +54,12 @@ def _keep(path: Path, result: dict[str, Any], allowed: Callable[[Any], bool]) ->
     try:
         if path.exists() and _read(path, allowed) is None:
             written.replace(path)
-        else:
+            return
+        try:
             os.link(written, path)
+        except FileExistsError:
+            pass
+        except OSError:  # this file system knows no links
+            written.replace(path)
     finally:
         written.unlink(missing_ok=True)
