@@ -76,10 +76,12 @@ def rates_by_threshold(problem: BlockProblem, budget: Budget) -> dict[str, Tenso
         name: torch.full((len(one.w_OI),), budget.sparsity, dtype=dtype, device=one.w_OI.device)
         for name, one in linears.items()
     }
-    competing = [name for name, linear in linears.items() if linear.reached and bool(problem.gradients[name].any())]
+    gradients = {name: problem.gradients_O(name) for name in linears}
+    felt = torch.stack([gradients_O.any() for gradients_O in gradients.values()]).tolist()  # waits once
+    competing = [name for name, of_loss in zip(linears, felt, strict=True) if of_loss and linears[name].reached]
     weights = sum(linears[name].w_OI.numel() for name in competing)
     total = split(budget.zeros, [weights, budget.weights - weights])[0]
-    counts = lowest([_keys(linears[name], problem.gradients_O(name)) for name in competing], total)
+    counts = lowest([_keys(linears[name], gradients[name]) for name in competing], total)
     for name, counts_O in zip(competing, counts, strict=True):
         rates[name] = counts_O.to(dtype) / linears[name].w_OI.shape[1]
     return rates
