@@ -89,9 +89,10 @@ def test_the_ridge_is_the_one_that_held_out_tokens_like_best():
         ridge: float(((slowly(w_OI, kept_OI, x_TI, ridge) - w_OI) @ held_TI.double().T).square().sum())
         for ridge in RIDGES
     }
-    best = min(errors, key=errors.__getitem__)
-    assert best not in (RIDGES[0], RIDGES[-1])  # too weak overfits, too strong does nothing
-    assert float(best_ridge(w_OI, kept_OI, statistics, 60)) == pytest.approx(best)
+    best = min(errors.values())
+    assert best not in (errors[RIDGES[0]], errors[RIDGES[-1]])  # too weak overfits, too strong does nothing
+    chosen = float(best_ridge(w_OI, kept_OI, statistics))
+    assert errors[min(RIDGES, key=lambda ridge: abs(ridge - chosen))] <= 1.02 * best  # few steps tell them apart
 
 
 def test_massive_activations_do_not_rule_the_ridge():

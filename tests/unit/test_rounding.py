@@ -132,7 +132,7 @@ def test_the_sweep_takes_away_what_rounding_adds():
     for seed in range(12):
         w_OI, dense_OI, x_TI = drawn(seed, tokens=400, sparsity=0.3)
         statistics, kept_OI = statistics_of(x_TI), w_OI != 0
-        hessian_II = with_ridge(statistics, best_ridge(dense_OI, kept_OI, statistics, 10))
+        hessian_II = with_ridge(statistics, best_ridge(dense_OI, kept_OI, statistics))
         w_OI = solve(dense_OI, kept_OI, hessian_II, 10)
         ways = [unrounded(w_OI, dense_OI, statistics, Moved(bits=3, rounding=way), 1) for way in ("sweep", "nearest")]
         weights = [w_OI, *(way.quantized().weight() for way in ways)]

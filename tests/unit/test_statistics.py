@@ -136,22 +136,34 @@ def test_the_error_of_a_gram_in_tf32(dtype, most):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "precision"), [(torch.bfloat16, "tf32"), (torch.float16, "tf32"), (torch.float32, "ieee")]
+    ("dtype", "precision"),
+    [(torch.bfloat16, ("tf32", "bf16")), (torch.float16, ("tf32", "ieee")), (torch.float32, ("ieee", "ieee"))],
 )
-def test_only_the_gram_of_half_precision_uses_tf32(dtype, precision):
+def test_only_the_gram_of_half_precision_uses_its_units(dtype, precision):
     seen = {}
+
+    def now():
+        return torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
 
     class Seeing(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            seen[func._schema.name] = torch.backends.cuda.matmul.fp32_precision
+            seen[func._schema.name] = now()
             return func(*args, **(kwargs or {}))
 
-    before = torch.backends.cuda.matmul.fp32_precision
+    before = now()
     statistics = InputStatistics.empty(4, gram=True, device=torch.device("cpu"))
     with Seeing():
         statistics.add(torch.ones(3, 4, dtype=dtype))
     assert seen["aten::mm"] == precision
-    assert seen["besa::add_squares"] == before == torch.backends.cuda.matmul.fp32_precision
+    assert seen["besa::add_squares"] == before == now()
+
+
+def test_the_units_of_half_precision_lose_nothing_of_a_gram():
+    x_TI = torch.randn(700, 96, generator=torch.Generator().manual_seed(2)).bfloat16()
+    statistics = gathered(x_TI)
+    exact_II = x_TI.double().T @ x_TI.double()
+    scale_I = exact_II.diagonal().sqrt()
+    assert float(((statistics.gram_II - exact_II).abs() / (scale_I[:, None] * scale_I)).max()) < 1e-5
 
 
 def test_inputs_are_not_kept_with_their_graph():

@@ -1,7 +1,9 @@
-"""The widest floating-point numbers that a device computes with."""
+"""The numbers that a device computes with: the widest there are, and those of half precision where they suffice."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -15,3 +17,21 @@ def widest(device: torch.device) -> torch.dtype:
     except (TypeError, RuntimeError):
         return torch.float32
     return torch.float64
+
+
+@contextmanager
+def products_in(dtype: torch.dtype) -> Iterator[None]:
+    """While open, float32 matrices are multiplied by the units for half precision, if `dtype` is of half precision.
+
+    Numbers are rounded as they enter, and sums are float32. CUDA rounds to TF32, which holds every bfloat16 and float16
+    number; a CPU with such units rounds to bfloat16. So the products of matrices that hold numbers of `dtype` are
+    exact.
+    """
+    cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = cuda.fp32_precision, cpu.fp32_precision
+    try:
+        cuda.fp32_precision = "ieee" if dtype == torch.float32 else "tf32"
+        cpu.fp32_precision = "bf16" if dtype == torch.bfloat16 else "ieee"
+        yield
+    finally:
+        cuda.fp32_precision, cpu.fp32_precision = before

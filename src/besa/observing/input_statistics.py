@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from besa import kernels
-from besa.counting.precision import widest
+from besa.counting.precision import products_in, widest
 from besa.errors import BesaError
 from besa.models.activations import HiddenStates
 from besa.models.blocks import Block
@@ -66,7 +66,7 @@ class InputStatistics:
         self._inverses.clear()
         self._reached = None
         if self.gram_II is not None and self.held_II is not None:
-            with _products_of(x_TI.dtype):
+            with products_in(x_TI.dtype):
                 for rows, held in _runs(len(x_TI), held_out):
                     run_TI = x_TI[rows].float()
                     gram_II = self.held_II if held else self.gram_II
@@ -159,22 +159,6 @@ def _add_up(statistics: dict[str, InputStatistics]) -> None:
             if sums is not None:
                 ranks.total(sums)
         statistics.update(dict.fromkeys(names, one))
-
-
-@contextmanager
-def _products_of(dtype: torch.dtype) -> Iterator[None]:
-    """While open, CUDA multiplies float32 matrices in TF32 if their numbers come from half precision.
-
-    TF32 has the exponents of bfloat16 and the significant bits of float16, so it holds both. Products are exact, and
-    sums are float32 either way.
-    """
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    try:
-        matmul.fp32_precision = "ieee" if dtype == torch.float32 else "tf32"
-        yield
-    finally:
-        matmul.fp32_precision = before
 
 
 @contextmanager

@@ -52,7 +52,7 @@ class ADMM(Rebuilder):
         On held-out tokens it is never worse than the unchanged weights under the first mask.
         """
         unsolved_OI = w_OI.where(hard_mask(ranks_OI, counts_O), 0)
-        ridge = best_ridge(w_OI, hard_mask(ranks_OI, counts_O), statistics, self.iterations)
+        ridge = best_ridge(w_OI, hard_mask(ranks_OI, counts_O), statistics)
         hessian_II = with_ridge(statistics, ridge)
         scale_I = hessian_II.diagonal().sqrt()
         scaled_II = hessian_II / scale_I / scale_I[:, None]
@@ -61,7 +61,7 @@ class ADMM(Rebuilder):
         def rebuilt(rows: slice) -> Tensor:
             w_RI = w_OI[rows]
             kept_RI = self._mask(w_RI, ranks_OI[rows], counts_O[rows], scaled_II, eigen, scale_I, group)
-            return written(solve(w_RI.float(), kept_RI, hessian_II, self.iterations), kept_RI, w_OI.dtype)
+            return written(solve(w_RI, kept_RI, hessian_II, self.iterations), kept_RI, w_OI.dtype)
 
         return better(ranks.by_rows(rebuilt, len(w_OI)), unsolved_OI, w_OI, statistics)
 

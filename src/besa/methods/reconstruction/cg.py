@@ -24,7 +24,7 @@ class ConjugateGradient(Rebuilder):
     """
 
     method: Literal["cg"] = "cg"
-    iterations: int = Field(default=10, ge=1, description="steps, each a product with the Hessian")
+    iterations: int = Field(default=8, ge=1, description="steps, each a product with the Hessian")
     solver_bytes: ClassVar[int] = 32
 
     def rebuild(
@@ -37,10 +37,10 @@ class ConjugateGradient(Rebuilder):
     ) -> Tensor:
         """The weight (O, I) in its dtype; the `counts_O` lowest ranks of each row are zero, the others are changed."""
         kept_OI = hard_mask(ranks_OI, counts_O)
-        hessian_II = with_ridge(statistics, best_ridge(w_OI, kept_OI, statistics, self.iterations))
+        hessian_II = with_ridge(statistics, best_ridge(w_OI, kept_OI, statistics))
 
         def rebuilt(rows: slice) -> Tensor:
-            solved_OI = solve(w_OI[rows].float(), kept_OI[rows], hessian_II, self.iterations)
+            solved_OI = solve(w_OI[rows], kept_OI[rows], hessian_II, self.iterations)
             return written(solved_OI, kept_OI[rows], w_OI.dtype)
 
         return better(ranks.by_rows(rebuilt, len(w_OI)), w_OI.where(kept_OI, 0), w_OI, statistics)

@@ -22,8 +22,6 @@ from besa.methods.reconstruction.written import written
 from besa.observing.input_statistics import InputStatistics, inverted
 from besa.system import ranks
 
-ITERATIONS = 10  # of conjugate gradient, while a ridge is chosen
-
 
 class OBSUpdate(Rebuilder):
     """Optimal-brain-surgeon update of the kept weights, left to right in blocks of columns.
@@ -70,7 +68,7 @@ class OBSUpdate(Rebuilder):
         first_OI, dense_OI = hard_mask(ranks_OI, counts_O), w_OI.float()
         kept_OI = first_OI if self.mask == "fixed" else None
         if self.damping is None:
-            inverse_II = inverted(with_ridge(statistics, best_ridge(w_OI, first_OI, statistics, ITERATIONS)))
+            inverse_II = inverted(with_ridge(statistics, best_ridge(w_OI, first_OI, statistics)))
         else:
             inverse_II = statistics.inverse_hessian(self.damping)
         columns = self.columns if group is None else group

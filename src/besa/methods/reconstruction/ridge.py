@@ -11,28 +11,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from besa.counting.precision import products_in
 from besa.observing.input_statistics import InputStatistics
 
 RIDGES = (3.0, 1.0, 0.5, 0.2, 0.05, 0.01)  # shares of each input's squared norm, to choose from
-ROWS = 256  # the ridge of a linear is chosen on so many of its rows, at most
+ROWS = 64  # the ridge of a linear is chosen on so many of its rows, at most
+STEPS = 3  # of conjugate gradient, for each ridge to choose from
 
 
-def best_ridge(dense_OI: Tensor, kept_OI: Tensor, statistics: InputStatistics, iterations: int) -> Tensor:
+def best_ridge(dense_OI: Tensor, kept_OI: Tensor, statistics: InputStatistics) -> Tensor:
     """The ridge (scalar) with the least error on held-out tokens. The host does not wait for the device.
+
+    Each is tried from the solution of the stronger one before.
 
     Args:
         dense_OI: the dense weight, of all rows; rows at equal distances decide.
         kept_OI: True where a weight is kept.
         statistics: of the linear's input.
-        iterations: as of `solve`, for each ridge; they start from the solution of the stronger one before.
     """
     every = -(-len(dense_OI) // ROWS)
-    dense_OI, kept_OI = dense_OI[::every].float(), kept_OI[::every]
-    w_OI = dense_OI.where(kept_OI, 0)
+    dense_OI, kept_OI = dense_OI[::every], kept_OI[::every]
+    w_OI = dense_OI.where(kept_OI, 0).float()
     errors = []
     ridges_R = torch.tensor(RIDGES).to(dense_OI.device)
     for ridge in ridges_R:
-        w_OI = solve(dense_OI, kept_OI, with_ridge(statistics, ridge), iterations, w_OI)
+        w_OI = solve(dense_OI, kept_OI, with_ridge(statistics, ridge), STEPS, w_OI)
         errors.append(held_out_error(w_OI, dense_OI, statistics))
     return ridges_R[torch.stack(errors).argmin()]
 
@@ -74,28 +77,29 @@ def solve(
     """Minimise (W − W̄) H (W − W̄)ᵀ of each row over its kept weights; returns W (O, I), the other weights zero.
 
     Conjugate gradient, for all rows at once, each with its own direction and step length. The preconditioner is H's
-    diagonal.
+    diagonal. Products are of half precision if the weight is (`products_in`).
 
     Args:
-        dense_OI: W̄, float32.
+        dense_OI: W̄, in its dtype.
         kept_OI: True where a weight is kept.
         hessian_II: H, positive definite.
         iterations: steps, each a product with H.
         start_OI: weights to start from, which obey the mask; by default the kept weights of W̄.
     """
     scale_I, pruned_OI = 1 / hessian_II.diagonal(), ~kept_OI
-    w_OI = dense_OI.where(kept_OI, 0) if start_OI is None else start_OI.clone()
-    residual_OI = ((dense_OI - w_OI) @ hessian_II).masked_fill_(pruned_OI, 0)
-    direction_OI = residual_OI * scale_I
-    descent_O = (residual_OI * direction_OI).sum(dim=1)
-    for _ in range(iterations):
-        product_OI = (direction_OI @ hessian_II).masked_fill_(pruned_OI, 0)
-        curvature_O = (direction_OI * product_OI).sum(dim=1)
-        step_O = torch.where(curvature_O > 0, descent_O / curvature_O, 0)  # 0: the row is solved
-        w_OI.addcmul_(step_O[:, None], direction_OI)
-        residual_OI.addcmul_(-step_O[:, None], product_OI)
-        scaled_OI = residual_OI * scale_I
-        before_O, descent_O = descent_O, (residual_OI * scaled_OI).sum(dim=1)
-        turn_O = torch.where(before_O > 0, descent_O / before_O, 0)
-        direction_OI = scaled_OI.addcmul_(turn_O[:, None], direction_OI)
+    w_OI = dense_OI.where(kept_OI, 0).float() if start_OI is None else start_OI.clone()
+    with products_in(dense_OI.dtype):
+        residual_OI = ((dense_OI.float() - w_OI) @ hessian_II).masked_fill_(pruned_OI, 0)
+        direction_OI = residual_OI * scale_I
+        descent_O = (residual_OI * direction_OI).sum(dim=1)
+        for _ in range(iterations):
+            product_OI = (direction_OI @ hessian_II).masked_fill_(pruned_OI, 0)
+            curvature_O = (direction_OI * product_OI).sum(dim=1)
+            step_O = torch.where(curvature_O > 0, descent_O / curvature_O, 0)  # 0: the row is solved
+            w_OI.addcmul_(step_O[:, None], direction_OI)
+            residual_OI.addcmul_(-step_O[:, None], product_OI)
+            scaled_OI = residual_OI * scale_I
+            before_O, descent_O = descent_O, (residual_OI * scaled_OI).sum(dim=1)
+            turn_O = torch.where(before_O > 0, descent_O / before_O, 0)
+            direction_OI = scaled_OI.addcmul_(turn_O[:, None], direction_OI)
     return w_OI

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from besa.methods.reconstruction.obs_update import ITERATIONS, inverse_factor
+from besa.methods.reconstruction.obs_update import inverse_factor
 from besa.methods.reconstruction.ridge import best_ridge, is_better, with_ridge
 from besa.methods.reconstruction.written import written
 from besa.observing.input_statistics import InputStatistics, inverted
@@ -39,7 +39,7 @@ def unrounded(
     plain = Unrounded(w_OI, grid, quantization.symmetric)
     if quantization.rounding == "nearest":
         return plain
-    hessian_II = with_ridge(statistics, best_ridge(dense_OI, w_OI != 0, statistics, ITERATIONS))
+    hessian_II = with_ridge(statistics, best_ridge(dense_OI, w_OI != 0, statistics))
     factor_II = inverse_factor(inverted(hessian_II))
 
     def of_rows(rows: slice) -> Tensor:
