@@ -27,7 +27,7 @@ def products_in(dtype: torch.dtype) -> Iterator[None]:
     number; a CPU with such units rounds to bfloat16. So the products of matrices that hold numbers of `dtype` are
     exact.
     """
-    cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # it has one
     before = cuda.fp32_precision, cpu.fp32_precision
     try:
         cuda.fp32_precision = "ieee" if dtype == torch.float32 else "tf32"
