@@ -1,8 +1,8 @@
-"""Put measured tables into the README and docs/results.md: `python -m experiments.readme` makes them from result files.
+"""Put measured tables into the README and pages of docs/: `python -m experiments.readme` makes them from result files.
 
 A marker pair `<!-- results:NAME -->` … `<!-- /results -->` holds the content of `experiments/results/NAME.md`. The
-tables come from the `besa_run.json` and `besa_eval.json` of their runs, from `beyond/beyond.json`, and from the
-verdicts of the experiments. Only the sentences around them are written by hand.
+tables come from the `besa_run.json` and `besa_eval.json` of their runs, from `beyond/beyond.json`, from the verdicts of
+the experiments, and from `experiments.choices`. Only the sentences around them are written by hand.
 """
 
 import os
@@ -15,12 +15,13 @@ from besa.report.markdown import table
 from besa.studies.origin import Origin
 from besa.studies.rows import Row, row
 from besa.studies.workspace import Outcome
+from experiments.choices import forms, recipes
 from experiments.paper import findings, listed
 from experiments.result import Result
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "recipes.md")
 RUNS = {
     "50": ("demo-full-50", ["dense", "magnitude", "wanda", "sparsegpt", "besa-layerwise", "besa"]),
     "70": ("smollm2-70", ["wanda", "besa"]),
@@ -133,6 +134,8 @@ def main() -> None:
     (RESULTS / "README.md").write_text(index(), encoding="utf-8")
     (RESULTS / "trends.md").write_text(trends(), encoding="utf-8")
     (RESULTS / "past.md").write_text(past(), encoding="utf-8")
+    (RESULTS / "recipes.md").write_text(recipes(), encoding="utf-8")
+    (RESULTS / "forms.md").write_text(forms(), encoding="utf-8")
     for page in PAGES:
         page.write_text(with_results(page), encoding="utf-8")
 

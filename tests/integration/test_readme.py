@@ -13,6 +13,7 @@ import typer.testing
 
 from besa.cli import app
 from besa.methods.recipe import Recipe, shipped
+from experiments.choices import forms, recipes
 from experiments.readme import MARKED, PAGES, RESULTS, index, past, runs, trends, with_results
 
 ROOT = Path(__file__).parent.parent.parent
@@ -20,6 +21,7 @@ README = ROOT / "README.md"
 DOCS = [
     README,
     ROOT / "CHANGELOG.md",
+    ROOT / "CONTRIBUTING.md",
     ROOT / "benchmarks" / "README.md",
     RESULTS / "README.md",
     *sorted(ROOT.glob("docs/*.md")),
@@ -43,10 +45,13 @@ def besa_commands() -> list[list[str]]:
 def anchors(page: Path) -> set[str]:
     """What links to sections of a page end with, as GitHub makes them."""
     titles = re.findall(r"^#+ (.+)$", text_of(page), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+    documented = re.findall(r"^::: (\S+)$", text_of(page), re.MULTILINE)  # on the site; on GitHub the page opens
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles} | set(documented)
 
 
-@pytest.mark.parametrize(("page", "results"), [(PAGES[0], 1), (PAGES[1], 5)], ids=["README.md", "results.md"])
+@pytest.mark.parametrize(
+    ("page", "results"), zip(PAGES, (1, 5, 3), strict=True), ids=["README.md", "results.md", "recipes.md"]
+)
 def test_result_tables_are_the_measured_ones(page: Path, results: int) -> None:
     text = text_of(page)
     assert with_results(page) == text
@@ -56,6 +61,8 @@ def test_result_tables_are_the_measured_ones(page: Path, results: int) -> None:
 def test_results_are_those_of_the_experiments() -> None:
     assert text_of(RESULTS / "past.md") == past()
     assert text_of(RESULTS / "trends.md") == trends()
+    assert text_of(RESULTS / "recipes.md") == recipes()
+    assert text_of(RESULTS / "forms.md") == forms()
     assert text_of(RESULTS / "README.md") == index()
     assert runs("50") in text_of(RESULTS / "50.md")
     assert runs("70") in text_of(RESULTS / "70.md")
