@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu bench-gpu lint format
+.PHONY: help setup demo test test-slow test-gpu bench-gpu docs lint format
 
 help:            ## show this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 14
@@ -18,7 +18,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
 	touch $@
 
 demo: $(READY)   ## prune SmolLM2-135M by Wanda and BESA, and show what is left of it
@@ -35,6 +35,9 @@ test-gpu: $(READY) ## the tests on a GPU, if there is one
 
 bench-gpu: $(READY) ## speed and memory on a GPU: a block of 7B and 70B by recipe, and the kernels
 	$(BIN)/python -m benchmarks.gpu
+
+docs: $(READY)   ## the documentation as a site, in site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(READY)   ## ruff, mypy, and the contract that imports point down
 	$(BIN)/ruff check .
