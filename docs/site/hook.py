@@ -16,6 +16,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parents[2]
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)\s#]+)")
 LIST = "index.md"  # of a folder that a page links to
+PROGRAM = re.compile(r"^\[(examples/\w+\.py)\]\([^)]+\)$", re.MULTILINE)
 CODE = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 
 
@@ -50,9 +51,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
-    """A link to a folder leads to the list of its files."""
+    """A link to a folder leads to the list of its files; a program that stands alone is shown."""
     here = posixpath.dirname(page.file.src_uri)
+    markdown = PROGRAM.sub(lambda line: f"{line[0]}\n\n```python\n{_program(line[1])}```", markdown)
     return LINK.sub(lambda link: posixpath.relpath(_target(here, link[1]), here or "."), markdown)
+
+
+def _program(path: str) -> str:
+    return (ROOT / path).read_text(encoding="utf-8")
 
 
 def _named(nav: object) -> list[str]:

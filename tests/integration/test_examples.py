@@ -46,7 +46,7 @@ def test_examples_are_short_run_here_and_on_the_page() -> None:
     for path in paths:
         assert len(path.read_text(encoding="utf-8").splitlines()) <= 60, path
         assert f'example("{path.stem}")' in tests
-        assert f"examples/{path.name}" in page
+        assert f"\n[examples/{path.name}](../examples/{path.name})\n" in page
 
 
 def test_prune_in_memory(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
