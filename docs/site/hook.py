@@ -24,20 +24,21 @@ class TwoSpaces(Extension):
     """Lists within lists are indented by two spaces, as on GitHub."""
 
     def extendMarkdown(self, md: Markdown) -> None:
-        """As Markdown asks for it."""
+        """As Markdown asks for it, of the first extension, before others add to the parser."""
         md.tab_length = 2
+        md.build_parser()
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Read lists as they are written here."""
-    config.markdown_extensions.append(TwoSpaces())  # type: ignore[arg-type]
+    config.markdown_extensions.insert(0, TwoSpaces())  # type: ignore[arg-type]
     return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """The theme's files, the pages of the navigation, and what is reached from these by links."""
     kept = [file for file in files if file.src_dir != config.docs_dir]
-    waiting = [*_named(config.nav), *config.extra_css]
+    waiting = [*_named(config.nav), *(f"docs/{name}" for name in config.extra_css)]
     seen = set()
     while waiting:
         path = waiting.pop()
