@@ -21,7 +21,7 @@ from rich.text import Text
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "images"
 COLUMNS = 108
-SIZES = "--samples 8 --seqlen 256"
+SIZES = "--samples 8 --seqlen 128"
 RECIPES = ("wanda", "besa")
 COMMANDS = (
     f"besa prune smollm2 besa --recipe besa {SIZES}",
@@ -35,9 +35,9 @@ WIDTH, HEIGHT = 1200, 900
 
 
 def besa(command: str, folder: Path) -> str:
-    """What a command prints to a terminal, colours included."""
+    """What a command prints."""
     words = [sys.executable, "-m", *shlex.split(command)]
-    environment = os.environ | {"FORCE_COLOR": "1", "COLUMNS": str(COLUMNS)}
+    environment = os.environ | {"COLUMNS": str(COLUMNS)}
     return subprocess.run(words, cwd=folder, env=environment, check=True, capture_output=True, text=True).stdout
 
 
@@ -46,7 +46,7 @@ def terminal(folder: Path) -> str:
     console = Console(record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True)
     for command in COMMANDS:
         console.print(Text(f"$ {command}", style="bold"))
-        console.print(Text.from_ansi(besa(command, folder)))
+        console.print(Text(besa(command, folder)))
     return FONT.sub("", console.export_svg(title="besa"))
 
 
@@ -55,7 +55,7 @@ def report(folder: Path) -> Image.Image:
     besa(f"besa prune smollm2 wanda --recipe wanda {SIZES}", folder)
     for model, out in (("smollm2", "dense"), *((recipe, recipe) for recipe in RECIPES)):
         (folder / out).mkdir(exist_ok=True)
-        besa(f"besa eval {model} --ppl wiki --window 256 --max-windows 20 --json {out}/besa_eval.json", folder)
+        besa(f"besa eval {model} --ppl wiki --window 128 --max-windows 20 --json {out}/besa_eval.json", folder)
     besa(f"besa report dense {' '.join(RECIPES)} --out report.html", folder)
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
