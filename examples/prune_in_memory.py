@@ -1,6 +1,6 @@
 """Prune a model that you have loaded, in place, and go on using it.
 
-python examples/prune_in_memory.py [MODEL] [TEXT]
+python examples/prune_in_memory.py [MODEL] [TEXT] [RECIPE]
 """
 
 import sys
@@ -10,19 +10,22 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import besa
 
 
-def main(model: str = "HuggingFaceTB/SmolLM2-135M-Instruct", text: str = "c4", seqlen: int = 512) -> float:
-    """Prune half of the weights by BESA; returns the sparsity, as it was counted.
+def main(
+    model: str = "HuggingFaceTB/SmolLM2-135M-Instruct", text: str = "c4", recipe: str = "besa", seqlen: int = 512
+) -> float:
+    """Prune half of the weights; returns the sparsity, as it was counted.
 
     Args:
         model: Hugging Face id, or a folder.
         text: to calibrate on: an embedded one, or a file.
+        recipe: a shipped one, or a YAML file.
         seqlen: tokens of a sequence.
     """
     tokenizer = AutoTokenizer.from_pretrained(model)
     loaded = AutoModelForCausalLM.from_pretrained(model)
 
     pruned = besa.compress(
-        loaded, "besa", text, tokenizer=tokenizer, sparsity=0.5, samples=16, seqlen=seqlen, progress=show
+        loaded, recipe, text, tokenizer=tokenizer, sparsity=0.5, samples=16, seqlen=seqlen, progress=show
     )
 
     print(f"\n{pruned.record.zeros:,} of {pruned.record.weights:,} weights are zero now.")

@@ -50,7 +50,7 @@ def test_examples_are_short_run_here_and_on_the_page() -> None:
 
 
 def test_prune_in_memory(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert example("prune_in_memory").main(str(TINY), CALIBRATION, seqlen=32) == 0.5
+    assert example("prune_in_memory").main(str(TINY), CALIBRATION, "wanda", seqlen=32) == 0.5
     assert "405,504 of 811,008 weights are zero now." in capsys.readouterr().out
     assert zeros(here / "pruned-in-memory") == 405_504
 
