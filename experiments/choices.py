@@ -11,7 +11,11 @@ from besa.report.markdown import table
 
 ROOT = Path(__file__).parent.parent
 DOMAINS = ROOT / "experiments" / "results" / "beyond" / "domains"
-MODELS = {"SmolLM2-135M": "smollm2-16x512", "Gemma 3 270M": "gemma3-270m-16x512"}
+MODELS = {
+    "SmolLM2-135M": "smollm2-16x512",
+    "Gemma 3 270M": "gemma3-270m-16x512",
+    "Qwen2.5-Coder-1.5B": "qwen2.5-coder-1.5b-16x512",
+}
 ORDER = ("wanda", "sparsegpt", "besa", "fast", "best")
 SAMPLES, SEQLEN = 64, 512  # for which passes are counted
 DECODE = ROOT / "benchmarks" / "results" / "decode-1B-16.json"
