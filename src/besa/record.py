@@ -55,6 +55,9 @@ class BlockRecord(Record):
     seconds: float
     phases: dict[str, float] = Field(default={}, description="seconds by phase")
     sent: dict[str, int] = Field(default={}, description="bytes that each of several ranks sent to others, by phase")
+    structures: dict[str, tuple[int, int]] = Field(
+        default={}, description="how many there were and how many stay, by kind, where structures go whole"
+    )
     linears: list[LinearRecord]
 
 

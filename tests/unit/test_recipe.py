@@ -114,8 +114,12 @@ def test_what_only_orders_weights_takes_any_importance(allocation):
             "needs a reconstruction that keeps the mask",
         ),
         (
-            ["allocation.method=structured", "targets.method=owl"],
-            "allocation.method=structured works only with targets.",
+            ["allocation.method=depth", "targets.method=owl"],
+            "allocation.method=depth works only with targets.method=uniform",
+        ),
+        (
+            ["allocation.method=depth", "quantization={method: minmax, clipping: first}"],
+            "allocation.method=depth works only with quantization.method=none",
         ),
         (
             ["allocation.method=nm", "targets.method=search"],

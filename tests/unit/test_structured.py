@@ -131,7 +131,6 @@ def test_couplings_of_the_tiny_llama(pristine_tiny_llama):
     [
         ({"reconstruction": OBSUpdate(mask="adaptive")}, "reconstruction.mask=fixed"),
         ({"reconstruction": ADMM()}, "set reconstruction.method to none or cg"),
-        ({"targets": {"method": "owl"}}, "targets.method=uniform"),
         ({"quantization": {"method": "minmax", "clipping": "first"}}, "quantization.method=none"),
     ],
 )

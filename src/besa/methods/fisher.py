@@ -1,7 +1,7 @@
 """How much the model's loss depends on its weights: the diagonal of the Fisher information, from the dense model.
 
 Shape suffixes: N sequences, T tokens, C channels of the residual stream, V vocabulary, O rows, I columns,
-B blocks, S bins of scores.
+B blocks, S bins of scores, X structures.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from besa.kernels import histogram
 from besa.methods.survey import Survey
 from besa.models.activations import HiddenStates
 from besa.models.blocks import Block, logits_of
+from besa.models.couplings import Coupling
 from besa.models.transfers import Outputs, fetched
 from besa.observing.input_statistics import InputStatistics, collect
 from besa.observing.probes import RowSensitivities
@@ -30,7 +31,7 @@ class LossGradients:
         sparsity: of the model.
         rates: sparsity of each block if the weights of lowest W²·E[x²]·E[g²] of the whole model go, where g is the
             gradient at the linear's output. The score approximates W² times the weight's diagonal entry of the Fisher
-            information.
+            information. Structures that go whole have the sum over their columns, divided by their weights.
         squares: E[g²] of each row (O,), float32, on the host, by full name of the matrix.
         statistics: of the matrices' inputs, by full name.
     """
@@ -70,13 +71,17 @@ def _measured(survey: Survey, tokens_NT: Tensor) -> LossGradients:
     for block, names in reversed(list(zip(blocks, survey.names, strict=True))):
         with survey.opened(block, step=-1):
             rows, inputs = _send_back(block, states.pop(), gradients_NTC, survey.device)
-            histograms[block.index] = _histogram(block, names, rows, inputs)
+            structures = survey.structures[block.index]
+            histograms[block.index] = (
+                _of_structures(block, structures, rows, inputs) if structures else _histogram(block, names, rows, inputs)
+            )
         squares |= {name: rows.rows(name).cpu() for name in block.prunables}
         statistics |= inputs
     upto_BS = torch.stack([histograms[block.index] for block in blocks]).cumsum(dim=1)
     upto_S = upto_BS.sum(dim=0)
     place = (upto_S < round(survey.sparsity * sum(survey.sizes))).sum()
-    pruned: list[int] = upto_BS.index_select(1, place.reshape(1))[:, 0].tolist()
+    last = place.clamp_max(BINS - 1).reshape(1)
+    pruned: list[int] = upto_BS.index_select(1, last)[:, 0].tolist()
     rates = [zeros / max(1, size) for zeros, size in zip(pruned, survey.sizes, strict=True)]
     return LossGradients(survey.sparsity, rates, squares, statistics)
 
@@ -136,7 +141,25 @@ def _histogram(
     device = next(block.module.parameters()).device
     counts_S = torch.zeros(BINS, dtype=torch.int64, device=device)
     for name in names:
-        column_I, row_O = statistics[name].squares_I.float(), rows.rows(name)
-        score_OI = block.weight(name).detach().float().square() * column_I * row_O[:, None]
-        counts_S += histogram(score_OI.view(torch.int32) >> 16, BINS)
+        counts_S += histogram(_scores(block, name, rows, statistics).view(torch.int32) >> 16, BINS)
     return counts_S
+
+
+def _of_structures(
+    block: Block, structures: list[Coupling], rows: RowSensitivities, statistics: dict[str, InputStatistics]
+) -> Tensor:
+    """Number of weights of a block's structures in each bin of scores (S,), int64."""
+    device = next(block.module.parameters()).device
+    counts_S = torch.zeros(BINS, dtype=torch.int64, device=device)
+    for coupling in structures:
+        ((reader, size),) = coupling.columns.items()
+        score_I = _scores(block, reader, rows, statistics).sum(dim=0)
+        score_X = score_I.reshape(coupling.structures, size).sum(dim=1) / coupling.weights
+        counts_S += coupling.weights * histogram(score_X.view(torch.int32) >> 16, BINS)
+    return counts_S
+
+
+def _scores(block: Block, name: str, rows: RowSensitivities, statistics: dict[str, InputStatistics]) -> Tensor:
+    """W²·E[x²]·E[g²] of a matrix (O, I), float32, up to the number of tokens."""
+    column_I, row_O = statistics[name].squares_I.float(), rows.rows(name)
+    return block.weight(name).detach().float().square() * column_I * row_O[:, None]

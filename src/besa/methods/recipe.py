@@ -18,6 +18,7 @@ from besa.methods.finetuning import Finetuning, NoFinetuning
 from besa.methods.importance import Importance, Wanda
 from besa.methods.reconstruction import NoReconstruction, Reconstruction
 from besa.methods.targets import Targets, UniformTargets
+from besa.methods.targets.targeting import Targeting
 from besa.models.units import Granularity
 from besa.quantization import NoQuantization, Quantization
 from besa.settings import Learning, Settings
@@ -79,12 +80,16 @@ class Recipe(Settings):
                 f"allocation.method={allocation.method} prunes exactly {only:.4g} of the weights with these settings: "
                 f"set sparsity={only:g} and no sparsity_of"
             )
-        if allocation.shaped and (coded or self.targets.measuring is not None):
-            raise ValueError(
-                f"allocation.method={allocation.method} works only with targets.method=uniform and "
-                "quantization.method=none"
-            )
+        if allocation.even and self.targets.measuring is not None:
+            raise ValueError(f"allocation.method={allocation.method} works only with targets.method=uniform")
+        if allocation.shaped and coded:
+            raise ValueError(f"allocation.method={allocation.method} works only with quantization.method=none")
         return self
+
+    @property
+    def targeting(self) -> Targeting:
+        """What decides how much each block loses: the targets, unless the allocation has its own."""
+        return self.allocation.targeting or self.targets
 
     @property
     def group(self) -> int | None:
@@ -122,7 +127,7 @@ class Recipe(Settings):
         Args:
             samples: calibration sequences.
         """
-        asked = (self.targets.loss_every(samples), self.allocation.loss_every(samples))
+        asked = (self.targeting.loss_every(samples), self.allocation.loss_every(samples))
         return {every for every in asked if every is not None}
 
     @property

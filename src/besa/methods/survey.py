@@ -17,6 +17,7 @@ from torch import Tensor
 from besa.data.calibration import Calibration
 from besa.models.activations import HiddenStates, Room
 from besa.models.blocks import Block, embedded
+from besa.models.couplings import Coupling
 from besa.models.streaming import Decoder
 from besa.system.ranks import Share
 
@@ -42,6 +43,7 @@ class Survey:
         device: where blocks are computed.
         room: for hidden states.
         seed: of random choices.
+        structures: that go whole, by block; none where weights go one by one.
         gradients: of the loss, by how many sequences there are to one that they are measured on; each is measured once.
     """
 
@@ -53,6 +55,7 @@ class Survey:
     device: torch.device
     room: Room
     seed: int
+    structures: list[list[Coupling]]
     gradients: dict[int, LossGradients] = field(default_factory=dict)
 
     @cached_property

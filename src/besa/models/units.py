@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from besa.errors import BesaError
 from besa.models.activations import HiddenStates
@@ -55,6 +55,11 @@ class Unit:
     def weight(self, name: str) -> Tensor:
         """The prunable matrix (O, I) of that name, as a view of the block's current weight."""
         return next(block for block in self.blocks if name in block.prunables).weight(name)
+
+    def parameter(self, name: str) -> nn.Parameter:
+        """The parameter of that full name."""
+        block = next(block for block in self.blocks if name.startswith(f"{block.name}."))
+        return block.module.get_parameter(name.removeprefix(f"{block.name}."))
 
     def silencing(self, names: tuple[str, ...]) -> Unit:
         """The same blocks with these matrices silent."""
@@ -107,14 +112,19 @@ def parts(unit: Unit, granularity: Granularity) -> list[Part]:
     if granularity != "attn-mlp":
         return [Part(names)]
     (block,) = unit.blocks
-    start = len(block.name) + 1
-    attention = tuple(name for name in names if re.match(r"[^.]*att(n|ention)", name[start:]))
-    rest = tuple(name for name in names if name not in attention)
+    attention, rest = attention_and_rest(block)
     if not attention or not rest:
         raise BesaError(
             f"The module names of {block.name} do not separate attention and MLP: use allocation.granularity=block."
         )
     return [Part(attention, silent=rest), Part(rest)]
+
+
+def attention_and_rest(block: Block) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Full names of the matrices of the attention, and of all others; one is empty if module names do not tell."""
+    start = len(block.name) + 1
+    attention = tuple(name for name in block.prunables if re.match(r"[^.]*att(n|ention)", name[start:]))
+    return attention, tuple(name for name in block.prunables if name not in attention)
 
 
 def sharing(unit: Unit, granularity: Granularity) -> list[tuple[str, ...]]:

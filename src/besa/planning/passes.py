@@ -72,9 +72,9 @@ def forward_passes(
 
     passes += recipe.finetune.passes + waiting(recipe.finetune.sequences) * recipe.finetune.learned_passes
     passes += recipe.distill.passes(head) + waiting(recipe.distill.sequences) * recipe.distill.learned_passes(head)
-    if recipe.targets.measuring is not None:
-        measured = -(-samples // recipe.targets.measuring.every(samples))
-        passes += recipe.targets.forwards * most(shares_of(measured, batch, ranks)) / own
+    if recipe.targeting.measuring is not None:
+        measured = -(-samples // recipe.targeting.measuring.every(samples))
+        passes += recipe.targeting.forwards * most(shares_of(measured, batch, ranks)) / own
     return passes
 
 
@@ -89,9 +89,9 @@ def states_measured(recipe: Recipe, samples: int, blocks: int, batch: int = 1, r
         ranks: that share them.
     """
     paths = dict.fromkeys(recipe.losses_every(samples), blocks + 1)  # the inputs of all blocks, and the gradients
-    if recipe.targets.measuring is not None:
-        every = recipe.targets.measuring.every(samples)
-        paths[every] = max(paths.get(every, 0), recipe.targets.paths)
+    if recipe.targeting.measuring is not None:
+        every = recipe.targeting.measuring.every(samples)
+        paths[every] = max(paths.get(every, 0), recipe.targeting.paths)
     kept = [most(shares_of(-(-samples // every), batch, ranks)) * number for every, number in paths.items()]
     return max(kept, default=0)
 

@@ -58,7 +58,7 @@ def unit_bytes(
         phases.append(ranked + gram + 4 * 4 * widest**2 + recipe.reconstruction.solver_bytes * most)
     if recipe.losses_every(1):
         phases.append(ranked + 12 * most + forward_bytes(unit, model, 1, seqlen, learning=True))
-    if recipe.targets.trials:  # ranks, and the pruned weights of a trial
+    if recipe.targeting.trials:  # ranks, and the pruned weights of a trial
         phases.append(ranked + item * weights + forward_bytes(unit, model, batch, seqlen, learning=False))
     if recipe.finetune.moves_weights:
         tuned = recipe.finetune.bytes_per_weight(item) * weights

@@ -23,7 +23,7 @@ class Measured:
     """What was measured on the dense model.
 
     Attributes:
-        targets: the sparsity of each block; None if all have the same.
+        targets: of each block; None if all have the same sparsity.
         gradients: squared gradients of the loss at the rows, by full name; empty if the recipe needs none.
     """
 
@@ -35,7 +35,7 @@ def measure(
     decoder: Decoder, recipe: Recipe, calibration: Calibration, seed: int, resources: Resources, journal: Journal | None
 ) -> Measured:
     """Measure what the recipe needs. The journal keeps it."""
-    measuring, every = recipe.targets.measuring, recipe.allocation.loss_every(calibration.samples)
+    measuring, every = recipe.targeting.measuring, recipe.allocation.loss_every(calibration.samples)
     names, _ = shared_names(decoder.blocks, recipe)
     survey = Survey(
         decoder,
@@ -46,6 +46,7 @@ def measure(
         resources.device,
         resources.room,
         seed,
+        [recipe.allocation.structures(block, own) for block, own in zip(decoder.blocks, names, strict=True)],
     )
     targets, gradients = None, {}
     if every is not None:
@@ -60,5 +61,5 @@ def measure(
             measured = measuring.measure(survey)
             if journal is not None:
                 journal.keep_targets(measured)
-        targets = measuring.bounded(measured, survey.sizes, recipe.sparsity)
+        targets = measuring.targets(measured, survey.sizes, recipe.sparsity)
     return Measured(targets, gradients)

@@ -11,13 +11,14 @@ from typing import Annotated
 from pydantic import Field
 
 from besa.methods.allocation.besa import Besa
+from besa.methods.allocation.depth import Depth
 from besa.methods.allocation.nm import NM
 from besa.methods.allocation.problem import Allocated, BlockProblem, RankedLinear, first_tokens
 from besa.methods.allocation.sensitivity import Sensitivity
 from besa.methods.allocation.structured import Structured
 from besa.methods.allocation.uniform import Uniform
 
-Allocation = Annotated[Uniform | Besa | Sensitivity | NM | Structured, Field(discriminator="method")]
+Allocation = Annotated[Uniform | Besa | Sensitivity | NM | Structured | Depth, Field(discriminator="method")]
 
 __all__ = [
     "NM",
@@ -25,6 +26,7 @@ __all__ = [
     "Allocation",
     "Besa",
     "BlockProblem",
+    "Depth",
     "RankedLinear",
     "Sensitivity",
     "Structured",

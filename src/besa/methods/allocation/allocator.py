@@ -9,7 +9,9 @@ from typing import ClassVar, Literal
 from besa.counting.budget import Budget, zeros_for
 from besa.methods.allocation.descent import Descent
 from besa.methods.allocation.problem import Allocated, BlockProblem
+from besa.methods.targets.targeting import Targeting
 from besa.models.blocks import Block
+from besa.models.couplings import Coupling
 from besa.models.units import Granularity
 from besa.settings import Settings
 
@@ -19,12 +21,18 @@ class Allocator(Settings):
 
     Attributes:
         whole_structures: whether it prunes whole channels and heads; the reconstruction must then keep the mask.
-        shaped: whether zeros follow a pattern or whole structures; targets that differ by block, and quantisation,
-            would break these.
+        shaped: whether zeros follow a pattern or whole structures, which quantisation would break.
+        even: whether it needs every block to have the sparsity of the model.
     """
 
     whole_structures: ClassVar[bool] = False
     shaped: ClassVar[bool] = False
+    even: ClassVar[bool] = False
+
+    @property
+    def targeting(self) -> Targeting | None:
+        """Targets of its own, in place of the recipe's; None if it has none."""
+        return None
 
     @property
     def scope(self) -> Granularity:
@@ -82,6 +90,32 @@ class Allocator(Settings):
         """
         weights = sum(block.prunables[name].numel for name in names)
         return Budget(tuple(names), weights, zeros_for(sparsity, weights))
+
+    def budgets(
+        self, blocks: Sequence[Block], names: Sequence[Sequence[str]], sparsity: float, targets: Sequence[float] | None
+    ) -> list[Budget]:
+        """The budget of each block, of an allocation of whole structures.
+
+        Args:
+            blocks: of the model.
+            names: full names of the linears that are pruned, by block.
+            sparsity: of all of them together.
+            targets: of each block, as its targets measured them; None if they measure nothing.
+
+        Raises:
+            BesaError: as `budget`.
+        """
+        shares = [sparsity] * len(blocks) if targets is None else targets
+        return [self.budget(*each) for each in zip(blocks, names, shares, strict=True)]
+
+    def structures(self, block: Block, names: Sequence[str]) -> list[Coupling]:
+        """The structures of a block whose numbers the targets decide; none if its weights go one by one.
+
+        Args:
+            block: of the model.
+            names: full names of its linears that are pruned.
+        """
+        return []
 
     def learning_bytes(self, shapes: Sequence[tuple[int, int]]) -> int:
         """Bytes of its parameters and their gradients while it learns.

@@ -35,6 +35,7 @@ class NM(Allocator):
     of: int = Field(default=4, ge=2, description="M: consecutive columns of a group")
     mixed: bool = Field(default=False, description="each linear has its own N; the mean over the block is `keep`")
     shaped: ClassVar[bool] = True
+    even: ClassVar[bool] = True
 
     @model_validator(mode="after")
     def _keeps_fewer(self) -> Self:

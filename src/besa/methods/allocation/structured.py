@@ -1,6 +1,6 @@
-"""Structured: prune whole channels of the feed-forward and whole heads, the same number in every block.
+"""Structured: prune whole channels of the feed-forward and whole heads.
 
-Shape suffixes: O rows, I columns, S structures (channels of the feed-forward, or heads).
+Shape suffixes: O rows, I columns, B blocks, S structures (channels of the feed-forward, or heads).
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from besa.errors import BesaError
 from besa.methods.allocation.allocator import Allocator
 from besa.methods.allocation.problem import Allocated, BlockProblem, RankedLinear
 from besa.models.blocks import Block
-from besa.models.couplings import Coupling, check, couplings
+from besa.methods.apportioning import apportion
+from besa.models.couplings import Coupling, alike, check, couplings
 from besa.models.units import Unit
 
 
@@ -29,6 +30,9 @@ class Structured(Allocator):
     The score of a structure is the squared error in the output of the linear that reads it, if its columns are
     removed. The rows that write the structure go with it. `checkpoint.shrinking` writes the rest as smaller dense
     matrices.
+
+    Every block loses the same number, unless targets say how much each block loses. Then blocks differ in channels,
+    and the whole model meets the sparsity; heads stay the same in all.
     """
 
     method: Literal["structured"] = "structured"
@@ -43,6 +47,44 @@ class Structured(Allocator):
     def compares_errors(self) -> bool:
         """Yes: between structures, summed up over their columns."""
         return True
+
+    def structures(self, block: Block, names: Sequence[str]) -> list[Coupling]:
+        """The channels of the feed-forward."""
+        return [coupling for coupling in couplings(block) if coupling.kind == "ffn" and set(coupling.names) <= {*names}]
+
+    def budgets(
+        self, blocks: Sequence[Block], names: Sequence[Sequence[str]], sparsity: float, targets: Sequence[float] | None
+    ) -> list[Budget]:
+        """The budgets nearest to the targets that together come nearest to the sparsity.
+
+        Raises:
+            BesaError: as `budget`; or the blocks have different shapes.
+        """
+        alike(blocks)
+        even = super().budgets(blocks, names, sparsity, None)
+        if len({(budget.weights, budget.zeros) for budget in even}) > 1:
+            raise BesaError(
+                "structured pruning takes the same structures in every block: skip the same linears in all of them."
+            )
+        if targets is None:
+            return even
+        weights = even[0].weights
+        taken = [self._gone(block, own, sparsity * weights) for block, own in zip(blocks, names, strict=True)]
+        heads = sum(number * coupling.weights for coupling, number in taken[0][:-1])
+        ffn = taken[0][-1][0]
+        steps = -(-ffn.structures // self.multiple) - 1  # that a block can lose, of `multiple` channels
+        size = ffn.weights * self.multiple
+        ideal_B = (torch.tensor(targets, dtype=torch.float64) * weights - heads) / size
+        total = min(max(round(float(ideal_B.sum())), 0), steps * len(blocks))
+        if not steps:
+            return even
+        steps_B = torch.full((len(blocks),), steps)
+        gone = apportion(ideal_B / steps, steps_B, total, torch.zeros_like(steps_B)).tolist()
+        kept = [ffn.structures if not number else self.multiple * (steps + 1 - number) for number in gone]
+        return [
+            Budget(tuple(own), weights, heads + (ffn.structures - number) * ffn.weights)
+            for own, number in zip(names, kept, strict=True)
+        ]
 
     def budget(self, block: Block, names: Sequence[str], sparsity: float) -> Budget:
         """The budget of these linears: the number of zeros of whole structures nearest to the sparsity.
@@ -91,7 +133,9 @@ class Structured(Allocator):
         (block,) = problem.block.blocks
         (budget,) = problem.budgets
         weights = {name: linear.w_OI for name, linear in problem.linears.items()}
+        numbers = {}
         for coupling, number in self._gone(block, budget.names, budget.zeros):
+            numbers[coupling.kind] = (coupling.structures, coupling.structures - number)
             gone_S = lowest_structures(coupling, problem.linears, number)
             if len(problem.inputs_NTC):  # of this rank
                 check(block, coupling, gone_S, problem.inputs_NTC[:1].to(problem.device))
@@ -99,7 +143,7 @@ class Structured(Allocator):
         counts = {name: (w_OI == 0).sum(dim=1) for name, w_OI in weights.items()}
         # Zeros come first in the order of every row, and so do the columns of pruned units.
         ranks = {name: rank(linear.importance_OI, weights[name]) for name, linear in problem.linears.items()}
-        return Allocated(counts, ranks=ranks)
+        return Allocated(counts, ranks=ranks, structures=numbers)
 
 
 def lowest_structures(coupling: Coupling, linears: Mapping[str, RankedLinear], number: int) -> Tensor:

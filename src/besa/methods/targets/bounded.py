@@ -5,17 +5,15 @@ Shape suffixes: N sequences, T tokens, B blocks.
 
 from __future__ import annotations
 
-from abc import abstractmethod
-
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from besa.methods.survey import Survey, one_in
-from besa.methods.targets.targeting import Targeting
+from besa.methods.targets.measuring import Measuring
 
 
-class Bounded(Targeting):
+class Bounded(Measuring):
     """Blocks may differ in sparsity, each within bounds around the sparsity of the model."""
 
     sequences: int = Field(default=8, ge=1, description="calibration sequences that are measured; more if uneven")
@@ -32,25 +30,13 @@ class Bounded(Targeting):
         description="lower bound of a block's density, as a share of the model's density",
     )
 
-    @property
-    def measuring(self) -> Bounded:
-        """The method itself."""
-        return self
-
     def every(self, samples: int) -> int:
         """One calibration sequence in so many is measured."""
         return one_in(samples, self.sequences)
 
-    @abstractmethod
-    def measure(self, survey: Survey) -> list[float]:
-        """A sparsity for each block, measured on the dense model; `bounded` makes targets of them.
-
-        Args:
-            survey: the model.
-
-        Raises:
-            BesaError: there are too few sequences.
-        """
+    def targets(self, measured: list[float], sizes: list[int], sparsity: float) -> list[float]:
+        """The measured sparsities within the bounds."""
+        return self.bounded(measured, sizes, sparsity)
 
     def bounded(self, measured: list[float], sizes: list[int], sparsity: float) -> list[float]:
         """The target of each block: one shift of all measured sparsities, clamped to the bounds, gives the right mean.

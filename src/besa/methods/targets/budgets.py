@@ -12,7 +12,6 @@ from besa.counting.budget import Budget, split, zeros_for
 from besa.errors import BesaError
 from besa.methods.apportioning import apportion
 from besa.models.blocks import Block
-from besa.models.couplings import alike
 from besa.models.prunable import Prunable
 from besa.models.units import sharing, units
 
@@ -29,14 +28,15 @@ def budgets(blocks: list[Block], recipe: Recipe, targets: Sequence[float] | None
     Args:
         blocks: of the model.
         recipe: gives sparsity, exceptions and granularity.
-        targets: for each block, the sparsity of the linears that share budgets; by default the recipe's.
+        targets: for each block, the sparsity of the linears that share budgets, by default the recipe's; or what else
+            the allocation's own targets measured.
 
     Raises:
         BesaError: a pattern matches nothing, two patterns of `sparsity_of` give one linear different sparsities,
             everything is skipped, or the model has no parts of that granularity or no units to prune whole.
     """
     if recipe.allocation.whole_structures:
-        return _of_units(blocks, recipe)
+        return _of_structures(blocks, recipe, targets)
     in_order = units(blocks, recipe.granularity)
     prunables = {name: prunable for unit in in_order for name, prunable in unit.prunables.items()}
     common, exceptions = shared_names(blocks, recipe)
@@ -64,18 +64,15 @@ def budgets(blocks: list[Block], recipe: Recipe, targets: Sequence[float] | None
     return plan
 
 
-def _of_units(blocks: list[Block], recipe: Recipe) -> list[list[Budget]]:
-    """The budget of whole units, the same in every block."""
-    alike(blocks)
+def _of_structures(blocks: list[Block], recipe: Recipe, targets: Sequence[float] | None) -> list[list[Budget]]:
+    """The budgets of blocks that lose whole structures."""
     common, exceptions = shared_names(blocks, recipe)
     if any(exceptions):
-        raise BesaError("structured pruning takes whole units out of several linears: leave out sparsity_of.")
-    plan = [
-        recipe.allocation.budget(block, names, recipe.sparsity) for block, names in zip(blocks, common, strict=True)
-    ]
-    if len({(budget.weights, budget.zeros) for budget in plan}) > 1:
-        raise BesaError("structured pruning leaves every block the same shapes: skip the same linears in all of them.")
-    return [[budget] for budget in plan]
+        raise BesaError(
+            f"allocation.method={recipe.allocation.method} takes whole structures out of several linears: leave out "
+            "sparsity_of."
+        )
+    return [[budget] for budget in recipe.allocation.budgets(blocks, common, recipe.sparsity, targets)]
 
 
 def shared_names(blocks: list[Block], recipe: Recipe) -> tuple[list[tuple[str, ...]], list[dict[str, float]]]:

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 from besa.settings import Settings
 
 if TYPE_CHECKING:
-    from besa.methods.targets.bounded import Bounded
+    from besa.methods.targets.measuring import Measuring
 
 
 class Targeting(Settings):
     """Base of all targets. By default every block has the sparsity of the model, and nothing is measured."""
 
     @property
-    def measuring(self) -> Bounded | None:
-        """The method that measures a sparsity for each block; None if all blocks have the same."""
+    def measuring(self) -> Measuring | None:
+        """The method that measures each block; None if all blocks have the same sparsity."""
         return None
 
     def loss_every(self, samples: int) -> int | None:
