@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from types import ModuleType
 
 REGISTRY = "transformers.quantizers.auto"  # the module that knows quantisers by their name in config.json
+QUANTIZERS = ("besa.integrations.quantizer", "besa.integrations.widths")  # modules that register one each
 SWITCH = "BESA_AUTOLOAD"  # environment variable: 0 keeps besa out of programs that do not import it
 
 
@@ -28,7 +29,7 @@ def autoload() -> None:
 
 
 def install() -> None:
-    """Register besa's quantiser with transformers: now, or as soon as transformers is imported; never raises."""
+    """Register besa's quantisers with transformers: now, or as soon as transformers is imported; never raises."""
     if REGISTRY in sys.modules:
         _register()
     elif not any(isinstance(finder, _Waiting) for finder in sys.meta_path):
@@ -56,8 +57,9 @@ def _execute(original: Callable[[ModuleType], None], module: ModuleType) -> None
 
 def _register() -> None:
     try:
-        import_module("besa.integrations.quantizer")
+        for module in QUANTIZERS:
+            import_module(module)
     except Exception as error:
         warnings.warn(
-            f"besa could not register with transformers, so packed checkpoints do not load: {error}", stacklevel=2
+            f"besa could not register with transformers, so its own formats do not load: {error}", stacklevel=2
         )

@@ -36,10 +36,10 @@ from besa.models.hub import CARD
 from besa.progress import Progress, silent
 from besa.record import RECORD_NAME
 from besa.storage.names import path_of
-from besa.storage.weights import SPARSE_STEM, STEM
+from besa.storage.weights import STEMS
 from besa.version import __version__
 
-WEIGHTS = re.compile(rf"({STEM}|{SPARSE_STEM})(-\d+-of-\d+)?\.safetensors(\.index\.json)?")  # that besa writes
+WEIGHTS = re.compile(rf"({'|'.join(STEMS)})(-\d+-of-\d+)?\.safetensors(\.index\.json)?")  # that besa writes
 
 
 class Pushed(BaseModel):

@@ -167,6 +167,9 @@ def _keep(block: Block, name: str, places: Tensor, rows: bool) -> None:
     module: Any = block.module.get_submodule(name.removeprefix(f"{block.name}."))
     axis = int(block.prunables[name].transposed == rows)  # 0: first axis, where `nn.Linear` has its rows
     module.weight = nn.Parameter(module.weight.index_select(axis, places), requires_grad=False)
+    for attribute in ("out_features", "nf") if rows else ("in_features", "nx"):
+        if hasattr(module, attribute):
+            setattr(module, attribute, len(places))
     if rows and module.bias is not None:
         module.bias = nn.Parameter(module.bias.index_select(0, places), requires_grad=False)
 

@@ -32,7 +32,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError:
 from besa.errors import BesaError
 from besa.models.downloading import Download
 from besa.progress import Progress, silent
-from besa.storage.weights import INDEX, SPARSE_STEM, STEM
+from besa.storage.weights import INDEX, STEM, STEMS
 
 # Names of the files that belong to a model beside its weights: configurations, model code, chat templates, tokenizers.
 CONFIGURATIONS = ("*.json", "*.txt", "*.jinja", "*.py")
@@ -81,7 +81,7 @@ def fetch(model: str, revision: str | None = None, *, weights: bool = True, prog
     with _explained(model, revision, part):
         files = []
         if weights:
-            indexes = [f"{stem}{INDEX}" for stem in (STEM, SPARSE_STEM) if f"{stem}{INDEX}" in sizes]
+            indexes = [f"{stem}{INDEX}" for stem in STEMS if f"{stem}{INDEX}" in sizes]
             folder = _download(model, commit, {each: sizes[each] for each in (CONFIG, *indexes)}, silent)
             if not (files := _weights(sizes, folder)):
                 raise BesaError(
@@ -166,7 +166,7 @@ def _cached(name: str, model: str, commit: ResolvedRevision, weights: bool, reas
 
 def _weights(names: Collection[str], folder: Path) -> list[str]:
     """Names of the weight files among those of a model; none if it has no weights that besa reads."""
-    for stem in (STEM, SPARSE_STEM):
+    for stem in STEMS:
         if f"{stem}.safetensors" in names:
             return [f"{stem}.safetensors"]
         if f"{stem}{INDEX}" in names:

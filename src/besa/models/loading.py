@@ -34,10 +34,11 @@ from transformers.utils import logging as transformers_logging
 from besa.data import assets
 from besa.errors import BesaError
 from besa.models import hub
+from besa.models.widths import narrow, widths_of
 from besa.progress import Progress, silent
 from besa.storage.formats.container import header, settings
 from besa.storage.names import is_path, path_of, pinned
-from besa.storage.weights import PACKED, STEM, WeightFiles, check_regular
+from besa.storage.weights import PACKED, STEM, WIDTHS, WeightFiles, check_regular
 
 EMBEDDED = "smollm2"
 EDGE = 1 << 20  # bytes of a weight file's head and tail that go into its fingerprint
@@ -204,7 +205,8 @@ def read_config(source: Source) -> PreTrainedConfig:
     with quiet(), model_explained(source.name):
         config = AutoConfig.from_pretrained(**source.arguments)
     check_decoder(source.name, config)
-    if named := getattr(config, "transformers_weights", None):
+    named = getattr(config, "transformers_weights", None)
+    if named and not widths_of(config):
         raise BesaError(
             f"The config.json of {source.name} names {named} as the weight file (transformers_weights): rename that "
             f"file to {STEM}.safetensors, and remove the key."
@@ -246,6 +248,8 @@ def quantization_of(config: PreTrainedConfig) -> dict[str, Any]:
     said = [getattr(part, "quantization_config", None) for part in (config, config.get_text_config())]
     said.append(getattr(config, "besa", {}).get("quantization_config"))  # of a packed checkpoint, version 1
     first = next((each for each in said if each and isinstance(each, dict)), {})
+    if first.get("quant_method") == WIDTHS:
+        return {}
     return (first.get("codes") or {}) if first.get("quant_method") == PACKED else first
 
 
@@ -276,6 +280,7 @@ def skeleton(source: Source, config: PreTrainedConfig) -> PreTrainedModel:
         model = _loader(config).from_config(
             config, dtype=config.dtype, trust_remote_code=source.trust_remote_code, experts_implementation="eager"
         )
+        narrow(model, widths_of(config))
     model.tie_weights()  # again: replacing the parameters by those without memory has untied them
     _keep_about(config, model)
     return model.eval().requires_grad_(False)

@@ -7,9 +7,6 @@ compressed-tensors has these as buffers, and becomes dense when they are loaded.
 
 from __future__ import annotations
 
-import json
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,8 +29,8 @@ from besa.storage.formats import bitmask, codes
 from besa.storage.formats.bitmask import Bitmask
 from besa.storage.formats.container import Container, header, settings
 from besa.storage.formats.row_codes import RowCodes
-from besa.storage.weights import INDEX, SPARSE_STEM, STEM
-from besa.storage.writing import write_file
+from besa.runtime.saving import saving
+from besa.storage.weights import SPARSE_STEM
 
 
 @dataclass
@@ -209,27 +206,8 @@ def save_pretrained(model: PreTrainedModel, save_directory: str | Path, **option
     """
     if options.pop("push_to_hub", False):
         raise BesaError("A packed model is saved first, and then pushed: call `model.push_to_hub` or `besa push`.")
-    folder = Path(save_directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
-        made = Path(temporary)
-        type(model).save_pretrained(model, made, **options)
-        for path in made.glob(f"{STEM}*.safetensors"):
-            path.rename(made / path.name.replace(STEM, SPARSE_STEM, 1))
-        if (index := made / f"{STEM}{INDEX}").exists():
-            content = json.loads(index.read_text(encoding="utf-8"))
-            places = content["weight_map"].items()
-            content["weight_map"] = {name: file.replace(STEM, SPARSE_STEM, 1) for name, file in places}
-            write_file(made / f"{SPARSE_STEM}{INDEX}", json.dumps(content, indent=2) + "\n")
-            index.unlink()
-        config = json.loads((made / "config.json").read_text(encoding="utf-8"))
+    with saving(model, Path(save_directory), SPARSE_STEM, options) as (made, config):
         config["quantization_config"] = settings(made, config["quantization_config"]["codes"])
-        write_file(made / "config.json", json.dumps(config, indent=2) + "\n")
-        for stem in (STEM, SPARSE_STEM):  # of an earlier save, which would be read instead
-            for path in [*folder.glob(f"{stem}*.safetensors"), *folder.glob(f"{stem}{INDEX}")]:
-                path.unlink()
-        for path in made.iterdir():
-            shutil.move(path, folder / path.name)
 
 
 def _as_loaded(loaded: RowCodes, stored: RowCodes, dtype: torch.dtype, name: str) -> RowCodes:

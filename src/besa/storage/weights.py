@@ -17,7 +17,10 @@ from besa.errors import BesaError
 
 STEM = "model"  # beginning of the names of weight files
 SPARSE_STEM = "bitmask"  # the same for packed checkpoints, which transformers must not load with random weights
+WIDTHS_STEM = "widths"  # the same for checkpoints whose blocks have widths of their own
+STEMS = STEM, SPARSE_STEM, WIDTHS_STEM
 PACKED = "besa"  # the quant_method in their config.json, by which transformers and vLLM find what loads them
+WIDTHS = "besa_widths"  # the same for widths
 INDEX = ".safetensors.index.json"  # end of the name of an index
 # Formats of weights, by their safetensors names.
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -151,7 +154,7 @@ def _for(device: torch.device, tensor: Tensor) -> Tensor:
 
 def _chosen(folder: Path) -> dict[str, Path]:
     """The file of each tensor of a folder, by name."""
-    for stem in (STEM, SPARSE_STEM):
+    for stem in STEMS:
         whole, index = folder / f"{stem}.safetensors", folder / f"{stem}{INDEX}"
         if whole.is_file():
             return dict.fromkeys(_names(whole), whole)

@@ -1,0 +1,40 @@
+"""A model whose blocks have widths of their own, loaded by transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from besa.errors import BesaError
+from besa.models.widths import settings, widths_of
+from besa.runtime.saving import saving
+from besa.storage.weights import WIDTHS_STEM
+
+
+def finish(model: PreTrainedModel) -> PreTrainedModel:
+    """The model as an ordinary one, but that `save_pretrained` writes its widths too."""
+    if hasattr(model.config, "transformers_weights"):
+        del model.config.transformers_weights  # in a saved config.json it would lead programs without besa to the file
+    model.is_quantized = False  # so that it may be moved, cast and trained as any other
+    model.save_pretrained = MethodType(save_pretrained, model)
+    return model
+
+
+def save_pretrained(model: PreTrainedModel, save_directory: str | Path, **options: Any) -> None:
+    """`save_pretrained` of such a model.
+
+    Args:
+        model: as `finish` returned it.
+        save_directory: folder to fill.
+        options: as of transformers' method.
+
+    Raises:
+        BesaError: the model was to be pushed at the same time.
+    """
+    if options.pop("push_to_hub", False):
+        raise BesaError("Such a model is saved first, and then pushed: call `model.push_to_hub` or `besa push`.")
+    with saving(model, Path(save_directory), WIDTHS_STEM, options) as (made, config):
+        config |= settings(widths_of(model.config), not (made / f"{WIDTHS_STEM}.safetensors").is_file())

@@ -1,0 +1,50 @@
+"""`save_pretrained` of models that plain transformers cannot load: the weight files get names that it does not read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from besa.storage.weights import INDEX, STEM, STEMS
+from besa.storage.writing import write_file
+
+
+@contextmanager
+def saving(
+    model: PreTrainedModel, folder: Path, stem: str, options: dict[str, Any]
+) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Save a model as transformers would; yields where it is, and its config.json to change, before it is moved.
+
+    Args:
+        model: whose class saves it.
+        folder: to fill; what an earlier save left in it is replaced.
+        stem: beginning of the names of weight files.
+        options: as of transformers' method.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
+        made = Path(temporary)
+        type(model).save_pretrained(model, made, **options)
+        for path in made.glob(f"{STEM}*.safetensors"):
+            path.rename(made / path.name.replace(STEM, stem, 1))
+        if (index := made / f"{STEM}{INDEX}").exists():
+            content = json.loads(index.read_text(encoding="utf-8"))
+            places = content["weight_map"].items()
+            content["weight_map"] = {name: file.replace(STEM, stem, 1) for name, file in places}
+            write_file(made / f"{stem}{INDEX}", json.dumps(content, indent=2) + "\n")
+            index.unlink()
+        config = json.loads((made / "config.json").read_text(encoding="utf-8"))
+        yield made, config
+        write_file(made / "config.json", json.dumps(config, indent=2) + "\n")
+        for each in STEMS:  # of an earlier save, which would be read instead
+            for path in [*folder.glob(f"{each}*.safetensors"), *folder.glob(f"{each}{INDEX}")]:
+                path.unlink()
+        for path in made.iterdir():
+            shutil.move(path, folder / path.name)
