@@ -11,6 +11,7 @@ from besa.errors import BesaError
 from besa.models.borrowing import tokenizer_of_caller
 from besa.models.loading import Source, check_decoder, describe, is_quantized, load_model, load_tokenizer, read_config
 from besa.models.streaming import Decoder, DecoderInMemory, DecoderOnDisk
+from besa.models.widths import refuse
 from besa.storage.formats.container import header
 
 
@@ -49,6 +50,7 @@ def _decoder_of_folder(source: Source, dtype: str, from_disk: bool) -> Decoder:
     assert source.folder is not None
     if header(source.folder) is not None:
         raise BesaError(f"{source.name} is packed: make it dense with `besa unpack` first.")
+    refuse(source.name, read_config(source))
     if from_disk or not is_quantized(read_config(source)):
         on_disk = DecoderOnDisk(source, dtype)  # its error messages are the clearest, also where the model is loaded
         if from_disk:

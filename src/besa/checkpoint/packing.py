@@ -20,6 +20,7 @@ from besa.models.blocks import find_blocks
 from besa.models.ends import ends
 from besa.models.layout import in_dtype, renaming
 from besa.models.loading import Source, quantization_of, read_config
+from besa.models.widths import refuse
 from besa.progress import Progress, silent
 from besa.storage.formats import bitmask, codes, row_codes
 from besa.storage.formats.container import header, open_files, tensors_of, tensors_of_codes, without_header
@@ -107,6 +108,7 @@ def pack(
     source = local(model, progress, trust_remote_code)
     if header(folder_of(source)) is not None:
         raise BesaError(f"{model} is packed already: copy the folder, or make it dense with `besa unpack`.")
+    refuse(source.name, read_config(source))
     files = open_files(folder_of(source))
     check_packed(files)
     quantization = quantization_of(read_config(source))

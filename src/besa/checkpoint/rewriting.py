@@ -18,7 +18,7 @@ from besa.models.loading import Source, locate
 from besa.progress import Progress
 from besa.record import RECORD_NAME
 from besa.storage.formats.container import ABOUT, settings
-from besa.storage.weights import SPARSE_STEM
+from besa.storage.weights import SPARSE_STEM, WIDTHS_STEM
 from besa.storage.writing import save_tensors
 
 
@@ -74,6 +74,9 @@ def rewrite(
     shutil.rmtree(folder / "parts")
     if packed:
         config = config | {"quantization_config": settings(folder, config.get("quantization_config"))}
+    if stem == WIDTHS_STEM:
+        sharded = not (folder / f"{WIDTHS_STEM}.safetensors").is_file()
+        config = config | {"quantization_config": config["quantization_config"] | {"sharded": sharded}}
     pass_on(folder_of(source), folder, config, also=[RECORD_NAME])
     write_card(folder, folder_of(source), (source.base, source.revision))
     seal(folder)

@@ -1,4 +1,4 @@
-"""Shrinking: writing a checkpoint without its unread feed-forward channels and heads, as smaller dense matrices.
+"""Shrinking: writing a checkpoint without what nothing reads: feed-forward channels, heads, and whole blocks.
 
 Shape suffixes: N sequences, T tokens, C channels of the residual stream, S structures, K structures that stay.
 """
@@ -6,32 +6,35 @@ Shape suffixes: N sequences, T tokens, C channels of the residual stream, S stru
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import BaseModel
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from besa.checkpoint.companions import read_config_json
 from besa.checkpoint.rewriting import folder_of, local, rewrite, size_of
+from besa.checkpoint.shallower import Renumbering, is_empty
 from besa.data.arguments import checked
 from besa.errors import BesaError
-from besa.models.blocks import capture_inputs, find_blocks
+from besa.models import widths
+from besa.models.blocks import Block, capture_inputs, find_blocks
 from besa.models.couplings import CALLED, Kind, alike, couplings, take_out
 from besa.models.loading import Source, read_config, skeleton
 from besa.models.streaming import DecoderOnDisk
 from besa.progress import Progress, silent
 from besa.storage.formats.container import header
-from besa.storage.weights import STEM
+from besa.storage.weights import STEM, WIDTHS_STEM
 from besa.storage.writing import appearing
 
 CPU = torch.device("cpu")
 TOKENS = 32  # length of the sequence on which the smaller blocks are compared with the original ones
 TOLERANCE = 8  # machine epsilons, relative to the norm of a block's output, because sums are taken in another order
 
-Kept = dict[Kind, list[Tensor]]
+Kept = dict[Kind, dict[int, Tensor]]
 
 
 class Shrinking(BaseModel):
@@ -39,91 +42,155 @@ class Shrinking(BaseModel):
 
     Attributes:
         structures: number in each block before and after, by kind: feed-forward channels (``ffn``), key-value heads
-            (``heads``).
+            (``heads``); empty if blocks keep different numbers.
+        widths: number in each block after, by kind, if blocks keep different numbers.
+        blocks: number before and after.
         file_bytes_before: of all weight files of the model.
         file_bytes: of all weight files that were written.
     """
 
     structures: dict[Kind, tuple[int, int]]
+    widths: dict[Kind, list[int]] = {}
+    blocks: tuple[int, int]
     file_bytes_before: int
     file_bytes: int = 0
 
 
+@dataclass(frozen=True)
+class _Smaller:
+    """What stays of a model.
+
+    Attributes:
+        blocks: those that stay.
+        numbers: structures of a block before, by kind; of kinds of which some go.
+        kept: indices (K,) of those that stay, by kind and number of the block before.
+    """
+
+    blocks: Renumbering
+    numbers: dict[Kind, int]
+    kept: Kept
+
+    def widths(self, kind: Kind) -> list[int]:
+        """How many structures of a kind each block keeps."""
+        return [len(self.kept[kind][block.index]) for block in self.blocks.staying]
+
+    @property
+    def uneven(self) -> bool:
+        """Whether blocks keep different numbers."""
+        return any(len(set(self.widths(kind))) > 1 for kind in self.kept)
+
+    def take_out(self, block: Block, device: torch.device) -> None:
+        """Make a block smaller in place."""
+        for coupling in couplings(block):
+            if coupling.kind in self.kept:
+                take_out(block, coupling, self.kept[coupling.kind][block.index].to(device))
+
+
 @checked
 def shrink(
-    model: str | Path, out: str | Path, *, trust_remote_code: bool = False, progress: Progress = silent
+    model: str | Path,
+    out: str | Path,
+    *,
+    by_block: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
 ) -> Shrinking:
-    """Write a checkpoint without its unread feed-forward channels and heads, the same number less in every block.
+    """Write a checkpoint without its unread feed-forward channels and heads, and without blocks that do nothing.
 
-    A channel or head is unread if only zero columns read it, whichever method pruned it. Its biases are removed too.
-    Before the folder appears, the smaller blocks are run and compared with the original ones.
+    A channel or head is unread if only zero columns read it, whichever method pruned it. Its biases are removed too. A
+    block does nothing if all its matrices and their biases are zero. Before the folder appears, the smaller blocks are
+    run and compared with the original ones.
 
     Args:
         model: Hugging Face id or local folder: dense safetensors.
         out: folder to write; must not exist.
+        by_block: each block keeps its own number of channels and heads, at least one, and transformers loads the folder
+            only where besa is installed; else every block loses as many as the block with the fewest unread ones.
         trust_remote_code: run model code that comes with the checkpoint.
         progress: told (parts done, parts, name of the part).
 
     Raises:
-        BesaError: the model cannot be read, some block has no unread channels or heads, the family's configuration
-            cannot describe the smaller shapes, or `out` exists or cannot be written.
+        BesaError: the model cannot be read, has nothing to remove, the family's configuration cannot describe the
+            smaller shapes, or `out` exists or cannot be written.
     """
     source = local(model, progress, trust_remote_code)
     if header(folder_of(source)) is not None:
         raise BesaError(f"{model} is packed: make it dense with `besa unpack` first.")
+    widths.refuse(source.name, read_config(source))
     decoder = DecoderOnDisk(source)
     decoder.check_writable()
-    kept = _kept(decoder, str(model))
-    config = _smaller_config(source, decoder, kept)
+    smaller = _smaller(decoder, str(model), by_block)
+    config = _smaller_config(source, decoder, smaller)
     blocks = len(decoder.blocks)
 
     def parts() -> Iterator[dict[str, Tensor]]:
-        for name, tensor in decoder.tensors_outside_blocks():
-            yield {name: tensor}
-        for block in decoder.blocks:
-            dense_couplings = couplings(block)  # of the widths before
+        for block in smaller.blocks.staying:
             with decoder.opened(block, CPU):
-                for coupling in dense_couplings:
-                    if coupling.kind in kept:
-                        take_out(block, coupling, kept[coupling.kind][block.index])
-                yield decoder.stored(block)
+                smaller.take_out(block, CPU)
+                yield smaller.blocks.in_files(block, decoder.stored(block))
             progress(block.index + 1, 2 * blocks, block.name)
+        for name, tensor in decoder.tensors_outside_blocks():
+            yield {smaller.blocks.outside(name): tensor}
 
-    numbers = {coupling.kind: coupling.structures for coupling in couplings(decoder.blocks[0])}
-    sizes = {kind: (numbers[kind], len(indices[0])) for kind, indices in kept.items()}
+    done = Shrinking(
+        structures={} if smaller.uneven else {kind: (smaller.numbers[kind], smaller.widths(kind)[0]) for kind in smaller.kept},
+        widths={kind: smaller.widths(kind) for kind in smaller.kept} if smaller.uneven else {},
+        blocks=(blocks, len(smaller.blocks.staying)),
+        file_bytes_before=size_of(folder_of(source).glob("*.safetensors")),
+    )
     earlier = config.get("besa", {}).get("shrunk", {})
-    removed = earlier | {kind: (earlier.get(kind, sizes[kind])[0], sizes[kind][1]) for kind in sizes}
+    removed = earlier | {kind: (earlier.get(kind, sizes)[0], sizes[1]) for kind, sizes in done.structures.items()}
+    if smaller.blocks.gone:
+        removed["blocks"] = (earlier.get("blocks", done.blocks)[0], done.blocks[1])
     config["besa"] = config.get("besa", {}) | {"shrunk": removed}
-    before = size_of(folder_of(source).glob("*.safetensors"))
     with appearing(Path(out)) as folder:
-        rewrite(source, folder, parts(), config, STEM)
+        rewrite(source, folder, parts(), config, WIDTHS_STEM if smaller.uneven else STEM)
         written = DecoderOnDisk(replace(source, name=str(out), location=str(folder)))
-        _compare(DecoderOnDisk(source), written, progress)
-        after = size_of(folder.glob("*.safetensors"))
-    return Shrinking(structures=sizes, file_bytes_before=before, file_bytes=after)
+        _compare(DecoderOnDisk(source), written, smaller.blocks, progress)
+        done.file_bytes = size_of(folder.glob("*.safetensors"))
+    return done
 
 
-def _kept(decoder: DecoderOnDisk, model: str) -> Kept:
-    """Indices (K,) of the structures that stay, by kind and block: the same number in each block.
+def _smaller(decoder: DecoderOnDisk, model: str, by_block: bool) -> _Smaller:
+    """What stays of the model.
 
     Raises:
-        BesaError: some block has no unread structures of any kind.
+        BesaError: nothing can be removed.
     """
-    known = alike(decoder.blocks)
-    unread: Kept = {coupling.kind: [] for coupling in known}
+    empty = []
     for block in decoder.blocks:
         with decoder.opened(block, CPU):
-            for coupling in couplings(block):
-                unread[coupling.kind].append(coupling.unread({name: block.weight(name) for name in coupling.columns}))
+            if is_empty(block):
+                empty.append(block.index)
+    blocks = Renumbering(decoder.blocks, empty)
+    if not blocks.staying:
+        raise BesaError(f"{model} has no block that does anything: nothing would be left of it.")
+    try:
+        known = alike(blocks.staying)
+    except BesaError:
+        if not empty:
+            raise
+        known = []
+    unread: dict[Kind, dict[int, Tensor]] = {coupling.kind: {} for coupling in known}
+    for block in blocks.staying:
+        with decoder.opened(block, CPU):
+            for coupling in couplings(block) if known else ():
+                weights = {name: block.weight(name) for name in coupling.columns}
+                unread[coupling.kind][block.index] = coupling.unread(weights)
+    numbers = {coupling.kind: coupling.structures for coupling in known}
     kept: Kept = {}
-    for kind, by_block in unread.items():
-        number = min(min(int(unread_S.sum()) for unread_S in by_block), len(by_block[0]) - 1)
-        if number:
-            kept[kind] = [_without_first(unread_S, number) for unread_S in by_block]
-    if not kept:
+    for kind, by_index in unread.items():
+        counts = {index: min(int(unread_S.sum()), numbers[kind] - 1) for index, unread_S in by_index.items()}
+        if not by_block:
+            counts = dict.fromkeys(counts, min(counts.values()))
+        if any(counts.values()):
+            kept[kind] = {index: _without_first(by_index[index], count) for index, count in counts.items()}
+    if not kept and not empty:
         kinds = " or ".join(CALLED[coupling.kind] for coupling in known)
-        raise BesaError(f"{model} has blocks without unread {kinds}: prune with allocation.method=structured first.")
-    return kept
+        some = not by_block and any(bool(unread_S.any()) for each in unread.values() for unread_S in each.values())
+        advice = "let each block keep its own number with --by-block" if some else "prune with allocation.method=structured first"
+        raise BesaError(f"{model} has blocks without unread {kinds}: {advice}.")
+    return _Smaller(blocks, {kind: numbers[kind] for kind in kept}, kept)
 
 
 def _without_first(unread_S: Tensor, number: int) -> Tensor:
@@ -133,35 +200,57 @@ def _without_first(unread_S: Tensor, number: int) -> Tensor:
     return stay_S.nonzero().flatten()
 
 
-def _smaller_config(source: Source, decoder: DecoderOnDisk, kept: Kept) -> dict[str, Any]:
+def _smaller_config(source: Source, decoder: DecoderOnDisk, smaller: _Smaller) -> dict[str, Any]:
     """The config.json of the smaller model.
 
     Raises:
-        BesaError: a model made from it has other shapes than the tensors that will be written.
+        BesaError: a model made from it has other shapes or blocks than the tensors that will be written.
     """
     config = read_config_json(folder_of(source))
     like = read_config(source)
-    for coupling in couplings(decoder.blocks[0]):
-        if coupling.kind in kept:
-            config |= coupling.settings(like, len(kept[coupling.kind][0]))
-    smaller = type(like).from_dict(config)
-    smaller.dtype = decoder.model.dtype
     with torch.device("meta"):
         written = skeleton(source, like)
-        for block in find_blocks(written):
-            for coupling in couplings(block):
-                if coupling.kind in kept:
-                    take_out(block, coupling, kept[coupling.kind][block.index].to("meta"))
-        try:
-            described = skeleton(source, smaller).state_dict()
-        except BesaError:  # a family that checks its configuration
-            described = {}
-    if _shapes(described) != _shapes(written.state_dict()):
+    if smaller.blocks.gone:
+        config = smaller.blocks.config(config, like)
+        described = _described(source, decoder, config)
+        names = smaller.blocks.in_model(written.state_dict())
+        shapes = {names[name]: shape for name, shape in _shapes(written.state_dict()).items() if name in names}
+        if described is None or _shapes(described.state_dict()) != shapes:
+            raise BesaError(
+                f"{source.name} is a {like.model_type} model, whose configuration cannot describe it without blocks "
+                f"{', '.join(map(str, sorted(smaller.blocks.gone)))}: choose others with --skip."
+            )
+        Renumbering(find_blocks(written), smaller.blocks.gone).check_same(find_blocks(described))
+        like, written = described.config, described
+    for block, old in zip(find_blocks(written), smaller.blocks.staying, strict=True):
+        for coupling in couplings(block):
+            if coupling.kind in smaller.kept:
+                take_out(block, coupling, smaller.kept[coupling.kind][old.index].to("meta"))
+    if smaller.uneven:
+        by_block = {kind: smaller.widths(kind) for kind in smaller.kept}
+        config |= widths.settings(by_block, sharded=False)
+    else:
+        for coupling in couplings(smaller.blocks.staying[0]):
+            if coupling.kind in smaller.kept:
+                config |= coupling.settings(like, smaller.widths(coupling.kind)[0])
+    described = _described(source, decoder, config)
+    if described is None or _shapes(described.state_dict()) != _shapes(written.state_dict()):
         raise BesaError(
             f"{source.name} is a {like.model_type} model, whose configuration cannot describe fewer "
-            f"{' and '.join(CALLED[kind] for kind in kept)}."
+            f"{' and '.join(CALLED[kind] for kind in smaller.kept)}."
         )
     return config
+
+
+def _described(source: Source, decoder: DecoderOnDisk, config: dict[str, Any]) -> PreTrainedModel | None:
+    """The model of a config.json, on the meta device; None if its family refuses it."""
+    smaller = type(read_config(source)).from_dict(config)
+    smaller.dtype = decoder.model.dtype
+    try:
+        with torch.device("meta"):
+            return skeleton(source, smaller)
+    except BesaError:  # a family that checks its configuration
+        return None
 
 
 def _shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
@@ -169,11 +258,11 @@ def _shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
 
 
 @torch.no_grad()
-def _compare(before: DecoderOnDisk, after: DecoderOnDisk, progress: Progress) -> None:
+def _compare(before: DecoderOnDisk, after: DecoderOnDisk, blocks: Renumbering, progress: Progress) -> None:
     """Run the blocks of both models on the same hidden states, with one pair in memory at a time.
 
     Raises:
-        BesaError: the outputs of a pair differ by more than rounding.
+        BesaError: the outputs of a pair differ by more than rounding, or a block that is left out does something.
     """
     vocabulary = before.model.get_input_embeddings().weight.shape[0]
     tokens_NT = torch.randint(vocabulary, (1, TOKENS), generator=torch.Generator().manual_seed(0))
@@ -181,9 +270,17 @@ def _compare(before: DecoderOnDisk, after: DecoderOnDisk, progress: Progress) ->
         (x_NTC,) = capture_inputs(before.model, before.blocks, tokens_NT, 1)
     with after.embeddings(CPU):
         list(capture_inputs(after.model, after.blocks, tokens_NT, 1))  # for the arguments of its blocks
-    for block, smaller in zip(before.blocks, after.blocks, strict=True):
-        with before.opened(block, CPU), after.opened(smaller, CPU):
-            y_NTC, smaller_NTC = block(x_NTC), smaller(x_NTC)
+    pairs = iter(after.blocks)
+    for block in before.blocks:
+        with before.opened(block, CPU):
+            y_NTC = block(x_NTC)
+            if block.index in blocks.gone:
+                if not torch.equal(y_NTC, x_NTC):
+                    raise BesaError(f"{block.name} has only zeros and still does something: it cannot be left out.")
+                continue
+            smaller = next(pairs)
+            with after.opened(smaller, CPU):
+                smaller_NTC = smaller(x_NTC)
         allowed = TOLERANCE * torch.finfo(y_NTC.dtype).eps * float(y_NTC.float().norm())
         if not float((smaller_NTC.float() - y_NTC.float()).norm()) <= allowed:
             raise BesaError(

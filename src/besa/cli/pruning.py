@@ -150,18 +150,25 @@ def shrink(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="PRUNED", help="A model with whole channels pruned, as by allocation.method=structured."
+            metavar="PRUNED",
+            help="A model with whole channels or blocks pruned, as by allocation.method=structured or depth.",
         ),
     ],
     out_dir: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the smaller model; must not exist.")],
+    by_block: Annotated[
+        bool,
+        typer.Option("--by-block", help="Each block keeps its own width; loading the folder then needs besa."),
+    ] = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Write a pruned model without its unread feed-forward channels and heads: smaller, dense, for transformers."""
+    """Write a pruned model without unread feed-forward channels and heads, and without blocks that do nothing."""
     from besa.checkpoint.shrinking import shrink as shrink_checkpoint
     from besa.cli.show import progress_bar, shrunk
 
     with progress_bar(err) as tracker:
-        result = shrink_checkpoint(model, out_dir, trust_remote_code=trust_remote_code, progress=tracker)
+        result = shrink_checkpoint(
+            model, out_dir, by_block=by_block, trust_remote_code=trust_remote_code, progress=tracker
+        )
     out.print(shrunk(result, out_dir))
 
 

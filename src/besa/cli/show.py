@@ -186,8 +186,13 @@ def packed(result: Packing, folder: Path) -> RenderableType:
 def shrunk(result: Shrinking, folder: Path) -> RenderableType:
     """What shrinking did, in two lines."""
     changes = [f"{CALLED[kind]} from {before:,} to {after:,}" for kind, (before, after) in result.structures.items()]
+    changes += [f"{CALLED[kind]} {min(each):,} to {max(each):,}" for kind, each in result.widths.items()]
+    before, after = result.blocks
+    parts = [f"blocks from {before:,} to {after:,}"] if after < before else []
+    parts += [f"{', '.join(changes)} in each block"] if changes else []
+    parts += ["loading needs besa"] if result.widths else []
     return Text(
-        f"{folder}: {', '.join(changes)} in each block\n"
+        f"{folder}: {'; '.join(parts)}\n"
         f"weight files: from {result.file_bytes_before / 1e6:,.1f} to {result.file_bytes / 1e6:,.1f} MB"
     )
 

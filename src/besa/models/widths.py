@@ -57,6 +57,19 @@ def widths_of(config: PreTrainedConfig) -> Widths:
     return {kind: said[kind] for kind in get_args(Kind) if kind in said}
 
 
+def refuse(name: str, config: PreTrainedConfig) -> None:
+    """Refuse a model whose blocks have widths of their own, where it would have to be written again.
+
+    Raises:
+        BesaError: it is one.
+    """
+    if widths_of(config):
+        raise BesaError(
+            f"The blocks of {name} have widths of their own, which only their loading knows: start from the folder that "
+            "it was shrunk from."
+        )
+
+
 def narrow(model: PreTrainedModel, widths: Widths) -> None:
     """Make the blocks of a model as narrow as `widths` says, in place: their first structures stay.
 
