@@ -45,17 +45,22 @@ def biases(block: Block, names: Collection[str]) -> list[str]:
 
 
 @torch.no_grad()
-def passes_on(block: Block, x_NTC: Tensor) -> bool:
-    """Whether the block returns its input to the bit if its matrices and their biases are zero.
+def without(block: Block, names: Collection[str], x_NTC: Tensor) -> Tensor:
+    """The output (N, T, C) of a block whose matrices of these full names are zero, with their biases.
 
     Args:
         block: with the arguments of a call for hidden states of this shape.
+        names: of its matrices.
         x_NTC: hidden states on the block's device.
     """
-    parameters = dict(block.module.named_parameters())
-    zeros = {name: torch.zeros_like(block.weight(name)) for name in block.prunables}
-    others = {name: torch.zeros_like(parameters[name]) for name in biases(block, block.prunables)}
-    return torch.equal(block(x_NTC, zeros, others), x_NTC)
+    zeros = {name: torch.zeros_like(block.weight(name)) for name in names}
+    others = {name: torch.zeros_like(block.module.get_parameter(name)) for name in biases(block, names)}
+    return block(x_NTC, zeros, others)
+
+
+def passes_on(block: Block, x_NTC: Tensor) -> bool:
+    """Whether the block returns its input to the bit if all its matrices are zero; arguments as of `without`."""
+    return torch.equal(without(block, block.prunables, x_NTC), x_NTC)
 
 
 def check_passes_on(block: Block, x_NTC: Tensor) -> None:

@@ -6,6 +6,7 @@ Shape suffixes: N sequences, T tokens, C channels of the residual stream.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,10 +15,9 @@ from besa.counting.precision import widest
 from besa.methods.survey import Survey
 from besa.methods.targets.measuring import Measuring
 from besa.models.activations import HiddenStates
-from besa.models.blocks import Block
-from besa.models.layers import Layers, layer
+from besa.models.blocks import send
+from besa.models.layers import Layers, layer, without
 from besa.models.transfers import fetched
-from besa.models.units import Unit
 from besa.system import ranks
 
 
@@ -58,7 +58,8 @@ class Change(Measuring):
             with survey.opened(block):
                 block.run(x_NTC, survey.batch, into=y_NTC)
                 if self.layers != "both":
-                    Unit((block,), silent=layer(block, "mlp")).run(x_NTC, survey.batch, into=between_NTC)
+                    attended = partial(without, block, layer(block, "mlp"))
+                    send(attended, block.name, x_NTC, survey.batch, survey.device, into=between_NTC)
                 enters_NTC = between_NTC if self.layers == "mlp" else x_NTC
                 leaves_NTC = between_NTC if self.layers == "attention" else y_NTC
                 change = _mean(enters_NTC, leaves_NTC, survey.device)
