@@ -34,7 +34,9 @@ def blocks_and_tokens(model, folder, tokenizer, samples=4, seqlen=24):
 
 def survey(decoder, calibration, sparsity=0.5, names=None, activation_budget=1 << 40):
     names = names or [tuple(block.prunables) for block in decoder.blocks]
-    return Survey(decoder, calibration, names, sparsity, 2, CPU, Room(CPU, activation_budget), 7, [[]] * len(decoder.blocks))
+    return Survey(
+        decoder, calibration, names, sparsity, 2, CPU, Room(CPU, activation_budget), 7, [[]] * len(decoder.blocks)
+    )
 
 
 @given(

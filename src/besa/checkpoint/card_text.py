@@ -20,9 +20,10 @@ from besa.data.mixture import OWN
 from besa.errors import BesaError
 from besa.models.couplings import CALLED
 from besa.models.loading import EMBEDDED
+from besa.models.structures import WHOLE, stay
 from besa.record import RunRecord
 from besa.storage.names import printable
-from besa.storage.weights import SPARSE_STEM
+from besa.storage.weights import SPARSE_STEM, WIDTHS
 
 BEGIN = (
     "<!-- besa: written anew after each measurement, up to the next such line; your own text goes before or after -->"
@@ -103,6 +104,8 @@ class About:
         settings = self.config.get("quantization_config")
         if self.packed and isinstance(settings, dict):
             settings = settings.get("codes")
+        if self.widths:
+            return False
         return bool(settings or self.besa.get("quantization_config"))
 
     @property
@@ -203,8 +206,13 @@ class About:
             yield "pattern", f"{self.pattern}, kept weights in groups of consecutive columns"
         if self.bits:
             yield "quantised to", f"{self.bits} bits, stored as {'codes' if self.coded else 'plain numbers'}"
+        if self.record and (stays := ", ".join(stay({each.index: each.structures for each in self.record.blocks}))):
+            yield "pruned whole", stays
         for kind, (before, after) in self._removed().items():
-            yield "removed", f"{kind} that nothing read: {after:,} of {before:,} are left in each block"
+            where = "" if kind == WHOLE["blocks"] else " in each block"
+            yield "removed", f"{kind} that nothing read: {after:,} of {before:,} are left{where}"
+        for kind, numbers in self.widths.items():
+            yield "removed", f"{kind} that nothing read: {min(numbers):,} to {max(numbers):,} are left in each block"
         dtype = self.config.get("dtype") or self.config.get("torch_dtype")
         dense = "codes (pack-quantized)" if self.coded else "dense safetensors"
         yield (
@@ -221,7 +229,15 @@ class About:
         """Channels and heads in each block before and after `besa shrink`, by what they are called."""
         removed = self.besa.get("shrunk")
         counts = removed.items() if isinstance(removed, dict) else ()
-        return {CALLED[kind]: (pair[0], pair[1]) for kind, pair in counts if kind in CALLED and _is_pair(pair)}
+        return {WHOLE[kind]: (pair[0], pair[1]) for kind, pair in counts if kind in WHOLE and _is_pair(pair)}
+
+    @property
+    def widths(self) -> dict[str, list[int]]:
+        """Channels and heads of every block, by what they are called, if blocks have widths of their own."""
+        said = self.config.get("quantization_config")
+        if not isinstance(said, dict) or said.get("quant_method") != WIDTHS:
+            return {}
+        return {CALLED[kind]: numbers for kind, numbers in said.items() if kind in CALLED and numbers}
 
     def _calibration(self) -> str:
         """The calibration texts, without the folders that they were in."""
@@ -247,6 +263,8 @@ class About:
             "The weights are stored as bitmasks, which transformers reads only where besa is installed (`besa unpack` "
             "makes the folder dense for other programs):"
             if self.packed
+            else "Its blocks have widths of their own, which transformers loads only where besa is installed:"
+            if self.widths
             else "Plain transformers loads it:"
         )
         python = (
@@ -254,11 +272,12 @@ class About:
             f"model = AutoModelForCausalLM.from_pretrained({arguments})\n"
             f"tokenizer = AutoTokenizer.from_pretrained({arguments})"
         )
-        shell = "" if self.packed else "pip install besa-llm\n"
+        needs_besa = self.packed or bool(self.widths)
+        shell = "" if needs_besa else "pip install besa-llm\n"
         shell += f'besa generate {name} --prompt "Once upon a time"{flag}\nbesa eval {name} --ppl wiki{flag}'
         steps = [
             lead,
-            _fenced("sh", f"pip install {'besa-llm' if self.packed else ' '.join(install)}"),
+            _fenced("sh", f"pip install {'besa-llm' if needs_besa else ' '.join(install)}"),
             _fenced("python", python),
             "besa runs and measures it from the command line:",
             _fenced("sh", shell),
@@ -284,7 +303,7 @@ class About:
             "Its safety was not evaluated again: refusals and other behaviour that was trained into the model may have "
             "changed."
         )
-        if not self.packed and not self.besa.get("shrunk"):
+        if not self.packed and not self.widths and not self.besa.get("shrunk"):
             lines.append(
                 "The zeros alone make the files no smaller and dense products no faster; `besa pack` stores them away."
             )

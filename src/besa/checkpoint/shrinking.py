@@ -133,7 +133,9 @@ def shrink(
             yield {smaller.blocks.outside(name): tensor}
 
     done = Shrinking(
-        structures={} if smaller.uneven else {kind: (smaller.numbers[kind], smaller.widths(kind)[0]) for kind in smaller.kept},
+        structures={}
+        if smaller.uneven
+        else {kind: (smaller.numbers[kind], smaller.widths(kind)[0]) for kind in smaller.kept},
         widths={kind: smaller.widths(kind) for kind in smaller.kept} if smaller.uneven else {},
         blocks=(blocks, len(smaller.blocks.staying)),
         file_bytes_before=size_of(folder_of(source).glob("*.safetensors")),
@@ -188,7 +190,11 @@ def _smaller(decoder: DecoderOnDisk, model: str, by_block: bool) -> _Smaller:
     if not kept and not empty:
         kinds = " or ".join(CALLED[coupling.kind] for coupling in known)
         some = not by_block and any(bool(unread_S.any()) for each in unread.values() for unread_S in each.values())
-        advice = "let each block keep its own number with --by-block" if some else "prune with allocation.method=structured first"
+        advice = (
+            "let each block keep its own number with --by-block"
+            if some
+            else "prune with allocation.method=structured first"
+        )
         raise BesaError(f"{model} has blocks without unread {kinds}: {advice}.")
     return _Smaller(blocks, {kind: numbers[kind] for kind in kept}, kept)
 

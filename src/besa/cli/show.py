@@ -25,6 +25,7 @@ from besa.evaluation.zero_shot import ZeroShot
 from besa.integrations.pushing import Pushed
 from besa.models.couplings import CALLED
 from besa.models.kinds import shortened
+from besa.models.structures import WHOLE, stay
 from besa.planning import Plan
 from besa.progress import Progress, silent
 from besa.record import RunRecord
@@ -93,6 +94,7 @@ def pruned(record: RunRecord, folder: Path) -> RenderableType:
     whole = ""
     if record.model_sparsity is not None:
         whole = f"{record.model_sparsity:.2%} of the whole model pruned; {_dense(record.dense)}\n"
+    stays = "".join(f"{phrase}\n" for phrase in stay({block.index: block.structures for block in record.blocks}))
     learned = ""
     if record.distilling is not None:
         first, best = record.distilling.losses[0], min(record.distilling.losses)
@@ -101,6 +103,7 @@ def pruned(record: RunRecord, folder: Path) -> RenderableType:
         )
     return Text(
         f"{folder}: {record.zeros:,} of {record.weights:,} prunable weights are zero ({record.sparsity:.4%})\n"
+        f"{stays}"
         f"{whole}"
         f"recipe {record.recipe['name']}, {record.seconds:,.0f} s, "
         f"peak memory {record.peak_memory_bytes / 1e9:.2f} GB{gpu}{several}\n"
@@ -115,6 +118,9 @@ def planned(plan: Plan) -> RenderableType:
     table.add_row("architecture", f"{plan.architecture}, {plan.blocks} blocks, {plan.parameters:,} parameters")
     share = plan.zeros / plan.prunable_weights
     table.add_row("prunable weights", f"{plan.prunable_weights:,}, of which {plan.zeros:,} go ({share:.2%})")
+    if plan.structures:
+        stays = [f"{after:,} of {before:,} {WHOLE[kind]} stay" for kind, (before, after) in plan.structures.items()]
+        table.add_row("whole structures", ", ".join(stays))
     table.add_row("whole model", f"{plan.model_sparsity:.2%} of all parameters go; {_dense(plan.dense)}")
     each, passed = "", "the calibration set"
     if plan.ranks > 1:

@@ -73,7 +73,9 @@ def _measured(survey: Survey, tokens_NT: Tensor) -> LossGradients:
             rows, inputs = _send_back(block, states.pop(), gradients_NTC, survey.device)
             structures = survey.structures[block.index]
             histograms[block.index] = (
-                _of_structures(block, structures, rows, inputs) if structures else _histogram(block, names, rows, inputs)
+                _of_structures(block, structures, rows, inputs)
+                if structures
+                else _histogram(block, names, rows, inputs)
             )
         squares |= {name: rows.rows(name).cpu() for name in block.prunables}
         statistics |= inputs

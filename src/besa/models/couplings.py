@@ -35,6 +35,8 @@ FEED_FORWARDS = (
 ATTENTIONS = tuple(("q_proj", "k_proj", "v_proj", out) for out in ("o_proj", "out_proj", "dense"))
 WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")  # the feed-forward's width in configurations
 
+HEADS = ("num_heads", "num_attention_heads", "num_key_value_heads", "num_kv_heads")  # of modules
+
 
 @dataclass(frozen=True)
 class Coupling:
@@ -157,6 +159,18 @@ def take_out(block: Block, coupling: Coupling, kept_K: Tensor) -> None:
         _keep(block, name, _places(kept_K, size), rows=True)
     for name, size in coupling.columns.items():
         _keep(block, name, _places(kept_K, size), rows=False)
+    if coupling.kind == "heads":
+        _count_heads(block, coupling, len(kept_K))
+
+
+def _count_heads(block: Block, coupling: Coupling, kept: int) -> None:
+    """Correct the numbers of heads that some families keep in their attention."""
+    attention = block.module.get_submodule(next(iter(coupling.rows)).removeprefix(f"{block.name}.").rpartition(".")[0])
+    queries = max(coupling.rows.values()) // min(coupling.rows.values())
+    numbers = {coupling.structures: kept, coupling.structures * queries: kept * queries}
+    for attribute in HEADS:
+        if getattr(attention, attribute, None) in numbers:
+            setattr(attention, attribute, numbers[getattr(attention, attribute)])
 
 
 def _places(kept_K: Tensor, size: int) -> Tensor:

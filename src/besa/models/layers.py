@@ -32,7 +32,9 @@ def layer(block: Block, layers: Layers) -> tuple[str, ...]:
         return tuple(block.prunables)
     attention, rest = attention_and_rest(block)
     if not attention or not rest:
-        raise BesaError(f"The module names of {block.name} do not separate attention and MLP: set allocation.layers=both.")
+        raise BesaError(
+            f"The module names of {block.name} do not separate attention and MLP: set allocation.layers=both."
+        )
     return attention if layers == "attention" else rest
 
 
@@ -40,7 +42,9 @@ def biases(block: Block, names: Collection[str]) -> list[str]:
     """Names within the block of the biases of these matrices (full names): ``X.bias``, or ``X_bias`` of a stack."""
     parameters = dict(block.module.named_parameters())
     places = {block.prunables[name].parameter for name in names}
-    possible = sorted({*(f"{place.removesuffix('weight')}bias" for place in places), *(f"{each}_bias" for each in places)})
+    possible = sorted(
+        {*(f"{place.removesuffix('weight')}bias" for place in places), *(f"{each}_bias" for each in places)}
+    )
     return [name for name in possible if name in parameters]
 
 

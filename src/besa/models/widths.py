@@ -65,8 +65,8 @@ def refuse(name: str, config: PreTrainedConfig) -> None:
     """
     if widths_of(config):
         raise BesaError(
-            f"The blocks of {name} have widths of their own, which only their loading knows: start from the folder that "
-            "it was shrunk from."
+            f"The blocks of {name} have widths of their own, which cannot be written again: take the folder that it was "
+            "shrunk from."
         )
 
 
@@ -83,7 +83,9 @@ def narrow(model: PreTrainedModel, widths: Widths) -> None:
     blocks = find_blocks(model) if widths else []
     for kind, numbers in widths.items():
         if not isinstance(numbers, list | tuple) or len(numbers) != len(blocks):
-            raise BesaError(f"Its config.json does not say how many {CALLED[kind]} each of its blocks has: it is damaged.")
+            raise BesaError(
+                f"Its config.json does not say how many {CALLED[kind]} each of its blocks has: it is damaged."
+            )
     for block in blocks:
         known = {coupling.kind: coupling for coupling in couplings(block)}
         for kind, numbers in widths.items():

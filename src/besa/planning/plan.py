@@ -50,6 +50,7 @@ class Plan(BaseModel):
         parameters: number of parameters of the whole model.
         prunable_weights: number of weights to prune: those of the blocks' matrices that are not skipped.
         zeros: how many of these become zero.
+        structures: of structures that go whole, how many all blocks have and how many stay, by kind.
         model_sparsity: zeros as a share of all parameters.
         dense: weights of the blocks' matrices that stay dense, by name within a block.
         checkpoint_bytes: size of the pruned checkpoint.
@@ -79,6 +80,7 @@ class Plan(BaseModel):
     parameters: int
     prunable_weights: int
     zeros: int
+    structures: dict[str, tuple[int, int]] = {}
     model_sparsity: float
     dense: dict[str, int]
     checkpoint_bytes: int
@@ -200,6 +202,7 @@ def work_out(
         parameters=parameters,
         prunable_weights=sum(budget.weights for budget in plan),
         zeros=zeros,
+        structures=_structures(in_order, budgets_of_units, recipe),
         model_sparsity=zeros / parameters,
         dense=left_dense(blocks, pruned),
         checkpoint_bytes=size,
@@ -218,6 +221,19 @@ def work_out(
         lacking=lacking,
         warnings=list(_warnings(recipe, samples, seqlen, max(widths, default=0))),
     )
+
+
+def _structures(
+    in_order: list[Unit], budgets_of_units: list[list[Budget]], recipe: Recipe
+) -> dict[str, tuple[int, int]]:
+    """Of structures that go whole, how many all blocks have and how many stay, by kind."""
+    had, stay = Counter[str](), Counter[str]()
+    for unit, unit_budgets in zip(in_order, budgets_of_units, strict=True):
+        for block, budget in zip(unit.blocks, unit_budgets, strict=False):
+            counts = recipe.allocation.kept(block, budget)
+            had.update({kind: before for kind, (before, _) in counts.items()})
+            stay.update({kind: after for kind, (_, after) in counts.items()})
+    return {kind: (had[kind], stay[kind]) for kind in had}
 
 
 def _warnings(recipe: Recipe, samples: int, seqlen: int, widest: int) -> Iterator[str]:

@@ -82,20 +82,18 @@ def prune_unit(step: Step) -> tuple[list[BlockRecord], Coded]:
     unit_targets_NTC = step.dense_NTC if outputs_NTC is None else outputs_NTC
     linears: dict[str, RankedLinear] = {}
     losses: list[float] = []
-    structures: dict[str, tuple[int, int]] = {}
     coded = Coded()
     for part, targets_NTC in zip(in_turn, [*part_targets, unit_targets_NTC], strict=True):
         part_linears, allocated = _prune(step, part, targets_NTC, statistics, coded)
         linears |= part_linears
         losses += allocated.losses
-        structures |= allocated.structures
     with watch("finetune"):
         finetuned = recipe.finetune.tune(
             unit, list(linears), step.pruned_NTC, step.dense_NTC, step.share, step.seed + unit.index
         )
         for name, w_OI in finetuned.weights.items():
             unit.weight(name).detach().copy_(w_OI)
-    return _records(step, linears, losses, structures, finetuned, dense_outputs), coded
+    return _records(step, linears, losses, finetuned, dense_outputs), coded
 
 
 def _observe(step: Step, outputs_NTC: HiddenStates | None) -> tuple[dict[str, InputStatistics], list[HiddenStates]]:
@@ -216,7 +214,6 @@ def _records(
     step: Step,
     linears: dict[str, RankedLinear],
     losses: list[float],
-    structures: dict[str, tuple[int, int]],
     finetuned: Finetuned,
     dense_outputs: list[HiddenStates],
 ) -> list[BlockRecord]:
@@ -226,7 +223,6 @@ def _records(
         step: its unit is pruned.
         linears: the pruned linears as they were when dense, by full name.
         losses: of the learning steps.
-        structures: of the unit, which then is one block.
         finetuned: result of the fine-tuning.
         dense_outputs: outputs of each block on the dense path.
     """
@@ -260,7 +256,7 @@ def _records(
                 seconds=sum(watch.seconds.values()) / share,
                 phases={phase: seconds / share for phase, seconds in watch.seconds.items()},
                 sent={phase: sent // share for phase, sent in watch.sent.items()},
-                structures=structures,
+                structures=dict(step.recipe.allocation.kept(block, step.budgets[0])) if step.budgets else {},
                 linears=block_linears,
             )
         )

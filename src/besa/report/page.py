@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from besa.errors import BesaError
+from besa.models.structures import stay
 from besa.record import RunRecord
 from besa.report import accuracy, allocation, domains, figures, reproduce, results, simulation, speed, wording
 from besa.report.results import Entry, Pruned
@@ -100,6 +101,7 @@ def _facts(entries: list[Entry], records: list[RunRecord]) -> list[tuple[str, st
         ("Number format", model("dtype")),
         ("Sparsity", [entry.sparsity for entry in entries if entry.run.record]),
         ("Pruned, of the whole model", [wording.percent(r.model_sparsity) for r in records if r.model_sparsity]),
+        ("Structures", [", ".join(stay({block.index: block.structures for block in r.blocks})) for r in records]),
         ("Dense in the blocks", [", ".join(sorted(record.dense)) for record in records]),
         ("Calibration", [_calibration(record) for record in records]),
         ("Perplexity windows", [f"{window:,} tokens" for window in results.windows(entries)]),

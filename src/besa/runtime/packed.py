@@ -25,11 +25,11 @@ from besa.models.layout import renaming
 from besa.runtime.coded import Coded, CodedEmbedding, CodedLinear
 from besa.runtime.dense import DenseLinear
 from besa.runtime.linear import SparseLinear
+from besa.runtime.saving import saving
 from besa.storage.formats import bitmask, codes
 from besa.storage.formats.bitmask import Bitmask
 from besa.storage.formats.container import Container, header, settings
 from besa.storage.formats.row_codes import RowCodes
-from besa.runtime.saving import saving
 from besa.storage.weights import SPARSE_STEM
 
 

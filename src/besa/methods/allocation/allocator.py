@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 from besa.counting.budget import Budget, zeros_for
@@ -116,6 +116,15 @@ class Allocator(Settings):
             names: full names of its linears that are pruned.
         """
         return []
+
+    def kept(self, block: Block, budget: Budget) -> Mapping[str, tuple[int, int]]:
+        """How many structures the block had and how many stay, by kind; empty if its weights go one by one.
+
+        Args:
+            block: of the model.
+            budget: of the block.
+        """
+        return {}
 
     def learning_bytes(self, shapes: Sequence[tuple[int, int]]) -> int:
         """Bytes of its parameters and their gradients while it learns.

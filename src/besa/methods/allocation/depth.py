@@ -78,6 +78,10 @@ class Depth(Allocator):
             for index, (own, weights) in enumerate(zip(names, whole, strict=True))
         ]
 
+    def kept(self, block: Block, budget: Budget) -> dict[str, tuple[int, int]]:
+        """The block itself, or its layer."""
+        return {"blocks" if self.layers == "both" else self.layers: (1, 0 if budget.zeros else 1)}
+
     def allocate(self, problem: BlockProblem) -> Allocated:
         """All weights of the layer if it goes; none otherwise, but the weights that are zero already.
 
@@ -88,13 +92,11 @@ class Depth(Allocator):
         (block,) = problem.block.blocks
         (budget,) = problem.budgets
         counts = {name: linear.zeros_O for name, linear in problem.linears.items()}
-        kinds = ("attention", "mlp") if self.layers == "both" else (self.layers,)
-        stay = dict.fromkeys(kinds, (1, 1))
         if not budget.zeros:
-            return Allocated(counts, structures=stay)
+            return Allocated(counts)
         if self.layers == "both" and len(problem.inputs_NTC):  # of this rank
             check_passes_on(block, problem.inputs_NTC[:1].to(problem.device))
         own = layer(block, self.layers)
         counts |= {name: torch.full_like(counts[name], problem.linears[name].w_OI.shape[1]) for name in own}
         gone = tuple(f"{block.name}.{name}" for name in biases(block, own))
-        return Allocated(counts, structures=dict.fromkeys(kinds, (1, 0)), biases=gone)
+        return Allocated(counts, biases=gone)

@@ -129,14 +129,12 @@ class Allocated:
         counts: zeros of each row (O,) by full name, int64, on the device of the weight.
         losses: at every learning step, if any.
         ranks: ranks (O, I) by full name, for linears whose pruning order differs from that of the problem.
-        structures: how many there were and how many stay, by kind, where they go whole.
         biases: full names of parameters beside the linears that become zero too.
     """
 
     counts: dict[str, Tensor]
     losses: list[float] = field(default_factory=list)
     ranks: dict[str, Tensor] = field(default_factory=dict)
-    structures: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     biases: tuple[str, ...] = ()
 
 

@@ -18,8 +18,8 @@ from besa.counting.precision import widest
 from besa.errors import BesaError
 from besa.methods.allocation.allocator import Allocator
 from besa.methods.allocation.problem import Allocated, BlockProblem, RankedLinear
-from besa.models.blocks import Block
 from besa.methods.apportioning import apportion
+from besa.models.blocks import Block
 from besa.models.couplings import Coupling, alike, check, couplings
 from besa.models.units import Unit
 
@@ -123,6 +123,11 @@ class Structured(Allocator):
             )
         return [*gone, (ffn, ffn.structures - kept)]
 
+    def kept(self, block: Block, budget: Budget) -> dict[str, tuple[int, int]]:
+        """Of channels and heads."""
+        gone = self._gone(block, budget.names, budget.zeros)
+        return {coupling.kind: (coupling.structures, coupling.structures - number) for coupling, number in gone}
+
     def allocate(self, problem: BlockProblem) -> Allocated:
         """The zeros of the rows and columns of the pruned structures, plus the weights that are zero already.
 
@@ -133,9 +138,7 @@ class Structured(Allocator):
         (block,) = problem.block.blocks
         (budget,) = problem.budgets
         weights = {name: linear.w_OI for name, linear in problem.linears.items()}
-        numbers = {}
         for coupling, number in self._gone(block, budget.names, budget.zeros):
-            numbers[coupling.kind] = (coupling.structures, coupling.structures - number)
             gone_S = lowest_structures(coupling, problem.linears, number)
             if len(problem.inputs_NTC):  # of this rank
                 check(block, coupling, gone_S, problem.inputs_NTC[:1].to(problem.device))
@@ -143,7 +146,7 @@ class Structured(Allocator):
         counts = {name: (w_OI == 0).sum(dim=1) for name, w_OI in weights.items()}
         # Zeros come first in the order of every row, and so do the columns of pruned units.
         ranks = {name: rank(linear.importance_OI, weights[name]) for name, linear in problem.linears.items()}
-        return Allocated(counts, ranks=ranks, structures=numbers)
+        return Allocated(counts, ranks=ranks)
 
 
 def lowest_structures(coupling: Coupling, linears: Mapping[str, RankedLinear], number: int) -> Tensor:
