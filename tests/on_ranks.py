@@ -56,6 +56,9 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "2-of-4": ("sparsegpt", ["allocation={method: nm}"]),
     "mixed patterns": ("wanda", ["allocation={method: nm, mixed: true}"]),
     "structured": ("wanda", ["allocation.method=structured"]),
+    "widths": ("wanda", ["sparsity=0.2", "allocation.method=structured", "targets.method=sensitivity"]),
+    "depth": ("depth", ["allocation.blocks=2"]),
+    "attention": ("depth", ["allocation.layers=attention", "allocation.blocks=3"]),
     "owl": ("sparsegpt", ["targets.method=owl"]),
     "search": ("wanda", ["targets.method=search"]),
 }
@@ -67,6 +70,7 @@ ON_FEW = (
     "distilled",
     "besa",
     "structured",
+    "depth",
     "search",
 )  # two sequences in one batch: other ranks have none
 

@@ -18,7 +18,8 @@ RUNS = [
     ("besa-int4", ["allocation.steps=3"]),
     ("fast", []),
     ("fast", ["targets.method=search"]),
-    ("wanda", ["allocation.method=structured"]),
+    ("wanda", ["sparsity=0.2", "allocation.method=structured", "targets.method=sensitivity"]),
+    ("depth", ["allocation.layers=mlp", "allocation.blocks=2"]),
     ("wanda", ["allocation.method=nm", "allocation.mixed=true"]),
 ]
 

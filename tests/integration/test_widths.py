@@ -143,7 +143,7 @@ def test_commands_know_such_folders(
         ({"ffn": [8]}, "how many feed-forward channels each of its blocks has"),
         ({"ffn": [8] * 7 + [257]}, "cannot have 257 feed-forward channels"),
         ({"ffn": [8] * 7 + ["x"]}, "cannot have 'x' feed-forward channels"),
-        ({"ffn": [8] * 8}, "size|shape"),
+        ({"ffn": [8] * 8}, r"is \(96, 216\), its config.json says \(96, 8\)"),
     ],
 )
 def test_damaged_widths_are_seen(small: Path, tmp_path: Path, changes: dict[str, Any], words: str) -> None:

@@ -1,5 +1,7 @@
 """Structured pruning: scores and choices against brute force, whole units only, as near to the sparsity as can be."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,10 +11,13 @@ from besa.data.calibration import Calibration
 from besa.errors import BesaError
 from besa.methods.allocation import RankedLinear, Structured
 from besa.methods.allocation.structured import lowest_structures
+from besa.methods.fisher import loss_gradients
 from besa.methods.importance import Magnitude
 from besa.methods.recipe import Recipe
 from besa.methods.reconstruction import ADMM, ConjugateGradient, OBSUpdate
+from besa.methods.survey import Survey
 from besa.methods.targets.budgets import budgets
+from besa.models.activations import Room
 from besa.models.blocks import find_blocks
 from besa.models.couplings import Coupling, couplings
 from besa.models.streaming import DecoderInMemory
@@ -107,6 +112,59 @@ def test_with_attention_skipped_the_sparsity_is_of_the_channels(pristine_tiny_ll
     recipe = Recipe(sparsity=0.25, skip=("*attn*",), allocation=Structured())
     for (budget,) in budgets(find_blocks(pristine_tiny_llama), recipe):
         assert (budget.weights, budget.zeros) == (3 * 96 * 256, 3 * 96 * 64)
+
+
+@given(
+    targets=st.lists(st.floats(-0.1, 0.9), min_size=4, max_size=4),
+    multiple=st.sampled_from([1, 8, 24, 100]),
+    heads=st.sampled_from([0.0, 0.5]),
+)
+@settings(max_examples=50, deadline=None)
+def test_the_whole_model_meets_the_sparsity_as_near_to_the_targets_as_can_be(
+    pristine_tiny_llama, targets, multiple, heads
+):
+    """Against every choice of steps: none with the same total is nearer to the targets."""
+    blocks = find_blocks(pristine_tiny_llama)[:4]
+    taken = 96 * (48 + 24 + 24 + 48) if heads else 0
+    weights, size = blocks[0].weights, 3 * 96 * multiple
+    steps = -(-256 // multiple) - 1
+    sparsity = min(max(sum(targets) / 4, taken / weights), (taken + steps * size) / weights)
+    recipe = Recipe(sparsity=sparsity, allocation=Structured(multiple=multiple, heads=heads))
+    plan = [budget for (budget,) in budgets(blocks, recipe, targets)]
+    kept = [256 - (budget.zeros - taken) // (3 * 96) for budget in plan]
+    gone = [0 if number == 256 else steps + 1 - number // multiple for number in kept]
+    assert all(number % multiple == 0 or number == 256 for number in kept) and min(kept) >= min(multiple, 256)
+    ideal = [(target * weights - taken) / size for target in targets]
+    assert sum(gone) == min(max(round(sum(ideal)), 0), 4 * steps)
+    for more, less in itertools.permutations(range(4), 2):  # convex: moving one step is all there is to try
+        if gone[more] < steps and gone[less]:
+            change = (gone[more] + 1 - ideal[more]) ** 2 + (gone[less] - 1 - ideal[less]) ** 2
+            assert change >= (gone[more] - ideal[more]) ** 2 + (gone[less] - ideal[less]) ** 2 - 1e-9
+
+
+def test_sensitivities_of_whole_channels_are_those_of_a_sort(tiny_llama, tiny_llama_folder, tiny_tokenizer):
+    """The sum of W²·Σx²·E[g²] over what reads a channel; the lowest of the whole model go first."""
+    text = (tiny_llama_folder / "calibration.txt").read_text(encoding="utf-8")[:20_000]
+    tokens_L = torch.tensor(tiny_tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    calibration = Calibration(tokens_L[:96].reshape(4, 24), "text", 0)
+    decoder, allocation = DecoderInMemory(tiny_llama), Structured()
+    names = [tuple(block.prunables) for block in decoder.blocks]
+    structures = [allocation.structures(block, own) for block, own in zip(decoder.blocks, names, strict=True)]
+    cpu = torch.device("cpu")
+    survey = Survey(decoder, calibration, names, 0.2, 2, cpu, Room(cpu, None), 7, structures)
+    found = loss_gradients(survey, 2)
+    scores, owners = [], []
+    for block in decoder.blocks:
+        name = f"{block.name}.mlp.down_proj"
+        w_OI, squares_I, rows_O = block.weight(name), found.statistics[name].squares_I, found.squares[name]
+        for channel in range(256):
+            scores.append(float((w_OI[:, channel] ** 2 * rows_O).sum() * squares_I[channel]))
+            owners.append(block.index)
+    order = sorted(range(len(scores)), key=lambda place: scores[place])
+    lowest = [owners[place] for place in order[: round(0.2 * sum(survey.sizes) / (3 * 96))]]
+    for block, size, rate in zip(decoder.blocks, survey.sizes, found.rates, strict=True):
+        assert rate == pytest.approx(lowest.count(block.index) * 3 * 96 / size, abs=0.01)  # scores are binned
+    assert max(found.rates) - min(found.rates) > 0.05
 
 
 def test_no_linear_has_a_sparsity_of_its_own(pristine_tiny_llama):

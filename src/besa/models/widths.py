@@ -65,8 +65,8 @@ def refuse(name: str, config: PreTrainedConfig) -> None:
     """
     if widths_of(config):
         raise BesaError(
-            f"The blocks of {name} have widths of their own, which cannot be written again: take the folder that it was "
-            "shrunk from."
+            f"The blocks of {name} have widths of their own, which cannot be written again: take the folder that it "
+            "was shrunk from."
         )
 
 

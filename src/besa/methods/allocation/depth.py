@@ -32,7 +32,7 @@ class Depth(Allocator):
     method: Literal["depth"] = "depth"
     layers: Layers = Field(default="both", description="what goes of a block: both layers, its attention or its mlp")
     blocks: int | None = Field(
-        default=None, ge=0, description="how many blocks lose it; by default what comes nearest to the sparsity"
+        default=None, ge=0, description="how many blocks lose it; by default one, or what is nearest to the sparsity"
     )
     whole_structures: ClassVar[bool] = True
     shaped: ClassVar[bool] = True
@@ -55,7 +55,7 @@ class Depth(Allocator):
             targets: the change of each layer; None before it is measured.
 
         Raises:
-            BesaError: fewer blocks than `blocks` can lose their layer, or nothing would go or stay.
+            BesaError: fewer blocks than `blocks` can lose their layer, or nothing would stay.
         """
         layers = [layer(block, self.layers) for block in blocks]
         sizes = [sum(block.prunables[name].numel for name in own) for block, own in zip(blocks, layers, strict=True)]
@@ -63,15 +63,15 @@ class Depth(Allocator):
         changes = targets or [0.0] * len(blocks)
         order = sorted(range(len(blocks)), key=lambda index: (changes[index], -index))
         order = [index for index in order if set(layers[index]) <= set(names[index])]
-        upto = [0, *accumulate(sizes[index] for index in order)]
-        asked = sparsity * sum(whole)
-        number = min(range(len(upto)), key=lambda n: abs(upto[n] - asked)) if self.blocks is None else self.blocks
+        number = self.blocks
+        if number is None:
+            upto = [0, *accumulate(sizes[index] for index in order)]
+            number = min(range(len(upto)), key=lambda n: abs(upto[n] - sparsity * sum(whole)))
+            number = max(number, 1 if sparsity else 0)
         if number > len(order):
             raise BesaError(f"Only {len(order)} of {len(blocks)} blocks could go: set allocation.blocks lower.")
         if self.layers == "both" and number == len(blocks):
             raise BesaError(f"All {number} blocks would go: set allocation.blocks or the sparsity lower.")
-        if self.blocks is None and sparsity and not number:
-            raise BesaError(f"A sparsity of {sparsity:g} is less than half a block: set allocation.blocks.")
         gone = set(order[:number])
         return [
             Budget(tuple(own), weights, sizes[index] if index in gone else 0)
