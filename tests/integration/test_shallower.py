@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 import besa
 from besa import BesaError, Recipe, cli
@@ -27,7 +27,7 @@ from tests.integration.test_families import (
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
 TEXT = str(TINY / "calibration.txt")
-QUICK = ["llama", "gpt2", "gemma3", "gpt_neo", "llama4"]
+QUICK = ["gpt2", "gemma3", "llama4"]
 DESCRIBED_BY_PERIODS, OTHER_BIASES = "jamba", "jetmoe"
 FOUR = {
     "num_hidden_layers": 4,
@@ -100,7 +100,7 @@ def test_a_family_loses_its_second_block(family: str, tmp_path: Path) -> None:
     assert torch.equal(*written)
 
 
-@pytest.mark.parametrize("family", ["phi", "mixtral"])
+@pytest.mark.parametrize("family", ["phi", pytest.param("mixtral", marks=pytest.mark.slow)])
 def test_what_was_pruned_computes_what_is_left(family: str, tiny_tokenizer: Any, tmp_path: Path) -> None:
     dense = saved(random_model(of_four_blocks(family)), tmp_path / "dense")
     recipe = Recipe.load("depth", overrides=["allocation.blocks=2"])
@@ -122,24 +122,22 @@ def test_the_command_line_from_the_recipe_to_the_card(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    pruned, small, smaller = (str(tmp_path / name) for name in ("pruned", "small", "smaller"))
+    pruned, small = str(tmp_path / "pruned"), str(tmp_path / "small")
     of = ["--calibration", TEXT, "--samples", "4", "--seqlen", "32"]
     for arguments in (
         ["plan", str(TINY), "--recipe", "depth", "--set", "allocation.blocks=2", *of],
         ["prune", str(TINY), pruned, "--recipe", "depth", "--set", "allocation.blocks=2", *of],
         ["shrink", pruned, small],
-        ["prune", small, f"{pruned}2", "--recipe", "depth", "--set", "allocation.blocks=1", *of],
-        ["shrink", f"{pruned}2", smaller],
     ):
         monkeypatch.setattr(sys, "argv", ["besa", *arguments])
         cli.main()
     shown = capsys.readouterr().out
     assert "6 of 8 blocks stay" in shown and "6 of 8 blocks stay (gone: 1, 4)" in shown
-    assert "blocks from 8 to 6" in shown and "blocks from 6 to 5" in shown
+    assert "blocks from 8 to 6" in shown
     old, new = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("pruned", "small"))
     assert {key for key in old | new if old.get(key) != new.get(key)} == {"num_hidden_layers", "besa"}
-    assert json.loads((tmp_path / "smaller" / "config.json").read_text())["besa"]["shrunk"] == {"blocks": [6, 5]}
-    assert "5 of 6 are left" in (tmp_path / "smaller" / "README.md").read_text()
+    assert new["besa"]["shrunk"] == {"blocks": [8, 6]}
+    assert "6 of 8 are left" in (tmp_path / "small" / "README.md").read_text()
     assert set(load_file(tmp_path / "small" / "model.safetensors")) == {
         name
         for name in load_file(TINY / "model.safetensors")
@@ -149,11 +147,11 @@ def test_the_command_line_from_the_recipe_to_the_card(
 
 
 def test_blocks_and_channels_go_together(tmp_path: Path) -> None:
-    model = emptied(AutoModelForCausalLM.from_pretrained(TINY).requires_grad_(False), 2)
+    model = emptied(random_model(of_four_blocks("llama")), 2)
     for layer in model.model.layers:
         layer.mlp.down_proj.weight[:, 10:26] = 0
     done = besa.shrink(saved(model, tmp_path / "dense"), tmp_path / "small")
-    assert done.blocks == (8, 7) and done.structures == {"ffn": (256, 240)}
+    assert done.blocks == (4, 3) and done.structures == {"ffn": (96, 80)}
     torch.testing.assert_close(logits(load(tmp_path / "small")), logits(model), rtol=1e-4, atol=1e-4)
 
 

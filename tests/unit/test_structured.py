@@ -128,7 +128,7 @@ def test_the_whole_model_meets_the_sparsity_as_near_to_the_targets_as_can_be(
     taken = 96 * (48 + 24 + 24 + 48) if heads else 0
     weights, size = blocks[0].weights, 3 * 96 * multiple
     steps = -(-256 // multiple) - 1
-    sparsity = min(max(sum(targets) / 4, taken / weights), (taken + steps * size) / weights)
+    sparsity = min(max(sum(targets) / 4, taken / weights + 1e-6), (taken + steps * size) / weights)
     recipe = Recipe(sparsity=sparsity, allocation=Structured(multiple=multiple, heads=heads))
     plan = [budget for (budget,) in budgets(blocks, recipe, targets)]
     kept = [256 - (budget.zeros - taken) // (3 * 96) for budget in plan]
