@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 import besa
 from besa import BesaError, Recipe, cli
+from besa.checkpoint.shallower import Renumbering
 from besa.errors import Interrupted
 from besa.models.blocks import find_blocks
 from besa.models.layers import biases
@@ -187,3 +188,21 @@ def test_only_whole_models_that_do_something_are_written(tmp_path: Path) -> None
     for index in range(2):
         emptied(model, index)
     assert "has no block that does anything" in refusal(saved(model, tmp_path / "dense"), tmp_path / "small")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "same"), [("layer_idx", 0, True), ("layer_idx", 2, False), ("window", False, False)]
+)
+def test_settings_of_modules_tell_kinds_of_blocks_apart(name: str, value: int | bool, same: bool) -> None:
+    """Block 1 becomes block 0: only its number may follow."""
+    before, after = random_model(config_of("llama")), random_model(config_of("llama", num_hidden_layers=1))
+    blocks, written = find_blocks(before), find_blocks(after)
+    blocks[1].module.self_attn.window = True
+    written[0].module.self_attn.window = True
+    setattr(written[0].module.self_attn, name, value)
+    renumbering = Renumbering(blocks, [0])
+    if same:
+        renumbering.check_same(written)
+    else:
+        with pytest.raises(BesaError, match="would be another kind of block as number 0"):
+            renumbering.check_same(written)

@@ -114,22 +114,22 @@ class Renumbering:
             BesaError: a setting of a block differs, such as its window.
         """
         for block, smaller in zip(self.staying, written, strict=True):
-            numbers = {(block.index, smaller.index)}
-            modules = zip(block.module.modules(), smaller.module.modules(), strict=False)
-            if any(_settings(old) - _settings(new) and not _same(old, new, numbers) for old, new in modules):
+            before, after = list(block.module.modules()), list(smaller.module.modules())
+            pairs = zip(before, after, strict=False)
+            if len(before) != len(after) or not all(_same(*pair, block.index, smaller.index) for pair in pairs):
                 raise BesaError(
                     f"{block.name} would be another kind of block as number {smaller.index}, and its family's "
                     "configuration cannot say otherwise: choose other blocks with --skip, or another allocation."
                 )
 
 
-def _settings(module: nn.Module) -> set[tuple[str, Any]]:
-    """The plain attributes of a module, by name."""
-    plain = (bool, int, float, str, type(None))
-    return {(name, value) for name, value in vars(module).items() if isinstance(value, plain) and value == value}
+def _same(old: nn.Module, new: nn.Module, index: int, number: int) -> bool:
+    """Whether two modules have the same plain attributes, but for the number of their block, `index` and `number`."""
+    before, after = _settings(old), _settings(new)
+    numbered = {key: number for key, value in before.items() if type(value) is int and value == index}
+    return all(after.get(key) in (value, numbered.get(key, value)) for key, value in before.items())
 
 
-def _same(old: nn.Module, new: nn.Module, numbers: Collection[tuple[Any, Any]]) -> bool:
-    """Whether two modules have the same plain attributes, but for the number of their block."""
-    before, after = dict(_settings(old)), dict(_settings(new))
-    return all(before[key] == after.get(key) or (before[key], after.get(key)) in numbers for key in before)
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """The plain attributes of a module."""
+    return {name: value for name, value in vars(module).items() if isinstance(value, bool | int | float | str)}
