@@ -32,6 +32,7 @@ from besa.models.activations import Room
 from besa.models.blocks import Block, find_blocks, left_dense
 from besa.models.borrowing import borrowed, tokenizer_of_caller
 from besa.models.bos import bos_token
+from besa.models.mixtures import Fewer
 from besa.models.limits import embedding_rows, positions
 from besa.models.loading import (
     commit,
@@ -222,7 +223,7 @@ def compress(
             blocks=blocks,
             distilling=distilling,
             mixtures=dropped.mixtures,
-            **_totals(blocks, decoder, identity["parameters"]),
+            **_totals(blocks, decoder, identity["parameters"], fewer),
             seconds=time.perf_counter() - began,
             ranks=ranks.count(),
             peak_memory_bytes=max(ranks.all_of(memory.peak_bytes())),
@@ -279,16 +280,17 @@ def _prunable(blocks: list[Block], recipe: Recipe) -> set[str]:
     return {name for of_unit in budgets(blocks, recipe) for budget in of_unit for name in budget.names}
 
 
-def _totals(blocks: list[BlockRecord], decoder: Decoder, parameters: int) -> dict[str, Any]:
+def _totals(blocks: list[BlockRecord], decoder: Decoder, parameters: int, fewer: Fewer | None) -> dict[str, Any]:
     """The fields of a `RunRecord` that add up its blocks, and those on the weights that were not pruned.
 
     Args:
         blocks: of the pruned model.
         decoder: of the pruned model.
         parameters: of the dense model.
+        fewer: what it was without the experts that were dropped, if any were.
     """
     weights, zeros = sum(block.weights for block in blocks), sum(block.zeros for block in blocks)
-    dropped = parameters - decoder.model.num_parameters()
+    dropped = fewer.dropped if fewer is not None else 0
     return {
         "dropped": dropped,
         "weights": weights,

@@ -109,6 +109,7 @@ class Fewer:
         blocks: of this model.
         settings: keys of the text decoder's configuration with their new values.
         axes: along which axis a tensor of the model is smaller, by name.
+        dropped: number of parameters that go.
     """
 
     mixtures: Mixtures
@@ -117,6 +118,7 @@ class Fewer:
     blocks: list[Block]
     settings: dict[str, int]
     axes: dict[str, int]
+    dropped: int
 
     def of(self, name: str) -> str:
         """The name of the mixture that a tensor or module belongs to."""
@@ -134,17 +136,22 @@ def fewer(model: PreTrainedModel, mixtures: Mixtures, kept: int) -> Fewer:
     Raises:
         BesaError: no key of the configuration is the number of experts, so that it cannot describe fewer.
     """
-    config = model.config.get_text_config()
-    keys = [key for key, value in config.to_dict().items() if "expert" in key and value == mixtures.experts]
-    for key in keys:
-        settings = {key: kept} | {further: 0 for further in FURTHER if getattr(config, further, None)}
+    said = model.config.get_text_config().to_dict()
+    further = {key: 0 for key in FURTHER if said.get(key)}
+    for key in [key for key, value in said.items() if "expert" in key and value == mixtures.experts]:
+        settings = {key: kept} | further
         try:
             smaller = _skeleton(model, changed(model.config, settings))
         except BesaError:  # the key is another number, or the family checks it against others
             continue
         axes = _smaller_axes(model, smaller, mixtures, kept)
         if axes is not None:
-            return Fewer(mixtures, kept, smaller, find_blocks(smaller), settings, axes)
+            dropped = sum(
+                parameter.numel() - smaller.get_parameter(name).numel()
+                for name, parameter in model.named_parameters()
+                if name in axes
+            )
+            return Fewer(mixtures, kept, smaller, find_blocks(smaller), settings, axes, dropped)
     raise BesaError(
         f"{type(model).__name__} has a configuration that cannot describe {kept} in place of {mixtures.experts} "
         "experts: leave out experts.method."
