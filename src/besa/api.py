@@ -32,7 +32,6 @@ from besa.models.activations import Room
 from besa.models.blocks import Block, find_blocks, left_dense
 from besa.models.borrowing import borrowed, tokenizer_of_caller
 from besa.models.bos import bos_token
-from besa.models.mixtures import Fewer
 from besa.models.limits import embedding_rows, positions
 from besa.models.loading import (
     commit,
@@ -43,6 +42,7 @@ from besa.models.loading import (
     refuse_quantized,
     skeleton,
 )
+from besa.models.mixtures import Fewer, changed
 from besa.models.streaming import Decoder
 from besa.planning import Plan, check_fits, whole_disk_bytes, work_out
 from besa.progress import Progress, silent
@@ -186,7 +186,7 @@ def compress(
         )
         batch = batch or begun.get("batch") or default_batch(calibration.samples, calibration.seqlen, device)
         batch = min(calibration.samples, batch)
-        fewer = smaller(decoder, recipe)
+        fewer = smaller(decoder.model, decoder.blocks, recipe)
         shapes = decoder if fewer is None else fewer
         whole = shapes.model, shapes.blocks, _prunable(shapes.blocks, recipe), recipe
         check_fits(*whole, calibration.seqlen, device)
@@ -377,11 +377,16 @@ def plan(
     room.checked(seqlen, "--seqlen")
     with together(0, ranks):
         batch = batch or default_batch(samples, seqlen, device)
+    recipe = _chosen(recipe, sparsity).settled(ranks, {})
+    fewer = smaller(empty, find_blocks(empty), recipe)
+    if fewer is not None:
+        empty = skeleton(source, changed(config, fewer.settings))
     return work_out(
         source.name,
         empty,
         find_blocks(empty),
-        _chosen(recipe, sparsity).settled(ranks, {}),
+        recipe,
+        fewer=fewer,
         samples=samples,
         seqlen=seqlen,
         batch=min(samples, batch),

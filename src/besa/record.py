@@ -122,6 +122,12 @@ class RunRecord(Record):
     files: dict[str, str] = Field(default={}, description="sha256 of each file of the folder, added at the end")
 
     @property
+    def experts(self) -> tuple[int, int] | None:
+        """The number of experts of each mixture before and after; None if all stayed."""
+        first = next(iter(self.mixtures), None)
+        return (first.experts, first.experts - len(first.gone)) if first is not None else None
+
+    @property
     def unreached(self) -> int:
         """The number of linears that no calibration token reached."""
         return sum(not linear.reached for block in self.blocks for linear in block.linears)

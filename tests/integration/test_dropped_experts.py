@@ -172,7 +172,11 @@ def test_groups_of_experts_stay_even(settings: list[str], kept: int, tiny_tokeni
 @pytest.mark.parametrize(
     ("settings", "changes", "words"),
     [
-        (["experts.number=3"], {}, "experts.number=3 drops 3 of 4 experts of each block, but at least 1 must go, and 2"),
+        (
+            ["experts.number=3"],
+            {},
+            "experts.number=3 drops 3 of 4 experts of each block, but at least 1 must go, and 2",
+        ),
         (["experts.share=0.01"], {}, "experts.share=0.01 drops 0 of 4 experts"),
         (["experts.number=3"], {"model": "deepseek_v3", **GROUPED}, "drop a multiple of 2"),
         (["experts.number=6"], {"model": "deepseek_v3", **GROUPED}, "and 4 stay for a token to choose from"),
@@ -251,7 +255,9 @@ def test_names_and_keys_are_those_of_the_files(
     tensors = load_file(folder / "model.safetensors")
     listed = [name for name in tensors if ".mlp.experts.3." in name]
     assert listed
-    further = {name.replace(".layers.1.", ".layers.2."): x.clone() for name, x in tensors.items() if ".layers.1." in name}
+    further = {
+        name.replace(".layers.1.", ".layers.2."): x.clone() for name, x in tensors.items() if ".layers.1." in name
+    }
     save_file(tensors | further, folder / "model.safetensors", {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     monkeypatch.setattr("besa.checkpoint.writer.ONE_FILE", 0)

@@ -56,7 +56,9 @@ def with_settings(config: dict[str, Any], settings: Mapping[str, int], like: Pre
         like: the configuration of the model, which knows other names of its keys.
     """
     text = like.get_text_config()
-    names = {other: key for other, key in text.attribute_map.items() if key in settings} | {key: key for key in settings}
+    names = {other: key for other, key in text.attribute_map.items() if key in settings} | {
+        key: key for key in settings
+    }
     inside = next((key for key in like.sub_configs if key in config and getattr(like, key, None) is text), None)
     if inside is not None:
         return config | {inside: with_settings(config[inside], settings, text)}

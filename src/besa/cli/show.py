@@ -93,6 +93,7 @@ def pruned(record: RunRecord, folder: Path) -> RenderableType:
     whole = ""
     if record.model_sparsity is not None:
         whole = f"{record.model_sparsity:.2%} of the whole model pruned; {_dense(record.dense)}\n"
+    experts = f"{_experts(*record.experts, len(record.mixtures), record.dropped)}\n" if record.experts else ""
     learned = ""
     if record.distilling is not None:
         first, best = record.distilling.losses[0], min(record.distilling.losses)
@@ -101,7 +102,7 @@ def pruned(record: RunRecord, folder: Path) -> RenderableType:
         )
     return Text(
         f"{folder}: {record.zeros:,} of {record.weights:,} prunable weights are zero ({record.sparsity:.4%})\n"
-        f"{whole}"
+        f"{experts}{whole}"
         f"recipe {record.recipe['name']}, {record.seconds:,.0f} s, "
         f"peak memory {record.peak_memory_bytes / 1e9:.2f} GB{gpu}{several}\n"
         f"reconstruction error {errors[0]:.4f} in the first block, {errors[-1]:.4f} in the last"
@@ -113,6 +114,8 @@ def planned(plan: Plan) -> RenderableType:
     """What a run will take."""
     table = Whole(title=plan.model, show_header=False)
     table.add_row("architecture", f"{plan.architecture}, {plan.blocks} blocks, {plan.parameters:,} parameters")
+    if plan.experts is not None:
+        table.add_row("experts", _experts(*plan.experts, plan.mixtures, plan.dropped))
     share = plan.zeros / plan.prunable_weights
     table.add_row("prunable weights", f"{plan.prunable_weights:,}, of which {plan.zeros:,} go ({share:.2%})")
     table.add_row("whole model", f"{plan.model_sparsity:.2%} of all parameters go; {_dense(plan.dense)}")
@@ -161,6 +164,11 @@ def pushed(result: Pushed) -> RenderableType:
     if result.left_out:
         lines.append(f"not uploaded, as no part of the checkpoint: {', '.join(result.left_out)}")
     return Text("\n".join(lines))
+
+
+def _experts(before: int, after: int, mixtures: int, parameters: int) -> str:
+    """How many experts stay, and what went with the others."""
+    return f"{after:,} of {before:,} experts stay in each of {mixtures:,} mixtures: {parameters:,} parameters went"
 
 
 def _dense(dense: dict[str, int]) -> str:

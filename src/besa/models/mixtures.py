@@ -103,7 +103,8 @@ class Fewer:
     """A decoder with fewer experts, as its configuration describes it.
 
     Attributes:
-        mixtures: of the decoder with all experts.
+        whole: blocks of the decoder with all experts.
+        mixtures: of this decoder.
         kept: number of experts of each mixture that stay.
         model: of the smaller shapes, on the meta device.
         blocks: of this model.
@@ -112,6 +113,7 @@ class Fewer:
         dropped: number of parameters that go.
     """
 
+    whole: list[Block]
     mixtures: Mixtures
     kept: int
     model: PreTrainedModel
@@ -125,11 +127,12 @@ class Fewer:
         return next(each.name for each in self.mixtures.each if name.startswith(f"{each.name}."))
 
 
-def fewer(model: PreTrainedModel, mixtures: Mixtures, kept: int) -> Fewer:
+def fewer(model: PreTrainedModel, blocks: list[Block], mixtures: Mixtures, kept: int) -> Fewer:
     """The shapes of a decoder with `kept` experts in each mixture.
 
     Args:
         model: with all experts; its weights may be on the meta device.
+        blocks: of the model.
         mixtures: of the model.
         kept: number of experts that stay.
 
@@ -151,7 +154,7 @@ def fewer(model: PreTrainedModel, mixtures: Mixtures, kept: int) -> Fewer:
                 for name, parameter in model.named_parameters()
                 if name in axes
             )
-            return Fewer(mixtures, kept, smaller, find_blocks(smaller), settings, axes, dropped)
+            return Fewer(blocks, mixtures, kept, smaller, find_blocks(smaller), settings, axes, dropped)
     raise BesaError(
         f"{type(model).__name__} has a configuration that cannot describe {kept} in place of {mixtures.experts} "
         "experts: leave out experts.method."

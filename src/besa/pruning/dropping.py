@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from transformers import PreTrainedModel
+
 from besa.data.calibration import Calibration
 from besa.methods.dropping.dropper import Scorer, highest
 from besa.methods.recipe import Recipe
-from besa.models.blocks import embedded
+from besa.models.blocks import Block, embedded
 from besa.models.check import Check
 from besa.models.mixtures import Fewer, Mixtures, fewer, find_mixtures
 from besa.models.streaming import Decoder
@@ -35,8 +37,13 @@ class Dropped:
     mixtures: list[MixtureRecord] = field(default_factory=list)
 
 
-def smaller(decoder: Decoder, recipe: Recipe) -> Fewer | None:
+def smaller(model: PreTrainedModel, blocks: list[Block], recipe: Recipe) -> Fewer | None:
     """The shapes of a decoder without the experts that the recipe drops; None if it drops none.
+
+    Args:
+        model: its weights may be on the meta device.
+        blocks: of the model.
+        recipe: the method.
 
     Raises:
         BesaError: it has no experts, too few, or a configuration that cannot describe fewer.
@@ -44,8 +51,8 @@ def smaller(decoder: Decoder, recipe: Recipe) -> Fewer | None:
     scoring = recipe.experts.scoring
     if scoring is None:
         return None
-    mixtures = find_mixtures(decoder.model, decoder.blocks)
-    return fewer(decoder.model, mixtures, scoring.kept(mixtures))
+    mixtures = find_mixtures(model, blocks)
+    return fewer(model, blocks, mixtures, scoring.kept(mixtures))
 
 
 def drop_experts(
@@ -92,9 +99,7 @@ def _choose(
     share = Share.of(calibration.samples, resources.batch)
     check = Check(decoder, calibration.tokens_NT, resources.device)
     with decoder.embeddings(resources.device):
-        x_NTC = embedded(
-            decoder.model, decoder.blocks, calibration.tokens_NT, resources.batch, resources.room, share
-        )
+        x_NTC = embedded(decoder.model, decoder.blocks, calibration.tokens_NT, resources.batch, resources.room, share)
     records = []
     for block, following in zip(decoder.blocks, [*decoder.blocks[1:], None], strict=True):
         with decoder.opened(block, resources.device):
