@@ -29,15 +29,16 @@ HELDOUT_BYTES, CALIBRATION_BYTES = 80_000, 160_000
 README = """\
 # Tiny mixture
 
-A mixture of experts of {parameters:,} parameters for the tests of besa that prune whole experts: small enough for git,
+A mixture of experts of {parameters:,} parameters for the tests of besa that drop whole experts: small enough for git,
 trained far enough that it matters which experts go. It is of no other use.
 
-Made by `python -m experiments.tiny_mixture --steps {steps}` (AdamW, {tokens:.1f} million tokens, {size:.1f} MB of text).
+Made by `python -m experiments.tiny_mixture --steps {steps}` (AdamW, {tokens:.1f} million tokens, {size:.1f} MB of
+text); every layer is asked to use all of its experts.
 Perplexity on `heldout.txt`: **{perplexity:.2f}** (`perplexity.json`: text tokenised once, windows of {window} tokens,
 tail dropped, no special tokens); a unigram model of the same tokens has {unigram:.0f}.
 
-- `model.safetensors`, `config.json`: Qwen3-MoE, {layers} layers, hidden {hidden}, {experts} experts of {width} channels in
-  each, {chosen} of them for a token, tied embeddings, bfloat16.
+- `model.safetensors`, `config.json`: Qwen3-MoE, {layers} layers, hidden {hidden}, {experts} experts of {width}
+  channels in each, {chosen} of them for a token, tied embeddings, bfloat16.
 - `tokenizer.json`: byte-level BPE of {vocab} tokens, learned from the same training text.
 - `heldout.txt`: the last documents of all four texts, in turn; neither the model nor the tokenizer saw them.
 - `calibration.txt`: the first documents of the training text, likewise.

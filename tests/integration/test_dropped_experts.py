@@ -8,16 +8,21 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+import besa
 from besa import BesaError, Recipe, compress
+from besa.cli import show
 from besa.errors import Interrupted
 from besa.models.blocks import find_blocks
 from besa.models.experts import find_experts
 from besa.record import MixtureRecord
+from besa.report.page import render
+from besa.report.runs import load_run
 from tests.integration.test_families import (
     FAMILIES,
     TOKENS,
@@ -94,7 +99,7 @@ def stored(folder: Path) -> dict[str, list[int]]:
     shapes = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
-            shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}
+            shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - no dict
     return shapes
 
 
@@ -190,7 +195,7 @@ def test_what_cannot_be_dropped(settings: list[str], changes: dict[str, Any], wo
 def test_the_allocation_and_targets_lead_to_the_stage() -> None:
     with pytest.raises(BesaError, match=r"set experts.method=reap or frequency, and experts.share\."):
         Recipe.load("wanda", overrides=["allocation.method=experts", "allocation.share=0.25"])
-    with pytest.raises(BesaError, match="one number for all blocks: targets.method=owl needs a sparsity"):
+    with pytest.raises(BesaError, match=r"one number for all blocks: targets\.method=owl needs a sparsity"):
         dropping("targets.method=owl")
     assert dropping("targets.method=owl", sparsity=0.3).targets.measuring
 
@@ -294,3 +299,32 @@ def test_the_fewest_tokens_go_by_frequency(tiny_tokenizer: Any) -> None:
     for mixture in record.mixtures:
         assert sum(mixture.tokens) == TOKENS.tokens_NT.numel() * 2
         assert mixture.gone == sorted(sorted(range(8), key=mixture.tokens.__getitem__)[:3])
+
+
+def test_plan_terminal_card_and_report_say_what_went(
+    tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    folder = saved(random_model(config_of("qwen3_moe")), tmp_path / "dense")
+    recipe = dropping(sparsity=0.5)
+    plan = besa.plan(folder, recipe, samples=4, seqlen=16)
+    usual = besa.plan(folder, "wanda", samples=4, seqlen=16)
+    record = compress(folder, recipe, TOKENS, out=tmp_path / "out", tokenizer=tiny_tokenizer).record
+    assert (plan.experts, plan.mixtures, plan.dropped) == ((4, 3), 2, record.dropped)
+    assert (plan.prunable_weights, plan.zeros) == (record.weights, record.zeros)
+    assert (plan.parameters, plan.model_sparsity) == (usual.parameters, record.model_sparsity)
+    assert plan.forward_passes == usual.forward_passes + 2
+    assert plan.checkpoint_bytes == usual.checkpoint_bytes - 4 * record.dropped
+    # One expert: gate, up and down of 48 channels, and a row of the router.
+    assert record.dropped == 2 * (3 * 48 * 64 + 64)
+    words = f"3 of 4 experts stay in each of 2 mixtures: {record.dropped:,} parameters went"
+    for shown in (show.pruned(record, tmp_path / "out"), show.planned(plan)):
+        console = Console(width=200)
+        with console.capture() as captured:
+            console.print(shown)
+        assert words in captured.get()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"3 of 4 are left in each of 2 mixtures; {record.dropped:,} parameters went with the others" in card
+    page = render([load_run(tmp_path / "out")])
+    assert "3 of 4 in each of 2 mixtures" in page and "Experts that went" in page
+    assert all(mixture.name in page for mixture in record.mixtures)

@@ -91,7 +91,7 @@ class Recipe(Settings):
             )
         if self.experts.scoring and self.targets.measuring and not any([self.sparsity, *self.sparsity_of.values()]):
             raise ValueError(
-                "every mixture loses the same number of experts, because configurations have one number for all blocks: "
+                "every mixture loses the same number of experts, as configurations have one number for all blocks: "
                 f"targets.method={self.targets.method} needs a sparsity of the weights that stay; set one, or "
                 "targets.method=uniform"
             )

@@ -155,7 +155,7 @@ class Layout:
                 )
 
     def place(self, stored: str) -> tuple[str, bool]:
-        """The name in the model of a stored tensor, and whether it is merged with others there; "" for an unbuilt one."""
+        """The name in the model of a stored tensor ("" for an unbuilt one), and whether it is merged with others."""
         if stored in self._merged:
             return self._merged[stored], True
         return self._places.get(stored, ""), False

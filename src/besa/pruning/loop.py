@@ -111,8 +111,9 @@ def prune_blocks(
             with watch("load"):
                 for block in unit.blocks:
                     stack.enter_context(decoder.opened(block, resources.device))
-                for block in whole[place].blocks if dense is not None else ():
-                    stack.enter_context(dense.opened(block, resources.device))
+                if dense is not None:
+                    for block in whole[place].blocks:
+                        stack.enter_context(dense.opened(block, resources.device))
             if check is not None:
                 with watch("check"):
                     for block in unit.blocks:

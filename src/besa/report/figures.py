@@ -186,7 +186,8 @@ def experts_left(record: RunRecord) -> str:
     if record.experts is None:
         return ""
     before, after = record.experts
-    return f"{wording.count(after)} of {wording.count(before)} in each of {wording.counted(len(record.mixtures), 'mixture')}"
+    mixtures = wording.counted(len(record.mixtures), "mixture")
+    return f"{wording.count(after)} of {wording.count(before)} in each of {mixtures}"
 
 
 def experts(pruned: Pruned) -> list[Table]:
