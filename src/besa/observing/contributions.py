@@ -44,8 +44,9 @@ class Contributions:
     def add(self, experts_P: Tensor, added_PC: Tensor) -> None:
         """Add the pairs of a forward pass."""
         norms_P = added_PC.float().norm(dim=1).to(self.norms_E.dtype)
-        self.norms_E += torch.zeros_like(self.norms_E).index_add_(0, experts_P, norms_P).float()
-        self.tokens_E += experts_P.bincount(minlength=len(self.tokens_E))
+        chosen_PE = experts_P[:, None] == torch.arange(len(self.tokens_E), device=experts_P.device)
+        self.norms_E += (norms_P[:, None] * chosen_PE).sum(dim=0).float()  # in an order that is always the same
+        self.tokens_E += chosen_PE.sum(dim=0)
 
     def settle(self) -> None:
         """Add up the sums of all ranks."""
