@@ -200,6 +200,8 @@ def compress(
         room = Room(device, activation_budget, journal.folder if journal else None)
         resources = Resources(batch, device, room, codes=not dequantized)
         dropped = drop_experts(decoder, fewer, recipe, calibration, resources, journal, progress)
+        if left_out := len(decoder.unbuilt) - len(dropped.decoder.unbuilt):
+            notes.append(f"{left_out:,} tensors of layers that predict further tokens are left out with the experts.")
         decoder = dropped.decoder
         blocks, distilling = prune_model(
             decoder,

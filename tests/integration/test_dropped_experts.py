@@ -274,6 +274,9 @@ def test_names_and_keys_are_those_of_the_files(
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
     assert set(index) == stored(tmp_path / "out").keys() == tensors.keys() - set(listed)
     assert len(set(index.values())) == 3
+    assert record.notes == [
+        f"{len(further)} tensors of layers that predict further tokens are left out with the experts."
+    ]
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     changed = {key for key in config | written if config.get(key) != written.get(key)}
     assert changed == {"n_routed_experts", "num_nextn_predict_layers", "besa"}
