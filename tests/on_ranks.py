@@ -64,6 +64,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
 }
 FIRST = ("wanda", "magnitude", "sparsegpt", "fast", "besa")
 ON_EXPERTS = ("wanda", "sparsegpt", "fast", "best", "distilled", "besa")  # of a mixture, ranks see different experts
+OF_WHOLE_EXPERTS = {"dropped": ("fast", ["experts={method: reap}"])}
 ON_FEW = (
     "fast",
     "best",
@@ -88,6 +89,8 @@ def main(out: Path, which: str) -> None:
         digests = {name: _digest(TINY_LLAMA, recipes[name], 11, out / name) for name in _some(CASES, which)}
         for name in _some(ON_EXPERTS, which):
             digests[f"{name} of experts"] = _digest(experts, recipes[name], 11, out / f"{name}-experts")
+        for name, (recipe, changes) in OF_WHOLE_EXPERTS.items():
+            digests[name] = _digest(experts, Recipe.load(recipe, overrides=changes), 11, out / name)
         for name in _some(ON_FEW, which):
             digests[f"{name} of few"] = _digest(TINY_LLAMA, recipes[name], 2, out / f"{name}-few")
         if ranks.is_first():
@@ -109,6 +112,7 @@ def _digest(model: Path, recipe: Recipe, samples: int, out: Path) -> dict[str, A
         "tensors": hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest(),
         "losses": [block.losses + block.finetuning for block in record.blocks],
         "distilling": record.distilling.losses if record.distilling is not None else [],
+        "dropped": [mixture.gone for mixture in record.mixtures],
         "errors": [block.reconstruction_error for block in record.blocks],
         "sent": [block.sent for block in record.blocks],
     }

@@ -29,7 +29,7 @@ from besa.evaluation.zero_shot import check_tasks, zero_shot
 from besa.methods.recipe import Recipe
 from besa.methods.targets.budgets import budgets
 from besa.models.activations import Room
-from besa.models.blocks import find_blocks, left_dense
+from besa.models.blocks import Block, find_blocks, left_dense
 from besa.models.borrowing import borrowed, tokenizer_of_caller
 from besa.models.bos import bos_token
 from besa.models.limits import embedding_rows, positions
@@ -42,10 +42,11 @@ from besa.models.loading import (
     refuse_quantized,
     skeleton,
 )
+from besa.models.mixtures import Fewer, changed
 from besa.models.streaming import Decoder
 from besa.planning import Plan, check_fits, whole_disk_bytes, work_out
 from besa.progress import Progress, silent
-from besa.pruning import Resources, prune_model
+from besa.pruning import Resources, drop_experts, prune_model, smaller
 from besa.record import PASSED_NAMES, BlockRecord, PassedThrough, RunRecord, now
 from besa.runtime.chat_template import dialogue_of
 from besa.runtime.own_text import Author
@@ -185,19 +186,32 @@ def compress(
         )
         batch = batch or begun.get("batch") or default_batch(calibration.samples, calibration.seqlen, device)
         batch = min(calibration.samples, batch)
-        whole = decoder.model, decoder.blocks, _prunable(decoder, recipe), recipe
+        fewer = smaller(decoder.model, decoder.blocks, recipe)
+        shapes = decoder if fewer is None else fewer
+        whole = shapes.model, shapes.blocks, _prunable(shapes.blocks, recipe), recipe
         check_fits(*whole, calibration.seqlen, device)
         if journal is not None:
             journal.begin(_decisive(recipe, identity, calibration, seed, batch, device) | {"dequantized": dequantized})
-            size = decoder.model.num_parameters() * decoder.model.dtype.itemsize + decoder.unbuilt_bytes
+            size = shapes.model.num_parameters() * shapes.model.dtype.itemsize + decoder.unbuilt_bytes
             check_space(journal.folder, whole_disk_bytes(*whole, size) - journal.bytes)
         memory.trim()
         memory.reset_peak(device)
         began = time.perf_counter()
         room = Room(device, activation_budget, journal.folder if journal else None)
         resources = Resources(batch, device, room, codes=not dequantized)
+        dropped = drop_experts(decoder, fewer, recipe, calibration, resources, journal, progress)
+        if left_out := len(decoder.unbuilt) - len(dropped.decoder.unbuilt):
+            notes.append(f"{left_out:,} tensors of layers that predict further tokens are left out with the experts.")
+        decoder = dropped.decoder
         blocks, distilling = prune_model(
-            decoder, recipe, calibration, seed=seed, resources=resources, journal=journal, progress=progress
+            decoder,
+            recipe,
+            calibration,
+            dense=dropped.dense,
+            seed=seed,
+            resources=resources,
+            journal=journal,
+            progress=progress,
         )
         record = RunRecord(
             created=now(),
@@ -210,7 +224,8 @@ def compress(
             machine=machine(device),
             blocks=blocks,
             distilling=distilling,
-            **_totals(blocks, decoder, identity["parameters"]),
+            mixtures=dropped.mixtures,
+            **_totals(blocks, decoder, identity["parameters"], fewer),
             seconds=time.perf_counter() - began,
             ranks=ranks.count(),
             peak_memory_bytes=max(ranks.all_of(memory.peak_bytes())),
@@ -262,19 +277,28 @@ def _calibration(
     return drawn, notes
 
 
-def _prunable(decoder: Decoder, recipe: Recipe) -> set[str]:
+def _prunable(blocks: list[Block], recipe: Recipe) -> set[str]:
     """Full names of the linears that the recipe prunes."""
-    return {name for of_unit in budgets(decoder.blocks, recipe) for budget in of_unit for name in budget.names}
+    return {name for of_unit in budgets(blocks, recipe) for budget in of_unit for name in budget.names}
 
 
-def _totals(blocks: list[BlockRecord], decoder: Decoder, parameters: int) -> dict[str, Any]:
-    """The fields of a `RunRecord` that add up its blocks, and those on the weights that were not pruned."""
+def _totals(blocks: list[BlockRecord], decoder: Decoder, parameters: int, fewer: Fewer | None) -> dict[str, Any]:
+    """The fields of a `RunRecord` that add up its blocks, and those on the weights that were not pruned.
+
+    Args:
+        blocks: of the pruned model.
+        decoder: of the pruned model.
+        parameters: of the dense model.
+        fewer: what it was without the experts that were dropped, if any were.
+    """
     weights, zeros = sum(block.weights for block in blocks), sum(block.zeros for block in blocks)
+    dropped = fewer.dropped if fewer is not None else 0
     return {
+        "dropped": dropped,
         "weights": weights,
         "zeros": zeros,
         "sparsity": zeros / weights,
-        "model_sparsity": zeros / parameters,
+        "model_sparsity": (zeros + dropped) / parameters,
         "dense": left_dense(decoder.blocks, {linear.name for block in blocks for linear in block.linears}),
         "passed_through": PassedThrough(
             tensors=len(decoder.unbuilt), bytes=decoder.unbuilt_bytes, names=decoder.unbuilt[:PASSED_NAMES]
@@ -355,11 +379,16 @@ def plan(
     room.checked(seqlen, "--seqlen")
     with together(0, ranks):
         batch = batch or default_batch(samples, seqlen, device)
+    recipe = _chosen(recipe, sparsity).settled(ranks, {})
+    fewer = smaller(empty, find_blocks(empty), recipe)
+    if fewer is not None:
+        empty = skeleton(source, changed(config, fewer.settings))
     return work_out(
         source.name,
         empty,
         find_blocks(empty),
-        _chosen(recipe, sparsity).settled(ranks, {}),
+        recipe,
+        fewer=fewer,
         samples=samples,
         seqlen=seqlen,
         batch=min(samples, batch),

@@ -61,6 +61,16 @@ class BlockRecord(Record):
     linears: list[LinearRecord]
 
 
+class MixtureRecord(Record):
+    """The experts of one mixture, and which of them were dropped."""
+
+    name: str = Field(description="path of the module that has router and experts")
+    experts: int = Field(description="number before")
+    gone: list[int] = Field(description="experts that were dropped, by their numbers in the dense model")
+    scores: list[float] = Field(description="of all experts; the lowest went")
+    tokens: list[int] = Field(description="calibration tokens of each expert in the dense model")
+
+
 class DistillingRecord(Record):
     """The stage in which the whole model learned."""
 
@@ -94,11 +104,13 @@ class RunRecord(Record):
     machine: dict[str, Any]
     blocks: list[BlockRecord]
     distilling: DistillingRecord | None = Field(default=None, description="None if the model was not distilled")
+    mixtures: list[MixtureRecord] = Field(default=[], description="those that lost whole experts")
+    dropped: int = Field(default=0, description="parameters of the dense model that went with whole experts")
     weights: int
     zeros: int
     sparsity: float
     model_sparsity: float | None = Field(
-        default=None, description="share of all parameters of the model that is pruned"
+        default=None, description="share of all parameters of the dense model that is pruned or dropped"
     )
     dense: dict[str, int] = Field(
         default={}, description="weights of the blocks' matrices that stay dense, by name within a block"
@@ -111,6 +123,12 @@ class RunRecord(Record):
     passed_through: PassedThrough = PassedThrough()
     restored_blocks: int = Field(default=0, description="blocks taken from the journal of an interrupted run")
     files: dict[str, str] = Field(default={}, description="sha256 of each file of the folder, added at the end")
+
+    @property
+    def experts(self) -> tuple[int, int] | None:
+        """The number of experts of each mixture before and after; None if all stayed."""
+        first = next(iter(self.mixtures), None)
+        return (first.experts, first.experts - len(first.gone)) if first is not None else None
 
     @property
     def unreached(self) -> int:

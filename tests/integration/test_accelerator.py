@@ -25,7 +25,7 @@ from besa.models.blocks import send
 from besa.pruning import loop, step
 from tests import pretend
 from tests.bit_equality import VARIANTS
-from tests.integration.test_families import TOKENS, config_of, random_model, saved
+from tests.integration.test_families import TOKENS, config_of, different, random_model, saved
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
 TEXT = str(TINY / "calibration.txt")
@@ -40,6 +40,7 @@ MORE = {
 }
 BATCH = 4 * 37 * 96 * 2  # bytes of the hidden states of a batch; nothing else has this size
 CASES = {name: (name, []) for name in shipped()} | VARIANTS | MORE
+OF_EXPERTS = {"fewer experts": ("fast", ["experts.method=reap"])}
 LIKE_OTHERS = ("best-int8",)  # differs from best-int4 in numbers only
 
 
@@ -62,7 +63,7 @@ def counted_anew() -> None:
 
 
 def recipe_of(case: str) -> Recipe:
-    name, changes = CASES[case]
+    name, changes = (CASES | OF_EXPERTS)[case]
     recipe = Recipe.load(name, overrides=changes)
     return Recipe.load(name, overrides=[*changes, *FEW_STEPS]) if isinstance(recipe.allocation, Besa) else recipe
 
@@ -108,6 +109,15 @@ def test_every_dtype_does(shallow: Path, tmp_path: Path, dtype: str) -> None:
 def test_experts_do(tiny_tokenizer: Any, tmp_path: Path, recipe: str) -> None:
     folder = saved(random_model(config_of("mixtral")), tmp_path / "mixtral")
     assert_same_on_both(folder, recipe_of(recipe), tmp_path, calibration=TOKENS, tokenizer=tiny_tokenizer)
+
+
+def test_whole_experts_go_there_too(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    folder, recipe = saved(random_model(config_of("mixtral")), tmp_path / "mixtral"), recipe_of("fewer experts")
+    assert_same_on_both(folder, recipe, tmp_path, calibration=TOKENS, tokenizer=tiny_tokenizer)
+    in_memory = [random_model(config_of("mixtral")) for _ in range(2)]
+    for model, device in zip(in_memory, ("cpu", "pretend"), strict=True):
+        compress(model, recipe, TOKENS, tokenizer=tiny_tokenizer, device=device, batch=4)
+    assert different(*in_memory) == set()
 
 
 def test_hidden_states_that_do_not_fit_stay_on_the_host_or_in_files(shallow: Path, tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def test_modules_of_commands_exist() -> None:
 
 
 @pytest.mark.parametrize(
-    "stage", ["targets", "importance", "allocation", "reconstruction", "finetune", "distill", "quantization"]
+    "stage", ["experts", "targets", "importance", "allocation", "reconstruction", "finetune", "distill", "quantization"]
 )
 def test_table_of_stages_lists_every_method(stage: str) -> None:
     lines = text_of(ROOT / "docs" / "architecture.md").splitlines()

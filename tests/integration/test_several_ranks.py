@@ -33,7 +33,7 @@ def test_any_number_of_ranks_gives_the_same_weights(digests, which, count):
     one, several = digests(which, 1), digests(which, count)
     assert len(several) >= 10
     for case, digest in several.items():
-        for part in ("zeros", "tensors", "losses", "distilling"):
+        for part in ("zeros", "tensors", "losses", "distilling", "dropped"):
             assert digest[part] == one[case][part], f"{part} of {case}"
         assert digest["errors"] == pytest.approx(one[case]["errors"], rel=1e-5), case
 

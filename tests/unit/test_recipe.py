@@ -296,7 +296,8 @@ def test_sparsity_out_of_bounds(sparsity):
     [
         (
             "",
-            "must be a YAML mapping with the keys name, sparsity, skip, sparsity_of, targets, importance, allocation, "
+            "must be a YAML mapping with the keys name, sparsity, skip, sparsity_of, experts, targets, importance, "
+            "allocation, "
             "reconstruction, finetune, distill, quantization.",
         ),
         ("- a\n- b", "must be a YAML mapping"),

@@ -202,6 +202,10 @@ class About:
                 yield f"sparsity of all parameters{when}", share
             if record.dense:
                 yield "matrices left dense", ", ".join(map(_code, record.dense))
+        if record and record.experts:
+            before, after = record.experts
+            share = f"{after:,} of {before:,} are left in each of {len(record.mixtures):,} mixtures"
+            yield "experts", f"{share}; {record.dropped:,} parameters went with the others"
         if self.pattern:
             yield "pattern", f"{self.pattern}, kept weights in groups of consecutive columns"
         if self.bits:

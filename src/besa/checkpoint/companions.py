@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedConfig
 
 from besa.errors import BesaError
 from besa.models.hub import TEMPLATES, belongs
@@ -43,6 +45,25 @@ def with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
 def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     changed = {key: _with_dtype(value, dtype) if isinstance(value, dict) else value for key, value in config.items()}
     return changed | {key: dtype for key in ("dtype", "torch_dtype") if key in config}
+
+
+def with_settings(config: dict[str, Any], settings: Mapping[str, int], like: PreTrainedConfig) -> dict[str, Any]:
+    """A configuration with other values for keys of the text decoder, under the names that the file has for them.
+
+    Args:
+        config: content of config.json.
+        settings: new values by key.
+        like: the configuration of the model, which knows other names of its keys.
+    """
+    text = like.get_text_config()
+    names = {other: key for other, key in text.attribute_map.items() if key in settings} | {
+        key: key for key in settings
+    }
+    inside = next((key for key in like.sub_configs if key in config and getattr(like, key, None) is text), None)
+    if inside is not None:
+        return config | {inside: with_settings(config[inside], settings, text)}
+    known = {name: settings[key] for name, key in names.items() if name in config}
+    return config | known | {key: value for key, value in settings.items() if key not in {names[n] for n in known}}
 
 
 def pass_on(source: Path, folder: Path, config: dict[str, Any], also: Iterable[str] = ()) -> None:

@@ -16,7 +16,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from besa.checkpoint.cards import write_card
-from besa.checkpoint.companions import pass_on, read_config_json, with_dtype
+from besa.checkpoint.companions import pass_on, read_config_json, with_dtype, with_settings
 from besa.checkpoint.verification import seal
 from besa.models.loading import quiet
 from besa.models.streaming import Decoder
@@ -74,6 +74,7 @@ def finish(
             config = read_config_json(decoder.folder)
             if decoder.dtype is not None:
                 config = with_dtype(config, decoder.dtype)
+            config = with_settings(config, decoder.settings, decoder.model.config)
             pass_on(decoder.folder, folder, config | added)
         write_file(folder / RECORD_NAME, record.model_dump_json(indent=2) + "\n")
         write_card(folder, decoder.folder)

@@ -95,6 +95,7 @@ def pruned(record: RunRecord, folder: Path) -> RenderableType:
     if record.model_sparsity is not None:
         whole = f"{record.model_sparsity:.2%} of the whole model pruned; {_dense(record.dense)}\n"
     stays = "".join(f"{phrase}\n" for phrase in stay({block.index: block.structures for block in record.blocks}))
+    experts = f"{_experts(*record.experts, len(record.mixtures), record.dropped)}\n" if record.experts else ""
     learned = ""
     if record.distilling is not None:
         first, best = record.distilling.losses[0], min(record.distilling.losses)
@@ -103,8 +104,7 @@ def pruned(record: RunRecord, folder: Path) -> RenderableType:
         )
     return Text(
         f"{folder}: {record.zeros:,} of {record.weights:,} prunable weights are zero ({record.sparsity:.4%})\n"
-        f"{stays}"
-        f"{whole}"
+        f"{experts}{stays}{whole}"
         f"recipe {record.recipe['name']}, {record.seconds:,.0f} s, "
         f"peak memory {record.peak_memory_bytes / 1e9:.2f} GB{gpu}{several}\n"
         f"reconstruction error {errors[0]:.4f} in the first block, {errors[-1]:.4f} in the last"
@@ -116,6 +116,8 @@ def planned(plan: Plan) -> RenderableType:
     """What a run will take."""
     table = Whole(title=plan.model, show_header=False)
     table.add_row("architecture", f"{plan.architecture}, {plan.blocks} blocks, {plan.parameters:,} parameters")
+    if plan.experts is not None:
+        table.add_row("experts", _experts(*plan.experts, plan.mixtures, plan.dropped))
     share = plan.zeros / plan.prunable_weights
     table.add_row("prunable weights", f"{plan.prunable_weights:,}, of which {plan.zeros:,} go ({share:.2%})")
     if plan.structures:
@@ -167,6 +169,11 @@ def pushed(result: Pushed) -> RenderableType:
     if result.left_out:
         lines.append(f"not uploaded, as no part of the checkpoint: {', '.join(result.left_out)}")
     return Text("\n".join(lines))
+
+
+def _experts(before: int, after: int, mixtures: int, parameters: int) -> str:
+    """How many experts stay, and what went with the others."""
+    return f"{after:,} of {before:,} experts stay in each of {mixtures:,} mixtures: {parameters:,} parameters went"
 
 
 def _dense(dense: dict[str, int]) -> str:

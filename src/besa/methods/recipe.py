@@ -14,6 +14,7 @@ from besa.errors import BesaError
 from besa.methods.allocation import Allocation, Uniform
 from besa.methods.allocation.descent import Descent
 from besa.methods.distilling import Distilling, NoDistilling
+from besa.methods.dropping import Dropping, NoDropping
 from besa.methods.finetuning import Finetuning, NoFinetuning
 from besa.methods.importance import Importance, Wanda
 from besa.methods.reconstruction import NoReconstruction, Reconstruction
@@ -29,7 +30,10 @@ DEEPEST = 8  # levels of YAML
 
 
 class Recipe(Settings):
-    """Importance, allocation, reconstruction, fine-tuning and quantisation, applied block by block; then distilling."""
+    """Importance, allocation, reconstruction, fine-tuning and quantisation, applied block by block; then distilling.
+
+    Whole experts go before; the sparsity is of the weights that stay.
+    """
 
     name: Annotated[str, AfterValidator(check_plain)] = "custom"
     sparsity: float = Field(default=0.5, ge=0, lt=1, description="share of the prunable weights that become zero")
@@ -37,6 +41,7 @@ class Recipe(Settings):
     sparsity_of: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(
         default={}, description="patterns of names of linears, each with its own sparsity"
     )
+    experts: Dropping = NoDropping()
     targets: Targets = UniformTargets()
     importance: Importance = Wanda()
     allocation: Allocation = Uniform()
@@ -44,6 +49,17 @@ class Recipe(Settings):
     finetune: Finetuning = NoFinetuning()
     distill: Distilling = NoDistilling()
     quantization: Quantization = NoQuantization()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leads_to_experts(cls, content: Any) -> Any:
+        allocation = content.get("allocation") if isinstance(content, dict) else None
+        if isinstance(allocation, dict) and allocation.get("method") == "experts":
+            raise ValueError(
+                "whole experts go before the allocation, which divides the zeros among the weights that stay: set "
+                "experts.method=reap or frequency, and experts.share"
+            )
+        return content
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -73,6 +89,12 @@ class Recipe(Settings):
             raise ValueError(
                 "structured pruning needs a reconstruction that keeps the mask: set reconstruction.method to none or "
                 "cg, or reconstruction.mask=fixed"
+            )
+        if self.experts.scoring and self.targets.measuring and not any([self.sparsity, *self.sparsity_of.values()]):
+            raise ValueError(
+                "every mixture loses the same number of experts, as configurations have one number for all blocks: "
+                f"targets.method={self.targets.method} needs a sparsity of the weights that stay; set one, or "
+                "targets.method=uniform"
             )
         only = allocation.only_sparsity
         if only is not None and {self.sparsity, *self.sparsity_of.values()} != {only}:

@@ -47,6 +47,7 @@ class Layout:
         head: names of the tensors outside the inner model.
         unbuilt: names of tensors that transformers builds no module for: layers that predict further tokens, vision
             towers, buffers of older releases.
+        further: of these, the names of layers that come after the blocks.
 
     Args:
         source: name of the checkpoint, for error messages.
@@ -65,11 +66,14 @@ class Layout:
         self._dtypes = files.dtypes()
         self._places: dict[str, str] = {}  # names in the model by name in the files, of tensors that are not merged
         self._names: dict[str, str] = {}  # the inverse
-        self._merged: set[str] = set()  # names in the files of tensors that are parts of others in the model
+        self._merged: dict[
+            str, str
+        ] = {}  # names in the model by name in the files, of tensors that are parts of others
         self.of_block: dict[str, list[str]] = {block.name: [] for block in blocks}
         self.embeddings: list[str] = []
         self.head: list[str] = []
         self.unbuilt: list[str] = []
+        self.further: set[str] = set()
         self._blocks = blocks
         self._parameters = dict.fromkeys(name for name, _ in model.named_parameters(remove_duplicate=False))
         self._sort(blocks)
@@ -90,9 +94,10 @@ class Layout:
                 self.unbuilt.append(stored)
                 if (match := later.match(name)) and int(match[1]) >= len(blocks):
                     beyond.add(int(match[1]))
+                    self.further.add(stored)
                 continue
             if merged:
-                self._merged.add(stored)
+                self._merged[stored] = name
             else:
                 self._places[stored] = name
                 self._names[name] = stored
@@ -109,11 +114,10 @@ class Layout:
     def _check(self) -> None:
         """Check from the headers alone that no weight is missing, and that besa can compute with every weight."""
         state, stored_whole = self._model.state_dict(), {*self._places.values()}
-        renamed = renaming(self._model, self._conversions)
         merged: Counter[str] = Counter()  # number of stored elements of each weight that is merged from several tensors
         for stored, shape in self._files.shapes():
             if stored in self._merged:
-                merged[renamed(stored)[0]] += math.prod(shape)
+                merged[self._merged[stored]] += math.prod(shape)
             elif stored in self._places and shape != tuple(state[self._places[stored]].shape):
                 refuse_shape(self._source, self._places[stored], shape, state[self._places[stored]].shape)
         for stored in [*self._places, *self._merged]:
@@ -141,7 +145,7 @@ class Layout:
             BesaError: they cannot, so that the model could be pruned but not written.
         """
         for block in self._blocks:
-            merged = self._merged.intersection(self.of_block[block.name])
+            merged = self._merged.keys() & self.of_block[block.name]
             with quiet(), model_explained(self._source):
                 missing = merged.difference(self._reverted(_state(block)) if merged else ())
             if missing:
@@ -149,6 +153,12 @@ class Layout:
                     f"{self._source}: {min(missing)} is merged with other weights in transformers and could not be "
                     "written back: save the model once with transformers' save_pretrained, and prune that."
                 )
+
+    def place(self, stored: str) -> tuple[str, bool]:
+        """The name in the model of a stored tensor ("" for an unbuilt one), and whether it is merged with others."""
+        if stored in self._merged:
+            return self._merged[stored], True
+        return self._places.get(stored, ""), False
 
     def name_in_files(self, name: str) -> str:
         """The name in the files of a plain linear of the model."""
@@ -200,7 +210,7 @@ class Layout:
         """
         state = at_home(_state(block))
         names = self.of_block[block.name]
-        merged = self._reverted(state) if self._merged.intersection(names) else {}
+        merged = self._reverted(state) if self._merged.keys() & names else {}
         places = {stored: self._places.get(stored) for stored in names}
         tensors = {stored: merged[stored] if place is None else state[place] for stored, place in places.items()}
         return self._as_in_files(tensors, rounded)

@@ -15,11 +15,14 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from besa.models.blocks import Block, find_blocks
+from besa.models.fewer import Kept, lent, selected, take_out
 from besa.models.layout import Layout, in_files, load_tensors, tie
 from besa.models.loading import Source, read_config, read_generation_config, refuse_quantized, skeleton
+from besa.models.mixtures import Fewer, changed
 from besa.models.transfers import Ahead, at_home
 from besa.models.visiting import Visit, copies, visiting
 from besa.storage.formats.container import open_files
+from besa.storage.weights import WeightFiles
 
 
 class Decoder(Protocol):
@@ -33,6 +36,7 @@ class Decoder(Protocol):
         unbuilt: names of stored tensors that the model has no module for; `tensors_outside_blocks` yields them too.
         unbuilt_bytes: size of these tensors.
         lasting: whether a block that was closed has its changes when it is opened again.
+        settings: keys of the configuration with values that differ from those in the folder.
     """
 
     model: PreTrainedModel
@@ -42,6 +46,10 @@ class Decoder(Protocol):
     unbuilt: list[str]
     unbuilt_bytes: int
     lasting: bool
+    settings: dict[str, int]
+
+    def with_experts(self, fewer: Fewer, kept: Kept) -> tuple[Decoder, Decoder]:
+        """The decoder with these experts, which has the place of this one, and one that still has all of them."""
 
     def embeddings(self, device: torch.device) -> AbstractContextManager[None]:
         """While open, the inner model has on `device` what is outside its blocks: embeddings and final norm."""
@@ -89,8 +97,15 @@ class DecoderInMemory:
         self.unbuilt: list[str] = []
         self.unbuilt_bytes = 0
         self.lasting = True
+        self.settings: dict[str, int] = {}
         self._visits: dict[str, Visit] = {}  # of open blocks, by name
         self._ahead: Ahead[int] = Ahead()
+
+    def with_experts(self, fewer: Fewer, kept: Kept) -> tuple[Decoder, Decoder]:
+        """See `Decoder`: the model loses its experts in place, and the other shares the rest of its tensors."""
+        whole = DecoderInMemory(lent(self.model))
+        take_out(self.model, fewer, kept)
+        return DecoderInMemory(self.model), whole
 
     def embeddings(self, device: torch.device) -> AbstractContextManager[None]:
         """Move what is outside the blocks to `device`, and back."""
@@ -155,17 +170,27 @@ class DecoderOnDisk:
     Args:
         source: a local folder.
         dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
+        files: in place of those of the folder.
+        settings: keys of the configuration with other values than in the folder.
 
     Raises:
         BesaError: the configuration or the weight files are damaged, or are of no decoder that besa can prune.
     """
 
-    def __init__(self, source: Source, dtype: str = "auto") -> None:
+    def __init__(
+        self,
+        source: Source,
+        dtype: str = "auto",
+        files: WeightFiles | None = None,
+        settings: Mapping[str, int] | None = None,
+    ) -> None:
         assert source.folder is not None
         self.folder: Path | None = source.folder
         self.dtype = None if dtype == "auto" else dtype
-        self._files = open_files(source.folder)
-        config = read_config(source)
+        self.settings = dict(settings or {})
+        self._source = source
+        self._files = files or open_files(source.folder)
+        config = changed(read_config(source), self.settings)
         refuse_quantized(source, config)
         config.dtype = getattr(torch, dtype) if self.dtype else config.dtype or self._files.dtype()
         with torch.device("meta"):  # sizes are checked before anything of that size is allocated
@@ -177,6 +202,11 @@ class DecoderOnDisk:
         self.unbuilt, self.unbuilt_bytes = self._layout.unbuilt, self._layout.unbuilt_bytes
         self.lasting = False
         self._ahead: Ahead[str] = Ahead()
+
+    def with_experts(self, fewer: Fewer, kept: Kept) -> tuple[Decoder, Decoder]:
+        """See `Decoder`: the same files, of which the other experts are not read."""
+        files = selected(self._files, self._layout, fewer, kept)
+        return DecoderOnDisk(self._source, self.dtype or "auto", files, fewer.settings), self
 
     @contextmanager
     def embeddings(self, device: torch.device) -> Iterator[None]:

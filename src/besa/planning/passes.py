@@ -55,6 +55,8 @@ def forward_passes(
     dense = most(shares, share) * tokens / (own * seqlen)
     observed = most(shares, recipe.statistics_every(routed=routed)) / own
     passes = dense + observed + 1  # the dense path, statistics, the pruned path
+    if recipe.experts.scoring is not None:
+        passes += 2  # through the dense model; experts compute what they add once more
     if recipe.teacher == "pruned":
         passes += 1  # its outputs
     parts = 2 if recipe.granularity == "attn-mlp" else 1  # attention has its own teacher and its own steps

@@ -19,6 +19,7 @@ from besa.methods.recipe import Recipe
 from besa.methods.targets.budgets import budgets
 from besa.models.activations import Place, Room
 from besa.models.blocks import Block, left_dense
+from besa.models.mixtures import Fewer
 from besa.models.units import Unit, units
 from besa.models.whole import head_share
 from besa.planning.passes import forward_passes, most, shares_of, states_measured
@@ -48,10 +49,13 @@ class Plan(BaseModel):
         architecture: class of the model.
         blocks: number of blocks.
         parameters: number of parameters of the whole model.
-        prunable_weights: number of weights to prune: those of the blocks' matrices that are not skipped.
+        prunable_weights: number of weights to prune: those of the blocks' matrices that stay and are not skipped.
         zeros: how many of these become zero.
         structures: of structures that go whole, how many all blocks have and how many stay, by kind.
-        model_sparsity: zeros as a share of all parameters.
+        experts: number of experts of each mixture before and after; None if all stay.
+        mixtures: number of mixtures that lose experts.
+        dropped: parameters that go with them.
+        model_sparsity: zeros, and what goes with experts, as a share of all parameters.
         dense: weights of the blocks' matrices that stay dense, by name within a block.
         checkpoint_bytes: size of the pruned checkpoint.
         disk_bytes: free space needed during the run, for journal, checkpoint and activations of all ranks.
@@ -81,6 +85,9 @@ class Plan(BaseModel):
     prunable_weights: int
     zeros: int
     structures: dict[str, tuple[int, int]] = {}
+    experts: tuple[int, int] | None = None
+    mixtures: int = 0
+    dropped: int = 0
     model_sparsity: float
     dense: dict[str, int]
     checkpoint_bytes: int
@@ -106,6 +113,7 @@ def work_out(
     blocks: list[Block],
     recipe: Recipe,
     *,
+    fewer: Fewer | None = None,
     samples: int,
     seqlen: int,
     batch: int,
@@ -119,9 +127,10 @@ def work_out(
 
     Args:
         name: of the model, as the user gave it.
-        model: a skeleton on the meta device, in the dtype of the run.
+        model: a skeleton on the meta device, in the dtype of the run, without the experts that are dropped.
         blocks: of the model.
         recipe: the method.
+        fewer: how it lost experts, if it did.
         samples: calibration sequences.
         seqlen: tokens of a calibration sequence.
         batch: sequences in a forward pass.
@@ -138,6 +147,7 @@ def work_out(
     budgets_of_units = budgets(blocks, recipe)
     plan = [budget for unit_budgets in budgets_of_units for budget in unit_budgets]
     parameters, item = model.num_parameters(), model.dtype.itemsize
+    dropped = fewer.dropped if fewer is not None else 0
     size = parameters * item
     if recipe.quantization.coding is not None:
         names = {name for budget in plan for name in budget.names}
@@ -180,6 +190,9 @@ def work_out(
         of_block = Counter({phase: size // len(unit.blocks) for phase, size in of_unit.items()})
         sent = max(sent, of_block, key=Counter.total)
     unit_size = max(stored_bytes(unit) for unit in in_order)
+    if fewer is not None:  # a block with all its experts is there for the dense path
+        whole_size = max(stored_bytes(unit) for unit in units(fewer.whole, recipe.granularity))
+        work, unit_size = work + whole_size, unit_size + whole_size
     distilling = whole + learning
     on_device = places["device"] + max(outside, work, distilling)
     gpu = None if shares_memory(device) else on_device
@@ -199,11 +212,14 @@ def work_out(
         model=name,
         architecture=type(model).__name__,
         blocks=len(blocks),
-        parameters=parameters,
+        parameters=parameters + dropped,
         prunable_weights=sum(budget.weights for budget in plan),
         zeros=zeros,
         structures=_structures(in_order, budgets_of_units, recipe),
-        model_sparsity=zeros / parameters,
+        experts=(fewer.mixtures.experts, fewer.kept) if fewer is not None else None,
+        mixtures=len(fewer.mixtures.each) if fewer is not None else 0,
+        dropped=dropped,
+        model_sparsity=(zeros + dropped) / (parameters + dropped),
         dense=left_dense(blocks, pruned),
         checkpoint_bytes=size,
         disk_bytes=disk,

@@ -50,6 +50,7 @@ def prune_blocks(
     recipe: Recipe,
     calibration: Calibration,
     *,
+    dense: Decoder | None = None,
     seed: int = 0,
     resources: Resources = PLAIN,
     journal: Journal | None = None,
@@ -62,6 +63,7 @@ def prune_blocks(
         decoder: causal decoder in evaluation mode.
         recipe: the method.
         calibration: token ids (N, T).
+        dense: of the dense path, if the decoder has lost experts; by default the decoder.
         seed: of random choices, such as the order of sequences.
         resources: how to compute.
         journal: every finished block is written to it; blocks that it already holds are not pruned again. Only rank 0
@@ -75,6 +77,7 @@ def prune_blocks(
     """
     blocks = decoder.blocks
     in_order = units(blocks, recipe.granularity)
+    whole = units(dense.blocks, recipe.granularity) if dense is not None else in_order
     share = Share.of(calibration.samples, resources.batch)
     done = _done(journal, in_order)
     check = Check(decoder, calibration.tokens_NT, resources.device) if len(done) < len(blocks) else None
@@ -97,6 +100,9 @@ def prune_blocks(
     last = len(in_order) - 1 if to_the_end else last_open
     progress(0, len(blocks), "embeddings")
     pruned_NTC, dense_NTC = first_inputs(decoder, recipe, calibration, resources, share)  # line 1
+    if dense is not None:
+        for block, dense_block in zip(blocks, dense.blocks, strict=True):
+            dense_block.arguments.update(block.arguments)
     records: list[BlockRecord] = []
     grids: dict[str, Grid] = {}
     for place, (unit, unit_budgets) in enumerate(zip(in_order[: last + 1], plan, strict=False)):  # line 2
@@ -105,6 +111,9 @@ def prune_blocks(
             with watch("load"):
                 for block in unit.blocks:
                     stack.enter_context(decoder.opened(block, resources.device))
+                if dense is not None:
+                    for block in whole[place].blocks:
+                        stack.enter_context(dense.opened(block, resources.device))
             if check is not None:
                 with watch("check"):
                     for block in unit.blocks:
@@ -113,8 +122,8 @@ def prune_blocks(
                 for block in in_order[place + 1].blocks:
                     decoder.prefetch(block, resources.device)
             if unit.index in done:
-                for block in unit.blocks:
-                    block.run(dense_NTC, resources.batch, into=dense_NTC)
+                for block, dense_block in zip(unit.blocks, whole[place].blocks, strict=True):
+                    dense_block.run(dense_NTC, resources.batch, into=dense_NTC)
                     tensors = ranks.tensors_from_first(journal.tensors(block.index) if journal is not None else {})
                     grids |= put_back(decoder, block, tensors, recipe)
                     if place < last_open:
@@ -123,7 +132,7 @@ def prune_blocks(
                 progress(len(records), len(blocks), "taken from the journal")
                 continue
             paths_NTC, gradients = (pruned_NTC, dense_NTC), measured.gradients
-            step = Step(unit, unit_budgets, recipe, *paths_NTC, share, gradients, seed, resources, watch)
+            step = Step(unit, whole[place], unit_budgets, recipe, *paths_NTC, share, gradients, seed, resources, watch)
             unit_records, coded = prune_unit(step)  # lines 3 to 12
             if recipe.rounds_last:
                 for name, weight in coded.unrounded.items():

@@ -39,6 +39,7 @@ class Step:
 
     Attributes:
         unit: still dense.
+        whole: the same unit with all its experts, of the dense path and the teacher; the unit itself if none went.
         budgets: of the unit.
         recipe: the method.
         pruned_NTC: inputs on the pruned path; replaced by the outputs of the pruned unit.
@@ -51,6 +52,7 @@ class Step:
     """
 
     unit: Unit
+    whole: Unit
     budgets: list[Budget]
     recipe: Recipe
     pruned_NTC: HiddenStates
@@ -75,7 +77,7 @@ def prune_unit(step: Step) -> tuple[list[BlockRecord], Coded]:
     unit, recipe, watch = step.unit, step.recipe, step.watch
     in_turn = parts(unit, recipe.granularity)
     with watch("teacher"):
-        part_targets = [_part_targets(step, part) for part in in_turn[:-1]]
+        part_targets = [_part_targets(step, part) for part in parts(step.whole, recipe.granularity)[:-1]]
     outputs_NTC = step.resources.room.empty_like(step.pruned_NTC) if recipe.teacher == "pruned" else None
     statistics, dense_outputs = _observe(step, outputs_NTC)
     _check_seen(step, statistics)
@@ -109,12 +111,12 @@ def _observe(step: Step, outputs_NTC: HiddenStates | None) -> tuple[dict[str, In
     unit, recipe, batch, watch = step.unit, step.recipe, step.resources.batch, step.watch
     dense_outputs = []
     with watch("teacher"):
-        for block in unit.blocks:
+        for block in step.whole.blocks:
             block.run(step.dense_NTC, batch, into=step.dense_NTC)
-            dense_outputs.append(step.dense_NTC if block is unit.blocks[-1] else _error_sample(step))
+            dense_outputs.append(step.dense_NTC if block is step.whole.blocks[-1] else _error_sample(step))
     with watch("statistics"):
         if outputs_NTC is not None:
-            unit.run(step.pruned_NTC, batch, into=outputs_NTC)
+            step.whole.run(step.pruned_NTC, batch, into=outputs_NTC)
         every = recipe.statistics_every(routed=any(prunable.routed for prunable in unit.prunables.values()))
         return look(unit, step.pruned_NTC, batch, recipe.needs_gram, step.share, every), dense_outputs
 
@@ -189,7 +191,7 @@ def _part_targets(step: Step, part: Part) -> HiddenStates:
     """The outputs of the teacher with the silent matrices of the part set to zero."""
     inputs_NTC = step.pruned_NTC if step.recipe.teacher == "pruned" else step.dense_NTC
     targets_NTC = step.resources.room.empty_like(inputs_NTC)
-    step.unit.silencing(part.silent).run(inputs_NTC, step.resources.batch, into=targets_NTC)
+    step.whole.silencing(part.silent).run(inputs_NTC, step.resources.batch, into=targets_NTC)
     return targets_NTC
 
 

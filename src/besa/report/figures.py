@@ -12,6 +12,7 @@ from besa.record import HISTOGRAM_BINS, RunRecord
 from besa.report import allocation, plots, wording
 from besa.report.plots import Series
 from besa.report.results import Entry, Pruned, reference, texts, windows
+from besa.storage.names import printable
 
 POINTS = 64  # of a loss curve
 LOG = 10  # spread beyond which bars get a logarithmic scale
@@ -178,6 +179,34 @@ def distilling(pruned: Pruned) -> Plot | None:
     drawing = plots.lines(title, epochs, series, "epoch", "nats", (plots.HALF, 230))
     rows = [[str(epoch), *(wording.significant(column[epoch]) for column in columns)] for epoch in epochs]
     return Plot([drawing], [Table(title, ["epoch", *(entry.label for entry, _ in losses)], rows)])
+
+
+def experts_left(record: RunRecord) -> str:
+    """How many experts are left of a model that lost some; empty for others."""
+    if record.experts is None:
+        return ""
+    before, after = record.experts
+    mixtures = wording.counted(len(record.mixtures), "mixture")
+    return f"{wording.count(after)} of {wording.count(before)} in each of {mixtures}"
+
+
+def experts(pruned: Pruned) -> list[Table]:
+    """For every run that dropped experts: which went, and what share of the calibration tokens they had."""
+    tables = []
+    for entry, record in pruned:
+        rows = []
+        for mixture in record.mixtures:
+            had = sum(number for expert, number in enumerate(mixture.tokens) if expert in mixture.gone)
+            rows.append(
+                [
+                    printable(mixture.name),
+                    ", ".join(map(str, mixture.gone)),
+                    wording.percent(had / max(1, sum(mixture.tokens))),
+                ]
+            )
+        if rows:
+            tables.append(Table(f"Experts that went, {entry.label}", ["mixture", "experts", "of its tokens"], rows))
+    return tables
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -102,6 +102,7 @@ def _facts(entries: list[Entry], records: list[RunRecord]) -> list[tuple[str, st
         ("Sparsity", [entry.sparsity for entry in entries if entry.run.record]),
         ("Pruned, of the whole model", [wording.percent(r.model_sparsity) for r in records if r.model_sparsity]),
         ("Structures", [", ".join(stay({block.index: block.structures for block in r.blocks})) for r in records]),
+        ("Experts", [figures.experts_left(record) for record in records]),
         ("Dense in the blocks", [", ".join(sorted(record.dense)) for record in records]),
         ("Calibration", [_calibration(record) for record in records]),
         ("Perplexity windows", [f"{window:,} tokens" for window in results.windows(entries)]),
@@ -172,6 +173,7 @@ def _blocks(pruned: Pruned) -> dict[str, Any]:
         "learned_rows": [(entry.label, entry.color) for entry, record in pruned if allocation.learned_rows(record)],
         "losses": figures.loss_curves(pruned),
         "distilling": figures.distilling(pruned),
+        "experts": figures.experts(pruned),
         "block_seconds": figures.by_block(pruned, "seconds", "Seconds by block", "seconds", 200) if pruned else None,
     }
 

@@ -17,12 +17,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from besa.errors import BesaError, Interrupted
-from besa.record import BlockRecord, DistillingRecord
+from besa.record import BlockRecord, DistillingRecord, MixtureRecord
 from besa.storage.writing import check_absent, claimed, save_tensors, write_file
 
 FORMAT = 1
 IDENTITY = "run.json"
 TARGETS = "targets.json"
+MIXTURES = "mixtures.json"
 GRADIENTS = "gradients.safetensors"
 DISTILLED = "distilled.json"
 REST = "distilled-rest.safetensors"
@@ -193,6 +194,19 @@ class Journal:
             return None
         numbers = isinstance(targets, list) and all(isinstance(target, float) for target in targets)
         return targets if numbers else None
+
+    def keep_mixtures(self, mixtures: list[MixtureRecord]) -> None:
+        """Keep which experts were dropped."""
+        write_file(self.folder / MIXTURES, json.dumps([each.model_dump(mode="json") for each in mixtures]))
+
+    @property
+    def mixtures(self) -> list[MixtureRecord] | None:
+        """The list that `keep_mixtures` kept; None if there is none or it is damaged, so that it is chosen again."""
+        try:
+            kept = json.loads((self.folder / MIXTURES).read_text(encoding="utf-8"))
+            return [MixtureRecord.model_validate(each) for each in kept]
+        except (OSError, ValueError, TypeError, RecursionError):
+            return None
 
     def keep_gradients(self, squares: Mapping[str, Tensor]) -> None:
         """Keep the squared gradients of the dense model's loss, by full name of the matrix."""
