@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from besa.cli.consoles import err, keep, out
+from besa.cli.consoles import STDOUT, give, out
 from besa.cli.options import (
     BatchOption,
     Bos,
@@ -23,10 +23,12 @@ from besa.cli.options import (
     EvaluationOption,
     HubOption,
     JsonOption,
+    JsonProgressOption,
     LimitOption,
     MinutesOption,
     Model,
     PassesOption,
+    QuietOption,
     RecipeOption,
     SamplesOption,
     SeqlenOption,
@@ -38,6 +40,7 @@ from besa.cli.options import (
     TrustOption,
     bytes_of,
     files_of,
+    names,
     numbers,
     words,
 )
@@ -65,22 +68,26 @@ def demo(
     calibration: CalibrationOption = "c4",
     device: DeviceOption = "auto",
     dtype: DtypeOption = Dtype.auto,
+    json: JsonOption = None,
+    quiet: QuietOption = False,
+    json_progress: JsonProgressOption = None,
 ) -> None:
     """Prune the embedded SmolLM2-135M by BESA and by the methods it must beat, and show what is left of it."""
-    from besa.cli.show import compared, progress_bar
+    from besa.cli.show import demonstrated
+    from besa.cli.tracking import show_progress
     from besa.studies.demo import FULL, QUICK, run_demo
     from besa.system import memory
 
     plan = FULL if full else QUICK
-    out.print(f"[bold]besa demo[/]: {plan.summary(sparsity)}")
+    if json != STDOUT:
+        out.print(f"[bold]besa demo[/]: {plan.summary(sparsity)}")
     memory.stay_lean()
-    with progress_bar(err) as tracker:
+    with show_progress(quiet=quiet, json_progress=json_progress) as tracker:
         command = ["besa", *sys.argv[1:]]
-        result = run_demo(out_dir, plan, sparsity, ppl or ["wiki"], calibration, device, dtype.value, command, tracker)
-    out.print(compared(result.comparison))
-    for method, folder in result.checkpoints.items():
-        out.print(f"Pruned by {method}: {folder}")
-    out.print(f"Report: {result.page}")
+        result = run_demo(
+            out_dir, plan, sparsity, names(ppl) or ["wiki"], calibration, device, dtype.value, command, tracker
+        )
+    give(result.comparison, demonstrated(result), json)
 
 
 @commands.command(rich_help_panel=PANEL)
@@ -108,11 +115,15 @@ def prune(
         bool, typer.Option("--dequantized", help="Write quantised weights as dense numbers, not as codes.")
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run towards OUT.")] = False,
+    json: JsonOption = None,
+    quiet: QuietOption = False,
+    json_progress: JsonProgressOption = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Prune a model block by block and write a checkpoint that transformers loads, with a run record."""
     from besa.api import compress
-    from besa.cli.show import progress_bar, pruned
+    from besa.cli.show import pruned
+    from besa.cli.tracking import show_progress
     from besa.errors import BesaError
     from besa.planning import within
     from besa.system import memory
@@ -120,7 +131,7 @@ def prune(
     if passes is not None and minutes is not None:
         raise BesaError("A run has either passes or minutes to spend: give --passes or --minutes, not both.")
     memory.stay_lean()
-    with progress_bar(err) as tracker:
+    with show_progress(quiet=quiet, json_progress=json_progress) as tracker:
         chosen = _recipe(recipe, sparsity, set_, skip, sparsity_of, passes, samples, seqlen, model, trust_remote_code)
         result = compress(
             model,
@@ -142,7 +153,7 @@ def prune(
             command=["besa", *sys.argv[1:]],
             progress=tracker,
         )
-    out.print(pruned(result.record, out_dir))
+    give(result.record, pruned(result.record, out_dir), json)
 
 
 @commands.command(rich_help_panel=PANEL)
@@ -154,15 +165,19 @@ def shrink(
         ),
     ],
     out_dir: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the smaller model; must not exist.")],
+    json: JsonOption = None,
+    quiet: QuietOption = False,
+    json_progress: JsonProgressOption = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Write a pruned model without its unread feed-forward channels and heads: smaller, dense, for transformers."""
     from besa.checkpoint.shrinking import shrink as shrink_checkpoint
-    from besa.cli.show import progress_bar, shrunk
+    from besa.cli.show import shrunk
+    from besa.cli.tracking import show_progress
 
-    with progress_bar(err) as tracker:
+    with show_progress(quiet=quiet, json_progress=json_progress) as tracker:
         result = shrink_checkpoint(model, out_dir, trust_remote_code=trust_remote_code, progress=tracker)
-    out.print(shrunk(result, out_dir))
+    give(result, shrunk(result, out_dir), json)
 
 
 @commands.command("plan", rich_help_panel=PANEL)
@@ -206,8 +221,7 @@ def plan_command(
         ranks=ranks,
         trust_remote_code=trust_remote_code,
     )
-    keep(result, json)
-    out.print(planned(result))
+    give(result, planned(result), json)
 
 
 @commands.command("compare", rich_help_panel=PANEL)
@@ -232,7 +246,7 @@ def compare_command(
         typer.Option(min=2, help="Tokens of a window; default: 2048, or as many as the model has positions."),
     ] = None,
     max_windows: Annotated[int | None, typer.Option(min=1, help="Use only so many windows of each text.")] = None,
-    tasks: TasksOption = "",
+    tasks: TasksOption = None,
     limit: LimitOption = None,
     hub: HubOption = False,
     calibration: CalibrationOption = "c4",
@@ -243,10 +257,14 @@ def compare_command(
     device: DeviceOption = "auto",
     dtype: DtypeOption = Dtype.auto,
     batch: BatchOption = None,
+    json: JsonOption = None,
+    quiet: QuietOption = False,
+    json_progress: JsonProgressOption = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Prune by several recipes, at several sparsities and seeds, and put what comes out into one table and one plot."""
-    from besa.cli.show import compared, progress_bar
+    from besa.cli.show import compared
+    from besa.cli.tracking import show_progress
     from besa.evaluation.texts import spelled_out
     from besa.models.limits import usual_length
     from besa.models.loading import locate
@@ -255,11 +273,11 @@ def compare_command(
     from besa.system import memory, ranks
     from besa.system.devices import resolve_device
 
-    texts = tuple(spelled_out(ppl or ([] if tasks else ["wiki"])))
+    texts = tuple(spelled_out(names(ppl) or ([] if tasks else ["wiki"])))
     source = locate(model, trust_remote_code=trust_remote_code).local(weights=False)
     usual = usual_length(source) if seqlen is None or window is None else 0
     measures = Measures(
-        texts, files_of(data), usual if window is None else window, max_windows, tuple(words(tasks)), limit, hub
+        texts, files_of(data), usual if window is None else window, max_windows, tuple(names(tasks)), limit, hub
     )
     own_device = str(resolve_device(device))
     conditions = Conditions(
@@ -275,12 +293,11 @@ def compare_command(
         chat,
     )
     memory.stay_lean()
-    with progress_bar(err) as tracker:
+    with show_progress(quiet=quiet, json_progress=json_progress) as tracker:
         workspace = Workspace(out_dir, conditions, measures, keep, tracker, own_device)
         command = ["besa", *sys.argv[1:]]
         result = compare(workspace, words(recipes), numbers("--sparsity", sparsity, float), seeds, command)
-    out.print(compared(result))
-    out.print(f"Table and plot: {out_dir / 'compare.md'}, {out_dir / 'compare.svg'}")
+    give(result, compared(result, out_dir), json)
 
 
 def _recipe(
