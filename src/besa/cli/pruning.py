@@ -1,12 +1,14 @@
-"""Commands that prune: demo, prune, shrink, plan, compare."""
+"""Commands that prune: demo, prune, shrink, plan, recipes, compare."""
 
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.text import Text
 
 from besa.cli.consoles import STDOUT, give, out
 from besa.cli.options import (
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
 
 commands = typer.Typer()
 PANEL = "Prune"
+SAMPLES = 128  # calibration sequences, as in the paper
 
 
 @commands.command(rich_help_panel=PANEL)
@@ -99,7 +102,7 @@ def prune(
     passes: PassesOption = None,
     minutes: MinutesOption = None,
     calibration: CalibrationOption = "c4",
-    samples: SamplesOption = 128,
+    samples: SamplesOption = SAMPLES,
     seqlen: SeqlenOption = None,
     bos: BosOption = Bos.auto,
     chat: ChatOption = False,
@@ -114,6 +117,9 @@ def prune(
     dequantized: Annotated[
         bool, typer.Option("--dequantized", help="Write quantised weights as dense numbers, not as codes.")
     ] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Print the recipe as it would run, with what each stage does, and stop.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run towards OUT.")] = False,
     json: JsonOption = None,
     quiet: QuietOption = False,
@@ -125,17 +131,26 @@ def prune(
     from besa.cli.show import pruned
     from besa.cli.tracking import show_progress
     from besa.errors import BesaError
+    from besa.planning import explain as explain_recipe
     from besa.planning import within
-    from besa.system import memory
+    from besa.system import memory, ranks
 
     if passes is not None and minutes is not None:
         raise BesaError("A run has either passes or minutes to spend: give --passes or --minutes, not both.")
+    chosen = _recipe(recipe, sparsity, set_, skip, sparsity_of, passes, samples, seqlen, model, trust_remote_code)
+    if minutes is not None:
+        chosen = within(chosen, minutes)
+    if explain:
+        about = _about(model, trust_remote_code)
+        length = about.seqlen if seqlen is None else seqlen
+        explanation = explain_recipe(chosen, samples, length, ranks.count(), about.routed, about.head)
+        give(explanation, Text(explanation.text.rstrip()), json)
+        return
     memory.stay_lean()
     with show_progress(quiet=quiet, json_progress=json_progress) as tracker:
-        chosen = _recipe(recipe, sparsity, set_, skip, sparsity_of, passes, samples, seqlen, model, trust_remote_code)
         result = compress(
             model,
-            chosen if minutes is None else within(chosen, minutes),
+            chosen,
             calibration,
             out=out_dir,
             samples=samples,
@@ -188,7 +203,7 @@ def plan_command(
     sparsity: SparsityOption = None,
     passes: PassesOption = None,
     calibration: CalibrationOption = "c4",
-    samples: SamplesOption = 128,
+    samples: SamplesOption = SAMPLES,
     seqlen: SeqlenOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = Dtype.auto,
@@ -224,6 +239,17 @@ def plan_command(
     give(result, planned(result), json)
 
 
+@commands.command(rich_help_panel=PANEL)
+def recipes(json: JsonOption = None) -> None:
+    """List the recipes that come with besa: what each is for, what it needs, and what it costs."""
+    from besa.cli.show import recipes_listed
+    from besa.models.limits import USUAL
+    from besa.planning import list_recipes
+
+    result = list_recipes(SAMPLES, USUAL)
+    give(result, recipes_listed(result), json)
+
+
 @commands.command("compare", rich_help_panel=PANEL)
 def compare_command(
     model: Model,
@@ -250,7 +276,7 @@ def compare_command(
     limit: LimitOption = None,
     hub: HubOption = False,
     calibration: CalibrationOption = "c4",
-    samples: SamplesOption = 128,
+    samples: SamplesOption = SAMPLES,
     seqlen: SeqlenOption = None,
     bos: BosOption = Bos.auto,
     chat: ChatOption = False,
@@ -318,16 +344,37 @@ def _recipe(
         BesaError: no such recipe, a setting that it cannot have, or a model that cannot be read.
     """
     from besa.methods.recipe import Recipe
-    from besa.models.blocks import find_blocks
-    from besa.models.limits import positions
-    from besa.models.loading import locate, read_config, skeleton
-    from besa.models.whole import head_share
     from besa.planning import spending
 
     recipe = Recipe.load(name, sparsity, settings or ()).with_exceptions(skip or (), sparsity_of or ())
     if passes is None:
         return recipe
+    about = _about(model, trust_remote_code)
+    return spending(recipe, passes, samples, about.seqlen if seqlen is None else seqlen, about.head)
+
+
+@dataclass(frozen=True)
+class _About:
+    """What the cost of a recipe depends on, of a model: its usual length, and as of `forward_passes`."""
+
+    seqlen: int
+    routed: bool
+    head: float
+
+
+def _about(model: str, trust_remote_code: bool) -> _About:
+    """From the configuration alone.
+
+    Raises:
+        BesaError: it cannot be read.
+    """
+    from besa.models.blocks import find_blocks
+    from besa.models.limits import positions
+    from besa.models.loading import locate, read_config, skeleton
+    from besa.models.whole import head_share
+
     source = locate(model, trust_remote_code=trust_remote_code).local(weights=False)
     empty = skeleton(source, read_config(source))
-    seqlen = positions(empty).usual if seqlen is None else seqlen
-    return spending(recipe, passes, samples, seqlen, head_share(empty, find_blocks(empty)))
+    blocks = find_blocks(empty)
+    routed = any(prunable.routed for block in blocks for prunable in block.prunables.values())
+    return _About(positions(empty).usual, routed, head_share(empty, blocks))

@@ -20,7 +20,7 @@ from besa.evaluation.zero_shot import ZeroShot
 from besa.integrations.pushing import Pushed
 from besa.models.couplings import CALLED
 from besa.models.kinds import shortened
-from besa.planning import Plan
+from besa.planning import Plan, RecipeList
 from besa.record import RunRecord
 from besa.runtime.timings import Bench
 from besa.simulator import Simulation, described
@@ -100,6 +100,23 @@ def planned(plan: Plan) -> RenderableType:
     for warning in plan.warnings:
         table.add_row("warning", warning)
     table.add_row("fits here", "yes" if plan.fits else f"no: too little {' and '.join(plan.lacking)}")
+    return table
+
+
+def recipes_listed(result: RecipeList) -> RenderableType:
+    """The recipes, a row each."""
+    table = Whole(
+        box=SIMPLE,
+        caption=f"passes: forward passes over {result.samples} sequences of {result.seqlen:,} tokens, of the blocks; "
+        "`besa prune MODEL OUT --recipe NAME --explain` shows a recipe",
+    )
+    for column in ("recipe", "passes", "needs", "in memory", "what it is for"):
+        table.add_column(column)
+    for recipe in result.recipes:
+        needs = ["calibration"] * recipe.calibration + ["Gram matrices"] * recipe.gram
+        needs += [f"gradients of {', '.join(recipe.gradients)}"] if recipe.gradients else []
+        shown = ", ".join(needs) or "nothing"
+        table.add_row(recipe.name, f"{recipe.passes:.3g}", shown, recipe.memory, Text(recipe.purpose))
     return table
 
 
