@@ -14,6 +14,7 @@ from rich.text import Text
 
 from besa.errors import BesaError
 from besa.storage.names import printable
+from besa.system.processes import launched
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -113,15 +114,17 @@ def give(result: BaseModel, shown: RenderableType, json: Path | None) -> None:
     Raises:
         BesaError: the file cannot be written.
     """
-    from besa.storage.writing import write_file
-    from besa.system import ranks
+    if launched():
+        from besa.system import ranks
 
-    if not ranks.is_first():
-        return
+        if not ranks.is_first():
+            return
     text = result.model_dump_json(indent=2) + "\n"
     if json == STDOUT:
         sys.stdout.write(text)
         return
     if json is not None:
+        from besa.storage.writing import write_file
+
         write_file(json, text)
     out.print(shown)

@@ -11,6 +11,7 @@ from typing import Annotated, TypeVar
 
 import typer
 
+from besa.cli import completing
 from besa.cli.consoles import STDOUT
 from besa.errors import BesaError
 from besa.storage.names import path_of
@@ -90,6 +91,7 @@ DeviceOption = Annotated[
     str,
     typer.Option(
         metavar="DEVICE",
+        autocompletion=completing.device,
         help="Where to compute: cpu, cuda, cuda:N, mps or xpu; auto: the first CUDA device, else the CPU.",
     ),
 ]
@@ -99,7 +101,10 @@ BatchOption = Annotated[
 ]
 RecipeOption = Annotated[
     str,
-    typer.Option(help="besa, fast, best, besa-layerwise, besa-int4, wanda, sparsegpt, magnitude, … or a YAML file."),
+    typer.Option(
+        autocompletion=completing.recipe,
+        help="besa, fast, best, wanda, sparsegpt, … (`besa recipes` lists them), or a YAML file.",
+    ),
 ]
 SparsityOption = Annotated[
     float | None, typer.Option(help="Share of the prunable weights to set to zero; default: the recipe's.")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
+from besa.cli import completing
 from besa.cli.consoles import STDOUT, give, out
 from besa.cli.options import (
     BatchOption,
@@ -253,7 +254,12 @@ def recipes(json: JsonOption = None) -> None:
 @commands.command("compare", rich_help_panel=PANEL)
 def compare_command(
     model: Model,
-    recipes: Annotated[str, typer.Option(metavar="NAMES", help="Recipes, shipped or YAML files, by commas.")],
+    recipes: Annotated[
+        str,
+        typer.Option(
+            metavar="NAMES", autocompletion=completing.recipes, help="Recipes, shipped or YAML files, by commas."
+        ),
+    ],
     sparsity: Annotated[str, typer.Option(metavar="SHARES", help="Shares of the prunable weights, by commas.")] = "0.5",
     seeds: Annotated[int, typer.Option(min=1, max=1000, help="Runs of each, with the seeds 0, 1, …")] = 1,
     out_dir: Annotated[
