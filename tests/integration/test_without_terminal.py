@@ -14,7 +14,7 @@ from tests.calling import called
 TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
 TEXT = TINY / "calibration.txt"
 SMALL = ["--calibration", TEXT, "--samples", "4", "--seqlen", "32"]
-LEARNED = ["--recipe", "besa", "--set", "allocation.steps=12"]  # a block takes long enough to be interrupted
+LEARNED = ["--recipe", "besa", "--set", "allocation.steps=6"]  # a block takes long enough to be interrupted
 MOMENT = r"besa: \d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
 BLOCK = r"block (\d)/8, model\.layers\.(\d): error (\d\.\d{4}), sparsity (\d\d\.\d\d)%, "
 FRESH = re.compile(MOMENT + BLOCK + r"([\d.]+) s(, \d:\d\d:\d\d left)?")
@@ -42,10 +42,9 @@ def test_a_run_speaks_while_it_works_and_so_does_the_one_that_goes_on(tmp_path: 
     assert [(line[1], line[2]) for line in begun] == [(str(n + 1), str(n)) for n in range(len(lines))]
     assert all(line[6] for line in begun)  # the time left
 
-    with log.open("w") as file:
-        done = subprocess.run([*map(str, command), "--resume"], stdout=subprocess.DEVNULL, stderr=file, env=os.environ)
+    done = called(*command[3:], "--resume")
     assert done.returncode == 0
-    resumed = log.read_text().splitlines()
+    resumed = done.stderr.splitlines()
     assert len(resumed) == 8
     kept = [line for line in resumed if KEPT.match(line)]
     assert len(lines) <= len(kept) <= len(lines) + 1  # Ctrl-C may have come between the journal and the line
@@ -86,8 +85,9 @@ def test_lines_of_a_comparison_name_the_run_and_quiet_is_quiet(tmp_path: Path) -
     for n, line in enumerate(lines):
         assert re.match(rf"{MOMENT}magnitude-0.5-seed0: block {n + 1}/8, model\.layers\.{n}: ", line), line
     news = tmp_path / "news"
-    made = called("compare", TINY, *settings, "--seeds", "2", "--quiet", "--json-progress", news)
+    made = called("compare", TINY, *settings, "--seeds", "2", "--quiet", "--json-progress", news, "--json", "-")
     assert (made.returncode, made.stderr) == (0, "")
+    assert [row["seeds"] for row in json.loads(made.stdout)["rows"]] == [2]
     told = objects(news)
     assert [one["run"] for one in told if one["event"] == "block"] == ["magnitude-0.5-seed1"] * 8
     assert all(one["note"].startswith("magnitude-0.5-seed1: ") for one in told if "note" in one and one["total"] == 8)
