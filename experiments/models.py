@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from besa.cli.show import progress_bar
+from besa.cli.tracking import show_progress
 from besa.data import assets
 from besa.data.assets import Wheel
 from besa.errors import BesaError
@@ -173,7 +172,7 @@ def main(
 ) -> None:
     """Make the models, and print what besa takes as MODEL for each."""
     for each in [name] if name else NAMES:
-        with progress_bar(Console(stderr=True)) as progress:
+        with show_progress() as progress:
             made = model(each, progress)
         print(made)
 

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from besa.cli.show import progress_bar
+from besa.cli.tracking import show_progress
 from besa.errors import BesaError
 from besa.studies.rows import row
 from besa.studies.workspace import Conditions, Measures, Outcome, Workspace
@@ -64,7 +63,7 @@ def run(experiment: Experiment) -> None:
         if dry_run:
             print(json.dumps(planned(experiment, options), indent=2))
             return
-        with progress_bar(Console(stderr=True)) as tracker:
+        with show_progress() as tracker:
             workspace = Workspace(work, options.conditions, options.measures, keep, tracker)
             done = carry_out(experiment, options, workspace)
         write(experiment, done, results / experiment.name, sys.argv[1:])

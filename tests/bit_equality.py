@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import besa
-from besa.methods.recipe import shipped
+from besa.methods.shipped import shipped
 from besa.record import RECORD_NAME
 from besa.report import load_run, render
 

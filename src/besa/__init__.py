@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from besa.checkpoint.packing import pack, unpack
     from besa.checkpoint.shrinking import shrink
     from besa.checkpoint.verification import verify
+    from besa.cli.tracking import show_progress
     from besa.data.calibration import Calibration
     from besa.evaluation.result import Evaluation
     from besa.integrations.pushing import push
@@ -43,6 +44,7 @@ __all__ = [
     "pack",
     "plan",
     "push",
+    "show_progress",
     "shrink",
     "simulate",
     "unpack",
@@ -66,6 +68,7 @@ _HOMES = {
     "pack": "besa.checkpoint.packing",
     "plan": "besa.api",
     "push": "besa.integrations.pushing",
+    "show_progress": "besa.cli.tracking",
     "shrink": "besa.checkpoint.shrinking",
     "simulate": "besa.api",
     "unpack": "besa.checkpoint.packing",

@@ -12,7 +12,7 @@ import besa
 from besa import BesaError, Recipe
 from besa.errors import Interrupted
 from besa.methods.allocation.descent import Descent
-from besa.methods.recipe import shipped
+from besa.methods.shipped import shipped
 from besa.models import activations
 from besa.models.blocks import send
 from besa.storage.weights import WeightFiles

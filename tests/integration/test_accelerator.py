@@ -20,7 +20,7 @@ from besa.methods.allocation.changing import ChangingLinears
 from besa.methods.allocation.descent import Descent
 from besa.methods.allocation.problem import BlockProblem
 from besa.methods.finetuning import Finetuned, MaskedAdam
-from besa.methods.recipe import shipped
+from besa.methods.shipped import shipped
 from besa.models.blocks import send
 from besa.pruning import loop, step
 from tests import pretend

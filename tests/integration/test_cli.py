@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -29,12 +30,12 @@ def besa(*arguments: object, **environment: str) -> subprocess.CompletedProcess[
 
 
 def assert_refused(result: subprocess.CompletedProcess[str], *words: str) -> None:
-    """Exit code 2, one sentence, no traceback."""
-    message = result.stderr.strip()
+    """Exit code 2, one sentence after the lines on blocks that were done, no traceback."""
+    *before, message = result.stderr.strip().splitlines()
     assert result.returncode == 2, message
+    assert all(re.match(r"besa: [\d-]+ [\d:]+ block \d/8, ", line) for line in before), before
     assert message.startswith("besa: ")
     assert message.endswith(".")
-    assert "\n" not in message
     assert "Traceback" not in message
     for word in words:
         assert word in message

@@ -210,7 +210,7 @@ def test_accuracies_are_paired_with_those_of_the_dense_model(
     said = f"{100 * mean_pair.difference:+.2f} ± {100 * mean_pair.stderr:.2f}"
     assert f"| {said} | {mean_pair.won} | {mean_pair.lost} | 24 |" in document
     shown = Console(width=200, record=True, file=io.StringIO())
-    shown.print(compared(found))
+    shown.print(compared(found, workspace.folder))
     terminal = shown.export_text()
     assert said in terminal
     assert "on the same questions, in points" in terminal

@@ -12,7 +12,8 @@ import pytest
 import typer.testing
 
 from besa.cli import app
-from besa.methods.recipe import Recipe, shipped
+from besa.methods.recipe import Recipe
+from besa.methods.shipped import shipped
 from experiments.choices import forms, recipes
 from experiments.readme import MARKED, PAGES, RESULTS, index, past, runs, trends, with_results
 

@@ -15,8 +15,9 @@ import besa
 from besa.errors import BesaError
 from besa.methods.allocation import Besa, Uniform
 from besa.methods.importance import OBS, RIA, Magnitude, Wanda
-from besa.methods.recipe import RECIPES, Recipe, shipped
+from besa.methods.recipe import Recipe
 from besa.methods.reconstruction import NoReconstruction, OBSUpdate
+from besa.methods.shipped import RECIPES, shipped
 
 METHODS = {
     "besa": (Wanda(), Besa(rates="row", plain=0.5, steps=88), NoReconstruction()),

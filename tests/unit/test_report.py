@@ -9,7 +9,8 @@ import yaml
 
 import besa
 from besa.errors import BesaError
-from besa.methods.recipe import Recipe, shipped
+from besa.methods.recipe import Recipe
+from besa.methods.shipped import shipped
 from besa.record import HISTOGRAM_BINS, RunRecord
 from besa.report import Run, load_run, render
 from besa.report.allocation import parts

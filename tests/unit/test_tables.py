@@ -55,7 +55,7 @@ def comparison() -> tuple[RenderableType, list[str]]:
     facts = {"model": NAMES[0], "calibration": "128 sequences of a mixture", "window": 2048, "dense": rows[0]}
     result = Comparison.model_construct(**facts, rows=rows, earlier=[])
     numbers = ["sparsity 50.0000%", "seconds 1,234", "web 10.25", "code 12.25", "worked maths 13.25"]
-    return show.compared(result), [*NAMES, *numbers]
+    return show.compared(result, Path("compare")), [*NAMES, *numbers]
 
 
 SHOWN: dict[str, Callable[[], tuple[RenderableType, list[str]]]] = {"bench": bench, "compare": comparison}

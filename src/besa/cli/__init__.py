@@ -10,17 +10,16 @@ from typing import Any, TextIO
 import typer
 from rich.text import Text
 
-from besa.cli import measuring, pruning, running, several, sharing
+from besa.cli import helping, measuring, pruning, running, several, sharing
 from besa.cli.consoles import err, guard_streams, refuse
 from besa.errors import BesaError, Interrupted, Notice, ToldError
 
 UsageError: Any = typer.BadParameter.__base__  # the base of all usage errors; typer exports only this child of it
 app = typer.Typer(
     help="Prune large language models block by block, with learned and exact sparsity, and measure the result.",
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
-for part in (pruning, measuring, running, sharing):
+for part in (pruning, measuring, running, sharing, helping):
     app.add_typer(part.commands)
 
 

@@ -1,4 +1,4 @@
-"""The streams that commands print to, and the JSON files that they write."""
+"""The streams that commands print to, and how they give a result: shown, or as JSON."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from rich.text import Text
 
 from besa.errors import BesaError
 from besa.storage.names import printable
+from besa.system.processes import launched
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
+    from rich.console import RenderableType
 
+STDOUT = Path("-")  # as the file of `--json`
 out = Console(soft_wrap=True)  # what is printed may be copied: terminals break lines, nothing else does
 err = Console(stderr=True)
 _removers: list[Callable[[], None]] = []  # of what is drawn on the terminal while the work goes on
@@ -103,13 +106,25 @@ def _unwritten(error: OSError) -> None:
     raise BesaError(f"Standard output cannot be written: {error.strerror}.")
 
 
-def keep(result: BaseModel, file: Path | None) -> None:
-    """Write a result as JSON if `--json` names a file.
+def give(result: BaseModel, shown: RenderableType, json: Path | None) -> None:
+    """Print a result; where `--json` names a file, write it there as JSON too, and for `-` print that alone.
+
+    Of several ranks, the first does.
 
     Raises:
         BesaError: the file cannot be written.
     """
-    from besa.storage.writing import write_file
+    if launched():
+        from besa.system import ranks
 
-    if file is not None:
-        write_file(file, result.model_dump_json(indent=2) + "\n")
+        if not ranks.is_first():
+            return
+    text = result.model_dump_json(indent=2) + "\n"
+    if json == STDOUT:
+        sys.stdout.write(text)
+        return
+    if json is not None:
+        from besa.storage.writing import write_file
+
+        write_file(json, text)
+    out.print(shown)

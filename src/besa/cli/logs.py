@@ -8,8 +8,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TextIO
 
+from besa.cli.reports import Follower, Report
 from besa.errors import Notice
-from besa.progress import Progress
 
 FOLDER = Path("besa-logs")  # in the working folder
 EVERY = 10.0  # seconds between two lines with the same note
@@ -43,18 +43,15 @@ def write(text: str) -> None:
             _file = None
 
 
-def followed(progress: Progress) -> Progress:
-    """Progress that the log follows: whenever the note changes, else every few seconds."""
-    if _file is None:
-        return progress
+def follower() -> Follower:
+    """What follows progress in the log: whenever the note changes, else every few seconds."""
     seen, at = "", -EVERY
 
-    def tell(done: float, total: float, note: str = "") -> None:
+    def follow(report: Report) -> None:
         nonlocal seen, at
         now = time.monotonic()
-        if note != seen or now - at >= EVERY:
-            seen, at = note, now
-            write(f"{done:,.0f}/{total:,.0f} {note}".rstrip())
-        progress(done, total, note)
+        if report.note != seen or now - at >= EVERY:
+            seen, at = report.note, now
+            write(f"{report.done:,.0f}/{report.total:,.0f} {report.note}".rstrip())
 
-    return tell
+    return follow

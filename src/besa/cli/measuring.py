@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from besa.cli.consoles import err, keep, out
+from besa.cli.consoles import STDOUT, give, out
 from besa.cli.options import (
     BatchOption,
     Bos,
@@ -19,14 +19,16 @@ from besa.cli.options import (
     EvaluationOption,
     HubOption,
     JsonOption,
+    JsonProgressOption,
     LimitOption,
     Model,
+    QuietOption,
     TasksOption,
     TrustOption,
     files_of,
+    names,
     numbers,
     to_write,
-    words,
 )
 
 commands = typer.Typer()
@@ -49,7 +51,7 @@ def evaluate_command(
     max_windows: Annotated[
         int | None, typer.Option(min=1, help="Use only this number of windows of each text.")
     ] = None,
-    tasks: TasksOption = "",
+    tasks: TasksOption = None,
     limit: LimitOption = None,
     hub: HubOption = False,
     bos: BosOption = Bos.auto,
@@ -57,22 +59,25 @@ def evaluate_command(
     dtype: DtypeOption = Dtype.auto,
     batch: BatchOption = None,
     json: JsonOption = None,
+    quiet: QuietOption = False,
+    json_progress: JsonProgressOption = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Measure a model's perplexity on texts, and its accuracy on zero-shot tasks."""
     from besa.api import evaluate
-    from besa.cli.show import evaluated, progress_bar
+    from besa.cli.show import evaluated
+    from besa.cli.tracking import show_progress
     from besa.evaluation.carding import tell_card
     from besa.system import ranks
 
-    with progress_bar(err) as tracker:
+    with show_progress(quiet=quiet, json_progress=json_progress) as tracker:
         result = evaluate(
             model,
-            ppl or (),
+            names(ppl),
             data=files_of(data),
             window=None if window is None else numbers("--window", window, int),
             max_windows=max_windows,
-            tasks=words(tasks),
+            tasks=names(tasks),
             limit=limit,
             hub=hub,
             bos=bos.value,
@@ -82,24 +87,28 @@ def evaluate_command(
             trust_remote_code=trust_remote_code,
             progress=tracker,
         )
-    if ranks.is_first():
-        keep(result, json)
-        if json is not None:
-            tell_card(json, model)
-    out.print(evaluated(result))
+    give(result, evaluated(result), json)
+    if json not in (None, STDOUT) and ranks.is_first():
+        tell_card(json, model)
 
 
 @commands.command("inspect", rich_help_panel=PANEL)
-def inspect_command(model: Model, json: JsonOption = None, trust_remote_code: TrustOption = False) -> None:
+def inspect_command(
+    model: Model,
+    json: JsonOption = None,
+    quiet: QuietOption = False,
+    json_progress: JsonProgressOption = None,
+    trust_remote_code: TrustOption = False,
+) -> None:
     """Count the sparsity and size of each block and linear in the files."""
     from besa.checkpoint.inspection import inspect
-    from besa.cli.show import contents, progress_bar
+    from besa.cli.show import contents
+    from besa.cli.tracking import show_progress
     from besa.models.loading import locate
 
-    with progress_bar(err) as tracker:
+    with show_progress(quiet=quiet, json_progress=json_progress) as tracker:
         result = inspect(locate(model, tracker, trust_remote_code=trust_remote_code), tracker)
-    keep(result, json)
-    out.print(contents(result))
+    give(result, contents(result), json)
 
 
 @commands.command("verify", rich_help_panel=PANEL)
@@ -107,14 +116,18 @@ def verify_command(
     folder: Annotated[
         Path, typer.Argument(metavar="FOLDER", help="A folder that prune, pack, unpack or shrink wrote.")
     ],
+    json: JsonOption = None,
+    quiet: QuietOption = False,
+    json_progress: JsonProgressOption = None,
 ) -> None:
     """Compare a checkpoint with the digests of its files; the contents of a packed one are checked too."""
     from besa.checkpoint.verification import verify
-    from besa.cli.show import progress_bar, verified
+    from besa.cli.show import verified
+    from besa.cli.tracking import show_progress
 
-    with progress_bar(err) as tracker:
+    with show_progress(quiet=quiet, json_progress=json_progress) as tracker:
         result = verify(folder, progress=tracker)
-    out.print(verified(result, folder))
+    give(result, verified(result, folder), json)
 
 
 @commands.command("simulate", rich_help_panel=PANEL)
@@ -127,21 +140,23 @@ def simulate_command(
         list[str] | None, typer.Option(metavar="DIR", help="Another checkpoint of the model, to compare (repeatable).")
     ] = None,
     json: JsonOption = None,
+    quiet: QuietOption = False,
+    json_progress: JsonProgressOption = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Count the cycles that ViTCoD, an accelerator for sparse weights, would take (the paper's Table 4)."""
     from besa.api import simulate
-    from besa.cli.show import progress_bar, simulated
+    from besa.cli.show import simulated
+    from besa.cli.tracking import show_progress
     from besa.simulator import check_alike
 
-    with progress_bar(err) as tracker:
+    with show_progress(quiet=quiet, json_progress=json_progress) as tracker:
         results = [
             simulate(name, numbers("--tokens", tokens, int), trust_remote_code=trust_remote_code, progress=tracker)
             for name in [model, *(method_baseline or ())]
         ]
     check_alike(results)
-    keep(results[0], json)
-    out.print(simulated(results[0], results[1:]))
+    give(results[0], simulated(results[0], results[1:]), json)
 
 
 @commands.command(rich_help_panel=PANEL)

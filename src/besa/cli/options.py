@@ -11,6 +11,8 @@ from typing import Annotated, TypeVar
 
 import typer
 
+from besa.cli import completing
+from besa.cli.consoles import STDOUT
 from besa.errors import BesaError
 from besa.storage.names import path_of
 
@@ -64,9 +66,9 @@ EvaluationOption = Annotated[
     list[str] | None,
     typer.Option(
         "--ppl",
-        metavar="TEXT",
-        help="Measure perplexity (repeatable) on wikitext2, ptb or c4, the papers' test sets, on domains (web, "
-        "encyclopedia, code, technical, languages: embedded, never calibrated on; each can be named alone), or on "
+        metavar="TEXTS",
+        help="Measure perplexity on texts, by commas or repeatable: wikitext2, ptb, c4, the papers' test sets; domains "
+        "(web, encyclopedia, code, technical, languages: embedded, never calibrated on; each can be named alone); or "
         f"another text: wiki (embedded), {FILES}, or hf:<dataset>.",
     ),
 ]
@@ -75,10 +77,10 @@ DataOption = Annotated[
     typer.Option("--data", metavar="NAME=FILE", help="Local file of a test set, instead of a download (repeatable)."),
 ]
 TasksOption = Annotated[
-    str,
+    list[str] | None,
     typer.Option(
         metavar="NAMES",
-        help="Zero-shot tasks, separated by commas: piqa,boolq,hellaswag,winogrande,arc_easy,arc_challenge.",
+        help="Zero-shot tasks, by commas or repeatable: piqa,boolq,hellaswag,winogrande,arc_easy,arc_challenge.",
     ),
 ]
 LimitOption = Annotated[int | None, typer.Option(min=1, help="Ask only this number of questions of each task.")]
@@ -89,6 +91,7 @@ DeviceOption = Annotated[
     str,
     typer.Option(
         metavar="DEVICE",
+        autocompletion=completing.device,
         help="Where to compute: cpu, cuda, cuda:N, mps or xpu; auto: the first CUDA device, else the CPU.",
     ),
 ]
@@ -98,7 +101,10 @@ BatchOption = Annotated[
 ]
 RecipeOption = Annotated[
     str,
-    typer.Option(help="besa, fast, best, besa-layerwise, besa-int4, wanda, sparsegpt, magnitude, … or a YAML file."),
+    typer.Option(
+        autocompletion=completing.recipe,
+        help="besa, fast, best, wanda, sparsegpt, … (`besa recipes` lists them), or a YAML file.",
+    ),
 ]
 SparsityOption = Annotated[
     float | None, typer.Option(help="Share of the prunable weights to set to zero; default: the recipe's.")
@@ -179,9 +185,33 @@ def to_write(file: Path | None) -> Path | None:
     return file
 
 
+def to_write_or_print(file: Path | None) -> Path | None:
+    """As `to_write`; `-` is standard output.
+
+    Raises:
+        BesaError: as `to_write`.
+    """
+    return file if file == STDOUT else to_write(file)
+
+
 JsonOption = Annotated[
     Path | None,
-    typer.Option("--json", metavar="FILE", callback=to_write, help="Write the result here as JSON too."),
+    typer.Option(
+        "--json",
+        metavar="FILE",
+        callback=to_write_or_print,
+        help="Write the result as JSON to a file too; - prints the JSON instead of the usual output.",
+    ),
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="Show no progress; results, notices and errors stay.")]
+JsonProgressOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--json-progress",
+        metavar="FILE",
+        callback=to_write,
+        help="Add progress to a file, one JSON object a line (docs/formats.md).",
+    ),
 ]
 
 
@@ -201,6 +231,19 @@ def bytes_of(gigabytes: float | None) -> int | None:
 def words(text: str) -> list[str]:
     """The words of a text with commas between them."""
     return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def names(values: list[str] | None) -> list[str]:
+    """The names of an option that may be repeated, and has several by commas; the name of a file may have commas."""
+    each = ([value] if _is_file(value) else words(value) for value in values or ())
+    return [name for of_value in each for name in of_value]
+
+
+def _is_file(value: str) -> bool:
+    try:
+        return path_of(value).is_file()
+    except (OSError, ValueError):  # no file can have that name
+        return False
 
 
 def numbers(option: str, text: str, kind: type[Number]) -> list[Number]:

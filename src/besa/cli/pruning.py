@@ -1,14 +1,17 @@
-"""Commands that prune: demo, prune, shrink, plan, compare."""
+"""Commands that prune: demo, prune, shrink, plan, recipes, compare."""
 
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.text import Text
 
-from besa.cli.consoles import err, keep, out
+from besa.cli import completing
+from besa.cli.consoles import STDOUT, give, out
 from besa.cli.options import (
     BatchOption,
     Bos,
@@ -23,10 +26,12 @@ from besa.cli.options import (
     EvaluationOption,
     HubOption,
     JsonOption,
+    JsonProgressOption,
     LimitOption,
     MinutesOption,
     Model,
     PassesOption,
+    QuietOption,
     RecipeOption,
     SamplesOption,
     SeqlenOption,
@@ -38,6 +43,7 @@ from besa.cli.options import (
     TrustOption,
     bytes_of,
     files_of,
+    names,
     numbers,
     words,
 )
@@ -47,6 +53,7 @@ if TYPE_CHECKING:
 
 commands = typer.Typer()
 PANEL = "Prune"
+SAMPLES = 128  # calibration sequences, as in the paper
 
 
 @commands.command(rich_help_panel=PANEL)
@@ -65,22 +72,26 @@ def demo(
     calibration: CalibrationOption = "c4",
     device: DeviceOption = "auto",
     dtype: DtypeOption = Dtype.auto,
+    json: JsonOption = None,
+    quiet: QuietOption = False,
+    json_progress: JsonProgressOption = None,
 ) -> None:
     """Prune the embedded SmolLM2-135M by BESA and by the methods it must beat, and show what is left of it."""
-    from besa.cli.show import compared, progress_bar
+    from besa.cli.show import demonstrated
+    from besa.cli.tracking import show_progress
     from besa.studies.demo import FULL, QUICK, run_demo
     from besa.system import memory
 
     plan = FULL if full else QUICK
-    out.print(f"[bold]besa demo[/]: {plan.summary(sparsity)}")
+    if json != STDOUT:
+        out.print(f"[bold]besa demo[/]: {plan.summary(sparsity)}")
     memory.stay_lean()
-    with progress_bar(err) as tracker:
+    with show_progress(quiet=quiet, json_progress=json_progress) as tracker:
         command = ["besa", *sys.argv[1:]]
-        result = run_demo(out_dir, plan, sparsity, ppl or ["wiki"], calibration, device, dtype.value, command, tracker)
-    out.print(compared(result.comparison))
-    for method, folder in result.checkpoints.items():
-        out.print(f"Pruned by {method}: {folder}")
-    out.print(f"Report: {result.page}")
+        result = run_demo(
+            out_dir, plan, sparsity, names(ppl) or ["wiki"], calibration, device, dtype.value, command, tracker
+        )
+    give(result.comparison, demonstrated(result), json)
 
 
 @commands.command(rich_help_panel=PANEL)
@@ -92,7 +103,7 @@ def prune(
     passes: PassesOption = None,
     minutes: MinutesOption = None,
     calibration: CalibrationOption = "c4",
-    samples: SamplesOption = 128,
+    samples: SamplesOption = SAMPLES,
     seqlen: SeqlenOption = None,
     bos: BosOption = Bos.auto,
     chat: ChatOption = False,
@@ -107,24 +118,40 @@ def prune(
     dequantized: Annotated[
         bool, typer.Option("--dequantized", help="Write quantised weights as dense numbers, not as codes.")
     ] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Print the recipe as it would run, with what each stage does, and stop.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run towards OUT.")] = False,
+    json: JsonOption = None,
+    quiet: QuietOption = False,
+    json_progress: JsonProgressOption = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Prune a model block by block and write a checkpoint that transformers loads, with a run record."""
     from besa.api import compress
-    from besa.cli.show import progress_bar, pruned
+    from besa.cli.show import pruned
+    from besa.cli.tracking import show_progress
     from besa.errors import BesaError
+    from besa.planning import explain as explain_recipe
     from besa.planning import within
-    from besa.system import memory
+    from besa.system import memory, ranks
 
     if passes is not None and minutes is not None:
         raise BesaError("A run has either passes or minutes to spend: give --passes or --minutes, not both.")
+    chosen = _recipe(recipe, sparsity, set_, skip, sparsity_of, passes, samples, seqlen, model, trust_remote_code)
+    if minutes is not None:
+        chosen = within(chosen, minutes)
+    if explain:
+        about = _about(model, trust_remote_code)
+        length = about.seqlen if seqlen is None else seqlen
+        explanation = explain_recipe(chosen, samples, length, ranks.count(), about.routed, about.head)
+        give(explanation, Text(explanation.text.rstrip()), json)
+        return
     memory.stay_lean()
-    with progress_bar(err) as tracker:
-        chosen = _recipe(recipe, sparsity, set_, skip, sparsity_of, passes, samples, seqlen, model, trust_remote_code)
+    with show_progress(quiet=quiet, json_progress=json_progress) as tracker:
         result = compress(
             model,
-            chosen if minutes is None else within(chosen, minutes),
+            chosen,
             calibration,
             out=out_dir,
             samples=samples,
@@ -142,7 +169,7 @@ def prune(
             command=["besa", *sys.argv[1:]],
             progress=tracker,
         )
-    out.print(pruned(result.record, out_dir))
+    give(result.record, pruned(result.record, out_dir), json)
 
 
 @commands.command(rich_help_panel=PANEL)
@@ -159,17 +186,21 @@ def shrink(
         bool,
         typer.Option("--by-block", help="Each block keeps its own width; loading the folder then needs besa."),
     ] = False,
+    json: JsonOption = None,
+    quiet: QuietOption = False,
+    json_progress: JsonProgressOption = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Write a pruned model without unread feed-forward channels and heads, and without blocks that do nothing."""
     from besa.checkpoint.shrinking import shrink as shrink_checkpoint
-    from besa.cli.show import progress_bar, shrunk
+    from besa.cli.show import shrunk
+    from besa.cli.tracking import show_progress
 
-    with progress_bar(err) as tracker:
+    with show_progress(quiet=quiet, json_progress=json_progress) as tracker:
         result = shrink_checkpoint(
             model, out_dir, by_block=by_block, trust_remote_code=trust_remote_code, progress=tracker
         )
-    out.print(shrunk(result, out_dir))
+    give(result, shrunk(result, out_dir), json)
 
 
 @commands.command("plan", rich_help_panel=PANEL)
@@ -180,7 +211,7 @@ def plan_command(
     sparsity: SparsityOption = None,
     passes: PassesOption = None,
     calibration: CalibrationOption = "c4",
-    samples: SamplesOption = 128,
+    samples: SamplesOption = SAMPLES,
     seqlen: SeqlenOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = Dtype.auto,
@@ -213,14 +244,29 @@ def plan_command(
         ranks=ranks,
         trust_remote_code=trust_remote_code,
     )
-    keep(result, json)
-    out.print(planned(result))
+    give(result, planned(result), json)
+
+
+@commands.command(rich_help_panel=PANEL)
+def recipes(json: JsonOption = None) -> None:
+    """List the recipes that come with besa: what each is for, what it needs, and what it costs."""
+    from besa.cli.show import recipes_listed
+    from besa.models.limits import USUAL
+    from besa.planning import list_recipes
+
+    result = list_recipes(SAMPLES, USUAL)
+    give(result, recipes_listed(result), json)
 
 
 @commands.command("compare", rich_help_panel=PANEL)
 def compare_command(
     model: Model,
-    recipes: Annotated[str, typer.Option(metavar="NAMES", help="Recipes, shipped or YAML files, by commas.")],
+    recipes: Annotated[
+        str,
+        typer.Option(
+            metavar="NAMES", autocompletion=completing.recipes, help="Recipes, shipped or YAML files, by commas."
+        ),
+    ],
     sparsity: Annotated[str, typer.Option(metavar="SHARES", help="Shares of the prunable weights, by commas.")] = "0.5",
     seeds: Annotated[int, typer.Option(min=1, max=1000, help="Runs of each, with the seeds 0, 1, …")] = 1,
     out_dir: Annotated[
@@ -239,21 +285,25 @@ def compare_command(
         typer.Option(min=2, help="Tokens of a window; default: 2048, or as many as the model has positions."),
     ] = None,
     max_windows: Annotated[int | None, typer.Option(min=1, help="Use only so many windows of each text.")] = None,
-    tasks: TasksOption = "",
+    tasks: TasksOption = None,
     limit: LimitOption = None,
     hub: HubOption = False,
     calibration: CalibrationOption = "c4",
-    samples: SamplesOption = 128,
+    samples: SamplesOption = SAMPLES,
     seqlen: SeqlenOption = None,
     bos: BosOption = Bos.auto,
     chat: ChatOption = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = Dtype.auto,
     batch: BatchOption = None,
+    json: JsonOption = None,
+    quiet: QuietOption = False,
+    json_progress: JsonProgressOption = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Prune by several recipes, at several sparsities and seeds, and put what comes out into one table and one plot."""
-    from besa.cli.show import compared, progress_bar
+    from besa.cli.show import compared
+    from besa.cli.tracking import show_progress
     from besa.evaluation.texts import spelled_out
     from besa.models.limits import usual_length
     from besa.models.loading import locate
@@ -262,11 +312,11 @@ def compare_command(
     from besa.system import memory, ranks
     from besa.system.devices import resolve_device
 
-    texts = tuple(spelled_out(ppl or ([] if tasks else ["wiki"])))
+    texts = tuple(spelled_out(names(ppl) or ([] if tasks else ["wiki"])))
     source = locate(model, trust_remote_code=trust_remote_code).local(weights=False)
     usual = usual_length(source) if seqlen is None or window is None else 0
     measures = Measures(
-        texts, files_of(data), usual if window is None else window, max_windows, tuple(words(tasks)), limit, hub
+        texts, files_of(data), usual if window is None else window, max_windows, tuple(names(tasks)), limit, hub
     )
     own_device = str(resolve_device(device))
     conditions = Conditions(
@@ -282,12 +332,11 @@ def compare_command(
         chat,
     )
     memory.stay_lean()
-    with progress_bar(err) as tracker:
+    with show_progress(quiet=quiet, json_progress=json_progress) as tracker:
         workspace = Workspace(out_dir, conditions, measures, keep, tracker, own_device)
         command = ["besa", *sys.argv[1:]]
         result = compare(workspace, words(recipes), numbers("--sparsity", sparsity, float), seeds, command)
-    out.print(compared(result))
-    out.print(f"Table and plot: {out_dir / 'compare.md'}, {out_dir / 'compare.svg'}")
+    give(result, compared(result, out_dir), json)
 
 
 def _recipe(
@@ -308,16 +357,37 @@ def _recipe(
         BesaError: no such recipe, a setting that it cannot have, or a model that cannot be read.
     """
     from besa.methods.recipe import Recipe
-    from besa.models.blocks import find_blocks
-    from besa.models.limits import positions
-    from besa.models.loading import locate, read_config, skeleton
-    from besa.models.whole import head_share
     from besa.planning import spending
 
     recipe = Recipe.load(name, sparsity, settings or ()).with_exceptions(skip or (), sparsity_of or ())
     if passes is None:
         return recipe
+    about = _about(model, trust_remote_code)
+    return spending(recipe, passes, samples, about.seqlen if seqlen is None else seqlen, about.head)
+
+
+@dataclass(frozen=True)
+class _About:
+    """What the cost of a recipe depends on, of a model: its usual length, and as of `forward_passes`."""
+
+    seqlen: int
+    routed: bool
+    head: float
+
+
+def _about(model: str, trust_remote_code: bool) -> _About:
+    """From the configuration alone.
+
+    Raises:
+        BesaError: it cannot be read.
+    """
+    from besa.models.blocks import find_blocks
+    from besa.models.limits import positions
+    from besa.models.loading import locate, read_config, skeleton
+    from besa.models.whole import head_share
+
     source = locate(model, trust_remote_code=trust_remote_code).local(weights=False)
     empty = skeleton(source, read_config(source))
-    seqlen = positions(empty).usual if seqlen is None else seqlen
-    return spending(recipe, passes, samples, seqlen, head_share(empty, find_blocks(empty)))
+    blocks = find_blocks(empty)
+    routed = any(prunable.routed for block in blocks for prunable in block.prunables.values())
+    return _About(positions(empty).usual, routed, head_share(empty, blocks))

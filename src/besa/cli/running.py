@@ -8,8 +8,18 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from besa.cli.consoles import err, keep, out
-from besa.cli.options import DeviceOption, Dtype, DtypeOption, Head, JsonOption, Model, TrustOption
+from besa.cli.consoles import give, out
+from besa.cli.options import (
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    Head,
+    JsonOption,
+    JsonProgressOption,
+    Model,
+    QuietOption,
+    TrustOption,
+)
 from besa.errors import BesaError
 
 commands = typer.Typer()
@@ -24,13 +34,17 @@ def pack(
     head: Annotated[
         Head, typer.Option(help="How to store the head and the embeddings: int8 rounds them to codes of eight bits.")
     ] = Head.same,
+    json: JsonOption = None,
+    quiet: QuietOption = False,
+    json_progress: JsonProgressOption = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Store a pruned checkpoint as bitmasks and kept values. It is smaller, and eval, generate and bench run it."""
     from besa.checkpoint.packing import pack as pack_checkpoint
-    from besa.cli.show import packed, progress_bar
+    from besa.cli.show import packed
+    from besa.cli.tracking import show_progress
 
-    with progress_bar(err) as tracker:
+    with show_progress(quiet=quiet, json_progress=json_progress) as tracker:
         result = pack_checkpoint(
             model,
             out_dir,
@@ -39,20 +53,22 @@ def pack(
             trust_remote_code=trust_remote_code,
             progress=tracker,
         )
-    out.print(packed(result, out_dir))
+    give(result, packed(result, out_dir), json)
 
 
 @commands.command(rich_help_panel=PANEL)
 def unpack(
     model: Annotated[str, typer.Argument(metavar="PACKED", help="Folder that `besa pack` wrote.")],
     out_dir: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the dense checkpoint; must not exist.")],
+    quiet: QuietOption = False,
+    json_progress: JsonProgressOption = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Make a packed checkpoint dense again, bit-equal, for transformers."""
     from besa.checkpoint.packing import unpack as unpack_checkpoint
-    from besa.cli.show import progress_bar
+    from besa.cli.tracking import show_progress
 
-    with progress_bar(err) as tracker:
+    with show_progress(quiet=quiet, json_progress=json_progress) as tracker:
         unpack_checkpoint(model, out_dir, trust_remote_code=trust_remote_code, progress=tracker)
     out.print(Text(f"{out_dir}: the checkpoint as it was before packing"))
 
@@ -85,16 +101,17 @@ def generate_command(
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     device: DeviceOption = "auto",
     dtype: DtypeOption = Dtype.auto,
+    quiet: QuietOption = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Chat with a model, packed or not, or continue a text, word by word."""
     from besa.cli.chatting import chat as chat_in_terminal
     from besa.cli.chatting import say
-    from besa.cli.show import progress_bar
+    from besa.cli.tracking import show_progress
     from besa.runtime.conversation import Conversation
     from besa.runtime.generation import generate, open_writer
 
-    with progress_bar(err) as tracker:
+    with show_progress(quiet=quiet) as tracker:
         if prompt is not None:
             generate(
                 model,
@@ -140,13 +157,16 @@ def bench_command(
     device: DeviceOption = "auto",
     dtype: DtypeOption = Dtype.auto,
     json: JsonOption = None,
+    quiet: QuietOption = False,
+    json_progress: JsonProgressOption = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Measure tokens a second, time to the first token and memory of models, and the limit of the memory bandwidth."""
-    from besa.cli.show import benched, progress_bar
+    from besa.cli.show import benched
+    from besa.cli.tracking import show_progress
     from besa.runtime.speed import bench
 
-    with progress_bar(err) as tracker:
+    with show_progress(quiet=quiet, json_progress=json_progress) as tracker:
         result = bench(
             models,
             rounds=rounds,
@@ -155,5 +175,4 @@ def bench_command(
             trust_remote_code=trust_remote_code,
             progress=tracker,
         )
-    keep(result, json)
-    out.print(benched(result))
+    give(result, benched(result), json)

@@ -1,23 +1,18 @@
-"""How results look in a terminal: tables and progress bars, built here and printed by the command line."""
+"""How results look in a terminal: built here and printed by the command line."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.box import SIMPLE
-from rich.console import Console, Group, RenderableType
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as Bars
+from rich.console import Group, RenderableType
 from rich.text import Text
 
 from besa.checkpoint.inspection import Contents
 from besa.checkpoint.packing import Packing
 from besa.checkpoint.shrinking import Shrinking
 from besa.checkpoint.verification import Verified
-from besa.cli import logs
-from besa.cli.consoles import removable
 from besa.cli.tables import Whole
 from besa.evaluation.domains import mean_of_domains
 from besa.evaluation.result import Evaluation
@@ -26,54 +21,16 @@ from besa.integrations.pushing import Pushed
 from besa.models.couplings import CALLED
 from besa.models.kinds import shortened
 from besa.models.structures import WHOLE, stay
-from besa.planning import Plan
-from besa.progress import Progress, silent
+from besa.planning import Plan, RecipeList
 from besa.record import RunRecord
 from besa.runtime.timings import Bench
 from besa.simulator import Simulation, described
 from besa.storage.names import pinned
-from besa.studies.comparing import Comparison
+from besa.studies.comparing import NAME, Comparison
+from besa.studies.demo import Demo
 from besa.studies.rows import MADE_BY, PAIRED, listed, listed_pairs
-from besa.system import ranks
 
 PLACES = {"device": "on the device", "host": "in memory", "file": "on disk"}  # of hidden states
-
-
-@contextmanager
-def progress_bar(console: Console) -> Iterator[Progress]:
-    """A bar that follows one piece of work after another; a new total starts a new bar.
-
-    Of several ranks, the first has the bar, and each has its log.
-    """
-    if not ranks.is_first():
-        yield logs.followed(silent)
-        return
-    bars = Bars(
-        TextColumn("{task.percentage:>3.0f}%"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.fields[count]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=console,
-        transient=True,
-    )
-    with bars, removable(bars.stop):
-        task = None
-        last = float("inf")
-
-        def tell(done: float, total: float, note: str = "") -> None:
-            nonlocal task, last
-            if task is None or done < last or bars.tasks[0].total != total:
-                if task is not None:
-                    bars.remove_task(task)
-                task = bars.add_task("", total=total, count="", note="")
-            last = done
-            count = f"{done:,.0f}/{total:,.0f}" if total < 1e6 else f"{done / 1e6:,.1f}/{total / 1e6:,.1f} MB"
-            bars.update(task, completed=done, total=total, count=count, note=note)
-
-        yield logs.followed(tell)
 
 
 def pruned(record: RunRecord, folder: Path) -> RenderableType:
@@ -151,6 +108,23 @@ def planned(plan: Plan) -> RenderableType:
     for warning in plan.warnings:
         table.add_row("warning", warning)
     table.add_row("fits here", "yes" if plan.fits else f"no: too little {' and '.join(plan.lacking)}")
+    return table
+
+
+def recipes_listed(result: RecipeList) -> RenderableType:
+    """The recipes, a row each."""
+    table = Whole(
+        box=SIMPLE,
+        caption=f"passes: forward passes over {result.samples} sequences of {result.seqlen:,} tokens, of the blocks; "
+        "`besa prune MODEL OUT --recipe NAME --explain` shows a recipe",
+    )
+    for column in ("recipe", "passes", "needs", "in memory", "what it is for"):
+        table.add_column(column)
+    for recipe in result.recipes:
+        needs = ["calibration"] * recipe.calibration + ["Gram matrices"] * recipe.gram
+        needs += [f"gradients of {', '.join(recipe.gradients)}"] if recipe.gradients else []
+        shown = ", ".join(needs) or "nothing"
+        table.add_row(recipe.name, f"{recipe.passes:.3g}", shown, recipe.memory, Text(recipe.purpose))
     return table
 
 
@@ -261,8 +235,19 @@ def evaluated(evaluation: Evaluation) -> RenderableType:
     return Group(*tables)
 
 
-def compared(result: Comparison) -> RenderableType:
-    """Recipes side by side."""
+def demonstrated(result: Demo) -> RenderableType:
+    """The methods of a demo side by side, and where its checkpoints are."""
+    places = [f"Pruned by {method}: {folder}" for method, folder in result.checkpoints.items()]
+    return Group(_compared(result.comparison), Text("\n".join([*places, f"Report: {result.page}"])))
+
+
+def compared(result: Comparison, folder: Path) -> RenderableType:
+    """Recipes side by side, and where their table and plot are."""
+    files = ", ".join(str(folder / f"{NAME}{ending}") for ending in (".md", ".svg"))
+    return Group(_compared(result), Text(f"Table and plot: {files}"))
+
+
+def _compared(result: Comparison) -> RenderableType:
     table = Whole(title=result.model, caption=f"{result.calibration}; perplexity in windows of {result.window} tokens")
     head, *cells = listed([result.dense, *result.rows], result.earlier)
     for column in head:

@@ -34,6 +34,11 @@ LINK_FLAGS = ("-shared", *(("-undefined", "dynamic_lookup") if sys.platform == "
 OTHERS = 0o022  # the permission to write, for all users except the owner
 
 
+def compiler() -> str | None:
+    """The path of the C++ compiler that CXX names, or of a usual one; None if there is none."""
+    return next((path for name in (os.environ.get("CXX"), *COMPILERS) if name and (path := shutil.which(name))), None)
+
+
 @cache
 def load(source: str) -> ctypes.CDLL | None:
     """The kernels of one C++ file of this package; None, with a notice, if they cannot be compiled.
@@ -42,17 +47,15 @@ def load(source: str) -> ctypes.CDLL | None:
         source: name of the file.
     """
     text = _source(source)
-    compiler = next(
-        (path for name in (os.environ.get("CXX"), *COMPILERS) if name and (path := shutil.which(name))), None
-    )
+    path = compiler()
     reason = "there is no C++ compiler here"
-    if compiler is not None:
+    if path is not None:
         for openmp in OPENMP_FLAGS:
             try:
-                library = _loaded(compiler, (*FLAGS, *openmp), text)
+                library = _loaded(path, (*FLAGS, *openmp), text)
             except (OSError, subprocess.CalledProcessError) as error:
                 message = getattr(error, "stderr", None) or str(error)
-                reason = f"{compiler} failed: {' '.join(message.split())[:200]}"
+                reason = f"{path} failed: {' '.join(message.split())[:200]}"
                 continue
             if not openmp:
                 warnings.warn(f"besa's kernels use one thread, without OpenMP: {reason}.", Notice, stacklevel=2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -18,6 +17,7 @@ from besa.methods.dropping import Dropping, NoDropping
 from besa.methods.finetuning import Finetuning, NoFinetuning
 from besa.methods.importance import Importance, Wanda
 from besa.methods.reconstruction import NoReconstruction, Reconstruction
+from besa.methods.shipped import RECIPES, shipped
 from besa.methods.targets import Targets, UniformTargets
 from besa.methods.targets.targeting import Targeting
 from besa.models.units import Granularity
@@ -25,7 +25,6 @@ from besa.quantization import NoQuantization, Quantization
 from besa.settings import Learning, Settings
 from besa.storage.names import check_plain, path_of
 
-RECIPES = resources.files("besa.methods") / "recipes"
 DEEPEST = 8  # levels of YAML
 
 
@@ -41,14 +40,16 @@ class Recipe(Settings):
     sparsity_of: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(
         default={}, description="patterns of names of linears, each with its own sparsity"
     )
-    experts: Dropping = NoDropping()
-    targets: Targets = UniformTargets()
-    importance: Importance = Wanda()
-    allocation: Allocation = Uniform()
-    reconstruction: Reconstruction = NoReconstruction()
-    finetune: Finetuning = NoFinetuning()
-    distill: Distilling = NoDistilling()
-    quantization: Quantization = NoQuantization()
+    experts: Dropping = Field(default=NoDropping(), description="Which whole experts of a mixture go, before all else?")
+    targets: Targets = Field(default=UniformTargets(), description="How many weights may each block lose?")
+    importance: Importance = Field(default=Wanda(), description="Which weights of a row matter least?")
+    allocation: Allocation = Field(default=Uniform(), description="How many weights may each row and linear lose?")
+    reconstruction: Reconstruction = Field(
+        default=NoReconstruction(), description="May the kept weights of a linear change to compensate?"
+    )
+    finetune: Finetuning = Field(default=NoFinetuning(), description="May those of a block change together?")
+    distill: Distilling = Field(default=NoDistilling(), description="May the whole model change afterwards?")
+    quantization: Quantization = Field(default=NoQuantization(), description="How many bits do kept weights have?")
 
     @model_validator(mode="before")
     @classmethod
@@ -157,6 +158,13 @@ class Recipe(Settings):
         """Whether any choice needs the Gram matrix of the linears' inputs."""
         return self.importance.needs_gram or self.reconstruction.needs_gram or self.quantization.needs_gram
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether the result depends on the calibration data."""
+        learns = self.teacher is not None or self.finetune.moves_weights or self.distill.moves_weights
+        measures = self.targets.measuring is not None or bool(self.losses_every(1))
+        return self.importance.needs_inputs or self.needs_gram or learns or measures
+
     def statistics_every(self, *, routed: bool) -> int:
         """One sequence in how many the statistics of the inputs are taken on.
 
@@ -237,11 +245,6 @@ class Recipe(Settings):
             return cls.model_validate(content)
         except ValidationError as error:
             raise BesaError(f"Recipe {name}: {_first_complaint(error)}.") from None
-
-
-def shipped() -> list[str]:
-    """Names of the recipes that come with besa."""
-    return sorted(entry.name.removesuffix(".yaml") for entry in RECIPES.iterdir() if entry.name.endswith(".yaml"))
 
 
 def _read(recipe: str | Path) -> dict[str, Any]:

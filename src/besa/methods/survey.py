@@ -19,6 +19,7 @@ from besa.models.activations import HiddenStates, Room
 from besa.models.blocks import Block, embedded
 from besa.models.couplings import Coupling
 from besa.models.streaming import Decoder
+from besa.progress import Progress, silent
 from besa.system.ranks import Share
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class Survey:
         room: for hidden states.
         seed: of random choices.
         structures: that go whole, by block; none where weights go one by one.
+        progress: has a note on each block, and none that is done.
         gradients: of the loss, by how many sequences there are to one that they are measured on; each is measured once.
     """
 
@@ -56,6 +58,7 @@ class Survey:
     room: Room
     seed: int
     structures: list[list[Coupling]]
+    progress: Progress = silent
     gradients: dict[int, LossGradients] = field(default_factory=dict)
 
     @cached_property
@@ -68,6 +71,7 @@ class Survey:
     def opened(self, block: Block, step: int = 1) -> Iterator[None]:
         """While open, a block has its weights on the device, and the block `step` further is on its way there."""
         blocks, following = self.decoder.blocks, block.index + step
+        self.progress(0, len(blocks), f"measuring the dense model, {block.name}")
         with self.decoder.opened(block, self.device):
             if 0 <= following < len(blocks):
                 self.decoder.prefetch(blocks[following], self.device)

@@ -28,6 +28,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError:
     RevisionNotFoundError,
     RevisionResolutionError,
 )
+from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
 
 from besa.errors import BesaError
 from besa.models.downloading import Download
@@ -90,6 +91,21 @@ def fetch(model: str, revision: str | None = None, *, weights: bool = True, prog
                 )
         wanted = {*_beside(sizes), *files}
         return _download(model, commit, {each: size for each, size in sizes.items() if each in wanted}, progress)
+
+
+def unreachable(timeout: float) -> str | None:
+    """Why the Hub does not answer; None if it does.
+
+    Args:
+        timeout: seconds to wait.
+    """
+    try:
+        answer = get_session().get(f"{constants.ENDPOINT}/api/models", params={"limit": 1}, timeout=timeout)
+        answer.raise_for_status()
+        answer.json()
+    except (HTTPError, OfflineModeIsEnabled, ValueError) as error:  # ValueError: something else answers in its place
+        return _short(error) or type(error).__name__
+    return None
 
 
 def _listing(model: str, commit: ResolvedRevision) -> list[str]:

@@ -1,7 +1,23 @@
-"""Planning: what a run needs (`plan`): forward passes, peak memory, shapes of a pass, and traffic between ranks."""
+"""Planning: what a run needs (`plan`): forward passes, peak memory, shapes of a pass, and traffic between ranks.
 
+`explaining` puts recipes into words.
+"""
+
+from besa.planning.explaining import Explanation, RecipeList, explain, list_recipes
 from besa.planning.passes import forward_passes, spending, within
 from besa.planning.plan import Plan, work_out
 from besa.planning.whole import check_fits, whole_disk_bytes
 
-__all__ = ["Plan", "check_fits", "forward_passes", "spending", "whole_disk_bytes", "within", "work_out"]
+__all__ = [
+    "Explanation",
+    "Plan",
+    "RecipeList",
+    "check_fits",
+    "explain",
+    "forward_passes",
+    "list_recipes",
+    "spending",
+    "whole_disk_bytes",
+    "within",
+    "work_out",
+]

@@ -7,6 +7,7 @@ for a backward pass count again. Solving for weights between passes (`cg`, `admm
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -16,6 +17,8 @@ from besa.methods.recipe import Recipe
 from besa.pruning.paths import dense_share
 from besa.settings import LARGEST
 from besa.system.ranks import Share, together
+
+WALK = "walk"  # dense path, statistics and pruned path, among the stages of a recipe
 
 
 def shares_of(samples: int, batch: int, ranks: int) -> list[Share]:
@@ -49,34 +52,48 @@ def forward_passes(
         routed: whether the model has experts.
         head: cost of the model's head (`models.whole.head_share`), which counts where the whole model learns.
     """
+    return sum(passes_by_stage(recipe, samples, seqlen, batch, ranks, routed, head).values())
+
+
+def passes_by_stage(
+    recipe: Recipe, samples: int, seqlen: int, batch: int = 1, ranks: int = 1, routed: bool = False, head: float = 0.0
+) -> dict[str, float]:
+    """The same by the stage of the recipe that takes them; `WALK` is what all recipes take. Arguments as before."""
     shares = shares_of(samples, batch, ranks)
     own = most(shares)
     share, tokens = dense_share(recipe, seqlen)
     dense = most(shares, share) * tokens / (own * seqlen)
     observed = most(shares, recipe.statistics_every(routed=routed)) / own
-    passes = dense + observed + 1  # the dense path, statistics, the pruned path
-    if recipe.experts.scoring is not None:
-        passes += 2  # through the dense model; experts compute what they add once more
+    walk = dense + observed + 1  # the dense path, statistics, the pruned path
     if recipe.teacher == "pruned":
-        passes += 1  # its outputs
+        walk += 1  # its outputs
     parts = 2 if recipe.granularity == "attn-mlp" else 1  # attention has its own teacher and its own steps
     if parts == 2:
-        passes += 1 if recipe.teacher == "pruned" else dense
+        walk += 1 if recipe.teacher == "pruned" else dense
+    passes = defaultdict(float, {WALK: walk})
+    if recipe.experts.scoring is not None:
+        passes["experts"] = 2  # through the dense model; experts compute what they add once more
     if recipe.descent is not None:
         steps = recipe.descent.steps * -(-min(recipe.descent.sequences, samples) // ranks)
-        passes += 3 * parts * steps * first_tokens(seqlen, recipe.descent.crop) / (own * seqlen)
+        learning = 3 * parts * steps * first_tokens(seqlen, recipe.descent.crop) / (own * seqlen)
+        passes["allocation" if recipe.allocation.descent is not None else "quantization"] += learning
+    decides = "allocation" if recipe.allocation.targeting is not None else "targets"  # how much each block loses
     for every in recipe.losses_every(samples):  # a forward pass, then a forward and a backward pass to activations
-        passes += 3 * most(shares_of(-(-samples // every), batch, ranks)) / own
+        of_targets = every == recipe.targeting.loss_every(samples)
+        gradients = 3 * most(shares_of(-(-samples // every), batch, ranks)) / own
+        passes[decides if of_targets else "allocation"] += gradients
 
     def waiting(step: int) -> float:
         """What is added to the passes of learning; 0 if the sequences of a step are divided as the set is."""
         return samples / own * -(-step // ranks) / step - 1
 
-    passes += recipe.finetune.passes + waiting(recipe.finetune.sequences) * recipe.finetune.learned_passes
-    passes += recipe.distill.passes(head) + waiting(recipe.distill.sequences) * recipe.distill.learned_passes(head)
+    passes["finetune"] += recipe.finetune.passes
+    passes["finetune"] += waiting(recipe.finetune.sequences) * recipe.finetune.learned_passes
+    passes["distill"] += recipe.distill.passes(head)
+    passes["distill"] += waiting(recipe.distill.sequences) * recipe.distill.learned_passes(head)
     if recipe.targeting.measuring is not None:
         measured = -(-samples // recipe.targeting.measuring.every(samples))
-        passes += recipe.targeting.forwards * most(shares_of(measured, batch, ranks)) / own
+        passes[decides] += recipe.targeting.forwards * most(shares_of(measured, batch, ranks)) / own
     return passes
 
 

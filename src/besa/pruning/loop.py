@@ -12,7 +12,7 @@ from besa.models.activations import HiddenStates
 from besa.models.check import Check
 from besa.models.streaming import Decoder
 from besa.models.units import Unit, units
-from besa.progress import Progress, silent
+from besa.progress import BlockDone, BlockNote, Progress, silent
 from besa.pruning import quantizing
 from besa.pruning.coded import put_back, to_keep
 from besa.pruning.measuring import Measured, measure
@@ -68,7 +68,7 @@ def prune_blocks(
         resources: how to compute.
         journal: every finished block is written to it; blocks that it already holds are not pruned again. Only rank 0
             has one.
-        progress: is called with (blocks done, blocks, state) after every block.
+        progress: is called with (blocks done, blocks, state) after every block, and with none done before the first.
         to_the_end: run the dense path to its end, even if the journal has the last blocks.
 
     Raises:
@@ -83,7 +83,7 @@ def prune_blocks(
     check = Check(decoder, calibration.tokens_NT, resources.device) if len(done) < len(blocks) else None
     measured = Measured()
     if len(done) < len(blocks):
-        measured = measure(decoder, recipe, calibration, seed, resources, journal)
+        measured = measure(decoder, recipe, calibration, seed, resources, journal, progress)
     plan = budgets(blocks, recipe, measured.targets)
     quantization = recipe.quantization.coding
     if quantization is not None:
@@ -129,7 +129,7 @@ def prune_blocks(
                     if place < last_open:
                         block.run(pruned_NTC, resources.batch, into=pruned_NTC)
                     records.append(done[block.index])
-                progress(len(records), len(blocks), "taken from the journal")
+                    progress(len(records), len(blocks), _note(done[block.index], restored=True))
                 continue
             paths_NTC, gradients = (pruned_NTC, dense_NTC), measured.gradients
             step = Step(unit, whole[place], unit_budgets, recipe, *paths_NTC, share, gradients, seed, resources, watch)
@@ -139,22 +139,24 @@ def prune_blocks(
                     grids[name] = weight.grid
                     unit.weight(name).detach().copy_(weight.w_OI)
             ranks.check_same(unit.blocks[-1].name, [unit.weight(name) for name in unit.prunables])
-            records += unit_records
             if journal is not None:
                 with watch("write"):
                     journal.settle()  # before there are two blocks to be written
                     for block, record in zip(unit.blocks, unit_records, strict=True):
                         journal.keep(to_keep(decoder, block, coded, recipe, resources.codes), record)
         memory.trim()
-        progress(
-            len(records),
-            len(blocks),
-            f"error {records[-1].reconstruction_error:.4f}, sparsity {records[-1].sparsity:.2%}",
-        )
+        for record in unit_records:
+            records.append(record)
+            progress(len(records), len(blocks), _note(record))
     if journal is not None:
         journal.settle()
     records += [done[block.index] for unit in in_order[last + 1 :] for block in unit.blocks]
     return Pruned(records, dense_NTC, share, grids)
+
+
+def _note(record: BlockRecord, *, restored: bool = False) -> BlockNote:
+    block = BlockDone(record.name, record.reconstruction_error, record.sparsity, record.seconds, restored)
+    return BlockNote(block)
 
 
 def _done(journal: Journal | None, in_order: list[Unit]) -> dict[int, BlockRecord]:

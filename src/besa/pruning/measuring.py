@@ -13,6 +13,7 @@ from besa.methods.recipe import Recipe
 from besa.methods.survey import Survey
 from besa.methods.targets.budgets import shared_names
 from besa.models.streaming import Decoder
+from besa.progress import Progress
 from besa.pruning.paths import Resources
 from besa.storage.journal import Journal
 from besa.system import ranks
@@ -32,7 +33,13 @@ class Measured:
 
 
 def measure(
-    decoder: Decoder, recipe: Recipe, calibration: Calibration, seed: int, resources: Resources, journal: Journal | None
+    decoder: Decoder,
+    recipe: Recipe,
+    calibration: Calibration,
+    seed: int,
+    resources: Resources,
+    journal: Journal | None,
+    progress: Progress,
 ) -> Measured:
     """Measure what the recipe needs. The journal keeps it."""
     measuring, every = recipe.targeting.measuring, recipe.allocation.loss_every(calibration.samples)
@@ -47,6 +54,7 @@ def measure(
         resources.room,
         seed,
         [recipe.allocation.structures(block, own) for block, own in zip(decoder.blocks, names, strict=True)],
+        progress,
     )
     targets, gradients = None, {}
     if every is not None:

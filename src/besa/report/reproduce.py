@@ -13,7 +13,8 @@ from besa.data.embedded import EMBEDDED
 from besa.errors import BesaError
 from besa.evaluation.result import EVALUATION_NAME
 from besa.evaluation.texts import TEST_SETS
-from besa.methods.recipe import Recipe, shipped
+from besa.methods.recipe import Recipe
+from besa.methods.shipped import shipped
 from besa.record import RunRecord
 from besa.report.results import Entry
 from besa.report.runs import SIMULATION_NAME

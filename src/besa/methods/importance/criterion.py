@@ -16,12 +16,14 @@ class Criterion(Settings):
 
     Attributes:
         needs_gram: whether `score` needs the Gram matrix of the linear's inputs.
+        needs_inputs: whether `score` needs any statistics of the linear's input.
         power: importance to this power is the squared error at the linear's output when this one weight is removed.
             None if importance does not measure that error but only orders the weights of a linear. A recipe then
             refuses allocations that compare errors.
     """
 
     needs_gram: ClassVar[bool] = False
+    needs_inputs: ClassVar[bool] = True
     power: ClassVar[int | None] = None
 
     @property

@@ -14,6 +14,7 @@ class Magnitude(Criterion):
     """Importance |W|: needs no calibration data. Its square is the output error of independent inputs of norm 1."""
 
     method: Literal["magnitude"] = "magnitude"
+    needs_inputs: ClassVar[bool] = False
     power: ClassVar[int | None] = 2
 
     def score(self, w_OI: Tensor, statistics: InputStatistics) -> Tensor:
