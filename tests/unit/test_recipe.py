@@ -384,3 +384,17 @@ def test_a_recipe_that_is_no_file_is_not_waited_for(tmp_path):
     for name in (tmp_path, tmp_path / "pipe"):
         with pytest.raises(BesaError, match=r"is no file: choose one of"):
             Recipe.load(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "expected"),
+    [
+        ("wanda", [], True),
+        ("wanda", ["importance.method=magnitude"], False),
+        ("wanda", ["importance.method=magnitude", "experts.method=frequency"], True),
+        ("wanda", ["importance.method=magnitude", "targets.method=sensitivity"], True),
+        ("depth", [], True),
+    ],
+)
+def test_whether_calibration_matters(name, overrides, expected):
+    assert Recipe.load(name, overrides=overrides).calibrated is expected

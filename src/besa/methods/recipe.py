@@ -162,8 +162,8 @@ class Recipe(Settings):
     def calibrated(self) -> bool:
         """Whether the result depends on the calibration data."""
         learns = self.teacher is not None or self.finetune.moves_weights or self.distill.moves_weights
-        measures = self.targets.measuring is not None or bool(self.losses_every(1))
-        return self.importance.needs_inputs or self.needs_gram or learns or measures
+        measures = self.targeting.measuring or self.experts.scoring or self.losses_every(1)
+        return self.importance.needs_inputs or self.needs_gram or learns or bool(measures)
 
     def statistics_every(self, *, routed: bool) -> int:
         """One sequence in how many the statistics of the inputs are taken on.
