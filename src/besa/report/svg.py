@@ -95,7 +95,7 @@ class Drawing:
         self.figure.text(0, 1 - 4 / self.height, text, va="top", weight="bold")
 
     def tip(self, shape: Artist, text: str) -> None:
-        """Show `text` when the pointer rests on `shape`."""
+        """Show `text` where the pointer is on `shape`, drawn or not."""
         name = f"tip-{len(self.tips)}"
         shape.set_gid(name)
         self.tips[name] = text
@@ -123,6 +123,7 @@ class Drawing:
             element.attrib = {name.removeprefix(XLINK): value for name, value in element.attrib.items()}
             if element.get("id") in self.tips:
                 ElementTree.SubElement(element, "title").text = self.tips[element.attrib["id"]]
+                element.attrib["class"] = "tip"
             if element.tag == "g":
                 element.attrib.pop("id", None)
         size = f"width: {self.width:.0f}px; min-width: {0.74 * self.width:.0f}px"  # narrower, text is not legible
