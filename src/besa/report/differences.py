@@ -20,8 +20,15 @@ def table(pruned: Pruned) -> Table | None:
     names = list(dict.fromkeys(name for column in columns for name in column))
     rows = [[name, *(column.get(name, wording.NO_VALUE) for column in columns)] for name in names]
     rows = [row for row in rows if len(set(row[1:])) > 1]
+    stages = list(dict.fromkeys(map(_stage, names)))  # what one run does not have stands beside its like
+    rows.sort(key=lambda row: stages.index(_stage(row[0])))
     head = ["setting", *(entry.label for entry, _ in pruned)]
-    return Table("Settings in which the runs differ", head, rows) if rows else None
+    caption = "Recipe, seed, calibration, model, versions and machine, where they are not the same in all runs"
+    return Table(caption, head, rows, len(head)) if rows else None
+
+
+def _stage(name: str) -> str:
+    return name.partition(".")[0]
 
 
 def _settings(record: RunRecord) -> Iterator[tuple[str, str]]:

@@ -27,22 +27,32 @@ class Table:
         caption: what they are.
         head: names of the columns.
         rows: each begins with its name.
+        words: how many of the first columns hold words, not numbers.
         foot: rows over all others, which stay last when those are sorted.
     """
 
     caption: str
     head: list[str]
     rows: list[list[str]]
+    words: int = 1
     foot: list[list[str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Plot:
-    """Drawings that belong together, and their numbers."""
+    """Drawings that belong together, and their numbers.
+
+    Attributes:
+        drawings: side by side where there is room.
+        tables: the numbers.
+        caption: what must be known to read the drawings.
+        narrow: other drawings of the same for narrow windows, if these are too wide.
+    """
 
     drawings: list[Markup]
     tables: list[Table] = field(default_factory=list)
     caption: str = ""
+    narrow: list[Markup] = field(default_factory=list)
 
 
 def perplexities(entries: list[Entry]) -> Plot:
@@ -91,7 +101,7 @@ def _sparsity_map(entry: Entry, record: RunRecord, limit: float) -> Plot:
     over_all = ["all", *map(wording.percent, overall.values()), entry.sparsity]
     ends = {name: wording.percent(share, 1) for name, share in overall.items()}
     drawing = plots.heat_map(title, ends, [block.index for block in record.blocks], cells, limit)
-    return Plot([drawing], [Table(title, ["block", *table, "all"], rows, [over_all])])
+    return Plot([drawing], [Table(title, ["block", *table, "all"], rows, foot=[over_all])])
 
 
 def by_block(pruned: Pruned, quantity: str, title: str, y_label: str, height: int) -> Plot:
@@ -102,9 +112,12 @@ def by_block(pruned: Pruned, quantity: str, title: str, y_label: str, height: in
         Series(entry.label, entry.color, [column.get(index, math.nan) for index in indices])
         for (entry, _), column in zip(pruned, columns, strict=True)
     ]
-    drawing = plots.lines(title, indices, series, "block", y_label, (plots.WIDE, height))
+    wide, narrow = (
+        [plots.lines(title, indices, series, "block", y_label, size)]
+        for size in ((plots.WIDE, height), (plots.HALF, min(height, 230)))
+    )
     rows = [[str(index), *(wording.significant(column.get(index)) for column in columns)] for index in indices]
-    return Plot([drawing], [Table(title, ["block", *(entry.label for entry, _ in pruned)], rows)])
+    return Plot(wide, [Table(title, ["block", *(entry.label for entry, _ in pruned)], rows)], narrow=narrow)
 
 
 def row_rates(pruned: Pruned) -> Plot:
@@ -176,7 +189,9 @@ def _loss_curve(entry: Entry, losses: dict[int, list[float]]) -> Plot:
     places = sorted({0, len(x) // 2, len(x) - 1})
     rows = [[str(index), *(wording.significant(curve[place]) for place in places)] for index, curve in curves.items()]
     mean = ["mean", *(wording.significant(average[place]) for place in places)]
-    return Plot([drawing], [Table(title, ["block", *(f"step {x[place]}" for place in places)], rows, [mean])], caption)
+    return Plot(
+        [drawing], [Table(title, ["block", *(f"step {x[place]}" for place in places)], rows, foot=[mean])], caption
+    )
 
 
 def _held(curve: list[float]) -> list[float]:

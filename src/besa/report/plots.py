@@ -104,8 +104,8 @@ def lines(
         axes = drawing.axes(left, 10, size[0] - left - right, size[1] - 54)
         log = spread(middles) > APART
         set_scale(axes, "y", log, 6)
-        if middles and not log:
-            axes.set_ylim(0, 1.06 * max(map(max, filter(None, positive))))
+        if not log:
+            axes.set_ylim(0, 1.06 * max(map(max, filter(None, positive)), default=1.0))
         axes.grid(axis="y")
         axes.set_axisbelow(True)
         for line in series:
@@ -121,7 +121,9 @@ def lines(
         name_ends(axes, series, gap=14 / (size[1] - 54))
         edges = [min(x) - margin, *((before + after) / 2 for before, after in pairwise(x)), max(x) + margin]
         for i, (start, end) in enumerate(pairwise(edges)):
-            values = [f"{line.label}: {significant(line.values[i])}" for line in series if math.isfinite(line.values[i])]
+            values = [
+                f"{line.label}: {significant(line.values[i])}" for line in series if math.isfinite(line.values[i])
+            ]
             told = "\n".join([f"{x_label} {x[i]}", *values, *notes[i : i + 1]])
             drawing.tip(_unseen(axes, (start, 0), end - start, 1, axes.get_xaxis_transform()), told)
     return drawing.svg

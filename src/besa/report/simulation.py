@@ -94,7 +94,7 @@ def _kinds(entry: Entry, simulation: Simulation) -> Table:
     ]
     head = ["", *shortened([own.name for own in columns])]
     sparsity = ["sparsity", *(wording.percent(column.sparsity) for column in columns)]
-    return Table(f"Cycles, mean over blocks, {entry.label}", head, rows, [sparsity])
+    return Table(f"Cycles, mean over blocks, {entry.label}", head, rows, foot=[sparsity])
 
 
 def _numbers(series: dict[str, list[Series]], depth: int) -> list[Table]:

@@ -70,7 +70,7 @@ class Drawing:
         self.tips: dict[str, str] = {}
         # Whatever style the user has set elsewhere stays out; the salt makes ids differ between drawings of a page.
         style = {key: value for key, value in matplotlib.rcParamsDefault.items() if "backend" not in key}
-        self.context = matplotlib.rc_context({**style, **SETTINGS, "svg.hashsalt": title})
+        self.context = matplotlib.rc_context({**style, **SETTINGS, "svg.hashsalt": f"{title} {width}"})
 
     def __enter__(self) -> Drawing:
         self.context.__enter__()
