@@ -39,7 +39,7 @@ def browser() -> Iterator[Browser]:
     to_browser, ours = os.pipe()
     theirs, from_browser = os.pipe()
     launcher = (sys.executable, "-c", LAUNCHER, str(to_browser), str(from_browser))
-    with TemporaryDirectory() as profile:
+    with TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         options = ("--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", "--hide-scrollbars")
         process = subprocess.Popen(
             [*launcher, program, *options, f"--user-data-dir={profile}", "about:blank"],
@@ -51,7 +51,10 @@ def browser() -> Iterator[Browser]:
         os.close(from_browser)
         with open(ours, "wb", buffering=0) as commands, open(theirs, "rb", buffering=0) as answers:  # noqa: PTH123
             try:
-                yield Browser(commands, answers)
+                opened = Browser(commands, answers)
+                yield opened
+                opened.call("Browser.close")
+                process.wait(SECONDS)
             finally:
                 process.kill()
                 process.wait()

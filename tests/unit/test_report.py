@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 from html.parser import HTMLParser
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ from besa.methods.recipe import Recipe
 from besa.record import RunRecord
 from besa.report import load_run, render
 from besa.report.allocation import parts
+from besa.report.plots import COLORS
 from besa.report.runs import labels
+from besa.report.svg import PAGE
 from tests.report_runs import DISTILLED, evaluation, linear, record, speeds, written
 
 HOSTILE = '<script>alert("x")</script>'
@@ -218,8 +221,8 @@ def test_names_are_not_trusted(folder):
 
 def test_command_repeats_the_run(three):
     html = render(three)
-    commands = [shlex.split(line) for line in re.search(r"<h3>besa</h3>\s*<pre tabindex=.0.>(.*?)</pre>", html, re.DOTALL)[1]
-                .replace("\\\n", "").splitlines()]  # fmt: skip
+    given = re.search(r"<h3>besa</h3>\s*<pre tabindex=.0.>(.*?)</pre>", html, re.DOTALL)[1]
+    commands = [shlex.split(line) for line in given.replace("\\\n", "").splitlines()]
     assert " ".join(commands[0]) == (
         "OMP_NUM_THREADS=2 besa prune tiny besa --recipe besa --sparsity 0.5 --calibration c4 --samples 16 "
         "--seqlen 128 --seed 7 --dtype float32 --device cpu"
@@ -526,6 +529,28 @@ def test_no_folder_and_no_runs(tmp_path):
         render([])
 
 
+def luminance(color):
+    values = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    red, green, blue = (v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in values)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def test_colours_of_words_stand_out_from_the_page_in_both_schemes_and_on_paper():
+    style = (Path(str(resources.files("besa.report"))) / "style.css").read_text()
+    palettes = [dict(re.findall(r"--(\w+): (#\w+);", own)) for own in re.findall(r":root \{(.*?)\}", style, re.DOTALL)]
+    assert len(palettes) == 3
+    for palette in palettes:
+        full = {name: c if len(c) == 7 else "#" + "".join(2 * digit for digit in c[1:]) for name, c in palette.items()}
+        names = ["text", "muted", "link", *(f"s{i}" for i in range(COLORS))]
+        pairs = [(full[name], full["page"], 4.5) for name in names]  # WCAG 2.2, 1.4.3 and 1.4.11
+        pairs += [(full[name], full["shade"], 4.5) for name in ("text", "muted", "link")]
+        pairs += [(full[name], full["page"], 3) for name in ("low", "high")]
+        for color, behind, least in pairs:
+            dark, light = sorted((luminance(color), luminance(behind)))
+            assert (light + 0.05) / (dark + 0.05) >= least, (color, behind)
+    assert {name: palettes[0][name] for name in PAGE} == PAGE
+
+
 def test_the_user_s_matplotlib_style_stays_out(three):
     import matplotlib
 
@@ -536,8 +561,6 @@ def test_the_user_s_matplotlib_style_stays_out(three):
 
 
 def test_templates_are_part_of_the_package():
-    from importlib import resources
-
     assert (Path(str(resources.files("besa.report"))) / "template.html").is_file()
 
 

@@ -46,7 +46,7 @@ SETTINGS: dict[Any, Any] = {
 
 PAGE = {  # of style.css, for drawings that stand by themselves
     "text": "#1d1d1b", "muted": "#62625d", "rule": "#d9d8d2", "low": "#0072b2", "high": "#d55e00",
-    "s0": "#0072b2", "s1": "#c14d00", "s2": "#00795a", "s3": "#a8518a", "s4": "#8a6400", "s5": "#3d8fc4",
+    "s0": "#0072b2", "s1": "#c14d00", "s2": "#00795a", "s3": "#a8518a", "s4": "#8a6400", "s5": "#147d8c",
     "s6": "#55534d", "s7": "#7a3fb5",
 }  # fmt: skip
 
