@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 
 from markupsafe import Markup
 
@@ -196,7 +195,10 @@ def _loss_curve(entry: Entry, losses: dict[int, list[float]]) -> Plot:
 
 def _held(curve: list[float]) -> list[float]:
     """A curve whose last loss goes on, so that a mean over blocks is of the same blocks at every step."""
-    return list(accumulate(curve, lambda last, value: last if math.isnan(value) else value))
+    held: list[float] = []
+    for value in curve:
+        held.append(held[-1] if held and math.isnan(value) else value)
+    return held
 
 
 def distilling(pruned: Pruned) -> Plot | None:

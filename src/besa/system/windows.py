@@ -61,6 +61,6 @@ def lives(pid: int) -> bool:
     if not process:
         return False
     handle = ctypes.c_void_p(process)
-    waits = kernel.WaitForSingleObject(handle, 0) == TIMED_OUT
+    waits: bool = kernel.WaitForSingleObject(handle, 0) == TIMED_OUT
     kernel.CloseHandle(handle)
     return waits
