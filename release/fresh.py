@@ -20,7 +20,9 @@ MODULES = {"data": "datasets", "eval": "lm_eval", "serve": "fastapi", "vllm": "v
 
 
 def interpreter(version: str) -> str | None:
-    """The path of a Python on this machine, from PATH or from uv."""
+    """The path of a Python on this machine: that which runs this, or from PATH, or from uv."""
+    if version == f"{sys.version_info.major}.{sys.version_info.minor}":
+        return sys.executable
     if path := shutil.which(f"python{version}"):
         return path
     if uv := shutil.which("uv"):

@@ -1,11 +1,11 @@
-"""C++ kernels: from the wheel, or compiled once with this machine's compiler and kept in the cache; loaded with ctypes.
+"""C++ kernels: from the wheel, or compiled once with this machine's compiler and kept in the cache; loaded by ctypes.
 
-Each library holds its kernels for several instruction sets and asks the processor which it has, so one that was compiled
-elsewhere for the same architecture and system runs here. A wheel of a platform brings such libraries (`prebuild`).
+Each library holds its kernels for several instruction sets and asks the processor which it has, so one that was
+compiled elsewhere for the same architecture and system runs here. A wheel of a platform brings them (`prebuild`).
 
 A loaded library is code that runs. It therefore comes from the package or from a folder that only this user can write,
-or is compiled again. Its name holds two digests: one of source, flags and, in the cache, the compiler, and one of its own
-bytes, because loading a damaged file would kill the process.
+or is compiled again. Its name holds two digests: one of source, flags and, in the cache, the compiler, and one of its
+own bytes, because loading a damaged file would kill the process.
 """
 
 from __future__ import annotations
