@@ -47,7 +47,7 @@ class Msvcrt(types.ModuleType):
         self.held = {}
 
     def locking(self, descriptor, mode, count):
-        assert os.lseek(descriptor, 0, os.SEEK_CUR) == 1 << 62 and count == 1
+        assert os.lseek(descriptor, 0, os.SEEK_CUR) == 1 << 43 and count == 1
         status = os.fstat(descriptor)
         other = self.held.get((status.st_dev, status.st_ino))
         if other is not None and other != descriptor and _same(other, status):
@@ -121,8 +121,7 @@ def pretend(system: str) -> None:
         setattr(os, name, refused(getattr(os, name)))
     library = ctypes.CDLL
     ctypes.CDLL = lambda name, **options: Kernel32() if name == "kernel32" else library(name, **options)
-    for name in ("besa.storage.locking", "besa.system.windows"):
-        importlib.import_module(name).WINDOWS = True
+    importlib.import_module("besa.storage.locking").WINDOWS = True
 
 
 def main(system: str, model: str, text: str, folder: str) -> None:
@@ -130,7 +129,7 @@ def main(system: str, model: str, text: str, folder: str) -> None:
     import compressed_tensors  # noqa: F401
     import huggingface_hub  # noqa: F401
     import matplotlib.figure  # noqa: F401
-    import platformdirs  # noqa: F401
+    import platformdirs.unix  # noqa: F401
     import safetensors.torch  # noqa: F401
     import transformers  # noqa: F401
 

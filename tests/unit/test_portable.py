@@ -4,7 +4,10 @@ import ast
 import sys
 from pathlib import Path
 
+import pytest
+
 import besa
+from besa.storage import locking
 from besa.system import memory, processes, windows
 from tests.other_system import GB, LINUX, MODULES, POSIX, Kernel32
 
@@ -42,26 +45,30 @@ OF_SOME |= {
 }
 
 
-def test_no_module_of_posix_is_imported():
-    for path in SOURCES.rglob("*.py"):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+@pytest.fixture(scope="module")
+def trees():
+    return {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES.rglob("*.py")}
+
+
+def test_no_module_of_posix_is_imported(trees):
+    for path, tree in trees.items():
         names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
         names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
         assert not names & {*MODULES}, path
 
 
-def test_what_only_some_systems_have_is_asked_for_where_it_is_known():
+def test_what_only_some_systems_have_is_asked_for_where_it_is_known(trees):
     found = {}
-    for path in SOURCES.rglob("*.py"):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    for path, tree in trees.items():
+        asked = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr in OF_SOME]
+        names = {node.attr for node in asked if ast.unparse(node.value) in ("os", "signal", "mmap", "self._map")}
         if names & OF_SOME:
             found[path.relative_to(SOURCES).as_posix()] = names & OF_SOME
     assert found == GUARDED
 
 
 def test_windows_tells_memory_and_processes(monkeypatch):
-    monkeypatch.setattr(windows, "WINDOWS", True)
+    monkeypatch.setattr(locking, "WINDOWS", True)
     monkeypatch.setattr(windows.ctypes, "CDLL", lambda name: Kernel32())
     monkeypatch.setattr(Path, "read_text", absent)
     monkeypatch.setattr(processes, "PROC", Path("/absent"))
@@ -73,7 +80,7 @@ def test_windows_tells_memory_and_processes(monkeypatch):
 
 def test_ctrl_c_does_not_end_a_process_of_windows(monkeypatch):
     interrupted = []
-    monkeypatch.setattr(windows, "WINDOWS", True)
+    monkeypatch.setattr(locking, "WINDOWS", True)
     monkeypatch.setattr(processes._thread, "interrupt_main", lambda: interrupted.append(1))
     processes.interrupt()
     assert interrupted == [1]

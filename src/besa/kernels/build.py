@@ -26,6 +26,7 @@ from pathlib import Path
 
 from besa.data.assets import cache_dir
 from besa.errors import Notice
+from besa.storage import locking
 
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-ffp-contract=off")
@@ -53,7 +54,7 @@ def load(source: str) -> ctypes.CDLL | None:
                 return _opened(path)
     compiler = _compiler()
     reason = "there is no C++ compiler here"
-    if os.name == "nt":
+    if locking.WINDOWS:
         reason = "its kernels are for Linux and macOS"
     elif compiler is not None:
         for openmp in OPENMP_FLAGS:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 WINDOWS = os.name == "nt"
-FAR = 1 << 62  # the byte that is locked on Windows, where nobody can read or write what is locked
+FAR = 1 << 43  # the byte that is locked on Windows, where what is locked can be neither read nor written
 
 
 def locked(file: IO[Any], wait: bool = False) -> bool:

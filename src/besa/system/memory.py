@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from besa.storage import locking
 from besa.system import windows
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -38,7 +39,7 @@ def peak_bytes() -> int:
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
-    if windows.WINDOWS:
+    if locking.WINDOWS:
         return windows.process_memory()[0]
     resource: Any = import_module("resource")
     unit = 1 if sys.platform == "darwin" else 1024
@@ -56,13 +57,13 @@ def current_bytes() -> int:
     try:
         pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
     except OSError:
-        return windows.process_memory()[1] if windows.WINDOWS else peak_bytes()
+        return windows.process_memory()[1] if locking.WINDOWS else peak_bytes()
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 def total_bytes() -> int:
     """Memory of this machine, in bytes."""
-    if windows.WINDOWS:
+    if locking.WINDOWS:
         return windows.machine_memory()[0]
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
@@ -75,7 +76,7 @@ def available_bytes() -> int:
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
-    return windows.machine_memory()[1] if windows.WINDOWS else total_bytes()
+    return windows.machine_memory()[1] if locking.WINDOWS else total_bytes()
 
 
 def stay_lean() -> None:

@@ -11,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 
+from besa.storage import locking
 from besa.system import windows
 
 PROC = Path("/proc")
@@ -44,7 +45,7 @@ def lives(pid: int, since: str) -> bool:
         return fields[0] not in "ZX" and fields[19] == since
     if since:
         return False
-    if windows.WINDOWS:
+    if locking.WINDOWS:
         return windows.lives(pid)
     try:
         os.kill(pid, 0)
@@ -64,7 +65,7 @@ def end(pid: int, since: str) -> None:
 
 def interrupt() -> None:
     """Ctrl-C for this process, from another thread than the main one."""
-    if windows.WINDOWS:  # where `os.kill` would end it
+    if locking.WINDOWS:  # where `os.kill` would end it
         _thread.interrupt_main()
     else:
         os.kill(os.getpid(), signal.SIGINT)

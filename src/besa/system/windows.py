@@ -6,10 +6,8 @@ Sizes are in bytes. The structures are those of the Windows API, by the names th
 from __future__ import annotations
 
 import ctypes
-import os
 from typing import Any
 
-WINDOWS = os.name == "nt"
 SYNCHRONIZE, TIMED_OUT = 0x00100000, 0x102
 
 
