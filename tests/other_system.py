@@ -85,7 +85,9 @@ class Kernel32:
 
 
 def open_files():
-    """What this process has open."""
+    """What this process has open, or in its memory."""
+    with open("/proc/self/maps", encoding="utf-8") as maps:  # noqa: PTH123 (there is none for Path here)
+        yield from {line.split(maxsplit=5)[5].strip() for line in maps if line.count("/")}
     for descriptor in os.listdir("/proc/self/fd"):  # noqa: PTH208 (it calls what is guarded here)
         yield os.path.realpath(f"/proc/self/fd/{descriptor}")
 
