@@ -18,9 +18,11 @@ ROOT = Path(__file__).parents[1]
 def build(folder: Path, epoch: str) -> dict[str, str]:
     """Build into a folder; returns the SHA-256 of each file."""
     command = [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-t", "wheel", "-d", str(folder)]
-    subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"SOURCE_DATE_EPOCH": epoch}, check=True, stdout=subprocess.DEVNULL
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"SOURCE_DATE_EPOCH": epoch}, capture_output=True, text=True, check=False
     )
+    if done.returncode:
+        sys.exit(done.stderr)
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
