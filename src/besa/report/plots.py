@@ -13,7 +13,6 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
-from matplotlib.transforms import Transform
 
 from besa.report.svg import HIGH, LOW, MUTED, TEXT, Drawing
 from besa.report.wording import MINUS, percent, significant
@@ -70,7 +69,7 @@ def bars(
                 axes.barh(place, value - base, left=base, height=0.62, color=item.stand_in, linewidth=0)
                 end = max(value, base)
             axes.annotate(text, (end, place), (5, 0), textcoords="offset points", va="center")
-            drawing.tip(_unseen(axes, (0, place - 0.5), 1, 1, axes.get_yaxis_transform()), f"{item.label}\n{text}")
+            drawing.tell((0, place - 0.5), (1, place + 0.5), axes.get_yaxis_transform(), f"{item.label}\n{text}")
         if reference:
             axes.axvline(reference[1], color=TEXT, linewidth=1, dashes=(4, 3))
             axes.annotate(
@@ -125,7 +124,7 @@ def lines(
                 f"{line.label}: {significant(line.values[i])}" for line in series if math.isfinite(line.values[i])
             ]
             told = "\n".join([f"{x_label} {x[i]}", *values, *notes[i : i + 1]])
-            drawing.tip(_unseen(axes, (start, 0), end - start, 1, axes.get_xaxis_transform()), told)
+            drawing.tell((start, 0), (end, 1), axes.get_xaxis_transform(), told)
     return drawing.svg
 
 
@@ -216,13 +215,6 @@ def _tint(axes: Axes, corner: tuple[float, float], strength: float) -> Rectangle
     return square
 
 
-def _unseen(axes: Axes, corner: tuple[float, float], width: float, height: float, transform: Transform) -> Rectangle:
-    """A part of the axes that the pointer can be on."""
-    part = Rectangle(corner, width, height, transform=transform, facecolor="none", linewidth=0)
-    axes.add_patch(part)
-    return part
-
-
 def histogram(
     title: str, series: Sequence[Series], limits: tuple[float, float], top: float, targets: Sequence[float]
 ) -> Markup:
@@ -244,8 +236,8 @@ def histogram(
         for i in range(round(limits[0] * bins), round(limits[1] * bins)):
             told = [f"{line.label}: {percent(line.values[i], 1)} of the rows" for line in series]
             rates = f"{percent(i / bins, 0)} to {percent((i + 1) / bins, 0)}"
-            part = _unseen(axes, (i / bins, 0), 1 / bins, 1, axes.get_xaxis_transform())
-            drawing.tip(part, "\n".join([f"rate {rates}", *told]))
+            text = "\n".join([f"rate {rates}", *told])
+            drawing.tell((i / bins, 0), ((i + 1) / bins, 1), axes.get_xaxis_transform(), text)
         drawing.heading(title.partition(":")[0])
     return drawing.svg
 
