@@ -40,7 +40,13 @@ SPDX = {
     "Mozilla Public License 2.0 (MPL 2.0)": "MPL-2.0",
     "Python Software Foundation License": "PSF-2.0",
 }
-ELSEWHERE = {"vllm": "Apache-2.0"}  # of what no environment of the tests has
+# Of what not every environment of the tests has.
+ELSEWHERE = {
+    "mkdocs": "BSD-2-Clause",
+    "mkdocs-material": "MIT",
+    "mkdocstrings-python": "ISC",
+    "vllm": "Apache-2.0",
+}
 
 
 def direct() -> dict[str, list[Requirement]]:
