@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu bench-gpu docs lint format
+.PHONY: help setup demo test test-slow test-gpu bench-gpu docs lint format dist fresh
 
 help:            ## show this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 14
@@ -44,6 +44,12 @@ lint: $(READY)   ## ruff, mypy, and the contract that imports point down
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+dist: $(READY)   ## the wheel and the sources in dist/, built twice to the same bytes
+	$(BIN)/python release/dist.py
+
+fresh: dist      ## install that wheel in fresh environments, with each extra, and prune a block there
+	$(BIN)/python release/fresh.py
 
 format: $(READY) ## let ruff write the format
 	$(BIN)/ruff format .

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from besa import kernels
 from besa.errors import Notice
 from besa.kernels import build, native, reference
+from besa.storage import locking
 
 compiled = pytest.mark.skipif(not any(map(shutil.which, build.COMPILERS)), reason="there is no C++ compiler here")
 WHERE = [(path, dtype) for path in native.paths() for dtype in native.NUMBERS]
@@ -301,6 +303,56 @@ def test_threads_are_those_of_torch(fresh):
     code += "print(len({line.split()[-1] for line in open('/proc/self/maps') if 'gomp' in line or 'iomp' in line}))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
     assert found.stdout.strip() == "1"
+
+
+@pytest.fixture
+def wheel(fresh, tmp_path, monkeypatch):
+    """The folder in which a wheel of this platform has its libraries, with that of masks.cpp."""
+    folder = tmp_path / "wheel"
+    folder.mkdir()
+    monkeypatch.setattr(build, "PREBUILT", str(folder))
+    build._prebuilt(build._compiler(), build._source("masks.cpp"), folder)
+    return folder
+
+
+@compiled
+def test_what_the_wheel_brings_needs_no_compiler(wheel, fresh, compilations, monkeypatch):
+    monkeypatch.setattr(build, "COMPILERS", ())
+    monkeypatch.delenv("CXX", raising=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_anew() is not None
+    assert_works()
+    assert not compilations and not fresh.exists()
+
+
+@compiled
+def test_the_same_kernels_are_compiled_to_the_same_bytes(wheel):
+    before = {path: path.read_bytes() for path in wheel.iterdir()}
+    again = build._prebuilt(build._compiler(), build._source("masks.cpp"), wheel)
+    assert before == {again: again.read_bytes()}
+
+
+@compiled
+@pytest.mark.parametrize("change", ["damaged", "flags", "not for this system"])
+def test_what_does_not_fit_is_compiled_here(wheel, fresh, compilations, monkeypatch, change):
+    (library,) = wheel.iterdir()
+    if change == "damaged":
+        library.write_bytes(library.read_bytes()[:-9] + b"x" + library.read_bytes()[-8:])
+    elif change == "flags":
+        monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-DOTHER"))
+    else:
+        library.write_bytes(b"no library")
+        library.rename(wheel / build._name(library.name.partition("-")[0], library))
+    assert load_anew() is not None
+    assert_works()
+    assert len(compilations) == 1 and len([*fresh.iterdir()]) == 1
+
+
+def test_windows_is_told_that_there_are_no_kernels(fresh, monkeypatch):
+    monkeypatch.setattr(locking, "WINDOWS", True)
+    with pytest.warns(Notice, match="in plain torch: its kernels are for Linux and macOS"):
+        assert build.load("masks.cpp") is None
 
 
 @compiled

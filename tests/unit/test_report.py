@@ -1,7 +1,10 @@
+import base64
+import hashlib
 import json
 import re
 import shlex
 from html.parser import HTMLParser
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -10,137 +13,20 @@ import yaml
 import besa
 from besa.errors import BesaError
 from besa.methods.recipe import Recipe
-from besa.methods.shipped import shipped
-from besa.record import HISTOGRAM_BINS, RunRecord
-from besa.report import Run, load_run, render
+from besa.record import RunRecord
+from besa.report import load_run, render
 from besa.report.allocation import parts
+from besa.report.plots import COLORS
 from besa.report.runs import labels
+from besa.report.svg import PAGE
+from tests.report_runs import DISTILLED, evaluation, linear, record, speeds, written
 
-SHAPES = {"self_attn.q_proj": (8, 10), "self_attn.k_proj": (4, 10), "mlp.down_proj": (10, 8)}
-WEIGHTS = sum(rows * width for rows, width in SHAPES.values())
 HOSTILE = '<script>alert("x")</script>'
-
-
-def histogram(rates):
-    bins = [0] * HISTOGRAM_BINS
-    for rate in rates:
-        bins[min(HISTOGRAM_BINS - 1, int(rate * HISTOGRAM_BINS))] += 1
-    return bins
-
-
-def linear(name, shape, zeros):
-    rows = [zeros // shape[0] + (row < zeros % shape[0]) for row in range(shape[0])]
-    return {
-        "name": name,
-        "shape": list(shape),
-        "zeros": zeros,
-        "sparsity": zeros / (shape[0] * shape[1]),
-        "importance_kept": 1.5,
-        "row_rates": histogram([row / shape[1] for row in rows]),
-    }
-
-
-def block(index, zeros, losses, error):
-    linears = [
-        linear(f"model.layers.{index}.{name}", shape, own)
-        for (name, shape), own in zip(SHAPES.items(), zeros, strict=True)
-    ]
-    return {
-        "index": index,
-        "name": f"model.layers.{index}",
-        "weights": WEIGHTS,
-        "zeros": sum(zeros),
-        "sparsity": sum(zeros) / WEIGHTS,
-        "reconstruction_error": error,
-        "losses": losses,
-        "seconds": 1.25 + index,
-        "linears": linears,
-    }
-
-
-def record(name="besa", sparsity=0.5, blocks=3, **changes):
-    """A run that is consistent in itself: learned recipes prune linears unevenly and have losses."""
-    learned = name.startswith("besa")
-    zeros = [50, 22, 28] if learned else [40, 20, 40]
-    if sparsity != 0.5:
-        zeros = [round(sparsity * rows * width) for rows, width in SHAPES.values()]
-    parts = [block(i, zeros, [0.9, 0.7, 0.5 + i] if learned else [], 0.0123 * (i + 1)) for i in range(blocks)]
-    recipe = Recipe.load(name).model_dump(mode="json") if name in shipped() else {"name": name}
-    content = {
-        "created": "2026-01-05T09:12:44+00:00",
-        "recipe": recipe | {"sparsity": sparsity},
-        "seed": 7,
-        "model": {
-            "source": "tiny",
-            "gguf": None,
-            "architecture": "LlamaForCausalLM",
-            "parameters": 910944,
-            "dtype": "float32",
-            "revision": None,
-            "fingerprint": "ab" * 32,
-        },
-        "calibration": {"source": "c4", "samples": 16, "seqlen": 128, "seed": 7, "sha256": "cd" * 32},
-        "versions": {"besa": "0.1.0", "torch": "2.13.0"},
-        "machine": {"system": "linux", "processor": "A processor", "threads": 2, "device": "cpu", "gpu": None},
-        "blocks": parts,
-        "weights": WEIGHTS * blocks,
-        "zeros": sum(zeros) * blocks,
-        "sparsity": sum(zeros) / WEIGHTS,
-        "seconds": 123.4,
-        "peak_memory_bytes": 1_234_000_000,
-    }
-    return RunRecord.model_validate(content | changes).model_dump(mode="json")
-
-
-DISTILLED = {"losses": [0.4321, 0.1234, 0.2345], "seconds": 5.0, "phases": {"distill": 5.0}}
-
-
-def evaluation(perplexity, window=128, windows=40, **changes):
-    details = {text: {"perplexity": value, "windows": windows, "predicted": 1} for text, value in perplexity.items()}
-    content = {"model": "tiny", "perplexity": perplexity, "window": window, "details": details, "sparsity": None}
-    return content | {"seconds": 3.5, "created": "2026-01-05T10:00:00+00:00", "versions": {}} | changes
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Write a run folder and read it as the command line does."""
-
-    def write(name, run=None, measured=None) -> Run:
-        path = tmp_path / name
-        path.mkdir(parents=True)
-        if run is not None:
-            (path / "besa_run.json").write_text(json.dumps(run))
-        if measured is not None:
-            (path / "besa_eval.json").write_text(json.dumps(measured))
-        return load_run(path)
-
-    return write
-
-
-def speeds():
-    """A packed model beside the dense one in two forms; decoding is faster, taking in a prompt is not."""
-
-    def model(name, form, decode, prefill):
-        timings = [
-            {"work": "decode 1", "tokens": 16, "seconds": decode, "low": decode / 2, "high": decode * 2, "limit": 0.1},
-            {"work": "prefill 64", "tokens": 64, "seconds": prefill, "low": prefill, "high": prefill, "limit": 0.01},
-            {"work": "first token", "tokens": 64, "seconds": 0.25, "low": 0.25, "high": 0.25, "limit": 0.01},
-        ]
-        sizes = {"file_bytes": 200_000_000, "resident_bytes": None if "," in form else 3e8, "step_bytes": 150_000_000}
-        return {"model": name, "form": form, "dtype": "bfloat16", **sizes, "timings": timings}
-
-    return {
-        "models": [
-            model("dense", "dense", 0.8, 0.5),
-            model("dense", "dense, prepacked", 0.4, 0.5),
-            model("packed", "sparse", 0.2, 1.0),
-        ],
-        "bandwidth": 2e10,
-        "rounds": 7,
-        "created": "2026-01-05T11:00:00+00:00",
-        "versions": {},
-        "machine": {"processor": "A processor", "threads": 2},
-    }
+    return lambda name, run=None, measured=None: written(tmp_path / name, run, measured)
 
 
 @pytest.fixture
@@ -183,7 +69,7 @@ class Page(HTMLParser):
     def handle_data(self, data):
         if "td" in self.open or "th" in self.open:
             self.tables[-1][-1][-1] += data.replace("\xa0", " ")
-        if "style" not in self.open:
+        if not {"style", "script"} & {*self.open}:
             self.texts.append(data.replace("\xa0", " "))
 
     @property
@@ -254,8 +140,11 @@ def test_page_is_one_file_that_loads_nothing(three):
         for name in ("src", "href", "srcset", "action", "data"):
             assert (attributes.get(name) or "#").startswith(("#", "data:"))
         assert not any(name.startswith("on") for name in attributes)
-    assert not page.of("script")
-    assert not re.search(r"@import|url\((?!#)|https?:", html)
+    assert page.of("script") == [{}]
+    script = re.search(r"<script>(.*?)</script>", html, re.DOTALL)[1]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}';" in html  # no other script runs, not even one in a name
+    assert not re.search(r"@import|url\((?!#)|https?:|fetch\(|XMLHttpRequest|import\(", html)
     assert "{{" not in html and "{%" not in html and "None" not in page.text
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
@@ -266,11 +155,48 @@ def test_page_is_one_file_that_loads_nothing(three):
 def test_plots_follow_the_page_and_are_named(three):
     html = render(three)
     drawings = Page(html).of("svg")
-    assert len(drawings) == 2 + 2 + 1 + 3 + 1 + 2 + 1  # perplexity, map with scale, error, rates, loss, cost, seconds
+    wide_and_narrow = 2
+    # Perplexity, map with scale, error, rates, loss, cost, seconds.
+    assert len(drawings) == 2 + 2 + wide_and_narrow + 3 + 1 + 2 + wide_and_narrow
     assert all(attributes["role"] == "img" and attributes["aria-label"] for attributes in drawings)
     assert "prefers-color-scheme: dark" in html and "@media print" in html
     assert not re.search(r"#0[12]0[0-9]{3}", html), "a stand-in colour is left"
     assert "<title>block 2, q_proj: 62.50\xa0%</title>" in html
+
+
+def test_the_pointer_is_told_values(three):
+    html = render(three).replace("\xa0", " ")
+    assert "<title>besa\n34.00</title>" in html
+    assert "<title>block 1\nwanda: 0.0246\nbesa: 0.0246</title>" in html
+    assert "<title>rate 50 % to 52 %\nbesa: 50.0 % of the rows</title>" in html
+    assert (
+        "<title>learning step 2\nblock 0: 0.7\nblock 1: 0.7\nblock 2: 0.7\nmean of blocks: 0.7\n3 of 3 blocks" in html
+    )
+
+
+def test_the_mean_loss_is_of_the_same_blocks_at_every_step(folder):
+    run = record("besa")
+    for block, losses in zip(run["blocks"], ([4.0, 1.0], [8.0, 4.0, 2.0, 1.0], [9.0, 7.0, 6.0, 5.0]), strict=True):
+        block["losses"] = losses
+    html = render([folder("run", run)])
+    assert Page(html).table("block", "step 1")[-1] == ["mean", "7", "3", "2.333"]  # the first block stays at 1
+    assert "A block that stopped early counts in the mean with its last loss." in html
+    assert "mean of blocks: 3\n2 of 3 blocks learning</title>" in html
+    assert "stopped early" not in render([folder("other", record("besa"))])
+
+
+def test_what_differs_between_runs_is_listed(three, folder):
+    other = folder("other", record("wanda", seed=8, versions={"besa": "0.1.0", "torch": "2.14.0"}))
+    page = Page(render([*three, other]))
+    rows = {row[0]: row[1:] for row in page.table("setting", "wanda", "besa", "wanda (other)")[1:]}
+    assert rows["seed"] == ["7", "7", "8"]
+    assert rows["versions.torch"] == ["2.13.0", "2.13.0", "2.14.0"]
+    assert rows["allocation.method"] == ["uniform", "besa", "uniform"]
+    assert rows["allocation.rates"] == ["—", "row", "—"]
+    stages = [name.partition(".")[0] for name in rows]
+    assert stages == sorted(stages, key=stages.index) and not {"name", "versions.besa", "calibration.source"} & {*rows}
+    assert "How the runs differ" not in Page(render(three[:2])).text
+    assert "How the runs differ" not in Page(render([three[1], folder("same", record("wanda"))])).text
 
 
 def test_same_runs_give_the_same_page(three):
@@ -288,15 +214,15 @@ def test_names_are_not_trusted(folder):
         folder("dense", measured=evaluation({"t": 2.0}, model=HOSTILE)),
     ]
     html = render(runs)
-    assert "<script" not in html and "<img" not in html
+    assert html.count("<script") == 1 and "<img" not in html
     assert HOSTILE in Page(html).text
     assert html.count("</title>\n<style>") == 1
 
 
 def test_command_repeats_the_run(three):
     html = render(three)
-    commands = [shlex.split(line) for line in re.search(r"<h3>besa</h3>\s*<pre>(.*?)</pre>", html, re.DOTALL)[1]
-                .replace("\\\n", "").splitlines()]  # fmt: skip
+    given = re.search(r"<h3>besa</h3>\s*<pre tabindex=.0.>(.*?)</pre>", html, re.DOTALL)[1]
+    commands = [shlex.split(line) for line in given.replace("\\\n", "").splitlines()]
     assert " ".join(commands[0]) == (
         "OMP_NUM_THREADS=2 besa prune tiny besa --recipe besa --sparsity 0.5 --calibration c4 --samples 16 "
         "--seqlen 128 --seed 7 --dtype float32 --device cpu"
@@ -313,7 +239,7 @@ def test_recipe_that_besa_does_not_ship_is_given_as_yaml(folder):
     run["recipe"]["allocation"]["epochs"] = 9
     html = render([folder("run", run)])
     assert "--recipe besa.yaml" in html and "save it as besa.yaml" in html and "besa prune &#39;a b&#39;" in html
-    recipe = re.search(r"<pre>(name: .*?)</pre>", html, re.DOTALL)[1]
+    recipe = re.search(r"<pre tabindex=.0.>(name: .*?)</pre>", html, re.DOTALL)[1]
     assert yaml.safe_load(recipe) == run["recipe"]
 
 
@@ -603,6 +529,28 @@ def test_no_folder_and_no_runs(tmp_path):
         render([])
 
 
+def luminance(color):
+    values = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    red, green, blue = (v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in values)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def test_colours_of_words_stand_out_from_the_page_in_both_schemes_and_on_paper():
+    style = (Path(str(resources.files("besa.report"))) / "style.css").read_text()
+    palettes = [dict(re.findall(r"--(\w+): (#\w+);", own)) for own in re.findall(r":root \{(.*?)\}", style, re.DOTALL)]
+    assert len(palettes) == 3
+    for palette in palettes:
+        full = {name: c if len(c) == 7 else "#" + "".join(2 * digit for digit in c[1:]) for name, c in palette.items()}
+        names = ["text", "muted", "link", *(f"s{i}" for i in range(COLORS))]
+        pairs = [(full[name], full["page"], 4.5) for name in names]  # WCAG 2.2, 1.4.3 and 1.4.11
+        pairs += [(full[name], full["shade"], 4.5) for name in ("text", "muted", "link")]
+        pairs += [(full[name], full["page"], 3) for name in ("low", "high")]
+        for color, behind, least in pairs:
+            dark, light = sorted((luminance(color), luminance(behind)))
+            assert (light + 0.05) / (dark + 0.05) >= least, (color, behind)
+    assert {name: palettes[0][name] for name in PAGE} == PAGE
+
+
 def test_the_user_s_matplotlib_style_stays_out(three):
     import matplotlib
 
@@ -613,8 +561,6 @@ def test_the_user_s_matplotlib_style_stays_out(three):
 
 
 def test_templates_are_part_of_the_package():
-    from importlib import resources
-
     assert (Path(str(resources.files("besa.report"))) / "template.html").is_file()
 
 

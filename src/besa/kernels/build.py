@@ -1,8 +1,11 @@
-"""C++ kernels: compiled once with this machine's compiler, kept in the cache, and loaded with ctypes.
+"""C++ kernels: from the wheel, or compiled once with this machine's compiler and kept in the cache; loaded by ctypes.
 
-A loaded library is code that runs. It therefore comes from a folder that only this user can write, or is compiled
-again. Its name holds two digests: one of source, compiler and flags, and one of its own bytes, because loading a
-damaged file would kill the process.
+Each library holds its kernels for several instruction sets and asks the processor which it has, so one that was
+compiled elsewhere for the same architecture and system runs here. A wheel of a platform brings them (`prebuild`).
+
+A loaded library is code that runs. It therefore comes from the package or from a folder that only this user can write,
+or is compiled again. Its name holds two digests: one of source, flags and, in the cache, the compiler, and one of its
+own bytes, because loading a damaged file would kill the process.
 """
 
 from __future__ import annotations
@@ -17,12 +20,13 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from contextlib import suppress
 from functools import cache
-from importlib import resources
 from pathlib import Path
 
 from besa.data.assets import cache_dir
 from besa.errors import Notice
+from besa.storage import locking
 
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-ffp-contract=off")
@@ -31,6 +35,8 @@ FLAGS = ("-O3", "-std=c++17", "-fPIC", "-ffp-contract=off")
 # Apple's clang takes the flag only past its driver, and its linker must be told that torch has what is missing.
 OPENMP_FLAGS = (("-fopenmp",), ("-Xclang", "-fopenmp"), ())
 LINK_FLAGS = ("-shared", *(("-undefined", "dynamic_lookup") if sys.platform == "darwin" else ()))
+HERE = Path(__file__).parent
+PREBUILT = "prebuilt"  # the folder of a wheel's libraries, beside their sources
 OTHERS = 0o022  # the permission to write, for all users except the owner
 
 
@@ -47,15 +53,21 @@ def load(source: str) -> ctypes.CDLL | None:
         source: name of the file.
     """
     text = _source(source)
-    path = compiler()
+    for path in (HERE / PREBUILT).glob(f"{_prebuilt_key(text)}-*.so"):
+        with suppress(OSError):  # the library needs what this system does not have
+            if path.name == _name(_prebuilt_key(text), path):
+                return _opened(path)
+    found = compiler()
     reason = "there is no C++ compiler here"
-    if path is not None:
+    if locking.WINDOWS:
+        reason = "its kernels are for Linux and macOS"
+    elif found is not None:
         for openmp in OPENMP_FLAGS:
             try:
-                library = _loaded(path, (*FLAGS, *openmp), text)
+                library = _loaded(found, (*FLAGS, *openmp), text)
             except (OSError, subprocess.CalledProcessError) as error:
                 message = getattr(error, "stderr", None) or str(error)
-                reason = f"{path} failed: {' '.join(message.split())[:200]}"
+                reason = f"{found} failed: {' '.join(message.split())[:200]}"
                 continue
             if not openmp:
                 warnings.warn(f"besa's kernels use one thread, without OpenMP: {reason}.", Notice, stacklevel=2)
@@ -64,9 +76,37 @@ def load(source: str) -> ctypes.CDLL | None:
     return None
 
 
+def prebuild(folder: Path) -> list[Path]:
+    """Compile all kernels for a wheel, which the same compiler does to the same bytes.
+
+    Args:
+        folder: to write the libraries to.
+
+    Raises:
+        OSError: there is no compiler.
+        CalledProcessError: compiling failed, or the compiler knows no OpenMP.
+    """
+    found = compiler()
+    if found is None:
+        raise OSError("There is no C++ compiler: install one, or set CXX.")
+    return [_prebuilt(found, _source(path.name), folder) for path in sorted(HERE.glob("*.cpp"))]
+
+
+def _prebuilt(compiler: str, text: bytes, folder: Path) -> Path:
+    with tempfile.TemporaryDirectory() as scratch:
+        openmp = OPENMP_FLAGS[1 if sys.platform == "darwin" else 0]
+        library = _compiled(compiler, (*FLAGS, *openmp), text, Path(scratch))
+        return Path(shutil.move(library, folder / _name(_prebuilt_key(text), library)))
+
+
+def _prebuilt_key(text: bytes) -> str:
+    """What a wheel's library of the C++ `text` must be made for."""
+    return hashlib.sha256("\0".join((platform.machine(), platform.system(), *FLAGS)).encode() + text).hexdigest()[:32]
+
+
 def _source(name: str) -> bytes:
     """The text of a C++ file of this package, with those that it includes from here in their places."""
-    text = (resources.files("besa.kernels") / name).read_bytes()
+    text = (HERE / name).read_bytes()
     return re.sub(rb'^#include "(.+)"$', lambda found: _source(found[1].decode()), text, flags=re.MULTILINE)
 
 
@@ -84,12 +124,17 @@ def _loaded(compiler: str, flags: tuple[str, ...], text: bytes) -> ctypes.CDLL:
         if path.name == _name(key, path):  # else the file is damaged
             return _opened(path)
     with tempfile.TemporaryDirectory(prefix=".building-", dir=folder) as scratch:
-        code, built = Path(scratch, "kernels.cpp"), Path(scratch, "kernels.o")
-        library = built.with_suffix(".so")
-        code.write_bytes(text)
-        _call(compiler, *flags, "-c", str(code), "-o", str(built))
-        _call(compiler, *LINK_FLAGS, str(built), "-o", str(library))
+        library = _compiled(compiler, flags, text, Path(scratch))
         return _opened(library if folder is None else library.replace(folder / _name(key, library)))
+
+
+def _compiled(compiler: str, flags: tuple[str, ...], text: bytes, scratch: Path) -> Path:
+    code, built = scratch / "kernels.cpp", scratch / "kernels.o"
+    library = built.with_suffix(".so")
+    code.write_bytes(text)
+    _call(compiler, *flags, "-c", str(code), "-o", str(built))
+    _call(compiler, *LINK_FLAGS, str(built), "-o", str(library))
+    return library
 
 
 def _private_folder() -> Path | None:

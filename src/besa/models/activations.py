@@ -5,9 +5,11 @@ Shape suffixes: N sequences, T tokens, C channels of the residual stream.
 
 from __future__ import annotations
 
+import errno
 import math
 import mmap
 import os
+import shutil
 import sys
 import tempfile
 import weakref
@@ -122,9 +124,7 @@ class MappedStates:
         self.shape, self.dtype = torch.Size(shape), dtype
         try:
             with tempfile.TemporaryFile(dir=folder) as file:
-                os.posix_fallocate(
-                    file.fileno(), 0, size
-                )  # a full disk is an error now, and not a signal during the run
+                _reserve(file.fileno(), size, folder)
                 self._map = mmap.mmap(file.fileno(), size)
         except OSError as error:
             raise BesaError(
@@ -147,4 +147,19 @@ class MappedStates:
 
     def _let_go(self) -> None:
         """Release the pages: the system keeps or writes them as it likes, and the process's memory does not grow."""
-        self._map.madvise(mmap.MADV_DONTNEED)
+        if hasattr(self._map, "madvise"):  # Windows decides by itself
+            self._map.madvise(mmap.MADV_DONTNEED)
+
+
+def _reserve(file: int, size: int, folder: Path | None) -> None:
+    """Give a file its size on the disk: a full disk is an error now, and not a signal during the run.
+
+    Raises:
+        OSError: the disk has too few bytes free.
+    """
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file, 0, size)
+        return
+    if shutil.disk_usage(folder or tempfile.gettempdir()).free < size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    os.ftruncate(file, size)

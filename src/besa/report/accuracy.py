@@ -98,7 +98,7 @@ def changes(entries: list[Entry]) -> list[Table]:
         head = ["method", "task", "questions", "won", "lost", "acc", "acc_norm"]
         caption = "Right answers of the method only (won) and of dense only (lost), and differences in points; "
         if rows:
-            tables.append(Table(printable(caption + questions), head, rows))
+            tables.append(Table(printable(caption + questions), head, rows, words=2))
     return tables
 
 
@@ -133,7 +133,7 @@ def lengths(entries: list[Entry]) -> list[Table]:
         for window, text, measured in _windows(entry)
     ]
     head = ["method", "text", "window", "windows", "perplexity", "bits per byte"]
-    return [Table("Perplexity by length of the window", head, rows)] if rows else []
+    return [Table("Perplexity by length of the window", head, rows, words=2)] if rows else []
 
 
 def _windows(entry: Entry) -> Iterator[tuple[int, str, Perplexity]]:

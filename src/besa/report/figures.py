@@ -21,20 +21,38 @@ LIMITS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)  # of the colour scal
 
 @dataclass(frozen=True)
 class Table:
-    """The numbers behind a plot, as text."""
+    """The numbers behind a plot, as text.
+
+    Attributes:
+        caption: what they are.
+        head: names of the columns.
+        rows: each begins with its name.
+        words: how many of the first columns hold words, not numbers.
+        foot: rows over all others, which stay last when those are sorted.
+    """
 
     caption: str
     head: list[str]
     rows: list[list[str]]
+    words: int = 1
+    foot: list[list[str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Plot:
-    """Drawings that belong together, and their numbers."""
+    """Drawings that belong together, and their numbers.
+
+    Attributes:
+        drawings: side by side where there is room.
+        tables: the numbers.
+        caption: what must be known to read the drawings.
+        narrow: other drawings of the same for narrow windows, if these are too wide.
+    """
 
     drawings: list[Markup]
     tables: list[Table] = field(default_factory=list)
     caption: str = ""
+    narrow: list[Markup] = field(default_factory=list)
 
 
 def perplexities(entries: list[Entry]) -> Plot:
@@ -80,10 +98,10 @@ def _sparsity_map(entry: Entry, record: RunRecord, limit: float) -> Plot:
         own = (over.get(block.index) for over in table.values())
         shares = [wording.percent(part.sparsity) if part else wording.NO_VALUE for part in own]
         rows.append([str(block.index), *shares, wording.percent(block.sparsity)])
-    rows.append(["all", *map(wording.percent, overall.values()), entry.sparsity])
+    over_all = ["all", *map(wording.percent, overall.values()), entry.sparsity]
     ends = {name: wording.percent(share, 1) for name, share in overall.items()}
     drawing = plots.heat_map(title, ends, [block.index for block in record.blocks], cells, limit)
-    return Plot([drawing], [Table(title, ["block", *table, "all"], rows)])
+    return Plot([drawing], [Table(title, ["block", *table, "all"], rows, foot=[over_all])])
 
 
 def by_block(pruned: Pruned, quantity: str, title: str, y_label: str, height: int) -> Plot:
@@ -94,9 +112,12 @@ def by_block(pruned: Pruned, quantity: str, title: str, y_label: str, height: in
         Series(entry.label, entry.color, [column.get(index, math.nan) for index in indices])
         for (entry, _), column in zip(pruned, columns, strict=True)
     ]
-    drawing = plots.lines(title, indices, series, "block", y_label, (plots.WIDE, height))
+    wide, narrow = (
+        [plots.lines(title, indices, series, "block", y_label, size)]
+        for size in ((plots.WIDE, height), (plots.HALF, min(height, 230)))
+    )
     rows = [[str(index), *(wording.significant(column.get(index)) for column in columns)] for index in indices]
-    return Plot([drawing], [Table(title, ["block", *(entry.label for entry, _ in pruned)], rows)])
+    return Plot(wide, [Table(title, ["block", *(entry.label for entry, _ in pruned)], rows)], narrow=narrow)
 
 
 def row_rates(pruned: Pruned) -> Plot:
@@ -136,35 +157,49 @@ def _rates_table(label: str, counts: dict[str, list[int]]) -> Table:
     return Table(f"Rows by learned pruning rate, {label}", ["rate", *counts], rows)
 
 
-def loss_curves(pruned: Pruned) -> list[tuple[str, int, Plot]]:
-    """For every run that learned: label, steps in a point, and the mean over blocks beside three single blocks."""
+def loss_curves(pruned: Pruned) -> list[tuple[str, Plot]]:
+    """For every run that learned: label, and the mean over blocks beside three single blocks."""
     found = []
     for entry, record in pruned:
         losses = {block.index: block.losses for block in record.blocks if block.losses}
         if losses:
-            stride = math.ceil(max(map(len, losses.values())) / POINTS)
-            found.append((entry.label, stride, _loss_curve(entry, losses, stride)))
+            found.append((entry.label, _loss_curve(entry, losses)))
     return found
 
 
-def _loss_curve(entry: Entry, losses: dict[int, list[float]], stride: int) -> Plot:
+def _loss_curve(entry: Entry, losses: dict[int, list[float]]) -> Plot:
     steps = max(map(len, losses.values()))
+    stride = math.ceil(steps / POINTS)
     starts = range(0, steps, stride)
     curves = {index: [_mean(own[start : start + stride]) for start in starts] for index, own in losses.items()}
-    average = [_mean([value for value in at if not math.isnan(value)]) for at in zip(*curves.values(), strict=True)]
+    learning = [sum(not math.isnan(value) for value in at) for at in zip(*curves.values(), strict=True)]
+    average = [_mean(at) for at in zip(*map(_held, curves.values()), strict=True)]
     indices = sorted(curves)
     chosen = sorted({indices[0], indices[len(indices) // 2], indices[-1]}) if len(indices) > 1 else []
     series = [Series(f"block {index}", None, curves[index], faint=True) for index in chosen]
     series.append(Series("mean of blocks", entry.color, average))
     x = [min(steps, start + stride) for start in starts]
+    captions = [f"Each point is the mean of {stride} steps."] if stride > 1 else []
+    if min(learning) < len(curves):
+        captions.append("A block that stopped early counts in the mean with its last loss.")
+    caption = " ".join(captions)
     title = f"Reconstruction loss against learning step, {entry.label}"
-    drawing = plots.lines(title, x, series, "learning step", "loss", (plots.HALF, 230))
+    notes = [f"{count} of {wording.counted(len(curves), 'block')} learning" for count in learning]
+    drawing = plots.lines(title, x, series, "learning step", "loss", (plots.HALF, 230), notes)
     places = sorted({0, len(x) // 2, len(x) - 1})
-    rows = [
-        [name, *(wording.significant(curve[place]) for place in places)]
-        for name, curve in [*((str(index), curve) for index, curve in curves.items()), ("mean", average)]
-    ]
-    return Plot([drawing], [Table(title, ["block", *(f"step {x[place]}" for place in places)], rows)])
+    rows = [[str(index), *(wording.significant(curve[place]) for place in places)] for index, curve in curves.items()]
+    mean = ["mean", *(wording.significant(average[place]) for place in places)]
+    return Plot(
+        [drawing], [Table(title, ["block", *(f"step {x[place]}" for place in places)], rows, foot=[mean])], caption
+    )
+
+
+def _held(curve: list[float]) -> list[float]:
+    """A curve whose last loss goes on, so that a mean over blocks is of the same blocks at every step."""
+    held: list[float] = []
+    for value in curve:
+        held.append(held[-1] if held and math.isnan(value) else value)
+    return held
 
 
 def distilling(pruned: Pruned) -> Plot | None:

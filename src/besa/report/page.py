@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import shlex
+from base64 import b64encode
 from functools import cache
+from hashlib import sha256
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from markupsafe import Markup
 
 from besa.errors import BesaError
 from besa.models.structures import stay
 from besa.record import RunRecord
-from besa.report import accuracy, allocation, domains, figures, reproduce, results, simulation, speed, wording
+from besa.report import (
+    accuracy,
+    allocation,
+    differences,
+    domains,
+    figures,
+    reproduce,
+    results,
+    simulation,
+    speed,
+    wording,
+)
 from besa.report.results import Entry, Pruned
 from besa.report.runs import Run, labels
 from besa.storage.names import is_path
@@ -35,8 +50,11 @@ def render(runs: list[Run]) -> str:
         notes=results.notes(entries),
         facts=_facts(entries, [record for _, record in pruned]),
         version=__version__,
+        script=Markup(_script()),
+        script_digest=b64encode(sha256(_script().encode()).digest()).decode(),
         **_results(entries),
         **_blocks(pruned),
+        differing=differences.table(pruned),
         cost=figures.cost(pruned) if pruned else None,
         speeds=speed.tables(entries),
         gpu=any(record.peak_gpu_memory_bytes is not None for _, record in pruned),
@@ -44,6 +62,11 @@ def render(runs: list[Run]) -> str:
         pruned=pruned,
         **_reproduction(entries),
     )
+
+
+@cache
+def _script() -> str:
+    return (resources.files("besa.report") / "script.js").read_text(encoding="utf-8")
 
 
 @cache

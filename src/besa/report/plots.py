@@ -15,7 +15,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from besa.report.svg import HIGH, LOW, MUTED, TEXT, Drawing
-from besa.report.wording import MINUS
+from besa.report.wording import MINUS, percent, significant
 
 COLORS = 8  # --s0 to --s7 in style.css
 DASHES: list[Any] = ["-", (0, (6, 2)), (0, (2, 1.5)), (0, (7, 2, 1.5, 2))]  # one after another when colours run out
@@ -69,6 +69,7 @@ def bars(
                 axes.barh(place, value - base, left=base, height=0.62, color=item.stand_in, linewidth=0)
                 end = max(value, base)
             axes.annotate(text, (end, place), (5, 0), textcoords="offset points", va="center")
+            drawing.tell((0, place - 0.5), (1, place + 0.5), axes.get_yaxis_transform(), f"{item.label}\n{text}")
         if reference:
             axes.axvline(reference[1], color=TEXT, linewidth=1, dashes=(4, 3))
             axes.annotate(
@@ -83,9 +84,18 @@ def bars(
 
 
 def lines(
-    title: str, x: Sequence[int], series: Sequence[Series], x_label: str, y_label: str, size: tuple[int, int]
+    title: str,
+    x: Sequence[int],
+    series: Sequence[Series],
+    x_label: str,
+    y_label: str,
+    size: tuple[int, int],
+    notes: Sequence[str] = (),
 ) -> Markup:
-    """Lines over a shared x, each named at its right end; log scale if whole lines lie far apart."""
+    """Lines over a shared x, each named at its right end; log scale if whole lines lie far apart.
+
+    The pointer is told the values at each x, and what `notes` says of it.
+    """
     positive = [[value for value in line.values if math.isfinite(value) and value > 0] for line in series]
     middles = [sorted(values)[len(values) // 2] for values in positive if values]
     left, right = 62, 30 + CHARACTER * max(len(brief(line.label)) for line in series)
@@ -93,8 +103,8 @@ def lines(
         axes = drawing.axes(left, 10, size[0] - left - right, size[1] - 54)
         log = spread(middles) > APART
         set_scale(axes, "y", log, 6)
-        if middles and not log:
-            axes.set_ylim(0, 1.06 * max(map(max, filter(None, positive))))
+        if not log:
+            axes.set_ylim(0, 1.06 * max(map(max, filter(None, positive)), default=1.0))
         axes.grid(axis="y")
         axes.set_axisbelow(True)
         for line in series:
@@ -108,6 +118,13 @@ def lines(
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         name_ends(axes, series, gap=14 / (size[1] - 54))
+        edges = [min(x) - margin, *((before + after) / 2 for before, after in pairwise(x)), max(x) + margin]
+        for i, (start, end) in enumerate(pairwise(edges)):
+            values = [
+                f"{line.label}: {significant(line.values[i])}" for line in series if math.isfinite(line.values[i])
+            ]
+            told = "\n".join([f"{x_label} {x[i]}", *values, *notes[i : i + 1]])
+            drawing.tell((start, 0), (end, 1), axes.get_xaxis_transform(), told)
     return drawing.svg
 
 
@@ -215,6 +232,12 @@ def histogram(
         for axis, ticks in ((axes.xaxis, 5), (axes.yaxis, 3)):
             axis.set_major_locator(MaxNLocator(ticks, steps=[1, 2, 5, 10]))
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
+        bins = len(series[0].values)
+        for i in range(round(limits[0] * bins), round(limits[1] * bins)):
+            told = [f"{line.label}: {percent(line.values[i], 1)} of the rows" for line in series]
+            rates = f"{percent(i / bins, 0)} to {percent((i + 1) / bins, 0)}"
+            text = "\n".join([f"rate {rates}", *told])
+            drawing.tell((i / bins, 0), ((i + 1) / bins, 1), axes.get_xaxis_transform(), text)
         drawing.heading(title.partition(":")[0])
     return drawing.svg
 

@@ -92,8 +92,9 @@ def _kinds(entry: Entry, simulation: Simulation) -> Table:
         [described(figure), *(f"{column.each()[figure]:,.1f}" for column in columns)]
         for figure in simulation.block.each()
     ]
-    rows.append(["sparsity", *(wording.percent(column.sparsity) for column in columns)])
-    return Table(f"Cycles, mean over blocks, {entry.label}", ["", *shortened([own.name for own in columns])], rows)
+    head = ["", *shortened([own.name for own in columns])]
+    sparsity = ["sparsity", *(wording.percent(column.sparsity) for column in columns)]
+    return Table(f"Cycles, mean over blocks, {entry.label}", head, rows, foot=[sparsity])
 
 
 def _numbers(series: dict[str, list[Series]], depth: int) -> list[Table]:

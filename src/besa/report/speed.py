@@ -30,7 +30,7 @@ def _speeds(label: str, bench: Bench) -> Table:
             share = wording.percent(timing.limit / timing.seconds, 0)
             numbers = [middle, f"{low} to {high}", f"{ratio:.2f}", limit, share]
             rows.append([*map(printable, (work, model.name, model.form)), *numbers])
-    return Table(printable(caption), head, rows)
+    return Table(printable(caption), head, rows, words=3)
 
 
 def _sizes(label: str, bench: Bench) -> Table:
@@ -44,4 +44,4 @@ def _sizes(label: str, bench: Bench) -> Table:
         for model in bench.models
     ]
     head = ["model", "form", "dtype", "weight files", "resident memory", "read by a decoding step"]
-    return Table(f"{label}: what the models take", head, rows)
+    return Table(f"{label}: what the models take", head, rows, words=3)

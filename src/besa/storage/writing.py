@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import glob
 import json
 import os
@@ -18,6 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from besa.errors import BesaError
+from besa.storage import locking
+from besa.storage.locking import locked, remove, removed
 from besa.storage.names import path_of
 from besa.storage.weights import check_regular
 
@@ -58,9 +59,16 @@ def claimed(folder: Path, out: Path) -> Iterator[None]:
                 folder.rmdir()
             raise
     with lock:
-        if not _locked(lock) or _removed(lock):  # removed: the former owner has just finished
+        if not locked(lock) or removed(lock):  # removed: the former owner has just finished
             raise BesaError(f"Another besa is at work on {out}: wait for it, or choose another name.")
-        yield
+        try:
+            yield
+        finally:
+            # Windows keeps open files when their folder is removed.
+            if locking.WINDOWS and [path.name for path in folder.glob("*")] == [LOCK]:
+                remove(lock, folder / LOCK)
+                with suppress(OSError):  # the next process has come
+                    folder.rmdir()
 
 
 @contextmanager
@@ -76,13 +84,13 @@ def taken(lock: Path) -> Iterator[bool]:
     with explained(lock):
         file = lock.open("w")
     with file:
-        if not _locked(file) or _removed(file):  # removed: another process has just finished
+        if not locked(file) or removed(file):  # removed: another process has just finished
             yield False
             return
         try:
             yield True
         finally:
-            lock.unlink(missing_ok=True)
+            remove(file, lock)
 
 
 @contextmanager
@@ -124,41 +132,28 @@ def replacing(path: Path) -> Iterator[Path]:
         for other in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
             with suppress(OSError), other.open("r+b") as file:
                 # No process has it locked, and the name still means the same file.
-                if _locked(file) and os.path.samestat(os.fstat(file.fileno()), other.stat()):
-                    other.unlink()
-        with _held(partial):
+                if locked(file) and os.path.samestat(os.fstat(file.fileno()), other.stat()):
+                    remove(file, other)
+        with _held(partial) as held:
             try:
                 yield partial
-                with partial.open("rb") as file:
+                with partial.open("r+b") as file:
                     os.fsync(file.fileno())
+                if locking.WINDOWS:  # which renames no open file
+                    held.close()
                 partial.replace(path)
             finally:
-                partial.unlink(missing_ok=True)
+                remove(held, partial)
 
 
 def _held(path: Path) -> IO[bytes]:
     """A new, locked file. If another process removes it as abandoned before it is locked, it is made again."""
     while True:
         file = path.open("wb")
-        with suppress(OSError):  # file systems without locks: no leftovers are removed there
-            fcntl.flock(file, fcntl.LOCK_EX)
-        if not _removed(file):
+        locked(file, wait=True)  # on file systems without locks, no leftovers are removed
+        if not removed(file):
             return file
         file.close()
-
-
-def _locked(file: IO[Any]) -> bool:
-    """Try to lock a file; returns whether no other process has it locked."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
-def _removed(file: IO[Any]) -> bool:
-    """Whether an open file has been removed."""
-    return os.fstat(file.fileno()).st_nlink == 0
 
 
 def write_file(path: Path, text: str) -> None:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import resource
 import sys
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from besa.storage import locking
+from besa.system import windows
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 LARGE = 16 << 20  # bytes from which a tensor gets its own pages
@@ -35,8 +39,11 @@ def peak_bytes() -> int:
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
+    if locking.WINDOWS:
+        return windows.process_memory()[0]
+    resource: Any = import_module("resource")
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * unit
 
 
 def peak_gpu_bytes(device: torch.device) -> int | None:
@@ -50,12 +57,14 @@ def current_bytes() -> int:
     try:
         pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
     except OSError:
-        return peak_bytes()
+        return windows.process_memory()[1] if locking.WINDOWS else peak_bytes()
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 def total_bytes() -> int:
     """Memory of this machine, in bytes."""
+    if locking.WINDOWS:
+        return windows.machine_memory()[0]
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -67,7 +76,7 @@ def available_bytes() -> int:
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
-    return total_bytes()
+    return windows.machine_memory()[1] if locking.WINDOWS else total_bytes()
 
 
 def stay_lean() -> None:
@@ -78,7 +87,7 @@ def stay_lean() -> None:
     Smaller tensors, such as activations, reuse memory: new pages for each would cost a seventh of the time of a forward
     pass. `trim` returns that memory. Other C libraries than glibc do not know these settings and stay as they are.
     """
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # TypeError: Windows has no such library
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_THRESHOLD, LARGE)
         libc.mallopt(M_TRIM_THRESHOLD, 4 * LARGE)
@@ -87,5 +96,5 @@ def stay_lean() -> None:
 
 def trim() -> None:
     """Return unused memory of the allocator to the system."""
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import os
 import signal
@@ -9,6 +10,9 @@ import socket
 import threading
 import time
 from pathlib import Path
+
+from besa.storage import locking
+from besa.system import windows
 
 PROC = Path("/proc")
 BUSY = 0.05  # share of a core below which threads beside the main one do nothing but draw a bar or pass messages on
@@ -41,6 +45,8 @@ def lives(pid: int, since: str) -> bool:
         return fields[0] not in "ZX" and fields[19] == since
     if since:
         return False
+    if locking.WINDOWS:
+        return windows.lives(pid)
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -54,7 +60,15 @@ def end(pid: int, since: str) -> None:
     """End a process that no longer moves, also one that is stopped."""
     if lives(pid, since):
         with contextlib.suppress(OSError):
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid, getattr(signal, "SIGKILL", signal.SIGTERM))  # on Windows, any number ends it
+
+
+def interrupt() -> None:
+    """Ctrl-C for this process, from another thread than the main one."""
+    if locking.WINDOWS:  # where `os.kill` would end it
+        _thread.interrupt_main()
+    else:
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 class Movement:

@@ -296,7 +296,7 @@ class Watch:
     def _follow(self, verdict: Verdict) -> None:
         """End this process, unless its main thread does."""
         if verdict.code == INTERRUPTED and signal.SIGINT not in self._deadlines:
-            os.kill(os.getpid(), signal.SIGINT)  # also here, the main thread knows best what is kept
+            processes.interrupt()  # also here, the main thread knows best what is kept
             return
         if verdict.own:
             time.sleep(GRACE)

@@ -1,0 +1,48 @@
+"""Locks on files, which the system ends with the process: `flock` where there is one, a locked byte on Windows."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
+from typing import IO, Any
+
+WINDOWS = os.name == "nt"
+FAR = 1 << 43  # the byte that is locked on Windows, where what is locked can be neither read nor written
+
+
+def locked(file: IO[Any], wait: bool = False) -> bool:
+    """Lock an open file; returns whether it is locked now.
+
+    Args:
+        file: of which nothing is read or written through this object.
+        wait: until another process gives it up; without it, a file that another has locked is left.
+    """
+    try:
+        if WINDOWS:
+            msvcrt: Any = import_module("msvcrt")
+            os.lseek(file.fileno(), FAR, os.SEEK_SET)
+            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl: Any = import_module("fcntl")
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # another has it, or the file system has no locks
+        return False
+    return True
+
+
+def removed(file: IO[Any]) -> bool:
+    """Whether an open file has been removed. On Windows nobody can remove it."""
+    return os.fstat(file.fileno()).st_nlink == 0
+
+
+def remove(file: IO[Any], path: Path) -> None:
+    """Remove an open file and end its lock, in an order in which no other process takes it for its own."""
+    if WINDOWS:  # an open file cannot be removed, by others either
+        file.close()
+        with suppress(OSError):
+            path.unlink()
+    else:
+        path.unlink(missing_ok=True)
+        file.close()
