@@ -11,7 +11,7 @@ from besa.kernels import build, masked, native, reference
 
 def main() -> None:
     """Load all libraries without a compiler, and call one."""
-    build._compiler = lambda: None
+    build.compiler = lambda: None
     warnings.simplefilter("error")
     sources = sorted(build.HERE.glob("*.cpp"))
     for source in sources:

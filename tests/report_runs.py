@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from besa.methods.recipe import Recipe, shipped
+from besa.methods.recipe import Recipe
+from besa.methods.shipped import shipped
 from besa.record import HISTOGRAM_BINS, RunRecord
 from besa.report import Run, load_run
 
