@@ -40,13 +40,7 @@ SPDX = {
     "Mozilla Public License 2.0 (MPL 2.0)": "MPL-2.0",
     "Python Software Foundation License": "PSF-2.0",
 }
-# Of what not every environment of the tests has.
-ELSEWHERE = {
-    "mkdocs": "BSD-2-Clause",
-    "mkdocs-material": "MIT",
-    "mkdocstrings-python": "ISC",
-    "vllm": "Apache-2.0",
-}
+ELSEWHERE = {"vllm": "Apache-2.0"}  # of what `make setup` does not install
 
 
 def direct() -> dict[str, list[Requirement]]:
@@ -69,7 +63,11 @@ def licence(name: str) -> str:
         return expression
     found = [one.rpartition(" :: ")[2] for one in about.get_all("Classifier") or [] if one.startswith("License ::")]
     stated = (about.get("License") or "").strip()
-    text = stated if stated and "\n" not in stated and len(stated) < 60 else (found or ["not stated"])[0]
+    text = (
+        stated
+        if stated not in ("", "UNKNOWN") and "\n" not in stated and len(stated) < 60
+        else (found or ["not stated"])[0]
+    )
     return SPDX.get(text, text)
 
 

@@ -51,7 +51,7 @@ class Besa:
         out = model.parent / "out"
         text = ["--calibration", str(TINY / "calibration.txt"), "--samples", "2", "--seqlen", "16"]
         self._arguments = {
-            "prune": [str(model), str(out), "--recipe", "wanda", *text],
+            "prune": [str(model), str(out), "--recipe", "wanda", *text, "--quiet"],
             "inspect": [str(model)],
             "eval": [str(model), "--ppl", str(TINY / "heldout.txt"), "--window", "64", "--max-windows", "2"],
         }
