@@ -47,7 +47,7 @@ class Recipe(Settings):
     reconstruction: Reconstruction = Field(
         default=NoReconstruction(), description="May the kept weights of a linear change to compensate?"
     )
-    finetune: Finetuning = Field(default=NoFinetuning(), description="May those of a block change together?")
+    finetune: Finetuning = Field(default=NoFinetuning(), description="May the kept weights of a block change together?")
     distill: Distilling = Field(default=NoDistilling(), description="May the whole model change afterwards?")
     quantization: Quantization = Field(default=NoQuantization(), description="How many bits do kept weights have?")
 
