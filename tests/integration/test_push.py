@@ -300,7 +300,8 @@ def test_a_push_that_was_ended_goes_on_where_it_was(
     hub.room = 1 << 30
     hub.requests.clear()
     besa.push(folder, REPO)
-    assert len(hub.asked("", "PUT")) == shards - kept
+    # By path: the hub may still note the last request of the program that was killed.
+    assert len({request.path for request in hub.asked("", "PUT")}) == shards - kept
     assert on_hub(hub) == contents(folder)
     besa.verify(folder)
     assert not list(folder.glob(".*"))
