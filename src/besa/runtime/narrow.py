@@ -8,7 +8,6 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from besa.errors import BesaError
 from besa.models.widths import settings, widths_of
 from besa.runtime.saving import saving
 from besa.storage.weights import WIDTHS_STEM
@@ -34,7 +33,5 @@ def save_pretrained(model: PreTrainedModel, save_directory: str | Path, **option
     Raises:
         BesaError: the model was to be pushed at the same time.
     """
-    if options.pop("push_to_hub", False):
-        raise BesaError("Such a model is saved first, and then pushed: call `model.push_to_hub` or `besa push`.")
     with saving(model, Path(save_directory), WIDTHS_STEM, options) as (made, config):
         config |= settings(widths_of(model.config), not (made / f"{WIDTHS_STEM}.safetensors").is_file())

@@ -204,8 +204,6 @@ def save_pretrained(model: PreTrainedModel, save_directory: str | Path, **option
     Raises:
         BesaError: the model was to be pushed at the same time.
     """
-    if options.pop("push_to_hub", False):
-        raise BesaError("A packed model is saved first, and then pushed: call `model.push_to_hub` or `besa push`.")
     with saving(model, Path(save_directory), SPARSE_STEM, options) as (made, config):
         config["quantization_config"] = settings(made, config["quantization_config"]["codes"])
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from besa.errors import BesaError
 from besa.storage.weights import INDEX, STEM, STEMS
 from besa.storage.writing import write_file
 
@@ -27,7 +28,12 @@ def saving(
         folder: to fill; what an earlier save left in it is replaced.
         stem: beginning of the names of weight files.
         options: as of transformers' method.
+
+    Raises:
+        BesaError: the model was to be pushed at the same time.
     """
+    if options.pop("push_to_hub", False):
+        raise BesaError("This model is saved first, and then pushed: call `model.push_to_hub` or `besa push`.")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
         made = Path(temporary)
