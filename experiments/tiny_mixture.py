@@ -2,8 +2,8 @@
 
 `python -m experiments.tiny_mixture` learns a tokenizer and a model from four embedded texts (encyclopedia, web, code,
 technical papers), so that experts have something to specialise in, and writes them as `experiments.tiny_llama` does, in
-bfloat16. What is said there on other machines holds here too. The two texts that it writes hold besa's own files as they
-are when it runs, so they are not those of the folder in git.
+bfloat16. What is said there on other machines holds here too. The two texts that it writes hold besa's own files as
+they are when it runs, so they are not those of the folder in git.
 """
 
 from collections.abc import Iterable
