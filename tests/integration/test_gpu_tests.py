@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -20,6 +22,7 @@ def test_without_a_gpu_one_sentence_says_so() -> None:
     assert "deselected" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_tests_themselves_work() -> None:
     """Those that take seconds; `BESA_TEST_DEVICE=pretend make test-gpu` runs all."""
     done = run("tests/gpu", "-k", "test_kernels or test_sparse or journal or second", BESA_TEST_DEVICE="pretend")

@@ -30,6 +30,7 @@ def run(commands: str, moments: int, folder: Path) -> dict[str, dict[str, int]]:
     return found
 
 
+@pytest.mark.slow
 def test_nothing_half_written_appears_and_the_next_run_is_as_good(tmp_path: Path) -> None:
     stops = {"died": 1, "filled": 1}
     commands = ["pack", "unpack", "shrink", "compare"]
