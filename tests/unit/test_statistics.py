@@ -10,6 +10,7 @@ from besa.errors import BesaError
 from besa.models.blocks import Block
 from besa.models.prunable import Prunable, find_prunables
 from besa.models.units import Unit
+from besa.observing import input_statistics
 from besa.observing.input_statistics import InputStatistics, collect, look
 from besa.system.ranks import Share
 
@@ -44,8 +45,10 @@ def collected(gram, **modules: nn.Module):
     return collect(block, find_prunables(block), gram)
 
 
-@pytest.mark.parametrize("gram", [True, False])
-def test_sums_over_all_tokens(attention, batches, gram):
+@pytest.mark.parametrize(("gram", "panel"), [(False, 512), (True, 512), (True, 1), (True, 4), (True, 6)])
+def test_sums_over_all_tokens(attention, batches, gram, panel, monkeypatch):
+    """Panels of a Gram matrix may be narrower than it, and need not divide it."""
+    monkeypatch.setattr(input_statistics, "PANEL", panel)
     with collect(attention, find_prunables(attention), gram) as statistics:
         for x in batches:
             attention(x)
@@ -59,6 +62,7 @@ def test_sums_over_all_tokens(attention, batches, gram):
         if gram:
             assert found.gram_II.dtype == torch.float32
             torch.testing.assert_close(found.gram_II.double(), inputs_TI.T @ inputs_TI, rtol=1e-5, atol=1e-4)
+            assert torch.equal(found.gram_II, found.gram_II.T)
         else:
             assert found.gram_II is None
 

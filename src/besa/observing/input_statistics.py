@@ -24,6 +24,7 @@ from besa.system.ranks import Share
 
 UNSEEN = [-1, 0]  # of a matrix that no token of a rank reached: number of its input, and tokens
 HELD_OUT = 8  # whatever moves weights holds out one sequence in so many, to judge the result by
+PANEL = 512  # rows of a Gram matrix at a time: they stay in a processor's cache until they are added up
 
 
 @dataclass
@@ -35,8 +36,8 @@ class InputStatistics:
 
     Attributes:
         squares_I: Σ x², in the widest numbers of the device.
-        gram_II: Σ x xᵀ of the tokens to solve for, float32, and as wide as `squares_I` until it is settled; None if no
-            method of the recipe needs it.
+        gram_II: Σ x xᵀ of the tokens to solve for, float32; None if no method of the recipe needs it. Until it is
+            settled, it is as wide as `squares_I` and has its upper half only, with the blocks on the diagonal.
         held_II: the same of the tokens that are held out.
         tokens: number of tokens, of both.
     """
@@ -68,9 +69,7 @@ class InputStatistics:
         if self.gram_II is not None and self.held_II is not None:
             with products_in(x_TI.dtype):
                 for rows, held in _runs(len(x_TI), held_out):
-                    run_TI = x_TI[rows].float()
-                    gram_II = self.held_II if held else self.gram_II
-                    gram_II += run_TI.T @ run_TI
+                    _add_products(x_TI[rows].float(), self.held_II if held else self.gram_II)
         squares_I = torch.zeros_like(self.squares_I)
         kernels.add_squares(x_TI, squares_I)
         self.squares_I += squares_I.float()
@@ -121,6 +120,23 @@ def inverted(hessian_II: Tensor) -> Tensor:
     return torch.cholesky_inverse(factor_II)
 
 
+def _add_products(x_TI: Tensor, gram_II: Tensor) -> None:
+    """Add Σ x xᵀ (I, I) to the upper half of a matrix, panel by panel."""
+    for first in range(0, x_TI.shape[1], PANEL):
+        gram_II[first : first + PANEL, first:] += x_TI[:, first : first + PANEL].T @ x_TI[:, first:]
+
+
+def _whole(upper_II: Tensor) -> Tensor:
+    """The symmetric matrix (I, I), float32, of which the upper half is there."""
+    gram_II = upper_II.float()
+    for first in range(0, len(gram_II), PANEL):
+        end = first + PANEL
+        on_diagonal = gram_II[first:end, first:end]
+        on_diagonal.copy_(on_diagonal.triu() + on_diagonal.triu(1).T)
+        gram_II[end:, first:end] = gram_II[first:end, end:].T
+    return gram_II
+
+
 def _runs(tokens: int, held_out: Sequence[bool]) -> Iterator[tuple[slice, bool]]:
     """The rows of consecutive sequences that are held out, or that are not."""
     sequences, end = len(held_out), 0
@@ -140,7 +156,7 @@ def settle(statistics: dict[str, InputStatistics]) -> None:
     for one, came in zip(distinct, reached, strict=True):
         one._reached = came
         if one.gram_II is not None and one.held_II is not None:
-            one.gram_II, one.held_II = one.gram_II.float(), one.held_II.float()
+            one.gram_II, one.held_II = _whole(one.gram_II), _whole(one.held_II)
 
 
 def _add_up(statistics: dict[str, InputStatistics]) -> None:
