@@ -44,7 +44,7 @@ from besa.models.loading import (
 )
 from besa.models.mixtures import Fewer, changed
 from besa.models.streaming import Decoder
-from besa.planning import Plan, check_fits, whole_disk_bytes, work_out
+from besa.planning import Outline, Plan, check_fits, whole_disk_bytes, work_out
 from besa.progress import Progress, silent
 from besa.pruning import Resources, drop_experts, prune_model, smaller
 from besa.record import PASSED_NAMES, BlockRecord, PassedThrough, RunRecord, now
@@ -384,19 +384,21 @@ def plan(
     if fewer is not None:
         empty = skeleton(source, changed(config, fewer.settings))
     return work_out(
-        source.name,
-        empty,
-        find_blocks(empty),
-        recipe,
-        fewer=fewer,
-        samples=samples,
-        seqlen=seqlen,
-        batch=min(samples, batch),
-        device=device,
-        activation_budget=activation_budget,
-        folder=path_of(out),
-        ranks=ranks,
-        own=float(sum(part.share for part in parts_of(calibration) if part.source == OWN)),
+        Outline(
+            source.name,
+            empty,
+            find_blocks(empty),
+            recipe,
+            samples=samples,
+            seqlen=seqlen,
+            batch=min(samples, batch),
+            device=device,
+            activation_budget=activation_budget,
+            folder=path_of(out),
+            fewer=fewer,
+            ranks=ranks,
+            own=float(sum(part.share for part in parts_of(calibration) if part.source == OWN)),
+        )
     )
 
 
