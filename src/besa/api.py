@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ from besa.models.mixtures import Fewer, changed
 from besa.models.streaming import Decoder
 from besa.planning import Outline, Plan, check_fits, whole_disk_bytes, work_out
 from besa.progress import Progress, silent
-from besa.pruning import Resources, drop_experts, prune_model, smaller
+from besa.pruning import Resources, Run, drop_experts, prune_model, smaller
 from besa.record import PASSED_NAMES, BlockRecord, PassedThrough, RunRecord, now
 from besa.runtime.chat_template import dialogue_of
 from besa.runtime.own_text import Author
@@ -199,20 +199,12 @@ def compress(
         began = time.perf_counter()
         room = Room(device, activation_budget, journal.folder if journal else None)
         resources = Resources(batch, device, room, codes=not dequantized)
-        dropped = drop_experts(decoder, fewer, recipe, calibration, resources, journal, progress)
+        run = Run(decoder, recipe, calibration, None, seed, resources, journal, progress)
+        dropped = drop_experts(run, fewer)
         if left_out := len(decoder.unbuilt) - len(dropped.decoder.unbuilt):
             notes.append(f"{left_out:,} tensors of layers that predict further tokens are left out with the experts.")
         decoder = dropped.decoder
-        blocks, distilling = prune_model(
-            decoder,
-            recipe,
-            calibration,
-            dense=dropped.dense,
-            seed=seed,
-            resources=resources,
-            journal=journal,
-            progress=progress,
-        )
+        blocks, distilling = prune_model(replace(run, decoder=decoder, dense=dropped.dense))
         record = RunRecord(
             created=now(),
             command=command,
