@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.text import Text
@@ -111,38 +111,24 @@ def generate_command(
     from besa.runtime.conversation import Conversation
     from besa.runtime.generation import generate, open_writer
 
+    asked: dict[str, Any] = {
+        "chat": chat,
+        "system": system,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "seed": seed,
+        "device": device,
+        "dtype": dtype.value,
+        "trust_remote_code": trust_remote_code,
+    }
     with show_progress(quiet=quiet) as tracker:
         if prompt is not None:
-            generate(
-                model,
-                prompt,
-                chat=chat,
-                system=system,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                seed=seed,
-                device=device,
-                dtype=dtype.value,
-                trust_remote_code=trust_remote_code,
-                tell=say,
-                progress=tracker,
-            )
+            generate(model, prompt, tell=say, progress=tracker, **asked)
             out.print()
             return
         if chat is False:
             raise BesaError("Without a chat there is a text to continue: give it with --prompt.")
-        writer, chats = open_writer(
-            model,
-            chat=chat,
-            system=system,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-            device=device,
-            dtype=dtype.value,
-            trust_remote_code=trust_remote_code,
-            progress=tracker,
-        )
+        writer, chats = open_writer(model, progress=tracker, **asked)
     if not chats:
         raise BesaError(f"{model} has no chat template, so it continues texts: give one with --prompt.")
     chat_in_terminal(Conversation(writer, system))
