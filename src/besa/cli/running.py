@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.text import Text
@@ -109,26 +109,29 @@ def generate_command(
     from besa.cli.chatting import say
     from besa.cli.tracking import show_progress
     from besa.runtime.conversation import Conversation
-    from besa.runtime.generation import generate, open_writer
+    from besa.runtime.generation import answer, check_text, open_writer
 
-    asked: dict[str, Any] = {
-        "chat": chat,
-        "system": system,
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "seed": seed,
-        "device": device,
-        "dtype": dtype.value,
-        "trust_remote_code": trust_remote_code,
-    }
+    if prompt is not None:
+        check_text(prompt, "prompt")
+    elif chat is False:
+        raise BesaError("Without a chat there is a text to continue: give it with --prompt.")
     with show_progress(quiet=quiet) as tracker:
-        if prompt is not None:
-            generate(model, prompt, tell=say, progress=tracker, **asked)
-            out.print()
-            return
-        if chat is False:
-            raise BesaError("Without a chat there is a text to continue: give it with --prompt.")
-        writer, chats = open_writer(model, progress=tracker, **asked)
+        writer, chats = open_writer(
+            model,
+            chat=chat,
+            system=system,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            device=device,
+            dtype=dtype.value,
+            trust_remote_code=trust_remote_code,
+            progress=tracker,
+        )
+    if prompt is not None:  # no bar is on the terminal while words appear
+        answer(writer, chats, prompt, system, say)
+        out.print()
+        return
     if not chats:
         raise BesaError(f"{model} has no chat template, so it continues texts: give one with --prompt.")
     chat_in_terminal(Conversation(writer, system))
