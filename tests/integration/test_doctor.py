@@ -1,6 +1,8 @@
 """besa doctor: what it finds here, and what it says where something is missing."""
 
 import json
+import os
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -128,6 +130,16 @@ def test_what_hinders_besa_ends_with_2_and_is_named(
     parts = [finding["part"] for finding in found["findings"]]
     assert "CPU kernels" not in parts  # cannot be looked at
     assert examine().hindering == ["numpy", "torch"]
+
+
+def test_what_is_found_is_written_without_the_packages_that_are_missing(tmp_path: Path) -> None:
+    absent = "import sys; sys.modules |= dict.fromkeys(['torch', 'safetensors', 'numpy', 'transformers'])"
+    command = [sys.executable, "-c", f"{absent}; from besa.cli import main; main()", "doctor", "--json"]
+    offline = os.environ | {"HF_HUB_OFFLINE": "1"}
+    ended = subprocess.run([*command, tmp_path / "doctor.json"], capture_output=True, text=True, env=offline)
+    assert ended.returncode == 2
+    assert "besa cannot work here without torch: do what is said above." in " ".join(ended.stderr.split())
+    assert Diagnosis.model_validate_json((tmp_path / "doctor.json").read_text()).hindering == ["torch"]
 
 
 def test_without_a_compiler_besa_is_slower_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,9 +13,9 @@ from besa.evaluation.result import EVALUATION_NAME, Evaluation
 from besa.record import RECORD_NAME, RunRecord, read_result
 from besa.runtime.timings import BENCH_NAME, Bench
 from besa.simulator import Simulation
+from besa.storage.folders import check_regular
 from besa.storage.formats.container import header
 from besa.storage.names import path_of, printable
-from besa.storage.weights import check_regular
 
 SIMULATION_NAME = "besa_simulation.json"
 
