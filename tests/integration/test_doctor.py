@@ -146,8 +146,6 @@ def test_without_a_compiler_besa_is_slower_and_says_so(monkeypatch: pytest.Monke
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(build, "COMPILERS", ())
     monkeypatch.setattr(sys, "platform", "linux")
-    found = doctor._compiler()
-    assert (found.state, found.mend) == ("missing", "apt-get install g++ (or dnf install gcc-c++)")
     for cached in (build.load, native.paths, sparse_native.paths):
         cached.cache_clear()
     kernels = doctor._kernels()
@@ -156,6 +154,15 @@ def test_without_a_compiler_besa_is_slower_and_says_so(monkeypatch: pytest.Monke
     assert kernels.state == "missing"
     assert kernels.found.startswith("masks torch, sparse torch, ")
     assert "there is no C++ compiler here" in kernels.found
+    found = doctor._compiler(kernels)
+    assert (found.state, found.mend) == ("missing", "apt-get install g++ (or dnf install gcc-c++)")
+
+
+def test_kernels_that_came_compiled_need_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(build, "COMPILERS", ())
+    found = doctor._compiler(Finding(part="CPU kernels", state="ok", found="masks avx2, sparse avx2"))
+    assert found == Finding(part="compiler", state="ok", found="none, and none is needed: besa's kernels came compiled")
 
 
 def test_a_driver_without_a_torch_that_uses_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
