@@ -70,7 +70,8 @@ def examine() -> Diagnosis:
     torch = _torch()
     findings = [*_software(), torch]
     if torch.state == "ok":
-        findings += [_processor(), _compiler(), _kernels(), _gpu(), _triton(), _memory()]
+        kernels = _kernels()
+        findings += [_processor(), _compiler(kernels), kernels, _gpu(), _triton(), _memory()]
     findings += [_disk(), _cache(), _hub(), *_extras()]
     works = not any(finding.state == "missing" and finding.needed for finding in findings)
     return Diagnosis(works=works, findings=findings)
@@ -164,11 +165,14 @@ def _processor() -> Finding:
     return _ok("processor", f"{processor()}, {torch.get_num_threads()} threads, {features}, {halves} bfloat16")
 
 
-def _compiler() -> Finding:
+def _compiler(kernels: Finding) -> Finding:
+    """The C++ compiler; besa needs none where its kernels came compiled, as in a wheel for this system."""
     from besa.kernels.build import compiler
 
     path = compiler()
     mend = COMPILER.get(sys.platform, "install a C++ compiler and put it on PATH, or name it in CXX")
+    if path is None and kernels.state == "ok":
+        return _ok("compiler", "none, and none is needed: besa's kernels came compiled")
     if path is None:
         return _missing("compiler", "no C++ compiler, which besa's kernels for the CPU need", mend)
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -14,6 +14,7 @@ from besa.errors import BesaError
 RECORD_NAME = "besa_run.json"
 HISTOGRAM_BINS = 50
 PASSED_NAMES = 8  # examples in a record, because there may be many
+Result = TypeVar("Result", bound=BaseModel)
 
 
 class Record(BaseModel):
@@ -170,3 +171,23 @@ class RunRecord(Record):
 def now() -> str:
     """The time in ISO 8601, UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def read_result(path: Path, kind: type[Result], name: str, command: str) -> Result:
+    """Read what a command wrote beside a model.
+
+    Args:
+        path: of the JSON.
+        kind: of the result.
+        name: what it is, in words.
+        command: that writes it.
+
+    Raises:
+        BesaError: the file cannot be read, or is no such result.
+    """
+    try:
+        return kind.model_validate_json(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise BesaError(f"{path} cannot be read: check its permissions.") from None
+    except (ValidationError, UnicodeDecodeError):
+        raise BesaError(f"{path} is not a besa {name}: write it anew with `besa {command}`.") from None

@@ -1,5 +1,6 @@
 """Chats: the template's tokens, answers against transformers' own, conversations, and the session in a terminal."""
 
+import io
 import json
 import os
 import pty
@@ -12,10 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, MistralConfig
 
 import besa
 from besa import BesaError, cli
+from besa.cli import bars, chatting, tracking
 from besa.errors import Notice
 from besa.runtime.conversation import Conversation
 from besa.runtime.generation import Writer, open_writer
@@ -232,6 +235,39 @@ def test_a_model_without_a_chat_needs_a_prompt(monkeypatch, capsys) -> None:
     for arguments, sentence in (([], "it continues texts"), (["--no-chat"], "give it with --prompt")):
         assert run(monkeypatch, TINY, *arguments) == 2
         assert sentence in capsys.readouterr().err.replace("\n", " ")
+
+
+class Screen(io.StringIO):
+    """A standard stream that is a terminal, or a pipe."""
+
+    def __init__(self, terminal: bool) -> None:
+        super().__init__()
+        self.isatty = lambda: terminal
+
+
+@pytest.mark.parametrize("terminal", [True, False], ids=["terminal", "pipe"])
+def test_an_answer_is_on_standard_output_whatever_is_drawn_before_it(instruct, monkeypatch, terminal) -> None:
+    """A bar of rich would take what is printed to standard error, each word on a line of its own."""
+    shown, printed = Screen(True), Screen(terminal)
+    monkeypatch.setattr(sys, "stderr", shown)
+    monkeypatch.setattr(sys, "stdout", printed)
+    for module in (tracking, bars):
+        monkeypatch.setattr(module, "err", Console(file=shown, force_terminal=True))
+    assert run(monkeypatch, instruct, "--prompt", QUESTIONS[0], "--max-new-tokens", 12) == 0
+    answer = conversation(instruct).ask(QUESTIONS[0], lambda word: None)
+    assert len(answer.split()) > 3
+    assert printed.getvalue() == f"{answer}\n"
+    assert not set(answer.split()) & set(shown.getvalue().split())
+
+
+def test_control_characters_of_an_answer_are_shown_to_a_terminal_not_obeyed(monkeypatch) -> None:
+    kept, controls = "café \N{ZERO WIDTH JOINER}\ta\n", "\x1b]52;c;bWU=\x07\x9b2J\x00\x7f\r"
+    for terminal in (True, False):
+        monkeypatch.setattr(sys, "stdout", Screen(terminal))
+        for character in kept + controls:
+            chatting.say(character)
+        written = r"\x1b]52;c;bWU=\x07\x9b2J\x00\x7f\r" if terminal else controls
+        assert sys.stdout.getvalue() == kept + written
 
 
 class Terminal:

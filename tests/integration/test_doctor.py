@@ -1,6 +1,8 @@
 """besa doctor: what it finds here, and what it says where something is missing."""
 
 import json
+import os
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -130,12 +132,20 @@ def test_what_hinders_besa_ends_with_2_and_is_named(
     assert examine().hindering == ["numpy", "torch"]
 
 
+def test_what_is_found_is_written_without_the_packages_that_are_missing(tmp_path: Path) -> None:
+    absent = "import sys; sys.modules |= dict.fromkeys(['torch', 'safetensors', 'numpy', 'transformers'])"
+    command = [sys.executable, "-c", f"{absent}; from besa.cli import main; main()", "doctor", "--json"]
+    offline = os.environ | {"HF_HUB_OFFLINE": "1"}
+    ended = subprocess.run([*command, tmp_path / "doctor.json"], capture_output=True, text=True, env=offline)
+    assert ended.returncode == 2
+    assert "besa cannot work here without torch: do what is said above." in " ".join(ended.stderr.split())
+    assert Diagnosis.model_validate_json((tmp_path / "doctor.json").read_text()).hindering == ["torch"]
+
+
 def test_without_a_compiler_besa_is_slower_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(build, "COMPILERS", ())
     monkeypatch.setattr(sys, "platform", "linux")
-    found = doctor._compiler()
-    assert (found.state, found.mend) == ("missing", "apt-get install g++ (or dnf install gcc-c++)")
     for cached in (build.load, native.paths, sparse_native.paths):
         cached.cache_clear()
     kernels = doctor._kernels()
@@ -144,6 +154,15 @@ def test_without_a_compiler_besa_is_slower_and_says_so(monkeypatch: pytest.Monke
     assert kernels.state == "missing"
     assert kernels.found.startswith("masks torch, sparse torch, ")
     assert "there is no C++ compiler here" in kernels.found
+    found = doctor._compiler(kernels)
+    assert (found.state, found.mend) == ("missing", "apt-get install g++ (or dnf install gcc-c++)")
+
+
+def test_kernels_that_came_compiled_need_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(build, "COMPILERS", ())
+    found = doctor._compiler(Finding(part="CPU kernels", state="ok", found="masks avx2, sparse avx2"))
+    assert found == Finding(part="compiler", state="ok", found="none, and none is needed: besa's kernels came compiled")
 
 
 def test_a_driver_without_a_torch_that_uses_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from besa.cli import show
 from besa.errors import Interrupted
 from besa.models.blocks import find_blocks
 from besa.models.experts import find_experts
+from besa.models.mixtures import find_mixtures
 from besa.record import MixtureRecord
 from besa.report.page import render
 from besa.report.runs import load_run
@@ -194,6 +195,15 @@ def test_groups_of_experts_stay_even(settings: list[str], kept: int, tiny_tokeni
 )
 def test_what_cannot_be_dropped(settings: list[str], changes: dict[str, Any], words: str) -> None:
     assert words in refusal(*settings, **changes)
+
+
+def test_how_many_experts_a_token_gets_must_be_known_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model(config_of("mixtral"))
+    assert find_mixtures(model, find_blocks(model)).least == 2
+    vars(model.config)["num_experts_per_tok"] = [1, 3]  # by block, as some families have it
+    assert find_mixtures(model, find_blocks(model)).least == 3
+    monkeypatch.setattr("besa.models.mixtures.CHOSEN", ("moe_topk",))
+    assert "MixtralForCausalLM does not say how many experts a token gets" in refusal(model="mixtral")
 
 
 def test_the_allocation_and_targets_lead_to_the_stage() -> None:

@@ -101,6 +101,26 @@ def test_a_family_loses_its_second_block(family: str, tmp_path: Path) -> None:
     assert torch.equal(*written)
 
 
+def test_distilling_leaves_what_is_gone_as_it_is(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    """Steps are shares of a tensor's size, so biases that are zero stay it, and their block goes on doing nothing."""
+    dense = saved(random_model(of_four_blocks("phi")), tmp_path / "dense")
+    learning = ["allocation.blocks=2", "distill={method: kl, learns: norms, epochs: 1, rate: 0.01}"]
+    recipe = Recipe.load("depth", overrides=learning)
+    record = besa.compress(dense, recipe, TOKENS, out=tmp_path / "pruned", tokenizer=tiny_tokenizer).record
+    gone = {block.index for block in record.blocks if block.structures == {"blocks": (1, 0)}}
+    assert (
+        len(gone) == 2 and record.distilling is not None and record.distilling.losses[1] < record.distilling.losses[0]
+    )
+    for before, after in zip(find_blocks(load(dense)), find_blocks(load(tmp_path / "pruned")), strict=True):
+        names = biases(after, after.prunables)
+        assert "mlp.fc2.bias" in names
+        for name in names:
+            learned, was = after.module.get_parameter(name), before.module.get_parameter(name)
+            assert not learned.any() if after.index in gone else not torch.equal(learned, was)
+    assert besa.shrink(tmp_path / "pruned", tmp_path / "small").blocks == (4, 2)
+    assert torch.equal(logits(load(tmp_path / "small")), logits(load(tmp_path / "pruned")))
+
+
 @pytest.mark.parametrize("family", ["phi", pytest.param("mixtral", marks=pytest.mark.slow)])
 def test_what_was_pruned_computes_what_is_left(family: str, tiny_tokenizer: Any, tmp_path: Path) -> None:
     dense = saved(random_model(of_four_blocks(family)), tmp_path / "dense")

@@ -113,6 +113,11 @@ def test_table_and_json(half: Path, tmp_path: Path) -> None:
     found = json.loads(file.read_text())
     assert found["linears"][0]["name"] == "model.layers.0.self_attn.q_proj"
     assert found == json.loads(besa.Simulation.model_validate(found).model_dump_json())
+    [baseline] = found["baselines"]
+    assert (Path(found["model"]).name, Path(baseline["model"]).name) == ("half", "few")
+    assert found["block"]["sparsity"] > baseline["block"]["sparsity"] > 0
+    (other,) = [line for line in lines if line.split()[:1] == ["few"]][1:2]
+    assert other.split()[-1] == f"{baseline['block']['cycles_corrected']:.1f}"
     start = next(number for number, line in enumerate(lines) if "corrected formula" in line)
     (own,) = [line for line in lines[start : start + 5] if line.split()[:1] == ["half"]]
     assert own.split()[1:] == [f"{kind['cycles_corrected']:.1f}" for kind in [*found["kinds"], found["block"]]]

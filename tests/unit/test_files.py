@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from besa.errors import BesaError
+from besa.storage import tensors as tensor_files
 from besa.storage import writing as files
 
 
@@ -86,7 +87,7 @@ def test_save_tensors_of_any_layout_and_dtype(tmp_path: Path) -> None:
         "number": torch.tensor(7),
     }
     path = tmp_path / "new" / "t.safetensors"
-    files.save_tensors(path, tensors)
+    tensor_files.save_tensors(path, tensors)
     found = load_file(path)
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -108,21 +109,21 @@ def parts(tmp_path: Path) -> list[tuple[Path, dict[str, torch.Tensor]]]:
     made = []
     for number, tensors in enumerate(contents):
         path = tmp_path / f"{number}.safetensors"
-        files.save_tensors(path, tensors)
+        tensor_files.save_tensors(path, tensors)
         made.append((path, tensors))
     return made
 
 
 def test_join_tensors(tmp_path: Path, parts: list[tuple[Path, dict[str, torch.Tensor]]]) -> None:
     out = tmp_path / "joined.safetensors"
-    files.join_tensors(out, [path for path, _ in parts])
+    tensor_files.join_tensors(out, [path for path, _ in parts])
     expected = {name: tensor for _, tensors in parts for name, tensor in tensors.items()}
     found = load_file(out)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype
         assert torch.equal(found[name], tensor)
-    assert files.read_header(out)[1] % 8 == 0
+    assert tensor_files.read_header(out)[1] % 8 == 0
     with safe_open(out, framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
     assert {path.name for path, _ in parts} < set(names(tmp_path))
@@ -132,15 +133,15 @@ def test_join_tensors_copies_in_pieces(
     tmp_path: Path, parts: list[tuple[Path, dict[str, torch.Tensor]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
-    files.join_tensors(whole, [path for path, _ in parts])
+    tensor_files.join_tensors(whole, [path for path, _ in parts])
     monkeypatch.setattr(files, "COPY", 5)
-    files.join_tensors(pieces, [path for path, _ in parts])
+    tensor_files.join_tensors(pieces, [path for path, _ in parts])
     assert pieces.read_bytes() == whole.read_bytes()
 
 
 def test_read_header_tells_where_the_tensors_are(parts: list[tuple[Path, dict[str, torch.Tensor]]]) -> None:
     path, tensors = parts[0]
-    entries, start = files.read_header(path)
+    entries, start = tensor_files.read_header(path)
     assert entries.keys() == tensors.keys()
     assert entries["a"]["shape"] == [2, 3]
     begin, end = entries["a"]["data_offsets"]

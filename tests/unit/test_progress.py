@@ -150,6 +150,22 @@ def test_a_bar_keeps_to_its_line_and_cuts_the_note_alone(monkeypatch, width):
         assert ("━" in frame) == (width >= 80)
 
 
+@pytest.mark.parametrize("terminals", ["both", "err", "out"])
+def test_what_is_printed_beside_a_bar_stays_on_its_stream(monkeypatch, terminals):
+    """FORCE_COLOR makes rich draw a bar into a pipe too; above the bar is for what shares its terminal alone."""
+    printed, shown = io.StringIO(), io.StringIO()
+    monkeypatch.setattr(printed, "isatty", lambda: terminals != "err")
+    monkeypatch.setattr(shown, "isatty", lambda: terminals != "out")
+    monkeypatch.setattr(sys, "stdout", printed)
+    monkeypatch.setattr(sys, "stderr", shown)
+    monkeypatch.setattr(bars, "err", Console(stderr=True, force_terminal=True))
+    with terminal_bar() as follow:
+        follow(report(begins=True))
+        print("a result")
+    assert ("a result" in shown.getvalue()) == (terminals == "both")
+    assert printed.getvalue() == ("" if terminals == "both" else "a result\n")
+
+
 def test_no_color_is_respected(monkeypatch):
     assert "\x1b[33m" in drawn_in(monkeypatch, 80, report(begins=True), color="standard")  # the time that has passed
     monkeypatch.setenv("NO_COLOR", "1")

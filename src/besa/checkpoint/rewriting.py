@@ -18,8 +18,8 @@ from besa.models.loading import Source, locate
 from besa.progress import Progress
 from besa.record import RECORD_NAME
 from besa.storage.formats.container import ABOUT, settings
+from besa.storage.tensors import save_tensors
 from besa.storage.weights import SPARSE_STEM, WIDTHS_STEM
-from besa.storage.writing import save_tensors
 
 
 def local(model: str | Path, progress: Progress, trust_remote_code: bool) -> Source:

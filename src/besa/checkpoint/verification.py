@@ -17,9 +17,9 @@ from besa.errors import BesaError
 from besa.models.hub import CARD
 from besa.progress import Progress, silent
 from besa.record import RECORD_NAME
+from besa.storage.folders import check_regular
 from besa.storage.formats.container import open_files
 from besa.storage.names import path_of
-from besa.storage.weights import check_regular
 from besa.storage.writing import write_file
 
 FILES = "files"  # key of the record

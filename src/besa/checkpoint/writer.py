@@ -24,8 +24,9 @@ from besa.quantization import Coding
 from besa.record import RECORD_NAME, RunRecord
 from besa.storage.formats.codes import quantization_config
 from besa.storage.journal import Journal
+from besa.storage.tensors import join_tensors, read_header, save_tensors
 from besa.storage.weights import STEM
-from besa.storage.writing import explained, join_tensors, read_header, save_tensors, write_file
+from besa.storage.writing import explained, write_file
 
 ONE_FILE = 4 << 30  # bytes of weights up to which they are in one file; beyond, each block is a shard
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from typing import Any
+from typing import Any, TextIO
 
 from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
@@ -25,7 +26,15 @@ def terminal_bar() -> Iterator[Follower]:
     """A bar that follows one piece of work after another; it is gone at the end."""
     wide = [BarColumn(bar_width=WIDE), TimeElapsedColumn()] if err.width >= ROOM else []
     numbers = [TextColumn("{task.fields[count]}"), TextColumn("{task.fields[left]}")]
-    bars = Bars(TextColumn("{task.percentage:>3.0f}%"), *wide, *numbers, _Note(), console=err, transient=True)
+    bars = Bars(
+        TextColumn("{task.percentage:>3.0f}%"),
+        *wide,
+        *numbers,
+        _Note(),
+        console=err,
+        transient=True,
+        redirect_stdout=_on_terminal(sys.stdout) and _on_terminal(sys.stderr),  # what is printed appears above the bar
+    )
     task: TaskID | None = None
 
     def follow(report: Report) -> None:
@@ -39,6 +48,10 @@ def terminal_bar() -> Iterator[Follower]:
 
     with bars, removable(bars.stop):
         yield follow
+
+
+def _on_terminal(stream: TextIO | None) -> bool:
+    return stream is not None and stream.isatty()
 
 
 class _Note(ProgressColumn):

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from besa.cli.consoles import err, out
 from besa.errors import BesaError
+from besa.storage.names import visible
 
 if TYPE_CHECKING:
     from besa.runtime.conversation import Conversation
@@ -19,8 +20,11 @@ END = "/exit"
 
 
 def say(word: str) -> None:
-    """Print a part of an answer; a console of rich would print it again later if Ctrl-C stopped it on the way."""
-    print(word, end="", flush=True)
+    """Print a part of an answer; a console of rich would print it again later if Ctrl-C stopped it on the way.
+
+    A terminal would obey control characters, so they are written out there.
+    """
+    print(visible(word) if sys.stdout.isatty() else word, end="", flush=True)
 
 
 def chat(conversation: Conversation) -> None:

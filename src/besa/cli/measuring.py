@@ -156,7 +156,8 @@ def simulate_command(
             for name in [model, *(method_baseline or ())]
         ]
     check_alike(results)
-    give(results[0], simulated(results[0], results[1:]), json)
+    result = results[0].model_copy(update={"baselines": results[1:]})
+    give(result, simulated(result), json)
 
 
 @commands.command(rich_help_panel=PANEL)

@@ -109,28 +109,13 @@ def generate_command(
     from besa.cli.chatting import say
     from besa.cli.tracking import show_progress
     from besa.runtime.conversation import Conversation
-    from besa.runtime.generation import generate, open_writer
+    from besa.runtime.generation import answer, check_text, open_writer
 
+    if prompt is not None:
+        check_text(prompt, "prompt")
+    elif chat is False:
+        raise BesaError("Without a chat there is a text to continue: give it with --prompt.")
     with show_progress(quiet=quiet) as tracker:
-        if prompt is not None:
-            generate(
-                model,
-                prompt,
-                chat=chat,
-                system=system,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                seed=seed,
-                device=device,
-                dtype=dtype.value,
-                trust_remote_code=trust_remote_code,
-                tell=say,
-                progress=tracker,
-            )
-            out.print()
-            return
-        if chat is False:
-            raise BesaError("Without a chat there is a text to continue: give it with --prompt.")
         writer, chats = open_writer(
             model,
             chat=chat,
@@ -143,6 +128,10 @@ def generate_command(
             trust_remote_code=trust_remote_code,
             progress=tracker,
         )
+    if prompt is not None:  # no bar is on the terminal while words appear
+        answer(writer, chats, prompt, system, say)
+        out.print()
+        return
     if not chats:
         raise BesaError(f"{model} has no chat template, so it continues texts: give one with --prompt.")
     chat_in_terminal(Conversation(writer, system))

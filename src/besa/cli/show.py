@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from rich.box import SIMPLE
@@ -309,12 +308,12 @@ def contents(result: Contents) -> RenderableType:
     return Group(table, Text(total))
 
 
-def simulated(simulation: Simulation, baselines: Sequence[Simulation]) -> RenderableType:
+def simulated(simulation: Simulation) -> RenderableType:
     """Like the paper's Table 4, once for each figure: mean cycles of each kind of linear, dense and in checkpoints."""
     model = pinned(simulation.model, simulation.revision)
     table = Whole(title=f"{model}: cycles on a simulated accelerator, mean over blocks", box=SIMPLE)
     table.add_column("")
-    shown = [*baselines, simulation]
+    shown = [*simulation.baselines, simulation]
     labels = [Path(one.model).name for one in shown]
     if len(set(labels)) < len(labels):
         labels = [pinned(one.model, one.revision) for one in shown]

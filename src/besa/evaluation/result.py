@@ -6,12 +6,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError, computed_field
+from pydantic import BaseModel, ConfigDict, computed_field
 
-from besa.errors import BesaError
 from besa.evaluation.domains import mean_of_domains
 from besa.evaluation.perplexity import Infinite, Perplexity
 from besa.evaluation.zero_shot import ZeroShot
+from besa.record import read_result
 
 EVALUATION_NAME = "besa_eval.json"
 
@@ -68,12 +68,7 @@ class Evaluation(BaseModel):
         Raises:
             BesaError: the file cannot be read, or is no evaluation.
         """
-        try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
-        except OSError:
-            raise BesaError(f"{path} cannot be read: check its permissions.") from None
-        except (ValidationError, UnicodeDecodeError):
-            raise BesaError(f"{path} is not a besa evaluation: write it anew with `besa eval`.") from None
+        return read_result(path, cls, "evaluation", "eval")
 
     @classmethod
     def joined(cls, parts: Sequence[Evaluation]) -> Evaluation:

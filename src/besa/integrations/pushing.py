@@ -32,7 +32,7 @@ from besa.checkpoint.verification import digests_of, verify
 from besa.data.arguments import checked
 from besa.errors import BesaError, Interrupted
 from besa.evaluation.carding import update_card
-from besa.models.hub import CARD
+from besa.models.hub import CARD, in_brief, no_hub
 from besa.progress import Progress, silent
 from besa.record import RECORD_NAME
 from besa.storage.names import path_of
@@ -183,20 +183,18 @@ def _explained(repo: str) -> Iterator[None]:
     except HfHubHTTPError as error:
         raise _refusal(repo, error) from error
     except json.JSONDecodeError as error:
-        raise BesaError(
-            f"{constants.ENDPOINT} does not answer as the Hugging Face Hub does: check HF_ENDPOINT and the proxy."
-        ) from error
+        raise no_hub() from error
     except OfflineModeIsEnabled as error:
         raise BesaError("HF_HUB_OFFLINE forbids to reach the Hugging Face Hub: unset it.") from error
     except (HTTPError, ConnectionError, TimeoutError, RuntimeError) as error:  # RuntimeError: of one of several files
         if isinstance(cause := error.__cause__, HfHubHTTPError):
             raise _refusal(repo, cause) from error
-        raise BesaError(f"The upload to {repo} broke off ({_short(cause or error)}): {again}.") from error
+        raise BesaError(f"The upload to {repo} broke off ({in_brief(cause or error)}): {again}.") from error
     except ValueError as error:
         if not str(error).startswith("Invalid metadata in README.md"):
             raise
         raise BesaError(
-            f"The Hugging Face Hub refuses the card ({_short(error)}): mend the {CARD} of the folder."
+            f"The Hugging Face Hub refuses the card ({in_brief(error)}): mend the {CARD} of the folder."
         ) from error
     finally:
         hub_logging.set_verbosity(level)
@@ -204,7 +202,7 @@ def _explained(repo: str) -> Iterator[None]:
 
 def _refusal(repo: str, error: HfHubHTTPError) -> BesaError:
     """What a status of the Hub means for who pushes."""
-    status, said = error.response.status_code, _short(error.server_message or "without a reason")
+    status, said = error.response.status_code, in_brief(error.server_message or "without a reason")
     if status == 401:
         return BesaError("The Hugging Face Hub does not know your token: log in with `hf auth login`.")
     if status in (403, 404):
@@ -214,7 +212,3 @@ def _refusal(repo: str, error: HfHubHTTPError) -> BesaError:
     if status >= 500:
         return BesaError(f"The Hugging Face Hub failed on {repo} ({status}, {said}): push again later.")
     return BesaError(f"The Hugging Face Hub refuses {repo} ({status}, {said}).")
-
-
-def _short(reason: object) -> str:
-    return " ".join(str(reason).split()).rstrip(".")[:200]

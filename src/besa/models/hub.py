@@ -104,7 +104,7 @@ def unreachable(timeout: float) -> str | None:
         answer.raise_for_status()
         answer.json()
     except (HTTPError, OfflineModeIsEnabled, ValueError) as error:  # ValueError: something else answers in its place
-        return _short(error) or type(error).__name__
+        return in_brief(error) or type(error).__name__
     return None
 
 
@@ -224,14 +224,12 @@ def _explained(model: str, revision: str | None, lacking: str) -> Iterator[None]
         if status == 401:
             raise BesaError("The Hugging Face Hub does not know your token: log in with `hf auth login`.") from error
         raise BesaError(
-            f"The Hugging Face Hub refuses {model} (status {status}, {_short(said)}): try again later."
+            f"The Hugging Face Hub refuses {model} (status {status}, {in_brief(said)}): try again later."
         ) from error
     except (HTTPError, ConnectionError, TimeoutError, RuntimeError) as error:  # RuntimeError: of hf_xet
         raise _broken_off(model, error) from error
     except json.JSONDecodeError as error:
-        raise BesaError(
-            f"{constants.ENDPOINT} does not answer as the Hugging Face Hub does: check HF_ENDPOINT and the proxy."
-        ) from error
+        raise no_hub() from error
     except OSError as error:
         if error.errno is None:  # of huggingface_hub: a file has another size than it should have
             raise _broken_off(model, error) from error
@@ -245,17 +243,25 @@ def _out_of_reach(lacking: str, cause: BaseException | None) -> str:
     """The sentence about a model that the cache lacks, and that the Hub cannot be asked for because of `cause`."""
     if isinstance(cause, OfflineModeIsEnabled):
         return f"{lacking}, and HF_HUB_OFFLINE forbids to ask the Hugging Face Hub for it: unset that."
-    reason = f"status {cause.response.status_code}" if isinstance(cause, HfHubHTTPError) else _short(cause)
+    reason = f"status {cause.response.status_code}" if isinstance(cause, HfHubHTTPError) else in_brief(cause)
     return f"{lacking}, and the Hugging Face Hub cannot be reached ({reason}): try again when it can."
 
 
 def _broken_off(model: str, error: Exception) -> BesaError:
     return BesaError(
-        f"The download of {model} broke off ({_short(error)}): try again, and it goes on with what is missing."
+        f"The download of {model} broke off ({in_brief(error)}): try again, and it goes on with what is missing."
     )
 
 
-def _short(reason: object) -> str:
+def no_hub() -> BesaError:
+    """What to say of an answer that is no JSON."""
+    return BesaError(
+        f"{constants.ENDPOINT} does not answer as the Hugging Face Hub does: check HF_ENDPOINT and the proxy."
+    )
+
+
+def in_brief(reason: object) -> str:
+    """A reason that somebody else gave, on one line and not too long."""
     return " ".join(str(reason).split()).rstrip(".")[:200]
 
 

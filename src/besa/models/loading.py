@@ -36,9 +36,10 @@ from besa.errors import BesaError
 from besa.models import hub
 from besa.models.widths import narrow, widths_of
 from besa.progress import Progress, silent
+from besa.storage.folders import check_regular
 from besa.storage.formats.container import header, settings
 from besa.storage.names import is_path, path_of, pinned
-from besa.storage.weights import PACKED, STEM, WIDTHS, WeightFiles, check_regular
+from besa.storage.weights import PACKED, STEM, WIDTHS, WeightFiles
 
 EMBEDDED = "smollm2"
 EDGE = 1 << 20  # bytes of a weight file's head and tail that go into its fingerprint

@@ -1,15 +1,17 @@
-"""Planning: what a run needs (`plan`): forward passes, peak memory, shapes of a pass, and traffic between ranks.
+"""Planning: what a run needs (`plan`): passes, hidden states, peak memory, disk, and traffic between ranks.
 
 `explaining` puts recipes into words.
 """
 
 from besa.planning.explaining import Explanation, RecipeList, explain, list_recipes
+from besa.planning.outline import Outline
 from besa.planning.passes import forward_passes, spending, within
 from besa.planning.plan import Plan, work_out
 from besa.planning.whole import check_fits, whole_disk_bytes
 
 __all__ = [
     "Explanation",
+    "Outline",
     "Plan",
     "RecipeList",
     "check_fits",

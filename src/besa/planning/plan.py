@@ -4,41 +4,29 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
-from typing import get_args
+from collections.abc import Iterator, Sequence
 
 import torch
 from pydantic import BaseModel
-from transformers import PreTrainedModel
 
-from besa.counting.budget import Budget
-from besa.errors import BesaError
-from besa.methods.allocation import first_tokens
-from besa.methods.recipe import Recipe
-from besa.methods.targets.budgets import budgets
-from besa.models.activations import Place, Room
-from besa.models.blocks import Block, left_dense
-from besa.models.mixtures import Fewer
-from besa.models.units import Unit, units
+from besa.models.activations import Place
+from besa.models.blocks import left_dense
 from besa.models.whole import head_share
-from besa.planning.passes import forward_passes, most, shares_of, states_measured
-from besa.planning.peak import learning_bytes, stored_bytes, unit_bytes
-from besa.planning.shapes import learn_arguments, shared_inputs
+from besa.planning.distinct import Distinct, distinct_units
+from besa.planning.outline import Outline
+from besa.planning.passes import forward_passes
+from besa.planning.process import Peaks, peaks
+from besa.planning.states import kept_states
 from besa.planning.traffic import traffic
-from besa.planning.whole import whole_bytes, whole_disk_bytes
-from besa.pruning.paths import dense_share
+from besa.planning.whole import whole_disk_bytes
 from besa.quantization import Coding
-from besa.runtime.own_text import PASSES, sizes_of
+from besa.runtime.own_text import PASSES
 from besa.system import memory
-from besa.system.devices import is_available, shares_memory, total_bytes
-from besa.system.ranks import together
+from besa.system.devices import is_available, total_bytes
 
-PLACES: tuple[Place, ...] = get_args(Place)
 # Tokens for each column of a Gram matrix, at least. Of C independent columns and n tokens, its eigenvalues are off by
 # factors of up to (1 ± √(C/n))² (Marchenko and Pastur): from n = 4 C on, by 1/4 to 9/4 at the most.
 ENOUGH = 4
-TEXT = 64 << 20  # bytes of the tokenizer and the calibration text while they are read
 
 
 class Plan(BaseModel):
@@ -107,202 +95,118 @@ class Plan(BaseModel):
     warnings: list[str] = []
 
 
-def work_out(
-    name: str,
-    model: PreTrainedModel,
-    blocks: list[Block],
-    recipe: Recipe,
-    *,
-    fewer: Fewer | None = None,
-    samples: int,
-    seqlen: int,
-    batch: int,
-    device: torch.device,
-    activation_budget: int | None,
-    folder: Path,
-    ranks: int = 1,
-    own: float = 0.0,
-) -> Plan:
+def work_out(run: Outline) -> Plan:
     """Work out what a run needs.
-
-    Args:
-        name: of the model, as the user gave it.
-        model: a skeleton on the meta device, in the dtype of the run, without the experts that are dropped.
-        blocks: of the model.
-        recipe: the method.
-        fewer: how it lost experts, if it did.
-        samples: calibration sequences.
-        seqlen: tokens of a calibration sequence.
-        batch: sequences in a forward pass.
-        device: where blocks would be computed; this machine need not have it.
-        activation_budget: as in `Room`; if the device is not here, its memory has no limit by default.
-        folder: where the checkpoint would be written.
-        ranks: processes on this machine, one for each device.
-        own: share of the sequences that the model writes itself; rank 0 loads it whole for that.
 
     Raises:
         BesaError: a pattern of the recipe matches nothing, or one batch needs more than the memory of this machine.
     """
-    in_order = units(blocks, recipe.granularity)
-    budgets_of_units = budgets(blocks, recipe)
-    plan = [budget for unit_budgets in budgets_of_units for budget in unit_budgets]
-    parameters, item = model.num_parameters(), model.dtype.itemsize
-    dropped = fewer.dropped if fewer is not None else 0
-    size = parameters * item
-    if recipe.quantization.coding is not None:
-        names = {name for budget in plan for name in budget.names}
-        size -= item * sum(budget.weights for budget in plan)
-        size += _code_bytes(recipe.quantization.coding, blocks, names, item)
-    channels: int = model.config.get_text_config().hidden_size
-    share, tokens = dense_share(recipe, seqlen)
-    shares = shares_of(samples, batch, ranks)
-    sequences = most(shares)
-    stream = sequences * seqlen * channels * item
-    teacher = recipe.teacher
-    dense_stream = most(shares, share) * tokens * channels * item
-    two_parts = recipe.granularity == "attn-mlp"  # attention has its own teacher
-    target = stream if teacher == "pruned" else dense_stream
-    streams = [stream, dense_stream, *([target] if two_parts else []), *([stream] if teacher == "pruned" else [])]
-    surveyed = [stream // sequences] * states_measured(recipe, samples, len(blocks), batch, ranks)
-    # What is measured on the dense model is freed before the others are allocated.
-    with together(0, ranks):  # they share the host's memory
-        in_turn = [_placed(sizes, Room(device, activation_budget)) for sizes in (streams, surveyed)]
-    places = {place: max(placed[place] for placed in in_turn) for place in PLACES}
-    if batch * seqlen * channels * item > memory.total_bytes():
-        raise BesaError(
-            f"A batch of {batch:,} × {seqlen:,} tokens needs more memory than this machine has: lower --batch or "
-            "--seqlen."
-        )
-    crop = first_tokens(seqlen, recipe.descent.crop if recipe.descent else 1.0)
-    learn_arguments(model, blocks, {(batch, seqlen), (1, seqlen), (1, crop)})
-    inside = {id(parameter) for block in blocks for parameter in block.module.parameters()}
-    outside = sum(parameter.nbytes for parameter in model.parameters() if id(parameter) not in inside)
-    if recipe.losses_every(samples):  # predictions, their logarithms and gradients
-        outside += 20 * seqlen * model.config.get_text_config().vocab_size
-    pruned = {name for budget in plan for name in budget.names}
-    whole = whole_bytes(model, blocks, pruned, recipe, seqlen)
-    work, learning, sent = 0, 0, Counter[str]()
-    for unit, unit_budgets in _distinct(in_order, budgets_of_units):
-        inputs = shared_inputs(unit, model, seqlen)
-        work = max(work, unit_bytes(model, unit, inputs, recipe, batch, seqlen))
-        learning = max(learning, learning_bytes(model, unit, seqlen) if whole else 0)
-        of_unit = traffic(unit, inputs, unit_budgets, recipe, samples, channels, ranks)
-        of_block = Counter({phase: size // len(unit.blocks) for phase, size in of_unit.items()})
-        sent = max(sent, of_block, key=Counter.total)
-    unit_size = max(stored_bytes(unit) for unit in in_order)
-    if fewer is not None:  # a block with all its experts is there for the dense path
-        whole_size = max(stored_bytes(unit) for unit in units(fewer.whole, recipe.granularity))
-        work, unit_size = work + whole_size, unit_size + whole_size
-    distilling = whole + learning
-    on_device = places["device"] + max(outside, work, distilling)
-    gpu = None if shares_memory(device) else on_device
-    needs = memory.current_bytes() + TEXT + places["host"] + (on_device if gpu is None else 2 * unit_size)
-    routed = any(prunable.routed for block in blocks for prunable in block.prunables.values())
-    disk = whole_disk_bytes(model, blocks, pruned, recipe, size) + ranks * places["file"]
-    zeros = sum(budget.zeros for budget in plan)
-    most_at_once = ranks * needs
-    if own:
-        weights, cache = sizes_of(model, seqlen, device)
-        writing = memory.current_bytes() + TEXT + weights + (cache if gpu is None else 0)
-        needs, most_at_once = max(needs, writing), max(most_at_once, writing)
-        gpu = None if gpu is None else max(gpu, weights + cache)
-    lacking = list(_lacking(most_at_once, gpu, disk, device, folder, ranks))
-    widths = [prunable.columns for block in blocks for name, prunable in block.prunables.items() if name in pruned]
+    recipe, fewer = run.recipe, run.fewer
+    zeros = sum(budget.zeros for budget in run.budgets)
+    checkpoint = _checkpoint_bytes(run)
+    states = kept_states(run)
+    distinct = distinct_units(run)
+    peak = peaks(run, states, distinct)
+    disk = whole_disk_bytes(run.model, run.blocks, run.pruned, recipe, checkpoint) + run.ranks * states.places["file"]
+    lacking = list(_lacking(run, peak, disk))
+    head = head_share(run.model, run.blocks)
     return Plan(
-        model=name,
-        architecture=type(model).__name__,
-        blocks=len(blocks),
-        parameters=parameters + dropped,
-        prunable_weights=sum(budget.weights for budget in plan),
+        model=run.name,
+        architecture=type(run.model).__name__,
+        blocks=len(run.blocks),
+        parameters=run.parameters + run.dropped,
+        prunable_weights=sum(budget.weights for budget in run.budgets),
         zeros=zeros,
-        structures=_structures(in_order, budgets_of_units, recipe),
+        structures=_structures(run),
         experts=(fewer.mixtures.experts, fewer.kept) if fewer is not None else None,
         mixtures=len(fewer.mixtures.each) if fewer is not None else 0,
-        dropped=dropped,
-        model_sparsity=(zeros + dropped) / (parameters + dropped),
-        dense=left_dense(blocks, pruned),
-        checkpoint_bytes=size,
+        dropped=run.dropped,
+        model_sparsity=(zeros + run.dropped) / (run.parameters + run.dropped),
+        dense=left_dense(run.blocks, run.pruned),
+        checkpoint_bytes=checkpoint,
         disk_bytes=disk,
-        ranks=ranks,
-        sequences=sequences,
-        traffic_bytes=dict(sent),
-        activation_bytes=max(sum(streams), sum(surveyed)),
-        activation_places=places,
-        memory_bytes=needs,
-        gpu_memory_bytes=gpu,
-        distilling_bytes=distilling,
-        forward_passes=forward_passes(recipe, samples, seqlen, batch, ranks, routed, head_share(model, blocks)),
-        writing_passes=own * PASSES,
+        ranks=run.ranks,
+        sequences=run.sequences,
+        traffic_bytes=_sent(run, distinct),
+        activation_bytes=states.size,
+        activation_places=states.places,
+        memory_bytes=peak.memory,
+        gpu_memory_bytes=peak.gpu,
+        distilling_bytes=peak.distilling,
+        forward_passes=forward_passes(recipe, run.samples, run.seqlen, run.batch, run.ranks, run.routed, head),
+        writing_passes=run.own * PASSES,
         fits=not lacking,
         lacking=lacking,
-        warnings=list(_warnings(recipe, samples, seqlen, max(widths, default=0))),
+        warnings=list(_warnings(run)),
     )
 
 
-def _structures(
-    in_order: list[Unit], budgets_of_units: list[list[Budget]], recipe: Recipe
-) -> dict[str, tuple[int, int]]:
+def _checkpoint_bytes(run: Outline) -> int:
+    """Bytes of the pruned checkpoint."""
+    size, coding = run.parameters * run.item, run.recipe.quantization.coding
+    if coding is None:
+        return size
+    return size - run.item * sum(budget.weights for budget in run.budgets) + _code_bytes(run, coding)
+
+
+def _code_bytes(run: Outline, coding: Coding) -> int:
+    """Bytes of the quantised linears as codes, with scales and zero points."""
+    bits = 0
+    for block in run.blocks:
+        for name, prunable in block.prunables.items():
+            if name in run.pruned:
+                grids = prunable.rows * coding.groups(name, prunable.columns)
+                bits += coding.bits * (prunable.numel + grids) + 8 * run.item * grids
+    return bits // 8
+
+
+def _structures(run: Outline) -> dict[str, tuple[int, int]]:
     """Of structures that go whole, how many all blocks have and how many stay, by kind."""
     had, stay = Counter[str](), Counter[str]()
-    for unit, unit_budgets in zip(in_order, budgets_of_units, strict=True):
+    for unit, unit_budgets in zip(run.units, run.budgets_of_units, strict=True):
         for block, budget in zip(unit.blocks, unit_budgets, strict=False):
-            counts = recipe.allocation.kept(block, budget)
+            counts = run.recipe.allocation.kept(block, budget)
             had.update({kind: before for kind, (before, _) in counts.items()})
             stay.update({kind: after for kind, (_, after) in counts.items()})
     return {kind: (had[kind], stay[kind]) for kind in had}
 
 
-def _warnings(recipe: Recipe, samples: int, seqlen: int, widest: int) -> Iterator[str]:
-    """What could cost quality, given the most inputs that a pruned matrix has."""
-    tokens = samples * seqlen
-    if recipe.needs_gram and tokens < ENOUGH * widest:
+def _sent(run: Outline, distinct: Sequence[Distinct]) -> dict[str, int]:
+    """Bytes that a rank sends to others by phase, for the block for which it sends most."""
+    most = Counter[str]()
+    for each in distinct:
+        of_unit = traffic(each.unit, each.inputs, each.budgets, run.recipe, run.samples, run.channels, run.ranks)
+        of_block = Counter({phase: size // len(each.unit.blocks) for phase, size in of_unit.items()})
+        most = max(most, of_block, key=Counter.total)
+    return dict(most)
+
+
+def _warnings(run: Outline) -> Iterator[str]:
+    """What could cost quality."""
+    tokens = run.samples * run.seqlen
+    widths = [
+        prunable.columns for block in run.blocks for name, prunable in block.prunables.items() if name in run.pruned
+    ]
+    widest = max(widths, default=0)
+    if run.recipe.needs_gram and tokens < ENOUGH * widest:
         yield (
             f"{tokens:,} calibration tokens are few for inputs of {widest:,} columns, and solving for weights may fit "
             f"these tokens only: give at least {ENOUGH} tokens for each column, such as --samples "
-            f"{-(-ENOUGH * widest // seqlen):,}."
+            f"{-(-ENOUGH * widest // run.seqlen):,}."
         )
 
 
-def _lacking(needs: int, gpu: int | None, disk: int, device: torch.device, folder: Path, ranks: int) -> Iterator[str]:
-    """What this machine has too little of for so many processes, which need so much together, in words."""
-    if needs > memory.total_bytes():
+def _lacking(run: Outline, peak: Peaks, disk: int) -> Iterator[str]:
+    """What this machine has too little of, in words, for a run that needs so many bytes on the disk."""
+    if peak.memory_of_all > memory.total_bytes():
         yield f"memory ({memory.total_bytes() / 1e9:.1f} GB)"
-    if gpu is not None:
-        if not is_available(device.type):
+    if peak.gpu is not None:
+        if not is_available(run.device.type):
             yield "GPU memory (there is none)"
-        elif ranks > (present := torch.get_device_module(device).device_count()):
-            yield f"GPU memory (one GPU for each of {ranks} ranks; there {'is' if present == 1 else 'are'} {present})"
-        elif gpu > (total := total_bytes(device)):
+        elif run.ranks > (there := torch.get_device_module(run.device).device_count()):
+            yield f"GPU memory (one GPU for each of {run.ranks} ranks; there {'is' if there == 1 else 'are'} {there})"
+        elif peak.gpu > (total := total_bytes(run.device)):
             yield f"GPU memory ({total / 1e9:.1f} GB)"
-    place = next(parent for parent in [folder, *folder.absolute().parents] if parent.is_dir())
+    place = next(parent for parent in [run.folder, *run.folder.absolute().parents] if parent.is_dir())
     if disk > (free := shutil.disk_usage(place).free):
         yield f"free disk ({free / 1e9:.1f} GB)"
-
-
-def _placed(sizes: list[int], room: Room) -> Counter[Place]:
-    """Bytes of hidden states of these sizes in each place, if they are allocated in this order."""
-    placed: Counter[Place] = Counter()
-    for size in sizes:
-        place, taken = room.take(size)
-        placed[place] += taken or size
-    return placed
-
-
-def _distinct(in_order: list[Unit], budgets_of_units: list[list[Budget]]) -> list[tuple[Unit, list[Budget]]]:
-    """One unit of each shape, and its budgets; most decoders have only one shape."""
-    by_shapes = {
-        tuple((p.rows, p.columns) for p in unit.prunables.values()): (unit, unit_budgets)
-        for unit, unit_budgets in reversed(list(zip(in_order, budgets_of_units, strict=True)))
-    }
-    return list(by_shapes.values())
-
-
-def _code_bytes(quantization: Coding, blocks: list[Block], names: set[str], item: int) -> int:
-    """Bytes of the quantised linears as codes, with scales and zero points."""
-    bits = 0
-    for block in blocks:
-        for name, prunable in block.prunables.items():
-            if name in names:
-                grids = prunable.rows * quantization.groups(name, prunable.columns)
-                bits += quantization.bits * (prunable.numel + grids) + 8 * item * grids
-    return bits // 8

@@ -7,5 +7,6 @@ from besa.pruning.dropping import drop_experts, smaller
 from besa.pruning.loop import prune_blocks
 from besa.pruning.model import prune_model
 from besa.pruning.paths import Resources
+from besa.pruning.run import Run
 
-__all__ = ["Resources", "drop_experts", "prune_blocks", "prune_model", "smaller"]
+__all__ = ["Resources", "Run", "drop_experts", "prune_blocks", "prune_model", "smaller"]

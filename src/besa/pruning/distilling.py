@@ -9,23 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from besa.data.calibration import Calibration
 from besa.methods.distilling import Pupil
-from besa.methods.recipe import Recipe
 from besa.models.activations import HiddenStates
 from besa.models.blocks import embedded
-from besa.models.streaming import Decoder
 from besa.models.whole import Whole, head_share
-from besa.progress import Progress
 from besa.pruning.coded import in_files, round_block
-from besa.pruning.paths import Resources
+from besa.pruning.loop import Pruned
+from besa.pruning.run import Run
 from besa.quantization import Grid, Quantized
-from besa.record import BlockRecord, DistillingRecord
+from besa.record import DistillingRecord
 from besa.storage.formats import unrounded
 from besa.storage.journal import Journal
 from besa.storage.snapshots import Snapshots
 from besa.system import ranks
-from besa.system.ranks import Share
 from besa.system.stopwatch import Stopwatch
 
 
@@ -36,86 +32,91 @@ def distilled_before(journal: Journal | None) -> DistillingRecord | None:
     return DistillingRecord.model_validate(kept) if kept is not None else None
 
 
-def distill(
-    decoder: Decoder,
-    recipe: Recipe,
-    calibration: Calibration,
-    records: list[BlockRecord],
-    targets_NTC: HiddenStates,
-    grids: Mapping[str, Grid],
-    *,
-    share: Share,
-    seed: int,
-    resources: Resources,
-    journal: Journal | None,
-    progress: Progress,
-) -> DistillingRecord:
+def distill(run: Run, pruned: Pruned) -> DistillingRecord:
     """Distil a model whose blocks are pruned, with all blocks on the device at once.
 
     Args:
-        decoder: its blocks are pruned, or the journal has them.
-        recipe: the method.
-        calibration: token ids (N, T).
-        records: of the blocks.
-        targets_NTC: outputs of the last block on the dense path, for all tokens of the share.
-        grids: by full name, of linears that are rounded from now on.
-        share: the sequences of this rank.
-        seed: of the order of sequences.
-        resources: how to compute.
-        journal: has the pruned blocks; states and the result are written to it. Only rank 0 has one.
-        progress: is called with (steps done, steps, state) after every step.
+        run: the journal has the pruned blocks; states and the result are written to it. Progress is (steps done,
+            steps, state) after every step.
+        pruned: its dense path has come to the end of the last block, for all tokens of the share.
 
     Raises:
         BesaError: the disk is full.
     """
-    watch, blocks, device = Stopwatch(resources.device), decoder.blocks, resources.device
+    recipe, journal, watch = run.recipe, run.journal, Stopwatch(run.resources.device)
     with ExitStack() as stack:
         with watch("load"):
-            stack.enter_context(decoder.outside_blocks(device))
-            inputs_NTC = embedded(decoder.model, blocks, calibration.tokens_NT, 1, resources.room, share)
-            for block in blocks:
-                stack.enter_context(decoder.opened(block, device))
-                if not decoder.lasting:
-                    tensors = ranks.tensors_from_first(journal.tensors(block.index) if journal is not None else {})
-                    decoder.load_tensors(block, unrounded.decode(tensors, 0)[0] if grids else tensors)
-        pupil = Pupil(
-            Whole(decoder.model, blocks),
-            [linear.name for record in records for linear in record.linears],
-            calibration.tokens_NT[share.places],
-            inputs_NTC,
-            targets_NTC,
-            share,
-            seed,
-            sum(block.seconds for block in records) + sum(watch.seconds.values()),
-            head_share(decoder.model, blocks),
-            {name: _at(grid, device) for name, grid in grids.items()},
-        )
+            inputs_NTC = _open(run, pruned, stack)
+        pupil = _pupil(run, pruned, inputs_NTC, sum(watch.seconds.values()))
         with watch("distill"):
             states = _SharedSnapshots(Snapshots(journal.folder) if journal is not None else None)
-            distilled = recipe.distill.distill(pupil, states, progress)
-            quantized: dict[str, Quantized] = {}
-            if (coding := recipe.quantization.coding) is not None:
-                for block in blocks:
-                    quantized |= round_block(block, grids, coding)
-        seconds = watch.seconds
+            distilled = recipe.distill.distill(pupil, states, run.progress)
+            quantized = _rounded(run, pruned.grids)
         record = DistillingRecord(
             epochs=distilled.epochs,
             losses=distilled.losses,
             passes=recipe.distill.passes(pupil.head, len(distilled.losses) - 1),
-            seconds=sum(seconds.values()),
-            phases=seconds,
+            seconds=sum(watch.seconds.values()),
+            phases=watch.seconds,
             sent=watch.sent,
         )
         if journal is not None:
-            rest = decoder.stored_outside(name for name in distilled.changed if not pupil.whole.place(name))
+            rest = run.decoder.stored_outside(name for name in distilled.changed if not pupil.whole.place(name))
             changed = (
-                (block.index, in_files(decoder, block, quantized, resources.codes))
-                for block in blocks
+                (block.index, in_files(run.decoder, block, quantized, run.resources.codes))
+                for block in run.decoder.blocks
                 if distilled.helped or quantized
             )
             journal.keep_distilled(changed, rest, record)
             states.clear()
     return record
+
+
+def _open(run: Run, pruned: Pruned, stack: ExitStack) -> HiddenStates:
+    """Bring the whole pruned model to the device until the stack ends; returns the inputs of the first block."""
+    decoder, device = run.decoder, run.resources.device
+    stack.enter_context(decoder.outside_blocks(device))
+    inputs_NTC = embedded(decoder.model, decoder.blocks, run.calibration.tokens_NT, 1, run.resources.room, pruned.share)
+    for block in decoder.blocks:
+        stack.enter_context(decoder.opened(block, device))
+        if not decoder.lasting:
+            tensors = run.kept(block)
+            decoder.load_tensors(block, unrounded.decode(tensors, 0)[0] if pruned.grids else tensors)
+    return inputs_NTC
+
+
+def _pupil(run: Run, pruned: Pruned, inputs_NTC: HiddenStates, loading: float) -> Pupil:
+    """What learns, and what it learns from.
+
+    Args:
+        run: its model is open.
+        pruned: its blocks.
+        inputs_NTC: of the first block.
+        loading: seconds that it took to open the model.
+    """
+    decoder, device = run.decoder, run.resources.device
+    assert pruned.dense_NTC is not None
+    return Pupil(
+        Whole(decoder.model, decoder.blocks),
+        [linear.name for record in pruned.records for linear in record.linears],
+        run.calibration.tokens_NT[pruned.share.places],
+        inputs_NTC,
+        pruned.dense_NTC,
+        pruned.share,
+        run.seed,
+        sum(block.seconds for block in pruned.records) + loading,
+        head_share(decoder.model, decoder.blocks),
+        {name: _at(grid, device) for name, grid in pruned.grids.items()},
+    )
+
+
+def _rounded(run: Run, grids: Mapping[str, Grid]) -> dict[str, Quantized]:
+    """Round the weights that have learned, in place; returns them by full name, none without grids."""
+    quantized: dict[str, Quantized] = {}
+    if (coding := run.recipe.quantization.coding) is not None:
+        for block in run.decoder.blocks:
+            quantized |= round_block(block, grids, coding)
+    return quantized
 
 
 def _at(grid: Grid, device: torch.device) -> Grid:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel
 
-from besa.data.calibration import Calibration
 from besa.methods.dropping.dropper import Scorer, highest
 from besa.methods.recipe import Recipe
 from besa.models.blocks import Block, embedded
@@ -14,12 +13,9 @@ from besa.models.check import Check
 from besa.models.mixtures import Fewer, Mixtures, fewer, find_mixtures
 from besa.models.streaming import Decoder
 from besa.observing.contributions import contributions
-from besa.progress import Progress
-from besa.pruning.paths import Resources
+from besa.pruning.run import Run
 from besa.record import MixtureRecord
-from besa.storage.journal import Journal
 from besa.system import ranks
-from besa.system.ranks import Share
 
 
 @dataclass(frozen=True)
@@ -55,51 +51,36 @@ def smaller(model: PreTrainedModel, blocks: list[Block], recipe: Recipe) -> Fewe
     return fewer(model, blocks, mixtures, scoring.kept(mixtures))
 
 
-def drop_experts(
-    decoder: Decoder,
-    shapes: Fewer | None,
-    recipe: Recipe,
-    calibration: Calibration,
-    resources: Resources,
-    journal: Journal | None,
-    progress: Progress,
-) -> Dropped:
+def drop_experts(run: Run, shapes: Fewer | None) -> Dropped:
     """Drop the experts of a recipe. The journal keeps which.
 
     Args:
-        decoder: dense.
+        run: its decoder is dense.
         shapes: from `smaller`.
-        recipe: the method.
-        calibration: token ids (N, T).
-        resources: how to compute.
-        journal: only rank 0 has one.
-        progress: is called with (blocks done, blocks, state) after every block.
 
     Raises:
         BesaError: the blocks cannot be run one by one, or besa cannot see the gates of experts.
     """
-    scoring = recipe.experts.scoring
+    scoring, journal = run.recipe.experts.scoring, run.journal
     if scoring is None or shapes is None:
-        return Dropped(decoder)
+        return Dropped(run.decoder)
     known = ranks.from_first([each.model_dump() for each in journal.mixtures or []] if journal is not None else [])
     records = [MixtureRecord.model_validate(each) for each in known]
     if not records:
-        records = _choose(decoder, shapes, scoring, calibration, resources, progress)
+        records = _choose(run, shapes, scoring)
         if journal is not None:
             journal.keep_mixtures(records)
     kept = {each.name: [at for at in range(each.experts) if at not in each.gone] for each in records}
-    return Dropped(*decoder.with_experts(shapes, kept), records)
+    return Dropped(*run.decoder.with_experts(shapes, kept), records)
 
 
-def _choose(
-    decoder: Decoder, shapes: Fewer, scoring: Scorer, calibration: Calibration, resources: Resources, progress: Progress
-) -> list[MixtureRecord]:
+def _choose(run: Run, shapes: Fewer, scoring: Scorer) -> list[MixtureRecord]:
     """Score the experts of every mixture in one pass through the dense model."""
     mixtures: Mixtures = shapes.mixtures
-    share = Share.of(calibration.samples, resources.batch)
-    check = Check(decoder, calibration.tokens_NT, resources.device)
+    decoder, tokens_NT, resources = run.decoder, run.calibration.tokens_NT, run.resources
+    check = Check(decoder, tokens_NT, resources.device)
     with decoder.embeddings(resources.device):
-        x_NTC = embedded(decoder.model, decoder.blocks, calibration.tokens_NT, resources.batch, resources.room, share)
+        x_NTC = embedded(decoder.model, decoder.blocks, tokens_NT, resources.batch, resources.room, run.share)
     records = []
     for block, following in zip(decoder.blocks, [*decoder.blocks[1:], None], strict=True):
         with decoder.opened(block, resources.device):
@@ -121,5 +102,5 @@ def _choose(
                     tokens=found[mixture.name].tokens_E.tolist(),
                 )
             )
-        progress(block.index + 1, len(decoder.blocks), "experts scored")
+        run.progress(block.index + 1, len(decoder.blocks), "experts scored")
     return records

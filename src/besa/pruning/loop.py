@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
+from besa.counting.budget import Budget
 from besa.data.calibration import Calibration
 from besa.methods.recipe import Recipe
 from besa.methods.targets.budgets import budgets
@@ -12,11 +16,12 @@ from besa.models.activations import HiddenStates
 from besa.models.check import Check
 from besa.models.streaming import Decoder
 from besa.models.units import Unit, units
-from besa.progress import BlockDone, BlockNote, Progress, silent
+from besa.progress import BlockDone, BlockNote
 from besa.pruning import quantizing
-from besa.pruning.coded import put_back, to_keep
+from besa.pruning.coded import Coded, put_back, to_keep
 from besa.pruning.measuring import Measured, measure
 from besa.pruning.paths import PLAIN, Resources, first_inputs
+from besa.pruning.run import Run
 from besa.pruning.step import Step, prune_unit
 from besa.quantization import Grid
 from besa.record import BlockRecord
@@ -45,118 +50,197 @@ class Pruned:
     grids: dict[str, Grid] = field(default_factory=dict)
 
 
-def prune_blocks(
-    decoder: Decoder,
-    recipe: Recipe,
-    calibration: Calibration,
-    *,
-    dense: Decoder | None = None,
-    seed: int = 0,
-    resources: Resources = PLAIN,
-    journal: Journal | None = None,
-    progress: Progress = silent,
-    to_the_end: bool = False,
-) -> Pruned:
-    """Prune a decoder by `recipe`, one block at a time.
+def prune_blocks(decoder: Decoder, recipe: Recipe, calibration: Calibration, *, resources: Resources = PLAIN) -> Pruned:
+    """Algorithm 1 by itself: prune the blocks of a decoder, without what comes before and after them in a run.
 
     Args:
         decoder: causal decoder in evaluation mode.
         recipe: the method.
         calibration: token ids (N, T).
-        dense: of the dense path, if the decoder has lost experts; by default the decoder.
-        seed: of random choices, such as the order of sequences.
         resources: how to compute.
-        journal: every finished block is written to it; blocks that it already holds are not pruned again. Only rank 0
-            has one.
-        progress: is called with (blocks done, blocks, state) after every block, and with none done before the first.
+
+    Raises:
+        BesaError: as of `prune_units`.
+    """
+    return prune_units(Run(decoder, recipe, calibration, resources=resources))
+
+
+def prune_units(run: Run, *, to_the_end: bool = False) -> Pruned:
+    """Prune the decoder of a run, one unit at a time; those that the journal holds are not pruned again.
+
+    Args:
+        run: the journal gets every block that is finished.
         to_the_end: run the dense path to its end, even if the journal has the last blocks.
 
     Raises:
         BesaError: the blocks cannot be run one by one, activations are not finite, a block already has more zeros than
             its budget allows, or the disk is full.
     """
-    blocks = decoder.blocks
-    in_order = units(blocks, recipe.granularity)
-    whole = units(dense.blocks, recipe.granularity) if dense is not None else in_order
-    share = Share.of(calibration.samples, resources.batch)
-    done = _done(journal, in_order)
-    check = Check(decoder, calibration.tokens_NT, resources.device) if len(done) < len(blocks) else None
-    measured = Measured()
-    if len(done) < len(blocks):
-        measured = measure(decoder, recipe, calibration, seed, resources, journal, progress)
-    plan = budgets(blocks, recipe, measured.targets)
-    quantization = recipe.quantization.coding
-    if quantization is not None:
-        quantizing.check(quantization, in_order, plan)
-        if journal is not None and resources.codes:
-            planned = (name for unit_budgets in plan for budget in unit_budgets for name in budget.names)
-            codes.check(decoder.model, planned)
-    if journal is not None:
-        journal.restored = len(done)
+    in_order = units(run.decoder.blocks, run.recipe.granularity)
+    done = _done(run.journal, in_order)
     open_units = [place for place, unit in enumerate(in_order) if unit.index not in done]
+    check = Check(run.decoder, run.calibration.tokens_NT, run.resources.device) if open_units else None
+    measured = measure(run) if open_units else Measured()
+    plan = budgets(run.decoder.blocks, run.recipe, measured.targets)
+    _check_codes(run, in_order, plan)
+    if run.journal is not None:
+        run.journal.restored = len(done)
     if not (open_units or to_the_end):  # the earlier run stopped while it assembled the checkpoint
-        return Pruned([done[block.index] for block in blocks], None, share)
+        return Pruned([done[block.index] for block in run.decoder.blocks], None, run.share)
     last_open = max(open_units, default=-1)
     last = len(in_order) - 1 if to_the_end else last_open
-    progress(0, len(blocks), "embeddings")
-    pruned_NTC, dense_NTC = first_inputs(decoder, recipe, calibration, resources, share)  # line 1
-    if dense is not None:
-        for block, dense_block in zip(blocks, dense.blocks, strict=True):
-            dense_block.arguments.update(block.arguments)
-    records: list[BlockRecord] = []
-    grids: dict[str, Grid] = {}
-    for place, (unit, unit_budgets) in enumerate(zip(in_order[: last + 1], plan, strict=False)):  # line 2
-        watch = Stopwatch(resources.device)
-        with ExitStack() as stack:
-            with watch("load"):
-                for block in unit.blocks:
-                    stack.enter_context(decoder.opened(block, resources.device))
-                if dense is not None:
-                    for block in whole[place].blocks:
-                        stack.enter_context(dense.opened(block, resources.device))
-            if check is not None:
+    run.progress(0, len(run.decoder.blocks), "embeddings")
+    walk = _Walk(run, in_order, plan, done, measured.gradients, check, last_open, last)  # line 1
+    for place in range(last + 1):  # line 2
+        walk.through(place)
+    if run.journal is not None:
+        run.journal.settle()
+    rest = [done[block.index] for unit in in_order[last + 1 :] for block in unit.blocks]
+    return Pruned([*walk.records, *rest], walk.dense_NTC, run.share, walk.grids)
+
+
+class _Walk:
+    """The way of the pruned and the dense path through the units of a decoder.
+
+    Args:
+        run: what is pruned, and how.
+        in_order: the units.
+        plan: the budgets of each unit.
+        done: records by index of the blocks that the journal has.
+        gradients: as of `Measured`.
+        check: sees every block while it is dense; None if all are done.
+        last_open: place of the last unit that is to be pruned; -1 if all are done.
+        last: place of the last unit on the way.
+
+    Attributes:
+        dense_NTC: where the dense path has come to.
+        records: of the blocks on the way so far.
+        grids: by full name, of linears that are to be rounded after distilling.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        in_order: list[Unit],
+        plan: list[list[Budget]],
+        done: Mapping[int, BlockRecord],
+        gradients: Mapping[str, Tensor],
+        check: Check | None,
+        last_open: int,
+        last: int,
+    ) -> None:
+        self._run, self._units, self._plan, self._done = run, in_order, plan, done
+        self._gradients, self._check, self._last_open, self._last = gradients, check, last_open, last
+        self._whole = units(run.dense.blocks, run.recipe.granularity) if run.dense is not None else in_order
+        self._pruned_NTC, self.dense_NTC = first_inputs(
+            run.decoder, run.recipe, run.calibration, run.resources, run.share
+        )
+        if run.dense is not None:
+            for block, dense_block in zip(run.decoder.blocks, run.dense.blocks, strict=True):
+                dense_block.arguments.update(block.arguments)
+        self.records: list[BlockRecord] = []
+        self.grids: dict[str, Grid] = {}
+
+    def through(self, place: int) -> None:
+        """Move both paths through the unit at a place, which is pruned, or comes from the journal."""
+        unit, watch = self._units[place], Stopwatch(self._run.resources.device)
+        with self._opened(place, watch):
+            if self._check is not None:
                 with watch("check"):
                     for block in unit.blocks:
-                        check.see(block)
-            if place < last:
-                for block in in_order[place + 1].blocks:
-                    decoder.prefetch(block, resources.device)
-            if unit.index in done:
-                for block, dense_block in zip(unit.blocks, whole[place].blocks, strict=True):
-                    dense_block.run(dense_NTC, resources.batch, into=dense_NTC)
-                    tensors = ranks.tensors_from_first(journal.tensors(block.index) if journal is not None else {})
-                    grids |= put_back(decoder, block, tensors, recipe)
-                    if place < last_open:
-                        block.run(pruned_NTC, resources.batch, into=pruned_NTC)
-                    records.append(done[block.index])
-                    progress(len(records), len(blocks), _note(done[block.index], restored=True))
-                continue
-            paths_NTC, gradients = (pruned_NTC, dense_NTC), measured.gradients
-            step = Step(unit, whole[place], unit_budgets, recipe, *paths_NTC, share, gradients, seed, resources, watch)
-            unit_records, coded = prune_unit(step)  # lines 3 to 12
-            if recipe.rounds_last:
-                for name, weight in coded.unrounded.items():
-                    grids[name] = weight.grid
-                    unit.weight(name).detach().copy_(weight.w_OI)
-            ranks.check_same(unit.blocks[-1].name, [unit.weight(name) for name in unit.prunables])
-            if journal is not None:
-                with watch("write"):
-                    journal.settle()  # before there are two blocks to be written
-                    for block, record in zip(unit.blocks, unit_records, strict=True):
-                        journal.keep(to_keep(decoder, block, coded, recipe, resources.codes), record)
+                        self._check.see(block)
+            if place < self._last:
+                for block in self._units[place + 1].blocks:
+                    self._run.decoder.prefetch(block, self._run.resources.device)
+            if unit.index in self._done:
+                self._restore(place)
+                return
+            records, coded = self._prune(place, watch)
+            self._keep(unit, records, coded, watch)
         memory.trim()
-        for record in unit_records:
-            records.append(record)
-            progress(len(records), len(blocks), _note(record))
-    if journal is not None:
-        journal.settle()
-    records += [done[block.index] for unit in in_order[last + 1 :] for block in unit.blocks]
-    return Pruned(records, dense_NTC, share, grids)
+        for record in records:
+            self._finish(record)
+
+    @contextmanager
+    def _opened(self, place: int, watch: Stopwatch) -> Iterator[None]:
+        """While open, the blocks of a unit have their weights, those of the dense path too."""
+        run, device = self._run, self._run.resources.device
+        with ExitStack() as stack:
+            with watch("load"):
+                for block in self._units[place].blocks:
+                    stack.enter_context(run.decoder.opened(block, device))
+                if run.dense is not None:
+                    for block in self._whole[place].blocks:
+                        stack.enter_context(run.dense.opened(block, device))
+            yield
+
+    def _restore(self, place: int) -> None:
+        """Run the blocks of a finished unit, dense and pruned, as they are in the journal."""
+        batch = self._run.resources.batch
+        for block, dense_block in zip(self._units[place].blocks, self._whole[place].blocks, strict=True):
+            dense_block.run(self.dense_NTC, batch, into=self.dense_NTC)
+            self.grids |= put_back(self._run.decoder, block, self._run.kept(block), self._run.recipe)
+            if place < self._last_open:
+                block.run(self._pruned_NTC, batch, into=self._pruned_NTC)
+            self._finish(self._done[block.index], restored=True)
+
+    def _prune(self, place: int, watch: Stopwatch) -> tuple[list[BlockRecord], Coded]:
+        """Prune a unit (lines 3 to 12); returns a record of each block, and the quantised weights."""
+        run, unit = self._run, self._units[place]
+        step = Step(
+            unit,
+            self._whole[place],
+            self._plan[place],
+            run.recipe,
+            self._pruned_NTC,
+            self.dense_NTC,
+            run.share,
+            self._gradients,
+            run.seed,
+            run.resources,
+            watch,
+        )
+        records, coded = prune_unit(step)
+        if run.recipe.rounds_last:
+            for name, weight in coded.unrounded.items():
+                self.grids[name] = weight.grid
+                unit.weight(name).detach().copy_(weight.w_OI)
+        ranks.check_same(unit.blocks[-1].name, [unit.weight(name) for name in unit.prunables])
+        return records, coded
+
+    def _keep(self, unit: Unit, records: list[BlockRecord], coded: Coded, watch: Stopwatch) -> None:
+        """Add a finished unit to the journal.
+
+        Raises:
+            BesaError: the disk is full.
+        """
+        run = self._run
+        if run.journal is None:
+            return
+        with watch("write"):
+            run.journal.settle()  # before there are two blocks to be written
+            for block, record in zip(unit.blocks, records, strict=True):
+                run.journal.keep(to_keep(run.decoder, block, coded, run.recipe, run.resources.codes), record)
+
+    def _finish(self, record: BlockRecord, *, restored: bool = False) -> None:
+        """Add the record of a block, and tell of it."""
+        self.records.append(record)
+        done = BlockDone(record.name, record.reconstruction_error, record.sparsity, record.seconds, restored)
+        self._run.progress(len(self.records), len(self._run.decoder.blocks), BlockNote(done))
 
 
-def _note(record: BlockRecord, *, restored: bool = False) -> BlockNote:
-    block = BlockDone(record.name, record.reconstruction_error, record.sparsity, record.seconds, restored)
-    return BlockNote(block)
+def _check_codes(run: Run, in_order: list[Unit], plan: list[list[Budget]]) -> None:
+    """Check before the work that the linears of the plan can become codes, if the recipe has any.
+
+    Raises:
+        BesaError: they cannot.
+    """
+    coding = run.recipe.quantization.coding
+    if coding is None:
+        return
+    quantizing.check(coding, in_order, plan)
+    if run.journal is not None and run.resources.codes:
+        codes.check(run.decoder.model, (name for of_unit in plan for budget in of_unit for name in budget.names))
 
 
 def _done(journal: Journal | None, in_order: list[Unit]) -> dict[int, BlockRecord]:

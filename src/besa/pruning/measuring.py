@@ -7,15 +7,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from besa.data.calibration import Calibration
 from besa.methods.fisher import loss_gradients
-from besa.methods.recipe import Recipe
 from besa.methods.survey import Survey
 from besa.methods.targets.budgets import shared_names
-from besa.models.streaming import Decoder
-from besa.progress import Progress
-from besa.pruning.paths import Resources
-from besa.storage.journal import Journal
+from besa.pruning.run import Run
 from besa.system import ranks
 
 
@@ -32,29 +27,22 @@ class Measured:
     gradients: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def measure(
-    decoder: Decoder,
-    recipe: Recipe,
-    calibration: Calibration,
-    seed: int,
-    resources: Resources,
-    journal: Journal | None,
-    progress: Progress,
-) -> Measured:
+def measure(run: Run) -> Measured:
     """Measure what the recipe needs. The journal keeps it."""
-    measuring, every = recipe.targeting.measuring, recipe.allocation.loss_every(calibration.samples)
+    decoder, recipe, journal = run.decoder, run.recipe, run.journal
+    measuring, every = recipe.targeting.measuring, recipe.allocation.loss_every(run.calibration.samples)
     names, _ = shared_names(decoder.blocks, recipe)
     survey = Survey(
         decoder,
-        calibration,
+        run.calibration,
         names,
         recipe.sparsity,
-        resources.batch,
-        resources.device,
-        resources.room,
-        seed,
+        run.resources.batch,
+        run.resources.device,
+        run.resources.room,
+        run.seed,
         [recipe.allocation.structures(block, own) for block, own in zip(decoder.blocks, names, strict=True)],
-        progress,
+        run.progress,
     )
     targets, gradients = None, {}
     if every is not None:

@@ -6,24 +6,18 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
-
-from pydantic import BaseModel, ValidationError
 
 from besa.counting.budget import zeros_for
 from besa.errors import BesaError
 from besa.evaluation.result import EVALUATION_NAME, Evaluation
-from besa.record import RECORD_NAME, RunRecord
+from besa.record import RECORD_NAME, RunRecord, read_result
 from besa.runtime.timings import BENCH_NAME, Bench
 from besa.simulator import Simulation
+from besa.storage.folders import check_regular
 from besa.storage.formats.container import header
 from besa.storage.names import path_of, printable
-from besa.storage.weights import check_regular
 
 SIMULATION_NAME = "besa_simulation.json"
-
-
-Content = TypeVar("Content", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -116,18 +110,9 @@ def load_run(path: Path) -> Run:
         folder=path,
         record=record,
         measured=Evaluation.read(evaluation) if evaluation.exists() else None,
-        bench=_read(bench, Bench, "measurement of speed", "bench") if bench.exists() else None,
-        simulated=_read(simulation, Simulation, "simulation", "simulate") if simulation.exists() else None,
+        bench=read_result(bench, Bench, "measurement of speed", "bench") if bench.exists() else None,
+        simulated=read_result(simulation, Simulation, "simulation", "simulate") if simulation.exists() else None,
     )
-
-
-def _read(path: Path, kind: type[Content], name: str, command: str) -> Content:
-    try:
-        return kind.model_validate_json(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise BesaError(f"{path} cannot be read: check its permissions.") from None
-    except (ValidationError, UnicodeDecodeError):
-        raise BesaError(f"{path} is not a besa {name}: write it anew with `besa {command}`.") from None
 
 
 def labels(runs: list[Run]) -> list[str]:

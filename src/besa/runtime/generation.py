@@ -85,6 +85,13 @@ def generate(
         trust_remote_code=trust_remote_code,
         progress=progress,
     )
+    return answer(writer, chat, prompt, system, tell)
+
+
+def answer(
+    writer: Writer, chat: bool, prompt: str, system: str | None = None, tell: Callable[[str], None] | None = None
+) -> str:
+    """What a writer answers, or how it goes on; arguments and errors as of `generate`."""
     if chat:
         beginning = [] if system is None else [message("system", system)]
         tokens_1T = prompt_of(writer.tokenizer, [*beginning, message("user", prompt)])

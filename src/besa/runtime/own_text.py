@@ -43,7 +43,8 @@ from besa.models.loading import Source, load_model
 from besa.models.streaming import Decoder
 from besa.progress import Progress
 from besa.runtime.chat_template import message, prompt_of
-from besa.storage.writing import explained, save_tensors
+from besa.storage.tensors import save_tensors
+from besa.storage.writing import explained
 from besa.system import devices, ranks
 
 VERSION = 1  # of all that decides the text besides model, seed and sizes

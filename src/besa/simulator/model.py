@@ -123,6 +123,7 @@ class Simulation(BaseModel):
         block: mean over the blocks of the sum of their linears.
         created: time in ISO 8601.
         versions: of besa and of the packages that affect the numbers.
+        baselines: the same of other checkpoints of the model, with which it is compared.
     """
 
     model: str
@@ -133,6 +134,7 @@ class Simulation(BaseModel):
     block: MeanSimulation
     created: str
     versions: dict[str, str]
+    baselines: list[Simulation] = []
 
 
 def simulate(

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from besa.errors import BesaError, Interrupted
 from besa.record import BlockRecord, DistillingRecord, MixtureRecord
-from besa.storage.writing import check_absent, claimed, save_tensors, write_file
+from besa.storage.tensors import save_tensors
+from besa.storage.writing import check_absent, claimed, write_file
 
 FORMAT = 1
 IDENTITY = "run.json"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from pathlib import Path
 
 from besa.errors import BesaError
@@ -68,6 +69,17 @@ def pinned(model: str, revision: str | None) -> str:
 def printable(text: str) -> str:
     """The text without control characters: terminals obey them, and HTML and SVG cannot hold them."""
     return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+
+
+def visible(text: str) -> str:
+    """The text with control characters written out, such as ESC as four characters, but for newlines and tabs."""
+    return "".join(
+        _written_out(character) if unicodedata.category(character) == "Cc" else character for character in text
+    )
+
+
+def _written_out(control: str) -> str:
+    return control if control in "\n\t" else control.encode("unicode_escape").decode()
 
 
 def _shown(text: str) -> str:

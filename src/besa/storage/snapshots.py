@@ -12,7 +12,8 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from besa.storage.writing import save_tensors, write_file
+from besa.storage.tensors import save_tensors
+from besa.storage.writing import write_file
 
 EVERY = 180.0  # seconds between two states
 SHARE = 0.05  # of the time, which writing states takes at most

@@ -219,14 +219,3 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     extremes = torch.stack([extreme for tensor in floats.values() for extreme in tensor.aminmax()])
     finite: list[bool] = extremes.view(-1, 2).isfinite().all(dim=1).tolist()
     return next((name for name, one in zip(floats, finite, strict=True) if not one), None)
-
-
-def check_regular(folder: Path) -> None:
-    """Check that a folder holds no pipe, socket or device: reading one would wait forever.
-
-    Raises:
-        BesaError: there is one, or a link to one.
-    """
-    for path in sorted(folder.iterdir()):
-        if path.exists() and not path.is_file() and not path.is_dir():
-            raise BesaError(f"{path} is no regular file: remove it, as besa uses no pipes, sockets or devices.")

@@ -1,30 +1,27 @@
-"""Writing files whole or not at all, even if the process is killed or others write there too."""
+"""Writing files whole or not at all, even if the process is killed or others write there too.
+
+It needs Python's own library alone, so that `besa doctor` can write what it found where packages are missing.
+"""
 
 from __future__ import annotations
 
 import errno
 import glob
-import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
-
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
+from typing import IO
 
 from besa.errors import BesaError
 from besa.storage import locking
+from besa.storage.folders import check_regular
 from besa.storage.locking import locked, remove, removed
 from besa.storage.names import path_of
-from besa.storage.weights import check_regular
 
-COPY = 1 << 24  # bytes copied at a time
 LOCK = "lock"  # name of the file in a folder that the process at work there has locked
-METADATA = {"format": "pt"}  # transformers requires it in a safetensors file
 
 
 def check_absent(out: Path) -> None:
@@ -166,51 +163,6 @@ def write_file(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str] | None = None) -> None:
-    """Write tensors of any device and layout as safetensors, with optional further metadata.
-
-    Raises:
-        BesaError: the file cannot be written.
-    """
-    with replacing(path) as partial:
-        save_file(
-            {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial, METADATA | dict(about or {})
-        )
-
-
-def join_tensors(path: Path, parts: Sequence[Path], about: Mapping[str, str] | None = None) -> None:
-    """Write the tensors of several safetensors files into one, without loading them into memory.
-
-    Raises:
-        BesaError: the file cannot be written.
-    """
-    header: dict[str, Any] = {"__metadata__": METADATA | dict(about or {})}
-    begin, starts = 0, []
-    for part in parts:
-        entries, start = read_header(part)
-        for name, entry in entries.items():
-            header[name] = entry | {"data_offsets": [begin + offset for offset in entry["data_offsets"]]}
-        begin += part.stat().st_size - start
-        starts.append(start)
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # tensors must begin at multiples of eight bytes
-    with replacing(path) as partial, partial.open("wb") as joined:
-        joined.write(len(text).to_bytes(8, "little") + text)
-        for part, start in zip(parts, starts, strict=True):
-            with part.open("rb") as file:
-                file.seek(start)
-                shutil.copyfileobj(file, joined, COPY)
-
-
-def read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file: entries of its tensors by name, and the byte at which the data begins."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        entries = json.loads(file.read(size))
-    entries.pop("__metadata__", None)
-    return entries, 8 + size
-
-
 def check_space(out: Path, size: int) -> None:
     """Check that the disk has enough free space.
 
@@ -234,8 +186,14 @@ def explained(path: Path) -> Iterator[None]:
     """While open, errors of the operating system on writing `path` become one sentence."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except _errors() as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         if full or f"(os error {errno.ENOSPC})" in str(error):  # safetensors writes in Rust and has no errno
             raise BesaError(f"The disk is full: {path} was not written; make room and run again.") from error
         raise BesaError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}.") from error
+
+
+def _errors() -> tuple[type[Exception], ...]:
+    """Those of the operating system, and those of safetensors if anybody has imported it."""
+    module = sys.modules.get("safetensors")
+    return (OSError,) if module is None else (OSError, module.SafetensorError)

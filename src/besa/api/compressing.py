@@ -1,0 +1,273 @@
+"""`besa.compress`: a model is opened, calibrated, pruned by a recipe, and written with the record of the run."""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from besa.api.calibrating import Asked
+from besa.api.choosing import chosen, default_batch
+from besa.checkpoint.opening import open_decoder
+from besa.checkpoint.writer import finish
+from besa.data.arguments import Bos, Bytes, Count, Dtype, Length, checked
+from besa.data.calibration import Calibration
+from besa.data.seeds import check_seed
+from besa.errors import BesaError
+from besa.methods.recipe import Recipe
+from besa.methods.targets.budgets import budgets
+from besa.models.activations import Room
+from besa.models.blocks import Block, left_dense
+from besa.models.borrowing import borrowed
+from besa.models.loading import Source, load_model, locate
+from besa.models.mixtures import Fewer
+from besa.models.streaming import Decoder
+from besa.planning import check_fits, whole_disk_bytes
+from besa.progress import Progress, silent
+from besa.pruning import Resources, Run, drop_experts, prune_model, smaller
+from besa.record import PASSED_NAMES, BlockRecord, PassedThrough, RunRecord, now
+from besa.runtime.own_text import Author
+from besa.storage.journal import journal_for
+from besa.storage.names import path_of
+from besa.storage.writing import check_space
+from besa.system import memory, ranks
+from besa.system.devices import check_dtype, resolve_device
+from besa.system.machine import machine, versions
+
+
+@dataclass
+class Compressed:
+    """A pruned model, with the tokenizer it was calibrated with and the record of the run.
+
+    Attributes:
+        tokenizer: of the model.
+        record: of the run.
+        out: folder of the checkpoint, None if none was written.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    record: RunRecord
+    _model: PreTrainedModel | None
+    out: Path | None
+    _trusted: bool = False
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The pruned model; a model that was pruned from disk to disk is loaded on first access."""
+        if self._model is None:
+            self._model = load_model(locate(str(self.out), trust_remote_code=self._trusted))
+        return self._model
+
+
+@checked
+def compress(
+    model: str | Path | PreTrainedModel,
+    recipe: Recipe | str | Path,
+    calibration: Calibration | str = "c4",
+    *,
+    out: str | Path | None = None,
+    sparsity: float | None = None,
+    samples: Count = 128,
+    seqlen: Length | None = None,
+    bos: Bos = "auto",
+    chat: bool = False,
+    seed: int = 0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    device: str | torch.device = "auto",
+    dtype: Dtype = "auto",
+    batch: Count | None = None,
+    activation_budget: Bytes | None = None,
+    resume: bool = False,
+    dequantized: bool = False,
+    trust_remote_code: bool = False,
+    command: list[str] | None = None,
+    progress: Progress = silent,
+) -> Compressed:
+    """Prune a causal decoder block by block (Algorithm 1 of the paper) to an exact sparsity.
+
+    Args:
+        model: Hugging Face id, also with a branch, a tag or a commit (``ORGANISATION/NAME@REVISION``), local folder,
+            .gguf file, ``smollm2`` (embedded), or a loaded model, which is pruned in place; its device, mode and
+            gradients stay as they are.
+        recipe: a `Recipe`, the name of a shipped one (``besa``, ``wanda``, …), or a YAML file.
+        calibration: token batches, or the text to sample them from: ``c4``, ``wiki``, ``code``, ``technical``,
+            ``multilingual`` (embedded), a file, ``hf:<dataset>``, ``mix`` (equal shares of the embedded ones) or
+            ``self`` (what the dense model writes, which must have room in memory); or several of these by weight,
+            such as ``self:0.5,c4:0.5``.
+        out: folder to write the checkpoint and `besa_run.json` to; must not exist. A model given by name then stays on
+            the disk, with one block in memory at a time, and finished blocks are kept in a journal.
+        sparsity: share of the prunable weights to set to zero, in [0, 1); replaces the recipe's.
+        samples: number of calibration sequences, if `calibration` is a text.
+        seqlen: tokens of a calibration sequence, if `calibration` is a text; by default 2048, or as many as the model
+            has positions.
+        bos: whether each calibration sequence begins with the token that begins a text, if `calibration` is a text:
+            ``yes``, ``no``, or ``auto``, which follows the tokenizer, but means no for Llama and OPT.
+        chat: render texts as dialogues in the tokenizer's chat template, if `calibration` is a text; of ``self``, the
+            model answers. Such a sequence begins with a BOS token where template or `bos` put one.
+        seed: of the calibration sample and of the learning order; a repeated run on the same CPU with the same number
+            of threads is bit-equal. On a GPU, gradients of attention are added up in an order that may differ.
+        tokenizer: needed with a loaded model; otherwise the model's own.
+        device: where to compute: ``cpu``, ``cuda``, ``cuda:N``, ``mps``, ``xpu``, or ``auto``, the first CUDA device
+            that torch can use, else the CPU. One block at a time is moved there.
+        dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
+        batch: calibration sequences in a forward pass; by default about 2048 tokens, on a GPU 8192.
+        activation_budget: bytes of hidden states on the device, and as many in memory of the host; what has room in
+            neither is in files. By default a quarter of the free memory of a GPU, and half of that of the host.
+        resume: continue an interrupted run towards `out`; on a CPU with the same number of threads, the result is
+            bit-equal to that of an uninterrupted run.
+        dequantized: write quantised weights as dense numbers instead of codes.
+        trust_remote_code: run model code that comes with the checkpoint.
+        command: what the user typed, for the record.
+        progress: told (blocks done, blocks, state) as the run goes.
+
+    Raises:
+        BesaError: bad input or a refused situation, in one sentence; nothing is written then.
+    """
+    device = resolve_device(device)
+    check_seed(seed)
+    loaded = isinstance(model, PreTrainedModel)
+    if resume and loaded:
+        raise BesaError("A run with a loaded model cannot be resumed, as the model has no identity: give its path.")
+    recipe = chosen(recipe, sparsity)
+    out = path_of(out) if out is not None else None
+    lent = borrowed(model) if isinstance(model, PreTrainedModel) else nullcontext()
+    with lent, journal_for(out, resume) if out and ranks.is_first() else nullcontext() as journal:
+        opened = _located(model, trust_remote_code, progress)
+        decoder, tokenizer, identity = open_decoder(opened, tokenizer, dtype, out is not None)
+        check_dtype(decoder.model.dtype, device)
+        begun = ranks.from_first(journal.begun or {} if journal is not None else {})
+        recipe = recipe.settled(ranks.count(), begun.get("recipe", {}))
+        author = partial(Author, decoder, opened, tokenizer, identity, chat=chat, device=device, dtype=dtype)
+        asked = Asked(calibration, samples, seqlen, bos, chat, seed)
+        calibration, notes = asked.drawn(decoder.model, tokenizer, author, progress)
+        batch = batch or begun.get("batch") or default_batch(calibration.samples, calibration.seqlen, device)
+        memory.trim()
+        room = Room(device, activation_budget, journal.folder if journal else None)
+        resources = Resources(min(calibration.samples, batch), device, room, codes=not dequantized)
+        run = Run(decoder, recipe, calibration, None, seed, resources, journal, progress)
+        fewer = smaller(decoder.model, decoder.blocks, recipe)
+        _begin(run, identity, fewer)
+        memory.reset_peak(device)
+        began = time.perf_counter()
+        dropped = drop_experts(run, fewer)
+        run = replace(run, decoder=dropped.decoder, dense=dropped.dense)
+        blocks, distilling = prune_model(run)
+        record = RunRecord(
+            command=command,
+            model=identity,
+            blocks=blocks,
+            distilling=distilling,
+            mixtures=dropped.mixtures,
+            seconds=time.perf_counter() - began,
+            notes=[*notes, *_left_out(decoder, dropped.decoder)],
+            **_totals(blocks, dropped.decoder, identity["parameters"], fewer),
+            **_circumstances(run),
+        )
+        if journal and out:
+            coding = None if dequantized else recipe.quantization.coding
+            finish(journal, run.decoder, tokenizer, record, out, quantization=coding)
+        ranks.wait()
+    in_place = out is None or loaded
+    return Compressed(tokenizer, record, run.decoder.model if in_place else None, out, trust_remote_code)
+
+
+def _located(
+    model: str | Path | PreTrainedModel, trust_remote_code: bool, progress: Progress
+) -> Source | PreTrainedModel:
+    """The model of an argument, with its files on this machine."""
+    if isinstance(model, PreTrainedModel):
+        return model
+    return locate(model, progress, trust_remote_code=trust_remote_code).local(progress)
+
+
+def _begin(run: Run, identity: dict[str, Any], fewer: Fewer | None) -> None:
+    """Check before the work that memory and disk are enough, and begin the journal.
+
+    Args:
+        run: its decoder is dense.
+        identity: of the model.
+        fewer: what it will be without the experts that are dropped, if any are.
+
+    Raises:
+        BesaError: they are not, or the journal was begun by another run.
+    """
+    shapes = run.decoder if fewer is None else fewer
+    whole = shapes.model, shapes.blocks, _prunable(shapes.blocks, run.recipe), run.recipe
+    check_fits(*whole, run.calibration.seqlen, run.resources.device)
+    if run.journal is not None:
+        run.journal.begin(_decisive(run, identity))
+        size = shapes.model.num_parameters() * shapes.model.dtype.itemsize + run.decoder.unbuilt_bytes
+        check_space(run.journal.folder, whole_disk_bytes(*whole, size) - run.journal.bytes)
+
+
+def _prunable(blocks: list[Block], recipe: Recipe) -> set[str]:
+    """Full names of the linears that the recipe prunes."""
+    return {name for of_unit in budgets(blocks, recipe) for budget in of_unit for name in budget.names}
+
+
+def _decisive(run: Run, identity: dict[str, Any]) -> dict[str, Any]:
+    """Everything that decides the result of a run; a journal is resumed only if it is the same."""
+    return {
+        "recipe": run.recipe.model_dump(mode="json"),
+        "model": identity,
+        "calibration": run.calibration.describe(),
+        "seed": run.seed,
+        "batch": run.resources.batch,
+        "device": run.resources.device.type,
+        "dequantized": not run.resources.codes,
+    }
+
+
+def _circumstances(run: Run) -> dict[str, Any]:
+    """The fields of a `RunRecord` on how and where it ran."""
+    device = run.resources.device
+    return {
+        "created": now(),
+        "recipe": run.recipe.model_dump(mode="json"),
+        "seed": run.seed,
+        "calibration": run.calibration.describe(),
+        "versions": versions(),
+        "machine": machine(device),
+        "ranks": ranks.count(),
+        "peak_memory_bytes": max(ranks.all_of(memory.peak_bytes())),
+        "peak_gpu_memory_bytes": max(ranks.all_of(memory.peak_gpu_bytes(device) or 0)) or None,
+        "restored_blocks": run.journal.restored if run.journal else 0,
+    }
+
+
+def _left_out(dense: Decoder, pruned: Decoder) -> list[str]:
+    """A note on tensors that are not written because whole experts went; none where all are."""
+    left_out = len(dense.unbuilt) - len(pruned.unbuilt)
+    if not left_out:
+        return []
+    return [f"{left_out:,} tensors of layers that predict further tokens are left out with the experts."]
+
+
+def _totals(blocks: list[BlockRecord], decoder: Decoder, parameters: int, fewer: Fewer | None) -> dict[str, Any]:
+    """The fields of a `RunRecord` that add up its blocks, and those on the weights that were not pruned.
+
+    Args:
+        blocks: of the pruned model.
+        decoder: of the pruned model.
+        parameters: of the dense model.
+        fewer: what it was without the experts that were dropped, if any were.
+    """
+    weights, zeros = sum(block.weights for block in blocks), sum(block.zeros for block in blocks)
+    dropped = fewer.dropped if fewer is not None else 0
+    return {
+        "dropped": dropped,
+        "weights": weights,
+        "zeros": zeros,
+        "sparsity": zeros / weights,
+        "model_sparsity": (zeros + dropped) / parameters,
+        "dense": left_dense(decoder.blocks, {linear.name for block in blocks for linear in block.linears}),
+        "passed_through": PassedThrough(
+            tensors=len(decoder.unbuilt), bytes=decoder.unbuilt_bytes, names=decoder.unbuilt[:PASSED_NAMES]
+        ),
+    }

@@ -1,0 +1,160 @@
+"""`besa.evaluate`: the perplexity of a model, and its zero-shot accuracy."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from besa.data.arguments import Bos, Count, Dtype, checked
+from besa.errors import BesaError
+from besa.evaluation.perplexity import check_window
+from besa.evaluation.result import Evaluation
+from besa.evaluation.texts import perplexities, read_texts
+from besa.evaluation.zero_shot import check_tasks, zero_shot
+from besa.models.borrowing import borrowed, tokenizer_of_caller
+from besa.models.bos import bos_token
+from besa.models.limits import positions
+from besa.models.loading import commit, load_tokenizer, locate
+from besa.progress import Progress, silent
+from besa.record import now
+from besa.runtime.sparse_models import load_source
+from besa.system.devices import resolve_device
+from besa.system.machine import versions
+
+
+@checked
+def evaluate(
+    model: str | Path | PreTrainedModel,
+    texts: Sequence[str] = (),
+    *,
+    data: Mapping[str, str | Path] | None = None,
+    window: int | Sequence[int] | None = None,
+    max_windows: Count | None = None,
+    tasks: Sequence[str] = (),
+    limit: Count | None = None,
+    hub: bool = False,
+    bos: Bos = "auto",
+    batch: Count | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    device: str | torch.device = "auto",
+    dtype: Dtype = "auto",
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+) -> Evaluation:
+    """Measure the perplexity of a model on texts, each cut into non-overlapping windows, and its zero-shot accuracy.
+
+    Ranks share windows and questions: each has the model on its own device, and all return the same numbers.
+
+    Args:
+        model: as in `compress`.
+        texts: ``wikitext2``, ``ptb`` and ``c4``, the test sets of the papers under their protocols; ``domains``, or
+            of these ``web``, ``encyclopedia``, ``code``, ``technical`` and ``languages``, which are embedded and never
+            calibrated on; or ``wiki`` (embedded), files and ``hf:<dataset>``, whose documents are joined by blank
+            lines. The keys of results are these names, or the stems of files.
+        data: local files of test sets by name; the others come from the Hugging Face Hub.
+        window: tokens of a window, or several such lengths; by default 2048, which published numbers use, or as many
+            as the model has positions.
+        max_windows: use only this number of windows from the beginning of each text.
+        tasks: zero-shot tasks, as in `zero_shot`.
+        limit: as in `zero_shot`.
+        hub: as in `zero_shot`.
+        bos: whether each window begins with the token that begins a text, as in `compress`; for tasks, as in
+            `zero_shot`.
+        batch: windows in a forward pass, by default as many as have 2048 tokens; for tasks, answers.
+        tokenizer: needed with a loaded model; otherwise the model's own.
+        device: as in `compress`; the whole model is moved there.
+        dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
+        trust_remote_code: run model code that comes with the checkpoint.
+        progress: told (windows done, windows, perplexity so far) for each text, and likewise for tasks.
+
+    Raises:
+        BesaError: bad input, a window longer than the model allows, a token without an embedding, a text shorter than
+            one window, or an output that is not finite.
+    """
+    device = resolve_device(device)
+    parts, windows = read_texts(texts, data or {}, progress), _windows(window)
+    if not parts and not tasks:
+        raise BesaError("There is nothing to evaluate: name a text (--ppl) or zero-shot tasks (--tasks).")
+    check_tasks(tasks)
+    opened = _opened(model, tokenizer, device, dtype, trust_remote_code, progress)
+    began = time.perf_counter()
+    room, first = positions(opened.model), bos_token(bos, opened.tokenizer, opened.model.config)
+    windows = windows or [room.usual]
+    notes = [note for length in windows for note in room.checked(length, "--window")] if parts else []
+    answers, read = None, (opened.model, opened.tokenizer)
+    with borrowed(opened.model, device):
+        by_window = perplexities(*read, parts, windows, max_windows, batch, first, progress)
+        if tasks:
+            answers = zero_shot(*read, tasks, limit=limit, hub=hub, batch=batch, bos=bos, progress=progress)
+    details = by_window.pop(windows[0])
+    return Evaluation(
+        model=opened.name,
+        revision=opened.revision,
+        perplexity={text: result.perplexity for text, result in details.items()},
+        window=windows[0],
+        details=details,
+        other_windows=by_window,
+        sources={part.name: part.source for part in parts},
+        beginnings={part.name: part.beginning for part in parts},
+        notes=notes,
+        bos=bos,
+        zero_shot=answers,
+        sparsity=getattr(opened.model.config, "besa", {}).get("sparsity"),
+        seconds=time.perf_counter() - began,
+        created=now(),
+        versions=versions(),
+    )
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A model to measure.
+
+    Attributes:
+        model: in memory.
+        tokenizer: of the model.
+        name: of the model.
+        revision: commit of the Hub; None for a local model.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    revision: str | None
+
+
+def _opened(
+    model: str | Path | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    device: torch.device,
+    dtype: str,
+    trust_remote_code: bool,
+    progress: Progress,
+) -> _Opened:
+    """The model of an argument; arguments and errors as of `evaluate`."""
+    if isinstance(model, PreTrainedModel):
+        return _Opened(model, tokenizer_of_caller(tokenizer), model.name_or_path, commit(model))
+    source = locate(model, progress, trust_remote_code=trust_remote_code).local(progress)
+    loaded = load_source(source, device, dtype)
+    return _Opened(loaded, tokenizer or load_tokenizer(source), source.base, source.revision)
+
+
+def _windows(window: int | Sequence[int] | None) -> Sequence[int]:
+    """The given lengths of windows; empty for the default of the model.
+
+    Raises:
+        BesaError: the list is empty, or a length is below 2.
+    """
+    if window is None:
+        return ()
+    lengths = [window] if isinstance(window, int) else window
+    if not lengths:
+        raise BesaError("No length of a window is given: published numbers use 2048 tokens.")
+    for length in lengths:
+        check_window(length)
+    return lengths

@@ -1,0 +1,99 @@
+"""`besa.plan`: what a run will take, from the configuration of its model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from besa.api.choosing import chosen, default_batch
+from besa.checkpoint.rewriting import folder_of
+from besa.data.arguments import Bytes, Count, Dtype, Length, Ranks, checked
+from besa.data.mixture import OWN, parts_of
+from besa.errors import BesaError
+from besa.methods.recipe import Recipe
+from besa.models.blocks import find_blocks
+from besa.models.limits import positions
+from besa.models.loading import locate, read_config, refuse_quantized, skeleton
+from besa.models.mixtures import changed
+from besa.planning import Outline, Plan, work_out
+from besa.pruning import smaller
+from besa.storage.formats.container import header
+from besa.storage.names import path_of
+from besa.system.devices import named_device
+from besa.system.ranks import together
+
+
+@checked
+def plan(
+    model: str | Path,
+    recipe: Recipe | str | Path = "besa",
+    *,
+    out: str | Path = ".",
+    sparsity: float | None = None,
+    calibration: str = "c4",
+    samples: Count = 128,
+    seqlen: Length | None = None,
+    device: str | torch.device = "auto",
+    dtype: Dtype = "auto",
+    batch: Count | None = None,
+    activation_budget: Bytes | None = None,
+    ranks: Ranks = 1,
+    trust_remote_code: bool = False,
+) -> Plan:
+    """Estimate from the model's configuration what `compress` will take.
+
+    Args:
+        model: Hugging Face id, of which no weights are downloaded, or local folder; a config.json is enough.
+        recipe: as in `compress`.
+        out: where the checkpoint would be written.
+        sparsity: as in `compress`.
+        calibration: as in `compress`; what the model writes itself takes passes and memory.
+        samples: as in `compress`.
+        seqlen: as in `compress`.
+        device: as in `compress`; this machine need not have it.
+        dtype: as in `compress`.
+        batch: as in `compress`.
+        activation_budget: as in `compress`; each rank has so much.
+        ranks: processes that torchrun would start on this machine, one for each device.
+        trust_remote_code: as in `compress`.
+
+    Raises:
+        BesaError: the configuration cannot be read or is of no decoder that besa can prune.
+    """
+    device = named_device(device)
+    source = locate(model, trust_remote_code=trust_remote_code).local(weights=False)
+    if source.gguf:
+        raise BesaError(f"{model} is a .gguf file, which is loaded whole: plan for a folder of safetensors.")
+    if header(folder_of(source)) is not None:
+        raise BesaError(f"{source.name} is packed: make it dense with `besa unpack` first.")
+    config = read_config(source)
+    refuse_quantized(source, config)
+    config.dtype = getattr(torch, dtype) if dtype != "auto" else config.dtype or torch.float32
+    empty = skeleton(source, config)
+    room = positions(empty)
+    seqlen = room.usual if seqlen is None else seqlen
+    room.checked(seqlen, "--seqlen")
+    with together(0, ranks):
+        batch = batch or default_batch(samples, seqlen, device)
+    recipe = chosen(recipe, sparsity).settled(ranks, {})
+    fewer = smaller(empty, find_blocks(empty), recipe)
+    if fewer is not None:
+        empty = skeleton(source, changed(config, fewer.settings))
+    return work_out(
+        Outline(
+            source.name,
+            empty,
+            find_blocks(empty),
+            recipe,
+            samples=samples,
+            seqlen=seqlen,
+            batch=min(samples, batch),
+            device=device,
+            activation_budget=activation_budget,
+            folder=path_of(out),
+            fewer=fewer,
+            ranks=ranks,
+            own=float(sum(part.share for part in parts_of(calibration) if part.source == OWN)),
+        )
+    )

@@ -1,0 +1,52 @@
+"""What the stages of a run share: what is pruned, by which method, on what, and how it is computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+from besa.data.calibration import Calibration
+from besa.methods.recipe import Recipe
+from besa.models.blocks import Block
+from besa.models.streaming import Decoder
+from besa.progress import Progress, silent
+from besa.pruning.paths import PLAIN, Resources
+from besa.storage.journal import Journal
+from besa.system import ranks
+from besa.system.ranks import Share
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of a recipe.
+
+    Attributes:
+        decoder: causal decoder in evaluation mode.
+        recipe: the method.
+        calibration: token ids (N, T).
+        dense: of the dense path, if the decoder has lost experts; None if it has not.
+        seed: of random choices, such as the order of sequences.
+        resources: how to compute.
+        journal: keeps what is finished, which is not done again. Only rank 0 has one.
+        progress: is called with (blocks done, blocks, state) after every block, and with none done before the first.
+    """
+
+    decoder: Decoder
+    recipe: Recipe
+    calibration: Calibration
+    dense: Decoder | None = None
+    seed: int = 0
+    resources: Resources = PLAIN
+    journal: Journal | None = None
+    progress: Progress = silent
+
+    @cached_property
+    def share(self) -> Share:
+        """The sequences of this rank."""
+        return Share.of(self.calibration.samples, self.resources.batch)
+
+    def kept(self, block: Block) -> dict[str, Tensor]:
+        """The tensors of a finished block, which the journal of rank 0 has."""
+        return ranks.tensors_from_first(self.journal.tensors(block.index) if self.journal is not None else {})
