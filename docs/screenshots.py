@@ -55,7 +55,7 @@ def report(folder: Path) -> Image.Image:
     besa(f"besa prune smollm2 wanda --recipe wanda {SIZES}", folder)
     for model, out in (("smollm2", "dense"), *((recipe, recipe) for recipe in RECIPES)):
         (folder / out).mkdir(exist_ok=True)
-        besa(f"besa eval {model} --ppl wiki --window 128 --max-windows 20 --json {out}/besa_eval.json", folder)
+        besa(f"besa eval {model} --ppl encyclopedia --window 128 --max-windows 20 --json {out}/besa_eval.json", folder)
     besa(f"besa report dense {' '.join(RECIPES)} --out report.html", folder)
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:

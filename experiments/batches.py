@@ -81,13 +81,13 @@ def tuning(batch: int, epochs: int, rate: float = 1e-3) -> dict[str, list[str]]:
 def tiny(recipe: str, sparsity: float, cells: Mapping[str, Sequence[str]]) -> Study:
     """A study of the tests' model."""
     measures = Measures((str(TINY / "heldout.txt"), "wiki"), window=128, max_windows=200)
-    return Study(Conditions(str(TINY), samples=64, seqlen=128), measures, recipe, sparsity, cells)
+    return Study(Conditions(str(TINY), "c4", samples=64, seqlen=128), measures, recipe, sparsity, cells)
 
 
 def smollm2(cells: Mapping[str, Sequence[str]], recipe: str = "besa", seqlen: int = 256) -> Study:
     """A study of the embedded model."""
     measures = Measures(("wiki",), window=256, max_windows=40)
-    return Study(Conditions("smollm2", samples=32, seqlen=seqlen), measures, recipe, 0.5, cells)
+    return Study(Conditions("smollm2", "c4", samples=32, seqlen=seqlen), measures, recipe, 0.5, cells)
 
 
 GRID = (

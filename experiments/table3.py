@@ -50,7 +50,7 @@ def main(
     """Run what is missing and write the table."""
     files = {name: file for name, _, file in (pair.partition("=") for pair in data)}
     options = Options(
-        Conditions(model, samples=samples, seqlen=seqlen, dtype=dtype),
+        Conditions(model, "c4", samples=samples, seqlen=seqlen, dtype=dtype),
         Measures(tuple(files), files, window, max_windows),
         sparsity=0.5,
         seeds=1,

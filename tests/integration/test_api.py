@@ -1,5 +1,6 @@
 """The Python functions on the tiny Llama, and what the methods are worth beside each other."""
 
+import inspect
 import json
 from pathlib import Path
 
@@ -16,9 +17,12 @@ from transformers import (
 )
 
 import besa
+from besa.cli import pruning
+from besa.data.mixture import MIX
 from besa.models.blocks import capture_inputs, find_blocks
 from besa.observing.losses import reconstruction_error
 from besa.pruning.paths import ERROR_SHARE
+from besa.studies.workspace import Conditions
 
 SAMPLES, SEQLEN, WINDOW = 48, 64, 128
 SMALL = LlamaConfig(vocab_size=1024, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
@@ -272,3 +276,34 @@ def test_a_model_of_the_caller_stays_as_it_was_but_for_its_zeros(tiny_llama, tin
         assert before is None or torch.equal(parameter.grad, before)
     assert (model.model.layers[0].mlp.up_proj.weight == 0).double().mean() > 0.3
     assert first["heldout"] > 1
+
+
+def test_measuring_on_what_a_model_was_calibrated_on_is_said(
+    tiny_llama_folder: Path, heldout: str, tmp_path: Path
+) -> None:
+    own = str(tiny_llama_folder / "calibration.txt")
+    besa.compress(tiny_llama_folder, "magnitude", own, out=tmp_path / "pruned", samples=2, seqlen=16)
+
+    def notes(folder: Path, texts: list[str]) -> list[str]:
+        return besa.evaluate(folder, texts, window=32, max_windows=1).notes
+
+    said = "The model was calibrated on documents of calibration: other texts tell more of what is left."
+    assert notes(tmp_path / "pruned", [heldout, own]) == [said]
+    assert not notes(tmp_path / "pruned", [heldout]) and not notes(tiny_llama_folder, [own])
+    (tmp_path / "pruned" / "besa_run.json").write_text("no record")
+    assert not notes(tmp_path / "pruned", [own])
+
+
+def test_all_ways_to_prune_calibrate_on_the_same_text() -> None:
+    defaults = {
+        inspect.signature(function).parameters["calibration"].default
+        for function in (
+            besa.compress,
+            besa.plan,
+            pruning.prune,
+            pruning.plan_command,
+            pruning.compare_command,
+            Conditions,
+        )
+    }
+    assert defaults == {MIX}

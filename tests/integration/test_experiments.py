@@ -106,7 +106,7 @@ def test_defaults_are_the_settings_of_the_paper(name: str, llama_7b: str) -> Non
     ) if name == "table1" else None  # fmt: skip
     if result is None:  # a process each would take longer and show the same
         one = experiment(name)
-        options = Options(Conditions(llama_7b), Measures(one.texts, tasks=one.tasks), 0.5, 1, one.points)
+        options = Options(Conditions(llama_7b, "c4"), Measures(one.texts, tasks=one.tasks), 0.5, 1, one.points)
         plan = planned(one, options)
     else:
         assert result.returncode == 0, result.stderr

@@ -18,6 +18,7 @@ from besa.checkpoint.opening import open_decoder
 from besa.checkpoint.writer import finish
 from besa.data.arguments import Bos, Bytes, Count, Dtype, Length, checked
 from besa.data.calibration import Calibration
+from besa.data.mixture import MIX
 from besa.data.seeds import check_seed
 from besa.errors import BesaError
 from besa.methods.recipe import Recipe
@@ -69,7 +70,7 @@ class Compressed:
 def compress(
     model: str | Path | PreTrainedModel,
     recipe: Recipe | str | Path,
-    calibration: Calibration | str = "c4",
+    calibration: Calibration | str = MIX,
     *,
     out: str | Path | None = None,
     sparsity: float | None = None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from besa.data.arguments import Bos, Count, Dtype, checked
+from besa.data.mixture import texts_of
 from besa.errors import BesaError
 from besa.evaluation.perplexity import check_window
 from besa.evaluation.result import Evaluation
@@ -21,7 +23,7 @@ from besa.models.bos import bos_token
 from besa.models.limits import positions
 from besa.models.loading import commit, load_tokenizer, locate
 from besa.progress import Progress, silent
-from besa.record import now
+from besa.record import RunRecord, now
 from besa.runtime.sparse_models import load_source
 from besa.system.devices import resolve_device
 from besa.system.machine import versions
@@ -92,6 +94,11 @@ def evaluate(
         if tasks:
             answers = zero_shot(*read, tasks, limit=limit, hub=hub, batch=batch, bos=bos, progress=progress)
     details = by_window.pop(windows[0])
+    calibrated = [part.name for part in parts if part.source in opened.calibration]
+    notes += [
+        f"The model was calibrated on documents of {name}: other texts tell more of what is left."
+        for name in calibrated
+    ]
     return Evaluation(
         model=opened.name,
         revision=opened.revision,
@@ -120,12 +127,14 @@ class _Opened:
         tokenizer: of the model.
         name: of the model.
         revision: commit of the Hub; None for a local model.
+        calibration: texts that the model was calibrated on, as `read_documents` takes them; none if it is not known.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     name: str
     revision: str | None
+    calibration: Sequence[str] = ()
 
 
 def _opened(
@@ -141,7 +150,16 @@ def _opened(
         return _Opened(model, tokenizer_of_caller(tokenizer), model.name_or_path, commit(model))
     source = locate(model, progress, trust_remote_code=trust_remote_code).local(progress)
     loaded = load_source(source, device, dtype)
-    return _Opened(loaded, tokenizer or load_tokenizer(source), source.base, source.revision)
+    calibration = _calibration(Path(source.base))
+    return _Opened(loaded, tokenizer or load_tokenizer(source), source.base, source.revision, calibration)
+
+
+def _calibration(folder: Path) -> Sequence[str]:
+    """The texts that the model of a folder was calibrated on, if its record says so."""
+    with suppress(BesaError):  # no record of ours
+        if (record := RunRecord.of(folder)) is not None:
+            return texts_of(str(record.calibration["source"]))
+    return ()
 
 
 def _windows(window: int | Sequence[int] | None) -> Sequence[int]:

@@ -9,7 +9,7 @@ import torch
 from besa.api.choosing import chosen, default_batch
 from besa.checkpoint.rewriting import folder_of
 from besa.data.arguments import Bytes, Count, Dtype, Length, Ranks, checked
-from besa.data.mixture import OWN, parts_of
+from besa.data.mixture import MIX, OWN, parts_of
 from besa.errors import BesaError
 from besa.methods.recipe import Recipe
 from besa.models.blocks import find_blocks
@@ -31,7 +31,7 @@ def plan(
     *,
     out: str | Path = ".",
     sparsity: float | None = None,
-    calibration: str = "c4",
+    calibration: str = MIX,
     samples: Count = 128,
     seqlen: Length | None = None,
     device: str | torch.device = "auto",

@@ -278,7 +278,7 @@ class About:
         )
         needs_besa = self.packed or bool(self.widths)
         shell = "" if needs_besa else "pip install besa-llm\n"
-        shell += f'besa generate {name} --prompt "Once upon a time"{flag}\nbesa eval {name} --ppl wiki{flag}'
+        shell += f'besa generate {name} --prompt "Once upon a time"{flag}\nbesa eval {name} --ppl domains{flag}'
         steps = [
             lead,
             _fenced("sh", f"pip install {'besa-llm' if needs_besa else ' '.join(install)}"),

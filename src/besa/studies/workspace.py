@@ -18,7 +18,7 @@ import torch
 
 from besa.api import compress, evaluate
 from besa.data.calibration import sample
-from besa.data.mixture import parts_of
+from besa.data.mixture import MIX, parts_of
 from besa.evaluation.domains import ALL, mean_of_domains
 from besa.evaluation.result import Evaluation
 from besa.evaluation.texts import read_texts, text_name
@@ -42,7 +42,7 @@ class Conditions:
     """What pruning runs have in common; fields as the arguments of `compress`, with a device that is resolved."""
 
     model: str
-    calibration: str = "c4"
+    calibration: str = MIX
     samples: int = 128
     seqlen: int = 2048
     device: str = "cpu"
