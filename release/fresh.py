@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -20,15 +21,29 @@ MODULES = {"data": "datasets", "eval": "lm_eval", "serve": "fastapi", "vllm": "v
 
 
 def interpreter(version: str) -> str | None:
-    """The path of a Python on this machine: that which runs this, or from PATH, or from uv."""
+    """The path of a Python on this machine: that which runs this, or from PATH, uv or pyenv."""
     if version == f"{sys.version_info.major}.{sys.version_info.minor}":
         return sys.executable
+    return next((path for path in _candidates(version) if _is(path, version)), None)
+
+
+def _candidates(version: str) -> Iterator[str]:
     if path := shutil.which(f"python{version}"):
-        return path
+        yield path
     if uv := shutil.which("uv"):
         found = subprocess.run([uv, "python", "find", "--no-python-downloads", version], capture_output=True, text=True)
-        return found.stdout.strip() or None
-    return None
+        yield found.stdout.strip()
+    pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
+    yield from map(str, sorted(pyenv.glob(f"versions/{version}.*/bin/python")))
+
+
+def _is(path: str, version: str) -> bool:
+    """Whether a program is this Python; pyenv puts programs on PATH for versions that are not switched on."""
+    command = [path, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() == version
+    except OSError:
+        return False
 
 
 def check(python: str, wheel: Path, extra: str | None) -> None:

@@ -107,6 +107,18 @@ def test_bfloat16_within_its_rounding(pair: tuple[Path, Path]) -> None:
     assert errors[0] < 2 * errors[1]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_gives_what_a_dense_model_gives(plain: tuple[Path, Path], tmp_path: Path, dtype: torch.dtype) -> None:
+    """Packed layers compute in their own dtype, so they are nearer to the model without autocast."""
+    besa.pack(plain[0], tmp_path / "packed", head="int8")
+    dense, packed = besa.load(plain[0]), besa.load(tmp_path / "packed")
+    exact = logits(packed)
+    with torch.autocast("cpu", dtype):
+        rough, found = logits(dense), logits(packed)
+    assert found.dtype in (dtype, torch.float32)
+    assert 0 < (found - exact).norm() < (rough - logits(dense)).norm() < 0.1 * exact.norm()
+
+
 def test_weights_stay_in_the_file(plain: tuple[Path, Path]) -> None:
     model = besa.load(plain[1])
     file = str((plain[1] / "bitmask.safetensors").resolve())
@@ -121,6 +133,14 @@ def test_a_saved_packed_model_is_a_packed_checkpoint(pair: tuple[Path, Path], tm
     model = besa.load(pair[1])
     model.save_pretrained(tmp_path / "saved")
     assert torch.equal(logits(besa.load(tmp_path / "saved")), logits(model))
+
+
+def test_another_dtype_without_autocast_is_refused(plain: tuple[Path, Path], tmp_path: Path) -> None:
+    besa.pack(plain[0], tmp_path / "packed", head="int8")
+    model = besa.load(tmp_path / "packed")
+    for layer in (model.model.layers[0].mlp.up_proj, model.lm_head):
+        with pytest.raises(BesaError, match="computes in float32 but got bfloat16: load the model with dtype="):
+            layer(torch.zeros(2, 96, dtype=torch.bfloat16))
 
 
 def test_what_a_packed_linear_cannot_do_is_refused(plain: tuple[Path, Path]) -> None:

@@ -154,22 +154,7 @@ def compress(
         run = Run(decoder, recipe, calibration, None, seed, resources, journal, progress)
         fewer = smaller(decoder.model, decoder.blocks, recipe)
         _begin(run, identity, fewer)
-        memory.reset_peak(device)
-        began = time.perf_counter()
-        dropped = drop_experts(run, fewer)
-        run = replace(run, decoder=dropped.decoder, dense=dropped.dense)
-        blocks, distilling = prune_model(run)
-        record = RunRecord(
-            command=command,
-            model=identity,
-            blocks=blocks,
-            distilling=distilling,
-            mixtures=dropped.mixtures,
-            seconds=time.perf_counter() - began,
-            notes=[*notes, *_left_out(decoder, dropped.decoder)],
-            **_totals(blocks, dropped.decoder, identity["parameters"], fewer),
-            **_circumstances(run),
-        )
+        run, record = _pruned(run, identity, fewer, notes, command)
         if journal and out:
             coding = None if dequantized else recipe.quantization.coding
             finish(journal, run.decoder, tokenizer, record, out, quantization=coding)
@@ -210,6 +195,39 @@ def _begin(run: Run, identity: dict[str, Any], fewer: Fewer | None) -> None:
 def _prunable(blocks: list[Block], recipe: Recipe) -> set[str]:
     """Full names of the linears that the recipe prunes."""
     return {name for of_unit in budgets(blocks, recipe) for budget in of_unit for name in budget.names}
+
+
+def _pruned(
+    run: Run, identity: dict[str, Any], fewer: Fewer | None, notes: list[str], command: list[str] | None
+) -> tuple[Run, RunRecord]:
+    """Drop experts, prune the blocks, distil: whatever the recipe asks for.
+
+    Args:
+        run: its decoder is dense.
+        identity: of the model.
+        fewer: as of `_begin`.
+        notes: for the user, so far.
+        command: what the user typed.
+
+    Returns:
+        The run with the decoder that is left, and its record.
+    """
+    memory.reset_peak(run.resources.device)
+    began = time.perf_counter()
+    dropped = drop_experts(run, fewer)
+    left = replace(run, decoder=dropped.decoder, dense=dropped.dense)
+    blocks, distilling = prune_model(left)
+    return left, RunRecord(
+        command=command,
+        model=identity,
+        blocks=blocks,
+        distilling=distilling,
+        mixtures=dropped.mixtures,
+        seconds=time.perf_counter() - began,
+        notes=[*notes, *_left_out(run.decoder, left.decoder)],
+        **_totals(blocks, left.decoder, identity["parameters"], fewer),
+        **_circumstances(left),
+    )
 
 
 def _decisive(run: Run, identity: dict[str, Any]) -> dict[str, Any]:

@@ -133,9 +133,8 @@ def prune(
     from besa.cli.show import pruned
     from besa.cli.tracking import show_progress
     from besa.errors import BesaError
-    from besa.planning import explain as explain_recipe
     from besa.planning import within
-    from besa.system import memory, ranks
+    from besa.system import memory
 
     if passes is not None and minutes is not None:
         raise BesaError("A run has either passes or minutes to spend: give --passes or --minutes, not both.")
@@ -143,10 +142,7 @@ def prune(
     if minutes is not None:
         chosen = within(chosen, minutes)
     if explain:
-        about = _about(model, trust_remote_code)
-        length = about.seqlen if seqlen is None else seqlen
-        explanation = explain_recipe(chosen, samples, length, ranks.count(), about.routed, about.head)
-        give(explanation, Text(explanation.text.rstrip()), json)
+        _explain(chosen, model, samples, seqlen, trust_remote_code, json)
         return
     memory.stay_lean()
     with show_progress(quiet=quiet, json_progress=json_progress) as tracker:
@@ -365,6 +361,23 @@ def _recipe(
         return recipe
     about = _about(model, trust_remote_code)
     return spending(recipe, passes, samples, about.seqlen if seqlen is None else seqlen, about.head)
+
+
+def _explain(
+    recipe: Recipe, model: str, samples: int, seqlen: int | None, trust_remote_code: bool, json: Path | None
+) -> None:
+    """Print what the stages of a recipe do to a model.
+
+    Raises:
+        BesaError: the model cannot be read.
+    """
+    from besa.planning import explain
+    from besa.system import ranks
+
+    about = _about(model, trust_remote_code)
+    length = about.seqlen if seqlen is None else seqlen
+    explanation = explain(recipe, samples, length, ranks.count(), about.routed, about.head)
+    give(explanation, Text(explanation.text.rstrip()), json)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch.func import functional_call
 
 from besa.errors import BesaError
 from besa.kernels import row_codes
+from besa.runtime.casting import cast
 from besa.storage.formats.container import tensors_of_codes
 from besa.storage.formats.row_codes import RowCodes
 
@@ -64,14 +65,17 @@ class CodedLinear(Coded):
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """Output (…, O) for inputs (…, I) of the dtype of the matrix.
+        """Output (…, O) for inputs (…, I) of the dtype of the matrix; under autocast, of any.
 
         Raises:
-            BesaError: `x` requires gradients.
+            BesaError: `x` requires gradients, or has another dtype without autocast.
         """
         if torch.is_grad_enabled() and x.requires_grad:
             raise BesaError("Packed linears compute no gradients: train the dense model, which `besa unpack` writes.")
-        y_NO = row_codes.multiplied(x.reshape(-1, x.shape[-1]), self.matrix)
+        matrix = self.matrix
+        if x.dtype != matrix.dtype:
+            return cast(self.forward, x, matrix.dtype)
+        y_NO = row_codes.multiplied(x.reshape(-1, x.shape[-1]), matrix)
         y = y_NO.view(*x.shape[:-1], y_NO.shape[-1])
         return y if self.bias is None else y + self.bias
 

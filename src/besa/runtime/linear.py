@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from besa.errors import BesaError
 from besa.kernels import sparse
+from besa.runtime.casting import cast
 from besa.storage.formats.bitmask import Bitmask
 from besa.storage.formats.container import MASK, OFFSETS, SCALE, VALUES, ZERO, tensors_of
 
@@ -39,6 +40,7 @@ class SparseLinear(nn.Module):
             self.register_buffer(name, tensor.to(weight.values.device))
         self._product: sparse.Product | None = None
         self._tensors: list[Tensor | None] = []  # that it is made of
+        self._dtype = weight.dtype
 
     @property
     def bitmask(self) -> Bitmask:
@@ -60,15 +62,18 @@ class SparseLinear(nn.Module):
         return sparse.unpacked(self.bitmask)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Output (…, O) for inputs (…, I) of the dtype of the weight.
+        """Output (…, O) for inputs (…, I) of the dtype of the weight; under autocast, of any.
 
         Raises:
-            BesaError: `x` requires gradients.
+            BesaError: `x` requires gradients, or has another dtype without autocast.
         """
         if torch.is_grad_enabled() and x.requires_grad:
             raise BesaError("Packed linears compute no gradients: train the dense model, which `besa unpack` writes.")
         if self._product is None or not all(map(is_, self._buffers.values(), self._tensors)):
             self._product, self._tensors = sparse.Product(self.bitmask), list(self._buffers.values())
+            self._dtype = self.bitmask.dtype
+        if x.dtype != self._dtype:
+            return cast(self.forward, x, self._dtype)
         y = self._product(x)
         return y if self.bias is None else y + self.bias
 

@@ -1,0 +1,34 @@
+"""Inputs that come to a packed layer in another dtype than its own, as they do under autocast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from besa.errors import BesaError
+
+
+def cast(layer: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The output of a layer for such an input, in autocast's dtype; the layer computes in its own.
+
+    Args:
+        layer: for inputs of its dtype.
+        x: its input.
+        dtype: of the layer.
+
+    Raises:
+        BesaError: autocast is off, so that the dtypes are a mistake, as for a linear of torch.
+    """
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind):
+        raise BesaError(
+            f"A packed layer computes in {_named(dtype)} but got {_named(x.dtype)}: load the model with "
+            f"dtype={_named(x.dtype)}, or compute under torch.autocast."
+        )
+    return layer(x.to(dtype)).to(torch.get_autocast_dtype(kind))
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
