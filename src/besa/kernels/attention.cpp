@@ -1,0 +1,234 @@
+// Attention of one query to each sequence, which is what decoding does: softmax(q Kᵀ) V for each head.
+//
+// Keys and values are read once for four heads that share them. Scores, their softmax and sums are float32; the result is
+// rounded in the end.
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define AVX2 __attribute__((target("avx2,fma"), flatten))
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma"), flatten))
+#endif
+#define PLAIN __attribute__((flatten))
+
+// As besa.kernels.attention fills it in. Numbers of a head follow each other; all other distances are in numbers.
+struct Attention {
+    const void *query, *keys, *values;
+    const uint8_t* allowed;  // (sequences or one, tokens), or none: which tokens count
+    void* out;               // (sequences, heads, width of a value)
+    int64_t sequences, heads, shared, tokens;  // shared: heads of keys and values
+    int64_t width, value_width;                // numbers of a key, of a value
+    int64_t query_sequence, query_head;        // distances
+    int64_t key_sequence, key_head, key_token;
+    int64_t value_sequence, value_head, value_token;
+    int64_t allowed_sequence;
+    float scale;
+};
+
+namespace {
+
+constexpr int64_t LANES = 16, SPAN = 64;  // numbers of a register; numbers of a value summed at once
+constexpr int64_t TOGETHER = 4;           // heads
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+
+inline float wide(float number) { return number; }
+inline float wide(uint16_t half) {
+    const uint32_t bits = uint32_t(half) << 16;
+    float number;
+    std::memcpy(&number, &bits, sizeof number);
+    return number;
+}
+inline void narrow(float number, float* to) { *to = number; }
+inline void narrow(float number, uint16_t* to) {  // rounded to the nearest, as torch does
+    uint32_t bits;
+    std::memcpy(&bits, &number, sizeof bits);
+    *to = uint16_t(number != number ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// Sixteen numbers as floats; compilers make single ones of them where this is left to a conversion of vectors.
+struct Plain {
+    static void widen(const float* at, Floats& to) { std::memcpy(&to, at, sizeof to); }
+    static void widen(const uint16_t* at, Floats& to) {
+        float numbers[LANES];
+        for (int64_t i = 0; i < LANES; ++i) numbers[i] = wide(at[i]);
+        std::memcpy(&to, numbers, sizeof to);
+    }
+};
+#if defined(__x86_64__)
+struct Avx2 : Plain {
+    using Plain::widen;
+    AVX2 static void widen(const uint16_t* at, Floats& to) {
+        for (int64_t half = 0; half < 2; ++half) {
+            const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at + 8 * half));
+            const __m256i numbers = _mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16);
+            std::memcpy(reinterpret_cast<char*>(&to) + 32 * half, &numbers, sizeof numbers);
+        }
+    }
+};
+struct Avx512 : Plain {
+    using Plain::widen;
+    AVX512 static void widen(const uint16_t* at, Floats& to) {
+        const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+        const __m512i numbers = _mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16);
+        std::memcpy(&to, &numbers, sizeof numbers);
+    }
+};
+#endif
+
+inline float total(const Floats& of) {
+    float lanes[LANES];
+    std::memcpy(lanes, &of, sizeof lanes);
+    for (int64_t half = LANES / 2; half; half /= 2)
+        for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+    return lanes[0];
+}
+
+// e^x for x ≤ 0, within 2^-22 of it; 0 below -87: 2^n times a polynomial of what is left, between -ln 2 / 2 and ln 2 / 2.
+inline void exponential(Floats& x) {
+    const Floats in = x;
+    const Floats shift = in * 1.44269504f + 12582912.0f, n = shift - 12582912.0f;  // 1.5 · 2^23: rounds to whole numbers
+    const Floats rest = (in - n * 0.693359375f) + n * 2.12194440e-4f;
+    Floats sum = rest * 1.9875691500e-4f + 1.3981999507e-3f;
+    sum = sum * rest + 8.3334519073e-3f;
+    sum = sum * rest + 4.1665795894e-2f;
+    sum = sum * rest + 1.6666665459e-1f;
+    sum = sum * rest + 5.0000001201e-1f;
+    sum = sum * rest * rest + rest + 1.0f;
+    Ints whole, bits;
+    std::memcpy(&whole, &shift, sizeof whole);
+    std::memcpy(&bits, &sum, sizeof bits);
+    bits += (whole - 0x4b400000) << 23;
+    const Ints kept = in >= -87.0f;
+    bits &= kept;
+    std::memcpy(&x, &bits, sizeof bits);
+}
+
+// Scores become shares of one, but for their sum, which is returned. Past the end there is room for a register.
+inline float softened(float* scores, int64_t tokens) {
+    constexpr float NEVER = -std::numeric_limits<float>::infinity();
+    std::fill_n(scores + tokens, LANES, NEVER);
+    float most = NEVER;
+    for (int64_t t = 0; t < tokens; ++t) most = std::max(most, scores[t]);
+    if (most == NEVER) most = 0;
+    Floats sum = {};
+    for (int64_t t = 0; t < tokens; t += LANES) {
+        Floats some;
+        std::memcpy(&some, scores + t, sizeof some);
+        some -= most;
+        exponential(some);
+        std::memcpy(scores + t, &some, sizeof some);
+        sum += some;
+    }
+    return total(sum);
+}
+
+// HEADS queries to the same keys and values; scores (HEADS, room).
+template <typename Number, typename Way, int HEADS>
+inline void attended(const Attention& of, const float* queries, const Number* keys, const Number* values,
+                     const uint8_t* allowed, float* scores, int64_t room, Number* out) {
+    const int64_t whole = of.width / LANES * LANES;
+    for (int64_t t = 0; t < of.tokens; ++t, keys += of.key_token) {
+        Floats sums[HEADS] = {};
+        for (int64_t i = 0; i < whole; i += LANES) {
+            Floats key, query;
+            Way::widen(keys + i, key);
+            for (int h = 0; h < HEADS; ++h) {
+                std::memcpy(&query, queries + h * of.width + i, sizeof query);
+                sums[h] += key * query;
+            }
+        }
+        for (int h = 0; h < HEADS; ++h) {
+            float sum = total(sums[h]);
+            for (int64_t i = whole; i < of.width; ++i) sum += wide(keys[i]) * queries[h * of.width + i];
+            scores[h * room + t] = allowed && !allowed[t] ? -std::numeric_limits<float>::infinity() : sum * of.scale;
+        }
+    }
+    float parts[HEADS];
+    for (int h = 0; h < HEADS; ++h) {
+        const float sum = softened(scores + h * room, of.tokens);
+        parts[h] = sum != 0 ? 1 / sum : 0;
+    }
+    int64_t first = 0;
+    for (; first + SPAN <= of.value_width; first += SPAN) {
+        Floats sums[HEADS][SPAN / LANES] = {};
+        const Number* value = values + first;
+        for (int64_t t = 0; t < of.tokens; ++t, value += of.value_token)
+            for (int64_t i = 0; i < SPAN / LANES; ++i) {
+                Floats some;
+                Way::widen(value + i * LANES, some);
+                for (int h = 0; h < HEADS; ++h) sums[h][i] += some * scores[h * room + t];
+            }
+        for (int h = 0; h < HEADS; ++h) {
+            float numbers[SPAN];
+            std::memcpy(numbers, sums[h], sizeof numbers);
+            for (int64_t i = 0; i < SPAN; ++i) narrow(numbers[i] * parts[h], out + h * of.value_width + first + i);
+        }
+    }
+    for (; first < of.value_width; ++first)
+        for (int h = 0; h < HEADS; ++h) {
+            float sum = 0;
+            for (int64_t t = 0; t < of.tokens; ++t) sum += wide(values[t * of.value_token + first]) * scores[h * room + t];
+            narrow(sum * parts[h], out + h * of.value_width + first);
+        }
+}
+
+// All heads of one sequence that share keys and values.
+template <typename Number, typename Way> inline void one(const Attention& of, int64_t sequence, int64_t shared) {
+    const int64_t group = of.heads / of.shared, room = of.tokens + LANES;
+    const auto* query = static_cast<const Number*>(of.query) + sequence * of.query_sequence;
+    const auto* keys = static_cast<const Number*>(of.keys) + sequence * of.key_sequence + shared * of.key_head;
+    const auto* values = static_cast<const Number*>(of.values) + sequence * of.value_sequence + shared * of.value_head;
+    const uint8_t* allowed = of.allowed ? of.allowed + sequence * of.allowed_sequence : nullptr;
+    std::vector<float> queries(size_t(TOGETHER * of.width)), scores(size_t(TOGETHER * room));
+    for (int64_t head = shared * group; head < (shared + 1) * group;) {
+        const int64_t heads = std::min(TOGETHER, (shared + 1) * group - head);
+        for (int64_t h = 0; h < heads; ++h)
+            for (int64_t i = 0; i < of.width; ++i)
+                queries[size_t(h * of.width + i)] = wide(query[(head + h) * of.query_head + i]);
+        auto* out = static_cast<Number*>(of.out) + (sequence * of.heads + head) * of.value_width;
+        head += heads;
+        // Not by a pointer to one of them, as only what is called itself is compiled for the instruction set.
+        if (heads == 4)
+            attended<Number, Way, 4>(of, queries.data(), keys, values, allowed, scores.data(), room, out);
+        else if (heads == 3)
+            attended<Number, Way, 3>(of, queries.data(), keys, values, allowed, scores.data(), room, out);
+        else if (heads == 2)
+            attended<Number, Way, 2>(of, queries.data(), keys, values, allowed, scores.data(), room, out);
+        else
+            attended<Number, Way, 1>(of, queries.data(), keys, values, allowed, scores.data(), room, out);
+    }
+}
+
+}  // namespace
+
+// attend_<dtype>_<path>
+#define CALL(NAME, NUMBER, PATH, WAY, ATTRIBUTE)                                                                     \
+    ATTRIBUTE static void one_##NAME##_##PATH(const Attention& of, int64_t sequence, int64_t shared) {               \
+        one<NUMBER, WAY>(of, sequence, shared);                                                                      \
+    }                                                                                                                \
+    extern "C" void attend_##NAME##_##PATH(const Attention* of, int64_t threads) {                                   \
+        const int64_t parts = of->sequences * of->shared;                                                            \
+        _Pragma("omp parallel for num_threads(threads) schedule(static)") for (int64_t part = 0; part < parts;       \
+                                                                               ++part)                               \
+            one_##NAME##_##PATH(*of, part / of->shared, part % of->shared);                                          \
+    }
+#define ALL(PATH, WAY, ATTRIBUTE)                 \
+    CALL(float32, float, PATH, WAY, ATTRIBUTE)    \
+    CALL(bfloat16, uint16_t, PATH, WAY, ATTRIBUTE)
+
+ALL(plain, Plain, PLAIN)
+extern "C" int has_plain() { return 1; }
+#if defined(__x86_64__)
+ALL(avx2, Avx2, AVX2)
+ALL(avx512, Avx512, AVX512)
+extern "C" int has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+extern "C" int has_avx512() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+#endif

@@ -1,0 +1,126 @@
+"""Attention of one query to each sequence, on the CPU: what decoding does in every block.
+
+Torch's own attention is made for many queries at once. With one it reads keys and values at a small part of the rate
+of memory (docs/log.md).
+
+Shape suffixes: N sequences, H heads, K heads of keys and values, T tokens, D numbers of a head.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from besa.kernels.build import load
+
+SOURCE = "attention.cpp"
+PATHS = ("avx512", "avx2", "plain")  # best first
+DTYPES = (torch.bfloat16, torch.float32)
+SHARE = 1 << 15  # products for which another thread is worth its start
+
+
+class _Attention(ctypes.Structure):
+    """The arguments as a C structure for the kernels; distances are in numbers."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("query", "keys", "values", "allowed", "out")),
+        *((name, ctypes.c_int64) for name in ("sequences", "heads", "shared", "tokens", "width", "value_width")),
+        *((f"query_{axis}", ctypes.c_int64) for axis in ("sequence", "head")),
+        *((f"key_{axis}", ctypes.c_int64) for axis in ("sequence", "head", "token")),
+        *((f"value_{axis}", ctypes.c_int64) for axis in ("sequence", "head", "token")),
+        ("allowed_sequence", ctypes.c_int64),
+        ("scale", ctypes.c_float),
+    ]
+
+
+@cache
+def paths() -> list[str]:
+    """The instruction sets of this processor for which there are kernels, best first; none without a compiler."""
+    kernels = load(SOURCE)
+    return [
+        name
+        for name in PATHS
+        if kernels is not None and hasattr(kernels, f"has_{name}") and bool(kernels[f"has_{name}"]())
+    ]
+
+
+def serves(query_NH1D: Tensor, keys_NKTD: Tensor, values_NKTD: Tensor, allowed_N11T: Tensor | None) -> bool:
+    """Whether there is a kernel for these: one query to each sequence, numbers of a head beside each other."""
+    return (
+        query_NH1D.is_cpu
+        and query_NH1D.dim() == 4
+        and query_NH1D.size(2) == 1
+        and query_NH1D.dtype in DTYPES
+        and query_NH1D.dtype == keys_NKTD.dtype == values_NKTD.dtype
+        and query_NH1D.stride(3) == keys_NKTD.stride(3) == values_NKTD.stride(3) == 1
+        and query_NH1D.size(1) % keys_NKTD.size(1) == 0
+        and 0 < query_NH1D.numel()
+        and 0 < keys_NKTD.numel()
+        and (
+            allowed_N11T is None
+            or (
+                allowed_N11T.dtype == torch.bool
+                and allowed_N11T.shape[1:] == (1, 1, keys_NKTD.size(2))
+                and allowed_N11T.size(0) in (1, query_NH1D.size(0))
+                and allowed_N11T.stride(3) == 1
+            )
+        )
+        and bool(paths())
+    )
+
+
+def attend(
+    query_NH1D: Tensor,
+    keys_NKTD: Tensor,
+    values_NKTD: Tensor,
+    allowed_N11T: Tensor | None,
+    scale: float,
+    path: str = "",
+) -> Tensor:
+    """softmax(scale · q Kᵀ) V (N, 1, H, D), in the dtype of all three. Where no token is allowed, it is zero.
+
+    Scores, their softmax and sums are float32; e^x has an error of 2^-22 of it at most. Each head of keys and values
+    serves so many neighbouring queries.
+
+    Args:
+        query_NH1D: that `serves` allows, as are all tensors.
+        keys_NKTD: as many numbers as the query has.
+        values_NKTD: may have another number of them.
+        allowed_N11T: which tokens count; all, if None. N may be 1 for all sequences.
+        scale: of the scores.
+        path: instruction set; by default the best.
+    """
+    sequences, heads, _, width = query_NH1D.shape
+    shared, tokens, value_width = keys_NKTD.size(1), keys_NKTD.size(2), values_NKTD.size(3)
+    out_N1HD = query_NH1D.new_empty(sequences, 1, heads, value_width)
+    given = _Attention(
+        query_NH1D.data_ptr(),
+        keys_NKTD.data_ptr(),
+        values_NKTD.data_ptr(),
+        None if allowed_N11T is None else allowed_N11T.data_ptr(),
+        out_N1HD.data_ptr(),
+        *(sequences, heads, shared, tokens, width, value_width),
+        *query_NH1D.stride()[:2],
+        *keys_NKTD.stride()[:3],
+        *values_NKTD.stride()[:3],
+        0 if allowed_N11T is None or len(allowed_N11T) == 1 else allowed_N11T.stride(0),
+        scale,
+    )
+    products = sequences * heads * tokens * (width + value_width)
+    threads = max(1, min(torch.get_num_threads(), products // SHARE))
+    dtype = "float32" if query_NH1D.dtype == torch.float32 else "bfloat16"
+    _function(f"attend_{dtype}_{path or paths()[0]}")(ctypes.addressof(given), threads)
+    return out_N1HD
+
+
+@cache
+def _function(name: str) -> Callable[[int, int], None]:
+    kernels = load(SOURCE)
+    assert kernels is not None
+    function = kernels[name]
+    function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_int64], None
+    return function

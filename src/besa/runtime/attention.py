@@ -1,0 +1,56 @@
+"""Attention of packed models: while they decode on the CPU, it is computed by besa's kernel (`besa.kernels.attention`).
+
+The families of transformers get their attention from a table, by name. The function that is put there for "sdpa" only
+differs from transformers' own for the modules of packed models, and for one new token to each sequence. So a family
+that has an attention of its own keeps it, and so does a model for which the user chose another one.
+
+Shape suffixes: N sequences, H heads, K heads of keys and values, T tokens, D numbers of a head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from besa.kernels import attention
+
+MARK = "_besa_attends"  # attribute of modules, which copies of them keep
+
+
+def speed_up(model: nn.Module) -> None:
+    """Let the modules of a model attend by besa's kernel where it can."""
+    AttentionInterface.register("sdpa", attended)
+    for module in model.modules():
+        setattr(module, MARK, True)
+
+
+def attended(
+    module: nn.Module,
+    query_NHTD: Tensor,
+    keys_NKTD: Tensor,
+    values_NKTD: Tensor,
+    mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attention (N, T, H, D), as transformers' function for "sdpa" with the same arguments."""
+    tensors = (query_NHTD, keys_NKTD, values_NKTD)
+    if (
+        hasattr(module, MARK)
+        and dropout == 0
+        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+        and options.get("position_bias") is None
+        and not options.get("output_attentions")
+        and attention.serves(*tensors, mask)
+    ):
+        scale = query_NHTD.size(3) ** -0.5 if scaling is None else scaling
+        return attention.attend(*tensors, mask, scale), None
+    usual: tuple[Tensor, None] = sdpa_attention_forward(
+        module, *tensors, mask, dropout=dropout, scaling=scaling, **options
+    )
+    return usual
