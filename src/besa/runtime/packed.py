@@ -22,7 +22,7 @@ from besa.checkpoint.checking import check_layout, check_packed
 from besa.errors import BesaError
 from besa.models.ends import ends
 from besa.models.layout import renaming
-from besa.runtime.attention import speed_up
+from besa.runtime import attention, norms
 from besa.runtime.coded import Coded, CodedEmbedding, CodedLinear
 from besa.runtime.dense import DenseLinear
 from besa.runtime.linear import SparseLinear
@@ -163,7 +163,8 @@ def finish(model: PreTrainedModel, packed: Stored) -> PreTrainedModel:
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear:
             model.set_submodule(name, DenseLinear(module))
-    speed_up(model)
+    attention.speed_up(model)
+    norms.speed_up(model)
     model.save_pretrained = MethodType(save_pretrained, model)
     return model.requires_grad_(False)
 

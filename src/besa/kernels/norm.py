@@ -1,0 +1,85 @@
+"""Rows divided by the root of their mean square, times a weight, in one step on the CPU, where torch takes eight.
+
+Shape suffixes: N rows of x, I columns.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from besa.kernels.build import load
+
+SOURCE = "norm.cpp"
+PATHS = ("avx512", "avx2", "plain")  # best first
+DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
+
+
+class Form(NamedTuple):
+    """How a family does it.
+
+    Attributes:
+        more: is added to each weight.
+        rounded: whether x is rounded to its dtype before it meets its weight.
+    """
+
+    more: float
+    rounded: bool
+
+
+FORMS = (Form(0, True), Form(0, False), Form(1, False))
+
+
+@cache
+def paths() -> list[str]:
+    """The instruction sets of this processor for which there are kernels, best first; none without a compiler."""
+    kernels = load(SOURCE)
+    return [
+        name
+        for name in PATHS
+        if kernels is not None and hasattr(kernels, f"has_{name}") and bool(kernels[f"has_{name}"]())
+    ]
+
+
+def serves(x: Tensor, weight_I: Tensor) -> bool:
+    """Whether there is a kernel for these."""
+    return (
+        x.is_cpu
+        and weight_I.is_cpu
+        and x.dtype == weight_I.dtype
+        and x.dtype in DTYPES
+        and x.size(-1) == weight_I.numel()
+        and x.is_contiguous()
+        and bool(paths())
+    )
+
+
+def normed(x: Tensor, weight_I: Tensor, epsilon: float, form: Form, path: str = "") -> Tensor:
+    """x / √(mean x² + ε) · (weight + more), with as many axes as x has. It is computed in float32.
+
+    Args:
+        x: (…, I), with `weight_I` as `serves` allows.
+        weight_I: contiguous.
+        epsilon: ε.
+        form: see there.
+        path: instruction set; by default the best.
+    """
+    y, width = torch.empty_like(x), weight_I.numel()
+    function = _function(f"norm_{DTYPES[x.dtype]}_{path or paths()[0]}")
+    function(x.data_ptr(), weight_I.data_ptr(), y.data_ptr(), x.numel() // width, width, epsilon, *form)
+    return y
+
+
+@cache
+def _function(name: str) -> Callable[..., None]:
+    kernels = load(SOURCE)
+    assert kernels is not None
+    function = kernels[name]
+    function.argtypes = [*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 2, *[ctypes.c_float] * 2, ctypes.c_int64]
+    function.restype = None
+    return function
