@@ -184,7 +184,7 @@ def _compiler(kernels: Finding) -> Finding:
 
 def _kernels() -> Finding:
     """What besa's own kernels run as on the CPU."""
-    from besa.kernels import dense, native, row_codes, sparse_native, tiles_native
+    from besa.kernels import attention, dense, native, norm, row_codes, sparse_native, tiles_native
 
     paths, reason = _with_notices(
         lambda: {
@@ -193,6 +193,8 @@ def _kernels() -> Finding:
             "codes": row_codes.paths(),
             "dense": dense.paths(),
             "tiles": tiles_native.paths(),
+            "attention": attention.paths(),
+            "norms": norm.paths(),
         }
     )
     shown = ", ".join(f"{name} {best[0] if best else 'torch'}" for name, best in paths.items())

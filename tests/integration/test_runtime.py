@@ -12,19 +12,23 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    DeepseekV3Config,
     FalconConfig,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
     JambaConfig,
     MixtralConfig,
+    Phi3Config,
     PretrainedConfig,
     PreTrainedModel,
+    Qwen3Config,
 )
 
 import besa
 from besa import BesaError, Recipe, cli
 from besa.checkpoint.inspection import inspect
+from besa.kernels import attention, norm
 from besa.models.loading import locate
 from besa.runtime import speed
 from besa.runtime.linear import SparseLinear
@@ -59,6 +63,20 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def logits(model: PreTrainedModel, tokens: int = 24) -> torch.Tensor:
     with torch.inference_mode():
         return model(torch.arange(2 * tokens).view(2, -1)).logits
+
+
+@torch.inference_mode()
+def decoded(model: PreTrainedModel, steps: int = 3) -> torch.Tensor:
+    """Logits of tokens that come one by one; the second of two sequences is shorter, and begins further right."""
+    tokens_NT = torch.arange(2 * (10 + steps)).view(2, -1)
+    mask_NT = torch.ones_like(tokens_NT)
+    mask_NT[1, :4] = 0
+    past = model(tokens_NT[:, :10], attention_mask=mask_NT[:, :10], use_cache=True).past_key_values
+    found = []
+    for end in range(11, 11 + steps):
+        last_N1 = tokens_NT[:, end - 1 : end]
+        found.append(model(last_N1, attention_mask=mask_NT[:, :end], past_key_values=past, use_cache=True).logits)
+    return torch.cat(found, dim=1)
 
 
 def sparse(model: PreTrainedModel) -> dict[str, SparseLinear]:
@@ -162,12 +180,25 @@ STATE = {
     "mamba_dt_rank": 32,
     "use_mamba_kernels": False,
 }
-FAMILIES = {  # with how many linears of a block are packed
-    "gemma3": (Gemma3TextConfig(**SIZE, **HEADS, head_dim=16), 7),  # tied, with buffers of its own
-    "gpt_neox": (GPTNeoXConfig(**SIZE, intermediate_size=96), 4),  # biases
-    "falcon": (FalconConfig(**SIZE), 4),  # a linear of its own
-    "mixtral": (MixtralConfig(**SIZE, **HEADS, num_local_experts=4), 4),  # experts stay dense
-    "jamba": (JambaConfig(**SIZE, **HEADS, **STATE), 7),  # reads the weight of a linear, and does not call it
+LATENT = {
+    "kv_lora_rank": 16,
+    "q_lora_rank": 24,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "first_k_dense_replace": 2,
+}
+# With how many linears of a block are packed, and how many norms and attentions of it a step of decoding computes by the
+# kernels.
+FAMILIES: dict[str, tuple[PretrainedConfig, int, int, int]] = {
+    "phi3": (Phi3Config(**SIZE, **HEADS, pad_token_id=0), 4, 2, 1),  # one linear for queries, keys and values
+    "qwen3": (Qwen3Config(**SIZE, **HEADS, head_dim=16), 7, 4, 1),  # norms of each head
+    "deepseek_v3": (DeepseekV3Config(**SIZE, **LATENT), 8, 4, 1),  # values are narrower than keys
+    "gemma3": (Gemma3TextConfig(**SIZE, **HEADS, head_dim=16), 7, 6, 1),  # tied, with buffers of its own
+    "gpt_neox": (GPTNeoXConfig(**SIZE, intermediate_size=96), 4, 0, 1),  # biases
+    "falcon": (FalconConfig(**SIZE), 4, 0, 0),  # a linear and an attention of its own
+    "mixtral": (MixtralConfig(**SIZE, **HEADS, num_local_experts=4), 4, 2, 1),  # experts stay dense
+    "jamba": (JambaConfig(**SIZE, **HEADS, **STATE), 7, 2, 0),  # reads the weight of a linear, and does not call it
 }
 
 
@@ -187,13 +218,21 @@ def halved(config: PretrainedConfig, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_families(family: str, tmp_path: Path) -> None:
-    config, linears = FAMILIES[family]
+def test_families(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, linears, norms, attentions = FAMILIES[family]
     dense = halved(config, tmp_path / "dense")
     besa.pack(dense, tmp_path / "packed")
     model = besa.load(tmp_path / "packed")
     assert len(sparse(model)) == 2 * linears
     torch.testing.assert_close(logits(model), logits(besa.load(dense)), rtol=1e-4, atol=1e-4)
+    expected = decoded(besa.load(dense), steps=1)
+    calls: list[object] = []
+    with monkeypatch.context() as counting:
+        for module, name in ((norm, "normed"), (attention, "attend")):
+            usual = getattr(module, name)
+            counting.setattr(module, name, lambda *given, of=usual: calls.append(of) or of(*given))
+        torch.testing.assert_close(decoded(model, steps=1), expected, rtol=1e-4, atol=1e-4)
+    print(family, len(calls), [calls.count(x) for x in set(calls)])
     found, expected = (inspect(locate(folder)) for folder in (tmp_path / "packed", dense))
     assert found.zeros == expected.zeros
     assert found.bytes < expected.bytes

@@ -68,7 +68,7 @@ INLINE void step(const typename Kind::Number* w, int64_t apart, int64_t ahead, c
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
         const typename Kind::Number* at = w + r * apart;
-        _mm_prefetch(reinterpret_cast<const char*>(at + ahead), _MM_HINT_T1);
+        _mm_prefetch(reinterpret_cast<const char*>(at + ahead), _MM_HINT_NTA);
         const auto of_w = Kind::of_w(at, left);
 #pragma GCC unroll 4
         for (int n = 0; n < N; ++n) sums[r][n] = Kind::add(sums[r][n], of_w, inputs[n]);

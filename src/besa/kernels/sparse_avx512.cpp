@@ -3,8 +3,9 @@
 //
 // Three things make it three times as fast as the obvious code: an expansion is kept apart from its load (the form that
 // does both is slow), it goes to a register made for it (otherwise it waits for what was there before), and the
-// streams are fetched thousands of bytes ahead, to the second cache only, which measured faster (docs/log.md). How far, and
-// how many bands are read at once, differs between processors: besa.kernels.reading.
+// streams are fetched thousands of bytes ahead, and past the outer caches: a weight is read once in a step, and would drive
+// out what the rest of the step needs (docs/log.md). How far ahead, and how many bands are read at once, differs between
+// processors: besa.kernels.reading.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -321,8 +322,8 @@ template <typename Kind> struct Stream {
             for (int64_t r = 0; r < ROWS; ++r) stream.fills[r] = Grid::fill(grid, r, s);
     }
     INLINE typename Kind::Vector next(Stream& stream, int64_t, int64_t r) {
-        _mm_prefetch(reinterpret_cast<const char*>(stream.values + stream.ahead), _MM_HINT_T1);
-        if (r == 0) _mm_prefetch(reinterpret_cast<const char*>(stream.masks) + stream.ahead / 4, _MM_HINT_T1);
+        _mm_prefetch(reinterpret_cast<const char*>(stream.values + stream.ahead), _MM_HINT_NTA);
+        if (r == 0) _mm_prefetch(reinterpret_cast<const char*>(stream.masks) + stream.ahead / 4, _MM_HINT_NTA);
         uint64_t mask = *stream.masks++;
         asm("" : "+r"(mask));
         typename Kind::Vector w;

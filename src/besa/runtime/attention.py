@@ -25,7 +25,13 @@ def speed_up(model: nn.Module) -> None:
     """Let the modules of a model attend by besa's kernel where it can."""
     AttentionInterface.register("sdpa", attended)
     for module in model.modules():
-        setattr(module, MARK, True)
+        vars(module)[MARK] = True
+
+
+def restore(model: nn.Module) -> None:
+    """Undo `speed_up` for a model."""
+    for module in model.modules():
+        vars(module).pop(MARK, None)
 
 
 def attended(
@@ -41,7 +47,7 @@ def attended(
     """Attention (N, T, H, D), as transformers' function for "sdpa" with the same arguments."""
     tensors = (query_NHTD, keys_NKTD, values_NKTD)
     if (
-        hasattr(module, MARK)
+        MARK in vars(module)
         and dropout == 0
         and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
         and options.get("position_bias") is None

@@ -190,6 +190,8 @@ def make_dense(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     if weights:
         del model._tied_weights_keys  # its class has them
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+    attention.restore(model)
+    norms.restore(model)
     del model.save_pretrained  # its class has one for dense models
     return model
 
