@@ -1,9 +1,14 @@
 """Packed models as they run: what they put out, where their weights are, what they refuse; and how speed is told."""
 
+import copy
 import json
 import math
 import sys
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,17 +71,26 @@ def logits(model: PreTrainedModel, tokens: int = 24) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def decoded(model: PreTrainedModel, steps: int = 3) -> torch.Tensor:
-    """Logits of tokens that come one by one; the second of two sequences is shorter, and begins further right."""
-    tokens_NT = torch.arange(2 * (10 + steps)).view(2, -1)
+def decoded(model: PreTrainedModel) -> torch.Tensor:
+    """Logits of a token after ten others; the second of two sequences is shorter, and begins further right."""
+    tokens_NT = torch.arange(2 * 11).view(2, -1)
     mask_NT = torch.ones_like(tokens_NT)
     mask_NT[1, :4] = 0
-    past = model(tokens_NT[:, :10], attention_mask=mask_NT[:, :10], use_cache=True).past_key_values
-    found = []
-    for end in range(11, 11 + steps):
-        last_N1 = tokens_NT[:, end - 1 : end]
-        found.append(model(last_N1, attention_mask=mask_NT[:, :end], past_key_values=past, use_cache=True).logits)
-    return torch.cat(found, dim=1)
+    past = model(tokens_NT[:, :-1], attention_mask=mask_NT[:, :-1], use_cache=True).past_key_values
+    return model(tokens_NT[:, -1:], attention_mask=mask_NT, past_key_values=past, use_cache=True).logits
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each kernel that is no product is called from now on."""
+    calls: Counter[str] = Counter()
+
+    def count(name: str, usual: Callable[..., torch.Tensor], *given: Any) -> torch.Tensor:
+        calls[name] += 1
+        return usual(*given)
+
+    for module, name in ((norm, "normed"), (attention, "attend")):
+        monkeypatch.setattr(module, name, partial(count, name, getattr(module, name)))
+    return calls
 
 
 def sparse(model: PreTrainedModel) -> dict[str, SparseLinear]:
@@ -188,17 +202,16 @@ LATENT = {
     "v_head_dim": 16,
     "first_k_dense_replace": 2,
 }
-# With how many linears of a block are packed, and how many norms and attentions of it a step of decoding computes by the
-# kernels.
+# With how many linears of a block are packed, and how many norms and attentions kernels compute in two passes.
 FAMILIES: dict[str, tuple[PretrainedConfig, int, int, int]] = {
-    "phi3": (Phi3Config(**SIZE, **HEADS, pad_token_id=0), 4, 2, 1),  # one linear for queries, keys and values
-    "qwen3": (Qwen3Config(**SIZE, **HEADS, head_dim=16), 7, 4, 1),  # norms of each head
-    "deepseek_v3": (DeepseekV3Config(**SIZE, **LATENT), 8, 4, 1),  # values are narrower than keys
-    "gemma3": (Gemma3TextConfig(**SIZE, **HEADS, head_dim=16), 7, 6, 1),  # tied, with buffers of its own
-    "gpt_neox": (GPTNeoXConfig(**SIZE, intermediate_size=96), 4, 0, 1),  # biases
+    "phi3": (Phi3Config(**SIZE, **HEADS, pad_token_id=0), 4, 10, 2),  # one linear for queries, keys and values
+    "qwen3": (Qwen3Config(**SIZE, **HEADS, head_dim=16), 7, 18, 2),  # norms of each head
+    "deepseek_v3": (DeepseekV3Config(**SIZE, **LATENT), 8, 14, 2),  # values are narrower than keys
+    "gemma3": (Gemma3TextConfig(**SIZE, **HEADS, head_dim=16), 7, 22, 2),  # tied, with buffers of its own
+    "gpt_neox": (GPTNeoXConfig(**SIZE, intermediate_size=96), 4, 0, 2),  # biases
     "falcon": (FalconConfig(**SIZE), 4, 0, 0),  # a linear and an attention of its own
-    "mixtral": (MixtralConfig(**SIZE, **HEADS, num_local_experts=4), 4, 2, 1),  # experts stay dense
-    "jamba": (JambaConfig(**SIZE, **HEADS, **STATE), 7, 2, 0),  # reads the weight of a linear, and does not call it
+    "mixtral": (MixtralConfig(**SIZE, **HEADS, num_local_experts=4), 4, 10, 2),  # experts stay dense
+    "jamba": (JambaConfig(**SIZE, **HEADS, **STATE), 7, 10, 1),  # reads the weight of a linear, and does not call it
 }
 
 
@@ -225,14 +238,9 @@ def test_families(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     model = besa.load(tmp_path / "packed")
     assert len(sparse(model)) == 2 * linears
     torch.testing.assert_close(logits(model), logits(besa.load(dense)), rtol=1e-4, atol=1e-4)
-    expected = decoded(besa.load(dense), steps=1)
-    calls: list[object] = []
-    with monkeypatch.context() as counting:
-        for module, name in ((norm, "normed"), (attention, "attend")):
-            usual = getattr(module, name)
-            counting.setattr(module, name, lambda *given, of=usual: calls.append(of) or of(*given))
-        torch.testing.assert_close(decoded(model, steps=1), expected, rtol=1e-4, atol=1e-4)
-    print(family, len(calls), [calls.count(x) for x in set(calls)])
+    expected, calls = decoded(besa.load(dense)), counted(monkeypatch)
+    torch.testing.assert_close(decoded(model), expected, rtol=1e-4, atol=1e-4)
+    assert not norm.paths() or (calls["normed"], calls["attend"]) == (norms, attentions)
     found, expected = (inspect(locate(folder)) for folder in (tmp_path / "packed", dense))
     assert found.zeros == expected.zeros
     assert found.bytes < expected.bytes
@@ -240,6 +248,27 @@ def test_families(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     before, after = (load_file(folder / "model.safetensors") for folder in (dense, tmp_path / "again"))
     assert before.keys() == after.keys()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.skipif(not norm.paths(), reason="needs a compiler")
+def test_kernels_serve_packed_models_until_the_user_wants_something_else(
+    plain: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, model = (besa.load(folder) for folder in plain)
+    expected, calls = decoded(dense), counted(monkeypatch)
+    assert not calls
+    blocks = len(model.model.layers)
+    for each in (model, copy.deepcopy(model)):
+        torch.testing.assert_close(decoded(each), expected, rtol=1e-4, atol=1e-4)
+    assert calls == {"attend": 2 * blocks, "normed": 4 * (2 * blocks + 1)}
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(decoded(model), expected, rtol=1e-4, atol=1e-4)
+    assert calls["attend"] == 2 * blocks
+    model.set_attn_implementation("sdpa")
+    calls.clear()
+    torch.testing.assert_close(decoded(model.dequantize()), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(decoded(dense), expected)
+    assert not calls
 
 
 def test_transposed_linears_stay_dense(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Norms of packed models: those that divide by the root of the mean square are computed by besa's kernel while decoding.
+"""Norms of packed models: while they decode, those that divide by the root of the mean square use besa's kernel.
 
 Families write this norm in several ways, each as a class of its own. What a module computes is found by trying it. It
 keeps its class and its weight; only its `forward` differs, and computes what it always did where the kernel cannot.
