@@ -73,7 +73,16 @@ def _place(folder: Path) -> Iterator[None]:
 def _measured(found: Packing, rounds: int) -> dict[str, Any]:
     measured = besa.bench(["dense", "packed"], rounds=rounds, dtype="bfloat16")
     ratios = {work: {model.form: round(ratio, 3) for model, _, ratio in measured.of(work)} for work in measured.works()}
-    return {"packing": found.model_dump(), "times_as_fast": ratios, "bench": measured.model_dump()}
+    shares = {
+        work: {model.form: round(timing.limit / timing.seconds, 3) for model, timing, _ in measured.of(work)}
+        for work in measured.works()
+    }
+    return {
+        "packing": found.model_dump(),
+        "times_as_fast": ratios,
+        "share_of_bytes_limit": shares,
+        "bench": measured.model_dump(),
+    }
 
 
 def _compared(dense: str, packed: str, text: str) -> dict[str, Any]:
