@@ -49,6 +49,7 @@ def attended(
     if (
         MARK in vars(module)
         and dropout == 0
+        and not torch.is_autocast_enabled("cpu")
         and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
         and options.get("position_bias") is None
         and not options.get("output_attentions")
