@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from besa.kernels import attention
+from besa.runtime.attention import attended, restore, speed_up
 
 SHAPES = {  # sequences, heads, heads of keys and values, tokens, numbers of a key, of a value
     "one token": (1, 5, 1, 1, 17, 23),
@@ -84,3 +85,28 @@ def test_what_there_is_no_kernel_for() -> None:
     assert not attention.serves(query, keys.mT.contiguous().mT, values, None)
     assert not attention.serves(query[:, :3], keys, values, None)
     assert not attention.serves(query.to("meta"), keys.to("meta"), values.to("meta"), None)
+
+
+@pytest.mark.skipif(not attention.paths(), reason="needs a compiler")
+def test_what_goes_the_way_of_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = tensors((2, 4, 2, 5, 16, 16), torch.float32)
+    module, calls = nn.Module(), []
+    module.num_key_value_groups = 2
+    monkeypatch.setattr(attention, "attend", lambda *given, of=attention.attend: calls.append(given) or of(*given))
+    expected, _ = attended(module, *given, None, scaling=0.2)
+    assert not calls
+    speed_up(module)
+    torch.testing.assert_close(attended(module, *given, None, scaling=0.2)[0], expected)
+    torch.testing.assert_close(attended(module, *given, None)[0], attended(module, *given, None, scaling=0.25)[0])
+    assert len(calls) == 3
+    calls.clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert attended(module, *given, None, scaling=0.2)[0].dtype == torch.bfloat16
+    attended(module, given[0].requires_grad_(), *given[1:], None, scaling=0.2)[0].sum().backward()
+    assert given[0].grad is not None
+    with torch.no_grad():
+        attended(module, *given, None, dropout=0.5)
+        attended(module, *given, None, position_bias=torch.zeros(1, 4, 1, 5), is_causal=False)
+        restore(module)
+        attended(module, *given, None, scaling=0.2)
+    assert not calls
