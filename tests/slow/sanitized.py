@@ -8,8 +8,9 @@ import sys
 
 import torch
 
-from besa.kernels import build, dense, native, reference, sparse_native, tiles_native
+from besa.kernels import attention, build, dense, native, norm, reference, row_codes, sparse_native, tiles_native
 from besa.storage.formats import bitmask
+from besa.storage.formats.row_codes import RowCodes
 
 build.FLAGS = ("-O1", "-g", *build.FLAGS[1:], "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 from tests.unit.test_sparse import codes_weight, half_pruned, row_of_x  # noqa: E402 (it loads the kernels)
@@ -67,6 +68,32 @@ def products(draw: random.Random, generator: torch.Generator) -> int:
     return 2 * len(sparse_native.paths())
 
 
+def steps(draw: random.Random, generator: torch.Generator) -> int:
+    """What decoding computes besides products with bitmasks: attention, norms and a head in codes, by every path."""
+    dtype = draw.choice([torch.float32, torch.bfloat16])
+    sequences, shared, groups, tokens = (draw.randint(1, most) for most in (3, 4, 3, 70))
+    width, value_width = draw.randint(1, 140), draw.randint(1, 140)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    query_NH1D = drawn(sequences, groups * shared, 1, width)
+    keys_NKTD, values_NKTD = drawn(sequences, shared, tokens, width), drawn(sequences, shared, tokens, value_width)
+    allowed_N11T = torch.rand(draw.choice([1, sequences]), 1, 1, tokens, generator=generator) < 0.7
+    allowed = allowed_N11T if draw.random() < 0.5 else None
+    assert attention.serves(query_NH1D, keys_NKTD, values_NKTD, allowed)
+    for path in attention.paths():
+        assert attention.attend(query_NH1D, keys_NKTD, values_NKTD, allowed, 0.3, path).isfinite().all()
+    x_NI, weight_I = drawn(draw.randint(1, 5), width), drawn(width)
+    for path in norm.paths():
+        assert norm.normed(x_NI, weight_I, 1e-5, draw.choice(norm.FORMS), path).isfinite().all()
+    codes_OI = torch.randint(-127, 128, (draw.randint(1, 40), width), generator=generator, dtype=torch.int8)
+    matrix = RowCodes(codes_OI, drawn(len(codes_OI), 1).abs())
+    for path in row_codes.paths():
+        assert row_codes.multiply(x_NI.float(), matrix, path).isfinite().all()
+    return len(attention.paths()) + len(norm.paths()) + len(row_codes.paths())
+
+
 def overrun() -> None:
     """A call that says more columns than its tensors have."""
     tensors = (
@@ -85,5 +112,5 @@ if __name__ == "__main__":
     called = 0
     for _ in range(CALLS):
         torch.set_num_threads(draw.randint(1, 3))
-        called += masks(draw, generator) + products(draw, generator)
+        called += masks(draw, generator) + products(draw, generator) + steps(draw, generator)
     print(called, *sparse_native.paths(), *native.paths())

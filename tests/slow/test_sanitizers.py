@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from besa.kernels import build, native, sparse_native
+from besa.kernels import attention, build, native, norm, row_codes, sparse_native
 
 pytestmark = pytest.mark.slow
 DRIVER = Path(__file__).with_name("sanitized.py")
@@ -50,7 +50,8 @@ def test_kernels_keep_to_their_memory_and_to_the_language(sanitized) -> None:
     assert result.returncode == 0, result.stderr[-3000:]
     called, *paths = result.stdout.split()
     assert paths == [*sparse_native.paths(), *native.paths()]
-    assert int(called) == 1500 * 2 * len(paths)
+    steps = [*attention.paths(), *norm.paths(), *row_codes.paths()]
+    assert int(called) == 1500 * (2 * len(paths) + len(steps))
 
 
 def test_the_sanitizers_are_at_work(sanitized) -> None:

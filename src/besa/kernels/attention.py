@@ -15,10 +15,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from besa.kernels.build import load
+from besa.kernels.build import load, runnable
 
 SOURCE = "attention.cpp"
-PATHS = ("avx512", "avx2", "plain")  # best first
 DTYPES = (torch.bfloat16, torch.float32)
 SHARE = 1 << 15  # products for which another thread is worth its start
 
@@ -40,12 +39,7 @@ class _Attention(ctypes.Structure):
 @cache
 def paths() -> list[str]:
     """The instruction sets of this processor for which there are kernels, best first; none without a compiler."""
-    kernels = load(SOURCE)
-    return [
-        name
-        for name in PATHS
-        if kernels is not None and hasattr(kernels, f"has_{name}") and bool(kernels[f"has_{name}"]())
-    ]
+    return runnable(SOURCE)
 
 
 def serves(query_NH1D: Tensor, keys_NKTD: Tensor, values_NKTD: Tensor, allowed_N11T: Tensor | None) -> bool:

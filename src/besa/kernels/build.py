@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -37,6 +38,7 @@ OPENMP_FLAGS = (("-fopenmp",), ("-Xclang", "-fopenmp"), ())
 LINK_FLAGS = ("-shared", *(("-undefined", "dynamic_lookup") if sys.platform == "darwin" else ()))
 HERE = Path(__file__).parent
 PREBUILT = "prebuilt"  # the folder of a wheel's libraries, beside their sources
+INSTRUCTIONS = ("avx512", "avx2", "plain")  # that most kernels are compiled for, best first
 OTHERS = 0o022  # the permission to write, for all users except the owner
 
 
@@ -74,6 +76,19 @@ def load(source: str) -> ctypes.CDLL | None:
             return library
     warnings.warn(f"besa computes more slowly than it could, in plain torch: {reason}.", Notice, stacklevel=2)
     return None
+
+
+def runnable(source: str, names: Iterable[str] = INSTRUCTIONS) -> list[str]:
+    """The ways to compute that a C++ file has kernels for and this processor can run; none if it cannot be compiled.
+
+    Args:
+        source: name of the file.
+        names: of the ways; the order stays.
+    """
+    kernels = load(source)
+    if kernels is None:
+        return []
+    return [name for name in names if hasattr(kernels, f"has_{name}") and bool(kernels[f"has_{name}"]())]
 
 
 def prebuild(folder: Path) -> list[Path]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from besa.kernels import choosing, sparse_native, tiles_native
-from besa.kernels.build import load
+from besa.kernels.build import load, runnable
 from besa.storage.formats.bitmask import FLOATS
 
 SOURCE = "dense.cpp"
@@ -41,9 +41,7 @@ def multiplied(x_NI: Tensor, w_OI: Tensor) -> Tensor:
 @cache
 def paths() -> list[str]:
     """As `tiles_native.paths`, of the kernels for few rows."""
-    kernels = load(SOURCE)
-    names = (tiles_native.PAIRS, tiles_native.SINGLES)
-    return [] if kernels is None else [name for name in names if tiles_native.has(kernels, name)]
+    return runnable(SOURCE, (tiles_native.PAIRS, tiles_native.SINGLES))
 
 
 def serves(w_OI: Tensor) -> bool:

@@ -8,21 +8,16 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from besa.kernels.build import load
+from besa.kernels.build import load, runnable
 
-PATHS = ("avx512", "avx2", "plain")  # best first
+SOURCE = "masks.cpp"
 NUMBERS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 @cache
 def paths() -> list[str]:
     """The instruction sets of this processor for which there are kernels, best first; none without a compiler."""
-    kernels = load("masks.cpp")
-    return [name for name in PATHS if kernels is not None and _has(kernels, name)]
-
-
-def _has(kernels: ctypes.CDLL, name: str) -> bool:
-    return hasattr(kernels, f"has_{name}") and bool(kernels[f"has_{name}"]())
+    return runnable(SOURCE)
 
 
 def serves(w_OI: Tensor) -> bool:
@@ -45,7 +40,7 @@ def binned(gradient_OI: Tensor, w_OI: Tensor, ranks_OI: Tensor, bins_I: Tensor, 
 
 
 def _call(name: str, *arguments: Tensor | int) -> None:
-    kernels = load("masks.cpp")
+    kernels = load(SOURCE)
     assert kernels is not None
     passed: list[ctypes.c_void_p | ctypes.c_int64] = []
     for argument in arguments:

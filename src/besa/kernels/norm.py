@@ -13,10 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from besa.kernels.build import load
+from besa.kernels.build import load, runnable
 
 SOURCE = "norm.cpp"
-PATHS = ("avx512", "avx2", "plain")  # best first
 DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
 
@@ -38,12 +37,7 @@ FORMS = (Form(0, True), Form(0, False), Form(1, False))
 @cache
 def paths() -> list[str]:
     """The instruction sets of this processor for which there are kernels, best first; none without a compiler."""
-    kernels = load(SOURCE)
-    return [
-        name
-        for name in PATHS
-        if kernels is not None and hasattr(kernels, f"has_{name}") and bool(kernels[f"has_{name}"]())
-    ]
+    return runnable(SOURCE)
 
 
 def serves(x: Tensor, weight_I: Tensor) -> bool:

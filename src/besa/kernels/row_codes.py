@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from besa.kernels.build import load
+from besa.kernels.build import load, runnable
 from besa.storage.formats.row_codes import RowCodes
 
 SOURCE = "row_codes.cpp"
-PATHS = ("avx512", "avx2", "plain")  # best first
 MANY = 32  # rows of x
 PANEL = 4096  # rows of a matrix that are made dense at a time
 
@@ -27,12 +26,7 @@ PANEL = 4096  # rows of a matrix that are made dense at a time
 @cache
 def paths() -> list[str]:
     """The instruction sets of this processor for which there are kernels, best first; none without a compiler."""
-    kernels = load(SOURCE)
-    return [
-        name
-        for name in PATHS
-        if kernels is not None and hasattr(kernels, f"has_{name}") and bool(kernels[f"has_{name}"]())
-    ]
+    return runnable(SOURCE)
 
 
 def multiplied(x_NI: Tensor, matrix: RowCodes) -> Tensor:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from besa.kernels.build import load
+from besa.kernels.build import load, runnable
 from besa.kernels.reading import USUAL, Way, Work, fastest
 from besa.quantization import Grid, Quantized
 from besa.storage.formats.bitmask import PADDING, ROWS, Bitmask, pack, pack_codes
@@ -48,11 +48,7 @@ class _Weight(ctypes.Structure):
 @cache
 def paths() -> list[str]:
     """The instruction sets of this processor for which there are kernels, best first; none without a compiler."""
-    return [name for name, source in SOURCES.items() if _has(load(source), name)]
-
-
-def _has(kernels: ctypes.CDLL | None, name: str) -> bool:
-    return kernels is not None and hasattr(kernels, f"has_{name}") and bool(kernels[f"has_{name}"]())
+    return [name for name, source in SOURCES.items() if runnable(source, [name])]
 
 
 def serves(weight: Bitmask) -> bool:

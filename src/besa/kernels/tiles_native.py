@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from besa.kernels import sparse_native
-from besa.kernels.build import load
+from besa.kernels.build import load, runnable
 from besa.storage.formats.bitmask import FLOATS, Bitmask
 
 SOURCE = "tiles.cpp"
@@ -22,13 +22,7 @@ PAIRS, SINGLES = "pairs", "singles"
 @cache
 def paths() -> list[str]:
     """How this processor multiplies, best first: `pairs` of bfloat16, float32 `singles`; none without AVX-512."""
-    kernels = load(SOURCE)
-    return [] if kernels is None else [name for name in (PAIRS, SINGLES) if has(kernels, name)]
-
-
-def has(kernels: ctypes.CDLL, path: str) -> bool:
-    """Whether a library has kernels for a path, and the processor can run it."""
-    return hasattr(kernels, f"has_{path}") and bool(kernels[f"has_{path}"]())
+    return runnable(SOURCE, (PAIRS, SINGLES))
 
 
 def path_of(dtype: torch.dtype, paths: list[str]) -> str:
