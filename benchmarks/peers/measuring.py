@@ -49,8 +49,8 @@ class Job:
 def run(prune: Callable[[Job, Tensor], None], packages: Sequence[str]) -> None:
     """Do the job of the file on the command line, and write what it took beside it, as .done.
 
-    A forward pass is of all calibration sequences through the dense model without its head, in batches. Loading and writing count
-    for the run. Peak memory is the largest resident size from the run's beginning.
+    A forward pass is of all calibration sequences, in batches, through the dense model without its head. Loading and
+    writing count for the run. Peak memory is the largest resident size from the run's beginning.
 
     Args:
         prune: writes the pruned model of a job, given its sequences (N, T).

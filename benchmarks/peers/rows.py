@@ -53,14 +53,8 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
     """Markdown; rows of one calibration and pattern stand together."""
     head = ["by", "method", "pattern", "calibration", "domains", "WikiText-2", "zeros, %", "zeros too many"]
     head += ["of a linear, %", "passes", "peak memory, GB"]
-    return markdown(
-        head,
-        [
-            [*_about(row), *_measured(row)]
-            for row in sorted(found, key=lambda row: (row["calibration"], -len(row["pattern"])))
-        ],
-        words=4,
-    )
+    ordered = sorted(found, key=lambda row: (row["calibration"], row["pattern"]))
+    return markdown(head, [[*_about(row), *_measured(row)] for row in ordered], words=4)
 
 
 def _about(row: Mapping[str, Any]) -> list[str]:
