@@ -49,7 +49,7 @@ TEMPORARY = Path(tempfile.gettempdir())
 app = typer.Typer(help=__doc__, add_completion=False)
 Rounds = Annotated[int, typer.Option(help="Measurements of each kind, after one that is not counted.")]
 Steps = Annotated[int, typer.Option(help="Tokens decoded in a measurement.")]
-Folder = Annotated[Path, typer.Option(help="Where models are written; needs four times their size.")]
+Folder = Annotated[Path, typer.Option(help="Where models are written; needs five times their size.")]
 Jobs = Annotated[int, typer.Option(help="Compilers at a time, if llama.cpp is not built yet.")]
 CORES = os.cpu_count() or 1
 
@@ -115,13 +115,14 @@ def shape(
     tools = Tools(built(jobs), torch.get_num_threads())
     with _place(folder) as place:
         write(place / "dense", config(name, blocks), sparsity=sparsity)
-        forms = {"bfloat16": place / "dense"}
-        for bits, group in ((8, None), (4, 64)):
-            forms[f"{bits} bits"] = place / f"codes-{bits}"
-            quantized(place / "dense", forms[f"{bits} bits"], bits, group)
         _as_gguf(tools, place, None)
         contenders = [*_of_llama(tools, place, None), _dense(place / "dense", None)]
-        contenders += [_packed(place, f"half-sparse {name}", form, None) for name, form in forms.items()]
+        contenders.append(_packed(place, "half-sparse bfloat16", place / "dense", None))
+        for bits, group in ((8, None), (4, 64)):
+            codes = place / f"codes-{bits}"
+            quantized(place / "dense", codes, bits, group)
+            contenders.append(_packed(place, f"half-sparse {bits} bits", codes, None))
+            shutil.rmtree(codes)
         _measure(contenders, rounds, steps)
         _write(f"peers-llamacpp-{name}-{blocks}", contenders, {"sparsity": sparsity, "rounds": rounds, "steps": steps})
 
