@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from besa import BesaError, Recipe, cli, compress
 from besa.api import Compressed
 from besa.errors import Interrupted
-from besa.storage import writing as files
+from besa.storage import tensors as files
 from besa.storage.journal import Journal
 from besa.storage.weights import WeightFiles
 

@@ -134,7 +134,7 @@ def test_join_tensors_copies_in_pieces(
 ) -> None:
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
     tensor_files.join_tensors(whole, [path for path, _ in parts])
-    monkeypatch.setattr(files, "COPY", 5)
+    monkeypatch.setattr(tensor_files, "COPY", 5)
     tensor_files.join_tensors(pieces, [path for path, _ in parts])
     assert pieces.read_bytes() == whole.read_bytes()
 

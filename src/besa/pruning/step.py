@@ -27,6 +27,7 @@ from besa.pruning import quantizing
 from besa.pruning.coded import Coded
 from besa.pruning.counted import linear_records
 from besa.pruning.paths import ERROR_SHARE, ERROR_TOKENS, Resources
+from besa.quantization import Quantized
 from besa.record import BlockRecord
 from besa.system import ranks
 from besa.system.ranks import Share
@@ -159,32 +160,44 @@ def _prune(
         step.share,
         gradients=step.gradients,
     )
-    coding, moved = recipe.quantization.coding, recipe.quantization.moved
     with watch("allocate"):
-        if moved is not None:
-            allocated = quantizing.allocate_before_moving(problem, recipe, moved)
-        elif coding is not None:
-            allocated, quantized = quantizing.allocate_and_quantize(problem, recipe, coding, statistics)
-            coded.quantized |= quantized
-        else:
-            allocated = recipe.allocation.allocate(problem)  # lines 5 to 10
+        allocated, quantized = _allocate(problem, recipe, statistics)
+        coded.quantized |= quantized
     with watch("rebuild"), torch.no_grad():
         for name, linear in linears.items():  # line 12
-            if name in coded.quantized:
-                w_OI = coded.quantized[name].weight()
-            else:
-                ranks_OI = allocated.ranks.get(name, linear.ranks_OI)
-                counts_O = allocated.counts[name]
-                w_OI = recipe.reconstruction.rebuild(linear.w_OI, ranks_OI, counts_O, statistics[name], recipe.group)
-            if moved is not None:
-                groups = moved.groups(name, w_OI.shape[1])
-                coded.unrounded[name] = unrounded(w_OI, linear.w_OI, statistics[name], moved, groups)
-                coded.quantized[name] = coded.unrounded[name].quantized()
-                w_OI = coded.quantized[name].weight()
-            unit.weight(name).copy_(w_OI)
+            unit.weight(name).copy_(_rebuilt(name, linear, recipe, allocated, statistics[name], coded))
         for name in allocated.biases:
             unit.parameter(name).zero_()
     return linears, allocated
+
+
+def _allocate(
+    problem: BlockProblem, recipe: Recipe, statistics: Mapping[str, InputStatistics]
+) -> tuple[Allocated, dict[str, Quantized]]:
+    """Decide the zeros of a part (lines 5 to 10), and the codes of weights that do not move."""
+    coding, moved = recipe.quantization.coding, recipe.quantization.moved
+    if moved is not None:
+        return quantizing.allocate_before_moving(problem, recipe, moved), {}
+    if coding is not None:
+        return quantizing.allocate_and_quantize(problem, recipe, coding, statistics)
+    return recipe.allocation.allocate(problem), {}
+
+
+def _rebuilt(
+    name: str, linear: RankedLinear, recipe: Recipe, allocated: Allocated, statistics: InputStatistics, coded: Coded
+) -> Tensor:
+    """The pruned weight (O, I) of a linear, rounded where the recipe rounds it; adds to the quantised weights."""
+    if name in coded.quantized:
+        return coded.quantized[name].weight()
+    ranks_OI, counts_O = allocated.ranks.get(name, linear.ranks_OI), allocated.counts[name]
+    w_OI = recipe.reconstruction.rebuild(linear.w_OI, ranks_OI, counts_O, statistics, recipe.group)
+    moved = recipe.quantization.moved
+    if moved is None:
+        return w_OI
+    groups = moved.groups(name, w_OI.shape[1])
+    coded.unrounded[name] = unrounded(w_OI, linear.w_OI, statistics, moved, groups)
+    coded.quantized[name] = coded.unrounded[name].quantized()
+    return coded.quantized[name].weight()
 
 
 def _part_targets(step: Step, part: Part) -> HiddenStates:

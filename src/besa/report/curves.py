@@ -74,6 +74,20 @@ def curves(title: str, panels: Sequence[Panel]) -> Markup:
 
 def _panel(axes: Axes, panel: Panel) -> None:
     values = [value for curve in panel.curves for value in curve.y if math.isfinite(value)]
+    places = sorted({x for curve in panel.curves for x in curve.x})
+    _scale(axes, panel, values)
+    for curve in panel.curves:
+        _draw(axes, panel, curve)
+    if panel.reference:
+        _refer(axes, *panel.reference, values)
+    _tick(axes, panel, places)
+    axes.set_xlabel(panel.x_label)
+    axes.set_ylabel(panel.y_label)
+    if len(panel.curves) > 1:
+        _name(axes, panel, places)
+
+
+def _scale(axes: Axes, panel: Panel, values: list[float]) -> None:
     shown = [*values, panel.reference[1]] if panel.reference else values
     if panel.log_x:
         axes.set_xscale("log", base=2)
@@ -82,34 +96,41 @@ def _panel(axes: Axes, panel: Panel) -> None:
     axes.margins(y=0.1)
     axes.grid(axis="y")
     axes.set_axisbelow(True)
-    for curve in panel.curves:
-        series = Series(curve.label, curve.color, curve.y)
-        axes.errorbar(
-            curve.x,
-            curve.y,
-            yerr=list(curve.spread) if any(curve.spread) else None,
-            color=series.stand_in,
-            linewidth=1.9,
-            marker="o",
-            markersize=4,
-            capsize=3,
-            linestyle="none" if panel.ticks else DASHES[(curve.color or 0) // COLORS % len(DASHES)],
-        )
-        if panel.ticks:
-            _name_values(axes, curve)
-    if panel.reference:
-        name, height = panel.reference
-        below = height <= min(values, default=height)  # where no curve is
-        axes.axhline(height, color=TEXT, linewidth=1, dashes=(4, 3))
-        axes.annotate(
-            name,
-            (0, height),
-            (3, -3 if below else 3),
-            xycoords=("axes fraction", "data"),
-            textcoords="offset points",
-            va="top" if below else "bottom",
-        )
-    places = sorted({x for curve in panel.curves for x in curve.x})
+
+
+def _draw(axes: Axes, panel: Panel, curve: Curve) -> None:
+    """A line with its spread; without a line, and with its values, where places are names."""
+    axes.errorbar(
+        curve.x,
+        curve.y,
+        yerr=list(curve.spread) if any(curve.spread) else None,
+        color=Series(curve.label, curve.color, curve.y).stand_in,
+        linewidth=1.9,
+        marker="o",
+        markersize=4,
+        capsize=3,
+        linestyle="none" if panel.ticks else DASHES[(curve.color or 0) // COLORS % len(DASHES)],
+    )
+    if panel.ticks:
+        _name_values(axes, curve)
+
+
+def _refer(axes: Axes, name: str, height: float, values: list[float]) -> None:
+    """A line at the height of the reference, named where no curve is."""
+    below = height <= min(values, default=height)
+    axes.axhline(height, color=TEXT, linewidth=1, dashes=(4, 3))
+    axes.annotate(
+        name,
+        (0, height),
+        (3, -3 if below else 3),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        va="top" if below else "bottom",
+    )
+
+
+def _tick(axes: Axes, panel: Panel, places: list[float]) -> None:
+    """Marks at all places, or at some of them where they are many."""
     if panel.log_x and any(after / before < math.sqrt(2) for before, after in pairwise(places)):
         axes.xaxis.set_major_locator(LogLocator(2))
     elif len(places) > TICKS:
@@ -119,15 +140,16 @@ def _panel(axes: Axes, panel: Panel) -> None:
     axes.minorticks_off()
     if not panel.ticks:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
-    axes.set_xlabel(panel.x_label)
-    axes.set_ylabel(panel.y_label)
-    if len(panel.curves) > 1:
-        axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())  # names are placed by what the limits end as
-        alone = [curve for curve in panel.curves if len(curve.x) == 1 < len(places) and not panel.ticks]
-        for curve in alone:
-            _name_point(axes, curve)
-        ends = [Series(curve.label, curve.color, curve.y) for curve in panel.curves if curve not in alone]
-        name_ends(axes, ends, gap=14 / (HEIGHT - 62))
+
+
+def _name(axes: Axes, panel: Panel, places: list[float]) -> None:
+    """The name of each curve at its end, or at its only point."""
+    axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())  # names are placed by what the limits end as
+    alone = [curve for curve in panel.curves if len(curve.x) == 1 < len(places) and not panel.ticks]
+    for curve in alone:
+        _name_point(axes, curve)
+    ends = [Series(curve.label, curve.color, curve.y) for curve in panel.curves if curve not in alone]
+    name_ends(axes, ends, gap=14 / (HEIGHT - 62))
 
 
 def _name_point(axes: Axes, curve: Curve) -> None:
