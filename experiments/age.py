@@ -24,7 +24,7 @@ import yaml
 from besa.methods.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
-RUN = "besa.api"  # prunes and evaluates
+RUN = ("besa.api.compressing", "besa.api.evaluating")
 SILENT = (
     "besa.checkpoint.card_text", "besa.checkpoint.cards", "besa.cli", "besa.doctor", "besa.errors", "besa.integrations",
     "besa.planning", "besa.progress", "besa.record", "besa.report", "besa.studies", "besa.version",
@@ -46,7 +46,7 @@ def code_of(recipes: Iterable[Recipe | None], module: str | None = None, root: P
     """
     chosen = [recipe for recipe in recipes if recipe is not None]
     methods = {type(choice).__module__ for recipe in chosen for _, choice in recipe if hasattr(choice, "method")}
-    modules = _closure(frozenset({RUN, *methods}), root, (*SILENT, "besa.simulator"))
+    modules = _closure(frozenset({*RUN, *methods}), root, SILENT)
     if module is not None:
         modules |= _closure(frozenset({f"experiments.{module}", "experiments.settings"}), root, SILENT)
     rooms: dict[str, list[tuple[str, str]]] = {}

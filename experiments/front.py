@@ -41,4 +41,5 @@ EXPERIMENT = Experiment(
     texts=("wikitext2",),
     claim="That BESA is below Wanda and SparseGPT",
     settings=(DEFAULTS,),
+    calibration="mix",
 )
