@@ -71,6 +71,17 @@ def test_results_say_which_besa_on_which_machine_made_them() -> None:
         assert re.search(r"besa \d+\.\d+\.\d+ at commit .* on AMD EPYC, \d threads?, 20\d\d-\d\d-\d\d", line), line
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_table_of_figures_says_what_made_it(page: Path) -> None:
+    """It is made from results, with a line on them, or its section has a version or a date."""
+    by_hand = re.sub(MARKED, "", text_of(page))
+    for section in re.split(r"^(?=#+ )", by_hand, flags=re.MULTILINE):
+        if re.search(r"^\|.*\d\.\d", section, re.MULTILINE):
+            assert re.search(r"\b0\.\d+\.\d\b|20\d\d-\d\d-\d\d", section), section.splitlines()[0]
+    for name, shown in [(match[2], match[0]) for match in re.finditer(MARKED, text_of(page))]:
+        assert name == "forms" or re.search(r"besa \d\.\d\.\d.* at commit .*, 20\d\d-\d\d-\d\d", shown), name
+
+
 @pytest.mark.parametrize("page", [*DOCS, ROOT / "CONTRIBUTING.md"], ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_to_files_and_sections(page: Path) -> None:
     for link in re.findall(r"\]\(([^)\s]+)\)", text_of(page)):
