@@ -1,6 +1,6 @@
-"""List the paper's tables and figures: what it found, what was found here, and whether the trend holds.
+"""List the results: what the paper found, what was found here, and whether the trend holds.
 
-`python -m experiments` in the project's folder; `python -m experiments.NAME` runs one.
+`python -m experiments` in the project's folder; `python -m experiments.all` makes them.
 """
 
 import sys
@@ -15,14 +15,12 @@ from experiments.paper import RESULTS, Finding, findings
 
 
 def listed(found: Sequence[Finding]) -> Table:
-    """The tables and figures, one a row."""
-    table = Table(box=SIMPLE, show_lines=True, caption="python -m experiments.NAME runs one")
+    """The results, one a row."""
+    table = Table(box=SIMPLE, show_lines=True, caption="python -m experiments.all --only NAME makes one")
     for column in ("name", "the paper found", "found here", "holds", "made by"):
         table.add_column(column, overflow="fold")
     for finding in found:
-        here = "" if finding.here is None else f"{finding.here} ({finding.about})"
-        made_by = finding.origin.label if finding.origin else ""
-        table.add_row(finding.name, f"{finding.title}. {finding.paper}", here, finding.trend, made_by)
+        table.add_row(finding.name, f"{finding.title}. {finding.paper}", finding.here, finding.trend, finding.note)
     return table
 
 

@@ -1,58 +1,29 @@
 """What several sequences a learning step buy: batch against number of steps, for BESA's rates and for fine-tuning.
 
-    python -m experiments.batches smollm2-50 --seeds 2
+    python -m experiments.all --only batches-smollm2-50
 
-Writes `experiments/results/batches/STUDY.json` and `STUDY.md`. Runs go to `--work`; what this besa left there on this
-machine is not done again, so an interrupted study goes on.
+The other cells of a study are compared with its first, seed by seed.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import product
 from math import sqrt
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Annotated, Any
 
-import typer
-
-from besa.data.mixture import without_folders
 from besa.methods.recipe import Recipe
-from besa.record import now
+from besa.models.loading import EMBEDDED
 from besa.report.markdown import table
-from besa.storage.writing import write_file
-from besa.studies.rows import Row, cell, row
-from besa.studies.workspace import Conditions, Measures, Outcome, Workspace
-from besa.system.devices import resolve_device
-from besa.system.machine import machine, versions
-from experiments.experiment import ERRORS, errors
+from besa.studies.rows import cell
+from experiments.experiment import ERRORS, Case, Experiment, Found, Made, Options, by_method, errors
+from experiments.judging import Verdict, judged
+from experiments.settings import DEFAULTS
 
-RESULTS = Path(__file__).parent / "results" / "batches"
 TINY = Path(__file__).parent.parent / "tests" / "assets" / "tiny-llama"
 STEPS, TUNING = "steps taken", "held-out loss"  # means of blocks, beside the scores of all experiments
 BATCHES = (2, 4, 8)
-
-
-@dataclass(frozen=True)
-class Study:
-    """Runs of one recipe, compared seed by seed.
-
-    Attributes:
-        conditions: of the runs.
-        measures: of the evaluations.
-        recipe: its name.
-        sparsity: share of the prunable weights.
-        cells: settings by label; the others are compared with the first.
-    """
-
-    conditions: Conditions
-    measures: Measures
-    recipe: str
-    sparsity: float
-    cells: Mapping[str, Sequence[str]]
 
 
 def learning(*pairs: tuple[int, int], tolerance: float = 0.0) -> dict[str, list[str]]:
@@ -78,18 +49,6 @@ def tuning(batch: int, epochs: int, rate: float = 1e-3) -> dict[str, list[str]]:
     return {label: [f"finetune.{key}={value}" for key, value in settings.items()]}
 
 
-def tiny(recipe: str, sparsity: float, cells: Mapping[str, Sequence[str]]) -> Study:
-    """A study of the tests' model."""
-    measures = Measures((str(TINY / "heldout.txt"), "wiki"), window=128, max_windows=200)
-    return Study(Conditions(str(TINY), "c4", samples=64, seqlen=128), measures, recipe, sparsity, cells)
-
-
-def smollm2(cells: Mapping[str, Sequence[str]], recipe: str = "besa", seqlen: int = 256) -> Study:
-    """A study of the embedded model."""
-    measures = Measures(("wiki",), window=256, max_windows=40)
-    return Study(Conditions("smollm2", "c4", samples=32, seqlen=seqlen), measures, recipe, 0.5, cells)
-
-
 GRID = (
     learning((1, 88), (1, 176), (1, 44), (1, 22), (1, 11), *product(BATCHES, (88, 44, 22, 11)))
     | learning(*((batch, 88) for batch in BATCHES), tolerance=0.01)
@@ -106,16 +65,9 @@ TUNINGS = (
     | {label: own for batch in BATCHES for label, own in tuning(batch, EPOCHS, 1e-3 * batch).items()}
     | {label: own for batch in BATCHES for label, own in tuning(batch, batch * EPOCHS).items()}
 )
-STUDIES = {
-    "tiny-50": tiny("besa", 0.5, GRID),
-    "tiny-70": tiny("besa", 0.7, learning((1, 88), (1, 44), (1, 22), *product(BATCHES, (44, 22)))),
-    "tiny-finetune": tiny("fast", 0.5, TUNINGS),
-    "smollm2-50": smollm2(learning((1, 88), (1, 44), (4, 22), (2, 44), (8, 11), (1, 22), (4, 44))),
-    "smollm2-finetune": smollm2(tuning(1, EPOCHS) | tuning(4, EPOCHS, 4e-3) | tuning(1, EPOCHS, 4e-3), "fast", 128),
-}
 
 
-def scores(outcome: Outcome) -> dict[str, float]:
+def scores(outcome: Made) -> dict[str, float]:
     """Perplexities, reconstruction errors, and where a run learned: its steps, or what fine-tuning reached."""
     found = outcome.scores | errors(outcome)
     blocks = outcome.record.blocks if outcome.record else []
@@ -126,65 +78,33 @@ def scores(outcome: Outcome) -> dict[str, float]:
     return found
 
 
-def carry_out(study: Study, name: str, seeds: int, work: Path, results: Path) -> list[Row]:
-    """Run what is missing, seed by seed, and write the result after every run."""
-    workspace = Workspace(work, study.conditions, study.measures)
-    recipes = {label: Recipe.load(study.recipe, study.sparsity, own) for label, own in study.cells.items()}
-    outcomes: dict[str, list[Outcome]] = {label: [] for label in recipes}
-    rows: list[Row] = []
-    for seed, (label, recipe) in product(range(seeds), recipes.items()):
-        outcomes[label].append(workspace.outcome(recipe, seed))
-        rows = [row(label, found, scores) for label, found in outcomes.items() if found]
-        _write(study, name, rows, results)
-    return rows
-
-
-def change(one: Row, first: Row, score: str) -> list[float]:
-    """By how much per cent a score differs from that of the first cell with the same seed, one number a seed."""
-    pairs = zip(one.values[score], first.values[score], strict=False)  # of the last seed, the rest may be missing
-    return [100 * (value / base - 1) for value, base in pairs]
-
-
-def _write(study: Study, name: str, rows: Sequence[Row], results: Path) -> None:
-    given, measures = study.conditions, study.measures
-    result: dict[str, Any] = {
-        "name": name,
-        "command": ["python", "-m", "experiments.batches", name, "--seeds", str(rows[0].seeds)],
-        "model": Path(given.model).name,
-        "calibration": f"{given.samples} × {given.seqlen} tokens of {without_folders(given.calibration)}",
-        "recipe": study.recipe,
-        "sparsity": study.sparsity,
-        "window": measures.window,
-        "max_windows": measures.max_windows,
-        "cells": {label: list(settings) for label, settings in study.cells.items()},
-        "rows": [one.model_dump(mode="json", exclude={"origin", "settings"}) for one in rows],
-        "machine": machine(resolve_device(given.device)),
-        "versions": versions(),
-        "created": now(),
-    }
-    write_file(results / f"{name}.json", json.dumps(result, indent=2) + "\n")
-    write_file(results / f"{name}.md", _page(study, result, rows))
-
-
-def _page(study: Study, result: Mapping[str, Any], rows: Sequence[Row]) -> str:
-    """The table in Markdown; changes are against the first row, seed by seed."""
-    first = rows[0]
-    texts = [score for score in first.mean if score not in (*ERRORS, STEPS, TUNING)]
-    compared = [*texts, ERRORS[1], *([TUNING] if TUNING in first.mean else [])]
-    shown = [*([STEPS] if STEPS in first.mean else []), *compared]
-    head = ["cell", "seeds", *shown, *(f"{score}, change" for score in compared)]
-    cells = [
-        [one.recipe, str(one.seeds), *(cell(one, score) for score in shown)]
-        + [_percent(change(one, first, score)) for score in compared]
-        for one in rows
-    ]
-    about = f"{result['model']}, recipe {study.recipe} at {study.sparsity:.0%}, {result['calibration']}; perplexity in"
-    windows = f"windows of {result['window']} tokens (first {result['max_windows']})"
-    return (
-        f"# Batches: {result['name']}\n\n{table(head, cells)}\n{about} {windows}. ± is the standard deviation over "
-        f"seeds. A change is against the first row with the same seed.\n\n`{' '.join(result['command'])}`, "
-        f"{result['created'][:10]}.\n"
+def verdict(found: Found) -> Verdict:
+    """Some cell is better than the first."""
+    first, *others = found.rows
+    against = {label: judged(found.changes(label, first), most=0) for label in others}
+    better = [label for label, one in against.items() if one.holds]
+    least = min(against, key=lambda label: against[label].mean)
+    told = (
+        f"{len(better)} of {len(others)} cells are better than {first}; the least is {least}, {against[least].words()}"
     )
+    worse = all(one.holds is False for one in against.values())
+    holds = True if better else False if worse else None
+    return Verdict(f"{found.text}: {told}.", holds, against[least].mean < 0)
+
+
+def shown(found: Found) -> str:
+    """Scores of each cell, and their changes against the first."""
+    (first, base), *_ = found.rows.items()
+    texts = [score for score in base.mean if score not in (*ERRORS, STEPS, TUNING)]
+    compared = [*texts, ERRORS[1], *([TUNING] if TUNING in base.mean else [])]
+    columns = [*([STEPS] if STEPS in base.mean else []), *compared]
+    head = ["cell", "seeds", *columns, *(f"{score}, change" for score in compared)]
+    cells = [
+        [label, str(one.seeds), *(cell(one, score) for score in columns)]
+        + [_percent(found.changes(label, first, score)) for score in compared]
+        for label, one in found.rows.items()
+    ]
+    return f"{table(head, cells)}\n± is the standard deviation over seeds; a change is that against the first row.\n"
 
 
 def _percent(changes: Sequence[float]) -> str:
@@ -192,17 +112,34 @@ def _percent(changes: Sequence[float]) -> str:
     return f"{mean(changes):+.1f} %{spread}"
 
 
-def main(
-    study: Annotated[str, typer.Argument(help=f"One of {', '.join(STUDIES)}.")],
-    seeds: Annotated[int, typer.Option(help="Runs of each cell.", min=1)] = 3,
-    work: Annotated[Path, typer.Option(help="Folder of runs.")] = Path("work"),
-    results: Annotated[Path, typer.Option(help="Folder for results.")] = RESULTS,
-) -> None:
-    """Run what is missing and write the table."""
-    if study not in STUDIES:
-        raise typer.BadParameter(f"there is no study {study}; choose one of {', '.join(STUDIES)}.")
-    carry_out(STUDIES[study], study, seeds, work, results)
+def study(name: str, recipe: str, cells: Mapping[str, Sequence[str]], sparsity: float = 0.5) -> Experiment:
+    """Runs of one recipe with several settings, by label; on the tests' model or on the embedded one."""
+
+    def cases(options: Options) -> list[Case]:
+        return [Case(label, Recipe.load(recipe, options.sparsity, own)) for label, own in cells.items()]
+
+    tiny = name.startswith("tiny")
+    return Experiment(
+        f"batches-{name}",
+        f"Batches: {recipe} at {sparsity:.0%}, {name.partition('-')[0]}",
+        cases,
+        verdict,
+        by_method,
+        texts=(str(TINY / "heldout.txt"), "wiki") if tiny else ("wiki",),
+        scores=scores,
+        claim="That a cell is better than the first",
+        settings=(DEFAULTS,),
+        models=(str(TINY) if tiny else EMBEDDED,),
+        sparsity=sparsity,
+        table=shown,
+        module="batches",
+    )
 
 
-if __name__ == "__main__":
-    typer.run(main)
+STUDIES = (
+    study("tiny-50", "besa", GRID),
+    study("tiny-70", "besa", learning((1, 88), (1, 44), (1, 22), *product(BATCHES, (44, 22))), 0.7),
+    study("tiny-finetune", "fast", TUNINGS),
+    study("smollm2-50", "besa", learning((1, 88), (1, 44), (4, 22), (2, 44), (8, 11), (1, 22), (4, 44))),
+    study("smollm2-finetune", "fast", tuning(1, EPOCHS) | tuning(4, EPOCHS, 4e-3) | tuning(1, EPOCHS, 4e-3)),
+)

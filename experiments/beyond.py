@@ -1,6 +1,6 @@
 """Past the paper: what other kinds of methods, `fast` and `best` leave of a model, and what they cost.
 
-python -m experiments.beyond --model smollm2 --data wikitext2=FILE --data c4=FILE --data ptb=FILE --points 0.5,0.7
+python -m experiments.all --only beyond --data wikitext2=FILE --data c4=FILE --data ptb=FILE
 
 Costs are forward passes of the calibration set, counted (`besa.planning.passes`); solving for weights comes on top.
 """
@@ -8,8 +8,9 @@ Costs are forward passes of the calibration set, counted (`besa.planning.passes`
 from besa.methods.recipe import Recipe
 from besa.planning import forward_passes, spending
 from besa.report.curves import Curve, Panel
-from experiments.experiment import DENSE_CASE, Case, Experiment, Found, Options, Verdict, at, by_sparsity, head_of
-from experiments.running import run
+from experiments.experiment import DENSE_CASE, Case, Experiment, Found, Options, at, by_sparsity, head_of
+from experiments.judging import Judged, Verdict, judged, ruled, together
+from experiments.settings import DEFAULTS
 
 PASSES = 20  # that `best` may take
 OURS = "best"
@@ -27,7 +28,7 @@ def methods(options: Options, sparsity: float) -> dict[str, Recipe]:
     """Those that meet a sparsity, by name."""
     return {
         **{name: options.baseline(name, sparsity) for name in ("magnitude", "wanda", "sparsegpt")},
-        "besa": Recipe.load("besa", sparsity, options.changes),
+        "besa": options.besa(sparsity=sparsity),
         "owl + sparsegpt": Recipe.load("sparsegpt", sparsity, ["targets.method=owl"]),
         "uniform + admm": Recipe.load("wanda", sparsity, ["reconstruction.method=admm"]),
         "fast": options.baseline("fast", sparsity),
@@ -52,20 +53,22 @@ def _spending(options: Options, recipe: Recipe) -> Recipe:
 def verdict(found: Found) -> Verdict:
     """`best` is first in every column of every text."""
     columns = [f"{100 * point:g} %" for point in found.options.points] + [PATTERN]
-    scores = {column: _column(found, column) for column in columns}
-    winners = [_ranked(own, text)[0] for own in scores.values() for text in found.drawn]
-    first = winners.count(OURS)
-    told = "; ".join(
-        f"{column}: {', '.join(f'{name} {own[name][found.text]:,.2f}' for name in _ranked(own, found.text)[:2])}"
-        for column, own in scores.items()
-    )
-    sentence = f"{OURS} is first in {first} of {len(winners)} columns; the first two on {found.text}: {told}."
-    return Verdict(sentence, first == len(winners))
-
-
-def _ranked(own: dict[str, dict[str, float]], text: str) -> list[str]:
-    """Methods from the lowest perplexity on a text to the highest."""
-    return sorted(own, key=lambda name: own[name][text])
+    said, first = [], 0
+    all_of: list[Judged] = []
+    for column in columns:
+        own = _column(found, column)
+        ranked = sorted(own, key=lambda name: own[name][found.text])
+        against = [
+            judged(found.changes(f"{OURS} at {column}", f"{name} at {column}", text), most=0)
+            for name in ranked
+            if name != OURS
+            for text in found.drawn
+        ]
+        first += together(one.holds for one in against) is True
+        all_of += against
+        said.append(f"{column}: {', '.join(f'{name} {own[name][found.text]:,.2f}' for name in ranked[:2])}")
+    sentence = f"{OURS} is first in {first} of {len(columns)} columns on every text; the first two on {found.text}"
+    return ruled(f"{sentence}: {'; '.join(said)}.", all_of)
 
 
 def _column(found: Found, column: str) -> dict[str, dict[str, float]]:
@@ -102,8 +105,6 @@ EXPERIMENT = Experiment(
     verdict,
     panels,
     points=(0.5, 0.6, 0.7),
+    settings=(DEFAULTS,),
     claim=f"That {OURS} is first",
 )
-
-if __name__ == "__main__":
-    run(EXPERIMENT)

@@ -1,23 +1,27 @@
-"""What each recipe costs and leaves, and what each form of a checkpoint gains: the tables of docs/recipes.md."""
+"""What to choose: what each recipe costs and leaves, and what each form of a checkpoint gains."""
 
 import json
 from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from besa.evaluation.domains import ALL
 from besa.methods.recipe import Recipe
 from besa.planning.passes import forward_passes
 from besa.report.markdown import table
+from experiments.domains import ORDER
 
 ROOT = Path(__file__).parent.parent
-DOMAINS = ROOT / "experiments" / "results" / "beyond" / "domains"
+RESULTS = ROOT / "experiments" / "results"
 MODELS = {
-    "SmolLM2-135M": "smollm2-16x512",
-    "Gemma 3 270M": "gemma3-270m-16x512",
-    "Qwen2.5-Coder-1.5B": "qwen2.5-coder-1.5b-16x512",
+    "SmolLM2-135M": "domains",
+    "Gemma 3 270M": "domains-gemma3-270m",
+    "Qwen2.5-Coder-1.5B": "domains-qwen2.5-coder-1.5b",
 }
-ORDER = ("wanda", "sparsegpt", "besa", "fast", "best")
 SAMPLES, SEQLEN = 64, 512  # for which passes are counted
+CHOICE = Path(__file__).parent / "choice.yaml"
 DECODE = ROOT / "benchmarks" / "results" / "decode-1B-16.json"
 FORMS = {"dense": "dense, as torch computes it", "dense, prepacked": "dense, in oneDNN's layout", "sparse": "packed"}
 WORKS = {
@@ -45,6 +49,19 @@ def recipes() -> str:
     return f"\n{table(head, rows, words=2)}\n"
 
 
+def choice() -> str:
+    """What to use for which goal, in Markdown; perplexity is the mean of the domains, of the embedded model."""
+    measured = _comparison(MODELS["SmolLM2-135M"])
+    rows = []
+    for entry in yaml.safe_load(CHOICE.read_text(encoding="utf-8")):
+        passes, quality = entry.get("passes", ""), entry.get("quality", "")
+        if name := entry.get("recipe"):
+            passes = passes or f"{forward_passes(Recipe.load(name), SAMPLES, SEQLEN):.1f}"
+            quality = f"{measured[name]['mean'][ALL]:,.2f}"
+        rows.append([entry["goal"], entry["use"], passes, quality])
+    return f"\n{table(['goal', 'use', 'passes', 'perplexity at 50 %'], rows, words=2)}\n"
+
+
 def forms() -> str:
     """Bytes and speed of a model dense and packed, in Markdown."""
     measured = json.loads(DECODE.read_text(encoding="utf-8"))
@@ -63,6 +80,6 @@ def _ratio(value: float) -> str:
 
 
 def _comparison(name: str) -> dict[str, dict[str, Any]]:
-    """The rows of a comparison by recipe."""
-    rows = json.loads((DOMAINS / f"{name}.json").read_text(encoding="utf-8"))["rows"]
+    """The rows of a result by recipe."""
+    rows = json.loads((RESULTS / name / f"{name}.json").read_text(encoding="utf-8"))["rows"]
     return {row["recipe"]: row for row in rows}

@@ -1,52 +1,50 @@
-"""An experiment of the paper as data: cases to prune by, what is looked at, what is drawn, and a verdict on the trend.
-
-The defaults are the paper's.
-"""
+"""An experiment as data: cases to prune by, what is looked at, what is drawn, and a verdict on a claim."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
 from besa.data.questions import TASKS
 from besa.methods.recipe import Recipe
 from besa.models.blocks import find_blocks
-from besa.models.loading import locate, read_config, skeleton
+from besa.models.loading import EMBEDDED, locate, read_config, skeleton
 from besa.models.whole import head_share
 from besa.report.curves import Curve, Panel
-from besa.studies.rows import SCORES, Row
+from besa.studies.rows import SCORES, Row, markdown
 from besa.studies.workspace import DENSE, Conditions, Measures, Outcome
+from experiments.judging import Verdict, changes
+from experiments.settings import DEFAULTS, PAPER, Setting
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asked for, or the paper's choice of it.
+    """What cases are made from.
 
     Attributes:
         conditions: of the runs.
         measures: of the evaluations.
-        sparsity: share of the prunable weights, where the experiment does not vary it.
-        seeds: runs of each case.
         points: what is varied, where something is.
-        changes: settings of BESA's recipes, as `key.key=value`.
+        setting: of BESA.
+        sparsity: share of the prunable weights, where the experiment does not vary it.
     """
 
     conditions: Conditions
     measures: Measures
-    sparsity: float
-    seeds: int
-    points: tuple[float, ...]
-    changes: tuple[str, ...] = ()
+    points: tuple[float, ...] = ()
+    setting: Setting = PAPER
+    sparsity: float = 0.5
 
     def besa(self, *settings: str, name: str = "besa", sparsity: float | None = None) -> Recipe:
-        """BESA as the paper runs it: one epoch, a whole sequence at each step; in its loss all channels count alike."""
-        epoch = (f"allocation.steps={self.conditions.samples}", "allocation.crop=1", "allocation.plain=0")
-        return Recipe.load(name, sparsity or self.sparsity, [*epoch, *settings, *self.changes])
+        """BESA in this setting."""
+        return self.setting.recipe(name, sparsity or self.sparsity, self.conditions.samples, *settings)
 
     def baseline(self, name: str, sparsity: float | None = None) -> Recipe:
-        """A method that learns nothing."""
+        """A method that the settings do not change."""
         return Recipe.load(name, sparsity or self.sparsity)
 
 
@@ -66,6 +64,13 @@ class Case:
 
 
 @dataclass(frozen=True)
+class Made(Outcome):
+    """A run of a case, with what was found in its checkpoint where something was looked for."""
+
+    looked: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Found:
     """What came out.
 
@@ -73,12 +78,14 @@ class Found:
         options: what was asked for.
         rows: mean and spread of each case by its label.
         outcomes: of each case by its label, one for each seed.
+        cells: the record of each run, in types of JSON.
         notes: on the texts.
     """
 
     options: Options
     rows: dict[str, Row]
-    outcomes: dict[str, list[Outcome]]
+    outcomes: dict[str, list[Made]]
+    cells: tuple[dict[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -95,18 +102,13 @@ class Found:
         """Mean of a score, by default of the first."""
         return self.rows[label].mean[score or self.text]
 
+    def values(self, label: str, score: str | None = None) -> list[float]:
+        """A score, by default the first, of each seed."""
+        return self.rows[label].values[score or self.text]
 
-@dataclass(frozen=True)
-class Verdict:
-    """Whether the paper's trend is there.
-
-    Attributes:
-        found: what was found, in a sentence with its numbers.
-        holds: whether that is what the paper found; None where differences are within the noise.
-    """
-
-    found: str
-    holds: bool | None
+    def changes(self, label: str, other: str, score: str | None = None) -> list[float]:
+        """By how much per cent a case differs from another, seed by seed."""
+        return changes(self.values(label, score), self.values(other, score))
 
 
 @dataclass(frozen=True)
@@ -114,16 +116,23 @@ class Experiment:
     """A table or figure of the paper.
 
     Attributes:
-        name: of its module and files.
+        name: of its files.
         title: what it shows.
         cases: the lines of its table.
         verdict: on what came out.
         panels: what is drawn of it.
         texts: perplexity is measured on.
         tasks: zero-shot accuracy is measured on.
-        points: what is varied, where something is.
+        points: what is varied, where something is, in the paper.
         scores: what is looked at of each run.
         claim: that the verdict is on.
+        settings: of BESA that it is made in.
+        models: that it is made on, of `experiments.models`, or folders.
+        calibration: text to calibrate on.
+        sparsity: share of the prunable weights, where it is not varied.
+        look: what is found in a checkpoint, in types of JSON, where its weights matter.
+        table: what came out, in Markdown.
+        module: that has it, where its name is another.
     """
 
     name: str
@@ -134,8 +143,15 @@ class Experiment:
     texts: tuple[str, ...] = ("wikitext2", "c4", "ptb")
     tasks: tuple[str, ...] = ()
     points: tuple[float, ...] = ()
-    scores: Callable[[Outcome], dict[str, float]] = SCORES
+    scores: Callable[[Made], dict[str, float]] = SCORES
     claim: str = "The paper's trend"
+    settings: tuple[Setting, ...] = (PAPER, DEFAULTS)
+    models: tuple[str, ...] = (EMBEDDED,)
+    calibration: str = "c4"
+    sparsity: float = 0.5
+    look: Callable[[Path], dict[str, Any]] | None = None
+    table: Callable[[Found], str] = lambda found: markdown(list(found.rows.values()), first="case")
+    module: str = ""
 
 
 DENSE_CASE = Case(DENSE, None)

@@ -1,6 +1,6 @@
 """Figure 1b of the paper: perplexity against the sparsity of one kind of layer, all others left dense.
 
-python -m experiments.fig1b --model smollm2 --data wikitext2=wikitext2.test.raw --points 0.3,0.5,0.7,0.9
+python -m experiments.all --only fig1b --data wikitext2=wikitext2.test.raw
 """
 
 from besa.models.kinds import kind, shortened
@@ -11,13 +11,13 @@ from experiments.experiment import (
     Experiment,
     Found,
     Options,
-    Verdict,
     at,
     by_sparsity,
     linear_names,
     numbers,
 )
-from experiments.running import run
+from experiments.judging import Verdict, judged, ruled
+from experiments.settings import DEFAULTS
 
 UNEQUAL = 2.0  # ratio between the damage of two kinds from which they count as unequal
 
@@ -39,9 +39,12 @@ def verdict(found: Found) -> Verdict:
     """Kinds do not contribute equally: at the highest sparsity, one does several times the damage of another."""
     highest = max(found.options.points)
     labels = [label for label in found.rows if label.endswith(at("", highest))]
-    damage = [found.score(label) - found.score(DENSE) for label in labels]
-    said = f"{found.text}, dense {found.score(DENSE):,.2f}: {numbers(found, labels)}."
-    return Verdict(said, max(damage) > UNEQUAL * max(min(damage), 0.0))
+    (dense,) = found.values(DENSE)
+    by_seed = zip(*(found.values(label) for label in labels), strict=True)
+    damage = [[value - dense for value in own] for own in by_seed]
+    apart = judged([max(own) - UNEQUAL * min(own) for own in damage], least=0)
+    said = f"{found.text}, dense {dense:,.2f}: {numbers(found, labels)}"
+    return ruled(f"{said}; the most damage less {UNEQUAL:g} times the least {apart.words('')}.", [apart])
 
 
 EXPERIMENT = Experiment(
@@ -52,7 +55,5 @@ EXPERIMENT = Experiment(
     by_sparsity,
     texts=("wikitext2",),
     points=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
+    settings=(DEFAULTS,),
 )
-
-if __name__ == "__main__":
-    run(EXPERIMENT)

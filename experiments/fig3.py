@@ -1,10 +1,10 @@
 """Figure 3 of the paper: perplexity against the sparsity of the model.
 
-python -m experiments.fig3 --model smollm2 --data wikitext2=wikitext2.test.raw --points 0.3,0.5,0.6,0.7
+python -m experiments.all --only fig3 --data wikitext2=wikitext2.test.raw
 """
 
-from experiments.experiment import DENSE_CASE, Case, Experiment, Found, Options, Verdict, at, by_sparsity, numbers
-from experiments.running import run
+from experiments.experiment import DENSE_CASE, Case, Experiment, Found, Options, at, by_sparsity
+from experiments.judging import Judged, Verdict, judged, ruled, together
 
 BASELINES = ("sparsegpt", "wanda")
 
@@ -20,18 +20,15 @@ def cases(options: Options) -> list[Case]:
 
 def verdict(found: Found) -> Verdict:
     """BESA is the lowest at every sparsity."""
-    points = found.options.points
-    lowest = [
-        point
-        for point in points
-        if found.score(at("besa", point)) < min(found.score(at(name, point)) for name in BASELINES)
-    ]
-    ends = "; ".join(
-        numbers(found, [at(name, point) for name in (*BASELINES, "besa")]) for point in (points[0], points[-1])
-    )
-    return Verdict(
-        f"BESA is the lowest at {len(lowest)} of {len(points)} sparsities; {ends}.", len(lowest) == len(points)
-    )
+    points, said, lowest = found.options.points, [], 0
+    all_of: list[Judged] = []
+    for point in points:
+        against = {name: judged(found.changes(at("besa", point), at(name, point)), most=0) for name in BASELINES}
+        lowest += together(one.holds for one in against.values()) is True
+        all_of += against.values()
+        told = ", ".join(f"{name} {one.words()}" for name, one in against.items())
+        said.append(f"at {100 * point:g} % {found.score(at('besa', point)):,.2f}, against {told}")
+    return ruled(f"BESA is the lowest at {lowest} of {len(points)} sparsities: {'; '.join(said)}.", all_of)
 
 
 EXPERIMENT = Experiment(
@@ -43,6 +40,3 @@ EXPERIMENT = Experiment(
     texts=("wikitext2",),
     points=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8),
 )
-
-if __name__ == "__main__":
-    run(EXPERIMENT)

@@ -1,6 +1,6 @@
 """Figure 4 of the paper: perplexity against the size of the calibration set, one epoch over each.
 
-python -m experiments.fig4 --model smollm2 --data wikitext2=wikitext2.test.raw --points 4,16,64
+python -m experiments.all --only fig4 --data wikitext2=wikitext2.test.raw
 """
 
 from collections.abc import Sequence
@@ -8,11 +8,11 @@ from dataclasses import replace
 
 from besa.report.curves import Curve, Panel
 from besa.studies.workspace import DENSE
-from experiments.experiment import DENSE_CASE, Case, Experiment, Found, Options, Verdict, numbers
-from experiments.running import run
+from experiments.experiment import DENSE_CASE, Case, Experiment, Found, Options, numbers
+from experiments.judging import UNTRIED, Verdict, judged, ruled
 
 ENOUGH = 64  # sequences beyond which the paper finds little more
-LITTLE = 0.01  # change of perplexity that counts as little
+LITTLE = 1.0  # per cent of perplexity that count as little
 
 
 def label(samples: float) -> str:
@@ -42,12 +42,15 @@ def verdict(found: Found) -> Verdict:
     """More sequences help clearly up to 64, and little beyond."""
     few = [point for point in found.options.points if point <= ENOUGH]
     many = [point for point in found.options.points if point >= ENOUGH]
-    first, enough, last = (found.score(label(point)) for point in (few[0], few[-1], found.options.points[-1]))
-    said = f"{found.text}: {numbers(found, [label(point) for point in found.options.points])}."
-    helps = len(few) > 1 and enough < (1 - LITTLE) * first
-    if len(many) < 2:
-        return Verdict(f"{said} More than {ENOUGH} were not tried.", helps)
-    return Verdict(said, helps and abs(last / enough - 1) < LITTLE)
+    said = f"{found.text}: {numbers(found, [label(point) for point in found.options.points])}"
+    helps = judged(found.changes(label(few[-1]), label(few[0])), most=-LITTLE) if len(few) > 1 else UNTRIED
+    beyond = judged(found.changes(label(many[-1]), label(many[0])), -LITTLE, LITTLE) if len(many) > 1 else UNTRIED
+    told = ", ".join(
+        f"from {own[0]:g} to {own[-1]:g} {one.words()}"
+        for own, one in ((few, helps), (many, beyond))
+        if one is not UNTRIED
+    )
+    return ruled(f"{said}; {told or f'nothing on both sides of {ENOUGH} was tried'}.", [helps, beyond])
 
 
 EXPERIMENT = Experiment(
@@ -59,6 +62,3 @@ EXPERIMENT = Experiment(
     texts=("wikitext2",),
     points=(2, 4, 8, 16, 32, 64, 128, 256),
 )
-
-if __name__ == "__main__":
-    run(EXPERIMENT)

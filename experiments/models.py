@@ -138,12 +138,17 @@ def model(name: str, progress: Progress = silent) -> str:
         return name
     if name not in MODELS:
         raise BesaError(f"There is no model {name!r}: choose one of {', '.join(NAMES)}.")
-    folder = assets.cache_dir() / "models" / name
-    if not folder.is_dir():
-        with explained(folder):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-        convert(MODELS[name], folder, labelled(progress, name))
-    return str(folder)
+    made = folder(name)
+    if not made.is_dir():
+        with explained(made):
+            made.parent.mkdir(parents=True, exist_ok=True)
+        convert(MODELS[name], made, labelled(progress, name))
+    return str(made)
+
+
+def folder(name: str) -> Path:
+    """Where one of `MODELS` is, once it has been made."""
+    return assets.cache_dir() / "models" / name
 
 
 def convert(file: Joined, folder: Path, progress: Progress = silent) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
 from besa.report.markdown import table
 from besa.storage.names import path_of
-from besa.studies.origin import Origin
-from experiments.experiment import Verdict
+from experiments.items import Item, items
+from experiments.judging import Verdict
 from experiments.result import Result
 
 HERE = Path(__file__).parent
@@ -19,75 +20,82 @@ RESULTS = HERE / "results"
 
 @dataclass(frozen=True)
 class Finding:
-    """A table or figure of the paper.
+    """A table or figure of the paper, or another result, in one setting on one model.
 
     Attributes:
-        name: of its experiment.
+        name: of the result.
         title: what it shows.
         paper: what the paper found.
-        here: what was found here, None where it was not run.
-        holds: whether the paper's trend is there, None where that is open.
-        model: on which it was run.
-        date: when.
-        origin: what made it.
+        result: what was found here, None where it was not made.
     """
 
     name: str
     title: str
-    paper: str
-    here: str | None = None
-    holds: bool | None = None
-    model: str = ""
-    date: str = ""
-    origin: Origin | None = None
+    paper: str = ""
+    result: Result | None = None
+
+    @property
+    def here(self) -> str:
+        """What was found here, with model and setting."""
+        if self.result is None:
+            return ""
+        verdict = self.result.verdict or Verdict(f"See {self.name}.md.", None)
+        return f"{verdict.found} ({self.about})"
 
     @property
     def about(self) -> str:
-        """Model and date, as far as they are known."""
-        return ", ".join(part for part in (self.model, self.date) if part)
+        """Model and setting."""
+        assert self.result is not None
+        return ", ".join(part for part in (self.result.model, self.result.setting.get("name", "")) if part)
 
     @property
     def trend(self) -> str:
         """Whether the trend holds, in words."""
-        if self.here is None:
+        if self.result is None:
             return "not run"
-        return "open" if self.holds is None else "yes" if self.holds else "no"
+        return self.result.verdict.words if self.result.verdict else "open"
+
+    @property
+    def note(self) -> str:
+        """What made it."""
+        return self.result.note if self.result else ""
 
 
 def findings(results: Path = RESULTS) -> list[Finding]:
-    """All tables and figures, with what is found in `results` (one folder each).
+    """All tables and figures of the paper, with what is found in `results` (one folder each).
 
     Raises:
         BesaError: a result file is damaged, or there can be no such folder.
     """
-    results = path_of(results)
     listed = yaml.safe_load((HERE / "paper.yaml").read_text(encoding="utf-8"))
-    return [_found(Finding(entry["name"], entry["title"], entry["found"]), results) for entry in listed]
+    found = []
+    for entry in listed:
+        title, paper = entry["title"], entry["found"]
+        own = [item for item in items() if item.experiment.name == entry["name"]]
+        made = [Finding(item.name, title, paper, one) for item in own if (one := _read(item, results))]
+        found += made or [Finding(entry["name"], title, paper)]
+    return found
 
 
-def _found(finding: Finding, results: Path) -> Finding:
-    path = results / finding.name / f"{finding.name}.json"
-    if not path.is_file():
-        return finding
-    result = Result.read(path)
-    verdict = result.verdict or Verdict(f"See {path.with_suffix('.md').name}.", None)
-    return replace(
-        finding,
-        here=verdict.found,
-        holds=verdict.holds,
-        model=result.model,
-        date=result.created[:10],
-        origin=result.origin,
-    )
+def others(results: Path = RESULTS) -> list[Finding]:
+    """Results that are not the paper's."""
+    paper = {finding.name for finding in findings(results)}
+    return [
+        Finding(item.name, item.experiment.title, result=one)
+        for item in items()
+        if item.name not in paper and (one := _read(item, results))
+    ]
 
 
-def listed(found: list[Finding]) -> str:
-    """The tables and figures in Markdown, one a row."""
+def _read(item: Item, results: Path) -> Result | None:
+    path = path_of(results) / item.name / f"{item.name}.json"
+    return Result.read(path) if path.is_file() else None
+
+
+def listed(found: Sequence[Finding]) -> str:
+    """Results in Markdown, one a row."""
     rows = []
     for finding in found:
-        about = f" ({finding.about})" if finding.about else ""
-        here = "" if finding.here is None else finding.here + about
-        name = f"[{finding.name}]({finding.name}/{finding.name}.md)" if finding.here is not None else finding.name
-        made_by = finding.origin.label if finding.origin else ""
-        rows.append([f"{name}: {finding.title}", finding.paper, here, finding.trend, made_by])
-    return table(["experiment", "the paper found", "found here", "holds", "made by"], rows, words=5)
+        name = f"[{finding.name}]({finding.name}/{finding.name}.md)" if finding.result is not None else finding.name
+        rows.append([f"{name}: {finding.title}", finding.paper, finding.here, finding.trend, finding.note])
+    return table(["result", "the paper found", "found here", "holds", "made by"], rows, words=5)

@@ -1,102 +1,81 @@
 """Put measured tables into the README and pages of docs/: `python -m experiments.readme` makes them from result files.
 
-A marker pair `<!-- results:NAME -->` … `<!-- /results -->` holds the content of `experiments/results/NAME.md`. The
-tables come from the `besa_run.json` and `besa_eval.json` of their runs, from `beyond/beyond.json`, from the verdicts of
-the experiments, and from `experiments.choices`. Only the sentences around them are written by hand.
+A marker pair `<!-- results:NAME -->` … `<!-- /results -->` holds the content of `experiments/results/NAME.md`, and a
+line that says what made it: version, commit, machine and date, and whether the code that makes it has changed since. A
+test compares the pages with the files, so that no figure grows older than its code without a word. Only the sentences
+around the tables are written by hand.
 """
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
-from besa.evaluation.result import EVALUATION_NAME, Evaluation
-from besa.record import RunRecord
 from besa.report.markdown import table
-from besa.studies.origin import Origin
-from besa.studies.rows import Row, row
-from besa.studies.workspace import Outcome
-from experiments.choices import forms, recipes
-from experiments.paper import findings, listed
+from besa.studies.rows import Row
+from experiments.choices import choice, forms, recipes
+from experiments.paper import Finding, findings, listed, others
 from experiments.result import Result
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "recipes.md")
-RUNS = {
-    "50": ("demo-full-50", ["dense", "magnitude", "wanda", "sparsegpt", "besa-layerwise", "besa"]),
-    "70": ("smollm2-70", ["wanda", "besa"]),
-}
-INDEX = """# The paper's tables and figures
+RUNS = {"50": "50 %", "70": "70 %"}  # sparsity of the front page's table, and of the other one
+INDEX = """# Results
 
 `python -m experiments.readme` writes this page from the result files in this folder. `python -m experiments` prints the
-same.
+paper's. "Older than the present code" says that a module has changed that the result depends on; `python -m
+experiments.all --confirm NAME` makes one cell of it again and compares.
+
+## The paper's tables and figures
 
 """
-RUNS_INDEX = """
-## Single runs
-
-The front page's table and the one at 70 % are made from these. An evaluation alone does not record its machine.
+OTHERS = """
+## Others
 
 """
 LINK = re.compile(r"(?<=\]\()(?!https?:)[^)]+(?=\))")
-MARKED = re.compile(r"(<!-- results:([\w/]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- results:([\w./-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 TABLE = re.compile(r"^\|.*?\n(?!\|)", re.DOTALL | re.MULTILINE)
-DENSE = RESULTS / "demo-full-50" / "dense"
-
-
-def measured(name: str) -> list[Row]:
-    """The runs of a table, the dense model first; each was evaluated on one text."""
-    folder, methods = RUNS[name]
-    places = {"dense": DENSE} | {method: RESULTS / folder / method for method in methods if method != "dense"}
-    return [row(method, [_outcome(place)]) for method, place in places.items()]
-
-
-def _outcome(folder: Path) -> Outcome:
-    """A run and its evaluation; of the dense model's, the machine is not known."""
-    record, evaluation = RunRecord.of(folder), Evaluation.read(folder / EVALUATION_NAME)
-    machine = record.machine if record else {}
-    return Outcome(record, [evaluation], Origin(versions=(record or evaluation).versions, machine=machine))
+DOMAINS = ("domains", "domains-gemma3-270m", "domains-qwen2.5-coder-1.5b")
+# Results that the tables here are made from; a page of a result itself has its own.
+SOURCES = {"50": ("front",), "70": ("front",), "past": ("beyond",), "recipes": DOMAINS, "choice": DOMAINS[:1]}
 
 
 def runs(name: str) -> str:
-    """Sparsity, perplexity and seconds of some runs, in Markdown."""
-    rows = measured(name)
-    (dense,) = rows[0].mean.values()
+    """Sparsity, perplexity and seconds of recipes at one sparsity, in Markdown; the dense model comes first."""
+    column, rows = RUNS[name], _result("front").compared()
+    ((text, dense),) = rows[0].mean.items()
     cells = []
-    for one in rows:
-        (value,) = one.mean.values()
-        sparsity, seconds = ("0 %", "") if one.seconds is None else (f"{one.sparsity:.4%}", f"{one.seconds:,.0f}")
-        cells.append([one.recipe, sparsity, f"{value:,.2f}", f"{value / dense:.3f}", seconds])
+    for row in rows:
+        label, _, own = row.recipe.partition(" at ")
+        if own in ("", column):
+            spread = row.spread.get(text)
+            error = "" if spread is None else f" ± {spread:,.2f}"
+            sparsity, seconds = ("0 %", "") if row.seconds is None else (f"{row.sparsity:.4%}", f"{row.seconds:,.0f}")
+            cells.append([label, sparsity, f"{row.mean[text]:,.2f}{error}", f"{row.mean[text] / dense:.3f}", seconds])
     return table(["method", "sparsity", "WikiText-2 perplexity", "× dense", "seconds"], cells)
-
-
-def origins() -> str:
-    """What made each run of the tables of runs, in Markdown."""
-    rows = [
-        [f"[{name}]({name}.md)", one.recipe, one.origin.label if one.origin else ""]
-        for name in RUNS
-        for one in measured(name)
-    ]
-    return table(["table", "run", "made by"], rows, words=3)
 
 
 def trends() -> str:
     """Each of the paper's experiments with its verdict, in short."""
-    rows = []
-    for finding in findings(RESULTS):
-        name = finding.name if finding.here is None else f"[{finding.name}]({finding.name}/{finding.name}.md)"
-        rows.append([f"{name}: {finding.title}", finding.paper.partition(" (")[0].rstrip("."), finding.trend])
-    return f"\n{table(['experiment', 'the paper found', 'holds here'], rows, words=3)}\n"
+    return f"\n{table(['result', 'the paper found', 'holds here', 'made by'], map(_trend, findings()), words=4)}\n"
+
+
+def _trend(finding: Finding) -> list[str]:
+    name = finding.name if finding.result is None else f"[{finding.name}]({finding.name}/{finding.name}.md)"
+    paper = finding.paper.partition(" (")[0].rstrip(".")
+    return [f"{name}: {finding.title}", paper, finding.trend, finding.note]
 
 
 def index() -> str:
     """The page of all results, with what made them."""
-    return f"{INDEX}{listed(findings(RESULTS))}{RUNS_INDEX}{origins()}"
+    return f"{INDEX}{listed(findings())}{OTHERS}{listed(others())}"
 
 
 def past() -> str:
     """Methods by sparsity, on the first text, of the experiment that goes past the paper."""
-    found = Result.read(RESULTS / "beyond" / "beyond.json").compared()
+    found: list[Row] = _result("beyond").compared()
     text = next(iter(found[0].mean))
     scores = {(name, column): one.mean[text] for one in found for name, _, column in [one.recipe.partition(" at ")]}
     columns = list(dict.fromkeys(column for _, column in scores if column))
@@ -115,14 +94,30 @@ def with_results(page: Path) -> str:
 
 
 def _content(name: str, folder: Path) -> str:
-    """A result as a page in `folder` shows it; of an experiment's page, only the table."""
+    """A result as a page in `folder` shows it, and what made it; of a result's page, only the table."""
     path = RESULTS / f"{name}.md"
     text = path.read_text(encoding="utf-8")
-    if text.startswith("# "):
+    if "/" in name:
         shown = TABLE.search(text)
         assert shown is not None, f"{name}.md has no table"
         text = f"\n{shown[0]}\n"
-    return LINK.sub(lambda link: os.path.relpath(path.parent / link[0], folder), text)
+    return LINK.sub(lambda link: os.path.relpath(path.parent / link[0], folder), text) + _note(name)
+
+
+def _note(name: str) -> str:
+    """What made a table, in a line; nothing for one whose rows say it, or that is of benchmarks."""
+    own = (name.partition("/")[0],) if "/" in name else SOURCES.get(name, ())
+    notes = dict.fromkeys(_result(one).note for one in own)
+    return f"Made by {'; '.join(notes)}.\n" if notes else ""
+
+
+def _result(name: str) -> Result:
+    return Result.read(RESULTS / name / f"{name}.json")
+
+
+WRITTEN: dict[str, Callable[[], str]] = {
+    "README": index, "trends": trends, "past": past, "recipes": recipes, "choice": choice, "forms": forms,
+}  # fmt: skip
 
 
 def main() -> None:
@@ -131,11 +126,8 @@ def main() -> None:
         path = RESULTS / f"{name}.md"
         before, after = TABLE.split(path.read_text(encoding="utf-8"), maxsplit=1)
         path.write_text(before + runs(name) + after, encoding="utf-8")
-    (RESULTS / "README.md").write_text(index(), encoding="utf-8")
-    (RESULTS / "trends.md").write_text(trends(), encoding="utf-8")
-    (RESULTS / "past.md").write_text(past(), encoding="utf-8")
-    (RESULTS / "recipes.md").write_text(recipes(), encoding="utf-8")
-    (RESULTS / "forms.md").write_text(forms(), encoding="utf-8")
+    for name, make in WRITTEN.items():
+        (RESULTS / f"{name}.md").write_text(make(), encoding="utf-8")
     for page in PAGES:
         page.write_text(with_results(page), encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""The JSON of an experiment, as far as tables are made from it."""
+"""The JSON of a result, as far as tables are made from it, and whether the code that makes it has changed since."""
 
 from __future__ import annotations
 
@@ -8,29 +8,62 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from besa.errors import BesaError
+from besa.methods.recipe import Recipe
 from besa.studies.origin import Origin
 from besa.studies.rows import Row
-from experiments.experiment import Verdict
+from experiments.age import changed, code_of
+from experiments.judging import Verdict
+
+OLDER = "older than the present code"
+
+
+class Confirmed(BaseModel):
+    """A cell that newer code made again, equal to the digit."""
+
+    cell: str
+    seed: int
+    commit: str
+    date: str
 
 
 class Result(BaseModel):
     """What was found, when, and by which besa on which machine.
 
     Attributes:
+        experiment: that was made.
+        setting: name and words of it.
         verdict: None where there is too little to compare.
         created: when, in ISO 8601.
         model: what was pruned.
+        sizes: of all runs.
+        inputs: a digest of model and texts.
+        command: that made it.
         versions: of besa and of what its numbers depend on, where the file says.
         machine: what it was made on, where the file says.
-        rows: of its table; tables 3 and 4 have columns of their own.
+        commit: of besa.
+        code: digests of what it depends on, by room; empty in results of before there were any.
+        confirmed: cells that newer code made again.
+        settings: of the recipes, by case.
+        rows: of its table; results of before 0.2.0 have columns of their own in tables 3 and 4.
+        cells: the record of each run.
     """
 
+    experiment: str = ""
+    setting: dict[str, str] = {}
     verdict: Verdict | None = None
     created: str
     model: str = ""
+    sizes: dict[str, Any] = {}
+    inputs: str = ""
+    command: list[str] = []
     versions: dict[str, str] = {}
     machine: dict[str, Any] = {}
+    commit: str = ""
+    code: dict[str, str] = {}
+    confirmed: list[Confirmed] = []
+    settings: dict[str, dict[str, Any]] = {}
     rows: list[dict[str, Any]] = []
+    cells: list[dict[str, Any]] = []
 
     @classmethod
     def read(cls, path: Path) -> Result:
@@ -42,13 +75,45 @@ class Result(BaseModel):
         try:
             return cls.model_validate_json(path.read_text(encoding="utf-8"))
         except (OSError, ValidationError, UnicodeDecodeError):
-            command = f"python -m experiments.{path.stem}"
+            command = f"python -m experiments.all --only {path.stem}"
             raise BesaError(f"{path} is not the result of an experiment: run {command} again.") from None
 
     @property
     def origin(self) -> Origin:
-        """What made it."""
+        """Versions and machine that made it."""
         return Origin(versions=self.versions, machine=self.machine)
+
+    @property
+    def made(self) -> str:
+        """Which besa made it where and when, in words."""
+        besa = f"besa {self.versions.get('besa', 'of an unknown version')}"
+        at = f" at commit {self.commit}" if self.commit else ""
+        machine = self.origin.label.partition(" on ")[2]
+        return f"{besa}{at} on {machine}, {self.created[:10]}"
+
+    @property
+    def note(self) -> str:
+        """The same, with what is to be said of its age."""
+        said = self.made
+        if self.confirmed:
+            last = self.confirmed[-1]
+            said += f"; on {last.date[:10]} commit {last.commit} made one cell again, equal to the digit"
+        return f"{said}; {OLDER}" if self.older() else said
+
+    def older(self, root: Path | None = None) -> list[str]:
+        """The rooms of the code that have changed since, with what a file without digests stands for: all.
+
+        Args:
+            root: of the project whose code is looked at, by default this one.
+        """
+        if not self.code:
+            return ["all"]
+        try:
+            recipes = [Recipe.model_validate(settings) for settings in self.settings.values()]
+        except ValidationError:
+            return ["methods"]
+        module = "batches" if self.experiment.startswith("batches-") else self.experiment
+        return changed(self.code, code_of(recipes, module, *([root] if root else [])))
 
     def compared(self) -> list[Row]:
         """The rows of a comparison."""

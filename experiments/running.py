@@ -1,102 +1,169 @@
-"""The command line of every experiment, and the runs it asks for; these are in one workspace, so none is made twice."""
+"""The runs of an experiment: each cell is a case with a seed, is made once, and leaves a record.
+
+Runs of the same code, inputs and settings are shared by all experiments. A killed program goes on where it was.
+"""
 
 from __future__ import annotations
 
 import json
-import sys
-from dataclasses import asdict, replace
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from besa.cli.tracking import show_progress
-from besa.errors import BesaError
+from besa.progress import Progress, silent
+from besa.record import now
+from besa.storage.writing import write_file
+from besa.studies.origin import Origin
 from besa.studies.rows import row
-from besa.studies.workspace import Conditions, Measures, Outcome, Workspace
-from besa.system.devices import named_device
-from experiments.experiment import Experiment, Found, Options, linear_names
-from experiments.writing import RESULTS, without_calibration, write
+from besa.studies.workspace import DENSE, Workspace
+from besa.system import memory
+from besa.system.devices import resolve_device
+from besa.system.machine import versions
+from experiments.age import code_of, commit, digest
+from experiments.experiment import Case, Experiment, Found, Made, Options
+from experiments.writing import without_calibration
 
 
-def run(experiment: Experiment) -> None:
-    """The command line of an experiment."""
+@dataclass(frozen=True)
+class Runs:
+    """The cells of an experiment, in a folder that experiments share.
 
-    def command(
-        model: Annotated[
-            str, typer.Option(help="Hugging Face id, folder, .gguf file, or smollm2 (embedded).")
-        ] = "smollm2",
-        samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
-        seqlen: Annotated[int, typer.Option(help="Tokens of each.")] = 2048,
-        calibration: Annotated[str, typer.Option(help="Text to calibrate on.")] = "c4",
-        sparsity: Annotated[float, typer.Option(help="Share of the prunable weights, where it is not varied.")] = 0.5,
-        seeds: Annotated[int, typer.Option(help="Runs of each case.")] = 1,
-        points: Annotated[str, typer.Option(help="What is varied, by commas, where something is.")] = "",
-        ppl: Annotated[list[str] | None, typer.Option(help="Texts to measure on, in place of the paper's.")] = None,
-        data: Annotated[list[str] | None, typer.Option(help="NAME=FILE of a test set (repeatable).")] = None,
-        window: Annotated[int, typer.Option(help="Tokens of an evaluation window.")] = 2048,
-        max_windows: Annotated[int | None, typer.Option(help="Windows of each text.")] = None,
-        limit: Annotated[int | None, typer.Option(help="Questions of each zero-shot task.")] = None,
-        set_: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of BESA's recipes.")] = None,
-        device: str = "auto",
-        dtype: str = "auto",
-        batch: Annotated[int | None, typer.Option(help="Sequences in a forward pass.")] = None,
-        work: Annotated[Path, typer.Option(help="Folder of runs, shared by all experiments.")] = Path("work"),
-        keep: Annotated[bool, typer.Option("--keep", help="Keep pruned weights for other experiments.")] = False,
-        results: Annotated[Path, typer.Option(help="Folder for results.")] = RESULTS,
-        dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be run, and run nothing.")] = False,
-    ) -> None:
-        if points and not experiment.points:
-            raise BesaError(f"{experiment.name} varies nothing that --points could be.")
-        texts = tuple(ppl or experiment.texts) if experiment.texts else ()
-        files = {name: file for name, _, file in (pair.partition("=") for pair in data or ())}
-        options = Options(
-            Conditions(model, calibration, samples, seqlen, str(named_device(device)), dtype, batch),
-            Measures(
-                texts, {n: f for n, f in files.items() if n in texts}, window, max_windows, experiment.tasks, limit
-            ),
-            sparsity,
-            seeds,
-            tuple(float(point) for point in points.split(",")) if points else experiment.points,
-            tuple(set_ or ()),
-        )
-        if dry_run:
-            print(json.dumps(planned(experiment, options), indent=2))
-            return
-        with show_progress() as tracker:
-            workspace = Workspace(work, options.conditions, options.measures, keep, tracker)
-            done = carry_out(experiment, options, workspace)
-        write(experiment, done, results / experiment.name, sys.argv[1:])
+    Attributes:
+        experiment: what is made.
+        options: of its cases.
+        folder: of all runs.
+        command: that makes them, for the records.
+        progress: told about each piece of work.
+        keep: pruned weights stay, so that no run is made twice to be measured by something else.
+    """
 
-    try:
-        typer.run(command)
-    except BesaError as error:
-        print(f"besa: {error}", file=sys.stderr)
-        sys.exit(2)
+    experiment: Experiment
+    options: Options
+    folder: Path
+    command: tuple[str, ...] = ()
+    progress: Progress = silent
+    keep: bool = False
 
+    @cached_property
+    def cases(self) -> list[Case]:
+        """The lines of the table."""
+        return self.experiment.cases(self.options)
 
-def carry_out(experiment: Experiment, options: Options, workspace: Workspace) -> Found:
-    """Ask the workspace for every case."""
-    data, notes = without_calibration(options, workspace.folder)
-    workspace = replace(workspace, measures=replace(workspace.measures, data=data))
-    outcomes: dict[str, list[Outcome]] = {}
-    for case in experiment.cases(options):
-        own = replace(workspace.conditions, samples=case.samples or options.conditions.samples)
-        seeds = range(options.seeds if case.recipe else 1)
-        outcomes[case.label] = [replace(workspace, conditions=own).outcome(case.recipe, seed) for seed in seeds]
-    rows = {label: row(label, found, experiment.scores) for label, found in outcomes.items()}
-    return Found(options, rows, outcomes, tuple(notes))
+    def cells(self, seeds: range) -> Iterator[tuple[Case, int]]:
+        """The cells of some seeds; the dense model has one, which is of seed 0."""
+        return ((case, seed) for seed in seeds for case in self.cases if case.recipe or seed == 0)
 
+    def done(self, case: Case, seed: int) -> bool:
+        """Whether a cell has been made by this code."""
+        return self._record(case, seed).exists()
 
-def planned(experiment: Experiment, options: Options) -> dict[str, Any]:
-    """What would be run, every setting spelled out; of the model, its configuration is enough."""
-    linears = sum(len(own) for own in linear_names(options.conditions.model).values())
-    cases = [
-        {
-            "label": case.label,
-            "samples": case.samples or options.conditions.samples,
-            "recipe": case.recipe.model_dump(mode="json") if case.recipe else None,
+    def make(self, case: Case, seed: int) -> dict[str, Any]:
+        """The record of a cell; it is made now, or gone on with, if there is none."""
+        path = self._record(case, seed)
+        if not path.exists():
+            write_file(path, json.dumps(self._made(case, seed), indent=2) + "\n")
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return record
+
+    def found(self, seeds: int) -> Found:
+        """What came out of so many seeds; what is missing is made."""
+        outcomes: dict[str, list[Made]] = {case.label: [] for case in self.cases}
+        records = []
+        for case, seed in self.cells(range(seeds)):
+            records.append(self.make(case, seed) | {"label": case.label})  # cases may have the same recipe
+            outcome = self._workspace(case).outcome(case.recipe, seed)
+            made = Made(outcome.record, outcome.evaluations, outcome.origin, records[-1]["looked"])
+            outcomes[case.label].append(made)
+        dense = next(iter(outcomes.get(DENSE, [])), None)
+        rows = {
+            label: row(label, made, self.experiment.scores, dense if label != DENSE else None)
+            for label, made in outcomes.items()
         }
-        for case in experiment.cases(options)
-    ]
-    return {"name": experiment.name, **asdict(options), "linears": linears, "cases": cases}
+        return Found(self.options, rows, outcomes, tuple(records), tuple(self._texts[1]))
+
+    @cached_property
+    def inputs(self) -> str:
+        """A digest of model, texts and whatever else decides a result besides recipes, seeds and code."""
+        return digest(self._decisive(Case(DENSE, None)))
+
+    def needs(self, case: Case, seed: int) -> tuple[Path, set[str]]:
+        """The run of a cell, and what its model is measured by; cells of other experiments may need the same."""
+        measures, look = self.options.measures, self.experiment.look
+        windows = f"{measures.window} × {measures.max_windows}"
+        looked = {self.experiment.name} if look else set()
+        run = self._folder(case) / self._workspace(case).key(case.recipe, seed)
+        return run, {*(f"{text}, {windows}" for text in measures.texts), *measures.tasks, *looked}
+
+    def _made(self, case: Case, seed: int) -> dict[str, Any]:
+        """Run, measure and look."""
+        began, look, device = time.perf_counter(), self.experiment.look, self.options.conditions.device
+        workspace = self._workspace(case)
+        checkpoint = workspace.checkpoint(case.recipe, seed) if case.recipe and look else None
+        new = not workspace.done(case.recipe, seed)
+        memory.reset_peak(resolve_device(device))
+        outcome = replace(workspace, keep=self.keep or checkpoint is not None).outcome(case.recipe, seed)
+        looked = look(checkpoint) if look and checkpoint else {}
+        if checkpoint is not None and not self.keep:
+            shutil.rmtree(checkpoint)
+        pruned = outcome.record
+        return {
+            "seed": seed,
+            "samples": workspace.conditions.samples,
+            "run": workspace.key(case.recipe, seed),
+            "command": list(self.command),
+            "commit": commit(),
+            "versions": versions(),
+            "machine": Origin.here(device).machine,
+            "created": now(),
+            "seconds": time.perf_counter() - began if new else None,
+            "pruning_seconds": pruned.seconds if pruned else None,
+            "peak_memory_bytes": max(memory.peak_bytes() if new else 0, pruned.peak_memory_bytes if pruned else 0),
+            "scores": self.experiment.scores(Made(pruned, outcome.evaluations, outcome.origin, looked)),
+            "looked": looked,
+        }
+
+    def _record(self, case: Case, seed: int) -> Path:
+        """Where the record of a cell is: its name covers whatever decides it."""
+        decisive = self._decisive(case) | {
+            "recipe": case.recipe.model_dump(mode="json") if case.recipe else None,
+            "seed": seed,
+            "look": code_of([case.recipe], self.experiment.module or self.experiment.name)
+            if self.experiment.look
+            else None,
+        }
+        return self._folder(case) / "cells" / f"{self.experiment.name}-{digest(decisive)}.json"
+
+    def _folder(self, case: Case) -> Path:
+        """Of runs by the present code."""
+        return self.folder / digest(code_of([case.recipe]))
+
+    def _workspace(self, case: Case) -> Workspace:
+        place = (self._folder(case), case.samples or self.options.conditions.samples)
+        if place not in self._workspaces:
+            conditions = replace(self.options.conditions, samples=place[1])
+            measures = replace(self.options.measures, data=self._texts[0])
+            self._workspaces[place] = Workspace(place[0], conditions, measures, progress=self.progress)
+        return self._workspaces[place]
+
+    def _decisive(self, case: Case) -> dict[str, Any]:
+        """Of the workspace of a case; what is in its files is looked at once."""
+        samples = self._workspace(case).conditions.samples
+        if samples not in self._inputs:
+            self._inputs[samples] = self._workspace(case).decisive()
+        return self._inputs[samples]
+
+    @cached_property
+    def _workspaces(self) -> dict[tuple[Path, int], Workspace]:
+        return {}
+
+    @cached_property
+    def _inputs(self) -> dict[int, dict[str, Any]]:
+        return {}
+
+    @cached_property
+    def _texts(self) -> tuple[dict[str, str], list[str]]:
+        return without_calibration(self.options, self.folder)

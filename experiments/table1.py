@@ -1,12 +1,15 @@
 """Table 1 of the paper: perplexity of pruned models on WikiText-2, C4 and PTB.
 
-python -m experiments.table1 --model smollm2 --data wikitext2=FILE --data c4=FILE --data ptb=FILE
+python -m experiments.all --only table1 --data wikitext2=FILE --data c4=FILE --data ptb=FILE
 """
 
-from experiments.experiment import DENSE_CASE, Case, Experiment, Found, Options, Verdict, by_method, numbers
-from experiments.running import run
+from besa.models.loading import EMBEDDED
+from experiments.experiment import DENSE_CASE, Case, Experiment, Found, Options, by_method, numbers
+from experiments.judging import Judged, Verdict, judged, ruled
+from experiments.settings import DEFAULTS, PAPER, RELEASED
 
 METHODS = ("magnitude", "sparsegpt", "wanda", "besa-layerwise", "besa")
+BASELINES = ("sparsegpt", "wanda")
 
 
 def cases(options: Options) -> list[Case]:
@@ -16,15 +19,23 @@ def cases(options: Options) -> list[Case]:
 
 
 def verdict(found: Found) -> Verdict:
-    """BESA is below SparseGPT and Wanda on every text, and row-wise below layer-wise."""
-    said = "; ".join(f"{score}: {numbers(found, METHODS[1:], score)}" for score in found.drawn)
-    holds = all(
-        found.score("besa", score) < min(found.score(other, score) for other in METHODS[1:-1]) for score in found.drawn
-    )
-    return Verdict(f"{said}.", holds)
+    """BESA is below SparseGPT and Wanda on every text."""
+    said: list[str] = []
+    all_of: list[Judged] = []
+    for text in found.drawn:
+        against = {other: judged(found.changes("besa", other, text), most=0) for other in BASELINES}
+        told = ", ".join(f"{other} {one.words()}" for other, one in against.items())
+        said.append(f"{text}: {numbers(found, METHODS[1:], text)}, besa against {told}")
+        all_of += against.values()
+    return ruled(f"{'; '.join(said)}.", all_of)
 
 
-EXPERIMENT = Experiment("table1", "Table 1: perplexity at one sparsity", cases, verdict, by_method)
-
-if __name__ == "__main__":
-    run(EXPERIMENT)
+EXPERIMENT = Experiment(
+    "table1",
+    "Table 1: perplexity at one sparsity",
+    cases,
+    verdict,
+    by_method,
+    settings=(PAPER, RELEASED, DEFAULTS),
+    models=(EMBEDDED, "qwen2.5-coder-1.5b"),
+)

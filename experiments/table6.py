@@ -1,6 +1,6 @@
 """Table 6 of the paper: what shares a budget and a loss, from single layers to two blocks.
 
-    python -m experiments.table6 --model smollm2 --data wikitext2=FILE --data c4=FILE --data ptb=FILE
+    python -m experiments.all --only table6 --data wikitext2=FILE --data c4=FILE --data ptb=FILE
 
 The paper's "layer" is Wanda. BESA's rates learned for each linear on its own output (`granularity=linear`) are one row
 more.
@@ -8,8 +8,9 @@ more.
 
 from itertools import pairwise
 
-from experiments.experiment import DENSE_CASE, Case, Experiment, Found, Options, Verdict, by_method, numbers
-from experiments.running import run
+from besa.models.loading import EMBEDDED
+from experiments.experiment import DENSE_CASE, Case, Experiment, Found, Options, by_method, numbers
+from experiments.judging import Judged, Verdict, judged, ruled
 
 PAPER = ("layer (Wanda)", "attn-mlp", "block", "two-blocks")
 
@@ -30,13 +31,24 @@ def cases(options: Options) -> list[Case]:
     return [DENSE_CASE, *granularities(options)]
 
 
+def falling(found: Found, score: str) -> tuple[str, list[Judged]]:
+    """Whether a score falls from each of the paper's granularities to the next coarser one, in words and judged."""
+    steps = [(f"{b} against {a}", judged(found.changes(b, a, score), most=0)) for a, b in pairwise(PAPER)]
+    return ", ".join(f"{name} {one.words()}" for name, one in steps), [one for _, one in steps]
+
+
 def verdict(found: Found) -> Verdict:
     """Perplexity falls from each granularity to the next coarser one."""
-    holds = all(found.score(coarser) < found.score(finer) for finer, coarser in pairwise(PAPER))
-    return Verdict(f"{found.text}: {numbers(found, PAPER)}; BESA for each linear: {found.score('linear'):,.2f}.", holds)
+    told, steps = falling(found, found.text)
+    said = f"{found.text}: {numbers(found, PAPER)}; BESA for each linear: {found.score('linear'):,.2f}"
+    return ruled(f"{said}; {told}.", steps)
 
 
-EXPERIMENT = Experiment("table6", "Table 6: learning granularity", cases, verdict, by_method)
-
-if __name__ == "__main__":
-    run(EXPERIMENT)
+EXPERIMENT = Experiment(
+    "table6",
+    "Table 6: learning granularity",
+    cases,
+    verdict,
+    by_method,
+    models=(EMBEDDED, "qwen2.5-coder-1.5b"),
+)

@@ -14,18 +14,18 @@ from besa.record import now
 from besa.report.curves import curves
 from besa.report.svg import standalone
 from besa.storage.writing import write_file
-from besa.studies.origin import Origin
-from besa.studies.rows import markdown
 from besa.system.devices import resolve_device
 from besa.system.machine import machine, versions
-from experiments.experiment import Experiment, Found, Options
+from experiments.age import code_of
+from experiments.experiment import Found, Options
+from experiments.items import Item
+from experiments.judging import RULE
+from experiments.result import Result
+from experiments.sizes import Sizes
 
-TRENDS = {
-    True: "{} holds.",
-    False: "{} does not hold here.",
-    None: "Differences are within the noise. {} is open.",
-}
+TRENDS = {True: "{} holds.", False: "{} does not hold here.", None: "{} is open."}
 RESULTS = Path(__file__).parent / "results"
+HERE = ("--work", "--results")  # options that name folders of one machine
 
 
 def without_calibration(options: Options, folder: Path) -> tuple[dict[str, str], list[str]]:
@@ -46,42 +46,57 @@ def without_calibration(options: Options, folder: Path) -> tuple[dict[str, str],
     return data, notes
 
 
-def write(experiment: Experiment, found: Found, folder: Path, arguments: Sequence[str]) -> None:
+def write(item: Item, given: Sizes, found: Found, inputs: str, folder: Path, command: Sequence[str]) -> None:
     """The result as JSON, Markdown and SVG.
 
     Args:
-        experiment: what was done.
+        item: what was made.
+        given: its sizes.
         found: what came out.
-        folder: for the files, which have the experiment's name.
-        arguments: the command's, for the record.
+        inputs: a digest of model and texts.
+        folder: for the files, which have the item's name.
+        command: that made it, for the record.
     """
-    panels, verdict = experiment.panels(found), experiment.verdict(found)
-    given, measures = found.options.conditions, found.options.measures
+    one, options = item.experiment, found.options
+    panels, recipes = one.panels(found), {case.label: case.recipe for case in one.cases(options)}
     result: dict[str, Any] = {
-        "name": experiment.name,
-        "title": experiment.title,
-        "command": ["python", "-m", f"experiments.{experiment.name}", *shown(arguments)],
-        "model": Path(given.model).name if Path(given.model).exists() else given.model,
-        "calibration": f"{given.samples} × {given.seqlen} tokens of {without_folders(given.calibration)}",
-        "window": measures.window,
-        "max_windows": measures.max_windows,
-        "limit": measures.limit,
+        "name": item.name,
+        "experiment": one.name,
+        "title": one.title,
+        "setting": {"name": item.setting.name, "words": item.setting.words},
+        "command": list(command),
+        "model": plain_model(options.conditions.model),
+        "calibration": without_folders(options.conditions.calibration),
+        "sizes": asdict(given),
+        "inputs": inputs,
         "notes": list(found.notes),
-        "verdict": asdict(verdict),
-        "rows": [one.model_dump(mode="json", exclude={"origin"}) for one in found.rows.values()],
-        "settings": {
-            case.label: case.recipe.model_dump(mode="json")
-            for case in experiment.cases(found.options)
-            if case.recipe is not None
-        },
+        "claim": one.claim,
+        "verdict": asdict(one.verdict(found)),
+        "rows": [row.model_dump(mode="json", exclude={"origin"}) for row in found.rows.values()],
+        "settings": {label: own.model_dump(mode="json") for label, own in recipes.items() if own is not None},
         "panels": [asdict(panel) for panel in panels],
-        "machine": machine(resolve_device(given.device)),
+        "table": one.table(found),
+        "cells": list(found.cells),
+        "code": code_of(recipes.values(), item.module),
+        "commit": ", ".join(dict.fromkeys(cell["commit"] for cell in found.cells)),
+        "confirmed": [],
+        "machine": machine(resolve_device(options.conditions.device)),
         "versions": versions(),
         "created": now(),
     }
-    write_file(folder / f"{experiment.name}.json", json.dumps(result, indent=2) + "\n")
-    write_file(folder / f"{experiment.name}.md", _page(experiment, result, found))
-    write_file(folder / f"{experiment.name}.svg", standalone(curves(experiment.title, panels)))
+    write_file(folder / f"{item.name}.svg", standalone(curves(one.title, panels)))
+    rewrite(result, folder)
+
+
+def rewrite(result: Mapping[str, Any], folder: Path) -> None:
+    """A result as JSON, and its page."""
+    write_file(folder / f"{result['name']}.md", _page(result))
+    write_file(folder / f"{result['name']}.json", json.dumps(result, indent=2) + "\n")
+
+
+def plain_model(model: str) -> str:
+    """A model without the folders of this machine."""
+    return Path(model).name if Path(model).exists() else model
 
 
 def shown(arguments: Sequence[str]) -> list[str]:
@@ -89,35 +104,38 @@ def shown(arguments: Sequence[str]) -> list[str]:
     kept: list[str] = []
     skip = False
     for argument in arguments:
-        if argument in ("--work", "--results"):
+        if argument in HERE:
             skip = True
         elif skip:
             skip = False
-        elif not argument.startswith(("--work=", "--results=")):
+        elif not argument.startswith(tuple(f"{one}=" for one in HERE)):
             head, separator, tail = argument.rpartition("=")
             kept.append(f"{head}{separator}{Path(tail).name}" if Path(tail).exists() else argument)
     return kept
 
 
-def _page(experiment: Experiment, result: Mapping[str, Any], found: Found) -> str:
-    """Table, picture and verdict in Markdown."""
-    measured = [result["calibration"]]
-    if found.options.measures.texts:
-        windows = f"windows of {result['window']} tokens"
-        measured.append(f"perplexity in {windows}" + (f" (first {n})" if (n := result["max_windows"]) else ""))
-    if found.options.measures.tasks:
-        measured.append(f"first {result['limit']} questions of each task" if result["limit"] else "all questions")
-    made_by = Origin(versions=result["versions"], machine=result["machine"]).label
-    holds = TRENDS[result["verdict"]["holds"]].format(experiment.claim)
+def _page(result: Mapping[str, Any]) -> str:
+    """Table, picture and verdict in Markdown, with all that was set."""
+    sizes = Sizes(**result["sizes"] | {"points": tuple(result["sizes"]["points"])})
+    measured = [f"{result['model']}, calibrated on {result['calibration']}", sizes.words, *result["notes"]]
+    holds = TRENDS[result["verdict"]["holds"]].format(result["claim"])
     lines = [
         f"# {result['title']}",
         "",
-        markdown(list(found.rows.values()), first="case"),
+        f"BESA {result['setting']['words']}.",
+        "",
+        result["table"],
         f"![{result['title']}]({result['name']}.svg)",
         "",
         f"{result['verdict']['found']} {holds}",
         "",
-        f"{result['model']}, {'; '.join([*measured, *result['notes']])}. Made by {made_by}, {result['created'][:10]}:",
+        f"{RULE}",
+        "",
+        f"{'; '.join(measured)}. Made by {Result.model_validate(result).made}:",
         f"`{' '.join(result['command'])}`.",
+    ]
+    lines += [
+        f"Confirmed on {one['date'][:10]} at commit {one['commit']}: {one['cell']}, seed {one['seed']}, made again."
+        for one in result["confirmed"]
     ]
     return "\n".join(lines) + "\n"

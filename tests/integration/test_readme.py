@@ -14,8 +14,7 @@ import typer.testing
 from besa.cli import app
 from besa.methods.recipe import Recipe
 from besa.methods.shipped import shipped
-from experiments.choices import forms, recipes
-from experiments.readme import MARKED, PAGES, RESULTS, index, past, runs, trends, with_results
+from experiments.readme import MARKED, PAGES, RESULTS, WRITTEN, index, runs, with_results
 
 ROOT = Path(__file__).parent.parent.parent
 README = ROOT / "README.md"
@@ -50,7 +49,7 @@ def anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("page", "results"), list(zip(PAGES, (1, 5, 3), strict=True)), ids=["README.md", "results.md", "recipes.md"]
+    ("page", "results"), list(zip(PAGES, (2, 8, 3), strict=True)), ids=["README.md", "results.md", "recipes.md"]
 )
 def test_result_tables_are_the_measured_ones(page: Path, results: int) -> None:
     text = text_of(page)
@@ -59,21 +58,28 @@ def test_result_tables_are_the_measured_ones(page: Path, results: int) -> None:
 
 
 def test_results_are_those_of_the_experiments() -> None:
-    assert text_of(RESULTS / "past.md") == past()
-    assert text_of(RESULTS / "trends.md") == trends()
-    assert text_of(RESULTS / "recipes.md") == recipes()
-    assert text_of(RESULTS / "forms.md") == forms()
-    assert text_of(RESULTS / "README.md") == index()
+    for name, make in WRITTEN.items():
+        assert text_of(RESULTS / f"{name}.md") == make()
     assert runs("50") in text_of(RESULTS / "50.md")
     assert runs("70") in text_of(RESULTS / "70.md")
 
 
 def test_results_say_which_besa_on_which_machine_made_them() -> None:
     lines = [line for line in index().splitlines() if line.startswith("| [")]
-    assert len(lines) > 15
+    assert len(lines) > 20
     for line in lines:
-        assert re.search(r"besa \d+\.\d+\.\d+, torch .* on (AMD EPYC, \d threads? \|$|an unknown machine)", line), line
-    assert sum("unknown machine" in line for line in lines) == 2  # evaluations of the dense model
+        assert re.search(r"besa \d+\.\d+\.\d+ at commit .* on AMD EPYC, \d threads?, 20\d\d-\d\d-\d\d", line), line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_table_of_figures_says_what_made_it(page: Path) -> None:
+    """It is made from results, with a line on them, or its section has a version or a date."""
+    by_hand = re.sub(MARKED, "", text_of(page))
+    for section in re.split(r"^(?=#+ )", by_hand, flags=re.MULTILINE):
+        if re.search(r"^\|.*\d\.\d", section, re.MULTILINE):
+            assert re.search(r"\b0\.\d+\.\d\b|20\d\d-\d\d-\d\d", section), section.splitlines()[0]
+    for name, shown in [(match[2], match[0]) for match in re.finditer(MARKED, text_of(page))]:
+        assert name == "forms" or re.search(r"besa \d\.\d\.\d.* at commit .*, 20\d\d-\d\d-\d\d", shown), name
 
 
 @pytest.mark.parametrize("page", [*DOCS, ROOT / "CONTRIBUTING.md"], ids=lambda page: str(page.relative_to(ROOT)))

@@ -99,6 +99,6 @@ def test_examples_are_shown_and_links_out_of_docs_lead_to_pages(site: Path) -> N
     assert "class Noisy(Criterion):" in page
     assert page.count("def main(") == 6
     assert 'href="benchmarks/index.html#memory"' in (site / "your-model.html").read_text(encoding="utf-8")
-    runs = (site / "experiments/results/smollm2-70/index.html").read_text(encoding="utf-8")
-    assert 'href="besa/besa_run.json"' in runs
-    assert (site / "experiments/results/smollm2-70/besa/besa_run.json").is_file()
+    runs = (site / "experiments/results/beyond/zero-shot/index.html").read_text(encoding="utf-8")
+    assert 'href="best.json"' in runs
+    assert (site / "experiments/results/beyond/zero-shot/best.json").is_file()

@@ -1,0 +1,49 @@
+"""Recipes on five kinds of text that nothing was calibrated on, calibrated on a mixture: the tables by text.
+
+python -m experiments.all --only domains --data wikitext2=FILE --data c4=FILE
+"""
+
+from besa.data.domains import DOMAINS
+from besa.evaluation.domains import ALL
+from besa.models.loading import EMBEDDED
+from experiments.experiment import DENSE_CASE, Case, Experiment, Found, Options, by_method, numbers
+from experiments.judging import Verdict, judged, ruled
+from experiments.settings import DEFAULTS
+
+ORDER = ("wanda", "sparsegpt", "besa", "fast", "best")
+LIGHT = ("wanda", "besa", "fast")  # what a large model leaves time and memory for
+LARGE = "qwen2.5-coder-1.5b"
+
+
+def cases(options: Options) -> list[Case]:
+    """The dense model, and what `besa compare` would be asked for."""
+    names = LIGHT if options.conditions.model.endswith(LARGE) else ORDER
+    return [DENSE_CASE, *(Case(name, options.baseline(name)) for name in names)]
+
+
+def verdict(found: Found) -> Verdict:
+    """Each recipe of besa's own is below all that are cheaper, in the mean of all domains."""
+    names = [name for name in ORDER if name in found.rows]
+    steps = {
+        f"{name} against {other}": judged(found.changes(name, other, ALL), most=0)
+        for place, name in enumerate(names)
+        if name in LIGHT[1:] or name == "best"
+        for other in names[:place]
+    }
+    said = f"Mean of the domains: dense {found.score('dense', ALL):,.2f}, {numbers(found, names, ALL)}"
+    told = ", ".join(f"{label} {one.words()}" for label, one in steps.items())
+    return ruled(f"{said}; {told}.", list(steps.values()))
+
+
+EXPERIMENT = Experiment(
+    "domains",
+    "Recipes by kind of text",
+    cases,
+    verdict,
+    by_method,
+    texts=(*DOMAINS, "wikitext2", "c4"),
+    claim="That each recipe is below those before it",
+    settings=(DEFAULTS,),
+    models=(EMBEDDED, "gemma3-270m", LARGE),
+    calibration="mix",
+)
