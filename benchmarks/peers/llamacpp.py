@@ -130,7 +130,9 @@ def shape(
 @app.command()
 def smollm2(
     pruned: Annotated[list[str], typer.Option(help="NAME=FOLDER of a checkpoint that `besa prune` wrote.")],
-    text: Annotated[str, typer.Option(help="For perplexity: a name or a file, as `besa eval` takes it.")] = "wiki",
+    text: Annotated[
+        str, typer.Option(help="For perplexity: a name or a file, as `besa eval` takes it.")
+    ] = "encyclopedia",
     windows: Annotated[int, typer.Option(help="Windows of 512 tokens of the text.")] = 40,
     rounds: Rounds = 7,
     steps: Steps = 32,

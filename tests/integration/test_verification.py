@@ -173,6 +173,13 @@ def test_what_is_missing_or_beside(damage: Callable[[Path], object], words: str,
     assert words in sentence(lambda: besa.verify(folder))
 
 
+def test_a_record_whose_list_has_changed_is_named_itself(copy: Callable[[str], Path]) -> None:
+    folder = copy("float32-packed")
+    record = folder / "besa_run.json"
+    record.write_text(record.read_text(encoding="utf-8").replace('"tokenizer.json"', '"tokenizes.json"'), "utf-8")
+    assert sentence(lambda: besa.verify(folder)).startswith(f"{record} has changed since it was written")
+
+
 @pytest.mark.parametrize("name", ["../config.json", "/etc/passwd", "a\0b", "x" * 300])
 def test_a_record_that_lists_what_is_no_file_beside_it(name: str, copy: Callable[[str], Path]) -> None:
     folder = copy("float32-packed")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -99,6 +100,7 @@ def verify(folder: str | Path, *, progress: Progress = silent) -> Verified:
         raise BesaError(
             f"{folder} has no digests to verify, because an older besa or another tool wrote it: make it anew."
         )
+    _check_digest(folder, RECORD_NAME, digests)  # before its list is believed
     for name in digests:
         if not (folder / name).is_file():
             raise BesaError(f"{folder} lacks {name}, which was written with it: get the folder anew.")
@@ -107,13 +109,23 @@ def verify(folder: str | Path, *, progress: Progress = silent) -> Verified:
             raise BesaError(f"{path} was not written with the other files: remove it, or get the folder anew.")
     sizes = {name: (folder / name).stat().st_size for name in digests}
     done = 0
-    for name, digest in digests.items():
-        if digest != (_record_sha256(folder / name, digest) if name == RECORD_NAME else _sha256(folder / name)):
-            raise BesaError(f"{folder / name} has changed since it was written (its sha256): get the folder anew.")
+    for name in digests:
+        _check_digest(folder, name, digests)
         done += sizes[name]
         progress(done, sum(sizes.values()), name)
     check_packed(open_files(folder))
     return Verified(files=len(digests), bytes=done)
+
+
+def _check_digest(folder: Path, name: str, digests: Mapping[str, str]) -> None:
+    """Refuse a file that is not what it was.
+
+    Raises:
+        BesaError: its digest is another one.
+    """
+    path, digest = folder / name, digests[name]
+    if digest != (_record_sha256(path, digest) if name == RECORD_NAME else _sha256(path)):
+        raise BesaError(f"{path} has changed since it was written (its sha256): get the folder anew.")
 
 
 def check_weights(folder: Path) -> None:
