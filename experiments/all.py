@@ -172,8 +172,8 @@ def main(
         return
     with claimed(work, work), show_progress() as progress:
         if confirm_:
-            for item in items:
-                print(confirm(place.file(item), place.runs(item, progress)))
+            (item,) = (item for item in items if item.name == confirm_)  # not the same of other settings and models
+            print(confirm(place.file(item), place.runs(item, progress)))
         else:
             make(items, place, progress)
 

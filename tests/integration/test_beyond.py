@@ -21,6 +21,7 @@ def pruned(folder: Path, recipe: Recipe, out: Path, **options):
     return besa.compress(folder, recipe, text, out=out, **(SIZES | options))
 
 
+@pytest.mark.slow
 def test_each_step_lowers_the_perplexity(tiny_llama_folder, tmp_path):
     recipes = {name: Recipe.load(name, 0.6, QUICK if name == "best" else ()) for name in ("wanda", "fast", "best")}
     found = {}
@@ -32,6 +33,7 @@ def test_each_step_lowers_the_perplexity(tiny_llama_folder, tmp_path):
     assert found["best"] < found["fast"] < 0.95 * found["wanda"]
 
 
+@pytest.mark.slow
 def test_best_goes_on_after_an_interruption_to_the_same(tiny_llama_folder, tmp_path):
     recipe = Recipe.load("best", None, ["finetune={method: adam, epochs: 1}", "distill.epochs=1"])
     sizes = {"samples": 8, "seqlen": 32}

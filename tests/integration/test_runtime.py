@@ -97,6 +97,7 @@ def sparse(model: PreTrainedModel) -> dict[str, SparseLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
 
 
+@pytest.mark.slow
 def test_an_accelerator_writes_and_measures_the_same(pair: tuple[Path, Path]) -> None:
     """It is waited for once a token, and once a window, in transformers' own code."""
     for folder in pair:
