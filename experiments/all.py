@@ -27,6 +27,7 @@ from besa.storage.writing import claimed, write_file
 from besa.system.devices import named_device
 from experiments import models
 from experiments.age import code_of
+from experiments.commands import run
 from experiments.confirming import confirm
 from experiments.estimating import seconds_a_token, tokens
 from experiments.items import TINY, TINY_TEXT, Item, chosen, missing
@@ -189,8 +190,4 @@ def _without_only(arguments: Sequence[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except BesaError as error:
-        print(f"besa: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

@@ -9,7 +9,6 @@ no licence in it, and its model's own is Apache-2.0.
 
 import hashlib
 import shutil
-import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from besa.errors import BesaError
 from besa.models.loading import EMBEDDED, load_model, load_tokenizer, locate, quiet
 from besa.progress import Progress, labelled, silent
 from besa.storage.writing import appearing, check_space, explained
+from experiments.commands import run
 
 JOINED = "joined.gguf"
 
@@ -183,8 +183,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except BesaError as error:
-        print(f"besa: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

@@ -67,12 +67,19 @@ def test_where_no_token_counts_it_is_zero() -> None:
     torch.testing.assert_close(found[0].double(), exact(*given, None, 1.0)[0], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.skipif(not attention.paths(), reason="needs a compiler")
-def test_what_is_not_a_number_stays_so() -> None:
-    query, keys, values = tensors((1, 2, 1, 5, 16, 16), torch.bfloat16)
-    values[0, 0, 2, 7] = float("nan")
-    found = attention.attend(query, keys, values, None, 1.0)
-    assert torch.equal(found.isnan().nonzero(), torch.tensor([[0, 0, 0, 7], [0, 0, 1, 7]]))
+@pytest.mark.parametrize("path", attention.paths())
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["query", "keys", "values"])
+def test_what_is_not_finite_shows_where_torch_shows_it(where: str, number: float, path: str) -> None:
+    given = dict(zip(("query", "keys", "values"), tensors((1, 4, 2, 21, 16, 16), torch.bfloat16), strict=True))
+    given[where][0, 1, 0, 7] = number
+    allowed_N11T = torch.ones(1, 1, 1, 21, dtype=torch.bool)
+    for allowed in (None, allowed_N11T):
+        expected = exact(*given.values(), allowed, 1.0)
+        assert not expected.isfinite().all()
+        found = attention.attend(*given.values(), allowed, 1.0, path)
+        assert torch.equal(found.isnan(), expected.isnan())
+        assert torch.equal(found.isinf(), expected.isinf())
 
 
 def test_what_there_is_no_kernel_for() -> None:

@@ -158,7 +158,7 @@ def _calibration(folder: Path) -> Sequence[str]:
     """The texts that the model of a folder was calibrated on, if its record says so."""
     with suppress(BesaError):  # no record of ours
         if (record := RunRecord.of(folder)) is not None:
-            return texts_of(str(record.calibration["source"]))
+            return texts_of(str(record.calibration.get("source", "")))
     return ()
 
 

@@ -28,7 +28,7 @@ constexpr int64_t SPAN = 64;     // numbers of a value summed at once
 constexpr int64_t TOGETHER = 4;  // heads
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 
-// e^x for x ≤ 0, within 2^-22 of it; 0 below -87: 2^n times a polynomial of what is left, between -ln 2 / 2 and ln 2 / 2.
+// e^x for x ≤ 0, within 2^-22 of it; 0 below -87, and what is not a number stays so: 2^n times a polynomial of what is left, between -ln 2 / 2 and ln 2 / 2.
 inline void exponential(Floats& x) {
     const Floats in = x;
     const Floats shift = in * 1.44269504f + 12582912.0f, n = shift - 12582912.0f;  // 1.5 · 2^23: rounds to whole numbers
@@ -43,8 +43,9 @@ inline void exponential(Floats& x) {
     std::memcpy(&whole, &shift, sizeof whole);
     std::memcpy(&bits, &sum, sizeof bits);
     bits += (whole - 0x4b400000) << 23;
-    const Ints kept = in >= -87.0f;
-    bits &= kept;
+    const Ints kept = in >= -87.0f, lost = in != in;
+    std::memcpy(&whole, &in, sizeof whole);
+    bits = (bits & kept) | (whole & lost);
     std::memcpy(&x, &bits, sizeof bits);
 }
 
@@ -157,12 +158,5 @@ template <typename Number, typename Way> inline void one(const Attention& of, in
                                                                                ++part)                               \
             one_##NAME##_##PATH(*of, part / of->shared, part % of->shared);                                          \
     }
-#define ALL(PATH, WAY, ATTRIBUTE)                 \
-    CALL(float32, float, PATH, WAY, ATTRIBUTE)    \
-    CALL(bfloat16, uint16_t, PATH, WAY, ATTRIBUTE)
 
-ALL(plain, Plain, PLAIN)
-#if defined(__x86_64__)
-ALL(avx2, Avx2, AVX2)
-ALL(avx512, Avx512, AVX512)
-#endif
+ALL

@@ -77,3 +77,13 @@ extern "C" int has_avx512() {
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 #endif
+
+// CALL(dtype, number, path, way, attribute), as a file defines it: for both dtypes, by every path.
+#define BOTH(PATH, WAY, ATTRIBUTE)             \
+    CALL(float32, float, PATH, WAY, ATTRIBUTE) \
+    CALL(bfloat16, uint16_t, PATH, WAY, ATTRIBUTE)
+#if defined(__x86_64__)
+#define ALL BOTH(plain, Plain, PLAIN) BOTH(avx2, Avx2, AVX2) BOTH(avx512, Avx512, AVX512)
+#else
+#define ALL BOTH(plain, Plain, PLAIN)
+#endif

@@ -53,12 +53,5 @@ inline void normed(const Number* x, const Number* weight, int64_t width, float e
         for (int64_t row = 0; row < rows; ++row)                                                                      \
             row_##NAME##_##PATH(x + row * width, weight, width, epsilon, more, rounded != 0, y + row * width);        \
     }
-#define ALL(PATH, WAY, ATTRIBUTE)              \
-    CALL(float32, float, PATH, WAY, ATTRIBUTE) \
-    CALL(bfloat16, uint16_t, PATH, WAY, ATTRIBUTE)
 
-ALL(plain, Plain, PLAIN)
-#if defined(__x86_64__)
-ALL(avx2, Avx2, AVX2)
-ALL(avx512, Avx512, AVX512)
-#endif
+ALL
