@@ -130,6 +130,19 @@ def test_a_card_says_what_the_record_says(tmp_path: Path) -> None:
     assert "Dense" not in card.text
 
 
+@pytest.mark.parametrize(
+    ("source", "kind"),
+    [
+        ("mix", "tokens, which is web text, encyclopedia, source code, technical text and several languages, alone"),
+        ("mine.txt", "`mine.txt`, 128 sequences of 2,048 tokens alone"),
+    ],
+)
+def test_a_card_says_what_kind_of_text_decided(source: str, kind: str, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, calibration={"source": source, "samples": 128, "seqlen": 2048})
+    write_card(folder, None)
+    assert kind in ModelCard.load(folder / "README.md").text
+
+
 def test_cards_of_the_same_files_are_the_same(tmp_path: Path) -> None:
     folder = folder_of(tmp_path)
     write_card(folder, None)

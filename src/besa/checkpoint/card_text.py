@@ -16,7 +16,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from besa.checkpoint.companions import read_config_json
 from besa.checkpoint.measurements import Measurement, Measurements
 from besa.data.assets import ASSETS
-from besa.data.mixture import OWN
+from besa.data.mixture import MIX, OWN
 from besa.errors import BesaError
 from besa.models.couplings import CALLED
 from besa.models.loading import EMBEDDED
@@ -32,6 +32,10 @@ END = "<!-- besa: end of what is written anew -->"
 FOLDER = "FOLDER"  # stands for the folder of a checkpoint that has no name yet
 SHOWN = 200  # characters of a name in the text
 COMMIT = re.compile(r"[0-9a-f]{40}")
+KINDS = {  # of calibration texts, for readers of a card
+    "c4": "English web text",
+    MIX: "web text, encyclopedia, source code, technical text and several languages",
+}
 
 Origin = tuple[str | None, str | None]  # of a model: as the user named it, and its commit on the Hub
 NOWHERE: Origin = (None, None)
@@ -292,10 +296,11 @@ class About:
         """What a reader must not expect."""
         lines = []
         if self.record:
-            english = ", which is English web text," if self.record.calibration.get("source") == "c4" else ""
+            kind = KINDS.get(str(self.record.calibration.get("source")))
+            described = f", which is {kind}," if kind else ""
             lines.append(
-                f"The weights to keep were chosen on {self._calibration()}{english} alone. What the model could do "
-                "with other text (other languages, code, mathematics, dialogue) may have suffered more."
+                f"The weights to keep were chosen on {self._calibration()}{described} alone. What the model could do "
+                "with text of other kinds (such as other languages, mathematics, dialogue) may have suffered more."
             )
         lines.append(
             "Only what stands under *Measured* was measured, and on this model alone: compare with the model it was "
