@@ -16,6 +16,7 @@ from besa.api.calibrating import Asked
 from besa.api.choosing import chosen, default_batch
 from besa.checkpoint.opening import open_decoder
 from besa.checkpoint.writer import finish
+from besa.counting.widening import widened
 from besa.data.arguments import Bos, Bytes, Count, Dtype, Length, checked
 from besa.data.calibration import Calibration
 from besa.data.mixture import MIX
@@ -138,7 +139,7 @@ def compress(
     recipe = chosen(recipe, sparsity)
     out = path_of(out) if out is not None else None
     lent = borrowed(model) if isinstance(model, PreTrainedModel) else nullcontext()
-    with lent, journal_for(out, resume) if out and ranks.is_first() else nullcontext() as journal:
+    with lent, widened(device), journal_for(out, resume) if out and ranks.is_first() else nullcontext() as journal:
         opened = _located(model, trust_remote_code, progress)
         decoder, tokenizer, identity = open_decoder(opened, tokenizer, dtype, out is not None)
         check_dtype(decoder.model.dtype, device)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from besa.counting.widening import widened
 from besa.data.arguments import Bos, Count, Dtype, checked
 from besa.data.mixture import texts_of
 from besa.errors import BesaError
@@ -89,7 +90,7 @@ def evaluate(
     windows = windows or [room.usual]
     notes = [note for length in windows for note in room.checked(length, "--window")] if parts else []
     answers, read = None, (opened.model, opened.tokenizer)
-    with borrowed(opened.model, device):
+    with borrowed(opened.model, device), widened(device):
         by_window = perplexities(*read, parts, windows, max_windows, batch, first, progress)
         if tasks:
             answers = zero_shot(*read, tasks, limit=limit, hub=hub, batch=batch, bos=bos, progress=progress)

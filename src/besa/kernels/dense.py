@@ -14,8 +14,8 @@ from functools import cache, partial
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
+from besa.counting.widening import linear
 from besa.kernels import choosing, sparse_native, tiles_native
 from besa.kernels.build import load, runnable
 from besa.storage.formats.bitmask import FLOATS

@@ -13,8 +13,8 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
+from besa.counting.widening import linear
 from besa.kernels.build import load, runnable
 from besa.storage.formats.row_codes import RowCodes
 

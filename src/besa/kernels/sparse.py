@@ -18,8 +18,8 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
+from besa.counting.widening import linear
 from besa.kernels import choosing, sparse_native, tiles_native
 from besa.kernels.operators import triton_works
 from besa.quantization import Grid, Quantized

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from besa.counting import widening
 from besa.models.units import units
 from besa.planning.distinct import Distinct
 from besa.planning.outline import Outline
@@ -47,6 +48,8 @@ def peaks(run: Outline, states: States, distinct: Sequence[Distinct]) -> Peaks:
     distilling = _distilling(run, distinct)
     on_device = states.places["device"] + max(_outside(run), _pruning(run, distinct), distilling)
     needed = memory.current_bytes() + TEXT + states.places["host"]
+    if run.device.type == "cpu" and run.model.dtype in widening.slow():
+        needed += widening.BYTES
     if shares_memory(run.device):
         needed, gpu = needed + on_device, None
     else:
