@@ -330,7 +330,15 @@ class WeightlessDecoder(DecoderInMemory):
 
 assert kernels  # it defines the operators
 _META = torch.library.Library("besa", "IMPL")
-for _name in ("masked", "binned", "quantized", "swept", "add_squares"):  # they write to an argument
+for _name in (
+    "masked",
+    "binned",
+    "spread",
+    "gathered",
+    "quantized",
+    "swept",
+    "add_squares",
+):  # they write to an argument
     _META.impl(_name, lambda *_: None, "Meta")
 _META.impl("pruned_ranks", lambda alpha, *_: torch.empty_like(alpha, dtype=torch.int64), "Meta")
 _META.impl("cheapest_counts", lambda ideal, *_: torch.empty_like(ideal), "Meta")

@@ -56,7 +56,7 @@ class Compiled:
 
 def masks() -> None:
     """Start the kernels of `gpu.masks`."""
-    from besa.kernels.gpu.masks import binned, masked
+    from besa.kernels.gpu.masks import binned, gathered, masked, spread
 
     every = [(columns, torch.bfloat16, torch.int16, 101) for columns in WIDTHS]
     every += [(4096, dtype, ranks, 101) for dtype in DTYPES for ranks in (torch.int16, torch.int32)]
@@ -65,6 +65,10 @@ def masks() -> None:
         w_OI, ranks_OI = empty(3, columns, dtype=dtype), empty(3, columns, dtype=ranks)
         masked(w_OI, ranks_OI, empty(3, dtype=torch.int64), w_OI)
         binned(w_OI, w_OI, ranks_OI, empty(columns, dtype=torch.int16), empty(3, bins))
+    for columns, dtype in [*((columns, torch.bfloat16) for columns in WIDTHS), *((4096, dtype) for dtype in DTYPES)]:
+        w_OI, kept_K = empty(3, columns, dtype=dtype), empty(columns)
+        spread(w_OI, kept_K, w_OI)
+        gathered(w_OI, w_OI, kept_K)
 
 
 def sparse() -> None:

@@ -42,6 +42,20 @@ def test_masked_and_binned(device, shape, dtype, ranks):
     assert ((sums_OB.cpu() - exact_OB).abs() <= 2**-18 * size_OB + 1e-30).all()
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kept_weights_as_a_vector(device, shape, dtype):
+    w_OI, x_OI = (numbers(*shape, seed=seed).to(dtype) for seed in (0, 2))
+    w_OI[numbers(*shape, seed=3) < 0] = 0
+    kept_K = numbers(int((w_OI != 0).sum()), seed=4)
+    spread_OI = torch.empty_like(w_OI, device=device)
+    kernels.spread(w_OI.to(device), kept_K.to(device), spread_OI)
+    assert torch.equal(spread_OI.cpu(), torch.zeros_like(w_OI).masked_scatter_(w_OI != 0, kept_K.to(dtype)))
+    gathered_K = torch.empty_like(kept_K, device=device)
+    kernels.gathered(w_OI.to(device), x_OI.to(device), gathered_K)
+    assert torch.equal(gathered_K.cpu(), x_OI[w_OI != 0].float())
+
+
 @pytest.mark.parametrize("groups", [1, 7, 42_496])
 @pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.9])
 def test_pruned_ranks(device, groups, sparsity):

@@ -13,6 +13,7 @@ from besa.methods.distilling import Distilled, MaskedKL, NoDistilling
 from besa.methods.distilling import course as courses
 from besa.methods.recipe import Recipe
 from besa.models.blocks import capture_inputs, find_blocks
+from besa.models.kept import kept_of
 from besa.models.whole import Whole
 from besa.observing import divergence as observing
 from besa.observing.divergence import divergence, tokens_at_once
@@ -116,6 +117,23 @@ def test_gradients_of_a_whole_model_are_those_of_plain_torch(tiny_llama):
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-9, atol=0)
     for value, leaf in zip(values.values(), leaves.values(), strict=True):
         torch.testing.assert_close(value.grad, leaf.grad, rtol=1e-6, atol=1e-12)
+
+
+def test_kept_weights_alone_learn_what_the_whole_matrix_learns(tiny_llama):
+    """To the bit: the same products, and the same gradients where weights are kept."""
+    blocks = find_blocks(tiny_llama)
+    (x,) = capture_inputs(tiny_llama, blocks, torch.arange(3, 19)[None], 1)
+    whole, name = Whole(tiny_llama, blocks), "model.layers.7.mlp.down_proj"
+    own = whole.own(name)
+    own.masked_fill_(torch.rand(own.shape, generator=torch.Generator().manual_seed(0)) < 0.5, 0)
+    dense, kept = own.clone().requires_grad_(), kept_of(own).requires_grad_()
+    outputs = []
+    for value in (dense, kept):
+        states = whole.states(x, {name: value}, torch.float32)
+        outputs.append(states[-1])
+        whole.send_back(states, torch.ones_like(states[-1]), {name: value}, torch.float32)
+    assert torch.equal(*outputs)
+    assert torch.equal(kept.grad, dense.grad[own != 0])
 
 
 def distilled(model, tokenizer, folder, samples=17, **settings):
@@ -242,7 +260,7 @@ def test_an_epoch_that_does_not_help_is_taken_back(monkeypatch, tiny_llama, tiny
     assert [rate / rates[1] for rate in rates] == pytest.approx([a * b for a, b in zip(plain, eased, strict=True)])
     kept = tensors(tiny_llama)
     for name, value in seen[3].items():
-        torch.testing.assert_close(kept[f"{name}.weight"], value, rtol=0, atol=0)
+        torch.testing.assert_close(kept_of(kept[f"{name}.weight"]), value, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("minutes", "epochs"), [(10.0, 5), (2.0, 0), (5.6, 2)])
@@ -279,7 +297,7 @@ def test_too_few_minutes_leave_the_model_as_its_blocks_are(wanda, tiny_llama, ti
 
 def test_what_does_nothing_does_nothing():
     assert NoDistilling().distill(None, None, None) == Distilled(0, [], False, [])
-    assert (NoDistilling().passes(0.5), NoDistilling().learning_bytes([5], [5])) == (0, 0)
+    assert (NoDistilling().passes(0.5), NoDistilling().learning_bytes(5, 5)) == (0, 0)
 
 
 def test_what_learns_at_once():

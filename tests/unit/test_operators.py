@@ -89,6 +89,8 @@ def examples():
     return {
         "masked": (w_OI, ranks_OI, torch.tensor([1, 2]), torch.empty(2, 3)),
         "binned": (gradient_OI, w_OI, ranks_OI, torch.tensor([0, 0, 1], dtype=torch.int16), torch.empty(2, 2)),
+        "spread": (w_OI * (ranks_OI > 0), torch.arange(1.0, 5), torch.empty(2, 3)),
+        "gathered": (w_OI * (ranks_OI > 0), gradient_OI, torch.empty(4)),
         "pruned_ranks": (torch.tensor([0.5, 0.25]), torch.full((2,), 8.0).double(), torch.tensor([0.5, 0.5]), 0.5),
         "cheapest_counts": (
             torch.tensor([1.5, 2.0]).double(),

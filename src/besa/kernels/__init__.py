@@ -4,7 +4,8 @@ The two passes over a weight in every learning step, `masked` and `binned`, are 
 CUDA operator. `reference` computes the same in plain torch, and runs where there is no kernel. On the CPU, both give
 the same bits.
 
-Shape suffixes: O rows, I columns, B bins or columns of a block, R rate groups, G groups of columns, T tokens.
+Shape suffixes: O rows, I columns, K kept weights, B bins or columns of a block, R rate groups, G groups of columns,
+T tokens.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from besa.quantization import Clipping
 
 _masked = operator("masked(Tensor w, Tensor ranks, Tensor counts, Tensor(a!) out) -> ()", "masks")
 _binned = operator("binned(Tensor gradient, Tensor w, Tensor ranks, Tensor bins, Tensor(a!) out) -> ()", "masks")
+_spread = operator("spread(Tensor w, Tensor kept, Tensor(a!) out) -> ()", "masks")
+_gathered = operator("gathered(Tensor w, Tensor x, Tensor(a!) out) -> ()", "masks")
 _pruned_ranks = operator("pruned_ranks(Tensor alpha, Tensor width, Tensor share, float sparsity) -> Tensor", "rates")
 _cheapest_counts = operator(
     "cheapest_counts(Tensor ideal, Tensor width, Tensor least, int total) -> Tensor", "apportioning"
@@ -60,6 +63,28 @@ def binned(gradient_OI: Tensor, w_OI: Tensor, ranks_OI: Tensor, bins_I: Tensor, 
         out_OB: float32.
     """
     _binned(gradient_OI, w_OI, ranks_OI, bins_I, out_OB)
+
+
+def spread(w_OI: Tensor, kept_K: Tensor, out_OI: Tensor) -> None:
+    """Write numbers to `out_OI` where W is not zero, row by row, and zeros elsewhere.
+
+    Args:
+        w_OI: the weight, whose zeros are its mask; it and all other arguments are contiguous.
+        kept_K: float32, as many as W has numbers that are not zero; rounded to the nearest.
+        out_OI: in the dtype of `w_OI`, another tensor.
+    """
+    _spread(w_OI, kept_K, out_OI)
+
+
+def gathered(w_OI: Tensor, x_OI: Tensor, out_K: Tensor) -> None:
+    """Write to `out_K` the numbers of X that stand where W is not zero, row by row: `spread` the other way round.
+
+    Args:
+        w_OI: as in `spread`.
+        x_OI: in the dtype of `w_OI`; it may be `w_OI`.
+        out_K: float32.
+    """
+    _gathered(w_OI, x_OI, out_K)
 
 
 def pruned_ranks(alpha_R: Tensor, width_R: Tensor, share_R: Tensor, sparsity: float) -> Tensor:

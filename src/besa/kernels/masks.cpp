@@ -1,8 +1,10 @@
-// The two passes over a weight that a learning step needs; the Python beside it says what they compute.
+// The passes over a weight that learning steps need: two of those that learn masks, two of those that learn what a mask
+// keeps. The Python beside it says what they compute.
 //
 // Each is written once, as a template that is compiled for several instruction sets; the caller chooses one that the
 // processor has. All give the same bits: a row's sums are taken in the order of its columns, without fused
 // multiply-adds.
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -29,6 +31,13 @@ inline float wide(BFloat16 value) {
     float result;
     std::memcpy(&result, &bits, sizeof result);
     return result;
+}
+
+inline void narrow(float value, float& to) { to = value; }
+inline void narrow(float value, BFloat16& to) {  // rounded to the nearest, as torch does
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    to.bits = uint16_t(value != value ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
 // Word: as many bits as a weight has; which numbers they are does not matter here.
@@ -75,6 +84,49 @@ inline void binned_rows(const Number* gradient, const Number* w, const Rank* ran
     }
 }
 
+template <typename Number> inline int64_t kept_of_row(const Number* w, int64_t columns) {
+    int64_t kept = 0;
+    for (int64_t column = 0; column < columns; ++column) kept += wide(w[column]) != 0;
+    return kept;
+}
+
+// Where the kept weights of every row begin, and after them all their end.
+template <typename Number, auto COUNT>
+std::vector<int64_t> starts_of(const Number* w, int64_t rows, int64_t columns, int64_t threads) {
+    std::vector<int64_t> starts(size_t(rows + 1));
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t row = 0; row < rows; ++row) starts[size_t(row + 1)] = COUNT(w + row * columns, columns);
+    for (size_t row = 1; row < starts.size(); ++row) starts[row] += starts[row - 1];
+    return starts;
+}
+
+template <typename Number>
+inline void spread_row(const Number* w, const float* kept, int64_t count, Number* out, int64_t columns) {
+    const Number zero = {};
+    int64_t met = 0;
+    for (int64_t column = 0; column < columns; ++column) {
+        Number value = zero;
+        if (count) narrow(kept[std::min(met, count - 1)], value);  // no branch but this, which is the same for a row
+        const bool is = wide(w[column]) != 0;
+        out[column] = is ? value : zero;
+        met += is;
+    }
+}
+
+template <typename Number> inline void gathered_row(const Number* w, const Number* x, float* out, int64_t columns) {
+    float some[COLUMNS];
+    for (int64_t left = 0; left < columns; left += COLUMNS) {
+        const int64_t right = std::min(columns, left + COLUMNS);
+        int64_t met = 0;
+        for (int64_t column = left; column < right; ++column) {
+            some[met] = wide(x[column]);
+            met += wide(w[column]) != 0;
+        }
+        std::memcpy(out, some, size_t(met) * sizeof(float));
+        out += met;
+    }
+}
+
 }  // namespace
 
 // One function for each kind of number, width of ranks and instruction set, called as
@@ -107,6 +159,32 @@ inline void binned_rows(const Number* gradient, const Number* w, const Rank* ran
                                           rows*(part + 1) / threads, columns, n_bins);                                 \
     }
 
+#define KEPT(NAME, NUMBER, PATH, ATTRIBUTE)                                                                            \
+    ATTRIBUTE static int64_t kept_##NAME##_##PATH(const NUMBER* w, int64_t columns) {                                  \
+        return kept_of_row<NUMBER>(w, columns);                                                                        \
+    }                                                                                                                  \
+    ATTRIBUTE static void spread_##NAME##_##PATH##_row(const NUMBER* w, const float* kept, int64_t count, NUMBER* out, \
+                                                       int64_t columns) {                                              \
+        spread_row<NUMBER>(w, kept, count, out, columns);                                                              \
+    }                                                                                                                  \
+    extern "C" void spread_##NAME##_##PATH(const NUMBER* w, const float* kept, NUMBER* out, int64_t rows,              \
+                                           int64_t columns, int64_t threads) {                                         \
+        const auto starts = starts_of<NUMBER, kept_##NAME##_##PATH>(w, rows, columns, threads);                        \
+        _Pragma("omp parallel for num_threads(threads) schedule(static)") for (int64_t row = 0; row < rows; ++row)     \
+            spread_##NAME##_##PATH##_row(w + row * columns, kept + starts[size_t(row)],                                \
+                                         starts[size_t(row + 1)] - starts[size_t(row)], out + row * columns, columns); \
+    }                                                                                                                  \
+    ATTRIBUTE static void gathered_##NAME##_##PATH##_row(const NUMBER* w, const NUMBER* x, float* out,                 \
+                                                         int64_t columns) {                                            \
+        gathered_row<NUMBER>(w, x, out, columns);                                                                      \
+    }                                                                                                                  \
+    extern "C" void gathered_##NAME##_##PATH(const NUMBER* w, const NUMBER* x, float* out, int64_t rows,               \
+                                             int64_t columns, int64_t threads) {                                       \
+        const auto starts = starts_of<NUMBER, kept_##NAME##_##PATH>(w, rows, columns, threads);                        \
+        _Pragma("omp parallel for num_threads(threads) schedule(static)") for (int64_t row = 0; row < rows; ++row)     \
+            gathered_##NAME##_##PATH##_row(w + row * columns, x + row * columns, out + starts[size_t(row)], columns);  \
+    }
+
 #define ALL(PATH, ATTRIBUTE)                                    \
     MASKED(32_16, uint32_t, int16_t, PATH, ATTRIBUTE)           \
     MASKED(32_32, uint32_t, int32_t, PATH, ATTRIBUTE)           \
@@ -115,7 +193,9 @@ inline void binned_rows(const Number* gradient, const Number* w, const Rank* ran
     BINNED(float32_16, float, int16_t, PATH, ATTRIBUTE)         \
     BINNED(float32_32, float, int32_t, PATH, ATTRIBUTE)         \
     BINNED(bfloat16_16, BFloat16, int16_t, PATH, ATTRIBUTE)     \
-    BINNED(bfloat16_32, BFloat16, int32_t, PATH, ATTRIBUTE)
+    BINNED(bfloat16_32, BFloat16, int32_t, PATH, ATTRIBUTE)     \
+    KEPT(float32, float, PATH, ATTRIBUTE)                       \
+    KEPT(bfloat16, BFloat16, PATH, ATTRIBUTE)
 
 ALL(plain, PLAIN)
 #if defined(__x86_64__)

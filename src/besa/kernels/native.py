@@ -39,6 +39,16 @@ def binned(gradient_OI: Tensor, w_OI: Tensor, ranks_OI: Tensor, bins_I: Tensor, 
     _call(name, gradient_OI, w_OI, ranks_OI, bins_I, out_OB, rows, columns, out_OB.shape[1])
 
 
+def spread(w_OI: Tensor, kept_K: Tensor, out_OI: Tensor, path: str = "") -> None:
+    """See `besa.kernels.spread`; `path` is the instruction set, by default the best."""
+    _call(f"spread_{NUMBERS[w_OI.dtype]}_{path or paths()[0]}", w_OI, kept_K, out_OI, *w_OI.shape)
+
+
+def gathered(w_OI: Tensor, x_OI: Tensor, out_K: Tensor, path: str = "") -> None:
+    """See `besa.kernels.gathered`; `path` is the instruction set, by default the best."""
+    _call(f"gathered_{NUMBERS[w_OI.dtype]}_{path or paths()[0]}", w_OI, x_OI, out_K, *w_OI.shape)
+
+
 def _call(name: str, *arguments: Tensor | int) -> None:
     kernels = load(SOURCE)
     assert kernels is not None

@@ -29,6 +29,16 @@ def binned(gradient_OI: Tensor, w_OI: Tensor, ranks_OI: Tensor, bins_I: Tensor, 
         out_OB[part].scatter_add_(1, bins_I[ranks_OI[part].int()], products_OI)
 
 
+def spread(w_OI: Tensor, kept_K: Tensor, out_OI: Tensor) -> None:
+    """See `besa.kernels.spread`."""
+    out_OI.zero_().masked_scatter_(w_OI != 0, kept_K.to(out_OI.dtype))
+
+
+def gathered(w_OI: Tensor, x_OI: Tensor, out_K: Tensor) -> None:
+    """See `besa.kernels.gathered`."""
+    out_K.copy_(x_OI[w_OI != 0])
+
+
 def pruned_ranks(alpha_R: Tensor, width_R: Tensor, share_R: Tensor, sparsity: float) -> Tensor:
     """See `besa.kernels.pruned_ranks`."""
     low, high = alpha_R.new_tensor(-1.0), alpha_R.new_tensor(1.0)

@@ -12,13 +12,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from besa.models.blocks import Block, logits_of
+from besa.models.kept import spread
 
 
 class Whole:
     """The blocks of a model and what follows them, as functions of values by name.
 
     A value stands in for a parameter of the model, in whose dtype it is used. Linears have the full names of prunable
-    matrices, all other parameters the full names that they have in the model.
+    matrices, all other parameters the full names that they have in the model. The value of a linear may be a vector of
+    its kept weights, those that are not zero in the model.
 
     Args:
         model: with all its weights on one device.
@@ -132,7 +134,8 @@ class Whole:
             return block(x_NTC, weights, others)
 
     def _cast(self, name: str, value: Tensor) -> Tensor:
-        return value.to(self.own(name).dtype)
+        own = self.own(name)
+        return spread(value, own) if value.dim() < own.dim() else value.to(own.dtype)
 
     def _multiplying_in(self, dtype: torch.dtype) -> torch.autocast:
         return torch.autocast(self.device.type, dtype, enabled=dtype != self._model.dtype)

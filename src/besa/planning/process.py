@@ -72,7 +72,9 @@ def _pruning(run: Outline, distinct: Sequence[Distinct]) -> int:
 def _distilling(run: Outline, distinct: Sequence[Distinct]) -> int:
     """Bytes while the whole model learns; 0 if it does not."""
     whole = whole_bytes(run.model, run.blocks, run.pruned, run.recipe, run.seqlen)
-    return whole + max(learning_bytes(run.model, each.unit, run.seqlen) for each in distinct) if whole else 0
+    return (
+        whole + max(learning_bytes(run.model, each.unit, run.recipe, run.seqlen) for each in distinct) if whole else 0
+    )
 
 
 def _outside(run: Outline) -> int:

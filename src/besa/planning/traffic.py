@@ -9,7 +9,6 @@ Shape suffixes: O rows, I columns.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -45,6 +44,7 @@ def traffic(
     item = next(unit.blocks[0].module.parameters()).dtype.itemsize
     shapes = {name: (prunable.rows, prunable.columns) for name, prunable in unit.prunables.items()}
     pruned = [shapes[name] for budget in budgets for name in budget.names]
+    kept = sum(budget.weights - budget.zeros for budget in budgets)
     parameters = [parameter for block in unit.blocks for parameter in block.module.parameters()]
     vectors = [parameter.numel() for parameter in parameters if parameter.dim() == 1]
     widths = [shapes[names[0]][1] for names in inputs]
@@ -67,7 +67,7 @@ def traffic(
         "allocate": summed(sums, ranks) + (order if recipe.quantization.ranks_again else 0),
         "rebuild": gathered(rebuilt, ranks),
         "finetune": summed(recipe.finetune.summed_bytes(pruned, samples), ranks),
-        "distill": summed(recipe.distill.summed_bytes(list(map(math.prod, pruned)), vectors, samples), ranks),
+        "distill": summed(recipe.distill.summed_bytes(kept, len(pruned), vectors, samples), ranks),
         "measure": summed(WIDE * 2 * channels * len(unit.blocks), ranks),
     }
     return {phase: round(size) for phase, size in sent.items() if size}

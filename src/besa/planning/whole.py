@@ -38,9 +38,9 @@ def whole_bytes(
     parameters: int = sum(parameter.nbytes for parameter in model.parameters())
     states = (len(blocks) + 2) * seqlen * channels * int(model.dtype.itemsize)
     logits = ALIVE * 4 * vocabulary * min(seqlen, tokens_at_once(vocabulary))
-    linears, vectors = _sizes(model, blocks, pruned)
-    rounded = 4 * sum(linears) if recipe.rounds_last else 0
-    return parameters + recipe.distill.learning_bytes(linears, vectors) + rounded + states + logits
+    kept, vectors = _sizes(model, blocks, pruned, recipe)
+    rounded = 4 * kept if recipe.rounds_last else 0
+    return parameters + recipe.distill.learning_bytes(kept, vectors) + rounded + states + logits
 
 
 def whole_disk_bytes(
@@ -53,8 +53,8 @@ def whole_disk_bytes(
     """
     if not recipe.distill.moves_weights:
         return disk_bytes(size)
-    linears, vectors = (sum(sizes) for sizes in _sizes(model, blocks, pruned))
-    state = recipe.distill.state_bytes(round((1 - recipe.sparsity) * linears), vectors, model.dtype.itemsize)
+    kept, vectors = _sizes(model, blocks, pruned, recipe)
+    state = recipe.distill.state_bytes(kept, vectors, model.dtype.itemsize)
     begun = sum(parameter.nbytes for parameter in model.parameters()) if recipe.rounds_last else size
     return begun + max(2 * state, disk_bytes(size))
 
@@ -81,7 +81,8 @@ def check_fits(
         )
 
 
-def _sizes(model: PreTrainedModel, blocks: Sequence[Block], pruned: Collection[str]) -> tuple[list[int], list[int]]:
-    """The number of elements of each pruned linear, and of each norm and bias."""
-    linears = [prunable.numel for block in blocks for name, prunable in block.prunables.items() if name in pruned]
-    return linears, [model.get_parameter(name).numel() for name in Whole(model, blocks).vectors]
+def _sizes(model: PreTrainedModel, blocks: Sequence[Block], pruned: Collection[str], recipe: Recipe) -> tuple[int, int]:
+    """The number of weights that stay of the pruned linears, and of elements of norms and biases."""
+    linears = sum(prunable.numel for block in blocks for name, prunable in block.prunables.items() if name in pruned)
+    vectors: int = sum(model.get_parameter(name).numel() for name in Whole(model, blocks).vectors)
+    return round((1 - recipe.sparsity) * linears), vectors

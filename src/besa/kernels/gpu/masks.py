@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -87,6 +89,38 @@ def _binned(
         row += tl.num_programs(0)
 
 
+@triton.jit
+def _spread(w, kept, starts, out, columns, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    met = tl.load(starts + row)
+    left = 0
+    while left < columns:
+        at = left + tl.arange(0, BLOCK)
+        inside = at < columns
+        is_kept = (tl.load(w + row * columns + at, mask=inside, other=0.0) != 0).to(tl.int32)
+        place = met + tl.cumsum(is_kept, 0) - 1
+        numbers = tl.load(kept + place, mask=is_kept > 0, other=0.0)
+        tl.store(out + row * columns + at, numbers.to(out.dtype.element_ty), mask=inside)
+        met += tl.sum(is_kept, 0)
+        left += BLOCK
+
+
+@triton.jit
+def _gathered(w, x, starts, out, columns, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    met = tl.load(starts + row)
+    left = 0
+    while left < columns:
+        at = left + tl.arange(0, BLOCK)
+        inside = at < columns
+        is_kept = (tl.load(w + row * columns + at, mask=inside, other=0.0) != 0).to(tl.int32)
+        place = met + tl.cumsum(is_kept, 0) - 1
+        numbers = tl.load(x + row * columns + at, mask=is_kept > 0, other=0.0).to(tl.float32)
+        tl.store(out + place, numbers, mask=is_kept > 0)
+        met += tl.sum(is_kept, 0)
+        left += BLOCK
+
+
 def masked(w_OI: Tensor, ranks_OI: Tensor, counts_O: Tensor, out_OI: Tensor) -> None:
     """See `besa.kernels.masked`."""
     rows, columns = w_OI.shape
@@ -122,3 +156,21 @@ def binned(gradient_OI: Tensor, w_OI: Tensor, ranks_OI: Tensor, bins_I: Tensor, 
         RANKS=TILE // width,
         num_warps=8,
     )
+
+
+def spread(w_OI: Tensor, kept_K: Tensor, out_OI: Tensor) -> None:
+    """See `besa.kernels.spread`."""
+    _by_rows(_spread, w_OI, kept_K, out_OI)
+
+
+def gathered(w_OI: Tensor, x_OI: Tensor, out_K: Tensor) -> None:
+    """See `besa.kernels.gathered`."""
+    _by_rows(_gathered, w_OI, x_OI, out_K)
+
+
+def _by_rows(kernel: Any, w_OI: Tensor, source: Tensor, out: Tensor) -> None:
+    """Start a kernel with where the kept weights of each row begin."""
+    counts_O = (w_OI != 0).sum(1)
+    rows, columns = w_OI.shape
+    block = min(COLUMNS, triton.next_power_of_2(columns))
+    launch(kernel, (rows,), w_OI, source, counts_O.cumsum(0) - counts_O, out, columns, BLOCK=block)

@@ -1,6 +1,6 @@
 """The course of distilling: stages, epochs and steps, from the last state on, and the best values at the end.
 
-Shape suffixes: N sequences, T tokens, C channels of the residual stream.
+Shape suffixes: N sequences, T tokens, C channels of the residual stream, O rows, I columns, K kept weights.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from besa.methods.distilling.distiller import Distilled, Pupil, Snapshots
 from besa.methods.reconstruction.written import written
 from besa.methods.steps import average, one_pass, root_mean_square, split
+from besa.models.kept import kept_of, spread
 from besa.models.transfers import fetched
 from besa.observing.divergence import divergence, tokens_at_once
 from besa.progress import Progress
@@ -37,8 +38,9 @@ BETAS = (0.9, 0.99)  # of Adam
 class Course:
     """The work of `MaskedKL.distill`.
 
-    A state has the best values so far, which are the model's own tensors, and the float32 values that learn, with their
-    moments. A group of it is a block, or what is outside. Of linears it has the kept weights only.
+    What learns are float32 values: norms and biases, and of each linear the vector of its kept weights. The best so far
+    are the model's own tensors. A state has these, and the values with their moments. A group of it is a block, or what
+    is outside.
     """
 
     def __init__(self, settings: MaskedKL, pupil: Pupil, snapshots: Snapshots, progress: Progress) -> None:
@@ -91,7 +93,7 @@ class Course:
         sizes: list[float] = (
             begun.get("sizes") or torch.stack([root_mean_square(own(name).float()) for name in names]).tolist()
         )
-        values = {name: own(name).float().clone().requires_grad_() for name in names}
+        values = {name: self._value(name).requires_grad_() for name in names}
         groups = [{"params": [value], "lr": 0.0} for value in values.values()]
         optimizer = torch.optim.Adam(groups, betas=BETAS, fused=True)
         scaler = loss_scaler(self._dtype, self._pupil.whole.device)
@@ -120,9 +122,21 @@ class Course:
             else:
                 position["eased"] += 1
                 for name, value in values.items():
-                    value.detach().copy_(own(name))
+                    value.detach().copy_(self._value(name))
             self._keep(position | {"epoch": epoch + 1, "step": 0}, values, optimizer, urgent=True)
         self._keep({"stage": number + 1}, {}, optimizer, urgent=True)
+
+    def _value(self, name: str) -> Tensor:
+        """The model's own tensor as a value that can learn."""
+        own = self._pupil.whole.own(name)
+        return kept_of(own) if name in self._linears else own.float().clone()
+
+    def _tensor(self, name: str, value: Tensor) -> Tensor:
+        """A value as the model has it, in the shape and dtype of its own tensor; no kept weight becomes zero."""
+        own, value = self._pupil.whole.own(name), value.detach()
+        if name not in self._linears:
+            return value.to(own.dtype)
+        return written(spread(value, own), own != 0, own.dtype)
 
     def _step(
         self,
@@ -139,11 +153,9 @@ class Course:
         for name, value in values.items():
             value.grad = predicting[name].grad  # straight through the rounding, if there is one
         average(values.values(), len(sequences))
-        for name, value in values.items():
-            if name in self._linears and value.grad is not None:  # None if no token reached an expert
-                value.grad.masked_fill_(self._pupil.whole.own(name) == 0, 0)
         scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_([value for value in values.values() if value.grad is not None], CLIPPED)
+        reached = [value for value in values.values() if value.grad is not None]  # an expert may have had no token
+        torch.nn.utils.clip_grad_norm_(reached, CLIPPED)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
@@ -167,9 +179,9 @@ class Course:
         predicting = dict(values)
         for name, grid in self._pupil.grids.items():
             own, value = self._pupil.whole.own(name), values.get(name)
-            w_OI = own if value is None else written(value.detach(), own != 0, own.dtype)
+            w_OI = own if value is None else self._tensor(name, value)
             q_OI = dequantized(kept_codes(w_OI, grid), grid, own.dtype)
-            predicting[name] = q_OI if value is None else q_OI.float().requires_grad_()
+            predicting[name] = q_OI if value is None else kept_of(own, q_OI, len(value)).requires_grad_()
         return predicting
 
     def _loss(self, values: Mapping[str, Tensor], place: int, scale: Tensor | None) -> Tensor:
@@ -206,9 +218,7 @@ class Course:
         """Write values into the model: they are the best so far."""
         self._helped = True
         for name, value in values.items():
-            own = self._pupil.whole.own(name)
-            kept = own != 0 if name in self._linears else torch.zeros_like(own, dtype=torch.bool)
-            own.copy_(written(value.detach(), kept, own.dtype))
+            self._pupil.whole.own(name).copy_(self._tensor(name, value))
 
     def _keep(
         self,
@@ -228,14 +238,12 @@ class Course:
         self._snapshots.keep(position, self._compressed(tensors), urgent)
 
     def _compressed(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """The tensors of a state by group, made one group at a time; of linears, where weights are kept."""
+        """The tensors of a state by group, made one group at a time; of linears, the kept weights."""
         for group, names in self._groups(tensors).items():
             yield (
                 group,
                 {
-                    f"{kind}.{name}": tensor[self._pupil.whole.own(name) != 0]
-                    if self._partial(name, tensor)
-                    else tensor
+                    f"{kind}.{name}": tensor[tensor != 0] if self._sparse(name, tensor) else tensor
                     for name in names
                     for kind, tensor in tensors[name].items()
                 },
@@ -248,8 +256,8 @@ class Course:
             for name in names:
                 for kind, tensor in tensors[name].items():
                     numbers = kept[f"{kind}.{name}"].to(tensor.device)
-                    if self._partial(name, tensor):
-                        tensor.masked_scatter_(self._pupil.whole.own(name) != 0, numbers)
+                    if self._sparse(name, tensor):
+                        tensor.masked_scatter_(tensor != 0, numbers)
                     else:
                         tensor.copy_(numbers)
 
@@ -272,6 +280,6 @@ class Course:
             groups.setdefault(self._pupil.whole.place(name), []).append(name)
         return groups
 
-    def _partial(self, name: str, tensor: Tensor) -> bool:
-        """Whether a state has only the kept weights of a tensor."""
-        return name in self._linears and tensor.dim() > 0
+    def _sparse(self, name: str, tensor: Tensor) -> bool:
+        """Whether a tensor of a state is a linear's own, of which the state has the kept weights."""
+        return name in self._linears and tensor.dim() > 1

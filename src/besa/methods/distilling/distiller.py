@@ -123,12 +123,12 @@ class Distiller(Settings):
         """Of `passes`, those of learning steps."""
         return 0.0
 
-    def learning_bytes(self, linears: Sequence[int], vectors: Sequence[int]) -> int:
+    def learning_bytes(self, kept: int, vectors: int) -> int:
         """Bytes that learning keeps besides the model.
 
         Args:
-            linears: number of weights of each pruned linear.
-            vectors: number of elements of each norm and bias.
+            kept: number of weights of the pruned linears that are not pruned.
+            vectors: number of elements of norms and biases.
         """
         return 0
 
@@ -136,18 +136,19 @@ class Distiller(Settings):
         """Bytes of a state on the disk.
 
         Args:
-            kept: number of weights that are not pruned.
-            vectors: number of elements of norms and biases.
+            kept: as of `learning_bytes`.
+            vectors: likewise.
             item: bytes of a weight of the model.
         """
         return 0
 
-    def summed_bytes(self, linears: Sequence[int], vectors: Sequence[int], samples: int) -> int:
+    def summed_bytes(self, kept: int, linears: int, vectors: Sequence[int], samples: int) -> int:
         """Bytes that ranks add up in all learning steps, at most.
 
         Args:
-            linears: as of `learning_bytes`.
-            vectors: likewise.
+            kept: as of `learning_bytes`.
+            linears: number of pruned linears.
+            vectors: number of elements of each norm and bias.
             samples: calibration sequences of all ranks.
         """
         return 0

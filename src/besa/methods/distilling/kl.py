@@ -70,19 +70,19 @@ class MaskedKL(Learning, Distiller):
         epochs = self.epochs * len(self.stages([0], [0]))
         return epochs * (LEARNING + LEARNING_HEADS * head) * (1 - 1 / HELD_OUT)
 
-    def learning_bytes(self, linears: Sequence[int], vectors: Sequence[int]) -> int:
+    def learning_bytes(self, kept: int, vectors: int) -> int:
         """Value, gradient and two moments in float32, of what learns at once."""
-        return 16 * max(map(sum, self.stages(linears, vectors)), default=0)
+        return 16 * max(map(sum, self.stages([kept], [vectors])))
 
     def state_bytes(self, kept: int, vectors: int, item: int) -> int:
         """Value and two moments in float32 of what learns at once, and the best value of all."""
         stages = [sum(stage) for stage in self.stages([kept], [vectors])]
         return 12 * max(stages) + item * sum(stages)
 
-    def summed_bytes(self, linears: Sequence[int], vectors: Sequence[int], samples: int) -> int:
+    def summed_bytes(self, kept: int, linears: int, vectors: Sequence[int], samples: int) -> int:
         """Float32 gradients, and for each tensor whether any token of the step reached it."""
-        steps = self.epochs * self.steps(samples)
-        return steps * sum(4 * numbers + 8 for stage in self.stages(linears, vectors) for numbers in stage)
+        of_a_step = self.stages([4 * kept + 8 * linears], [4 * sum(vectors) + 8 * len(vectors)])
+        return self.epochs * self.steps(samples) * sum(map(sum, of_a_step))
 
     def distill(self, pupil: Pupil, snapshots: Snapshots, progress: Progress) -> Distilled:
         """The values with the lowest loss on the held-out sequences."""
