@@ -637,7 +637,7 @@ def test_a_process_of_its_own_meets_the_hub_by_its_variables(
 ) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), **hub.environment(tmp_path / "other")}
     command = [sys.executable, "-m", "besa", "inspect", "org/model@v1", "--json", str(tmp_path / "found.json")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert (done.returncode, done.stderr.strip()) == (0, "")
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["file_bytes"] == (folders["first"] / WEIGHTS).stat().st_size

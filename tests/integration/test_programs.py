@@ -57,7 +57,7 @@ def test_lm_eval_finds_the_scores_of_besa_eval(packed: Path, tmp_path: Path, mon
         capture_output=True,
         text=True,
         env=os.environ | {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"},
-        timeout=200,
+        timeout=900,
     )
     assert made.returncode == 0, made.stderr
     [scores] = (json.loads(path.read_text())["results"]["local"] for path in tmp_path.rglob("scores_*.json"))
@@ -88,7 +88,7 @@ def server(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
         yield address
     finally:
         serving.terminate()
-        serving.wait(timeout=60)
+        serving.wait(timeout=600)
 
 
 def test_a_client_of_openai_streams_chats_and_completions(packed: Path, server: str) -> None:
@@ -118,7 +118,7 @@ def test_transformers_chat_talks_to_it(packed: Path, server: str, tmp_path: Path
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        timeout=100,
+        timeout=900,
     )
     expected = besa.generate(packed, QUESTION, max_new_tokens=12)
     assert " ".join(expected.split()) in " ".join(made.stdout.split()), made.stdout + made.stderr

@@ -290,7 +290,7 @@ def test_a_push_that_was_ended_goes_on_where_it_was(
         process.send_signal(end)
         if end == signal.SIGINT:
             hub.room_made.set()  # huggingface_hub waits for the uploads that it has begun
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=600)
     assert process.returncode == (-end if end == signal.SIGKILL else 130)
     if end == signal.SIGINT:
         assert "push again, and it goes on with what is missing." in said

@@ -122,7 +122,7 @@ def test_torchrun_ends_too_and_no_rank_shows_what_another_shows(text: Path, whol
         text=True,
         env=ENVIRONMENT,
         cwd=tmp_path,
-        timeout=60,
+        timeout=900,
         check=False,
     )
     assert result.returncode == 1

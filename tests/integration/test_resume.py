@@ -131,7 +131,7 @@ def test_killed_again_and_again(whole: Path, tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         env=WITHOUT_THREADS,
-        timeout=300,
+        timeout=900,
         check=False,
     )
     assert result.returncode == 0, result.stderr

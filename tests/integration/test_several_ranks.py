@@ -20,7 +20,7 @@ def digests(tmp_path_factory):
         out = tmp_path_factory.mktemp(f"ranks-{count}")
         if count == 1:
             command = [sys.executable, "-m", "tests.on_ranks", str(out), which]
-            subprocess.run(command, cwd=ROOT, check=True, timeout=300)
+            subprocess.run(command, cwd=ROOT, check=True, timeout=900)
         else:
             started(count, "-m", "tests.on_ranks", str(out), which)
         return json.loads((out / on_ranks.DIGESTS).read_text())

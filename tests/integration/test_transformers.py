@@ -255,7 +255,7 @@ sys.meta_path.insert(0, Absent())
 
 def program(code: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", code, str(folder)]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | variables, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | variables, timeout=900)
 
 
 def test_a_program_that_does_not_import_besa(plain: Path) -> None:

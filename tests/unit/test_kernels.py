@@ -272,7 +272,7 @@ def test_two_processes_may_fill_the_cache_at_once(fresh, tmp_path):
     environment = {**os.environ, "CXX": str(compiler), "BESA_CACHE": str(tmp_path)}
     code = f"from besa.kernels import build; build.FLAGS = {build.FLAGS!r}; assert build.load('masks.cpp') is not None"
     both = [subprocess.Popen([sys.executable, "-W", "error", "-c", code], env=environment) for _ in range(2)]
-    assert [process.wait(timeout=120) for process in both] == [0, 0]
+    assert [process.wait(timeout=900) for process in both] == [0, 0]
     assert len(here.read_text().splitlines()) == 2
     (built,) = fresh.iterdir()
     assert built.name == build._name(built.name.partition("-")[0], built)
