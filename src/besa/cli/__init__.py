@@ -10,7 +10,7 @@ from typing import Any, TextIO
 import typer
 from rich.text import Text
 
-from besa.cli import helping, measuring, pruning, running, several, sharing
+from besa.cli import helping, measuring, pruning, running, several, sharing, studying
 from besa.cli.consoles import err, guard_streams, refuse
 from besa.errors import BesaError, Interrupted, Notice, ToldError
 
@@ -19,7 +19,7 @@ app = typer.Typer(
     help="Prune large language models block by block, with learned and exact sparsity, and measure the result.",
     pretty_exceptions_enable=False,
 )
-for part in (pruning, measuring, running, sharing, helping):
+for part in (pruning, studying, measuring, running, sharing, helping):
     app.add_typer(part.commands)
 
 

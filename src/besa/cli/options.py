@@ -17,6 +17,8 @@ from besa.errors import BesaError
 from besa.storage.names import path_of
 
 Number = TypeVar("Number", int, float)
+SAMPLES = 128  # calibration sequences, as in the paper
+CALIBRATION = "mix"  # of the embedded texts: the best of three by the mean of the domains (docs/log.md)
 
 
 class Bos(StrEnum):

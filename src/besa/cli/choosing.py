@@ -1,0 +1,78 @@
+"""The recipe that a command's options describe, and what it does to a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from besa.methods.recipe import Recipe
+    from besa.planning.explaining import Explanation
+
+
+def recipe_of(
+    name: str,
+    sparsity: float | None,
+    settings: list[str] | None,
+    skip: list[str] | None,
+    sparsity_of: list[str] | None,
+    passes: float | None,
+    samples: int,
+    seqlen: int | None,
+    model: str,
+    trust_remote_code: bool,
+) -> Recipe:
+    """The recipe that the options describe.
+
+    Raises:
+        BesaError: no such recipe, a setting that it cannot have, or a model that cannot be read.
+    """
+    from besa.methods.recipe import Recipe
+    from besa.planning import spending
+
+    recipe = Recipe.load(name, sparsity, settings or ()).with_exceptions(skip or (), sparsity_of or ())
+    if passes is None:
+        return recipe
+    about = _about(model, trust_remote_code)
+    return spending(recipe, passes, samples, about.seqlen if seqlen is None else seqlen, about.head)
+
+
+def explained(recipe: Recipe, model: str, samples: int, seqlen: int | None, trust_remote_code: bool) -> Explanation:
+    """What the stages of a recipe do to a model.
+
+    Raises:
+        BesaError: the model cannot be read.
+    """
+    from besa.planning import explain
+    from besa.system import ranks
+
+    about = _about(model, trust_remote_code)
+    length = about.seqlen if seqlen is None else seqlen
+    return explain(recipe, samples, length, ranks.count(), about.routed, about.head)
+
+
+@dataclass(frozen=True)
+class _About:
+    """What the cost of a recipe depends on, of a model: its usual length, and as of `forward_passes`."""
+
+    seqlen: int
+    routed: bool
+    head: float
+
+
+def _about(model: str, trust_remote_code: bool) -> _About:
+    """From the configuration alone.
+
+    Raises:
+        BesaError: it cannot be read.
+    """
+    from besa.models.blocks import find_blocks
+    from besa.models.limits import positions
+    from besa.models.loading import locate, read_config, skeleton
+    from besa.models.whole import head_share
+
+    source = locate(model, trust_remote_code=trust_remote_code).local(weights=False)
+    empty = skeleton(source, read_config(source))
+    blocks = find_blocks(empty)
+    routed = any(prunable.routed for block in blocks for prunable in block.prunables.values())
+    return _About(positions(empty).usual, routed, head_share(empty, blocks))
