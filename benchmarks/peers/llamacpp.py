@@ -36,7 +36,7 @@ from benchmarks.peers.quality import plot, table
 from benchmarks.random_model import config, quantized, write
 from besa.data.assets import fetch
 from besa.evaluation.texts import read_texts
-from besa.runtime.prepacked import prepacked
+from besa.runtime.fastest import fastest
 from besa.runtime.speed import step_bytes
 from besa.system.machine import machine, versions
 
@@ -204,7 +204,8 @@ def _dense(folder: Path, windows: Windows | None) -> Contender:
     """The dense model in the fastest form of torch."""
     model = besa.load(folder, device="cpu")
     size, read = _size(folder), step_bytes(model)
-    return _of_besa("dense", prepacked(model) or model, size, read, windows)
+    _, model = fastest(model) or ("", model)
+    return _of_besa("dense", model, size, read, windows)
 
 
 def _packed(place: Path, name: str, checkpoint: Path, windows: Windows | None) -> Contender:

@@ -33,9 +33,11 @@ from transformers import (
 import besa
 from besa import BesaError, Recipe, cli
 from besa.checkpoint.inspection import inspect
+from besa.counting import widening
 from besa.kernels import attention, norm
 from besa.models.loading import locate
-from besa.runtime import speed
+from besa.runtime import speed, timings
+from besa.runtime.fastest import PrepackedLinear, WidenedLinear, fastest
 from besa.runtime.linear import SparseLinear
 from besa.runtime.timings import Bench, ModelSpeed, Timing
 from tests import pretend
@@ -302,6 +304,25 @@ def test_others_are_compared_with_the_fastest_form_of_the_first_model() -> None:
     ]
     facts = {"bandwidth": 1.0, "rounds": 1, "created": "", "versions": {}, "machine": {}}
     assert [ratio for _, _, ratio in Bench(models=models, **facts).of("decode 1")] == [0.5, 1.0, 2.0]
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_the_fastest_dense_form_computes_the_same(
+    plain: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, slow: bool
+) -> None:
+    """In float32 products where the processor has no units for bfloat16, else in oneDNN's layout, if it has one."""
+    monkeypatch.setattr(widening, "slow", lambda: frozenset([torch.bfloat16] * slow))
+    model, tokens = besa.load(plain[0], dtype="bfloat16"), torch.arange(40)[None]
+    found = fastest(model)
+    if found is None:  # as bfloat16 in oneDNN's layout is on processors without units for it
+        assert not slow
+        return
+    form, other = found
+    assert form == (timings.WIDENED if slow else timings.PREPACKED)
+    kind = WidenedLinear if slow else PrepackedLinear
+    assert sum(type(module) is kind for module in other.modules()) == 8 * 7 + 1
+    with torch.no_grad():
+        torch.testing.assert_close(other(tokens).logits, model(tokens).logits, rtol=0.02, atol=0.05)
 
 
 @pytest.fixture

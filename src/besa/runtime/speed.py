@@ -22,10 +22,10 @@ from besa.models.loading import Source, locate, weight_paths
 from besa.progress import Progress, silent
 from besa.record import now
 from besa.runtime.coded import Coded, CodedEmbedding
+from besa.runtime.fastest import fastest
 from besa.runtime.linear import SparseLinear
-from besa.runtime.prepacked import prepacked
 from besa.runtime.sparse_models import load_source
-from besa.runtime.timings import DENSE, FIRST, PREPACKED, SPARSE, Bench, ModelSpeed, Timing
+from besa.runtime.timings import DENSE, FIRST, SPARSE, Bench, ModelSpeed, Timing
 from besa.system import memory
 from besa.system.devices import resolve_device, synchronize
 from besa.system.machine import machine, versions
@@ -89,8 +89,9 @@ def bench(
 ) -> Bench:
     """Measure tokens a second in decoding and prefill, and the time to the first token.
 
-    Each dense model on the CPU also runs with weights in oneDNN's own layout, the fastest form of torch there. In every
-    round each model does each work once, in turn. A warm-up round is not counted.
+    Each dense model on the CPU also runs in the fastest form of torch there: weights in oneDNN's own layout, or float32
+    products where oneDNN has none of the model's dtype. In every round each model does each work once, in turn.
+    A warm-up round is not counted.
 
     Args:
         models: anything `besa.load` takes; the others are compared with the first.
@@ -147,8 +148,9 @@ def _contenders(source: Source, device: torch.device, dtype: str) -> list[_Conte
     sparse = any(isinstance(module, SparseLinear | Coded) for module in model.modules())
     read = step_bytes(model)
     forms = [_Contender(source, SPARSE if sparse else DENSE, model, size, resident, read)]
-    if not sparse and (other := prepacked(model)) is not None:
-        forms.append(_Contender(source, PREPACKED, other, size, None, read))
+    if not sparse and (found := fastest(model)) is not None:
+        form, other = found
+        forms.append(_Contender(source, form, other, size, None, read))
     return forms
 
 

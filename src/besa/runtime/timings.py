@@ -12,7 +12,7 @@ from besa.storage.names import pinned
 BENCH_NAME = "besa_bench.json"
 FIRST = "first token"
 SHORT = 12  # characters of a commit that name it in a table
-DENSE, PREPACKED, SPARSE = "dense", "dense, prepacked", "sparse"
+DENSE, PREPACKED, WIDENED, SPARSE = "dense", "dense, prepacked", "dense, in float32", "sparse"
 
 
 class Timing(Record):
@@ -49,7 +49,7 @@ class ModelSpeed(Record):
         model: as the user named it, but for the revision.
         revision: its commit, if it came from the Hugging Face Hub.
         form: how its linears are computed: ``dense`` by torch, ``dense, prepacked`` with weights in oneDNN's
-            own layout, or ``sparse``.
+            own layout, ``dense, in float32`` where many rows are multiplied so, or ``sparse``.
         dtype: of the model.
         file_bytes: of its weight files.
         resident_bytes: growth of the process by loading and running it; None if it shares weights with another form.
