@@ -15,6 +15,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from besa.counting import widening
+
 torch.set_num_threads(1)
 
 collect_ignore = ["gpu"]  # `make test-gpu` runs these, without what is set here
@@ -27,6 +29,12 @@ def interruptible() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def torchs_own_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU multiplies half precision as the pretend accelerator does, whatever units it has."""
+    monkeypatch.setattr(widening, "slow", frozenset)
 
 
 @pytest.fixture(scope="session")

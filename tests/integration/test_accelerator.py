@@ -27,6 +27,7 @@ from tests import pretend
 from tests.bit_equality import VARIANTS
 from tests.integration.test_families import TOKENS, config_of, different, random_model, saved
 
+pytestmark = pytest.mark.usefixtures("torchs_own_products")
 TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
 TEXT = str(TINY / "calibration.txt")
 BLOCKS, LINEARS = 2, 7
