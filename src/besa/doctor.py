@@ -160,9 +160,9 @@ def _processor() -> Finding:
     from besa.kernels.processor import processor
     from besa.system.machine import multiplies_bfloat16
 
-    halves = "multiplies" if multiplies_bfloat16(torch.device("cpu")) else "does not multiply"
+    halves = "multiplies bfloat16" if multiplies_bfloat16(torch.device("cpu")) else "no units for bfloat16"
     features = torch.backends.cpu.get_cpu_capability()
-    return _ok("processor", f"{processor()}, {torch.get_num_threads()} threads, {features}, {halves} bfloat16")
+    return _ok("processor", f"{processor()}, {torch.get_num_threads()} threads, {features}, {halves}")
 
 
 def _compiler(kernels: Finding) -> Finding:

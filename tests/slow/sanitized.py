@@ -37,7 +37,11 @@ def masks(draw: random.Random, generator: torch.Generator) -> int:
         native.binned(gradient_OI, w_OI, ranks_OI, bins_I, out_OB, path=path)
         assert torch.equal(out_OI, expected_OI)
         assert torch.equal(out_OB, expected_OB)
-    return 2 * len(native.paths())
+        kept_K = torch.empty(int(torch.count_nonzero(expected_OI)))
+        native.gathered(expected_OI, gradient_OI, kept_K, path=path)
+        native.spread(expected_OI, kept_K, out_OI, path=path)
+        assert torch.equal(out_OI, torch.where(expected_OI != 0, gradient_OI, 0))
+    return 4 * len(native.paths())
 
 
 def products(draw: random.Random, generator: torch.Generator) -> int:
@@ -64,6 +68,8 @@ def products(draw: random.Random, generator: torch.Generator) -> int:
         if path != tiles_native.PAIRS or weight.dtype == torch.bfloat16:
             for multiply, of in ((tiles_native.multiply, weight), (tiles_native.multiply, dense_OI)):
                 assert multiply(many_NI, of, path).isfinite().all()
+    for path in dense.paths():
+        if path != tiles_native.PAIRS or weight.dtype == torch.bfloat16:
             assert dense.multiply(many_NI, dense_OI, path).isfinite().all()
     return 2 * len(sparse_native.paths())
 

@@ -42,6 +42,18 @@ def test_products_with_floats(dtype, path, w_OI, batch, threads):
     x_NI = row_of_x(weight, batch)
     assert_product(with_threads(threads, tiles_native.multiply, x_NI, weight, path), x_NI, w_OI)
     assert_product(with_threads(threads, tiles_native.multiply, x_NI, w_OI, path), x_NI, w_OI)
+
+
+@pytest.mark.skipif(not dense.paths(), reason="this processor has no AVX2, or there is no compiler")
+@pytest.mark.parametrize("path", dense.paths())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@given(w_OI=weights(), batch=st.sampled_from([1, 2, 3, 4, *BATCHES]), threads=st.integers(1, 3))
+@settings(deadline=None, max_examples=20)
+def test_products_with_dense_weights(dtype, path, w_OI, batch, threads):
+    if path == tiles_native.PAIRS and dtype != torch.bfloat16:
+        return
+    w_OI = w_OI.to(dtype)
+    x_NI = row_of_x(bitmask.pack(w_OI), batch)
     assert_product(with_threads(threads, dense.multiply, x_NI, w_OI, path), x_NI, w_OI)
 
 
@@ -194,7 +206,8 @@ def test_every_way_may_be_chosen(monkeypatch, way):
 
 @pytest.mark.parametrize("way", dense.WAYS)
 def test_every_way_may_be_chosen_for_a_dense_weight(monkeypatch, way):
-    if way != "torch" and not dense.paths():
+    needed = {"rows": dense.paths(), "tiles": tiles_native.paths(), "torch": ["torch"]}
+    if not needed[way]:
         return
     monkeypatch.setattr(dense, "_fastest", lambda *_: [way] * len(choosing.COUNTS))
     for dtype in FLOATS:

@@ -1,18 +1,28 @@
-// y = x Wᵀ for a few rows of x and a dense W, as torch keeps it, for processors with AVX-512: at the rate at which memory
-// gives it.
+// y = x Wᵀ for a few rows of x and a dense W, as torch keeps it, for processors with AVX-512 or AVX2: at the rate at which
+// memory gives it.
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
+
+// What a kind of weight is: the columns that a step multiplies, and how. `left` columns are left; fewer than WIDTH at the
+// end of a row.
+
+namespace {
+namespace avx512 {
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,f16c")))
 #define INLINE TARGET __attribute__((always_inline)) static inline
 
-namespace {
+typedef __m512 Vector;
+constexpr int SUMS = 16;
 
-// What a kind of weight is: the columns that a step multiplies, and how. `left` columns are left; fewer than WIDTH at the
-// end of a row.
+INLINE Vector none() { return _mm512_setzero_ps(); }
+INLINE Vector plus(Vector a, Vector b) { return _mm512_add_ps(a, b); }
+INLINE float total(Vector v) { return _mm512_reduce_add_ps(v); }
 
 INLINE __m512 floats(const float* at, int64_t left) {
     return left >= 16 ? _mm512_loadu_ps(at) : _mm512_maskz_loadu_ps(__mmask16((1 << left) - 1), at);
@@ -58,109 +68,76 @@ struct BFloat16Pairs {  // exact products, two at a time
     }
 };
 
-// One step of R rows of W and N rows of x. Rows of W are `apart` numbers apart, and fetched `ahead` numbers before.
-template <typename Kind, int R, int N>
-INLINE void step(const typename Kind::Number* w, int64_t apart, int64_t ahead, const typename Kind::X* x,
-                 int64_t columns, int64_t left, __m512 (&sums)[R][N]) {
-    decltype(Kind::of_x(x, 0)) inputs[N];
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) inputs[n] = Kind::of_x(x + n * columns, left);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-        const typename Kind::Number* at = w + r * apart;
-        _mm_prefetch(reinterpret_cast<const char*>(at + ahead), _MM_HINT_NTA);
-        const auto of_w = Kind::of_w(at, left);
-#pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) sums[r][n] = Kind::add(sums[r][n], of_w, inputs[n]);
+#include "dense.hpp"
+
+#undef TARGET
+}  // namespace avx512
+
+namespace avx2 {
+
+#define TARGET __attribute__((target("avx2,fma,f16c")))
+
+typedef __m256 Vector;
+constexpr int SUMS = 8;
+
+INLINE Vector none() { return _mm256_setzero_ps(); }
+INLINE Vector plus(Vector a, Vector b) { return _mm256_add_ps(a, b); }
+INLINE float total(Vector v) {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+INLINE __m128i halves(const uint16_t* at, int64_t left) {
+    if (left >= 8) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
+    uint16_t some[8] = {};
+    std::memcpy(some, at, size_t(left) * sizeof *at);
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(some));
+}
+
+struct Float32 {
+    using Number = float;
+    using X = float;
+    static constexpr int64_t WIDTH = 8;
+    INLINE Vector of_w(const Number* at, int64_t left) {
+        if (left >= 8) return _mm256_loadu_ps(at);
+        const __m256i place = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+        return _mm256_maskload_ps(at, _mm256_cmpgt_epi32(_mm256_set1_epi32(int(left)), place));
     }
-}
+    INLINE Vector of_x(const X* at, int64_t left) { return of_w(at, left); }
+    INLINE Vector add(Vector sum, Vector w, Vector x) { return _mm256_fmadd_ps(w, x, sum); }
+};
 
-// R rows of W, each so many after the last, times N rows of x. U sums for each: they do not wait for each other.
-template <typename Kind, int R, int N, int U>
-INLINE void together(const typename Kind::Number* w, int64_t each, int64_t ahead, const typename Kind::X* x,
-                     int64_t columns, int64_t rows, float* y) {
-    constexpr int64_t WIDTH = Kind::WIDTH;
-    __m512 sums[U][R][N];
-#pragma GCC unroll 16
-    for (int i = 0; i < U * R * N; ++i) sums[i / N / R][i / N % R][i % N] = _mm512_setzero_ps();
-    int64_t c = 0;
-    for (; c + U * WIDTH <= columns; c += U * WIDTH)
-#pragma GCC unroll 4
-        for (int u = 0; u < U; ++u)
-            step<Kind, R, N>(w + c + u * WIDTH, each * columns, ahead, x + c + u * WIDTH, columns, WIDTH, sums[u]);
-#pragma GCC unroll 4
-    for (int u = 0; u < U; ++u, c += WIDTH)
-        if (c < columns) step<Kind, R, N>(w + c, each * columns, ahead, x + c, columns, columns - c, sums[u]);
-#pragma GCC unroll 16
-    for (int i = 0; i < R * N; ++i) {
-        __m512 sum = sums[0][i / N][i % N];
-#pragma GCC unroll 4
-        for (int u = 1; u < U; ++u) sum = _mm512_add_ps(sum, sums[u][i / N][i % N]);
-        y[i % N * rows + i / N * each] = _mm512_reduce_add_ps(sum);
+struct Float16 : Float32 {
+    using Number = uint16_t;
+    INLINE Vector of_w(const Number* at, int64_t left) { return _mm256_cvtph_ps(halves(at, left)); }
+};
+
+struct BFloat16 : Float32 {
+    using Number = uint16_t;
+    INLINE Vector of_w(const Number* at, int64_t left) {
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves(at, left)), 16));
     }
-}
+};
 
-// Neighbouring rows at once, while those after them are fetched.
-template <typename Kind, int R, int N>
-TARGET void near(const typename Kind::Number* w, const typename Kind::X* x, int64_t columns, int64_t rows, int64_t first,
-                 int64_t last, float* y) {
-    for (; first + R <= last; first += R)
-        together<Kind, R, N, 1>(w + first * columns, 1, R * columns, x, columns, rows, y + first);
-    for (; first < last; ++first) together<Kind, 1, N, 1>(w + first * columns, 1, columns, x, columns, rows, y + first);
-}
+#include "dense.hpp"
 
-// Rows from R places at once, each read to its end and on: memory gives more then.
-template <typename Kind, int R, int N>
-TARGET void far(const typename Kind::Number* w, const typename Kind::X* x, int64_t columns, int64_t rows, int64_t first,
-                int64_t last, float* y) {
-    constexpr int64_t AHEAD = 1536 / sizeof(typename Kind::Number);
-    const int64_t each = (last - first) / R;
-    for (int64_t row = first; row < first + each; ++row)
-        together<Kind, R, N, 2>(w + row * columns, each, AHEAD, x, columns, rows, y + row);
-    for (int64_t row = first + R * each; row < last; ++row)
-        together<Kind, 1, N, 2>(w + row * columns, 1, AHEAD, x, columns, rows, y + row);
-}
-
-template <typename Kind>
-void multiply(const typename Kind::Number* w, const typename Kind::X* x, int64_t batch, int64_t columns, int64_t rows,
-              float* y, int64_t threads) {
-    constexpr int64_t EIGHT = 8;  // rows of W that stay in the caches while all rows of x pass
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t thread = 0; thread < threads; ++thread) {
-        const int64_t all = (rows + EIGHT - 1) / EIGHT, end = std::min(rows, all * (thread + 1) / threads * EIGHT);
-        const int64_t begin = all * thread / threads * EIGHT;
-        if (batch <= 4) {
-            const auto kernel = batch == 1   ? far<Kind, 4, 1>
-                                : batch == 2 ? far<Kind, 4, 2>
-                                : batch == 3 ? far<Kind, 2, 3>
-                                             : far<Kind, 2, 4>;
-            kernel(w, x, columns, rows, begin, end, y);
-            continue;
-        }
-        for (int64_t first = begin; first < end; first += EIGHT) {
-            const int64_t last = std::min(end, first + EIGHT);
-            int64_t n = 0;
-            for (; n + 4 <= batch; n += 4)
-                near<Kind, 4, 4>(w, x + n * columns, columns, rows, first, last, y + n * rows);
-            for (; n + 2 <= batch; n += 2)
-                near<Kind, 8, 2>(w, x + n * columns, columns, rows, first, last, y + n * rows);
-            for (; n < batch; ++n) near<Kind, 8, 1>(w, x + n * columns, columns, rows, first, last, y + n * rows);
-        }
-    }
-}
-
+}  // namespace avx2
 }  // namespace
 
-// dense_<kind>_<path>: y (batch, rows), float32, of x (batch, columns) in bfloat16 (pairs) or float32 (singles).
-#define DENSE(NAME, KIND)                                                                                           \
-    extern "C" void dense_##NAME(const KIND::Number* w, const KIND::X* x, int64_t batch, int64_t columns,           \
+// dense_<kind>_<path>: y (batch, rows), float32, of x (batch, columns) in bfloat16 (pairs) or float32 (singles, eights).
+#define DENSE(NAME, SET, KIND)                                                                                      \
+    extern "C" void dense_##NAME(const SET::KIND::Number* w, const SET::KIND::X* x, int64_t batch, int64_t columns, \
                                  int64_t rows, float* y, int64_t threads) {                                         \
-        multiply<KIND>(w, x, batch, columns, rows, y, threads);                                                     \
+        SET::multiply<SET::KIND>(w, x, batch, columns, rows, y, threads);                                           \
     }
-DENSE(float32_singles, Float32)
-DENSE(float16_singles, Float16)
-DENSE(bfloat16_singles, BFloat16)
-DENSE(bfloat16_pairs, BFloat16Pairs)
+DENSE(float32_singles, avx512, Float32)
+DENSE(float16_singles, avx512, Float16)
+DENSE(bfloat16_singles, avx512, BFloat16)
+DENSE(bfloat16_pairs, avx512, BFloat16Pairs)
+DENSE(float32_eights, avx2, Float32)
+DENSE(float16_eights, avx2, Float16)
+DENSE(bfloat16_eights, avx2, BFloat16)
 
 // Whether the processor can run a path.
 extern "C" int has_singles() {
@@ -168,4 +145,9 @@ extern "C" int has_singles() {
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 extern "C" int has_pairs() { return has_singles() && __builtin_cpu_supports("avx512bf16"); }
+extern "C" int has_eights() {
+    unsigned int a, b, c, d;  // compilers know no name for the last of these instructions
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __get_cpuid(1, &a, &b, &c, &d) &&
+           (c & bit_F16C);
+}
 #endif

@@ -20,7 +20,8 @@ from besa.kernels import choosing, sparse_native, tiles_native
 from besa.kernels.build import load, runnable
 from besa.storage.formats.bitmask import FLOATS
 
-SOURCE = "dense.cpp"
+SOURCE, HEADER = "dense.cpp", "dense.hpp"
+EIGHTS = "eights"  # float32 products, eight at a time
 EXAMPLE = (1024, 2048)  # rows and columns of the weights by which ways are compared
 COPIES = 16  # of them: a head is read from memory, not from a cache
 
@@ -40,8 +41,8 @@ def multiplied(x_NI: Tensor, w_OI: Tensor) -> Tensor:
 
 @cache
 def paths() -> list[str]:
-    """As `tiles_native.paths`, of the kernels for few rows."""
-    return runnable(SOURCE, (tiles_native.PAIRS, tiles_native.SINGLES))
+    """As `tiles_native.paths`, of the kernels for few rows; with AVX2 alone, `eights`."""
+    return runnable(SOURCE, (tiles_native.PAIRS, tiles_native.SINGLES, EIGHTS))
 
 
 def serves(w_OI: Tensor) -> bool:
@@ -55,7 +56,7 @@ def multiply(x_NI: Tensor, w_OI: Tensor, path: str = "") -> Tensor:
     Args:
         x_NI: in the weight's dtype, with at least one row.
         w_OI: that `serves` allows.
-        path: `pairs` (of bfloat16) or `singles` (float32); by default the best.
+        path: one of `paths`; by default the best.
     """
     path = path or tiles_native.path_of(x_NI.dtype, paths())
     x_NI = (x_NI if path == tiles_native.PAIRS else x_NI.float()).contiguous()
@@ -95,7 +96,10 @@ def _fastest(dtype: torch.dtype, threads: int) -> list[str]:
     assert threads == torch.get_num_threads()
     ways = [name for name in WAYS if name != "tiles" or tiles_native.paths()]
     return choosing.fastest(
-        f"dense {dtype}", [SOURCE, tiles_native.SOURCE, sparse_native.HEADER], ways, partial(_works, ways, dtype)
+        f"dense {dtype}",
+        [SOURCE, HEADER, tiles_native.SOURCE, sparse_native.HEADER],
+        ways,
+        partial(_works, ways, dtype),
     )
 
 

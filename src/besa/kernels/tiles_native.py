@@ -26,8 +26,8 @@ def paths() -> list[str]:
 
 
 def path_of(dtype: torch.dtype, paths: list[str]) -> str:
-    """The best of the paths for weights and inputs of a dtype."""
-    return PAIRS if dtype == torch.bfloat16 and PAIRS in paths else SINGLES
+    """The first of the paths that is for weights and inputs of a dtype."""
+    return next(path for path in paths if path != PAIRS or dtype == torch.bfloat16)
 
 
 def serves(weight: Bitmask | Tensor) -> bool:
