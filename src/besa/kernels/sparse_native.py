@@ -21,7 +21,7 @@ SOURCES = {
     "neonbf16": "sparse_neon.cpp",
     "neondot": "sparse_neon.cpp",
     "neon": "sparse_neon.cpp",
-    "avx2": "sparse.cpp",
+    "avx2": "sparse_avx2.cpp",
     "plain": "sparse.cpp",
 }
 HEADER = "sparse.hpp"  # that they share
