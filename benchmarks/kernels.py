@@ -2,10 +2,11 @@
 
     python -m benchmarks.kernels             # all, half an hour on a quiet machine
     python -m benchmarks.kernels --quick     # one shape, few rounds: for ratios while other work goes on
+    python -m benchmarks.kernels --threads 1 --sparsity 0.5    # some of the cases
 
 Every weight is there in more copies than the last cache holds, and each round goes through all of them: sparse, then
-torch, then plain reading, then the dense kernel of dense.cpp. Ratios are taken within a round; medians and quartiles
-over rounds are written. Needs AVX-512 with bfloat16 and VNNI, as the dense kernels are written for it.
+torch, then plain reading, then the dense kernel of dense_avx512.cpp or dense_avx2.cpp. Ratios are taken within a round;
+medians and quartiles over rounds are written. Needs AVX-512 with bfloat16 and VNNI, or AVX2, for which there are dense kernels.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ from besa.storage.formats.bitmask import Bitmask
 from besa.system.machine import machine, versions
 
 HERE = Path(__file__).parent
+DENSE = {"avx512bf16": "dense_avx512.cpp", "avx2": "dense_avx2.cpp"}  # by the best path of the sparse kernels
+RESULTS = {"avx512bf16": "kernels.json", "avx2": "kernels-avx2.json"}
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008)]
 DTYPES = ("float32", "bfloat16", "int8", "int4")
 SPARSITIES = (0.5, 0.6, 0.7)
@@ -49,14 +52,19 @@ def main(
     quick: Annotated[bool, typer.Option(help="4096 × 4096 at 50 %, a few rounds.")] = False,
     rounds: Annotated[int, typer.Option(help="Measurements of each case.")] = 21,
     dtypes: Annotated[list[str] | None, typer.Option("--dtype", help="Of the weights; all by default.")] = None,
+    threads: Annotated[list[int] | None, typer.Option(help="1 and 2 by default.")] = None,
+    sparsity: Annotated[list[float] | None, typer.Option(help="For one row of x; 0.5, 0.6 and 0.7 by default.")] = None,
 ) -> None:
-    """Measure, print, and write results/kernels.json (unless quick, or of some dtypes only)."""
-    dense = _dense_kernels()
+    """Measure, print, and write results/kernels.json or kernels-avx2.json (unless quick, or of some dtypes only)."""
+    path = sparse_native.paths()[0]
+    if path not in DENSE:
+        raise typer.BadParameter(f"There are no dense kernels to compare with on a processor that has {path} at best.")
+    dense = _dense_kernels(DENSE[path])
     rounds, shapes = (5, SHAPES[:1]) if quick else (rounds, SHAPES)
+    sparsities = SPARSITIES[:1] if quick else tuple(sparsity or SPARSITIES)
     found: list[dict[str, Any]] = []
-    for shape, dtype, threads in itertools.product(shapes, dtypes or DTYPES, (1, 2)):
-        torch.set_num_threads(threads)
-        sparsities = SPARSITIES[:1] if quick else SPARSITIES
+    for shape, dtype, count in itertools.product(shapes, dtypes or DTYPES, threads or (1, 2)):
+        torch.set_num_threads(count)
         for batch in (1, 4, 16):
             for case in _measure(dense, shape, dtype, batch, sparsities if batch == 1 else SPARSITIES[:1], rounds):
                 found.append(case)
@@ -69,14 +77,14 @@ def main(
             "versions": versions(),
             "created": now(),
         }
-        (HERE / "results" / "kernels.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        (HERE / "results" / RESULTS[path]).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
-def _dense_kernels() -> ctypes.CDLL:
-    """The kernels of dense.cpp, which takes what it can from the sparse ones."""
+def _dense_kernels(name: str) -> ctypes.CDLL:
+    """The kernels of a file here, which takes what it can from the sparse ones."""
     with tempfile.TemporaryDirectory() as scratch:
         built = f"{scratch}/dense.so"
-        source = ["-I", str(Path(build.__file__).parent), str(HERE / "dense.cpp")]
+        source = ["-I", str(Path(build.__file__).parent), str(HERE / name)]
         subprocess.run(["c++", *build.FLAGS, "-fopenmp", "-shared", *source, "-o", built], check=True)
         return ctypes.CDLL(built)
 

@@ -40,6 +40,12 @@ INLINE uint64_t count(uint64_t mask) {
     return bits;
 }
 
+// The sums of four vectors.
+INLINE __m128 summed(const __m256 (&of)[4]) {
+    const __m256 four = _mm256_hadd_ps(_mm256_hadd_ps(of[0], of[1]), _mm256_hadd_ps(of[2], of[3]));
+    return _mm_add_ps(_mm256_castps256_ps128(four), _mm256_extractf128_ps(four, 1));
+}
+
 // For every mask of eight columns: which byte of the kept values is each byte of a vector. A value of SIZE bytes stands at
 // the end of its WIDTH bytes.
 template <int SIZE, int WIDTH> struct Places {
@@ -55,12 +61,14 @@ template <int SIZE, int WIDTH> struct Places {
 };
 template <int SIZE, int WIDTH> constexpr Places<SIZE, WIDTH> PLACES{};
 
-// The same for the places of whole floats; a negative number for those of pruned ones.
+// The same for float32, of four columns in each half of a vector.
 struct Lanes {
-    alignas(64) int32_t of[256][8];
+    alignas(64) uint8_t of[256][32];
     constexpr Lanes() : of() {
         for (int mask = 0; mask < 256; ++mask)
-            for (int i = 0, kept = 0; i < 8; kept += mask >> i++ & 1) of[mask][i] = mask >> i & 1 ? kept : -1;
+            for (int i = 0, kept = 0; i < 8; kept = i == 3 ? 0 : kept + (mask >> i & 1), ++i)
+                for (int byte = 0; byte < 4; ++byte)
+                    of[mask][4 * i + byte] = mask >> i & 1 ? uint8_t(4 * kept + byte) : NONE;
     }
 };
 constexpr Lanes LANES{};
@@ -79,11 +87,10 @@ struct Float32 : Floats {
     using Raw = __m256;
     static constexpr int STEPS = 2, SIZE = 4;
     INLINE Raw moved(uint64_t mask, const uint8_t* at) {  // `mask`: 32 times the bits of eight columns
+        const __m256i values = pair(loaded(at), loaded(at + 4 * count(mask & 15 << 5)));
         const auto* places = reinterpret_cast<const char*>(LANES.of) + mask;
-        const __m256i lanes = _mm256_load_si256(reinterpret_cast<const __m256i*>(places));
-        const __m256 values = _mm256_loadu_ps(reinterpret_cast<const float*>(at));
-        const __m256 moved = _mm256_permutevar8x32_ps(values, lanes);
-        return _mm256_blendv_ps(moved, _mm256_setzero_ps(), _mm256_castsi256_ps(lanes));
+        return _mm256_castsi256_ps(
+            _mm256_shuffle_epi8(values, _mm256_load_si256(reinterpret_cast<const __m256i*>(places))));
     }
     INLINE Vector wide(Raw raw) { return raw; }
     INLINE void store(uint8_t* to, Raw raw) { _mm256_storeu_ps(reinterpret_cast<float*>(to), raw); }
@@ -156,10 +163,12 @@ template <typename Kind> struct Stream {
     template <typename Work> INLINED void next(Work work) {
         const uint8_t* at = values;
         times<ROWS>([&](auto r) INLINED {
-            const uint64_t mask = uint64_t(masks[r]) << 5;
+            const auto* bytes = reinterpret_cast<const uint8_t*>(masks + r);
             times<Kind::STEPS>([&](auto j) INLINED {
                 constexpr int J = decltype(j)::value;
-                const uint64_t some = mask >> 8 * J & 255 << 5;
+                uint64_t some = bytes[J];
+                asm("" : "+r"(some));
+                some <<= 5;
                 work(j, r, Kind::moved(some, at));
                 at += Kind::SIZE * count(some);
             });
@@ -222,24 +231,25 @@ template <typename Kind> struct Rows {
     int64_t batch, stride;  // rows; numbers of one
     std::vector<typename Kind::X> numbers;
     std::vector<float> factors;  // what a unit is worth, by row
+    int64_t width;               // of what follows: the groups, and zeros after them for a vector
     std::vector<float> sums;     // of each group, in units, by row
-    const float* sums_of(int64_t n) const { return sums.data() + n * int64_t(sums.size()) / batch; }
 
-    TARGET Rows(const Weight& weight, const float* x, int64_t batch) : batch(batch) {
+    TARGET Rows(const Weight& weight, const float* x, int64_t batch) : batch(batch), width(weight.groups + 8) {
         const int64_t columns = weight.columns;
         stride = Kind::CODES ? chunks_of<Kind>(weight) : chunks_of<Kind>(weight) * LENGTH<Kind>;
         numbers.resize(size_t(batch * stride));
+        if (Kind::CODES) sums.resize(size_t(batch * width));
         for (int64_t n = 0; n < batch; ++n) {
             typename Kind::X* to = numbers.data() + n * stride;
             if constexpr (Kind::CODES)
-                split(weight, x + n * columns, to);
+                split(weight, x + n * columns, to, &sums[size_t(n * width)]);
             else
                 std::memcpy(to, x + n * columns, size_t(columns) * sizeof(float));
         }
     }
     // A row as whole numbers: in float32 as fine as three digits to the base 256 are, in half precision in units that let
     // most do without a higher part. Where it has an infinite number, or one that is none, the unit is no number.
-    TARGET void split(const Weight& weight, const float* x, typename Kind::X* to) {
+    TARGET void split(const Weight& weight, const float* x, typename Kind::X* to, float* sums_of_groups) {
         const int64_t columns = weight.columns;
         std::vector<float> padded(size_t(stride * LENGTH<Kind>));
         std::memcpy(padded.data(), x, size_t(columns) * sizeof(float));
@@ -262,22 +272,35 @@ template <typename Kind> struct Rows {
         const __m256 inverse = _mm256_set1_ps(trouble == 0 && unit > 0 ? 1 / unit : 0);
         const __m256i limit = _mm256_set1_epi32(int32_t(THREE)), opposite = _mm256_set1_epi32(-int32_t(THREE));
         std::vector<int32_t> whole(padded.size());
-        for (size_t i = 0; i < padded.size(); i += 8) {
-            __m256i number = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(&padded[i]), inverse));
-            number = _mm256_max_epi32(_mm256_min_epi32(number, limit), opposite);
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(&whole[i]), number);
-        }
-        for (size_t i = 0; i < whole.size(); ++i) {
+        for (size_t i = 0; i < padded.size(); i += 16) {
+            __m256i number[2];
+            for (size_t k = 0; k < 2; ++k) {
+                number[k] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(&padded[i + 8 * k]), inverse));
+                number[k] = _mm256_max_epi32(_mm256_min_epi32(number[k], limit), opposite);
+                _mm256_storeu_si256(reinterpret_cast<__m256i*>(&whole[i + 8 * k]), number[k]);
+            }
             typename Kind::X& chunk = to[i / 64];
-            const int16_t low = int16_t(whole[i]), high = int16_t((whole[i] - low) >> 16);
-            chunk.low[i % 64 / 16][i % 2][i % 16 / 2] = low;
-            chunk.high[i % 64 / 16][i % 2][i % 16 / 2] = high;
-            chunk.wide |= high;
+            const auto put = [&](int16_t(&part)[2][8], __m256i low, __m256i high) INLINED {
+                const __m256i odd_last = _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15,  //
+                                                          0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+                __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8);
+                words = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(words, odd_last), 0xd8);
+                _mm256_store_si256(reinterpret_cast<__m256i*>(part), words);
+            };
+            __m256i low[2], high[2];
+            for (size_t k = 0; k < 2; ++k) {
+                low[k] = _mm256_srai_epi32(_mm256_slli_epi32(number[k], 16), 16);
+                high[k] = _mm256_srai_epi32(_mm256_sub_epi32(number[k], low[k]), 16);
+            }
+            put(chunk.low[i % 64 / 16], low[0], low[1]);
+            put(chunk.high[i % 64 / 16], high[0], high[1]);
+            const __m256i any = _mm256_or_si256(high[0], high[1]);
+            chunk.wide |= !_mm256_testz_si256(any, any);
         }
         factors.push_back(unit + trouble);
         const int64_t group = columns / weight.groups;
         for (const int32_t* at = whole.data(); at < whole.data() + columns; at += group)
-            sums.push_back(float(std::accumulate(at, at + group, int64_t(0))));
+            *sums_of_groups++ = float(std::accumulate(at, at + group, int64_t(0)));
     }
 };
 
@@ -321,7 +344,7 @@ template <typename Kind> struct CodeBand {
         scales.resize(size_t(ROWS * width));
         zeros.assign(size_t(ROWS * width), uint8_t(weight.zero));
     }
-    TARGET CodeStream<Kind> begin(const Weight& weight, int64_t band) {
+    TARGET void read(const Weight& weight, int64_t band) {
         for (int64_t r = 0; r < ROWS; ++r) {
             const int64_t at = std::min(ROWS * band + r, weight.rows - 1) * groups;
             float* to = &scales[size_t(r * width)];
@@ -335,6 +358,9 @@ template <typename Kind> struct CodeBand {
             for (; g < groups; ++g) to[g] = step_of(weight, at + g);
             if (weight.zeros) std::memcpy(&zeros[size_t(r * width)], weight.zeros + at, size_t(groups));
         }
+    }
+    TARGET CodeStream<Kind> begin(const Weight& weight, int64_t band) {
+        read(weight, band);
         const auto* masks = static_cast<const uint64_t*>(weight.masks) + band * steps / Kind::STEPS * ROWS;
         const uint8_t* values = weight.values + weight.offsets[band];
         if constexpr (!std::is_same_v<Kind, Int4>) return {masks, values};
@@ -348,13 +374,17 @@ template <typename Kind> struct CodeBand {
         }
         return {masks, codes.data()};
     }
-    // What codes of zero add to each row, given the sums of x by group.
+    // What codes of zero add to each row, given the sums of x by group, with zeros after them.
     TARGET void lowered(const float* sums, float* out) const {
-        for (int64_t r = 0; r < ROWS; ++r) {
-            out[r] = 0;
-            for (int64_t g = 0; g < groups; ++g)
-                out[r] += scales[size_t(r * width + g)] * zeros[size_t(r * width + g)] * sums[g];
-        }
+        __m256 all[ROWS] = {};
+        for (int64_t g = 0; g < groups; g += 8)
+            for (int64_t r = 0; r < ROWS; ++r) {
+                const __m128i some = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(&zeros[size_t(r * width + g)]));
+                const __m256 zero = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(some));
+                const __m256 value = _mm256_mul_ps(zero, _mm256_loadu_ps(&scales[size_t(r * width + g)]));
+                all[r] = _mm256_fmadd_ps(value, _mm256_loadu_ps(sums + g), all[r]);
+            }
+        _mm_storeu_ps(out, summed(all));
     }
     INLINED __m256 scale(int v, int64_t u) const {
         const __m128i which = loaded(lanes);
@@ -479,14 +509,12 @@ TARGET void write(const Weight& weight, const Rows<Kind>& rows, BandOf<Kind>& ba
             const float* lanes = totals.of[r / 2] + r % 2 * 4;
             sums[r] = (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
         }
-        band.lowered(rows.sums_of(n), less);
+        band.lowered(&rows.sums[size_t(n * rows.width)], less);
         factor = rows.factors[size_t(n)];
     } else {
-        __m256 pairs[2];
-        for (int64_t i = 0; i < 2; ++i)
-            pairs[i] = _mm256_hadd_ps(_mm256_load_ps(totals.of[2 * i]), _mm256_load_ps(totals.of[2 * i + 1]));
-        const __m256 four = _mm256_hadd_ps(pairs[0], pairs[1]);
-        _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(four), _mm256_extractf128_ps(four, 1)));
+        __m256 of[ROWS];
+        for (int64_t r = 0; r < ROWS; ++r) of[r] = _mm256_load_ps(totals.of[r]);
+        _mm_storeu_ps(sums, summed(of));
     }
     for (int64_t r = 0; r < std::min(ROWS, weight.rows - ROWS * index); ++r)
         y[n * weight.rows + ROWS * index + r] = factor * (sums[r] - less[r]);

@@ -1,4 +1,4 @@
-"""The kernels of sparse_avx512.cpp, sparse_neon.cpp and sparse.cpp, called on torch's tensors."""
+"""The kernels of sparse_avx512.cpp, sparse_avx2.cpp, sparse_neon.cpp and sparse.cpp, called on torch's tensors."""
 
 from __future__ import annotations
 
