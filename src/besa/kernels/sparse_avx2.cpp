@@ -2,9 +2,9 @@
 // weight lies in memory.
 //
 // Floats: a table says for every mask of eight columns which of the kept bytes belongs where, and one instruction moves
-// them there. Codes: the places of 128 columns are computed at once, half a byte of the masks at a time. Sums are kept in
-// registers. For one row of x, two bands are read at once, as memory gives more then; nothing is fetched ahead, as that
-// costs more than it gains (docs/log.md).
+// them there. Codes: the places of 128 columns are computed at once, from half a byte of the masks for every four. Sums
+// are kept in registers. For one row of x, two bands are read at once, as memory gives more then; nothing is fetched
+// ahead, as that costs more than it gains (docs/log.md).
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <immintrin.h>
@@ -47,31 +47,21 @@ INLINE __m128 summed(const __m256 (&of)[4]) {
 }
 
 // For every mask of eight columns: which byte of the kept values is each byte of a vector. A value of SIZE bytes stands at
-// the end of its WIDTH bytes.
-template <int SIZE, int WIDTH> struct Places {
+// the end of its WIDTH bytes; so many COLUMNS are moved from one place.
+template <int SIZE, int WIDTH, int COLUMNS> struct Places {
     alignas(64) uint8_t of[256][8 * WIDTH];
     constexpr Places() : of() {
         for (int mask = 0; mask < 256; ++mask)
-            for (int i = 0, kept = 0; i < 8; kept += mask >> i++ & 1)
+            for (int i = 0, kept = 0; i < 8; kept += mask >> i++ & 1) {
+                if (i % COLUMNS == 0) kept = 0;
                 for (int byte = 0; byte < WIDTH; ++byte) {
-                    const int place = kept * SIZE + byte - (WIDTH - SIZE);
-                    of[mask][i * WIDTH + byte] = mask >> i & 1 && byte >= WIDTH - SIZE ? uint8_t(place) : NONE;
+                    const bool there = mask >> i & 1 && byte >= WIDTH - SIZE;
+                    of[mask][i * WIDTH + byte] = there ? uint8_t(kept * SIZE + byte - (WIDTH - SIZE)) : NONE;
                 }
+            }
     }
 };
-template <int SIZE, int WIDTH> constexpr Places<SIZE, WIDTH> PLACES{};
-
-// The same for float32, of four columns in each half of a vector.
-struct Lanes {
-    alignas(64) uint8_t of[256][32];
-    constexpr Lanes() : of() {
-        for (int mask = 0; mask < 256; ++mask)
-            for (int i = 0, kept = 0; i < 8; kept = i == 3 ? 0 : kept + (mask >> i & 1), ++i)
-                for (int byte = 0; byte < 4; ++byte)
-                    of[mask][4 * i + byte] = mask >> i & 1 ? uint8_t(4 * kept + byte) : NONE;
-    }
-};
-constexpr Lanes LANES{};
+template <int SIZE, int WIDTH, int COLUMNS> constexpr Places<SIZE, WIDTH, COLUMNS> PLACES{};
 
 // Kinds of weights. A chunk has STEPS steps, each of which gives VECTORS vectors of a band. Of floats, a vector is eight
 // columns of a row, as numbers; Raw is what they are stored as.
@@ -88,7 +78,7 @@ struct Float32 : Floats {
     static constexpr int STEPS = 2, SIZE = 4;
     INLINE Raw moved(uint64_t mask, const uint8_t* at) {  // `mask`: 32 times the bits of eight columns
         const __m256i values = pair(loaded(at), loaded(at + 4 * count(mask & 15 << 5)));
-        const auto* places = reinterpret_cast<const char*>(LANES.of) + mask;
+        const auto* places = reinterpret_cast<const char*>(PLACES<4, 4, 4>.of) + mask;
         return _mm256_castsi256_ps(
             _mm256_shuffle_epi8(values, _mm256_load_si256(reinterpret_cast<const __m256i*>(places))));
     }
@@ -101,7 +91,7 @@ struct BFloat16 : Floats {
     using Raw = __m256i;
     static constexpr int STEPS = 4, SIZE = 2;
     INLINE Raw moved(uint64_t mask, const uint8_t* at) {
-        const auto* places = reinterpret_cast<const char*>(PLACES<2, 4>.of) + mask;
+        const auto* places = reinterpret_cast<const char*>(PLACES<2, 4, 8>.of) + mask;
         return _mm256_shuffle_epi8(both(at), _mm256_load_si256(reinterpret_cast<const __m256i*>(places)));
     }
     INLINE Vector wide(Raw raw) { return _mm256_castsi256_ps(raw); }
@@ -117,7 +107,7 @@ struct Float16 : Floats {
     using Raw = __m128i;
     static constexpr int STEPS = 4, SIZE = 2;
     INLINE Raw moved(uint64_t mask, const uint8_t* at) {
-        const auto* places = reinterpret_cast<const char*>(PLACES<2, 2>.of) + mask / 2;
+        const auto* places = reinterpret_cast<const char*>(PLACES<2, 2, 8>.of) + mask / 2;
         return _mm_shuffle_epi8(loaded(at), _mm_load_si128(reinterpret_cast<const __m128i*>(places)));
     }
     INLINE Vector wide(Raw raw) { return _mm256_cvtph_ps(raw); }
@@ -167,7 +157,7 @@ template <typename Kind> struct Stream {
             times<Kind::STEPS>([&](auto j) INLINED {
                 constexpr int J = decltype(j)::value;
                 uint64_t some = bytes[J];
-                asm("" : "+r"(some));
+                asm("" : "+r"(some));  // in a register of its own: compilers would take it from a whole word
                 some <<= 5;
                 work(j, r, Kind::moved(some, at));
                 at += Kind::SIZE * count(some);
@@ -179,15 +169,17 @@ template <typename Kind> struct Stream {
 };
 
 // The numbers of half a byte of a mask's kept columns: all, and for each column those before it, or none if it is pruned.
-#define COUNTS _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4, 0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4)
-struct Before {
-    alignas(32) uint8_t of[4][32];
-    constexpr Before() : of() {
+struct Counts {
+    alignas(32) uint8_t all[32], before[4][32];
+    constexpr Counts() : all(), before() {
         for (int mask = 0; mask < 32; ++mask)
-            for (int i = 0, kept = 0; i < 4; kept += mask >> i++ & 1) of[i][mask] = mask >> i & 1 ? uint8_t(kept) : NONE;
+            for (int i = 0; i < 4; all[mask] += mask >> i++ & 1) before[i][mask] = mask >> i & 1 ? all[mask] : NONE;
     }
 };
-constexpr Before BEFORE{};
+constexpr Counts COUNTS{};
+INLINE __m256i looked_up(const uint8_t (&table)[32], __m256i halves) {
+    return _mm256_shuffle_epi8(_mm256_load_si256(reinterpret_cast<const __m256i*>(table)), halves);
+}
 
 template <typename Kind> struct CodeStream {
     const uint64_t* masks;
@@ -200,24 +192,24 @@ template <typename Kind> struct CodeStream {
             const uint64_t* two = masks + 2 * v;
             const __m256i bytes = _mm256_cvtepu8_epi16(loaded(two));
             const __m256i halves = _mm256_and_si256(_mm256_or_si256(bytes, _mm256_slli_epi16(bytes, 4)), four);
-            __m256i sums = _mm256_shuffle_epi8(COUNTS, halves);  // of all up to each, among sixteen columns
+            __m256i sums = looked_up(COUNTS.all, halves);  // of all up to each, among sixteen columns
             sums = _mm256_add_epi8(sums, _mm256_slli_epi32(sums, 8));
             sums = _mm256_add_epi8(sums, _mm256_slli_epi32(sums, 16));
             sums = _mm256_slli_epi32(sums, 8);  // of those before it
             __m256i of[4];
-            times<4>([&](auto i) INLINED {
-                const __m256i before = _mm256_load_si256(reinterpret_cast<const __m256i*>(BEFORE.of[i]));
-                of[i] = _mm256_add_epi8(_mm256_shuffle_epi8(before, halves), sums);
+            times<4>([&](auto i) INLINED { of[i] = _mm256_add_epi8(looked_up(COUNTS.before[i], halves), sums); });
+            __m256i places[4];  // of sixteen columns each
+            times<2>([&](auto i) INLINED {
+                const __m256i first = i ? _mm256_unpackhi_epi8(of[0], of[1]) : _mm256_unpacklo_epi8(of[0], of[1]);
+                const __m256i last = i ? _mm256_unpackhi_epi8(of[2], of[3]) : _mm256_unpacklo_epi8(of[2], of[3]);
+                places[2 * i] = _mm256_unpacklo_epi16(first, last);
+                places[2 * i + 1] = _mm256_unpackhi_epi16(first, last);
             });
-            const __m256i first[] = {_mm256_unpacklo_epi8(of[0], of[1]), _mm256_unpackhi_epi8(of[0], of[1])};
-            const __m256i last[] = {_mm256_unpacklo_epi8(of[2], of[3]), _mm256_unpackhi_epi8(of[2], of[3])};
-            const __m256i places[] = {_mm256_unpacklo_epi16(first[0], last[0]), _mm256_unpackhi_epi16(first[0], last[0]),
-                                      _mm256_unpacklo_epi16(first[1], last[1]), _mm256_unpackhi_epi16(first[1], last[1])};
             const uint8_t* at[] = {values, values + Kind::size(count(two[0]))};
             values = at[1] + Kind::size(count(two[1]));
             times<4>([&](auto j) INLINED {
                 constexpr int J = decltype(j)::value;
-                const auto begin = [&](int r) INLINED { return at[r] + (J ? count(two[r] << (J ? 64 - 16 * J : 0)) : 0); };
+                const auto begin = [&](int r) INLINED { return J ? at[r] + count(two[r] << (64 - 16 * J) % 64) : at[r]; };
                 const __m256i codes = pair(loaded(begin(0)), loaded(begin(1)));
                 work(j, v, _mm256_blendv_epi8(_mm256_shuffle_epi8(codes, places[J]), fill(j, v), places[J]));
             });
