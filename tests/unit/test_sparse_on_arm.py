@@ -117,6 +117,6 @@ def test_what_is_no_number_or_nothing_shows_on_arm(program, path):
 
 
 @crossing
-@pytest.mark.parametrize("source", ["masks.cpp", "sparse_avx512.cpp"])
+@pytest.mark.parametrize("source", ["masks.cpp", "sparse_avx2.cpp", "sparse_avx512.cpp"])
 def test_what_else_is_compiled_on_arm(source):
     compiled("-fsyntax-only", KERNELS / source)

@@ -1,16 +1,12 @@
 // y = x Wᵀ for a bitmask weight, and such weights made dense; docs/formats.md says how one lies in memory.
 //
-// The kernels for processors without AVX-512 (sparse_avx512.cpp) and NEON (sparse_neon.cpp): some columns of a band are
-// expanded into the first cache, where all rows of x meet them.
+// The kernels in plain C++, for processors without AVX-512 (sparse_avx512.cpp), AVX2 (sparse_avx2.cpp) and NEON
+// (sparse_neon.cpp): some columns of a band are expanded into the first cache, where all rows of x meet them.
 #include <type_traits>
 
 #include "sparse.hpp"
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#define AVX2 __attribute__((target("avx2,fma,popcnt"), flatten))
-#endif
-#define PLAIN __attribute__((flatten))
+#define FLAT __attribute__((flatten))
 
 namespace {
 
@@ -51,7 +47,7 @@ template <typename Kind> struct Tile {
 
 // Writes what some chunks of a band keep to their places in a tile; gives where the next run begins.
 template <typename Kind>
-const uint8_t* spread_plain(const typename Kind::Word* masks, const uint8_t* at, int64_t chunks, Tile<Kind>& tile) {
+const uint8_t* spread(const typename Kind::Word* masks, const uint8_t* at, int64_t chunks, Tile<Kind>& tile) {
     constexpr int64_t size = sizeof(typename Kind::Raw);
     for (int64_t run = 0; run < chunks * ROWS; ++run) {
         typename Kind::Raw* out = tile.of[run % ROWS] + run / ROWS * LENGTH<Kind>;
@@ -67,61 +63,6 @@ const uint8_t* spread_plain(const typename Kind::Word* masks, const uint8_t* at,
     }
     return at;
 }
-
-#if defined(__x86_64__)
-// For each byte of a mask: which of the kept values belongs to each bit, or a negative number.
-struct Places {
-    alignas(8) int8_t of[256][8];
-    Places() {
-        for (int mask = 0; mask < 256; ++mask)
-            for (int bit = 0, kept = 0; bit < 8; ++bit) of[mask][bit] = mask >> bit & 1 ? int8_t(kept++) : int8_t(-64);
-    }
-};
-const Places PLACES;
-
-template <typename Kind>
-AVX2 const uint8_t* spread_avx2(const typename Kind::Word* masks, const uint8_t* at, int64_t chunks, Tile<Kind>& tile) {
-    constexpr int64_t size = sizeof(typename Kind::Raw);
-    alignas(32) uint8_t codes[64];
-    for (int64_t run = 0; run < chunks * ROWS; ++run) {
-        typename Kind::Raw* out = tile.of[run % ROWS] + run / ROWS * LENGTH<Kind>;
-        uint64_t mask = masks[run];
-        const uint8_t* next = at;
-        if constexpr (HALVES<Kind>) {
-            next += (_mm_popcnt_u64(mask) + 1) / 2;
-            for (int64_t i = 0; i < 2; ++i) {
-                const __m256i pairs = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at) + i));
-                const __m256i both = _mm256_or_si256(pairs, _mm256_slli_epi16(pairs, 4));
-                _mm256_store_si256(reinterpret_cast<__m256i*>(codes) + i, _mm256_and_si256(both, _mm256_set1_epi8(15)));
-            }
-            at = codes;
-        }
-        for (int64_t left = 0; left < LENGTH<Kind>; left += 8, mask >>= 8, out += 8) {
-            const __m128i places = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(PLACES.of[mask & 255]));
-            if constexpr (size == 4) {
-                const __m256i wide = _mm256_cvtepi8_epi32(places);
-                const __m256i values = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
-                const __m256 moved = _mm256_castsi256_ps(_mm256_permutevar8x32_epi32(values, wide));
-                float* to = reinterpret_cast<float*>(out);
-                _mm256_storeu_ps(to, _mm256_blendv_ps(moved, _mm256_loadu_ps(to), _mm256_castsi256_ps(wide)));
-            } else if constexpr (size == 2) {
-                const __m128i pairs = _mm_unpacklo_epi8(places, places);
-                const __m128i bytes = _mm_add_epi8(_mm_add_epi8(pairs, pairs), _mm_set1_epi16(256));
-                const __m128i moved = _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)), bytes);
-                __m128i* to = reinterpret_cast<__m128i*>(out);
-                _mm_storeu_si128(to, _mm_blendv_epi8(moved, _mm_loadu_si128(to), bytes));
-            } else {
-                const __m128i moved = _mm_shuffle_epi8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at)), places);
-                __m128i* to = reinterpret_cast<__m128i*>(out);
-                _mm_storel_epi64(to, _mm_blendv_epi8(moved, _mm_loadl_epi64(to), places));
-            }
-            at += size * _mm_popcnt_u32(uint32_t(mask & 255));
-        }
-        if constexpr (HALVES<Kind>) at = next;
-    }
-    return at;
-}
-#endif
 
 // A band, whose columns are expanded a tile at a time.
 template <typename Kind> struct Band {
@@ -142,7 +83,7 @@ template <typename Kind> struct Band {
     float step(int64_t r, int64_t g) const { return step_of(weight, (first + r) * weight.groups + g); }
 
     // The next columns, from `left` on, as they are stored; tiles come in order.
-    template <auto SPREAD> void next(int64_t left, int64_t right, Tile<Kind>& tile) {
+    void next(int64_t left, int64_t right, Tile<Kind>& tile) {
         for (int64_t r = 0; r < ROWS; ++r) {
             std::memset(tile.of[r], 0, sizeof tile.of[r]);
             if constexpr (CODES<Kind>)
@@ -153,7 +94,7 @@ template <typename Kind> struct Band {
                 }
         }
         const int64_t begin = left / LENGTH<Kind>, end = std::min(chunks, (left + TILE) / LENGTH<Kind>);
-        values = SPREAD(masks + begin * ROWS, values, end - begin, tile);
+        values = spread(masks + begin * ROWS, values, end - begin, tile);
     }
     // The same columns as numbers; those beyond the row are zero.
     void widen(int64_t left, int64_t right, const Tile<Kind>& tile, float (*out)[TILE]) const {
@@ -185,9 +126,9 @@ inline void add(const float (*w)[TILE], const float* x, int64_t columns, float* 
 }
 
 // Some bands times rows of x that are `stride` apart, with zeros after their columns.
-template <typename Kind, auto SPREAD>
-inline void multiplied(const Weight& weight, const float* x, int64_t stride, int64_t batch, float* y, int64_t first,
-                       int64_t last) {
+template <typename Kind>
+FLAT void multiplied(const Weight& weight, const float* x, int64_t stride, int64_t batch, float* y, int64_t first,
+                     int64_t last) {
     Tile<Kind> tile;
     float numbers[ROWS][TILE];
     std::vector<float> sums(static_cast<size_t>(batch * ROWS));
@@ -196,7 +137,7 @@ inline void multiplied(const Weight& weight, const float* x, int64_t stride, int
         std::fill(sums.begin(), sums.end(), 0.0f);
         for (int64_t left = 0; left < weight.columns; left += TILE) {
             const int64_t right = std::min(weight.columns, left + TILE);
-            band.template next<SPREAD>(left, right, tile);
+            band.next(left, right, tile);
             band.widen(left, right, tile, numbers);
             for (int64_t n = 0; n < batch; ++n)
                 add(numbers, x + n * stride + left, right - left, &sums[size_t(n * ROWS)]);
@@ -207,13 +148,13 @@ inline void multiplied(const Weight& weight, const float* x, int64_t stride, int
 }
 
 // A band dense, as values or as codes; `out` is where the first row of all would be.
-template <typename Kind, auto SPREAD> inline void expanded(const Weight& weight, char* out, int64_t index) {
+template <typename Kind> FLAT void expanded(const Weight& weight, char* out, int64_t index) {
     constexpr int64_t size = sizeof(typename Kind::Raw);
     Tile<Kind> tile;
     Band<Kind> band(weight, index);
     for (int64_t left = 0; left < weight.columns; left += TILE) {
         const int64_t right = std::min(weight.columns, left + TILE);
-        band.template next<SPREAD>(left, right, tile);
+        band.next(left, right, tile);
         for (int64_t r = 0; r < band.rows; ++r) {
             char* to = out + ((band.first + r) * weight.columns + left) * size;
             std::memcpy(to, tile.of[r], size_t((right - left) * size));
@@ -221,58 +162,31 @@ template <typename Kind, auto SPREAD> inline void expanded(const Weight& weight,
     }
 }
 
+template <typename Kind> void multiply(const Weight& weight, const float* x, int64_t batch, float* y, int64_t threads) {
+    const int64_t stride = (weight.columns + LANES - 1) / LANES * LANES;
+    std::vector<float> padded(static_cast<size_t>(batch * stride));
+    for (int64_t n = 0; n < batch; ++n)
+        std::copy_n(x + n * weight.columns, weight.columns, &padded[size_t(n * stride)]);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t part = 0; part < threads; ++part)
+        multiplied<Kind>(weight, padded.data(), stride, batch, y, first_band<typename Kind::Word>(weight, part, threads),
+                         first_band<typename Kind::Word>(weight, part + 1, threads));
+}
+
+template <typename Kind> void expand(const Weight& weight, int64_t first, int64_t last, char* out, int64_t threads) {
+    (void)threads;  // without OpenMP
+    out -= ROWS * first * weight.columns * int64_t(sizeof(typename Kind::Raw));
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t band = first; band < last; ++band) expanded<Kind>(weight, out, band);
+}
+
 }  // namespace
 
-// multiply_<kind>_<path>: y (batch, rows) of x (batch, columns). halves_<kind>_<path>: both in bfloat16.
-// expand_<kind>_<path>: some bands, dense.
-#define KIND(NAME, KIND, PATH, ATTRIBUTE)                                                                              \
-    ATTRIBUTE static void multiply_##NAME##_##PATH##_part(const Weight& weight, const float* x, int64_t stride,        \
-                                                          int64_t batch, float* y, int64_t first, int64_t last) {      \
-        multiplied<KIND, spread_##PATH<KIND>>(weight, x, stride, batch, y, first, last);                               \
-    }                                                                                                                  \
-    extern "C" void multiply_##NAME##_##PATH(const Weight* weight, const float* x, int64_t batch, float* y,            \
-                                             int64_t threads) {                                                        \
-        const int64_t stride = (weight->columns + LANES - 1) / LANES * LANES;                                          \
-        std::vector<float> padded(static_cast<size_t>(batch * stride));                                                \
-        for (int64_t n = 0; n < batch; ++n)                                                                            \
-            std::copy_n(x + n * weight->columns, weight->columns, &padded[size_t(n * stride)]);                        \
-        _Pragma("omp parallel for num_threads(threads) schedule(static)") for (int64_t part = 0; part < threads;       \
-                                                                               ++part)                                 \
-            multiply_##NAME##_##PATH##_part(*weight, padded.data(), stride, batch, y,                                  \
-                                            first_band<KIND::Word>(*weight, part, threads),                                  \
-                                            first_band<KIND::Word>(*weight, part + 1, threads));                             \
-    }                                                                                                                  \
-    ATTRIBUTE static void expand_##NAME##_##PATH##_band(const Weight& weight, char* out, int64_t band) {               \
-        expanded<KIND, spread_##PATH<KIND>>(weight, out, band);                                                        \
-    }                                                                                                                  \
-    extern "C" void halves_##NAME##_##PATH(const Weight* weight, const uint16_t* x, int64_t batch, uint16_t* y,        \
-                                           int64_t threads) {                                                          \
-        in_halves(multiply_##NAME##_##PATH, weight, x, batch, y, threads);                                             \
-    }                                                                                                                  \
-    extern "C" void expand_##NAME##_##PATH(const Weight* weight, int64_t first, int64_t last, char* out,               \
-                                           int64_t threads) {                                                          \
-        out -= ROWS * first * weight->columns * int64_t(sizeof(KIND::Raw));                                            \
-        _Pragma("omp parallel for num_threads(threads) schedule(static)") for (int64_t band = first; band < last;      \
-                                                                               ++band)                                 \
-            expand_##NAME##_##PATH##_band(*weight, out, band);                                                         \
-    }
+CALLS(float32, plain, Float32)
+CALLS(bfloat16, plain, BFloat16)
+CALLS(float16, plain, Float16)
+CALLS(int8, plain, Int8)
+CALLS(int4, plain, Int4)
 
-#define ALL(PATH, ATTRIBUTE)                    \
-    KIND(float32, Float32, PATH, ATTRIBUTE)     \
-    KIND(bfloat16, BFloat16, PATH, ATTRIBUTE)   \
-    KIND(float16, Float16, PATH, ATTRIBUTE)     \
-    KIND(int8, Int8, PATH, ATTRIBUTE)           \
-    KIND(int4, Int4, PATH, ATTRIBUTE)
-
-ALL(plain, PLAIN)
-#if defined(__x86_64__)
-ALL(avx2, AVX2)
-#endif
-
-// Whether the processor can run a path.
+// Whether the processor can run this path.
 extern "C" int has_plain() { return 1; }
-#if defined(__x86_64__)
-extern "C" int has_avx2() {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("popcnt");
-}
-#endif

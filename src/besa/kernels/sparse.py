@@ -35,9 +35,9 @@ def multiplied(x_NI: Tensor, weight: Bitmask) -> Tensor:
 
     Products are added in float32, in an order that differs between kernels. The error of y is at most I/8 + 16
     roundings of 2^-24 Σ|w||x|. Few rows of x are multiplied with codes as integers on the CPU; for them, |w| is the
-    larger of code and zero point, times the step. With AVX-512 and on Arm, x is rounded first: by at most 2^-22 of the
-    largest number in its row, or in half precision by 2^-12 of the mean |x| if that is more. The value of a code is not
-    rounded to the weight's dtype then, unlike for many rows, in a dense weight and on a GPU.
+    larger of code and zero point, times the step. With AVX-512, AVX2 and on Arm, x is rounded first: by at most 2^-22
+    of the largest number in its row, or in half precision by 2^-12 of the mean |x| if that is more. The value of a code
+    is not rounded to the weight's dtype then, unlike for many rows, in a dense weight and on a GPU.
 
     Args:
         x_NI: in the weight's dtype.

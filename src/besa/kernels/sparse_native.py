@@ -1,4 +1,4 @@
-"""The kernels of sparse_avx512.cpp, sparse_neon.cpp and sparse.cpp, called on torch's tensors."""
+"""The kernels of sparse_avx512.cpp, sparse_avx2.cpp, sparse_neon.cpp and sparse.cpp, called on torch's tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SOURCES = {
     "neonbf16": "sparse_neon.cpp",
     "neondot": "sparse_neon.cpp",
     "neon": "sparse_neon.cpp",
-    "avx2": "sparse.cpp",
+    "avx2": "sparse_avx2.cpp",
     "plain": "sparse.cpp",
 }
 HEADER = "sparse.hpp"  # that they share
