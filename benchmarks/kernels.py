@@ -2,8 +2,6 @@
 
     python -m benchmarks.kernels             # all, half an hour on a quiet machine
     python -m benchmarks.kernels --quick     # one shape, few rounds: for ratios while other work goes on
-    python -m benchmarks.kernels --threads 1 --sparsity 0.5    # some of the cases
-    python -m benchmarks.kernels --least     # pieces of weights, of each copy the least time: while other work goes on
 
 Every weight is there in more copies than the last cache holds, and each round goes through all of them: sparse, then
 torch, then plain reading, then the dense kernel of dense_avx512.cpp or dense_avx2.cpp. Ratios are taken within a round;
@@ -41,13 +39,11 @@ HERE = Path(__file__).parent
 DENSE = {"avx512bf16": "dense_avx512.cpp", "avx2": "dense_avx2.cpp"}  # by the best path of the sparse kernels
 RESULTS = {"avx512bf16": "kernels.json", "avx2": "kernels-avx2.json"}
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008)]
-SMALL = [(256, 4096), (256, 11008)]  # are done, as a rule, before other work gets the core
 DTYPES = ("float32", "bfloat16", "int8", "int4")
 SPARSITIES = (0.5, 0.6, 0.7)
 SPREAD = 0.15  # of the rates of learned rows, to either side
 GROUP = 128  # columns that share a step, of int4; of int8, a row does
 CACHE = 32 << 20  # bytes, of the last cache; 4 times as much is gone through before a copy is met again
-PIECES = 8  # that are read one after the other
 SETTLING = 0.05  # seconds of the same work before it is measured: what comes first in a round is slower without
 Work = Callable[[], object]
 
@@ -57,30 +53,25 @@ def main(
     rounds: Annotated[int, typer.Option(help="Measurements of each case.")] = 21,
     dtypes: Annotated[list[str] | None, typer.Option("--dtype", help="Of the weights; all by default.")] = None,
     threads: Annotated[list[int] | None, typer.Option(help="1 and 2 by default.")] = None,
-    sparsity: Annotated[list[float] | None, typer.Option(help="For one row of x; 0.5, 0.6 and 0.7 by default.")] = None,
-    least: Annotated[bool, typer.Option(help="Small weights, each copy's least time in place of medians.")] = False,
 ) -> None:
     """Measure, print, and write results/kernels.json or kernels-avx2.json (unless quick, or of some dtypes only)."""
     path = sparse_native.paths()[0]
     if path not in DENSE:
         raise typer.BadParameter(f"There are no dense kernels to compare with on a processor that has {path} at best.")
     dense = _dense_kernels(DENSE[path])
-    shapes = SMALL if least else SHAPES
-    rounds, shapes = (5, shapes[:1]) if quick else (rounds, shapes)
-    sparsities = SPARSITIES[:1] if quick else tuple(sparsity or SPARSITIES)
+    rounds, shapes = (5, SHAPES[:1]) if quick else (rounds, SHAPES)
     found: list[dict[str, Any]] = []
     for shape, dtype, count in itertools.product(shapes, dtypes or DTYPES, threads or (1, 2)):
         torch.set_num_threads(count)
+        sparsities = SPARSITIES[:1] if quick else SPARSITIES
         for batch in (1, 4, 16):
-            some = sparsities if batch == 1 else SPARSITIES[:1]
-            for case in _measure(dense, shape, dtype, batch, some, rounds, least):
+            for case in _measure(dense, shape, dtype, batch, sparsities if batch == 1 else SPARSITIES[:1], rounds):
                 found.append(case)
                 print(json.dumps(case), flush=True)
     if not (quick or dtypes):
         result = {
             "cases": found,
             "rounds": rounds,
-            "least": least,
             "machine": machine(torch.device("cpu")),
             "versions": versions(),
             "created": now(),
@@ -98,13 +89,7 @@ def _dense_kernels(name: str) -> ctypes.CDLL:
 
 
 def _measure(
-    dense: ctypes.CDLL,
-    shape: tuple[int, int],
-    dtype: str,
-    batch: int,
-    sparsities: tuple[float, ...],
-    rounds: int,
-    least: bool,
+    dense: ctypes.CDLL, shape: tuple[int, int], dtype: str, batch: int, sparsities: tuple[float, ...], rounds: int
 ) -> list[dict[str, Any]]:
     """All masks of one shape and dtype, in turn with what is dense."""
     generator = torch.Generator().manual_seed(0)
@@ -119,24 +104,21 @@ def _measure(
         for mask, weight in zip(masks, weights, strict=True)
     }
     works["torch"] = _torch(x_NI, whole)
-    works["reading"] = [
-        partial(dense.read_all, piece.data_ptr(), ctypes.c_int64(piece.numel()), torch.get_num_threads())
-        for piece in many.chunk(PIECES)
-    ]
+    works["reading"] = [partial(dense.read_all, many.data_ptr(), ctypes.c_int64(many.numel()), torch.get_num_threads())]
     dense.read_all.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
     if batch == 1:
         works["dense"] = _dense(dense, x_NI, whole)
-    each: dict[Any, list[list[float]]] = {name: [] for name in works}  # by round and copy
+    seconds: dict[Any, list[float]] = {name: [] for name in works}
     for _, (name, work) in itertools.product(range(rounds), works.items()):
-        settled = time.perf_counter() + (0 if least else SETTLING)
+        settled = time.perf_counter() + SETTLING
         while time.perf_counter() < settled:
             for one in work:
                 one()
-        each[name].append([_seconds(one) for one in work])
-    if least:  # a round of what each copy took at best, twice, as quartiles ask for two
-        each = {name: [[min(times) for times in zip(*found, strict=True)]] * 2 for name, found in each.items()}
-    seconds = {name: [statistics.mean(times) for times in found] for name, found in each.items()}
-    byte = [value * PIECES / many.numel() for value in seconds["reading"]]
+        began = time.perf_counter()
+        for one in work:
+            one()
+        seconds[name].append((time.perf_counter() - began) / len(work))
+    byte = [value / many.numel() for value in seconds["reading"]]
     return [
         {
             "shape": shape,
@@ -149,8 +131,8 @@ def _measure(
             "ms": _spread([1e3 * value for value in seconds[mask]]),
             "times_faster_than_dense": _ratio(seconds.get("dense", []), seconds[mask]),
             "times_faster_than_torch": _ratio(seconds["torch"], seconds[mask]),
-            "share_of_bytes_limit": _ratio([one * weight.nbytes for one in byte], seconds[mask]),
-            "read_gb_per_second": _spread([1e-9 / one for one in byte]),
+            "share_of_bytes_limit": _ratio([each * weight.nbytes for each in byte], seconds[mask]),
+            "read_gb_per_second": _spread([1e-9 / each for each in byte]),
         }
         for mask, weight in zip(masks, weights, strict=True)
     ]
@@ -218,12 +200,6 @@ def _torch(x_NI: Tensor, weight: Bitmask) -> list[Work]:
     grid = torch.stack([scales_OG, torch.zeros_like(scales_OG)], dim=2).transpose(0, 1).contiguous()
     copies = [packed.clone() for _ in range(1 + 4 * CACHE // packed.nbytes)]
     return [partial(torch.ops.aten._weight_int4pack_mm_for_cpu, x_NI, w, GROUP, grid) for w in copies]
-
-
-def _seconds(work: Work) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
 
 
 def _ratio(slow: list[float], fast: list[float]) -> dict[str, float] | None:
