@@ -317,7 +317,7 @@ template <typename Kind> struct CodeBand {
     int64_t steps, unit;
     int64_t shift;         // that makes a step of a chunk the unit that it is in, counted from the chunk's first
     int64_t groups, each;  // of a row; of a unit
-    int64_t width;         // of a row of what follows: the groups, and room for a vector after them
+    int64_t width;         // of a row of what follows: the groups, and room after them: for the end of a chunk, and a vector
     std::vector<float> scales;
     std::vector<uint8_t> zeros;
     std::vector<uint8_t> codes;  // of four bits, in bytes
@@ -325,7 +325,7 @@ template <typename Kind> struct CodeBand {
     uint8_t places[16];
 
     explicit CodeBand(const Weight& weight)
-        : steps(chunks_of<Kind>(weight) * Kind::STEPS), unit(steps), groups(weight.groups), each(1), width(groups + 16) {
+        : steps(chunks_of<Kind>(weight) * Kind::STEPS), unit(steps), groups(weight.groups), each(1), width(groups + 32) {
         const int64_t group = weight.columns / groups;
         if (groups > 1) {
             unit = std::max<int64_t>(1, group / 16);
