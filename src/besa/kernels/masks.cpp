@@ -126,8 +126,7 @@ template <typename Number> inline void gathered_row(const Number* w, const Numbe
             some[met] = wide(x[column]);
             met += wide(w[column]) != 0;
         }
-        std::memcpy(out, some, size_t(met) * sizeof(float));
-        out += met;
+        out = std::copy_n(some, met, out);
     }
 }
 
