@@ -90,17 +90,23 @@ def _binned(
 
 
 @triton.jit
+def _places(w, begin, left, columns, met, BLOCK: tl.constexpr):
+    """Of some columns of a row: which are in it, which are kept, and where in the vector these stand."""
+    at = left + tl.arange(0, BLOCK)
+    inside = at < columns
+    is_kept = (tl.load(w + begin + at, mask=inside, other=0.0) != 0).to(tl.int32)
+    return begin + at, inside, is_kept, met + tl.cumsum(is_kept, 0) - 1
+
+
+@triton.jit
 def _spread(w, kept, starts, out, columns, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     met = tl.load(starts + row)
     left = 0
     while left < columns:
-        at = left + tl.arange(0, BLOCK)
-        inside = at < columns
-        is_kept = (tl.load(w + row * columns + at, mask=inside, other=0.0) != 0).to(tl.int32)
-        place = met + tl.cumsum(is_kept, 0) - 1
+        at, inside, is_kept, place = _places(w, row * columns, left, columns, met, BLOCK)
         numbers = tl.load(kept + place, mask=is_kept > 0, other=0.0)
-        tl.store(out + row * columns + at, numbers.to(out.dtype.element_ty), mask=inside)
+        tl.store(out + at, numbers.to(out.dtype.element_ty), mask=inside)
         met += tl.sum(is_kept, 0)
         left += BLOCK
 
@@ -111,11 +117,8 @@ def _gathered(w, x, starts, out, columns, BLOCK: tl.constexpr):
     met = tl.load(starts + row)
     left = 0
     while left < columns:
-        at = left + tl.arange(0, BLOCK)
-        inside = at < columns
-        is_kept = (tl.load(w + row * columns + at, mask=inside, other=0.0) != 0).to(tl.int32)
-        place = met + tl.cumsum(is_kept, 0) - 1
-        numbers = tl.load(x + row * columns + at, mask=is_kept > 0, other=0.0).to(tl.float32)
+        at, _inside, is_kept, place = _places(w, row * columns, left, columns, met, BLOCK)
+        numbers = tl.load(x + at, mask=is_kept > 0, other=0.0).to(tl.float32)
         tl.store(out + place, numbers, mask=is_kept > 0)
         met += tl.sum(is_kept, 0)
         left += BLOCK
