@@ -17,7 +17,7 @@ from transformers import (
 )
 
 import besa
-from besa.cli import pruning
+from besa.cli import pruning, studying
 from besa.data.mixture import MIX
 from besa.models.blocks import capture_inputs, find_blocks
 from besa.observing.losses import reconstruction_error
@@ -302,7 +302,7 @@ def test_all_ways_to_prune_calibrate_on_the_same_text() -> None:
             besa.plan,
             pruning.prune,
             pruning.plan_command,
-            pruning.compare_command,
+            studying.compare_command,
             Conditions,
         )
     }

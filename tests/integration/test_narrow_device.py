@@ -11,6 +11,7 @@ from besa import Recipe
 from besa.counting.precision import widest
 from tests import pretend
 
+pytestmark = pytest.mark.usefixtures("torchs_own_products")
 RUNS = [
     ("wanda", []),
     ("sparsegpt", []),

@@ -23,6 +23,7 @@ from besa.models.blocks import send
 from besa.models.transfers import Ahead, Outputs, at_home, fetched
 from tests import pretend
 
+pytestmark = pytest.mark.usefixtures("torchs_own_products")
 DEVICE = pretend.DEVICE
 N, T, C = 7, 3, 5
 RUNS = [
