@@ -28,7 +28,7 @@ def digests(tmp_path_factory):
     return made
 
 
-@pytest.mark.parametrize(("which", "count"), [("first", 3), pytest.param("all", 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("which", "count"), [("first", 2), pytest.param("all", 3, marks=pytest.mark.slow)])
 def test_any_number_of_ranks_gives_the_same_weights(digests, which, count):
     one, several = digests(which, 1), digests(which, count)
     assert len(several) >= 10
@@ -40,4 +40,4 @@ def test_any_number_of_ranks_gives_the_same_weights(digests, which, count):
 
 def test_only_ranks_send(digests):
     assert not any(sent for digest in digests("first", 1).values() for sent in digest["sent"])
-    assert all(sum(sent.values()) > 0 for digest in digests("first", 3).values() for sent in digest["sent"])
+    assert all(sum(sent.values()) > 0 for digest in digests("first", 2).values() for sent in digest["sent"])
