@@ -62,7 +62,7 @@ def test_products_and_their_gradients_are_those_of_float32_rounded_once(call, dt
     given = torch.randn(40, 30).to(dtype)
     exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
     call(*exact).backward(given.double())
-    with Seen() as seen, widened(CPU):
+    with Seen() as seen, widened(dtype, CPU):
         y = call(*tensors)
         y.backward(given)
     assert seen.dtypes == {torch.float32}
@@ -87,7 +87,7 @@ def test_a_linear_by_itself(dtype):
 def test_few_rows_and_other_dtypes_stay_as_they_are(rows, dtype):
     torch.manual_seed(0)
     x, w = torch.randn(rows, 50).to(dtype), torch.randn(30, 50).to(dtype)
-    with Seen() as seen, widened(CPU):
+    with Seen() as seen, widened(torch.bfloat16, CPU):
         y = functional.linear(x, w)
     assert seen.dtypes == {dtype}
     assert torch.equal(y, functional.linear(x, w))
@@ -96,7 +96,7 @@ def test_few_rows_and_other_dtypes_stay_as_they_are(rows, dtype):
 
 def test_empty_factors():
     x, w = torch.empty(10, 0, dtype=torch.bfloat16), torch.empty(12, 0, dtype=torch.bfloat16)
-    with widened(CPU):
+    with widened(torch.bfloat16, CPU):
         assert torch.equal(functional.linear(x, w), torch.zeros(10, 12, dtype=torch.bfloat16))
         assert functional.linear(x[:0], w).shape == (0, 12)
 
@@ -104,7 +104,7 @@ def test_empty_factors():
 def test_what_is_not_a_number_shows():
     x, w = torch.ones(10, 50, dtype=torch.bfloat16), torch.ones(12, 50, dtype=torch.bfloat16)
     x[3, 4], x[5, 6] = torch.nan, torch.inf
-    with widened(CPU):
+    with widened(torch.bfloat16, CPU):
         y = functional.linear(x, w)
     assert y[3].isnan().all()
     assert y[5].isinf().all()
@@ -113,9 +113,14 @@ def test_what_is_not_a_number_shows():
 
 @pytest.mark.parametrize("device", ["meta", "cuda"])
 def test_other_devices_and_processors_with_units_need_nothing(monkeypatch, device):
-    assert not isinstance(widened(torch.device(device)), TorchDispatchMode)
+    assert not isinstance(widened(torch.bfloat16, torch.device(device)), TorchDispatchMode)
     monkeypatch.setattr(widening, "slow", frozenset)
-    assert not isinstance(widened(CPU), TorchDispatchMode)
+    assert not isinstance(widened(torch.bfloat16, CPU), TorchDispatchMode)
+
+
+def test_a_model_of_float32_has_no_price_to_pay():
+    assert isinstance(widened(torch.bfloat16, CPU), TorchDispatchMode)
+    assert not isinstance(widened(torch.float32, CPU), TorchDispatchMode)
 
 
 def test_what_is_slow_is_what_onednn_lacks(monkeypatch):

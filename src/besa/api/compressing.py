@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -139,10 +139,13 @@ def compress(
     recipe = chosen(recipe, sparsity)
     out = path_of(out) if out is not None else None
     lent = borrowed(model) if isinstance(model, PreTrainedModel) else nullcontext()
-    with lent, widened(device), journal_for(out, resume) if out and ranks.is_first() else nullcontext() as journal:
+    with ExitStack() as stack:
+        stack.enter_context(lent)
+        journal = stack.enter_context(journal_for(out, resume) if out and ranks.is_first() else nullcontext())
         opened = _located(model, trust_remote_code, progress)
         decoder, tokenizer, identity = open_decoder(opened, tokenizer, dtype, out is not None)
         check_dtype(decoder.model.dtype, device)
+        stack.enter_context(widened(decoder.model.dtype, device))
         begun = ranks.from_first(journal.begun or {} if journal is not None else {})
         recipe = recipe.settled(ranks.count(), begun.get("recipe", {}))
         author = partial(Author, decoder, opened, tokenizer, identity, chat=chat, device=device, dtype=dtype)

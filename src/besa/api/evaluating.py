@@ -90,7 +90,7 @@ def evaluate(
     windows = windows or [room.usual]
     notes = [note for length in windows for note in room.checked(length, "--window")] if parts else []
     answers, read = None, (opened.model, opened.tokenizer)
-    with borrowed(opened.model, device), widened(device):
+    with borrowed(opened.model, device), widened(opened.model.dtype, device):
         by_window = perplexities(*read, parts, windows, max_windows, batch, first, progress)
         if tasks:
             answers = zero_shot(*read, tasks, limit=limit, hub=hub, batch=batch, bos=bos, progress=progress)

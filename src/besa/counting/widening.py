@@ -34,12 +34,14 @@ def slow() -> frozenset[torch.dtype]:
     return frozenset(dtype for dtype, supported in fast.items() if not supported)
 
 
-def widened(device: torch.device) -> AbstractContextManager[object]:
+def widened(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
     """While open, this thread's products of half precision are made in float32, those of backward passes too.
 
-    Nothing changes on a `device` other than the CPU, or on a processor that has units for half precision.
+    Nothing changes for a model of another `dtype`, on a `device` other than the CPU, or on a processor that has units
+    for that dtype: seeing every operator has its price.
     """
-    return _Widened() if device.type == "cpu" and slow() else nullcontext()  # type: ignore[no-untyped-call]  # torch's
+    needed = device.type == "cpu" and dtype in slow()
+    return _Widened() if needed else nullcontext()  # type: ignore[no-untyped-call]  # torch's
 
 
 def linear(x_MK: Tensor, w_NK: Tensor) -> Tensor:
