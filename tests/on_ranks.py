@@ -17,13 +17,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 
 import besa
-from besa.data.calibration import Calibration
 from besa.methods.recipe import Recipe
 from besa.system import ranks
 from besa.system.joining import joined
 
 DIGESTS = "digests.json"
 TINY_LLAMA = Path(__file__).parent / "assets" / "tiny-llama"
+TEXT = str(TINY_LLAMA / "calibration.txt")
 EIGHT_EXPERTS = MixtralConfig(
     vocab_size=1024,
     hidden_size=32,
@@ -42,7 +42,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "sparsegpt": ("sparsegpt", []),
     "fast": ("fast", []),
     "best": ("best", ["finetune={method: adam, epochs: 2, batch: 1}", "distill={method: kl, epochs: 1, batch: 1}"]),
-    "distilled": ("wanda", ["distill={method: kl, learns: both, epochs: 1, rate: 0.003, batch: 1}"]),
+    "distilled": ("wanda", ["distill={method: kl, learns: both, epochs: 2, further: true, rate: 0.003, batch: 1}"]),
     "besa": ("besa", TWO_EACH),
     "besa-layerwise": ("besa-layerwise", [*TWO_EACH, "allocation.granularity=attn-mlp"]),
     "besa-pruned-teacher": ("besa", [*TWO_EACH, "allocation.teacher=pruned"]),
@@ -103,10 +103,9 @@ def _some(names: Iterable[str], which: str) -> list[str]:
 
 def _digest(model: Path, recipe: Recipe, samples: int, out: Path) -> dict[str, Any]:
     """The number of zeros, a digest of the tensors, and what was measured."""
-    tokens_NT = torch.randint(3, 1000, (samples, 24), generator=torch.Generator().manual_seed(0))
+    sizes = {"samples": samples, "seqlen": 24, "batch": 2}
     tokenizer = AutoTokenizer.from_pretrained(TINY_LLAMA)
-    calibration = Calibration(tokens_NT, "random tokens", 0)
-    record = besa.compress(model, recipe, calibration, out=out, batch=2, tokenizer=tokenizer, device="cpu").record
+    record = besa.compress(model, recipe, TEXT, out=out, **sizes, tokenizer=tokenizer, device="cpu").record
     return {
         "zeros": record.zeros,
         "tensors": hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest(),

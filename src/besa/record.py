@@ -78,6 +78,7 @@ class DistillingRecord(Record):
     epochs: int = Field(default=0, description="that step sizes were laid out for, of each part that learns by itself")
     losses: list[float] = Field(description="held-out divergence in nats before the first epoch and after every epoch")
     passes: float = Field(default=0.0, description="forward passes over the calibration set; a backward pass is two")
+    study: dict[str, Any] = Field(default={}, description="the sequences that it learned from, as of calibration")
     seconds: float
     phases: dict[str, float] = Field(description="seconds by phase")
     sent: dict[str, int] = Field(default={}, description="bytes that each of several ranks sent to others, by phase")

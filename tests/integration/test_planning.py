@@ -153,7 +153,7 @@ def test_a_gpu_that_is_not_here_is_planned_without_a_limit(tmp_path: Path, monke
         ("sparsegpt", 2.03125, 1.03125),
         ("besa", 0.5 + 2 + 3 * 0.5 * 88 / 64, 1.5),
         ("fast", 2.03125 + 3 / 8, 9 / 8),  # the inputs of eight blocks and the last outputs, an eighth of each
-        ("best", 3 + 3 / 8 + 4 * ((4 + 3 * HEAD) * 7 / 8 + (1 + 2 * HEAD) / 8) + (1 + 2 * HEAD) / 8, 2),
+        ("best", 3.03125 + 3 / 8 + 4 * ((4 + 3 * HEAD) * 7 / 8 + (1 + 2 * HEAD) / 8) + (1 + 2 * HEAD) / 8, 2.03125),
     ],
 )
 def test_recipes_differ_in_what_they_take(recipe, passes, streams, tiny_llama_folder) -> None:
@@ -425,7 +425,11 @@ def test_distilling_is_planned_with_the_whole_model(tiny_llama_folder: Path, tmp
     state = (12 + 4) * (linears // 2 + vectors)
     assert plans["together"].disk_bytes == 4 * parameters + max(2 * state, 2 * 4 * parameters)
     assert plans["together"].disk_bytes > plain.disk_bytes
-    assert plans["together"].activation_bytes == 2 * 16 * 32 * 96 * 4  # the dense path has all tokens
+    assert plans["together"].activation_bytes == 2.03125 * 16 * 32 * 96 * 4  # all tokens of the dense model
+    more = besa.plan(
+        tiny_llama_folder, Recipe.load("wanda", None, ["distill={method: kl, epochs: 3, further: true}"]), **sizes
+    )
+    assert more.activation_bytes == 2 * (2 + 3 * 14) * 32 * 96 * 4  # inputs and targets of all epochs
     assert plans["norms"].memory_bytes >= plans["norms"].distilling_bytes
     console = Console(record=True, width=200, file=io.StringIO())
     console.print(show.planned(plans["weights"]))

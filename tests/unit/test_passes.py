@@ -52,8 +52,19 @@ def test_distilling_runs_blocks_twice_and_heads_of_both_models(learns: str, stag
     recipe = Recipe.load("wanda", None, [f"distill={{method: kl, learns: {learns}, epochs: 3}}"])
     for head in (0.0, 0.25):
         epoch = ((4 + 3 * head) * 7 + (1 + 2 * head)) / 8
-        expected = 1 + 2 + 3 * stages * epoch + (1 + 2 * head) / 8  # the dense path has all tokens
+        expected = 2 + 1 / 32 + 1 + 3 * stages * epoch + (1 + 2 * head) / 8  # all tokens through the dense model
         assert forward_passes(recipe, 64, 512, head=head) == pytest.approx(expected)
+
+
+def test_further_sequences_go_through_the_dense_model_too() -> None:
+    """Those of an epoch are as many as it learns from, seven eighths of the calibration set."""
+    same, further = (
+        Recipe.load("wanda", None, [f"distill={{method: kl, epochs: 3, further: {new}}}"]) for new in ("false", "true")
+    )
+    assert forward_passes(further, 64, 512) - forward_passes(same, 64, 512) == pytest.approx(2 * 7 / 8)
+    epochs = [spending(recipe, forward_passes(further, 64, 512), 64, 512).distill.epochs for recipe in (same, further)]
+    assert epochs == [3, 3]
+    assert spending(further, forward_passes(further, 64, 512) - 0.01, 64, 512).distill.epochs == 2
 
 
 def test_the_head_is_a_share_of_the_blocks(tiny_llama) -> None:

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from besa.data.calibration import Calibration, sample
+from besa.data.mixture import OWN, parts_of
+from besa.data.seeds import LARGEST
 from besa.data.tokens import check_known
+from besa.methods.distilling import Distilling, Study
 from besa.models.bos import bos_token
 from besa.models.limits import embedding_rows, positions
 from besa.progress import Progress
@@ -66,3 +69,51 @@ class Asked:
             author=author(seqlen=seqlen, seed=self.seed, bos=first, progress=progress),
         )
         return drawn, notes
+
+    def study(
+        self,
+        calibration: Calibration,
+        distilling: Distilling,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        progress: Progress,
+    ) -> Study | None:
+        """What distilling learns from: further sequences of the same texts, if it asks for them and there are any.
+
+        Token batches have no further ones, and nothing is written for it by the model.
+
+        Args:
+            calibration: as drawn.
+            distilling: of the recipe.
+            model: to be calibrated.
+            tokenizer: of the model.
+            progress: while reading a long text.
+
+        Returns:
+            None if nothing is distilled.
+
+        Raises:
+            BesaError: a text cannot be read any more.
+        """
+        wanted, source = distilling.studied(calibration.samples), self.calibration
+        if not wanted:
+            return None
+        if (
+            wanted <= calibration.samples
+            or isinstance(source, Calibration)
+            or any(part.source == OWN for part in parts_of(source))
+        ):
+            return Study(calibration)
+        further = sample(
+            source,
+            tokenizer,
+            wanted,
+            calibration.seqlen,
+            LARGEST + 1 + self.seed,  # other sequences than those of any calibration set
+            progress,
+            bos=bos_token(self.bos, tokenizer, model.config),
+            rows=embedding_rows(model),
+            dialogue=dialogue_of(tokenizer) if self.chat else None,
+            at_most=True,
+        )
+        return Study.of(further, calibration.samples) if further.samples >= calibration.samples else Study(calibration)

@@ -151,11 +151,12 @@ def compress(
         author = partial(Author, decoder, opened, tokenizer, identity, chat=chat, device=device, dtype=dtype)
         asked = Asked(calibration, samples, seqlen, bos, chat, seed)
         calibration, notes = asked.drawn(decoder.model, tokenizer, author, progress)
+        study = asked.study(calibration, recipe.distill, decoder.model, tokenizer, progress)
         batch = batch or begun.get("batch") or default_batch(calibration.samples, calibration.seqlen, device)
         memory.trim()
         room = Room(device, activation_budget, journal.folder if journal else None)
         resources = Resources(min(calibration.samples, batch), device, room, codes=not dequantized)
-        run = Run(decoder, recipe, calibration, None, seed, resources, journal, progress)
+        run = Run(decoder, recipe, calibration, study, None, seed, resources, journal, progress)
         fewer = smaller(decoder.model, decoder.blocks, recipe)
         _begin(run, identity, fewer)
         run, record = _pruned(run, identity, fewer, notes, command)
@@ -240,6 +241,7 @@ def _decisive(run: Run, identity: dict[str, Any]) -> dict[str, Any]:
         "recipe": run.recipe.model_dump(mode="json"),
         "model": identity,
         "calibration": run.calibration.describe(),
+        "study": run.study.calibration.describe() if run.study is not None else None,
         "seed": run.seed,
         "batch": run.resources.batch,
         "device": run.resources.device.type,

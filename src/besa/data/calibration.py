@@ -131,6 +131,7 @@ def sample(
     rows: int | None = None,
     dialogue: Dialogue | None = None,
     author: Author | None = None,
+    at_most: bool = False,
 ) -> Calibration:
     """Draw sequences of tokens at random from a text or a mixture; the same arguments give the same sequences.
 
@@ -152,6 +153,7 @@ def sample(
         rows: rows of the model's embeddings, to check every token id of the text; None for no check.
         dialogue: renders passages as dialogues; None for plain text.
         author: writes the sequences of `OWN`.
+        at_most: a text that is too short gives all it has.
 
     Raises:
         BesaError: a count is too small, a text is too short for its sequences, the model does not know one of its
@@ -162,7 +164,7 @@ def sample(
     if seqlen < 2:
         raise BesaError(f"Calibration sequences of {seqlen} tokens are too short: ask for a --seqlen of at least 2.")
     parts = parts_of(source)
-    supply = _Supply(tokenizer, seqlen, seed, progress, bos, rows, dialogue)
+    supply = _Supply(tokenizer, seqlen, seed, progress, bos, rows, dialogue, at_most)
     drawn: list[tuple[Contribution, torch.Tensor]] = []
     for part, size in zip(parts, counts([part.share for part in parts], samples), strict=True):
         if part.source == OWN:
@@ -224,6 +226,7 @@ class _Supply:
     bos: int | None
     rows: int | None
     dialogue: Dialogue | None
+    at_most: bool
 
     @property
     def drawn(self) -> int:
@@ -239,7 +242,7 @@ class _Supply:
         if not size:
             return self._nothing(source, share)
         held = self._read(source, size)
-        if held.room < size:
+        if held.room < size and not self.at_most:
             needs = f"{size:,} sequences of {self.drawn:,} tokens"
             if self.dialogue is not None:
                 raise BesaError(
@@ -249,7 +252,7 @@ class _Supply:
             raise BesaError(
                 f"The text {source} holds {held.tokens:,} tokens, but {needs} need {size * self.drawn:,}: {BESIDES}"
             )
-        return held.giving(share, size)
+        return held.giving(share, min(size, held.room))
 
     def mix(self, share: float, size: int) -> list[tuple[Contribution, torch.Tensor]]:
         """Sequences of all embedded texts, as equal in number as these allow.
@@ -261,12 +264,12 @@ class _Supply:
         if size < len(every):
             return [self.text(source, equal, int(place < size)) for place, source in enumerate(every)]
         held = [self._read(source, size) for source in every]
-        if (room := sum(each.room for each in held)) < size:
+        if (room := sum(each.room for each in held)) < size and not self.at_most:
             raise BesaError(
                 f"The embedded texts hold {room:,} sequences of {self.drawn:,} tokens, but {size:,} are needed: "
                 "use fewer --samples, a shorter --seqlen, or texts of your own."
             )
-        sizes = levelled([each.room for each in held], size)
+        sizes = levelled([each.room for each in held], min(size, room))
         return [each.giving(equal, own) for each, own in zip(held, sizes, strict=True)]
 
     def own(self, share: float, size: int, author: Author | None) -> tuple[Contribution, torch.Tensor]:

@@ -169,8 +169,16 @@ def interleaved(sizes: Sequence[int], seed: int) -> torch.Tensor:
         if size
     ]
     even = torch.cat(places).argsort(stable=True)
-    bits = len(even).bit_length()
-    reversed_bits = sorted(range(len(even)), key=lambda place: f"{place:0{bits}b}"[::-1])
     order = torch.empty_like(even)
-    order[torch.tensor(reversed_bits)] = even
+    order[evenly(len(even))] = even
     return order
+
+
+def evenly(samples: int) -> torch.Tensor:
+    """The places (N,) of an order of `interleaved` in which any that follow each other have all texts by their shares.
+
+    Args:
+        samples: of all texts.
+    """
+    bits = samples.bit_length()
+    return torch.tensor(sorted(range(samples), key=lambda place: f"{place:0{bits}b}"[::-1]))

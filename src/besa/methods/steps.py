@@ -73,10 +73,16 @@ class Mean:
             tensor.copy_(part.view_as(tensor))
 
 
-def split(samples: int) -> tuple[list[int], list[int]]:
-    """Positions of the sequences to hold out and to learn from; a single sequence serves as both."""
-    held = list(range(0, samples, HELD_OUT))
-    return held, [place for place in range(samples) if place % HELD_OUT] or held
+def split(samples: int, epochs: int = 1) -> tuple[list[int], list[int]]:
+    """Positions of the sequences to hold out and to learn from; a single sequence serves as both.
+
+    Args:
+        samples: number of sequences.
+        epochs: that have sequences of their own; as many are held out as if there were one.
+    """
+    every = 1 + (HELD_OUT - 1) * epochs
+    held = list(range(0, samples, every))
+    return held, [place for place in range(samples) if place % every] or held
 
 
 def average(leaves: Iterable[Tensor], sequences: int) -> None:

@@ -19,6 +19,7 @@ from besa.settings import LARGEST
 from besa.system.ranks import Share, together
 
 WALK = "walk"  # dense path, statistics and pruned path, among the stages of a recipe
+ROUNDING = 1e-9  # of sums of passes, in epochs
 
 
 def shares_of(samples: int, batch: int, ranks: int) -> list[Share]:
@@ -137,7 +138,7 @@ def spending(recipe: Recipe, passes: float, samples: int, seqlen: int, head: flo
     def taken(given: Recipe) -> float:
         return forward_passes(given, samples, seqlen, head=head)
 
-    return _divided(recipe, passes, taken, head)
+    return _filled(recipe, "distill" if recipe.distill.moves_weights else "finetune", passes, taken)
 
 
 def within(recipe: Recipe, minutes: float) -> Recipe:
@@ -156,24 +157,10 @@ def within(recipe: Recipe, minutes: float) -> Recipe:
     return recipe.model_copy(update={"distill": recipe.distill.model_copy(update={"minutes": minutes})})
 
 
-def _divided(recipe: Recipe, passes: float, taken: Callable[[Recipe], float], head: float) -> Recipe:
-    """The recipe with the epochs of its parts that learn: the last of them has what the others leave.
-
-    Args:
-        recipe: the method.
-        passes: to spend.
-        taken: passes of a recipe.
-        head: as of `forward_passes`.
-    """
-    if recipe.distill.moves_weights:
-        return _filled(recipe, "distill", passes, taken, recipe.distill.epoch_passes(head))
-    return _filled(recipe, "finetune", passes, taken, recipe.finetune.epoch_passes)
-
-
 def _filled(
-    recipe: Recipe, part: Literal["finetune", "distill"], passes: float, taken: Callable[[Recipe], float], epoch: float
+    recipe: Recipe, part: Literal["finetune", "distill"], passes: float, taken: Callable[[Recipe], float]
 ) -> Recipe:
-    """The recipe with as many epochs of a part as fit, each of so many passes.
+    """The recipe with as many epochs of a part as fit.
 
     Raises:
         BesaError: as `spending`.
@@ -183,9 +170,10 @@ def _filled(
         return recipe.model_copy(update={part: getattr(recipe, part).model_copy(update={"epochs": epochs})})
 
     least = taken(with_epochs(1))
+    epoch = taken(with_epochs(2)) - least
     if not passes >= least:
         name = {"finetune": "fine-tuning", "distill": "distilling"}[part]
         raise BesaError(f"{passes:g} passes are too few: {recipe.name} takes {least:.1f} with one epoch of {name}.")
     if (passes - least) / epoch >= LARGEST:
         raise BesaError(f"{passes:g} passes are more than can be counted: ask for less.")
-    return with_epochs(1 + int((passes - least) / epoch))
+    return with_epochs(1 + int((passes - least) / epoch + ROUNDING))

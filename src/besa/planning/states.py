@@ -9,7 +9,7 @@ from typing import get_args
 from besa.errors import BesaError
 from besa.models.activations import Place, Room
 from besa.planning.outline import Outline
-from besa.planning.passes import most, states_measured
+from besa.planning.passes import most, shares_of, states_measured
 from besa.pruning.paths import dense_share
 from besa.system import memory
 from besa.system.ranks import together
@@ -36,8 +36,8 @@ def kept_states(run: Outline) -> States:
     Raises:
         BesaError: one batch needs more than the memory of this machine.
     """
-    # What is measured on the dense model is freed before the others are allocated.
-    in_turn = [_measured(run), _of_paths(run)]
+    # What is measured on the dense model is freed before the others are allocated. Distilling has inputs and targets.
+    in_turn = [_measured(run), [*_of_paths(run), _studied(run)], 2 * [_studied(run)]]
     with together(0, run.ranks):  # they share the host's memory
         placed = [_placed(sizes, Room(run.device, run.activation_budget)) for sizes in in_turn]
     if run.batch * run.seqlen * run.channels * run.item > memory.total_bytes():
@@ -57,6 +57,12 @@ def _of_paths(run: Outline) -> list[int]:
     teacher = pruned if run.recipe.teacher == "pruned" else dense
     of_attention = [teacher] if run.recipe.granularity == "attn-mlp" else []
     return [pruned, dense, *of_attention, *([pruned] if run.recipe.teacher == "pruned" else [])]
+
+
+def _studied(run: Outline) -> int:
+    """Bytes of the hidden states of the sequences to distil on."""
+    sequences = most(shares_of(run.recipe.distill.studied(run.samples), run.batch, run.ranks))
+    return sequences * run.seqlen * run.channels * run.item
 
 
 def _measured(run: Outline) -> list[int]:

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from besa.methods.distilling import Pupil
 from besa.models.activations import HiddenStates
-from besa.models.blocks import embedded
 from besa.models.whole import Whole, head_share
 from besa.pruning.coded import in_files, round_block
 from besa.pruning.loop import Pruned
 from besa.pruning.run import Run
+from besa.pruning.studied import Studied
 from besa.quantization import Grid, Quantized
 from besa.record import DistillingRecord
 from besa.storage.formats import unrounded
@@ -38,16 +38,18 @@ def distill(run: Run, pruned: Pruned) -> DistillingRecord:
     Args:
         run: the journal has the pruned blocks; states and the result are written to it. Progress is (steps done,
             steps, state) after every step.
-        pruned: its dense path has come to the end of the last block, for all tokens of the share.
+        pruned: its sequences have been through the dense model.
 
     Raises:
         BesaError: the disk is full.
     """
     recipe, journal, watch = run.recipe, run.journal, Stopwatch(run.resources.device)
+    assert pruned.studied is not None
     with ExitStack() as stack:
         with watch("load"):
-            inputs_NTC = _open(run, pruned, stack)
-        pupil = _pupil(run, pruned, inputs_NTC, sum(watch.seconds.values()))
+            _open(run, pruned, stack)
+            inputs_NTC = pruned.studied.inputs_NTC(run)
+        pupil = _pupil(run, pruned, pruned.studied, inputs_NTC, sum(watch.seconds.values()))
         with watch("distill"):
             states = _SharedSnapshots(Snapshots(journal.folder) if journal is not None else None)
             distilled = recipe.distill.distill(pupil, states, run.progress)
@@ -56,6 +58,7 @@ def distill(run: Run, pruned: Pruned) -> DistillingRecord:
             epochs=distilled.epochs,
             losses=distilled.losses,
             passes=recipe.distill.passes(pupil.head, len(distilled.losses) - 1),
+            study=pruned.studied.study.calibration.describe(),
             seconds=sum(watch.seconds.values()),
             phases=watch.seconds,
             sent=watch.sent,
@@ -72,37 +75,36 @@ def distill(run: Run, pruned: Pruned) -> DistillingRecord:
     return record
 
 
-def _open(run: Run, pruned: Pruned, stack: ExitStack) -> HiddenStates:
-    """Bring the whole pruned model to the device until the stack ends; returns the inputs of the first block."""
+def _open(run: Run, pruned: Pruned, stack: ExitStack) -> None:
+    """Bring the whole pruned model to the device until the stack ends."""
     decoder, device = run.decoder, run.resources.device
     stack.enter_context(decoder.outside_blocks(device))
-    inputs_NTC = embedded(decoder.model, decoder.blocks, run.calibration.tokens_NT, 1, run.resources.room, pruned.share)
     for block in decoder.blocks:
         stack.enter_context(decoder.opened(block, device))
         if not decoder.lasting:
             tensors = run.kept(block)
             decoder.load_tensors(block, unrounded.decode(tensors, 0)[0] if pruned.grids else tensors)
-    return inputs_NTC
 
 
-def _pupil(run: Run, pruned: Pruned, inputs_NTC: HiddenStates, loading: float) -> Pupil:
+def _pupil(run: Run, pruned: Pruned, studied: Studied, inputs_NTC: HiddenStates, loading: float) -> Pupil:
     """What learns, and what it learns from.
 
     Args:
         run: its model is open.
         pruned: its blocks.
+        studied: its sequences have been through the dense model.
         inputs_NTC: of the first block.
         loading: seconds that it took to open the model.
     """
     decoder, device = run.decoder, run.resources.device
-    assert pruned.dense_NTC is not None
     return Pupil(
         Whole(decoder.model, decoder.blocks),
         [linear.name for record in pruned.records for linear in record.linears],
-        run.calibration.tokens_NT[pruned.share.places],
+        studied.tokens_NT,
         inputs_NTC,
-        pruned.dense_NTC,
-        pruned.share,
+        studied.outputs_NTC,
+        studied.study,
+        studied.share,
         run.seed,
         sum(block.seconds for block in pruned.records) + loading,
         head_share(decoder.model, decoder.blocks),

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from besa.counting.budget import Budget
 from besa.data.calibration import Calibration
+from besa.methods.distilling import Study
 from besa.methods.recipe import Recipe
 from besa.methods.targets.budgets import budgets
-from besa.models.activations import HiddenStates
 from besa.models.check import Check
 from besa.models.streaming import Decoder
 from besa.models.units import Unit, units
@@ -23,30 +23,27 @@ from besa.pruning.measuring import Measured, measure
 from besa.pruning.paths import PLAIN, Resources, first_inputs
 from besa.pruning.run import Run
 from besa.pruning.step import Step, prune_unit
+from besa.pruning.studied import Studied
 from besa.quantization import Grid
 from besa.record import BlockRecord
 from besa.storage.formats import codes
 from besa.storage.journal import Journal
 from besa.system import memory, ranks
-from besa.system.ranks import Share
 from besa.system.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """Blocks that are pruned, and what is left of the dense path.
+    """Blocks that are pruned, and what distilling needs besides them.
 
     Attributes:
         records: of the blocks.
-        dense_NTC: where the dense path has come to, of the sequences and tokens that the recipe needs; None if nothing
-            was run.
-        share: the sequences of this rank.
+        studied: the sequences to distil on, run through the dense model; None if there are none.
         grids: by full name, of linears that are to be rounded after distilling.
     """
 
     records: list[BlockRecord]
-    dense_NTC: HiddenStates | None
-    share: Share
+    studied: Studied | None = None
     grids: dict[str, Grid] = field(default_factory=dict)
 
 
@@ -70,7 +67,7 @@ def prune_units(run: Run, *, to_the_end: bool = False) -> Pruned:
 
     Args:
         run: the journal gets every block that is finished.
-        to_the_end: run the dense path to its end, even if the journal has the last blocks.
+        to_the_end: run what is to be studied through the dense model, even if the journal has the last blocks.
 
     Raises:
         BesaError: the blocks cannot be run one by one, activations are not finite, a block already has more zeros than
@@ -86,24 +83,26 @@ def prune_units(run: Run, *, to_the_end: bool = False) -> Pruned:
     if run.journal is not None:
         run.journal.restored = len(done)
     if not (open_units or to_the_end):  # the earlier run stopped while it assembled the checkpoint
-        return Pruned([done[block.index] for block in run.decoder.blocks], None, run.share)
+        return Pruned([done[block.index] for block in run.decoder.blocks])
     last_open = max(open_units, default=-1)
     last = len(in_order) - 1 if to_the_end else last_open
     run.progress(0, len(run.decoder.blocks), "embeddings")
-    walk = _Walk(run, in_order, plan, done, measured.gradients, check, last_open, last)  # line 1
+    study = run.study if to_the_end else None
+    walk = _Walk(run, study, in_order, plan, done, measured.gradients, check, last_open, last)  # line 1
     for place in range(last + 1):  # line 2
         walk.through(place)
     if run.journal is not None:
         run.journal.settle()
     rest = [done[block.index] for unit in in_order[last + 1 :] for block in unit.blocks]
-    return Pruned([*walk.records, *rest], walk.dense_NTC, run.share, walk.grids)
+    return Pruned([*walk.records, *rest], walk.studied, walk.grids)
 
 
 class _Walk:
-    """The way of the pruned and the dense path through the units of a decoder.
+    """The way of the pruned and the dense path through the units of a decoder, and of the sequences to distil on.
 
     Args:
         run: what is pruned, and how.
+        study: what is run through the dense model to distil on it; None for nothing.
         in_order: the units.
         plan: the budgets of each unit.
         done: records by index of the blocks that the journal has.
@@ -113,7 +112,7 @@ class _Walk:
         last: place of the last unit on the way.
 
     Attributes:
-        dense_NTC: where the dense path has come to.
+        studied: the sequences to distil on; None without distilling.
         records: of the blocks on the way so far.
         grids: by full name, of linears that are to be rounded after distilling.
     """
@@ -121,6 +120,7 @@ class _Walk:
     def __init__(
         self,
         run: Run,
+        study: Study | None,
         in_order: list[Unit],
         plan: list[list[Budget]],
         done: Mapping[int, BlockRecord],
@@ -132,9 +132,10 @@ class _Walk:
         self._run, self._units, self._plan, self._done = run, in_order, plan, done
         self._gradients, self._check, self._last_open, self._last = gradients, check, last_open, last
         self._whole = units(run.dense.blocks, run.recipe.granularity) if run.dense is not None else in_order
-        self._pruned_NTC, self.dense_NTC = first_inputs(
+        self._pruned_NTC, self._dense_NTC = first_inputs(
             run.decoder, run.recipe, run.calibration, run.resources, run.share
         )
+        self.studied = Studied.begun(run, study) if study is not None else None
         if run.dense is not None:
             for block, dense_block in zip(run.decoder.blocks, run.dense.blocks, strict=True):
                 dense_block.arguments.update(block.arguments)
@@ -152,6 +153,9 @@ class _Walk:
             if place < self._last:
                 for block in self._units[place + 1].blocks:
                     self._run.decoder.prefetch(block, self._run.resources.device)
+            if self.studied is not None:
+                with watch("dense"):
+                    self.studied.through(self._whole[place])
             if unit.index in self._done:
                 self._restore(place)
                 return
@@ -178,7 +182,7 @@ class _Walk:
         """Run the blocks of a finished unit, dense and pruned, as they are in the journal."""
         batch = self._run.resources.batch
         for block, dense_block in zip(self._units[place].blocks, self._whole[place].blocks, strict=True):
-            dense_block.run(self.dense_NTC, batch, into=self.dense_NTC)
+            dense_block.run(self._dense_NTC, batch, into=self._dense_NTC)
             self.grids |= put_back(self._run.decoder, block, self._run.kept(block), self._run.recipe)
             if place < self._last_open:
                 block.run(self._pruned_NTC, batch, into=self._pruned_NTC)
@@ -193,7 +197,7 @@ class _Walk:
             self._plan[place],
             run.recipe,
             self._pruned_NTC,
-            self.dense_NTC,
+            self._dense_NTC,
             run.share,
             self._gradients,
             run.seed,

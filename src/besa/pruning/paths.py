@@ -72,7 +72,7 @@ def dense_share(recipe: Recipe, seqlen: int) -> tuple[int, int]:
     Returns:
         One sequence in how many, and how many tokens of it from its beginning.
     """
-    if recipe.finetune.moves_weights or recipe.distill.moves_weights:
+    if recipe.finetune.moves_weights:
         return 1, seqlen
     if recipe.descent is None or recipe.teacher != "dense":
         return ERROR_SHARE, first_tokens(seqlen, ERROR_TOKENS)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from besa.methods.distilling.distiller import Distilled, Pupil, Snapshots
 from besa.methods.reconstruction.written import written
-from besa.methods.steps import average, one_pass, root_mean_square, split
+from besa.methods.steps import average, one_pass, root_mean_square
 from besa.models.kept import kept_of, spread
 from besa.models.transfers import fetched
 from besa.observing.divergence import divergence, tokens_at_once
@@ -50,8 +50,7 @@ class Course:
         self._dtype = learning_dtype(whole.dtype, whole.device) if settings.autocast else whole.dtype
         self._stages = settings.stages(pupil.linears, whole.vectors)
         self._dense = {name: whole.own(name).clone() for name in whole.vectors}
-        self._held, self._learned = split(pupil.share.total)
-        self._steps = settings.steps(pupil.share.total)  # in an epoch
+        self._steps = -(-len(pupil.study.learned(0)) // settings.sequences)  # in an epoch
         self._at_once = tokens_at_once(whole.vocabulary)
         self._epochs = settings.epochs
         self._losses: list[float] = []
@@ -84,7 +83,7 @@ class Course:
         """
         settings, head = self._settings, self._pupil.head
         assert settings.minutes is not None
-        epoch = seconds * settings.epoch_passes(head) / settings.passes(head, epochs=0)
+        epoch = seconds * settings.epoch_passes(head) / settings.measuring_passes(head)
         return max(0, int((60 * settings.minutes - self._pupil.seconds - seconds) / epoch))
 
     def _learn(self, number: int, begun: Mapping[str, Any]) -> None:
@@ -104,7 +103,7 @@ class Course:
         position: dict[str, Any] = {"stage": number, "sizes": sizes, "first": first, "eased": begun.get("eased", 0)}
         for epoch in range(begun.get("epoch", 0), self._epochs):
             generator = torch.Generator().manual_seed(self._pupil.seed + epoch)
-            order = one_pass(self._learned, self._settings.sequences, generator)
+            order = one_pass(self._pupil.study.learned(epoch), self._settings.sequences, generator)
             for step in range(begun.get("step", 0) if epoch == begun.get("epoch") else 0, self._steps):
                 rate = self._rate(epoch * self._steps + step) * EASED ** position["eased"]
                 for group, size in zip(optimizer.param_groups, sizes, strict=True):
@@ -170,7 +169,7 @@ class Course:
     def _held_out_loss(self, values: Mapping[str, Tensor]) -> float:
         """The mean loss of the held-out sequences of all ranks."""
         predicting = self._predicting(values)
-        losses = [self._loss(predicting, place, None) for place in self._pupil.share.own(self._held)]
+        losses = [self._loss(predicting, place, None) for place in self._pupil.share.own(self._pupil.study.held)]
         of_ranks = ranks.all_of(torch.stack(losses).tolist() if losses else [])
         return fmean(loss for of_rank in of_ranks for loss in of_rank)
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor
 
+from besa.methods.distilling.study import Study
 from besa.models.activations import HiddenStates
 from besa.models.whole import Whole
 from besa.progress import Progress
@@ -30,7 +31,8 @@ class Pupil:
         tokens_NT: of the sequences of this rank.
         inputs_NTC: of the first block, for the same sequences.
         targets_NTC: outputs of the last block of the dense model.
-        share: these sequences.
+        study: all sequences, of this rank and others.
+        share: those of this rank.
         seed: of the order of sequences.
         seconds: that the run has taken so far.
         head: cost of the model's head, as a share of a forward pass through all blocks.
@@ -42,6 +44,7 @@ class Pupil:
     tokens_NT: Tensor
     inputs_NTC: HiddenStates
     targets_NTC: HiddenStates
+    study: Study
     share: Share
     seed: int
     seconds: float
@@ -92,7 +95,7 @@ class Distiller(Settings):
     """Base of all ways to distil. The defaults describe one that does nothing.
 
     Attributes:
-        moves_weights: whether the model changes; the dense path then needs the outputs of all tokens.
+        moves_weights: whether the model changes.
     """
 
     moves_weights: ClassVar[bool] = False
@@ -101,6 +104,14 @@ class Distiller(Settings):
     def sequences(self) -> int:
         """Sequences of a learning step."""
         return 1
+
+    def studied(self, samples: int) -> int:
+        """Sequences that it learns from, as far as there are so many; as many as there are for calibration are those.
+
+        Args:
+            samples: calibration sequences.
+        """
+        return 0
 
     def epoch_passes(self, head: float) -> float:
         """Forward passes over the calibration set in an epoch of all that learns.
@@ -111,11 +122,11 @@ class Distiller(Settings):
         return 0.0
 
     def passes(self, head: float, epochs: int | None = None) -> float:
-        """Forward passes over the calibration set in so many epochs, by default as many as there are at most.
+        """Forward passes over as many sequences as the calibration set has, through the dense model too.
 
         Args:
             head: as of `epoch_passes`.
-            epochs: of one part after the other.
+            epochs: of one part after the other; by default as many as there are at most.
         """
         return 0.0
 

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from besa.methods.distilling.course import Course
 from besa.methods.distilling.distiller import Distilled, Distiller, Pupil, Snapshots
+from besa.methods.distilling.study import needed
 from besa.methods.steps import split
 from besa.observing.input_statistics import HELD_OUT
 from besa.progress import Progress
@@ -34,6 +35,11 @@ class MaskedKL(Learning, Distiller):
         description="kept weights of pruned linears; norms and biases; both, first norms; or both at once",
     )
     epochs: int = Field(default=2, ge=1, description="passes over the calibration set, at most; of both, for each")
+    further: bool = Field(
+        default=False,
+        description="learn from further sequences of the calibration's texts, new ones in every epoch, as far as there "
+        "are any; else from the calibration set",
+    )
     minutes: float | None = Field(
         default=None,
         gt=0,
@@ -51,19 +57,27 @@ class MaskedKL(Learning, Distiller):
     moves_weights: ClassVar[bool] = True
     most_shared: ClassVar[int] = 4
 
+    def studied(self, samples: int) -> int:
+        """Those of all epochs, and those that are held out."""
+        return needed(samples, self.epochs if self.further else 1)
+
     def epoch_passes(self, head: float) -> float:
         """Forward twice and backward over the sequences learned from, and forward over those held out.
 
         With each goes the head, once for the dense model too.
         """
-        held = 1 / HELD_OUT
-        learning = (LEARNING + LEARNING_HEADS * head) * (1 - held)
-        return len(self.stages([0], [0])) * (learning + (1 + HEADS * head) * held)
+        learning = (LEARNING + LEARNING_HEADS * head) * (1 - 1 / HELD_OUT)
+        return len(self.stages([0], [0])) * (learning + self.measuring_passes(head))
 
     def passes(self, head: float, epochs: int | None = None) -> float:
-        """All epochs, and a forward pass over the held-out sequences before the first."""
+        """All epochs, the held-out sequences once before the first, and all sequences through the dense model."""
         share = self.epochs if epochs is None else epochs / len(self.stages([0], [0]))
-        return share * self.epoch_passes(head) + (1 + HEADS * head) / HELD_OUT
+        held, sets = 1 / HELD_OUT, self.epochs if self.further else 1
+        return share * self.epoch_passes(head) + self.measuring_passes(head) + held + sets * (1 - held)
+
+    def measuring_passes(self, head: float) -> float:
+        """Forward over the held-out sequences."""
+        return (1 + HEADS * head) / HELD_OUT
 
     def learned_passes(self, head: float) -> float:
         """Forward and backward over the sequences learned from, in all epochs."""
