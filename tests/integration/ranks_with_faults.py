@@ -18,7 +18,7 @@ from transformers.models.llama import modeling_llama
 
 from besa import api
 from besa.cli import main as besa
-from besa.cli import show
+from besa.cli.show import pruning as show
 from besa.system import joining
 from tests import forked
 from tests.integration.rank_with_fault import prepare

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 import besa
-from besa.cli.show import compared
+from besa.cli.show.studying import compared
 from besa.errors import BesaError
 from besa.methods.recipe import Recipe
 from besa.storage.writing import claimed

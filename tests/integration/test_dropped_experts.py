@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import besa
 from besa import BesaError, Recipe, compress
-from besa.cli import show
+from besa.cli.show import pruning as show
 from besa.errors import Interrupted
 from besa.models.blocks import find_blocks
 from besa.models.experts import find_experts

@@ -12,7 +12,7 @@ from transformers import FalconConfig, LlamaConfig, MixtralConfig, MixtralForCau
 
 import besa
 from besa import Calibration
-from besa.cli import show
+from besa.cli.show import pruning as show
 from besa.methods.recipe import Recipe
 from besa.models.blocks import find_blocks
 from besa.models.loading import locate, read_config, skeleton

@@ -26,7 +26,7 @@ from transformers.models.llama import modeling_llama
 
 from besa import api
 from besa.cli import main as besa
-from besa.cli import show
+from besa.cli.show import pruning as show
 from besa.system import joining, ranks
 from tests import forked
 

@@ -9,7 +9,7 @@ from rich.box import SIMPLE
 from rich.console import Console, RenderableType
 
 import besa
-from besa.cli import show
+from besa.cli.show import pruning, running, studying
 from besa.cli.tables import Whole
 from besa.runtime.timings import Bench, ModelSpeed, Timing
 from besa.studies.comparing import Comparison
@@ -37,7 +37,7 @@ def bench() -> tuple[RenderableType, list[str]]:
     ]
     facts = {"bandwidth": 1e10, "rounds": 7, "created": "now", "versions": {}, "machine": {"threads": 2}}
     numbers = ["tokens/s 32.0", "quartiles 21.3–40.0", "× 1.00", "limit 64.0", "of limit 50%", "file, MB 9,000"]
-    return show.benched(Bench(models=models, **facts)), [
+    return running.benched(Bench(models=models, **facts)), [
         *NAMES,
         "decode 1",
         "dense, prepacked",
@@ -55,7 +55,7 @@ def comparison() -> tuple[RenderableType, list[str]]:
     facts = {"model": NAMES[0], "calibration": "128 sequences of a mixture", "window": 2048, "dense": rows[0]}
     result = Comparison.model_construct(**facts, rows=rows, earlier=[])
     numbers = ["sparsity 50.0000%", "seconds 1,234", "web 10.25", "code 12.25", "worked maths 13.25"]
-    return show.compared(result, Path("compare")), [*NAMES, *numbers]
+    return studying.compared(result, Path("compare")), [*NAMES, *numbers]
 
 
 SHOWN: dict[str, Callable[[], tuple[RenderableType, list[str]]]] = {"bench": bench, "compare": comparison}
@@ -97,7 +97,7 @@ def test_numbers_of_rows_stand_below_each_other() -> None:
 
 @pytest.mark.parametrize("width", [40, 80])
 def test_sentences_are_broken_between_words_and_no_word_is_lost(width: int) -> None:
-    shown = show.planned(besa.plan(str(TINY), "wanda", samples=4, seqlen=16, device="cpu"))
+    shown = pruning.planned(besa.plan(str(TINY), "wanda", samples=4, seqlen=16, device="cpu"))
     text, whole = printed(shown, width), printed(shown, None)
     lines = text.splitlines()
     assert max(map(len, lines[1:])) <= width < max(map(len, whole.splitlines()))

@@ -65,7 +65,7 @@ def evaluate_command(
 ) -> None:
     """Measure a model's perplexity on texts, and its accuracy on zero-shot tasks."""
     from besa.api import evaluate
-    from besa.cli.show import evaluated
+    from besa.cli.show.measuring import evaluated
     from besa.cli.tracking import show_progress
     from besa.evaluation.carding import tell_card
     from besa.system import ranks
@@ -102,7 +102,7 @@ def inspect_command(
 ) -> None:
     """Count the sparsity and size of each block and linear in the files."""
     from besa.checkpoint.inspection import inspect
-    from besa.cli.show import contents
+    from besa.cli.show.measuring import contents
     from besa.cli.tracking import show_progress
     from besa.models.loading import locate
 
@@ -122,7 +122,7 @@ def verify_command(
 ) -> None:
     """Compare a checkpoint with the digests of its files; the contents of a packed one are checked too."""
     from besa.checkpoint.verification import verify
-    from besa.cli.show import verified
+    from besa.cli.show.measuring import verified
     from besa.cli.tracking import show_progress
 
     with show_progress(quiet=quiet, json_progress=json_progress) as tracker:
@@ -146,7 +146,7 @@ def simulate_command(
 ) -> None:
     """Count the cycles that ViTCoD, an accelerator for sparse weights, would take (the paper's Table 4)."""
     from besa.api import simulate
-    from besa.cli.show import simulated
+    from besa.cli.show.measuring import simulated
     from besa.cli.tracking import show_progress
     from besa.simulator import check_alike
 

@@ -82,7 +82,7 @@ def prune(
 ) -> None:
     """Prune a model block by block and write a checkpoint that transformers loads, with a run record."""
     from besa.api import compress
-    from besa.cli.show import pruned
+    from besa.cli.show.pruning import pruned
     from besa.cli.tracking import show_progress
     from besa.errors import BesaError
     from besa.planning import within
@@ -143,7 +143,7 @@ def shrink(
 ) -> None:
     """Write a pruned model without unread feed-forward channels and heads, and without blocks that do nothing."""
     from besa.checkpoint.shrinking import shrink as shrink_checkpoint
-    from besa.cli.show import shrunk
+    from besa.cli.show.pruning import shrunk
     from besa.cli.tracking import show_progress
 
     with show_progress(quiet=quiet, json_progress=json_progress) as tracker:
@@ -178,7 +178,7 @@ def plan_command(
 ) -> None:
     """Estimate from a model's configuration what pruning it will take, and whether it fits on this machine."""
     from besa.api import plan
-    from besa.cli.show import planned
+    from besa.cli.show.pruning import planned
 
     result = plan(
         model,
@@ -200,7 +200,7 @@ def plan_command(
 @commands.command(rich_help_panel=PANEL)
 def recipes(json: JsonOption = None) -> None:
     """List the recipes that come with besa: what each is for, what it needs, and what it costs."""
-    from besa.cli.show import recipes_listed
+    from besa.cli.show.pruning import recipes_listed
     from besa.models.limits import USUAL
     from besa.planning import list_recipes
 

@@ -41,7 +41,7 @@ def pack(
 ) -> None:
     """Store a pruned checkpoint as bitmasks and kept values. It is smaller, and eval, generate and bench run it."""
     from besa.checkpoint.packing import pack as pack_checkpoint
-    from besa.cli.show import packed
+    from besa.cli.show.running import packed
     from besa.cli.tracking import show_progress
 
     with show_progress(quiet=quiet, json_progress=json_progress) as tracker:
@@ -151,7 +151,7 @@ def bench_command(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Measure tokens a second, time to the first token and memory of models, and the limit of the memory bandwidth."""
-    from besa.cli.show import benched
+    from besa.cli.show.running import benched
     from besa.cli.tracking import show_progress
     from besa.runtime.speed import bench
 

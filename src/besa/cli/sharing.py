@@ -26,7 +26,7 @@ def push_command(
     """Upload a checkpoint with its card, record and measurements to the Hugging Face Hub; the same again goes on."""
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
-    from besa.cli.show import pushed
+    from besa.cli.show.sharing import pushed
     from besa.cli.tracking import show_progress
     from besa.integrations.pushing import prepare, send
 

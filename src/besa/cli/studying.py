@@ -87,7 +87,7 @@ def compare_command(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Prune by several recipes, at several sparsities and seeds, and put what comes out into one table and one plot."""
-    from besa.cli.show import compared
+    from besa.cli.show.studying import compared
     from besa.cli.tracking import show_progress
     from besa.evaluation.texts import spelled_out
     from besa.models.limits import usual_length
@@ -145,7 +145,7 @@ def demo(
     json_progress: JsonProgressOption = None,
 ) -> None:
     """Prune the embedded SmolLM2-135M by BESA and by the methods it must beat, and show what is left of it."""
-    from besa.cli.show import demonstrated
+    from besa.cli.show.studying import demonstrated
     from besa.cli.tracking import show_progress
     from besa.studies.demo import FULL, QUICK, run_demo
     from besa.system import memory
