@@ -64,7 +64,7 @@ def test_passes_of_stages_add_up_and_stages_say_what_they_do():
     recipe = Recipe.load("best")
     explanation = explain(recipe, 64, 512, head=0.25)
     stages = {entry.stage: entry for entry in explanation.stages}
-    assert explanation.walk == 1 + 2
+    assert explanation.walk == 2 + 1 / 32
     assert stages["targets"].passes == 3 / 8  # eight sequences of 64, measured for the allocation too
     assert stages["allocation"].passes == 0
     assert stages["distill"].passes == recipe.distill.passes(0.25)
