@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE
@@ -15,8 +16,6 @@ from besa.simulator import described
 from besa.storage.names import pinned
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from rich.console import RenderableType
 
     from besa.checkpoint.inspection import Contents
