@@ -260,6 +260,14 @@ def test_in_the_mix_a_short_text_gives_what_it_has(texts):
     assert "The text technical holds 11 tokens, but 3 sequences of 4 tokens need 12" in refusal(
         lambda: sample("c4:0.5,technical:0.5", COUNTING, 6, 4, 0)
     )
+
+
+def test_at_most_gives_what_there_is(texts):
+    texts["technical"] = 11
+    assert by_text(sample("mix", COUNTING, 83, 4, 0, at_most=True).tokens_NT) == [20, 20, 20, 2, 20]
+    assert by_text(sample("c4:0.5,technical:0.5", COUNTING, 6, 4, 0, at_most=True).tokens_NT) == [3, 0, 0, 2, 0]
+    enough, without = (sample("mix", COUNTING, 34, 4, 0, at_most=few) for few in (True, False))
+    assert enough.describe() == without.describe()
     assert "The embedded texts hold 82 sequences of 4 tokens, but 83 are needed" in refusal(
         lambda: sample("mix", COUNTING, 83, 4, 0)
     )

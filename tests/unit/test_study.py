@@ -69,6 +69,7 @@ def test_ranks_have_equal_work_in_every_epoch(ranks):
 
 
 TEXT = "calibration.txt"
+AGAIN = "Distilling asks for 22 sequences, but has 8: later epochs learn from the same again."
 
 
 def learned_from(monkeypatch, model, tokenizer, calibration, **sizes):
@@ -95,6 +96,7 @@ def test_further_sequences_are_drawn_from_the_same_text(monkeypatch, tiny_llama,
     assert (study["source"], study["samples"], study["seqlen"]) == (text, 1 + 3 * 7, 48)
     assert study["sha256"] != record.calibration["sha256"]
     assert record.calibration == {**study, **{key: record.calibration[key] for key in ("samples", "seed", "sha256")}}
+    assert AGAIN not in record.notes
     losses = record.distilling.losses
     assert losses[-1] < losses[0]
 
@@ -108,6 +110,7 @@ def test_what_there_is_of_a_short_text_comes_again(
     short.write_text(tiny_tokenizer.decode(tokens))
     record, steps = learned_from(monkeypatch, tiny_llama, tiny_tokenizer, str(short), samples=8, seqlen=48)
     assert record.distilling.study["samples"] == 8
+    assert record.notes[-1] == AGAIN
     epochs = [sorted(tokens.tolist()) for tokens in steps]
     assert epochs[0] == epochs[1] == epochs[2]
 
@@ -116,4 +119,5 @@ def test_token_batches_have_no_further_ones(monkeypatch, tiny_llama, tiny_tokeni
     tokens = torch.randint(3, 1000, (8, 24), generator=torch.Generator().manual_seed(0))
     record, steps = learned_from(monkeypatch, tiny_llama, tiny_tokenizer, Calibration(tokens, "random tokens", 0))
     assert record.distilling.study == record.calibration
+    assert record.notes[-1] == AGAIN
     assert sorted(steps[2].tolist()) == sorted(tokens[1:].tolist())

@@ -56,19 +56,8 @@ class Asked:
             return self.calibration, notes
         seqlen = room.usual if self.seqlen is None else self.seqlen
         notes, first = room.checked(seqlen, "--seqlen"), bos_token(self.bos, tokenizer, model.config)
-        drawn = sample(
-            self.calibration,
-            tokenizer,
-            self.samples,
-            seqlen,
-            self.seed,
-            progress,
-            bos=first,
-            rows=rows,
-            dialogue=dialogue_of(tokenizer) if self.chat else None,
-            author=author(seqlen=seqlen, seed=self.seed, bos=first, progress=progress),
-        )
-        return drawn, notes
+        written = author(seqlen=seqlen, seed=self.seed, bos=first, progress=progress)
+        return self._sampled(model, tokenizer, progress, self.samples, seqlen, self.seed, author=written), notes
 
     def study(
         self,
@@ -77,10 +66,11 @@ class Asked:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         progress: Progress,
-    ) -> Study | None:
+    ) -> tuple[Study | None, list[str]]:
         """What distilling learns from: further sequences of the same texts, if it asks for them and there are any.
 
-        Token batches have no further ones, and nothing is written for it by the model.
+        They are drawn anew, so a few may overlap with the calibration set. Token batches have no further ones, and the
+        model writes none: then every epoch has the calibration set.
 
         Args:
             calibration: as drawn.
@@ -90,30 +80,54 @@ class Asked:
             progress: while reading a long text.
 
         Returns:
-            None if nothing is distilled.
+            The sequences, None if nothing is distilled; and a note if they are fewer than asked for.
 
         Raises:
             BesaError: a text cannot be read any more.
         """
-        wanted, source = distilling.studied(calibration.samples), self.calibration
+        wanted = distilling.studied(calibration.samples)
         if not wanted:
-            return None
-        if (
-            wanted <= calibration.samples
-            or isinstance(source, Calibration)
-            or any(part.source == OWN for part in parts_of(source))
-        ):
-            return Study(calibration)
-        further = sample(
-            source,
+            return None, []
+        study = Study(calibration)
+        if wanted > calibration.samples and self._has_further:
+            seed = LARGEST + 1 + self.seed  # as of no calibration set
+            drawn = self._sampled(model, tokenizer, progress, wanted, calibration.seqlen, seed, at_most=True)
+            if drawn.samples >= calibration.samples:
+                study = Study.of(drawn, calibration.samples)
+        there = study.calibration.samples
+        again = f"Distilling asks for {wanted:,} sequences, but has {there:,}: later epochs learn from the same again."
+        return study, [again] if there < wanted else []
+
+    @property
+    def _has_further(self) -> bool:
+        """Whether more can be drawn: there is a text, and the model does not write it."""
+        source = self.calibration
+        return isinstance(source, str) and all(part.source != OWN for part in parts_of(source))
+
+    def _sampled(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        progress: Progress,
+        samples: int,
+        seqlen: int,
+        seed: int,
+        *,
+        author: Author | None = None,
+        at_most: bool = False,
+    ) -> Calibration:
+        """Sequences of the texts that were asked for; further arguments and errors as of `sample`."""
+        assert isinstance(self.calibration, str)
+        return sample(
+            self.calibration,
             tokenizer,
-            wanted,
-            calibration.seqlen,
-            LARGEST + 1 + self.seed,  # other sequences than those of any calibration set
+            samples,
+            seqlen,
+            seed,
             progress,
             bos=bos_token(self.bos, tokenizer, model.config),
             rows=embedding_rows(model),
             dialogue=dialogue_of(tokenizer) if self.chat else None,
-            at_most=True,
+            author=author,
+            at_most=at_most,
         )
-        return Study.of(further, calibration.samples) if further.samples >= calibration.samples else Study(calibration)

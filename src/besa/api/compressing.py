@@ -151,7 +151,7 @@ def compress(
         author = partial(Author, decoder, opened, tokenizer, identity, chat=chat, device=device, dtype=dtype)
         asked = Asked(calibration, samples, seqlen, bos, chat, seed)
         calibration, notes = asked.drawn(decoder.model, tokenizer, author, progress)
-        study = asked.study(calibration, recipe.distill, decoder.model, tokenizer, progress)
+        study, further = asked.study(calibration, recipe.distill, decoder.model, tokenizer, progress)
         batch = batch or begun.get("batch") or default_batch(calibration.samples, calibration.seqlen, device)
         memory.trim()
         room = Room(device, activation_budget, journal.folder if journal else None)
@@ -159,7 +159,7 @@ def compress(
         run = Run(decoder, recipe, calibration, study, None, seed, resources, journal, progress)
         fewer = smaller(decoder.model, decoder.blocks, recipe)
         _begin(run, identity, fewer)
-        run, record = _pruned(run, identity, fewer, notes, command)
+        run, record = _pruned(run, identity, fewer, [*notes, *further], command)
         if journal and out:
             coding = None if dequantized else recipe.quantization.coding
             finish(journal, run.decoder, tokenizer, record, out, quantization=coding)

@@ -57,7 +57,7 @@ def distill(run: Run, pruned: Pruned) -> DistillingRecord:
         record = DistillingRecord(
             epochs=distilled.epochs,
             losses=distilled.losses,
-            passes=recipe.distill.passes(pupil.head, len(distilled.losses) - 1),
+            passes=recipe.distill.passes(pupil.head, len(distilled.losses) - 1, pupil.study.epochs),
             study=pruned.studied.study.calibration.describe(),
             seconds=sum(watch.seconds.values()),
             phases=watch.seconds,

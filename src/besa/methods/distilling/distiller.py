@@ -106,7 +106,7 @@ class Distiller(Settings):
         return 1
 
     def studied(self, samples: int) -> int:
-        """Sequences that it learns from, as far as there are so many; as many as there are for calibration are those.
+        """The number of sequences to learn from, if there are so many. That of the calibration set means that set.
 
         Args:
             samples: calibration sequences.
@@ -121,12 +121,13 @@ class Distiller(Settings):
         """
         return 0.0
 
-    def passes(self, head: float, epochs: int | None = None) -> float:
+    def passes(self, head: float, epochs: int | None = None, own: int | None = None) -> float:
         """Forward passes over as many sequences as the calibration set has, through the dense model too.
 
         Args:
             head: as of `epoch_passes`.
             epochs: of one part after the other; by default as many as there are at most.
+            own: epochs that have sequences of their own; by default as many as ask for them.
         """
         return 0.0
 

@@ -69,11 +69,13 @@ class MaskedKL(Learning, Distiller):
         learning = (LEARNING + LEARNING_HEADS * head) * (1 - 1 / HELD_OUT)
         return len(self.stages([0], [0])) * (learning + self.measuring_passes(head))
 
-    def passes(self, head: float, epochs: int | None = None) -> float:
+    def passes(self, head: float, epochs: int | None = None, own: int | None = None) -> float:
         """All epochs, the held-out sequences once before the first, and all sequences through the dense model."""
         share = self.epochs if epochs is None else epochs / len(self.stages([0], [0]))
-        held, sets = 1 / HELD_OUT, self.epochs if self.further else 1
-        return share * self.epoch_passes(head) + self.measuring_passes(head) + held + sets * (1 - held)
+        if own is None:
+            own = self.epochs if self.further else 1
+        dense = 1 / HELD_OUT + own * (1 - 1 / HELD_OUT)
+        return share * self.epoch_passes(head) + self.measuring_passes(head) + dense
 
     def measuring_passes(self, head: float) -> float:
         """Forward over the held-out sequences."""

@@ -39,6 +39,8 @@ class Study:
         What is held out, and every epoch, has the texts of a mixture by their shares. The places of an epoch are spread
         over the whole set, so that ranks have equal work in it.
 
+        Where some are left over, what each text of a mixture gave is no longer known, and not said.
+
         Args:
             drawn: sequences.
             samples: of the calibration set.
@@ -46,7 +48,8 @@ class Study:
         held, learned = _sizes(samples)
         epochs = (drawn.samples - held) // learned if learned else 1
         tokens_NT = drawn.tokens_NT[evenly(drawn.samples)[: needed(samples, epochs)]]
-        study = cls(replace(drawn, tokens_NT=tokens_NT.clone()), epochs)
+        parts = drawn.parts if len(tokens_NT) == drawn.samples else ()
+        study = cls(replace(drawn, tokens_NT=tokens_NT.clone(), parts=parts), epochs)
         places = study.held + [place for epoch in range(epochs) for place in study.learned(epoch)]
         study.calibration.tokens_NT[places] = tokens_NT
         return study
