@@ -127,6 +127,22 @@ def test_lines_are_whole_and_plain_whatever_the_width_says(clock, capsys, monkey
     assert "\x1b" not in text
 
 
+def test_a_line_that_ctrl_c_interrupts_comes_once(monkeypatch, clock):
+    """The signal comes when the line is written, but the print has not ended."""
+
+    class Interrupted(io.StringIO):
+        def flush(self):
+            if self.getvalue().count("\n") == 1:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "stderr", Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        Lines(clock)(report(block=BlockDone("model.layers.0", 0.5, 0.5, 1.0)))
+    lines.err.print("besa: interrupted")
+    assert sys.stderr.getvalue().count("model.layers.0") == 1
+    assert sys.stderr.getvalue().endswith("besa: interrupted\n")
+
+
 def drawn_in(monkeypatch: pytest.MonkeyPatch, width: int, *reports: Report, color: str | None = None) -> str:
     """What a terminal of so many columns receives."""
     stream = io.StringIO()

@@ -6,8 +6,6 @@ import time
 from collections.abc import Callable
 from datetime import datetime
 
-from rich.text import Text
-
 from besa.cli.consoles import err
 from besa.cli.reports import Report
 
@@ -33,7 +31,9 @@ class Lines:
             return
         self._at = now
         moment = datetime.now().isoformat(" ", "seconds")
-        err.print("besa:", Text(f"{moment} {line(report)}"), highlight=False, soft_wrap=True)  # rich flushes
+        if not err.quiet:  # not by rich: after a Ctrl-C within its print, the next one has the line again
+            err.file.write(f"besa: {moment} {line(report)}\n")
+            err.file.flush()
 
 
 def line(report: Report) -> str:
