@@ -5,66 +5,19 @@ namespace {
 
 constexpr int BANDS = 2;
 
-// One row of x as a kind of dense weight meets it.
-template <typename Kind> struct Inputs {
-    Rows<Kind> rows;
-    Inputs(const Weight& weight, const float* x) : rows(weight, x, 1) {}
-};
-
-// Digits of eight bits, whose products with four bits are summed in sixteen.
-struct Digits {
-    alignas(32) int8_t low[2][32], high[2][32];  // of 64 columns: the even ones and the odd ones
-};
-template <> struct Inputs<Int4> {
-    Rows<Int4> rows;
-    std::vector<Digits> digits;
-    Inputs(const Weight& weight, const float* x) : rows(weight, x, 1), digits(rows.numbers.size()) {
-        for (size_t c = 0; c < digits.size(); ++c)
-            for (int i = 0; i < 64; ++i) {
-                const int16_t number = rows.numbers[c].low[i / 2 / 8][i % 2][i / 2 % 8];
-                digits[c].low[i % 2][i / 2] = int8_t(number);
-                digits[c].high[i % 2][i / 2] = int8_t((number - int8_t(number)) >> 8);
-            }
-    }
-};
-
 // The products of eight bytes at least of some rows, each added to the sums of its row.
 template <typename Kind>
 INLINE void multiply_rows(const uint8_t* const (&at)[BANDS * ROWS], int64_t width, const BandOf<Kind>* bands,
-                          const Inputs<Kind>& inputs, __m256 (&all)[BANDS * ROWS]) {
+                          const Rows<Kind>& rows, __m256 (&all)[BANDS * ROWS]) {
     constexpr int COUNT = BANDS * ROWS;
-    if constexpr (std::is_same_v<Kind, Int4>) {  // in groups of 128
-        for (int64_t g = 0; g < width / 64; ++g)
-            times<COUNT>([&](auto i) INLINED {
-                const __m256i four = _mm256_set1_epi8(15);
-                __m256i sums[2][2];
-                times<2>([&](auto c) INLINED {
-                    const Digits& digits = inputs.digits[size_t(2 * g + c)];
-                    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at[i] + 64 * g + 32 * c));
-                    const __m256i even = _mm256_and_si256(bytes, four);
-                    const __m256i odd = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), four);
-                    const auto products = [&](const int8_t(&x)[2][32]) INLINED {
-                        const auto* of = reinterpret_cast<const __m256i*>(x);
-                        return _mm256_add_epi16(_mm256_maddubs_epi16(even, of[0]), _mm256_maddubs_epi16(odd, of[1]));
-                    };
-                    sums[c][0] = products(digits.low);
-                    sums[c][1] = products(digits.high);
-                });
-                const __m256i low = _mm256_add_epi16(sums[0][0], sums[1][0]), high = _mm256_add_epi16(sums[0][1], sums[1][1]);
-                const __m256i sum = _mm256_add_epi32(_mm256_madd_epi16(low, _mm256_set1_epi16(1)),
-                                                     _mm256_madd_epi16(high, _mm256_set1_epi16(256)));
-                const BandOf<Kind>& band = bands[i / ROWS];
-                const __m256 scale = _mm256_broadcast_ss(&band.scales[size_t(i % ROWS * band.width + g)]);
-                all[i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, all[i]);
-            });
-    } else if constexpr (Kind::CODES) {  // a row is a group
+    if constexpr (Kind::CODES) {  // a row is a group
         for (int64_t left = 0; left < width; left += 1024) {
             __m256i sums[COUNT / 2] = {};
             for (int64_t c = left; c < std::min(width, left + 1024); c += 64)
                 times<COUNT / 2 * 4>([&](auto k) INLINED {
                     constexpr int I = k % (COUNT / 2), J = k / (COUNT / 2);
                     const __m256i w = pair(loaded(at[2 * I] + c + 16 * J), loaded(at[2 * I + 1] + c + 16 * J));
-                    sums[I] = Kind::add(sums[I], w, inputs.rows.numbers[size_t(c / 64)].low[J]);
+                    sums[I] = Kind::add(sums[I], w, rows.numbers[size_t(c / 64)].low[J]);
                 });
             times<COUNT / 2>([&](auto i) INLINED {
                 const __m256 sum = _mm256_mul_ps(_mm256_cvtepi32_ps(sums[i]), bands[2 * i / ROWS].scale(i % 2, 0));
@@ -73,7 +26,7 @@ INLINE void multiply_rows(const uint8_t* const (&at)[BANDS * ROWS], int64_t widt
             });
         }
     } else {
-        const float* x = inputs.rows.numbers.data();
+        const float* x = rows.numbers.data();
         for (int64_t c = 0; c < width; c += 8 * Kind::SIZE, x += 8)
             times<COUNT>([&](auto i) INLINED {
                 __m256 w;
@@ -87,9 +40,9 @@ INLINE void multiply_rows(const uint8_t* const (&at)[BANDS * ROWS], int64_t widt
 }
 
 template <typename Kind>
-TARGET void dense_bands(const Weight& weight, const Inputs<Kind>& inputs, float* y, int64_t first, int64_t last) {
+TARGET void dense_bands(const Weight& weight, const Rows<Kind>& rows, float* y, int64_t first, int64_t last) {
     std::vector<BandOf<Kind>> bands(BANDS, BandOf<Kind>(weight));
-    const int64_t width = std::is_same_v<Kind, Int4> ? weight.columns / 2 : weight.columns * Kind::SIZE;
+    const int64_t width = weight.columns * Kind::SIZE;
     const int64_t count = (last - first) / BANDS;
     for (int64_t index = first; index < first + count; ++index) {
         const uint8_t* at[BANDS * ROWS];
@@ -97,7 +50,7 @@ TARGET void dense_bands(const Weight& weight, const Inputs<Kind>& inputs, float*
         for (int64_t i = 0; i < BANDS * ROWS; ++i) at[i] = weight.values + (ROWS * (index + i / ROWS * count) + i % ROWS) * width;
         if constexpr (Kind::CODES)
             for (int64_t b = 0; b < BANDS; ++b) bands[size_t(b)].read(weight, index + b * count);
-        multiply_rows<Kind>(at, width, bands.data(), inputs, all);
+        multiply_rows<Kind>(at, width, bands.data(), rows, all);
         for (int64_t b = 0; b < BANDS; ++b) {
             Totals totals;
             for (int64_t r = 0; r < ROWS; ++r) {
@@ -108,7 +61,7 @@ TARGET void dense_bands(const Weight& weight, const Inputs<Kind>& inputs, float*
                 else
                     _mm256_store_ps(totals.of[r], of);
             }
-            write<Kind>(weight, inputs.rows, bands[size_t(b)], index + b * count, 0, totals, y);
+            write<Kind>(weight, rows, bands[size_t(b)], index + b * count, 0, totals, y);
         }
     }
 }
@@ -129,20 +82,24 @@ TARGET int64_t read_part(const char* from, int64_t bytes) {
 
 }  // namespace
 
-// Of weights whose rows are a multiple of 8 × threads and columns of 128, in groups of 128 columns (int4) or one for a row.
-// Of x, the numbers must not differ so much that some would need more than sixteen bits.
+// Of weights whose rows are a multiple of 8 × threads and columns of 128; of codes of eight bits, with a step for a row. Of
+// x, the numbers must not differ so much that some would need more than sixteen bits.
 #define DENSE(NAME, KIND)                                                                                          \
     extern "C" void dense_##NAME(const Weight* weight, const float* x, float* y, int64_t threads) {                \
-        const Inputs<KIND> inputs(*weight, x);                                                                     \
+        const Rows<KIND> rows(*weight, x, 1);                                                                      \
         const int64_t all = weight->rows / ROWS / BANDS;                                                           \
         _Pragma("omp parallel for num_threads(threads) schedule(static)")                                          \
         for (int64_t part = 0; part < threads; ++part)                                                             \
-            dense_bands<KIND>(*weight, inputs, y, all * part / threads * BANDS, all * (part + 1) / threads * BANDS); \
+            dense_bands<KIND>(*weight, rows, y, all * part / threads * BANDS, all * (part + 1) / threads * BANDS); \
     }
 DENSE(float32, Float32)
 DENSE(bfloat16, BFloat16)
 DENSE(int8, Int8)
-DENSE(int4, Int4)
+
+// Codes of four bits are those that the runtime holds, in its layout.
+extern "C" void dense_int4(const Weight* weight, const float* x, float* y, int64_t threads) {
+    multiply_held(*weight, x, 1, y, threads);
+}
 
 // Reads all bytes once, a number of them that 256 × threads divides.
 extern "C" int64_t read_all(const char* from, int64_t bytes, int64_t threads) {

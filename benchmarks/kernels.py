@@ -28,7 +28,7 @@ import torch
 import typer
 from torch import Tensor
 
-from besa.kernels import build, sparse, sparse_native
+from besa.kernels import build, held, sparse, sparse_native
 from besa.quantization import Grid, Quantized
 from besa.record import now
 from besa.storage.formats import bitmask
@@ -100,7 +100,7 @@ def _measure(
     whole = _weight(shape, dtype, 0.0, False, generator)
     many = torch.ones(4 * CACHE, dtype=torch.uint8)
     works: dict[Any, list[Work]] = {
-        mask: [partial(sparse.multiplied, x_NI, copy) for copy in _copies(weight)]
+        mask: [partial(sparse.Product(copy), x_NI) for copy in _copies(weight)]
         for mask, weight in zip(masks, weights, strict=True)
     }
     works["torch"] = _torch(x_NI, whole)
@@ -166,9 +166,12 @@ def _copies(weight: Bitmask) -> list[Bitmask]:
 
 def _dense(kernels: ctypes.CDLL, x_NI: Tensor, weight: Bitmask) -> list[Work]:
     """Calls of the dense kernel, which gets a weight's values in order, two codes of four bits to a byte."""
-    values = weight.unpack() if weight.bits is None else weight.unpack_codes().codes_OI
-    if weight.bits == 4:
-        values = values[:, ::2] | values[:, 1::2] << 4
+    if held.serves(weight):
+        values = held.laid_out(weight)
+    else:
+        values = weight.unpack() if weight.bits is None else weight.unpack_codes().codes_OI
+        if weight.bits == 4:
+            values = values[:, ::2] | values[:, 1::2] << 4
     x_NI, y_NO = x_NI.float(), torch.empty(1, weight.shape[0])
     kernel, threads = kernels[f"dense_{weight.kind}"], ctypes.c_int64(torch.get_num_threads())
     x, y = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (x_NI, y_NO))

@@ -8,7 +8,18 @@ import sys
 
 import torch
 
-from besa.kernels import attention, build, dense, native, norm, reference, row_codes, sparse_native, tiles_native
+from besa.kernels import (
+    attention,
+    build,
+    dense,
+    held,
+    native,
+    norm,
+    reference,
+    row_codes,
+    sparse_native,
+    tiles_native,
+)
 from besa.storage.formats import bitmask
 from besa.storage.formats.row_codes import RowCodes
 
@@ -63,6 +74,8 @@ def products(draw: random.Random, generator: torch.Generator) -> int:
     for path in sparse_native.paths():
         assert sparse_native.multiply(x_NI, weight, path).isfinite().all()
         sparse_native.expand(weight, bands, path)
+    if held.serves(weight):
+        assert held.Product(weight)(x_NI[:1]).isfinite().all()
     many_NI, dense_OI = row_of_x(weight, draw.choice([1, 4, 16, 17, 40, 64, 70]), seed), weight.unpack()
     for path in tiles_native.paths():
         if path != tiles_native.PAIRS or weight.dtype == torch.bfloat16:

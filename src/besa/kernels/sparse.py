@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from besa.counting.widening import linear
-from besa.kernels import choosing, sparse_native, tiles_native
+from besa.kernels import choosing, held, sparse_native, tiles_native
 from besa.kernels.operators import triton_works
 from besa.quantization import Grid, Quantized
 from besa.storage.formats import bitmask
@@ -56,23 +56,38 @@ def multiplied(x_NI: Tensor, weight: Bitmask) -> Tensor:
 class Product:
     """x Wᵀ for one weight, as `multiplied` gives it: what the kernels need for one row of x is made ready once.
 
+    Codes of four bits are held dense where that pays (`held`), and then serve several rows as well.
+
     Args:
         weight: W.
     """
 
     def __init__(self, weight: Bitmask) -> None:
         self._weight, self._columns, self._dtype = weight, weight.shape[1], weight.dtype
-        self._ready = weight.dtype != torch.float16 and sparse_native.serves(weight)
-        self._of_threads: dict[int, sparse_native.Product] = {}
+        self._most = 0  # rows of x that meet what is made ready
+        if weight.dtype != torch.float16 and sparse_native.serves(weight):
+            self._most = held.MOST if held.serves(weight) else 1
+        self._held: held.Product | None = None
+        self._of_threads: dict[int, sparse_native.Product | held.Product] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
         """Output (…, O) for inputs (…, I) in the weight's dtype, on its device."""
-        if self._ready and x.numel() == self._columns == x.size(-1) and x.is_cpu and x.dtype == self._dtype:
+        few = 0 < x.numel() <= self._most * self._columns
+        if few and x.size(-1) == self._columns and x.is_cpu and x.dtype == self._dtype:
             threads = torch.get_num_threads()
             if threads not in self._of_threads:
-                self._of_threads[threads] = sparse_native.Product(self._weight, 1, self._dtype)
-            return self._of_threads[threads](x)
+                self._of_threads[threads] = self._made(threads)
+            product = self._of_threads[threads]
+            if x.numel() == self._columns or product is self._held:
+                return product(x)
         return multiplied(x.reshape(-1, self._columns), self._weight).view(*x.shape[:-1], self._weight.shape[0])
+
+    def _made(self, threads: int) -> sparse_native.Product | held.Product:
+        """What is made ready for a number of threads."""
+        if not held.pays(self._weight, threads):
+            return sparse_native.Product(self._weight, 1, self._dtype)
+        self._held = self._held or held.Product(self._weight)
+        return self._held
 
 
 def unpacked(weight: Bitmask) -> Tensor:

@@ -117,12 +117,12 @@ def _fastest(kind: str, path: str, threads: int) -> Way:
 
     def works() -> list[Work]:
         x_NI = torch.ones(1, COLUMNS)
-        return [partial(multiply, x_NI, weight, path) for weight in _samples(kind)]
+        return [partial(multiply, x_NI, weight, path) for weight in samples(kind)]
 
     return fastest(f"{Path(kernels._name).name} {kind} {path} {threads}", works)
 
 
-def _samples(kind: str) -> list[Bitmask]:
+def samples(kind: str) -> list[Bitmask]:
     """Half-sparse weights of a kind, `PIECES` with `PIECE` bytes each: a small one, many times over."""
     generator = torch.Generator().manual_seed(0)
     kept_OI = (torch.rand(64, COLUMNS, generator=generator) < 0.5).float()
