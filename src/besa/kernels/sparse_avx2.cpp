@@ -661,8 +661,8 @@ INLINE void read_held(const uint8_t* const (&at)[BANDS], const float* const (&sc
             times<BANDS * ROWS>([&](auto i) INLINED {
                 __m256 scale;
                 if constexpr (GROUPS == 2) {
-                    const __m128 two = _mm_castpd_ps(_mm_load_sd(reinterpret_cast<const double*>(scales[i] + 2 * c)));
-                    scale = _mm256_set_m128(_mm_permute_ps(two, 0x55), _mm_permute_ps(two, 0));
+                    const __m256d two = _mm256_broadcast_sd(reinterpret_cast<const double*>(scales[i] + 2 * c));
+                    scale = _mm256_permutevar_ps(_mm256_castpd_ps(two), _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
                 } else {
                     scale = _mm256_broadcast_ss(scales[i] + g);
                 }
