@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -48,7 +49,7 @@ class Multiprocessor:
 
 
 REGISTERS = 65536  # of a multiprocessor, on all of these
-MULTIPROCESSORS = {
+MULTIPROCESSORS = {  # A100, H100, B200, consumer Blackwell
     80: Multiprocessor(warps=64, programs=32, shared=164 << 10),
     90: Multiprocessor(warps=64, programs=32, shared=228 << 10),
     100: Multiprocessor(warps=64, programs=32, shared=228 << 10),
@@ -56,16 +57,17 @@ MULTIPROCESSORS = {
 }
 
 
-def results(cache: Path | None = None) -> dict[str, Any]:
+def results(architectures: Iterable[int] = MULTIPROCESSORS, cache: Path | None = None) -> dict[str, Any]:
     """What is written: the version of Triton, and every kernel on every architecture.
 
     Args:
+        architectures: those of `MULTIPROCESSORS` to compile for.
         cache: folder in which Triton keeps what it compiled; by default Triton's own.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     if cache is not None:
         environment["TRITON_CACHE_DIR"] = str(cache)
-    command = [sys.executable, "-m", "tests.compiled"]
+    command = [sys.executable, "-m", "tests.compiled", *map(str, architectures)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     if done.returncode:
         raise RuntimeError(f"A kernel does not compile:\n{done.stderr[-4000:]}")

@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +26,6 @@ import torch
 
 from besa.storage.formats.bitmask import CHUNKS, Bitmask
 
-ARCHITECTURES = (80, 90, 100, 120)  # A100, H100, B200, consumer Blackwell
 WIDTHS = (576, 1536, 4096, 11008, 8192, 28672, 1, 37, 577, 4099)  # of SmolLM2, LLaMA-2-7B and 70B, and odd ones
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -163,16 +162,19 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 class Compiler:
     """Takes the place of CUDA's driver, and compiles what is launched.
 
+    Args:
+        architectures: to compile for, such as 90.
+
     Attributes:
         found: what was compiled, each once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, architectures: Iterable[int]) -> None:
         from triton.backends.compiler import GPUTarget
         from triton.runtime import driver, jit
 
         self.found: list[Compiled] = []
-        self._architecture = 0
+        self._architectures, self._architecture = list(architectures), 0
         self._seen: set[str] = set()
         driver.set_active(
             SimpleNamespace(
@@ -187,8 +189,9 @@ class Compiler:
         )
 
     def compile(self, case: Callable[[], None]) -> None:
-        """Compile every kernel that a case starts, for every architecture."""
-        for self._architecture in ARCHITECTURES:
+        """Compile every kernel that a case starts, for each architecture."""
+        for architecture in self._architectures:
+            self._architecture = architecture
             case()
 
     def _add(self, kernel: Any, compiled: Any) -> None:
@@ -231,8 +234,8 @@ def _cuobjdump(*arguments: str) -> str:
 
 
 def main() -> None:
-    """Print what every case takes, as JSON."""
-    compiler = Compiler()
+    """Print what every case takes on the architectures that are given, as JSON."""
+    compiler = Compiler(map(int, sys.argv[1:]))
     for case in CASES:
         compiler.compile(case)
     json.dump([asdict(one) for one in compiler.found], sys.stdout)

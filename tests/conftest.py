@@ -2,6 +2,7 @@
 
 import copy
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ torch.set_num_threads(1)
 
 collect_ignore = ["gpu"]  # `make test-gpu` runs these, without what is set here
 TINY_LLAMA = Path(__file__).parent / "assets" / "tiny-llama"
+SHALLOW = 3  # blocks, of 8
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -40,6 +42,15 @@ def torchs_own_products(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def tiny_llama_folder() -> Path:
     return TINY_LLAMA
+
+
+@pytest.fixture(scope="session")
+def shallow_llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its first blocks, with its tokenizer and texts, for what needs no quality: it takes less time."""
+    folder = tmp_path_factory.mktemp("models") / "shallow-llama"
+    shutil.copytree(TINY_LLAMA, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    AutoModelForCausalLM.from_pretrained(TINY_LLAMA, num_hidden_layers=SHALLOW).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,7 @@ from besa.system.joining import joined
 DIGESTS = "digests.json"
 TINY_LLAMA = Path(__file__).parent / "assets" / "tiny-llama"
 TEXT = str(TINY_LLAMA / "calibration.txt")
+BLOCKS = 4  # of its 8: an even number, for pairs of blocks
 EIGHT_EXPERTS = MixtralConfig(
     vocab_size=1024,
     hidden_size=32,
@@ -50,7 +51,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "besa-int4": ("besa-int4", TWO_EACH),
     "best-int4": (
         "best-int4",
-        ["quantization.group=32", "distill={method: kl, epochs: 1, batch: 1}", "skip=['*.layers.[2-7].*']"],
+        ["quantization.group=32", "distill={method: kl, epochs: 1, batch: 1}", "skip=['*.layers.[23].*']"],
     ),
     "wanda-int4": ("wanda-int4", ["quantization.batch=2"]),
     "2-of-4": ("sparsegpt", ["allocation={method: nm}"]),
@@ -81,18 +82,19 @@ def main(out: Path, which: str) -> None:
     torch.set_num_threads(1)
     with joined():
         recipes = {name: Recipe.load(recipe, overrides=changes) for name, (recipe, changes) in CASES.items()}
-        experts = out / "experts"
+        experts, shallow = out / "experts", out / "shallow"
         if ranks.is_first():
             torch.manual_seed(0)
             AutoModelForCausalLM.from_config(EIGHT_EXPERTS).save_pretrained(experts)
+            AutoModelForCausalLM.from_pretrained(TINY_LLAMA, num_hidden_layers=BLOCKS).save_pretrained(shallow)
         ranks.wait()
-        digests = {name: _digest(TINY_LLAMA, recipes[name], 11, out / name) for name in _some(CASES, which)}
+        digests = {name: _digest(shallow, recipes[name], 11, out / name) for name in _some(CASES, which)}
         for name in _some(ON_EXPERTS, which):
             digests[f"{name} of experts"] = _digest(experts, recipes[name], 11, out / f"{name}-experts")
         for name, (recipe, changes) in OF_WHOLE_EXPERTS.items():
             digests[name] = _digest(experts, Recipe.load(recipe, overrides=changes), 11, out / name)
         for name in _some(ON_FEW, which):
-            digests[f"{name} of few"] = _digest(TINY_LLAMA, recipes[name], 2, out / f"{name}-few")
+            digests[f"{name} of few"] = _digest(shallow, recipes[name], 2, out / f"{name}-few")
         if ranks.is_first():
             (out / DIGESTS).write_text(json.dumps(digests))
 

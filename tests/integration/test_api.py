@@ -112,12 +112,12 @@ def test_zero_sparsity_changes_no_bit(tiny_llama_folder: Path, tiny_llama: torch
             assert torch.equal(tensor, result.model.state_dict()[name]), (recipe, name)
 
 
-def test_pruning_to_disk_is_pruning_in_memory(tiny_llama_folder: Path, tmp_path: Path) -> None:
+def test_pruning_to_disk_is_pruning_in_memory(shallow_llama_folder: Path, tmp_path: Path) -> None:
     """With `out` the model stays on the disk, one block in memory at a time, and the result is the same bit by bit."""
-    settings = {"calibration": str(tiny_llama_folder / "calibration.txt"), "samples": 8, "seqlen": 64}
+    settings = {"calibration": str(shallow_llama_folder / "calibration.txt"), "samples": 8, "seqlen": 64}
     for recipe in ("besa", "sparsegpt"):
-        whole = besa.compress(tiny_llama_folder, recipe, **settings)
-        streamed = besa.compress(tiny_llama_folder, recipe, out=tmp_path / recipe, **settings)
+        whole = besa.compress(shallow_llama_folder, recipe, **settings)
+        streamed = besa.compress(shallow_llama_folder, recipe, out=tmp_path / recipe, **settings)
         state = streamed.model.state_dict()
         assert state.keys() == whole.model.state_dict().keys()
         for name, tensor in whole.model.state_dict().items():
@@ -144,10 +144,10 @@ def test_the_model_is_loaded_from_out_when_asked_for(tiny_llama_folder: Path, tm
 
 
 @pytest.mark.parametrize("recipe", ["besa", "magnitude"])
-def test_activations_in_a_file_change_no_bit(tiny_llama_folder: Path, recipe: str) -> None:
-    settings = {"calibration": str(tiny_llama_folder / "calibration.txt"), "samples": 9, "seqlen": 64, "batch": 2}
-    within = besa.compress(tiny_llama_folder, recipe, **settings)
-    above = besa.compress(tiny_llama_folder, recipe, activation_budget=1, **settings)
+def test_activations_in_a_file_change_no_bit(shallow_llama_folder: Path, recipe: str) -> None:
+    settings = {"calibration": str(shallow_llama_folder / "calibration.txt"), "samples": 9, "seqlen": 64, "batch": 2}
+    within = besa.compress(shallow_llama_folder, recipe, **settings)
+    above = besa.compress(shallow_llama_folder, recipe, activation_budget=1, **settings)
     for name, tensor in within.model.state_dict().items():
         assert torch.equal(tensor, above.model.state_dict()[name]), name
 
@@ -171,9 +171,9 @@ def test_exceptions_are_heeded(tiny_llama_folder: Path) -> None:
     assert result.record.weights == common + 7 * 96 * 256  # what is skipped is not counted
 
 
-def test_pruning_a_pruned_model_goes_on_from_its_zeros(tiny_llama_folder: Path, tmp_path: Path) -> None:
-    settings = {"calibration": str(tiny_llama_folder / "calibration.txt"), "samples": 8, "seqlen": 64}
-    first = besa.compress(tiny_llama_folder, "besa", out=tmp_path / "half", sparsity=0.5, **settings)
+def test_pruning_a_pruned_model_goes_on_from_its_zeros(shallow_llama_folder: Path, tmp_path: Path) -> None:
+    settings = {"calibration": str(shallow_llama_folder / "calibration.txt"), "samples": 8, "seqlen": 64}
+    first = besa.compress(shallow_llama_folder, "besa", out=tmp_path / "half", sparsity=0.5, **settings)
     zero = {n: p == 0 for n, p in first.model.state_dict().items() if n.endswith("_proj.weight")}
     second = besa.compress(tmp_path / "half", "besa", sparsity=0.7, **settings)
     assert second.record.zeros == round(0.7 * second.record.weights)
@@ -183,10 +183,10 @@ def test_pruning_a_pruned_model_goes_on_from_its_zeros(tiny_llama_folder: Path, 
         besa.compress(tmp_path / "half", "besa", sparsity=0.3, **settings)
 
 
-def test_bfloat16_runs_and_is_written_as_bfloat16(tiny_llama_folder: Path, tmp_path: Path) -> None:
-    calibration = str(tiny_llama_folder / "calibration.txt")
+def test_bfloat16_runs_and_is_written_as_bfloat16(shallow_llama_folder: Path, tmp_path: Path) -> None:
+    calibration = str(shallow_llama_folder / "calibration.txt")
     result = besa.compress(
-        tiny_llama_folder, "besa", calibration, out=tmp_path / "o", dtype="bfloat16", samples=8, seqlen=64
+        shallow_llama_folder, "besa", calibration, out=tmp_path / "o", dtype="bfloat16", samples=8, seqlen=64
     )
     assert result.model.dtype == torch.bfloat16
     assert result.record.zeros == round(0.5 * result.record.weights)

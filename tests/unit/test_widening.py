@@ -130,11 +130,11 @@ def test_what_is_slow_is_what_onednn_lacks(monkeypatch):
     assert widening.slow() == {dtype for dtype, missing in zip(halves, lacks, strict=True) if missing}
 
 
-def test_pruning_and_evaluating_multiply_in_float32(tiny_llama_folder, tmp_path):
-    text = tiny_llama_folder / "calibration.txt"
+def test_pruning_and_evaluating_multiply_in_float32(shallow_llama_folder, tmp_path):
+    text = shallow_llama_folder / "calibration.txt"
     with Seen() as seen:
         besa.compress(
-            tiny_llama_folder,
+            shallow_llama_folder,
             "besa",
             str(text),
             samples=2,
