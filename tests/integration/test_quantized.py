@@ -117,7 +117,7 @@ def test_inspect_counts_what_is_in_the_files(joint: Compressed) -> None:
         }
     assert found.bytes == sum(tensor.nbytes for tensor in packed.values())
     linear = next(linear for linear in found.linears if linear.name.endswith("layers.2.mlp.up_proj"))
-    own = {name: tensor for name, tensor in packed.items() if "layers.3.mlp.up_proj" in name}
+    own = {name: tensor for name, tensor in packed.items() if "layers.2.mlp.up_proj" in name}
     assert linear.parts["values"] == next(t.nbytes for n, t in own.items() if n.endswith("weight_packed"))
     assert linear.parts["scales"] == next(t.nbytes for n, t in own.items() if n.endswith("weight_scale"))
     assert linear.parts["zero points"] == next(t.nbytes for n, t in own.items() if n.endswith("weight_zero_point"))
