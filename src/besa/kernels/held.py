@@ -1,4 +1,4 @@
-"""Codes of four bits, held dense in memory to be multiplied by a few rows of x.
+"""Codes of four bits, held dense in memory to be multiplied by up to `MOST` rows of x.
 
 With AVX2, moving the kept codes of a bitmask to their places takes longer than memory takes to give all codes. So these
 are laid out once, two to a byte, in the order in which the kernel reads them. They take memory besides the bitmask,
@@ -26,7 +26,7 @@ CHUNK = 64  # columns
 PANEL = 1024  # bands that are laid out at a time
 GAIN = 1.25  # times as fast as the bitmask, at least: the memory must be worth it
 ROUNDS = 5
-MOST = 16  # rows of x: more are as fast by panels (`sparse`)
+MOST = 128  # rows of x: of 256, panels (`sparse`) take as long
 
 
 def serves(weight: Bitmask) -> bool:
@@ -44,7 +44,7 @@ def pays(weight: Bitmask, threads: int) -> bool:
 
 
 class Product:
-    """y = x Wᵀ for one weight and a few rows of x.
+    """y = x Wᵀ for one weight and any number of rows of x.
 
     Sums are as exact as those of `sparse_native.Product`, and add up in another order.
 
