@@ -555,7 +555,7 @@ def test_beyond_names_its_winner_and_draws_the_frontier() -> None:
     assert edge.y == pytest.approx([sum(near(9.0)) / 3, sum(near(8.0)) / 3, sum(best) / 3])
     assert list(edge.x) == sorted(edge.x)
     spent = names["best"].distill.epochs
-    assert spent == 4 and edge.x[-1] <= 20
+    assert spent == 3 and edge.x[-1] <= 20
 
 
 def test_recipes_by_text_and_the_front_page_s_are_judged() -> None:
