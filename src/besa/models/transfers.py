@@ -10,7 +10,7 @@ Shape suffixes: N sequences, T tokens, C channels of the residual stream.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import cache
 from typing import Any, Generic, Literal, TypeVar
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from besa.models.activations import HiddenStates
+from besa.storage.beside import Beside
 from besa.system.devices import available_bytes, has_streams, synchronize
 
 NEEDED = (
@@ -115,7 +116,7 @@ class Ahead(Generic[Key]):
     """Weights on their way to a device before they are needed: read by a thread, copied by a stream of its own."""
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._thread = Beside()
         self._coming: dict[str, Future[dict[Key, Tensor]]] = {}
 
     def begin(self, name: str, device: torch.device, size: int, read: Callable[[], dict[Key, Tensor]]) -> None:

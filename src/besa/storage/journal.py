@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from besa.errors import BesaError, Interrupted
 from besa.record import BlockRecord, DistillingRecord, MixtureRecord
+from besa.storage.beside import Beside
 from besa.storage.tensors import save_tensors
 from besa.storage.writing import check_absent, claimed, write_file
 
@@ -44,7 +45,7 @@ class Journal:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.restored = 0
-        self._writer = ThreadPoolExecutor(max_workers=1)
+        self._writer = Beside()
         self._writing: Future[None] | None = None
 
     def begin(self, identity: Mapping[str, Any]) -> None:
