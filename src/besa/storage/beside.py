@@ -13,8 +13,8 @@ Result = TypeVar("Result")
 class Beside(ThreadPoolExecutor):
     """One thread, which does what is submitted in turn.
 
-    It starts with the first work. If Ctrl-C comes in that moment, Python does not know of the thread: at its end it would
-    wait for the thread without ever telling it to end. So it is told here.
+    It starts with the first work. If Ctrl-C comes in that moment, Python does not know of the thread: at the end it
+    would wait for the thread without ever telling it to end. So it is told here.
     """
 
     def __init__(self) -> None:
