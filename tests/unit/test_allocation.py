@@ -43,10 +43,33 @@ def test_reconstruction_error_is_relative_and_per_channel():
         assert float(reconstruction_error(y_NTC, target_NTC, share)) == pytest.approx(mixed, rel=1e-5)
 
 
-def test_a_channel_that_should_be_silent_does_not_break_the_loss():
+@pytest.mark.parametrize("power", [0.0, 1.0, 2.0])
+def test_a_channel_that_should_be_silent_does_not_break_the_loss(power):
     silent_NTC = torch.zeros(1, 1, 2)
-    assert float(reconstruction_error(silent_NTC, silent_NTC)) == 0
-    assert reconstruction_error(silent_NTC + 1e-3, silent_NTC).isfinite()
+    assert float(reconstruction_error(silent_NTC, silent_NTC, token_power=power)) == 0
+    assert reconstruction_error(silent_NTC + 1e-3, silent_NTC, token_power=power).isfinite()
+
+
+@pytest.mark.parametrize("power", [0.0, 1.0, 2.0])
+def test_tokens_weigh_as_a_power_of_their_norm_says(power):
+    y_NTC, target_NTC = torch.randn(2, 2, 5, 3, generator=torch.Generator().manual_seed(0)).double()
+    scale_NT1 = target_NTC.norm(dim=-1, keepdim=True) ** (-power / 2)
+    error_C, norm_C = (((x * scale_NT1) ** 2).sum(dim=(0, 1)) for x in (y_NTC - target_NTC, target_NTC))
+    expected = float((error_C / norm_C).mean())
+    found = reconstruction_error(y_NTC.float(), target_NTC.float(), token_power=power)
+    assert float(found) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_massive_token_counts_as_any_other():
+    y_NTC, target_NTC = torch.randn(2, 2, 5, 3, generator=torch.Generator().manual_seed(0))
+    massive_NTC = torch.tensor([1e4, 1, 1, 1, 1])[:, None]
+    before = float(reconstruction_error(y_NTC, target_NTC, token_power=2))
+    assert float(reconstruction_error(y_NTC * massive_NTC, target_NTC * massive_NTC, token_power=2)) == pytest.approx(
+        before, rel=1e-5
+    )
+    # Otherwise it is the only one that counts.
+    alone = float(reconstruction_error(y_NTC[:, :1], target_NTC[:, :1]))
+    assert float(reconstruction_error(y_NTC * massive_NTC, target_NTC * massive_NTC)) == pytest.approx(alone, rel=1e-5)
 
 
 @pytest.mark.parametrize("tokens", [2, 5])
@@ -123,7 +146,7 @@ def small_problem(weights, zeros, importances=None) -> BlockProblem:
     return BlockProblem(Block(0, "b", nn.Identity(), {}), linears, nothing, nothing, budgets, 0, Share.whole(0))
 
 
-def error(problem: BlockProblem, counts: dict[str, torch.Tensor]) -> float:
+def error(problem: BlockProblem, counts: dict[str, torch.Tensor], token_power: float = 0.0) -> float:
     """Loss of the block when each row loses its lowest ranks, on all sequences at once."""
     weights = {
         name: NoReconstruction().rebuild(linear.w_OI, linear.ranks_OI, counts[name], statistics=None)
@@ -133,7 +156,7 @@ def error(problem: BlockProblem, counts: dict[str, torch.Tensor]) -> float:
     assert zeros == sum(budget.zeros for budget in problem.budgets)
     with torch.no_grad():
         y_NTC = torch.cat([problem.block(x_NTC, weights) for x_NTC in problem.inputs_NTC.split(4)])
-        return float(reconstruction_error(y_NTC, problem.targets_NTC))
+        return float(reconstruction_error(y_NTC, problem.targets_NTC, token_power=token_power))
 
 
 def assert_exact(problem: BlockProblem, counts: dict[str, torch.Tensor]) -> None:
@@ -337,7 +360,8 @@ def test_the_first_loss_is_that_of_the_uniform_mask(problem):
     counts = {
         name: torch.full((linear.w_OI.shape[0],), linear.w_OI.shape[1] // 2) for name, linear in problem.linears.items()
     }
-    assert Besa(steps=1, crop=1, autocast=False).allocate(one).losses == [pytest.approx(error(one, counts), rel=1e-4)]
+    expected = error(one, counts, token_power=2)
+    assert Besa(steps=1, crop=1, autocast=False).allocate(one).losses == [pytest.approx(expected, rel=1e-4)]
 
 
 def test_tolerance_stops_early(problem):
@@ -424,7 +448,7 @@ def test_a_linear_without_a_budget_stays_dense_while_others_learn(problem):
     (left_out,) = set(one.block.prunables) - set(masked)
 
     def expected() -> float:
-        return float(reconstruction_error(one.block(one.inputs_NTC, masked), one.targets_NTC))
+        return float(reconstruction_error(one.block(one.inputs_NTC, masked), one.targets_NTC, token_power=2))
 
     dense = expected()
     assert Besa(steps=1, crop=1, autocast=False).allocate(one).losses == [pytest.approx(dense, rel=1e-4)]
@@ -563,7 +587,7 @@ def test_a_float16_model_learns_although_its_gradients_underflow(problem, monkey
     half = torch.cat(list(recipe.allocate(in_dtype(large, torch.float16)).counts.values())).float()
     widths = torch.cat([torch.full((len(one.w_OI),), one.w_OI.shape[1]) for one in problem.linears.values()])
     likeness = torch.corrcoef(torch.stack([single, half]) / widths)[0, 1]
-    assert likeness > 0.98 if scaled else likeness < 0.8
+    assert likeness > 0.95 if scaled else likeness < 0.8
 
 
 def test_a_bfloat16_model_learns_as_it_is(problem, monkeypatch):

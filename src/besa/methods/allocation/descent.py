@@ -51,6 +51,12 @@ class Descent(Learning):
         le=1,
         description="share of the plain squared error in the loss; massive activations dominate it; 0.5 serves 70 %",
     )
+    token_power: float = Field(
+        default=2.0,
+        ge=0,
+        le=2,
+        description="tokens weigh 1 / norm to this power in the rest of the loss; with 0, a massive token rules it",
+    )
     penalty: float = Field(
         default=100.0, ge=0, description="weight λ of the sparsity term of eq. 1, as a multiple of the loss at the step"
     )
@@ -83,7 +89,7 @@ class Descent(Learning):
             loss, mean = torch.zeros((), device=problem.device), Mean(len(sequences))
             for chosen in problem.share.own(sequences):
                 with autocast:
-                    error = problem.error(chosen, tokens, weights, self.plain)
+                    error = problem.error(chosen, tokens, weights, self.plain, self.token_power)
                 scaler.scale(error).backward()
                 for part in parts:
                     part.finish_pass()
