@@ -17,11 +17,12 @@ from besa.methods.recipe import Recipe
 from besa.models.blocks import find_blocks
 from besa.models.loading import locate, read_config, skeleton
 from besa.models.units import units
+from besa.planning import process
 from besa.planning.shapes import _LiveBytes, learn_arguments, shared_inputs
 from besa.record import RunRecord
 from besa.report import load_run, render
 from besa.system import memory
-from tests import pretend
+from tests import pretend, tiny_gguf
 
 LLAMA_70B = LlamaConfig(
     vocab_size=32000,
@@ -349,10 +350,23 @@ def test_gram_matrices_are_planned_as_wide_as_they_are_summed_up(tmp_path: Path)
     assert gram.gpu_memory_bytes - plain.gpu_memory_bytes == pytest.approx(summed, rel=0.1)
 
 
-def test_gguf_is_no_matter_for_plans(tmp_path: Path) -> None:
-    (tmp_path / "m.gguf").touch()
-    with pytest.raises(besa.BesaError, match="loaded whole"):
-        besa.plan(tmp_path / "m.gguf")
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("loading", [False, True])
+def test_a_gguf_file_is_planned_whole_in_memory(
+    tmp_path: Path, shallow_llama_folder: Path, monkeypatch: pytest.MonkeyPatch, device: str, loading: bool
+) -> None:
+    monkeypatch.setattr(memory, "current_bytes", lambda: 0)
+    if loading:  # takes more than pruning
+        monkeypatch.setattr(process, "TEXT", -1 << 40)
+    file = tmp_path / "tiny.gguf"
+    embeddings = tiny_gguf.write(file, shallow_llama_folder).get_input_embeddings().weight
+    sizes: dict[str, Any] = {"samples": 4, "seqlen": 64, "device": device}
+    whole, on_disk = (besa.plan(model, "wanda", **sizes) for model in (file, shallow_llama_folder))
+    for same in ("parameters", "zeros", "forward_passes", "checkpoint_bytes", "disk_bytes", "gpu_memory_bytes"):
+        assert getattr(whole, same) == getattr(on_disk, same)
+    weights = 4 * whole.parameters  # dequantised
+    while_loading = file.stat().st_size + weights + 8 * embeddings.numel()
+    assert whole.memory_bytes == (while_loading if loading else on_disk.memory_bytes + weights)
 
 
 def test_live_bytes_are_counted_by_hand() -> None:

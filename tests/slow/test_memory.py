@@ -12,7 +12,7 @@ from benchmarks.random_model import TOKENIZER, config, write
 pytestmark = pytest.mark.slow
 
 
-def peak(model: Path, out: Path, *settings: str) -> tuple[int, int]:
+def peak(model: Path | str, out: Path, *settings: str) -> tuple[int, int]:
     """Bytes measured by a run in a process of its own, and bytes planned."""
     besa = [sys.executable, "-m", "besa"]
     plan = out.with_suffix(".json")
@@ -31,3 +31,8 @@ def test_memory_is_flat_in_depth_and_as_planned(tmp_path: Path) -> None:
         measured[blocks], planned = peak(model, tmp_path / f"out{blocks}", "--samples", "4", "--seqlen", "128")
         assert planned == pytest.approx(measured[blocks], rel=0.15)
     assert measured[6] == pytest.approx(measured[2], rel=0.1)
+
+
+def test_a_gguf_file_takes_what_is_planned(tmp_path: Path) -> None:
+    measured, planned = peak("smollm2", tmp_path / "out", "--recipe", "wanda", "--samples", "4", "--seqlen", "128")
+    assert planned == pytest.approx(measured, rel=0.15)

@@ -14,7 +14,7 @@ from besa.errors import BesaError
 from besa.methods.recipe import Recipe
 from besa.models.blocks import find_blocks
 from besa.models.limits import positions
-from besa.models.loading import locate, read_config, refuse_quantized, skeleton
+from besa.models.loading import locate, read_config, refuse_quantized, skeleton, weight_paths
 from besa.models.mixtures import changed
 from besa.planning import Outline, Plan, work_out
 from besa.pruning import smaller
@@ -44,7 +44,8 @@ def plan(
     """Estimate from the model's configuration what `compress` will take.
 
     Args:
-        model: Hugging Face id, of which no weights are downloaded, or local folder; a config.json is enough.
+        model: Hugging Face id, of which no weights are downloaded; local folder, of which a config.json is enough;
+            .gguf file, or ``smollm2`` (embedded), which a run loads whole.
         recipe: as in `compress`.
         out: where the checkpoint would be written.
         sparsity: as in `compress`.
@@ -63,9 +64,7 @@ def plan(
     """
     device = named_device(device)
     source = locate(model, trust_remote_code=trust_remote_code).local(weights=False)
-    if source.gguf:
-        raise BesaError(f"{model} is a .gguf file, which is loaded whole: plan for a folder of safetensors.")
-    if header(folder_of(source)) is not None:
+    if not source.gguf and header(folder_of(source)) is not None:
         raise BesaError(f"{source.name} is packed: make it dense with `besa unpack` first.")
     config = read_config(source)
     refuse_quantized(source, config)
@@ -94,6 +93,7 @@ def plan(
             folder=path_of(out),
             fewer=fewer,
             ranks=ranks,
+            file=sum(path.stat().st_size for path in weight_paths(source)) if source.gguf else None,
             own=float(sum(part.share for part in parts_of(calibration) if part.source == OWN)),
         )
     )

@@ -38,6 +38,7 @@ class Outline:
         fewer: how it lost experts, if it did.
         ranks: processes on this machine, one for each device.
         own: share of the sequences that the model writes itself; rank 0 loads it whole for that.
+        file: bytes of the .gguf file that the model is loaded from, whole; None for safetensors, which stay on disk.
     """
 
     name: str
@@ -53,11 +54,17 @@ class Outline:
     fewer: Fewer | None = None
     ranks: int = 1
     own: float = 0.0
+    file: int | None = None
 
     @property
     def parameters(self) -> int:
         """The number of parameters of the model, without the experts that are dropped."""
         return int(self.model.num_parameters())
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of these parameters."""
+        return sum(parameter.nbytes for parameter in self.model.parameters())
 
     @property
     def dropped(self) -> int:

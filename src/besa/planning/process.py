@@ -54,12 +54,20 @@ def peaks(run: Outline, states: States, distinct: Sequence[Distinct]) -> Peaks:
         needed, gpu = needed + on_device, None
     else:
         needed, gpu = needed + 2 * _largest(run), on_device
+    if run.file is not None:
+        needed = max(needed + run.weight_bytes, _loading(run, run.file))
     of_all = run.ranks * needed
     if run.own:  # rank 0 writes before the others have work
         writing, writing_on_gpu = _writing(run)
         needed, of_all = max(needed, writing), max(of_all, writing)
         gpu = None if gpu is None else max(gpu, writing_on_gpu)
     return Peaks(needed, of_all, gpu, distilling)
+
+
+def _loading(run: Outline, file: int) -> int:
+    """Bytes while a .gguf file is read: it, all weights, and twice the largest in float32, as it is dequantised."""
+    largest = max(parameter.numel() for parameter in run.model.parameters())
+    return memory.current_bytes() + file + run.weight_bytes + 8 * largest
 
 
 def _pruning(run: Outline, distinct: Sequence[Distinct]) -> int:
