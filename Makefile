@@ -25,7 +25,7 @@ demo: $(READY)   ## prune SmolLM2-135M by Wanda and BESA, and show what is left 
 	$(BIN)/besa demo
 
 test: $(READY)   ## the fast tests
-	$(BIN)/python -m pytest -m 'not slow' --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest -m 'not slow' --numprocesses auto --dist loadfile --durations 25 --durations-min 5
 
 test-slow: $(READY) ## the tests that take minutes: SmolLM2-135M, sanitizers, calls of every kind
 	$(BIN)/python -m pytest -m slow

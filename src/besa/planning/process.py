@@ -66,7 +66,7 @@ def peaks(run: Outline, states: States, distinct: Sequence[Distinct]) -> Peaks:
 
 def _loading(run: Outline, file: int) -> int:
     """Bytes while a .gguf file is read: it, all weights, and twice the largest in float32, as it is dequantised."""
-    largest = max(parameter.numel() for parameter in run.model.parameters())
+    largest: int = max(parameter.numel() for parameter in run.model.parameters())
     return memory.current_bytes() + file + run.weight_bytes + 8 * largest
 
 
