@@ -46,11 +46,7 @@ RELEASED = Setting(
     "teacher where each row has a rate, the dense path where each linear has one, one epoch of whole sequences. The "
     "paper writes the plain squared error and the dense path. Not copied are the program's optimiser, tuned for each "
     "model, and its sigmoid, which keeps rates between 0.38 and 0.62",
-    (
-        *(one.format(plain=0, mask="count", samples="{samples}") for one in EPOCH),
-        "allocation.token_power=0",
-        "allocation.teacher=pruned",
-    ),
+    (*(one.format(plain=0, mask="count", samples="{samples}") for one in EPOCH), "allocation.teacher=pruned"),
     ("allocation.teacher=dense",),
 )
 DEFAULTS = Setting("defaults", "with besa's defaults")

@@ -360,8 +360,10 @@ def test_the_first_loss_is_that_of_the_uniform_mask(problem):
     counts = {
         name: torch.full((linear.w_OI.shape[0],), linear.w_OI.shape[1] // 2) for name, linear in problem.linears.items()
     }
-    expected = error(one, counts, token_power=2)
-    assert Besa(steps=1, crop=1, autocast=False).allocate(one).losses == [pytest.approx(expected, rel=1e-4)]
+    for power in (0, 2):
+        expected = error(one, counts, token_power=power)
+        recipe = Besa(steps=1, crop=1, autocast=False, token_power=power)
+        assert recipe.allocate(one).losses == [pytest.approx(expected, rel=1e-4)]
 
 
 def test_tolerance_stops_early(problem):
@@ -448,7 +450,7 @@ def test_a_linear_without_a_budget_stays_dense_while_others_learn(problem):
     (left_out,) = set(one.block.prunables) - set(masked)
 
     def expected() -> float:
-        return float(reconstruction_error(one.block(one.inputs_NTC, masked), one.targets_NTC, token_power=2))
+        return float(reconstruction_error(one.block(one.inputs_NTC, masked), one.targets_NTC))
 
     dense = expected()
     assert Besa(steps=1, crop=1, autocast=False).allocate(one).losses == [pytest.approx(dense, rel=1e-4)]
@@ -587,7 +589,7 @@ def test_a_float16_model_learns_although_its_gradients_underflow(problem, monkey
     half = torch.cat(list(recipe.allocate(in_dtype(large, torch.float16)).counts.values())).float()
     widths = torch.cat([torch.full((len(one.w_OI),), one.w_OI.shape[1]) for one in problem.linears.values()])
     likeness = torch.corrcoef(torch.stack([single, half]) / widths)[0, 1]
-    assert likeness > 0.95 if scaled else likeness < 0.8
+    assert likeness > 0.98 if scaled else likeness < 0.8
 
 
 def test_a_bfloat16_model_learns_as_it_is(problem, monkeypatch):

@@ -33,7 +33,10 @@ def reconstruction_error(y_NTC: Tensor, target_NTC: Tensor, plain: float = 0.0, 
     weights_NT1 = _token_weights(norm_NTC.sum(dim=-1, keepdim=True), token_power)
     error_C, norm_C = ((one * weights_NT1).sum(dim=(0, 1)) for one in (error_NTC, norm_NTC))
     relative = _relative(error_C, norm_C)
-    return relative if not plain else (1 - plain) * relative + plain * error_NTC.sum() / norm_NTC.sum().clamp_min(1e-12)
+    if not plain:
+        return relative
+    error, norm = (one.sum(dim=(0, 1)).sum() for one in (error_NTC, norm_NTC))
+    return (1 - plain) * relative + plain * error / norm.clamp_min(1e-12)
 
 
 def token_weighted_error(y_NTC: Tensor, target_NTC: Tensor, power: float) -> Tensor:

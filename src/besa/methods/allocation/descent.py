@@ -52,10 +52,10 @@ class Descent(Learning):
         description="share of the plain squared error in the loss; massive activations dominate it; 0.5 serves 70 %",
     )
     token_power: float = Field(
-        default=2.0,
+        default=0.0,
         ge=0,
         le=2,
-        description="tokens weigh 1 / norm to this power in the rest of the loss; with 0, a massive token rules it",
+        description="tokens weigh 1 / norm to this power in the rest of the loss; 2 serves models with a massive token",
     )
     penalty: float = Field(
         default=100.0, ge=0, description="weight λ of the sparsity term of eq. 1, as a multiple of the loss at the step"
