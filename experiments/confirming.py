@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from besa.errors import BesaError
+from besa.methods.recipe import Recipe
 from besa.record import now
 from besa.studies.rows import Row
 from experiments.age import code_of, commit
@@ -62,13 +66,16 @@ def _cheapest(runs: Runs) -> Case:
 
 
 def _check(result: Result, runs: Runs, file: Path) -> None:
-    """Whether the cells would be the same."""
+    """Whether the cells would be the same; settings that came since are at their defaults."""
     recipes: Mapping[str, Any] = {
         case.label: case.recipe.model_dump(mode="json") for case in runs.cases if case.recipe is not None
     }
     others = [
         name
-        for name, differ in (("inputs", result.inputs != runs.inputs), ("recipes", result.settings != recipes))
+        for name, differ in (
+            ("inputs", result.inputs != runs.inputs),
+            ("recipes", _completed(result.settings) != recipes),
+        )
         if differ
     ]
     if others:
@@ -76,6 +83,13 @@ def _check(result: Result, runs: Runs, file: Path) -> None:
             f"{file.stem} was made with other {' and '.join(others)}, so no cell of it can be compared: make it again "
             f"(python -m experiments.all --only {file.stem})."
         )
+
+
+def _completed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of recipes with all that the present code has; as they are where it knows some of them no more."""
+    with suppress(ValidationError):
+        return {label: Recipe.model_validate(own).model_dump(mode="json") for label, own in settings.items()}
+    return dict(settings)
 
 
 def _values(result: Result, label: str) -> dict[str, float]:
