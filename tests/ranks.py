@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def started(ranks: int, *arguments: str, seconds: float = 240, **environment: str) -> str:
+def started(ranks: int, *arguments: str, seconds: float = 600, **environment: str) -> str:
     """What a program prints that torchrun starts so many times, to both of its streams.
 
     Args:
