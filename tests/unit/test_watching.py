@@ -145,6 +145,20 @@ def test_the_first_reason_to_end_is_that_of_all(watches):
     assert not isinstance(found[0], ToldError)
 
 
+def test_a_rank_whose_words_nobody_reads_ends_all_the_same(watches, monkeypatch):
+    def broken(sentence, shown):
+        raise BrokenPipeError(sentence)
+
+    def end(code):
+        raise SystemExit(code)
+
+    watches[2]._last_words = broken
+    monkeypatch.setattr(os, "_exit", end)
+    with pytest.raises(SystemExit) as ended:
+        watches[2]._follow(Verdict(2, "Rank 1 has died.", 1))
+    assert ended.value.code == 2
+
+
 def test_a_store_without_an_answer_is_not_waited_for():
     never = threading.Event()
 

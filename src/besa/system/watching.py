@@ -303,10 +303,12 @@ class Watch:
         if not self._ending.acquire(blocking=False):
             return
         survivors = [member for member in self._members if member.number != verdict.rank]
-        if verdict.text:
-            self._last_words(self._in_full(verdict), self._may_tell(survivors[0]))
-        self._depart(verdict)
-        os._exit(verdict.code)
+        try:
+            if verdict.text:
+                self._last_words(self._in_full(verdict), self._may_tell(survivors[0]))
+            self._depart(verdict)
+        finally:  # also where nobody reads the words any more: the main thread waits for this end
+            os._exit(verdict.code)
 
     def _depart(self, verdict: Verdict | None = None) -> None:
         """Tell the others that this rank has come to an end; the keeper of the store waits for theirs.
