@@ -11,6 +11,7 @@ from torch import nn
 from transformers import FalconConfig, LlamaConfig, MixtralConfig, MixtralForCausalLM
 
 import besa
+from benchmarks.peers import gguf_files
 from besa import Calibration
 from besa.cli.show import pruning as show
 from besa.methods.recipe import Recipe
@@ -22,7 +23,7 @@ from besa.planning.shapes import _LiveBytes, learn_arguments, shared_inputs
 from besa.record import RunRecord
 from besa.report import load_run, render
 from besa.system import memory
-from tests import pretend, tiny_gguf
+from tests import pretend
 
 LLAMA_70B = LlamaConfig(
     vocab_size=32000,
@@ -359,13 +360,14 @@ def test_a_gguf_file_is_planned_whole_in_memory(
     if loading:  # takes more than pruning
         monkeypatch.setattr(process, "TEXT", -1 << 40)
     file = tmp_path / "tiny.gguf"
-    embeddings = tiny_gguf.write(file, shallow_llama_folder).get_input_embeddings().weight
+    gguf_files.write(shallow_llama_folder, file, None)
+    config = read_config(locate(shallow_llama_folder))
     sizes: dict[str, Any] = {"samples": 4, "seqlen": 64, "device": device}
     whole, on_disk = (besa.plan(model, "wanda", **sizes) for model in (file, shallow_llama_folder))
     for same in ("parameters", "zeros", "forward_passes", "checkpoint_bytes", "disk_bytes", "gpu_memory_bytes"):
         assert getattr(whole, same) == getattr(on_disk, same)
     weights = 4 * whole.parameters  # dequantised
-    while_loading = file.stat().st_size + weights + 8 * embeddings.numel()
+    while_loading = file.stat().st_size + weights + 8 * config.vocab_size * config.hidden_size
     assert whole.memory_bytes == (while_loading if loading else on_disk.memory_bytes + weights)
 
 
