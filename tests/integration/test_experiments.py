@@ -466,7 +466,7 @@ def test_a_cell_made_again_confirms_a_result_or_not(two_blocks: Path, data: dict
     file = place.file(one)
     content = json.loads(file.read_text())
     content["code"]["pruning"] = "before"
-    del content["settings"]["besa"]["allocation"]["token_power"]  # as if that setting had come since
+    del content["settings"]["besa"]["allocation"]["travel"]  # as if that setting had come since
     file.write_text(json.dumps(content))
     assert Result.read(file).older() == ["pruning"]
     assert confirm(file, place.runs(one)) == (

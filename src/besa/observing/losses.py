@@ -15,7 +15,7 @@ from besa.system import ranks
 from besa.system.ranks import Share
 
 
-def reconstruction_error(y_NTC: Tensor, target_NTC: Tensor, plain: float = 0.0, token_power: float = 0.0) -> Tensor:
+def reconstruction_error(y_NTC: Tensor, target_NTC: Tensor, plain: float = 0.0) -> Tensor:
     """Mean over channels of ‖y − target‖² / ‖target‖² (scalar, float32): the first term of eq. 1, made scale-free.
 
     Each channel is measured against its own norm over sequences and tokens. The few channels with massive activations
@@ -25,18 +25,10 @@ def reconstruction_error(y_NTC: Tensor, target_NTC: Tensor, plain: float = 0.0, 
         y_NTC: outputs of a block.
         target_NTC: targets of these.
         plain: share of the plain squared error ‖y − target‖² / ‖target‖² over all channels, which these few dominate.
-        token_power: tokens weigh 1 / norm of their target to this power in the rest. With 0, one token with massive
-            activations can be most of every channel's norm; with 2, all tokens count equally.
     """
-    error_NTC = (y_NTC.float() - target_NTC.float()).square()
-    norm_NTC = target_NTC.float().square()
-    weights_NT1 = _token_weights(norm_NTC.sum(dim=-1, keepdim=True), token_power)
-    error_C, norm_C = ((one * weights_NT1).sum(dim=(0, 1)) for one in (error_NTC, norm_NTC))
+    error_C, norm_C = _squares(y_NTC, target_NTC)
     relative = _relative(error_C, norm_C)
-    if not plain:
-        return relative
-    error, norm = (one.sum(dim=(0, 1)).sum() for one in (error_NTC, norm_NTC))
-    return (1 - plain) * relative + plain * error / norm.clamp_min(1e-12)
+    return relative if not plain else (1 - plain) * relative + plain * error_C.sum() / norm_C.sum().clamp_min(1e-12)
 
 
 def token_weighted_error(y_NTC: Tensor, target_NTC: Tensor, power: float) -> Tensor:
@@ -45,7 +37,7 @@ def token_weighted_error(y_NTC: Tensor, target_NTC: Tensor, power: float) -> Ten
     With power 0, a few tokens with massive activations dominate it. With power 2, all tokens count equally.
     """
     squares_NT = target_NTC.float().square().sum(dim=-1)
-    weights_NT = _token_weights(squares_NT, power)
+    weights_NT = squares_NT.clamp_min(1e-12).pow(-power / 2)
     error_NT = (y_NTC.float() - target_NTC.float()).square().sum(dim=-1)
     return (error_NT * weights_NT).sum() / (squares_NT * weights_NT).sum().clamp_min(1e-12)
 
@@ -80,11 +72,6 @@ def _squares(y_NTC: Tensor, target_NTC: Tensor) -> tuple[Tensor, Tensor]:
     """‖y − target‖² and ‖target‖² of each channel (C,), float32."""
     error_C = (y_NTC.float() - target_NTC.float()).square().sum(dim=(0, 1))
     return error_C, target_NTC.float().square().sum(dim=(0, 1))
-
-
-def _token_weights(squares: Tensor, power: float) -> Tensor:
-    """1 / norm to this power, of squared norms; 1 for a token that is zero."""
-    return torch.where(squares > 0, squares.pow(-power / 2), 1.0)
 
 
 def _relative(error_C: Tensor, norm_C: Tensor) -> Tensor:

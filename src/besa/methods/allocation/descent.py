@@ -51,12 +51,6 @@ class Descent(Learning):
         le=1,
         description="share of the plain squared error in the loss; massive activations dominate it; 0.5 serves 70 %",
     )
-    token_power: float = Field(
-        default=0.0,
-        ge=0,
-        le=2,
-        description="tokens weigh 1 / norm to this power in the rest of the loss; 2 serves models with a massive token",
-    )
     penalty: float = Field(
         default=100.0, ge=0, description="weight λ of the sparsity term of eq. 1, as a multiple of the loss at the step"
     )
@@ -89,7 +83,7 @@ class Descent(Learning):
             loss, mean = torch.zeros((), device=problem.device), Mean(len(sequences))
             for chosen in problem.share.own(sequences):
                 with autocast:
-                    error = problem.error(chosen, tokens, weights, self.plain, self.token_power)
+                    error = problem.error(chosen, tokens, weights, self.plain)
                 scaler.scale(error).backward()
                 for part in parts:
                     part.finish_pass()

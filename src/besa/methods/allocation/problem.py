@@ -104,9 +104,7 @@ class BlockProblem:
         """Squared gradients of the model's loss at the rows of a matrix (O,), float32, on the device."""
         return self.gradients[name].to(self.device)
 
-    def error(
-        self, chosen: int, tokens: int, weights: Mapping[str, Tensor], plain: float = 0.0, token_power: float = 0.0
-    ) -> Tensor:
+    def error(self, chosen: int, tokens: int, weights: Mapping[str, Tensor], plain: float = 0.0) -> Tensor:
         """The first term of eq. 1 (scalar, float32).
 
         Args:
@@ -114,14 +112,13 @@ class BlockProblem:
             tokens: how many tokens of it, from its beginning.
             weights: matrices (O, I) by full name that replace the block's; gradients reach them.
             plain: as in `reconstruction_error`; unused if the loss compares the linears' own outputs.
-            token_power: as in `reconstruction_error`.
         """
         one = slice(chosen, chosen + 1)
         x_NTC = fetched(self.inputs_NTC[one][:, :tokens], self.device)
         if self.own_outputs:
-            return errors_of_linears(self.block, x_NTC, weights, token_power)
+            return errors_of_linears(self.block, x_NTC, weights)
         targets_NTC = fetched(self.targets_NTC[one][:, :tokens], self.device)
-        return reconstruction_error(self.block(x_NTC, weights), targets_NTC, plain, token_power)
+        return reconstruction_error(self.block(x_NTC, weights), targets_NTC, plain)
 
 
 @dataclass(frozen=True)
