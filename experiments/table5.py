@@ -31,8 +31,7 @@ def cases(options: Options) -> list[Case]:
     found = [DENSE_CASE]
     for count in options.points:
         steps = round(count * samples / learner.crop)
-        unended = ("allocation.tolerance=0",) if steps > samples else ()
-        found.append(Case(epochs(count), options.besa(f"allocation.steps={steps}", *unended)))
+        found.append(Case(epochs(count), options.besa(f"allocation.steps={steps}", "allocation.hold_out=false")))
     return [
         *found,
         *(Case(step(size), options.besa(f"allocation.candidate_step={size}")) for size in STEPS),

@@ -32,11 +32,11 @@ TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
 TEXT = str(TINY / "calibration.txt")
 BLOCKS, LINEARS = 2, 7
 SETTINGS: dict[str, Any] = {"samples": 8, "seqlen": 37, "batch": 4, "dtype": "bfloat16"}
-FEW_STEPS = ["allocation.steps=17", "allocation.tolerance=0"]
+FEW_STEPS = ["allocation.steps=17", "allocation.hold_out=false"]
 MORE = {
     "mixed 2-of-4": ("fast", ["allocation.method=nm", "allocation.mixed=true", "targets.method=uniform"]),
     "int4 groups": ("besa-int4", ["quantization.group=32"]),
-    "probability": ("besa", ["allocation.mask=probability"]),
+    "probability": ("besa", ["allocation.mask=probability", "allocation.hold_out=false"]),
     "distilled": ("wanda", ["distill={method: kl, learns: together, epochs: 1, rate: 0.003}"]),
 }
 BATCH = 4 * 37 * 96 * 2  # bytes of the hidden states of a batch; nothing else has this size

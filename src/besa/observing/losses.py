@@ -5,6 +5,8 @@ Shape suffixes: N sequences, T tokens, C channels of the residual stream.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,8 @@ from besa.models.activations import HiddenStates
 from besa.models.transfers import fetched
 from besa.system import ranks
 from besa.system.ranks import Share
+
+Loss = Callable[[Tensor, Tensor], Tensor]  # of outputs (N, T, C) and their targets, a scalar
 
 
 def reconstruction_error(y_NTC: Tensor, target_NTC: Tensor, plain: float = 0.0) -> Tensor:
@@ -31,13 +35,20 @@ def reconstruction_error(y_NTC: Tensor, target_NTC: Tensor, plain: float = 0.0) 
     return relative if not plain else (1 - plain) * relative + plain * error_C.sum() / norm_C.sum().clamp_min(1e-12)
 
 
+def error_by_token(y_NTC: Tensor, target_NTC: Tensor) -> Tensor:
+    """`reconstruction_error` of tokens brought to targets of norm 1, so that a massive one counts as any other."""
+    norm_NT1 = target_NTC.float().norm(dim=-1, keepdim=True)
+    norm_NT1 = torch.where(norm_NT1 > 0, norm_NT1, 1.0)
+    return reconstruction_error(y_NTC.float() / norm_NT1, target_NTC.float() / norm_NT1)
+
+
 def token_weighted_error(y_NTC: Tensor, target_NTC: Tensor, power: float) -> Tensor:
     """Σ_t ‖y_t − target_t‖² / ‖target_t‖^power, relative to the same sum of ‖target_t‖² (scalar, float32).
 
     With power 0, a few tokens with massive activations dominate it. With power 2, all tokens count equally.
     """
     squares_NT = target_NTC.float().square().sum(dim=-1)
-    weights_NT = squares_NT.clamp_min(1e-12).pow(-power / 2)
+    weights_NT = torch.where(squares_NT > 0, squares_NT.pow(-power / 2), 1.0)  # a token that is zero weighs 1
     error_NT = (y_NTC.float() - target_NTC.float()).square().sum(dim=-1)
     return (error_NT * weights_NT).sum() / (squares_NT * weights_NT).sum().clamp_min(1e-12)
 
