@@ -6,14 +6,8 @@ from dataclasses import dataclass
 
 from besa.methods.recipe import Recipe
 
-# One epoch of all sequences, whole, one at each step, is the paper's in both readings.
-EPOCH = (
-    "allocation.crop=1",
-    "allocation.plain={plain}",
-    "allocation.mask={mask}",
-    "allocation.steps={samples}",
-    "allocation.hold_out=false",
-)
+# One epoch of whole sequences, one at each step, is the paper's in both readings.
+EPOCH = ("allocation.crop=1", "allocation.plain={plain}", "allocation.mask={mask}", "allocation.steps={samples}")
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,8 @@ def cases(options: Options) -> list[Case]:
     found = [DENSE_CASE]
     for count in options.points:
         steps = round(count * samples / learner.crop)
-        found.append(Case(epochs(count), options.besa(f"allocation.steps={steps}", "allocation.hold_out=false")))
+        unended = ("allocation.tolerance=0",) if steps > samples else ()
+        found.append(Case(epochs(count), options.besa(f"allocation.steps={steps}", *unended)))
     return [
         *found,
         *(Case(step(size), options.besa(f"allocation.candidate_step={size}")) for size in STEPS),

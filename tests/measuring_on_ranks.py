@@ -22,7 +22,7 @@ EVALUATE = [
     *("--tasks", "piqa,arc_easy", "--batch", "4"),
 ]
 SIZES = {"samples": 5, "seqlen": 32, "batch": 2}
-FEW = ["allocation.steps=3", "allocation.hold_out=false"]  # all of them are taken
+FEW = ["allocation.steps=3", "allocation.tolerance=0"]  # all of them are taken
 RECIPES = {  # by name: a shipped recipe, and settings
     "wanda": ("wanda", []),
     "sparsegpt": ("sparsegpt", []),

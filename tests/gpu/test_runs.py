@@ -104,7 +104,7 @@ def test_the_host_seldom_waits(device, waits, monkeypatch, tmp_path, name):
 
     recipe = Recipe.load(name)
     if recipe.descent is not None:
-        recipe = Recipe.load(name, overrides=["allocation.steps=17", "allocation.hold_out=false"])
+        recipe = Recipe.load(name, overrides=["allocation.steps=17", "allocation.tolerance=0"])
     monkeypatch.setattr(Descent, "descend", descending)
     for module in ("besa.models.blocks", "besa.models.units", "besa.methods.targets.search"):
         monkeypatch.setattr(f"{module}.send", sending)

@@ -13,7 +13,7 @@ from besa.models.prunable import find_prunables
 from besa.system.ranks import Share
 
 ROWS, COLUMNS, SEQUENCES, TOKENS = 64, 32, 4, 24
-RECIPE = Besa(steps=24, hold_out=False, crop=1, autocast=False, plain=0.5)
+RECIPE = Besa(steps=24, tolerance=0, crop=1, autocast=False, plain=0.5)
 
 
 class Wide(nn.Module):

@@ -20,9 +20,7 @@ HALF_STEPS = 88 / 64 / 2  # passes over half of every sequence
         ("besa", (), 0.5 + 2 + 3 * HALF_STEPS),
         ("besa", ("allocation.crop=1", "allocation.steps=64"), 1 + 2 + 3),
         ("besa", ("allocation.granularity=attn-mlp",), 0.5 + 2 + 0.5 + 2 * 3 * HALF_STEPS),
-        # More than two passes: eight sequences are held out, and nine looks taken at half of each.
-        ("besa", ("allocation.batch=4",), 0.5 + 2 + 4 * 3 * HALF_STEPS + 8 * 9 / 64 / 2),
-        ("besa", ("allocation.batch=4", "allocation.hold_out=false"), 0.5 + 2 + 4 * 3 * HALF_STEPS),
+        ("besa", ("allocation.batch=4",), 0.5 + 2 + 4 * 3 * HALF_STEPS),
         ("fast", (), 0.5 / 16 + 2 + 3 / 8),  # eight sequences of 64
         ("fast", ("allocation.sequences=32",), 0.5 / 16 + 2 + 3 / 8 + 3 / 2),  # measured twice
         ("besa", ("importance.statistics_every=8",), 0.5 + 1 / 8 + 1 + 3 * HALF_STEPS),

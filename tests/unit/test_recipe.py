@@ -175,7 +175,7 @@ def test_sparsity_replaces_the_recipes_own(write):
     [
         (["allocation.steps=3"], {"steps": 3}),
         (["allocation.travel=1e-3"], {"travel": 0.001}),  # a string to YAML 1.1
-        (["allocation.rates=layer", "allocation.crop=1"], {"rates": "layer", "crop": 1}),
+        (["allocation.rates=layer", "allocation.mask=probability"], {"rates": "layer", "mask": "probability"}),
         (["allocation.steps=3", "allocation.steps=4"], {"steps": 4}),
         (["allocation={method: besa, penalty: 7}"], {"penalty": 7.0, "plain": 0.0, "steps": 64}),
         ([], {}),

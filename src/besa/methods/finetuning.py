@@ -9,6 +9,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -16,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from besa.methods.reconstruction.written import written
-from besa.methods.steps import average, mean_over_ranks, one_pass, root_mean_square, split
+from besa.methods.steps import average, one_pass, root_mean_square, split
 from besa.models.activations import HiddenStates
 from besa.models.blocks import Block
 from besa.models.transfers import fetched
@@ -24,6 +25,7 @@ from besa.models.units import Unit
 from besa.observing.input_statistics import HELD_OUT
 from besa.observing.losses import reconstruction_error, token_weighted_error
 from besa.settings import Learning, Settings
+from besa.system import ranks
 from besa.system.machine import learning_dtype, loss_scaler
 from besa.system.ranks import Share
 
@@ -245,7 +247,9 @@ class MaskedAdam(Learning, Finetuner):
     ) -> float:
         """The mean loss of the sequences at these places of all ranks."""
         with torch.no_grad():
-            return mean_over_ranks([self._loss(block, weights, inputs_NTC, targets_NTC, place) for place in places])
+            losses = [self._loss(block, weights, inputs_NTC, targets_NTC, place) for place in places]
+        values = ranks.all_of(torch.stack(losses).tolist() if losses else [])
+        return fmean(loss for of_rank in values for loss in of_rank)
 
     def _loss(
         self,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -84,12 +83,6 @@ def split(samples: int, epochs: int = 1) -> tuple[list[int], list[int]]:
     every = 1 + (HELD_OUT - 1) * epochs
     held = list(range(0, samples, every))
     return held, [place for place in range(samples) if place % every] or held
-
-
-def mean_over_ranks(losses: Sequence[Tensor]) -> float:
-    """The mean of the scalars that all ranks have, the same on all of them."""
-    values = ranks.all_of(torch.stack(list(losses)).tolist() if losses else [])
-    return fmean(loss for of_rank in values for loss in of_rank)
 
 
 def average(leaves: Iterable[Tensor], sequences: int) -> None:

@@ -5,8 +5,6 @@ Shape suffixes: N sequences, T tokens, C channels of the residual stream.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -15,8 +13,6 @@ from besa.models.activations import HiddenStates
 from besa.models.transfers import fetched
 from besa.system import ranks
 from besa.system.ranks import Share
-
-Loss = Callable[[Tensor, Tensor], Tensor]  # of outputs (N, T, C) and their targets, a scalar
 
 
 def reconstruction_error(y_NTC: Tensor, target_NTC: Tensor, plain: float = 0.0) -> Tensor:
@@ -33,13 +29,6 @@ def reconstruction_error(y_NTC: Tensor, target_NTC: Tensor, plain: float = 0.0) 
     error_C, norm_C = _squares(y_NTC, target_NTC)
     relative = _relative(error_C, norm_C)
     return relative if not plain else (1 - plain) * relative + plain * error_C.sum() / norm_C.sum().clamp_min(1e-12)
-
-
-def error_by_token(y_NTC: Tensor, target_NTC: Tensor) -> Tensor:
-    """`reconstruction_error` of tokens brought to targets of norm 1, so that a massive one counts as any other."""
-    norm_NT1 = target_NTC.float().norm(dim=-1, keepdim=True)
-    norm_NT1 = torch.where(norm_NT1 > 0, norm_NT1, 1.0)
-    return reconstruction_error(y_NTC.float() / norm_NT1, target_NTC.float() / norm_NT1)
 
 
 def token_weighted_error(y_NTC: Tensor, target_NTC: Tensor, power: float) -> Tensor:

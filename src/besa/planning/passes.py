@@ -76,8 +76,7 @@ def passes_by_stage(
         passes["experts"] = 2  # through the dense model; experts compute what they add once more
     if recipe.descent is not None:
         steps = recipe.descent.steps * -(-min(recipe.descent.sequences, samples) // ranks)
-        looks = recipe.descent.held_out_passes(samples) / ranks
-        learning = parts * (3 * steps + looks) * first_tokens(seqlen, recipe.descent.crop) / (own * seqlen)
+        learning = 3 * parts * steps * first_tokens(seqlen, recipe.descent.crop) / (own * seqlen)
         passes["allocation" if recipe.allocation.descent is not None else "quantization"] += learning
     decides = "allocation" if recipe.allocation.targeting is not None else "targets"  # how much each block loses
     for every in recipe.losses_every(samples):  # a forward pass, then a forward and a backward pass to activations

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, Self
+from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from besa.counting.budget import Budget
@@ -24,7 +24,7 @@ from besa.methods.allocation.rates import Rates
 from besa.methods.apportioning import apportion
 from besa.models.units import Granularity
 
-OPTIMIZER = 8  # copies of the logits: themselves, gradient, two moments, beta, its gradient, the tails, the best so far
+OPTIMIZER = 7  # copies of the logits: themselves, gradient, two moments, beta, its gradient, the tails
 
 
 class Besa(Descent, Allocator):
@@ -47,15 +47,6 @@ class Besa(Descent, Allocator):
     )
     candidate_step: float = Field(default=0.01, ge=0.001, le=0.5, description="distance of the candidate pruning rates")
     start_width: float = Field(default=0.1, gt=0, description="spread of the first beta around the target")
-
-    @model_validator(mode="after")
-    def _comparable(self) -> Self:
-        if self.hold_out and self.mask == "probability":
-            raise ValueError(
-                "masks by probability have other zeros at every step, so held-out errors do not compare: "
-                "set allocation.hold_out=false"
-            )
-        return self
 
     @property
     def scope(self) -> Granularity:

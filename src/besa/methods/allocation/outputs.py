@@ -14,23 +14,20 @@ from torch.nn import functional
 from besa.models.blocks import Block
 from besa.models.prunable import Prunable
 from besa.models.units import Unit
-from besa.observing.losses import Loss, reconstruction_error
+from besa.observing.losses import reconstruction_error
 from besa.observing.products import Products
 
 
-def errors_of_linears(
-    block: Block | Unit, x_NTC: Tensor, weights: Mapping[str, Tensor], loss: Loss = reconstruction_error
-) -> Tensor:
+def errors_of_linears(block: Block | Unit, x_NTC: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
     """Mean over linears of the error of their outputs (scalar), for the inputs that they have in the dense block.
 
     Args:
         block: runs with its own weights, without gradients.
         x_NTC: inputs of the block.
         weights: matrices (O, I) by full name that replace those of the linears; gradients reach them.
-        loss: of outputs and their targets.
     """
     (owner,) = block.blocks if isinstance(block, Unit) else (block,)
-    watch = _Errors(owner.module, {name: owner.prunables[name] for name in weights}, weights, loss)
+    watch = _Errors(owner.module, {name: owner.prunables[name] for name in weights}, weights)
     with watch, torch.no_grad():
         block(x_NTC)
     # A linear that saw no token needs a gradient too: zero.
@@ -39,13 +36,11 @@ def errors_of_linears(
 
 
 class _Errors(Products):
-    def __init__(
-        self, block: nn.Module, prunables: Mapping[str, Prunable], weights: Mapping[str, Tensor], loss: Loss
-    ) -> None:
+    def __init__(self, block: nn.Module, prunables: Mapping[str, Prunable], weights: Mapping[str, Tensor]) -> None:
         super().__init__(block, prunables, self._compare)
         self.errors: list[Tensor] = []
         self.seen: set[str] = set()
-        self._weights, self._loss = weights, loss
+        self._weights = weights
         parameters = dict(block.named_parameters())
         self._dense = {name: prunable.of(parameters[prunable.parameter]) for name, prunable in prunables.items()}
 
@@ -56,5 +51,5 @@ class _Errors(Products):
         target_NTO = functional.linear(x_NTI, self._dense[name])
         with torch.enable_grad():
             y_NTO = functional.linear(x_NTI, self._weights[name].to(x.dtype))
-            self.errors.append(self._loss(y_NTO, target_NTO))
+            self.errors.append(reconstruction_error(y_NTO, target_NTO))
         self.seen.add(name)

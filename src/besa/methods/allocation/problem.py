@@ -17,7 +17,7 @@ from besa.models.activations import HiddenStates
 from besa.models.blocks import Block
 from besa.models.transfers import fetched
 from besa.models.units import Unit
-from besa.observing.losses import Loss, reconstruction_error
+from besa.observing.losses import reconstruction_error
 from besa.quantization import Clipping
 from besa.system.ranks import Share
 
@@ -104,22 +104,21 @@ class BlockProblem:
         """Squared gradients of the model's loss at the rows of a matrix (O,), float32, on the device."""
         return self.gradients[name].to(self.device)
 
-    def error(
-        self, chosen: int, tokens: int, weights: Mapping[str, Tensor], loss: Loss = reconstruction_error
-    ) -> Tensor:
+    def error(self, chosen: int, tokens: int, weights: Mapping[str, Tensor], plain: float = 0.0) -> Tensor:
         """The first term of eq. 1 (scalar, float32).
 
         Args:
             chosen: position of the sequence in the share.
             tokens: how many tokens of it, from its beginning.
             weights: matrices (O, I) by full name that replace the block's; gradients reach them.
-            loss: of outputs and their targets.
+            plain: as in `reconstruction_error`; unused if the loss compares the linears' own outputs.
         """
         one = slice(chosen, chosen + 1)
         x_NTC = fetched(self.inputs_NTC[one][:, :tokens], self.device)
         if self.own_outputs:
-            return errors_of_linears(self.block, x_NTC, weights, loss)
-        return loss(self.block(x_NTC, weights), fetched(self.targets_NTC[one][:, :tokens], self.device))
+            return errors_of_linears(self.block, x_NTC, weights)
+        targets_NTC = fetched(self.targets_NTC[one][:, :tokens], self.device)
+        return reconstruction_error(self.block(x_NTC, weights), targets_NTC, plain)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from besa.methods.distilling.distiller import Distilled, Pupil, Snapshots
 from besa.methods.reconstruction.written import written
-from besa.methods.steps import average, mean_over_ranks, one_pass, root_mean_square
+from besa.methods.steps import average, one_pass, root_mean_square
 from besa.models.kept import kept_of, spread
 from besa.models.transfers import fetched
 from besa.observing.divergence import divergence, tokens_at_once
@@ -168,8 +169,9 @@ class Course:
     def _held_out_loss(self, values: Mapping[str, Tensor]) -> float:
         """The mean loss of the held-out sequences of all ranks."""
         predicting = self._predicting(values)
-        own = self._pupil.share.own(self._pupil.study.held)
-        return mean_over_ranks([self._loss(predicting, place, None) for place in own])
+        losses = [self._loss(predicting, place, None) for place in self._pupil.share.own(self._pupil.study.held)]
+        of_ranks = ranks.all_of(torch.stack(losses).tolist() if losses else [])
+        return fmean(loss for of_rank in of_ranks for loss in of_rank)
 
     def _predicting(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The values that the model predicts with: linears with grids are rounded, learning or not."""
