@@ -55,6 +55,14 @@ def test_token_weighted_error_by_hand():
     assert float(token_weighted_error(silent_NTC, silent_NTC, 1)) == 0
 
 
+def test_a_token_that_should_be_silent_does_not_rule_the_loss():
+    target_NTC = torch.tensor([[[3.0, 4.0], [0.0, 0.0]]])
+    y_NTC = torch.tensor([[[3.0, 2.0], [0.1, 0.0]]])
+    for power in (0, 1, 2):  # squared errors 4 and 0.01, norms 5 and 0
+        expected = (4 / 5**power + 0.01) / (25 / 5**power)
+        assert float(token_weighted_error(y_NTC, target_NTC, power)) == pytest.approx(expected)
+
+
 def test_nothing_moves_untuned(task):
     found = NoFinetuning().tune(*task, WHOLE, seed=0)
     assert (found.weights, found.losses) == ({}, [])

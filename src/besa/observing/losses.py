@@ -34,10 +34,11 @@ def reconstruction_error(y_NTC: Tensor, target_NTC: Tensor, plain: float = 0.0) 
 def token_weighted_error(y_NTC: Tensor, target_NTC: Tensor, power: float) -> Tensor:
     """Σ_t ‖y_t − target_t‖² / ‖target_t‖^power, relative to the same sum of ‖target_t‖² (scalar, float32).
 
-    With power 0, a few tokens with massive activations dominate it. With power 2, all tokens count equally.
+    With power 0, a few tokens with massive activations dominate it. With power 2, all tokens count equally. A token
+    whose target is zero weighs 1.
     """
     squares_NT = target_NTC.float().square().sum(dim=-1)
-    weights_NT = torch.where(squares_NT > 0, squares_NT.pow(-power / 2), 1.0)  # a token that is zero weighs 1
+    weights_NT = torch.where(squares_NT > 0, squares_NT.pow(-power / 2), 1.0)
     error_NT = (y_NTC.float() - target_NTC.float()).square().sum(dim=-1)
     return (error_NT * weights_NT).sum() / (squares_NT * weights_NT).sum().clamp_min(1e-12)
 
