@@ -122,8 +122,9 @@ def test_who_shares_a_budget(llama):
     ]
 
 
+@pytest.mark.parametrize("plain", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral"])
-def test_errors_of_linears_are_those_of_their_outputs_in_the_dense_block(kind):
+def test_errors_of_linears_are_those_of_their_outputs_in_the_dense_block(kind, plain):
     model = model_of(kind, **FAMILIES[kind])
     if kind == "mixtral":
         model.set_experts_implementation("eager")
@@ -141,14 +142,17 @@ def test_errors_of_linears_are_those_of_their_outputs_in_the_dense_block(kind):
     for handle in handles:
         handle.remove()
     weights = {name: (block.weight(name) * (block.weight(name).abs() > 0.01)).requires_grad_() for name in names}
-    found = errors_of_linears(units(blocks, "linear")[1], x_NTC, weights)
+    found = errors_of_linears(units(blocks, "linear")[1], x_NTC, weights, plain)
     found.backward()
     gradients = {name: weight.grad for name, weight in weights.items()}
     leaves = {name: weight.detach().clone().requires_grad_() for name, weight in weights.items()}
     errors = []
     for name in names:
         x_TI = inputs[name].reshape(-1, inputs[name].shape[-1])
-        errors.append(reconstruction_error((x_TI @ leaves[name].T)[None], (x_TI @ block.weight(name).T)[None]))
+        y_NTO, target_NTO = (x_TI @ leaves[name].T)[None], (x_TI @ block.weight(name).T)[None]
+        relative_O = (y_NTO - target_NTO).square().sum((0, 1)) / target_NTO.square().sum((0, 1))
+        whole = (y_NTO - target_NTO).square().sum() / target_NTO.square().sum()
+        errors.append((1 - plain) * relative_O.mean() + plain * whole)
     expected = torch.stack(errors).mean()
     expected.backward()
     assert found.item() == pytest.approx(expected.item(), rel=1e-4)

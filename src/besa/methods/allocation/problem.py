@@ -111,12 +111,12 @@ class BlockProblem:
             chosen: position of the sequence in the share.
             tokens: how many tokens of it, from its beginning.
             weights: matrices (O, I) by full name that replace the block's; gradients reach them.
-            plain: as in `reconstruction_error`; unused if the loss compares the linears' own outputs.
+            plain: as in `reconstruction_error`.
         """
         one = slice(chosen, chosen + 1)
         x_NTC = fetched(self.inputs_NTC[one][:, :tokens], self.device)
         if self.own_outputs:
-            return errors_of_linears(self.block, x_NTC, weights)
+            return errors_of_linears(self.block, x_NTC, weights, plain)
         targets_NTC = fetched(self.targets_NTC[one][:, :tokens], self.device)
         return reconstruction_error(self.block(x_NTC, weights), targets_NTC, plain)
 
