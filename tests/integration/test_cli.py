@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -19,14 +20,9 @@ TINY = Path(__file__).parent.parent / "assets" / "tiny-llama"
 SMALL = ["--calibration", str(TINY / "calibration.txt"), "--samples", "8", "--seqlen", "64"]
 
 
-def besa(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "besa", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "COLUMNS": "200", **environment},
-        check=False,
-    )
+def in_a_process_of_its_own(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "besa", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}, check=False)
 
 
 def assert_refused(result: subprocess.CompletedProcess[str], *words: str) -> None:
@@ -44,7 +40,7 @@ def assert_refused(result: subprocess.CompletedProcess[str], *words: str) -> Non
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("pruned") / "out"
-    result = besa("prune", TINY, out, "--recipe", "besa", "--sparsity", "0.6", *SMALL)
+    result = in_a_process_of_its_own("prune", TINY, out, "--recipe", "besa", "--sparsity", "0.6", *SMALL)
     assert result.returncode == 0, result.stderr
     assert "(60.0000%)" in result.stdout
     return out
@@ -100,7 +96,7 @@ def test_run_record_tells_what_was_counted(pruned: Path) -> None:
 
 def test_repeated_run_is_bit_equal(pruned: Path, tmp_path: Path) -> None:
     out = tmp_path / "again"
-    assert besa("prune", TINY, out, "--recipe", "besa", "--sparsity", "0.6", *SMALL).returncode == 0
+    assert called("prune", TINY, out, "--recipe", "besa", "--sparsity", "0.6", *SMALL).returncode == 0
     assert (out / "model.safetensors").read_bytes() == (pruned / "model.safetensors").read_bytes()
 
 
@@ -111,7 +107,7 @@ def test_inspect_counts_in_the_files(pruned: Path, tmp_path: Path) -> None:
     name = "model.layers.3.mlp.up_proj"
     tensors[f"{name}.weight"] = torch.zeros_like(tensors[f"{name}.weight"])
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
-    result = besa("inspect", copy, "--json", tmp_path / "inspect.json")
+    result = called("inspect", copy, "--json", tmp_path / "inspect.json")
     assert result.returncode == 0, result.stderr
     found = json.loads((tmp_path / "inspect.json").read_text())
     linears = {linear["name"]: linear for linear in found["linears"]}
@@ -125,7 +121,7 @@ def test_inspect_counts_in_the_files(pruned: Path, tmp_path: Path) -> None:
 
 def test_eval_writes_perplexities_by_name_and_stem(pruned: Path, tmp_path: Path) -> None:
     file = tmp_path / "deep" / "eval.json"
-    result = besa(
+    result = called(
         "eval", pruned, "--ppl", TINY / "heldout.txt", "--ppl", TINY / "calibration.txt", "--window", "128",
         "--max-windows", "20", "--json", file,
     )  # fmt: skip
@@ -143,7 +139,7 @@ def test_eval_of_test_sets_in_several_windows(tmp_path: Path) -> None:
     (tmp_path / "c4.jsonl").write_text('{"text": "The city lies on the river, and the bridge is old."}\n' * 40)
     data = [f"--data=ptb={tmp_path / 'ptb.txt'}", f"--data=c4={tmp_path / 'c4.jsonl'}"]
     file = tmp_path / "eval.json"
-    result = besa("eval", TINY, "--ppl", "ptb", "--ppl", "c4", *data, "--window", "64,32", "--json", file)
+    result = called("eval", TINY, "--ppl", "ptb", "--ppl", "c4", *data, "--window", "64,32", "--json", file)
     assert result.returncode == 0, result.stderr
     measured = json.loads(file.read_text())
     assert measured["window"] == 64
@@ -164,7 +160,7 @@ def test_eval_of_test_sets_in_several_windows(tmp_path: Path) -> None:
 
 def test_report_is_one_page(pruned: Path, tmp_path: Path) -> None:
     page = tmp_path / "report.html"
-    assert besa("report", pruned, "--out", page).returncode == 0
+    assert called("report", pruned, "--out", page).returncode == 0
     assert "60.00" in page.read_text()
     assert_refused(called("report", tmp_path, "--out", page), str(tmp_path))
 
@@ -223,7 +219,7 @@ def test_nan_in_activations_is_refused(tmp_path: Path) -> None:
     tensors = load_file(model / "model.safetensors")
     tensors["model.layers.2.mlp.down_proj.weight"][5, 7] = float("nan")
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    assert_refused(besa("prune", model, tmp_path / "out", *SMALL), "model.layers.2", "NaN")
+    assert_refused(called("prune", model, tmp_path / "out", *SMALL), "model.layers.2", "NaN")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out.partial"]  # the two blocks before it
 
 
@@ -233,14 +229,18 @@ def test_infinity_in_activations_is_refused(tmp_path: Path) -> None:
     tensors = load_file(model / "model.safetensors")
     tensors["model.layers.2.mlp.down_proj.weight"].fill_(3e38)
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    assert_refused(besa("prune", model, tmp_path / "out", *SMALL), "The output of model.layers.2 has NaN or infinity")
+    assert_refused(called("prune", model, tmp_path / "out", *SMALL), "The output of model.layers.2 has NaN or infinity")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out.partial"]
 
 
 def with_file_quota(kilobytes: int, *arguments: object) -> subprocess.CompletedProcess[str]:
     """A quota on file size is the full disk that a test can make: the write fails in the middle."""
-    command = f"ulimit -f {kilobytes}; exec {sys.executable} -m besa {' '.join(map(str, arguments))}"
-    return subprocess.run(["bash", "-c", f"trap '' XFSZ; {command}"], capture_output=True, text=True, check=False)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024 * kilobytes, hard))  # Python ignores the signal that goes with it
+    try:
+        return called(*arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_full_disk_leaves_nothing(tmp_path: Path) -> None:
@@ -253,8 +253,8 @@ def test_full_disk_at_the_end_keeps_the_blocks(pruned: Path, tmp_path: Path) -> 
     arguments = ["prune", TINY, tmp_path / "out", "--recipe", "besa", "--sparsity", "0.6", *SMALL]
     assert_refused(with_file_quota(1000, *arguments), "out")  # the checkpoint has 4 MB
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
-    assert_refused(besa(*arguments), "8 finished blocks", "--resume")
-    resumed = besa(*arguments, "--resume")
+    assert_refused(called(*arguments), "8 finished blocks", "--resume")
+    resumed = called(*arguments, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (pruned / "model.safetensors").read_bytes()
@@ -273,7 +273,7 @@ def test_usage_errors_leave_with_2() -> None:
 
 
 def test_no_arguments_show_the_commands() -> None:
-    result = besa()
+    result = called()
     assert result.returncode == 0
     for command in ("demo", "prune", "eval", "inspect", "simulate", "report"):
         assert command in result.stdout
