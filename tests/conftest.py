@@ -53,6 +53,12 @@ def shallow_llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def shallow_llama(shallow_llama_folder: Path):
+    """That of `shallow_llama_folder`, to change at will."""
+    return AutoModelForCausalLM.from_pretrained(shallow_llama_folder, dtype=torch.float32).eval().requires_grad_(False)
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer():
     return AutoTokenizer.from_pretrained(TINY_LLAMA)

@@ -63,7 +63,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "owl": ("sparsegpt", ["targets.method=owl"]),
     "search": ("wanda", ["targets.method=search"]),
 }
-FIRST = ("wanda", "magnitude", "sparsegpt", "fast", "besa")
+FIRST = ("wanda", "sparsegpt", "fast", "besa")
 ON_EXPERTS = ("wanda", "sparsegpt", "fast", "best", "distilled", "besa")  # of a mixture, ranks see different experts
 OF_WHOLE_EXPERTS = {"dropped": ("fast", ["experts={method: reap}"])}
 ON_FEW = (

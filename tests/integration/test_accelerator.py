@@ -26,6 +26,7 @@ from besa.pruning import loop, step
 from tests import pretend
 from tests.bit_equality import VARIANTS
 from tests.integration.test_families import TOKENS, config_of, different, random_model, saved
+from tests.slowly import some_slow
 
 pytestmark = pytest.mark.usefixtures("torchs_own_products")
 TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
@@ -42,7 +43,10 @@ MORE = {
 BATCH = 4 * 37 * 96 * 2  # bytes of the hidden states of a batch; nothing else has this size
 CASES = {name: (name, []) for name in shipped()} | VARIANTS | MORE
 OF_EXPERTS = {"fewer experts": ("fast", ["experts.method=reap"])}
-LIKE_OTHERS = ("best-int8",)  # differs from best-int4 in numbers only
+LIKE_OTHERS = {  # of parts that faster cases have, too
+    "besa-attn-mlp", "besa-layer-pruned-teacher", "besa-layerwise", "besa-rtn4", "besa-two-blocks", "best", "best-int4",
+    "best-int8", "int4", "int4 groups", "probability", "wanda-int4",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +96,7 @@ def assert_same_on_both(model: Path, recipe: Recipe, tmp_path: Path, **changes: 
 # Equal to the CPU
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=pytest.mark.slow) if case in LIKE_OTHERS else case for case in CASES]
-)
+@pytest.mark.parametrize("case", some_slow(CASES, LIKE_OTHERS))
 def test_every_method_gives_the_bits_of_the_cpu(shallow: Path, tmp_path: Path, case: str) -> None:
     assert_same_on_both(shallow, recipe_of(case), tmp_path)
 
@@ -106,7 +108,7 @@ def test_every_dtype_does(shallow: Path, tmp_path: Path, dtype: str) -> None:
     assert_same_on_both(shallow, recipe, tmp_path, dtype=dtype)
 
 
-@pytest.mark.parametrize("recipe", ["besa", "best"])
+@pytest.mark.parametrize("recipe", some_slow(["besa", "best"], {"best"}))
 def test_experts_do(tiny_tokenizer: Any, tmp_path: Path, recipe: str) -> None:
     folder = saved(random_model(config_of("mixtral")), tmp_path / "mixtral")
     assert_same_on_both(folder, recipe_of(recipe), tmp_path, calibration=TOKENS, tokenizer=tiny_tokenizer)
@@ -133,7 +135,7 @@ def test_hidden_states_that_do_not_fit_stay_on_the_host_or_in_files(shallow: Pat
         assert pretend.counts.to_host.count(BATCH) >= 2 * BLOCKS
 
 
-@pytest.mark.parametrize("case", ["besa", "fast"])
+@pytest.mark.parametrize("case", some_slow(["besa", "fast"], {"besa"}))
 def test_a_run_that_was_stopped_goes_on_there(shallow: Path, tmp_path: Path, case: str) -> None:
     def stop(done: int, _: int, state: str) -> None:
         if done == 1:
@@ -252,7 +254,10 @@ def watched(model: PreTrainedModel, recipe: Recipe, monkeypatch: pytest.MonkeyPa
     return seen
 
 
-@pytest.mark.parametrize("case", ["besa", "besa-int4", "besa-layerwise", "best", "fast", "int4", "sparsegpt", "wanda"])
+@pytest.mark.parametrize(
+    "case",
+    some_slow(["besa", "besa-int4", "besa-layerwise", "best", "fast", "int4", "sparsegpt", "wanda"], {"best", "int4"}),
+)
 def test_the_host_neither_waits_nor_computes_more_than_it_may(shallow: Path, monkeypatch: Any, case: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(shallow, dtype=torch.bfloat16)
     blocks = sum(parameter.nbytes for parameter in model.model.layers.parameters())

@@ -126,7 +126,7 @@ QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_bl
 
 
 @given(calls())
-@settings(max_examples=100, **QUIET)
+@settings(max_examples=60, **QUIET)
 def test_any_call_ends_as_it_should(place, call):
     check(call, place)
 

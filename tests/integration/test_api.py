@@ -103,12 +103,17 @@ def test_recorded_error_is_that_of_the_written_model(
         assert record.reconstruction_error == pytest.approx(expected, rel=1e-3)
 
 
-def test_zero_sparsity_changes_no_bit(tiny_llama_folder: Path, tiny_llama: torch.nn.Module) -> None:
+def test_zero_sparsity_changes_no_bit(shallow_llama_folder: Path, shallow_llama: torch.nn.Module) -> None:
     for recipe in ("wanda", "besa", "sparsegpt", "magnitude"):
         result = besa.compress(
-            tiny_llama_folder, recipe, str(tiny_llama_folder / "calibration.txt"), sparsity=0, samples=4, seqlen=32
+            shallow_llama_folder,
+            recipe,
+            str(shallow_llama_folder / "calibration.txt"),
+            sparsity=0,
+            samples=4,
+            seqlen=32,
         )
-        for name, tensor in tiny_llama.state_dict().items():
+        for name, tensor in shallow_llama.state_dict().items():
             assert torch.equal(tensor, result.model.state_dict()[name]), (recipe, name)
 
 
@@ -249,9 +254,9 @@ def test_a_model_without_a_head_is_pruned_and_written(tiny_tokenizer, tiny_llama
     assert int((written["layers.0.mlp.up_proj.weight"] == 0).sum()) == 32 * 48 // 2
 
 
-def test_a_model_of_the_caller_stays_as_it_was_but_for_its_zeros(tiny_llama, tiny_tokenizer, tiny_llama_folder):
+def test_a_model_of_the_caller_stays_as_it_was_but_for_its_zeros(shallow_llama, tiny_tokenizer, shallow_llama_folder):
     """Mode, gradients, what learns, device and configuration."""
-    model, frozen = tiny_llama, "model.layers.1.self_attn.q_proj.weight"
+    model, frozen = shallow_llama, "model.layers.1.self_attn.q_proj.weight"
     model.requires_grad_(True)
     model.train()
     model.model.layers[2].eval()
@@ -261,10 +266,10 @@ def test_a_model_of_the_caller_stays_as_it_was_but_for_its_zeros(tiny_llama, tin
     modes = {name: module.training for name, module in model.named_modules()}
     gradients = {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
     identities = {name: id(parameter) for name, parameter in model.named_parameters()}
-    text = str(tiny_llama_folder / "heldout.txt")
+    text = str(shallow_llama_folder / "heldout.txt")
     first = besa.evaluate(model, [text], tokenizer=tiny_tokenizer, window=64, max_windows=2).perplexity
     besa.generate(model, "One day", tokenizer=tiny_tokenizer, max_new_tokens=3)
-    calibration = str(tiny_llama_folder / "calibration.txt")
+    calibration = str(shallow_llama_folder / "calibration.txt")
     besa.compress(model, "besa", calibration, tokenizer=tiny_tokenizer, samples=2, seqlen=32)
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == learning
@@ -279,17 +284,17 @@ def test_a_model_of_the_caller_stays_as_it_was_but_for_its_zeros(tiny_llama, tin
 
 
 def test_measuring_on_what_a_model_was_calibrated_on_is_said(
-    tiny_llama_folder: Path, heldout: str, tmp_path: Path
+    shallow_llama_folder: Path, heldout: str, tmp_path: Path
 ) -> None:
-    own = str(tiny_llama_folder / "calibration.txt")
-    besa.compress(tiny_llama_folder, "magnitude", own, out=tmp_path / "pruned", samples=2, seqlen=16)
+    own = str(shallow_llama_folder / "calibration.txt")
+    besa.compress(shallow_llama_folder, "magnitude", own, out=tmp_path / "pruned", samples=2, seqlen=16)
 
     def notes(folder: Path, texts: list[str]) -> list[str]:
         return besa.evaluate(folder, texts, window=32, max_windows=1).notes
 
     said = "The model was calibrated on documents of calibration: other texts tell more of what is left."
     assert notes(tmp_path / "pruned", [heldout, own]) == [said]
-    assert not notes(tmp_path / "pruned", [heldout]) and not notes(tiny_llama_folder, [own])
+    assert not notes(tmp_path / "pruned", [heldout]) and not notes(shallow_llama_folder, [own])
     (tmp_path / "pruned" / "besa_run.json").write_text("no record")
     assert not notes(tmp_path / "pruned", [own])
 

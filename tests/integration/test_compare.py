@@ -28,10 +28,10 @@ RECIPES, SPARSITIES = ["magnitude", "wanda"], [0.5, 0.7]
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory, tiny_llama_folder: Path) -> str:
+def text(tmp_path_factory: pytest.TempPathFactory, shallow_llama_folder: Path) -> str:
     """Little to read, as most of the time of runs this small is reading."""
     path = tmp_path_factory.mktemp("texts") / "little.txt"
-    path.write_text((tiny_llama_folder / "calibration.txt").read_text(encoding="utf-8")[:20_000], encoding="utf-8")
+    path.write_text((shallow_llama_folder / "calibration.txt").read_text(encoding="utf-8")[:20_000], encoding="utf-8")
     return str(path)
 
 
@@ -41,8 +41,10 @@ def workspace_in(folder: Path, model: Path, text: str) -> Workspace:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, tiny_llama_folder: Path, text: str) -> tuple[Workspace, Comparison]:
-    workspace = workspace_in(tmp_path_factory.mktemp("compare"), tiny_llama_folder, text)
+def made(
+    tmp_path_factory: pytest.TempPathFactory, shallow_llama_folder: Path, text: str
+) -> tuple[Workspace, Comparison]:
+    workspace = workspace_in(tmp_path_factory.mktemp("compare"), shallow_llama_folder, text)
     return workspace, compare(workspace, RECIPES, SPARSITIES, 2, ["besa", "compare"])
 
 
@@ -53,7 +55,7 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rows_are_the_runs_that_were_made(
-    made: tuple[Workspace, Comparison], tiny_llama_folder: Path, text: str
+    made: tuple[Workspace, Comparison], shallow_llama_folder: Path, text: str
 ) -> None:
     workspace, found = made
     assert [(row.recipe, round(row.sparsity, 3)) for row in found.rows] == [
@@ -62,7 +64,7 @@ def test_rows_are_the_runs_that_were_made(
     row = found.rows[3]
     by_hand = []
     for seed in range(2):
-        result = besa.compress(tiny_llama_folder, "wanda", text, sparsity=0.7, samples=4, seqlen=32, seed=seed)
+        result = besa.compress(shallow_llama_folder, "wanda", text, sparsity=0.7, samples=4, seqlen=32, seed=seed)
         measured = besa.evaluate(
             result.model, workspace.measures.texts, window=32, max_windows=4, tokenizer=result.tokenizer
         )
@@ -122,9 +124,9 @@ def test_keys_know_recipes_seeds_and_contents(made: tuple[Workspace, Comparison]
 
 
 def test_another_evaluation_prunes_anew_only_where_weights_are_gone(
-    tmp_path: Path, tiny_llama_folder: Path, text: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, shallow_llama_folder: Path, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    workspace = replace(workspace_in(tmp_path, tiny_llama_folder, text), keep=True)
+    workspace = replace(workspace_in(tmp_path, shallow_llama_folder, text), keep=True)
     recipe = Recipe.load("magnitude", 0.5)
     first = workspace.outcome(recipe)
     assert (tmp_path / workspace.key(recipe, 0) / "model.safetensors").exists()
@@ -140,9 +142,9 @@ def test_another_evaluation_prunes_anew_only_where_weights_are_gone(
 
 
 def test_weights_that_are_to_be_kept_are_pruned_anew_where_they_are_gone(
-    tmp_path: Path, tiny_llama_folder: Path, text: str
+    tmp_path: Path, shallow_llama_folder: Path, text: str
 ) -> None:
-    workspace, recipe = workspace_in(tmp_path, tiny_llama_folder, text), Recipe.load("magnitude", 0.5)
+    workspace, recipe = workspace_in(tmp_path, shallow_llama_folder, text), Recipe.load("magnitude", 0.5)
     first = workspace.outcome(recipe)
     assert not workspace.checkpoint(recipe).exists()
     again = replace(workspace, keep=True).outcome(recipe)
@@ -150,18 +152,18 @@ def test_weights_that_are_to_be_kept_are_pruned_anew_where_they_are_gone(
     assert again.scores == first.scores
 
 
-def test_an_interrupted_run_goes_on(tmp_path: Path, tiny_llama_folder: Path, text: str) -> None:
+def test_an_interrupted_run_goes_on(tmp_path: Path, shallow_llama_folder: Path, text: str) -> None:
     def stop(done: float, total: float, note: str = "") -> None:
-        if done == 5 and "error" in note:
+        if done == 2 and "error" in note:
             raise KeyboardInterrupt
 
-    workspace = workspace_in(tmp_path, tiny_llama_folder, text)
+    workspace = workspace_in(tmp_path, shallow_llama_folder, text)
     recipe = Recipe.load("wanda", 0.5)
-    with pytest.raises(BaseException, match="5 finished blocks"):
+    with pytest.raises(BaseException, match="2 finished blocks"):
         replace(workspace, progress=stop).outcome(recipe)
     outcome = workspace.outcome(recipe)
     assert outcome.record is not None
-    assert outcome.record.restored_blocks == 5
+    assert outcome.record.restored_blocks == 2
 
 
 def test_table_plot_and_json_agree(made: tuple[Workspace, Comparison]) -> None:
@@ -183,11 +185,11 @@ def test_table_plot_and_json_agree(made: tuple[Workspace, Comparison]) -> None:
 
 
 def test_accuracies_are_paired_with_those_of_the_dense_model(
-    tmp_path: Path, tiny_llama_folder: Path, text: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, shallow_llama_folder: Path, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_tiny_questions(tmp_path, monkeypatch.setattr)
     measures = Measures(tasks=("piqa", "winogrande"))
-    workspace = replace(workspace_in(tmp_path / "out", tiny_llama_folder, text), measures=measures)
+    workspace = replace(workspace_in(tmp_path / "out", shallow_llama_folder, text), measures=measures)
     found = compare(workspace, ["wanda"], [0.7], 2)
     reference, *models = (
         workspace.outcome(recipe, seed).evaluation.zero_shot.tasks
@@ -217,11 +219,11 @@ def test_accuracies_are_paired_with_those_of_the_dense_model(
 
 
 def test_without_answers_there_is_no_pairing(
-    tmp_path: Path, tiny_llama_folder: Path, text: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, shallow_llama_folder: Path, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Files of before answers were kept."""
     with_tiny_questions(tmp_path, monkeypatch.setattr)
-    given = workspace_in(tmp_path / "out", tiny_llama_folder, text)
+    given = workspace_in(tmp_path / "out", shallow_llama_folder, text)
     workspace = replace(given, measures=Measures(tasks=("piqa",)))
     compare(workspace, ["magnitude"], [0.5], 1)
     (path,) = workspace.folder.glob("dense.zero-shot-*.json")
@@ -257,11 +259,11 @@ def test_another_comparison_adds_its_rows_to_the_table(made: tuple[Workspace, Co
 
 
 def test_a_recipe_that_learns_is_the_same_when_it_is_asked_for_again(
-    tiny_llama_folder: Path, tmp_path: Path, text: str
+    shallow_llama_folder: Path, tmp_path: Path, text: str
 ) -> None:
     """Its record has numbers where the recipe has `auto`."""
     (few := tmp_path / "few.yaml").write_text("name: few\nallocation: {method: besa, steps: 1}")
-    workspace = workspace_in(tmp_path / "out", tiny_llama_folder, text)
+    workspace = workspace_in(tmp_path / "out", shallow_llama_folder, text)
     first = compare(workspace, [str(few)], [0.5], 1)
     assert compare(workspace, [str(few)], [0.5], 1).rows == first.rows
 
@@ -348,10 +350,10 @@ def test_two_at_once_in_one_folder_do_not_meet(made: tuple[Workspace, Comparison
 
 @pytest.mark.parametrize("name", ["../../evil", "/tmp/evil", "nul\\0", "x" * 300, ".hidden", "-dash"])
 def test_names_of_recipes_lead_nowhere(
-    tmp_path: Path, tiny_llama_folder: Path, text: str, nothing_runs: None, name: str
+    tmp_path: Path, shallow_llama_folder: Path, text: str, nothing_runs: None, name: str
 ) -> None:
     (tmp_path / "recipe.yaml").write_text(f'name: "{name}"')
-    workspace = workspace_in(tmp_path / "a" / "b" / "out", tiny_llama_folder, text)
+    workspace = workspace_in(tmp_path / "a" / "b" / "out", shallow_llama_folder, text)
     with pytest.raises(BesaError, match="is not plain"):
         compare(workspace, [str(tmp_path / "recipe.yaml")], [0.5], 1)
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
@@ -373,9 +375,9 @@ def test_files_of_evaluations_have_plain_names(made: tuple[Workspace, Comparison
     ],
 )
 def test_what_would_end_the_work_is_found_before_it(
-    tmp_path: Path, tiny_llama_folder: Path, text: str, nothing_runs: None, change, words: str
+    tmp_path: Path, shallow_llama_folder: Path, text: str, nothing_runs: None, change, words: str
 ) -> None:
-    workspace = change(workspace_in(tmp_path / "out", tiny_llama_folder, text))
+    workspace = change(workspace_in(tmp_path / "out", shallow_llama_folder, text))
     with pytest.raises(BesaError, match=words):
         compare(workspace, ["wanda"], [0.5], 1)
     assert list(tmp_path.iterdir()) == []

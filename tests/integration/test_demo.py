@@ -14,33 +14,33 @@ PLAN = demo.Plan(("wanda", "besa"), samples=8, seqlen=64, window=64, max_windows
 
 
 @pytest.fixture(autouse=True)
-def tiny(monkeypatch: pytest.MonkeyPatch, tiny_llama_folder: Path) -> None:
-    monkeypatch.setattr(demo, "EMBEDDED", str(tiny_llama_folder))
+def tiny(monkeypatch: pytest.MonkeyPatch, shallow_llama_folder: Path) -> None:
+    monkeypatch.setattr(demo, "EMBEDDED", str(shallow_llama_folder))
 
 
 def run(out: Path, folder: Path, plan: demo.Plan = PLAN, sparsity: float = 0.5) -> Demo:
     return demo.run_demo(out, plan, sparsity, [str(folder / "heldout.txt")], str(folder / "calibration.txt"))
 
 
-def test_demo_ends_with_checkpoints_a_table_and_a_page(tmp_path: Path, tiny_llama_folder: Path) -> None:
+def test_demo_ends_with_checkpoints_a_table_and_a_page(tmp_path: Path, shallow_llama_folder: Path) -> None:
     out = tmp_path / "demo"
-    made = run(out, tiny_llama_folder)
+    made = run(out, shallow_llama_folder)
     rows = [made.comparison.dense, *made.comparison.rows]
     assert [(row.recipe, row.sparsity) for row in rows] == [("dense", 0), ("wanda", 0.5), ("besa", 0.5)]
     table = (out / "compare.md").read_text().splitlines()
     assert table[4].startswith(f"| besa | 50.0000% | {rows[2].mean['heldout']:.2f} |")
     assert list(made.checkpoints) == ["wanda", "besa"]
-    text = [str(tiny_llama_folder / "heldout.txt")]
+    text = [str(shallow_llama_folder / "heldout.txt")]
     page = made.page.read_text()
     assert page.lower().startswith("<!doctype html>")
-    for row, model in zip(rows, [tiny_llama_folder, *made.checkpoints.values()], strict=True):
+    for row, model in zip(rows, [shallow_llama_folder, *made.checkpoints.values()], strict=True):
         measured = besa.evaluate(model, text, window=64, max_windows=10).perplexity["heldout"]
         assert row.mean["heldout"] == pytest.approx(measured, rel=1e-6)
         assert f"{measured:.2f}" in page
 
 
 def test_demo_goes_on_where_it_was_interrupted(
-    tmp_path: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, shallow_llama_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "demo"
     compress, calls = workspace.compress, []
@@ -53,23 +53,23 @@ def test_demo_goes_on_where_it_was_interrupted(
 
     monkeypatch.setattr(workspace, "compress", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run(out, tiny_llama_folder)
-    run(out, tiny_llama_folder)
+        run(out, shallow_llama_folder)
+    run(out, shallow_llama_folder)
     assert calls == ["wanda", "besa", "besa"]
     monkeypatch.setattr(workspace, "evaluate", lambda *_, **__: pytest.fail("it was measured again"))
     (out / demo.PAGE).unlink()
-    assert run(out, tiny_llama_folder).page.exists()
+    assert run(out, shallow_llama_folder).page.exists()
     assert len(calls) == 3
 
 
-def test_demo_adds_to_its_own_folder_and_refuses_one_of_other_sizes(tmp_path: Path, tiny_llama_folder: Path) -> None:
+def test_demo_adds_to_its_own_folder_and_refuses_one_of_other_sizes(tmp_path: Path, shallow_llama_folder: Path) -> None:
     out, plan = tmp_path / "demo", replace(PLAN, recipes=("magnitude",))
-    run(out, tiny_llama_folder, plan)
-    more = run(out, tiny_llama_folder, plan, sparsity=0.6)
+    run(out, shallow_llama_folder, plan)
+    more = run(out, shallow_llama_folder, plan, sparsity=0.6)
     assert [row.sparsity for row in more.comparison.rows] == pytest.approx([0.5, 0.6], abs=1e-4)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     with pytest.raises(BesaError, match="was made with another max_windows: choose another --out"):
-        run(out, tiny_llama_folder, replace(plan, max_windows=5))
+        run(out, shallow_llama_folder, replace(plan, max_windows=5))
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
@@ -88,7 +88,7 @@ def test_demo_adds_to_its_own_folder_and_refuses_one_of_other_sizes(tmp_path: Pa
     ],
 )
 def test_demo_refuses_before_it_works_and_leaves_nothing(
-    tmp_path: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, object], words: str
+    tmp_path: Path, shallow_llama_folder: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, object], words: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -97,8 +97,8 @@ def test_demo_refuses_before_it_works_and_leaves_nothing(
     for work in ("compress", "evaluate"):
         monkeypatch.setattr(workspace, work, lambda *_, **__: pytest.fail("it has begun"))
     usual = {
-        "out": Path("demo"), "plan": PLAN, "sparsity": 0.5, "texts": [str(tiny_llama_folder / "heldout.txt")],
-        "calibration": str(tiny_llama_folder / "calibration.txt"),
+        "out": Path("demo"), "plan": PLAN, "sparsity": 0.5, "texts": [str(shallow_llama_folder / "heldout.txt")],
+        "calibration": str(shallow_llama_folder / "calibration.txt"),
     }  # fmt: skip
     with pytest.raises(BesaError, match=words):
         demo.run_demo(**usual | change)
@@ -106,7 +106,7 @@ def test_demo_refuses_before_it_works_and_leaves_nothing(
 
 
 def test_demo_that_is_refused_or_stopped_before_its_first_result_leaves_nothing(
-    tmp_path: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, shallow_llama_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for error in (BesaError("The text is too short."), KeyboardInterrupt()):
 
@@ -115,5 +115,5 @@ def test_demo_that_is_refused_or_stopped_before_its_first_result_leaves_nothing(
 
         monkeypatch.setattr(workspace, "evaluate", fail)
         with pytest.raises(type(error)):
-            run(tmp_path / "demo", tiny_llama_folder)
+            run(tmp_path / "demo", shallow_llama_folder)
         assert list(tmp_path.iterdir()) == []

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from besa.methods.recipe import Recipe
 from besa.record import RunRecord
 from besa.storage import snapshots
 from besa.storage.snapshots import Snapshots
+from tests.slowly import some_slow
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "tests" / "assets" / "tiny-llama"
@@ -35,26 +37,37 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(snapshots, "SHARE", math.inf)
 
 
-def prune(out: Path, stop: int = 0, resume: bool = False, settings: Sequence[str] = SETTINGS) -> RunRecord:
+class Prune(Protocol):
     """Prune and distil towards `out`; stop as Ctrl-C would when so many reports on distilling have come."""
-    told = 0
 
-    def progress(done: float, total: float, note: str = "") -> None:
-        nonlocal told
-        if note.startswith("distilling"):
-            assert total == STEPS
-            told += 1
-            if told == stop:
-                raise KeyboardInterrupt
-
-    recipe = Recipe.load("wanda", None, settings)
-    return besa.compress(
-        TINY, recipe, TEXT, out=out, **SIZES, dtype="bfloat16", resume=resume, progress=progress
-    ).record
+    def __call__(
+        self, out: Path, stop: int = 0, resume: bool = False, settings: Sequence[str] = SETTINGS
+    ) -> RunRecord: ...
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def prune(shallow_llama_folder: Path) -> Prune:
+    def pruned(out: Path, stop: int = 0, resume: bool = False, settings: Sequence[str] = SETTINGS) -> RunRecord:
+        told = 0
+
+        def progress(done: float, total: float, note: str = "") -> None:
+            nonlocal told
+            if note.startswith("distilling"):
+                assert total == STEPS
+                told += 1
+                if told == stop:
+                    raise KeyboardInterrupt
+
+        recipe = Recipe.load("wanda", None, settings)
+        return besa.compress(
+            shallow_llama_folder, recipe, TEXT, out=out, **SIZES, dtype="bfloat16", resume=resume, progress=progress
+        ).record
+
+    return pruned
+
+
+@pytest.fixture(scope="module")
+def whole(prune: Prune, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The result of a run that nobody stopped."""
     out = tmp_path_factory.mktemp("whole") / "out"
     record = prune(out)
@@ -64,12 +77,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_a_checkpoint_has_what_learned_in_memory(whole: Path) -> None:
+def test_a_checkpoint_has_what_learned_in_memory(shallow_llama_folder: Path, whole: Path) -> None:
     """Linears, norms in the blocks and the final norm, by whichever way the model was read; embeddings stay."""
-    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.bfloat16)
-    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    model = AutoModelForCausalLM.from_pretrained(shallow_llama_folder, dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(shallow_llama_folder)
     record = besa.compress(model, Recipe.load("wanda", None, SETTINGS), TEXT, tokenizer=tokenizer, **SIZES).record
-    written, dense = AutoModelForCausalLM.from_pretrained(whole), load_file(TINY / "model.safetensors")
+    written, dense = AutoModelForCausalLM.from_pretrained(whole), load_file(shallow_llama_folder / "model.safetensors")
     assert record.distilling.losses == RunRecord.of(whole).distilling.losses
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, written.get_parameter(name)), name
@@ -78,22 +91,22 @@ def test_a_checkpoint_has_what_learned_in_memory(whole: Path) -> None:
     besa.verify(whole)
 
 
-@pytest.mark.parametrize("stop", [4, 8])
-def test_interrupted_and_gone_on_with(stop: int, whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stop", some_slow([4, 8], {4}))
+def test_interrupted_and_gone_on_with(prune: Prune, stop: int, whole: Path, tmp_path: Path) -> None:
     """While norms learn, and while weights learn."""
     out = tmp_path / "out"
-    with pytest.raises(Interrupted, match="8 finished blocks are kept"):
+    with pytest.raises(Interrupted, match="3 finished blocks are kept"):
         prune(out, stop)
     partial = out.with_name("out.partial")
     assert len(list(partial.glob("state-?.json"))) == 1
     record = prune(out, resume=True)
-    assert record.restored_blocks == 8
+    assert record.restored_blocks == 3
     assert record.distilling.losses == RunRecord.of(whole).distilling.losses
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     assert not partial.exists()
 
 
-def test_what_fitted_into_the_minutes_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_fitted_into_the_minutes_stays(prune: Prune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine is faster when the run goes on."""
     again = [*SETTINGS, "distill.further=false"]
     out, settings = tmp_path / "out", [*again, "distill.minutes=1", "distill.epochs=7"]
@@ -106,7 +119,7 @@ def test_what_fitted_into_the_minutes_stays(tmp_path: Path, monkeypatch: pytest.
     assert record.distilling.losses == prune(tmp_path / "whole", settings=again).distilling.losses
 
 
-def test_steps_that_were_eased_stay_so(tmp_path: Path) -> None:
+def test_steps_that_were_eased_stay_so(prune: Prune, tmp_path: Path) -> None:
     """Steps too large to help: the first epoch is taken back; then the run is stopped, in the second."""
     settings = ["distill={method: kl, learns: weights, epochs: 4, rate: 0.3, batch: 4}"]
     expected = prune(tmp_path / "whole", settings=settings).distilling.losses

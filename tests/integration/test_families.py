@@ -181,14 +181,14 @@ def test_family(family: str, tiny_tokenizer: Any, tmp_path: Path) -> None:
     folder = saved(random_model(config_of(family)), tmp_path / "dense")
     dense = load(folder)
     pruned = {}
-    for recipe, sparsity in [("wanda", 0.0), ("wanda", 0.5), ("besa", 0.5)]:
-        out = tmp_path / f"{recipe}-{sparsity}"
-        if sparsity and recipe == "wanda":
+    for name, sparsity, few_steps in [("wanda", 0.0, []), ("wanda", 0.5, []), ("besa", 0.5, ["allocation.steps=8"])]:
+        out, recipe = tmp_path / f"{name}-{sparsity}", Recipe.load(name, sparsity, few_steps)
+        if sparsity and name == "wanda":
             with pytest.raises((KeyboardInterrupt, Interrupted)):
                 compress(folder, recipe, TOKENS, out=out, tokenizer=tiny_tokenizer, progress=stopped_after_a_block)
-        compress(folder, recipe, TOKENS, out=out, sparsity=sparsity, tokenizer=tiny_tokenizer, resume=True)
-        pruned[recipe, sparsity] = load(out)
-        assert config_of_loaded(pruned[recipe, sparsity]) == config_of_loaded(dense)
+        compress(folder, recipe, TOKENS, out=out, tokenizer=tiny_tokenizer, resume=True)
+        pruned[name, sparsity] = load(out)
+        assert config_of_loaded(pruned[name, sparsity]) == config_of_loaded(dense)
     assert different(dense, pruned["wanda", 0.0]) == set()
 
     model = pruned["besa", 0.5]

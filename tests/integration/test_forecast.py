@@ -16,6 +16,7 @@ from benchmarks.gpu_forecast import Card, phase
 from benchmarks.operations import Operation, Seen
 from besa import Recipe, compress
 from tests import pretend
+from tests.slowly import some_slow
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
 CARD = Card("a card", 100e12, 50e12, 10e12, 1e12, 32e9, 80 * 10**9, "made up")
@@ -74,7 +75,7 @@ def test_a_whole_run_adds_up() -> None:
     assert (found["peak_gigabytes"], found["fits"]) == (2.0, True)
 
 
-@pytest.mark.parametrize("name", ["wanda", "besa", "fast", "sparsegpt"])
+@pytest.mark.parametrize("name", some_slow(["wanda", "besa", "fast", "sparsegpt"], {"fast"}))
 def test_a_run_without_numbers_asks_for_what_a_run_with_numbers_does(tmp_path: Path, name: str) -> None:
     """Launches, and bytes that travel, of the blocks of a small model."""
     blocks, settings = 2, {"samples": 4, "seqlen": 48, "dtype": "bfloat16"}

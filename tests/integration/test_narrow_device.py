@@ -18,7 +18,7 @@ RUNS = [
     ("besa", ["allocation.steps=3"]),
     ("besa-int4", ["allocation.steps=3"]),
     ("fast", []),
-    ("fast", ["targets.method=search"]),
+    pytest.param("fast", ["targets.method=search"], marks=pytest.mark.slow),
     ("wanda", ["sparsity=0.2", "allocation.method=structured", "targets.method=sensitivity"]),
     ("depth", ["allocation.layers=mlp", "allocation.blocks=2"]),
     ("wanda", ["allocation.method=nm", "allocation.mixed=true"]),
@@ -34,12 +34,12 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(("recipe", "changes"), RUNS)
-def test_it_prunes_as_the_cpu_does(narrow: None, recipe: str, changes: list[str], tiny_llama_folder: Path) -> None:
+def test_it_prunes_as_the_cpu_does(narrow: None, recipe: str, changes: list[str], shallow_llama_folder: Path) -> None:
     records = [
         besa.compress(
-            tiny_llama_folder,
+            shallow_llama_folder,
             Recipe.load(recipe, None, changes),
-            str(tiny_llama_folder / "calibration.txt"),
+            str(shallow_llama_folder / "calibration.txt"),
             samples=4,
             seqlen=32,
             batch=2,

@@ -24,6 +24,7 @@ from besa.errors import Notice
 from besa.models import hub as fetching
 from tests.conftest import TINY_LLAMA as TINY
 from tests.loopback_hub import LoopbackHub, loopback_hub
+from tests.slowly import some_slow
 
 TOKEN = "hf_loopback"
 REPO = "me/tiny"
@@ -274,7 +275,7 @@ def command(hub: LoopbackHub, folder: Path, home: Path) -> subprocess.Popen[str]
     )
 
 
-@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("end", some_slow([signal.SIGKILL, signal.SIGINT], {signal.SIGINT}))
 def test_a_push_that_was_ended_goes_on_where_it_was(
     end: signal.Signals, hub: LoopbackHub, copy: Callable[[str], Path], tmp_path: Path
 ) -> None:

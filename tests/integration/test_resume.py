@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from besa.errors import Interrupted
 from besa.storage import tensors as files
 from besa.storage.journal import Journal
 from besa.storage.weights import WeightFiles
+from tests.slowly import some_slow
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "tests" / "assets" / "tiny-llama"
@@ -241,10 +243,15 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-@pytest.mark.parametrize("kind", ["safetensors", "json"])
-def test_a_damaged_block_is_done_again(kind: str, damage: Callable[[Path], object], whole: Path, begun: Path) -> None:
-    damage(partial_of(begun) / f"block-00002.{kind}")
+@pytest.mark.parametrize(
+    ("kind", "damage"),
+    some_slow(
+        product(("safetensors", "json"), DAMAGES),
+        {("safetensors", "truncated"), ("safetensors", "empty"), ("json", "flipped"), ("json", "truncated")},
+    ),
+)
+def test_a_damaged_block_is_done_again(kind: str, damage: str, whole: Path, begun: Path) -> None:
+    DAMAGES[damage](partial_of(begun) / f"block-00002.{kind}")
     assert prune(begun, resume=True).record.restored_blocks == 4
     assert_same(begun, whole)
 
@@ -278,8 +285,10 @@ def test_a_damaged_journal_is_refused(content: str, begun: Path) -> None:
 
 @pytest.mark.parametrize(
     "error",
-    [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), SafetensorError("I/O error: No space left (os error 28)")],
-    ids=["python", "rust"],
+    [
+        pytest.param(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), marks=pytest.mark.slow, id="python"),
+        pytest.param(SafetensorError("I/O error: No space left (os error 28)"), id="rust"),
+    ],
 )
 def test_full_disk_in_the_middle(
     error: Exception, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -11,6 +11,7 @@ from benchmarks.scaling import RESULTS, WIRES, Wire
 from benchmarks.weightless import seen
 from besa import Recipe, plan
 from tests import pretend
+from tests.slowly import some_slow
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
 
@@ -22,7 +23,7 @@ def test_an_exchange_takes_its_bytes_and_the_way_round_the_ring() -> None:
 
 
 @pytest.mark.parametrize("name", ["wanda", "sparsegpt", "fast", "besa"])
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", some_slow([2, 3], {2}))
 def test_a_run_without_numbers_sends_what_a_plan_says(tmp_path: Path, name: str, count: int) -> None:
     config = LlamaConfig.from_pretrained(TINY, num_hidden_layers=2, dtype="bfloat16")
     config.save_pretrained(tmp_path)

@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 
 import peft
@@ -55,9 +56,14 @@ def masks_of(model: nn.Module) -> Masks:
     }
 
 
+@cache
+def tokens() -> Tensor:
+    text = (TINY / "calibration.txt").read_text()[:20_000]
+    return torch.tensor(AutoTokenizer.from_pretrained(TINY)(text)["input_ids"])
+
+
 def batch(number: int) -> Tensor:
-    tokens = AutoTokenizer.from_pretrained(TINY)((TINY / "calibration.txt").read_text()[:20_000])["input_ids"]
-    return torch.tensor(tokens[number * 128 :][:128]).view(4, 32)
+    return tokens()[number * 128 :][:128].view(4, 32)
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +75,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def pruned(tiny_llama: PreTrainedModel) -> PreTrainedModel:
-    return prune(tiny_llama).requires_grad_(True)
+def pruned(shallow_llama: PreTrainedModel) -> PreTrainedModel:
+    return prune(shallow_llama).requires_grad_(True)
 
 
 def train(
@@ -97,7 +103,7 @@ def train(
 @pytest.mark.parametrize("name", OPTIMISERS)
 def test_zeros_are_kept_and_the_rest_learns_as_by_hand(pruned: PreTrainedModel, name: str) -> None:
     masks, by_hand = masks_of(pruned), copy.deepcopy(pruned)
-    assert len(masks) == 56
+    assert len(masks) == 7 * 3
     with besa.keep_masks(pruned) as kept:
         assert kept.sparsity == 0.5
         losses, norms = train(pruned, OPTIMISERS[name](pruned.parameters()))

@@ -25,6 +25,7 @@ from besa import BesaError, Recipe
 from besa.checkpoint import writer
 from besa.runtime.linear import SparseLinear
 from tests import pretend
+from tests.slowly import some_slow
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
 TEXT = str(TINY / "calibration.txt")
@@ -263,7 +264,9 @@ def test_a_program_that_does_not_import_besa(plain: Path) -> None:
     assert made.stdout.split() == ["SparseLinear"], made.stderr
 
 
-@pytest.mark.parametrize("variable", ["BESA_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"])
+@pytest.mark.parametrize(
+    "variable", some_slow(["BESA_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"], {"TORCH_DEVICE_BACKEND_AUTOLOAD"})
+)
 def test_a_variable_turns_it_off(variable: str, plain: Path) -> None:
     made = program(LOAD, plain, **{variable: "0"})
     assert made.returncode == 1

@@ -43,7 +43,7 @@ def test_candidate_ranks_of_a_hundred():
 
 
 @given(intervals=st.integers(2, 1000), width=st.integers(1, 300))
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 def test_the_bin_of_a_rank_is_the_first_candidate_that_prunes_it(intervals, width):
     bins_I = candidate_bins(candidate_rates(1 / intervals), width)
     assert bins_I.dtype == torch.int16

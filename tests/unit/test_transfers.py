@@ -3,6 +3,7 @@
 The streams are pretended: a copy is done only when somebody waits for it, and until then its destination holds NaN.
 """
 
+import itertools
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -22,15 +23,16 @@ from besa.models.activations import MappedStates, Room
 from besa.models.blocks import send
 from besa.models.transfers import Ahead, Outputs, at_home, fetched
 from tests import pretend
+from tests.slowly import some_slow
 
 pytestmark = pytest.mark.usefixtures("torchs_own_products")
 DEVICE = pretend.DEVICE
 N, T, C = 7, 3, 5
-RUNS = [
-    ("besa", ["allocation.steps=3", "allocation.teacher=pruned"], 0),
-    ("besa", ["allocation.steps=3", "finetune.method=adam", "finetune.epochs=1"], 30_000),
-    ("fast", [], 60_000),
-]
+RUNS = {
+    "pruned": ("besa", ["allocation.steps=3", "allocation.teacher=pruned"], 0),
+    "moved": ("besa", ["allocation.steps=3", "finetune.method=adam", "finetune.epochs=1"], 30_000),
+    "fast": ("fast", [], 60_000),
+}
 
 
 class Stream:
@@ -230,16 +232,19 @@ def test_tensors_come_home_at_once(lagging):
     assert (len(pretend.counts.to_host), pretend.counts.syncs.total()) == (3, 0)
 
 
-@pytest.mark.parametrize("out", [None, "out"])
-@pytest.mark.parametrize(("recipe", "changes", "budget"), RUNS)
-def test_a_run_with_all_of_it_is_that_of_the_cpu(lagging, recipe, changes, budget, out, tiny_llama_folder, tmp_path):
+@pytest.mark.parametrize(
+    ("run", "out"),
+    some_slow(itertools.product(RUNS, (False, True)), {("pruned", True), ("moved", False), ("fast", False)}),
+)
+def test_a_run_with_all_of_it_is_that_of_the_cpu(lagging, run, out, shallow_llama_folder, tmp_path):
     """Hidden states in files, on the host and on the device; blocks that come ahead, from memory or from the disk."""
+    recipe, changes, budget = RUNS[run]
     found = []
     for device in ("cpu", "pretend"):
         result = besa.compress(
-            tiny_llama_folder,
+            shallow_llama_folder,
             Recipe.load(recipe, None, changes),
-            str(tiny_llama_folder / "calibration.txt"),
+            str(shallow_llama_folder / "calibration.txt"),
             samples=4,
             seqlen=32,
             batch=2,

@@ -9,7 +9,6 @@ from besa.errors import BesaError
 from besa.methods.allocation.outputs import errors_of_linears
 from besa.models.blocks import Block, capture_inputs, find_blocks
 from besa.models.units import Part, parts, sharing, units
-from besa.observing.losses import reconstruction_error
 
 SEQUENCES, TOKENS = 3, 12
 SIZES = {"num_hidden_layers": 3, "vocab_size": 64}

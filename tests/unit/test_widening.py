@@ -135,7 +135,7 @@ def test_pruning_and_evaluating_multiply_in_float32(shallow_llama_folder, tmp_pa
     with Seen() as seen:
         besa.compress(
             shallow_llama_folder,
-            "besa",
+            besa.Recipe.load("besa", overrides=["allocation.steps=4"]),
             str(text),
             samples=2,
             seqlen=32,

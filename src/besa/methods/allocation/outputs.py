@@ -18,9 +18,7 @@ from besa.observing.losses import reconstruction_error
 from besa.observing.products import Products
 
 
-def errors_of_linears(
-    block: Block | Unit, x_NTC: Tensor, weights: Mapping[str, Tensor], plain: float = 0.0
-) -> Tensor:
+def errors_of_linears(block: Block | Unit, x_NTC: Tensor, weights: Mapping[str, Tensor], plain: float = 0.0) -> Tensor:
     """Mean over linears of the error of their outputs (scalar), for the inputs that they have in the dense block.
 
     Args:
