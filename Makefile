@@ -27,7 +27,7 @@ demo: $(READY)   ## prune SmolLM2-135M by Wanda and BESA, and show what is left 
 test: $(READY)   ## the fast tests
 	$(BIN)/python -m pytest -m 'not slow' --numprocesses auto --dist loadfile --durations 25 --durations-min 5
 
-test-slow: $(READY) ## the tests that take minutes: SmolLM2-135M, sanitizers, calls of every kind
+test-slow: $(READY) ## the tests that take minutes, and cases that resemble faster ones
 	$(BIN)/python -m pytest -m slow
 
 test-gpu: $(READY) ## the tests on a GPU, if there is one
