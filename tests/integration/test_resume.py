@@ -159,13 +159,13 @@ def test_the_command_is_killed_then_interrupted_then_gone_on_with(whole: Path, t
     process = start(*arguments)
     wait_for(partial_of(out) / "block-00001.json", process)
     os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.communicate(timeout=300)
     assert not out.exists()
 
     process = start(*arguments, "--resume")
     wait_for(partial_of(out) / "block-00004.json", process)
     os.killpg(process.pid, signal.SIGINT)
-    _, complaint = process.communicate()
+    _, complaint = process.communicate(timeout=300)
     assert process.returncode == 130, complaint
     kept = len(list(partial_of(out).glob("block-*.json")))
     assert 5 <= kept < BLOCKS

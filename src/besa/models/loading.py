@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, replace
 from pathlib import Path
+from traceback import clear_frames
 from typing import Any
 
 import torch
@@ -347,10 +348,18 @@ def fingerprint(source: Source) -> str:
 
 @contextmanager
 def model_explained(name: str) -> Iterator[None]:
-    """Turn any exception of transformers about a damaged, missing or foreign checkpoint into one sentence."""
+    """Turn any exception of transformers about a damaged, missing or foreign checkpoint into one sentence.
+
+    transformers reads with a pool of threads. If Ctrl-C comes while one starts, Python does not know of it: at the end
+    it would wait for the thread without ever telling it to end. A pool that nothing holds any more ends its threads, so
+    what the interrupted calls hold is dropped here.
+    """
     try:
         yield
-    except (KeyboardInterrupt, MemoryError, BesaError):
+    except KeyboardInterrupt as interruption:
+        clear_frames(interruption.__traceback__)
+        raise
+    except (MemoryError, BesaError):
         raise
     except (Exception, SystemExit) as error:  # transformers, safetensors and huggingface_hub share no base class
         reason = " ".join(str(error).split()).rstrip(".")
