@@ -148,6 +148,14 @@ def assert_exact(problem: BlockProblem, counts: dict[str, torch.Tensor]) -> None
         assert sum(int(counts[name].sum()) for name in budget.names) == budget.zeros
 
 
+def test_the_loss_of_single_linears_heeds_the_share_of_the_plain_error(problem):
+    own = dataclasses.replace(problem, own_outputs=True)
+    weights = {name: torch.where(linear.ranks_OI < 30, 0, linear.w_OI) for name, linear in problem.linears.items()}
+    relative, half, plain = (float(own.error(0, 40, weights, share)) for share in (0.0, 0.5, 1.0))
+    assert half == pytest.approx((relative + plain) / 2)
+    assert abs(relative - plain) > 0.01 * plain
+
+
 # Uniform
 
 
