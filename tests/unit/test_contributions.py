@@ -118,6 +118,11 @@ def test_the_highest_of_each_group_stay(data):
     assert stay == expected
 
 
+@pytest.mark.parametrize(("share", "experts", "gone"), [(0.5, 3, 1), (0.5, 5, 2), (0.25, 6, 1), (0.25, 10, 2)])
+def test_of_two_numbers_as_near_to_a_share_the_smaller_goes(share, experts, gone):
+    assert experts - Reap(share=share).kept(Mixtures((), experts, 1, 1)) == gone
+
+
 @given(share=st.floats(0.01, 0.99), experts=st.integers(2, 64), groups=st.integers(1, 4), least=st.integers(1, 4))
 @settings(max_examples=100, deadline=None)
 def test_a_share_is_the_nearest_whole_number_or_refused(share, experts, groups, least):

@@ -6,6 +6,7 @@ Shape suffixes: E experts of a mixture.
 from __future__ import annotations
 
 from abc import abstractmethod
+from math import ceil
 
 import torch
 from pydantic import Field
@@ -40,11 +41,13 @@ class Scorer(Dropper):
     def kept(self, mixtures: Mixtures) -> int:
         """How many experts of each mixture stay. A share becomes the nearest number that leaves groups of one size.
 
+        Of two as near, the smaller number goes.
+
         Raises:
             BesaError: none would go, groups would differ, or a token would have too few to choose from.
         """
         experts, groups = mixtures.experts, mixtures.groups
-        gone = groups * round(self.share * experts / groups) if self.number is None else self.number
+        gone = groups * ceil(self.share * experts / groups - 0.5) if self.number is None else self.number
         asked = f"experts.share={self.share:g}" if self.number is None else f"experts.number={self.number}"
         if gone % groups:
             raise BesaError(
