@@ -273,7 +273,7 @@ def seen(
         stack.enter_context(mock.patch.object(loop, "Stopwatch", Watch))
         decoder, calibration = WeightlessDecoder(config, trace), Calibration(tokens_NT, "random tokens", 0)
         resources = Resources(default_batch(samples, seqlen, device), device, Room(device))
-        loop.prune_blocks(decoder, recipe.settled(count, {}), calibration, resources=resources)
+        loop.prune_blocks(decoder, recipe.settled(count, calibration.samples, {}), calibration, resources=resources)
     return trace.phases
 
 

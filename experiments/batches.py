@@ -36,7 +36,8 @@ def learning(*pairs: tuple[int, int], tolerance: float = 0.0) -> dict[str, list[
     ending = f", tolerance {tolerance:g}" if tolerance else ""
     return {
         f"batch {batch}, {steps} steps{ending}": [
-            f"allocation.batch={batch}", f"allocation.steps={steps}", f"allocation.tolerance={tolerance}"
+            "allocation.crop=0.5", f"allocation.batch={batch}", f"allocation.steps={steps}",
+            f"allocation.tolerance={tolerance}"
         ]
         for batch, steps in pairs
     }  # fmt: skip

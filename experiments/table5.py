@@ -25,12 +25,12 @@ def step(size: str) -> str:
 
 def cases(options: Options) -> list[Case]:
     """Three ablations around one setting, which stands in each."""
-    samples = options.conditions.samples
+    samples, seqlen = options.conditions.samples, options.conditions.seqlen
     learner = options.besa().descent
     assert learner is not None
     found = [DENSE_CASE]
     for count in options.points:
-        steps = round(count * samples / learner.crop)
+        steps = round(count * samples * seqlen / learner.tokens(seqlen))
         unended = ("allocation.tolerance=0",) if steps > samples else ()
         found.append(Case(epochs(count), options.besa(f"allocation.steps={steps}", *unended)))
     return [

@@ -47,11 +47,12 @@ class Learning(Settings):
         """Sequences of a step; one until `settled` has chosen another number."""
         return 1 if self.batch == "auto" else self.batch
 
-    def settled(self, ranks: int, begun: Mapping[str, Any]) -> Self:
+    def settled(self, ranks: int, samples: int, begun: Mapping[str, Any]) -> Self:
         """The same with a number of sequences.
 
         Args:
             ranks: that share the sequences of a step.
+            samples: sequences of the calibration set.
             begun: settings of the same part in a run that is resumed, if there is one: its number stays.
         """
         if self.batch != "auto":

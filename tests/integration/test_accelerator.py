@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import besa
 from besa import BesaError, Recipe, compress
 from besa.errors import Interrupted
-from besa.methods.allocation import Besa, first_tokens
+from besa.methods.allocation import Besa
 from besa.methods.allocation.changing import ChangingLinears
 from besa.methods.allocation.descent import Descent
 from besa.methods.allocation.problem import BlockProblem
@@ -226,7 +226,7 @@ def watched(model: PreTrainedModel, recipe: Recipe, monkeypatch: pytest.MonkeyPa
         # The same forward and backward passes alone.
         leaves = {name: w_OI.detach().clone().requires_grad_() for part in parts for name, w_OI in part.weights.items()}
         before = pretend.counts.launches.total()
-        error(problem, 0, first_tokens(37, self.crop), constant | leaves, self.plain).backward()
+        error(problem, 0, self.tokens(37), constant | leaves, self.plain).backward()
         own = pretend.counts.launches.total() - before
         seen.learning.append((len(losses), syncs, launches - own * len(losses)))
         return losses

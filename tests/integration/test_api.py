@@ -22,6 +22,7 @@ from besa.data.mixture import MIX
 from besa.models.blocks import capture_inputs, find_blocks
 from besa.observing.losses import reconstruction_error
 from besa.pruning.paths import ERROR_SHARE
+from besa.report.reproduce import is_shipped
 from besa.studies.workspace import Conditions
 
 SAMPLES, SEQLEN, WINDOW = 48, 64, 128
@@ -155,6 +156,18 @@ def test_activations_in_a_file_change_no_bit(shallow_llama_folder: Path, recipe:
     above = besa.compress(shallow_llama_folder, recipe, activation_budget=1, **settings)
     for name, tensor in within.model.state_dict().items():
         assert torch.equal(tensor, above.model.state_dict()[name]), name
+
+
+def test_a_run_with_few_sequences_says_how_it_learned(shallow_llama_folder: Path) -> None:
+    """As if its settings had been asked for, and it is still the recipe that ships."""
+    settings = {"calibration": str(shallow_llama_folder / "calibration.txt"), "samples": 4, "seqlen": 32}
+    whole = ["allocation.crop=1", "allocation.steps=44", "allocation.travel=6"]
+    few = besa.compress(shallow_llama_folder, "besa", **settings)
+    asked = besa.compress(shallow_llama_folder, besa.Recipe.load("besa", overrides=whole), **settings)
+    assert few.record.recipe == asked.record.recipe
+    assert is_shipped(few.record)
+    for name, tensor in few.model.state_dict().items():
+        assert torch.equal(tensor, asked.model.state_dict()[name]), name
 
 
 def test_exceptions_are_heeded(tiny_llama_folder: Path) -> None:

@@ -48,8 +48,8 @@ def test_an_explanation_is_the_recipe_again_with_every_setting_explained(name, t
     explanation = explain(recipe, 64, 512, head=0.25)
     path = tmp_path / "again.yaml"
     path.write_text(explanation.text, encoding="utf-8")
-    assert Recipe.load(path) == recipe.settled(1, {})
-    assert explanation.recipe == recipe.settled(1, {}).model_dump(mode="json")
+    assert Recipe.load(path) == recipe.settled(1, 64, {})
+    assert explanation.recipe == recipe.settled(1, 64, {}).model_dump(mode="json")
     content = yaml.safe_load(explanation.text)
     for key, part in recipe:
         if isinstance(part, Settings):

@@ -20,7 +20,8 @@ HALF_STEPS = 88 / 64 / 2  # passes over half of every sequence
         ("besa", (), 0.5 + 2 + 3 * HALF_STEPS),
         ("besa", ("allocation.crop=1", "allocation.steps=64"), 1 + 2 + 3),
         ("besa", ("allocation.granularity=attn-mlp",), 0.5 + 2 + 0.5 + 2 * 3 * HALF_STEPS),
-        ("besa", ("allocation.batch=4",), 0.5 + 2 + 4 * 3 * HALF_STEPS),
+        ("besa", ("allocation.batch=4", "allocation.crop=0.5"), 0.5 + 2 + 4 * 3 * HALF_STEPS),
+        ("besa", ("allocation.batch=4",), 1 + 2 + 4 * 3 * HALF_STEPS),  # half as many steps of whole sequences
         ("fast", (), 0.5 / 16 + 2 + 3 / 8),  # eight sequences of 64
         ("fast", ("allocation.sequences=32",), 0.5 / 16 + 2 + 3 / 8 + 3 / 2),  # measured twice
         ("besa", ("importance.statistics_every=8",), 0.5 + 1 / 8 + 1 + 3 * HALF_STEPS),
@@ -44,6 +45,14 @@ HALF_STEPS = 88 / 64 / 2  # passes over half of every sequence
 )
 def test_passes_are_those_of_the_algorithm(recipe: str, settings: tuple[str, ...], passes: float) -> None:
     assert forward_passes(Recipe.load(recipe, 0.5, settings), 64, 512) == pytest.approx(passes)
+
+
+def test_steps_that_would_repeat_few_sequences_take_them_whole() -> None:
+    """44 steps of whole sequences are as many tokens as 88 of halves, but the dense path computes all tokens."""
+    assert forward_passes(Recipe.load("besa"), 16, 512) == pytest.approx(1 + 2 + 3 * 44 / 16)
+    assert forward_passes(Recipe.load("besa", None, ["allocation.crop=0.5"]), 16, 512) == pytest.approx(
+        0.5 + 2 + 3 * 44 / 16
+    )
 
 
 @pytest.mark.parametrize(("learns", "stages"), [("weights", 1), ("norms", 1), ("both", 2), ("together", 1)])

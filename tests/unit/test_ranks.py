@@ -93,17 +93,41 @@ def test_ranks_of_a_machine_divide_its_memory(monkeypatch):
 def test_batches_settle_with_the_number_of_ranks_and_stay_what_they_were():
     recipe = Recipe.load("besa")
     assert (recipe.allocation.batch, recipe.allocation.sequences) == ("auto", 1)
-    assert recipe.settled(1, {}).allocation.batch == 1
-    assert recipe.settled(8, {}).allocation.batch == 1
+    assert recipe.settled(1, 128, {}).allocation.batch == 1
+    assert recipe.settled(8, 128, {}).allocation.batch == 1
     best = Recipe.load("best")
-    assert [best.settled(ranks, {}).distill.batch for ranks in (1, 2, 3, 8)] == [1, 2, 3, 4]
-    assert best.settled(3, best.settled(2, {}).model_dump()).distill.batch == 2
+    assert [best.settled(ranks, 128, {}).distill.batch for ranks in (1, 2, 3, 8)] == [1, 2, 3, 4]
+    assert best.settled(3, 128, best.settled(2, 128, {}).model_dump()).distill.batch == 2
     chosen = Recipe.load("best", overrides=["distill.batch=5"])
-    assert chosen.settled(3, best.settled(2, {}).model_dump()) == chosen
-    assert Recipe.load("int4", overrides=["quantization.batch=2"]).settled(2, {}).descent.sequences == 2
+    assert chosen.settled(3, 128, best.settled(2, 128, {}).model_dump()) == chosen
+    assert Recipe.load("int4", overrides=["quantization.batch=2"]).settled(2, 128, {}).descent.sequences == 2
 
 
 @pytest.mark.parametrize("batch", ["0", "-1", "1.5", "true", "many"])
 def test_a_batch_is_a_number_of_sequences(batch):
     with pytest.raises(BesaError, match=r"but must be a number of sequences from 1 on, or auto\.$"):
         Recipe.load("besa", overrides=[f"allocation.batch={batch}"])
+
+
+def settled(samples, *overrides):
+    """How much of a sequence a step takes, how many steps there are, and how far they go."""
+    allocation = Recipe.load("besa", 0.5, overrides).settled(1, samples, {}).allocation
+    return allocation.crop, allocation.steps, allocation.travel
+
+
+def test_steps_that_would_repeat_few_sequences_take_them_whole():
+    assert [settled(samples) for samples in (128, 44)] == [(0.5, 88, 12)] * 2
+    assert [settled(samples) for samples in (43, 16, 1)] == [(1, 44, 6)] * 3
+    assert settled(16, "allocation.steps=24") == (0.5, 24, 12)
+    assert settled(16, "allocation.steps=33", "allocation.travel=5") == (1, 17, 2.5)
+    assert settled(64, "allocation.batch=2") == (1, 44, 6)
+    for crop in (0.25, 0.5, 1):
+        assert settled(16, f"allocation.crop={crop}") == (crop, 88, 12)
+    whole = Recipe.load("besa").settled(1, 16, {})
+    assert whole.settled(1, 16, {}) == whole  # settled once
+
+
+@pytest.mark.parametrize("crop", ["0", "-1", "1.5", "true", "half"])
+def test_a_crop_is_a_share_of_a_sequence(crop):
+    with pytest.raises(BesaError, match=r"but must be a share of a sequence, above 0 and up to 1, or auto\.$"):
+        Recipe.load("besa", overrides=[f"allocation.crop={crop}"])

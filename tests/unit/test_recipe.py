@@ -20,7 +20,7 @@ from besa.methods.reconstruction import NoReconstruction, OBSUpdate
 from besa.methods.shipped import RECIPES, shipped
 
 METHODS = {
-    "besa": (Wanda(), Besa(rates="row", plain=0.5, steps=88), NoReconstruction()),
+    "besa": (Wanda(), Besa(rates="row", plain=0.5, crop="auto", steps=88), NoReconstruction()),
     "besa-layerwise": (Wanda(), Besa(rates="layer", travel=3.2), NoReconstruction()),
     "magnitude": (Magnitude(), Uniform(per="linear"), NoReconstruction()),
     "ria": (RIA(), Uniform(per="linear"), NoReconstruction()),
@@ -177,13 +177,13 @@ def test_sparsity_replaces_the_recipes_own(write):
         (["allocation.travel=1e-3"], {"travel": 0.001}),  # a string to YAML 1.1
         (["allocation.rates=layer", "allocation.mask=probability"], {"rates": "layer", "mask": "probability"}),
         (["allocation.steps=3", "allocation.steps=4"], {"steps": 4}),
-        (["allocation={method: besa, penalty: 7}"], {"penalty": 7.0, "plain": 0.0, "steps": 64}),
+        (["allocation={method: besa, penalty: 7}"], {"penalty": 7.0, "plain": 0.0, "crop": 0.5, "steps": 64}),
         ([], {}),
     ],
 )
 def test_overrides(overrides, changed):
     recipe = Recipe.load("besa", overrides=overrides)
-    assert recipe.allocation == Besa(**{"plain": 0.5, "steps": 88} | changed)
+    assert recipe.allocation == Besa(**{"plain": 0.5, "crop": "auto", "steps": 88} | changed)
     assert (recipe.importance, recipe.reconstruction) == (Wanda(), NoReconstruction())
 
 

@@ -245,7 +245,7 @@ def test_recipe_that_besa_does_not_ship_is_given_as_yaml(folder):
 
 @pytest.mark.parametrize(("name", "ranks"), [("besa", 1), ("best", 1), ("best", 3)])
 def test_recipe_that_a_run_has_settled_is_still_one_that_besa_ships(name, ranks, folder):
-    settled = Recipe.load(name, 0.5).settled(ranks, {}).model_dump(mode="json")
+    settled = Recipe.load(name, 0.5).settled(ranks, 16, {}).model_dump(mode="json")
     assert settled != Recipe.load(name, 0.5).model_dump(mode="json")
     assert f"--recipe {name} --sparsity" in render([folder("run", record(name, recipe=settled, ranks=ranks))])
 

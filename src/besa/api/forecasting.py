@@ -75,7 +75,7 @@ def plan(
     room.checked(seqlen, "--seqlen")
     with together(0, ranks):
         batch = batch or default_batch(samples, seqlen, device)
-    recipe = chosen(recipe, sparsity).settled(ranks, {})
+    recipe = chosen(recipe, sparsity).settled(ranks, samples, {})
     fewer = smaller(empty, find_blocks(empty), recipe)
     if fewer is not None:
         empty = skeleton(source, changed(config, fewer.settings))

@@ -204,15 +204,16 @@ class Recipe(Settings):
         """
         return self._validated(self.name, self.model_dump() | {"sparsity": sparsity})
 
-    def settled(self, ranks: int, begun: Mapping[str, Any]) -> Recipe:
-        """The recipe with a number of sequences for the steps of all parts that learn (`Learning.settled`).
+    def settled(self, ranks: int, samples: int, begun: Mapping[str, Any]) -> Recipe:
+        """The recipe with what is left to a run settled in all parts that learn (`Learning.settled`).
 
         Args:
             ranks: that share the sequences of a step.
+            samples: sequences of the calibration set.
             begun: settings of the recipe in a run that is resumed, if there is one.
         """
         learning = {name: part for name, part in self if isinstance(part, Learning)}
-        settled = {name: part.settled(ranks, begun.get(name, {})) for name, part in learning.items()}
+        settled = {name: part.settled(ranks, samples, begun.get(name, {})) for name, part in learning.items()}
         return self.model_copy(update=settled)
 
     def to_yaml(self) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from besa.counting.budget import Budget
-from besa.methods.allocation import first_tokens
 from besa.models.units import Unit
 from besa.planning.outline import Outline
 from besa.planning.shapes import learn_arguments, shared_inputs
@@ -32,7 +31,7 @@ def distinct_units(run: Outline) -> list[Distinct]:
     Raises:
         BesaError: as of `learn_arguments`.
     """
-    crop = first_tokens(run.seqlen, run.recipe.descent.crop if run.recipe.descent else 1.0)
+    crop = run.recipe.descent.tokens(run.seqlen) if run.recipe.descent else run.seqlen
     learn_arguments(run.model, run.blocks, {(run.batch, run.seqlen), (1, run.seqlen), (1, crop)})
     by_shapes = {
         tuple((p.rows, p.columns) for p in unit.prunables.values()): (unit, unit_budgets)

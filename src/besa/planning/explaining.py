@@ -92,7 +92,7 @@ def explain(
     recipe: Recipe, samples: int, seqlen: int, ranks: int = 1, routed: bool = False, head: float = 0.0
 ) -> Explanation:
     """A recipe as it will run; arguments as of `forward_passes`."""
-    settled = recipe.settled(ranks, {})
+    settled = recipe.settled(ranks, samples, {})
     passes = passes_by_stage(settled, samples, seqlen, ranks=ranks, routed=routed, head=head)
     stages = [
         StageEntry(stage=stage, method=getattr(part, "method", ""), does=_does(part), passes=passes.get(stage, 0.0))

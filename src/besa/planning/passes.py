@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from besa.errors import BesaError
-from besa.methods.allocation import first_tokens
 from besa.methods.recipe import Recipe
 from besa.pruning.paths import dense_share
 from besa.settings import LARGEST
@@ -60,6 +59,7 @@ def passes_by_stage(
     recipe: Recipe, samples: int, seqlen: int, batch: int = 1, ranks: int = 1, routed: bool = False, head: float = 0.0
 ) -> dict[str, float]:
     """The same by the stage of the recipe that takes them; `WALK` is what all recipes take. Arguments as before."""
+    recipe = recipe.settled(ranks, samples, {})
     shares = shares_of(samples, batch, ranks)
     own = most(shares)
     share, tokens = dense_share(recipe, seqlen)
@@ -76,7 +76,7 @@ def passes_by_stage(
         passes["experts"] = 2  # through the dense model; experts compute what they add once more
     if recipe.descent is not None:
         steps = recipe.descent.steps * -(-min(recipe.descent.sequences, samples) // ranks)
-        learning = 3 * parts * steps * first_tokens(seqlen, recipe.descent.crop) / (own * seqlen)
+        learning = 3 * parts * steps * recipe.descent.tokens(seqlen) / (own * seqlen)
         passes["allocation" if recipe.allocation.descent is not None else "quantization"] += learning
     decides = "allocation" if recipe.allocation.targeting is not None else "targets"  # how much each block loses
     for every in recipe.losses_every(samples):  # a forward pass, then a forward and a backward pass to activations

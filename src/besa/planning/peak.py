@@ -8,7 +8,6 @@ import torch
 from transformers import PreTrainedModel
 
 from besa.counting.masks import CHUNK
-from besa.methods.allocation import first_tokens
 from besa.methods.recipe import Recipe
 from besa.models.units import Unit
 from besa.planning.shapes import forward_bytes
@@ -48,7 +47,7 @@ def unit_bytes(
         shapes = [(prunable.rows, prunable.columns) for prunable in unit.prunables.values()]
         changing = item * (weights + most) + (2 * weights if model.dtype == torch.float32 else 0)  # a copy in bfloat16
         changing += item * weights + 16 * most if coded else 0  # Q(W), and the slopes of its steps
-        learning = forward_bytes(unit, model, 1, first_tokens(seqlen, recipe.descent.crop), learning=True)
+        learning = forward_bytes(unit, model, 1, recipe.descent.tokens(seqlen), learning=True)
         phases.append(ranked + changing + recipe.allocation.learning_bytes(shapes) + learning)
     if coded:
         codes = weights * (1 if recipe.quantization.moved is None else 1 + item)  # and what was rounded

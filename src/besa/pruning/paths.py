@@ -54,7 +54,7 @@ def first_inputs(
         Those of the pruned path, and as many as the recipe needs of the dense path.
     """
     every, length = dense_share(recipe, calibration.seqlen)
-    lengths = {length, first_tokens(calibration.seqlen, recipe.descent.crop if recipe.descent else 1.0)}
+    lengths = {length, recipe.descent.tokens(calibration.seqlen) if recipe.descent else calibration.seqlen}
     with decoder.embeddings(resources.device):
         pruned_NTC = embedded(
             decoder.model, decoder.blocks, calibration.tokens_NT, resources.batch, resources.room, share, lengths
@@ -76,4 +76,4 @@ def dense_share(recipe: Recipe, seqlen: int) -> tuple[int, int]:
         return 1, seqlen
     if recipe.descent is None or recipe.teacher != "dense":
         return ERROR_SHARE, first_tokens(seqlen, ERROR_TOKENS)
-    return 1, first_tokens(seqlen, max(ERROR_TOKENS, recipe.descent.crop))
+    return 1, max(first_tokens(seqlen, ERROR_TOKENS), recipe.descent.tokens(seqlen))

@@ -114,8 +114,8 @@ def is_shipped(record: RunRecord) -> bool:
         recipe = Recipe.load(name, record.recipe.get("sparsity"))
     except BesaError:
         return False
-    same = (recipe, recipe.settled(record.ranks, {}))  # as it is, or as a run settles what is left to it
-    return record.recipe in [one.model_dump(mode="json") for one in same]
+    settled = recipe.settled(record.ranks, record.calibration["samples"], {})  # as a run settles what is left to it
+    return record.recipe in [one.model_dump(mode="json") for one in (recipe, settled)]
 
 
 def recipe_yaml(record: RunRecord) -> str:

@@ -93,7 +93,12 @@ def compare(
     with _claimed(folder) if ranks.is_first() else nullcontext():
         ranks.wait()
         rows, earlier = _earlier(folder, conditions, workspace.origin)
-        seeds_by_recipe = [(recipe, _seeds(recipe, seeds, rows, folder)) for recipe in chosen]
+        samples = workspace.conditions.samples
+        as_recorded = [recipe.settled(1, samples, {}) for recipe in chosen]  # a run is done by one rank
+        seeds_by_recipe = [
+            (recipe, _seeds(settled.model_dump(mode="json"), seeds, rows, folder))
+            for recipe, settled in zip(chosen, as_recorded, strict=True)
+        ]
         if ranks.count() > 1:
             runs = [(recipe, seed) for recipe, count in seeds_by_recipe for seed in range(count)]
             share_out(workspace, [(None, 0), *runs])
@@ -186,20 +191,19 @@ def _earlier(
     return present, [row for row in (table.dense, *table.rows, *table.earlier) if row.origin != origin]
 
 
-def _seeds(recipe: Recipe, seeds: int, rows: Mapping[tuple[str, float], Row], folder: Path) -> int:
-    """How many a recipe's row shall have.
+def _seeds(settings: dict[str, Any], seeds: int, rows: Mapping[tuple[str, float], Row], folder: Path) -> int:
+    """How many a recipe's row shall have; `settings` are the recipe's.
 
     Raises:
         BesaError: the table in `folder` has a row of another recipe by that name.
     """
-    settings = recipe.settled(1, {}).model_dump(mode="json")  # as in the record: a run is done by one rank
     earlier = rows.get(_place(settings))
     if earlier is None:
         return seeds
     if earlier.settings != settings:
         raise BesaError(
-            f"The table in {folder} has another recipe named {recipe.name}: give each its own name in its YAML file, "
-            "or choose another --out."
+            f"The table in {folder} has another recipe named {settings['name']}: give each its own name in its YAML "
+            "file, or choose another --out."
         )
     return max(seeds, earlier.seeds)
 

@@ -5,10 +5,11 @@ Shape suffixes: N sequences.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, PlainValidator
 from torch import Tensor
 
 from besa.methods.allocation.changing import ChangingLinears
@@ -21,6 +22,13 @@ LOOK_EVERY = 16  # steps, at least, between two looks at the losses
 # Gradients that Adam sees are around 1, whatever the model: some of them are far smaller, and it must not damp those.
 EPS = 1e-16
 SMALLEST = 1e-30  # a loss, to divide by
+REPEATS = 2  # times that steps on half sequences may take each, on average; whole ones serve better then (docs/log.md)
+
+
+def _crop(value: Any) -> float | str:
+    if value == "auto" or (isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1):
+        return value  # type: ignore[no-any-return]
+    raise ValueError(f"crop is {value!r:.80} but must be a share of a sequence, above 0 and up to 1, or auto")
 
 
 class Descent(Learning):
@@ -30,8 +38,10 @@ class Descent(Learning):
     what one rank computes by itself.
     """
 
-    crop: float = Field(
-        default=0.5, gt=0, le=1, description="share of a sequence, from its beginning, that a step uses"
+    crop: Annotated[float | Literal["auto"], PlainValidator(_crop)] = Field(
+        default=0.5,
+        description="share of a sequence, from its beginning, that a step uses; auto: half, or, where each would be "
+        "repeated more than twice, all of it in half as many steps of the same size",
     )
     steps: int = Field(default=64, ge=1, description="learning steps; those beyond a pass repeat the calibration set")
     tolerance: float = Field(
@@ -55,6 +65,23 @@ class Descent(Learning):
         default=100.0, ge=0, description="weight λ of the sparsity term of eq. 1, as a multiple of the loss at the step"
     )
 
+    def tokens(self, seqlen: int) -> int:
+        """Tokens of a sequence that a step uses, from its beginning; half of them until `settled` has chosen."""
+        return first_tokens(seqlen, 0.5 if self.crop == "auto" else self.crop)
+
+    def settled(self, ranks: int, samples: int, begun: Mapping[str, Any]) -> Self:
+        """The same with a number of sequences, and with a crop.
+
+        Whole sequences in half as many steps, and half of the travel, are as many tokens in steps of the same size.
+        Arguments as of `Learning.settled`.
+        """
+        settled = super().settled(ranks, samples, begun)
+        if self.crop != "auto":
+            return settled
+        if settled.sequences * self.steps <= REPEATS * samples:
+            return settled.model_copy(update={"crop": 0.5})
+        return settled.model_copy(update={"crop": 1.0, "steps": -(-self.steps // 2), "travel": self.travel / 2})
+
     def descend(
         self, problem: BlockProblem, parts: Sequence[ChangingLinears], constant: dict[str, Tensor]
     ) -> list[float]:
@@ -70,7 +97,7 @@ class Descent(Learning):
         optimizer = torch.optim.Adam(parameters, lr=2 * self.travel / self.steps, eps=EPS, fused=True)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=self.steps)
         weights = constant | {name: leaf for part in parts for name, leaf in part.weights.items()}
-        tokens = first_tokens(problem.inputs_NTC[:1].shape[1], self.crop)
+        tokens = self.tokens(problem.inputs_NTC[:1].shape[1])
         dtype = self.dtype(problem)
         autocast = torch.autocast(problem.device.type, dtype, enabled=dtype != problem.dtype)
         scaler = loss_scaler(dtype, problem.device, tokens * problem.inputs_NTC.shape[-1])
