@@ -197,7 +197,7 @@ def test_without_resume_a_second_run_is_refused(
     [
         ({"sparsity": 0.6}, "recipe.sparsity = 0.5, not 0.6"),
         ({"recipe": "wanda"}, "recipe.name = 'besa', not 'wanda'"),
-        ({"recipe": Recipe.load("besa", overrides=["allocation.steps=7"])}, "recipe.allocation.steps = 88, not 7"),
+        ({"recipe": Recipe.load("besa", overrides=["allocation.plain=1"])}, "recipe.allocation.plain = 0.5, not 1.0"),
         ({"seed": 1}, "seed = 0, not 1"),
         (
             {"calibration": str(TINY / "heldout.txt")},

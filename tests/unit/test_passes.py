@@ -20,6 +20,7 @@ HALF_STEPS = 88 / 64 / 2  # passes over half of every sequence
         ("besa", (), 0.5 + 2 + 3 * HALF_STEPS),
         ("besa", ("allocation.crop=1", "allocation.steps=64"), 1 + 2 + 3),
         ("besa", ("allocation.granularity=attn-mlp",), 0.5 + 2 + 0.5 + 2 * 3 * HALF_STEPS),
+        ("besa", ("allocation.batch=2",), 0.5 + 2 + 2 * 3 * HALF_STEPS),
         ("besa", ("allocation.batch=4", "allocation.crop=0.5"), 0.5 + 2 + 4 * 3 * HALF_STEPS),
         ("besa", ("allocation.batch=4",), 1 + 2 + 4 * 3 * HALF_STEPS),  # half as many steps of whole sequences
         ("fast", (), 0.5 / 16 + 2 + 3 / 8),  # eight sequences of 64

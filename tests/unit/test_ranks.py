@@ -116,11 +116,11 @@ def settled(samples, *overrides):
 
 
 def test_steps_that_would_repeat_few_sequences_take_them_whole():
-    assert [settled(samples) for samples in (128, 44)] == [(0.5, 88, 12)] * 2
-    assert [settled(samples) for samples in (43, 16, 1)] == [(1, 44, 6)] * 3
+    assert [settled(samples) for samples in (128, 22)] == [(0.5, 88, 12)] * 2
+    assert [settled(samples) for samples in (21, 16, 1)] == [(1, 44, 6)] * 3
     assert settled(16, "allocation.steps=24") == (0.5, 24, 12)
-    assert settled(16, "allocation.steps=33", "allocation.travel=5") == (1, 17, 2.5)
-    assert settled(64, "allocation.batch=2") == (1, 44, 6)
+    assert settled(8, "allocation.steps=33", "allocation.travel=5") == (1, 17, 2.5)
+    assert settled(43, "allocation.batch=2") == (1, 44, 6)
     for crop in (0.25, 0.5, 1):
         assert settled(16, f"allocation.crop={crop}") == (crop, 88, 12)
     whole = Recipe.load("besa").settled(1, 16, {})

@@ -22,7 +22,7 @@ LOOK_EVERY = 16  # steps, at least, between two looks at the losses
 # Gradients that Adam sees are around 1, whatever the model: some of them are far smaller, and it must not damp those.
 EPS = 1e-16
 SMALLEST = 1e-30  # a loss, to divide by
-REPEATS = 2  # times that steps on half sequences may take each, on average; whole ones serve better then (docs/log.md)
+REPEATS = 4  # times that steps on half sequences may take each, on average; whole ones serve better then (docs/log.md)
 
 
 def _crop(value: Any) -> float | str:
@@ -41,7 +41,7 @@ class Descent(Learning):
     crop: Annotated[float | Literal["auto"], PlainValidator(_crop)] = Field(
         default=0.5,
         description="share of a sequence, from its beginning, that a step uses; auto: half, or, where each would be "
-        "repeated more than twice, all of it in half as many steps of the same size",
+        "repeated more than four times, all of it in half as many steps of the same size",
     )
     steps: int = Field(default=64, ge=1, description="learning steps; those beyond a pass repeat the calibration set")
     tolerance: float = Field(
