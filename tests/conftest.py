@@ -1,6 +1,7 @@
 """The trained tiny Llama that the fast tests prune and measure (tests/assets/tiny-llama/README.md)."""
 
 import copy
+import gc
 import os
 import shutil
 import signal
@@ -23,6 +24,13 @@ torch.set_num_threads(1)
 collect_ignore = ["gpu"]  # `make test-gpu` runs these, without what is set here
 TINY_LLAMA = Path(__file__).parent / "assets" / "tiny-llama"
 SHALLOW = 3  # blocks, of 8
+CHARACTERS = 40_000  # of 200,000
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """What is imported stays: the garbage collector need not look at it again and again."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -46,10 +54,12 @@ def tiny_llama_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def shallow_llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its first blocks, with its tokenizer and texts, for what needs no quality: it takes less time."""
+    """Its first blocks, with its tokenizer and less text, for what needs no quality: it takes less time."""
     folder = tmp_path_factory.mktemp("models") / "shallow-llama"
     shutil.copytree(TINY_LLAMA, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
     AutoModelForCausalLM.from_pretrained(TINY_LLAMA, num_hidden_layers=SHALLOW).save_pretrained(folder)
+    text = folder / "calibration.txt"
+    text.write_text(text.read_text(encoding="utf-8")[:CHARACTERS], encoding="utf-8")
     return folder
 
 
