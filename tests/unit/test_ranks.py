@@ -123,11 +123,12 @@ def test_steps_that_would_repeat_few_sequences_take_them_whole():
     assert settled(43, "allocation.batch=2") == (1, 44, 6)
     for crop in (0.25, 0.5, 1):
         assert settled(16, f"allocation.crop={crop}") == (crop, 88, 12)
+    assert Recipe.load("besa", overrides=["allocation.crop=5e-1"]).allocation.crop == 0.5  # a string to YAML 1.1
     whole = Recipe.load("besa").settled(1, 16, {})
     assert whole.settled(1, 16, {}) == whole  # settled once
 
 
-@pytest.mark.parametrize("crop", ["0", "-1", "1.5", "true", "half"])
+@pytest.mark.parametrize("crop", ["0", "-1", "1.5", "true", "half", ".nan", "[1]", "null"])
 def test_a_crop_is_a_share_of_a_sequence(crop):
     with pytest.raises(BesaError, match=r"but must be a share of a sequence, above 0 and up to 1, or auto\.$"):
         Recipe.load("besa", overrides=[f"allocation.crop={crop}"])

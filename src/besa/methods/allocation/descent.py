@@ -6,6 +6,7 @@ Shape suffixes: N sequences.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Annotated, Any, Literal, Self
 
 import torch
@@ -22,12 +23,16 @@ LOOK_EVERY = 16  # steps, at least, between two looks at the losses
 # Gradients that Adam sees are around 1, whatever the model: some of them are far smaller, and it must not damp those.
 EPS = 1e-16
 SMALLEST = 1e-30  # a loss, to divide by
+HALF = 0.5  # of a sequence
 REPEATS = 4  # times that steps on half sequences may take each, on average; whole ones serve better then (docs/log.md)
 
 
 def _crop(value: Any) -> float | str:
-    if value == "auto" or (isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1):
-        return value  # type: ignore[no-any-return]
+    if value == "auto":
+        return "auto"
+    with suppress(TypeError, ValueError):
+        if 0 < (share := float(value)) <= 1 and not isinstance(value, bool):
+            return share
     raise ValueError(f"crop is {value!r:.80} but must be a share of a sequence, above 0 and up to 1, or auto")
 
 
@@ -39,7 +44,7 @@ class Descent(Learning):
     """
 
     crop: Annotated[float | Literal["auto"], PlainValidator(_crop)] = Field(
-        default=0.5,
+        default=HALF,
         description="share of a sequence, from its beginning, that a step uses; auto: half, or, where each would be "
         "repeated more than four times, all of it in half as many steps of the same size",
     )
@@ -67,7 +72,7 @@ class Descent(Learning):
 
     def tokens(self, seqlen: int) -> int:
         """Tokens of a sequence that a step uses, from its beginning; half of them until `settled` has chosen."""
-        return first_tokens(seqlen, 0.5 if self.crop == "auto" else self.crop)
+        return first_tokens(seqlen, HALF if self.crop == "auto" else self.crop)
 
     def settled(self, ranks: int, samples: int, begun: Mapping[str, Any]) -> Self:
         """The same with a number of sequences, and with a crop.
@@ -79,7 +84,7 @@ class Descent(Learning):
         if self.crop != "auto":
             return settled
         if settled.sequences * self.steps <= REPEATS * samples:
-            return settled.model_copy(update={"crop": 0.5})
+            return settled.model_copy(update={"crop": HALF})
         return settled.model_copy(update={"crop": 1.0, "steps": -(-self.steps // 2), "travel": self.travel / 2})
 
     def descend(
