@@ -243,6 +243,11 @@ def test_recipe_that_besa_does_not_ship_is_given_as_yaml(folder):
     assert yaml.safe_load(recipe) == run["recipe"]
 
 
+def test_a_record_that_does_not_say_how_many_sequences_is_shown(folder):
+    run = record("besa", recipe=Recipe.load("besa", 0.5).model_dump(mode="json"), calibration={})
+    assert "--recipe besa --sparsity" in render([folder("run", run)])
+
+
 @pytest.mark.parametrize(("name", "ranks"), [("besa", 1), ("best", 1), ("best", 3)])
 def test_recipe_that_a_run_has_settled_is_still_one_that_besa_ships(name, ranks, folder):
     settled = Recipe.load(name, 0.5).settled(ranks, 16, {}).model_dump(mode="json")

@@ -114,7 +114,8 @@ def is_shipped(record: RunRecord) -> bool:
         recipe = Recipe.load(name, record.recipe.get("sparsity"))
     except BesaError:
         return False
-    settled = recipe.settled(record.ranks, record.calibration["samples"], {})  # as a run settles what is left to it
+    samples = record.calibration.get("samples", 0)
+    settled = recipe.settled(record.ranks, samples, {})  # as a run settles what is left to it
     return record.recipe in [one.model_dump(mode="json") for one in (recipe, settled)]
 
 
