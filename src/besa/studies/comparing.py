@@ -94,11 +94,9 @@ def compare(
         ranks.wait()
         rows, earlier = _earlier(folder, conditions, workspace.origin)
         samples = workspace.conditions.samples
-        as_recorded = [recipe.settled(1, samples, {}) for recipe in chosen]  # a run is done by one rank
-        seeds_by_recipe = [
-            (recipe, _seeds(settled.model_dump(mode="json"), seeds, rows, folder))
-            for recipe, settled in zip(chosen, as_recorded, strict=True)
-        ]
+        recorded = [recipe.settled(1, samples, {}) for recipe in chosen]  # a run is done by one rank
+        counts = [_seeds(recipe, seeds, rows, folder) for recipe in recorded]
+        seeds_by_recipe = list(zip(chosen, counts, strict=True))
         if ranks.count() > 1:
             runs = [(recipe, seed) for recipe, count in seeds_by_recipe for seed in range(count)]
             share_out(workspace, [(None, 0), *runs])
@@ -191,19 +189,20 @@ def _earlier(
     return present, [row for row in (table.dense, *table.rows, *table.earlier) if row.origin != origin]
 
 
-def _seeds(settings: dict[str, Any], seeds: int, rows: Mapping[tuple[str, float], Row], folder: Path) -> int:
-    """How many a recipe's row shall have; `settings` are the recipe's.
+def _seeds(recipe: Recipe, seeds: int, rows: Mapping[tuple[str, float], Row], folder: Path) -> int:
+    """How many the row of a recipe, with its settings as in a record, shall have.
 
     Raises:
         BesaError: the table in `folder` has a row of another recipe by that name.
     """
+    settings = recipe.model_dump(mode="json")
     earlier = rows.get(_place(settings))
     if earlier is None:
         return seeds
     if earlier.settings != settings:
         raise BesaError(
-            f"The table in {folder} has another recipe named {settings['name']}: give each its own name in its YAML "
-            "file, or choose another --out."
+            f"The table in {folder} has another recipe named {recipe.name}: give each its own name in its YAML file, "
+            "or choose another --out."
         )
     return max(seeds, earlier.seeds)
 
