@@ -24,7 +24,8 @@ LOOK_EVERY = 16  # steps, at least, between two looks at the losses
 EPS = 1e-16
 SMALLEST = 1e-30  # a loss, to divide by
 HALF = 0.5  # of a sequence
-REPEATS = 4  # times that steps on half sequences may take each, on average; whole ones serve better then (docs/log.md)
+# Where steps would take each half sequence more often than so many times, whole ones serve better (docs/log.md).
+REPEATS = 4
 
 
 def _crop(value: Any) -> float | str:
@@ -46,7 +47,7 @@ class Descent(Learning):
     crop: Annotated[float | Literal["auto"], PlainValidator(_crop)] = Field(
         default=HALF,
         description="share of a sequence, from its beginning, that a step uses; auto: half, or, where each would be "
-        "repeated more than four times, all of it in half as many steps of the same size",
+        "taken more than four times, all of it in half as many steps of the same size",
     )
     steps: int = Field(default=64, ge=1, description="learning steps; those beyond a pass repeat the calibration set")
     tolerance: float = Field(
