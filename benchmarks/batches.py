@@ -16,7 +16,7 @@ from typing import Annotated
 import torch
 import typer
 
-from benchmarks.kernels import CACHE, Work, _copies, _weight
+from benchmarks.kernels import Work, _copies, _weight, gone_through
 from besa.kernels import choosing, dense, sparse
 
 SHAPES = [(2048, 2048), (8192, 2048), (2048, 8192)]
@@ -35,7 +35,7 @@ def main(
         whole_OI = torch.randn(shape, generator=generator).bfloat16()
         kinds = dtypes or ["bfloat16", "int8", "int4"]
         weights = {kind: _copies(_weight(shape, kind, 0.5, True, generator)) for kind in kinds}
-        wholes = [whole_OI.clone() for _ in range(1 + 2 * CACHE // whole_OI.nbytes)]
+        wholes = [whole_OI.clone() for _ in range(1 + gone_through() // whole_OI.nbytes)]
         layouts = [torch.ops.mkldnn._reorder_linear_weight(w_OI, None) for w_OI in wholes]
         for count in COUNTS:
             x_NI = torch.randn(count, shape[1], generator=generator).bfloat16()

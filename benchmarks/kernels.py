@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,7 +43,8 @@ DTYPES = ("float32", "bfloat16", "int8", "int4")
 SPARSITIES = (0.5, 0.6, 0.7)
 SPREAD = 0.15  # of the rates of learned rows, to either side
 GROUP = 128  # columns that share a step, of int4; of int8, a row does
-CACHE = 32 << 20  # bytes, of the last cache; 4 times as much is gone through before a copy is met again
+LAST_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")  # in KiB, with a K
+LEAST = 128 << 20  # bytes that are gone through before a copy is met again
 SETTLING = 0.05  # seconds of the same work before it is measured: what comes first in a round is slower without
 Work = Callable[[], object]
 
@@ -79,6 +80,16 @@ def main(
         (HERE / "results" / RESULTS[path]).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
+@cache
+def gone_through() -> int:
+    """Bytes that are read before a copy is met again, in whole MiB: more than the last cache holds."""
+    try:
+        size = int(LAST_CACHE.read_text(encoding="utf-8").strip().removesuffix("K")) << 10
+    except (OSError, ValueError):
+        return LEAST
+    return max(LEAST, size * 5 // 4 >> 20 << 20)
+
+
 def _dense_kernels(name: str) -> ctypes.CDLL:
     """The kernels of a file here, which takes what it can from the sparse ones."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -98,7 +109,7 @@ def _measure(
     masks = list(itertools.product(("learned", "random"), sparsities))
     weights = [_weight(shape, dtype, sparsity, kind == "learned", generator) for kind, sparsity in masks]
     whole = _weight(shape, dtype, 0.0, False, generator)
-    many = torch.ones(4 * CACHE, dtype=torch.uint8)
+    many = torch.ones(gone_through(), dtype=torch.uint8)
     works: dict[Any, list[Work]] = {
         mask: [partial(sparse.Product(copy), x_NI) for copy in _copies(weight)]
         for mask, weight in zip(masks, weights, strict=True)
@@ -160,7 +171,7 @@ def _weight(shape: tuple[int, int], dtype: str, sparsity: float, learned: bool, 
 def _copies(weight: Bitmask) -> list[Bitmask]:
     """More of them than the last cache holds."""
     names = [name for name, value in vars(weight).items() if isinstance(value, Tensor)]
-    count = 1 + 4 * CACHE // weight.nbytes
+    count = 1 + gone_through() // weight.nbytes
     return [replace(weight, **{name: getattr(weight, name).clone() for name in names}) for _ in range(count)]
 
 
@@ -191,17 +202,17 @@ def _torch(x_NI: Tensor, weight: Bitmask) -> list[Work]:
     """Calls of what torch has for the dtype: its linear, or its kernels for packed codes."""
     if weight.bits is None:
         dense_OI = weight.unpack()
-        copies = [dense_OI.clone() for _ in range(1 + 4 * CACHE // dense_OI.nbytes)]
+        copies = [dense_OI.clone() for _ in range(1 + gone_through() // dense_OI.nbytes)]
         return [partial(torch.nn.functional.linear, x_NI, w_OI) for w_OI in copies]
     codes_OI, scales_OG = weight.unpack_codes().codes_OI, weight.scales_OG
     assert scales_OG is not None
     if weight.bits == 8:
         signed_OI = (codes_OI.short() - 128).to(torch.int8)
-        copies = [signed_OI.clone() for _ in range(1 + 4 * CACHE // signed_OI.nbytes)]
+        copies = [signed_OI.clone() for _ in range(1 + gone_through() // signed_OI.nbytes)]
         return [partial(torch._weight_int8pack_mm, x_NI, w_OI, scales_OG[:, 0].contiguous()) for w_OI in copies]
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes_OI.int(), 1)
     grid = torch.stack([scales_OG, torch.zeros_like(scales_OG)], dim=2).transpose(0, 1).contiguous()
-    copies = [packed.clone() for _ in range(1 + 4 * CACHE // packed.nbytes)]
+    copies = [packed.clone() for _ in range(1 + gone_through() // packed.nbytes)]
     return [partial(torch.ops.aten._weight_int4pack_mm_for_cpu, x_NI, w, GROUP, grid) for w in copies]
 
 

@@ -125,11 +125,13 @@ struct BFloat16 : Float32 {
 }  // namespace avx2
 }  // namespace
 
-// dense_<kind>_<path>: y (batch, rows), float32, of x (batch, columns) in bfloat16 (pairs) or float32 (singles, eights).
+// dense_<kind>_<path>: y (batch, rows), float32, of x (batch, columns) in bfloat16 (pairs) or float32 (singles, eights);
+// `past`: w is fetched past the outer caches.
 #define DENSE(NAME, SET, KIND)                                                                                      \
     extern "C" void dense_##NAME(const SET::KIND::Number* w, const SET::KIND::X* x, int64_t batch, int64_t columns, \
-                                 int64_t rows, float* y, int64_t threads) {                                         \
-        SET::multiply<SET::KIND>(w, x, batch, columns, rows, y, threads);                                           \
+                                 int64_t rows, float* y, int64_t past, int64_t threads) {                           \
+        const auto multiply = past ? SET::multiply<SET::KIND, true> : SET::multiply<SET::KIND, false>;              \
+        multiply(w, x, batch, columns, rows, y, threads);                                                           \
     }
 DENSE(float32_singles, avx512, Float32)
 DENSE(float16_singles, avx512, Float16)

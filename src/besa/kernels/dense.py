@@ -18,6 +18,7 @@ from torch import Tensor
 from besa.counting.widening import linear
 from besa.kernels import choosing, sparse_native, tiles_native
 from besa.kernels.build import load, runnable
+from besa.kernels.fetching import past_caches
 from besa.storage.formats.bitmask import FLOATS
 
 SOURCE, HEADER = "dense.cpp", "dense.hpp"
@@ -63,7 +64,8 @@ def multiply(x_NI: Tensor, w_OI: Tensor, path: str = "") -> Tensor:
     rows, columns = w_OI.shape
     y_NO = torch.empty(len(x_NI), rows)
     function = _function(f"dense_{str(w_OI.dtype).removeprefix('torch.')}_{path}")
-    function(w_OI.data_ptr(), x_NI.data_ptr(), len(x_NI), columns, rows, y_NO.data_ptr(), torch.get_num_threads())
+    numbers = (len(x_NI), columns, rows, y_NO.data_ptr(), past_caches(), torch.get_num_threads())
+    function(w_OI.data_ptr(), x_NI.data_ptr(), *numbers)
     return y_NO
 
 
@@ -73,7 +75,7 @@ def _function(name: str) -> Callable[..., None]:
     kernels = load(SOURCE)
     assert kernels is not None
     function = kernels[name]
-    function.argtypes, function.restype = [ctypes.c_int64] * 7, None
+    function.argtypes, function.restype = [ctypes.c_int64] * 8, None
     return function
 
 

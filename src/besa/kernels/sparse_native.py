@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from besa.kernels.build import load, runnable
+from besa.kernels.fetching import past_caches
 from besa.kernels.reading import USUAL, Way, Work, fastest
 from besa.quantization import Grid, Quantized
 from besa.storage.formats.bitmask import PADDING, ROWS, Bitmask, pack, pack_codes
@@ -41,7 +42,7 @@ class _Weight(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("masks", "values", "offsets")),
         *((name, ctypes.c_int64) for name in ("rows", "columns")),
         *((name, ctypes.c_void_p) for name in ("scales", "zeros")),
-        *((name, ctypes.c_int64) for name in ("scale_type", "groups", "zero", "bands", "ahead")),
+        *((name, ctypes.c_int64) for name in ("scale_type", "groups", "zero", "bands", "ahead", "past")),
     ]
 
 
@@ -173,6 +174,7 @@ def passed(weight: Bitmask, way: Way = USUAL) -> _Weight:
         1 if scales_OG is None else scales_OG.shape[1],
         0 if weight.bits is None else 2 ** (weight.bits - 1),
         *way,
+        past_caches(),
     )
 
 
