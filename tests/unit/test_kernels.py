@@ -256,8 +256,8 @@ def test_a_library_belongs_to_source_compiler_and_flags(fresh, tmp_path, monkeyp
     assert len({path.name.partition("-")[0] for path in fresh.iterdir()}) == len(list(fresh.iterdir())) == 4
 
 
-def test_what_is_included_belongs_to_the_source():
-    source, shared = build._source("sparse.cpp"), build._source("sparse.hpp")
+def test_what_is_included_belongs_to_theassembled():
+    source, shared = build.assembled("sparse.cpp"), build.assembled("sparse.hpp")
     assert shared in source
     assert b'#include "' not in source
 
@@ -311,7 +311,7 @@ def wheel(fresh, tmp_path, monkeypatch):
     folder = tmp_path / "wheel"
     folder.mkdir()
     monkeypatch.setattr(build, "PREBUILT", str(folder))
-    build._prebuilt(build.compiler(), build._source("masks.cpp"), folder)
+    build._prebuilt(build.compiler(), build.assembled("masks.cpp"), folder)
     return folder
 
 
@@ -329,7 +329,7 @@ def test_what_the_wheel_brings_needs_no_compiler(wheel, fresh, compilations, mon
 @compiled
 def test_the_same_kernels_are_compiled_to_the_same_bytes(wheel):
     before = {path: path.read_bytes() for path in wheel.iterdir()}
-    again = build._prebuilt(build.compiler(), build._source("masks.cpp"), wheel)
+    again = build._prebuilt(build.compiler(), build.assembled("masks.cpp"), wheel)
     assert before == {again: again.read_bytes()}
 
 

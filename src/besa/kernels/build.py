@@ -54,7 +54,7 @@ def load(source: str) -> ctypes.CDLL | None:
     Args:
         source: name of the file.
     """
-    text = _source(source)
+    text = assembled(source)
     for path in (HERE / PREBUILT).glob(f"{_prebuilt_key(text)}-*.so"):
         with suppress(OSError):  # the library needs what this system does not have
             if path.name == _name(_prebuilt_key(text), path):
@@ -104,7 +104,7 @@ def prebuild(folder: Path) -> list[Path]:
     found = compiler()
     if found is None:
         raise OSError("There is no C++ compiler: install one, or set CXX.")
-    return [_prebuilt(found, _source(path.name), folder) for path in sorted(HERE.glob("*.cpp"))]
+    return [_prebuilt(found, assembled(path.name), folder) for path in sorted(HERE.glob("*.cpp"))]
 
 
 def _prebuilt(compiler: str, text: bytes, folder: Path) -> Path:
@@ -119,10 +119,10 @@ def _prebuilt_key(text: bytes) -> str:
     return hashlib.sha256("\0".join((platform.machine(), platform.system(), *FLAGS)).encode() + text).hexdigest()[:32]
 
 
-def _source(name: str) -> bytes:
+def assembled(name: str) -> bytes:
     """The text of a C++ file of this package, with those that it includes from here in their places."""
     text = (HERE / name).read_bytes()
-    return re.sub(rb'^#include "(.+)"$', lambda found: _source(found[1].decode()), text, flags=re.MULTILINE)
+    return re.sub(rb'^#include "(.+)"$', lambda found: assembled(found[1].decode()), text, flags=re.MULTILINE)
 
 
 def _loaded(compiler: str, flags: tuple[str, ...], text: bytes) -> ctypes.CDLL:

@@ -9,11 +9,11 @@ import hashlib
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from importlib import resources
 from typing import Any
 
 import torch
 
+from besa.kernels.build import assembled
 from besa.kernels.once import once
 
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 256)  # rows of x for which ways are compared
@@ -31,13 +31,13 @@ def fastest(
 
     Args:
         subject: what is multiplied, in words; measured apart for each number of threads.
-        sources: the C++ files of the ways and their headers: when they change, it is measured again.
+        sources: the C++ files of the ways: when they change, it is measured again.
         ways: their names.
         prepare: makes an example, and for each way what gives the work for a number of rows.
     """
     if len(ways) == 1:
         return [*ways] * len(COUNTS)
-    texts = b"".join((resources.files("besa.kernels") / source).read_bytes() for source in sources)
+    texts = b"".join(map(assembled, sources))
     threads = str(torch.get_num_threads())
     depends_on = [hashlib.sha256(texts).hexdigest(), torch.__version__, threads, *ways, *map(str, COUNTS)]
 

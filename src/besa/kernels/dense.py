@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from besa.counting.widening import linear
-from besa.kernels import choosing, sparse_native, tiles_native
+from besa.kernels import choosing, tiles_native
 from besa.kernels.build import load, runnable
 from besa.kernels.fetching import past_caches
 from besa.storage.formats.bitmask import FLOATS
 
-SOURCE, HEADER = "dense.cpp", "dense.hpp"
+SOURCE = "dense.cpp"
 EIGHTS = "eights"  # float32 products, eight at a time
 EXAMPLE = (1024, 2048)  # rows and columns of the weights by which ways are compared
 COPIES = 16  # of them: a head is read from memory, not from a cache
@@ -99,7 +99,7 @@ def _fastest(dtype: torch.dtype, threads: int) -> list[str]:
     ways = [name for name in WAYS if name != "tiles" or tiles_native.paths()]
     return choosing.fastest(
         f"dense {dtype}",
-        [SOURCE, HEADER, tiles_native.SOURCE, sparse_native.HEADER],
+        [SOURCE, tiles_native.SOURCE],
         ways,
         partial(_works, ways, dtype),
     )

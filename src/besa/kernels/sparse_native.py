@@ -25,7 +25,6 @@ SOURCES = {
     "avx2": "sparse_avx2.cpp",
     "plain": "sparse.cpp",
 }
-HEADER = "sparse.hpp"  # that they share
 SCALES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 WORKS = {torch.float32: "multiply", torch.bfloat16: "halves"}  # by the dtype of x and y
 TRIED = ("avx512bf16", "avx512")  # have several ways to read a weight

@@ -1,326 +1,13 @@
-// y = x Wᵀ for many rows of x, W a bitmask (docs/formats.md) or dense: in tiles of registers, for processors with AVX-512.
-//
-// The rows of x lie side by side, 16 of them in a register, and every weight is broadcast to all of them. So a weight is
-// read as it stands in its row, and what is unpacked need not be transposed: some columns of a panel of rows are unpacked
-// into the second cache, where all rows of x meet them. x is laid out once for all panels. Numbers of bfloat16 are
+// The products of panels.hpp in registers: 16 rows of x in each, and every weight broadcast to them. Numbers of bfloat16 are
 // multiplied in pairs where the processor can (Pairs), all others as float32 (Singles).
 #if defined(__x86_64__)
-#include <immintrin.h>
-
-#include "sparse.hpp"
-
-#include <memory>
-#include <vector>
-
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,f16c,popcnt")))
-#define INLINE TARGET __attribute__((always_inline)) static inline
+#include "panels.hpp"
 
 namespace {
 
-constexpr int64_t LANES = 16;    // rows of x in a register
-constexpr int64_t SLICE = 4;     // registers of rows of x that meet a weight together
-constexpr int64_t BLOCK = 256;   // columns unpacked at a time; a slice of x of so many fills most of the first cache
-constexpr int64_t PANEL = 192;   // rows unpacked at a time, at most: a multiple of all numbers of rows below
-constexpr int64_t FEWEST = 24;   // and at least
-constexpr int64_t PASS = 512;    // rows of x for which a panel is unpacked once
-constexpr int64_t TOGETHER = 2;  // bands that are unpacked in turn
-constexpr int64_t PACE = 16;     // steps in which a line of each row is fetched for the next block
+constexpr int64_t PACE = 16;  // steps in which a line of each row is fetched for the next block
 
-INLINE __m512i loaded(const void* at) {  // kept apart from the expansion, as the form that does both is slow
-    __m512i values = _mm512_loadu_si512(at);
-    asm volatile("" : "+v"(values));
-    return values;
-}
-INLINE __m512i fresh() {  // a register made for an expansion, which otherwise waits for what was there before
-    __m512i zero;
-    asm volatile("vpxord %0, %0, %0" : "=v"(zero));
-    return zero;
-}
-INLINE __mmask16 inside(int64_t left) { return left < 16 ? __mmask16((1 << std::max<int64_t>(left, 0)) - 1) : 0xffff; }
-
-// How numbers are multiplied: an Element of a row, what it meets in a lane.
-
-struct Pairs {
-    using Number = uint16_t;
-    static constexpr int64_t DEPTH = 2;  // columns that one step multiplies
-    INLINE __m512 add(__m512 sum, __m512i w, __m512i x) {
-        // Written out, so that the rest can be compiled for processors that have all but this instruction.
-        asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w));
-        return sum;
-    }
-};
-
-struct Singles {
-    using Number = float;
-    static constexpr int64_t DEPTH = 1;
-    INLINE __m512 add(__m512 sum, __m512i w, __m512i x) {
-        return _mm512_fmadd_ps(_mm512_castsi512_ps(w), _mm512_castsi512_ps(x), sum);
-    }
-};
-
-// Writes 16 columns, or 32, to a row of a panel.
-INLINE void put(float* to, __m512 w) { _mm512_storeu_ps(to, w); }
-INLINE void put(uint16_t* to, __m512 w, __mmask16 kept = 0xffff) {
-    __m256i halves;
-    asm("vcvtneps2bf16 %1, %0" : "=v"(halves) : "v"(w));
-    _mm256_mask_storeu_epi16(to, kept, halves);
-}
-
-// What a kind of weight is: how a run becomes a chunk of numbers. A run is expanded to a vector, and that widened.
-
-struct Float32 {
-    using Word = uint16_t;
-    static constexpr bool CODES = false, STORED = true;
-    static constexpr int64_t LENGTH = 16, SIZE = 64;  // columns of a chunk, its bytes when dense
-    INLINE int64_t size(uint64_t mask) { return 4 * _mm_popcnt_u64(mask); }
-    INLINE __m512i expand(uint64_t mask, const uint8_t* at) {
-        return _mm512_mask_expand_epi32(fresh(), __mmask16(mask), loaded(at));
-    }
-    INLINE void widen(float* to, __m512i w) { _mm512_storeu_si512(to, w); }
-};
-
-struct Half {
-    using Word = uint32_t;
-    static constexpr bool CODES = false, STORED = true;
-    static constexpr int64_t LENGTH = 32, SIZE = 64;
-    INLINE int64_t size(uint64_t mask) { return 2 * _mm_popcnt_u64(mask); }
-    INLINE __m512i expand(uint64_t mask, const uint8_t* at) {
-        return _mm512_mask_expand_epi16(fresh(), __mmask32(mask), loaded(at));
-    }
-};
-
-struct Float16 : Half {
-    INLINE void widen(float* to, __m512i w) {
-        _mm512_storeu_ps(to, _mm512_cvtph_ps(_mm512_castsi512_si256(w)));
-        _mm512_storeu_ps(to + 16, _mm512_cvtph_ps(_mm512_extracti64x4_epi64(w, 1)));
-    }
-};
-
-struct BFloat16 : Half {
-    INLINE void widen(uint16_t* to, __m512i w) { _mm512_storeu_si512(to, w); }
-    INLINE __m512i wide(__m256i w) { return _mm512_slli_epi32(_mm512_cvtepu16_epi32(w), 16); }
-    INLINE void widen(float* to, __m512i w) {
-        _mm512_storeu_si512(to, wide(_mm512_castsi512_si256(w)));
-        _mm512_storeu_si512(to + 16, wide(_mm512_extracti64x4_epi64(w, 1)));
-    }
-};
-
-struct Int8 {
-    using Word = uint64_t;
-    static constexpr bool CODES = true;
-    static constexpr int64_t LENGTH = 64;
-    INLINE int64_t size(uint64_t mask) { return _mm_popcnt_u64(mask); }
-    INLINE __m512i expand(uint64_t mask, const uint8_t* at, __m512i fill) {
-        return _mm512_mask_expand_epi8(fill, mask, loaded(at));
-    }
-};
-
-struct Int4 : Int8 {
-    INLINE int64_t size(uint64_t mask) { return (_mm_popcnt_u64(mask) + 1) / 2; }
-    INLINE __m512i expand(uint64_t mask, const uint8_t* at, __m512i fill) {
-        const __m512i pairs = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
-        const __m512i codes = _mm512_or_si512(pairs, _mm512_slli_epi16(pairs, 4));
-        return _mm512_mask_expand_epi8(fill, mask, _mm512_and_si512(codes, _mm512_set1_epi8(15)));
-    }
-};
-
-// The grids of the rows of a panel, as float32.
-struct Grids {
-    int64_t groups, width;  // of a row; columns of one
-    std::vector<float> steps, zeros;
-
-    TARGET explicit Grids(const Weight& weight) : groups(weight.groups), width(weight.columns / weight.groups) {}
-    TARGET void read(const Weight& weight, int64_t first, int64_t last) {
-        steps.resize(size_t((last - first + ROWS) * groups + LANES));
-        zeros.resize(steps.size());
-        for (int64_t at = first * groups, i = 0; at < last * groups; ++at, ++i) {
-            steps[size_t(i)] = step(weight, at);
-            zeros[size_t(i)] = float(weight.zeros ? weight.zeros[at] : weight.zero);
-        }
-    }
-    INLINE float step(const Weight& weight, int64_t at) {
-        if (weight.scale_type == 0) return static_cast<const float*>(weight.scales)[at];
-        const int half = static_cast<const uint16_t*>(weight.scales)[at];
-        if (weight.scale_type == 1) return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(half << 16)));
-        return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(half)));
-    }
-    // Of 16 columns of a row, from a multiple of 16 on: one for all, or one for each 8 or 4.
-    INLINE __m512 of(const Grids& grids, const std::vector<float>& numbers, int64_t row, int64_t column) {
-        const float* at = numbers.data() + row * grids.groups + column / grids.width;
-        if (grids.groups == 1 || grids.width >= 16) return _mm512_set1_ps(*at);
-        const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        return _mm512_permutexvar_ps(_mm512_srli_epi32(lanes, grids.width == 8 ? 3 : 2), _mm512_loadu_ps(at));
-    }
-};
-
-// Panels of a bitmask. All bands of one are unpacked side by side, some columns at a time.
-template <typename Kind> struct Sparse {
-    const Weight& weight;
-    int64_t chunks;
-    Grids grids;
-    int64_t first = 0, next = 0;         // band of the panel, and of the one after it
-    std::vector<const uint8_t*> values;  // where the next run of each band begins
-
-    TARGET explicit Sparse(const Weight& weight)
-        : weight(weight), chunks((weight.columns + Kind::LENGTH - 1) / Kind::LENGTH), grids(weight) {}
-
-    TARGET void begin(int64_t band, int64_t last, int64_t after) {
-        first = band;
-        next = after;
-        values.clear();
-        for (; band < last; ++band) values.push_back(weight.values + weight.offsets[band]);
-        if constexpr (Kind::CODES) grids.read(weight, ROWS * first, std::min(ROWS * last, weight.rows));
-    }
-    // Where a quarter of what the next block reads of a row's band begins; `left` is of the present block.
-    TARGET const uint8_t* ahead(int64_t row, int64_t left) const {
-        const int64_t bands = (weight.rows + ROWS - 1) / ROWS, b = row / ROWS;
-        const int64_t band = std::min(first + b, bands - 1), other = std::min(next + b, bands - 1);
-        const int64_t quarter = (weight.offsets[band + 1] - weight.offsets[band]) * BLOCK / weight.columns / ROWS;
-        const uint8_t* at = weight.values + weight.offsets[other];
-        if (left + BLOCK < weight.columns && b < int64_t(values.size())) at = values[size_t(b)];
-        return at + row % ROWS * quarter;
-    }
-    // The columns from `left` on of some rows of the panel; `to` has rows of BLOCK numbers. Rows beyond the last are left.
-    template <typename Number> TARGET void block(int64_t top, int64_t bottom, int64_t left, Number* to) {
-        int64_t b = top / ROWS;
-        for (; ROWS * (b + TOGETHER) <= bottom; b += TOGETHER, to += TOGETHER * ROWS * BLOCK) bands<TOGETHER>(b, left, to);
-        for (; ROWS * b < bottom; ++b, to += ROWS * BLOCK) bands<1>(b, left, to);
-    }
-    // Some bands in turn, as where a run begins depends on those before it in its band.
-    template <int BANDS, typename Number> TARGET void bands(int64_t b, int64_t left, Number* to) {
-        const int64_t from = left / Kind::LENGTH, until = std::min(chunks, from + BLOCK / Kind::LENGTH);
-        const typename Kind::Word* masks[BANDS];
-        const uint8_t* at[BANDS];
-        for (int i = 0; i < BANDS; ++i) {
-            masks[i] = static_cast<const typename Kind::Word*>(weight.masks) + ((first + b + i) * chunks + from) * ROWS;
-            at[i] = values[size_t(b + i)];
-        }
-        for (int64_t c = from; c < until; ++c)
-#pragma GCC unroll 4
-            for (int64_t r = 0; r < ROWS; ++r)
-#pragma GCC unroll 4
-                for (int64_t i = 0; i < BANDS; ++i) {
-                    const uint64_t mask = *masks[i]++;
-                    Number* out = to + (ROWS * i + r) * BLOCK + (c - from) * Kind::LENGTH;
-                    if constexpr (Kind::CODES)
-                        run(out, mask, at[i], ROWS * (b + i) + r, c * Kind::LENGTH);
-                    else
-                        Kind::widen(out, Kind::expand(mask, at[i]));
-                    at[i] += Kind::size(mask);
-                }
-        for (int i = 0; i < BANDS; ++i) {
-            values[size_t(b + i)] = at[i];
-            for (int64_t line = 0; line <= BLOCK * ROWS / 8 / 64; ++line)
-                _mm_prefetch(reinterpret_cast<const char*>(masks[i]) + 64 * line, _MM_HINT_T1);
-        }
-    }
-    // A run of codes as numbers.
-    template <typename Number>
-    TARGET inline void run(Number* to, uint64_t mask, const uint8_t* at, int64_t row, int64_t column) {
-        // A pruned weight gets code 0, and is set to zero as a number.
-        const __m512i codes = Kind::expand(mask, at, fresh());
-        const int64_t last = weight.columns - 1;
-        const __m128i quarters[4] = {_mm512_castsi512_si128(codes), _mm512_extracti32x4_epi32(codes, 1),
-                                     _mm512_extracti32x4_epi32(codes, 2), _mm512_extracti32x4_epi32(codes, 3)};
-#pragma GCC unroll 4
-        for (int q = 0; q < 4; ++q) {
-            const int64_t here = std::min(column + 16 * q, last);  // beyond the last column all is pruned
-            const __m512 code = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(quarters[q]));
-            const __m512 off = _mm512_sub_ps(code, Grids::of(grids, grids.zeros, row, here));
-            put(to + 16 * q,
-                _mm512_maskz_mul_ps(__mmask16(mask >> 16 * q), off, Grids::of(grids, grids.steps, row, here)));
-        }
-    }
-};
-
-// Panels of a dense weight, whose values lie row by row.
-template <typename Kind> struct Dense {
-    const Weight& weight;
-    int64_t first = 0, next = 0;  // row of the panel, and of the one after it
-
-    TARGET explicit Dense(const Weight& weight) : weight(weight) {}
-    TARGET void begin(int64_t band, int64_t, int64_t after) { first = ROWS * band, next = ROWS * after; }
-    TARGET const uint8_t* ahead(int64_t row, int64_t left) const {
-        const bool more = left + BLOCK < weight.columns;
-        const int64_t of = std::min((more ? first : next) + row, weight.rows - 1);
-        return weight.values + (of * weight.columns + (more ? left + BLOCK : 0)) * Kind::SIZE / Kind::LENGTH;
-    }
-    template <typename Number> TARGET void block(int64_t top, int64_t bottom, int64_t left, Number* to) {
-        constexpr int64_t size = Kind::SIZE / Kind::LENGTH;  // bytes of a number
-        const int64_t width = std::min(BLOCK, weight.columns - left);
-        for (int64_t r = first + top; r < first + bottom; ++r, to += BLOCK) {
-            const uint8_t* at = weight.values + (r * weight.columns + left) * size;
-            for (int64_t i = 0; i < width; i += Kind::LENGTH) {
-                const int64_t bytes = std::min<int64_t>(Kind::SIZE, (width - i) * size);
-                Kind::widen(to + i, _mm512_maskz_loadu_epi8(~uint64_t(0) >> (64 - bytes), at + i * size));
-            }
-        }
-    }
-};
-
-// The columns of 16 rows of 16 words each.
-INLINE void transpose(__m512i (&v)[16]) {
-    __m512i w[16];
-#pragma GCC unroll 8
-    for (int i = 0; i < 16; i += 2) {
-        w[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
-        w[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 16; i += 4) {
-        v[i] = _mm512_unpacklo_epi64(w[i], w[i + 2]);
-        v[i + 1] = _mm512_unpackhi_epi64(w[i], w[i + 2]);
-        v[i + 2] = _mm512_unpacklo_epi64(w[i + 1], w[i + 3]);
-        v[i + 3] = _mm512_unpackhi_epi64(w[i + 1], w[i + 3]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-        w[i] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0x88);
-        w[i + 4] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0xdd);
-        w[i + 8] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x88);
-        w[i + 12] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xdd);
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
-        v[i] = _mm512_shuffle_i32x4(w[i], w[i + 8], 0x88);
-        v[i + 8] = _mm512_shuffle_i32x4(w[i], w[i + 8], 0xdd);
-    }
-}
-
-// Rows of x in slices of up to 64: step by step (columns of a step: DEPTH), the words of all rows of the slice.
-template <typename Unit> struct Columns {
-    int64_t batch, registers, steps;  // rows of x; registers of them; steps of a row, whole blocks
-    std::unique_ptr<uint32_t, decltype(&std::free)> words;
-
-    Columns(int64_t batch, int64_t columns)
-        : batch(batch),
-          registers((batch + LANES - 1) / LANES),
-          steps((columns + BLOCK - 1) / BLOCK * BLOCK / Unit::DEPTH),
-          words(static_cast<uint32_t*>(std::aligned_alloc(64, size_t(registers * steps * 64))), std::free) {}
-
-    int64_t width(int64_t slice) const { return std::min(SLICE, registers - slice * SLICE); }  // registers of a slice
-    const uint32_t* at(int64_t slice, int64_t step) const {
-        return words.get() + (slice * SLICE * steps + step * width(slice)) * LANES;
-    }
-    // Lays out 16 steps of 16 rows.
-    TARGET void lay(const typename Unit::Number* x, int64_t columns, int64_t r, int64_t step) {
-        __m512i rows[16];
-        const int64_t left = step * Unit::DEPTH;
-        for (int64_t n = 0; n < 16; ++n) {
-            const int64_t row = r * LANES + n, rest = columns - left;
-            const int64_t bytes = std::min<int64_t>(64, rest * int64_t(sizeof(typename Unit::Number)));
-            const uint64_t here = row < batch && rest > 0 ? ~uint64_t(0) >> (64 - bytes) : 0;
-            rows[n] = _mm512_maskz_loadu_epi8(here, x + (row < batch ? row : 0) * columns + left);
-        }
-        transpose(rows);
-        const int64_t slice = r / SLICE;
-        uint32_t* to = words.get() + (at(slice, step) - words.get()) + r % SLICE * LANES;
-        for (int64_t i = 0; i < 16; ++i) _mm512_store_si512(to + i * width(slice) * LANES, rows[i]);
-    }
-};
-
-// Adds some columns of R rows of a panel times V registers of rows of x. Meanwhile what the next block reads of the rows
-// comes to the second cache, a bit at a time: all at once would stop everything else.
+// Adds some columns of R rows of a panel times V registers of rows of x.
 template <typename Unit, int R, int V>
 TARGET void tile(const typename Unit::Number* w, const uint32_t* x, int64_t steps, float* sums, int64_t stride,
                  const uint8_t* const* ahead) {
@@ -328,7 +15,7 @@ TARGET void tile(const typename Unit::Number* w, const uint32_t* x, int64_t step
 #pragma GCC unroll 32
     for (int i = 0; i < R * V; ++i) of[i / V][i % V] = _mm512_setzero_ps();
     for (int64_t s = 0; s < steps; ++s, x += V * LANES) {
-        if (s % PACE == 0)
+        if (ahead && s % PACE == 0)
 #pragma GCC unroll 24
             for (int r = 0; r < R; ++r)
                 _mm_prefetch(reinterpret_cast<const char*>(ahead[r] + s * (64 / PACE)), _MM_HINT_T1);
@@ -337,7 +24,7 @@ TARGET void tile(const typename Unit::Number* w, const uint32_t* x, int64_t step
         for (int v = 0; v < V; ++v) here[v] = _mm512_load_si512(x + v * LANES);
 #pragma GCC unroll 24
         for (int r = 0; r < R; ++r) {
-            const __m512i all = _mm512_set1_epi32(reinterpret_cast<const int32_t*>(w + r * BLOCK)[s]);
+            const __m512i all = _mm512_set1_epi32(reinterpret_cast<const int32_t*>(w + r * Unit::BLOCK)[s]);
 #pragma GCC unroll 4
             for (int v = 0; v < V; ++v) of[r][v] = Unit::add(of[r][v], all, here[v]);
         }
@@ -350,113 +37,61 @@ TARGET void tile(const typename Unit::Number* w, const uint32_t* x, int64_t step
 }
 
 template <typename Unit, int R, int V>
-TARGET void tiles(const typename Unit::Number* w, const uint32_t* x, int64_t rows, int64_t steps, float* sums,
+TARGET void tiles(const typename Unit::Number* w, int64_t rows, const uint32_t* x, int64_t steps, float* sums,
                   int64_t stride, const uint8_t* const* ahead) {
     for (int64_t r = 0; r < rows; r += R)
-        tile<Unit, R, V>(w + r * BLOCK, x, steps, sums + r * stride, stride, ahead + r);
+        tile<Unit, R, V>(w + r * Unit::BLOCK, x, steps, sums + r * stride, stride, ahead ? ahead + r : nullptr);
 }
 
-// Some bands times all rows of x.
-template <typename Unit, typename Source>
-TARGET void panels(const Weight& weight, const Columns<Unit>& x, int64_t panel, void* y, bool rounded, int64_t first,
-                   int64_t last) {
-    using Number = typename Unit::Number;
-    const int64_t stride = x.registers * LANES;
-    // One slice meets what is unpacked at once, in the first cache; for more, the whole panel goes to the second.
-    const int64_t some = x.registers <= SLICE ? FEWEST : panel;
-    std::unique_ptr<Number, decltype(&std::free)> unpacked(
-        static_cast<Number*>(std::aligned_alloc(64, size_t(panel * BLOCK) * sizeof(Number))), std::free);
-    std::unique_ptr<float, decltype(&std::free)> sums(
-        static_cast<float*>(std::aligned_alloc(64, size_t(panel * stride) * sizeof(float))), std::free);
-    std::fill_n(unpacked.get(), panel * BLOCK, Number(0));
-    Source source(weight);
-    for (int64_t band = first; band < last; band += panel / ROWS) {
-        const int64_t end = std::min(last, band + panel / ROWS);
-        const int64_t top = ROWS * band, rows = std::min(ROWS * end, weight.rows) - top;
-        const int64_t filled = (rows + FEWEST - 1) / FEWEST * FEWEST;
-        std::fill_n(sums.get(), filled * stride, 0.0f);
-        source.begin(band, end, end);
-        for (int64_t left = 0; left < weight.columns; left += BLOCK) {
-            const int64_t steps = (std::min(BLOCK, weight.columns - left) + Unit::DEPTH - 1) / Unit::DEPTH;
-            for (int64_t above = 0; above < rows; above += some) {
-                const int64_t here = std::min(some, rows - above);
-                source.block(above, above + here, left, unpacked.get());
-                const uint8_t* ahead[PANEL];
-                for (int64_t r = 0; r < some; ++r) ahead[r] = source.ahead(above + r, left);
-                for (int64_t slice = 0; slice * SLICE < x.registers; ++slice) {
-                    const uint32_t* of_x = x.at(slice, left / Unit::DEPTH);
-                    float* to = sums.get() + above * stride + slice * SLICE * LANES;
-                    switch (x.width(slice)) {
-                        case 1: tiles<Unit, 24, 1>(unpacked.get(), of_x, here, steps, to, stride, ahead); break;
-                        case 2: tiles<Unit, 12, 2>(unpacked.get(), of_x, here, steps, to, stride, ahead); break;
-                        case 3: tiles<Unit, 8, 3>(unpacked.get(), of_x, here, steps, to, stride, ahead); break;
-                        default: tiles<Unit, 4, 4>(unpacked.get(), of_x, here, steps, to, stride, ahead);
-                    }
-                }
-            }
+template <typename Unit> struct Registers {
+    static constexpr int64_t BLOCK = 256;  // a slice of x of so many columns fills most of the first cache
+    static constexpr int64_t PANEL = 192;  // a multiple of all numbers of rows below
+    static constexpr int64_t FEWEST = 24;
+    template <typename Number>
+    TARGET void meet(const Number* w, int64_t rows, const uint32_t* x, int64_t width, int64_t steps, float* sums,
+                     int64_t stride, const uint8_t* const* ahead) const {
+        switch (width) {
+            case 1: tiles<Unit, 24, 1>(w, rows, x, steps, sums, stride, ahead); break;
+            case 2: tiles<Unit, 12, 2>(w, rows, x, steps, sums, stride, ahead); break;
+            case 3: tiles<Unit, 8, 3>(w, rows, x, steps, sums, stride, ahead); break;
+            default: tiles<Unit, 4, 4>(w, rows, x, steps, sums, stride, ahead);
         }
-        for (int64_t n = 0; n < x.batch; n += LANES)
-            for (int64_t r = 0; r < rows; r += LANES) {
-                __m512i part[16];
-                for (int64_t i = 0; i < 16; ++i)
-                    part[i] = r + i < rows ? _mm512_load_si512(sums.get() + (r + i) * stride + n) : __m512i{};
-                transpose(part);
-                for (int64_t i = 0; i < std::min(LANES, x.batch - n); ++i) {
-                    const int64_t at = (n + i) * weight.rows + top + r;
-                    if (rounded)
-                        put(static_cast<uint16_t*>(y) + at, _mm512_castsi512_ps(part[i]), inside(rows - r));
-                    else
-                        _mm512_mask_storeu_epi32(static_cast<float*>(y) + at, inside(rows - r), part[i]);
-                }
-            }
     }
-}
+};
 
-template <typename Unit, typename Source>
-void multiply(const Weight& weight, const typename Unit::Number* x, int64_t batch, char* y, bool rounded,
-              int64_t threads) {
-    const int64_t bands = (weight.rows + ROWS - 1) / ROWS, columns = weight.columns;
-    const int64_t share = (weight.rows + threads - 1) / threads;
-    const int64_t panel = std::min(PANEL, (share + FEWEST - 1) / FEWEST * FEWEST);
-    const int64_t all = (weight.rows + panel - 1) / panel, each = panel / ROWS;
-    for (int64_t n = 0; n < batch; n += PASS, x += PASS * columns, y += PASS * weight.rows * (rounded ? 2 : 4)) {
-        Columns<Unit> laid(std::min(PASS, batch - n), columns);
-#pragma omp parallel num_threads(threads)
-        {
-#pragma omp for schedule(static) collapse(2)
-            for (int64_t r = 0; r < laid.registers; ++r)
-                for (int64_t step = 0; step < laid.steps; step += 16) laid.lay(x, columns, r, step);
-#pragma omp for schedule(static)
-            for (int64_t part = 0; part < threads; ++part)
-                panels<Unit, Source>(weight, laid, panel, y, rounded, all * part / threads * each,
-                                     std::min(bands, all * (part + 1) / threads * each));
-        }
+struct Pairs : Registers<Pairs> {
+    using Number = uint16_t;
+    static constexpr int64_t DEPTH = 2;
+    INLINE __m512 add(__m512 sum, __m512i w, __m512i x) {
+        // Written out, so that the rest can be compiled for processors that have all but this instruction.
+        asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w));
+        return sum;
     }
-}
+};
+
+struct Singles : Registers<Singles> {
+    using Number = float;
+    static constexpr int64_t DEPTH = 1;
+    INLINE __m512 add(__m512 sum, __m512i w, __m512i x) {
+        return _mm512_fmadd_ps(_mm512_castsi512_ps(w), _mm512_castsi512_ps(x), sum);
+    }
+};
 
 }  // namespace
 
-// tiles_<kind>_<path>: y (batch, rows) of x (batch, columns) in bfloat16 (pairs) or float32 (singles). y is float32, or
-// rounded to bfloat16 (pairs only).
-#define TILES(NAME, PATH, UNIT, SOURCE)                                                                                \
-    extern "C" void tiles_##NAME##_##PATH(const Weight* weight, const UNIT::Number* x, int64_t batch, char* y,         \
-                                          int64_t rounded, int64_t threads) {                                          \
-        multiply<UNIT, SOURCE>(*weight, x, batch, y, rounded, threads);                                                \
-    }
-
-#define SINGLES(NAME, KIND) TILES(NAME, singles, Singles, Sparse<KIND>)
+#define SINGLES(NAME, KIND) TILES(NAME, singles, Singles, Sparse, KIND)
 SINGLES(float32, Float32)
 SINGLES(float16, Float16)
 SINGLES(bfloat16, BFloat16)
 SINGLES(int8, Int8)
 SINGLES(int4, Int4)
-TILES(bfloat16, pairs, Pairs, Sparse<BFloat16>)
-TILES(int8, pairs, Pairs, Sparse<Int8>)
-TILES(int4, pairs, Pairs, Sparse<Int4>)
-TILES(dense_float32, singles, Singles, Dense<Float32>)
-TILES(dense_float16, singles, Singles, Dense<Float16>)
-TILES(dense_bfloat16, singles, Singles, Dense<BFloat16>)
-TILES(dense_bfloat16, pairs, Pairs, Dense<BFloat16>)
+TILES(bfloat16, pairs, Pairs, Sparse, BFloat16)
+TILES(int8, pairs, Pairs, Sparse, Int8)
+TILES(int4, pairs, Pairs, Sparse, Int4)
+TILES(dense_float32, singles, Singles, Dense, Float32)
+TILES(dense_float16, singles, Singles, Dense, Float16)
+TILES(dense_bfloat16, singles, Singles, Dense, BFloat16)
+TILES(dense_bfloat16, pairs, Pairs, Dense, BFloat16)
 
 extern "C" int has_singles() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
