@@ -16,7 +16,7 @@ from tests.sparse_weights import codes_weight, half_pruned, row_of_x
 from tests.unit.test_bitmask import quantized, weights
 from tests.unit.test_sparse import with_threads
 
-FLOATS = {torch.float32: ["singles"], torch.float16: ["singles"], torch.bfloat16: ["singles", "pairs"]}
+FLOATS = {torch.float32: ["singles"], torch.float16: ["singles"], torch.bfloat16: ["singles", "pairs", "matrix"]}
 CASES = [(dtype, path) for dtype, paths in FLOATS.items() for path in paths if path in tiles_native.paths()]
 BATCHES = [1, 5, 16, 17, 33, 48, 64, 70]
 needs_tiles = pytest.mark.skipif(
@@ -84,7 +84,7 @@ def assert_codes(weight, batch, path, threads):
     x_NI = row_of_x(weight, batch)
     y_NO = with_threads(threads, tiles_native.multiply, x_NI, weight, path)
     assert_product(y_NO, x_NI, exact_OI, torch.finfo(weight.dtype).eps / 2)
-    if path == "pairs":
+    if path in tiles_native.HALVES:
         assert_product(y_NO, x_NI, weight.unpack())
 
 

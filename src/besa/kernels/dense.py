@@ -99,7 +99,7 @@ def _fastest(dtype: torch.dtype, threads: int) -> list[str]:
     ways = [name for name in WAYS if name != "tiles" or tiles_native.paths()]
     return choosing.fastest(
         f"dense {dtype}",
-        [SOURCE, tiles_native.SOURCE],
+        [SOURCE, *tiles_native.SOURCES.values()],
         ways,
         partial(_works, ways, dtype),
     )

@@ -4,10 +4,13 @@
 // in its row, and what is unpacked need not be transposed: some columns of a panel of rows are unpacked into the second
 // cache, where all rows of x meet them. x is laid out once for all panels.
 //
-// How they meet is a Unit's, which lives while a thread is at work: what a Number is; how many columns a step multiplies
-// (DEPTH); how many columns (BLOCK) and rows (PANEL, or less, in multiples of FEWEST) are unpacked at a time; and `meet`,
-// which adds the products of some rows of a panel and a slice of x. Meanwhile it fetches what the next block reads of the
-// rows (`ahead`, none where that is done), a bit at a time: all at once would stop everything else.
+// How they meet is a Unit's, which lives while a thread is at work. It says what a Number is, how many columns a step
+// multiplies (DEPTH), and what is unpacked at a time: how many columns (BLOCK), rows (a PANEL, in multiples of FEWEST; for up
+// to FEW registers of x, FEWEST) and BANDS in turn. Its `meet` adds the products of some rows of a panel and a SLICE of so
+// many registers of x to sums; those of a register lie row by row, and of the next register `apart` numbers later.
+//
+// What the next block reads of a weight is fetched meanwhile, a bit at a time, as all at once would stop everything else: by
+// `meet`, if it FETCHES (from `ahead`, which is none where that is done), or while a block is unpacked.
 #include <immintrin.h>
 
 #include "sparse.hpp"
@@ -20,10 +23,8 @@
 
 namespace {
 
-constexpr int64_t LANES = 16;    // rows of x in a register
-constexpr int64_t SLICE = 4;     // registers of rows of x that meet a weight together
-constexpr int64_t PASS = 512;    // rows of x for which a panel is unpacked once
-constexpr int64_t TOGETHER = 2;  // bands that are unpacked in turn
+constexpr int64_t LANES = 16;  // rows of x in a register
+constexpr int64_t PASS = 512;  // rows of x for which a panel is unpacked once
 
 INLINE __m512i loaded(const void* at) {  // kept apart from the expansion, as the form that does both is slow
     __m512i values = _mm512_loadu_si512(at);
@@ -36,6 +37,19 @@ INLINE __m512i fresh() {  // a register made for an expansion, which otherwise w
     return zero;
 }
 INLINE __mmask16 inside(int64_t left) { return left < 16 ? __mmask16((1 << std::max<int64_t>(left, 0)) - 1) : 0xffff; }
+
+// Memory of a thread for one of its USES, kept for the next call: new pages of the system cost more than what is done here.
+enum Use { OF_X, UNPACKED, SUMS };
+template <Use USE> void* kept(size_t bytes) {
+    thread_local std::unique_ptr<void, decltype(&std::free)> memory(nullptr, std::free);
+    thread_local size_t size = 0;
+    if (bytes > size) {
+        memory.reset();
+        memory.reset(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
+        size = bytes;
+    }
+    return memory.get();
+}
 
 // Writes 16 columns, or 32, to a row of a panel.
 INLINE void put(float* to, __m512 w) { _mm512_storeu_ps(to, w); }
@@ -137,13 +151,16 @@ template <typename Unit, typename Kind> struct Sparse {
     using Number = typename Unit::Number;
     static constexpr int64_t BLOCK = Unit::BLOCK;
     const Weight& weight;
-    int64_t chunks;
+    int64_t chunks, part;  // of a row; of it a block, in 1 / 2^16
     Grids grids;
     int64_t first = 0, next = 0;         // band of the panel, and of the one after it
     std::vector<const uint8_t*> values;  // where the next run of each band begins
 
     TARGET explicit Sparse(const Weight& weight)
-        : weight(weight), chunks((weight.columns + Kind::LENGTH - 1) / Kind::LENGTH), grids(weight) {}
+        : weight(weight),
+          chunks((weight.columns + Kind::LENGTH - 1) / Kind::LENGTH),
+          part((BLOCK << 16) / weight.columns),
+          grids(weight) {}
 
     TARGET void begin(int64_t band, int64_t last, int64_t after) {
         first = band;
@@ -152,19 +169,25 @@ template <typename Unit, typename Kind> struct Sparse {
         for (; band < last; ++band) values.push_back(weight.values + weight.offsets[band]);
         if constexpr (Kind::CODES) grids.read(weight, ROWS * first, std::min(ROWS * last, weight.rows));
     }
+    // Where a band's next block begins, in this panel or the next one; `at` is where its present one ends.
+    TARGET const uint8_t* after(int64_t b, int64_t left, const uint8_t* at) const {
+        const int64_t bands = (weight.rows + ROWS - 1) / ROWS;
+        return left + BLOCK < weight.columns ? at : weight.values + weight.offsets[std::min(next + b, bands - 1)];
+    }
+    // About how many bytes a block of a band has.
+    TARGET int64_t bytes(int64_t b) const {
+        return (weight.offsets[first + b + 1] - weight.offsets[first + b]) * part >> 16;
+    }
     // Where a quarter of what the next block reads of a row's band begins; `left` is of the present block.
     TARGET const uint8_t* ahead(int64_t row, int64_t left) const {
-        const int64_t bands = (weight.rows + ROWS - 1) / ROWS, b = row / ROWS;
-        const int64_t band = std::min(first + b, bands - 1), other = std::min(next + b, bands - 1);
-        const int64_t quarter = (weight.offsets[band + 1] - weight.offsets[band]) * BLOCK / weight.columns / ROWS;
-        const uint8_t* at = weight.values + weight.offsets[other];
-        if (left + BLOCK < weight.columns && b < int64_t(values.size())) at = values[size_t(b)];
-        return at + row % ROWS * quarter;
+        const int64_t b = std::min(row / ROWS, int64_t(values.size()) - 1);
+        return after(b, left, values[size_t(b)]) + row % ROWS * bytes(b) / ROWS;
     }
     // The columns from `left` on of some rows of the panel; `to` has rows of BLOCK numbers. Rows beyond the last are left.
     TARGET void block(int64_t top, int64_t bottom, int64_t left, Number* to) {
         int64_t b = top / ROWS;
-        for (; ROWS * (b + TOGETHER) <= bottom; b += TOGETHER, to += TOGETHER * ROWS * BLOCK) bands<TOGETHER>(b, left, to);
+        for (; ROWS * (b + Unit::BANDS) <= bottom; b += Unit::BANDS, to += Unit::BANDS * ROWS * BLOCK)
+            bands<Unit::BANDS>(b, left, to);
         for (; ROWS * b < bottom; ++b, to += ROWS * BLOCK) bands<1>(b, left, to);
     }
     // Some bands in turn, as where a run begins depends on those before it in its band.
@@ -172,15 +195,18 @@ template <typename Unit, typename Kind> struct Sparse {
         const int64_t from = left / Kind::LENGTH, until = std::min(chunks, from + BLOCK / Kind::LENGTH);
         const typename Kind::Word* masks[BANDS];
         const uint8_t* at[BANDS];
+        int64_t coming[BANDS];  // how far from there what the next block reads is
         for (int i = 0; i < BANDS; ++i) {
             masks[i] = static_cast<const typename Kind::Word*>(weight.masks) + ((first + b + i) * chunks + from) * ROWS;
             at[i] = values[size_t(b + i)];
+            coming[i] = after(b + i, left, at[i] + bytes(b + i)) - at[i];
         }
         for (int64_t c = from; c < until; ++c)
 #pragma GCC unroll 4
             for (int64_t r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
                 for (int64_t i = 0; i < BANDS; ++i) {
+                    if (!Unit::FETCHES) _mm_prefetch(reinterpret_cast<const char*>(at[i] + coming[i]), _MM_HINT_T1);
                     const uint64_t mask = *masks[i]++;
                     Number* out = to + (ROWS * i + r) * BLOCK + (c - from) * Kind::LENGTH;
                     if constexpr (Kind::CODES)
@@ -269,20 +295,21 @@ INLINE void transpose(__m512i (&v)[16]) {
     }
 }
 
-// Rows of x in slices of up to 64: step by step (columns of a step: DEPTH), the words of all rows of the slice.
+// Rows of x in slices of some registers: step by step (columns of a step: DEPTH), the words of all rows of the slice.
 template <typename Unit> struct Columns {
+    static constexpr int64_t SLICE = Unit::SLICE;
     int64_t batch, registers, steps;  // rows of x; registers of them; steps of a row, whole blocks
-    std::unique_ptr<uint32_t, decltype(&std::free)> words;
+    uint32_t* words;
 
     Columns(int64_t batch, int64_t columns)
         : batch(batch),
           registers((batch + LANES - 1) / LANES),
           steps((columns + Unit::BLOCK - 1) / Unit::BLOCK * Unit::BLOCK / Unit::DEPTH),
-          words(static_cast<uint32_t*>(std::aligned_alloc(64, size_t(registers * steps * 64))), std::free) {}
+          words(static_cast<uint32_t*>(kept<OF_X>(size_t(registers * steps * 64)))) {}
 
     int64_t width(int64_t slice) const { return std::min(SLICE, registers - slice * SLICE); }  // registers of a slice
     const uint32_t* at(int64_t slice, int64_t step) const {
-        return words.get() + (slice * SLICE * steps + step * width(slice)) * LANES;
+        return words + (slice * SLICE * steps + step * width(slice)) * LANES;
     }
     // Lays out 16 steps of 16 rows.
     TARGET void lay(const typename Unit::Number* x, int64_t columns, int64_t r, int64_t step) {
@@ -296,7 +323,7 @@ template <typename Unit> struct Columns {
         }
         transpose(rows);
         const int64_t slice = r / SLICE;
-        uint32_t* to = words.get() + (at(slice, step) - words.get()) + r % SLICE * LANES;
+        uint32_t* to = words + (at(slice, step) - words) + r % SLICE * LANES;
         for (int64_t i = 0; i < 16; ++i) _mm512_store_si512(to + i * width(slice) * LANES, rows[i]);
     }
 };
@@ -306,34 +333,31 @@ template <typename Unit, typename Source>
 TARGET void panels(const Weight& weight, const Columns<Unit>& x, int64_t panel, void* y, bool rounded, int64_t first,
                    int64_t last) {
     using Number = typename Unit::Number;
-    constexpr int64_t BLOCK = Unit::BLOCK, FEWEST = Unit::FEWEST;
+    constexpr int64_t BLOCK = Unit::BLOCK, FEWEST = Unit::FEWEST, SLICE = Unit::SLICE;
     const Unit unit;
-    const int64_t stride = x.registers * LANES;
-    // One slice meets what is unpacked at once, in the first cache; for more, the whole panel goes to the second.
-    const int64_t some = x.registers <= SLICE ? FEWEST : panel;
-    std::unique_ptr<Number, decltype(&std::free)> unpacked(
-        static_cast<Number*>(std::aligned_alloc(64, size_t(panel * BLOCK) * sizeof(Number))), std::free);
-    std::unique_ptr<float, decltype(&std::free)> sums(
-        static_cast<float*>(std::aligned_alloc(64, size_t(panel * stride) * sizeof(float))), std::free);
-    std::fill_n(unpacked.get(), panel * BLOCK, Number(0));
+    const int64_t apart = panel * LANES;
+    // What is unpacked meets one slice at once, in the first cache; for more, the whole panel goes to the second.
+    const int64_t some = !Unit::FETCHES || x.registers <= SLICE ? FEWEST : panel;
+    auto* unpacked = static_cast<Number*>(kept<UNPACKED>(size_t(some * BLOCK) * sizeof(Number)));
+    auto* sums = static_cast<float*>(kept<SUMS>(size_t(x.registers * apart) * sizeof(float)));
+    std::fill_n(unpacked, some * BLOCK, Number(0));
     Source source(weight);
     for (int64_t band = first; band < last; band += panel / ROWS) {
         const int64_t end = std::min(last, band + panel / ROWS);
         const int64_t top = ROWS * band, rows = std::min(ROWS * end, weight.rows) - top;
-        const int64_t filled = (rows + FEWEST - 1) / FEWEST * FEWEST;
-        std::fill_n(sums.get(), filled * stride, 0.0f);
+        std::fill_n(sums, x.registers * apart, 0.0f);
         source.begin(band, end, end);
         for (int64_t left = 0; left < weight.columns; left += BLOCK) {
             const int64_t steps = (std::min(BLOCK, weight.columns - left) + Unit::DEPTH - 1) / Unit::DEPTH;
             for (int64_t above = 0; above < rows; above += some) {
                 const int64_t here = std::min(some, rows - above);
-                source.block(above, above + here, left, unpacked.get());
+                source.block(above, above + here, left, unpacked);
                 const uint8_t* ahead[Unit::PANEL];
-                for (int64_t r = 0; r < some; ++r) ahead[r] = source.ahead(above + r, left);
+                for (int64_t r = 0; Unit::FETCHES && r < some; ++r) ahead[r] = source.ahead(above + r, left);
                 for (int64_t slice = 0; slice * SLICE < x.registers; ++slice) {
                     const uint32_t* of_x = x.at(slice, left / Unit::DEPTH);
-                    float* to = sums.get() + above * stride + slice * SLICE * LANES;
-                    unit.meet(unpacked.get(), here, of_x, x.width(slice), steps, to, stride, slice ? nullptr : ahead);
+                    float* to = sums + slice * SLICE * apart + above * LANES;
+                    unit.meet(unpacked, here, of_x, x.width(slice), steps, to, apart, slice ? nullptr : ahead);
                 }
             }
         }
@@ -341,7 +365,7 @@ TARGET void panels(const Weight& weight, const Columns<Unit>& x, int64_t panel, 
             for (int64_t r = 0; r < rows; r += LANES) {
                 __m512i part[16];
                 for (int64_t i = 0; i < 16; ++i)
-                    part[i] = r + i < rows ? _mm512_load_si512(sums.get() + (r + i) * stride + n) : __m512i{};
+                    part[i] = r + i < rows ? _mm512_load_si512(sums + n * panel + (r + i) * LANES) : __m512i{};
                 transpose(part);
                 for (int64_t i = 0; i < std::min(LANES, x.batch - n); ++i) {
                     const int64_t at = (n + i) * weight.rows + top + r;
@@ -359,10 +383,11 @@ void multiply(const Weight& weight, const typename Unit::Number* x, int64_t batc
               int64_t threads) {
     const int64_t bands = (weight.rows + ROWS - 1) / ROWS, columns = weight.columns;
     const int64_t share = (weight.rows + threads - 1) / threads;
-    const int64_t panel = std::min(Unit::PANEL, (share + Unit::FEWEST - 1) / Unit::FEWEST * Unit::FEWEST);
-    const int64_t all = (weight.rows + panel - 1) / panel, each = panel / ROWS;
     for (int64_t n = 0; n < batch; n += PASS, x += PASS * columns, y += PASS * weight.rows * (rounded ? 2 : 4)) {
         Columns<Unit> laid(std::min(PASS, batch - n), columns);
+        const int64_t most = laid.registers > Unit::FEW ? Unit::PANEL : Unit::FEWEST;
+        const int64_t panel = std::min(most, (share + Unit::FEWEST - 1) / Unit::FEWEST * Unit::FEWEST);
+        const int64_t all = (weight.rows + panel - 1) / panel, each = panel / ROWS;
 #pragma omp parallel num_threads(threads)
         {
 #pragma omp for schedule(static) collapse(2)

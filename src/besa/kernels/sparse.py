@@ -144,7 +144,7 @@ def _fastest(kind: str, dtype: torch.dtype, threads: int) -> list[str]:
     """The fastest way to multiply so many rows of x by a weight of a kind, for each of `choosing.COUNTS`."""
     assert threads == torch.get_num_threads()
     ways = [name for name in WAYS if name != "tiles" or tiles_native.paths()]
-    sources = [*sparse_native.SOURCES.values(), tiles_native.SOURCE]
+    sources = [*sparse_native.SOURCES.values(), *tiles_native.SOURCES.values()]
     return choosing.fastest(f"bitmask {kind} {dtype}", sources, ways, partial(_works, ways, kind, dtype))
 
 

@@ -9,7 +9,7 @@ constexpr int64_t PACE = 16;  // steps in which a line of each row is fetched fo
 
 // Adds some columns of R rows of a panel times V registers of rows of x.
 template <typename Unit, int R, int V>
-TARGET void tile(const typename Unit::Number* w, const uint32_t* x, int64_t steps, float* sums, int64_t stride,
+TARGET void tile(const typename Unit::Number* w, const uint32_t* x, int64_t steps, float* sums, int64_t apart,
                  const uint8_t* const* ahead) {
     __m512 of[R][V];
 #pragma GCC unroll 32
@@ -31,30 +31,34 @@ TARGET void tile(const typename Unit::Number* w, const uint32_t* x, int64_t step
     }
 #pragma GCC unroll 32
     for (int i = 0; i < R * V; ++i) {
-        float* to = sums + i / V * stride + i % V * LANES;
+        float* to = sums + i % V * apart + i / V * LANES;
         _mm512_store_ps(to, _mm512_add_ps(_mm512_load_ps(to), of[i / V][i % V]));
     }
 }
 
 template <typename Unit, int R, int V>
 TARGET void tiles(const typename Unit::Number* w, int64_t rows, const uint32_t* x, int64_t steps, float* sums,
-                  int64_t stride, const uint8_t* const* ahead) {
+                  int64_t apart, const uint8_t* const* ahead) {
     for (int64_t r = 0; r < rows; r += R)
-        tile<Unit, R, V>(w + r * Unit::BLOCK, x, steps, sums + r * stride, stride, ahead ? ahead + r : nullptr);
+        tile<Unit, R, V>(w + r * Unit::BLOCK, x, steps, sums + r * LANES, apart, ahead ? ahead + r : nullptr);
 }
 
 template <typename Unit> struct Registers {
     static constexpr int64_t BLOCK = 256;  // a slice of x of so many columns fills most of the first cache
     static constexpr int64_t PANEL = 192;  // a multiple of all numbers of rows below
     static constexpr int64_t FEWEST = 24;
+    static constexpr int64_t FEW = 0;
+    static constexpr int64_t BANDS = 2;
+    static constexpr int64_t SLICE = 4;
+    static constexpr bool FETCHES = true;
     template <typename Number>
     TARGET void meet(const Number* w, int64_t rows, const uint32_t* x, int64_t width, int64_t steps, float* sums,
-                     int64_t stride, const uint8_t* const* ahead) const {
+                     int64_t apart, const uint8_t* const* ahead) const {
         switch (width) {
-            case 1: tiles<Unit, 24, 1>(w, rows, x, steps, sums, stride, ahead); break;
-            case 2: tiles<Unit, 12, 2>(w, rows, x, steps, sums, stride, ahead); break;
-            case 3: tiles<Unit, 8, 3>(w, rows, x, steps, sums, stride, ahead); break;
-            default: tiles<Unit, 4, 4>(w, rows, x, steps, sums, stride, ahead);
+            case 1: tiles<Unit, 24, 1>(w, rows, x, steps, sums, apart, ahead); break;
+            case 2: tiles<Unit, 12, 2>(w, rows, x, steps, sums, apart, ahead); break;
+            case 3: tiles<Unit, 8, 3>(w, rows, x, steps, sums, apart, ahead); break;
+            default: tiles<Unit, 4, 4>(w, rows, x, steps, sums, apart, ahead);
         }
     }
 };

@@ -1,4 +1,4 @@
-"""The kernels of tiles.cpp, for many rows of x, called on torch's tensors.
+"""The kernels of tiles.cpp and matrix.cpp, for many rows of x, called on torch's tensors.
 
 Shape suffixes: N rows of x, O rows and I columns of the weight.
 """
@@ -15,19 +15,23 @@ from besa.kernels import sparse_native
 from besa.kernels.build import load, runnable
 from besa.storage.formats.bitmask import FLOATS, Bitmask
 
-SOURCE = "tiles.cpp"
-PAIRS, SINGLES = "pairs", "singles"
+MATRIX, PAIRS, SINGLES = "matrix", "pairs", "singles"
+HALVES = (MATRIX, PAIRS)  # for bfloat16 only
+SOURCES = {MATRIX: "matrix.cpp", PAIRS: "tiles.cpp", SINGLES: "tiles.cpp"}
 
 
 @cache
 def paths() -> list[str]:
-    """How this processor multiplies, best first: `pairs` of bfloat16, float32 `singles`; none without AVX-512."""
-    return runnable(SOURCE, (PAIRS, SINGLES))
+    """How this processor multiplies, best first; none without AVX-512.
+
+    `matrix` is its matrix unit, for bfloat16, as are `pairs` of numbers; `singles` are of float32.
+    """
+    return [name for name, source in SOURCES.items() if runnable(source, [name])]
 
 
 def path_of(dtype: torch.dtype, paths: list[str]) -> str:
     """The first of the paths that is for weights and inputs of a dtype."""
-    return next(path for path in paths if path != PAIRS or dtype == torch.bfloat16)
+    return next(path for path in paths if path not in HALVES or dtype == torch.bfloat16)
 
 
 def serves(weight: Bitmask | Tensor) -> bool:
@@ -43,18 +47,18 @@ def multiply(x_NI: Tensor, weight: Bitmask | Tensor, path: str = "", dtype: torc
     Args:
         x_NI: in the weight's dtype, with at least one row.
         weight: that `serves` allows.
-        path: `pairs` or `singles`; by default the best.
+        path: one of `paths`; by default the best.
         dtype: of y. Sums are float32, and rounded in the end.
     """
     path = path or path_of(x_NI.dtype, paths())
-    x_NI = (x_NI if path == PAIRS else x_NI.float()).contiguous()
-    rounded = path == PAIRS and dtype == torch.bfloat16
+    x_NI = (x_NI if path in HALVES else x_NI.float()).contiguous()
+    rounded = path in HALVES and dtype == torch.bfloat16
     y_NO = torch.empty(len(x_NI), weight.shape[0], dtype=dtype if rounded else torch.float32)
     if isinstance(weight, Bitmask):
         kind, passed = weight.kind, sparse_native.passed(weight)
     else:
         kind, passed = f"dense_{str(weight.dtype).removeprefix('torch.')}", sparse_native.passed_dense(weight)
-    kernels = load(SOURCE)
+    kernels = load(SOURCES[path])
     assert kernels is not None
     numbers = (x_NI.data_ptr(), len(x_NI), y_NO.data_ptr(), rounded, torch.get_num_threads())
     kernels[f"tiles_{kind}_{path}"](ctypes.byref(passed), *(ctypes.c_int64(number) for number in numbers))

@@ -1,0 +1,90 @@
+// The products of panels.hpp on the matrix unit of Intel's processors (AMX): 16 rows of W by 16 rows of x and 32 columns in
+// an instruction. A row of a panel is a row of a tile as it stands, and so are the words of a slice of x. Of each pair of
+// columns the unit sums the even and the odd ones apart, 16 pairs at a time, and adds both to what was there.
+#if defined(__x86_64__)
+#include "panels.hpp"
+
+#if defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace {
+
+// Tiles 0 to 3: sums, of 64 rows of W and 16 of x; 4 and 5: of W, in turn; 6: of x.
+struct Matrix {
+    using Number = uint16_t;
+    static constexpr int64_t DEPTH = 2;
+    static constexpr int64_t BLOCK = 256;  // 64 rows of so many, and 16 of x, stay in the first cache
+    static constexpr int64_t PANEL = 512;
+    static constexpr int64_t FEWEST = 64;
+    static constexpr int64_t FEW = 4;
+    static constexpr int64_t BANDS = 4;
+    static constexpr int64_t SLICE = 1;
+    static constexpr bool FETCHES = false;
+    static constexpr int64_t STEPS = 16;  // that an instruction takes
+
+    Matrix() {  // all tiles are of 16 rows of 64 bytes
+        alignas(64) uint8_t shape[64] = {1};
+        for (int i = 0; i < 8; ++i) shape[16 + 2 * i] = 64, shape[48 + i] = 16;
+        asm volatile("ldtilecfg %0" ::"m"(shape));
+    }
+    ~Matrix() { asm volatile("tilerelease"); }
+    Matrix(const Matrix&) = delete;
+    Matrix& operator=(const Matrix&) = delete;
+
+#define TILE_LOAD(TILE, AT, APART) asm volatile("tileloadd (%0,%1,1), %%tmm" #TILE ::"r"(AT), "r"(APART) : "memory")
+#define TILE_STORE(TILE, AT, APART) asm volatile("tilestored %%tmm" #TILE ", (%0,%1,1)" ::"r"(AT), "r"(APART) : "memory")
+#define TILE_ADD(SUM, W, X) asm volatile("tdpbf16ps %%tmm" #X ", %%tmm" #W ", %%tmm" #SUM ::: "memory")
+
+    TARGET void meet(const Number* w, int64_t rows, const uint32_t* x, int64_t, int64_t steps, float* sums, int64_t,
+                     const uint8_t* const*) const {
+        for (int64_t r = 0; r < rows; r += FEWEST) meet(w + r * BLOCK, x, steps, sums + r * LANES);
+    }
+    TARGET void meet(const Number* w, const uint32_t* x, int64_t steps, float* sums) const {
+        constexpr int64_t of_w = BLOCK * sizeof *w, of_x = 64, of_sums = 64;  // bytes from row to row
+        TILE_LOAD(0, sums, of_sums);
+        TILE_LOAD(1, sums + 16 * LANES, of_sums);
+        TILE_LOAD(2, sums + 32 * LANES, of_sums);
+        TILE_LOAD(3, sums + 48 * LANES, of_sums);
+        for (int64_t s = 0; s < steps; s += STEPS, w += STEPS * DEPTH, x += STEPS * LANES) {
+            TILE_LOAD(6, x, of_x);
+            TILE_LOAD(4, w, of_w);
+            TILE_ADD(0, 4, 6);
+            TILE_LOAD(5, w + 16 * BLOCK, of_w);
+            TILE_ADD(1, 5, 6);
+            TILE_LOAD(4, w + 32 * BLOCK, of_w);
+            TILE_ADD(2, 4, 6);
+            TILE_LOAD(5, w + 48 * BLOCK, of_w);
+            TILE_ADD(3, 5, 6);
+        }
+        TILE_STORE(0, sums, of_sums);
+        TILE_STORE(1, sums + 16 * LANES, of_sums);
+        TILE_STORE(2, sums + 32 * LANES, of_sums);
+        TILE_STORE(3, sums + 48 * LANES, of_sums);
+    }
+};
+
+}  // namespace
+
+TILES(bfloat16, matrix, Matrix, Sparse, BFloat16)
+TILES(int8, matrix, Matrix, Sparse, Int8)
+TILES(int4, matrix, Matrix, Sparse, Int4)
+TILES(dense_bfloat16, matrix, Matrix, Dense, BFloat16)
+
+// Whether the processor has the unit, and the system lets this process use it, which must be asked for.
+extern "C" int has_matrix() {
+#if defined(__linux__)
+    constexpr unsigned int BF16 = 1u << 22, TILE = 1u << 24, STATES = 3u << 17;
+    constexpr long REQUEST = 0x1023, TILE_DATA = 18;
+    unsigned int a, b, c, d, enabled, high;
+    if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512vbmi2")) return 0;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & BF16) || !(d & TILE)) return 0;
+    asm volatile("xgetbv" : "=a"(enabled), "=d"(high) : "c"(0));
+    return (enabled & STATES) == STATES && syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+#else
+    return 0;
+#endif
+}
+#endif
