@@ -20,6 +20,7 @@ import torch
 import typer
 
 import besa
+from benchmarks.processors import ending
 from benchmarks.random_model import config, write
 from besa.checkpoint.packing import Packing
 
@@ -37,7 +38,7 @@ def shape(name: str, blocks: int, sparsity: float = 0.5, rounds: Rounds = 7, fol
     """A Llama of random bfloat16 weights."""
     with _place(folder):
         write(Path("dense"), config(name, blocks), sparsity=sparsity)
-        _write(f"decode-{name}-{blocks}.json", _measured(besa.pack("dense", "packed"), rounds) | {"sparsity": sparsity})
+        _write(f"decode-{name}-{blocks}", _measured(besa.pack("dense", "packed"), rounds) | {"sparsity": sparsity})
 
 
 @app.command()
@@ -56,7 +57,7 @@ def checkpoint(
         same = _compared("dense", "exact", text)
         shutil.rmtree("exact")
         found = besa.pack("dense", "packed", dtype="bfloat16")
-        _write(f"decode-{name}.json", _measured(found, rounds) | {"compared": same})
+        _write(f"decode-{name}", _measured(found, rounds) | {"compared": same})
 
 
 @contextmanager
@@ -101,7 +102,7 @@ def _compared(dense: str, packed: str, text: str) -> dict[str, Any]:
 def _write(name: str, result: dict[str, Any]) -> None:
     text = json.dumps(result | {"threads": torch.get_num_threads()}, indent=2)
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / name).write_text(text + "\n", encoding="utf-8")
+    (RESULTS / f"{name}{ending()}.json").write_text(text + "\n", encoding="utf-8")
     print(text)
 
 

@@ -28,6 +28,7 @@ import torch
 import typer
 from torch import Tensor
 
+from benchmarks.processors import ending
 from besa.kernels import build, held, sparse, sparse_native
 from besa.quantization import Grid, Quantized
 from besa.record import now
@@ -37,7 +38,6 @@ from besa.system.machine import machine, versions
 
 HERE = Path(__file__).parent
 DENSE = {"avx512bf16": "dense_avx512.cpp", "avx2": "dense_avx2.cpp"}  # by the best path of the sparse kernels
-RESULTS = {"avx512bf16": "kernels.json", "avx2": "kernels-avx2.json"}
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008)]
 DTYPES = ("float32", "bfloat16", "int8", "int4")
 SPARSITIES = (0.5, 0.6, 0.7)
@@ -55,7 +55,7 @@ def main(
     dtypes: Annotated[list[str] | None, typer.Option("--dtype", help="Of the weights; all by default.")] = None,
     threads: Annotated[list[int] | None, typer.Option(help="1 and 2 by default.")] = None,
 ) -> None:
-    """Measure, print, and write results/kernels.json or kernels-avx2.json (unless quick, or of some dtypes only)."""
+    """Measure, print, and write the result (see `processors.ending`), unless quick or of some dtypes only."""
     path = sparse_native.paths()[0]
     if path not in DENSE:
         raise typer.BadParameter(f"There are no dense kernels to compare with on a processor that has {path} at best.")
@@ -77,7 +77,8 @@ def main(
             "versions": versions(),
             "created": now(),
         }
-        (HERE / "results" / RESULTS[path]).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        name = f"kernels{ending()}.json"
+        (HERE / "results" / name).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 @cache

@@ -4,8 +4,8 @@
     python -m benchmarks.peers.llamacpp smollm2 --pruned "besa 50 %"=FOLDER --pruned "best-int4"=FOLDER
 
 The first takes random weights, half of them pruned by magnitude. The second takes checkpoints that `besa prune` wrote
-of the embedded model, and also measures perplexity. Both write a JSON, a table and a plot to results/, with `-avx2` in
-their names on a processor without AVX-512. llama.cpp is built at the first call, which takes minutes. See README.md.
+of the embedded model, and also measures perplexity. Both write a JSON, a table and a plot to results/, with the ending
+of `processors.ending`. llama.cpp is built at the first call, which takes minutes. See README.md.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ import besa
 from benchmarks.peers import gguf_files
 from benchmarks.peers.llama_tools import VERSION, Tools, built
 from benchmarks.peers.quality import plot, table
+from benchmarks.processors import ending
 from benchmarks.random_model import config, quantized, write
 from besa.data.assets import fetch
 from besa.evaluation.texts import read_texts
-from besa.kernels import sparse_native
 from besa.runtime.fastest import fastest
 from besa.runtime.speed import step_bytes
 from besa.system.machine import machine, versions
@@ -284,7 +284,7 @@ def _write(
     ]
     about = {"llama-cpp-python": VERSION, "bandwidth": _bandwidth(), "machine": machine(torch.device("cpu"))}
     result = facts | about | {"versions": versions(), "models": found}
-    name += "-avx2" if sparse_native.paths()[:1] == ["avx2"] else ""
+    name += ending()
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     (RESULTS / f"{name}.md").write_text(table(found), encoding="utf-8")
