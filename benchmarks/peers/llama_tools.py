@@ -24,6 +24,10 @@ SETTINGS = ("CMAKE_BUILD_TYPE=Release", "GGML_NATIVE=ON", "BUILD_SHARED_LIBS=OFF
 NOT_BUILT = ("LLAMA_BUILD_TESTS", "LLAMA_BUILD_EXAMPLES", "LLAMA_BUILD_SERVER")
 
 
+class Crash(BesaError):
+    """A signal ended a program."""
+
+
 @dataclass(frozen=True)
 class Tools:
     """Programs of llama.cpp in a folder; `threads` of the processor are theirs."""
@@ -36,10 +40,16 @@ class Tools:
         self._run("llama-quantize", file, out, kind, self.threads)
 
     def pace(self, file: Path, prompt: int, steps: int) -> float:
-        """Tokens a second of a prompt of so many tokens, or of decoding so many, once, after a warm-up."""
-        said = self._run(
-            "llama-bench", "-m", file, "-t", self.threads, "-p", prompt, "-n", steps, "-r", 1, "-o", "json"
-        )
+        """Tokens a second of a prompt of so many tokens, or of decoding so many, once, after a warm-up.
+
+        With weights in another layout for the processor, which is its default. Where that crashes, as prompts of codes
+        do on Intel's matrix unit in this version, without.
+        """
+        options = ("-m", file, "-t", self.threads, "-p", prompt, "-n", steps, "-r", 1, "-o", "json")
+        try:
+            said = self._run("llama-bench", *options)
+        except Crash:
+            said = self._run("llama-bench", *options, "--repack", 0)
         (measured,) = json.loads(said)
         return float(measured["avg_ts"])
 
@@ -61,12 +71,14 @@ class Tools:
         """What a program prints.
 
         Raises:
+            Crash: a signal ended it.
             BesaError: it fails.
         """
         command = [str(self.folder / program), *map(str, arguments)]
         ran = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         if ran.returncode:
-            raise BesaError(f"{' '.join(command)} failed: {(ran.stderr or ran.stdout).strip()[-400:]}")
+            kind = Crash if ran.returncode < 0 else BesaError
+            raise kind(f"{' '.join(command)} failed ({ran.returncode}): {(ran.stderr or ran.stdout).strip()[-400:]}")
         return ran.stdout + ran.stderr if program == "llama-perplexity" else ran.stdout
 
 

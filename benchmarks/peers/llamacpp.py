@@ -45,7 +45,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 KINDS = ("BF16", "Q8_0", "Q4_0")
 PROMPT = 512  # tokens
 CONTEXT = 8  # tokens that besa decodes after
-READ = 1 << 28  # bytes read to measure the bandwidth, too many for any cache
+READ = 1 << 30  # bytes read to measure the bandwidth, too many for any cache
 TEMPORARY = Path(tempfile.gettempdir())
 app = typer.Typer(help=__doc__, add_completion=False)
 Rounds = Annotated[int, typer.Option(help="Measurements of each kind, after one that is not counted.")]

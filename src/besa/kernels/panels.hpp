@@ -51,12 +51,16 @@ template <Use USE> void* kept(size_t bytes) {
     return memory.get();
 }
 
+INLINE __m256i rounded(__m512 w) {  // to bfloat16
+    __m256i halves;
+    asm("vcvtneps2bf16 %1, %0" : "=v"(halves) : "v"(w));
+    return halves;
+}
+
 // Writes 16 columns, or 32, to a row of a panel.
 INLINE void put(float* to, __m512 w) { _mm512_storeu_ps(to, w); }
 INLINE void put(uint16_t* to, __m512 w, __mmask16 kept = 0xffff) {
-    __m256i halves;
-    asm("vcvtneps2bf16 %1, %0" : "=v"(halves) : "v"(w));
-    _mm256_mask_storeu_epi16(to, kept, halves);
+    _mm256_mask_storeu_epi16(to, kept, rounded(w));
 }
 
 // What a kind of weight is: how a run becomes a chunk of numbers. A run is expanded to a vector, and that widened.
@@ -100,7 +104,7 @@ struct BFloat16 : Half {
 
 struct Int8 {
     using Word = uint64_t;
-    static constexpr bool CODES = true;
+    static constexpr bool CODES = true, FEW_CODES = false;
     static constexpr int64_t LENGTH = 64;
     INLINE int64_t size(uint64_t mask) { return _mm_popcnt_u64(mask); }
     INLINE __m512i expand(uint64_t mask, const uint8_t* at, __m512i fill) {
@@ -109,6 +113,7 @@ struct Int8 {
 };
 
 struct Int4 : Int8 {
+    static constexpr bool FEW_CODES = true;
     INLINE int64_t size(uint64_t mask) { return (_mm_popcnt_u64(mask) + 1) / 2; }
     INLINE __m512i expand(uint64_t mask, const uint8_t* at, __m512i fill) {
         const __m512i pairs = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
@@ -120,9 +125,14 @@ struct Int4 : Int8 {
 // The grids of the rows of a panel, as float32.
 struct Grids {
     int64_t groups, width;  // of a row; columns of one
+    bool whole;             // a run has one group
+    std::vector<int32_t> which;  // is the group of every sixteenth column, or the first of its groups
     std::vector<float> steps, zeros;
 
-    TARGET explicit Grids(const Weight& weight) : groups(weight.groups), width(weight.columns / weight.groups) {}
+    TARGET explicit Grids(const Weight& weight) : groups(weight.groups), width(weight.columns / weight.groups) {
+        whole = groups == 1 || width % 64 == 0;
+        for (int64_t column = 0; column < weight.columns; column += LANES) which.push_back(int32_t(column / width));
+    }
     TARGET void read(const Weight& weight, int64_t first, int64_t last) {
         steps.resize(size_t((last - first + ROWS) * groups + LANES));
         zeros.resize(steps.size());
@@ -139,7 +149,7 @@ struct Grids {
     }
     // Of 16 columns of a row, from a multiple of 16 on: one for all, or one for each 8 or 4.
     INLINE __m512 of(const Grids& grids, const std::vector<float>& numbers, int64_t row, int64_t column) {
-        const float* at = numbers.data() + row * grids.groups + column / grids.width;
+        const float* at = numbers.data() + row * grids.groups + grids.which[size_t(column / LANES)];
         if (grids.groups == 1 || grids.width >= 16) return _mm512_set1_ps(*at);
         const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
         return _mm512_permutexvar_ps(_mm512_srli_epi32(lanes, grids.width == 8 ? 3 : 2), _mm512_loadu_ps(at));
@@ -221,21 +231,34 @@ template <typename Unit, typename Kind> struct Sparse {
                 _mm_prefetch(reinterpret_cast<const char*>(masks[i]) + 64 * line, _MM_HINT_T1);
         }
     }
-    // A run of codes as numbers.
+    // A run of codes as numbers. A pruned weight gets code 0, and is set to zero as a number.
     TARGET inline void run(Number* to, uint64_t mask, const uint8_t* at, int64_t row, int64_t column) {
-        // A pruned weight gets code 0, and is set to zero as a number.
         const __m512i codes = Kind::expand(mask, at, fresh());
+        if constexpr (Kind::FEW_CODES && sizeof(Number) == 2)
+            if (grids.whole) return looked_up(to, mask, codes, row, column);
         const int64_t last = weight.columns - 1;
         const __m128i quarters[4] = {_mm512_castsi512_si128(codes), _mm512_extracti32x4_epi32(codes, 1),
                                      _mm512_extracti32x4_epi32(codes, 2), _mm512_extracti32x4_epi32(codes, 3)};
+        __m512 zero = Grids::of(grids, grids.zeros, row, column), step = Grids::of(grids, grids.steps, row, column);
 #pragma GCC unroll 4
         for (int q = 0; q < 4; ++q) {
-            const int64_t here = std::min(column + 16 * q, last);  // beyond the last column all is pruned
+            if (q && !grids.whole) {
+                const int64_t here = std::min(column + 16 * q, last);  // beyond the last column all is pruned
+                zero = Grids::of(grids, grids.zeros, row, here), step = Grids::of(grids, grids.steps, row, here);
+            }
             const __m512 code = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(quarters[q]));
-            const __m512 off = _mm512_sub_ps(code, Grids::of(grids, grids.zeros, row, here));
-            put(to + 16 * q,
-                _mm512_maskz_mul_ps(__mmask16(mask >> 16 * q), off, Grids::of(grids, grids.steps, row, here)));
+            put(to + 16 * q, _mm512_maskz_mul_ps(__mmask16(mask >> 16 * q), _mm512_sub_ps(code, zero), step));
         }
+    }
+    // The same of codes that have one grid, of which there are 16: by a table of their numbers.
+    TARGET inline void looked_up(Number* to, uint64_t mask, __m512i codes, int64_t row, int64_t column) {
+        const __m512 code = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        const __m512 zero = Grids::of(grids, grids.zeros, row, column), step = Grids::of(grids, grids.steps, row, column);
+        const __m512i numbers = _mm512_castsi256_si512(rounded(_mm512_mul_ps(_mm512_sub_ps(code, zero), step)));
+        const __m512i low = _mm512_cvtepu8_epi16(_mm512_castsi512_si256(codes));
+        const __m512i high = _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(codes, 1));
+        _mm512_storeu_si512(to, _mm512_maskz_permutexvar_epi16(__mmask32(mask), low, numbers));
+        _mm512_storeu_si512(to + 32, _mm512_maskz_permutexvar_epi16(__mmask32(mask >> 32), high, numbers));
     }
 };
 

@@ -34,7 +34,7 @@ DECODE = (1, 4, 16)  # sequences at a time
 PREFILL = (64, 512)  # tokens of one prompt
 CONTEXT = 8  # tokens before the ones that are decoded
 STEPS = 16  # tokens of each sequence that one measurement decodes
-READ = 1 << 28  # bytes read to measure the bandwidth, too many for any cache
+READ = 1 << 30  # bytes read to measure the bandwidth, too many for any cache
 
 
 @dataclass(frozen=True)
