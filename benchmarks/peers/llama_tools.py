@@ -24,7 +24,7 @@ SETTINGS = ("CMAKE_BUILD_TYPE=Release", "GGML_NATIVE=ON", "BUILD_SHARED_LIBS=OFF
 NOT_BUILT = ("LLAMA_BUILD_TESTS", "LLAMA_BUILD_EXAMPLES", "LLAMA_BUILD_SERVER")
 
 
-class Crash(BesaError):
+class CrashError(BesaError):
     """A signal ended a program."""
 
 
@@ -48,7 +48,7 @@ class Tools:
         options = ("-m", file, "-t", self.threads, "-p", prompt, "-n", steps, "-r", 1, "-o", "json")
         try:
             said = self._run("llama-bench", *options)
-        except Crash:
+        except CrashError:
             said = self._run("llama-bench", *options, "--repack", 0)
         (measured,) = json.loads(said)
         return float(measured["avg_ts"])
@@ -71,13 +71,13 @@ class Tools:
         """What a program prints.
 
         Raises:
-            Crash: a signal ended it.
+            CrashError: a signal ended it.
             BesaError: it fails.
         """
         command = [str(self.folder / program), *map(str, arguments)]
         ran = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         if ran.returncode:
-            kind = Crash if ran.returncode < 0 else BesaError
+            kind = CrashError if ran.returncode < 0 else BesaError
             raise kind(f"{' '.join(command)} failed ({ran.returncode}): {(ran.stderr or ran.stdout).strip()[-400:]}")
         return ran.stdout + ran.stderr if program == "llama-perplexity" else ran.stdout
 

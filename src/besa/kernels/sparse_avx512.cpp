@@ -230,13 +230,14 @@ struct Totals {  // of the rows of a band, in lanes
 
 // How a band is summed: by segments of whole chunks that share a step, or a chunk whose groups have lanes of their own.
 struct Grid {
+    static constexpr uint32_t FOUR_TIMES = 0x01010101;
     int64_t chunks, segment;    // of a row; of a segment
     int64_t groups, each;       // of a row; of a segment
     int64_t width;              // of a row of what follows: the groups, and room for a vector after them
     int32_t lanes[16];          // which group of a segment a lane of sums belongs to, and of codes
     int8_t places[64];
     std::vector<float> scales;  // of a band
-    std::vector<uint8_t> zeros;
+    std::vector<uint32_t> zeros;  // each code four times, so that one load fills a register with it
     bool alike;                 // all codes of zero are
 
     TARGET Grid(const Weight& weight, int64_t length) : groups(weight.groups), alike(!weight.zeros) {
@@ -247,10 +248,13 @@ struct Grid {
             segment = std::max<int64_t>(1, group / length);
             each = std::max<int64_t>(1, length / group);
         }
-        for (int i = 0; i < 64; ++i) lanes[i / 4] = places[i] = int8_t(each > 1 ? i / group : 0);
+        for (int i = 0; i < 64; ++i) {
+            lanes[i / 4] = int32_t(each > 1 ? i / group : 0);
+            places[i] = int8_t(4 * lanes[i / 4]);
+        }
         width = groups + 16;
         scales.resize(size_t(ROWS * width));
-        zeros.assign(size_t(ROWS * width), uint8_t(weight.zero));
+        zeros.assign(size_t(ROWS * width), uint32_t(weight.zero) * FOUR_TIMES);
     }
     TARGET void read(const Weight& weight, int64_t band) {
         const int64_t last = weight.rows - 1;  // stands for the rows beyond it, too: no branch depends on their number
@@ -261,8 +265,9 @@ struct Grid {
                 const __mmask16 which = inside(groups - g);
                 _mm512_storeu_ps(&scales[size_t(r * width + g)], some(weight, at, which));
                 if (alike) continue;
-                auto* codes = reinterpret_cast<__m128i*>(&zeros[size_t(r * width + g)]);
-                _mm_storeu_si128(codes, _mm_maskz_loadu_epi8(which, weight.zeros + at));
+                const __m512i codes = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(which, weight.zeros + at));
+                _mm512_storeu_si512(&zeros[size_t(r * width + g)],
+                                    _mm512_mullo_epi32(codes, _mm512_set1_epi32(FOUR_TIMES)));
             }
     }
     // What a band begins with, given the sums of x by group: what its codes of zero add, taken off.
@@ -272,8 +277,8 @@ struct Grid {
             const __m512 of_x = _mm512_maskz_loadu_ps(inside(groups - g), sums + g);
 #pragma GCC unroll 4
             for (int64_t r = 0; r < ROWS; ++r) {
-                const auto* codes = reinterpret_cast<const __m128i*>(&zeros[size_t(r * width + g)]);
-                const __m512 lowered = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(codes)));
+                const __m512i codes = _mm512_srli_epi32(_mm512_loadu_si512(&zeros[size_t(r * width + g)]), 24);
+                const __m512 lowered = _mm512_cvtepi32_ps(codes);
                 const __m512 values = _mm512_mul_ps(_mm512_loadu_ps(&scales[size_t(r * width + g)]), lowered);
                 results[r] = _mm512_fnmadd_ps(values, of_x, results[r]);
             }
@@ -294,10 +299,9 @@ struct Grid {
         return _mm512_permutexvar_ps(_mm512_loadu_si512(grid.lanes), _mm512_loadu_ps(scales));
     }
     INLINE __m512i fill(const Grid& grid, int64_t r, int64_t s) {
-        const uint8_t* zeros = grid.zeros.data() + r * grid.width + s * grid.each;
-        if (grid.each == 1) return _mm512_set1_epi8(char(*zeros));
-        const __m128i some = _mm_loadu_si128(reinterpret_cast<const __m128i*>(zeros));
-        return _mm512_permutexvar_epi8(_mm512_loadu_si512(grid.places), _mm512_castsi128_si512(some));
+        const uint32_t* zeros = grid.zeros.data() + r * grid.width + s * grid.each;
+        if (grid.each == 1) return _mm512_set1_epi32(int32_t(*zeros));
+        return _mm512_permutexvar_epi8(_mm512_loadu_si512(grid.places), _mm512_loadu_si512(zeros));
     }
 };
 
