@@ -89,7 +89,9 @@ def assert_codes(weight, batch, path, threads):
 
 
 @needs_tiles
-@pytest.mark.parametrize(("rows", "columns", "batch"), [(390, 600, 40), (50, 300, 1100), (1, 1, 64), (1024, 31, 16)])
+@pytest.mark.parametrize(
+    ("rows", "columns", "batch"), [(390, 600, 40), (50, 300, 1100), (1, 1, 64), (1024, 31, 16), (1100, 600, 100)]
+)
 @pytest.mark.parametrize(("dtype", "path"), CASES)
 def test_several_panels_blocks_and_passes(dtype, path, rows, columns, batch):
     w_OI = half_pruned(rows, columns).to(dtype)
