@@ -82,7 +82,7 @@ def learned_from(monkeypatch, model, tokenizer, calibration, **sizes):
         step(self, values, optimizer, scaler, sequences)
 
     monkeypatch.setattr(courses.Course, "_step", watched)
-    recipe = Recipe.load("wanda", None, ["distill={method: kl, epochs: 3, rate: 0.003, further: true, batch: 7}"])
+    recipe = Recipe.load("wanda", None, ["distill={method: kl, epochs: 3, rate: 0.0003, further: true, batch: 7}"])
     return besa.compress(model, recipe, calibration, tokenizer=tokenizer, **sizes).record, seen
 
 
