@@ -256,7 +256,7 @@ def test_a_library_belongs_to_source_compiler_and_flags(fresh, tmp_path, monkeyp
     assert len({path.name.partition("-")[0] for path in fresh.iterdir()}) == len(list(fresh.iterdir())) == 4
 
 
-def test_what_is_included_belongs_to_theassembled():
+def test_what_is_included_belongs_to_the_source():
     source, shared = build.assembled("sparse.cpp"), build.assembled("sparse.hpp")
     assert shared in source
     assert b'#include "' not in source

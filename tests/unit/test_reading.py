@@ -117,7 +117,10 @@ def test_every_way_adds_in_the_same_order(monkeypatch, path, kind):
 @pytest.mark.parametrize("kind", bitmask.CHUNKS)
 @pytest.mark.parametrize("rows", [2, 3, 4, 17])
 def test_several_rows_are_the_same_past_the_caches(monkeypatch, kind, rows):
-    weight = sparse_native.samples(kind)[0] if kind.startswith("int") else bitmask.pack(half_pruned(45, 2176))
+    if kind.startswith("int"):
+        weight = codes_weight(45, 2176, 17, int(kind.removeprefix("int")), False)
+    else:
+        weight = bitmask.pack(half_pruned(45, 2176).to(getattr(torch, kind)))
     x_NI = row_of_x(weight, rows).float()
     both = []
     for past in (False, True):

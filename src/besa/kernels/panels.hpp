@@ -38,7 +38,7 @@ INLINE __m512i fresh() {  // a register made for an expansion, which otherwise w
 }
 INLINE __mmask16 inside(int64_t left) { return left < 16 ? __mmask16((1 << std::max<int64_t>(left, 0)) - 1) : 0xffff; }
 
-// Memory of a thread for one of its USES, kept for the next call: new pages of the system cost more than what is done here.
+// Memory of a thread for a USE, kept for the next call: new pages of the system cost more than what is done here.
 enum Use { OF_X, UNPACKED, SUMS };
 template <Use USE> void* kept(size_t bytes) {
     thread_local std::unique_ptr<void, decltype(&std::free)> memory(nullptr, std::free);
@@ -124,8 +124,8 @@ struct Int4 : Int8 {
 
 // The grids of the rows of a panel, as float32.
 struct Grids {
-    int64_t groups, width;  // of a row; columns of one
-    bool whole;             // a run has one group
+    int64_t groups, width;       // of a row; columns of one
+    bool whole;                  // a run has one group
     std::vector<int32_t> which;  // is the group of every sixteenth column, or the first of its groups
     std::vector<float> steps, zeros;
 

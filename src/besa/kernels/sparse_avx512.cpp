@@ -231,14 +231,14 @@ struct Totals {  // of the rows of a band, in lanes
 // How a band is summed: by segments of whole chunks that share a step, or a chunk whose groups have lanes of their own.
 struct Grid {
     static constexpr uint32_t FOUR_TIMES = 0x01010101;
-    int64_t chunks, segment;    // of a row; of a segment
-    int64_t groups, each;       // of a row; of a segment
-    int64_t width;              // of a row of what follows: the groups, and room for a vector after them
-    int32_t lanes[16];          // which group of a segment a lane of sums belongs to, and of codes
+    int64_t chunks, segment;      // of a row; of a segment
+    int64_t groups, each;         // of a row; of a segment
+    int64_t width;                // of a row of what follows: the groups, and room for a vector after them
+    int32_t lanes[16];            // which group of a segment a lane of sums belongs to, and of codes
     int8_t places[64];
-    std::vector<float> scales;  // of a band
+    std::vector<float> scales;    // of a band
     std::vector<uint32_t> zeros;  // each code four times, so that one load fills a register with it
-    bool alike;                 // all codes of zero are
+    bool alike;                   // all codes of zero are
 
     TARGET Grid(const Weight& weight, int64_t length) : groups(weight.groups), alike(!weight.zeros) {
         chunks = segment = (weight.columns + length - 1) / length;
