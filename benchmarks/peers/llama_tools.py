@@ -48,7 +48,8 @@ class Tools:
         options = ("-m", file, "-t", self.threads, "-p", prompt, "-n", steps, "-r", 1, "-o", "json")
         try:
             said = self._run("llama-bench", *options)
-        except CrashError:
+        except CrashError as crash:
+            print(f"Measured with --repack 0, as without it {crash}", flush=True)
             said = self._run("llama-bench", *options, "--repack", 0)
         (measured,) = json.loads(said)
         return float(measured["avg_ts"])
