@@ -2,7 +2,8 @@
 
 A result depends on what `besa.compress` and `besa.evaluate` import, directly or through others, and on its experiment's
 own module. Rooms that only show, plan or keep results do not count (`SILENT`). Of the methods, only those count that a
-recipe of the result names, with the file of that recipe: a new method makes no result older.
+recipe of the result names, with the file of that recipe: a new method makes no result older. Of the kernels in C++,
+only those count that such modules name: the products of packed models touch no result.
 
 Of each module the syntax tree counts, without docstrings, comments, messages of errors and descriptions of settings.
 """
@@ -21,6 +22,7 @@ from typing import Any
 
 import yaml
 
+from besa.kernels.build import assembled
 from besa.methods.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
@@ -52,7 +54,7 @@ def code_of(recipes: Iterable[Recipe | None], module: str | None = None, root: P
     rooms: dict[str, list[tuple[str, str]]] = {}
     for name in sorted(modules):
         rooms.setdefault(_room(name), []).append((name, _digest_of(_file(name, root))))
-    rooms["kernels"] += _sources(root / "src" / "besa" / "kernels")
+    rooms["kernels"] += _sources(modules, root)
     shipped = root / "src" / "besa" / "methods" / RECIPES
     files = {path for recipe in chosen if (path := shipped / f"{recipe.name}.yaml").is_file()}
     if module is not None and files:
@@ -171,10 +173,13 @@ def _wording(node: Any) -> bool:
     return isinstance(node, ast.keyword) and node.arg == "description"
 
 
-@cache
-def _sources(folder: Path) -> list[tuple[str, str]]:
-    """Digests of C++ sources."""
-    return [(path.name, _hashed(_words(path.read_text("utf-8")))) for path in sorted(folder.glob("*.[ch]pp"))]
+def _sources(modules: Iterable[str], root: Path) -> list[tuple[str, str]]:
+    """Digests of the C++ files of kernels that modules name, with those that they include in their places."""
+    folder = root / "src" / "besa" / "kernels"
+    nodes = (node for module in modules for node in ast.walk(_tree(_file(module, root))))
+    named = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    found = [name for name in sorted(named) if name.endswith(".cpp") and (folder / name).is_file()]
+    return [(name, _hashed(_words(assembled(name, folder).decode()))) for name in found]
 
 
 def _words(source: str) -> str:

@@ -119,10 +119,10 @@ def _prebuilt_key(text: bytes) -> str:
     return hashlib.sha256("\0".join((platform.machine(), platform.system(), *FLAGS)).encode() + text).hexdigest()[:32]
 
 
-def assembled(name: str) -> bytes:
-    """The text of a C++ file of this package, with those that it includes from here in their places."""
-    text = (HERE / name).read_bytes()
-    return re.sub(rb'^#include "(.+)"$', lambda found: assembled(found[1].decode()), text, flags=re.MULTILINE)
+def assembled(name: str, folder: Path = HERE) -> bytes:
+    """The text of a C++ file of a folder, with those that it includes from there in their places."""
+    text = (folder / name).read_bytes()
+    return re.sub(rb'^#include "(.+)"$', lambda found: assembled(found[1].decode(), folder), text, flags=re.MULTILINE)
 
 
 def _loaded(compiler: str, flags: tuple[str, ...], text: bytes) -> ctypes.CDLL:
