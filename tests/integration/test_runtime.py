@@ -154,6 +154,22 @@ def test_autocast_gives_what_a_dense_model_gives(plain: tuple[Path, Path], tmp_p
     assert 0 < (found - exact).norm() < (rough - logits(dense)).norm() < 0.1 * exact.norm()
 
 
+@pytest.mark.parametrize("recipe", ["wanda", "wanda-int4"])
+def test_a_packed_model_can_be_compiled(recipe: str, tmp_path: Path) -> None:
+    """As one graph, in which its products are operators that keep to what torch asks of one."""
+    besa.compress(TINY, recipe, TEXT, out=tmp_path / "dense", **SIZES)
+    besa.pack(tmp_path / "dense", tmp_path / "packed", head="int8")
+    model = besa.load(tmp_path / "packed")
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.allclose(logits(compiled), logits(model), rtol=1e-5, atol=1e-4)
+    x_NI = torch.randn(3, model.config.hidden_size)
+    weight, matrix = next(iter(sparse(model).values())).bitmask, model.lm_head.matrix
+    tensors = (weight.masks_BCR, weight.values, weight.offsets, weight.scales_OG, weight.zeros_OG)
+    operators = torch.ops.besa_runtime
+    torch.library.opcheck(operators.sparse_product, (x_NI, *tensors, list(weight.shape), weight.bits))
+    torch.library.opcheck(operators.coded_product, (x_NI, matrix.codes_OI, matrix.steps_O1))
+
+
 def test_weights_stay_in_the_file(plain: tuple[Path, Path]) -> None:
     model = besa.load(plain[1])
     file = str((plain[1] / "bitmask.safetensors").resolve())

@@ -17,6 +17,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from besa.kernels import attention
+from besa.runtime.tracing import tracing
 
 MARK = "_besa_attends"  # attribute of modules, which copies of them keep
 
@@ -47,7 +48,8 @@ def attended(
     """Attention (N, T, H, D), as transformers' function for "sdpa" with the same arguments."""
     tensors = (query_NHTD, keys_NKTD, values_NKTD)
     if (
-        MARK in vars(module)
+        not tracing()
+        and MARK in vars(module)
         and dropout == 0
         and not torch.is_autocast_enabled("cpu")
         and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))

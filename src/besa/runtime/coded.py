@@ -14,6 +14,7 @@ from torch.func import functional_call
 from besa.errors import BesaError
 from besa.kernels import row_codes
 from besa.runtime.casting import cast
+from besa.runtime.tracing import coded_product, tracing
 from besa.storage.formats.container import tensors_of_codes
 from besa.storage.formats.row_codes import RowCodes
 
@@ -75,8 +76,11 @@ class CodedLinear(Coded):
         matrix = self.matrix
         if x.dtype != matrix.dtype:
             return cast(self.forward, x, matrix.dtype)
-        y_NO = row_codes.multiplied(x.reshape(-1, x.shape[-1]), matrix)
-        y = y_NO.view(*x.shape[:-1], y_NO.shape[-1])
+        if tracing():
+            y = coded_product(x, matrix)
+        else:
+            y_NO = row_codes.multiplied(x.reshape(-1, x.shape[-1]), matrix)
+            y = y_NO.view(*x.shape[:-1], y_NO.shape[-1])
         return y if self.bias is None else y + self.bias
 
     def dense(self, weight: nn.Parameter) -> nn.Linear:

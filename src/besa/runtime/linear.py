@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from besa.errors import BesaError
 from besa.kernels import sparse
 from besa.runtime.casting import cast
+from besa.runtime.tracing import sparse_product, tracing
 from besa.storage.formats.bitmask import Bitmask
 from besa.storage.formats.container import MASK, OFFSETS, SCALE, VALUES, ZERO, tensors_of
 
@@ -69,12 +70,19 @@ class SparseLinear(nn.Module):
         """
         if torch.is_grad_enabled() and x.requires_grad:
             raise BesaError("Packed linears compute no gradients: train the dense model, which `besa unpack` writes.")
+        if tracing():
+            weight = self.bitmask
+            if x.dtype != weight.dtype:
+                return cast(self.forward, x, weight.dtype)
+            return self._biased(sparse_product(x, weight))
         if self._product is None or not all(map(is_, self._buffers.values(), self._tensors)):
             self._product, self._tensors = sparse.Product(self.bitmask), list(self._buffers.values())
             self._dtype = self.bitmask.dtype
         if x.dtype != self._dtype:
             return cast(self.forward, x, self._dtype)
-        y = self._product(x)
+        return self._biased(self._product(x))
+
+    def _biased(self, y: Tensor) -> Tensor:
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:

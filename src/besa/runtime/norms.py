@@ -19,6 +19,7 @@ from torch.func import functional_call
 
 from besa.kernels import norm
 from besa.kernels.norm import Form
+from besa.runtime.tracing import tracing
 
 FEW = 1 << 16  # numbers of x, at most: for more, torch's threads share the work
 SIZES = (1e-3, 1e-2, 0.1, 1.0, 10.0)  # of the rows by which a module is tried: ε matters in the small ones
@@ -45,7 +46,7 @@ def restore(model: nn.Module) -> None:
 
 
 def _forward(module: Any, *inputs: Tensor, form: Form, epsilon: float, **named: Any) -> Any:
-    if len(inputs) == 1 and not named:
+    if len(inputs) == 1 and not named and not tracing():
         x, weight_I = *inputs, module.weight
         learns = torch.is_grad_enabled() and (x.requires_grad or weight_I.requires_grad)
         if not learns and x.numel() <= FEW and norm.serves(x, weight_I):

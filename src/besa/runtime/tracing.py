@@ -1,0 +1,65 @@
+"""Products of packed layers as operators of torch: what `torch.compile` and `torch.export` put into their graphs.
+
+Neither can look into a kernel. The layers therefore call these operators while they are traced, and the kernels
+themselves otherwise, which costs less at each call.
+
+Shape suffixes: O rows (output channels), I columns (input channels).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from besa.kernels import row_codes, sparse
+from besa.storage.formats.bitmask import Bitmask
+from besa.storage.formats.row_codes import RowCodes
+
+tracing = torch.compiler.is_compiling
+
+
+def sparse_product(x: Tensor, weight: Bitmask) -> Tensor:
+    """x Wᵀ (…, O) for inputs (…, I); see `besa.kernels.sparse.multiplied`."""
+    tensors = (weight.masks_BCR, weight.values, weight.offsets, weight.scales_OG, weight.zeros_OG)
+    y: Tensor = _sparse_product(x, *tensors, list(weight.shape), weight.bits)
+    return y
+
+
+def coded_product(x: Tensor, matrix: RowCodes) -> Tensor:
+    """x Wᵀ (…, O) for inputs (…, I); see `besa.kernels.row_codes.multiplied`."""
+    y: Tensor = _coded_product(x, matrix.codes_OI, matrix.steps_O1)
+    return y
+
+
+@torch.library.custom_op("besa_runtime::sparse_product", mutates_args=())
+def _sparse_product(
+    x: Tensor,
+    masks_BCR: Tensor,
+    values: Tensor,
+    offsets: Tensor,
+    scales_OG: Tensor | None,
+    zeros_OG: Tensor | None,
+    shape: list[int],
+    bits: int | None,
+) -> Tensor:
+    rows, columns = shape
+    weight = Bitmask((rows, columns), masks_BCR, values, offsets, scales_OG, zeros_OG, bits)
+    return sparse.multiplied(x.reshape(-1, columns), weight).view(*x.shape[:-1], rows)
+
+
+@_sparse_product.register_fake
+def _(x: Tensor, masks_BCR: Tensor, values: Tensor, offsets: Tensor, *others: object) -> Tensor:
+    shape = others[2]
+    assert isinstance(shape, list)
+    return x.new_empty(*x.shape[:-1], shape[0])
+
+
+@torch.library.custom_op("besa_runtime::coded_product", mutates_args=())
+def _coded_product(x: Tensor, codes_OI: Tensor, steps_O1: Tensor) -> Tensor:
+    y_NO = row_codes.multiplied(x.reshape(-1, x.shape[-1]), RowCodes(codes_OI, steps_O1))
+    return y_NO.view(*x.shape[:-1], y_NO.shape[-1])
+
+
+@_coded_product.register_fake
+def _(x: Tensor, codes_OI: Tensor, steps_O1: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], codes_OI.shape[0])
