@@ -11,26 +11,22 @@ from experiments.judging import Verdict, judged, ruled
 from experiments.settings import DEFAULTS
 
 ORDER = ("wanda", "sparsegpt", "besa", "fast", "best")
-LIGHT = ("wanda", "besa", "fast")  # what a large model leaves time and memory for
-LARGE = "qwen2.5-coder-1.5b"
+OWN = ("besa", "fast", "best")
 
 
 def cases(options: Options) -> list[Case]:
     """The dense model, and what `besa compare` would be asked for."""
-    names = LIGHT if options.conditions.model.endswith(LARGE) else ORDER
-    return [DENSE_CASE, *(Case(name, options.baseline(name)) for name in names)]
+    return [DENSE_CASE, *(Case(name, options.baseline(name)) for name in ORDER)]
 
 
 def verdict(found: Found) -> Verdict:
     """Each recipe of besa's own is below all that are cheaper, in the mean of all domains."""
-    names = [name for name in ORDER if name in found.rows]
     steps = {
         f"{name} against {other}": judged(found.changes(name, other, ALL), most=0)
-        for place, name in enumerate(names)
-        if name in LIGHT[1:] or name == "best"
-        for other in names[:place]
+        for name in OWN
+        for other in ORDER[: ORDER.index(name)]
     }
-    said = f"Mean of the domains: dense {found.score('dense', ALL):,.2f}, {numbers(found, names, ALL)}"
+    said = f"Mean of the domains: dense {found.score('dense', ALL):,.2f}, {numbers(found, ORDER, ALL)}"
     told = ", ".join(f"{label} {one.words()}" for label, one in steps.items())
     return ruled(f"{said}; {told}.", list(steps.values()))
 
@@ -44,6 +40,6 @@ EXPERIMENT = Experiment(
     texts=(*DOMAINS, "wikitext2", "c4"),
     claim="That each recipe is below those before it",
     settings=(DEFAULTS,),
-    models=(EMBEDDED, "gemma3-270m", LARGE),
+    models=(EMBEDDED, "gemma3-270m", "qwen2.5-coder-1.5b"),
     calibration="mix",
 )
