@@ -8,7 +8,7 @@ from experiments.judging import Verdict, judged, ruled
 from experiments.settings import DEFAULTS
 
 METHODS = {
-    0.5: ("magnitude", "wanda", "sparsegpt", "besa-layerwise", "besa", "fast"),
+    0.5: ("magnitude", "wanda", "sparsegpt", "besa-layerwise", "besa", "fast", "best"),
     0.7: ("wanda", "sparsegpt", "besa", "fast"),
 }
 BASELINES = ("wanda", "sparsegpt")

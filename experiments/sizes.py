@@ -49,7 +49,7 @@ OF_EXPERIMENT: dict[str, dict[str, dict[str, Any]]] = {
     "cpu": {
         "table2": {"seeds": 1},  # 6,000 questions decide, paired; a model takes long to answer them
         "table3": {"samples": 64, "max_windows": 40},
-        "front": {"samples": 64, "max_windows": 40, "dtype": "float32"},
+        "front": {"samples": 64, "max_windows": 40},
         "domains": {"samples": 16, "max_windows": 10},
         "fig1b": {"points": (0.3, 0.5, 0.7, 0.9)},
         "batches-tiny-50": {"samples": 64, "seqlen": 128, "window": 128, "max_windows": 200, "dtype": "auto"},
