@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from besa.errors import BesaError
 from besa.version import __version__
 from besa_hook import install
+
+# Torch reads this once, when it first takes memory. Linux then backs large tensors with pages of 2 MiB, if the system
+# lets programs ask for them. No number changes.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 if TYPE_CHECKING:
     from besa.api import Compressed, compress, evaluate, plan, simulate
