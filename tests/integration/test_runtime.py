@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import pickle
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -168,6 +170,78 @@ def test_a_packed_model_can_be_compiled(recipe: str, tmp_path: Path) -> None:
     operators = torch.ops.besa_runtime
     torch.library.opcheck(operators.sparse_product, (x_NI, *tensors, list(weight.shape), weight.bits))
     torch.library.opcheck(operators.coded_product, (x_NI, matrix.codes_OI, matrix.steps_O1))
+
+
+def after_a_token(folder: Path) -> PreTrainedModel:
+    """A packed model whose products have been made ready for one row of x."""
+    model = besa.load(folder)
+    decoded(model)
+    return model
+
+
+def test_weights_that_move_or_change_are_seen(pair: tuple[Path, Path]) -> None:
+    """Torch moves the storage of a tensor in place, as when it is shared with another process."""
+    model, other = after_a_token(pair[1]), after_a_token(pair[1])
+    expected = decoded(model)
+    for tensor in model.state_dict().values():
+        tensor.data = tensor.data.clone()
+    assert torch.equal(decoded(model), expected)
+    changed = {name: tensor * 2 if name.endswith("_values") else tensor for name, tensor in other.state_dict().items()}
+    changed = {name: tensor * 2 if name.endswith("_scale") else tensor for name, tensor in changed.items()}
+    other.load_state_dict(changed)
+    fresh = besa.load(pair[1])
+    fresh.load_state_dict(changed)
+    assert torch.equal(decoded(other), decoded(fresh))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_of_a_program_changes_nothing(
+    plain: tuple[Path, Path], tmp_path: Path, dtype: torch.dtype
+) -> None:
+    besa.pack(plain[0], tmp_path / "packed", head="int8")
+    for folder in (plain[1], tmp_path / "packed"):
+        model = besa.load(folder)
+        expected = logits(model), decoded(model)
+        torch.set_default_dtype(dtype)
+        try:
+            found = logits(model), decoded(model)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert all(map(torch.equal, found, expected))
+
+
+def test_a_packed_model_can_be_traced_and_pickled(plain: tuple[Path, Path], tmp_path: Path) -> None:
+    model = besa.load(plain[1])
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(decoded(again), decoded(model))
+    again.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(besa.load(tmp_path / "again")), logits(model))
+    linear = next(iter(sparse(model).values()))
+    x_NI = torch.randn(2, linear.in_features)
+    traced = torch.jit.trace(linear, (x_NI,))
+    assert torch.equal(traced(x_NI), linear(x_NI))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert model(mode.from_tensor(torch.arange(8)[None])).logits.shape == (1, 8, model.config.vocab_size)
+
+
+def test_tokens_and_widths_that_cannot_be_are_refused(plain: tuple[Path, Path], tmp_path: Path) -> None:
+    besa.pack(plain[0], tmp_path / "packed", head="int8")
+    model = besa.load(tmp_path / "packed")
+    with pytest.raises(IndexError):
+        model(torch.tensor([[5, -100, 7]]))
+    for rows in (2, 3):
+        with pytest.raises(RuntimeError):
+            model.lm_head(torch.ones(rows, model.config.hidden_size // rows))
+
+
+def test_what_cannot_be_saved_is_refused(plain: tuple[Path, Path], tmp_path: Path) -> None:
+    model = besa.load(plain[1])
+    with pytest.raises(BesaError, match="without a variant"):
+        model.save_pretrained(tmp_path / "variant", variant="fp16")
+    with pytest.raises(BesaError, match="LlamaModel is a part of a packed model: save the whole"):
+        model.model.save_pretrained(tmp_path / "part")
+    model.save_pretrained(tmp_path / "other", is_main_process=False)
+    assert not (tmp_path / "other").exists()
 
 
 def test_weights_stay_in_the_file(plain: tuple[Path, Path]) -> None:

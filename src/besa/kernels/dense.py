@@ -62,7 +62,7 @@ def multiply(x_NI: Tensor, w_OI: Tensor, path: str = "") -> Tensor:
     path = path or tiles_native.path_of(x_NI.dtype, paths())
     x_NI = (x_NI if path == tiles_native.PAIRS else x_NI.float()).contiguous()
     rows, columns = w_OI.shape
-    y_NO = torch.empty(len(x_NI), rows)
+    y_NO = x_NI.new_empty(len(x_NI), rows, dtype=torch.float32)
     function = _function(f"dense_{str(w_OI.dtype).removeprefix('torch.')}_{path}")
     numbers = (len(x_NI), columns, rows, y_NO.data_ptr(), past_caches(), torch.get_num_threads())
     function(w_OI.data_ptr(), x_NI.data_ptr(), *numbers)

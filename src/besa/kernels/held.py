@@ -72,7 +72,7 @@ class Product:
 def laid_out(weight: Bitmask) -> Tensor:
     """The codes, two to a byte: (bands, chunks, rows of a band, bytes), with zeros after the last row and column."""
     bands, chunks = len(weight.masks_BCR), -(-weight.shape[1] // CHUNK)
-    codes_BCRH = torch.empty(bands, chunks, ROWS, CHUNK // 2, dtype=torch.uint8)
+    codes_BCRH = torch.empty(bands, chunks, ROWS, CHUNK // 2, dtype=torch.uint8, device="cpu")
     for first in range(0, bands, PANEL):
         panel = slice(first, min(first + PANEL, bands))
         codes_OI = sparse_native.expand(weight, panel)

@@ -60,7 +60,7 @@ def multiply(x_NI: Tensor, matrix: RowCodes, path: str = "") -> Tensor:
     assert kernels is not None
     assert matrix.codes_OI.is_contiguous()
     rows, columns = matrix.codes_OI.shape
-    y_NO = torch.empty(len(x_NI), rows)
+    y_NO = x_NI.new_empty(len(x_NI), rows, dtype=torch.float32)
     tensors = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (matrix.codes_OI, x_NI, y_NO)]
     numbers = [ctypes.c_int64(number) for number in (len(x_NI), columns, rows, torch.get_num_threads())]
     kernels[f"multiply_{path or paths()[0]}"](*tensors, *numbers)

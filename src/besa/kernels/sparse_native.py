@@ -103,7 +103,7 @@ class Product:
 def expand(weight: Bitmask, bands: slice, path: str = "") -> Tensor:
     """The values, or codes, of some bands (O, I), dense."""
     rows = min(ROWS * bands.stop, weight.shape[0]) - ROWS * bands.start
-    out_OI = torch.empty(rows, weight.shape[1], dtype=weight.values.dtype)
+    out_OI = weight.values.new_empty(rows, weight.shape[1])
     expand, given = _function("expand", weight.kind, path or paths()[0]), passed(weight)
     expand(ctypes.addressof(given), bands.start, bands.stop, out_OI.data_ptr(), torch.get_num_threads())
     return out_OI

@@ -53,7 +53,7 @@ def multiply(x_NI: Tensor, weight: Bitmask | Tensor, path: str = "", dtype: torc
     path = path or path_of(x_NI.dtype, paths())
     x_NI = (x_NI if path in HALVES else x_NI.float()).contiguous()
     rounded = path in HALVES and dtype == torch.bfloat16
-    y_NO = torch.empty(len(x_NI), weight.shape[0], dtype=dtype if rounded else torch.float32)
+    y_NO = x_NI.new_empty(len(x_NI), weight.shape[0], dtype=dtype if rounded else torch.float32)
     if isinstance(weight, Bitmask):
         kind, passed = weight.kind, sparse_native.passed(weight)
     else:

@@ -45,6 +45,8 @@ class Coded(nn.Module):
         """The codes, made of the buffers, which loaders and devices replace."""
         for lender in self._lender:
             return lender.matrix
+        if self.weight_codes.is_meta:
+            raise BesaError("Packed weights cannot be offloaded: leave them in memory, or unpack the model first.")
         return RowCodes(self.weight_codes, self.weight_scale)
 
     @property
@@ -79,8 +81,8 @@ class CodedLinear(Coded):
         if tracing():
             y = coded_product(x, matrix)
         else:
-            y_NO = row_codes.multiplied(x.reshape(-1, x.shape[-1]), matrix)
-            y = y_NO.view(*x.shape[:-1], y_NO.shape[-1])
+            rows, columns = matrix.codes_OI.shape
+            y = row_codes.multiplied(x.reshape(-1, columns), matrix).view(*x.shape[:-1], rows)
         return y if self.bias is None else y + self.bias
 
     def dense(self, weight: nn.Parameter) -> nn.Linear:
@@ -112,8 +114,14 @@ class CodedEmbedding(Coded):
         self.family = family
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Embeddings (…, I) of token ids of any shape."""
-        rows_NI = self.matrix.rows(tokens.flatten())
+        """Embeddings (…, I) of token ids of any shape.
+
+        Raises:
+            IndexError: there is no such token.
+        """
+        matrix, places_N = self.matrix, tokens.flatten()
+        codes_NI, steps_N1 = (tensor.index_select(0, places_N) for tensor in (matrix.codes_OI, matrix.steps_O1))
+        rows_NI = RowCodes(codes_NI, steps_N1).unpack()
         places = torch.arange(len(rows_NI), device=tokens.device).view_as(tokens)
         embedded: Tensor = functional_call(self.family, {"weight": rows_NI}, (places,))
         return embedded

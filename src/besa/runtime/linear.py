@@ -6,7 +6,6 @@ Shape suffixes: N tokens, O rows (output channels), I columns (input channels).
 from __future__ import annotations
 
 from collections.abc import Callable
-from operator import is_
 from typing import Any
 
 import torch
@@ -40,7 +39,7 @@ class SparseLinear(nn.Module):
         for name, tensor in tensors_of(weight).items():
             self.register_buffer(name, tensor.to(weight.values.device))
         self._product: sparse.Product | None = None
-        self._tensors: list[Tensor | None] = []  # that it is made of
+        self._places: list[int] = []  # of the numbers that it is made of
         self._dtype = weight.dtype
 
     @property
@@ -75,8 +74,9 @@ class SparseLinear(nn.Module):
             if x.dtype != weight.dtype:
                 return cast(self.forward, x, weight.dtype)
             return self._biased(sparse_product(x, weight))
-        if self._product is None or not all(map(is_, self._buffers.values(), self._tensors)):
-            self._product, self._tensors = sparse.Product(self.bitmask), list(self._buffers.values())
+        places = [tensor.data_ptr() for tensor in self._buffers.values() if tensor is not None]
+        if self._product is None or places != self._places:
+            self._product, self._places = sparse.Product(self.bitmask), places
             self._dtype = self.bitmask.dtype
         if x.dtype != self._dtype:
             return cast(self.forward, x, self._dtype)
@@ -103,6 +103,10 @@ class SparseLinear(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._product = None
         return self
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self._product = None  # it may hold a copy of the numbers
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: without what holds addresses in memory."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -18,7 +18,7 @@ def finish(model: PreTrainedModel) -> PreTrainedModel:
     if hasattr(model.config, "transformers_weights"):
         del model.config.transformers_weights  # in a saved config.json it would lead programs without besa to the file
     model.is_quantized = False  # so that it may be moved, cast and trained as any other
-    model.save_pretrained = MethodType(save_pretrained, model)
+    model.save_pretrained = partial(save_pretrained, model)  # which pickle can write
     return model
 
 
@@ -31,7 +31,9 @@ def save_pretrained(model: PreTrainedModel, save_directory: str | Path, **option
         options: as of transformers' method.
 
     Raises:
-        BesaError: the model was to be pushed at the same time.
+        BesaError: as `saving`.
     """
+    if not options.pop("is_main_process", True):
+        return
     with saving(model, Path(save_directory), WIDTHS_STEM, options) as (made, config):
         config |= settings(widths_of(model.config), not (made / f"{WIDTHS_STEM}.safetensors").is_file())

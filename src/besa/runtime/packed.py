@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
@@ -139,8 +139,11 @@ def finish(model: PreTrainedModel, packed: Stored) -> PreTrainedModel:
         packed: as `lay_out` returned it.
 
     Raises:
-        BesaError: a weight was left on the disk, or its numbers are too large for the dtype.
+        BesaError: a weight was left on the disk, its numbers are too large for the dtype, or layers were split between
+            processes.
     """
+    if getattr(model, "_tp_size", None) is not None:
+        raise BesaError("Packed weights cannot be split between processes: load them without a tensor parallel plan.")
     for name, stored in packed.sparse.items():
         linear = model.get_submodule(name)
         assert isinstance(linear, SparseLinear)
@@ -165,7 +168,10 @@ def finish(model: PreTrainedModel, packed: Stored) -> PreTrainedModel:
             model.set_submodule(name, DenseLinear(module))
     attention.speed_up(model)
     norms.speed_up(model)
-    model.save_pretrained = MethodType(save_pretrained, model)
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            part.save_pretrained = partial(_refuse_part, part)
+    model.save_pretrained = partial(save_pretrained, model)  # which pickle can write
     return model.requires_grad_(False)
 
 
@@ -192,7 +198,8 @@ def make_dense(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
     attention.restore(model)
     norms.restore(model)
-    del model.save_pretrained  # its class has one for dense models
+    for part in model.modules():
+        vars(part).pop("save_pretrained", None)  # its class has one for dense models
     return model
 
 
@@ -207,10 +214,16 @@ def save_pretrained(model: PreTrainedModel, save_directory: str | Path, **option
         options: as of transformers' method.
 
     Raises:
-        BesaError: the model was to be pushed at the same time.
+        BesaError: as `saving`.
     """
+    if not options.pop("is_main_process", True):
+        return
     with saving(model, Path(save_directory), SPARSE_STEM, options) as (made, config):
         config["quantization_config"] = settings(made, config["quantization_config"]["codes"])
+
+
+def _refuse_part(model: PreTrainedModel, *_: Any, **__: Any) -> None:
+    raise BesaError(f"{type(model).__name__} is a part of a packed model: save the whole, or make it dense first.")
 
 
 def _as_loaded(loaded: RowCodes, stored: RowCodes, dtype: torch.dtype, name: str) -> RowCodes:

@@ -30,10 +30,12 @@ def saving(
         options: as of transformers' method.
 
     Raises:
-        BesaError: the model was to be pushed at the same time.
+        BesaError: the model was to be pushed at the same time, or its files were to have another name.
     """
     if options.pop("push_to_hub", False):
         raise BesaError("This model is saved first, and then pushed: call `model.push_to_hub` or `besa push`.")
+    if options.pop("variant", None):
+        raise BesaError("The weight files of this model have a name of their own: save it without a variant.")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
         made = Path(temporary)

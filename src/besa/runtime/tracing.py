@@ -1,7 +1,7 @@
-"""Products of packed layers as operators of torch: what `torch.compile` and `torch.export` put into their graphs.
+"""Products of packed layers as operators of torch: what `torch.compile`, `torch.export` and `torch.jit.trace` record.
 
-Neither can look into a kernel. The layers therefore call these operators while they are traced, and the kernels
-themselves otherwise, which costs less at each call.
+None of them can look into a kernel, nor can a mode that sees each operator, such as one for tensors without memory.
+The layers therefore call these operators then, and the kernels themselves otherwise, which costs less at each call.
 
 Shape suffixes: O rows (output channels), I columns (input channels).
 """
@@ -10,12 +10,17 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.jit import is_tracing  # type: ignore[attr-defined]
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from besa.kernels import row_codes, sparse
 from besa.storage.formats.bitmask import Bitmask
 from besa.storage.formats.row_codes import RowCodes
 
-tracing = torch.compiler.is_compiling
+
+def tracing() -> bool:
+    """Whether torch records what is computed, or only what its shapes are, instead of computing."""
+    return torch.compiler.is_compiling() or is_tracing() or is_in_torch_dispatch_mode()
 
 
 def sparse_product(x: Tensor, weight: Bitmask) -> Tensor:
@@ -56,8 +61,8 @@ def _(x: Tensor, masks_BCR: Tensor, values: Tensor, offsets: Tensor, *others: ob
 
 @torch.library.custom_op("besa_runtime::coded_product", mutates_args=())
 def _coded_product(x: Tensor, codes_OI: Tensor, steps_O1: Tensor) -> Tensor:
-    y_NO = row_codes.multiplied(x.reshape(-1, x.shape[-1]), RowCodes(codes_OI, steps_O1))
-    return y_NO.view(*x.shape[:-1], y_NO.shape[-1])
+    rows, columns = codes_OI.shape
+    return row_codes.multiplied(x.reshape(-1, columns), RowCodes(codes_OI, steps_O1)).view(*x.shape[:-1], rows)
 
 
 @_coded_product.register_fake
