@@ -176,10 +176,16 @@ def _wording(node: Any) -> bool:
 def _sources(modules: Iterable[str], root: Path) -> list[tuple[str, str]]:
     """Digests of the C++ files of kernels that modules name, with those that they include in their places."""
     folder = root / "src" / "besa" / "kernels"
-    nodes = (node for module in modules for node in ast.walk(_tree(_file(module, root))))
-    named = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    named = set().union(*(_strings(_file(module, root)) for module in modules))
     found = [name for name in sorted(named) if name.endswith(".cpp") and (folder / name).is_file()]
     return [(name, _hashed(_words(assembled(name, folder).decode()))) for name in found]
+
+
+@cache
+def _strings(path: Path) -> frozenset[str]:
+    """The strings that stand in a module."""
+    nodes = (node for node in ast.walk(_tree(path)) if isinstance(node, ast.Constant))
+    return frozenset(node.value for node in nodes if isinstance(node.value, str))
 
 
 def _words(source: str) -> str:

@@ -53,6 +53,20 @@ def test_products(columns, group, rows, bits, symmetric):
 
 
 @on_avx2
+def test_codes_of_another_state_are_multiplied(monkeypatch):
+    """Held codes are a copy, so it must go when `load_state_dict` writes others over the bitmask."""
+    monkeypatch.setattr(held, "pays", lambda weight, threads: held.serves(weight))
+    weight = codes_weight(21, 1088, 17, 4, False)
+    values = weight.values.clone()
+    values[: -bitmask.PADDING] ^= 0x11  # the lowest bit of each code
+    linear, other, x_NI = SparseLinear(weight), SparseLinear(replace(weight, values=values)), row_of_x(weight, 3)
+    before_NO = linear(x_NI)
+    linear.load_state_dict(other.state_dict())
+    assert_close(linear(x_NI), x_NI, other.bitmask)
+    assert not torch.equal(linear(x_NI), before_NO)
+
+
+@on_avx2
 @given(weight=quantized(), threads=st.integers(1, 3), spread=st.sampled_from([0.1, 1, 3]))
 @settings(deadline=None, max_examples=60)
 def test_products_of_any_weight(weight, threads, spread):
