@@ -46,6 +46,9 @@ def test_rows_are_those_of_the_dense_matrix(dtype: torch.dtype) -> None:
     coded = row_codes.pack(matrix(37, 96, dtype))
     places_N = torch.tensor([36, 0, 5, 5])
     assert torch.equal(coded.rows(places_N), coded.unpack()[places_N])
+    for place in (-1, 37):
+        with pytest.raises(IndexError):
+            coded.rows(torch.tensor([5, place]))
     assert torch.equal(coded.unpack(slice(8, 20)), coded.unpack()[8:20])
     assert torch.equal(coded.unpack(), coded.codes_OI.to(dtype) * coded.steps_O1)
 

@@ -119,9 +119,7 @@ class CodedEmbedding(Coded):
         Raises:
             IndexError: there is no such token.
         """
-        matrix, places_N = self.matrix, tokens.flatten()
-        codes_NI, steps_N1 = (tensor.index_select(0, places_N) for tensor in (matrix.codes_OI, matrix.steps_O1))
-        rows_NI = RowCodes(codes_NI, steps_N1).unpack()
+        rows_NI = self.matrix.rows(tokens.flatten())
         places = torch.arange(len(rows_NI), device=tokens.device).view_as(tokens)
         embedded: Tensor = functional_call(self.family, {"weight": rows_NI}, (places,))
         return embedded

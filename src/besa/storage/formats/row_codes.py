@@ -42,8 +42,12 @@ class RowCodes:
         return self.codes_OI.nbytes + self.steps_O1.nbytes
 
     def rows(self, places_N: Tensor) -> Tensor:
-        """Some rows, dense (N, I)."""
-        return self.codes_OI[places_N].to(self.dtype) * self.steps_O1[places_N]
+        """Some rows, dense (N, I).
+
+        Raises:
+            IndexError: a place is negative, or there is no such row.
+        """
+        return self.codes_OI.index_select(0, places_N).to(self.dtype) * self.steps_O1.index_select(0, places_N)
 
     def unpack(self, rows: slice = slice(None)) -> Tensor:
         """Rows that follow each other, dense (O, I), multiplied in their dtype."""
