@@ -123,7 +123,6 @@ def with_other_weights(folder: Path) -> set[str]:
     """Add weights in other formats and places; returns their names."""
     others = {"pytorch_model.bin", "consolidated.00.pth", "model.onnx", "tf_model.h5", "original/consolidated.json"}
     others |= {"model.safetensors.index.json", "model-00001-of-00002.safetensors", "adapter_model.safetensors"}
-    others |= {"adapter_config.json"}  # without the adapter's weights, peft would load something else
     (folder / "original").mkdir()
     for name in others:
         (folder / name).write_bytes(b"not what you think")

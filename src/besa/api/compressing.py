@@ -22,6 +22,7 @@ from besa.data.calibration import Calibration
 from besa.data.mixture import MIX
 from besa.data.seeds import check_seed
 from besa.errors import BesaError
+from besa.kernels.defaults import defaults
 from besa.methods.recipe import Recipe
 from besa.methods.targets.budgets import budgets
 from besa.models.activations import Room
@@ -140,6 +141,7 @@ def compress(
     out = path_of(out) if out is not None else None
     lent = borrowed(model) if isinstance(model, PreTrainedModel) else nullcontext()
     with ExitStack() as stack:
+        stack.enter_context(defaults())
         stack.enter_context(lent)
         journal = stack.enter_context(journal_for(out, resume) if out and ranks.is_first() else nullcontext())
         opened = _located(model, trust_remote_code, progress)

@@ -13,6 +13,7 @@ from besa.models.loading import Source, check_decoder, describe, is_quantized, l
 from besa.models.streaming import Decoder, DecoderInMemory, DecoderOnDisk
 from besa.models.widths import refuse
 from besa.storage.formats.container import header
+from besa.storage.weights import WIDTHS
 
 
 def open_decoder(
@@ -27,18 +28,36 @@ def open_decoder(
         from_disk: leave the weights on the disk. A .gguf file is loaded all the same.
 
     Raises:
-        BesaError: the model cannot be read, is packed or quantised, or, `from_disk`, could be pruned but not written.
+        BesaError: the model cannot be read, is packed or quantised, has an adapter, or could be pruned but not
+            written (`from_disk`).
     """
     if isinstance(model, PreTrainedModel):
         check_decoder(type(model).__name__, model.config)
         if absent := next((name for name, weight in model.named_parameters() if weight.is_meta), None):
             raise BesaError(f"{absent} of {type(model).__name__} has no memory (meta device): load the weights first.")
+        _check_own(model)
         return DecoderInMemory(model), tokenizer_of_caller(tokenizer), describe(model)
     if model.gguf:
         decoder: Decoder = DecoderInMemory(load_model(model, dtype))
     else:
         decoder = _decoder_of_folder(model, dtype, from_disk)
     return decoder, tokenizer or load_tokenizer(model), describe(decoder.model, model)
+
+
+def _check_own(model: PreTrainedModel) -> None:
+    """Refuse a loaded model whose linears are not matrices of its own.
+
+    Raises:
+        BesaError: it is quantised or packed, or has an adapter.
+    """
+    name, quantizer = type(model).__name__, getattr(model, "hf_quantizer", None)
+    coded = quantizer is not None and quantizer.quantization_config.quant_method != WIDTHS
+    if coded or is_quantized(model.config):
+        raise BesaError(
+            f"{name} was loaded from packed or quantised weights: prune the model that they were made from."
+        )
+    if any(type(part).__module__.partition(".")[0] == "peft" for part in model.modules()):
+        raise BesaError(f"{name} has an adapter: merge it into the weights first (`merge_and_unload` of peft).")
 
 
 def _decoder_of_folder(source: Source, dtype: str, from_disk: bool) -> Decoder:

@@ -101,7 +101,7 @@ def _serialise(
 ) -> None:
     """Write the other files of a model in memory, which has no files to copy."""
     config = copy.deepcopy(model.config)  # the caller's stays as it is
-    config.update({"architectures": [type(model).__name__], **added})
+    config.update({"architectures": [type(model).__name__], "dtype": str(model.dtype).removeprefix("torch."), **added})
     with quiet():
         if model._auto_class is not None:  # the model's code is its own
             custom_object_save(model, folder, config=config)

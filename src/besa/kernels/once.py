@@ -6,14 +6,15 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from besa.data.assets import cache_dir
+from besa.kernels.defaults import defaults
 from besa.kernels.processor import processor
 
 
@@ -31,24 +32,12 @@ def once(subject: str, depends_on: Sequence[str], allowed: Callable[[Any], bool]
     before = _read(path, allowed)
     if before is not None:
         return before
-    with _usual():
+    with defaults(), torch.device("cpu"):
         found = measure()
     with suppress(OSError):  # where no file can be written, the result holds for this process
         _keep(path, {"subject": subject, "processor": processor(), "found": found}, allowed)
     after = _read(path, allowed)
     return found if after is None else after
-
-
-@contextmanager
-def _usual() -> Iterator[None]:
-    """New tensors are of float32 on the CPU, whatever the user's program has chosen."""
-    chosen = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with torch.device("cpu"):
-            yield
-    finally:
-        torch.set_default_dtype(chosen)
 
 
 def _read(path: Path, allowed: Callable[[Any], bool]) -> Any:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from besa.errors import BesaError
 from besa.kernels import histogram
 from besa.methods.survey import Survey
 from besa.models.activations import HiddenStates
@@ -20,7 +21,8 @@ from besa.models.transfers import Outputs, fetched
 from besa.observing.input_statistics import InputStatistics, collect
 from besa.observing.probes import RowSensitivities
 
-BINS = 1 << 16  # the upper half of a float32's bits: scores that differ by more than a hundredth are in different bins
+BINS = 1 << 15  # the upper half of a float32's bits: scores that differ by more than a hundredth are in different bins
+INFINITE = 0x7F80  # the bin of infinity; those of NaN come after it
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,14 @@ def _measured(survey: Survey, tokens_NT: Tensor) -> LossGradients:
     upto_S = upto_BS.sum(dim=0)
     place = (upto_S < round(survey.sparsity * sum(survey.sizes))).sum()
     last = place.clamp_max(BINS - 1).reshape(1)
-    pruned: list[int] = upto_BS.index_select(1, last)[:, 0].tolist()
+    beyond_B = upto_BS[:, -1] - upto_BS[:, INFINITE - 1]
+    pruned, beyond = torch.stack([upto_BS.index_select(1, last)[:, 0], beyond_B]).tolist()
+    if any(beyond):
+        name = next(block.name for block, scores in reversed(list(zip(blocks, beyond, strict=True))) if scores)
+        raise BesaError(
+            f"The gradients of the loss at {name} have NaN or infinity: try --dtype float32, and check the model with "
+            "`besa eval`."
+        )
     rates = [zeros / max(1, size) for zeros, size in zip(pruned, survey.sizes, strict=True)]
     return LossGradients(survey.sparsity, rates, squares, statistics)
 
@@ -143,7 +152,7 @@ def _histogram(
     device = next(block.module.parameters()).device
     counts_S = torch.zeros(BINS, dtype=torch.int64, device=device)
     for name in names:
-        counts_S += histogram(_scores(block, name, rows, statistics).view(torch.int32) >> 16, BINS)
+        counts_S += histogram(_bins(_scores(block, name, rows, statistics)), BINS)
     return counts_S
 
 
@@ -157,8 +166,13 @@ def _of_structures(
         ((reader, size),) = coupling.columns.items()
         score_I = _scores(block, reader, rows, statistics).sum(dim=0)
         score_X = score_I.reshape(coupling.structures, size).sum(dim=1) / coupling.weights
-        counts_S += coupling.weights * histogram(score_X.view(torch.int32) >> 16, BINS)
+        counts_S += coupling.weights * histogram(_bins(score_X), BINS)
     return counts_S
+
+
+def _bins(scores: Tensor) -> Tensor:
+    """The bin of each score, which is not negative, but may be NaN of any sign."""
+    return scores.view(torch.int32) >> 16 & BINS - 1
 
 
 def _scores(block: Block, name: str, rows: RowSensitivities, statistics: dict[str, InputStatistics]) -> Tensor:

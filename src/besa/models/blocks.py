@@ -240,7 +240,7 @@ def capture_inputs(
         for part_NT in tokens_NT.split(batch):
             calls.clear()
             run_base(model, part_NT)
-            x_NTC = calls[0].x_NTC
+            x_NTC = calls[0].x_NTC.detach()  # a hook of the caller's may have made it require gradients
             calls.clear()
             yield x_NTC
 

@@ -133,6 +133,8 @@ def locate(model: str | Path, progress: Progress = silent, *, trust_remote_code:
         check_regular(path)
         if not (path / "config.json").is_file():
             raise BesaError(f"{path} has no config.json: give the folder of a Hugging Face model.")
+        if (path / hub.ADAPTER).exists():  # transformers would add it to what besa reads without it
+            raise BesaError(f"{path} holds an adapter too: merge it into the weights, or remove its {hub.ADAPTER}.")
         return Source(str(model), str(path), trust_remote_code=trust_remote_code)
     name, revision = _parted(str(model))
     if path.exists() or is_path(name):

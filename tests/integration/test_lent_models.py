@@ -1,0 +1,105 @@
+"""Models that the caller has loaded, in whatever state a program leaves them and torch in."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from shutil import copytree
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+import besa
+
+SMALL = LlamaConfig(vocab_size=1024, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+SIZES = {"samples": 4, "seqlen": 16}
+
+
+@pytest.fixture(scope="module")
+def text(tiny_llama_folder: Path) -> str:
+    return str(tiny_llama_folder / "calibration.txt")
+
+
+def small() -> PreTrainedModel:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(SMALL).requires_grad_(True)
+
+
+def pruned(model: PreTrainedModel, recipe: str, text: str, tokenizer) -> dict[str, torch.Tensor]:
+    besa.compress(model, recipe, text, tokenizer=tokenizer, **SIZES)
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@contextmanager
+def default(dtype: torch.dtype) -> Iterator[None]:
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("recipe", ["besa", "fast"])
+@pytest.mark.parametrize(
+    "state", [torch.no_grad, torch.inference_mode, lambda: default(torch.bfloat16), lambda: default(torch.float64)]
+)
+def test_switches_of_the_program_change_nothing(
+    state: Callable[[], AbstractContextManager[None]], recipe: str, text: str, tiny_tokenizer
+) -> None:
+    expected, model = pruned(small(), recipe, text, tiny_tokenizer), small()
+    with state():
+        found = pruned(model, recipe, text, tiny_tokenizer)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+def test_a_model_that_was_being_trained(text: str, tiny_tokenizer) -> None:
+    """A hook of transformers makes its embeddings require gradients."""
+    model = small()
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    expected = pruned(small(), "besa", text, tiny_tokenizer)
+    found = pruned(model, "besa", text, tiny_tokenizer)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+@pytest.mark.parametrize(("before", "after"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_config_says_the_dtype_of_the_weights(
+    before: str, after: str, text: str, tiny_tokenizer, tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_folder, dtype=before).to(getattr(torch, after))
+    besa.compress(model, "wanda", text, out=tmp_path / "out", tokenizer=tiny_tokenizer, **SIZES)
+    assert AutoConfig.from_pretrained(tmp_path / "out").dtype == getattr(torch, after)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == getattr(torch, after)
+
+
+def test_an_adapter_is_refused(text: str, tiny_tokenizer, tiny_llama_folder: Path, tmp_path: Path) -> None:
+    """Its factors would be pruned one by one, or it would be left out without a word."""
+    peft = pytest.importorskip("peft")
+    model = small()
+    model.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(besa.BesaError, match="LlamaForCausalLM has an adapter: merge it"):
+        besa.compress(model, "wanda", text, tokenizer=tiny_tokenizer, **SIZES)
+    folder = copytree(tiny_llama_folder, tmp_path / "folder")
+    (folder / "adapter_config.json").write_text("{}")
+    for use in (lambda: besa.compress(folder, "wanda", text, out=tmp_path / "out", **SIZES), lambda: besa.load(folder)):
+        with pytest.raises(besa.BesaError, match=r"holds an adapter too: merge it into the weights, or remove its adapt"):
+            use()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("form", ["codes", "packed"])
+def test_what_was_packed_or_quantised_is_refused(
+    form: str, text: str, tiny_tokenizer, tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    besa.compress(tiny_llama_folder, "wanda-int4", text, out=tmp_path / "codes", **SIZES)
+    besa.pack(tmp_path / "codes", tmp_path / "packed")
+    with pytest.raises(besa.BesaError, match="was loaded from packed or quantised weights: prune the model that they"):
+        besa.compress(besa.load(tmp_path / form), "wanda", text, tokenizer=tiny_tokenizer, **SIZES)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_gradients_that_are_not_finite_are_refused(sign: int, text: str, tiny_tokenizer) -> None:
+    model = small()
+    model.model.norm.weight.data[3] = sign * float("nan")
+    with pytest.raises(besa.BesaError, match=r"The gradients of the loss at model.layers.1 have NaN or infinity"):
+        besa.compress(model, "fast", text, tokenizer=tiny_tokenizer, **SIZES)
