@@ -393,11 +393,15 @@ def test_a_hopeless_model_leaves_a_gap(made: tuple[Workspace, Comparison]) -> No
     assert "<svg" in plot(found.model_copy(update={"rows": [broken, *found.rows[1:]]}))
 
 
-def test_what_cannot_be_compared_is_refused(made: tuple[Workspace, Comparison]) -> None:
+def test_what_cannot_be_compared_is_refused(made: tuple[Workspace, Comparison], tmp_path: Path) -> None:
     workspace, _ = made
+    other = tmp_path / "other.yaml"
+    other.write_text("name: wanda\nimportance: {method: magnitude}\nallocation: {method: uniform}\n")
     for recipes, sparsities, words in (
         ([], [0.5], "nothing to compare"),
-        (["wanda", "wanda"], [0.5], "have the same name"),
+        (["wanda", "besa", "wanda"], [0.5], "^wanda at 0.5 is to be compared twice: name it once.$"),
+        (["wanda"], [0.5, 0.7, 0.7], "^wanda at 0.7 is to be compared twice"),
+        (["wanda", str(other)], [0.5], "^Two recipes to compare have the name wanda: give each its own"),
         (["wonder"], [0.5], "No recipe wonder"),
         (["wanda"], [1.5], "sparsity"),
     ):

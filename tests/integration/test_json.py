@@ -7,6 +7,7 @@ import pytest
 import typer
 
 from besa.cli import app
+from besa.errors import BesaError
 from tests.calling import called
 
 COMMANDS = typer.main.get_command(app).commands
@@ -56,6 +57,8 @@ def test_dash_prints_json_alone_and_a_file_gets_the_same(pruned: tuple[Path, dic
         result = json.loads(printed.stdout)
         assert key in result
         assert list(tmp_path.iterdir()) == []
+        if key == "perplexity":
+            assert result["pruned"] == json.loads((out / "besa_run.json").read_text())["created"]
     shown = called("inspect", out, "--json", "result.json", folder=tmp_path)
     assert "sparsity of the prunable weights" in shown.stdout
     printed = called("inspect", out, "--json", "-").stdout
@@ -83,6 +86,19 @@ def test_texts_and_tasks_are_given_by_commas_or_again_and_again(
     )
     assert refused.returncode == 2
     assert "none" in refused.stderr
+
+
+def test_a_result_that_cannot_be_written_is_shown_all_the_same(
+    pruned: tuple[Path, dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, text: str) -> None:
+        raise BesaError(f"The disk is full: {path} was not written; make room and run again.")
+
+    monkeypatch.setattr("besa.storage.writing.write_file", full)
+    found = called("inspect", pruned[0], "--json", tmp_path / "result.json")
+    assert found.returncode == 2
+    assert "The disk is full" in found.stderr
+    assert "sparsity of the prunable weights" in found.stdout
 
 
 def test_exit_codes(tmp_path: Path) -> None:

@@ -81,8 +81,9 @@ def test_an_adapter_is_refused(text: str, tiny_tokenizer, tiny_llama_folder: Pat
         besa.compress(model, "wanda", text, tokenizer=tiny_tokenizer, **SIZES)
     folder = copytree(tiny_llama_folder, tmp_path / "folder")
     (folder / "adapter_config.json").write_text("{}")
-    for use in (lambda: besa.compress(folder, "wanda", text, out=tmp_path / "out", **SIZES), lambda: besa.load(folder)):
-        with pytest.raises(besa.BesaError, match=r"holds an adapter too: merge it into the weights, or remove its adapt"):
+    calls = (lambda: besa.compress(folder, "wanda", text, out=tmp_path / "out", **SIZES), lambda: besa.load(folder))
+    for use in calls:
+        with pytest.raises(besa.BesaError, match="holds an adapter too: merge it into the weights, or"):
             use()
     assert not (tmp_path / "out").exists()
 

@@ -1,6 +1,7 @@
 """What a plan says, against what a run then does."""
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -369,6 +370,30 @@ def test_a_gguf_file_is_planned_whole_in_memory(
     weights = 4 * whole.parameters  # dequantised
     while_loading = file.stat().st_size + weights + 8 * config.vocab_size * config.hidden_size
     assert whole.memory_bytes == (while_loading if loading else on_disk.memory_bytes + weights)
+
+
+def test_a_long_text_is_planned_as_it_is_tokenised(
+    tmp_path: Path, shallow_llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One document of plain text, and as many characters in many documents."""
+    monkeypatch.setattr(memory, "current_bytes", lambda: 0)
+    plain, lines = tmp_path / "long.txt", tmp_path / "long.jsonl"
+    plain.write_text("né " * 1_000_000)
+    lines.write_text("".join(json.dumps({"text": "né " * 1000}) + "\n" for _ in range(1000)))
+    sizes: dict[str, Any] = {"samples": 4, "seqlen": 64, "device": "cpu"}
+    usual = besa.plan(shallow_llama_folder, "wanda", **sizes).memory_bytes
+    assert besa.plan(shallow_llama_folder, "wanda", calibration=str(lines), **sizes).memory_bytes == usual
+    for calibration in (str(plain), f"c4:0.9,{plain}:0.1"):
+        found = besa.plan(shallow_llama_folder, "wanda", calibration=calibration, **sizes).memory_bytes
+        assert found == process.TEXT + process.TOKENIZED * 3_000_000
+    assert usual < found
+
+
+@pytest.mark.parametrize("out", ["file", "file/of/another"])
+def test_a_place_that_is_no_folder_is_refused(tmp_path: Path, shallow_llama_folder: Path, out: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(besa.BesaError, match=f"{out} cannot be written: .*/file is no folder"):
+        besa.plan(shallow_llama_folder, "wanda", out=tmp_path / out)
 
 
 def test_live_bytes_are_counted_by_hand() -> None:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from besa.counting.budget import cheapest, split, zeros_for
+from besa.counting.budget import cheapest, enough_for, split, zeros_for
 from besa.errors import BesaError
 from besa.methods.apportioning import apportion
 
@@ -142,9 +142,17 @@ def test_rows_as_wide_as_a_linear():
 
 @pytest.mark.parametrize("total", [2, 13])
 def test_impossible_totals(total):
-    with pytest.raises(BesaError, match=r"^A block of 12 prunable weights has 3 zeros already .*\.$") as caught:
+    with pytest.raises(BesaError, match=r"^12 weights that share a budget have 3 zeros already .*\.$") as caught:
         apportioned([0.5, 0.5], [6, 6], total, [1, 2])
     assert "\n" not in str(caught.value)
+
+
+@given(weights=st.integers(1, 10**12), share=st.floats(0, 1))
+def test_the_sparsity_that_is_enough(weights, share):
+    zeros = round(share * weights)
+    enough = enough_for(zeros, weights)
+    assert zeros_for(float(enough), weights) >= zeros
+    assert (float(enough) - 0.0001) * weights < zeros
 
 
 @pytest.mark.parametrize("total", [3, 12])

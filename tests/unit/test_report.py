@@ -593,6 +593,14 @@ def test_simulations_get_a_section(three, tiny_llama_folder):
     assert "besa simulate besa --tokens 1,32 --json besa/besa_simulation.json" in html
 
 
+def test_an_evaluation_of_another_model_is_refused(folder):
+    pruned, measured = record("wanda"), evaluation({"wiki": 40.0})
+    for when in (None, pruned["created"]):
+        assert folder(f"of-{when}", pruned, measured | {"pruned": when}).perplexity("wiki") == 40.0
+    with pytest.raises(BesaError, match=r"other/besa_eval\.json was measured on another model: run `besa eval"):
+        folder("other", pruned, measured | {"pruned": "2026-01-05T09:12:45+00:00"})
+
+
 def test_a_file_that_is_no_simulation_is_refused(three):
     (three[1].folder / "besa_simulation.json").write_text("{}")
     with pytest.raises(BesaError, match="is not a besa simulation: write it anew with `besa simulate`"):

@@ -11,6 +11,7 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+import besa
 from besa.data import questions as embedded
 from besa.data.questions import TASKS, questions
 from besa.errors import BesaError
@@ -129,6 +130,32 @@ def test_limit_progress_and_the_record(tiny_llama, tiny_tokenizer):
     assert told[-1] == (12, 12, "zero-shot")
     assert [done for done, _, _ in told] == sorted(done for done, _, _ in told)
     assert (found.source, found.limit, found.lm_eval) == ("embedded", 3, "0.4.13")
+
+
+def test_questions_that_lose_their_beginning_are_counted(monkeypatch, tiny_llama, tiny_tokenizer):
+    """As many positions as the longest answer with its question needs, and fewer; alone, and on two ranks."""
+    asked = []
+    original = HFLM._loglikelihood_tokens
+
+    def tokens(self, requests, **settings):
+        asked.extend(len(question) + len(answer) - 1 for _, question, answer in requests)
+        return original(self, requests, **settings)
+
+    monkeypatch.setattr(HFLM, "_loglikelihood_tokens", tokens)
+    whole = zero_shot(tiny_llama, tiny_tokenizer, ["hellaswag", "piqa"])
+    lengths = tuple(asked)
+    assert whole.cut == 0
+    for most in (max(lengths), max(lengths) - 1, min(lengths)):
+        monkeypatch.setattr(tiny_llama.config, "max_position_embeddings", most)
+        found = zero_shot(tiny_llama, tiny_tokenizer, ["hellaswag", "piqa"])
+        assert found.cut == sum(length > most for length in lengths)
+        assert each_rank(2, lambda: zero_shot(tiny_llama, tiny_tokenizer, ["hellaswag", "piqa"])) == [found] * 2
+    assert found.cut > 6
+    answered = besa.evaluate(tiny_llama, tokenizer=tiny_tokenizer, tasks=["hellaswag", "piqa"])
+    assert answered.notes == [
+        f"{found.cut} answers were scored without the beginning of their question, which is longer than the model "
+        "takes."
+    ]
 
 
 @pytest.mark.parametrize("count", [2, 3, 20])

@@ -133,6 +133,7 @@ def compress(
         BesaError: bad input or a refused situation, in one sentence; nothing is written then.
     """
     device = resolve_device(device)
+    memory.reset_peak(device)
     check_seed(seed)
     loaded = isinstance(model, PreTrainedModel)
     if resume and loaded:
@@ -219,7 +220,6 @@ def _pruned(
     Returns:
         The run with the decoder that is left, and its record.
     """
-    memory.reset_peak(run.resources.device)
     began = time.perf_counter()
     dropped = drop_experts(run, fewer)
     left = replace(run, decoder=dropped.decoder, dense=dropped.dense)

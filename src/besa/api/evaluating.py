@@ -94,6 +94,11 @@ def evaluate(
         by_window = perplexities(*read, parts, windows, max_windows, batch, first, progress)
         if tasks:
             answers = zero_shot(*read, tasks, limit=limit, hub=hub, batch=batch, bos=bos, progress=progress)
+    if answers is not None and answers.cut:
+        notes.append(
+            f"{answers.cut:,} answers were scored without the beginning of their question, which is longer than the "
+            "model takes."
+        )
     details = by_window.pop(windows[0])
     calibrated = [part.name for part in parts if part.source in opened.calibration]
     notes += [
@@ -113,6 +118,7 @@ def evaluate(
         bos=bos,
         zero_shot=answers,
         sparsity=getattr(opened.model.config, "besa", {}).get("sparsity"),
+        pruned=opened.record.created if opened.record is not None else None,
         seconds=time.perf_counter() - began,
         created=now(),
         versions=versions(),
@@ -128,14 +134,22 @@ class _Opened:
         tokenizer: of the model.
         name: of the model.
         revision: commit of the Hub; None for a local model.
-        calibration: texts that the model was calibrated on, as `read_documents` takes them; none if it is not known.
+        record: of the run that pruned it; None if there is none.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     name: str
     revision: str | None
-    calibration: Sequence[str] = ()
+    record: RunRecord | None = None
+
+    @property
+    def calibration(self) -> Sequence[str]:
+        """The texts that the model was calibrated on, as `read_documents` takes them; none if it is not known."""
+        with suppress(BesaError):  # a text of a name that nobody can read any more
+            if self.record is not None:
+                return texts_of(str(self.record.calibration.get("source", "")))
+        return ()
 
 
 def _opened(
@@ -151,16 +165,10 @@ def _opened(
         return _Opened(model, tokenizer_of_caller(tokenizer), model.name_or_path, commit(model))
     source = locate(model, progress, trust_remote_code=trust_remote_code).local(progress)
     loaded = load_source(source, device, dtype)
-    calibration = _calibration(Path(source.base))
-    return _Opened(loaded, tokenizer or load_tokenizer(source), source.base, source.revision, calibration)
-
-
-def _calibration(folder: Path) -> Sequence[str]:
-    """The texts that the model of a folder was calibrated on, if its record says so."""
+    record = None
     with suppress(BesaError):  # no record of ours
-        if (record := RunRecord.of(folder)) is not None:
-            return texts_of(str(record.calibration.get("source", "")))
-    return ()
+        record = RunRecord.of(Path(source.location))
+    return _Opened(loaded, tokenizer or load_tokenizer(source), source.base, source.revision, record)
 
 
 def _windows(window: int | Sequence[int] | None) -> Sequence[int]:

@@ -9,7 +9,8 @@ import torch
 from besa.api.choosing import chosen, default_batch
 from besa.checkpoint.rewriting import folder_of
 from besa.data.arguments import Bytes, Count, Dtype, Length, Ranks, checked
-from besa.data.mixture import MIX, OWN, parts_of
+from besa.data.documents import first_document
+from besa.data.mixture import MIX, OWN, parts_of, texts_of
 from besa.errors import BesaError
 from besa.methods.recipe import Recipe
 from besa.models.blocks import find_blocks
@@ -60,9 +61,12 @@ def plan(
         trust_remote_code: as in `compress`.
 
     Raises:
-        BesaError: the configuration cannot be read or is of no decoder that besa can prune.
+        BesaError: the configuration cannot be read or is of no decoder that besa can prune, or `out` is below a file.
     """
-    device = named_device(device)
+    device, out = named_device(device), path_of(out)
+    nearest = next(place for place in [out, *out.absolute().parents] if place.exists())
+    if not nearest.is_dir():
+        raise BesaError(f"{out} cannot be written: {nearest} is no folder.")
     source = locate(model, trust_remote_code=trust_remote_code).local(weights=False)
     if not source.gguf and header(folder_of(source)) is not None:
         raise BesaError(f"{source.name} is packed: make it dense with `besa unpack` first.")
@@ -90,10 +94,11 @@ def plan(
             batch=min(samples, batch),
             device=device,
             activation_budget=activation_budget,
-            folder=path_of(out),
+            folder=out,
             fewer=fewer,
             ranks=ranks,
             file=sum(path.stat().st_size for path in weight_paths(source)) if source.gguf else None,
             own=float(sum(part.share for part in parts_of(calibration) if part.source == OWN)),
+            document=max((first_document(text) for text in texts_of(calibration)), default=0),
         )
     )

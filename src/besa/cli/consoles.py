@@ -126,5 +126,9 @@ def give(result: BaseModel, shown: RenderableType, json: Path | None) -> None:
     if json is not None:
         from besa.storage.writing import write_file
 
-        write_file(json, text)
+        try:
+            write_file(json, text)
+        finally:  # a full disk does not take what hours of work found
+            out.print(shown)
+        return
     out.print(shown)

@@ -34,6 +34,11 @@ def zeros_for(sparsity: float, weights: int) -> int:
     return round(sparsity * weights)
 
 
+def enough_for(zeros: int, weights: int) -> str:
+    """The lowest sparsity of four digits for which `zeros_for` gives at least so many zeros."""
+    return f"{-(-10_000 * zeros // weights) / 10_000:.4f}"
+
+
 def split(total: int, sizes: list[int]) -> list[int]:
     """Split `total` zeros over parts of `sizes` weights in proportion, exactly, by cumulative rounding.
 

@@ -48,6 +48,17 @@ def _documents(source: str, progress: Progress) -> Iterable[str]:
     return file_documents(Path(source), progress)
 
 
+def first_document(source: str) -> int:
+    """Characters of the first document of a local file; 0 for what may have to be downloaded.
+
+    Raises:
+        BesaError: the file cannot be read.
+    """
+    if source in EMBEDDED or not Path(source).is_file():
+        return 0
+    return len(next(file_documents(Path(source)), ""))
+
+
 def beginning(documents: Iterator[str], characters: int) -> list[str]:
     """The first documents that hold so many characters, or all; the iterator continues after them."""
     taken = []

@@ -32,6 +32,7 @@ class Evaluation(BaseModel):
         bos: what was asked for: ``auto``, ``yes`` or ``no``; what came of it stands in the details and with the tasks.
         zero_shot: accuracies, where tasks were asked for.
         sparsity: share of zeros as the checkpoint declares it, None for a model besa did not prune.
+        pruned: when the model was pruned, as its record says; None if there is no record, and in files of before.
         seconds: evaluation time.
         created: when.
         versions: of besa and of what the numbers depend on.
@@ -51,6 +52,7 @@ class Evaluation(BaseModel):
     bos: str = "auto"
     zero_shot: ZeroShot | None = None
     sparsity: float | None = None
+    pruned: str | None = None
     seconds: float | None = None
     created: str = ""
     versions: dict[str, str] = {}

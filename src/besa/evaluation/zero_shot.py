@@ -55,13 +55,13 @@ class Accuracy(BaseModel):
     Attributes:
         acc: share if the answer with the largest probability is chosen, as in Table 2 of the paper.
         acc_stderr: its standard error.
-        acc_norm: share with probabilities per byte; None if lm_eval's definition has no such score.
+        acc_norm: share with probabilities per character; None if lm_eval's definition has no such score.
         acc_norm_stderr: its standard error.
         questions: number of questions.
         version: of lm_eval's definition.
         right: a 1 for each question with a correct answer and a 0 for each other one, in the order of the questions;
             None in files of before answers were kept.
-        right_norm: the same with probabilities per byte; None if there is no such score.
+        right_norm: the same with probabilities per character; None if there is no such score.
         asked: SHA-256 of what was asked: all questions with their answers, and which one is correct.
     """
 
@@ -86,6 +86,8 @@ class ZeroShot(BaseModel):
         limit: number of questions per task, at most; None for all.
         bos: whether each question began with the BOS token.
         lm_eval: its version.
+        cut: number of answers that were scored without the beginning of their question, which is longer than the model
+            takes.
     """
 
     tasks: dict[str, Accuracy] = Field(min_length=1)
@@ -94,6 +96,7 @@ class ZeroShot(BaseModel):
     limit: int | None
     bos: bool = False
     lm_eval: str
+    cut: int = 0
 
     @property
     def stderr(self) -> float:
@@ -163,6 +166,7 @@ def zero_shot(
         limit=limit,
         bos=bos != "no" and adds_bos(tokenizer),
         lm_eval=version("lm_eval"),
+        cut=lm.cut,
     )
 
 
@@ -256,21 +260,24 @@ def _scorer(
     from lm_eval.models.huggingface import HFLM
 
     class Scorer(HFLM):  # type: ignore[misc]
+        cut = 0
+
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
             """Ranks share the questions. Every rank gets the scores of all, as if it had asked them by itself."""
             questions = [list(answers) for _, answers in groupby(requests, lambda one: (one.task_name, one.doc_id))]
             own = [request for question in questions[ranks.number() :: ranks.count()] for request in question]
-            problem, scores = "", []
+            problem, scores, before = "", [], self.cut
             try:
                 scores = self._scored(own, len(requests))
             except BesaError as error:  # all ranks end alike
                 problem = str(error)
-            of_ranks: list[list[Any]] = ranks.all_of([problem, scores])
-            for problem, _ in of_ranks:
+            of_ranks: list[list[Any]] = ranks.all_of([problem, scores, self.cut - before])
+            for problem, *_ in of_ranks:
                 if problem:
                     raise BesaError(problem)
+            self.cut = before + sum(cut for *_, cut in of_ranks)
             progress(len(requests), len(requests), "zero-shot")
-            left = [iter(of_rank) for _, of_rank in of_ranks]
+            left = [iter(of_rank) for _, of_rank, _ in of_ranks]
             return [
                 (score, greedy)
                 for place, question in enumerate(questions)
@@ -293,6 +300,7 @@ def _scorer(
                 check_known(torch.tensor([*question, *answer]), embedding_rows(model), tokenizer)
                 if len(answer) > self.max_length:
                     raise BesaError(f"An answer has {len(answer)} tokens, and the model {self.max_length} positions.")
+                self.cut += len(question) + len(answer) > self.max_length + 1  # the last token is only predicted
             scores: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, **settings)
             return scores
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from besa import kernels
+from besa.counting.budget import enough_for
 from besa.counting.precision import widest
 from besa.errors import BesaError
 
@@ -34,8 +35,8 @@ def apportion(rates_R: Tensor, widths_R: Tensor, total: int, least_R: Tensor) ->
     least, weights = torch.stack([least_R.sum(), widths_R.sum()]).tolist()
     if not least <= total <= weights:
         raise BesaError(
-            f"A block of {weights:,} prunable weights has {least:,} zeros already and cannot "
-            f"have exactly {total:,}: ask for a sparsity of at least {least / weights:.4f}."
+            f"{weights:,} weights that share a budget have {least:,} zeros already and cannot have exactly {total:,}: "
+            f"ask for a sparsity of at least {enough_for(least, weights)}."
         )
     width_R = widths_R.to(dtype)
     ideal_R = rates_R.to(dtype) * width_R

@@ -39,6 +39,7 @@ class Outline:
         ranks: processes on this machine, one for each device.
         own: share of the sequences that the model writes itself; rank 0 loads it whole for that.
         file: bytes of the .gguf file that the model is loaded from, whole; None for safetensors, which stay on disk.
+        document: characters of the longest document that is tokenised, as far as that is known.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Outline:
     ranks: int = 1
     own: float = 0.0
     file: int | None = None
+    document: int = 0
 
     @property
     def parameters(self) -> int:

@@ -17,6 +17,7 @@ from besa.system import memory
 from besa.system.devices import shares_memory
 
 TEXT = 64 << 20  # bytes of the tokenizer and the calibration text while they are read
+TOKENIZED = 180  # bytes for each character of a document while it is tokenised
 PREDICTED = 20  # bytes for each token of the vocabulary where the loss is measured: logits, logarithms and gradients
 
 
@@ -54,8 +55,11 @@ def peaks(run: Outline, states: States, distinct: Sequence[Distinct]) -> Peaks:
         needed, gpu = needed + on_device, None
     else:
         needed, gpu = needed + 2 * _largest(run), on_device
+    tokenizing = memory.current_bytes() + TEXT + TOKENIZED * run.document
     if run.file is not None:
-        needed = max(needed + run.weight_bytes, _loading(run, run.file))
+        needed, tokenizing = needed + run.weight_bytes, tokenizing + run.weight_bytes
+        needed = max(needed, _loading(run, run.file))
+    needed = max(needed, tokenizing)
     of_all = run.ranks * needed
     if run.own:  # rank 0 writes before the others have work
         writing, writing_on_gpu = _writing(run)

@@ -93,7 +93,8 @@ def load_run(path: Path) -> Run:
     """Read a folder that `besa prune` wrote, that `besa eval` measured, or both; and what `besa simulate` found of it.
 
     Raises:
-        BesaError: there is no such folder, it holds neither file, or a file is not what its name says.
+        BesaError: there is no such folder, it holds neither file, or a file is of another model or not what its name
+            says.
     """
     if not path_of(path).is_dir():
         raise BesaError(f"{path} is not a folder: give one that `besa prune` or `besa eval` wrote to.")
@@ -106,10 +107,15 @@ def load_run(path: Path) -> Run:
             f"{path} holds neither {RECORD_NAME} nor {EVALUATION_NAME}: give a folder that `besa prune` or `besa eval` "
             "wrote to."
         )
+    measured = Evaluation.read(evaluation) if evaluation.exists() else None
+    if record is not None and measured is not None and measured.pruned not in (None, record.created):
+        raise BesaError(
+            f"{evaluation} was measured on another model: run `besa eval {path} --json {evaluation}` again."
+        )
     return Run(
         folder=path,
         record=record,
-        measured=Evaluation.read(evaluation) if evaluation.exists() else None,
+        measured=measured,
         bench=read_result(bench, Bench, "measurement of speed", "bench") if bench.exists() else None,
         simulated=read_result(simulation, Simulation, "simulation", "simulate") if simulation.exists() else None,
     )

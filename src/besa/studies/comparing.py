@@ -85,8 +85,7 @@ def compare(
     if not recipes or not sparsities:
         raise BesaError("There is nothing to compare: give --recipes and --sparsity.")
     chosen = [Recipe.load(name, sparsity) for sparsity in sparsities for name in recipes]
-    if len({_place(recipe.model_dump()) for recipe in chosen}) < len(chosen):
-        raise BesaError("Two recipes to compare have the same name: give each its own in its YAML file.")
+    _check_distinct(chosen)
     folder, conditions = path_of(workspace.folder), workspace.decisive()
     workspace.check([(None, 0), *((recipe, seed) for recipe in chosen for seed in range(seeds))])
     check_alike(workspace.origin)
@@ -103,6 +102,21 @@ def compare(
         compared = _table(workspace, seeds_by_recipe, rows, earlier, command) if ranks.is_first() else None
         made = ranks.from_first(compared.model_dump_json() if compared else "")
     return compared or Comparison.model_validate_json(made)
+
+
+def _check_distinct(chosen: Sequence[Recipe]) -> None:
+    """Check that each recipe has a place of its own in the table.
+
+    Raises:
+        BesaError: two have the same.
+    """
+    by_place: dict[tuple[str, float], Recipe] = {}
+    for recipe in chosen:
+        other = by_place.setdefault(_place(recipe.model_dump()), recipe)
+        if other is not recipe and other == recipe:
+            raise BesaError(f"{recipe.name} at {recipe.sparsity:g} is to be compared twice: name it once.")
+        if other is not recipe:
+            raise BesaError(f"Two recipes to compare have the name {recipe.name}: give each its own in its YAML file.")
 
 
 def _table(

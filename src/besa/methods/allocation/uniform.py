@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from besa.counting.budget import Budget, split
+from besa.counting.budget import Budget, enough_for, split
 from besa.counting.masks import rank
 from besa.errors import BesaError
 from besa.methods.allocation.allocator import Allocator
@@ -53,7 +53,7 @@ class Uniform(Allocator):
             if total < zeros_now:
                 raise BesaError(
                     f"{name} has {zeros_now:,} zeros already and cannot have only {total:,}: "
-                    f"ask for a sparsity of at least {zeros_now / (rows * width):.4f}."
+                    f"ask for a sparsity of at least {enough_for(zeros_now, rows * width)}."
                 )
             places = rank(linear.importance_OI.reshape(1, -1), linear.w_OI.reshape(1, -1)).reshape(rows, width)
             yield name, (places < total).sum(dim=1)
