@@ -72,6 +72,15 @@ def test_config_says_the_dtype_of_the_weights(
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == getattr(torch, after)
 
 
+def test_another_dtype_than_its_own_is_refused(text: str, tiny_tokenizer) -> None:
+    for dtype in ("auto", "float32"):
+        besa.compress(small(), "wanda", text, tokenizer=tiny_tokenizer, dtype=dtype, **SIZES)
+    with pytest.raises(besa.BesaError, match="LlamaForCausalLM is loaded in float32: load it in bfloat16, or leave"):
+        besa.compress(small(), "wanda", text, tokenizer=tiny_tokenizer, dtype="bfloat16", **SIZES)
+    with pytest.raises(besa.BesaError, match="LlamaForCausalLM is loaded in float32: load it in float16, or leave"):
+        besa.evaluate(small(), ["wiki"], tokenizer=tiny_tokenizer, dtype="float16")
+
+
 def test_an_adapter_is_refused(text: str, tiny_tokenizer, tiny_llama_folder: Path, tmp_path: Path) -> None:
     """Its factors would be pruned one by one, or it would be left out without a word."""
     peft = pytest.importorskip("peft")

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     DeepseekV32Config,
     PreTrainedModel,
@@ -154,6 +155,31 @@ def test_a_model_made_dense_is_an_ordinary_one(folder: Path, tmp_path: Path) -> 
     model.save_pretrained(tmp_path)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+
+
+def test_a_model_made_dense_in_another_dtype_is_of_that_dtype(folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder).dequantize(torch.bfloat16)
+    expected = AutoModelForCausalLM.from_pretrained(folder).dequantize().state_dict()
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32  # as where transformers loads in this dtype
+    found = model.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor.bfloat16()) for name, tensor in expected.items())
+    assert logits(model).isfinite().all()
+
+
+def test_a_refused_dtype_changes_nothing(folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    expected = logits(model)
+    for refused in (lambda: model.to(torch.float16), lambda: nn.ModuleList([model]).to(torch.float16)):
+        with pytest.raises(BesaError, match="Packed linears keep their dtype"):
+            refused()
+        assert {tensor.dtype for tensor in model.parameters()} == {torch.float32}
+        assert torch.equal(logits(model), expected)
+
+
+def test_another_head_is_refused(plain: Path) -> None:
+    with pytest.raises(BesaError, match=r"packed holds a LlamaForCausalLM, no LlamaForSequenceClassification: for"):
+        AutoModelForSequenceClassification.from_pretrained(plain)
 
 
 def test_device_maps(plain: Path) -> None:

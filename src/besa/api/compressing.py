@@ -118,7 +118,7 @@ def compress(
         tokenizer: needed with a loaded model; otherwise the model's own.
         device: where to compute: ``cpu``, ``cuda``, ``cuda:N``, ``mps``, ``xpu``, or ``auto``, the first CUDA device
             that torch can use, else the CPU. One block at a time is moved there.
-        dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
+        dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``; a loaded model keeps its own.
         batch: calibration sequences in a forward pass; by default about 2048 tokens, on a GPU 8192.
         activation_budget: bytes of hidden states on the device, and as many in memory of the host; what has room in
             neither is in files. By default a quarter of the free memory of a GPU, and half of that of the host.

@@ -19,7 +19,7 @@ from besa.evaluation.perplexity import check_window
 from besa.evaluation.result import Evaluation
 from besa.evaluation.texts import perplexities, read_texts
 from besa.evaluation.zero_shot import check_tasks, zero_shot
-from besa.models.borrowing import borrowed, tokenizer_of_caller
+from besa.models.borrowing import borrowed, check_dtype_of_caller, tokenizer_of_caller
 from besa.models.bos import bos_token
 from besa.models.limits import positions
 from besa.models.loading import commit, load_tokenizer, locate
@@ -71,7 +71,7 @@ def evaluate(
         batch: windows in a forward pass, by default as many as have 2048 tokens; for tasks, answers.
         tokenizer: needed with a loaded model; otherwise the model's own.
         device: as in `compress`; the whole model is moved there.
-        dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
+        dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``; a loaded model keeps its own.
         trust_remote_code: run model code that comes with the checkpoint.
         progress: told (windows done, windows, perplexity so far) for each text, and likewise for tasks.
 
@@ -162,6 +162,7 @@ def _opened(
 ) -> _Opened:
     """The model of an argument; arguments and errors as of `evaluate`."""
     if isinstance(model, PreTrainedModel):
+        check_dtype_of_caller(model, dtype)
         return _Opened(model, tokenizer_of_caller(tokenizer), model.name_or_path, commit(model))
     source = locate(model, progress, trust_remote_code=trust_remote_code).local(progress)
     loaded = load_source(source, device, dtype)

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from besa.checkpoint.companions import companions
 from besa.errors import BesaError
-from besa.models.borrowing import tokenizer_of_caller
+from besa.models.borrowing import check_dtype_of_caller, tokenizer_of_caller
 from besa.models.loading import Source, check_decoder, describe, is_quantized, load_model, load_tokenizer, read_config
 from besa.models.streaming import Decoder, DecoderInMemory, DecoderOnDisk
 from besa.models.widths import refuse
@@ -28,14 +28,15 @@ def open_decoder(
         from_disk: leave the weights on the disk. A .gguf file is loaded all the same.
 
     Raises:
-        BesaError: the model cannot be read, is packed or quantised, has an adapter, or could be pruned but not
-            written (`from_disk`).
+        BesaError: the model cannot be read, is packed or quantised, has an adapter or, loaded, another dtype; or it
+            could be pruned but not written (`from_disk`).
     """
     if isinstance(model, PreTrainedModel):
         check_decoder(type(model).__name__, model.config)
         if absent := next((name for name, weight in model.named_parameters() if weight.is_meta), None):
             raise BesaError(f"{absent} of {type(model).__name__} has no memory (meta device): load the weights first.")
         _check_own(model)
+        check_dtype_of_caller(model, dtype)
         return DecoderInMemory(model), tokenizer_of_caller(tokenizer), describe(model)
     if model.gguf:
         decoder: Decoder = DecoderInMemory(load_model(model, dtype))

@@ -41,6 +41,17 @@ def borrowed(model: PreTrainedModel, device: torch.device | None = None) -> Iter
             parameter.requires_grad_(True)
 
 
+def check_dtype_of_caller(model: PreTrainedModel, dtype: str) -> None:
+    """Check that a loaded model, which keeps its dtype, has the one that is asked for.
+
+    Raises:
+        BesaError: it has another.
+    """
+    own = str(model.dtype).removeprefix("torch.")
+    if dtype not in ("auto", own):
+        raise BesaError(f"{type(model).__name__} is loaded in {own}: load it in {dtype}, or leave dtype out.")
+
+
 def tokenizer_of_caller(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
     """The tokenizer that came with a loaded model.
 

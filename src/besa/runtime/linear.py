@@ -97,12 +97,20 @@ class SparseLinear(nn.Module):
         Raises:
             BesaError: the dtype would change.
         """
-        dtype = self.bitmask.dtype
-        if fn(torch.empty(0, dtype=dtype)).dtype != dtype:
-            raise BesaError("Packed linears keep their dtype: ask for another one when you load, with dtype=.")
+        self.check_dtype(fn)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._product = None
         return self
+
+    def check_dtype(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Check what would be done to all tensors.
+
+        Raises:
+            BesaError: the dtype would change.
+        """
+        dtype = self.bitmask.dtype
+        if fn(torch.empty(0, dtype=dtype)).dtype != dtype:
+            raise BesaError("Packed linears keep their dtype: ask for another one when you load, with dtype=.")
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         super()._load_from_state_dict(*arguments)

@@ -7,7 +7,7 @@ compressed-tensors has these as buffers, and becomes dense when they are loaded.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -70,7 +70,7 @@ def lay_out(model: PreTrainedModel, paths: Sequence[Path]) -> Stored:
         if {path.resolve() for path in files.paths} != {path.resolve() for path in paths}:
             raise BesaError(f"{folder} holds weight files of two checkpoints: remove those that do not belong to it.")
         check_packed(files)
-        check_layout(str(folder), files, model)
+        _check_layout(folder, files, model)
         renamed = renaming(model, get_model_conversion_mapping(model))
         linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
@@ -99,6 +99,23 @@ def lay_out(model: PreTrainedModel, paths: Sequence[Path]) -> Stored:
         packed.ends = {placed(stored): matrix for stored, matrix in files.matrices()}
         _lay_out_ends(model, packed.ends)
     return packed
+
+
+def _check_layout(folder: Path, files: Container, model: PreTrainedModel) -> None:
+    """Check that the files have what the model needs.
+
+    Raises:
+        BesaError: they have not.
+    """
+    try:
+        check_layout(str(folder), files, model)
+    except BesaError as error:
+        kinds, kind = model.config.architectures or [], type(model).__name__
+        if kind in kinds or not kinds:
+            raise
+        raise BesaError(
+            f"{folder} holds a {kinds[0]}, no {kind}: for another head, make it dense with `besa unpack`."
+        ) from (error)
 
 
 def _lay_out_ends(model: PreTrainedModel, matrices: dict[str, RowCodes]) -> None:
@@ -172,6 +189,7 @@ def finish(model: PreTrainedModel, packed: Stored) -> PreTrainedModel:
         if isinstance(part, PreTrainedModel):
             part.save_pretrained = partial(_refuse_part, part)
     model.save_pretrained = partial(save_pretrained, model)  # which pickle can write
+    model._apply = partial(_move, model)
     return model.requires_grad_(False)
 
 
@@ -180,8 +198,9 @@ def make_dense(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 
     Args:
         model: as `finish` returned it.
-        dtype: of the linears.
+        dtype: of the linears; if it is another than the model's, of all that the model holds.
     """
+    others = model.dtype
     weights: dict[int, nn.Parameter] = {}  # of the head and the embeddings, by their codes
     for name, module in dict(model.named_modules()).items():
         if isinstance(module, CodedEmbedding | CodedLinear):
@@ -200,6 +219,10 @@ def make_dense(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     norms.restore(model)
     for part in model.modules():
         vars(part).pop("save_pretrained", None)  # its class has one for dense models
+    vars(model).pop("_apply", None)
+    if dtype != others:
+        for tensor in model.state_dict(keep_vars=True).values():  # without the buffers that rotary positions come from
+            tensor.data = tensor.data.to(dtype) if tensor.is_floating_point() else tensor.data
     return model
 
 
@@ -220,6 +243,15 @@ def save_pretrained(model: PreTrainedModel, save_directory: str | Path, **option
         return
     with saving(model, Path(save_directory), SPARSE_STEM, options) as (made, config):
         config["quantization_config"] = settings(made, config["quantization_config"]["codes"])
+
+
+def _move(model: PreTrainedModel, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PreTrainedModel:
+    """`_apply` of a packed model: before anything changes, its linears say whether they can follow."""
+    for part in model.modules():
+        if isinstance(part, SparseLinear):
+            part.check_dtype(fn)
+    moved: PreTrainedModel = type(model)._apply(model, fn, recurse)
+    return moved
 
 
 def _refuse_part(model: PreTrainedModel, *_: Any, **__: Any) -> None:
