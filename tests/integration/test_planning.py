@@ -389,6 +389,12 @@ def test_a_long_text_is_planned_as_it_is_tokenised(
     assert usual < found
 
 
+def test_a_text_that_cannot_be_looked_up_is_left_to_whoever_reads_it(shallow_llama_folder: Path) -> None:
+    sizes: dict[str, Any] = {"samples": 4, "seqlen": 64, "device": "cpu"}
+    usual, other = (besa.plan(shallow_llama_folder, "wanda", calibration=text, **sizes) for text in ("c4", "a" * 300))
+    assert other.memory_bytes == pytest.approx(usual.memory_bytes, rel=0.1)
+
+
 @pytest.mark.parametrize("out", ["file", "file/of/another"])
 def test_a_place_that_is_no_folder_is_refused(tmp_path: Path, shallow_llama_folder: Path, out: str) -> None:
     (tmp_path / "file").touch()

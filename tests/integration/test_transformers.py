@@ -207,6 +207,8 @@ def test_damage_is_refused_here_too(plain: Path, tmp_path: Path) -> None:
     (tmp_path / "bitmask.safetensors").symlink_to(plain / "bitmask.safetensors")
     with pytest.raises(BesaError, match=r"lacks the weight model.layers.8."):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(BesaError, match=r"lacks the weight (model\.)?layers\.8\."):
+        AutoModel.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("other", ["model.safetensors", "bitmask.safetensors"])
@@ -239,6 +241,14 @@ def test_linears_that_transformers_keeps_in_float32(tmp_path: Path) -> None:
     assert kept.weight.dtype == torch.float32
     assert torch.equal(kept.weight, dense.model.layers[0].self_attn.indexer.weights_proj.weight)
     torch.testing.assert_close(logits(found), logits(dense), rtol=1e-2, atol=1e-2)
+    for dtype in (torch.float16, torch.bfloat16):
+        expected = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=dtype).state_dict()
+        made = AutoModelForCausalLM.from_pretrained(tmp_path / "packed").dequantize(dtype).state_dict()
+        assert {name: tensor.dtype for name, tensor in made.items()} == {
+            name: tensor.dtype for name, tensor in expected.items()
+        }
+        kept_dtype = made["model.layers.0.self_attn.indexer.weights_proj.weight"].dtype
+        assert kept_dtype == (torch.float32 if dtype == torch.float16 else dtype)
 
 
 def test_version_1_loads_in_besa(folder: Path, tmp_path: Path) -> None:

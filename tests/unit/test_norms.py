@@ -6,7 +6,9 @@ import importlib
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from besa.counting import widening
 from besa.kernels import norm
 from besa.runtime import norms
 
@@ -81,6 +83,30 @@ def test_what_learns_or_is_large_goes_the_usual_way(monkeypatch: pytest.MonkeyPa
     module(torch.randn(norms.FEW // 64 + 1, 64))
     module(hidden_states=torch.randn(1, 64))
     module(torch.randn(2, 128)[:, ::2])
+
+
+@needs_kernel
+def test_a_default_device_of_the_program() -> None:
+    """It is where new tensors come, those that a norm is tried with excepted."""
+    module = made(("llama", "LlamaRMSNorm"), 64, torch.float32)
+    with torch.device("meta"):
+        norms.speed_up(module)
+    assert "forward" in vars(module)
+
+
+@needs_kernel
+def test_modes_that_see_every_operator_but_besas_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluation on a processor without units for bfloat16 computes as generation does there."""
+    module, x, calls = made(("llama", "LlamaRMSNorm"), 64, torch.bfloat16), torch.randn(1, 64).bfloat16(), []
+    norms.speed_up(module)
+    monkeypatch.setattr(norm, "normed", lambda *given, of=norm.normed: calls.append(given) or of(*given))
+    monkeypatch.setattr(widening, "slow", lambda: frozenset([torch.bfloat16]))
+    with widening.widened(torch.bfloat16, x.device):
+        module(x)
+    assert len(calls) == 1
+    with widening.widened(torch.bfloat16, x.device), FlopCounterMode(display=False):
+        module(x)
+    assert len(calls) == 1
 
 
 @needs_kernel

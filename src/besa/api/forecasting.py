@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -99,6 +101,17 @@ def plan(
             ranks=ranks,
             file=sum(path.stat().st_size for path in weight_paths(source)) if source.gguf else None,
             own=float(sum(part.share for part in parts_of(calibration) if part.source == OWN)),
-            document=max((first_document(text) for text in texts_of(calibration)), default=0),
+            document=_longest(texts_of(calibration)),
         )
     )
+
+
+def _longest(texts: Sequence[str]) -> int:
+    """Characters of the longest first document, as far as files of this machine tell it.
+
+    Raises:
+        BesaError: a file cannot be read.
+    """
+    with suppress(OSError, ValueError):  # a path that cannot be looked up; whoever reads it says so
+        return max(map(first_document, texts), default=0)
+    return 0

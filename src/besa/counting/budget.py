@@ -35,7 +35,7 @@ def zeros_for(sparsity: float, weights: int) -> int:
 
 
 def enough_for(zeros: int, weights: int) -> str:
-    """The lowest sparsity of four digits for which `zeros_for` gives at least so many zeros."""
+    """A share of zeros in four digits, rounded up, so that `zeros_for` of it gives at least so many."""
     return f"{-(-10_000 * zeros // weights) / 10_000:.4f}"
 
 

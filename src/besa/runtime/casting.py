@@ -27,7 +27,9 @@ def cast(layer: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype) -> Te
             f"A packed layer computes in {_named(dtype)} but got {_named(x.dtype)}: load the model with "
             f"dtype={_named(x.dtype)}, or compute under torch.autocast."
         )
-    return layer(x.to(dtype)).to(torch.get_autocast_dtype(kind))
+    with torch.autocast(kind, enabled=False):
+        y = layer(x.to(dtype))
+    return y.to(torch.get_autocast_dtype(kind))
 
 
 def _named(dtype: torch.dtype) -> str:

@@ -60,10 +60,14 @@ def _form(module: nn.Module, epsilon: float) -> Form | None:
     weight = tensors.get("weight")
     if len(tensors) != 1 or weight is None or weight.dim() != 1 or len(signature(module.forward).parameters) != 1:
         return None
+    if weight.device.type != "cpu":
+        return None
     generator = torch.Generator().manual_seed(0)
-    tried_I = torch.randn(len(weight), generator=generator).to(weight.dtype)
-    x_NI = (torch.randn(len(SIZES), len(weight), generator=generator) * torch.tensor(SIZES)[:, None]).to(weight.dtype)
-    if weight.device.type != "cpu" or not norm.serves(x_NI, tried_I):
+    with torch.device("cpu"):  # whatever the program's default is
+        tried_I = torch.randn(len(weight), generator=generator).to(weight.dtype)
+        x_NI = torch.randn(len(SIZES), len(weight), generator=generator) * torch.tensor(SIZES)[:, None]
+    x_NI = x_NI.to(weight.dtype)
+    if not norm.serves(x_NI, tried_I):
         return None
     usual_NI = functional_call(module, {"weight": tried_I}, (x_NI,))
     return next((form for form in norm.FORMS if _same(norm.normed(x_NI, tried_I, epsilon, form), usual_NI)), None)

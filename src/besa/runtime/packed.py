@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import build_glob_alternation
 
 from besa.checkpoint.checking import check_layout, check_packed
 from besa.errors import BesaError
@@ -105,17 +106,19 @@ def _check_layout(folder: Path, files: Container, model: PreTrainedModel) -> Non
     """Check that the files have what the model needs.
 
     Raises:
-        BesaError: they have not.
+        BesaError: they have not, or the model has another head than the one that was packed.
     """
     try:
         check_layout(str(folder), files, model)
     except BesaError as error:
         kinds, kind = model.config.architectures or [], type(model).__name__
-        if kind in kinds or not kinds:
+        head = [name for name in model.state_dict() if not name.startswith(f"{model.base_model_prefix}.")]
+        other = kinds and kind not in kinds and model is not model.base_model
+        if not other or not any(f" {name}" in str(error) for name in head):
             raise
         raise BesaError(
             f"{folder} holds a {kinds[0]}, no {kind}: for another head, make it dense with `besa unpack`."
-        ) from (error)
+        ) from error
 
 
 def _lay_out_ends(model: PreTrainedModel, matrices: dict[str, RowCodes]) -> None:
@@ -179,6 +182,7 @@ def finish(model: PreTrainedModel, packed: Stored) -> PreTrainedModel:
     for name, matrix in packed.ends.items():
         end = model.get_submodule(name)
         assert isinstance(end, Coded)
+        _check_room(end.weight_codes, name)
         end.keep(_as_loaded(end.matrix, matrix, model.dtype, name))
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear:
@@ -198,9 +202,10 @@ def make_dense(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 
     Args:
         model: as `finish` returned it.
-        dtype: of the linears; if it is another than the model's, of all that the model holds.
+        dtype: of the linears; if it is another than the model's, of all. What transformers keeps in float32 stays so.
     """
-    others = model.dtype
+    others, plan = model.dtype, list(model._get_dtype_plan(dtype))
+    exact = build_glob_alternation(plan)[0] if plan else None
     weights: dict[int, nn.Parameter] = {}  # of the head and the embeddings, by their codes
     for name, module in dict(model.named_modules()).items():
         if isinstance(module, CodedEmbedding | CodedLinear):
@@ -209,7 +214,8 @@ def make_dense(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
             model.set_submodule(name, module.dense(weights.setdefault(id(matrix.codes_OI), weight)))
         if isinstance(module, SparseLinear):
             dense = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
-            dense.weight = nn.Parameter(module.weight.to(dtype))
+            kept = exact and exact.search(name)
+            dense.weight = nn.Parameter(module.weight if kept else module.weight.to(dtype))
             dense.register_parameter("bias", module.bias)
             model.set_submodule(name, dense)
     if weights:
@@ -221,8 +227,9 @@ def make_dense(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
         vars(part).pop("save_pretrained", None)  # its class has one for dense models
     vars(model).pop("_apply", None)
     if dtype != others:
-        for tensor in model.state_dict(keep_vars=True).values():  # without the buffers that rotary positions come from
-            tensor.data = tensor.data.to(dtype) if tensor.is_floating_point() else tensor.data
+        for name, tensor in model.state_dict(keep_vars=True).items():  # without what rotary positions are made of
+            if tensor.is_floating_point() and not (exact and exact.search(name)):
+                tensor.data = tensor.data.to(dtype)
     return model
 
 
@@ -260,7 +267,6 @@ def _refuse_part(model: PreTrainedModel, *_: Any, **__: Any) -> None:
 
 def _as_loaded(loaded: RowCodes, stored: RowCodes, dtype: torch.dtype, name: str) -> RowCodes:
     """A matrix in the dtype of the model, or in that which transformers keeps it in."""
-    _check_room(loaded.codes_OI, name)
     if loaded.codes_OI.is_floating_point():  # cast
         matrix = RowCodes(stored.codes_OI.to(loaded.codes_OI.device), loaded.steps_O1)
     else:

@@ -11,16 +11,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.jit import is_tracing  # type: ignore[attr-defined]
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, is_in_torch_dispatch_mode
 
+from besa.counting.widening import _Widened
 from besa.kernels import row_codes, sparse
 from besa.storage.formats.bitmask import Bitmask
 from besa.storage.formats.row_codes import RowCodes
 
 
 def tracing() -> bool:
-    """Whether torch records what is computed, or only what its shapes are, instead of computing."""
-    return torch.compiler.is_compiling() or is_tracing() or is_in_torch_dispatch_mode()
+    """Whether torch records what is computed, or a mode sees each operator, other than besa's own for products."""
+    if torch.compiler.is_compiling() or is_tracing():
+        return True
+    return is_in_torch_dispatch_mode() and any(
+        not isinstance(mode, _Widened) for mode in _get_current_dispatch_mode_stack()
+    )
 
 
 def sparse_product(x: Tensor, weight: Bitmask) -> Tensor:
