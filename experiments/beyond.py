@@ -64,11 +64,11 @@ def verdict(found: Found) -> Verdict:
             if name != OURS
             for text in found.drawn
         ]
-        first += together(one.holds for one in against) is True
+        first += together(one.points for one in against) is True
         all_of += against
         said.append(f"{column}: {', '.join(f'{name} {own[name][found.text]:,.2f}' for name in ranked[:2])}")
-    sentence = f"{OURS} is first in {first} of {len(columns)} columns on every text; the first two on {found.text}"
-    return ruled(f"{sentence}: {'; '.join(said)}.", all_of)
+    sentence = f"{OURS} is first by the means in {first} of {len(columns)} columns on every text"
+    return ruled(f"{sentence}; the first two on {found.text}: {'; '.join(said)}.", all_of)
 
 
 def _column(found: Found, column: str) -> dict[str, dict[str, float]]:
