@@ -40,18 +40,9 @@ class Tools:
         self._run("llama-quantize", file, out, kind, self.threads)
 
     def pace(self, file: Path, prompt: int, steps: int) -> float:
-        """Tokens a second of a prompt of so many tokens, or of decoding so many, once, after a warm-up.
-
-        With weights in another layout for the processor, which is its default. Where that crashes, as prompts of codes
-        do on Intel's matrix unit in this version, without.
-        """
+        """Tokens a second of a prompt of so many tokens, or of decoding so many, once, after a warm-up."""
         options = ("-m", file, "-t", self.threads, "-p", prompt, "-n", steps, "-r", 1, "-o", "json")
-        try:
-            said = self._run("llama-bench", *options)
-        except CrashError as crash:
-            print(f"Measured with --repack 0, as without it {crash}", flush=True)
-            said = self._run("llama-bench", *options, "--repack", 0)
-        (measured,) = json.loads(said)
+        (measured,) = json.loads(self._run_either(("--repack", 0), "llama-bench", *options))
         return float(measured["avg_ts"])
 
     def tokens(self, file: Path, text: Path) -> list[int]:
@@ -63,10 +54,27 @@ class Tools:
     def perplexity(self, file: Path, text: Path, window: int, windows: int) -> float:
         """Of the second half of each window of a text: exp of the mean loss of its tokens."""
         options = ("-m", file, "-f", text, "-c", window, "-b", window, "--chunks", windows, "-t", self.threads)
-        found = re.search(r"Final estimate: PPL = ([0-9.]+)", self._run("llama-perplexity", *options, "--no-escape"))
+        said = self._run_either(("--no-repack",), "llama-perplexity", *options, "--no-escape")
+        found = re.search(r"Final estimate: PPL = ([0-9.]+)", said)
         if found is None:
             raise BesaError(f"llama-perplexity says no perplexity of {file}.")
         return float(found[1])
+
+    def _run_either(self, usual: tuple[object, ...], program: str, *arguments: object) -> str:
+        """What a program prints with weights in another layout for the processor, which is its default.
+
+        Where that crashes, as products of codes with many rows do on Intel's matrix unit in this version, without.
+
+        Args:
+            usual: option of the program for the usual layout.
+            program: to run.
+            arguments: of the program.
+        """
+        try:
+            return self._run(program, *arguments)
+        except CrashError as crash:
+            print(f"Measured with {usual[0]}, as without it {crash}", flush=True)
+            return self._run(program, *arguments, *usual)
 
     def _run(self, program: str, *arguments: object) -> str:
         """What a program prints.
