@@ -342,7 +342,7 @@ def test_verdicts_say_what_the_seeds_allow() -> None:
     fig3 |= {"sparsegpt at 70 %": near(27.0), "wanda at 70 %": near(76.0), "besa at 70 %": [24.0, 25.0, 25.3]}
     assert judged("fig3", **fig3).holds is True
     lost = judged("fig3", **fig3 | {"besa at 70 %": [29.0, 30.0, 31.0]})
-    assert lost.found.startswith("BESA is the lowest at 1 of 2 sparsities") and lost.holds is False
+    assert lost.found.startswith("BESA's mean is the lowest at 1 of 2 sparsities") and lost.holds is False
     fig1b = {"dense": [5.7], "q at 70 %": [5.9, 6.0, 6.1], "v at 70 %": [8.9, 9.0, 9.2]}
     assert judged("fig1b", **fig1b).holds is True
     assert judged("fig1b", **fig1b | {"v at 70 %": [5.95, 6.05, 6.15]}).holds is False
@@ -550,7 +550,7 @@ def test_beyond_names_its_winner_and_draws_the_frontier() -> None:
     scores |= {f"best at {column}": best for column in ("50 %", "70 %", PATTERN)} | {"fast at 50 %": near(8.0)}
     assert judged("beyond", **scores).holds is True
     lost = judged("beyond", **scores | {"sparsegpt at 70 %": [6.0, 6.1, 6.2]})
-    assert lost.found.startswith("best is first in 2 of 3 columns") and lost.holds is False
+    assert lost.found.startswith("best is first by the means in 2 of 3 columns") and lost.holds is False
     edge, *points = frontier(fake(**scores)).curves
     assert {point.label for point in points} == set(names) - {"magnitude"}
     assert edge.y == pytest.approx([sum(near(9.0)) / 3, sum(near(8.0)) / 3, sum(best) / 3])
