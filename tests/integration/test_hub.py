@@ -510,6 +510,13 @@ def test_a_repository_without_safetensors_is_refused(hub: LoopbackHub, folders: 
     assert not hub.asked("pytorch_model.bin")
 
 
+def test_an_adapter_that_the_cache_has_is_refused(
+    hub: LoopbackHub, commits: tuple[str, str], folders: dict[str, Path]
+) -> None:
+    (fetching.fetch("org/model") / "adapter_config.json").write_text("{}")
+    assert "holds an adapter too: merge it into the weights, or remove its" in refused(lambda: besa.load("org/model"))
+
+
 def test_an_answer_that_is_none_is_said(hub: LoopbackHub, commits: tuple[str, str]) -> None:
     hub.failing = {"models/org/model": [503, 403, "<html>Log in to this network</html>"]}
     load = lambda: besa.load("org/model")  # noqa: E731

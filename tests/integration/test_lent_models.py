@@ -39,10 +39,17 @@ def default(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(torch.float32)
 
 
+STATES = [
+    torch.no_grad,
+    torch.inference_mode,
+    lambda: default(torch.bfloat16),
+    lambda: default(torch.float64),
+    lambda: torch.autocast("cpu", torch.bfloat16),
+]
+
+
 @pytest.mark.parametrize("recipe", ["besa", "fast"])
-@pytest.mark.parametrize(
-    "state", [torch.no_grad, torch.inference_mode, lambda: default(torch.bfloat16), lambda: default(torch.float64)]
-)
+@pytest.mark.parametrize("state", STATES)
 def test_switches_of_the_program_change_nothing(
     state: Callable[[], AbstractContextManager[None]], recipe: str, text: str, tiny_tokenizer
 ) -> None:
@@ -50,6 +57,29 @@ def test_switches_of_the_program_change_nothing(
     with state():
         found = pruned(model, recipe, text, tiny_tokenizer)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_switches_of_the_program_do_not_change_what_is_measured(
+    state: Callable[[], AbstractContextManager[None]], tiny_tokenizer
+) -> None:
+    def measured(model: PreTrainedModel) -> float:
+        return besa.evaluate(model, ["wiki"], window=64, max_windows=4, tokenizer=tiny_tokenizer).perplexity["wiki"]
+
+    model = small()
+    expected = measured(model)
+    with state():
+        assert measured(model) == expected
+
+
+def test_a_model_of_inference_mode(text: str, tiny_tokenizer) -> None:
+    """It can be measured; its weights cannot take part in learning."""
+    with torch.inference_mode():
+        model = small()
+    besa.evaluate(model, ["wiki"], window=64, max_windows=1, tokenizer=tiny_tokenizer)
+    assert all(weight.requires_grad for weight in model.parameters())
+    with pytest.raises(besa.BesaError, match=r"embed_tokens\.weight of LlamaForCausalLM was made in inference mode"):
+        besa.compress(model, "wanda", text, tokenizer=tiny_tokenizer, **SIZES)
 
 
 def test_a_model_that_was_being_trained(text: str, tiny_tokenizer) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import besa
 from besa.errors import BesaError
 from experiments import models
 from experiments.models import Joined, model
@@ -120,3 +121,15 @@ def test_the_embedded_model_is_its_own_name_and_others_are_refused():
     assert model("smollm2") == "smollm2"
     with pytest.raises(BesaError, match="There is no model 'smollm3': choose one of smollm2, gemma3-270m, qwen2"):
         model("smollm3")
+
+
+def test_a_gguf_file_has_not_the_record_of_the_folder_that_it_lies_in(tiny_llama_folder, tmp_path):
+    text, pruned = str(tiny_llama_folder / "calibration.txt"), tmp_path / "pruned"
+    besa.compress(tiny_llama_folder, "magnitude", text, out=pruned, samples=2, seqlen=16)
+    tiny_gguf(pruned / "tiny.gguf", tiny_llama_folder)
+
+    def measured(path):
+        return besa.evaluate(path, [text], window=32, max_windows=1)
+
+    assert measured(pruned).pruned and measured(pruned).notes
+    assert measured(pruned / "tiny.gguf").pruned is None and not measured(pruned / "tiny.gguf").notes

@@ -19,6 +19,7 @@ from besa.evaluation.perplexity import check_window
 from besa.evaluation.result import Evaluation
 from besa.evaluation.texts import perplexities, read_texts
 from besa.evaluation.zero_shot import check_tasks, zero_shot
+from besa.kernels.defaults import defaults
 from besa.models.borrowing import borrowed, check_dtype_of_caller, tokenizer_of_caller
 from besa.models.bos import bos_token
 from besa.models.limits import positions
@@ -90,7 +91,7 @@ def evaluate(
     windows = windows or [room.usual]
     notes = [note for length in windows for note in room.checked(length, "--window")] if parts else []
     answers, read = None, (opened.model, opened.tokenizer)
-    with borrowed(opened.model, device), widened(opened.model.dtype, device):
+    with defaults(), borrowed(opened.model, device), widened(opened.model.dtype, device):
         by_window = perplexities(*read, parts, windows, max_windows, batch, first, progress)
         if tasks:
             answers = zero_shot(*read, tasks, limit=limit, hub=hub, batch=batch, bos=bos, progress=progress)
@@ -168,7 +169,7 @@ def _opened(
     loaded = load_source(source, device, dtype)
     record = None
     with suppress(BesaError):  # no record of ours
-        record = RunRecord.of(Path(source.location))
+        record = RunRecord.of(Path(source.location)) if source.gguf is None else None  # a folder's is not of the file
     return _Opened(loaded, tokenizer or load_tokenizer(source), source.base, source.revision, record)
 
 

@@ -33,8 +33,7 @@ def open_decoder(
     """
     if isinstance(model, PreTrainedModel):
         check_decoder(type(model).__name__, model.config)
-        if absent := next((name for name, weight in model.named_parameters() if weight.is_meta), None):
-            raise BesaError(f"{absent} of {type(model).__name__} has no memory (meta device): load the weights first.")
+        _check_parameters(model)
         _check_own(model)
         check_dtype_of_caller(model, dtype)
         return DecoderInMemory(model), tokenizer_of_caller(tokenizer), describe(model)
@@ -43,6 +42,20 @@ def open_decoder(
     else:
         decoder = _decoder_of_folder(model, dtype, from_disk)
     return decoder, tokenizer or load_tokenizer(model), describe(decoder.model, model)
+
+
+def _check_parameters(model: PreTrainedModel) -> None:
+    """Refuse a loaded model whose weights cannot be changed.
+
+    Raises:
+        BesaError: one of them has no memory, or is a tensor of torch's inference mode.
+    """
+    for name, weight in model.named_parameters():
+        owner = f"{name} of {type(model).__name__}"
+        if weight.is_meta:
+            raise BesaError(f"{owner} has no memory (meta device): load the weights first.")
+        if weight.is_inference():
+            raise BesaError(f"{owner} was made in inference mode, where no gradients are: load the model outside it.")
 
 
 def _check_own(model: PreTrainedModel) -> None:

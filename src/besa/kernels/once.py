@@ -32,7 +32,7 @@ def once(subject: str, depends_on: Sequence[str], allowed: Callable[[Any], bool]
     before = _read(path, allowed)
     if before is not None:
         return before
-    with defaults(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
+    with defaults(), torch.device("cpu"):
         found = measure()
     with suppress(OSError):  # where no file can be written, the result holds for this process
         _keep(path, {"subject": subject, "processor": processor(), "found": found}, allowed)

@@ -38,7 +38,8 @@ def borrowed(model: PreTrainedModel, device: torch.device | None = None) -> Iter
         for module in training:
             module.training = True
         for parameter in learning:
-            parameter.requires_grad_(True)
+            with torch.inference_mode(parameter.is_inference()):  # torch sets such a tensor's only there
+                parameter.requires_grad_(True)
 
 
 def check_dtype_of_caller(model: PreTrainedModel, dtype: str) -> None:

@@ -87,12 +87,13 @@ class Source:
             weights: download these too; without, only configuration and tokenizer can be read.
 
         Raises:
-            BesaError: the files cannot be downloaded and are not in the cache.
+            BesaError: the files cannot be downloaded and are not in the cache, or the cache has an adapter beside them.
         """
         if self.folder is not None:
             return self
         with quiet():
             folder = hub.fetch(self.location, self.revision, weights=weights, progress=progress)
+        _refuse_adapter(folder)  # another program may have downloaded it
         return replace(self, location=str(folder), revision=folder.name)
 
     @property
@@ -114,8 +115,8 @@ def locate(model: str | Path, progress: Progress = silent, *, trust_remote_code:
         trust_remote_code: run model code that comes with the checkpoint, whenever this source is opened.
 
     Raises:
-        BesaError: it is no model folder, .gguf file or name, has a revision where there are none, or the embedded model
-            cannot be fetched.
+        BesaError: it is no model folder, .gguf file or name, has an adapter, or a revision where there are none, or the
+            embedded model cannot be fetched.
     """
     if not isinstance(model, str | Path):
         raise BesaError(
@@ -133,8 +134,7 @@ def locate(model: str | Path, progress: Progress = silent, *, trust_remote_code:
         check_regular(path)
         if not (path / "config.json").is_file():
             raise BesaError(f"{path} has no config.json: give the folder of a Hugging Face model.")
-        if (path / hub.ADAPTER).exists():  # transformers would add it to what besa reads without it
-            raise BesaError(f"{path} holds an adapter too: merge it into the weights, or remove its {hub.ADAPTER}.")
+        _refuse_adapter(path)
         return Source(str(model), str(path), trust_remote_code=trust_remote_code)
     name, revision = _parted(str(model))
     if path.exists() or is_path(name):
@@ -142,6 +142,16 @@ def locate(model: str | Path, progress: Progress = silent, *, trust_remote_code:
             f"{model} is not a model folder: give a folder with a config.json, a .gguf file or a Hugging Face id."
         )
     return Source(str(model), name, trust_remote_code=trust_remote_code, revision=revision)
+
+
+def _refuse_adapter(folder: Path) -> None:
+    """Refuse a model with an adapter beside it: transformers would add it to what besa reads without it.
+
+    Raises:
+        BesaError: there is one.
+    """
+    if (folder / hub.ADAPTER).exists():
+        raise BesaError(f"{folder} holds an adapter too: merge it into the weights, or remove its {hub.ADAPTER}.")
 
 
 def _parted(model: str) -> tuple[str, str | None]:
