@@ -262,9 +262,10 @@ def _disk() -> Finding:
 def _cache() -> Finding:
     """The folder of the embedded model and texts, and of compiled kernels."""
     from besa.data.assets import ASSETS, cache_dir
+    from besa.storage.names import nearest
 
     folder = cache_dir()
-    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    existing = nearest(folder)
     if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
         mend = "export BESA_CACHE=FOLDER, with a folder that you can write to"
         return _missing("cache", f"{_short(folder)} cannot be written", mend)

@@ -22,7 +22,7 @@ from besa.models.mixtures import changed
 from besa.planning import Outline, Plan, work_out
 from besa.pruning import smaller
 from besa.storage.formats.container import header
-from besa.storage.names import path_of
+from besa.storage.names import nearest, path_of
 from besa.system.devices import named_device
 from besa.system.ranks import together
 
@@ -66,9 +66,8 @@ def plan(
         BesaError: the configuration cannot be read or is of no decoder that besa can prune, or `out` is below a file.
     """
     device, out = named_device(device), path_of(out)
-    nearest = next(place for place in [out, *out.absolute().parents] if place.exists())
-    if not nearest.is_dir():
-        raise BesaError(f"{out} cannot be written: {nearest} is no folder.")
+    if not (place := nearest(out)).is_dir():
+        raise BesaError(f"{out} cannot be written: {place} is no folder.")
     source = locate(model, trust_remote_code=trust_remote_code).local(weights=False)
     if not source.gguf and header(folder_of(source)) is not None:
         raise BesaError(f"{source.name} is packed: make it dense with `besa unpack` first.")

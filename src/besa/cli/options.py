@@ -14,7 +14,7 @@ import typer
 from besa.cli import completing
 from besa.cli.consoles import STDOUT
 from besa.errors import BesaError
-from besa.storage.names import path_of
+from besa.storage.names import nearest, path_of
 
 Number = TypeVar("Number", int, float)
 SAMPLES = 128  # calibration sequences, as in the paper
@@ -179,8 +179,7 @@ def to_write(file: Path | None) -> Path | None:
         BesaError: the file cannot be written, or is a folder, a link or a device.
     """
     if file is not None:
-        place = path_of(file).absolute()
-        folder = next(parent for parent in (place.parent, *place.parents) if parent.exists())
+        folder = nearest(path_of(file).absolute().parent)
         no_file = os.path.lexists(file) and not stat.S_ISREG(file.lstat().st_mode)
         if no_file or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
             raise BesaError(f"No file can be written to {file}: give a file name in a folder that you can write to.")

@@ -21,6 +21,7 @@ from besa.planning.traffic import traffic
 from besa.planning.whole import whole_disk_bytes
 from besa.quantization import Coding
 from besa.runtime.own_text import PASSES
+from besa.storage.names import nearest
 from besa.system import memory
 from besa.system.devices import is_available, total_bytes
 
@@ -207,6 +208,5 @@ def _lacking(run: Outline, peak: Peaks, disk: int) -> Iterator[str]:
             yield f"GPU memory (one GPU for each of {run.ranks} ranks; there {'is' if there == 1 else 'are'} {there})"
         elif peak.gpu > (total := total_bytes(run.device)):
             yield f"GPU memory ({total / 1e9:.1f} GB)"
-    place = next(parent for parent in [run.folder, *run.folder.absolute().parents] if parent.is_dir())
-    if disk > (free := shutil.disk_usage(place).free):
+    if disk > (free := shutil.disk_usage(nearest(run.folder)).free):
         yield f"free disk ({free / 1e9:.1f} GB)"

@@ -32,6 +32,12 @@ def path_of(name: str | Path) -> Path:
     return path
 
 
+def nearest(path: Path) -> Path:
+    """What there is of a path: the file or folder itself, or else the nearest that it would lie in."""
+    whole = path.absolute()
+    return next(place for place in (whole, *whole.parents) if place.exists())
+
+
 def check_plain(name: str) -> str:
     """Check that a name can be part of any file name and does not lead to another folder.
 

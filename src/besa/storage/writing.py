@@ -19,7 +19,7 @@ from besa.errors import BesaError
 from besa.storage import locking
 from besa.storage.folders import check_regular
 from besa.storage.locking import locked, remove, removed
-from besa.storage.names import path_of
+from besa.storage.names import nearest, path_of
 
 LOCK = "lock"  # name of the file in a folder that the process at work there has locked
 
@@ -173,8 +173,7 @@ def check_space(out: Path, size: int) -> None:
     Raises:
         BesaError: the disk has fewer bytes free.
     """
-    place = next(folder for folder in [out, *out.absolute().parents] if folder.is_dir())
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(nearest(out)).free
     if free < size:
         raise BesaError(
             f"{out} needs {size / 1e9:.2f} GB but only {free / 1e9:.2f} GB are free there: make room first."
