@@ -11,6 +11,7 @@ import torch
 from besa.kernels import (
     attention,
     build,
+    decoding,
     dense,
     held,
     native,
@@ -113,6 +114,36 @@ def steps(draw: random.Random, generator: torch.Generator) -> int:
     return len(attention.paths()) + len(norm.paths()) + len(row_codes.paths())
 
 
+def modules(draw: random.Random, generator: torch.Generator) -> int:
+    """An attention module of odd sizes as one call, with what may be there or not."""
+    dtype, scale = draw.choice([torch.float32, torch.bfloat16]), 0.3
+    shared, groups, tokens, width = draw.randint(1, 3), draw.randint(1, 3), draw.randint(1, 70), 2 * draw.randint(1, 40)
+    value_width, columns, turned = draw.randint(1, 70), draw.randint(1, 90), 2 * draw.randint(1, width // 2)
+    heads, seed = shared * groups, draw.randint(0, 10**6)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    sizes = (heads * width, columns), (shared * width, columns), (shared * value_width, columns)
+    products = [
+        sparse_native.Product(bitmask.pack(half_pruned(*size, seed).to(dtype)), 1, dtype)
+        for size in (*sizes, (columns, heads * value_width))
+    ]
+    linears = [
+        decoding.Linear(product.entry, drawn(rows) if draw.random() < 0.5 else None, rows)
+        for product, (rows, _) in zip(products, (*sizes, (columns, 0)), strict=True)
+    ]
+    form = draw.choice(norm.FORMS)
+    lengths = draw.choice([(width, width), (heads * width, shared * width)])
+    norms = [decoding.Norm(drawn(length), 1e-5, form) if draw.random() < 0.5 else None for length in lengths]
+    keys, values = drawn(1, shared, tokens + 3, width)[:, :, :tokens], drawn(1, shared, tokens + 1, value_width)
+    angles = drawn(1, 1, turned).cos(), drawn(1, 1, turned).sin()
+    allowed = torch.ones(1, 1, 1, tokens, dtype=torch.bool) if draw.random() < 0.5 else None
+    step = decoding.Step(linears, norms, width, scale, dtype)
+    assert step(drawn(1, 1, columns), angles, keys, values[:, :, :tokens], allowed).isfinite().all()
+    return 1
+
+
 def overrun() -> None:
     """A call that says more columns than its tensors have."""
     tensors = (
@@ -131,5 +162,5 @@ if __name__ == "__main__":
     called = 0
     for _ in range(CALLS):
         torch.set_num_threads(draw.randint(1, 3))
-        called += masks(draw, generator) + products(draw, generator) + steps(draw, generator)
+        called += sum(kind(draw, generator) for kind in (masks, products, steps, modules))
     print(called, *sparse_native.paths(), *native.paths())

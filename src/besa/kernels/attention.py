@@ -22,7 +22,7 @@ DTYPES = (torch.bfloat16, torch.float32)
 SHARE = 1 << 15  # products for which another thread is worth its start
 
 
-class _Attention(ctypes.Structure):
+class Attention(ctypes.Structure):
     """The arguments as a C structure for the kernels; distances are in numbers."""
 
     _fields_ = [
@@ -54,16 +54,18 @@ def serves(query_NH1D: Tensor, keys_NKTD: Tensor, values_NKTD: Tensor, allowed_N
         and query_NH1D.size(1) % keys_NKTD.size(1) == 0
         and query_NH1D.numel() > 0
         and keys_NKTD.numel() > 0
-        and (
-            allowed_N11T is None
-            or (
-                allowed_N11T.dtype == torch.bool
-                and allowed_N11T.shape[1:] == (1, 1, keys_NKTD.size(2))
-                and allowed_N11T.size(0) in (1, query_NH1D.size(0))
-                and allowed_N11T.stride(3) == 1
-            )
-        )
+        and (allowed_N11T is None or allows(allowed_N11T, query_NH1D.size(0), keys_NKTD.size(2)))
         and bool(paths())
+    )
+
+
+def allows(allowed_N11T: Tensor, sequences: int, tokens: int) -> bool:
+    """Whether a mask is one that kernels take."""
+    return (
+        allowed_N11T.dtype == torch.bool
+        and allowed_N11T.shape[1:] == (1, 1, tokens)
+        and allowed_N11T.size(0) in (1, sequences)
+        and allowed_N11T.stride(3) == 1
     )
 
 
@@ -91,7 +93,7 @@ def attend(
     sequences, heads, _, width = query_NH1D.shape
     shared, tokens, value_width = keys_NKTD.size(1), keys_NKTD.size(2), values_NKTD.size(3)
     out_N1HD = query_NH1D.new_empty(sequences, 1, heads, value_width)
-    given = _Attention(
+    given = Attention(
         query_NH1D.data_ptr(),
         keys_NKTD.data_ptr(),
         values_NKTD.data_ptr(),
@@ -104,17 +106,26 @@ def attend(
         0 if allowed_N11T is None or len(allowed_N11T) == 1 else allowed_N11T.stride(0),
         scale,
     )
-    products = sequences * heads * tokens * (width + value_width)
-    threads = max(1, min(torch.get_num_threads(), products // SHARE))
-    dtype = "float32" if query_NH1D.dtype == torch.float32 else "bfloat16"
-    _function(f"attend_{dtype}_{path or paths()[0]}")(ctypes.addressof(given), threads)
+    function(query_NH1D.dtype, path)(ctypes.addressof(given), threads(given))
     return out_N1HD
 
 
+def threads(given: Attention) -> int:
+    """How many are worth it."""
+    products: int = given.sequences * given.heads * given.tokens * (given.width + given.value_width)
+    return max(1, min(torch.get_num_threads(), products // SHARE))
+
+
 @cache
-def _function(name: str) -> Callable[[int, int], None]:
+def function(dtype: torch.dtype, path: str = "") -> Callable[[int, int], None]:
+    """The kernel for a dtype, which takes the address of an `Attention` and the number of threads.
+
+    Args:
+        dtype: one of `DTYPES`.
+        path: instruction set; by default the best.
+    """
     kernels = load(SOURCE)
     assert kernels is not None
-    function = kernels[name]
-    function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_int64], None
-    return function
+    kernel = kernels[f"attend_{str(dtype).removeprefix('torch.')}_{path or paths()[0]}"]
+    kernel.argtypes, kernel.restype = [ctypes.c_void_p, ctypes.c_int64], None
+    return kernel

@@ -64,16 +64,17 @@ def normed(x: Tensor, weight_I: Tensor, epsilon: float, form: Form, path: str = 
         path: instruction set; by default the best.
     """
     y, width = torch.empty_like(x), weight_I.numel()
-    function = _function(f"norm_{DTYPES[x.dtype]}_{path or paths()[0]}")
-    function(x.data_ptr(), weight_I.data_ptr(), y.data_ptr(), x.numel() // width, width, epsilon, *form)
+    kernel = function(x.dtype, path)
+    kernel(x.data_ptr(), weight_I.data_ptr(), y.data_ptr(), x.numel() // width, width, epsilon, *form)
     return y
 
 
 @cache
-def _function(name: str) -> Callable[..., None]:
+def function(dtype: torch.dtype, path: str = "") -> Callable[..., None]:
+    """The kernel for a dtype of `DTYPES`; `path` as of `normed`."""
     kernels = load(SOURCE)
     assert kernels is not None
-    function = kernels[name]
-    function.argtypes = [*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 2, *[ctypes.c_float] * 2, ctypes.c_int64]
-    function.restype = None
-    return function
+    kernel = kernels[f"norm_{DTYPES[dtype]}_{path or paths()[0]}"]
+    kernel.argtypes = [*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 2, *[ctypes.c_float] * 2, ctypes.c_int64]
+    kernel.restype = None
+    return kernel

@@ -74,13 +74,21 @@ class Product:
         """Output (…, O) for inputs (…, I) in the weight's dtype, on its device."""
         few = 0 < x.numel() <= self._most * self._columns
         if few and x.size(-1) == self._columns and x.is_cpu and x.dtype == self._dtype:
-            threads = torch.get_num_threads()
-            if threads not in self._of_threads:
-                self._of_threads[threads] = self._made(threads)
-            product = self._of_threads[threads]
+            product = self._now()
             if x.numel() == self._columns or product is self._held:
                 return product(x)
         return multiplied(x.reshape(-1, self._columns), self._weight).view(*x.shape[:-1], self._weight.shape[0])
+
+    def entry(self, dtype: torch.dtype) -> sparse_native.Entry | None:
+        """The product with one row of x of a dtype, for C code; None if there is no kernel for it."""
+        return self._now().entry if self._most and dtype == self._dtype else None
+
+    def _now(self) -> sparse_native.Product | held.Product:
+        """What is made ready for the threads that torch has now."""
+        threads = torch.get_num_threads()
+        if threads not in self._of_threads:
+            self._of_threads[threads] = self._made(threads)
+        return self._of_threads[threads]
 
     def _made(self, threads: int) -> sparse_native.Product | held.Product:
         """What is made ready for a number of threads."""

@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +46,23 @@ class _Weight(ctypes.Structure):
     ]
 
 
+class Entry(NamedTuple):
+    """A product as C code calls it: kernel(weight, x, 1, y, threads) for one row of x.
+
+    Attributes:
+        kernel: address of the function.
+        weight: address of the weight, as long as the product lives.
+    """
+
+    kernel: int
+    weight: int
+
+
+def address(kernel: Any) -> int:
+    """Where a kernel is, for C code."""
+    return int(ctypes.cast(kernel, ctypes.c_void_p).value or 0)
+
+
 @cache
 def paths() -> list[str]:
     """The instruction sets of this processor for which there are kernels, best first; none without a compiler."""
@@ -73,6 +91,9 @@ def multiply(x_NI: Tensor, weight: Bitmask, path: str = "", way: Way | None = No
 class Product:
     """y = x Wᵀ for one weight and a number of rows of x, with all made ready that does not depend on x.
 
+    Attributes:
+        entry: for C code.
+
     Args:
         weight: as of `multiply`, as are `path` and `way`.
         rows: of x.
@@ -91,6 +112,7 @@ class Product:
         self._passed = passed(weight, way)
         self._address = ctypes.addressof(self._passed)
         self._function = _function(WORKS[dtype], weight.kind, path)
+        self.entry = Entry(address(self._function), self._address)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Output (…, O) for inputs (…, I) of so many rows."""

@@ -74,13 +74,19 @@ class SparseLinear(nn.Module):
             if x.dtype != weight.dtype:
                 return cast(self.forward, x, weight.dtype)
             return self._biased(sparse_product(x, weight))
+        product = self.product
+        if x.dtype != self._dtype:
+            return cast(self.forward, x, self._dtype)
+        return self._biased(product(x))
+
+    @property
+    def product(self) -> sparse.Product:
+        """The product with W as its buffers are now."""
         places = [tensor.data_ptr() for tensor in self._buffers.values() if tensor is not None]
         if self._product is None or places != self._places:
             self._product, self._places = sparse.Product(self.bitmask), places
             self._dtype = self.bitmask.dtype
-        if x.dtype != self._dtype:
-            return cast(self.forward, x, self._dtype)
-        return self._biased(self._product(x))
+        return self._product
 
     def _biased(self, y: Tensor) -> Tensor:
         return y if self.bias is None else y + self.bias

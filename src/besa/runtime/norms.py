@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from besa.kernels import norm
+from besa.kernels.decoding import Norm
 from besa.kernels.norm import Form
 from besa.runtime.tracing import tracing
 
@@ -42,6 +43,14 @@ def restore(model: nn.Module) -> None:
         own = vars(module).get("forward")
         if isinstance(own, partial) and own.func is _forward:
             del module.forward
+
+
+def kernel_of(module: nn.Module) -> Norm | None:
+    """What the kernel of a norm is given; None for a norm without it."""
+    own = vars(module).get("forward")
+    if not isinstance(own, partial) or own.func is not _forward:
+        return None
+    return Norm(module.weight, own.keywords["epsilon"], own.keywords["form"])  # type: ignore[arg-type]  # nn.Module's
 
 
 def _forward(module: Any, *inputs: Tensor, form: Form, epsilon: float, **named: Any) -> Any:

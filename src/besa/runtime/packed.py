@@ -23,7 +23,7 @@ from besa.checkpoint.checking import check_layout, check_packed
 from besa.errors import BesaError
 from besa.models.ends import ends
 from besa.models.layout import renaming
-from besa.runtime import attention, norms
+from besa.runtime import attention, decoding, norms
 from besa.runtime.coded import Coded, CodedEmbedding, CodedLinear
 from besa.runtime.dense import DenseLinear
 from besa.runtime.linear import SparseLinear
@@ -189,6 +189,7 @@ def finish(model: PreTrainedModel, packed: Stored) -> PreTrainedModel:
             model.set_submodule(name, DenseLinear(module))
     attention.speed_up(model)
     norms.speed_up(model)
+    decoding.speed_up(model)
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
             part.save_pretrained = partial(_refuse_part, part)
@@ -223,6 +224,7 @@ def make_dense(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
     attention.restore(model)
     norms.restore(model)
+    decoding.restore(model)
     for part in model.modules():
         vars(part).pop("save_pretrained", None)  # its class has one for dense models
     vars(model).pop("_apply", None)

@@ -1,0 +1,249 @@
+"""Attention modules of packed models as one call for each token: which are, and that nothing else differs."""
+
+import copy
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    DynamicCache,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    Phi3Config,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+    StableLmConfig,
+    Starcoder2Config,
+    StaticCache,
+)
+
+import besa
+from besa.kernels import decoding as kernels
+from besa.runtime import decoding, growing
+from besa.runtime.growing import MORE
+
+pytestmark = pytest.mark.skipif(not kernels.serves(torch.float32), reason="needs a compiler")
+TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
+SIZE = {
+    "vocab_size": 1024,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+PAD = {"pad_token_id": 0}
+WIDE = "olmo2"  # turns heads in float32, whatever the dtype
+FAMILIES: dict[str, tuple[PretrainedConfig, int]] = {  # and the blocks whose attention is one call
+    "llama": (LlamaConfig(**SIZE), 4),
+    "qwen2": (Qwen2Config(**SIZE), 4),  # biases
+    "starcoder2": (Starcoder2Config(**SIZE), 4),  # biases, of the output too
+    "qwen3": (Qwen3Config(**SIZE, head_dim=24), 4),  # norms of each head, which are not as wide as the block together
+    WIDE: (Olmo2Config(**SIZE), 4),  # norms of all heads
+    "stablelm": (StableLmConfig(**SIZE), 4),  # a quarter of each head is turned
+    "smollm3": (SmolLM3Config(**SIZE, **PAD, no_rope_layers=[1, 0, 1, 1]), 3),  # a block without positions
+    "gemma3": (Gemma3TextConfig(**SIZE, head_dim=16, sliding_window=8, sliding_window_pattern=2), 2),  # others slide
+    "mistral": (MistralConfig(**SIZE, sliding_window=8), 0),
+    "cohere": (CohereConfig(**SIZE), 0),  # turns neighbouring numbers
+    "phi3": (Phi3Config(**SIZE, **PAD), 0),  # one linear for queries, keys and values
+}
+
+
+def packed(config: PretrainedConfig, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """A random model with half of each matrix zero."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data[torch.rand_like(parameter) < 0.5] = 0
+        else:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    model.to(dtype).save_pretrained(folder / "dense")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / "dense" / name).write_bytes((TINY / name).read_bytes())
+    besa.pack(folder / "dense", folder / "packed")
+    return besa.load(folder / "packed")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedModel:
+    return packed(LlamaConfig(**SIZE), tmp_path_factory.mktemp("llama"), torch.float32)
+
+
+@contextmanager
+def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """How often the kernel is called meanwhile, in a list of one number."""
+    calls = [0]
+
+    def count(self: kernels.Step, *given: Any, of: Callable[..., Tensor] = kernels.Step.__call__) -> Tensor:
+        calls[0] += 1
+        return of(self, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels.Step, "__call__", count)
+        yield calls
+
+
+def usual(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy that attends as its family does."""
+    other = copy.deepcopy(model)
+    decoding.restore(other)
+    assert not any("forward" in vars(block.self_attn) for block in other.model.layers)
+    return other
+
+
+@torch.inference_mode()
+def steps(model: PreTrainedModel, count: int, sequences: int = 1, **options: Any) -> list[Tensor]:
+    """Logits of so many tokens, one after the other, after a prompt; and keys and values of all."""
+    past = options.pop("past_key_values", None) or DynamicCache(config=model.config)
+    tokens = torch.arange(5 * sequences).view(sequences, 5)
+    found = []
+    for _ in range(count):
+        out = model(tokens, past_key_values=past, **options)
+        found.append(out.logits[:, -1])
+        tokens = out.logits[:, -1:].argmax(-1)
+    return found + [part for layer in past.layers for part in (layer.keys, layer.values)]
+
+
+def same(found: list[Tensor], expected: list[Tensor]) -> bool:
+    return len(found) == len(expected) and all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, blocks = FAMILIES[family]
+    model = packed(config, tmp_path, dtype)
+    expected = steps(usual(model), 12)
+    with counted(monkeypatch) as calls:
+        assert same(steps(model, 12), expected)
+    assert calls == [0 if family == WIDE and dtype == torch.bfloat16 else 11 * blocks]
+
+
+def test_a_cache_grows_in_place_for_longer_than_its_room(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    larger, made = growing._larger, []
+    monkeypatch.setattr(growing, "_larger", lambda part: made.append(part) or larger(part))
+    assert same(steps(model, MORE + 3), steps(usual(model), MORE + 3))
+    assert len(made) == 2 * 2 * SIZE["num_hidden_layers"]
+
+
+def test_whatever_else_happens_to_a_cache(model: PreTrainedModel) -> None:
+    """It is copied, cut, repeated, pickled and continued; each goes on as it would have."""
+
+    def grown(model: PreTrainedModel) -> DynamicCache:
+        past = DynamicCache(config=model.config)
+        steps(model, 4, past_key_values=past)
+        return past
+
+    def cut(past: DynamicCache) -> DynamicCache:
+        past.crop(-2)
+        return past
+
+    def repeated(past: DynamicCache) -> DynamicCache:
+        past.batch_repeat_interleave(2)
+        past.batch_select_indices(torch.tensor([1]))
+        return past
+
+    def shared(past: DynamicCache) -> DynamicCache:
+        """Another cache of the same tensors, whose own first goes on with another token."""
+        other = copy.copy(past)
+        other.layers = [copy.copy(layer) for layer in past.layers]
+        with torch.inference_mode():
+            model(torch.tensor([[7]]), past_key_values=past)
+        return other
+
+    other = usual(model)
+    for change in (cut, repeated, shared, copy.deepcopy, lambda past: pickle.loads(pickle.dumps(past))):
+        expected, found = change(grown(other)), change(grown(model))
+        assert same(steps(model, 3, past_key_values=found), steps(other, 3, past_key_values=expected))
+    with torch.no_grad():  # after steps in inference mode
+        past, plain = grown(model), grown(other)
+        for _ in range(3):
+            found = model(torch.tensor([[3]]), past_key_values=past).logits
+            assert torch.equal(found, other(torch.tensor([[3]]), past_key_values=plain).logits)
+
+
+def test_what_is_no_step_of_one_sequence_goes_the_usual_way(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = usual(model)
+
+    def static(model: PreTrainedModel) -> list[Tensor]:
+        return steps(model, 4, past_key_values=StaticCache(config=model.config, max_cache_len=16))
+
+    with counted(monkeypatch) as calls:
+        assert same(steps(model, 4, sequences=2), steps(other, 4, sequences=2))
+        assert same(static(model), static(other))
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(model(torch.tensor([[1]])).logits, other(torch.tensor([[1]])).logits)
+        with torch.enable_grad():
+            past = DynamicCache(config=model.config)
+            model(torch.arange(4).view(1, 4), past_key_values=past)
+            model(torch.tensor([[1]]), past_key_values=past)
+        copied = copy.deepcopy(model)
+        copied.set_attn_implementation("eager")
+        assert not calls[0]
+        steps(copied, 4)
+    assert calls == [0]
+
+
+def test_what_hangs_on_a_part_is_called(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    each, seen = copy.deepcopy(model), []
+    handle = each.model.layers[1].self_attn.k_proj.register_forward_hook(lambda *given: seen.append(given))
+    with counted(monkeypatch) as calls:
+        steps(each, 4)
+        assert (len(seen), calls[0]) == (4, 3 * 3)
+        handle.remove()
+        steps(each, 2)
+        assert (len(seen), calls[0]) == (4, 3 * 3 + 4)
+
+
+def test_weights_that_change_are_met(model: PreTrainedModel, tmp_path: Path) -> None:
+    each = copy.deepcopy(model)
+    before = steps(each, 3)
+    other = packed(LlamaConfig(**SIZE, initializer_range=0.05), tmp_path, torch.float32)
+    each.load_state_dict(other.state_dict())
+    found = steps(each, 3)
+    assert same(found, steps(usual(other), 3)) and not same(found, before)
+    assert same(steps(pickle.loads(pickle.dumps(each)), 3), found)
+    assert same(steps(model, 3), before)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_number_of_threads_may_change(model: PreTrainedModel, threads: int) -> None:
+    before = torch.get_num_threads()
+    steps(model, 2)
+    torch.set_num_threads(threads)
+    try:
+        assert same(steps(model, 3), steps(usual(model), 3))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_mask_is_kept_to(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first tokens of a prompt that is padded do not count."""
+
+    @torch.inference_mode()
+    def last(model: PreTrainedModel) -> Tensor:
+        past, mask = DynamicCache(config=model.config), torch.tensor([[0, 0, 1, 1, 1, 1]])
+        model(torch.tensor([[0, 0, 5, 6, 7]]), attention_mask=mask[:, :-1], past_key_values=past)
+        return model(torch.tensor([[8]]), attention_mask=mask, past_key_values=past).logits
+
+    expected = last(usual(model))
+    with counted(monkeypatch) as calls:
+        assert torch.equal(last(model), expected)
+    assert calls == [SIZE["num_hidden_layers"]]
