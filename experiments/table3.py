@@ -6,6 +6,7 @@ python -m experiments.all --only table3 --data wikitext2=FILE --data c4=FILE --d
 from pathlib import Path
 
 from besa.checkpoint.inspection import inspect
+from besa.methods.recipe import Recipe
 from besa.models.loading import locate
 from besa.report.markdown import table
 from besa.studies.rows import cell
@@ -21,7 +22,7 @@ def cases(options: Options) -> list[Case]:
     """The paper's two, quantisation alone, and BESA with its weights rounded afterwards."""
     return [
         DENSE_CASE,
-        Case("4 bits alone", options.baseline("int4")),
+        Case("4 bits alone", Recipe.load("int4")),  # nothing is pruned
         Case(JOINT, options.besa(name="besa-int4")),
         Case(JOINT_WANDA, options.baseline("wanda-int4")),
         Case("BESA, then rounded to nearest", options.besa(name="besa-rtn4")),

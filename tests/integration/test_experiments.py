@@ -261,6 +261,9 @@ def test_table_3_counts_what_its_checkpoints_hold(two_blocks: Path, data: dict[s
     mean = found.rows[label].mean
     assert mean == {"wikitext2": pytest.approx(perplexity, rel=1e-6), "bits a weight": bits, "sparsity": sparsity}
     assert f"| {label} | 50.0000% | {bits:.3f} |" in less.table(found)
+    cases = experiment("table3").cases(one.options(little("table3"), data))
+    pruned = {case.label: case.recipe.sparsity for case in cases if case.recipe}
+    assert pruned.pop("4 bits alone") == 0 and set(pruned.values()) == {0.5}
     assert not list(tmp_path.glob("*/wanda-int4-*/"))  # nothing needs the weights any more
 
 

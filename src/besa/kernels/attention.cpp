@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t SPAN = 64;     // numbers of a value summed at once
 constexpr int64_t TOGETHER = 4;  // heads
-typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));  // whole numbers that may overflow
 
 // e^x for x ≤ 0, within 2^-22 of it; 0 below -87, and what is not a number stays so: 2^n times a polynomial of what is left, between -ln 2 / 2 and ln 2 / 2.
 inline void exponential(Floats& x) {
@@ -26,11 +26,11 @@ inline void exponential(Floats& x) {
     sum = sum * rest + 1.6666665459e-1f;
     sum = sum * rest + 5.0000001201e-1f;
     sum = sum * rest * rest + rest + 1.0f;
-    Ints whole, bits;
+    Bits whole, bits;
     std::memcpy(&whole, &shift, sizeof whole);
     std::memcpy(&bits, &sum, sizeof bits);
-    bits += (whole - 0x4b400000) << 23;
-    const Ints kept = in >= -87.0f, lost = in != in;
+    bits += (whole - 0x4b400000u) << 23;
+    const Bits kept = Bits(in >= -87.0f), lost = Bits(in != in);
     std::memcpy(&whole, &in, sizeof whole);
     bits = (bits & kept) | (whole & lost);
     std::memcpy(&x, &bits, sizeof bits);
