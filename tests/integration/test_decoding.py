@@ -201,6 +201,28 @@ def test_what_is_no_step_of_one_sequence_goes_the_usual_way(
     assert calls == [0]
 
 
+def test_what_does_not_fit_is_refused_as_the_family_does(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache of another model, or an input of another width: nothing is read or written beyond its end."""
+    x, angles = torch.ones(1, 1, 64), (torch.ones(1, 1, 16), torch.zeros(1, 1, 16))
+    attends = model.model.layers[0].self_attn
+
+    def call(x: Tensor, heads: int, width: int) -> None:
+        past = DynamicCache()
+        past.update(torch.ones(1, heads, 3, width), torch.ones(1, heads, 3, width), 0)
+        with torch.inference_mode():
+            attends(hidden_states=x, position_embeddings=angles, attention_mask=None, past_key_values=past)
+
+    with counted(monkeypatch) as calls:
+        call(x, 2, 16)
+        assert calls == [1]
+        for given in ((x, 1, 16), (x, 2, 8), (x[..., :32], 2, 16)):
+            with pytest.raises(RuntimeError):
+                call(*given)
+        assert calls == [1]
+
+
 def test_what_hangs_on_a_part_is_called(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     each, seen = copy.deepcopy(model), []
     handle = each.model.layers[1].self_attn.k_proj.register_forward_hook(lambda *given: seen.append(given))

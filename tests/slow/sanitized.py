@@ -124,14 +124,12 @@ def modules(draw: random.Random, generator: torch.Generator) -> int:
     def drawn(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(dtype)
 
-    sizes = (heads * width, columns), (shared * width, columns), (shared * value_width, columns)
-    products = [
-        sparse_native.Product(bitmask.pack(half_pruned(*size, seed).to(dtype)), 1, dtype)
-        for size in (*sizes, (columns, heads * value_width))
-    ]
+    inputs = [(rows, columns) for rows in (heads * width, shared * width, shared * value_width)]
+    sizes = [*inputs, (columns, heads * value_width)]
+    products = [sparse_native.Product(bitmask.pack(half_pruned(*size, seed).to(dtype)), 1, dtype) for size in sizes]
     linears = [
-        decoding.Linear(product.entry, drawn(rows) if draw.random() < 0.5 else None, rows)
-        for product, (rows, _) in zip(products, (*sizes, (columns, 0)), strict=True)
+        decoding.Linear(product.entry, drawn(size[0]) if draw.random() < 0.5 else None, size)
+        for product, size in zip(products, sizes, strict=True)
     ]
     form = draw.choice(norm.FORMS)
     lengths = draw.choice([(width, width), (heads * width, shared * width)])

@@ -62,7 +62,8 @@ def serves(query_NH1D: Tensor, keys_NKTD: Tensor, values_NKTD: Tensor, allowed_N
 def allows(allowed_N11T: Tensor, sequences: int, tokens: int) -> bool:
     """Whether a mask is one that kernels take."""
     return (
-        allowed_N11T.dtype == torch.bool
+        allowed_N11T.is_cpu
+        and allowed_N11T.dtype == torch.bool
         and allowed_N11T.shape[1:] == (1, 1, tokens)
         and allowed_N11T.size(0) in (1, sequences)
         and allowed_N11T.stride(3) == 1

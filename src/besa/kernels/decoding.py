@@ -29,12 +29,12 @@ class Linear(NamedTuple):
     Attributes:
         entry: of the product with W.
         bias: b, contiguous, or None.
-        rows: of W.
+        shape: of W.
     """
 
     entry: Entry
     bias: Tensor | None
-    rows: int
+    shape: tuple[int, int]
 
 
 class Norm(NamedTuple):
@@ -83,20 +83,30 @@ class Step:
     Queries and keys get their norm and their rotary embedding (RoFormer, arXiv:2104.09864, in the order of
     transformers' Llama), then `besa.kernels.attention.attend` follows. What torch would round in between is rounded.
 
+    Attributes:
+        shapes: (1, 1, I) of the input, and K and D of keys and of values.
+
     Args:
         linears: of queries, keys, values and the output; what they are made of must live.
         norms: of queries and of keys, of each head or of all together, as long as their weight is; or None.
         width: D of queries and keys.
         scale: of the scores.
         dtype: that `serves` allows, of all tensors.
+
+    Raises:
+        ValueError: the linears do not fit together.
     """
 
     def __init__(
         self, linears: Sequence[Linear], norms: Sequence[Norm | None], width: int, scale: float, dtype: torch.dtype
     ) -> None:
-        query, key, value, out = (linear.rows for linear in linears)
+        (query, columns), (key, _), (value, _), (out, read) = (linear.shape for linear in linears)
         heads, shared = query // width, key // width
         value_width, self._size = value // shared, dtype.itemsize
+        fit = (heads * width, shared * width, shared * value_width, heads * value_width) == (query, key, value, read)
+        if not fit or heads % shared or any(linear.shape[1] != columns for linear in linears[:3]):
+            raise ValueError("the linears of an attention module do not fit together")
+        self.shapes = (1, 1, columns), (shared, width), (shared, value_width)
         self._room, self._out = query + key + value + heads * value_width, out
         self._parts = [self._size * end for end in (query, query + key, query + key + value)]
         given = _Step(*map(_linear, linears), *(_norm(each, dtype) for each in norms))
@@ -117,7 +127,7 @@ class Step:
         """The output (1, 1, I) for the last of T tokens, whose key and value are written.
 
         Args:
-            x_11I: input of the module, contiguous.
+            x_11I: input of the module, contiguous; it and the cache have the `shapes`.
             angles: cosines and sines (1, 1, R ≤ D) of the token's position, contiguous, by which R of a head turn.
             keys_1KTD: of all tokens, with room for those of the last one. D follow each other, and T do.
             values_1KTD: as of the keys.
@@ -143,7 +153,7 @@ class Step:
 
 
 def _linear(linear: Linear) -> _Linear:
-    return _Linear(*linear.entry, None if linear.bias is None else linear.bias.data_ptr(), linear.rows)
+    return _Linear(*linear.entry, None if linear.bias is None else linear.bias.data_ptr(), linear.shape[0])
 
 
 def _norm(of: Norm | None, dtype: torch.dtype) -> _Norm:

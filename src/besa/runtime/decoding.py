@@ -105,7 +105,7 @@ class _Decoder:
         if not all(tensor.is_cpu and tensor.dtype == dtype for tensor in tensors):
             return None
         step = self._ready(dtype)
-        if step is None:
+        if step is None or step.shapes != (hidden_states.shape, layer.keys.shape[1::2], layer.values.shape[1::2]):
             return None
         cosines, sines = (each.contiguous() for each in position_embeddings)
         return step(hidden_states.contiguous(), (cosines, sines), *grow(layer), attention_mask)
@@ -140,7 +140,7 @@ def _step(module: Any, dtype: torch.dtype) -> Step | None:
         entry = linear.product.entry(dtype)
         if entry is None or (linear.bias is not None and linear.bias.dtype != dtype):
             return None
-        linears.append(Linear(entry, linear.bias, linear.out_features))
+        linears.append(Linear(entry, linear.bias, (linear.out_features, linear.in_features)))
     for norm in (getattr(module, name, None) for name in NORMS):
         kernel = None if norm is None else kernel_of(norm)
         if norm is not None and (kernel is None or kernel.weight.dtype != dtype):
