@@ -48,9 +48,6 @@ class Product:
 
     Sums are as exact as those of `sparse_native.Product`, and add up in another order.
 
-    Attributes:
-        entry: for C code, in the dtype of the weight.
-
     Args:
         weight: one that `serves` allows.
     """
@@ -61,7 +58,6 @@ class Product:
         self._passed.values = self._codes.data_ptr()
         self._address = ctypes.addressof(self._passed)
         self._functions = {dtype: _function(work) for dtype, work in sparse_native.WORKS.items()}
-        self.entry = sparse_native.Entry(sparse_native.address(self._functions[weight.dtype]), self._address)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Output (…, O) for inputs (…, I) of float32 or bfloat16."""
@@ -71,6 +67,11 @@ class Product:
             self._address, x.data_ptr(), x.numel() // x.size(-1), y.data_ptr(), torch.get_num_threads()
         )
         return y
+
+    @property
+    def entry(self) -> sparse_native.Entry:
+        """The product for C code, in the dtype of the weight: float32 or bfloat16."""
+        return sparse_native.Entry(sparse_native.address(self._functions[self._weight.dtype]), self._address)
 
 
 def laid_out(weight: Bitmask) -> Tensor:
