@@ -33,9 +33,9 @@ import besa
 from besa.kernels import decoding as kernels
 from besa.runtime import decoding, growing
 from besa.runtime.growing import MORE
+from tests.halved_models import halved
 
 pytestmark = pytest.mark.skipif(not kernels.serves(torch.float32), reason="needs a compiler")
-TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
 SIZE = {
     "vocab_size": 1024,
     "hidden_size": 64,
@@ -62,18 +62,7 @@ FAMILIES: dict[str, tuple[PretrainedConfig, int]] = {  # and the blocks whose at
 
 
 def packed(config: PretrainedConfig, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """A random model with half of each matrix zero."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            parameter.data[torch.rand_like(parameter) < 0.5] = 0
-        else:
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    model.to(dtype).save_pretrained(folder / "dense")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / "dense" / name).write_bytes((TINY / name).read_bytes())
-    besa.pack(folder / "dense", folder / "packed")
+    besa.pack(halved(config, folder / "dense", dtype), folder / "packed")
     return besa.load(folder / "packed")
 
 
@@ -130,6 +119,15 @@ def test_families(family: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: 
     with counted(monkeypatch) as calls:
         assert same(steps(model, 12), expected)
     assert calls == [0 if family == WIDE and dtype == torch.bfloat16 else 11 * blocks]
+
+
+@pytest.mark.parametrize("family", [family for family, (_, blocks) in FAMILIES.items() if blocks])
+def test_the_dense_model_of_transformers_says_the_same(family: str, tmp_path: Path) -> None:
+    """Nothing of besa's computes in it."""
+    model = packed(FAMILIES[family][0], tmp_path, torch.float32)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    for found, expected in zip(steps(model, 12), steps(dense, 12), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_cache_grows_in_place_for_longer_than_its_room(

@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     DeepseekV3Config,
     FalconConfig,
@@ -43,6 +42,7 @@ from besa.runtime.fastest import PrepackedLinear, WidenedLinear, fastest
 from besa.runtime.linear import SparseLinear
 from besa.runtime.timings import Bench, ModelSpeed, Timing
 from tests import pretend
+from tests.halved_models import halved
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
 TEXT, HELDOUT = str(TINY / "calibration.txt"), str(TINY / "heldout.txt")
@@ -319,21 +319,6 @@ FAMILIES: dict[str, tuple[PretrainedConfig, int, int, int]] = {
     "mixtral": (MixtralConfig(**SIZE, **HEADS, num_local_experts=4), 4, 10, 2),  # experts stay dense
     "jamba": (JambaConfig(**SIZE, **HEADS, **STATE), 7, 10, 1),  # reads the weight of a linear, and does not call it
 }
-
-
-def halved(config: PretrainedConfig, folder: Path) -> Path:
-    """A random model with half of each matrix zero, and the tokenizer of the tiny Llama."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            parameter.data[torch.rand_like(parameter) < 0.5] = 0
-        else:
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    model.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((TINY / name).read_bytes())
-    return folder
 
 
 @pytest.mark.parametrize("family", FAMILIES)
