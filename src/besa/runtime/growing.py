@@ -48,9 +48,7 @@ def grow(layer: DynamicLayer) -> tuple[Tensor, Tensor]:
 
 def _larger(part_NKTD: Tensor) -> Tensor:
     sequences, shared, tokens, width = part_NKTD.shape
-    with torch.inference_mode(False):  # such a tensor could not be written to outside it
-        larger_NKTD = torch.empty(
-            sequences, shared, tokens + MORE, width, dtype=part_NKTD.dtype, device=part_NKTD.device
-        )
+    with torch.inference_mode(False):  # a tensor of that mode could not be written to without it
+        larger_NKTD = part_NKTD.new_empty(sequences, shared, tokens + MORE, width)
     larger_NKTD[:, :, :tokens] = part_NKTD
     return larger_NKTD
