@@ -1,15 +1,16 @@
-"""Attention modules of packed models as one call for each token: which are, and that nothing else differs."""
+"""Attention modules and blocks of packed models as one call for a token: which are, and that nothing else differs."""
 
 import copy
 import pickle
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -31,7 +32,8 @@ from transformers import (
 
 import besa
 from besa.kernels import decoding as kernels
-from besa.runtime import decoding, growing
+from besa.kernels.norm import FORMS
+from besa.runtime import block_decoding, decoding, growing
 from besa.runtime.growing import MORE
 from tests.halved_models import halved
 
@@ -60,28 +62,47 @@ FAMILIES: dict[str, tuple[PretrainedConfig, int]] = {  # and the blocks whose at
     "phi3": (Phi3Config(**SIZE, **PAD), 0),  # one linear for queries, keys and values
 }
 
+FOLLOWING = {  # of families whose blocks of bfloat16 are calls, how many each call does
+    "llama": [4],
+    "qwen2": [4],
+    "qwen3": [4],
+    "smollm3": [1, 2],
+    "gemma3": [1, 1],
+}
+
 
 def packed(config: PretrainedConfig, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     besa.pack(halved(config, folder / "dense", dtype), folder / "packed")
     return besa.load(folder / "packed")
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedModel:
-    return packed(LlamaConfig(**SIZE), tmp_path_factory.mktemp("llama"), torch.float32)
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
+def model(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> PreTrainedModel:
+    return packed(LlamaConfig(**SIZE), tmp_path_factory.mktemp("llama"), request.param)
+
+
+@pytest.fixture
+def halves(tmp_path: Path) -> PreTrainedModel:
+    """Whose blocks are one call."""
+    return packed(LlamaConfig(**SIZE), tmp_path, torch.bfloat16)
 
 
 @contextmanager
 def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """How often the kernel is called meanwhile, in a list of one number."""
-    calls = [0]
+    """How many attention modules each call of a kernel does meanwhile, alone or in their blocks."""
+    calls: list[int] = []
 
-    def count(self: kernels.Step, *given: Any, of: Callable[..., Tensor] = kernels.Step.__call__) -> Tensor:
-        calls[0] += 1
+    def alone(self: kernels.Step, *given: Any, of: Callable[..., Tensor] = kernels.Step.__call__) -> Tensor:
+        calls.append(1)
         return of(self, *given)
 
+    def blocks(steps: list[kernels.Block], *given: Any, of: Callable[..., Tensor] = kernels.passed) -> Tensor:
+        calls.append(len(steps))
+        return of(steps, *given)
+
     with monkeypatch.context() as patch:
-        patch.setattr(kernels.Step, "__call__", count)
+        patch.setattr(kernels.Step, "__call__", alone)
+        patch.setattr(block_decoding, "passed", blocks)
         yield calls
 
 
@@ -89,6 +110,7 @@ def usual(model: PreTrainedModel) -> PreTrainedModel:
     """A copy that attends as its family does."""
     other = copy.deepcopy(model)
     decoding.restore(other)
+    block_decoding.restore(other)
     assert not any("forward" in vars(block.self_attn) for block in other.model.layers)
     return other
 
@@ -118,7 +140,12 @@ def test_families(family: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: 
     expected = steps(usual(model), 12)
     with counted(monkeypatch) as calls:
         assert same(steps(model, 12), expected)
-    assert calls == [0 if family == WIDE and dtype == torch.bfloat16 else 11 * blocks]
+    if family == WIDE and dtype == torch.bfloat16:
+        assert not calls
+    elif dtype == torch.bfloat16 and family in FOLLOWING:  # the first token shows which block follows another
+        assert calls == [1] * blocks + FOLLOWING[family] * 10
+    else:
+        assert calls == [1] * blocks * 11
 
 
 @pytest.mark.parametrize("family", [family for family, (_, blocks) in FAMILIES.items() if blocks])
@@ -194,31 +221,32 @@ def test_what_is_no_step_of_one_sequence_goes_the_usual_way(
             model(torch.tensor([[1]]), past_key_values=past)
         copied = copy.deepcopy(model)
         copied.set_attn_implementation("eager")
-        assert not calls[0]
+        assert not calls
         steps(copied, 4)
-    assert calls == [0]
+    assert not calls
 
 
 def test_what_does_not_fit_is_refused_as_the_family_does(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The cache of another model, or an input of another width: nothing is read or written beyond its end."""
-    x, angles = torch.ones(1, 1, 64), (torch.ones(1, 1, 16), torch.zeros(1, 1, 16))
+    x, dtype = torch.ones(1, 1, 64, dtype=model.dtype), model.dtype
+    angles = torch.ones(1, 1, 16, dtype=dtype), torch.zeros(1, 1, 16, dtype=dtype)
     attends = model.model.layers[0].self_attn
 
     def call(x: Tensor, heads: int, width: int) -> None:
         past = DynamicCache()
-        past.update(torch.ones(1, heads, 3, width), torch.ones(1, heads, 3, width), 0)
+        past.update(*torch.ones(2, 1, heads, 3, width, dtype=dtype), 0)
         with torch.inference_mode():
             attends(hidden_states=x, position_embeddings=angles, attention_mask=None, past_key_values=past)
 
     with counted(monkeypatch) as calls:
         call(x, 2, 16)
-        assert calls == [1]
+        assert sum(calls) == 1
         for given in ((x, 1, 16), (x, 2, 8), (x[..., :32], 2, 16)):
             with pytest.raises(RuntimeError):
                 call(*given)
-        assert calls == [1]
+        assert sum(calls) == 1
 
 
 def test_what_hangs_on_a_part_is_called(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,16 +254,16 @@ def test_what_hangs_on_a_part_is_called(model: PreTrainedModel, monkeypatch: pyt
     handle = each.model.layers[1].self_attn.k_proj.register_forward_hook(lambda *given: seen.append(given))
     with counted(monkeypatch) as calls:
         steps(each, 4)
-        assert (len(seen), calls[0]) == (4, 3 * 3)
+        assert (len(seen), sum(calls)) == (4, 3 * 3)
         handle.remove()
         steps(each, 2)
-        assert (len(seen), calls[0]) == (4, 3 * 3 + 4)
+        assert (len(seen), sum(calls)) == (4, 3 * 3 + 4)
 
 
 def test_weights_that_change_are_met(model: PreTrainedModel, tmp_path: Path) -> None:
     each = copy.deepcopy(model)
     before = steps(each, 3)
-    other = packed(LlamaConfig(**SIZE, initializer_range=0.05), tmp_path, torch.float32)
+    other = packed(LlamaConfig(**SIZE, initializer_range=0.05), tmp_path, model.dtype)
     each.load_state_dict(other.state_dict())
     found = steps(each, 3)
     assert same(found, steps(usual(other), 3)) and not same(found, before)
@@ -266,4 +294,148 @@ def test_a_mask_is_kept_to(model: PreTrainedModel, monkeypatch: pytest.MonkeyPat
     expected = last(usual(model))
     with counted(monkeypatch) as calls:
         assert torch.equal(last(model), expected)
-    assert calls == [SIZE["num_hidden_layers"]]
+    assert sum(calls) == SIZE["num_hidden_layers"]
+
+
+class Walk:
+    """Blocks of a model called by hand for one token after the other, with something done between them."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model, self.past = model, DynamicCache(config=model.config)
+        model(torch.arange(4).view(1, 4), past_key_values=self.past)
+
+    @torch.inference_mode()
+    def step(
+        self, number: int, blocks: int = 4, between: Callable[[int, Tensor], Tensor] = lambda index, x: x
+    ) -> list[Tensor]:
+        decoder, tokens = self._model.model, self.past.get_seq_length()
+        x = decoder.embed_tokens(torch.tensor([[number]]))
+        angles = decoder.rotary_emb(x, torch.tensor([[tokens]]))
+        found = []
+        for index, block in enumerate(decoder.layers[:blocks]):
+            x = block(x, attention_mask=None, position_embeddings=angles, past_key_values=self.past)
+            found.append(x.clone())
+            x = between(index, x)
+        return found + [part for layer in self.past.layers for part in (layer.keys, layer.values)]
+
+
+def steered(index: int, x: Tensor) -> Tensor:
+    return x + 1 if index == 1 else x
+
+
+def steered_in_place(index: int, x: Tensor) -> Tensor:
+    return x.add_(1) if index == 1 else x
+
+
+@pytest.mark.parametrize("between", [steered, steered_in_place])
+def test_what_is_done_to_an_output_is_met(
+    halves: PreTrainedModel, between: Callable[[int, Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks that were computed ahead are computed again then, and no more in one call with those before."""
+    walk, expected = Walk(halves), Walk(usual(halves))
+    with counted(monkeypatch) as calls:
+        for token in range(3):
+            assert same(walk.step(token), expected.step(token))
+        for token in range(3):
+            assert same(walk.step(token, between=between), expected.step(token, between=between))
+    assert calls == [1] * 4 + [4] * 2 + [4, 2] + [2, 2] * 2
+
+
+def test_blocks_not_asked_for_leave_no_trace(halves: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a model ends early, or a step is interrupted: the cache of other blocks does not grow."""
+    walk, expected = Walk(halves), Walk(usual(halves))
+    with counted(monkeypatch) as calls:
+        for token, blocks in enumerate((4, 4, 2, 2)):
+            assert same(walk.step(token, blocks), expected.step(token, blocks))
+        for token in range(2):
+            assert same(walk.step(token, 3), expected.step(token, 3))
+    assert calls == [1] * 4 + [4] + [4] + [2] + [2, 2] + [2, 1]
+
+
+def test_caches_that_change_between_blocks_are_met(halves: PreTrainedModel) -> None:
+    walk, expected = Walk(halves), Walk(usual(halves))
+    for token in range(3):
+        assert same(walk.step(token), expected.step(token))
+
+    def forget(walk: Walk) -> Callable[[int, Tensor], Tensor]:
+        def between(index: int, x: Tensor) -> Tensor:
+            if index == 1:
+                walk.past.layers[3].crop(-2)
+            return x
+
+        return between
+
+    for token in range(3):
+        assert same(walk.step(token, between=forget(walk)), expected.step(token, between=forget(expected)))
+
+
+def test_what_is_changed_in_a_block_is_met(halves: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hooks and functions of its parts, and hooks of its own."""
+    each, seen = copy.deepcopy(halves), []
+
+    def see(module: object, given: object, *output: object) -> None:
+        seen.append(module)
+
+    block = each.model.layers[1]
+    with torch.inference_mode():
+        expected = usual(halves)(torch.arange(6).view(1, 6), output_hidden_states=True).hidden_states[-1]
+    for part in (block.mlp, block.mlp.act_fn, block.input_layernorm, block.self_attn, block):
+        for register in (part.register_forward_hook, part.register_forward_pre_hook):
+            steps(each, 2)
+            handle, before = register(see), len(seen)
+            assert same(steps(each, 4), steps(usual(halves), 4))
+            assert len(seen) == before + 4
+            handle.remove()
+    handle = nn.modules.module.register_module_forward_hook(see)
+    try:
+        seen.clear()
+        steps(each, 3)
+        assert len([module for module in seen if module is block.mlp.up_proj]) == 3
+    finally:
+        handle.remove()
+    with counted(monkeypatch) as calls:
+        steps(each, 2)
+        block.mlp.act_fn = nn.ReLU()
+        other = usual(each)
+        assert sum(calls) == 4
+        assert same(steps(each, 3), steps(other, 3))
+        assert sum(calls) == 4 + 2 * 4  # its attention alone
+    with torch.inference_mode():
+        past = DynamicCache(config=halves.config)
+        halves(torch.arange(5).view(1, 5), past_key_values=past)
+        for _ in range(2):
+            found = halves(torch.tensor([[5]]), past_key_values=past, output_hidden_states=True).hidden_states
+            past.crop(-1)
+    assert len(found) == 5
+    torch.testing.assert_close(found[-1], expected[:, -1:], rtol=0.05, atol=0.05)
+
+
+def test_a_copy_of_a_block_is_of_no_other(halves: PreTrainedModel) -> None:
+    size = len(pickle.dumps(halves.model.layers[0]))
+    steps(halves, 3)
+    assert len(pickle.dumps(halves.model.layers[0])) == size
+    copied = copy.deepcopy(halves)
+    assert same(steps(copied, 3), steps(halves, 3))
+
+
+def test_two_threads_decode_with_one_model(halves: PreTrainedModel) -> None:
+    expected = steps(halves, 20)
+    with ThreadPoolExecutor(2) as pool:
+        for found in [pool.submit(steps, halves, 20) for _ in range(4)]:
+            assert same(found.result(), expected)
+
+
+def test_parts_that_do_not_fit_are_refused(halves: PreTrainedModel) -> None:
+    block = halves.model.layers[0]
+    linears = decoding.linears_of(block.mlp, block_decoding.LINEARS, torch.bfloat16)
+    attention = block.self_attn.forward.step(torch.bfloat16)
+    table = torch.zeros(1 << 16, dtype=torch.int16)
+    kernels.Block(attention, [None] * 4, linears, table)
+    wide = kernels.Norm(torch.ones(32, dtype=torch.bfloat16), 1e-6, FORMS[0])
+    for norms, given, values in (
+        ([None] * 4, linears[::-1], table),
+        ([None] * 4, linears, table[1:]),
+        ([wide, None, None, None], linears, table),
+    ):
+        with pytest.raises(ValueError, match="do not fit together"):
+            kernels.Block(attention, norms, given, values)

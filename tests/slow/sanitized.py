@@ -115,30 +115,43 @@ def steps(draw: random.Random, generator: torch.Generator) -> int:
 
 
 def modules(draw: random.Random, generator: torch.Generator) -> int:
-    """An attention module of odd sizes as one call, with what may be there or not."""
+    """An attention module of odd sizes as one call, with what may be there or not; and blocks with such modules."""
     dtype, scale = draw.choice([torch.float32, torch.bfloat16]), 0.3
     shared, groups, tokens, width = draw.randint(1, 3), draw.randint(1, 3), draw.randint(1, 70), 2 * draw.randint(1, 40)
-    value_width, columns, turned = draw.randint(1, 70), draw.randint(1, 90), 2 * draw.randint(1, width // 2)
-    heads, seed = shared * groups, draw.randint(0, 10**6)
+    value_width, columns, inner = draw.randint(1, 70), draw.randint(1, 90), draw.randint(1, 90)
+    turned, heads, seed = 2 * draw.randint(1, width // 2), shared * groups, draw.randint(0, 10**6)
+    held_products, form = [], draw.choice(norm.FORMS)
 
     def drawn(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(dtype)
 
+    def linears(*sizes: tuple[int, int]) -> list[decoding.Linear]:
+        products = [sparse_native.Product(bitmask.pack(half_pruned(*size, seed).to(dtype)), 1, dtype) for size in sizes]
+        held_products.extend(products)
+        return [
+            decoding.Linear(product.entry, drawn(size[0]) if draw.random() < 0.5 else None, size)
+            for product, size in zip(products, sizes, strict=True)
+        ]
+
+    def norms(*lengths: int) -> list[decoding.Norm | None]:
+        return [decoding.Norm(drawn(length), 1e-5, form) if draw.random() < 0.5 else None for length in lengths]
+
     inputs = [(rows, columns) for rows in (heads * width, shared * width, shared * value_width)]
-    sizes = [*inputs, (columns, heads * value_width)]
-    products = [sparse_native.Product(bitmask.pack(half_pruned(*size, seed).to(dtype)), 1, dtype) for size in sizes]
-    linears = [
-        decoding.Linear(product.entry, drawn(size[0]) if draw.random() < 0.5 else None, size)
-        for product, size in zip(products, sizes, strict=True)
-    ]
-    form = draw.choice(norm.FORMS)
     lengths = draw.choice([(width, width), (heads * width, shared * width)])
-    norms = [decoding.Norm(drawn(length), 1e-5, form) if draw.random() < 0.5 else None for length in lengths]
-    keys, values = drawn(1, shared, tokens + 3, width)[:, :, :tokens], drawn(1, shared, tokens + 1, value_width)
-    angles = drawn(1, 1, turned).cos(), drawn(1, 1, turned).sin()
+    out = (columns, heads * value_width)
+    step = decoding.Step(linears(*inputs, out), norms(*lengths), width, scale, dtype)
+    keys, values = drawn(1, shared, tokens + 3, width), drawn(1, shared, tokens + 1, value_width)
+    place = decoding.Place(keys.data_ptr(), values.data_ptr(), keys.stride(1), values.stride(1))
     allowed = torch.ones(1, 1, 1, tokens, dtype=torch.bool) if draw.random() < 0.5 else None
-    step = decoding.Step(linears, norms, width, scale, dtype)
-    assert step(drawn(1, 1, columns), angles, keys, values[:, :, :tokens], allowed).isfinite().all()
+    token = decoding.Token((drawn(1, 1, turned).cos(), drawn(1, 1, turned).sin()), allowed, tokens)
+    assert step(drawn(1, 1, columns), token, place).isfinite().all()
+    if dtype == torch.bfloat16:
+        mlp = linears((inner, columns), (inner, columns), (columns, inner))
+        table = torch.arange(-(2**15), 2**15).to(torch.int16).roll(2**15)  # each number as it is
+        block = decoding.Block(step, norms(*[columns] * 4), mlp, table)
+        count = draw.randint(1, 3)
+        passed = decoding.passed([block] * count, drawn(1, 1, columns), token, [place] * count)
+        assert passed.shape == (count, 1, 1, columns)
     return 1
 
 

@@ -134,13 +134,15 @@ template <typename Number, typename Way> inline void one(const Attention& of, in
 
 }  // namespace
 
-// attend_<dtype>_<path>
+// attend_<dtype>_<path>, by so many threads at most.
 #define CALL(NAME, NUMBER, PATH, WAY, ATTRIBUTE)                                                                     \
     ATTRIBUTE static void one_##NAME##_##PATH(const Attention& of, int64_t sequence, int64_t shared) {               \
         one<NUMBER, WAY>(of, sequence, shared);                                                                      \
     }                                                                                                                \
-    extern "C" void attend_##NAME##_##PATH(const Attention* of, int64_t threads) {                                   \
+    extern "C" void attend_##NAME##_##PATH(const Attention* of, int64_t most) {                                      \
         const int64_t parts = of->sequences * of->shared;                                                            \
+        const int64_t products = of->sequences * of->heads * of->tokens * (of->width + of->value_width);             \
+        const int64_t threads = std::max(int64_t(1), std::min(most, products / of->share));                          \
         _Pragma("omp parallel for num_threads(threads) schedule(static)") for (int64_t part = 0; part < parts;       \
                                                                                ++part)                               \
             one_##NAME##_##PATH(*of, part / of->shared, part % of->shared);                                          \

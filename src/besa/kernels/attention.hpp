@@ -12,5 +12,6 @@ struct Attention {
     int64_t key_sequence, key_head, key_token;
     int64_t value_sequence, value_head, value_token;
     int64_t allowed_sequence;
+    int64_t share;  // products for which another thread is worth its start
     float scale;
 };

@@ -31,7 +31,7 @@ class Attention(ctypes.Structure):
         *((f"query_{axis}", ctypes.c_int64) for axis in ("sequence", "head")),
         *((f"key_{axis}", ctypes.c_int64) for axis in ("sequence", "head", "token")),
         *((f"value_{axis}", ctypes.c_int64) for axis in ("sequence", "head", "token")),
-        ("allowed_sequence", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("allowed_sequence", "share")),
         ("scale", ctypes.c_float),
     ]
 
@@ -105,21 +105,16 @@ def attend(
         *keys_NKTD.stride()[:3],
         *values_NKTD.stride()[:3],
         0 if allowed_N11T is None or len(allowed_N11T) == 1 else allowed_N11T.stride(0),
+        SHARE,
         scale,
     )
-    function(query_NH1D.dtype, path)(ctypes.addressof(given), threads(given))
+    function(query_NH1D.dtype, path)(ctypes.addressof(given), torch.get_num_threads())
     return out_N1HD
-
-
-def threads(given: Attention) -> int:
-    """How many are worth it."""
-    products: int = given.sequences * given.heads * given.tokens * (given.width + given.value_width)
-    return max(1, min(torch.get_num_threads(), products // SHARE))
 
 
 @cache
 def function(dtype: torch.dtype, path: str = "") -> Callable[[int, int], None]:
-    """The kernel for a dtype, which takes the address of an `Attention` and the number of threads.
+    """The kernel for a dtype, which takes the address of an `Attention` and the most threads.
 
     Args:
         dtype: one of `DTYPES`.

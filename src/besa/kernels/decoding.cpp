@@ -1,4 +1,4 @@
-// What an attention module does for one new token, from its input to its output. The parts are kernels of other files.
+// What an attention module, or a whole block, does for one new token. The parts are kernels of other files.
 //
 // Between them, results are rounded as torch rounds them, so that they are equal to the bit to what its operators give.
 #include "attention.hpp"
@@ -18,16 +18,28 @@ struct Norm {
     float epsilon, more;
     int64_t rounded;
 };
-struct Step {
+struct Step {  // of an attention module
     Linear query, key, value, out;
     Norm query_norm, key_norm;
-    const void *x, *cosines, *sines;
-    void *new_key, *new_value;  // their first heads in the cache
-    void *keys, *values, *y;    // room for all heads of each; the output
-    int64_t turned, threads;    // numbers of a head that the rotary embedding turns
     void (*attend)(const Attention* of, int64_t threads);
-    int64_t attention_threads;
-    Attention attention;
+    int64_t threads;
+    Attention attention;  // as far as all tokens have it in common
+};
+struct Block {
+    Step attention;
+    Norm before_attention, after_attention, before_mlp, after_mlp;
+    Linear gate, up, down;
+    const void* activation;  // of each number of bfloat16, by its bits
+    int64_t width;
+};
+struct Token {
+    const void *cosines, *sines;
+    const uint8_t* allowed;
+    int64_t turned, tokens;  // numbers of a head that the rotary embedding turns; with this one
+};
+struct Place {  // in a layer of the cache
+    void *keys, *values;
+    int64_t key_head, value_head;
 };
 
 namespace {
@@ -45,9 +57,11 @@ template <typename Number> void multiplied(const Linear& linear, const void* x, 
     for (int64_t i = 0; bias && i < linear.rows; ++i) narrow(wide(numbers[i]) + wide(bias[i]), numbers + i);
 }
 
-void normed(const Norm& norm, void* x, int64_t numbers) {
-    if (norm.normed)
-        norm.normed(x, norm.weight, x, numbers / norm.width, norm.width, norm.epsilon, norm.more, norm.rounded);
+// The numbers with their norm: y, or x itself if there is none.
+const void* normed(const Norm& norm, const void* x, void* y, int64_t numbers) {
+    if (!norm.normed) return x;
+    norm.normed(x, norm.weight, y, numbers / norm.width, norm.width, norm.epsilon, norm.more, norm.rounded);
+    return y;
 }
 
 // The rotary embedding of a head: pairs of numbers that are half of `turned` apart are turned. Those behind it stay.
@@ -66,30 +80,74 @@ void turn(const Number* x, const Number* cosines, const Number* sines, int64_t w
     for (int64_t i = turned; i < width; ++i) y[i] = x[i];
 }
 
-template <typename Number> void decoded(const Step& of) {
-    const Attention& attention = of.attention;
-    const auto *cosines = static_cast<const Number*>(of.cosines), *sines = static_cast<const Number*>(of.sines);
-    auto* queries = static_cast<Number*>(const_cast<void*>(attention.query));
-    auto *keys = static_cast<Number*>(of.keys), *values = static_cast<Number*>(of.values);
-    multiplied<Number>(of.query, of.x, queries, of.threads);
-    multiplied<Number>(of.key, of.x, keys, of.threads);
-    multiplied<Number>(of.value, of.x, values, of.threads);
-    normed(of.query_norm, queries, of.query.rows);
-    normed(of.key_norm, keys, of.key.rows);
-    const int64_t width = attention.width;
-    for (int64_t h = 0; h < attention.heads; ++h, queries += width)
-        turn(queries, cosines, sines, width, of.turned, queries);
+// The output of an attention module; the cache has room for the token. `room`: for what the first three linears and
+// attention give.
+template <typename Number>
+void attended(const Step& of, const Token& token, const Place& place, const void* x, void* room, void* y) {
+    Attention attention = of.attention;
+    const int64_t width = attention.width, value_width = attention.value_width, last = token.tokens - 1;
+    const auto *cosines = static_cast<const Number*>(token.cosines), *sines = static_cast<const Number*>(token.sines);
+    auto* queries = static_cast<Number*>(room);
+    auto *keys = queries + of.query.rows, *values = keys + of.key.rows, *out = values + of.value.rows;
+    multiplied<Number>(of.query, x, queries, of.threads);
+    multiplied<Number>(of.key, x, keys, of.threads);
+    multiplied<Number>(of.value, x, values, of.threads);
+    normed(of.query_norm, queries, queries, of.query.rows);
+    normed(of.key_norm, keys, keys, of.key.rows);
+    for (int64_t h = 0; h < attention.heads; ++h)
+        turn(queries + h * width, cosines, sines, width, token.turned, queries + h * width);
+    auto* new_keys = static_cast<Number*>(place.keys) + last * attention.key_token;
+    auto* new_values = static_cast<Number*>(place.values) + last * attention.value_token;
     for (int64_t h = 0; h < attention.shared; ++h) {
-        auto* key = static_cast<Number*>(of.new_key) + h * attention.key_head;
-        auto* value = static_cast<Number*>(of.new_value) + h * attention.value_head;
-        turn(keys + h * width, cosines, sines, width, of.turned, key);
-        std::memcpy(value, values + h * attention.value_width, size_t(attention.value_width) * sizeof(Number));
+        turn(keys + h * width, cosines, sines, width, token.turned, new_keys + h * place.key_head);
+        std::memcpy(new_values + h * place.value_head, values + h * value_width, size_t(value_width) * sizeof(Number));
     }
-    of.attend(&attention, of.attention_threads);
-    multiplied<Number>(of.out, attention.out, of.y, of.threads);
+    attention.query = queries;
+    attention.keys = place.keys;
+    attention.values = place.values;
+    attention.key_head = place.key_head;
+    attention.value_head = place.value_head;
+    attention.allowed = token.allowed;
+    attention.tokens = token.tokens;
+    attention.out = out;
+    of.attend(&attention, of.threads);
+    multiplied<Number>(of.out, out, y, of.threads);
+}
+
+// y = x + attention(x), then the same with the MLP: down(activation(gate(x)) · up(x)). `room`: for twice the numbers of x,
+// gates and ups, and what attention needs.
+void passed(const Block& of, const Token& token, const Place& place, const uint16_t* x, uint16_t* room, uint16_t* y) {
+    const int64_t threads = of.attention.threads, width = of.width, inner = of.gate.rows;
+    const auto* activation = static_cast<const uint16_t*>(of.activation);
+    auto *part = room + width, *gates = part + width, *ups = gates + inner;
+    const auto add = [&](const uint16_t* stream, const void* more) {
+        const auto* numbers = static_cast<const uint16_t*>(more);
+        for (int64_t i = 0; i < width; ++i) narrow(wide(stream[i]) + wide(numbers[i]), y + i);
+    };
+    attended<uint16_t>(of.attention, token, place, normed(of.before_attention, x, room, width), ups + inner, part);
+    add(x, normed(of.after_attention, part, part, width));
+    const void* in = normed(of.before_mlp, y, room, width);
+    multiplied<uint16_t>(of.gate, in, gates, threads);
+    multiplied<uint16_t>(of.up, in, ups, threads);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < inner; ++i) narrow(wide(activation[gates[i]]) * wide(ups[i]), gates + i);
+    multiplied<uint16_t>(of.down, gates, part, threads);
+    add(y, normed(of.after_mlp, part, part, width));
 }
 
 }  // namespace
 
-extern "C" void decode_float32(const Step* of) { decoded<float>(*of); }
-extern "C" void decode_bfloat16(const Step* of) { decoded<uint16_t>(*of); }
+#define ATTEND(NAME, NUMBER)                                                                                         \
+    extern "C" void attend_##NAME(const Step* of, const Token* token, const Place* place, const void* x, void* room, \
+                                  void* y) {                                                                         \
+        attended<NUMBER>(*of, *token, *place, x, room, y);                                                           \
+    }
+ATTEND(float32, float)
+ATTEND(bfloat16, uint16_t)
+
+// Blocks that follow each other: y (count, width) has the output of each.
+extern "C" void pass_bfloat16(const Block* const* blocks, int64_t count, const Token* token, const Place* places,
+                              const uint16_t* x, uint16_t* room, uint16_t* y) {
+    for (int64_t b = 0; b < count; ++b, x = y, y += blocks[0]->width)
+        passed(*blocks[b], *token, places[b], x, room, y);
+}

@@ -1,6 +1,6 @@
-"""What an attention module does for one new token of one sequence, in one call on the CPU (decoding.cpp).
+"""What an attention module, or a block, does for one new token of one sequence, in one call on the CPU (decoding.cpp).
 
-For one token, the calls of torch between a module's linears cost more than their arithmetic.
+For one token, the calls of torch between linears cost more than their arithmetic.
 
 Shape suffixes: K heads of keys and values, T tokens, D numbers of a head, R those that are turned, I columns.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -59,17 +60,78 @@ class _Norm(ctypes.Structure):
 
 
 class _Step(ctypes.Structure):
-    """The arguments as a C structure for the kernel."""
+    """An attention module as a C structure."""
 
     _fields_ = [
         *((name, _Linear) for name in ("query", "key", "value", "out")),
         *((name, _Norm) for name in ("query_norm", "key_norm")),
-        *((name, ctypes.c_void_p) for name in ("x", "cosines", "sines", "new_key", "new_value", "keys", "values", "y")),
-        *((name, ctypes.c_int64) for name in ("turned", "threads")),
         ("attend", ctypes.c_void_p),
-        ("attention_threads", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
         ("attention", Attention),
     ]
+
+
+class _Block(ctypes.Structure):
+    """A block as a C structure."""
+
+    _fields_ = [
+        ("attention", _Step),
+        *((name, _Norm) for name in ("before_attention", "after_attention", "before_mlp", "after_mlp")),
+        *((name, _Linear) for name in ("gate", "up", "down")),
+        ("activation", ctypes.c_void_p),
+        ("width", ctypes.c_int64),
+    ]
+
+
+class _Token(ctypes.Structure):
+    """What a token has, as a C structure."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("cosines", "sines", "allowed")),
+        *((name, ctypes.c_int64) for name in ("turned", "tokens")),
+    ]
+
+
+class Token:
+    """The token whose turn it is.
+
+    Attributes:
+        tokens: T, with this one.
+        turned: R.
+        given: the structure for C code.
+
+    Args:
+        angles: cosines and sines (1, 1, R ≤ D) of its position, contiguous, by which R of a head turn.
+        allowed_111T: as `besa.kernels.attention.allows` it.
+        tokens: T.
+    """
+
+    def __init__(self, angles: tuple[Tensor, Tensor], allowed_111T: Tensor | None, tokens: int) -> None:
+        self.tokens, self.turned = tokens, angles[0].size(2)
+        self._angles, self._allowed_111T = angles, allowed_111T  # which must live
+        self.given = _Token(
+            angles[0].data_ptr(),
+            angles[1].data_ptr(),
+            None if allowed_111T is None else allowed_111T.data_ptr(),
+            self.turned,
+            tokens,
+        )
+
+
+class Place(NamedTuple):
+    """Where a layer of a cache has its keys (1, K, T, D) and values; D follow each other, and T do.
+
+    Attributes:
+        keys: address; there is room for those of the token whose turn it is.
+        values: likewise.
+        key_head: numbers from a head to the next one.
+        value_head: likewise.
+    """
+
+    keys: int
+    values: int
+    key_head: int
+    value_head: int
 
 
 def serves(dtype: torch.dtype) -> bool:
@@ -84,7 +146,11 @@ class Step:
     transformers' Llama), then `besa.kernels.attention.attend` follows. What torch would round in between is rounded.
 
     Attributes:
+        dtype: of all tensors.
         shapes: (1, 1, I) of the input, and K and D of keys and of values.
+        out: numbers of the output.
+        room: numbers that a call needs room for.
+        given: the structure for C code.
 
     Args:
         linears: of queries, keys, values and the output; what they are made of must live.
@@ -102,54 +168,90 @@ class Step:
     ) -> None:
         (query, columns), (key, _), (value, _), (out, read) = (linear.shape for linear in linears)
         heads, shared = query // width, key // width
-        value_width, self._size = value // shared, dtype.itemsize
+        value_width = value // shared
         fit = (heads * width, shared * width, shared * value_width, heads * value_width) == (query, key, value, read)
         if not fit or heads % shared or any(linear.shape[1] != columns for linear in linears[:3]):
             raise ValueError("the linears of an attention module do not fit together")
-        self.shapes = (1, 1, columns), (shared, width), (shared, value_width)
-        self._room, self._out = query + key + value + heads * value_width, out
-        self._parts = [self._size * end for end in (query, query + key, query + key + value)]
-        given = _Step(*map(_linear, linears), *(_norm(each, dtype) for each in norms))
-        given.threads, given.attend = torch.get_num_threads(), address(attention.function(dtype))
-        given.attention = Attention(
-            sequences=1, heads=heads, shared=shared, width=width, value_width=value_width, query_head=width, scale=scale
+        self.dtype, self.shapes = dtype, ((1, 1, columns), (shared, width), (shared, value_width))
+        self.room, self.out = query + key + value + heads * value_width, out
+        self.given = _Step(*map(_linear, linears), *(_norm(each, dtype) for each in norms))
+        self.given.attend, self.given.threads = address(attention.function(dtype)), torch.get_num_threads()
+        self.given.attention = Attention(
+            sequences=1,
+            heads=heads,
+            shared=shared,
+            width=width,
+            value_width=value_width,
+            query_head=width,
+            key_token=width,
+            value_token=value_width,
+            share=attention.SHARE,
+            scale=scale,
         )
-        self._given, self._function = bytes(given), _function(dtype)
+        self._function = _function("attend", dtype, 6)
 
-    def __call__(
-        self,
-        x_11I: Tensor,
-        angles: tuple[Tensor, Tensor],
-        keys_1KTD: Tensor,
-        values_1KTD: Tensor,
-        allowed_111T: Tensor | None,
-    ) -> Tensor:
-        """The output (1, 1, I) for the last of T tokens, whose key and value are written.
+    def __call__(self, x_11I: Tensor, token: Token, place: Place) -> Tensor:
+        """The output (1, 1, I) for a token, whose key and value are written.
 
         Args:
             x_11I: input of the module, contiguous; it and the cache have the `shapes`.
-            angles: cosines and sines (1, 1, R ≤ D) of the token's position, contiguous, by which R of a head turn.
-            keys_1KTD: of all tokens, with room for those of the last one. D follow each other, and T do.
-            values_1KTD: as of the keys.
-            allowed_111T: as `besa.kernels.attention.allows` it.
+            token: the last of those that are cached.
+            place: in the cache.
         """
-        room, y_11I = x_11I.new_empty(self._room), x_11I.new_empty(1, 1, self._out)
-        given, place, last = _Step.from_buffer_copy(self._given), room.data_ptr(), keys_1KTD.size(2) - 1
-        keys, values = keys_1KTD.data_ptr(), values_1KTD.data_ptr()
-        of = given.attention
-        given.x, given.y = x_11I.data_ptr(), y_11I.data_ptr()
-        given.cosines, given.sines, given.turned = angles[0].data_ptr(), angles[1].data_ptr(), angles[0].size(2)
-        given.new_key = keys + self._size * last * of.width
-        given.new_value = values + self._size * last * of.value_width
-        of.query = place
-        given.keys, given.values, of.out = (place + part for part in self._parts)
-        of.keys, of.values, of.tokens = keys, values, last + 1
-        of.allowed = None if allowed_111T is None else allowed_111T.data_ptr()
-        of.key_head, of.key_token = keys_1KTD.stride(1), of.width
-        of.value_head, of.value_token = values_1KTD.stride(1), of.value_width
-        given.attention_threads = attention.threads(of)
-        self._function(ctypes.addressof(given))
+        room, y_11I = x_11I.new_empty(self.room), x_11I.new_empty(1, 1, self.out)
+        places = (ctypes.c_int64 * 4)(*place)
+        structures = map(ctypes.addressof, (self.given, token.given, places))
+        self._function(*structures, x_11I.data_ptr(), room.data_ptr(), y_11I.data_ptr())
         return y_11I
+
+
+class Block:
+    """A step of a whole block of bfloat16: attention, then the MLP, each with its norms and added to what it reads.
+
+    Attributes:
+        attention: its step.
+        room: numbers that a call needs room for.
+        given: the structure for C code.
+
+    Args:
+        attention: its step.
+        norms: before and after attention, before and after the MLP; or None.
+        linears: gate, up and down of the MLP; what they are made of must live.
+        activation: of each number of bfloat16 (65536,), by its bits.
+
+    Raises:
+        ValueError: the parts do not fit together.
+    """
+
+    def __init__(
+        self, attention: Step, norms: Sequence[Norm | None], linears: Sequence[Linear], activation: Tensor
+    ) -> None:
+        (inner, columns), up, down = (linear.shape for linear in linears)
+        widths = {norm.weight.numel() for norm in norms if norm is not None} | {columns, attention.out}
+        fit = attention.shapes[0] == (1, 1, columns) and (up, down) == ((inner, columns), (columns, inner))
+        if not fit or len(widths) > 1 or activation.shape != (1 << 16,):
+            raise ValueError("the parts of a block do not fit together")
+        self.attention, self._activation = attention, activation  # which must live
+        self.room = 2 * (columns + inner) + attention.room
+        self.given = _Block(attention.given, *(_norm(each, torch.bfloat16) for each in norms), *map(_linear, linears))
+        self.given.activation, self.given.width = activation.data_ptr(), columns
+
+
+def passed(blocks: Sequence[Block], x_11I: Tensor, token: Token, places: Sequence[Place]) -> Tensor:
+    """Outputs (blocks, 1, 1, I) of blocks that follow each other, for a token whose keys and values are written.
+
+    Args:
+        blocks: one or more, of one width.
+        x_11I: input of the first one, contiguous.
+        token: the last of those that are cached.
+        places: in the cache, of each block.
+    """
+    y_B11I, room = x_11I.new_empty(len(blocks), *x_11I.shape), x_11I.new_empty(max(block.room for block in blocks))
+    structures = (ctypes.c_void_p * len(blocks))(*(ctypes.addressof(block.given) for block in blocks))
+    numbers = (ctypes.c_int64 * (4 * len(places)))(*chain.from_iterable(places))
+    given = *map(ctypes.addressof, (token.given, numbers)), x_11I.data_ptr(), room.data_ptr(), y_B11I.data_ptr()
+    _function("pass", torch.bfloat16, 7)(ctypes.addressof(structures), len(blocks), *given)
+    return y_B11I
 
 
 def _linear(linear: Linear) -> _Linear:
@@ -163,9 +265,9 @@ def _norm(of: Norm | None, dtype: torch.dtype) -> _Norm:
 
 
 @cache
-def _function(dtype: torch.dtype) -> Callable[[int], None]:
+def _function(work: str, dtype: torch.dtype, arguments: int) -> Callable[..., None]:
     kernels = load(SOURCE)
     assert kernels is not None
-    function = kernels[f"decode_{str(dtype).removeprefix('torch.')}"]
-    function.argtypes, function.restype = [ctypes.c_void_p], None
+    function = kernels[f"{work}_{str(dtype).removeprefix('torch.')}"]
+    function.argtypes, function.restype = [ctypes.c_int64] * arguments, None
     return function

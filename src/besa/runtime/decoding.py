@@ -6,17 +6,21 @@ parts; only its `forward` differs, and computes what it always did where the ker
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from besa.kernels import attention
-from besa.kernels.decoding import Linear, Step, serves
-from besa.runtime.growing import grow
+from besa.kernels.decoding import Linear, Norm, Step, Token, serves
+from besa.runtime.growing import room_of
+from besa.runtime.kept import Kept
 from besa.runtime.linear import SparseLinear
 from besa.runtime.norms import kernel_of
 from besa.runtime.tracing import tracing
@@ -32,20 +36,31 @@ def speed_up(model: PreTrainedModel) -> None:
     """Let the attention modules of a model decode by besa's kernel where it computes the same."""
     for module in model.modules():
         if "forward" not in vars(module) and all(hasattr(module, name) for name in (*LINEARS, "layer_idx", "scaling")):
-            turned = _turned(module, model.dtype)
-            if turned is not None:
-                module.forward = _Decoder(module, turned)
+            decoder = _decoder(module, model.dtype)
+            if decoder is not None:
+                module.forward = decoder
 
 
 def restore(model: nn.Module) -> None:
     """Undo `speed_up`."""
     for module in model.modules():
-        if isinstance(vars(module).get("forward"), _Decoder):
+        if isinstance(vars(module).get("forward"), Decoder):
             del module.forward
 
 
-class _Decoder:
+class Prepared(NamedTuple):
+    """A step of an attention module for a token, and the layer of the cache that is to grow by it."""
+
+    step: Step
+    token: Token
+    layer: DynamicLayer
+
+
+class Decoder:
     """The `forward` of an attention module that has been tried.
+
+    Attributes:
+        turned: as given.
 
     Args:
         module: the attention module.
@@ -53,9 +68,8 @@ class _Decoder:
     """
 
     def __init__(self, module: Any, turned: int) -> None:
-        self._module, self._turned = module, turned
-        self._step: Step | None = None
-        self._of: list[object] = []  # what the step is made of
+        self._module, self.turned = module, turned
+        self._step = Kept[Step](module, self._made)
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         """What the family's own `forward` gives."""
@@ -63,18 +77,33 @@ class _Decoder:
             return found, None
         return type(self._module).forward(self._module, *inputs, **named)
 
-    def decoded(
+    def decoded(self, hidden_states: Tensor | None = None, **named: Any) -> Tensor | None:
+        """The module's output for one more token; None, with nothing changed, if this is no such call.
+
+        Args:
+            hidden_states: as the family's own `forward` takes it, as are all others.
+            named: see there.
+        """
+        found = self.prepared(hidden_states, **named)
+        if found is None or hidden_states is None:
+            return None
+        room = room_of(found.layer)
+        output = found.step(hidden_states.contiguous(), found.token, room.place)
+        room.grow(found.layer)
+        return output
+
+    def prepared(
         self,
         hidden_states: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         **others: Any,
-    ) -> Tensor | None:
-        """The module's output for one more token; None, with nothing changed, if this is no such call.
+    ) -> Prepared | None:
+        """What a step for one more token is given; None if this is no such call.
 
         Args:
-            hidden_states: as the family's own `forward` takes it, as are all others.
+            hidden_states: as the family's own `forward` takes it, as are all others; of a block, the block's.
             position_embeddings: see there.
             attention_mask: see there.
             past_key_values: see there.
@@ -89,112 +118,122 @@ class _Decoder:
             or module.training
             or tracing()
             or torch.is_autocast_enabled("cpu")
+            or _has_any_global_hook()
             or module.config._attn_implementation != "sdpa"
             or any(value for name, value in others.items() if name not in UNUSED)
         ):
             return None
-        layer = _layer(past_key_values, module.layer_idx)
-        if layer is None or len(layer.keys) != 1:
+        step = self.step(hidden_states.dtype)
+        layer = None if step is None else layer_of(past_key_values, module.layer_idx, step)
+        if step is None or layer is None or hidden_states.shape != step.shapes[0]:
             return None
-        if attention_mask is not None and not attention.allows(attention_mask, 1, layer.keys.size(2) + 1):
+        tokens = layer.keys.size(2) + 1
+        if attention_mask is not None and not attention.allows(attention_mask, 1, tokens):
             return None
-        if not all(each.shape == (1, 1, self._turned) for each in position_embeddings):
+        if not all(each.shape == (1, 1, self.turned) for each in position_embeddings):
             return None
-        dtype = hidden_states.dtype
-        tensors = (hidden_states, layer.keys, layer.values, *position_embeddings)
-        if not all(tensor.is_cpu and tensor.dtype == dtype for tensor in tensors):
-            return None
-        step = self._ready(dtype)
-        if step is None or step.shapes != (hidden_states.shape, layer.keys.shape[1::2], layer.values.shape[1::2]):
+        if not all(each.is_cpu and each.dtype == step.dtype for each in (hidden_states, *position_embeddings)):
             return None
         cosines, sines = (each.contiguous() for each in position_embeddings)
-        return step(hidden_states.contiguous(), (cosines, sines), *grow(layer), attention_mask)
+        return Prepared(step, Token((cosines, sines), attention_mask, tokens), layer)
 
-    def _ready(self, dtype: torch.dtype) -> Step | None:
+    def step(self, dtype: torch.dtype) -> Step | None:
         """The step for the module as it is now; None if a part has no kernel, or something hangs on it."""
-        parts = self._module._modules
-        linears = [parts[name] for name in LINEARS]
-        norms = [parts.get(name) for name in NORMS]
-        if not all(type(linear) is SparseLinear for linear in linears):
+        return self._step.now(dtype, torch.get_num_threads())
+
+    def _made(self, dtype: torch.dtype, threads: int) -> Step | None:
+        assert threads == torch.get_num_threads()
+        linears, norms = linears_of(self._module, LINEARS, dtype), norms_of(self._module, NORMS, dtype)
+        if linears is None or norms is None:
             return None
-        if any(part._forward_hooks or part._forward_pre_hooks for part in (*linears, *norms) if part is not None):
-            return None
-        tensors = [*(linear.bias for linear in linears), *(getattr(norm, "weight", None) for norm in norms)]
-        places = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-        forwards = [vars(norm).get("forward") for norm in norms if norm is not None]
-        products = [linear.product for linear in linears]
-        made_of = [dtype, torch.get_num_threads(), *places, *forwards, *products]
-        if made_of != self._of:
-            self._step, self._of = _step(self._module, dtype), made_of
-        return self._step
+        return Step(linears, norms, self._module.head_dim, self._module.scaling, dtype)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """For copies: without what holds addresses in memory."""
-        return {**self.__dict__, "_step": None, "_of": []}
+    def same(self, usual: Callable[..., Any], ours: Callable[..., Tensor | None], dtype: torch.dtype) -> bool:
+        """Whether two functions compute the same numbers of random ones, and cache the same: no rounding may differ.
+
+        Args:
+            usual: of the module, or of the block that it is in.
+            ours: in its place.
+            dtype: of the numbers.
+        """
+        module, generator = self._module, torch.Generator().manual_seed(0)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(dtype)
+
+        shared = module.k_proj.out_features // module.head_dim
+        keys = random(1, shared, BEFORE, module.head_dim)
+        values = random(1, shared, BEFORE, module.v_proj.out_features // shared)
+        angles = random(1, 1, self.turned)
+        named: dict[str, Any] = {
+            "hidden_states": random(1, 1, module.q_proj.in_features),
+            "position_embeddings": (angles.cos(), angles.sin()),
+            "attention_mask": torch.tensor([True, False, True, True]).view(1, 1, 1, BEFORE + 1),
+        }
+        caches = DynamicCache(), DynamicCache()
+        for past in caches:
+            past.update(keys, values, module.layer_idx)
+        expected = usual(**named, past_key_values=caches[0])
+        found = ours(**named, past_key_values=caches[1])
+        if not isinstance(expected, Tensor) or found is None:
+            return False
+        left, right = (past.layers[module.layer_idx] for past in caches)
+        pairs = (expected, found), (left.keys, right.keys), (left.values, right.values)
+        return all(torch.equal(*pair) for pair in pairs)
 
 
-def _step(module: Any, dtype: torch.dtype) -> Step | None:
-    """A step of a module; None if a linear or a norm has no kernel for this dtype."""
-    linears, norms = [], []
-    for linear in (getattr(module, name) for name in LINEARS):
-        entry = linear.product.entry(dtype)
+def linears_of(module: Any, names: Sequence[str], dtype: torch.dtype) -> list[Linear] | None:
+    """What kernels are given of a module's linears; None if one has no kernel for this dtype."""
+    found = []
+    for linear in (getattr(module, name) for name in names):
+        own = type(linear) is SparseLinear and "forward" not in vars(linear)
+        entry = linear.product.entry(dtype) if own else None
         if entry is None or (linear.bias is not None and linear.bias.dtype != dtype):
             return None
-        linears.append(Linear(entry, linear.bias, (linear.out_features, linear.in_features)))
-    for norm in (getattr(module, name, None) for name in NORMS):
+        found.append(Linear(entry, linear.bias, (linear.out_features, linear.in_features)))
+    return found
+
+
+def norms_of(module: Any, names: Sequence[str], dtype: torch.dtype) -> list[Norm | None] | None:
+    """What kernels are given of a module's norms, None for each that it lacks; None if one has no kernel."""
+    found = []
+    for norm in (module._modules.get(name) for name in names):
         kernel = None if norm is None else kernel_of(norm)
         if norm is not None and (kernel is None or kernel.weight.dtype != dtype):
             return None
-        norms.append(kernel)
-    return Step(linears, norms, module.head_dim, module.scaling, dtype)
+        found.append(kernel)
+    return found
 
 
-def _layer(past: Cache | None, index: int) -> DynamicLayer | None:
-    """The layer of a cache, if it has tokens and grows with each."""
+def layer_of(past: Cache | None, index: int, step: Step) -> DynamicLayer | None:
+    """The layer of a cache, if it has tokens of one sequence, grows with each and fits to a step."""
     if past is None or type(past) is not DynamicCache or past.offloading or index >= len(past.layers):
         return None
     layer: Any = past.layers[index]
-    return layer if type(layer) is DynamicLayer and layer.get_seq_length() > 0 else None
+    if type(layer) is not DynamicLayer or layer.get_seq_length() == 0:
+        return None
+    keys, values = layer.keys, layer.values
+    shapes = step.shapes == (step.shapes[0], keys.shape[1::2], values.shape[1::2]) and len(keys) == 1
+    dtypes = keys.dtype == values.dtype == step.dtype
+    return layer if shapes and dtypes and keys.is_cpu and values.is_cpu else None
 
 
 @torch.inference_mode()
-def _turned(module: Any, dtype: torch.dtype) -> int | None:
-    """How many numbers of a head are turned; None if a module does something else, or there is no kernel."""
+def _decoder(module: Any, dtype: torch.dtype) -> Decoder | None:
+    """The decoder of an attention module; None if it does something else, or there is no kernel."""
     on_cpu = all(tensor.device.type == "cpu" for tensor in module.state_dict().values())
     if not on_cpu or not serves(dtype):
         return None
     with torch.device("cpu"):  # whatever the program's default is
         for part in (1, 2, 4):
             with suppress(*UNLIKE):
-                turned: int = module.head_dim // part
-                if _same(module, turned, dtype):
-                    return turned
+                decoder = Decoder(module, module.head_dim // part)
+                if decoder.same(partial(_usual, module), decoder.decoded, dtype):
+                    return decoder
     return None
 
 
-def _same(module: Any, turned: int, dtype: torch.dtype) -> bool:
-    """Whether a module computes the same numbers as a decoder of random ones, and caches the same."""
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(dtype)
-
-    shared = module.k_proj.out_features // module.head_dim
-    keys = random(1, shared, BEFORE, module.head_dim)
-    values = random(1, shared, BEFORE, module.v_proj.out_features // shared)
-    angles = random(1, 1, turned)
-    named: dict[str, Any] = {
-        "hidden_states": random(1, 1, module.q_proj.in_features),
-        "position_embeddings": (angles.cos(), angles.sin()),
-        "attention_mask": torch.tensor([True, False, True, True]).view(1, 1, 1, BEFORE + 1),
-    }
-    usual, ours = DynamicCache(), DynamicCache()
-    for past in (usual, ours):
-        past.update(keys, values, module.layer_idx)
-    expected, weights = type(module).forward(module, **named, past_key_values=usual)
-    found = _Decoder(module, turned).decoded(**named, past_key_values=ours)
-    if found is None or weights is not None:
-        return False
-    left, right = usual.layers[module.layer_idx], ours.layers[module.layer_idx]
-    pairs = (expected, found), (left.keys, right.keys), (left.values, right.values)
-    return all(torch.equal(*pair) for pair in pairs)
+def _usual(module: Any, **named: Any) -> Any:
+    """The output of an attention module as its family computes it, which knows no weights of attention."""
+    output, weights = type(module).forward(module, **named)
+    return output if weights is None else None

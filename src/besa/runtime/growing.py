@@ -5,45 +5,57 @@ Shape suffixes: N sequences, K heads of keys and values, T tokens, D numbers of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from besa.kernels.decoding import Place
+
 MORE = 128  # tokens that there is room for at a time
 
 
-@dataclass
-class _Room:
-    """Keys and values with room behind them, and the part of each that the cache has.
+class Room:
+    """Keys and values of a layer of a cache, with room behind them.
 
-    The parts tell whether the cache still is as it was left here: whatever else changes it puts others in their place.
-    """
-
-    keys_NKTD: Tensor
-    values_NKTD: Tensor
-    parts: tuple[Tensor, Tensor]
-
-
-_ROOMS: WeakKeyDictionary[DynamicLayer, _Room] = WeakKeyDictionary()  # not in the layers, which are copied and pickled
-
-
-def grow(layer: DynamicLayer) -> tuple[Tensor, Tensor]:
-    """Keys and values of a layer of a cache with room for one more token, whose numbers are yet to be written.
+    Attributes:
+        place: for kernels.
 
     Args:
-        layer: one that has tokens, and grows with each.
+        layer: that has tokens, and grows with each.
     """
-    room, tokens = _ROOMS.get(layer), layer.keys.size(2)
-    own = room is not None and room.parts[0] is layer.keys and room.parts[1] is layer.values
-    if room is None or not own or tokens == room.keys_NKTD.size(2):
-        room = _Room(_larger(layer.keys), _larger(layer.values), (layer.keys, layer.values))
-        _ROOMS[layer] = room
-    room.parts = room.keys_NKTD[:, :, : tokens + 1], room.values_NKTD[:, :, : tokens + 1]
-    layer.keys, layer.values = room.parts
-    return room.parts
+
+    def __init__(self, layer: DynamicLayer) -> None:
+        self._keys_NKTD, self._values_NKTD = _larger(layer.keys), _larger(layer.values)
+        self._parts = layer.keys, layer.values  # what the layer has of them, or had as they were made
+        addresses = self._keys_NKTD.data_ptr(), self._values_NKTD.data_ptr()
+        self.place = Place(*addresses, self._keys_NKTD.stride(1), self._values_NKTD.stride(1))
+
+    def serves(self, layer: DynamicLayer) -> bool:
+        """Whether one more token fits in, and the layer is as it was left here.
+
+        Whatever else changes a layer puts other tensors in the place of its own.
+        """
+        keys, values = self._parts
+        return keys is layer.keys and values is layer.values and keys.size(2) < self._keys_NKTD.size(2)
+
+    def grow(self, layer: DynamicLayer) -> None:
+        """Let the layer have one more token, whose numbers are written."""
+        tokens = layer.keys.size(2) + 1
+        self._parts = self._keys_NKTD.narrow(2, 0, tokens), self._values_NKTD.narrow(2, 0, tokens)
+        layer.keys, layer.values = self._parts
+
+
+_ROOMS: WeakKeyDictionary[DynamicLayer, Room] = WeakKeyDictionary()  # not in the layers, which are copied and pickled
+
+
+def room_of(layer: DynamicLayer) -> Room:
+    """The room of a layer for one more token, which is its next one until it grows."""
+    room = _ROOMS.get(layer)
+    if room is None or not room.serves(layer):
+        room = _ROOMS[layer] = Room(layer)
+    return room
 
 
 def _larger(part_NKTD: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from besa.checkpoint.checking import check_layout, check_packed
 from besa.errors import BesaError
 from besa.models.ends import ends
 from besa.models.layout import renaming
-from besa.runtime import attention, decoding, norms
+from besa.runtime import attention, block_decoding, decoding, norms
 from besa.runtime.coded import Coded, CodedEmbedding, CodedLinear
 from besa.runtime.dense import DenseLinear
 from besa.runtime.linear import SparseLinear
@@ -190,6 +190,7 @@ def finish(model: PreTrainedModel, packed: Stored) -> PreTrainedModel:
     attention.speed_up(model)
     norms.speed_up(model)
     decoding.speed_up(model)
+    block_decoding.speed_up(model)
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
             part.save_pretrained = partial(_refuse_part, part)
@@ -225,6 +226,7 @@ def make_dense(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     attention.restore(model)
     norms.restore(model)
     decoding.restore(model)
+    block_decoding.restore(model)
     for part in model.modules():
         vars(part).pop("save_pretrained", None)  # its class has one for dense models
     vars(model).pop("_apply", None)

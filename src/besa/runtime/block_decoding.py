@@ -1,0 +1,264 @@
+"""Blocks of packed models in bfloat16: while one sequence is decoded, all that follow each other are one call.
+
+It goes beyond `besa.runtime.decoding`, where attention modules are. What a block computes is found by trying it, too,
+and which block follows it by looking on.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from functools import partial
+from threading import local
+from typing import Any, NamedTuple
+from weakref import ReferenceType, ref
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from besa.kernels.decoding import Block, passed
+from besa.runtime.decoding import UNLIKE, UNUSED, Decoder, Prepared, layer_of, linears_of, norms_of
+from besa.runtime.growing import Room, room_of
+from besa.runtime.kept import Kept
+from besa.runtime.tracing import tracing
+
+LINEARS = ("gate_proj", "up_proj", "down_proj")
+NORMS = (  # before and after attention, before and after the MLP, as families call them
+    ("input_layernorm", "", "post_attention_layernorm", ""),
+    ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+)
+_LATEST = local()  # the latest output of a thread, and the block that it is of
+
+
+def speed_up(model: PreTrainedModel) -> None:
+    """Let the blocks of a model decode by besa's kernel where it computes the same.
+
+    Args:
+        model: whose attention modules do.
+    """
+    if model.dtype != torch.bfloat16:
+        return
+    tables: list[Tensor] = []
+    for block in model.modules():
+        decoder = None if "forward" in vars(block) else _decoder(block, tables)
+        if decoder is not None:
+            block.forward = decoder
+
+
+def restore(model: nn.Module) -> None:
+    """Undo `speed_up`."""
+    for module in model.modules():
+        if isinstance(vars(module).get("forward"), BlockDecoder):
+            del module.forward
+
+
+class _Ahead(NamedTuple):
+    """A block's output that is computed before the block is called, and what it is of.
+
+    Attributes:
+        by: the block before it, whose call did that.
+        output: (1, 1, I).
+        input: (1, 1, I), nobody else's.
+        token: arguments of the call: rotary embedding and mask.
+        past: the cache, and the room in its layer.
+    """
+
+    by: BlockDecoder
+    output: Tensor
+    input: Tensor
+    token: tuple[object, object]
+    past: tuple[ReferenceType[DynamicCache], ReferenceType[Room]]
+
+    def taken(
+        self,
+        index: int,
+        hidden_states: Tensor,
+        position_embeddings: object = None,
+        attention_mask: object = None,
+        past_key_values: Any = None,
+        **others: Any,
+    ) -> bool:
+        """Whether the block is called with just this; its layer of the cache has grown then.
+
+        Args:
+            index: of the layer.
+            hidden_states: as the family's own `forward` takes it, as are all others.
+            position_embeddings: see there.
+            attention_mask: see there.
+            past_key_values: see there.
+            others: see there.
+        """
+        embeddings, mask = self.token
+        past: Any = self.past[0]()
+        room = self.past[1]()
+        if (
+            position_embeddings is not embeddings
+            or attention_mask is not mask
+            or past is None
+            or room is None
+            or past_key_values is not past
+            or not isinstance(layer := past.layers[index], DynamicLayer)
+            or not room.serves(layer)
+            or hidden_states.dtype != self.input.dtype
+            or not hidden_states.is_cpu
+            or not torch.equal(hidden_states, self.input)
+            or any(value for name, value in others.items() if name not in UNUSED)
+        ):
+            return False
+        room.grow(layer)
+        return True
+
+
+class BlockDecoder:
+    """The `forward` of a block that has been tried.
+
+    A block that knows which one reads its output computes that one's as well, and so on, all in one call. Each keeps
+    its own until it is called with just the input that it was computed of: whatever is done to outputs or caches in
+    between is met. Two blocks are no longer taken together as soon as that was in vain.
+
+    Args:
+        block: its module.
+        norms: names of the norms, as of `NORMS`.
+        table: what the activation gives for each number of bfloat16 (65536,), by its bits.
+    """
+
+    def __init__(self, block: Any, norms: tuple[str, ...], table: Tensor) -> None:
+        self._block, self._norms, self._table = block, norms, table
+        self._activation = block.mlp.act_fn
+        self._step = Kept[Block](block, self._made)
+        self._next: ReferenceType[BlockDecoder] | None = None
+        self._alone = False
+        self._ahead: _Ahead | None = None
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        """What the family's own `forward` gives."""
+        found = self.decoded(*inputs, **named) if len(inputs) < 2 else None
+        return type(self._block).forward(self._block, *inputs, **named) if found is None else found
+
+    def decoded(self, hidden_states: Tensor | None = None, **named: Any) -> Tensor | None:
+        """The block's output for one more token; None, with nothing changed, if this is no such call.
+
+        Args:
+            hidden_states: as the family's own `forward` takes it, as are all others.
+            named: see there.
+        """
+        if hidden_states is None or tracing():
+            return None
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead.taken(self._block.self_attn.layer_idx, hidden_states, **named):
+            return ahead.output
+        if ahead is not None:
+            ahead.by._part()
+            self._forget()
+        output, decoder = getattr(_LATEST, "found", (None, None))
+        before = decoder() if decoder is not None and output is hidden_states else None
+        if before is not None and not before._alone:
+            before._next = ref(self)
+        return self._computed(hidden_states, **named)
+
+    def _computed(self, hidden_states: Tensor, **named: Any) -> Tensor | None:
+        """The same, computed, as are the outputs of those that follow."""
+        attends = vars(self._block.self_attn).get("forward")
+        found = attends.prepared(hidden_states, **named) if type(attends) is Decoder else None
+        if found is None:
+            return None
+        past = named["past_key_values"]
+        after: BlockDecoder | None = self
+        decoders, steps, rooms = [], [], []
+        while after is not None and after not in decoders and (ready := after._ready(found, past)) is not None:
+            decoders.append(after)
+            steps.append(ready[0])
+            rooms.append(ready[1])
+            after = after._after()
+        if not steps:
+            return None
+        outputs_B11I = passed(steps, hidden_states.contiguous(), found.token, [room.place for room in rooms])
+        inputs_B11I = outputs_B11I.clone()
+        outputs = [outputs_B11I[b] for b in range(len(steps))]
+        token = named["position_embeddings"], named.get("attention_mask")
+        for b in range(1, len(steps)):
+            past_and_room = ref(past), ref(rooms[b])
+            decoders[b]._ahead = _Ahead(decoders[b - 1], outputs[b], inputs_B11I[b - 1], token, past_and_room)
+        _LATEST.found = outputs[-1], ref(decoders[-1])
+        rooms[0].grow(found.layer)
+        return outputs[0]
+
+    def _ready(self, found: Prepared, past: Cache) -> tuple[Block, Room] | None:
+        """The step, and the room in the cache, for a token that an attention module is prepared for."""
+        step, attends = self._step.now(torch.get_num_threads()), self._block.self_attn
+        layer = None if step is None else layer_of(past, attends.layer_idx, step.attention)
+        if step is None or layer is None or layer.keys.size(2) + 1 != found.token.tokens:
+            return None
+        fits = step.attention.shapes[0] == found.step.shapes[0] and attends.forward.turned == found.token.turned
+        return (step, room_of(layer)) if fits else None
+
+    def _after(self) -> BlockDecoder | None:
+        """The block that is known to follow, as far as nothing hangs on this one or on that."""
+        after = None if self._next is None else self._next()
+        if after is None or any(each._block._forward_hooks or each._block._forward_pre_hooks for each in (self, after)):
+            return None
+        if after._ahead is not None:  # of another token, which has not been asked for
+            self._part()
+            return None
+        return after
+
+    def _part(self) -> None:
+        """Take the block that follows no more together with this one."""
+        self._next, self._alone = None, True
+
+    def _forget(self) -> None:
+        """Forget what has been computed of the blocks that follow."""
+        after = self
+        while after._next is not None and (following := after._next()) is not None and following._ahead is not None:
+            following._ahead, after = None, following
+
+    def _made(self, threads: int) -> Block | None:
+        assert threads == torch.get_num_threads()
+        attends, mlp = vars(self._block.self_attn).get("forward"), self._block.mlp
+        attention = attends.step(torch.bfloat16) if type(attends) is Decoder else None
+        linears, norms = linears_of(mlp, LINEARS, torch.bfloat16), norms_of(self._block, self._norms, torch.bfloat16)
+        if (
+            attention is None
+            or linears is None
+            or norms is None
+            or any(each.training for each in self._block.modules())
+        ):
+            return None
+        if any("forward" in vars(each) for each in mlp.modules()) or mlp.act_fn is not self._activation:
+            return None
+        return Block(attention, norms, linears, self._table)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: without other blocks."""
+        return {**self.__dict__, "_next": None, "_ahead": None}
+
+
+@torch.inference_mode()
+def _decoder(block: Any, tables: list[Tensor]) -> BlockDecoder | None:
+    """The decoder of a block; None if it does something else.
+
+    Args:
+        block: any module.
+        tables: of activations, as far as they are known; may become one more.
+    """
+    with torch.device("cpu"), suppress(*UNLIKE):  # whatever the program's default is
+        attends, activation = block.self_attn.forward, block.mlp.act_fn
+        if type(attends) is not Decoder or (isinstance(activation, nn.Module) and activation.state_dict()):
+            return None
+        table = _table(activation, tables)
+        for norms in NORMS:
+            if {"self_attn", "mlp", *filter(None, norms)} == {*block._modules}:
+                decoder = BlockDecoder(block, norms, table)
+                if attends.same(partial(type(block).forward, block), decoder.decoded, torch.bfloat16):
+                    return decoder
+    return None
+
+
+def _table(activation: Any, tables: list[Tensor]) -> Tensor:
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).roll(2**15)  # as whole numbers: 0 first
+    new: Tensor = activation(bits.view(torch.bfloat16)).view(torch.int16)
+    known = next((table for table in tables if torch.equal(table, new)), None)
+    if known is None:
+        tables.append(new)
+    return new if known is None else known

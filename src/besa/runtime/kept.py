@@ -1,0 +1,82 @@
+"""What is made of a module and kept: steps of decoding have addresses in memory, which hold until the module changes.
+
+A step is asked for each token, beside weights that leave nothing else in the processor's caches. So whether it still
+holds is found in few calls, of functions that Python has in C.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from operator import is_
+from typing import Any, Generic, TypeVar
+
+from torch import Tensor, nn
+
+Made = TypeVar("Made")
+OWN = ("forward", "training", "_product", "act_fn")  # attributes that change what a module does, beside its parts
+
+
+class Kept(Generic[Made]):
+    """What is made of a module, and made again when it has changed.
+
+    Args:
+        module: with all that it contains.
+        make: takes keys, and gives None if it cannot be made.
+    """
+
+    def __init__(self, module: nn.Module, make: Callable[..., Made | None]) -> None:
+        self._module, self._make = module, make
+        self._made: Made | None = None
+        self._as: _Unchanged | None = None
+        self._keys: tuple[Hashable, ...] | None = None
+
+    def now(self, *keys: Hashable) -> Made | None:
+        """What is made of the module as it is now; None also if something hangs on a part.
+
+        Args:
+            keys: what it depends on besides.
+        """
+        if self._as is not None and self._as.hooked():
+            return None
+        if self._as is None or keys != self._keys or not self._as.holds():
+            self._made = self._make(*keys)
+            self._as = _Unchanged(self._module)  # after that, as it may have made parts ready
+            self._keys = None if self._as.hooked() else keys
+        return None if self._keys is None else self._made
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: without what holds addresses in memory."""
+        return {**self.__dict__, "_made": None, "_as": None}
+
+
+class _Unchanged:
+    """A module as it is now: its parts and theirs, their tensors and where these are, and their functions.
+
+    Hooks of the module itself are not looked at: its own call sees to them.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        modules = [*module.modules()]
+        self._hooks = [hooks for each in modules[1:] for hooks in (each._forward_hooks, each._forward_pre_hooks)]
+        self._parts: list[dict[str, Any]] = [
+            parts for each in modules for parts in (each._modules, each._parameters, each._buffers)
+        ]
+        self._sizes = [*map(len, self._parts)]
+        places = [(parts, name) for parts in self._parts for name in parts]
+        places += [(vars(each), name) for each in modules for name in OWN]
+        self._tables, self._names = [table for table, _ in places], [name for _, name in places]
+        self._objects = [*map(dict.get, self._tables, self._names)]
+        self._tensors = [each for each in self._objects if isinstance(each, Tensor)]
+        self._addresses = [*map(Tensor.data_ptr, self._tensors)]
+
+    def hooked(self) -> bool:
+        """Whether hooks hang on a part."""
+        return any(self._hooks)
+
+    def holds(self) -> bool:
+        """Whether everything is the same."""
+        return (
+            all(map(is_, map(dict.get, self._tables, self._names), self._objects))
+            and [*map(len, self._parts)] == self._sizes
+            and [*map(Tensor.data_ptr, self._tensors)] == self._addresses
+        )
