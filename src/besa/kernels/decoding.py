@@ -153,7 +153,7 @@ class Step:
         given: the structure for C code.
 
     Args:
-        linears: of queries, keys, values and the output; what they are made of must live.
+        linears: of queries, keys, values and the output; their products must live.
         norms: of queries and of keys, of each head or of all together, as long as their weight is; or None.
         width: D of queries and keys.
         scale: of the scores.
@@ -188,7 +188,7 @@ class Step:
             share=attention.SHARE,
             scale=scale,
         )
-        self._function = _function("attend", dtype, 6)
+        self._function, self._tensors = _function("attend", dtype, 6), (linears, norms)  # which must live
 
     def __call__(self, x_11I: Tensor, token: Token, place: Place) -> Tensor:
         """The output (1, 1, I) for a token, whose key and value are written.
@@ -216,7 +216,7 @@ class Block:
     Args:
         attention: its step.
         norms: before and after attention, before and after the MLP; or None.
-        linears: gate, up and down of the MLP; what they are made of must live.
+        linears: gate, up and down of the MLP; their products must live.
         activation: of each number of bfloat16 (65536,), by its bits.
 
     Raises:
@@ -231,7 +231,7 @@ class Block:
         fit = attention.shapes[0] == (1, 1, columns) and (up, down) == ((inner, columns), (columns, inner))
         if not fit or len(widths) > 1 or activation.shape != (1 << 16,):
             raise ValueError("the parts of a block do not fit together")
-        self.attention, self._activation = attention, activation  # which must live
+        self.attention, self._tensors = attention, (norms, linears, activation)  # which must live
         self.room = 2 * (columns + inner) + attention.room
         self.given = _Block(attention.given, *(_norm(each, torch.bfloat16) for each in norms), *map(_linear, linears))
         self.given.activation, self.given.width = activation.data_ptr(), columns
