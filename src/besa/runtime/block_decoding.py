@@ -98,6 +98,7 @@ class _Ahead(NamedTuple):
             or past is None
             or room is None
             or past_key_values is not past
+            or index >= len(past.layers)
             or not isinstance(layer := past.layers[index], DynamicLayer)
             or not room.serves(layer)
             or hidden_states.dtype != self.input.dtype
