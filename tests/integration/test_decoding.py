@@ -425,6 +425,15 @@ def test_two_threads_decode_with_one_model(halves: PreTrainedModel) -> None:
             assert same(found.result(), expected)
 
 
+def test_generate_calls_all_blocks_at_once(halves: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = {"input_ids": torch.arange(5).view(1, 5), "attention_mask": torch.tensor([[0, 1, 1, 1, 1]])}
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    with counted(monkeypatch) as calls:
+        found = halves.generate(**prompt, **options)
+    assert calls == [1] * 4 + [4] * 4
+    assert torch.equal(found, usual(halves).generate(**prompt, **options))
+
+
 def test_parts_that_do_not_fit_are_refused(halves: PreTrainedModel) -> None:
     block = halves.model.layers[0]
     linears = decoding.linears_of(block.mlp, block_decoding.LINEARS, torch.bfloat16)
