@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 import besa
 from besa import BesaError, Recipe
@@ -142,6 +142,15 @@ def test_rounding_first(plain: Path, tmp_path: Path) -> None:
     assert_equal(tensors_of(tmp_path / "again"), rounded)
     assert config_of(tmp_path / "packed")["dtype"] == "bfloat16"
     assert besa.load(tmp_path / "packed").dtype == torch.bfloat16
+
+
+def test_weights_without_their_files_are_refused(plain: Path, tmp_path: Path) -> None:
+    """In one sentence, where transformers allows them."""
+    besa.pack(plain / "dense", tmp_path / "packed")
+    config = AutoConfig.from_pretrained(tmp_path / "packed")
+    weights = tensors_of(tmp_path / "packed")
+    with pytest.raises(BesaError, match="give `from_pretrained` the folder"):
+        LlamaForCausalLM.from_pretrained(None, config=config, state_dict=weights)
 
 
 def test_shards(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from besa.errors import BesaError
 from besa.storage.weights import INDEX, PACKED, SPARSE_STEM
 
 
@@ -58,9 +59,11 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         config.transformers_weights = f"{SPARSE_STEM}{INDEX if self.quantization_config.sharded else '.safetensors'}"
         return config
 
-    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: list[str], **_: Any) -> None:
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: list[str] | None, **_: Any) -> None:
         from besa.runtime.packed import lay_out
 
+        if not checkpoint_files:
+            raise BesaError("Packed weights are read from files: give `from_pretrained` the folder, no `state_dict`.")
         del model.config.transformers_weights  # in a saved config.json it would lead programs without besa to the file
         self._packed = lay_out(model, [Path(file) for file in checkpoint_files])
 
