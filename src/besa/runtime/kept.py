@@ -28,7 +28,8 @@ class Kept(Generic[Made]):
         self._module, self._make = module, make
         self._made: Made | None = None
         self._as: _Unchanged | None = None
-        self._keys: tuple[Hashable, ...] | None = None
+        self._keys: tuple[Hashable, ...] = ()
+        self._hooked = False
 
     def now(self, *keys: Hashable) -> Made | None:
         """What is made of the module as it is now; None also if something hangs on a part.
@@ -36,13 +37,12 @@ class Kept(Generic[Made]):
         Args:
             keys: what it depends on besides.
         """
-        if self._as is not None and self._as.hooked():
-            return None
-        if self._as is None or keys != self._keys or not self._as.holds():
+        as_made = self._as
+        if as_made is None or keys != self._keys or as_made.hooked() != self._hooked or not as_made.holds():
             self._made = self._make(*keys)
-            self._as = _Unchanged(self._module)  # after that, as it may have made parts ready
-            self._keys = None if self._as.hooked() else keys
-        return None if self._keys is None else self._made
+            self._as, self._keys = _Unchanged(self._module), keys  # after that, as it may have made parts ready
+            self._hooked = self._as.hooked()
+        return None if self._hooked else self._made
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: without what holds addresses in memory."""
