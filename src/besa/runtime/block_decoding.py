@@ -1,7 +1,9 @@
 """Blocks of packed models in bfloat16: while one sequence is decoded, all that follow each other are one call.
 
 It goes beyond `besa.runtime.decoding`, where attention modules are. What a block computes is found by trying it, too,
-and which block follows it by looking on.
+and which block follows another is learned from the first token.
+
+Shape suffixes: B blocks, I columns.
 """
 
 from __future__ import annotations
@@ -115,8 +117,8 @@ class BlockDecoder:
     """The `forward` of a block that has been tried.
 
     A block that knows which one reads its output computes that one's as well, and so on, all in one call. Each keeps
-    its own until it is called with just the input that it was computed of: whatever is done to outputs or caches in
-    between is met. Two blocks are no longer taken together as soon as that was in vain.
+    its own until it is called with just the input that it was computed of: so whatever is done to outputs or caches in
+    between is respected. Two blocks are no longer computed together once that was in vain.
 
     Args:
         block: its module.
@@ -257,6 +259,7 @@ def _decoder(block: Any, tables: list[Tensor]) -> BlockDecoder | None:
 
 
 def _table(activation: Any, tables: list[Tensor]) -> Tensor:
+    """What an activation gives for each number of bfloat16 (65536,), by its bits; one of `tables` if it is there."""
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).roll(2**15)  # as whole numbers: 0 first
     new: Tensor = activation(bits.view(torch.bfloat16)).view(torch.int16)
     known = next((table for table in tables if torch.equal(table, new)), None)
