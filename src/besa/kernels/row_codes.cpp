@@ -1,7 +1,7 @@
 // y = x Wᵀ for a dense matrix of codes of eight bits, whose rows have a step each (besa.storage.formats.row_codes).
 //
-// Codes become floats in registers, so that nothing is rounded but sums. The matrix is read once for some rows of x;
-// the rows after those that are multiplied are fetched meanwhile.
+// Codes become floats in registers, so that nothing is rounded but sums. The matrix is read once for some rows of x, and
+// fetched ahead.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -17,6 +17,7 @@ namespace {
 
 constexpr int64_t TOGETHER = 4;  // rows of the matrix, and rows of x, whose sums the registers hold
 constexpr int64_t LANES = 16;
+constexpr int64_t AHEAD = 1536;  // bytes
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 
 // Codes as floats; compilers make single ones of them where this is left to a conversion of vectors.
@@ -40,17 +41,19 @@ AVX512 inline void widen_avx512(const int8_t* codes, Floats& w) {
 }
 #endif
 
-// The products of R rows of the matrix and N rows of x, whose columns are as many.
+// The products of R rows of the matrix, each so many after the last, and N rows of x, whose columns are as many.
 template <int R, int N, auto WIDEN>
-inline void multiplied(const int8_t* codes, const float* x, int64_t columns, int64_t rows, float* y) {
+inline void multiplied(const int8_t* codes, int64_t each, int64_t ahead, const float* x, int64_t columns, int64_t rows,
+                       float* y) {
+    const int64_t apart = each * columns;
     Floats sums[R][N] = {};
     int64_t i = 0;
     for (; i + LANES <= columns; i += LANES) {
         Floats of_x[N], of_w[R];
         for (int n = 0; n < N; ++n) std::memcpy(&of_x[n], x + n * columns + i, sizeof of_x[n]);
         for (int r = 0; r < R; ++r) {
-            if (i % 64 == 0) __builtin_prefetch(codes + (r + R) * columns + i);
-            WIDEN(codes + r * columns + i, of_w[r]);
+            if (i % 64 == 0) __builtin_prefetch(codes + r * apart + i + ahead);
+            WIDEN(codes + r * apart + i, of_w[r]);
         }
         for (int r = 0; r < R; ++r)
             for (int n = 0; n < N; ++n) sums[r][n] += of_w[r] * of_x[n];
@@ -59,31 +62,48 @@ inline void multiplied(const int8_t* codes, const float* x, int64_t columns, int
         for (int n = 0; n < N; ++n) {
             float sum = 0;
             for (int64_t lane = 0; lane < LANES; ++lane) sum += sums[r][n][lane];
-            for (int64_t rest = i; rest < columns; ++rest) sum += float(codes[r * columns + rest]) * x[n * columns + rest];
-            y[n * rows + r] = sum;
+            for (int64_t rest = i; rest < columns; ++rest) sum += float(codes[r * apart + rest]) * x[n * columns + rest];
+            y[n * rows + r * each] = sum;
         }
 }
 
+// Neighbouring rows at once, while those after them are fetched.
 template <int N, auto WIDEN>
-inline void part(const int8_t* codes, const float* x, int64_t columns, int64_t rows, int64_t first, int64_t last,
+inline void near(const int8_t* codes, const float* x, int64_t columns, int64_t rows, int64_t first, int64_t last,
                  float* y) {
     int64_t row = first;
     for (; row + TOGETHER <= last; row += TOGETHER)
-        multiplied<TOGETHER, N, WIDEN>(codes + row * columns, x, columns, rows, y + row);
-    for (; row < last; ++row) multiplied<1, N, WIDEN>(codes + row * columns, x, columns, rows, y + row);
+        multiplied<TOGETHER, N, WIDEN>(codes + row * columns, 1, TOGETHER * columns, x, columns, rows, y + row);
+    for (; row < last; ++row) multiplied<1, N, WIDEN>(codes + row * columns, 1, columns, x, columns, rows, y + row);
+}
+
+// Rows from some places at once, each read to its end and on: memory gives more then.
+template <int N, auto WIDEN>
+inline void far(const int8_t* codes, const float* x, int64_t columns, int64_t rows, int64_t first, int64_t last,
+                float* y) {
+    const int64_t each = (last - first) / TOGETHER;
+    int64_t row = first;
+    for (; row < first + each; ++row)
+        multiplied<TOGETHER, N, WIDEN>(codes + row * columns, each, AHEAD, x, columns, rows, y + row);
+    for (row += (TOGETHER - 1) * each; row < last; ++row)
+        multiplied<1, N, WIDEN>(codes + row * columns, 1, AHEAD, x, columns, rows, y + row);
 }
 
 // Some rows of the matrix and all rows of x.
 template <auto WIDEN>
 inline void all(const int8_t* codes, const float* x, int64_t batch, int64_t columns, int64_t rows, int64_t first,
                 int64_t last, float* y) {
+    if (batch == 1) return far<1, WIDEN>(codes, x, columns, rows, first, last, y);
+    if (batch == 2) return far<2, WIDEN>(codes, x, columns, rows, first, last, y);
+    if (batch == 3) return far<3, WIDEN>(codes, x, columns, rows, first, last, y);
+    if (batch == 4) return far<4, WIDEN>(codes, x, columns, rows, first, last, y);
     constexpr int64_t BLOCK = 16 * TOGETHER;  // rows of the matrix that stay in the first caches while rows of x pass
     for (int64_t begin = first; begin < last; begin += BLOCK) {
         const int64_t end = std::min(last, begin + BLOCK);
         int64_t n = 0;
         for (; n + TOGETHER <= batch; n += TOGETHER)
-            part<TOGETHER, WIDEN>(codes, x + n * columns, columns, rows, begin, end, y + n * rows);
-        for (; n < batch; ++n) part<1, WIDEN>(codes, x + n * columns, columns, rows, begin, end, y + n * rows);
+            near<TOGETHER, WIDEN>(codes, x + n * columns, columns, rows, begin, end, y + n * rows);
+        for (; n < batch; ++n) near<1, WIDEN>(codes, x + n * columns, columns, rows, begin, end, y + n * rows);
     }
 }
 

@@ -13,7 +13,8 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor, nn
 
 Made = TypeVar("Made")
-OWN = ("forward", "training", "_product", "act_fn")  # attributes that change what a module does, beside its parts
+PRODUCT = "_product"  # of a packed linear, which forgets it when its numbers change
+OWN = ("forward", "training", "act_fn")  # attributes that change what any other module does, beside its parts
 
 
 class Kept(Generic[Made]):
@@ -52,21 +53,29 @@ class Kept(Generic[Made]):
 class _Unchanged:
     """A module as it is now: its parts and theirs, their tensors and where these are, and their functions.
 
-    Hooks of the module itself are not looked at: its own call sees to them.
+    Where the tensors of packed linears are is not asked, as these are most of all: who moves one puts another in its
+    place. Hooks of the module itself are not looked at: its own call sees to them.
     """
 
     def __init__(self, module: nn.Module) -> None:
         modules = [*module.modules()]
         self._hooks = [hooks for each in modules[1:] for hooks in (each._forward_hooks, each._forward_pre_hooks)]
-        self._parts: list[dict[str, Any]] = [
-            parts for each in modules for parts in (each._modules, each._parameters, each._buffers)
-        ]
+        self._parts: list[dict[str, Any]] = []
+        places: list[tuple[dict[str, Any], str]] = []
+        tensors: list[Tensor | None] = []
+        self._memory: list[Tensor] = []  # of what may move unnoticed: it must live
+        for each in modules:
+            packed = PRODUCT in vars(each)
+            parts = each._modules, each._parameters, each._buffers
+            self._parts += parts
+            places += [(table, name) for table in parts for name in table]
+            places += [(vars(each), name) for name in (("forward", PRODUCT) if packed else OWN)]
+            tensors += each._parameters.values() if packed else (*each._parameters.values(), *each._buffers.values())
+            self._memory += [buffer.detach() for buffer in each._buffers.values() if packed and buffer is not None]
         self._sizes = [*map(len, self._parts)]
-        places = [(parts, name) for parts in self._parts for name in parts]
-        places += [(vars(each), name) for each in modules for name in OWN]
         self._tables, self._names = [table for table, _ in places], [name for _, name in places]
         self._objects = [*map(dict.get, self._tables, self._names)]
-        self._tensors = [each for each in self._objects if isinstance(each, Tensor)]
+        self._tensors = [each for each in tensors if each is not None]
         self._addresses = [*map(Tensor.data_ptr, self._tensors)]
 
     def hooked(self) -> bool:
