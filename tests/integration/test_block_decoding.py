@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, PreTrainedModel
 
 import besa
+from besa.kernels import choosing, dense
 from besa.kernels import decoding as kernels
 from besa.kernels.norm import FORMS
 from besa.methods.recipe import Recipe
 from besa.runtime import block_decoding, decoding
+from besa.runtime.dense import DenseLinear
 from besa.runtime.linear import SparseLinear
 from tests.decoded import SIZE, counted, packed, same, steps, usual
 
@@ -128,6 +130,28 @@ def test_blocks_of_codes(bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     blocks = len(model.model.layers)
     assert calls == [1] * blocks + [blocks] * 4
     assert {linear.bits for linear in model.modules() if isinstance(linear, SparseLinear)} == {bits}
+
+
+@pytest.mark.parametrize(("way", "later"), [("rows", [4, 4]), ("torch", [1, 1, 2] * 2)])
+def test_a_block_with_dense_linears(
+    way: str, later: list[int], halves: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are computed by the kernel for few rows, unless another way is faster on this machine."""
+    if not dense.paths():
+        return
+    monkeypatch.setattr(dense, "_fastest", lambda *_: [way] * len(choosing.COUNTS))
+    generator, block = torch.Generator().manual_seed(0), halves.model.layers[1]
+    for name, bias in (("mlp.up_proj", True), ("mlp.down_proj", False)):
+        linear = nn.Linear(*reversed(block.get_submodule(name).bitmask.shape), bias=bias, dtype=torch.bfloat16).eval()
+        for parameter in linear.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator).to(torch.bfloat16)
+        block.set_submodule(name, DenseLinear(linear))
+    block.requires_grad_(False)
+    with counted(monkeypatch) as calls:
+        assert same(steps(halves, 4), steps(usual(halves), 4))
+    assert calls[4:] == later
+    block.mlp.up_proj.weight.data = -block.mlp.up_proj.weight.data
+    assert same(steps(halves, 3), steps(usual(halves), 3))
 
 
 def test_what_is_changed_in_a_block_is_met(halves: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:

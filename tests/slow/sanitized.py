@@ -120,17 +120,19 @@ def modules(draw: random.Random, generator: torch.Generator) -> int:
     shared, groups, tokens, width = draw.randint(1, 3), draw.randint(1, 3), draw.randint(1, 70), 2 * draw.randint(1, 40)
     value_width, columns, inner = draw.randint(1, 70), draw.randint(1, 90), draw.randint(1, 90)
     turned, heads, seed = 2 * draw.randint(1, width // 2), shared * groups, draw.randint(0, 10**6)
-    held_products, form = [], draw.choice(norm.FORMS)
+    form = draw.choice(norm.FORMS)
 
     def drawn(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(dtype)
 
+    def product(size: tuple[int, int]) -> sparse_native.Product | dense.Product:
+        w_OI = half_pruned(*size, seed).to(dtype)
+        return sparse_native.Product(bitmask.pack(w_OI), 1, dtype) if draw.random() < 0.5 else dense.Product(w_OI)
+
     def linears(*sizes: tuple[int, int]) -> list[decoding.Linear]:
-        products = [sparse_native.Product(bitmask.pack(half_pruned(*size, seed).to(dtype)), 1, dtype) for size in sizes]
-        held_products.extend(products)
         return [
-            decoding.Linear(product.entry, drawn(size[0]) if draw.random() < 0.5 else None, size)
-            for product, size in zip(products, sizes, strict=True)
+            decoding.Linear(product(size).entry, drawn(size[0]) if draw.random() < 0.5 else None, size)
+            for size in sizes
         ]
 
     def norms(*lengths: int) -> list[decoding.Norm | None]:

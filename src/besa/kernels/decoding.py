@@ -153,7 +153,7 @@ class Step:
         given: the structure for C code.
 
     Args:
-        linears: of queries, keys, values and the output; their products must live.
+        linears: of queries, keys, values and the output.
         norms: of queries and of keys, of each head or of all together, as long as their weight is; or None.
         width: D of queries and keys.
         scale: of the scores.
@@ -216,7 +216,7 @@ class Block:
     Args:
         attention: its step.
         norms: before and after attention, before and after the MLP; or None.
-        linears: gate, up and down of the MLP; their products must live.
+        linears: gate, up and down of the MLP.
         activation: of each number of bfloat16 (65536,), by its bits.
 
     Raises:
@@ -255,7 +255,8 @@ def passed(blocks: Sequence[Block], x_11I: Tensor, token: Token, places: Sequenc
 
 
 def _linear(linear: Linear) -> _Linear:
-    return _Linear(*linear.entry, None if linear.bias is None else linear.bias.data_ptr(), linear.shape[0])
+    kernel, weight, _ = linear.entry
+    return _Linear(kernel, weight, None if linear.bias is None else linear.bias.data_ptr(), linear.shape[0])
 
 
 def _norm(of: Norm | None, dtype: torch.dtype) -> _Norm:

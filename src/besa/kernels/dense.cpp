@@ -4,9 +4,9 @@
 #include <cpuid.h>
 #include <immintrin.h>
 
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
+#include <type_traits>
+
+#include "sparse.hpp"
 
 // What a kind of weight is: the columns that a step multiplies, and how. `left` columns are left; fewer than WIDTH at the
 // end of a row.
@@ -140,6 +140,45 @@ DENSE(bfloat16_pairs, avx512, BFloat16Pairs)
 DENSE(float32_eights, avx2, Float32)
 DENSE(float16_eights, avx2, Float16)
 DENSE(bfloat16_eights, avx2, BFloat16)
+
+namespace {
+
+// The same with a dense weight as besa.kernels.sparse_native passes it, and with x and y in its numbers: float32, or
+// bfloat16, which X is as well or not.
+template <typename Number, typename X>
+void alike(void (*dense)(const Number*, const X*, int64_t, int64_t, int64_t, float*, int64_t, int64_t), const Weight& of,
+           const Number* x, int64_t batch, Number* y, int64_t threads) {
+    const auto multiply = [&](const X* x, float* y) {
+        dense(reinterpret_cast<const Number*>(of.values), x, batch, of.columns, of.rows, y, of.past, threads);
+    };
+    if constexpr (std::is_same_v<Number, float>)
+        multiply(x, y);
+    else {
+        std::vector<float> sums(size_t(batch * of.rows));
+        if constexpr (std::is_same_v<X, Number>)
+            multiply(x, sums.data());
+        else {
+            std::vector<float> wide(size_t(batch * of.columns));
+            for (size_t i = 0; i < wide.size(); ++i) wide[i] = from_bfloat16(x[i]);
+            multiply(wide.data(), sums.data());
+        }
+        for (size_t i = 0; i < sums.size(); ++i) y[i] = to_bfloat16(sums[i]);
+    }
+}
+
+}  // namespace
+
+// alike_<kind>_<path>: for code that calls products of any kind of weight.
+#define ALIKE(NAME, SET, KIND)                                                                                       \
+    extern "C" void alike_##NAME(const Weight* of, const SET::KIND::Number* x, int64_t batch, SET::KIND::Number* y, \
+                                 int64_t threads) {                                                                  \
+        alike(dense_##NAME, *of, x, batch, y, threads);                                                              \
+    }
+ALIKE(float32_singles, avx512, Float32)
+ALIKE(bfloat16_singles, avx512, BFloat16)
+ALIKE(bfloat16_pairs, avx512, BFloat16Pairs)
+ALIKE(float32_eights, avx2, Float32)
+ALIKE(bfloat16_eights, avx2, BFloat16)
 
 // Whether the processor can run a path.
 extern "C" int has_singles() {

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from besa.counting.widening import linear
-from besa.kernels import choosing, tiles_native
+from besa.kernels import choosing, sparse_native, tiles_native
 from besa.kernels.build import load, runnable
 from besa.kernels.fetching import past_caches
 from besa.storage.formats.bitmask import FLOATS
@@ -38,6 +38,34 @@ def multiplied(x_NI: Tensor, w_OI: Tensor) -> Tensor:
         return linear(x_NI, w_OI)
     names = _fastest(w_OI.dtype, torch.get_num_threads())
     return WAYS[names[choosing.place(len(x_NI))]](x_NI, w_OI)
+
+
+class Product:
+    """x Wᵀ for one row of x, for C code: as `by_rows` gives it.
+
+    Args:
+        w_OI: W, float32 or bfloat16, that `serves` allows.
+    """
+
+    def __init__(self, w_OI: Tensor) -> None:
+        self._weight = w_OI  # must live
+        self._passed = sparse_native.passed_dense(w_OI)
+        self._passed.past = past_caches()
+
+    @property
+    def entry(self) -> sparse_native.Entry:
+        """The product for C code, in the dtype of the weight."""
+        kernels, dtype = load(SOURCE), self._weight.dtype
+        assert kernels is not None
+        function = kernels[f"alike_{str(dtype).removeprefix('torch.')}_{tiles_native.path_of(dtype, paths())}"]
+        return sparse_native.Entry(sparse_native.address(function), ctypes.addressof(self._passed), self)
+
+
+def product(w_OI: Tensor) -> Product | None:
+    """The product with one row of x for C code; None if there is no kernel for it, or another way is as fast."""
+    if w_OI.dtype not in sparse_native.WORKS or not serves(w_OI):
+        return None
+    return Product(w_OI) if _fastest(w_OI.dtype, torch.get_num_threads())[0] == "rows" else None
 
 
 @cache

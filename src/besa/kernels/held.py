@@ -71,7 +71,7 @@ class Product:
     @property
     def entry(self) -> sparse_native.Entry:
         """The product for C code, in the dtype of the weight: float32 or bfloat16."""
-        return sparse_native.Entry(sparse_native.address(self._functions[self._weight.dtype]), self._address)
+        return sparse_native.Entry(sparse_native.address(self._functions[self._weight.dtype]), self._address, self)
 
 
 def laid_out(weight: Bitmask) -> Tensor:

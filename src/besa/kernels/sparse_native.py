@@ -51,11 +51,13 @@ class Entry(NamedTuple):
 
     Attributes:
         kernel: address of the function.
-        weight: address of the weight, as long as the product lives.
+        weight: address of the weight.
+        product: that must live as long as they are used.
     """
 
     kernel: int
     weight: int
+    product: object
 
 
 def address(kernel: Any) -> int:
@@ -91,9 +93,6 @@ def multiply(x_NI: Tensor, weight: Bitmask, path: str = "", way: Way | None = No
 class Product:
     """y = x Wᵀ for one weight and a number of rows of x, with all made ready that does not depend on x.
 
-    Attributes:
-        entry: for C code.
-
     Args:
         weight: as of `multiply`, as are `path` and `way`.
         rows: of x.
@@ -112,7 +111,11 @@ class Product:
         self._passed = passed(weight, way)
         self._address = ctypes.addressof(self._passed)
         self._function = _function(WORKS[dtype], weight.kind, path)
-        self.entry = Entry(address(self._function), self._address)
+
+    @property
+    def entry(self) -> Entry:
+        """The product for C code, in the dtype of x."""
+        return Entry(address(self._function), self._address, self)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Output (…, O) for inputs (…, I) of so many rows."""

@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from besa.kernels import attention
 from besa.kernels.decoding import Linear, Norm, Step, Token, serves
+from besa.runtime.dense import DenseLinear
 from besa.runtime.growing import room_of
 from besa.runtime.kept import Kept
 from besa.runtime.linear import SparseLinear
@@ -186,8 +187,8 @@ def linears_of(module: Any, names: Sequence[str], dtype: torch.dtype) -> list[Li
     """What kernels are given of a module's linears; None if one has no kernel for this dtype."""
     found = []
     for linear in (getattr(module, name) for name in names):
-        own = type(linear) is SparseLinear and "forward" not in vars(linear)
-        entry = linear.product.entry(dtype) if own else None
+        own = type(linear) in (SparseLinear, DenseLinear) and "forward" not in vars(linear)
+        entry = linear.entry(dtype) if own else None
         if entry is None or (linear.bias is not None and linear.bias.dtype != dtype):
             return None
         found.append(Linear(entry, linear.bias, (linear.out_features, linear.in_features)))

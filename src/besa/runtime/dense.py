@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from besa.kernels import dense
+from besa.kernels.sparse_native import Entry
 from besa.runtime.tracing import tracing
 
 
@@ -13,13 +14,19 @@ class DenseLinear(nn.Linear):
     """A linear of torch that computes with besa's kernels where no gradients are wanted; traced, it is torch's own.
 
     Args:
-        linear: whose weight and bias it shares.
+        linear: whose weight and bias it shares, and its mode.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
+        self.training = linear.training
+
+    def entry(self, dtype: torch.dtype) -> Entry | None:
+        """The product with one row of x of a dtype, for C code; None if `forward` computes it in another way."""
+        product = dense.product(self.weight) if dtype == self.weight.dtype else None
+        return None if product is None else product.entry
 
     def forward(self, x: Tensor) -> Tensor:
         """Output (…, O) for inputs (…, I) of the dtype of the weight."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from besa.errors import BesaError
 from besa.kernels import sparse
+from besa.kernels.sparse_native import Entry
 from besa.runtime.casting import cast
 from besa.runtime.tracing import sparse_product, tracing
 from besa.storage.formats.bitmask import Bitmask
@@ -87,6 +88,10 @@ class SparseLinear(nn.Module):
             self._product, self._places = sparse.Product(self.bitmask), places
             self._dtype = self.bitmask.dtype
         return self._product
+
+    def entry(self, dtype: torch.dtype) -> Entry | None:
+        """The product with one row of x of a dtype, for C code; None if there is no kernel for it."""
+        return self.product.entry(dtype)
 
     def _biased(self, y: Tensor) -> Tensor:
         return y if self.bias is None else y + self.bias
