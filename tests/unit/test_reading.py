@@ -40,28 +40,28 @@ def kept(tmp_path):
 
 def test_the_fastest_way_is_kept(pieces, tmp_path):
     costs, works = pieces
-    costs[Way(2, 3072)] = 0.9
-    assert fastest("some work", works) == Way(2, 3072)
-    assert fastest("some work", never) == Way(2, 3072)
-    assert json.loads(kept(tmp_path).read_text())["found"] == [2, 3072]
-    costs[Way(4, 6144)] = 0.5
-    assert fastest("other work", works) == Way(4, 6144)
+    costs[Way(2, 3072, 0)] = 0.9
+    assert fastest("some work", works) == Way(2, 3072, 0)
+    assert fastest("some work", never) == Way(2, 3072, 0)
+    assert json.loads(kept(tmp_path).read_text())["found"] == [2, 3072, 0]
+    costs[Way(4, 6144, 0)] = 0.5
+    assert fastest("other work", works) == Way(4, 6144, 0)
 
 
 def test_what_may_be_chance_changes_nothing(pieces):
     costs, works = pieces
-    costs[Way(2, 3072)] = 0.99
+    costs[Way(2, 3072, 0)] = 0.99
     assert fastest("some work", works) == USUAL
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"found": [3, 1]}', "[2]", "null", "\ud800"])
+@pytest.mark.parametrize("content", ["", "{", '{"found": [3, 1, 0]}', '{"found": [1, 3072]}', "[2]", "null", "\ud800"])
 def test_a_damaged_file_is_measured_again(pieces, tmp_path, content):
     costs, works = pieces
-    costs[Way(1, 3072)] = 0.5
+    costs[Way(1, 1536, 1)] = 0.5
     fastest("some work", works)
     kept(tmp_path).write_bytes(content.encode(errors="surrogatepass"))
-    assert fastest("some work", works) == Way(1, 3072)
-    assert json.loads(kept(tmp_path).read_text())["found"] == [1, 3072]
+    assert fastest("some work", works) == Way(1, 1536, 1)
+    assert json.loads(kept(tmp_path).read_text())["found"] == [1, 1536, 1]
 
 
 def test_a_way_is_kept_where_files_have_no_links(pieces, monkeypatch):
@@ -69,14 +69,14 @@ def test_a_way_is_kept_where_files_have_no_links(pieces, monkeypatch):
         raise OSError("not supported")
 
     costs, works = pieces
-    costs[Way(2, 3072)] = 0.5
+    costs[Way(2, 3072, 0)] = 0.5
     monkeypatch.setattr(once.os, "link", none)
-    assert fastest("some work", works) == fastest("some work", never) == Way(2, 3072)
+    assert fastest("some work", works) == fastest("some work", never) == Way(2, 3072, 0)
 
 
 def test_another_processor_is_measured_itself(pieces, monkeypatch):
     costs, works = pieces
-    costs[Way(1, 3072)] = 0.5
+    costs[Way(1, 1536, 1)] = 0.5
     monkeypatch.setattr(once, "processor", lambda: "one")
     fastest("some work", works)
     monkeypatch.setattr(once, "processor", lambda: "another")
@@ -86,10 +86,10 @@ def test_another_processor_is_measured_itself(pieces, monkeypatch):
 
 def test_without_a_cache_it_is_measured_all_the_same(pieces, monkeypatch, tmp_path):
     costs, works = pieces
-    costs[Way(1, 3072)] = 0.5
+    costs[Way(1, 1536, 1)] = 0.5
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("BESA_CACHE", str(tmp_path / "file"))
-    assert fastest("some work", works) == Way(1, 3072)
+    assert fastest("some work", works) == Way(1, 1536, 1)
 
 
 @compiled
@@ -193,7 +193,7 @@ def test_large_weights_are_read_in_the_fastest_way(monkeypatch, kind):
         for work in pieces:
             work(USUAL)
         found.append((name, pieces))
-        return Way(2, 3072)
+        return Way(2, 3072, 0)
 
     for name, value in {"LARGE": 1 << 10, "PIECE": 1 << 10, "PIECES": 2, "fastest": choose}.items():
         monkeypatch.setattr(sparse_native, name, value)

@@ -1,4 +1,4 @@
-"""How a sparse weight is read for one row of x: how many of its bands at once, and how far ahead it is fetched.
+"""How a sparse weight is read for one row of x: how many bands at once, how far ahead it is fetched, and to which cache.
 
 Which way is fastest is a matter of a processor's caches and fetchers, which its instruction sets do not tell. So it is
 measured once on each machine, and kept in the cache. Every way adds in the same order: results are equal to the bit.
@@ -17,15 +17,23 @@ MARGIN = 0.98  # of the usual way's time: what is not faster than this may be ch
 
 
 class Way(NamedTuple):
-    """Bands read at once, and the bytes that are fetched before they are met; zeros stand for the usual ones."""
+    """How a weight is read; zeros stand for the usual.
+
+    Attributes:
+        bands: read at once.
+        ahead: bytes that are fetched before they are met.
+        first: 1 if they come to the first cache.
+    """
 
     bands: int
     ahead: int
+    first: int
 
 
 Work = Callable[[Way], object]
-USUAL = Way(0, 0)
-WAYS = [USUAL, *(Way(bands, ahead) for bands in (1, 2, 4) for ahead in (3072, 6144))]
+USUAL = Way(0, 0, 0)
+AHEAD = ((3072, 0), (6144, 0), (1536, 1), (3072, 1))  # the first cache is small
+WAYS = [USUAL, *(Way(bands, *ahead) for bands in (1, 2, 4) for ahead in AHEAD)]
 
 
 def fastest(name: str, works: Callable[[], Sequence[Work]]) -> Way:

@@ -18,7 +18,8 @@ struct Weight {  // as besa.kernels.sparse_native fills it in
     // How sparse_avx512.cpp reads it for one row of x, 0 as usual:
     int64_t bands;  // read at once: 1, 2 or 4
     int64_t ahead;  // bytes fetched before they are met
-    int64_t past;   // whether they come past the outer caches, for any rows of x
+    int64_t first;  // whether they come to the first cache
+    int64_t past;   // for any rows of x: whether they come past the outer caches, if not to the first one
 };
 
 namespace {

@@ -3,8 +3,8 @@
 //
 // Three things make it three times as fast as the obvious code: an expansion is kept apart from its load (the form that
 // does both is slow), it goes to a register made for it (otherwise it waits for what was there before), and the
-// streams are fetched thousands of bytes ahead (docs/log.md). How far ahead, how many bands are read at once, and whether
-// they come past the outer caches (PAST) differs between processors: besa.kernels.reading, besa.kernels.fetching.
+// streams are fetched thousands of bytes ahead (docs/log.md). How far ahead, how many bands are read at once, and where to
+// they are fetched (Fetch) differs between processors: besa.kernels.reading, besa.kernels.fetching.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -21,6 +21,8 @@ namespace {
 
 constexpr int64_t TILE = 64;               // chunks expanded at a time where a batch shares them: half a first cache
 constexpr int64_t AHEAD = 6144;            // bytes
+
+enum Fetch { OUTER = _MM_HINT_T1, FIRST = _MM_HINT_T0, PAST = _MM_HINT_NTA };  // caches; or past the outer ones
 
 INLINE __m512i loaded(const void* at) {
     __m512i values = _mm512_loadu_si512(at);
@@ -53,6 +55,7 @@ struct Float32 : Floats {
     using Vector = __m512;
     using Inputs = __m512;
     static constexpr int64_t LENGTH = 16, STRIDE = 16;  // columns of a chunk, numbers of x that meet it
+    static constexpr int64_t LINE = 1;                  // rows of a chunk whose values take 64 bytes at most
     INLINE int64_t size(uint64_t mask) { return 4 * _mm_popcnt_u64(mask); }
     INLINE Vector expand(Word mask, const uint8_t* at) {
         return _mm512_castsi512_ps(_mm512_mask_expand_epi32(fresh(), mask, loaded(at)));
@@ -68,7 +71,7 @@ struct Float16 : Floats {
     struct Inputs {
         __m512 low, high;
     };
-    static constexpr int64_t LENGTH = 32, STRIDE = 32;
+    static constexpr int64_t LENGTH = 32, STRIDE = 32, LINE = 1;
     INLINE int64_t size(uint64_t mask) { return 2 * _mm_popcnt_u64(mask); }
     INLINE Vector expand(Word mask, const uint8_t* at) {
         return _mm512_mask_expand_epi16(fresh(), mask, loaded(at));
@@ -119,7 +122,7 @@ struct Int8 {
     };
     static constexpr bool CODES = true;
     static constexpr int DIRECT = 4, TOGETHER = 1, BANDS = 1;
-    static constexpr int64_t LENGTH = 64, STRIDE = 1;
+    static constexpr int64_t LENGTH = 64, STRIDE = 1, LINE = 1;
     INLINE int64_t size(uint64_t mask) { return _mm_popcnt_u64(mask); }
     INLINE Vector expand(Word mask, const uint8_t* at, __m512i fill) {
         return _mm512_mask_expand_epi8(fill, mask, loaded(at));
@@ -149,6 +152,7 @@ struct Int8 {
 
 struct Int4 : Int8 {
     static constexpr int TOGETHER = 2;
+    static constexpr int64_t LINE = 2;
     INLINE int64_t size(uint64_t mask) { return (_mm_popcnt_u64(mask) + 1) / 2; }
     INLINE Vector unpacked(const uint8_t* at) {
         const __m512i pairs = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
@@ -306,8 +310,8 @@ struct Grid {
 };
 
 // A band of a weight, expanded as it is read.
-template <typename Kind, bool PAST> struct Stream {
-    static constexpr auto HINT = PAST ? _MM_HINT_NTA : _MM_HINT_T1;
+template <typename Kind, Fetch FETCH> struct Stream {
+    static constexpr auto HINT = decltype(_MM_HINT_T1)(FETCH);
     const typename Kind::Word* masks;
     const uint8_t* values;
     int64_t ahead;
@@ -326,7 +330,7 @@ template <typename Kind, bool PAST> struct Stream {
             for (int64_t r = 0; r < ROWS; ++r) stream.fills[r] = Grid::fill(grid, r, s);
     }
     INLINE typename Kind::Vector next(Stream& stream, int64_t, int64_t r) {
-        _mm_prefetch(reinterpret_cast<const char*>(stream.values + stream.ahead), HINT);
+        if (r % Kind::LINE == 0) _mm_prefetch(reinterpret_cast<const char*>(stream.values + stream.ahead), HINT);
         if (r == 0) _mm_prefetch(reinterpret_cast<const char*>(stream.masks) + stream.ahead / 4, HINT);
         uint64_t mask = *stream.masks++;
         asm("" : "+r"(mask));
@@ -523,18 +527,18 @@ INLINE void write(const Weight& weight, const Rows<Kind>& rows, int64_t band, in
 }
 
 // Some bands times N rows of x, as the bands are read: BANDS at once from as many places, as memory gives more then.
-template <typename Kind, int SHAPE, int N, int BANDS, bool PAST>
+template <typename Kind, int SHAPE, int N, int BANDS, Fetch FETCH>
 TARGET void together(const Weight& weight, const Rows<Kind>& rows, float* y, int64_t first, int64_t count) {
     std::vector<Grid> grids(BANDS, Grid(weight, Kind::LENGTH));
     for (int64_t band = first; band < first + count; ++band) {
-        Stream<Kind, PAST> streams[BANDS];
+        Stream<Kind, FETCH> streams[BANDS];
         Totals totals[BANDS * N] = {};
         for (int64_t b = 0; b < BANDS; ++b) {
             if constexpr (Kind::CODES) {
                 grids[size_t(b)].read(weight, band + b * count);
                 for (int64_t n = 0; n < N; ++n) grids[size_t(b)].start(rows.sums_of(n), totals[b * N + n]);
             }
-            streams[b] = Stream<Kind, PAST>::of(weight, band + b * count);
+            streams[b] = Stream<Kind, FETCH>::of(weight, band + b * count);
         }
         add<Kind, SHAPE, N, BANDS>(streams, grids.data(), 0, grids[0].chunks, rows.numbers.data(), rows.stride, totals);
         for (int64_t i = 0; i < BANDS * N; ++i)
@@ -542,15 +546,15 @@ TARGET void together(const Weight& weight, const Rows<Kind>& rows, float* y, int
     }
 }
 
-template <typename Kind, int SHAPE, int N, int BANDS, bool PAST>
+template <typename Kind, int SHAPE, int N, int BANDS, Fetch FETCH>
 TARGET void direct(const Weight& weight, const Rows<Kind>& rows, float* y, int64_t first, int64_t last) {
     const int64_t count = (last - first) / BANDS;
-    together<Kind, SHAPE, N, BANDS, PAST>(weight, rows, y, first, count);
-    together<Kind, SHAPE, N, 1, PAST>(weight, rows, y, first + BANDS * count, last - first - BANDS * count);
+    together<Kind, SHAPE, N, BANDS, FETCH>(weight, rows, y, first, count);
+    together<Kind, SHAPE, N, 1, FETCH>(weight, rows, y, first + BANDS * count, last - first - BANDS * count);
 }
 
 // Some bands times any number of rows of x, all of which meet a tile of a band after the other.
-template <typename Kind, int SHAPE, bool PAST>
+template <typename Kind, int SHAPE, Fetch FETCH>
 TARGET void tiled(const Weight& weight, const Rows<Kind>& rows, float* y, int64_t first, int64_t last) {
     Grid grid(weight, Kind::LENGTH);
     alignas(64) typename Kind::Vector expanded[TILE][ROWS];
@@ -562,13 +566,13 @@ TARGET void tiled(const Weight& weight, const Rows<Kind>& rows, float* y, int64_
             grid.read(weight, band);
             for (int64_t n = 0; n < rows.batch; ++n) grid.start(rows.sums_of(n), totals[size_t(n)]);
         }
-        Stream<Kind, PAST> stream = Stream<Kind, PAST>::of(weight, band);
+        Stream<Kind, FETCH> stream = Stream<Kind, FETCH>::of(weight, band);
         for (int64_t left = 0; left < grid.chunks; left += TILE) {
             const int64_t right = std::min(grid.chunks, left + TILE);
             tile.first = left;
             for (int64_t c = left; c < right; ++c) {
-                if (c % grid.segment == 0) Stream<Kind, PAST>::enter(stream, grid, c / grid.segment);
-                for (int64_t r = 0; r < ROWS; ++r) expanded[c - left][r] = Stream<Kind, PAST>::next(stream, c, r);
+                if (c % grid.segment == 0) Stream<Kind, FETCH>::enter(stream, grid, c / grid.segment);
+                for (int64_t r = 0; r < ROWS; ++r) expanded[c - left][r] = Stream<Kind, FETCH>::next(stream, c, r);
             }
             int64_t n = 0;
             for (constexpr int some = Kind::TOGETHER; n + some <= rows.batch; n += some)
@@ -582,37 +586,42 @@ TARGET void tiled(const Weight& weight, const Rows<Kind>& rows, float* y, int64_
     }
 }
 
-template <typename Kind, int SHAPE, bool PAST>
+template <typename Kind, int SHAPE, Fetch FETCH> auto for_one(int64_t bands) {
+    return bands == 1   ? direct<Kind, SHAPE, 1, 1, FETCH>
+           : bands == 2 ? direct<Kind, SHAPE, 1, 2, FETCH>
+                        : direct<Kind, SHAPE, 1, 4, FETCH>;
+}
+
+template <typename Kind, int SHAPE, Fetch FETCH>
 void multiply(const Weight& weight, const Rows<Kind>& rows, float* y, int64_t threads) {
     constexpr int most = Kind::DIRECT, usual = Kind::BANDS;
     const int64_t bands = weight.bands ? weight.bands : usual;
-    const auto kernel = rows.batch > most ? tiled<Kind, SHAPE, PAST>
-                        : rows.batch == 1 ? (bands == 1   ? direct<Kind, SHAPE, 1, 1, PAST>
-                                             : bands == 2 ? direct<Kind, SHAPE, 1, 2, PAST>
-                                                          : direct<Kind, SHAPE, 1, 4, PAST>)
-                        : rows.batch == 2 ? direct<Kind, SHAPE, 2, std::max(1, usual / 2), PAST>
-                        : rows.batch == 3 ? direct<Kind, SHAPE, std::min(3, most), 1, PAST>
-                                          : direct<Kind, SHAPE, most, 1, PAST>;
+    const auto kernel = rows.batch > most ? tiled<Kind, SHAPE, FETCH>
+                        : rows.batch == 1 ? (weight.first ? for_one<Kind, SHAPE, FIRST>(bands)
+                                                          : for_one<Kind, SHAPE, FETCH>(bands))
+                        : rows.batch == 2 ? direct<Kind, SHAPE, 2, std::max(1, usual / 2), FETCH>
+                        : rows.batch == 3 ? direct<Kind, SHAPE, std::min(3, most), 1, FETCH>
+                                          : direct<Kind, SHAPE, most, 1, FETCH>;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t part = 0; part < threads; ++part)
         kernel(weight, rows, y, first_band<typename Kind::Word>(weight, part, threads),
                first_band<typename Kind::Word>(weight, part + 1, threads));
 }
 
-template <typename Kind, bool PAST>
+template <typename Kind, Fetch FETCH>
 void multiply(const Weight& weight, const Rows<Kind>& rows, float* y, int64_t threads) {
     if constexpr (Kind::CODES) {
         const Grid grid(weight, Kind::LENGTH);
-        if (grid.each > 1) return multiply<Kind, -1, PAST>(weight, rows, y, threads);
-        if (grid.segment == 1) return multiply<Kind, 1, PAST>(weight, rows, y, threads);
-        if (grid.segment == 2) return multiply<Kind, 2, PAST>(weight, rows, y, threads);
+        if (grid.each > 1) return multiply<Kind, -1, FETCH>(weight, rows, y, threads);
+        if (grid.segment == 1) return multiply<Kind, 1, FETCH>(weight, rows, y, threads);
+        if (grid.segment == 2) return multiply<Kind, 2, FETCH>(weight, rows, y, threads);
     }
-    multiply<Kind, 0, PAST>(weight, rows, y, threads);
+    multiply<Kind, 0, FETCH>(weight, rows, y, threads);
 }
 
 template <typename Kind> void multiply(const Weight& weight, const float* x, int64_t batch, float* y, int64_t threads) {
     const Rows<Kind> rows(weight, x, batch);
-    weight.past ? multiply<Kind, true>(weight, rows, y, threads) : multiply<Kind, false>(weight, rows, y, threads);
+    weight.past ? multiply<Kind, PAST>(weight, rows, y, threads) : multiply<Kind, OUTER>(weight, rows, y, threads);
 }
 
 INLINE void store(void* to, __m512i v, uint64_t kept) { _mm512_mask_storeu_epi8(to, kept, v); }
@@ -622,13 +631,13 @@ INLINE void store(void* to, __m512 v, uint64_t kept) { store(to, _mm512_castps_s
 template <typename Kind> TARGET void expanded(const Weight& weight, int64_t band, int64_t start, char* out) {
     Grid grid(weight, Kind::LENGTH);
     if constexpr (Kind::CODES) grid.read(weight, band);
-    Stream<Kind, false> stream = Stream<Kind, false>::of(weight, band);
+    Stream<Kind, OUTER> stream = Stream<Kind, OUTER>::of(weight, band);
     const int64_t width = weight.columns * (64 / Kind::LENGTH);  // bytes of a row
     for (int64_t c = 0; c < grid.chunks; ++c) {
-        if (c % grid.segment == 0) Stream<Kind, false>::enter(stream, grid, c / grid.segment);
+        if (c % grid.segment == 0) Stream<Kind, OUTER>::enter(stream, grid, c / grid.segment);
         const int64_t left = std::min<int64_t>(64, width - 64 * c);
         for (int64_t r = 0; r < ROWS; ++r) {
-            const typename Kind::Vector w = Stream<Kind, false>::next(stream, c, r);
+            const typename Kind::Vector w = Stream<Kind, OUTER>::next(stream, c, r);
             const int64_t row = ROWS * band + r;
             if (row < weight.rows) store(out + (row - start) * width + 64 * c, w, ~uint64_t(0) >> (64 - left));
         }

@@ -30,7 +30,7 @@ SCALES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 WORKS = {torch.float32: "multiply", torch.bfloat16: "halves"}  # by the dtype of x and y
 TRIED = ("avx512bf16", "avx512")  # have several ways to read a weight
 LARGE = 1 << 16  # bytes of a weight for which the fastest way is looked for: a model of small ones is large, too
-PIECE, PIECES = 1 << 22, 16  # bytes of weights that are read to find it, and their number: more than caches hold
+PIECE, PIECES = 1 << 22, 48  # bytes of weights that are read to find it, and their number: more than caches hold
 COLUMNS = 4096  # of them
 WIDEST = 1 << 20  # columns up to which the sum of products with a digit stays below 2^31
 
@@ -42,7 +42,7 @@ class _Weight(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("masks", "values", "offsets")),
         *((name, ctypes.c_int64) for name in ("rows", "columns")),
         *((name, ctypes.c_void_p) for name in ("scales", "zeros")),
-        *((name, ctypes.c_int64) for name in ("scale_type", "groups", "zero", "bands", "ahead", "past")),
+        *((name, ctypes.c_int64) for name in ("scale_type", "groups", "zero", "bands", "ahead", "first", "past")),
     ]
 
 
