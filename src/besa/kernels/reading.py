@@ -1,4 +1,4 @@
-"""How a sparse weight is read for one row of x: how many bands at once, how far ahead it is fetched, and to which cache.
+"""How a sparse weight is read for one row of x: how many bands at once, how far ahead it is fetched, and to what cache.
 
 Which way is fastest is a matter of a processor's caches and fetchers, which its instruction sets do not tell. So it is
 measured once on each machine, and kept in the cache. Every way adds in the same order: results are equal to the bit.
