@@ -32,7 +32,7 @@ class Way(NamedTuple):
 
 Work = Callable[[Way], object]
 USUAL = Way(0, 0, 0)
-AHEAD = ((3072, 0), (6144, 0), (1536, 1), (3072, 1))  # the first cache is small
+AHEAD = ((3072, 0), (6144, 0), (1536, 1), (3072, 1))  # bytes, and whether to the first cache, which is small
 WAYS = [USUAL, *(Way(bands, *ahead) for bands in (1, 2, 4) for ahead in AHEAD)]
 
 
