@@ -211,6 +211,8 @@ def test_weights_that_change_are_met(model: PreTrainedModel, tmp_path: Path) -> 
     assert same(found, steps(usual(other), 3)) and not same(found, before)
     assert same(steps(pickle.loads(pickle.dumps(each)), 3), found)
     assert same(steps(model, 3), before)
+    each.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
+    assert same(steps(each, 3), before)
 
 
 @pytest.mark.parametrize("threads", [1, 3])

@@ -1,5 +1,6 @@
 """Tiles and dense kernels against products in double precision, and how a way to multiply is chosen."""
 
+import ctypes
 import json
 from dataclasses import replace
 
@@ -218,6 +219,22 @@ def test_every_way_may_be_chosen_for_a_dense_weight(monkeypatch, way):
         y_NO = dense.multiplied(x_NI, w_OI)
         assert y_NO.dtype == dtype
         torch.testing.assert_close(y_NO, linear(x_NI, w_OI), rtol=8 * torch.finfo(dtype).eps, atol=0.1)
+
+
+@pytest.mark.parametrize("path", dense.paths())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_dense_product_for_c_code_is_that_of_few_rows(monkeypatch, path, dtype):
+    if path == tiles_native.PAIRS and dtype != torch.bfloat16:
+        return
+    monkeypatch.setattr(dense, "paths", lambda: [path])
+    w_OI = half_pruned(45, 203).to(dtype)
+    x_NI, y_NO = row_of_x(bitmask.pack(w_OI), 1), torch.empty(1, 45, dtype=dtype)
+    entry = dense.Product(w_OI).entry
+    call = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64)
+    call(entry.kernel)(entry.weight, x_NI.data_ptr(), 1, y_NO.data_ptr(), 2)
+    assert torch.equal(y_NO, dense.by_rows(x_NI, w_OI))
+    assert_product(dense.multiply(x_NI, w_OI), x_NI, w_OI)
+    torch.testing.assert_close(y_NO.double(), linear(x_NI.double(), w_OI.double()), rtol=2**-7, atol=1e-2)
 
 
 @pytest.mark.parametrize("bias", [True, False])
