@@ -58,21 +58,26 @@ inline uint8_t zero_of(const Weight& weight, int64_t at) {
     return weight.zeros ? weight.zeros[at] : uint8_t(weight.zero);
 }
 
-// The first band of a part, if the parts have the same number of bytes to read: learned rows differ in what they keep.
-// Word: of a mask, one bit for every column of a chunk.
-template <typename Word> int64_t first_band(const Weight& weight, int64_t part, int64_t parts) {
-    const int64_t all = (weight.rows + ROWS - 1) / ROWS, length = 8 * sizeof(Word);
-    const int64_t masks = (weight.columns + length - 1) / length * ROWS * int64_t(sizeof(Word));
-    const int64_t aim = (weight.offsets[all] + all * masks) * part / parts;
+// The first of `all` bands that a part has, if the parts have the same number of bytes to read: learned rows differ in what
+// they keep. `each`: bytes of a band besides those that `offsets` tell.
+inline int64_t first_of(const int64_t* offsets, int64_t all, int64_t each, int64_t part, int64_t parts) {
+    const int64_t aim = (offsets[all] + all * each) * part / parts;
     int64_t low = 0, high = all;
     while (low < high) {
         const int64_t middle = (low + high) / 2;
-        if (weight.offsets[middle] + middle * masks < aim)
+        if (offsets[middle] + middle * each < aim)
             low = middle + 1;
         else
             high = middle;
     }
     return low;
+}
+
+// The same for the bands of a weight. Word: of a mask, one bit for every column of a chunk.
+template <typename Word> int64_t first_band(const Weight& weight, int64_t part, int64_t parts) {
+    const int64_t length = 8 * sizeof(Word);
+    const int64_t masks = (weight.columns + length - 1) / length * ROWS * int64_t(sizeof(Word));
+    return first_of(weight.offsets, (weight.rows + ROWS - 1) / ROWS, masks, part, parts);
 }
 
 // A product of float32 numbers, with x and y in bfloat16.

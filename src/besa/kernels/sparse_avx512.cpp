@@ -6,36 +6,14 @@
 // streams are fetched thousands of bytes ahead (docs/log.md). How far ahead, how many bands are read at once, and where to
 // they are fetched (Fetch) differs between processors: besa.kernels.reading, besa.kernels.fetching.
 #if defined(__x86_64__)
-#include <immintrin.h>
-
 #include <numeric>
 #include <type_traits>
 
-#include "sparse.hpp"
-
-#define TARGET \
-    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512vnni,f16c,popcnt")))
-#define INLINE TARGET __attribute__((always_inline)) static inline
+#include "avx512.hpp"
 
 namespace {
 
 constexpr int64_t TILE = 64;               // chunks expanded at a time where a batch shares them: half a first cache
-constexpr int64_t AHEAD = 6144;            // bytes
-
-enum Fetch { OUTER = _MM_HINT_T1, FIRST = _MM_HINT_T0, PAST = _MM_HINT_NTA };  // caches; or past the outer ones
-
-INLINE __m512i loaded(const void* at) {
-    __m512i values = _mm512_loadu_si512(at);
-    asm volatile("" : "+v"(values));
-    return values;
-}
-INLINE __m512i fresh() {
-    __m512i zero;
-    asm volatile("vpxord %0, %0, %0" : "=v"(zero));
-    return zero;
-}
-
-INLINE __mmask16 inside(int64_t left) { return left < 16 ? __mmask16((1 << left) - 1) : __mmask16(-1); }
 
 // What a kind of weight is: how a run is expanded to a Vector, what it meets of x (Inputs), how products are summed.
 
@@ -108,14 +86,11 @@ struct BFloat16Pairs : Float16 {  // exact products, two at a time
 // of a group. A pruned weight has its row's code of zero, times which the sum of x is taken off in the end.
 struct Int8 {
     using Word = uint64_t;
-    struct alignas(64) X {  // what meets a chunk
-        int8_t digits[3][64];
-        int64_t wide;  // whether a number has a third digit: few are so much larger than the rest
-    };
+    using X = Digits;
     using Vector = __m512i;
     struct Inputs {
         __m512i low, middle;
-        const X* of;
+        const X* all;
     };
     struct Sum {  // by digit; few numbers have a third, and so its products are summed in memory
         __m512i low, middle;
@@ -128,7 +103,7 @@ struct Int8 {
         return _mm512_mask_expand_epi8(fill, mask, loaded(at));
     }
     INLINE Inputs inputs(const X* x) {
-        return {_mm512_load_si512(x->digits[0]), _mm512_load_si512(x->digits[1]), x};
+        return {_mm512_load_si512(x->of[0]), _mm512_load_si512(x->of[1]), x};
     }
     INLINE Sum none() { return {_mm512_setzero_si512(), _mm512_setzero_si512()}; }
     INLINE Sum add(Sum sum, Vector w, Inputs x) {
@@ -164,69 +139,51 @@ struct Int4 : Int8 {
     }
 };
 
-// The rows of x as the kernels read them, with zeros to the end of the last chunk.
-template <typename Kind> struct Rows {
+// The rows of x as the kernels read them, with zeros to the end of the last chunk: numbers,
+template <typename Kind> struct Numbers {
     int64_t batch, stride;  // rows; numbers of one
     std::vector<typename Kind::X> numbers;
-    std::vector<float> factors;  // what a unit of the last digit is worth, by row
-    std::vector<float> sums;     // of each group, in such units, by row
-    const float* sums_of(int64_t n) const { return sums.data() + n * int64_t(sums.size()) / batch; }
 
-    TARGET Rows(const Weight& weight, const float* x, int64_t batch) : batch(batch) {
+    TARGET Numbers(const Weight& weight, const float* x, int64_t batch) : batch(batch) {
         const int64_t columns = weight.columns;
         stride = (columns + Kind::LENGTH - 1) / Kind::LENGTH * Kind::STRIDE;
         numbers.resize(size_t(batch * stride));
         for (int64_t n = 0; n < batch; ++n) {
             typename Kind::X* to = numbers.data() + n * stride;
-            if constexpr (Kind::CODES)
-                split(weight, x + n * columns, to);
-            else if constexpr (sizeof(typename Kind::X) == 2)
+            if constexpr (sizeof(typename Kind::X) == 2)
                 for (int64_t i = 0; i < columns; ++i) to[i] = upper_half(x[n * columns + i]);
             else
                 std::memcpy(to, x + n * columns, size_t(columns) * sizeof(float));
         }
     }
-
     static uint16_t upper_half(float number) {
         uint32_t bits;
         std::memcpy(&bits, &number, sizeof bits);
         return uint16_t(bits >> 16);
     }
-    // A row as digits: in float32 as fine as three of them are, in half precision in units that let most numbers do with
-    // two. Where it has an infinite number, or one that is none, the unit is no number.
-    TARGET void split(const Weight& weight, const float* x, typename Kind::X* to) {
-        const int64_t columns = weight.columns;
-        __m512 most = _mm512_setzero_ps(), all = most, sound = most;
-        for (int64_t i = 0; i < columns; i += 16) {
-            const __m512 part = _mm512_maskz_loadu_ps(inside(columns - i), x + i);
-            most = _mm512_max_ps(most, _mm512_abs_ps(part));
-            all = _mm512_add_ps(all, _mm512_abs_ps(part));
-            sound = _mm512_fmadd_ps(part, _mm512_setzero_ps(), sound);
-        }
-        const float trouble = _mm512_reduce_add_ps(sound), largest = _mm512_reduce_max_ps(most);
-        const float fine = weight.scale_type ? _mm512_reduce_add_ps(all) / float(columns) / FINE : 0;
-        const float unit = std::max(largest / THREE, std::min(largest / TWO, fine));
-        const __m512 inverse = _mm512_set1_ps(trouble == 0 && unit > 0 ? 1 / unit : 0);
-        const __m512i limit = _mm512_set1_epi32(int32_t(THREE)), opposite = _mm512_set1_epi32(-int32_t(THREE));
-        std::vector<int32_t> whole(size_t(stride * 64));
-        for (int64_t i = 0; i < columns; i += 16) {
-            const __m512 part = _mm512_maskz_loadu_ps(inside(columns - i), x + i);
-            __m512i number = _mm512_cvtps_epi32(_mm512_mul_ps(part, inverse));
-            number = _mm512_max_epi32(_mm512_min_epi32(number, limit), opposite);
-            _mm512_storeu_si512(whole.data() + i, number);
-            for (int64_t k = 0; k < 3; ++k) {
-                const __m128i digits = _mm512_cvtepi32_epi8(number);
-                _mm_store_si128(reinterpret_cast<__m128i*>(&to[i / 64].digits[k][i % 64]), digits);
-                if (k == 2) to[i / 64].wide |= _mm512_test_epi32_mask(number, number);
-                number = _mm512_srai_epi32(_mm512_sub_epi32(number, _mm512_cvtepi8_epi32(digits)), 8);
+};
+// or digits, and the sums of each group in units of the last digit.
+struct Summed : FixedPoint {
+    std::vector<float> sums;  // by row
+    const float* sums_of(int64_t n) const { return sums.data() + n * int64_t(sums.size()) / batch; }
+
+    TARGET Summed(const Weight& weight, const float* x, int64_t batch) : FixedPoint(weight, x, batch) {
+        const int64_t group = weight.columns / weight.groups, all = weight.groups == 1 ? 16 * stride : weight.columns / 4;
+        std::vector<int32_t> fours(size_t(16 * stride));
+        for (int64_t n = 0; n < batch; ++n) {
+            for (int64_t c = 0; c < stride; ++c) {
+                const Digits& x = numbers[size_t(n * stride + c)];
+                __m512i sum = _mm512_add_epi32(summed(x, 0), _mm512_slli_epi32(summed(x, 1), 8));
+                sum = _mm512_add_epi32(sum, _mm512_slli_epi32(summed(x, 2), 16));
+                _mm512_storeu_si512(fours.data() + 16 * c, sum);
             }
+            const int64_t each = weight.groups == 1 ? all : group / 4;
+            for (const int32_t* at = fours.data(); at < fours.data() + all; at += each)
+                sums.push_back(float(std::accumulate(at, at + each, int64_t(0))));
         }
-        factors.push_back(unit + trouble);
-        const int64_t group = columns / weight.groups;
-        for (const int32_t* at = whole.data(); at < whole.data() + columns; at += group)
-            sums.push_back(float(std::accumulate(at, at + group, int64_t(0))));
     }
 };
+template <typename Kind> using Rows = std::conditional_t<Kind::CODES, Summed, Numbers<Kind>>;
 
 struct Totals {  // of the rows of a band, in lanes
     float of[ROWS][16];
@@ -397,7 +354,7 @@ INLINE void meet(Source* own, int64_t c, const typename Kind::Inputs (&inputs)[N
 #pragma GCC unroll 4
             for (int n = 0; n < N; ++n) {
                 sums[b][n][r] = Kind::add(sums[b][n][r], w, inputs[n]);
-                if constexpr (THIRD) Kind::add(third[b][n][r], w, _mm512_load_si512(inputs[n].of->digits[2]));
+                if constexpr (THIRD) Kind::add(third[b][n][r], w, _mm512_load_si512(inputs[n].all->of[2]));
             }
         }
 }
@@ -417,7 +374,7 @@ INLINE void meet(Source* own, const Grid* grids, int64_t s, int64_t c, int64_t e
 #pragma GCC unroll 4
         for (int n = 0; n < N; ++n) {
             inputs[n] = Kind::inputs(x + n * stride);
-            here |= inputs[n].of->wide != 0;
+            here |= inputs[n].all->wide != 0;
         }
         if (here && !wide) {
             wide = true;
@@ -662,11 +619,6 @@ ALL(avx512, BFloat16)
 ALL(avx512bf16, BFloat16Pairs)
 
 // Whether the processor can run a path.
-extern "C" int has_avx512() {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
-           __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("popcnt");
-}
-extern "C" int has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+extern "C" int has_avx512() { return has_all(); }
+extern "C" int has_avx512bf16() { return has_all() && __builtin_cpu_supports("avx512bf16"); }
 #endif
