@@ -29,7 +29,7 @@ import typer
 from torch import Tensor
 
 from benchmarks.processors import ending
-from besa.kernels import build, held, sparse, sparse_native
+from besa.kernels import build, held_dense, sparse, sparse_native
 from besa.quantization import Grid, Quantized
 from besa.record import now
 from besa.storage.formats import bitmask
@@ -178,8 +178,8 @@ def _copies(weight: Bitmask) -> list[Bitmask]:
 
 def _dense(kernels: ctypes.CDLL, x_NI: Tensor, weight: Bitmask) -> list[Work]:
     """Calls of the dense kernel, which gets a weight's values in order, two codes of four bits to a byte."""
-    if held.serves(weight):
-        values = held.laid_out(weight)
+    if weight.kind == "int4" and sparse_native.paths()[0] == held_dense.PATH:
+        values = held_dense.laid_out(weight)["values"]
     else:
         values = weight.unpack() if weight.bits is None else weight.unpack_codes().codes_OI
         if weight.bits == 4:

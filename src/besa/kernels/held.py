@@ -1,8 +1,7 @@
-"""Codes of four bits, held dense in memory to be multiplied by up to `MOST` rows of x.
+"""Codes of four bits, held in memory in another order than in the file, in which a few rows of x are multiplied faster.
 
-With AVX2, moving the kept codes of a bitmask to their places takes longer than memory takes to give all codes. So these
-are laid out once, two to a byte, in the order in which the kernel reads them. They take memory besides the bitmask,
-which serves many rows of x as before. Whether that pays is measured once on a machine.
+Which order that is depends on the processor (`held_fours`, `held_dense`). What is held takes memory besides the
+bitmask, which serves many rows of x as before. Whether that pays is measured once on a machine.
 """
 
 from __future__ import annotations
@@ -10,54 +9,60 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
+from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from besa.kernels import sparse_native
-from besa.kernels.build import load
+from besa.kernels import held_dense, held_fours, reading, sparse_native
+from besa.kernels.build import load, runnable
 from besa.kernels.once import once
-from besa.storage.formats.bitmask import ROWS, Bitmask
+from besa.kernels.reading import USUAL, Way, Work
+from besa.storage.formats.bitmask import Bitmask
 
-PATH = "avx2"  # the only instruction set that has a kernel
-CHUNK = 64  # columns
-PANEL = 1024  # bands that are laid out at a time
-GAIN = 1.25  # times as fast as the bitmask, at least: the memory must be worth it
+ORDERS = {"avx512bf16": held_fours, "avx512": held_fours, "avx2": held_dense}  # by instruction set
+GAIN = 1.05  # times as fast as the bitmask, at least: the memory must be worth it
 ROUNDS = 5
-MOST = 128  # rows of x: of 256, panels (`sparse`) take as long
 
 
-def serves(weight: Bitmask) -> bool:
-    """Whether there is a kernel for weights of this kind and grid: a step for 32 columns, for 64 k, or for a row."""
-    if weight.kind != "int4" or not sparse_native.serves(weight) or sparse_native.paths()[0] != PATH:
-        return False
-    assert weight.scales_OG is not None
-    groups = weight.scales_OG.shape[1]
-    return groups == 1 or weight.shape[1] // groups == 32 or weight.shape[1] // groups % CHUNK == 0
+def most(weight: Bitmask) -> int:
+    """Rows of x for which there is a kernel: none but with a step for 32 columns, for 64 k, or for a row."""
+    order = _order()
+    if weight.kind != "int4" or order is None or not sparse_native.serves(weight):
+        return 0
+    group = _group(weight)
+    return order.MOST if group in (0, 32) or group % 64 == 0 else 0
 
 
 def pays(weight: Bitmask, threads: int) -> bool:
     """Whether a row of x is multiplied so much faster by held codes that they are worth their memory."""
-    return serves(weight) and weight.nbytes >= sparse_native.LARGE and _gains(threads)
+    return most(weight) > 0 and weight.nbytes >= sparse_native.LARGE and _gains(_group(weight), threads)
 
 
 class Product:
-    """y = x Wᵀ for one weight and any number of rows of x.
+    """y = x Wᵀ for one weight and up to `most` rows of x.
 
     Sums are as exact as those of `sparse_native.Product`, and add up in another order.
 
     Args:
-        weight: one that `serves` allows.
+        weight: one that has a kernel.
+        way: to read it for one row of x; by default the fastest, if it is large.
     """
 
-    def __init__(self, weight: Bitmask) -> None:
-        self._weight, self._codes = weight, laid_out(weight)  # the weight's tensors must live
-        self._passed = sparse_native.passed(weight)
-        self._passed.values = self._codes.data_ptr()
+    def __init__(self, weight: Bitmask, way: Way | None = None) -> None:
+        order, threads = _order(), torch.get_num_threads()
+        assert order is not None
+        if way is None:
+            sought = weight.nbytes >= sparse_native.LARGE and sparse_native.paths()[0] in sparse_native.TRIED
+            way = _fastest(_group(weight), threads) if sought else USUAL
+        self._weight, self._held = weight, order.laid_out(weight)  # the tensors of both must live
+        self._passed = sparse_native.passed(weight, way)
+        for name, tensor in self._held.items():
+            setattr(self._passed, name, tensor.data_ptr())
         self._address = ctypes.addressof(self._passed)
-        self._functions = {dtype: _function(work) for dtype, work in sparse_native.WORKS.items()}
+        self._functions = {dtype: _function(order, work) for dtype, work in sparse_native.WORKS.items()}
 
     def __call__(self, x: Tensor) -> Tensor:
         """Output (…, O) for inputs (…, I) of float32 or bfloat16."""
@@ -68,47 +73,79 @@ class Product:
         )
         return y
 
+    def read(self, way: Way) -> None:
+        """Choose how the weight is read from now on for one row of x."""
+        self._passed.bands, self._passed.ahead, self._passed.first = way
+
     @property
     def entry(self) -> sparse_native.Entry:
         """The product for C code, in the dtype of the weight: float32 or bfloat16."""
         return sparse_native.Entry(sparse_native.address(self._functions[self._weight.dtype]), self._address, self)
 
 
-def laid_out(weight: Bitmask) -> Tensor:
-    """The codes, two to a byte: (bands, chunks, rows of a band, bytes), with zeros after the last row and column."""
-    bands, chunks = len(weight.masks_BCR), -(-weight.shape[1] // CHUNK)
-    codes_BCRH = torch.empty(bands, chunks, ROWS, CHUNK // 2, dtype=torch.uint8, device="cpu")
-    for first in range(0, bands, PANEL):
-        panel = slice(first, min(first + PANEL, bands))
-        codes_OI = sparse_native.expand(weight, panel)
-        codes_OI = pad(codes_OI, (0, -weight.shape[1] % CHUNK, 0, -len(codes_OI) % ROWS))
-        pairs_BRCH = (codes_OI[:, ::2] | codes_OI[:, 1::2] << 4).view(-1, ROWS, chunks, CHUNK // 2)
-        codes_BCRH[panel] = pairs_BRCH.transpose(1, 2)
-    return codes_BCRH
+def _order() -> ModuleType | None:
+    """The order in which this processor has codes held, if there is one."""
+    paths = sparse_native.paths()
+    order = ORDERS.get(paths[0]) if paths else None
+    return order if order is not None and runnable(order.SOURCE, [order.PATH]) else None
+
+
+def _group(weight: Bitmask) -> int:
+    """Columns that have a step; 0 for those of a row."""
+    assert weight.scales_OG is not None
+    groups = weight.scales_OG.shape[1]
+    return 0 if groups == 1 else weight.shape[1] // groups
 
 
 @cache
-def _function(work: str) -> Callable[..., None]:
-    kernels = load(sparse_native.SOURCES[PATH])
+def _function(order: ModuleType, work: str) -> Callable[..., None]:
+    kernels = load(order.SOURCE)
     assert kernels is not None
-    function = kernels[f"{work}_held_{PATH}"]
+    function = kernels[f"{work}_held_{order.PATH}"]
     function.argtypes, function.restype = [ctypes.c_void_p, *[ctypes.c_int64] * 4], None
     return function
 
 
-@cache
-def _gains(threads: int) -> bool:
-    """Whether held codes are `GAIN` times as fast as bitmasks on this machine."""
-    kernels = load(sparse_native.SOURCES[PATH])
+def _subject(group: int, threads: int) -> str:
+    """What is measured, in words, with the name of what it depends on."""
+    order = _order()
+    assert order is not None
+    kernels = load(order.SOURCE)
     assert kernels is not None
-    subject = f"whether codes of four bits are held dense {kernels._name} {threads}"
-    gains: bool = once(subject, [], lambda found: isinstance(found, bool), _measured)
+    return f"codes of four bits {Path(kernels._name).name} {group} {threads}"
+
+
+@cache
+def _fastest(group: int, threads: int) -> Way:
+    """The fastest way to read large weights with a step for so many columns on this machine."""
+
+    def works() -> list[Work]:
+        x_NI = torch.ones(1, sparse_native.COLUMNS)
+        return [partial(_read, product, x_NI) for product in map(_held_usual, sparse_native.samples("int4", group))]
+
+    return reading.fastest(_subject(group, threads), works)
+
+
+def _held_usual(weight: Bitmask) -> Product:
+    return Product(weight, USUAL)
+
+
+def _read(product: Product, x_NI: Tensor, way: Way) -> None:
+    product.read(way)
+    product(x_NI)
+
+
+@cache
+def _gains(group: int, threads: int) -> bool:
+    """Whether held codes are `GAIN` times as fast as bitmasks on this machine."""
+    subject = f"whether held: {_subject(group, threads)}"
+    gains: bool = once(subject, [], lambda found: isinstance(found, bool), partial(_measured, group))
     return gains
 
 
-def _measured() -> bool:
+def _measured(group: int) -> bool:
     """Both in turn, some times; the least time counts, as other processes only ever add to it."""
-    weights = sparse_native.samples("int4")
+    weights = sparse_native.samples("int4", group)
     x_NI = torch.ones(1, sparse_native.COLUMNS)
     held = [Product(weight) for weight in weights]
     packed = [sparse_native.Product(weight, 1, x_NI.dtype) for weight in weights]

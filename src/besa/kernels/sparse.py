@@ -56,7 +56,7 @@ def multiplied(x_NI: Tensor, weight: Bitmask) -> Tensor:
 class Product:
     """x Wᵀ for one weight, as `multiplied` gives it: what the kernels need for one row of x is made ready once.
 
-    Codes of four bits are held dense where that pays (`held`), and then serve several rows as well.
+    Codes of four bits are held in another order where that pays (`held`), which serves several rows as well.
 
     Args:
         weight: W.
@@ -66,7 +66,7 @@ class Product:
         self._weight, self._columns, self._dtype = weight, weight.shape[1], weight.dtype
         self._most = 0  # rows of x that meet what is made ready
         if weight.dtype != torch.float16 and sparse_native.serves(weight):
-            self._most = held.MOST if held.serves(weight) else 1
+            self._most = max(1, held.most(weight))
         self._held: held.Product | None = None
         self._of_threads: dict[int, sparse_native.Product | held.Product] = {}
 

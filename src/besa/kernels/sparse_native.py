@@ -147,12 +147,17 @@ def _fastest(kind: str, path: str, threads: int) -> Way:
     return fastest(f"{Path(kernels._name).name} {kind} {path} {threads}", works)
 
 
-def samples(kind: str) -> list[Bitmask]:
-    """Half-sparse weights of a kind, `PIECES` with `PIECE` bytes each: a small one, many times over."""
+def samples(kind: str, group: int = 128) -> list[Bitmask]:
+    """Half-sparse weights of a kind, `PIECES` with `PIECE` bytes each: a small one, many times over.
+
+    Args:
+        kind: as of `Bitmask`.
+        group: columns that have a step, of codes of four bits; 0 for those of a row.
+    """
     generator = torch.Generator().manual_seed(0)
     kept_OI = (torch.rand(64, COLUMNS, generator=generator) < 0.5).float()
     if kind.startswith("int"):
-        bits, groups = (4, COLUMNS // 128) if kind == "int4" else (8, 1)
+        bits, groups = (4, COLUMNS // group if group else 1) if kind == "int4" else (8, 1)
         zero = 2 ** (bits - 1)
         grid = Grid(torch.ones(64, groups), torch.full((64, groups), float(zero)), bits)
         small = pack_codes(Quantized((kept_OI + zero).to(torch.uint8), grid, True, torch.bfloat16))
