@@ -11,17 +11,22 @@ from hypothesis import strategies as st
 from torch.nn.functional import linear
 
 from besa.kernels import choosing, dense, sparse, sparse_native, tiles_native
+from besa.quantization import Grid, Quantized
 from besa.runtime.dense import DenseLinear
 from besa.storage.formats import bitmask
 from tests.sparse_weights import codes_weight, half_pruned, row_of_x
 from tests.unit.test_bitmask import quantized, weights
-from tests.unit.test_sparse import with_threads
+from tests.unit.test_sparse import assert_close, with_threads
 
 FLOATS = {torch.float32: ["singles"], torch.float16: ["singles"], torch.bfloat16: ["singles", "pairs", "matrix"]}
 CASES = [(dtype, path) for dtype, paths in FLOATS.items() for path in paths if path in tiles_native.paths()]
 BATCHES = [1, 5, 16, 17, 33, 48, 64, 70]
 needs_tiles = pytest.mark.skipif(
     not tiles_native.paths(), reason="this processor has no AVX-512, or there is no compiler"
+)
+
+needs_matrix = pytest.mark.skipif(
+    tiles_native.MATRIX not in tiles_native.paths(), reason="this processor has no matrix unit, or there is no compiler"
 )
 
 
@@ -75,15 +80,23 @@ def test_products_with_codes(dtype, path, weight, batch, threads):
 @pytest.mark.parametrize(("bits", "symmetric"), [(4, False), (3, True), (8, False)])
 def test_groups_of_codes(dtype, path, columns, group, bits, symmetric):
     weight = codes_weight(13, columns, columns // group, bits, symmetric)
-    assert_codes(replace(weight, scales_OG=weight.scales_OG.to(dtype)), 20, path, 1)
+    for batch in (5, 20):
+        assert_codes(replace(weight, scales_OG=weight.scales_OG.to(dtype)), batch, path, 1)
 
 
 def assert_codes(weight, batch, path, threads):
-    """Whether the product is that of the numbers of codes, each rounded at most once to the dtype of the weight."""
+    """Whether the product is that of the numbers of codes, each rounded at most once to the dtype of the weight.
+
+    With few rows of x, the matrix unit multiplies codes as integers, as the kernels for a row do.
+    """
     assert tiles_native.serves(weight)
     exact_OI = replace(weight, scales_OG=weight.scales_OG.float()).unpack()
     x_NI = row_of_x(weight, batch)
     y_NO = with_threads(threads, tiles_native.multiply, x_NI, weight, path)
+    groups = weight.scales_OG.shape[1]
+    if path == tiles_native.MATRIX and batch <= 16 and (groups == 1 or weight.shape[1] // groups % 64 == 0):
+        assert_close(y_NO, x_NI.float(), weight)
+        return
     assert_product(y_NO, x_NI, exact_OI, torch.finfo(weight.dtype).eps / 2)
     if path in tiles_native.HALVES:
         assert_product(y_NO, x_NI, weight.unpack())
@@ -109,7 +122,34 @@ def test_threads_and_other_rows_change_no_bit():
     x_NI = row_of_x(weight, 64)
     y_NO = with_threads(1, tiles_native.multiply, x_NI, weight)
     assert torch.equal(with_threads(2, tiles_native.multiply, x_NI, weight), y_NO)
-    assert torch.equal(with_threads(1, tiles_native.multiply, x_NI[:20], weight), y_NO[:20])
+    for few in (1, 20, 40):
+        assert torch.equal(with_threads(1, tiles_native.multiply, x_NI[:few], weight), y_NO[:few])
+
+
+@needs_tiles
+def test_threads_and_other_rows_change_no_bit_of_products_with_codes():
+    weight = codes_weight(300, 4864, 38, 4, False)
+    weight = replace(weight, scales_OG=weight.scales_OG.bfloat16())
+    x_NI = row_of_x(weight, 16)
+    y_NO = with_threads(1, tiles_native.multiply, x_NI, weight)
+    assert torch.equal(with_threads(2, tiles_native.multiply, x_NI, weight), y_NO)
+    assert torch.equal(with_threads(1, tiles_native.multiply, x_NI[:3], weight), y_NO[:3])
+
+
+@needs_matrix
+@pytest.mark.parametrize("columns", [64, 4096, 8256])
+def test_every_digit_counts_on_the_matrix_unit(columns):
+    """Whole numbers of x that take three digits, once in all of a row and once in a single step, by codes of 1."""
+    generator = torch.Generator().manual_seed(columns)
+    codes_OI = torch.randint(256, (20, columns), generator=generator, dtype=torch.uint8)
+    steps = Grid(torch.ones(20, 1), torch.full((20, 1), 3.0), 8)
+    weight = bitmask.pack_codes(Quantized(codes_OI, steps, False, torch.bfloat16))
+    x_NI = torch.randint(-128, 128, (2, columns), generator=generator).float()
+    x_NI[1, columns // 2] = 2.0**13  # so many times the mean that it has a third digit
+    y_NO = tiles_native.multiply(x_NI.bfloat16(), weight, tiles_native.MATRIX)
+    exact_NO = x_NI.double() @ (codes_OI.double() - 3).T
+    unit_N1 = x_NI.abs().double().mean(1, keepdim=True) / 2048
+    assert ((y_NO - exact_NO).abs() <= 0.51 * unit_N1 * 255 * columns).all()  # half a unit of each x, and rounded sums
 
 
 @needs_tiles

@@ -11,32 +11,14 @@
 //
 // What the next block reads of a weight is fetched meanwhile, a bit at a time, as all at once would stop everything else: by
 // `meet`, if it FETCHES (from `ahead`, which is none where that is done), or while a block is unpacked.
-#include <immintrin.h>
-
-#include "sparse.hpp"
-
 #include <memory>
-#include <vector>
 
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,f16c,popcnt")))
-#define INLINE TARGET __attribute__((always_inline)) static inline
+#include "avx512.hpp"
 
 namespace {
 
 constexpr int64_t LANES = 16;  // rows of x in a register
 constexpr int64_t PASS = 512;  // rows of x for which a panel is unpacked once
-
-INLINE __m512i loaded(const void* at) {  // kept apart from the expansion, as the form that does both is slow
-    __m512i values = _mm512_loadu_si512(at);
-    asm volatile("" : "+v"(values));
-    return values;
-}
-INLINE __m512i fresh() {  // a register made for an expansion, which otherwise waits for what was there before
-    __m512i zero;
-    asm volatile("vpxord %0, %0, %0" : "=v"(zero));
-    return zero;
-}
-INLINE __mmask16 inside(int64_t left) { return left < 16 ? __mmask16((1 << std::max<int64_t>(left, 0)) - 1) : 0xffff; }
 
 // Memory of a thread for a USE, kept for the next call: new pages of the system cost more than what is done here.
 enum Use { OF_X, UNPACKED, SUMS };

@@ -97,11 +97,6 @@ TILES(dense_float16, singles, Singles, Dense, Float16)
 TILES(dense_bfloat16, singles, Singles, Dense, BFloat16)
 TILES(dense_bfloat16, pairs, Pairs, Dense, BFloat16)
 
-extern "C" int has_singles() {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
-           __builtin_cpu_supports("popcnt");
-}
-extern "C" int has_pairs() { return has_singles() && __builtin_cpu_supports("avx512bf16"); }
+extern "C" int has_singles() { return has_all(); }
+extern "C" int has_pairs() { return has_all() && __builtin_cpu_supports("avx512bf16"); }
 #endif
