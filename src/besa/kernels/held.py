@@ -144,16 +144,19 @@ def _gains(group: int, threads: int) -> bool:
 
 
 def _measured(group: int) -> bool:
-    """Both in turn, some times; the least time counts, as other processes only ever add to it."""
+    """Both in turn, some times; the least time of each piece counts, as other processes only ever add to it."""
     weights = sparse_native.samples("int4", group)
     x_NI = torch.ones(1, sparse_native.COLUMNS)
-    held = [Product(weight) for weight in weights]
-    packed = [sparse_native.Product(weight, 1, x_NI.dtype) for weight in weights]
-    seconds = {True: float("inf"), False: float("inf")}
+    ways: list[list[Product | sparse_native.Product]] = [
+        [Product(weight) for weight in weights],
+        [sparse_native.Product(weight, 1, x_NI.dtype) for weight in weights],
+    ]
+    seconds = [[float("inf")] * len(weights) for _ in ways]
     for _ in range(ROUNDS):
-        for way, products in ((True, held), (False, packed)):
-            began = time.perf_counter()
-            for product in products:
+        for products, least in zip(ways, seconds, strict=True):
+            for i, product in enumerate(products):
+                began = time.perf_counter()
                 product(x_NI)
-            seconds[way] = min(seconds[way], time.perf_counter() - began)
-    return GAIN * seconds[True] < seconds[False]
+                least[i] = min(least[i], time.perf_counter() - began)
+    held, packed = map(sum, seconds)
+    return GAIN * held < packed

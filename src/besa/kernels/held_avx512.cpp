@@ -10,16 +10,15 @@
 
 namespace {
 
-constexpr int64_t HIGH = 16;     // rows of a band
-constexpr int64_t SHORT = 32;    // columns of the only group that is shorter than 64
-constexpr int MOST = 4;          // rows of x
+constexpr int64_t HIGH = 16;   // rows of a band
+constexpr int64_t SHORT = 32;  // columns of the only group that is shorter than 64
 constexpr uint64_t EVEN = 0x0f0f0f0f0f0f0f0f;  // of a mask of 64 columns, the columns of even runs
 
 // How a band lies in memory. Of each group: sixteen steps, sixteen codes of zero unless all are one, and the masks of its
 // runs, whose bit 4·r + i stands for column i of row r.
 struct Layout {
-    int64_t groups, runs;          // of a row; of a group
-    int64_t steps, zeros, size;    // bytes: of the steps of a group, of its codes of zero, of a band
+    int64_t groups, runs;        // of a row; of a group
+    int64_t steps, zeros, size;  // bytes: of the steps of a group, of its codes of zero, of a band
 
     explicit Layout(const Weight& weight) : groups(weight.groups) {
         const int64_t group = weight.columns / groups;
@@ -32,7 +31,7 @@ struct Layout {
 
 int64_t bands_of(const Weight& weight) { return (weight.rows + HIGH - 1) / HIGH; }
 
-// The masks of a row, and where its runs begin in the order of the file.
+// The masks of a row in the order of the file.
 struct Row {
     const uint64_t* masks;
     int64_t chunks;
@@ -213,7 +212,7 @@ INLINE void finish(const Sums<N>& sums, __m512 steps, const Grouped::Group* x, i
     }
 }
 
-// Some bands times N rows of x: BANDS at once from as many places, as memory gives more then, each by RUNS runs.
+// Some bands times N rows of x: BANDS at once from as many places, as memory gives more then, each RUNS runs at a time.
 template <int RUNS, int N, int BANDS, Fetch FETCH>
 TARGET void together(const Weight& weight, const Grouped& x, float* y, int64_t first, int64_t count) {
     const Layout layout(weight);
