@@ -96,8 +96,8 @@ class CodedLinear(Coded):
 class CodedEmbedding(Coded):
     """Rows of the matrix, each made dense when its token comes.
 
-    A family may do something of its own with them, such as scale them. Its module is therefore called as it is, with
-    the rows of these tokens as its weight.
+    A family may do something of its own with them, such as scale them. A module that is more than torch's is therefore
+    called as it is, with the rows of these tokens as its weight.
 
     Args:
         matrix: as of `Coded`.
@@ -119,9 +119,12 @@ class CodedEmbedding(Coded):
         Raises:
             IndexError: there is no such token.
         """
-        rows_NI = self.matrix.rows(tokens.flatten())
+        rows_NI, family = self.matrix.rows(tokens.flatten()), self.family
+        hooked = family._forward_hooks or family._forward_pre_hooks or "forward" in vars(family)
+        if type(family) is nn.Embedding and family.max_norm is None and not hooked:
+            return rows_NI.view(*tokens.shape, -1)
         places = torch.arange(len(rows_NI), device=tokens.device).view_as(tokens)
-        embedded: Tensor = functional_call(self.family, {"weight": rows_NI}, (places,))
+        embedded: Tensor = functional_call(family, {"weight": rows_NI}, (places,))
         return embedded
 
     def dense(self, weight: nn.Parameter) -> nn.Embedding:
