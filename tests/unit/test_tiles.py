@@ -139,7 +139,7 @@ def test_threads_and_other_rows_change_no_bit_of_products_with_codes():
 @needs_matrix
 @pytest.mark.parametrize("columns", [64, 4096, 8256])
 def test_every_digit_counts_on_the_matrix_unit(columns):
-    """Whole numbers of x that take three digits, once in all of a row and once in a single step, by codes of 1."""
+    """Whole numbers of x, of which one takes a third digit: without that digit, y would be off by far more."""
     generator = torch.Generator().manual_seed(columns)
     codes_OI = torch.randint(256, (20, columns), generator=generator, dtype=torch.uint8)
     steps = Grid(torch.ones(20, 1), torch.full((20, 1), 3.0), 8)

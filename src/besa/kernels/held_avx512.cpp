@@ -303,11 +303,12 @@ void multiply(const Weight& weight, const float* x, int64_t batch, float* y, int
 
 }  // namespace
 
-// The bytes of the codes of each band of a weight in the order of the file.
-extern "C" void held_lengths_avx512(const Weight* weight, int64_t* lengths, int64_t threads) {
+// The bytes of the codes of each band of a weight in the order of the file; gives those of a band's head.
+extern "C" int64_t held_lengths_avx512(const Weight* weight, int64_t* lengths, int64_t threads) {
     (void)threads;  // without OpenMP
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t band = 0; band < bands_of(*weight); ++band) lengths[band] = length(*weight, band);
+    return Layout(*weight).size;
 }
 // Lays out its bands, whose codes begin at `offsets`, where there are zeros.
 extern "C" void held_laid_out_avx512(const Weight* weight, uint8_t* heads, const int64_t* offsets, uint8_t* codes,

@@ -1,4 +1,4 @@
-// The matrix unit of Intel's processors (AMX), its products of few rows of x, and what these share.
+// The matrix unit of Intel's processors (AMX): its instructions, and how a bitmask is read that few rows of x meet.
 //
 // An instruction multiplies 16 rows of W by 16 rows of x, and 64 bytes of each: of bfloat16, it sums the even and the odd
 // columns apart, 16 pairs at a time, and adds both to what was there; of codes, it adds whole numbers.

@@ -56,8 +56,8 @@ struct DigitTiles {
 // A segment of 16 rows: their grids, and what is summed.
 struct Segment {
     float steps[16], zeros[16];
-    uint32_t fills[16];            // the codes of zero, four times each
-    bool wide;                     // whether there are third digits
+    uint32_t fills[16];             // the codes of zero, four times each
+    bool wide;                      // whether there are third digits
     alignas(64) float of_x[LANES];  // the sums of the rows of x
     alignas(64) Whole sums[3];      // by digit
 
