@@ -3,8 +3,9 @@
     python -m experiments.all --data wikitext2=FILE --data c4=FILE --data ptb=FILE
 
 `--list` says what is done, what is left and how long it may take. The first seed of all results comes before the second
-of any, so that a program that is ended early leaves all of them. `--confirm NAME` is for results that are older than
-the code: it makes one cell again and, if that is equal to the digit, says so in the result.
+of any, so that a program that is ended early leaves all of them. Seeds are added to a written result on any machine.
+`--confirm NAME` is for results that are older than the code: it makes one cell again and, if that is equal to the
+digit, says so in the result.
 """
 
 from __future__ import annotations
@@ -77,27 +78,26 @@ def make(items: Sequence[Item], place: Place, progress: Progress = silent) -> No
             if missing(item.model):
                 models.model(item.model, progress)
             runs = place.runs(item, progress)
-            if seed >= given.seeds or _made(item, place, runs, seed + 1):
+            earlier = _earlier(item, place, runs)
+            if seed >= given.seeds or (earlier and earlier.seeds > seed):
                 continue
-            found = runs.found(seed + 1)
+            found = runs.found(seed + 1, earlier)
             reached = replace(given, seeds=seed + 1)
             write(item, reached, found, runs.inputs, place.file(item).parent, runs.command)
             told = item.experiment.verdict(found).found
             print(f"{item.name}, {seed + 1} of {given.seeds} seeds: {told}", flush=True)
 
 
-def _made(item: Item, place: Place, runs: Runs, seeds: int) -> bool:
-    """Whether the result is there, of the same code, inputs and settings, with so many seeds or more."""
+def _earlier(item: Item, place: Place, runs: Runs) -> Result | None:
+    """The result, if there is one of the same code, inputs and settings."""
     with suppress(BesaError):
         result = Result.read(place.file(item))
         recipes = {case.label: case.recipe for case in runs.cases if case.recipe is not None}
-        return (
-            result.code == code_of(recipes.values(), item.module)
-            and result.inputs == runs.inputs
-            and result.settings == {label: recipe.model_dump(mode="json") for label, recipe in recipes.items()}
-            and result.sizes.get("seeds", 0) >= seeds
-        )
-    return False
+        settings = {label: recipe.model_dump(mode="json") for label, recipe in recipes.items()}
+        code = code_of(recipes.values(), item.module)
+        if (result.code, result.inputs, result.settings) == (code, runs.inputs, settings):
+            return result
+    return None
 
 
 def listed(items: Sequence[Item], place: Place) -> str:
@@ -108,18 +108,19 @@ def listed(items: Sequence[Item], place: Place) -> str:
         given, runs, absent = item.sizes(place.preset), place.runs(item), missing(item.model)
         cells = list(runs.cells(range(given.seeds)))
         done = [] if absent else [one for one in cells if runs.done(*one)]
+        kept = 0 if absent else runs.kept(_earlier(item, place, runs))
         speed = seconds_a_token(((runs.make(*one), tokens(one[0], runs.options)) for one in done), item.model)
         seconds = 0.0
         for case, seed in cells:
             run, needs = (Path(item.name, case.label, str(seed)), {""}) if absent else runs.needs(case, seed)
-            if (case, seed) not in done and not (run in measured and needs <= measured[run]):
+            if seed >= kept and (case, seed) not in done and not (run in measured and needs <= measured[run]):
                 seconds += speed * tokens(case, runs.options)
             measured[run] = measured.get(run, set()) | needs
         total += seconds
         written = "none"
         with suppress(BesaError):
             result = Result.read(place.file(item))
-            written = f"{result.sizes.get('seeds', 1)}{', older' if result.older() else ''}"
+            written = f"{result.seeds}{', older' if result.older() else ''}"
         rows.append([item.name, given.words, written, str(len(cells)), str(len(done)), f"{seconds / 3600:.2f}"])
     rows.append(["all", "", "", "", "", f"{total / 3600:.1f}"])
     head = ["result", "sizes", "seeds in the result", "cells", "done", "hours left"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ class Found:
 
     options: Options
     rows: dict[str, Row]
-    outcomes: dict[str, list[Made]]
+    outcomes: Mapping[str, Sequence[Made]]
     cells: tuple[dict[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
 

@@ -79,8 +79,13 @@ class Result(BaseModel):
             raise BesaError(f"{path} is not the result of an experiment: run {command} again.") from None
 
     @property
+    def seeds(self) -> int:
+        """Of every case."""
+        return int(self.sizes.get("seeds", 1))
+
+    @property
     def origin(self) -> Origin:
-        """Versions and machine that made it."""
+        """Versions and machine that made it, or its last seed."""
         return Origin(versions=self.versions, machine=self.machine)
 
     @property
@@ -88,8 +93,9 @@ class Result(BaseModel):
         """Which besa made it where and when, in words."""
         besa = f"besa {self.versions.get('besa', 'of an unknown version')}"
         at = f" at commit {self.commit}" if self.commit else ""
-        machine = self.origin.label.partition(" on ")[2]
-        return f"{besa}{at} on {machine}, {self.created[:10]}"
+        machines = [cell["machine"] for cell in self.cells if "machine" in cell] or [self.machine]
+        labels = (Origin(versions={}, machine=machine).label.partition(" on ")[2] for machine in machines)
+        return f"{besa}{at} on {' and '.join(dict.fromkeys(labels))}, {self.created[:10]}"
 
     @property
     def note(self) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,13 +18,14 @@ from besa.progress import Progress, silent
 from besa.record import now
 from besa.storage.writing import write_file
 from besa.studies.origin import Origin
-from besa.studies.rows import row
+from besa.studies.rows import joined, row
 from besa.studies.workspace import DENSE, Workspace
 from besa.system import memory
 from besa.system.devices import resolve_device
 from besa.system.machine import versions
 from experiments.age import code_of, commit, digest
 from experiments.experiment import Case, Experiment, Found, Made, Options
+from experiments.result import Result
 from experiments.writing import without_calibration
 
 
@@ -69,21 +70,40 @@ class Runs:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return record
 
-    def found(self, seeds: int) -> Found:
-        """What came out of so many seeds; what is missing is made."""
-        outcomes: dict[str, list[Made]] = {case.label: [] for case in self.cases}
-        records = []
-        for case, seed in self.cells(range(seeds)):
-            records.append(self.make(case, seed) | {"label": case.label})  # cases may have the same recipe
+    def found(self, seeds: int, earlier: Result | None = None) -> Found:
+        """What came out of so many seeds; what is missing is made.
+
+        Args:
+            seeds: the number of them.
+            earlier: a written result of the first ones, by the same code from the same inputs on any machine. They are
+                made again only where runs themselves are looked at: answers to questions, and `Found.outcomes`.
+        """
+        new = range(self.kept(earlier), seeds)
+        before = earlier if new.start else None
+        cells = list(before.cells) if before else []
+        for case, seed in self.cells(new):
+            cells.append(self.make(case, seed) | {"label": case.label})  # cases may have the same recipe
+        rows = {one.recipe: one for one in before.compared()} if before else {}
+        made = {case.label: self.outcomes(case, new) for case in self.cases}
+        dense = next(iter(made.get(DENSE, [])), None)
+        for label, outcomes in made.items():
+            if outcomes:
+                found = row(label, outcomes, self.experiment.scores, dense if label != DENSE else None)
+                rows[label] = joined(rows[label], found, rows.get(DENSE)) if label in rows else found
+        return Found(self.options, rows, _Outcomes(self, range(seeds)), tuple(cells), tuple(self._texts[1]))
+
+    def kept(self, earlier: Result | None) -> int:
+        """How many seeds of a written result need not be made again: none where answers are compared."""
+        return earlier.seeds if earlier and not self.options.measures.tasks else 0
+
+    def outcomes(self, case: Case, seeds: range) -> list[Made]:
+        """The runs of a case, one for each seed; those that are missing are made."""
+        each = []
+        for _, seed in (cell for cell in self.cells(seeds) if cell[0] == case):
+            looked = self.make(case, seed)["looked"]
             outcome = self._workspace(case).outcome(case.recipe, seed)
-            made = Made(outcome.record, outcome.evaluations, outcome.origin, records[-1]["looked"])
-            outcomes[case.label].append(made)
-        dense = next(iter(outcomes.get(DENSE, [])), None)
-        rows = {
-            label: row(label, made, self.experiment.scores, dense if label != DENSE else None)
-            for label, made in outcomes.items()
-        }
-        return Found(self.options, rows, outcomes, tuple(records), tuple(self._texts[1]))
+            each.append(Made(outcome.record, outcome.evaluations, outcome.origin, looked))
+        return each
 
     @cached_property
     def inputs(self) -> str:
@@ -167,3 +187,20 @@ class Runs:
     @cached_property
     def _texts(self) -> tuple[dict[str, str], list[str]]:
         return without_calibration(self.options, self.folder)
+
+
+class _Outcomes(Mapping[str, list[Made]]):
+    """The runs of all cases by their labels; those that are missing are made when they are asked for."""
+
+    def __init__(self, runs: Runs, seeds: range) -> None:
+        self._runs, self._seeds = runs, seeds
+        self._cases = {case.label: case for case in runs.cases}
+
+    def __getitem__(self, label: str) -> list[Made]:
+        return self._runs.outcomes(self._cases[label], self._seeds)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._cases)
+
+    def __len__(self) -> int:
+        return len(self._cases)

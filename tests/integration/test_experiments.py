@@ -463,6 +463,43 @@ def test_a_killed_program_goes_on_and_what_is_done_is_kept(
     assert re.search(r"\| fig5 \| samples 4, .* \| 2 \| 10 \| 10 \| 0\.00 \|", listed(todo, place))
 
 
+def test_seeds_are_added_to_a_result_of_another_machine(
+    two_blocks: Path, data: dict[str, str], place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the result was kept of the first seed; the second is made, and both stand in it as if made in one go."""
+    from besa.studies import workspace
+
+    one = item("table6", two_blocks, data)
+    made: list[str] = []
+    genuine = workspace.compress
+    monkeypatch.setattr(workspace, "compress", lambda **given: made.append(given["seed"]) or genuine(**given))
+    make([one], place)
+    whole = Result.read(place.file(one))
+    runs, first = place.runs(one), place.runs(one).found(1)
+    write(one, replace(one.sizes(place.preset), seeds=1), first, runs.inputs, place.file(one).parent, runs.command)
+    elsewhere = {"system": "linux", "processor": "Another", "threads": 3, "device": "cpu", "gpu": None}
+    content = json.loads(place.file(one).read_text())
+    for cell in content["cells"]:
+        cell["machine"] = elsewhere
+    place.file(one).write_text(json.dumps(content))
+    made.clear()
+    fresh = replace(place, work=place.work / "fresh")
+    assert re.search(r"\| table6 \| .* \| 1 \| 11 \| 0 \| ", listed([one], fresh))
+    make([one], fresh)
+    assert set(made) == {1}
+    added = Result.read(place.file(one))
+    assert [row | {"seconds": None} for row in added.rows] == [row | {"seconds": None} for row in whole.rows]
+    assert added.verdict == whole.verdict
+    assert {(cell["label"], cell["seed"]) for cell in added.cells} == {
+        (cell["label"], cell["seed"]) for cell in whole.cells
+    }
+    assert " on Another, 3 threads and " in added.made
+
+
+def cells_of(result: Result) -> set[tuple[str, int]]:
+    return {(cell["label"], cell["seed"]) for cell in result.cells}
+
+
 def test_a_cell_made_again_confirms_a_result_or_not(two_blocks: Path, data: dict[str, str], place: Place) -> None:
     one = item("fig1a", two_blocks, data)
     make([one], place)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 from operator import attrgetter
 from statistics import mean, stdev
@@ -75,14 +75,62 @@ def row(
     each = [scores(outcome) for outcome in outcomes]
     values = {score: [numbers[score] for numbers in each] for score in each[0]}
     records = [outcome.record for outcome in outcomes if outcome.record]
+    return _row(
+        recipe,
+        records[0].recipe if records else None,
+        values,
+        scores(dense) if dense else {},
+        sparsity=mean(record.sparsity for record in records) if records else 0.0,
+        seconds=mean(record.seconds for record in records) if records else None,
+        origin=outcomes[0].origin,
+        paired=_paired(outcomes, dense),
+    )
+
+
+def joined(first: Row, second: Row, dense: Row | None = None) -> Row:
+    """A row of the seeds of two, which may be of other machines; answers to questions are not compared again.
+
+    Args:
+        first: whose seeds come first.
+        second: of the same recipe.
+        dense: row of the dense model, to compare with.
+    """
+
+    def weighed(one: float | None, other: float | None) -> float | None:
+        if one is None or other is None:
+            return None
+        return (one * first.seeds + other * second.seeds) / (first.seeds + second.seeds)
+
+    return _row(
+        first.recipe,
+        first.settings,
+        {score: values + second.values[score] for score, values in first.values.items()},
+        dense.mean if dense else {},
+        sparsity=weighed(first.sparsity, second.sparsity) or 0.0,
+        seconds=weighed(first.seconds, second.seconds),
+        origin=first.origin if first.origin == second.origin else None,
+    )
+
+
+def _row(
+    recipe: str,
+    settings: dict[str, Any] | None,
+    values: dict[str, list[float]],
+    reference: Mapping[str, float],
+    *,
+    sparsity: float,
+    seconds: float | None,
+    origin: Origin | None,
+    paired: Against | None = None,
+) -> Row:
+    """Of scores by seed, beside those of the dense model."""
     means = {score: mean(numbers) for score, numbers in values.items()}
-    reference = scores(dense) if dense else {}
     shared = means.keys() & reference.keys()
     return Row(
         recipe=recipe,
-        settings=records[0].recipe if records else None,
-        sparsity=mean(record.sparsity for record in records) if records else 0.0,
-        seeds=len(outcomes),
+        settings=settings,
+        sparsity=sparsity,
+        seeds=len(next(iter(values.values()))),
         mean=means,
         spread={
             score: stdev(numbers)
@@ -91,9 +139,9 @@ def row(
         },
         values=values,
         ratios={score: means[score] / reference[score] for score in (*DOMAINS, ALL) if score in shared},
-        seconds=mean(record.seconds for record in records) if records else None,
-        origin=outcomes[0].origin,
-        paired=_paired(outcomes, dense),
+        seconds=seconds,
+        origin=origin,
+        paired=paired,
     )
 
 
