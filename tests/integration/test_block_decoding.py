@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, PreTrainedModel
 
 import besa
-from besa.kernels import choosing, dense
 from besa.kernels import decoding as kernels
+from besa.kernels import dense
 from besa.kernels.norm import FORMS
 from besa.methods.recipe import Recipe
 from besa.runtime import block_decoding, decoding
@@ -132,14 +132,10 @@ def test_blocks_of_codes(bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert {linear.bits for linear in model.modules() if isinstance(linear, SparseLinear)} == {bits}
 
 
-@pytest.mark.parametrize(("way", "later"), [("rows", [4, 4]), ("torch", [1, 1, 2] * 2)])
-def test_a_block_with_dense_linears(
-    way: str, later: list[int], halves: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """They are computed by the kernel for few rows, unless another way is faster on this machine."""
+def test_a_block_with_dense_linears(halves: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are computed by the kernel for few rows."""
     if not dense.paths():
         return
-    monkeypatch.setattr(dense, "_fastest", lambda *_: [way] * len(choosing.COUNTS))
     generator, block = torch.Generator().manual_seed(0), halves.model.layers[1]
     for name, bias in (("mlp.up_proj", True), ("mlp.down_proj", False)):
         linear = nn.Linear(*reversed(block.get_submodule(name).bitmask.shape), bias=bias, dtype=torch.bfloat16).eval()
@@ -149,7 +145,7 @@ def test_a_block_with_dense_linears(
     block.requires_grad_(False)
     with counted(monkeypatch) as calls:
         assert same(steps(halves, 4), steps(usual(halves), 4))
-    assert calls[4:] == later
+    assert calls[4:] == [4, 4]
     block.mlp.up_proj.weight.data = -block.mlp.up_proj.weight.data
     assert same(steps(halves, 3), steps(usual(halves), 3))
 

@@ -261,6 +261,19 @@ def test_every_way_may_be_chosen_for_a_dense_weight(monkeypatch, way):
         torch.testing.assert_close(y_NO, linear(x_NI, w_OI), rtol=8 * torch.finfo(dtype).eps, atol=0.1)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_one_row_is_the_same_wherever_a_dense_weight_lies(dtype):
+    """torch's own product in float32 adds up in another order from an address that no register ends at."""
+    if not dense.paths():
+        return
+    w_OI = half_pruned(37, 96).to(dtype)
+    x_NI = row_of_x(bitmask.pack(w_OI), 1)
+    memory = torch.empty(w_OI.numel() + 64, dtype=dtype)
+    for first in range(0, 64, 3):
+        moved = memory[first : first + w_OI.numel()].view_as(w_OI).copy_(w_OI)
+        assert torch.equal(dense.multiplied(x_NI, moved), dense.multiplied(x_NI, w_OI))
+
+
 @pytest.mark.parametrize("path", dense.paths())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_dense_product_for_c_code_is_that_of_few_rows(monkeypatch, path, dtype):

@@ -1,7 +1,8 @@
 """Products with dense weights, as torch keeps them, on the CPU: the head's, and those of linears that were not pruned.
 
-Torch's own product of one row reads a weight at half the rate of memory or less. Kernels for few rows of x read it
-as fast as it comes; for more, there are tiles. Which is faster is measured once on a machine.
+Torch's own product of one row reads a weight at half the rate of memory or less, and in float32 its sums depend on the
+weight's address. Kernels for few rows of x read it as fast as it comes, and always serve one row; for more, there are
+tiles. Which is faster is measured once on a machine.
 
 Shape suffixes: N rows of x, O rows and I columns of the weight.
 """
@@ -36,6 +37,8 @@ def multiplied(x_NI: Tensor, w_OI: Tensor) -> Tensor:
     assert x_NI.dtype == w_OI.dtype
     if not len(x_NI) or not serves(w_OI):
         return linear(x_NI, w_OI)
+    if len(x_NI) == 1:
+        return by_rows(x_NI, w_OI)
     names = _fastest(w_OI.dtype, torch.get_num_threads())
     return WAYS[names[choosing.place(len(x_NI))]](x_NI, w_OI)
 
@@ -62,10 +65,8 @@ class Product:
 
 
 def product(w_OI: Tensor) -> Product | None:
-    """The product with one row of x for C code; None if there is no kernel for it, or another way is as fast."""
-    if w_OI.dtype not in sparse_native.WORKS or not serves(w_OI):
-        return None
-    return Product(w_OI) if _fastest(w_OI.dtype, torch.get_num_threads())[0] == "rows" else None
+    """The product with one row of x for C code; None if there is no kernel for it."""
+    return Product(w_OI) if w_OI.dtype in sparse_native.WORKS and serves(w_OI) else None
 
 
 @cache
