@@ -5,38 +5,19 @@ namespace {
 
 constexpr int BANDS = 2;
 
-// The products of eight bytes at least of some rows, each added to the sums of its row.
+// The products of some rows of floats, each added to the sums of its row.
 template <typename Kind>
-INLINE void multiply_rows(const uint8_t* const (&at)[BANDS * ROWS], int64_t width, const BandOf<Kind>* bands,
-                          const Rows<Kind>& rows, __m256 (&all)[BANDS * ROWS]) {
-    constexpr int COUNT = BANDS * ROWS;
-    if constexpr (Kind::CODES) {  // a row is a group
-        for (int64_t left = 0; left < width; left += 1024) {
-            __m256i sums[COUNT / 2] = {};
-            for (int64_t c = left; c < std::min(width, left + 1024); c += 64)
-                times<COUNT / 2 * 4>([&](auto k) INLINED {
-                    constexpr int I = k % (COUNT / 2), J = k / (COUNT / 2);
-                    const __m256i w = pair(loaded(at[2 * I] + c + 16 * J), loaded(at[2 * I + 1] + c + 16 * J));
-                    sums[I] = Kind::add(sums[I], w, rows.numbers[size_t(c / 64)].low[J]);
-                });
-            times<COUNT / 2>([&](auto i) INLINED {
-                const __m256 sum = _mm256_mul_ps(_mm256_cvtepi32_ps(sums[i]), bands[2 * i / ROWS].scale(i % 2, 0));
-                all[2 * i] = _mm256_add_ps(all[2 * i], _mm256_permute2f128_ps(sum, sum, 0x80));
-                all[2 * i + 1] = _mm256_add_ps(all[2 * i + 1], _mm256_permute2f128_ps(sum, sum, 0x81));
-            });
-        }
-    } else {
-        const float* x = rows.numbers.data();
-        for (int64_t c = 0; c < width; c += 8 * Kind::SIZE, x += 8)
-            times<COUNT>([&](auto i) INLINED {
-                __m256 w;
-                if constexpr (Kind::SIZE == 4)
-                    w = _mm256_loadu_ps(reinterpret_cast<const float*>(at[i] + c));
-                else
-                    w = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(loaded(at[i] + c)), 16));
-                all[i] = _mm256_fmadd_ps(w, _mm256_loadu_ps(x), all[i]);
-            });
-    }
+INLINE void multiply_rows(const uint8_t* const (&at)[BANDS * ROWS], int64_t width, const float* x,
+                          __m256 (&all)[BANDS * ROWS]) {
+    for (int64_t c = 0; c < width; c += 8 * Kind::SIZE, x += 8)
+        times<BANDS * ROWS>([&](auto i) INLINED {
+            __m256 w;
+            if constexpr (Kind::SIZE == 4)
+                w = _mm256_loadu_ps(reinterpret_cast<const float*>(at[i] + c));
+            else
+                w = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(loaded(at[i] + c)), 16));
+            all[i] = _mm256_fmadd_ps(w, _mm256_loadu_ps(x), all[i]);
+        });
 }
 
 template <typename Kind>
@@ -48,19 +29,10 @@ TARGET void dense_bands(const Weight& weight, const Rows<Kind>& rows, float* y, 
         const uint8_t* at[BANDS * ROWS];
         __m256 all[BANDS * ROWS] = {};
         for (int64_t i = 0; i < BANDS * ROWS; ++i) at[i] = weight.values + (ROWS * (index + i / ROWS * count) + i % ROWS) * width;
-        if constexpr (Kind::CODES)
-            for (int64_t b = 0; b < BANDS; ++b) bands[size_t(b)].read(weight, index + b * count);
-        multiply_rows<Kind>(at, width, bands.data(), rows, all);
+        multiply_rows<Kind>(at, width, rows.numbers.data(), all);
         for (int64_t b = 0; b < BANDS; ++b) {
             Totals totals;
-            for (int64_t r = 0; r < ROWS; ++r) {
-                const __m256 of = all[b * ROWS + r];
-                if (Kind::CODES)
-                    _mm_storeu_ps(totals.of[r / 2] + r % 2 * 4,
-                                  _mm_add_ps(_mm256_castps256_ps128(of), _mm256_extractf128_ps(of, 1)));
-                else
-                    _mm256_store_ps(totals.of[r], of);
-            }
+            for (int64_t r = 0; r < ROWS; ++r) _mm256_store_ps(totals.of[r], all[b * ROWS + r]);
             write<Kind>(weight, rows, bands[size_t(b)], index + b * count, 0, totals, y);
         }
     }
@@ -82,8 +54,8 @@ TARGET int64_t read_part(const char* from, int64_t bytes) {
 
 }  // namespace
 
-// Of weights whose rows are a multiple of 8 × threads and columns of 128; of codes of eight bits, with a step for a row. Of
-// x, the numbers must not differ so much that some would need more than sixteen bits.
+// Of floats whose rows are a multiple of 8 × threads and columns of 128. Codes that are held dense are multiplied by the
+// runtime's own kernel.
 #define DENSE(NAME, KIND)                                                                                          \
     extern "C" void dense_##NAME(const Weight* weight, const float* x, float* y, int64_t threads) {                \
         const Rows<KIND> rows(*weight, x, 1);                                                                      \
@@ -94,12 +66,6 @@ TARGET int64_t read_part(const char* from, int64_t bytes) {
     }
 DENSE(float32, Float32)
 DENSE(bfloat16, BFloat16)
-DENSE(int8, Int8)
-
-// Codes of four bits are those that the runtime holds, in its layout.
-extern "C" void dense_int4(const Weight* weight, const float* x, float* y, int64_t threads) {
-    multiply_held(*weight, x, 1, y, threads);
-}
 
 // Reads all bytes once, a number of them that 256 × threads divides.
 extern "C" int64_t read_all(const char* from, int64_t bytes, int64_t threads) {

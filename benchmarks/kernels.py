@@ -29,7 +29,7 @@ import typer
 from torch import Tensor
 
 from benchmarks.processors import ending
-from besa.kernels import build, held_dense, sparse, sparse_native
+from besa.kernels import build, held, held_dense, sparse, sparse_native
 from besa.quantization import Grid, Quantized
 from besa.record import now
 from besa.storage.formats import bitmask
@@ -177,13 +177,15 @@ def _copies(weight: Bitmask) -> list[Bitmask]:
 
 
 def _dense(kernels: ctypes.CDLL, x_NI: Tensor, weight: Bitmask) -> list[Work]:
-    """Calls of the dense kernel, which gets a weight's values in order, two codes of four bits to a byte."""
-    if weight.kind == "int4" and sparse_native.paths()[0] == held_dense.PATH:
-        values = held_dense.laid_out(weight)["values"]
-    else:
-        values = weight.unpack() if weight.bits is None else weight.unpack_codes().codes_OI
-        if weight.bits == 4:
-            values = values[:, ::2] | values[:, 1::2] << 4
+    """Calls of the dense kernel, which gets a weight's values in order, two codes of four bits to a byte.
+
+    Where the runtime holds codes dense itself, they are calls of its own kernel.
+    """
+    if weight.bits is not None and sparse_native.paths()[0] == held_dense.PATH:
+        return [partial(held.Product(copy), x_NI) for copy in _copies(weight)]
+    values = weight.unpack() if weight.bits is None else weight.unpack_codes().codes_OI
+    if weight.bits == 4:
+        values = values[:, ::2] | values[:, 1::2] << 4
     x_NI, y_NO = x_NI.float(), torch.empty(1, weight.shape[0])
     kernel, threads = kernels[f"dense_{weight.kind}"], ctypes.c_int64(torch.get_num_threads())
     x, y = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (x_NI, y_NO))

@@ -1,4 +1,4 @@
-"""Codes of four bits, held in memory in another order than in the file, in which a few rows of x are multiplied faster.
+"""Codes, held in memory in another order than in the file, in which a few rows of x are multiplied faster.
 
 Which order that is depends on the processor (`held_fours`, `held_dense`). What is held takes memory besides the
 bitmask, which serves many rows of x as before. Whether that pays is measured once on a machine.
@@ -28,17 +28,17 @@ ROUNDS = 5
 
 
 def most(weight: Bitmask) -> int:
-    """Rows of x for which there is a kernel: none but with a step for 32 columns, for 64 k, or for a row."""
+    """Rows of x for which there is a kernel."""
     order = _order()
-    if weight.kind != "int4" or order is None or not sparse_native.serves(weight):
+    if weight.scales_OG is None or order is None or not sparse_native.serves(weight):
         return 0
-    group = _group(weight)
-    return order.MOST if group in (0, 32) or group % 64 == 0 else 0
+    rows: int = order.most(weight.kind, _group(weight))
+    return rows
 
 
 def pays(weight: Bitmask, threads: int) -> bool:
     """Whether a row of x is multiplied so much faster by held codes that they are worth their memory."""
-    return most(weight) > 0 and weight.nbytes >= sparse_native.LARGE and _gains(_group(weight), threads)
+    return most(weight) > 0 and weight.nbytes >= sparse_native.LARGE and _gains(weight.kind, _group(weight), threads)
 
 
 class Product:
@@ -56,13 +56,15 @@ class Product:
         assert order is not None
         if way is None:
             sought = weight.nbytes >= sparse_native.LARGE and sparse_native.paths()[0] in sparse_native.TRIED
-            way = _fastest(_group(weight), threads) if sought else USUAL
+            way = _fastest(weight.kind, _group(weight), threads) if sought else USUAL
         self._weight, self._held = weight, order.laid_out(weight)  # the tensors of both must live
         self._passed = sparse_native.passed(weight, way)
         for name, tensor in self._held.items():
             setattr(self._passed, name, tensor.data_ptr())
         self._address = ctypes.addressof(self._passed)
-        self._functions = {dtype: _function(order, work) for dtype, work in sparse_native.WORKS.items()}
+        self._functions = {
+            dtype: _function(order, f"{work}_held_{weight.kind}") for dtype, work in sparse_native.WORKS.items()
+        }
 
     def __call__(self, x: Tensor) -> Tensor:
         """Output (…, O) for inputs (…, I) of float32 or bfloat16."""
@@ -98,32 +100,32 @@ def _group(weight: Bitmask) -> int:
 
 
 @cache
-def _function(order: ModuleType, work: str) -> Callable[..., None]:
+def _function(order: ModuleType, name: str) -> Callable[..., None]:
     kernels = load(order.SOURCE)
     assert kernels is not None
-    function = kernels[f"{work}_held_{order.PATH}"]
+    function = kernels[f"{name}_{order.PATH}"]
     function.argtypes, function.restype = [ctypes.c_void_p, *[ctypes.c_int64] * 4], None
     return function
 
 
-def _subject(group: int, threads: int) -> str:
+def _subject(kind: str, group: int, threads: int) -> str:
     """What is measured, in words, with the name of what it depends on."""
     order = _order()
     assert order is not None
     kernels = load(order.SOURCE)
     assert kernels is not None
-    return f"codes of four bits {Path(kernels._name).name} {group} {threads}"
+    return f"codes {Path(kernels._name).name} {kind} {group} {threads}"
 
 
 @cache
-def _fastest(group: int, threads: int) -> Way:
-    """The fastest way to read large weights with a step for so many columns on this machine."""
+def _fastest(kind: str, group: int, threads: int) -> Way:
+    """The fastest way to read large weights of a kind with a step for so many columns on this machine."""
 
     def works() -> list[Work]:
         x_NI = torch.ones(1, sparse_native.COLUMNS)
-        return [partial(_read, product, x_NI) for product in map(_held_usual, sparse_native.samples("int4", group))]
+        return [partial(_read, product, x_NI) for product in map(_held_usual, sparse_native.samples(kind, group))]
 
-    return reading.fastest(_subject(group, threads), works)
+    return reading.fastest(_subject(kind, group, threads), works)
 
 
 def _held_usual(weight: Bitmask) -> Product:
@@ -136,16 +138,16 @@ def _read(product: Product, x_NI: Tensor, way: Way) -> None:
 
 
 @cache
-def _gains(group: int, threads: int) -> bool:
+def _gains(kind: str, group: int, threads: int) -> bool:
     """Whether held codes are `GAIN` times as fast as bitmasks on this machine."""
-    subject = f"whether held: {_subject(group, threads)}"
-    gains: bool = once(subject, [], lambda found: isinstance(found, bool), partial(_measured, group))
+    subject = f"whether held: {_subject(kind, group, threads)}"
+    gains: bool = once(subject, [], lambda found: isinstance(found, bool), partial(_measured, kind, group))
     return gains
 
 
-def _measured(group: int) -> bool:
+def _measured(kind: str, group: int) -> bool:
     """Both in turn, some times; the least time of each piece counts, as other processes only ever add to it."""
-    weights = sparse_native.samples("int4", group)
+    weights = sparse_native.samples(kind, group)
     x_NI = torch.ones(1, sparse_native.COLUMNS)
     ways: list[list[Product | sparse_native.Product]] = [
         [Product(weight) for weight in weights],

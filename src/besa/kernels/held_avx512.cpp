@@ -319,11 +319,11 @@ extern "C" void held_laid_out_avx512(const Weight* weight, uint8_t* heads, const
         lay_out(*weight, band, heads + band * Layout(*weight).size, codes + offsets[band]);
 }
 // y (batch, rows) of x (batch, columns), up to four rows, for a weight whose masks, values and offsets are as laid out.
-extern "C" void multiply_held_avx512(const Weight* weight, const float* x, int64_t batch, float* y, int64_t threads) {
+extern "C" void multiply_held_int4_avx512(const Weight* weight, const float* x, int64_t batch, float* y, int64_t threads) {
     multiply(*weight, x, batch, y, threads);
 }
-extern "C" void halves_held_avx512(const Weight* weight, const uint16_t* x, int64_t batch, uint16_t* y, int64_t threads) {
-    in_halves(multiply_held_avx512, weight, x, batch, y, threads);
+extern "C" void halves_held_int4_avx512(const Weight* weight, const uint16_t* x, int64_t batch, uint16_t* y, int64_t threads) {
+    in_halves(multiply_held_int4_avx512, weight, x, batch, y, threads);
 }
 
 // Whether the processor can run them.

@@ -19,6 +19,11 @@ MOST = 4  # rows of x: registers hold the sums of so many
 ROWS = 16  # of a band
 
 
+def most(kind: str, group: int) -> int:
+    """Rows of x that there are kernels for, of a kind of weights with so many columns to a step (0: a row)."""
+    return MOST if kind == "int4" and (group in (0, 32) or group % 64 == 0) else 0
+
+
 def laid_out(weight: Bitmask) -> dict[str, Tensor]:
     """The heads of bands (their steps, codes of zero and masks), their codes, and where those begin.
 

@@ -6,30 +6,12 @@
 // are kept in registers. For one row of x, two bands are read at once, as memory gives more then; nothing is fetched
 // ahead, as that costs more than it gains (docs/log.md).
 #if defined(__x86_64__)
-#include <cpuid.h>
-#include <immintrin.h>
-
-#include <numeric>
-#include <utility>
-
-#include "sparse.hpp"
-
-#define TARGET __attribute__((target("avx2,bmi2,fma,f16c,popcnt")))
-#define INLINED __attribute__((target("avx2,bmi2,fma,f16c,popcnt"), always_inline))
-#define INLINE INLINED static inline
+#include "avx2.hpp"
 
 namespace {
 
 constexpr int64_t TILE = 128;  // steps expanded at a time where a batch shares them
 constexpr uint8_t NONE = 128;  // no byte of a vector; nor is what comes up to 64 after it
-
-// Calls `work` with each number below COUNT, as a constant.
-template <typename Work, int... I> INLINE void each(Work work, std::integer_sequence<int, I...>) {
-    (work(std::integral_constant<int, I>()), ...);
-}
-template <int COUNT, typename Work> INLINE void times(Work work) {
-    each(work, std::make_integer_sequence<int, COUNT>());
-}
 
 INLINE __m128i loaded(const void* at) { return _mm_loadu_si128(static_cast<const __m128i*>(at)); }
 INLINE __m256i both(const void* at) { return _mm256_broadcastsi128_si256(loaded(at)); }
@@ -239,38 +221,10 @@ template <typename Kind> struct Rows {
                 std::memcpy(to, x + n * columns, size_t(columns) * sizeof(float));
         }
     }
-    // A row as whole numbers: in float32 as fine as three digits to the base 256 are, in half precision in units that let
-    // most do without a higher part. Where it has an infinite number, or one that is none, the unit is no number.
     TARGET void split(const Weight& weight, const float* x, typename Kind::X* to, float* sums_of_groups) {
-        const int64_t columns = weight.columns;
-        std::vector<float> padded(size_t(stride * LENGTH<Kind>));
-        std::memcpy(padded.data(), x, size_t(columns) * sizeof(float));
-        __m256 most = _mm256_setzero_ps(), all = most, sound = most;
-        for (size_t i = 0; i < padded.size(); i += 8) {
-            const __m256 part = _mm256_loadu_ps(&padded[i]), size = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), part);
-            most = _mm256_max_ps(most, size);
-            all = _mm256_add_ps(all, size);
-            sound = _mm256_fmadd_ps(part, _mm256_setzero_ps(), sound);
-        }
-        float lanes[3][8];
-        _mm256_storeu_ps(lanes[0], most);
-        _mm256_storeu_ps(lanes[1], all);
-        _mm256_storeu_ps(lanes[2], sound);
-        const float largest = *std::max_element(lanes[0], lanes[0] + 8);
-        const float mean = std::accumulate(lanes[1], lanes[1] + 8, 0.0f) / float(columns);
-        const float trouble = std::accumulate(lanes[2], lanes[2] + 8, 0.0f);
-        const float fine = weight.scale_type ? mean / FINE : 0;
-        const float unit = std::max(largest / THREE, std::min(largest / TWO, fine));
-        const __m256 inverse = _mm256_set1_ps(trouble == 0 && unit > 0 ? 1 / unit : 0);
-        const __m256i limit = _mm256_set1_epi32(int32_t(THREE)), opposite = _mm256_set1_epi32(-int32_t(THREE));
-        std::vector<int32_t> whole(padded.size());
-        for (size_t i = 0; i < padded.size(); i += 16) {
-            __m256i number[2];
-            for (size_t k = 0; k < 2; ++k) {
-                number[k] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(&padded[i + 8 * k]), inverse));
-                number[k] = _mm256_max_epi32(_mm256_min_epi32(number[k], limit), opposite);
-                _mm256_storeu_si256(reinterpret_cast<__m256i*>(&whole[i + 8 * k]), number[k]);
-            }
+        const Whole row(weight, x, stride * LENGTH<Kind>);
+        const std::vector<int32_t>& whole = row.numbers;
+        for (size_t i = 0; i < whole.size(); i += 16) {
             typename Kind::X& chunk = to[i / 64];
             const auto put = [&](int16_t(&part)[2][8], __m256i low, __m256i high) INLINED {
                 const __m256i odd_last = _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15,  //
@@ -281,17 +235,18 @@ template <typename Kind> struct Rows {
             };
             __m256i low[2], high[2];
             for (size_t k = 0; k < 2; ++k) {
-                low[k] = _mm256_srai_epi32(_mm256_slli_epi32(number[k], 16), 16);
-                high[k] = _mm256_srai_epi32(_mm256_sub_epi32(number[k], low[k]), 16);
+                const __m256i number = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(&whole[i + 8 * k]));
+                low[k] = _mm256_srai_epi32(_mm256_slli_epi32(number, 16), 16);
+                high[k] = _mm256_srai_epi32(_mm256_sub_epi32(number, low[k]), 16);
             }
             put(chunk.low[i % 64 / 16], low[0], low[1]);
             put(chunk.high[i % 64 / 16], high[0], high[1]);
             const __m256i any = _mm256_or_si256(high[0], high[1]);
             chunk.wide |= !_mm256_testz_si256(any, any);
         }
-        factors.push_back(unit + trouble);
-        const int64_t group = columns / weight.groups;
-        for (const int32_t* at = whole.data(); at < whole.data() + columns; at += group)
+        factors.push_back(row.factor);
+        const int64_t group = weight.columns / weight.groups;
+        for (const int32_t* at = whole.data(); at < whole.data() + weight.columns; at += group)
             *sums_of_groups++ = float(std::accumulate(at, at + group, int64_t(0)));
     }
 };
@@ -605,128 +560,6 @@ template <typename Kind> void expand(const Weight& weight, int64_t first, int64_
     for (int64_t band = first; band < last; ++band) expanded<Kind>(weight, band, ROWS * first, out);
 }
 
-// Codes of four bits that are held dense, as besa.kernels.held makes them: two columns to a byte, chunk after chunk of a
-// band, with zeros after its last row and column. Digits of x of eight bits meet them, as sums of such products fit into
-// sixteen.
-struct Digits {
-    alignas(32) int8_t of[3][2][32];  // of a chunk: from the last digit to the first, the even columns and the odd ones
-    bool wide;                        // whether there is a first digit
-};
-
-TARGET std::vector<Digits> digits_of(const Rows<Int4>& rows) {
-    std::vector<Digits> digits(rows.numbers.size());
-    for (size_t c = 0; c < digits.size(); ++c) {
-        const Int4::X& x = rows.numbers[c];
-        __m256i first = _mm256_setzero_si256();
-        for (int i = 0; i < 4; ++i) {  // the steps of two, of even or odd columns
-            const int odd = i % 2, step = i / 2 * 2;
-            const __m256i low = pair(loaded(x.low[step][odd]), loaded(x.low[step + 1][odd]));
-            const __m256i high = pair(loaded(x.high[step][odd]), loaded(x.high[step + 1][odd]));
-            const __m256i last = _mm256_srai_epi16(_mm256_slli_epi16(low, 8), 8), rest = _mm256_sub_epi16(low, last);
-            const __m256i carry = _mm256_srli_epi16(_mm256_andnot_si256(low, rest), 15);  // one where `rest` is too large
-            const __m256i of[3] = {last, _mm256_srai_epi16(rest, 8), _mm256_add_epi16(high, carry)};
-            for (int digit = 0; digit < 3; ++digit) {
-                const __m128i left = _mm256_castsi256_si128(of[digit]), right = _mm256_extracti128_si256(of[digit], 1);
-                _mm_store_si128(reinterpret_cast<__m128i*>(digits[c].of[digit][odd] + 8 * step),
-                                _mm_packs_epi16(left, right));
-            }
-            first = _mm256_or_si256(first, of[2]);
-        }
-        digits[c].wide = !_mm256_testz_si256(first, first);
-    }
-    return digits;
-}
-
-// The products of a chunk of a row, as whole numbers: the sums of eight columns each.
-template <bool WIDE> INLINE __m256i product(const uint8_t* codes, const Digits& x) {
-    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)), four = _mm256_set1_epi8(15);
-    const __m256i even = _mm256_and_si256(bytes, four), odd = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), four);
-    const auto products = [&](int digit) INLINED {
-        const auto* of = reinterpret_cast<const __m256i*>(x.of[digit]);
-        return _mm256_add_epi16(_mm256_maddubs_epi16(even, of[0]), _mm256_maddubs_epi16(odd, of[1]));
-    };
-    const __m256i sum = _mm256_add_epi32(_mm256_madd_epi16(products(0), _mm256_set1_epi16(1)),
-                                         _mm256_madd_epi16(products(1), _mm256_set1_epi16(256)));
-    if (!WIDE) return sum;
-    return _mm256_add_epi32(sum, _mm256_slli_epi32(_mm256_madd_epi16(products(2), _mm256_set1_epi16(1)), 16));
-}
-
-// BANDS bands times one row of x, in lanes by row. GROUPS: of a chunk, 1 or 2, or a step is for `each` chunks.
-template <int GROUPS, int BANDS>
-INLINE void read_held(const uint8_t* const (&at)[BANDS], const float* const (&scales)[BANDS * ROWS], const Digits* x,
-                      int64_t chunks, int64_t each, __m256 (&all)[BANDS * ROWS]) {
-    for (int64_t c = 0, g = 0, next = each; c < chunks; ++c) {
-        if (c == next) ++g, next += each;
-        const auto add = [&](auto wide) INLINED {
-            times<BANDS * ROWS>([&](auto i) INLINED {
-                __m256 scale;
-                if constexpr (GROUPS == 2) {
-                    const __m256d two = _mm256_broadcast_sd(reinterpret_cast<const double*>(scales[i] + 2 * c));
-                    scale = _mm256_permutevar_ps(_mm256_castpd_ps(two), _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
-                } else {
-                    scale = _mm256_broadcast_ss(scales[i] + g);
-                }
-                const uint8_t* codes = at[i / ROWS] + 32 * (c * ROWS + i % ROWS);
-                const __m256i sum = product<decltype(wide)::value>(codes, x[c]);
-                all[i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, all[i]);
-            });
-        };
-        if (x[c].wide)
-            add(std::true_type());
-        else
-            add(std::false_type());
-    }
-}
-
-// Some bands times all rows of x, BANDS at once from as many places.
-template <int GROUPS, int BANDS>
-TARGET void held_together(const Weight& weight, const Rows<Int4>& rows, const Digits* x, float* y, int64_t first,
-                          int64_t count) {
-    const int64_t chunks = chunks_of<Int4>(weight), group = weight.columns / weight.groups;
-    const int64_t each = weight.groups == 1 ? chunks : std::max<int64_t>(1, group / 64);
-    std::vector<CodeBand<Int4>> bands(BANDS, CodeBand<Int4>(weight));
-    for (int64_t index = first; index < first + count; ++index) {
-        const uint8_t* at[BANDS];
-        const float* scales[BANDS * ROWS];
-        for (int64_t b = 0; b < BANDS; ++b) {
-            CodeBand<Int4>& band = bands[size_t(b)];
-            band.read(weight, index + b * count);
-            at[b] = weight.values + (index + b * count) * chunks * ROWS * 32;
-            for (int64_t r = 0; r < ROWS; ++r) scales[b * ROWS + r] = &band.scales[size_t(r * band.width)];
-        }
-        for (int64_t n = 0; n < rows.batch; ++n) {
-            __m256 all[BANDS * ROWS] = {};
-            read_held<GROUPS, BANDS>(at, scales, x + n * rows.stride, chunks, each, all);
-            for (int64_t b = 0; b < BANDS; ++b) {
-                Totals totals;
-                for (int64_t r = 0; r < ROWS; ++r) {
-                    const __m256 of = all[b * ROWS + r];
-                    _mm_storeu_ps(totals.of[r / 2] + r % 2 * 4,
-                                  _mm_add_ps(_mm256_castps256_ps128(of), _mm256_extractf128_ps(of, 1)));
-                }
-                write<Int4>(weight, rows, bands[size_t(b)], index + b * count, n, totals, y);
-            }
-        }
-    }
-}
-
-template <int GROUPS>
-void held(const Weight& weight, const Rows<Int4>& rows, const Digits* x, float* y, int64_t first, int64_t last) {
-    const int64_t count = (last - first) / 2;
-    held_together<GROUPS, 2>(weight, rows, x, y, first, count);
-    held_together<GROUPS, 1>(weight, rows, x, y, first + 2 * count, last - first - 2 * count);
-}
-
-TARGET void multiply_held(const Weight& weight, const float* x, int64_t batch, float* y, int64_t threads) {
-    const Rows<Int4> rows(weight, x, batch);
-    const std::vector<Digits> digits = digits_of(rows);
-    const auto kernel = weight.columns / weight.groups == 32 && weight.groups > 1 ? held<2> : held<1>;
-    const int64_t all = (weight.rows + ROWS - 1) / ROWS;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t part = 0; part < threads; ++part)
-        kernel(weight, rows, digits.data(), y, all * part / threads, all * (part + 1) / threads);
-}
-
 }  // namespace
 
 CALLS(float32, avx2, Float32)
@@ -735,18 +568,6 @@ CALLS(float16, avx2, Float16)
 CALLS(int8, avx2, Int8)
 CALLS(int4, avx2, Int4)
 
-// The same of codes of four bits that are held dense.
-extern "C" void multiply_held_avx2(const Weight* weight, const float* x, int64_t batch, float* y, int64_t threads) {
-    multiply_held(*weight, x, batch, y, threads);
-}
-extern "C" void halves_held_avx2(const Weight* weight, const uint16_t* x, int64_t batch, uint16_t* y, int64_t threads) {
-    in_halves(multiply_held_avx2, weight, x, batch, y, threads);
-}
-
 // Whether the processor can run this path.
-extern "C" int has_avx2() {
-    unsigned a, b, c, d;  // f16c is no name that all compilers know
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("fma") &&
-           __builtin_cpu_supports("popcnt") && __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
-}
+extern "C" int has_avx2() { return has_all(); }
 #endif
