@@ -22,10 +22,10 @@ INLINE __m256i everywhere(const void* four) {  // bytes
 INLINE void increase(__m256i& sum, __m256i more) { asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(more)); }
 INLINE void increase_16(__m256i& sums, __m256i more) { asm("vpaddw %1, %0, %0" : "+x"(sums) : "x"(more)); }
 
-// Kinds of codes. A step has COLUMNS columns; the sums of LONGEST steps are whole numbers of 32 bits. X is what meets a
-// step, of the lower part of x, which is worth 1, or of the higher one.
+// Kinds of codes. A step has COLUMNS columns; the sums of LONGEST steps fit into 32 bits, and few of such pieces of x have a
+// higher part. X is what meets a step, of the lower part of x, which is worth 1, or of the higher one.
 struct Int4 {
-    static constexpr int64_t COLUMNS = 8, LONGEST = 512;
+    static constexpr int64_t COLUMNS = 8, LONGEST = 32;
     struct X {
         int8_t of[2][8];  // digits to the base 256, the last one first
     };
