@@ -44,8 +44,8 @@ BATCH = 4 * 37 * 96 * 2  # bytes of the hidden states of a batch; nothing else h
 CASES = {name: (name, []) for name in shipped()} | VARIANTS | MORE
 OF_EXPERTS = {"fewer experts": ("fast", ["experts.method=reap"])}
 LIKE_OTHERS = {  # of parts that faster cases have, too
-    "besa-attn-mlp", "besa-layer-pruned-teacher", "besa-layerwise", "besa-rtn4", "besa-two-blocks", "best", "best-int4",
-    "best-int8", "int4", "int4 groups", "probability", "wanda-int4",
+    "besa-attn-mlp", "besa-int4", "besa-layer-pruned-teacher", "besa-layerwise", "besa-rtn4", "besa-two-blocks", "best",
+    "best-int4", "best-int8", "depth", "distilled", "int4", "int4 groups", "mixed 2-of-4", "probability", "wanda-int4",
 }  # fmt: skip
 
 
@@ -101,7 +101,7 @@ def test_every_method_gives_the_bits_of_the_cpu(shallow: Path, tmp_path: Path, c
     assert_same_on_both(shallow, recipe_of(case), tmp_path)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", some_slow(["float32", "float16"], {"float32"}))
 def test_every_dtype_does(shallow: Path, tmp_path: Path, dtype: str) -> None:
     # Without autocast, which the pretend accelerator lacks.
     recipe = Recipe.load("besa", overrides=["allocation.autocast=false", *FEW_STEPS])
@@ -114,6 +114,7 @@ def test_experts_do(tiny_tokenizer: Any, tmp_path: Path, recipe: str) -> None:
     assert_same_on_both(folder, recipe_of(recipe), tmp_path, calibration=TOKENS, tokenizer=tiny_tokenizer)
 
 
+@pytest.mark.slow
 def test_whole_experts_go_there_too(tiny_tokenizer: Any, tmp_path: Path) -> None:
     folder, recipe = saved(random_model(config_of("mixtral")), tmp_path / "mixtral"), recipe_of("fewer experts")
     assert_same_on_both(folder, recipe, tmp_path, calibration=TOKENS, tokenizer=tiny_tokenizer)
@@ -135,7 +136,8 @@ def test_hidden_states_that_do_not_fit_stay_on_the_host_or_in_files(shallow: Pat
         assert pretend.counts.to_host.count(BATCH) >= 2 * BLOCKS
 
 
-@pytest.mark.parametrize("case", some_slow(["besa", "fast"], {"besa"}))
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["besa", "fast"])
 def test_a_run_that_was_stopped_goes_on_there(shallow: Path, tmp_path: Path, case: str) -> None:
     def stop(done: int, _: int, state: str) -> None:
         if done == 1:
@@ -256,7 +258,10 @@ def watched(model: PreTrainedModel, recipe: Recipe, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(
     "case",
-    some_slow(["besa", "besa-int4", "besa-layerwise", "best", "fast", "int4", "sparsegpt", "wanda"], {"best", "int4"}),
+    some_slow(
+        ["besa", "besa-int4", "besa-layerwise", "best", "fast", "int4", "sparsegpt", "wanda"],
+        {"besa-int4", "besa-layerwise", "best", "int4"},
+    ),
 )
 def test_the_host_neither_waits_nor_computes_more_than_it_may(shallow: Path, monkeypatch: Any, case: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(shallow, dtype=torch.bfloat16)

@@ -39,6 +39,7 @@ def test_settings_of_all_cells_are_those_of_a_recipe(one: Experiment) -> None:
         assert f", {learner['steps' if recipe.descent else 'epochs']} " in case.label
 
 
+@pytest.mark.slow
 def test_cells_are_compared_with_the_first_seed_by_seed(
     one_block: Path, tiny_llama_folder: Path, tmp_path: Path
 ) -> None:

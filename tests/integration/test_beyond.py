@@ -11,6 +11,7 @@ from besa.data.calibration import Calibration
 from besa.methods.recipe import Recipe
 from besa.models.streaming import DecoderInMemory
 from besa.pruning import prune_blocks
+from tests.slowly import some_slow
 
 SIZES = {"samples": 16, "seqlen": 64}
 QUICK = ["distill.epochs=2"]
@@ -61,7 +62,7 @@ def test_best_goes_on_after_an_interruption_to_the_same(tiny_llama_folder, tmp_p
     ],
     ids=["besa", "admm"],
 )
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", some_slow(["float32", "bfloat16"], {"bfloat16"}))
 def test_parts_go_together(dtype, overrides, tiny_llama_folder, tmp_path):
     recipe = Recipe.load("best", 0.55, ["finetune={method: adam, epochs: 1}", "distill.epochs=1", *overrides])
     record = pruned(tiny_llama_folder, recipe, tmp_path / "out", samples=4, seqlen=32, dtype=dtype).record

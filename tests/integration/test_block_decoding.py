@@ -20,6 +20,7 @@ from besa.runtime import block_decoding, decoding
 from besa.runtime.dense import DenseLinear
 from besa.runtime.linear import SparseLinear
 from tests.decoded import SIZE, counted, packed, same, steps, usual
+from tests.slowly import some_slow
 
 pytestmark = pytest.mark.skipif(not kernels.serves(torch.float32), reason="needs a compiler")
 
@@ -118,7 +119,7 @@ def test_a_cache_of_another_shape_further_on(halves: PreTrainedModel, monkeypatc
     assert calls == [2]
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", some_slow([4, 8], {8}))
 def test_blocks_of_codes(bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = Recipe.load("wanda-int4", overrides=[f"quantization.bits={bits}"])
     besa.compress(TINY, recipe, TEXT, out=tmp_path / "dense", samples=2, seqlen=16, dtype="bfloat16")

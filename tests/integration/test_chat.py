@@ -91,6 +91,7 @@ def test_an_instruct_model_answers(instruct: Path, tmp_path: Path) -> None:
     assert answers == {reference(tmp_path / "out", [user(question)], 20)}
 
 
+@pytest.mark.slow
 def test_default_lengths(instruct: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(instruct)
     for chat, tokens in ((True, 1024), (False, 128)):

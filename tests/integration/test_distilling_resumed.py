@@ -77,6 +77,7 @@ def whole(prune: Prune, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_a_checkpoint_has_what_learned_in_memory(shallow_llama_folder: Path, whole: Path) -> None:
     """Linears, norms in the blocks and the final norm, by whichever way the model was read; embeddings stay."""
     model = AutoModelForCausalLM.from_pretrained(shallow_llama_folder, dtype=torch.bfloat16)
@@ -106,6 +107,7 @@ def test_interrupted_and_gone_on_with(prune: Prune, stop: int, whole: Path, tmp_
     assert not partial.exists()
 
 
+@pytest.mark.slow
 def test_what_fitted_into_the_minutes_stays(prune: Prune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine is faster when the run goes on."""
     again = [*SETTINGS, "distill.further=false"]
@@ -119,6 +121,7 @@ def test_what_fitted_into_the_minutes_stays(prune: Prune, tmp_path: Path, monkey
     assert record.distilling.losses == prune(tmp_path / "whole", settings=again).distilling.losses
 
 
+@pytest.mark.slow
 def test_steps_that_were_eased_stay_so(prune: Prune, tmp_path: Path) -> None:
     """Steps too large to help: the first epoch is taken back; then the run is stopped, in the second."""
     settings = ["distill={method: kl, learns: weights, epochs: 4, rate: 0.3, batch: 4}"]

@@ -217,8 +217,8 @@ def test_the_allocation_and_targets_lead_to_the_stage() -> None:
 @pytest.mark.parametrize(
     ("recipe", "settings", "sparsity"),
     [
-        ("sparsegpt", [], 0.4),
-        ("wanda", ["allocation.method=nm"], 0.5),
+        pytest.param("sparsegpt", [], 0.4, marks=pytest.mark.slow),
+        pytest.param("wanda", ["allocation.method=nm"], 0.5, marks=pytest.mark.slow),
         ("wanda-int4", ["quantization.batch=2"], 0.5),
         ("besa", ["allocation.steps=4", "allocation.granularity=attn-mlp", "allocation.teacher=pruned"], 0.5),
         pytest.param("best", ["distill.epochs=1"], 0.5, marks=pytest.mark.slow),

@@ -76,6 +76,7 @@ def test_own_importance() -> None:
     assert errors[0] == sum(block.reconstruction_error for block in blocks) / len(blocks)
 
 
+@pytest.mark.slow
 def test_sweep_and_plot(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = example("sweep_and_plot")
     monkeypatch.setattr(module, "RECIPES", ("magnitude", "wanda"))  # the learning one takes long

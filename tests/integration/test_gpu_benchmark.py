@@ -19,6 +19,7 @@ CPU = torch.device("cpu")
 LIMITS = Limits(bandwidth=1e9, half=1e9, tf32=1e9, float32=1e9)
 
 
+@pytest.mark.slow
 def test_without_a_gpu_one_sentence_says_so() -> None:
     done = subprocess.run([sys.executable, "-m", "benchmarks.gpu"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1

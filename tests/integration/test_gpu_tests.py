@@ -15,6 +15,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, env={**os.environ, **environment}, cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_without_a_gpu_one_sentence_says_so() -> None:
     done = run("tests/gpu")
     assert done.returncode == 0

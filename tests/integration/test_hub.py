@@ -639,6 +639,7 @@ def test_what_is_no_hugging_face_id_has_no_revisions(
         assert "is not a model folder" in refused(lambda path=path: locate(path))
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_meets_the_hub_by_its_variables(
     hub: LoopbackHub, commits: tuple[str, str], folders: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import besa
+from tests.slowly import some_slow
 
 SMALL = LlamaConfig(vocab_size=1024, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
 SIZES = {"samples": 4, "seqlen": 16}
@@ -48,7 +49,7 @@ STATES = [
 ]
 
 
-@pytest.mark.parametrize("recipe", ["besa", "fast"])
+@pytest.mark.parametrize("recipe", some_slow(["besa", "fast"], {"fast"}))
 @pytest.mark.parametrize("state", STATES)
 def test_switches_of_the_program_change_nothing(
     state: Callable[[], AbstractContextManager[None]], recipe: str, text: str, tiny_tokenizer
@@ -59,7 +60,7 @@ def test_switches_of_the_program_change_nothing(
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 
-@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("state", some_slow(STATES, {torch.no_grad, *STATES[2:4]}))
 def test_switches_of_the_program_do_not_change_what_is_measured(
     state: Callable[[], AbstractContextManager[None]], tiny_tokenizer
 ) -> None:
@@ -127,7 +128,7 @@ def test_an_adapter_is_refused(text: str, tiny_tokenizer, tiny_llama_folder: Pat
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("form", ["codes", "packed"])
+@pytest.mark.parametrize("form", some_slow(["codes", "packed"], {"packed"}))
 def test_what_was_packed_or_quantised_is_refused(
     form: str, text: str, tiny_tokenizer, tiny_llama_folder: Path, tmp_path: Path
 ) -> None:

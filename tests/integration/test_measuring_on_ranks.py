@@ -22,6 +22,8 @@ from besa.system import ranks
 from tests.measuring_on_ranks import EVALUATE, MODEL, RECIPES, SIZES, call, comparison, recipe, with_tiny_questions
 from tests.ranks import started
 
+pytestmark = pytest.mark.slow  # ranks take half a minute; those of `test_several_ranks` are among the fast tests
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -92,6 +92,7 @@ def test_a_packed_checkpoint_has_the_same_bits(moved: Compressed, tmp_path: Path
 
 
 @pytest.mark.parametrize("stop", some_slow(["block", "step", "epoch"], {"block", "epoch"}))
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on(
     stop: str, moved: Compressed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

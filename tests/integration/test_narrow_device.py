@@ -13,10 +13,10 @@ from tests import pretend
 
 pytestmark = pytest.mark.usefixtures("torchs_own_products")
 RUNS = [
-    ("wanda", []),
+    pytest.param("wanda", [], marks=pytest.mark.slow),
     ("sparsegpt", []),
     ("besa", ["allocation.steps=3"]),
-    ("besa-int4", ["allocation.steps=3"]),
+    pytest.param("besa-int4", ["allocation.steps=3"], marks=pytest.mark.slow),
     ("fast", []),
     pytest.param("fast", ["targets.method=search"], marks=pytest.mark.slow),
     ("wanda", ["sparsity=0.2", "allocation.method=structured", "targets.method=sensitivity"]),

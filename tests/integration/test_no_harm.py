@@ -23,6 +23,7 @@ from besa.methods.recipe import Recipe
 from besa.models.bos import bos_token
 from besa.models.loading import EMBEDDED, load_model, load_tokenizer, locate
 from experiments.models import MODELS
+from tests.slowly import some_slow
 
 STAGES = {
     "obs": "reconstruction={method: obs}",
@@ -87,7 +88,7 @@ def tiny(pristine_tiny_llama, tiny_tokenizer, tiny_llama_folder, tmp_path_factor
     return Judged(pristine_tiny_llama, tiny_tokenizer, str(half), 16, texts, window=128, windows=24)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", some_slow(STAGES, {"admm"}))
 def test_the_tiny_model(stage, tiny):
     assert tiny.harm(STAGES[stage]) == {}
 

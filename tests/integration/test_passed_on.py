@@ -21,6 +21,7 @@ from besa.checkpoint.packing import pack, unpack
 from besa.checkpoint.shrinking import shrink
 from besa.errors import BesaError
 from besa.models.loading import locate
+from tests.slowly import some_slow
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
 WEIGHTS = "model.safetensors"
@@ -477,7 +478,7 @@ def test_a_wrapper_stays_the_wrapper_and_its_text_decoder_is_pruned(tmp_path: Pa
     assert besa.evaluate(tmp_path / "out", [str(TINY / "heldout.txt")], window=32, max_windows=2).sparsity == 0.5
 
 
-@pytest.mark.parametrize("recipe", ["wanda", "wanda-int4"])
+@pytest.mark.parametrize("recipe", some_slow(["wanda", "wanda-int4"], {"wanda-int4"}))
 def test_names_of_an_older_release_stay_in_the_files(tmp_path: Path, recipe: str) -> None:
     """Gemma 3's first checkpoints say language_model.model.layers; codes are written under such names too."""
     _, source = wrapper("gemma3", tmp_path / "model")

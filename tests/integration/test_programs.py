@@ -91,6 +91,7 @@ def server(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
         serving.wait(timeout=600)
 
 
+@pytest.mark.slow
 def test_a_client_of_openai_streams_chats_and_completions(packed: Path, server: str) -> None:
     client = OpenAI(base_url=f"{server}/v1", api_key="none")
     settings = {"model": str(packed), "max_tokens": 12, "temperature": 0}
@@ -111,6 +112,7 @@ def test_a_client_of_openai_streams_chats_and_completions(packed: Path, server: 
     assert "".join(parts).strip() == besa.generate(packed, PROMPT, chat=False, max_new_tokens=12).strip()
 
 
+@pytest.mark.slow
 def test_transformers_chat_talks_to_it(packed: Path, server: str, tmp_path: Path) -> None:
     made = subprocess.run(
         [BIN / "transformers", "chat", packed, server, "max_new_tokens=12", "do_sample=False"],

@@ -28,6 +28,7 @@ from besa.checkpoint.inspection import inspect
 from besa.models.blocks import find_blocks
 from besa.models.loading import locate
 from besa.simulator import cycles
+from tests.slowly import some_slow
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
 TEXT = str(TINY / "calibration.txt")
@@ -80,6 +81,7 @@ def test_few_values_in_each_group(joint: Compressed) -> None:
             assert part.unique().numel() <= 16
 
 
+@pytest.mark.slow
 def test_a_fresh_process_without_besa_gives_the_same_output(joint: Compressed) -> None:
     code = (
         "import sys, torch; from transformers import AutoModelForCausalLM; "
@@ -240,7 +242,7 @@ def random_model(config: PretrainedConfig) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-@pytest.mark.parametrize("family", PLAIN)
+@pytest.mark.parametrize("family", some_slow(PLAIN, {"gemma3", "gpt_neox"}))
 def test_families_of_plain_linears(family: str, tmp_path: Path) -> None:
     folder = saved(random_model(PLAIN[family]), tmp_path / "dense")
     result = besa.compress(folder, "besa-int4", TEXT, out=tmp_path / "packed", **SIZES)

@@ -111,6 +111,7 @@ def test_whatever_goes_wrong(text: Path, whole: bytes, tmp_path: Path) -> None:
         check(case, found, tmp_path / case.replace("/", "-"), text, whole)
 
 
+@pytest.mark.slow
 def test_torchrun_ends_too_and_no_rank_shows_what_another_shows(text: Path, whole: bytes, tmp_path: Path) -> None:
     """Torchrun ends the others by SIGTERM as soon as one has died."""
     script = Path(__file__).with_name("rank_with_fault.py")

@@ -43,6 +43,7 @@ from besa.runtime.linear import SparseLinear
 from besa.runtime.timings import Bench, ModelSpeed, Timing
 from tests import pretend
 from tests.halved_models import halved
+from tests.slowly import some_slow
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
 TEXT, HELDOUT = str(TINY / "calibration.txt"), str(TINY / "heldout.txt")
@@ -156,7 +157,7 @@ def test_autocast_gives_what_a_dense_model_gives(plain: tuple[Path, Path], tmp_p
     assert 0 < (found - exact).norm() < (rough - logits(dense)).norm() < 0.1 * exact.norm()
 
 
-@pytest.mark.parametrize("recipe", ["wanda", "wanda-int4"])
+@pytest.mark.parametrize("recipe", some_slow(["wanda", "wanda-int4"], {"wanda-int4"}))
 def test_a_packed_model_can_be_compiled(recipe: str, tmp_path: Path) -> None:
     """As one graph, in which its products are operators that keep to what torch asks of one."""
     besa.compress(TINY, recipe, TEXT, out=tmp_path / "dense", **SIZES)

@@ -28,6 +28,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import besa
 from besa import BesaError
+from tests.slowly import some_slow
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
 Masks = dict[str, Tensor]
@@ -100,7 +101,7 @@ def train(
     return losses, norms
 
 
-@pytest.mark.parametrize("name", OPTIMISERS)
+@pytest.mark.parametrize("name", some_slow(OPTIMISERS, {"fused AdamW", "Muon"}))
 def test_zeros_are_kept_and_the_rest_learns_as_by_hand(pruned: PreTrainedModel, name: str) -> None:
     masks, by_hand = masks_of(pruned), copy.deepcopy(pruned)
     assert len(masks) == 7 * 3

@@ -303,12 +303,14 @@ def test_a_program_that_does_not_import_besa(plain: Path) -> None:
 @pytest.mark.parametrize(
     "variable", some_slow(["BESA_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"], {"TORCH_DEVICE_BACKEND_AUTOLOAD"})
 )
+@pytest.mark.slow
 def test_a_variable_turns_it_off(variable: str, plain: Path) -> None:
     made = program(LOAD, plain, **{variable: "0"})
     assert made.returncode == 1
     assert "OSError: Error no file named model.safetensors" in made.stderr
 
 
+@pytest.mark.slow
 def test_without_besa_there_is_an_error_and_no_random_model(plain: Path, tmp_path: Path) -> None:
     """Of what `besa pack` wrote, and of what `save_pretrained` wrote of it."""
     AutoModelForCausalLM.from_pretrained(plain).save_pretrained(tmp_path)
@@ -319,6 +321,7 @@ def test_without_besa_there_is_an_error_and_no_random_model(plain: Path, tmp_pat
         assert "Unknown quantization type, got besa" in made.stderr
 
 
+@pytest.mark.slow
 def test_a_broken_besa_breaks_neither_torch_nor_transformers(plain: Path) -> None:
     broken = "import sys; sys.modules['besa.integrations.quantizer'] = None\n"
     made = program(broken + LOAD, plain)

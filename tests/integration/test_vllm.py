@@ -70,6 +70,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return place / "dense", place / "packed"
 
 
+@pytest.mark.slow
 def test_only_vllm_imports_the_plugin(tmp_path: Path) -> None:
     plugin = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["vllm.general_plugins"]
     assert plugin == {"besa": "besa.integrations.vllm:register"}

@@ -17,6 +17,7 @@ from besa.models.kept import kept_of
 from besa.models.whole import Whole
 from besa.observing import divergence as observing
 from besa.observing.divergence import divergence, tokens_at_once
+from tests.slowly import some_slow
 
 WIDTH, VOCABULARY = 8, 50
 
@@ -160,7 +161,7 @@ def wanda(pristine_tiny_llama, tiny_tokenizer, tiny_llama_folder):
     return cache(pruned)
 
 
-@pytest.mark.parametrize("learns", ["weights", "both", "together"])
+@pytest.mark.parametrize("learns", some_slow(["weights", "both", "together"], {"weights", "together"}))
 def test_predictions_come_closer_and_zeros_stay(learns, wanda, tiny_llama, tiny_tokenizer, tiny_llama_folder):
     record = distilled(tiny_llama, tiny_tokenizer, tiny_llama_folder, learns=learns, epochs=1, rate=0.003)
     losses = record.distilling.losses
@@ -197,7 +198,7 @@ def test_where_nothing_helps_weights_stay_as_they_were(wanda, tiny_llama, tiny_t
         assert torch.equal(tensor, wanda(5)[name]), name
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", some_slow([torch.bfloat16, torch.float16], {torch.float16}))
 def test_half_precision_learns_in_full(dtype, tiny_llama, tiny_tokenizer, tiny_llama_folder):
     model = tiny_llama.to(dtype)
     record = distilled(model, tiny_tokenizer, tiny_llama_folder, epochs=1, rate=0.003)

@@ -14,6 +14,7 @@ from besa.quantization.minmax import codes
 from besa.storage.formats import bitmask
 from tests.interpreter import repair
 from tests.pretend import DEVICE, counts, reset
+from tests.slowly import some_slow
 from tests.sparse_weights import codes_weight, half_pruned, row_of_x
 from tests.unit.test_bitmask import quantized, weights
 from tests.unit.test_kernels import compiled
@@ -219,7 +220,7 @@ def test_triton_carries_from_tile_to_tile_and_from_band_to_band(gpu, rows, colum
 
 
 @pytest.mark.parametrize(("columns", "group"), [(2176, 128), (1056, 32), (1040, 16), (60, 12)])
-@pytest.mark.parametrize(("bits", "symmetric"), [(4, False), (3, True), (8, False), (5, True)])
+@pytest.mark.parametrize(("bits", "symmetric"), some_slow([(4, False), (3, True), (8, False), (5, True)], {(3, True)}))
 def test_triton_agrees_with_groups_of_codes(gpu, columns, group, bits, symmetric):
     """Groups of more than a word and of less, also where they end within one."""
     weight = codes_weight(13, columns, columns // group, bits, symmetric)

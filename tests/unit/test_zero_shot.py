@@ -19,6 +19,7 @@ from besa.evaluation.zero_shot import DEFINITIONS, check_tasks, zero_shot
 from besa.system import ranks
 from tests import tiny_questions
 from tests.pretend_ranks import each_rank
+from tests.slowly import some_slow
 from tests.tiny_questions import NOUNS, rows, write
 
 BY_PATH = {
@@ -158,7 +159,7 @@ def test_questions_that_lose_their_beginning_are_counted(monkeypatch, tiny_llama
     ]
 
 
-@pytest.mark.parametrize("count", [2, 3, 20])
+@pytest.mark.parametrize("count", some_slow([2, 3, 20], {20}))
 def test_ranks_share_whole_questions_and_find_the_same_accuracies(monkeypatch, tiny_llama, tiny_tokenizer, count):
     tasks, asked = ["hellaswag", "boolq", "arc_easy"], {}
     alone = zero_shot(tiny_llama, tiny_tokenizer, tasks)
