@@ -11,12 +11,12 @@
 
 namespace {
 
-constexpr int64_t SPAN = 64;     // numbers of a value summed at once
 constexpr int64_t TOGETHER = 4;  // heads
-typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));  // whole numbers that may overflow
 
 // e^x for x ≤ 0, within 2^-22 of it; 0 below -87, and what is not a number stays so: 2^n times a polynomial of what is left, between -ln 2 / 2 and ln 2 / 2.
-inline void exponential(Floats& x) {
+template <typename Way> inline void exponential(typename Way::Floats& x) {
+    using Floats = typename Way::Floats;
+    using Bits = typename Way::Bits;
     const Floats in = x;
     const Floats shift = in * 1.44269504f + 12582912.0f, n = shift - 12582912.0f;  // 1.5 · 2^23: rounds to whole numbers
     const Floats rest = (in - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -37,28 +37,30 @@ inline void exponential(Floats& x) {
 }
 
 // Scores become shares of one, but for their sum, which is returned. Past the end there is room for a register.
-inline float softened(float* scores, int64_t tokens) {
+template <typename Way> inline float softened(float* scores, int64_t tokens) {
+    constexpr int64_t LANES = Way::LANES;
     constexpr float NEVER = -std::numeric_limits<float>::infinity();
     std::fill_n(scores + tokens, LANES, NEVER);
     float most = NEVER;
     for (int64_t t = 0; t < tokens; ++t) most = std::max(most, scores[t]);
     if (most == NEVER) most = 0;
-    Floats sum = {};
+    typename Way::Floats sum = {}, some;
     for (int64_t t = 0; t < tokens; t += LANES) {
-        Floats some;
         std::memcpy(&some, scores + t, sizeof some);
         some -= most;
-        exponential(some);
+        exponential<Way>(some);
         std::memcpy(scores + t, &some, sizeof some);
         sum += some;
     }
-    return total(sum);
+    return Way::total(sum);
 }
 
 // HEADS queries to the same keys and values; scores (HEADS, room).
 template <typename Number, typename Way, int HEADS>
 inline void attended(const Attention& of, const float* queries, const Number* keys, const Number* values,
                      const uint8_t* allowed, float* scores, int64_t room, Number* out) {
+    using Floats = typename Way::Floats;
+    constexpr int64_t LANES = Way::LANES, SPAN = LANES > 8 ? 64 : 16;  // SPAN: numbers of a value summed at once
     const int64_t whole = of.width / LANES * LANES;
     for (int64_t t = 0; t < of.tokens; ++t, keys += of.key_token) {
         Floats sums[HEADS] = {};
@@ -71,14 +73,14 @@ inline void attended(const Attention& of, const float* queries, const Number* ke
             }
         }
         for (int h = 0; h < HEADS; ++h) {
-            float sum = total(sums[h]);
+            float sum = Way::total(sums[h]);
             for (int64_t i = whole; i < of.width; ++i) sum += wide(keys[i]) * queries[h * of.width + i];
             scores[h * room + t] = allowed && !allowed[t] ? -std::numeric_limits<float>::infinity() : sum * of.scale;
         }
     }
     float parts[HEADS];
     for (int h = 0; h < HEADS; ++h) {
-        const float sum = softened(scores + h * room, of.tokens);
+        const float sum = softened<Way>(scores + h * room, of.tokens);
         parts[h] = sum != 0 ? 1 / sum : 0;
     }
     int64_t first = 0;
@@ -107,7 +109,7 @@ inline void attended(const Attention& of, const float* queries, const Number* ke
 
 // All heads of one sequence that share keys and values.
 template <typename Number, typename Way> inline void one(const Attention& of, int64_t sequence, int64_t shared) {
-    const int64_t group = of.heads / of.shared, room = of.tokens + LANES;
+    const int64_t group = of.heads / of.shared, room = of.tokens + Way::LANES;
     const auto* query = static_cast<const Number*>(of.query) + sequence * of.query_sequence;
     const auto* keys = static_cast<const Number*>(of.keys) + sequence * of.key_sequence + shared * of.key_head;
     const auto* values = static_cast<const Number*>(of.values) + sequence * of.value_sequence + shared * of.value_head;

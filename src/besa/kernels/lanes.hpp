@@ -1,4 +1,4 @@
-// Numbers in registers of sixteen floats, by the instruction sets that a processor may have; float32 or bfloat16 in memory.
+// Numbers in registers, by the instruction sets that a processor may have; float32 or bfloat16 in memory.
 #include <cstdint>
 #include <cstring>
 
@@ -10,9 +10,6 @@
 #define PLAIN __attribute__((flatten))
 
 namespace {
-
-constexpr int64_t LANES = 16;
-typedef float Floats __attribute__((vector_size(4 * LANES)));
 
 inline float wide(float number) { return number; }
 inline float wide(uint16_t half) {
@@ -28,9 +25,23 @@ inline void narrow(float number, uint16_t* to) {  // rounded to the nearest, as 
     *to = uint16_t(number != number ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// Sixteen numbers as floats; compilers make single ones of them where this is left to a conversion of vectors.
-struct Plain {
+// As many numbers as a register has; compilers make single ones of more, and of those that a conversion of vectors gives.
+template <int64_t COUNT> struct Register {
+    static constexpr int64_t LANES = COUNT;
+    typedef float Floats __attribute__((vector_size(4 * COUNT)));
+    typedef uint32_t Bits __attribute__((vector_size(4 * COUNT)));  // whole numbers that may overflow
+
     static void widen(const float* at, Floats& to) { std::memcpy(&to, at, sizeof to); }
+    static float total(const Floats& of) {
+        float lanes[LANES];
+        std::memcpy(lanes, &of, sizeof lanes);
+        for (int64_t half = LANES / 2; half; half /= 2)
+            for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+        return lanes[0];
+    }
+};
+struct Plain : Register<4> {
+    using Register::widen;
     static void widen(const uint16_t* at, Floats& to) {
         float numbers[LANES];
         for (int64_t i = 0; i < LANES; ++i) numbers[i] = wide(at[i]);
@@ -38,18 +49,16 @@ struct Plain {
     }
 };
 #if defined(__x86_64__)
-struct Avx2 : Plain {
-    using Plain::widen;
+struct Avx2 : Register<8> {
+    using Register::widen;
     AVX2 static void widen(const uint16_t* at, Floats& to) {
-        for (int64_t half = 0; half < 2; ++half) {
-            const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at + 8 * half));
-            const __m256i numbers = _mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16);
-            std::memcpy(reinterpret_cast<char*>(&to) + 32 * half, &numbers, sizeof numbers);
-        }
+        const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
+        const __m256i numbers = _mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16);
+        std::memcpy(&to, &numbers, sizeof numbers);
     }
 };
-struct Avx512 : Plain {
-    using Plain::widen;
+struct Avx512 : Register<16> {
+    using Register::widen;
     AVX512 static void widen(const uint16_t* at, Floats& to) {
         const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
         const __m512i numbers = _mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16);
@@ -57,14 +66,6 @@ struct Avx512 : Plain {
     }
 };
 #endif
-
-inline float total(const Floats& of) {
-    float lanes[LANES];
-    std::memcpy(lanes, &of, sizeof lanes);
-    for (int64_t half = LANES / 2; half; half /= 2)
-        for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-    return lanes[0];
-}
 
 }  // namespace
 

@@ -9,13 +9,14 @@ namespace {
 template <typename Number, typename Way>
 inline void normed(const Number* x, const Number* weight, int64_t width, float epsilon, float more, bool rounded,
                    Number* y) {
+    constexpr int64_t LANES = Way::LANES;
     const int64_t whole = width / LANES * LANES;
-    Floats squares = {}, some, factors;
+    typename Way::Floats squares = {}, some, factors;
     for (int64_t i = 0; i < whole; i += LANES) {
         Way::widen(x + i, some);
         squares += some * some;
     }
-    float sum = total(squares);
+    float sum = Way::total(squares);
     for (int64_t i = whole; i < width; ++i) sum += wide(x[i]) * wide(x[i]);
     const float inverse = 1 / std::sqrt(sum / float(width) + epsilon);
     for (int64_t i = 0; i < width; i += LANES) {

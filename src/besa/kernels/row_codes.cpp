@@ -15,105 +15,127 @@
 
 namespace {
 
-constexpr int64_t TOGETHER = 4;  // rows of the matrix, and rows of x, whose sums the registers hold
-constexpr int64_t LANES = 16;
+constexpr int64_t TOGETHER = 4;  // rows of the matrix, and rows of x, that meet at most
 constexpr int64_t AHEAD = 1536;  // bytes
-typedef float Floats __attribute__((vector_size(4 * LANES)));
 
-// Codes as floats; compilers make single ones of them where this is left to a conversion of vectors.
-inline void widen_plain(const int8_t* codes, Floats& w) {
-    float numbers[LANES];
-    for (int64_t lane = 0; lane < LANES; ++lane) numbers[lane] = float(codes[lane]);
-    std::memcpy(&w, numbers, sizeof w);
-}
-#if defined(__x86_64__)
-AVX2 inline void widen_avx2(const int8_t* codes, Floats& w) {
-    for (int64_t half = 0; half < 2; ++half) {
-        const __m128i raw = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + 8 * half));
-        const __m256 numbers = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(raw));
-        std::memcpy(reinterpret_cast<char*>(&w) + 32 * half, &numbers, sizeof numbers);
+// Some numbers in a register, by instruction set. Registers hold so many SUMS.
+struct Plain {
+    static constexpr int64_t LANES = 16, SUMS = 16;
+    float of[LANES];
+    void read(const float* x) { std::memcpy(of, x, sizeof of); }
+    void widen(const int8_t* codes) {
+        for (int64_t lane = 0; lane < LANES; ++lane) of[lane] = float(codes[lane]);
     }
-}
-AVX512 inline void widen_avx512(const int8_t* codes, Floats& w) {
-    const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
-    const __m512 numbers = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(raw));
-    std::memcpy(&w, &numbers, sizeof w);
-}
+    void add(const Plain& a, const Plain& b) {
+        for (int64_t lane = 0; lane < LANES; ++lane) of[lane] += a.of[lane] * b.of[lane];
+    }
+    void write(float* to) const { std::memcpy(to, of, sizeof of); }
+};
+#if defined(__x86_64__)
+struct Avx2 {
+    static constexpr int64_t LANES = 8, SUMS = 8;
+    __m256 of;
+    AVX2 void read(const float* x) { of = _mm256_loadu_ps(x); }
+    AVX2 void widen(const int8_t* codes) {
+        const __m128i raw = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes));
+        of = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(raw));
+    }
+    AVX2 void add(const Avx2& a, const Avx2& b) { of = _mm256_fmadd_ps(a.of, b.of, of); }
+    AVX2 void write(float* to) const { _mm256_storeu_ps(to, of); }
+};
+struct Avx512 {
+    static constexpr int64_t LANES = 16, SUMS = 16;
+    __m512 of;
+    AVX512 void read(const float* x) { of = _mm512_loadu_ps(x); }
+    AVX512 void widen(const int8_t* codes) {
+        const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
+        of = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(raw));
+    }
+    AVX512 void add(const Avx512& a, const Avx512& b) { of = _mm512_fmadd_ps(a.of, b.of, of); }
+    AVX512 void write(float* to) const { _mm512_storeu_ps(to, of); }
+};
 #endif
 
 // The products of R rows of the matrix, each so many after the last, and N rows of x, whose columns are as many.
-template <int R, int N, auto WIDEN>
+template <int R, int N, typename Numbers>
 inline void multiplied(const int8_t* codes, int64_t each, int64_t ahead, const float* x, int64_t columns, int64_t rows,
                        float* y) {
     const int64_t apart = each * columns;
-    Floats sums[R][N] = {};
+    constexpr int64_t LANES = Numbers::LANES;
+    Numbers sums[R][N] = {};
     int64_t i = 0;
     for (; i + LANES <= columns; i += LANES) {
-        Floats of_x[N], of_w[R];
-        for (int n = 0; n < N; ++n) std::memcpy(&of_x[n], x + n * columns + i, sizeof of_x[n]);
+        Numbers of_x[N], of_w[R];
+        for (int n = 0; n < N; ++n) of_x[n].read(x + n * columns + i);
         for (int r = 0; r < R; ++r) {
             if (i % 64 == 0) __builtin_prefetch(codes + r * apart + i + ahead);
-            WIDEN(codes + r * apart + i, of_w[r]);
+            of_w[r].widen(codes + r * apart + i);
         }
         for (int r = 0; r < R; ++r)
-            for (int n = 0; n < N; ++n) sums[r][n] += of_w[r] * of_x[n];
+            for (int n = 0; n < N; ++n) sums[r][n].add(of_w[r], of_x[n]);
     }
     for (int r = 0; r < R; ++r)
         for (int n = 0; n < N; ++n) {
-            float sum = 0;
-            for (int64_t lane = 0; lane < LANES; ++lane) sum += sums[r][n][lane];
+            float lanes[LANES], sum = 0;
+            sums[r][n].write(lanes);
+            for (int64_t lane = 0; lane < LANES; ++lane) sum += lanes[lane];
             for (int64_t rest = i; rest < columns; ++rest) sum += float(codes[r * apart + rest]) * x[n * columns + rest];
             y[n * rows + r * each] = sum;
         }
 }
 
+// Rows of the matrix that meet N rows of x at once.
+template <int N, typename Numbers> constexpr int SOME = int(std::min(TOGETHER, Numbers::SUMS / N));
+
 // Neighbouring rows at once, while those after them are fetched.
-template <int N, auto WIDEN>
+template <int N, typename Numbers>
 inline void near(const int8_t* codes, const float* x, int64_t columns, int64_t rows, int64_t first, int64_t last,
                  float* y) {
+    constexpr int R = SOME<N, Numbers>;
     int64_t row = first;
-    for (; row + TOGETHER <= last; row += TOGETHER)
-        multiplied<TOGETHER, N, WIDEN>(codes + row * columns, 1, TOGETHER * columns, x, columns, rows, y + row);
-    for (; row < last; ++row) multiplied<1, N, WIDEN>(codes + row * columns, 1, columns, x, columns, rows, y + row);
+    for (; row + R <= last; row += R)
+        multiplied<R, N, Numbers>(codes + row * columns, 1, R * columns, x, columns, rows, y + row);
+    for (; row < last; ++row) multiplied<1, N, Numbers>(codes + row * columns, 1, columns, x, columns, rows, y + row);
 }
 
 // Rows from some places at once, each read to its end and on: memory gives more then.
-template <int N, auto WIDEN>
+template <int N, typename Numbers>
 inline void far(const int8_t* codes, const float* x, int64_t columns, int64_t rows, int64_t first, int64_t last,
                 float* y) {
-    const int64_t each = (last - first) / TOGETHER;
+    constexpr int R = SOME<N, Numbers>;
+    const int64_t each = (last - first) / R;
     int64_t row = first;
     for (; row < first + each; ++row)
-        multiplied<TOGETHER, N, WIDEN>(codes + row * columns, each, AHEAD, x, columns, rows, y + row);
-    for (row += (TOGETHER - 1) * each; row < last; ++row)
-        multiplied<1, N, WIDEN>(codes + row * columns, 1, AHEAD, x, columns, rows, y + row);
+        multiplied<R, N, Numbers>(codes + row * columns, each, AHEAD, x, columns, rows, y + row);
+    for (row += (R - 1) * each; row < last; ++row)
+        multiplied<1, N, Numbers>(codes + row * columns, 1, AHEAD, x, columns, rows, y + row);
 }
 
 // Some rows of the matrix and all rows of x.
-template <auto WIDEN>
+template <typename Numbers>
 inline void all(const int8_t* codes, const float* x, int64_t batch, int64_t columns, int64_t rows, int64_t first,
                 int64_t last, float* y) {
-    if (batch == 1) return far<1, WIDEN>(codes, x, columns, rows, first, last, y);
-    if (batch == 2) return far<2, WIDEN>(codes, x, columns, rows, first, last, y);
-    if (batch == 3) return far<3, WIDEN>(codes, x, columns, rows, first, last, y);
-    if (batch == 4) return far<4, WIDEN>(codes, x, columns, rows, first, last, y);
+    if (batch == 1) return far<1, Numbers>(codes, x, columns, rows, first, last, y);
+    if (batch == 2) return far<2, Numbers>(codes, x, columns, rows, first, last, y);
+    if (batch == 3) return far<3, Numbers>(codes, x, columns, rows, first, last, y);
+    if (batch == 4) return far<4, Numbers>(codes, x, columns, rows, first, last, y);
     constexpr int64_t BLOCK = 16 * TOGETHER;  // rows of the matrix that stay in the first caches while rows of x pass
     for (int64_t begin = first; begin < last; begin += BLOCK) {
         const int64_t end = std::min(last, begin + BLOCK);
         int64_t n = 0;
         for (; n + TOGETHER <= batch; n += TOGETHER)
-            near<TOGETHER, WIDEN>(codes, x + n * columns, columns, rows, begin, end, y + n * rows);
-        for (; n < batch; ++n) near<1, WIDEN>(codes, x + n * columns, columns, rows, begin, end, y + n * rows);
+            near<TOGETHER, Numbers>(codes, x + n * columns, columns, rows, begin, end, y + n * rows);
+        for (; n < batch; ++n) near<1, Numbers>(codes, x + n * columns, columns, rows, begin, end, y + n * rows);
     }
 }
 
 }  // namespace
 
 // multiply_<path>: y (batch, rows) = x (batch, columns) times the codes (rows, columns), without the steps.
-#define PATH(NAME, ATTRIBUTE)                                                                                          \
+#define PATH(NAME, NUMBERS, ATTRIBUTE)                                                                                 \
     ATTRIBUTE static void part_##NAME(const int8_t* codes, const float* x, int64_t batch, int64_t columns,             \
                                       int64_t rows, int64_t first, int64_t last, float* y) {                           \
-        all<widen_##NAME>(codes, x, batch, columns, rows, first, last, y);                                                           \
+        all<NUMBERS>(codes, x, batch, columns, rows, first, last, y);                                                  \
     }                                                                                                                  \
     extern "C" void multiply_##NAME(const int8_t* codes, const float* x, float* y, int64_t batch, int64_t columns,     \
                                     int64_t rows, int64_t threads) {                                                   \
@@ -122,11 +144,11 @@ inline void all(const int8_t* codes, const float* x, int64_t batch, int64_t colu
             part_##NAME(codes, x, batch, columns, rows, std::min(rows, t * each), std::min(rows, (t + 1) * each), y);  \
     }
 
-PATH(plain, PLAIN)
+PATH(plain, Plain, PLAIN)
 extern "C" int has_plain() { return 1; }
 #if defined(__x86_64__)
-PATH(avx2, AVX2)
-PATH(avx512, AVX512)
+PATH(avx2, Avx2, AVX2)
+PATH(avx512, Avx512, AVX512)
 extern "C" int has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 extern "C" int has_avx512() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
