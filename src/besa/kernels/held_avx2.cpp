@@ -8,8 +8,9 @@
 
 namespace {
 
-constexpr int64_t HIGH = 8;    // rows of a band
-constexpr int64_t VECTOR = 32;  // bytes: a step, of eight rows
+constexpr int64_t HIGH = 8;      // rows of a band
+constexpr int64_t VECTOR = 32;   // bytes: a step, of eight rows
+constexpr int64_t AHEAD = 4096;  // bytes that are fetched before they are met
 
 INLINE __m256i loaded(const uint8_t* at) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)); }
 INLINE __m256i everywhere(const void* four) {  // bytes
@@ -199,6 +200,9 @@ INLINE void meet(const uint8_t* const (&codes)[BANDS], const typename Kind::X* c
     for (int b = 0; b < BANDS; ++b) from[b] = codes[b];
     for (int n = 0; n < N; ++n) here[n] = x[n];
     for (int64_t step = 0; step < steps; step += STEPS) {
+        for (int b = 0; b < BANDS; ++b)
+            for (int64_t line = 0; line < VECTOR * STEPS; line += 64)
+                _mm_prefetch(reinterpret_cast<const char*>(from[b] + line + AHEAD), _MM_HINT_T0);
         Kind::template add<STEPS, BANDS, N>(from, here, sums);
         for (int b = 0; b < BANDS; ++b) from[b] += VECTOR * STEPS;
         for (int n = 0; n < N; ++n) here[n] += STEPS;
