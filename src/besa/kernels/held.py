@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +24,7 @@ from besa.storage.formats.bitmask import Bitmask
 
 ORDERS = {"avx512bf16": held_fours, "avx512": held_fours, "avx2": held_dense}  # by instruction set
 GAIN = 1.05  # times as fast as the bitmask, at least: the memory must be worth it
+FEW = 4  # rows of x, at most, that count besides one
 ROUNDS = 5
 
 
@@ -140,25 +141,29 @@ def _read(product: Product, x_NI: Tensor, way: Way) -> None:
 @cache
 def _gains(kind: str, group: int, threads: int) -> bool:
     """Whether held codes are `GAIN` times as fast as bitmasks on this machine."""
-    subject = f"whether held: {_subject(kind, group, threads)}"
+    subject = f"whether held, by one row and few: {_subject(kind, group, threads)}"
     gains: bool = once(subject, [], lambda found: isinstance(found, bool), partial(_measured, kind, group))
     return gains
 
 
 def _measured(kind: str, group: int) -> bool:
-    """Both in turn, some times; the least time of each piece counts, as other processes only ever add to it."""
-    weights = sparse_native.samples(kind, group)
-    x_NI = torch.ones(1, sparse_native.COLUMNS)
-    ways: list[list[Product | sparse_native.Product]] = [
-        [Product(weight) for weight in weights],
-        [sparse_native.Product(weight, 1, x_NI.dtype) for weight in weights],
-    ]
-    seconds = [[float("inf")] * len(weights) for _ in ways]
-    for _ in range(ROUNDS):
-        for products, least in zip(ways, seconds, strict=True):
-            for i, product in enumerate(products):
-                began = time.perf_counter()
-                product(x_NI)
-                least[i] = min(least[i], time.perf_counter() - began)
-    held, packed = map(sum, seconds)
-    return GAIN * held < packed
+    """Both in turn, some times, with one row of x and with few, which count alike.
+
+    The least time of each piece counts, as other processes only ever add to it. How fast memory is differs from hour to
+    hour, where others share it; it decides on one row of x, and hardly on few.
+    """
+    weights, gain = sparse_native.samples(kind, group), 1.0
+    held = [Product(weight) for weight in weights]
+    for rows in (1, min(FEW, most(weights[0]))):
+        x_NI = torch.ones(rows, sparse_native.COLUMNS)
+        packed = [sparse_native.Product(weight, rows, x_NI.dtype) for weight in weights]
+        ways: list[Sequence[Product | sparse_native.Product]] = [held, packed]
+        seconds = [[float("inf")] * len(weights) for _ in ways]
+        for _ in range(ROUNDS):
+            for products, least in zip(ways, seconds, strict=True):
+                for i, product in enumerate(products):
+                    began = time.perf_counter()
+                    product(x_NI)
+                    least[i] = min(least[i], time.perf_counter() - began)
+        gain *= sum(seconds[1]) / sum(seconds[0])
+    return gain > GAIN**2
