@@ -60,7 +60,7 @@ template <typename Number, typename Way, int HEADS>
 inline void attended(const Attention& of, const float* queries, const Number* keys, const Number* values,
                      const uint8_t* allowed, float* scores, int64_t room, Number* out) {
     using Floats = typename Way::Floats;
-    constexpr int64_t LANES = Way::LANES, SPAN = LANES > 8 ? 64 : 16;  // SPAN: numbers of a value summed at once
+    constexpr int64_t LANES = Way::LANES, SPAN = LANES > 8 ? 64 : 16;  // of a value: as many sums as registers hold
     const int64_t whole = of.width / LANES * LANES;
     for (int64_t t = 0; t < of.tokens; ++t, keys += of.key_token) {
         Floats sums[HEADS] = {};

@@ -13,7 +13,7 @@ constexpr int64_t VECTOR = 32;   // bytes: a step, of eight rows
 constexpr int64_t AHEAD = 4096;  // bytes that are fetched before they are met
 
 INLINE __m256i loaded(const uint8_t* at) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)); }
-INLINE __m256i everywhere(const void* four) {  // bytes
+INLINE __m256i everywhere(const void* four) {  // the same four bytes in every lane
     int32_t bytes;
     std::memcpy(&bytes, four, sizeof bytes);
     return _mm256_set1_epi32(bytes);

@@ -13,7 +13,7 @@ from besa.kernels import sparse_native
 from besa.storage.formats.bitmask import ROWS, Bitmask
 
 SOURCE, PATH = "held_avx2.cpp", "avx2"
-MOST = 128  # rows of x: of 256, panels (`sparse`) take as long
+MOST = 128  # rows of x
 HIGH = 8  # rows of a band
 COLUMNS = {"int4": 8, "int8": 4}  # that four bytes have, by kind
 PANEL = 1024  # bands that are laid out at a time

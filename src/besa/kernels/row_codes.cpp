@@ -18,7 +18,7 @@ namespace {
 constexpr int64_t TOGETHER = 4;  // rows of the matrix, and rows of x, that meet at most
 constexpr int64_t AHEAD = 1536;  // bytes
 
-// Some numbers in a register, by instruction set. Registers hold so many SUMS.
+// Some numbers in a register, by instruction set. SUMS: as many sums as registers hold beside what is added.
 struct Plain {
     static constexpr int64_t LANES = 16, SUMS = 16;
     float of[LANES];
