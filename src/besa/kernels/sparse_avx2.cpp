@@ -133,19 +133,22 @@ template <typename Kind> struct Stream {
     const uint8_t* values;
 
     template <typename Work> INLINED void next(Work work) {
-        const uint8_t* at = values;
-        times<ROWS>([&](auto r) INLINED {
-            const auto* bytes = reinterpret_cast<const uint8_t*>(masks + r);
-            times<Kind::STEPS>([&](auto j) INLINED {
-                constexpr int J = decltype(j)::value;
-                uint64_t some = bytes[J];
-                asm("" : "+r"(some));  // in a register of its own: compilers would take it from a whole word
-                some <<= 5;
-                work(j, r, Kind::moved(some, at));
-                at += Kind::SIZE * count(some);
-            });
+        constexpr int BYTES = ROWS * Kind::STEPS;
+        uint64_t words[BYTES / 8];  // of masks, whose bytes are taken from registers: loads limit this loop
+        std::memcpy(words, masks, BYTES);
+        uint64_t kept = 0;  // so far
+        times<BYTES>([&](auto i) INLINED {
+            constexpr int I = decltype(i)::value;
+            uint64_t some;
+            asm("rorx %2, %1, %0" : "=r"(some) : "r"(words[I / 8]), "i"((8 * I + 59) % 64));
+            some &= 255 << 5;
+            const std::integral_constant<int, I % Kind::STEPS> step{};
+            const std::integral_constant<int, I / Kind::STEPS> row{};
+            work(step, row, Kind::moved(some, values + Kind::SIZE * kept));
+            kept += count(some);
+            asm("" : "+r"(kept));  // as a number: compilers would add to an address, which takes a cycle more
         });
-        values = at;
+        values += Kind::SIZE * kept;
         masks += ROWS;
     }
 };
