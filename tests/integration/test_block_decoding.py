@@ -5,6 +5,7 @@ import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from besa.kernels import dense
 from besa.kernels.norm import FORMS
 from besa.methods.recipe import Recipe
 from besa.runtime import block_decoding, decoding
+from besa.runtime.block_decoding import VAIN
 from besa.runtime.dense import DenseLinear
 from besa.runtime.linear import SparseLinear
 from tests.decoded import SIZE, counted, packed, same, steps, usual
@@ -69,18 +71,18 @@ def steered_in_place(index: int, x: Tensor) -> Tensor:
 def test_what_is_done_to_an_output_is_met(
     halves: PreTrainedModel, between: Callable[[int, Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Blocks that were computed ahead are computed again then, and no more in one call with those before."""
+    """Blocks that were computed ahead are computed again then, and soon no more in one call with those before."""
     walk, expected = Walk(halves), Walk(usual(halves))
     with counted(monkeypatch) as calls:
         for token in range(3):
             assert same(walk.step(token), expected.step(token))
-        for token in range(3):
+        for token in range(VAIN + 2):
             assert same(walk.step(token, between=between), expected.step(token, between=between))
-    assert calls == [1] * 4 + [4] * 2 + [4, 2] + [2, 2] * 2
+    assert calls == [1] * 4 + [4] * 2 + [4, 2] * VAIN + [2, 2] * 2
 
 
 def test_blocks_not_asked_for_leave_no_trace(halves: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where a model ends early, or a step is interrupted: the cache of other blocks does not grow."""
+    """As where a model ends early: the cache of other blocks does not grow."""
     walk, expected = Walk(halves), Walk(usual(halves))
     with counted(monkeypatch) as calls:
         for token, blocks in enumerate((4, 4, 2, 2)):
@@ -88,6 +90,39 @@ def test_blocks_not_asked_for_leave_no_trace(halves: PreTrainedModel, monkeypatc
         for token in range(2):
             assert same(walk.step(token, 3), expected.step(token, 3))
     assert calls == [1] * 4 + [4] + [4] + [2] + [2, 2] + [2, 1]
+
+
+def test_a_token_that_is_interrupted_parts_no_blocks(halves: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    walk, expected = Walk(halves), Walk(usual(halves))
+    with counted(monkeypatch) as calls:
+        for _ in range(2):
+            assert same(walk.step(0), expected.step(0))
+        walk.step(1, 2)
+        for layer in walk.past.layers[:2]:
+            layer.crop(-1)
+        for token in range(3):
+            assert same(walk.step(token), expected.step(token))
+    assert calls == [1] * 4 + [4] * 5
+
+
+def test_threads_do_not_disturb_each_other(halves: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two sequences, whose blocks are called in turn: each token is one call, as if the other thread were not there."""
+    walks, expected, turns = [Walk(halves), Walk(halves)], Walk(usual(halves)), Barrier(2)
+
+    def meet(index: int, x: Tensor) -> Tensor:
+        turns.wait(60)
+        return x
+
+    with counted(monkeypatch) as calls, ThreadPoolExecutor(2) as threads:
+        walks[0].step(0)
+        expected.step(0)
+        walks[1].step(0)
+        calls.clear()
+        for token in range(3):
+            found = threads.map(lambda walk, token=token: walk.step(token, between=meet), walks)
+            step = expected.step(token)
+            assert all(same(each, step) for each in found)
+    assert calls == [4] * 6
 
 
 def test_caches_that_change_between_blocks_are_met(halves: PreTrainedModel) -> None:

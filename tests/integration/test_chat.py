@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -89,6 +90,31 @@ def test_an_instruct_model_answers(instruct: Path, tmp_path: Path) -> None:
     besa.pack(tmp_path / "out", tmp_path / "packed")
     answers = {besa.generate(tmp_path / name, question, max_new_tokens=20) for name in ("out", "packed")}
     assert answers == {reference(tmp_path / "out", [user(question)], 20)}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_beams": 2},
+        {"num_return_sequences": 2, "num_beams": 2},
+        {"stop_strings": ["a"]},
+        {"penalty_alpha": 0.6, "top_k": 4},
+        {"cache_implementation": "offloaded"},
+        {"repetition_penalty": 9.0, "guidance_scale": 1.5},
+    ],
+    ids=str,
+)
+def test_settings_of_the_checkpoint_that_are_not_asked_for(
+    settings: dict[str, Any], instruct: Path, tmp_path: Path
+) -> None:
+    """The likeliest token each time, whatever way of its own the checkpoint would take."""
+    folder = shutil.copytree(instruct, tmp_path / "model")
+    own = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(own | settings))
+    told: list[str] = []
+    found = besa.generate(folder, QUESTIONS[0], max_new_tokens=12, device="cpu", tell=told.append)
+    assert found == reference(instruct, [user(QUESTIONS[0])], 12)
+    assert "".join(told).strip() == found.strip()
 
 
 @pytest.mark.slow

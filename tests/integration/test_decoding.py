@@ -2,12 +2,15 @@
 
 import copy
 import pickle
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import (
+    AttentionInterface,
     AutoModelForCausalLM,
     CohereConfig,
     DynamicCache,
@@ -15,6 +18,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     Olmo2Config,
+    OlmoConfig,
     Phi3Config,
     PretrainedConfig,
     PreTrainedModel,
@@ -25,9 +29,11 @@ from transformers import (
     Starcoder2Config,
     StaticCache,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 
 from besa.kernels import decoding as kernels
-from besa.runtime import growing
+from besa.runtime import block_decoding, decoding, growing, norms
 from besa.runtime.growing import MORE
 from tests.decoded import SIZE, counted, packed, same, steps, usual
 
@@ -43,11 +49,13 @@ FAMILIES: dict[str, tuple[PretrainedConfig, int]] = {  # and the blocks whose at
     "stablelm": (StableLmConfig(**SIZE), 4),  # a quarter of each head is turned
     "smollm3": (SmolLM3Config(**SIZE, **PAD, no_rope_layers=[1, 0, 1, 1]), 3),  # a block without positions
     "gemma3": (Gemma3TextConfig(**SIZE, head_dim=16, sliding_window=8, sliding_window_pattern=2), 2),  # others slide
+    "olmo": (OlmoConfig(**SIZE, **PAD, clip_qkv=8.0), 0),  # clips queries, keys and values
     "mistral": (MistralConfig(**SIZE, sliding_window=8), 0),
     "cohere": (CohereConfig(**SIZE), 0),  # turns neighbouring numbers
     "phi3": (Phi3Config(**SIZE, **PAD), 0),  # one linear for queries, keys and values
 }
 
+CLOSE = {torch.float32: 1e-5, torch.bfloat16: 0.03}  # what norms by besa's kernel may differ from the family's by
 FOLLOWING = {  # of families whose blocks of bfloat16 are calls, how many each call does
     "llama": [4],
     "qwen2": [4],
@@ -155,6 +163,8 @@ def test_what_is_no_step_of_one_sequence_goes_the_usual_way(
     with counted(monkeypatch) as calls:
         assert same(steps(model, 4, sequences=2), steps(other, 4, sequences=2))
         assert same(static(model), static(other))
+        ends = torch.tensor([0, 1])
+        assert same(steps(model, 4, cu_seq_lens_q=ends), steps(other, 4, cu_seq_lens_q=ends))
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(model(torch.tensor([[1]])).logits, other(torch.tensor([[1]])).logits)
         with torch.enable_grad():
@@ -213,6 +223,86 @@ def test_weights_that_change_are_met(model: PreTrainedModel, tmp_path: Path) -> 
     assert same(steps(model, 3), before)
     each.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
     assert same(steps(each, 3), before)
+
+
+def other_scaling(model: PreTrainedModel) -> None:
+    for block in model.model.layers:
+        block.self_attn.scaling *= 50
+
+
+def other_epsilons(model: PreTrainedModel) -> None:
+    for norm in (model.model.norm, *(block.input_layernorm for block in model.model.layers)):
+        norm.variance_epsilon = 0.5
+
+
+def strided_weights(model: PreTrainedModel) -> None:
+    for norm in (model.model.norm, *(block.input_layernorm for block in model.model.layers)):
+        norm.weight = torch.nn.Parameter(torch.stack([norm.weight * 2, norm.weight], 1)[:, 0], requires_grad=False)
+
+
+@pytest.mark.parametrize("change", [other_scaling, other_epsilons, strided_weights])
+def test_whatever_else_a_module_computes_by_is_met(
+    model: PreTrainedModel, change: Callable[[PreTrainedModel], None]
+) -> None:
+    """As in the same layers without besa's kernels, within the rounding of those."""
+    each = copy.deepcopy(model)
+    before = steps(each, 3)
+    changed = [copy.deepcopy(model), each]
+    for one in changed:
+        change(one)
+    norms.restore(changed[0])
+    decoding.restore(changed[0])
+    block_decoding.restore(changed[0])
+    found, expected = steps(each, 3), steps(changed[0], 3)
+    close = CLOSE[model.dtype]
+    torch.testing.assert_close(found, expected, rtol=close, atol=close)
+    assert not torch.allclose(found[1], before[1], rtol=close, atol=close)
+
+
+@pytest.mark.parametrize("kind", [LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaDecoderLayer])
+def test_the_function_of_a_class_may_be_replaced(
+    kind: type, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    each, close = copy.deepcopy(model), CLOSE[model.dtype]
+    before = steps(each, 3)
+    with monkeypatch.context() as patch:
+        calls: list[object] = []
+        usual = kind.forward
+
+        def forward(self: Any, *given: Any, **named: Any) -> Any:
+            calls.append(self)
+            return usual(self, *given, **named)
+
+        patch.setattr(kind, "forward", forward)
+        torch.testing.assert_close(steps(each, 3), before, rtol=close, atol=close)
+        assert len(calls) == 3 * sum(isinstance(module, kind) for module in each.modules())
+    with counted(monkeypatch) as again:
+        assert same(steps(each, 3), before)
+    assert sum(again) == 2 * SIZE["num_hidden_layers"]
+
+
+def test_an_attention_of_the_user_is_kept(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it comes before the model or after it."""
+    calls: list[object] = []
+
+    def own(module: torch.nn.Module, *given: Any, **named: Any) -> Any:
+        calls.append(module)
+        return sdpa_attention_forward(module, *given, **named)
+
+    each = copy.deepcopy(model)
+    with monkeypatch.context() as patch:
+        patch.setitem(AttentionInterface._global_mapping, "sdpa", own)
+        steps(each, 3)
+        assert len(calls) == 3 * SIZE["num_hidden_layers"]
+        later = packed(LlamaConfig(**SIZE), tmp_path, model.dtype)
+        calls.clear()
+        steps(later, 3)
+        assert len(calls) == 3 * SIZE["num_hidden_layers"]
+    with counted(monkeypatch) as again:
+        steps(each, 3)
+    assert sum(again) == 2 * SIZE["num_hidden_layers"]
 
 
 @pytest.mark.parametrize("threads", [1, 3])

@@ -41,6 +41,8 @@ from besa.runtime import speed, timings
 from besa.runtime.fastest import PrepackedLinear, WidenedLinear, fastest
 from besa.runtime.linear import SparseLinear
 from besa.runtime.timings import Bench, ModelSpeed, Timing
+from besa.storage.formats import bitmask
+from besa.storage.formats.container import MASK, VALUES
 from tests import pretend
 from tests.halved_models import halved
 from tests.slowly import some_slow
@@ -280,6 +282,20 @@ def test_another_dtype_without_autocast_is_refused(plain: tuple[Path, Path], tmp
     for layer in (model.model.layers[0].mlp.up_proj, model.lm_head):
         with pytest.raises(BesaError, match="computes in float32 but got bfloat16: load the model with dtype="):
             layer(torch.zeros(2, 96, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("name", [MASK, VALUES])
+def test_a_part_of_another_weight_is_refused(name: str) -> None:
+    """Its masks would have more ones than there are values, so that kernels read beyond the end."""
+    generator = torch.Generator().manual_seed(0)
+    linear, other = (
+        SparseLinear(bitmask.pack(torch.randn(8, 64, generator=generator) * (torch.arange(64) % every == 0)))
+        for every in (3, 2)
+    )
+    before = {name: tensor.clone() for name, tensor in linear.state_dict().items()}
+    with pytest.raises(BesaError, match="masks and values do not fit"):
+        linear.load_state_dict({name: other.state_dict()[name]}, strict=False)
+    assert all(map(torch.equal, before.values(), linear.state_dict().values()))
 
 
 def test_what_a_packed_linear_cannot_do_is_refused(plain: tuple[Path, Path]) -> None:

@@ -91,6 +91,9 @@ def test_what_there_is_no_kernel_for() -> None:
     assert not attention.serves(query, keys, values, bias.bool().expand(2, 4, 1, 5))
     assert not attention.serves(query, keys.mT.contiguous().mT, values, None)
     assert not attention.serves(query[:, :3], keys, values, None)
+    assert not attention.serves(query, keys[:1], values[:1], None)
+    assert not attention.serves(query, keys, values[:, :, :3], None)
+    assert not attention.serves(query, keys[..., :8], values, None)
     assert not attention.serves(query.to("meta"), keys.to("meta"), values.to("meta"), None)
 
 

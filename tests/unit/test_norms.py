@@ -83,6 +83,8 @@ def test_what_learns_or_is_large_goes_the_usual_way(monkeypatch: pytest.MonkeyPa
     module(torch.randn(norms.FEW // 64 + 1, 64))
     module(hidden_states=torch.randn(1, 64))
     module(torch.randn(2, 128)[:, ::2])
+    module.weight = nn.Parameter(torch.ones(128)[::2], requires_grad=False)
+    module(torch.randn(2, 64))
 
 
 @needs_kernel

@@ -51,9 +51,12 @@ def serves(query_NH1D: Tensor, keys_NKTD: Tensor, values_NKTD: Tensor, allowed_N
         and query_NH1D.dtype in DTYPES
         and query_NH1D.dtype == keys_NKTD.dtype == values_NKTD.dtype
         and query_NH1D.stride(3) == keys_NKTD.stride(3) == values_NKTD.stride(3) == 1
-        and query_NH1D.size(1) % keys_NKTD.size(1) == 0
         and query_NH1D.numel() > 0
         and keys_NKTD.numel() > 0
+        and query_NH1D.size(0) == keys_NKTD.size(0)
+        and query_NH1D.size(1) % keys_NKTD.size(1) == 0
+        and query_NH1D.size(3) == keys_NKTD.size(3)
+        and keys_NKTD.shape[:3] == values_NKTD.shape[:3]
         and (allowed_N11T is None or allows(allowed_N11T, query_NH1D.size(0), keys_NKTD.size(2)))
         and bool(paths())
     )

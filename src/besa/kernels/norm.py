@@ -49,6 +49,7 @@ def serves(x: Tensor, weight_I: Tensor) -> bool:
         and x.dtype in DTYPES
         and x.size(-1) == weight_I.numel()
         and x.is_contiguous()
+        and weight_I.is_contiguous()
         and bool(paths())
     )
 

@@ -2,7 +2,8 @@
 
 The families of transformers get their attention from a table, by name. The function that is put there for "sdpa" only
 differs from transformers' own for the modules of packed models, and for one new token to each sequence. So a family
-that has an attention of its own keeps it, and so does a model for which the user chose another one.
+that has an attention of its own keeps it, and so does a model for which the user chose another one. A function that
+the user put there stays.
 
 Shape suffixes: N sequences, H heads, K heads of keys and values, T tokens, D numbers of a head.
 """
@@ -15,16 +16,19 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from besa.kernels import attention
 from besa.runtime.tracing import tracing
 
+SDPA = "sdpa"
 MARK = "_besa_attends"  # attribute of modules, which copies of them keep
 
 
 def speed_up(model: nn.Module) -> None:
     """Let the modules of a model attend by besa's kernel where it can."""
-    AttentionInterface.register("sdpa", attended)
+    if ALL_ATTENTION_FUNCTIONS[SDPA] is sdpa_attention_forward:
+        AttentionInterface.register(SDPA, attended)
     for module in model.modules():
         vars(module)[MARK] = True
 
@@ -33,6 +37,11 @@ def restore(model: nn.Module) -> None:
     """Undo `speed_up` for a model."""
     for module in model.modules():
         vars(module).pop(MARK, None)
+
+
+def chosen() -> bool:
+    """Whether models whose attention is "sdpa" get besa's function."""
+    return ALL_ATTENTION_FUNCTIONS[SDPA] is attended
 
 
 def attended(

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from besa.kernels.decoding import Block, passed
-from besa.runtime.decoding import UNLIKE, UNUSED, Decoder, Prepared, layer_of, linears_of, norms_of
+from besa.runtime.decoding import UNLIKE, Decoder, Prepared, layer_of, linears_of, norms_of, plain
 from besa.runtime.growing import Room, room_of
 from besa.runtime.kept import Kept
 from besa.runtime.tracing import tracing
@@ -30,7 +30,23 @@ NORMS = (  # before and after attention, before and after the MLP, as families c
     ("input_layernorm", "", "post_attention_layernorm", ""),
     ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
 )
-_LATEST = local()  # the latest output of a thread, and the block that it is of
+VAIN = 3  # tokens in a row of which a block was computed in vain, after which it is not computed with the one before
+
+
+class _OfThread(local):
+    """What blocks of a thread have computed; other threads decode other sequences.
+
+    Attributes:
+        latest: output of the last block that was computed, and that block.
+        ahead: outputs that have not been asked for, by block.
+    """
+
+    def __init__(self) -> None:
+        self.latest: tuple[Tensor | None, ReferenceType[BlockDecoder] | None] = None, None
+        self.ahead: dict[ReferenceType[BlockDecoder], _Ahead] = {}
+
+
+_here = _OfThread()
 
 
 def speed_up(model: PreTrainedModel) -> None:
@@ -59,14 +75,14 @@ class _Ahead(NamedTuple):
     """A block's output that is computed before the block is called, and what it is of.
 
     Attributes:
-        by: the block before it, whose call did that.
+        by: the block before it.
         output: (1, 1, I).
         input: (1, 1, I), nobody else's.
         token: arguments of the call: rotary embedding and mask.
         past: the cache, and the room in its layer.
     """
 
-    by: BlockDecoder
+    by: ReferenceType[BlockDecoder]
     output: Tensor
     input: Tensor
     token: tuple[object, object]
@@ -106,11 +122,19 @@ class _Ahead(NamedTuple):
             or hidden_states.dtype != self.input.dtype
             or not hidden_states.is_cpu
             or not torch.equal(hidden_states, self.input)
-            or any(value for name, value in others.items() if name not in UNUSED)
+            or not plain(others)
         ):
             return False
         room.grow(layer)
+        if (before := self.by()) is not None:
+            before.vain = 0
         return True
+
+    def in_vain(self) -> None:
+        """Forget this output, which has not been asked for, and with it all that this thread has computed ahead."""
+        _here.ahead.clear()
+        if (before := self.by()) is not None:
+            before.vain += 1
 
 
 class BlockDecoder:
@@ -118,7 +142,10 @@ class BlockDecoder:
 
     A block that knows which one reads its output computes that one's as well, and so on, all in one call. Each keeps
     its own until it is called with just the input that it was computed of: so whatever is done to outputs or caches in
-    between is respected. Two blocks are no longer computed together once that was in vain.
+    between is respected. Two blocks are no longer computed together once that was in vain for some tokens in a row.
+
+    Attributes:
+        vain: tokens in a row of which the block that follows was computed in vain.
 
     Args:
         block: its module.
@@ -131,8 +158,7 @@ class BlockDecoder:
         self._activation = block.mlp.act_fn
         self._step = Kept[Block](block, self._made)
         self._next: ReferenceType[BlockDecoder] | None = None
-        self._alone = False
-        self._ahead: _Ahead | None = None
+        self.vain = 0
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         """What the family's own `forward` gives."""
@@ -148,15 +174,14 @@ class BlockDecoder:
         """
         if hidden_states is None or tracing():
             return None
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead.taken(self._block.self_attn.layer_idx, hidden_states, **named):
-            return ahead.output
+        ahead = _here.ahead.pop(ref(self), None)
         if ahead is not None:
-            ahead.by._part()
-            self._forget()
-        output, decoder = getattr(_LATEST, "found", (None, None))
+            if ahead.taken(self._block.self_attn.layer_idx, hidden_states, **named):
+                return ahead.output
+            ahead.in_vain()
+        output, decoder = _here.latest
         before = decoder() if decoder is not None and output is hidden_states else None
-        if before is not None and not before._alone:
+        if before is not None:
             before._next = ref(self)
         return self._computed(hidden_states, **named)
 
@@ -166,6 +191,9 @@ class BlockDecoder:
         found = attends.prepared(hidden_states, **named) if type(attends) is Decoder else None
         if found is None:
             return None
+        left = next(iter(_here.ahead.values()), None)
+        if left is not None:  # of another token, in which the model ended early, or was interrupted
+            left.in_vain()
         past = named["past_key_values"]
         after: BlockDecoder | None = self
         decoders, steps, rooms = [], [], []
@@ -182,8 +210,9 @@ class BlockDecoder:
         token = named["position_embeddings"], named.get("attention_mask")
         for b in range(1, len(steps)):
             past_and_room = ref(past), ref(rooms[b])
-            decoders[b]._ahead = _Ahead(decoders[b - 1], outputs[b], inputs_B11I[b - 1], token, past_and_room)
-        _LATEST.found = outputs[-1], ref(decoders[-1])
+            ahead = _Ahead(ref(decoders[b - 1]), outputs[b], inputs_B11I[b - 1], token, past_and_room)
+            _here.ahead[ref(decoders[b])] = ahead
+        _here.latest = outputs[-1], ref(decoders[-1])
         rooms[0].grow(found.layer)
         return outputs[0]
 
@@ -198,23 +227,10 @@ class BlockDecoder:
 
     def _after(self) -> BlockDecoder | None:
         """The block that is known to follow, as far as nothing hangs on this one or on that."""
-        after = None if self._next is None else self._next()
+        after = None if self._next is None or self.vain >= VAIN else self._next()
         if after is None or any(each._block._forward_hooks or each._block._forward_pre_hooks for each in (self, after)):
             return None
-        if after._ahead is not None:  # of another token, which has not been asked for
-            self._part()
-            return None
         return after
-
-    def _part(self) -> None:
-        """Take the block that follows no more together with this one."""
-        self._next, self._alone = None, True
-
-    def _forget(self) -> None:
-        """Forget what has been computed of the blocks that follow."""
-        after = self
-        while after._next is not None and (following := after._next()) is not None and following._ahead is not None:
-            following._ahead, after = None, following
 
     def _made(self, threads: int) -> Block | None:
         assert threads == torch.get_num_threads()
@@ -234,7 +250,7 @@ class BlockDecoder:
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: without other blocks."""
-        return {**self.__dict__, "_next": None, "_ahead": None}
+        return {**self.__dict__, "_next": None}
 
 
 @torch.inference_mode()

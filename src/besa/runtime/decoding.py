@@ -6,7 +6,7 @@ parts; only its `forward` differs, and computes what it always did where the ker
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from besa.kernels import attention
 from besa.kernels.decoding import Linear, Norm, Step, Token, serves
+from besa.runtime.attention import SDPA, chosen
 from besa.runtime.dense import DenseLinear
 from besa.runtime.growing import room_of
 from besa.runtime.kept import Kept
@@ -29,6 +30,7 @@ from besa.runtime.tracing import tracing
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 NORMS = ("q_norm", "k_norm")
 UNUSED = {"position_ids", "use_cache", "cache_position"}  # arguments that change nothing in such a module
+SIZES = (1.0, 1000.0)  # of the hidden states by which a module is tried: some families clip large numbers
 BEFORE = 3  # tokens in the cache by which a module is tried
 UNLIKE = (TypeError, ValueError, RuntimeError, AttributeError, LookupError)  # what another kind of module may raise
 
@@ -120,8 +122,9 @@ class Decoder:
             or tracing()
             or torch.is_autocast_enabled("cpu")
             or _has_any_global_hook()
-            or module.config._attn_implementation != "sdpa"
-            or any(value for name, value in others.items() if name not in UNUSED)
+            or module.config._attn_implementation != SDPA
+            or not chosen()
+            or not plain(others)
         ):
             return None
         step = self.step(hidden_states.dtype)
@@ -157,6 +160,11 @@ class Decoder:
             ours: in its place.
             dtype: of the numbers.
         """
+        return all(self._same(usual, ours, dtype, size) for size in SIZES)
+
+    def _same(
+        self, usual: Callable[..., Any], ours: Callable[..., Tensor | None], dtype: torch.dtype, size: float
+    ) -> bool:
         module, generator = self._module, torch.Generator().manual_seed(0)
 
         def random(*shape: int) -> Tensor:
@@ -167,7 +175,7 @@ class Decoder:
         values = random(1, shared, BEFORE, module.v_proj.out_features // shared)
         angles = random(1, 1, self.turned)
         named: dict[str, Any] = {
-            "hidden_states": random(1, 1, module.q_proj.in_features),
+            "hidden_states": size * random(1, 1, module.q_proj.in_features),
             "position_embeddings": (angles.cos(), angles.sin()),
             "attention_mask": torch.tensor([True, False, True, True]).view(1, 1, 1, BEFORE + 1),
         }
@@ -183,15 +191,21 @@ class Decoder:
         return all(torch.equal(*pair) for pair in pairs)
 
 
+def plain(others: Mapping[str, Any]) -> bool:
+    """Whether further arguments of a module or a block ask for nothing that steps do not know."""
+    return all(value is None or value is False for name, value in others.items() if name not in UNUSED)
+
+
 def linears_of(module: Any, names: Sequence[str], dtype: torch.dtype) -> list[Linear] | None:
     """What kernels are given of a module's linears; None if one has no kernel for this dtype."""
     found = []
     for linear in (getattr(module, name) for name in names):
         own = type(linear) in (SparseLinear, DenseLinear) and "forward" not in vars(linear)
         entry = linear.entry(dtype) if own else None
-        if entry is None or (linear.bias is not None and linear.bias.dtype != dtype):
+        bias = linear.bias
+        if entry is None or (bias is not None and not (bias.dtype == dtype and bias.is_contiguous())):
             return None
-        found.append(Linear(entry, linear.bias, (linear.out_features, linear.in_features)))
+        found.append(Linear(entry, bias, (linear.out_features, linear.in_features)))
     return found
 
 
@@ -200,7 +214,8 @@ def norms_of(module: Any, names: Sequence[str], dtype: torch.dtype) -> list[Norm
     found = []
     for norm in (module._modules.get(name) for name in names):
         kernel = None if norm is None else kernel_of(norm)
-        if norm is not None and (kernel is None or kernel.weight.dtype != dtype):
+        fits = kernel is not None and kernel.weight.dtype == dtype and kernel.weight.is_contiguous()
+        if norm is not None and not fits:
             return None
         found.append(kernel)
     return found

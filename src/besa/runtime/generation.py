@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TextStreamer,
+)
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from besa.data.arguments import Count, Dtype, checked
@@ -25,6 +33,8 @@ from besa.runtime.sparse_models import load_source
 from besa.system.devices import resolve_device
 
 CONTINUATION, ANSWER = 128, 1024  # default tokens at most
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # what the settings of a checkpoint decide
+SAMPLED = ("top_k", "top_p", "min_p", "repetition_penalty")  # and where tokens are sampled
 
 
 @checked
@@ -54,7 +64,8 @@ def generate(
         system: instructions that the chat begins with, instead of the template's own.
         max_new_tokens: at most; the model may end sooner, and ends when it has no more positions. Default: 1024 in a
             chat, else 128.
-        temperature: of the softmax that tokens are sampled from; 0 takes the likeliest token each time.
+        temperature: of the softmax that tokens are sampled from; 0 takes the likeliest token each time. Of the settings
+            that come with a model, those of tokens (`TOKENS`) and, if tokens are sampled, of sampling (`SAMPLED`) hold.
         seed: of the sampling.
         tokenizer: needed with a loaded model; otherwise the model's own.
         device: as in `besa.load`.
@@ -216,20 +227,35 @@ class Writer:
         )
         cache = before and _beginning(before, tokens_1T)
         others = [self._model.device] if self._model.device.type != "cpu" else []
-        with borrowed(self._model), torch.random.fork_rng(others, device_type=self._model.device.type):
+        kept = (*TOKENS, *SAMPLED) if temperature else TOKENS
+        with (
+            borrowed(self._model),
+            _settings(self._model, kept),
+            torch.random.fork_rng(others, device_type=self._model.device.type),
+        ):
             torch.manual_seed(self._seed)
             made = self._model.generate(
                 tokens_1T,
                 attention_mask=torch.ones_like(tokens_1T),
                 max_new_tokens=min(self.most, room),
                 streamer=_Telling(self.tokenizer, tell) if tell else None,
-                temperature=None,  # `_Tempered` applies it; this also switches off that of the checkpoint
                 return_dict_in_generate=True,
                 **({"past_key_values": cache} if cache else {}),
                 **sampling,
             )
         text = str(self.tokenizer.decode(made.sequences[0, length:], skip_special_tokens=True))
         return Written(text, made.sequences, _plain(made.get("past_key_values")))
+
+
+@contextmanager
+def _settings(model: GenerationMixin, kept: tuple[str, ...]) -> Iterator[None]:
+    """While open, only these settings of a checkpoint change what is generated."""
+    before = model.generation_config
+    model.generation_config = GenerationConfig(**{name: getattr(before, name, None) for name in kept})
+    try:
+        yield
+    finally:
+        model.generation_config = before
 
 
 def _plain(cache: Cache | None) -> DynamicCache | None:

@@ -7,14 +7,21 @@ holds is found in few calls, of functions that Python has in C.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
 Made = TypeVar("Made")
 PRODUCT = "_product"  # of a packed linear, which forgets it when its numbers change
-OWN = ("forward", "training", "act_fn")  # attributes that change what any other module does, beside its parts
+OWN = ("forward", "training", "act_fn")  # attributes that change what any other module does, beside parts and numbers
+_function = attrgetter("forward")
+_functions: dict[type[nn.Module], Any] = {}  # of classes, as they were when a module of each was first tried
+
+
+def untouched(kind: type[nn.Module]) -> bool:
+    """Whether a class of modules has the function by which one of it was first tried: some libraries replace it."""
+    return _functions.setdefault(kind, _function(kind)) is _function(kind)
 
 
 class Kept(Generic[Made]):
@@ -33,7 +40,7 @@ class Kept(Generic[Made]):
         self._hooked = False
 
     def now(self, *keys: Hashable) -> Made | None:
-        """What is made of the module as it is now; None also if something hangs on a part.
+        """What is made of the module as it is now; None also if something hangs on a part, or its class was changed.
 
         Args:
             keys: what it depends on besides.
@@ -51,7 +58,7 @@ class Kept(Generic[Made]):
 
 
 class _Unchanged:
-    """A module as it is now: its parts and theirs, their tensors and where these are, and their functions.
+    """A module as it is now: its parts and theirs, their tensors and where these are, numbers, and functions.
 
     Where the tensors of packed linears are is not asked, as these are most of all: who moves one puts another in its
     place. Hooks of the module itself are not looked at: its own call sees to them.
@@ -70,6 +77,7 @@ class _Unchanged:
             self._parts += parts
             places += [(table, name) for table in parts for name in table]
             places += [(vars(each), name) for name in (("forward", PRODUCT) if packed else OWN)]
+            places += [(vars(each), name) for name, value in vars(each).items() if isinstance(value, float)]
             tensors += each._parameters.values() if packed else (*each._parameters.values(), *each._buffers.values())
             self._memory += [buffer.detach() for buffer in each._buffers.values() if packed and buffer is not None]
         self._sizes = [*map(len, self._parts)]
@@ -77,10 +85,12 @@ class _Unchanged:
         self._objects = [*map(dict.get, self._tables, self._names)]
         self._tensors = [each for each in tensors if each is not None]
         self._addresses = [*map(Tensor.data_ptr, self._tensors)]
+        self._kinds = [*{type(each) for each in modules}]
+        self._tried = [_functions.setdefault(kind, _function(kind)) for kind in self._kinds]
 
     def hooked(self) -> bool:
-        """Whether hooks hang on a part."""
-        return any(self._hooks)
+        """Whether hooks hang on a part, or the class of one has another function now."""
+        return any(self._hooks) or not all(map(is_, map(_function, self._kinds), self._tried))
 
     def holds(self) -> bool:
         """Whether everything is the same."""

@@ -46,7 +46,10 @@ class SparseLinear(nn.Module):
     @property
     def bitmask(self) -> Bitmask:
         """W as packed, made of the buffers, which loaders and devices replace."""
-        buffers: dict[str, Any] = self._buffers
+        return self._of(self._buffers)
+
+    def _of(self, buffers: dict[str, Any]) -> Bitmask:
+        """W made of these buffers."""
         return Bitmask(
             (self.out_features, self.in_features),
             buffers[MASK],
@@ -123,8 +126,15 @@ class SparseLinear(nn.Module):
         if fn(torch.empty(0, dtype=dtype)).dtype != dtype:
             raise BesaError("Packed linears keep their dtype: ask for another one when you load, with dtype=.")
 
-    def _load_from_state_dict(self, *arguments: Any) -> None:
-        super()._load_from_state_dict(*arguments)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        """Take what is there of W.
+
+        Raises:
+            BesaError: it does not fit to what is not there, such as masks to the values of others.
+        """
+        given = {name: state_dict.get(prefix + name, buffer) for name, buffer in self._buffers.items()}
+        self._of(given).check(prefix.removesuffix("."))
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
         self._product = None  # it may hold a copy of the numbers
 
     def __getstate__(self) -> dict[str, Any]:

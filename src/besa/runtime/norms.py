@@ -19,6 +19,7 @@ from torch.func import functional_call
 from besa.kernels import norm
 from besa.kernels.decoding import Norm
 from besa.kernels.norm import Form
+from besa.runtime.kept import untouched
 from besa.runtime.tracing import tracing
 
 FEW = 1 << 16  # numbers of x, at most: for more, torch's threads share the work
@@ -30,11 +31,11 @@ SAME = 0.95  # share of numbers of bfloat16 that are equal to the last digit; an
 def speed_up(model: nn.Module) -> None:
     """Let the norms of a model use besa's kernel where it computes the same."""
     for module in model.modules():
-        found = [value for value in vars(module).values() if isinstance(value, float)]
-        if "norm" in type(module).__name__.lower() and len(found) == 1 and "forward" not in vars(module):
-            form = _form(module, found[0])
-            if form is not None:
-                module.forward = partial(_forward, module, form=form, epsilon=found[0])  # which pickle can write
+        numbers = [name for name, value in vars(module).items() if isinstance(value, float)]
+        if "norm" in type(module).__name__.lower() and len(numbers) == 1 and "forward" not in vars(module):
+            form = _form(module, numbers[0])
+            if form is not None and untouched(type(module)):
+                module.forward = partial(_forward, module, form=form, epsilon=numbers[0])  # which pickle can write
 
 
 def restore(model: nn.Module) -> None:
@@ -50,21 +51,28 @@ def kernel_of(module: nn.Module) -> Norm | None:
     own = vars(module).get("forward")
     if not isinstance(own, partial) or own.func is not _forward:
         return None
-    return Norm(module.weight, own.keywords["epsilon"], own.keywords["form"])  # type: ignore[arg-type]  # nn.Module's
+    epsilon, form = own.keywords["epsilon"], own.keywords["form"]
+    return Norm(module.weight, getattr(module, epsilon), form)  # type: ignore[arg-type]  # nn.Module's
 
 
-def _forward(module: Any, *inputs: Tensor, form: Form, epsilon: float, **named: Any) -> Any:
-    if len(inputs) == 1 and not named and not tracing():
+def _forward(module: Any, *inputs: Tensor, form: Form, epsilon: str, **named: Any) -> Any:
+    """What the family's own `forward` gives; `epsilon` is the name of the attribute that is ε."""
+    if len(inputs) == 1 and not named and not tracing() and untouched(type(module)):
         x, weight_I = *inputs, module.weight
         learns = torch.is_grad_enabled() and (x.requires_grad or weight_I.requires_grad)
         if not learns and x.numel() <= FEW and norm.serves(x, weight_I):
-            return norm.normed(x, weight_I, epsilon, form)
+            return norm.normed(x, weight_I, getattr(module, epsilon), form)
     return type(module).forward(module, *inputs, **named)
 
 
 @torch.no_grad()
-def _form(module: nn.Module, epsilon: float) -> Form | None:
-    """How a module does this norm; None if it does something else, or there is no kernel."""
+def _form(module: nn.Module, epsilon: str) -> Form | None:
+    """How a module does this norm; None if it does something else, or there is no kernel.
+
+    Args:
+        module: the norm.
+        epsilon: name of its attribute that is ε.
+    """
     tensors = module.state_dict(keep_vars=True)
     weight = tensors.get("weight")
     if len(tensors) != 1 or weight is None or weight.dim() != 1 or len(signature(module.forward).parameters) != 1:
@@ -79,7 +87,8 @@ def _form(module: nn.Module, epsilon: float) -> Form | None:
     if not norm.serves(x_NI, tried_I):
         return None
     usual_NI = functional_call(module, {"weight": tried_I}, (x_NI,))
-    return next((form for form in norm.FORMS if _same(norm.normed(x_NI, tried_I, epsilon, form), usual_NI)), None)
+    number = getattr(module, epsilon)
+    return next((form for form in norm.FORMS if _same(norm.normed(x_NI, tried_I, number, form), usual_NI)), None)
 
 
 def _same(found_NI: Tensor, usual_NI: Tensor) -> bool:
