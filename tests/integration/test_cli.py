@@ -185,6 +185,11 @@ def test_report_is_one_page(pruned: Path, tmp_path: Path) -> None:
         (["--skip", "*"], ["nothing to prune"]),
         (["--sparsity-of", "*.k_proj"], ["--sparsity-of *.k_proj:", "pattern=sparsity"]),
         (["--sparsity-of", "*.none=0.3"], ["sparsity_of", "*.none"]),
+        (["--sparsity", "0.5", "--set", "sparsity=0.3"], ["--sparsity and --set sparsity decide the same"]),
+        (["--recipe", "best", "--passes", "40", "--set", "distill.epochs=1"], ["--passes and --set distill.epochs"]),
+        (["--recipe", "best", "--minutes", "5", "--set", "distill.minutes=7"], ["--minutes and --set distill.minutes"]),
+        (["--recipe", "wanda", "--dequantized"], ["--dequantized is not used"]),
+        (["--recipe", "depth", "--skip", "*.layers.0.*"], ["All of model.layers.0 is skipped", "q_proj"]),
     ],
 )
 def test_bad_arguments_are_refused_in_a_sentence(arguments: list[str], words: list[str], tmp_path: Path) -> None:
@@ -273,6 +278,48 @@ def test_usage_errors_leave_with_2() -> None:
     assert_refused(called("prune", TINY, "out", "--sparsity", "half"), "--sparsity", "number")
     assert_refused(called("unknown"), "unknown")
     assert_refused(called("eval", TINY), "--ppl")
+    assert_refused(called("prune", TINY, "out", "--recipe"), "--recipe", "argument")
+    assert_refused(called("verify", TINY, "--quiet=1"), "--quiet", "besa")
+
+
+@pytest.mark.parametrize("name", ["besa_run.json", "config.json", "model.safetensors"])
+def test_results_do_not_replace_files_of_a_checkpoint(name: str, pruned: Path) -> None:
+    before = (pruned / name).read_bytes()
+    assert_refused(called("inspect", pruned, "--json", pruned / name), name, "choose another name")
+    assert_refused(called("report", pruned, "--out", pruned / name), name, "choose another name")
+    assert (pruned / name).read_bytes() == before
+
+
+def test_results_beside_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert_refused(called("prune", TINY, out, *SMALL, "--json", out), "--json", "is the folder that will be written")
+    for command in (["prune", TINY, out, *SMALL], ["pack", TINY, out], ["unpack", TINY, out], ["shrink", TINY, out]):
+        assert_refused(called(*command, "--json-progress", out / "progress.jsonl"), "lies in", "choose another place")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_result_of_pruning_is_the_record(tmp_path: Path) -> None:
+    out, file = tmp_path / "out", tmp_path / "result.json"
+    assert called("prune", TINY, out, "--recipe", "magnitude", *SMALL, "--json", file).returncode == 0
+    assert json.loads(file.read_text()) == json.loads((out / "besa_run.json").read_text())
+
+
+def test_an_evaluation_of_the_dense_model_is_not_shown_as_that_of_the_pruned(pruned: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(pruned, tmp_path / "out")
+    file = folder / "besa_eval.json"
+    windows = ["--ppl", TINY / "heldout.txt", "--window", "64", "--max-windows", "2"]
+    assert called("eval", TINY, *windows, "--json", file).returncode == 0
+    assert_refused(called("report", folder, "--out", tmp_path / "report.html"), "was measured on another model")
+
+
+def test_tokens_without_an_embedding_are_refused(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(TINY)
+    model.resize_token_embeddings(300)
+    model.save_pretrained(tmp_path / "small")
+    AutoTokenizer.from_pretrained(TINY).save_pretrained(tmp_path / "small")
+    assert_refused(
+        called("generate", tmp_path / "small", "--prompt", "The city of the mountain"), "embeddings have 300"
+    )
 
 
 def test_no_arguments_show_the_commands() -> None:

@@ -22,6 +22,7 @@ from transformers import (
     FalconConfig,
     Gemma3TextConfig,
     GPT2Config,
+    GPT2LMHeadModel,
     GPTNeoXConfig,
     JambaConfig,
     MixtralConfig,
@@ -442,6 +443,18 @@ def besa_command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(sys, "argv", ["besa", *map(str, arguments)])
     cli.main()
+
+
+@pytest.mark.usefixtures("short")
+def test_bench_leaves_out_what_has_too_few_positions(tmp_path: Path) -> None:
+    size = {"vocab_size": 1024, "n_embd": 32, "n_layer": 1, "n_head": 2}
+    for positions in (48, 8):
+        GPT2LMHeadModel(GPT2Config(**size, n_positions=positions)).save_pretrained(tmp_path / str(positions))
+        AutoTokenizer.from_pretrained(TINY).save_pretrained(tmp_path / str(positions))
+    found = besa.bench([tmp_path / "48"], rounds=1, device="cpu")
+    assert found.works() == ["decode 4", "first token"]
+    with pytest.raises(BesaError, match="has 8 positions, too few"):
+        besa.bench([tmp_path / "8"], rounds=1, device="cpu")
 
 
 @pytest.mark.usefixtures("short")

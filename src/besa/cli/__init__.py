@@ -55,7 +55,8 @@ def _run(arguments: list[str]) -> None:
     try:
         code = app(arguments or ["--help"], prog_name="besa", standalone_mode=False)
     except UsageError as error:
-        raise BesaError(f"{error.format_message().rstrip('.')}: see `{error.ctx.command_path} --help`.") from None
+        command = "besa" if error.ctx is None else error.ctx.command_path
+        raise BesaError(f"{error.format_message().rstrip('.')}: see `{command} --help`.") from None
     except typer.Abort:
         raise KeyboardInterrupt from None
     if code == 130:  # typer's code for Ctrl-C

@@ -5,9 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from besa.errors import BesaError
+
 if TYPE_CHECKING:
     from besa.methods.recipe import Recipe
     from besa.planning.explaining import Explanation
+
+LENGTHS = ("distill.epochs", "distill.minutes", "finetune.epochs")  # settings that say how long a recipe learns
 
 
 def recipe_of(
@@ -25,16 +29,36 @@ def recipe_of(
     """The recipe that the options describe.
 
     Raises:
-        BesaError: no such recipe, a setting that it cannot have, or a model that cannot be read.
+        BesaError: no such recipe, a setting that it cannot have or that an option gives too, or a model that cannot be
+            read.
     """
     from besa.methods.recipe import Recipe
     from besa.planning import spending
 
+    check_once("--sparsity", sparsity, settings, ("sparsity",))
+    check_once("--passes", passes, settings, LENGTHS)
     recipe = Recipe.load(name, sparsity, settings or ()).with_exceptions(skip or (), sparsity_of or ())
     if passes is None:
         return recipe
     about = _about(model, trust_remote_code)
     return spending(recipe, passes, samples, about.seqlen if seqlen is None else seqlen, about.head)
+
+
+def check_once(option: str, value: float | None, settings: list[str] | None, decided: tuple[str, ...]) -> None:
+    """Check that no setting says what an option says.
+
+    Args:
+        option: its name.
+        value: its value, if it is given.
+        settings: as given, NAME=VALUE.
+        decided: names of the settings that the option decides.
+
+    Raises:
+        BesaError: one does.
+    """
+    for name in (setting.partition("=")[0].strip() for setting in settings or ()):
+        if value is not None and name in decided:
+            raise BesaError(f"{option} and --set {name} decide the same: give one of them.")
 
 
 def explained(recipe: Recipe, model: str, samples: int, seqlen: int | None, trust_remote_code: bool) -> Explanation:

@@ -6,6 +6,7 @@ import math
 import os
 import stat
 from enum import StrEnum
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -17,6 +18,7 @@ from besa.errors import BesaError
 from besa.storage.names import nearest, path_of
 
 Number = TypeVar("Number", int, float)
+OF_CHECKPOINTS = ("besa_run.json", "*config.json", "*.safetensors", "*.index.json", "tokenizer*")  # files
 SAMPLES = 128  # calibration sequences, as in the paper
 CALIBRATION = "mix"  # of the embedded texts: the best of three by the mean of the domains (docs/log.md)
 
@@ -176,9 +178,11 @@ def to_write(file: Path | None) -> Path | None:
     """Check before the work that a command can write this file at its end: a new file, or one that it replaces.
 
     Raises:
-        BesaError: the file cannot be written, or is a folder, a link or a device.
+        BesaError: the file cannot be written, is a folder, a link or a device, or has the name of a checkpoint's file.
     """
     if file is not None:
+        if any(fnmatchcase(file.name, pattern) for pattern in OF_CHECKPOINTS):
+            raise BesaError(f"{file} has the name of a file that checkpoints are made of: choose another name.")
         folder = nearest(path_of(file).absolute().parent)
         no_file = os.path.lexists(file) and not stat.S_ISREG(file.lstat().st_mode)
         if no_file or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
@@ -193,6 +197,24 @@ def to_write_or_print(file: Path | None) -> Path | None:
         BesaError: as `to_write`.
     """
     return file if file == STDOUT else to_write(file)
+
+
+def check_files(out: Path, json: Path | None, json_progress: Path | None) -> None:
+    """Check that files beside a new folder do not stand in its way.
+
+    Args:
+        out: the folder, which must not exist yet.
+        json: of `--json`.
+        json_progress: of `--json-progress`.
+
+    Raises:
+        BesaError: a result is to be where the folder will be, or progress in it.
+    """
+    folder = path_of(out).absolute()
+    if json not in (None, STDOUT) and path_of(json).absolute() == folder:
+        raise BesaError(f"--json {json} is the folder that will be written: choose another name.")
+    if json_progress is not None and folder in (here := path_of(json_progress).absolute(), *here.parents):
+        raise BesaError(f"--json-progress {json_progress} lies in {out}, which is not there yet: choose another place.")
 
 
 JsonOption = Annotated[

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from besa.cli.choosing import explained, recipe_of
+from besa.cli.choosing import LENGTHS, check_once, explained, recipe_of
 from besa.cli.consoles import give
 from besa.cli.options import (
     CALIBRATION,
@@ -38,6 +38,7 @@ from besa.cli.options import (
     SparsityOption,
     TrustOption,
     bytes_of,
+    check_files,
 )
 
 if TYPE_CHECKING:
@@ -86,11 +87,16 @@ def prune(
     from besa.cli.tracking import show_progress
     from besa.errors import BesaError
     from besa.planning import within
+    from besa.record import RunRecord
     from besa.system import memory
 
     if passes is not None and minutes is not None:
         raise BesaError("A run has either passes or minutes to spend: give --passes or --minutes, not both.")
+    check_once("--minutes", minutes, set_, LENGTHS)
+    check_files(out_dir, json, json_progress)
     chosen = recipe_of(recipe, sparsity, set_, skip, sparsity_of, passes, samples, seqlen, model, trust_remote_code)
+    if dequantized and chosen.quantization.coding is None:
+        raise BesaError("--dequantized is not used: choose a recipe that quantises, or leave it out.")
     if minutes is not None:
         chosen = within(chosen, minutes)
     if explain:
@@ -119,7 +125,8 @@ def prune(
             command=["besa", *sys.argv[1:]],
             progress=tracker,
         )
-    give(result.record, pruned(result.record, out_dir), json)
+    record = RunRecord.of(out_dir) or result.record  # with the digests of the files
+    give(record, pruned(record, out_dir), json)
 
 
 @commands.command(rich_help_panel=PANEL)
@@ -146,6 +153,7 @@ def shrink(
     from besa.cli.show.pruning import shrunk
     from besa.cli.tracking import show_progress
 
+    check_files(out_dir, json, json_progress)
     with show_progress(quiet=quiet, json_progress=json_progress) as tracker:
         result = shrink_checkpoint(
             model, out_dir, by_block=by_block, trust_remote_code=trust_remote_code, progress=tracker

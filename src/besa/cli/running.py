@@ -19,6 +19,7 @@ from besa.cli.options import (
     Model,
     QuietOption,
     TrustOption,
+    check_files,
 )
 from besa.errors import BesaError
 
@@ -44,6 +45,7 @@ def pack(
     from besa.cli.show.running import packed
     from besa.cli.tracking import show_progress
 
+    check_files(out_dir, json, json_progress)
     with show_progress(quiet=quiet, json_progress=json_progress) as tracker:
         result = pack_checkpoint(
             model,
@@ -64,13 +66,14 @@ def unpack(
     json_progress: JsonProgressOption = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Make a packed checkpoint dense again, bit-equal, for transformers."""
+    """Make a packed checkpoint dense again, with the numbers that were packed, for transformers."""
     from besa.checkpoint.packing import unpack as unpack_checkpoint
     from besa.cli.tracking import show_progress
 
+    check_files(out_dir, None, json_progress)
     with show_progress(quiet=quiet, json_progress=json_progress) as tracker:
         unpack_checkpoint(model, out_dir, trust_remote_code=trust_remote_code, progress=tracker)
-    out.print(Text(f"{out_dir}: the checkpoint as it was before packing"))
+    out.print(Text(f"{out_dir}: the dense checkpoint, with the numbers that were packed"))
 
 
 @commands.command("generate", rich_help_panel=PANEL)

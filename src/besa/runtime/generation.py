@@ -23,9 +23,10 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from besa.data.arguments import Count, Dtype, checked
 from besa.data.seeds import check_seed
+from besa.data.tokens import check_known
 from besa.errors import BesaError
 from besa.models.borrowing import borrowed, tokenizer_of_caller
-from besa.models.limits import positions
+from besa.models.limits import embedding_rows, positions
 from besa.models.loading import load_tokenizer, locate
 from besa.progress import Progress, silent
 from besa.runtime.chat_template import check_chat, message, prompt_of
@@ -215,8 +216,9 @@ class Writer:
                 Its cache changes, so it serves once.
 
         Raises:
-            BesaError: the prompt leaves no position.
+            BesaError: the prompt leaves no position, or has a token that the model's embeddings lack.
         """
+        check_known(tokens_1T, embedding_rows(self._model), self.tokenizer)
         tokens_1T, length = tokens_1T.to(self._model.device), tokens_1T.shape[1]
         room = self.positions - length
         if room < 1:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import itertools
 import statistics
+import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +20,7 @@ from transformers import PreTrainedModel
 
 from besa.data.arguments import Count, Dtype, checked
 from besa.errors import BesaError
+from besa.models.limits import positions
 from besa.models.loading import Source, locate, weight_paths
 from besa.progress import Progress, silent
 from besa.record import now
@@ -56,6 +59,10 @@ class _Work:
         """Number of times the weights are read."""
         return self.steps or 1
 
+    def fits(self, model: PreTrainedModel) -> bool:
+        """Whether a model has positions for it; before decoding, there is a step that is not measured."""
+        return self.tokens + (self.steps and self.steps + 1) <= (positions(model).most or sys.maxsize)
+
 
 WORKS = [
     *(_Work(f"decode {size}", size, CONTEXT, STEPS) for size in DECODE),
@@ -74,7 +81,7 @@ class _Contender:
     file_bytes: int
     resident_bytes: int | None
     step_bytes: int
-    seconds: dict[str, list[float]] = field(default_factory=lambda: {work.name: [] for work in WORKS})
+    seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
 
 @checked
@@ -89,6 +96,8 @@ def bench(
 ) -> Bench:
     """Measure tokens a second in decoding and prefill, and the time to the first token.
 
+    Work for which one of the models has too few positions is left out.
+
     Each dense model on the CPU also runs in the fastest form of torch there: weights in oneDNN's own layout, or float32
     products where oneDNN has none of the model's dtype. In every round each model does each work once, in turn.
     A warm-up round is not counted.
@@ -102,7 +111,7 @@ def bench(
         progress: told about downloads, then (measurements done, measurements, model and work).
 
     Raises:
-        BesaError: a model cannot be read, one is named twice, or none is named.
+        BesaError: a model cannot be read or has hardly any positions, one is named twice, or none is named.
     """
     names = [str(model) for model in models]
     if not names:
@@ -116,10 +125,11 @@ def bench(
         contenders += _contenders(source, device, dtype)
     read = torch.zeros(READ // 4, device=device)
     reading: list[float] = []
-    total = (rounds + 1) * len(WORKS) * len(contenders)
+    works = [work for work in WORKS if all(work.fits(contender.model) for contender in contenders)]
+    total = (rounds + 1) * len(works) * len(contenders)
     done = itertools.count(1)
     for turn in range(rounds + 1):
-        for work in WORKS:
+        for work in works:
             for contender in contenders[:: -1 if turn % 2 else 1]:
                 seconds = _measure(contender.model, work)
                 if turn:
@@ -138,10 +148,16 @@ def bench(
 
 
 def _contenders(source: Source, device: torch.device, dtype: str) -> list[_Contender]:
-    """The forms in which a model can run here."""
+    """The forms in which a model can run here.
+
+    Raises:
+        BesaError: it has too few positions.
+    """
     memory.trim()
     before = _resident(device)
     model = load_source(source, device, dtype)
+    if not WORKS[0].fits(model):
+        raise BesaError(f"{source.base} has {positions(model).most} positions, too few to measure how fast it decodes.")
     _measure(model, WORKS[0])
     resident = _resident(device) - before
     size = sum(path.stat().st_size for path in weight_paths(source))
@@ -223,7 +239,7 @@ def step_bytes(model: nn.Module) -> int:
 
 def _speed(contender: _Contender, bandwidth: float) -> ModelSpeed:
     timings = []
-    for work in WORKS:
+    for work in (work for work in WORKS if work.name in contender.seconds):
         low, middle, high = _quartiles(contender.seconds[work.name])
         limit = work.passes * contender.step_bytes / bandwidth
         timings.append(Timing(work=work.name, tokens=work.counted, seconds=middle, low=low, high=high, limit=limit))

@@ -57,6 +57,10 @@ class Depth(Allocator):
         Raises:
             BesaError: fewer blocks than `blocks` can lose their layer, or nothing would stay.
         """
+        for block, own in zip(blocks, names, strict=True):
+            if not own:
+                one = next(iter(block.prunables))
+                raise BesaError(f"All of {block.name} is skipped: --skip '{one}' is enough to keep the block.")
         layers = [layer(block, self.layers) for block in blocks]
         sizes = [sum(block.prunables[name].numel for name in own) for block, own in zip(blocks, layers, strict=True)]
         whole = [sum(block.prunables[name].numel for name in own) for block, own in zip(blocks, names, strict=True)]
