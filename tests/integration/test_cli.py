@@ -280,6 +280,10 @@ def test_usage_errors_leave_with_2() -> None:
     assert_refused(called("eval", TINY), "--ppl")
     assert_refused(called("prune", TINY, "out", "--recipe"), "--recipe", "argument")
     assert_refused(called("verify", TINY, "--quiet=1"), "--quiet", "besa")
+    text = ["--ppl", TINY / "heldout.txt"]
+    assert_refused(called("eval", TINY, *text, "--limit", "3"), "--limit is not used: add --tasks, or leave it out.")
+    assert_refused(called("eval", TINY, "--tasks", "boolq", "--window", "64"), "--window is not used: add --ppl")
+    assert_refused(called("compare", TINY, "--recipes", "wanda", "--hub"), "--hub is not used: add --tasks")
 
 
 @pytest.mark.parametrize("name", ["besa_run.json", "config.json", "model.safetensors"])
@@ -293,6 +297,8 @@ def test_results_do_not_replace_files_of_a_checkpoint(name: str, pruned: Path) -
 def test_results_beside_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert_refused(called("prune", TINY, out, *SMALL, "--json", out), "--json", "is the folder that will be written")
+    same = ["--json", tmp_path / "x", "--json-progress", tmp_path / "x"]
+    assert_refused(called("prune", TINY, out, *SMALL, *same), "choose two names")
     for command in (["prune", TINY, out, *SMALL], ["pack", TINY, out], ["unpack", TINY, out], ["shrink", TINY, out]):
         assert_refused(called(*command, "--json-progress", out / "progress.jsonl"), "lies in", "choose another place")
     assert list(tmp_path.iterdir()) == []

@@ -25,6 +25,7 @@ from besa.cli.options import (
     QuietOption,
     TasksOption,
     TrustOption,
+    check_used,
     files_of,
     names,
     numbers,
@@ -70,6 +71,8 @@ def evaluate_command(
     from besa.evaluation.carding import tell_card
     from besa.system import ranks
 
+    check_used("--tasks", tasks, {"--limit": limit, "--hub": hub})
+    check_used("--ppl", ppl, {"--window": window, "--max-windows": max_windows})
     with show_progress(quiet=quiet, json_progress=json_progress) as tracker:
         result = evaluate(
             model,

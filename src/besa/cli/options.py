@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import stat
+from collections.abc import Mapping
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -18,7 +19,7 @@ from besa.errors import BesaError
 from besa.storage.names import nearest, path_of
 
 Number = TypeVar("Number", int, float)
-OF_CHECKPOINTS = ("besa_run.json", "*config.json", "*.safetensors", "*.index.json", "tokenizer*")  # files
+RESERVED = ("besa_run.json", "config.json", "generation_config.json", "tokenizer*", "*.safetensors", "*.index.json")
 SAMPLES = 128  # calibration sequences, as in the paper
 CALIBRATION = "mix"  # of the embedded texts: the best of three by the mean of the domains (docs/log.md)
 
@@ -181,7 +182,7 @@ def to_write(file: Path | None) -> Path | None:
         BesaError: the file cannot be written, is a folder, a link or a device, or has the name of a checkpoint's file.
     """
     if file is not None:
-        if any(fnmatchcase(file.name, pattern) for pattern in OF_CHECKPOINTS):
+        if any(fnmatchcase(file.name, pattern) for pattern in RESERVED):
             raise BesaError(f"{file} has the name of a file that checkpoints are made of: choose another name.")
         folder = nearest(path_of(file).absolute().parent)
         no_file = os.path.lexists(file) and not stat.S_ISREG(file.lstat().st_mode)
@@ -208,13 +209,32 @@ def check_files(out: Path, json: Path | None, json_progress: Path | None) -> Non
         json_progress: of `--json-progress`.
 
     Raises:
-        BesaError: a result is to be where the folder will be, or progress in it.
+        BesaError: a result is to be where the folder or the progress will be, or progress in the folder.
     """
     folder = path_of(out).absolute()
-    if json not in (None, STDOUT) and path_of(json).absolute() == folder:
+    result = None if json in (None, STDOUT) else path_of(json).absolute()
+    if result == folder:
         raise BesaError(f"--json {json} is the folder that will be written: choose another name.")
+    if json_progress is not None and result == path_of(json_progress).absolute():
+        raise BesaError(f"--json and --json-progress are both {json}: choose two names.")
     if json_progress is not None and folder in (here := path_of(json_progress).absolute(), *here.parents):
         raise BesaError(f"--json-progress {json_progress} lies in {out}, which is not there yet: choose another place.")
+
+
+def check_used(needed: str, given: object, options: Mapping[str, object]) -> None:
+    """Check that options have what they work on.
+
+    Args:
+        needed: the option that gives it.
+        given: its value, if it is given.
+        options: values of the others, by name.
+
+    Raises:
+        BesaError: one has not.
+    """
+    for name, value in options.items():
+        if value and not given:
+            raise BesaError(f"{name} is not used: add {needed}, or leave it out.")
 
 
 JsonOption = Annotated[

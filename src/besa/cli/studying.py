@@ -33,6 +33,7 @@ from besa.cli.options import (
     SeqlenOption,
     TasksOption,
     TrustOption,
+    check_used,
     files_of,
     names,
     numbers,
@@ -98,6 +99,8 @@ def compare_command(
     from besa.system.devices import resolve_device
 
     texts = tuple(spelled_out(names(ppl) or ([] if tasks else ["encyclopedia"])))
+    check_used("--tasks", tasks, {"--limit": limit, "--hub": hub})
+    check_used("--ppl", texts, {"--window": window, "--max-windows": max_windows})
     source = locate(model, trust_remote_code=trust_remote_code).local(weights=False)
     usual = usual_length(source) if seqlen is None or window is None else 0
     measures = Measures(

@@ -30,6 +30,7 @@ from besa.models.limits import embedding_rows, positions
 from besa.models.loading import load_tokenizer, locate
 from besa.progress import Progress, silent
 from besa.runtime.chat_template import check_chat, message, prompt_of
+from besa.runtime.coded import CodedEmbedding
 from besa.runtime.sparse_models import load_source
 from besa.system.devices import resolve_device
 
@@ -203,6 +204,9 @@ class Writer:
         self.tokenizer, self.most = tokenizer, most
         self.positions = positions(model).most or sys.maxsize
         self._model, self._temperature, self._seed = model, temperature, seed
+        embeddings = model.get_input_embeddings()
+        coded = isinstance(embeddings, CodedEmbedding)
+        self._rows = len(embeddings.matrix.codes_OI) if coded else embedding_rows(model)
 
     def write(
         self, tokens_1T: Tensor, tell: Callable[[str], None] | None = None, before: Written | None = None
@@ -218,7 +222,7 @@ class Writer:
         Raises:
             BesaError: the prompt leaves no position, or has a token that the model's embeddings lack.
         """
-        check_known(tokens_1T, embedding_rows(self._model), self.tokenizer)
+        check_known(tokens_1T, self._rows, self.tokenizer)
         tokens_1T, length = tokens_1T.to(self._model.device), tokens_1T.shape[1]
         room = self.positions - length
         if room < 1:
