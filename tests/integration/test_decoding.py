@@ -259,6 +259,18 @@ def test_whatever_else_a_module_computes_by_is_met(
     assert not torch.allclose(found[1], before[1], rtol=close, atol=close)
 
 
+def test_strided_biases_are_met(tmp_path: Path) -> None:
+    each = packed(FAMILIES["qwen2"][0], tmp_path, torch.float32)
+    other = usual(each)
+    before = steps(each, 3)
+    for one in (each, other):
+        for block in one.model.layers:
+            numbers = torch.stack([torch.ones(64), torch.zeros(64)], 1)
+            block.self_attn.q_proj.bias = torch.nn.Parameter(numbers[:, 0], requires_grad=False)
+    found = steps(each, 3)
+    assert same(found, steps(other, 3)) and not same(found, before)
+
+
 @pytest.mark.parametrize("kind", [LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaDecoderLayer])
 def test_the_function_of_a_class_may_be_replaced(
     kind: type, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
