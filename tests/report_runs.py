@@ -124,5 +124,7 @@ def written(path: Path, run=None, measured=None) -> Run:
     if run is not None:
         (path / "besa_run.json").write_text(json.dumps(run))
     if measured is not None:
+        if run is not None and measured["sparsity"] is None:
+            measured = measured | {"sparsity": run["sparsity"]}  # as its checkpoint declares it
         (path / "besa_eval.json").write_text(json.dumps(measured))
     return load_run(path)

@@ -310,6 +310,14 @@ def test_the_result_of_pruning_is_the_record(tmp_path: Path) -> None:
     assert json.loads(file.read_text()) == json.loads((out / "besa_run.json").read_text())
 
 
+def test_an_evaluation_of_the_dense_model_is_not_shown_as_that_of_the_pruned(pruned: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(pruned, tmp_path / "out")
+    file = folder / "besa_eval.json"
+    windows = ["--ppl", TINY / "heldout.txt", "--window", "64", "--max-windows", "2"]
+    assert called("eval", TINY, *windows, "--json", file).returncode == 0
+    assert_refused(called("report", folder, "--out", tmp_path / "report.html"), "was measured on another model")
+
+
 def test_tokens_without_an_embedding_are_refused(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(TINY)
     model.resize_token_embeddings(300)

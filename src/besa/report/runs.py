@@ -108,7 +108,8 @@ def load_run(path: Path) -> Run:
             "wrote to."
         )
     measured = Evaluation.read(evaluation) if evaluation.exists() else None
-    if record is not None and measured is not None and measured.pruned not in (None, record.created):
+    of_dense = measured is not None and measured.pruned is None and measured.sparsity is None
+    if record is not None and measured is not None and (of_dense or measured.pruned not in (None, record.created)):
         raise BesaError(
             f"{evaluation} was measured on another model: run `besa eval {path} --json {evaluation}` again."
         )
