@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import jvp
 from transformers import (
     AutoTokenizer,
     DeepseekV3Config,
@@ -303,6 +304,8 @@ def test_what_a_packed_linear_cannot_do_is_refused(plain: tuple[Path, Path]) -> 
     model = besa.load(plain[1])
     with pytest.raises(BesaError, match="compute no gradients"):
         model(inputs_embeds=torch.zeros(1, 3, 96, requires_grad=True))
+    with torch.no_grad(), pytest.raises(BesaError, match="compute no gradients"):
+        jvp(lambda x_NTC: model(inputs_embeds=x_NTC).logits, (torch.zeros(1, 3, 96),), (torch.ones(1, 3, 96),))
     with pytest.raises(BesaError, match="keep their dtype"):
         model.to(torch.float16)
     with pytest.raises(BesaError, match="prompt is empty"):

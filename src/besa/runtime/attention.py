@@ -19,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from besa.kernels import attention
+from besa.runtime.derivatives import wanted
 from besa.runtime.tracing import tracing
 
 SDPA = "sdpa"
@@ -61,7 +62,7 @@ def attended(
         and MARK in vars(module)
         and dropout == 0
         and not torch.is_autocast_enabled("cpu")
-        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+        and not wanted(*tensors)
         and options.get("position_bias") is None
         and not options.get("output_attentions")
         and attention.serves(*tensors, mask)

@@ -14,6 +14,7 @@ from torch.func import functional_call
 from besa.errors import BesaError
 from besa.kernels import row_codes
 from besa.runtime.casting import cast
+from besa.runtime.derivatives import refuse
 from besa.runtime.tracing import coded_product, tracing
 from besa.storage.formats.container import tensors_of_codes
 from besa.storage.formats.row_codes import RowCodes
@@ -71,10 +72,9 @@ class CodedLinear(Coded):
         """Output (…, O) for inputs (…, I) of the dtype of the matrix; under autocast, of any.
 
         Raises:
-            BesaError: `x` requires gradients, or has another dtype without autocast.
+            BesaError: a derivative is wanted, or `x` has another dtype without autocast.
         """
-        if torch.is_grad_enabled() and x.requires_grad:
-            raise BesaError("Packed linears compute no gradients: train the dense model, which `besa unpack` writes.")
+        refuse(x)
         matrix = self.matrix
         if x.dtype != matrix.dtype:
             return cast(self.forward, x, matrix.dtype)

@@ -21,6 +21,7 @@ from besa.kernels import attention
 from besa.kernels.decoding import Linear, Norm, Step, Token, serves
 from besa.runtime.attention import SDPA, chosen
 from besa.runtime.dense import DenseLinear
+from besa.runtime.derivatives import wanted
 from besa.runtime.growing import room_of
 from besa.runtime.kept import Kept
 from besa.runtime.linear import SparseLinear
@@ -116,6 +117,7 @@ class Decoder:
         if (
             torch.is_grad_enabled()
             or hidden_states is None
+            or wanted(hidden_states)
             or position_embeddings is None
             or hidden_states.shape[:2] != (1, 1)
             or module.training

@@ -7,11 +7,12 @@ from torch import Tensor, nn
 
 from besa.kernels import dense
 from besa.kernels.sparse_native import Entry
+from besa.runtime.derivatives import wanted
 from besa.runtime.tracing import tracing
 
 
 class DenseLinear(nn.Linear):
-    """A linear of torch that computes with besa's kernels where no gradients are wanted; traced, it is torch's own.
+    """A linear of torch that computes with besa's kernels where no derivatives are wanted; traced, it is torch's own.
 
     Args:
         linear: whose weight and bias it shares, and its mode.
@@ -30,8 +31,7 @@ class DenseLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Output (…, O) for inputs (…, I) of the dtype of the weight."""
-        learns = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
-        if tracing() or learns or x.dtype != self.weight.dtype or not dense.serves(self.weight):
+        if tracing() or wanted(x, self.weight) or x.dtype != self.weight.dtype or not dense.serves(self.weight):
             return super().forward(x)
         y = dense.multiplied(x.reshape(-1, self.in_features), self.weight).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias

@@ -15,6 +15,7 @@ from besa.errors import BesaError
 from besa.kernels import sparse
 from besa.kernels.sparse_native import Entry
 from besa.runtime.casting import cast
+from besa.runtime.derivatives import refuse
 from besa.runtime.tracing import sparse_product, tracing
 from besa.storage.formats.bitmask import Bitmask
 from besa.storage.formats.container import MASK, OFFSETS, SCALE, VALUES, ZERO, tensors_of
@@ -69,10 +70,9 @@ class SparseLinear(nn.Module):
         """Output (…, O) for inputs (…, I) of the dtype of the weight; under autocast, of any.
 
         Raises:
-            BesaError: `x` requires gradients, or has another dtype without autocast.
+            BesaError: a derivative is wanted, or `x` has another dtype without autocast.
         """
-        if torch.is_grad_enabled() and x.requires_grad:
-            raise BesaError("Packed linears compute no gradients: train the dense model, which `besa unpack` writes.")
+        refuse(x)
         if tracing():
             weight = self.bitmask
             if x.dtype != weight.dtype:

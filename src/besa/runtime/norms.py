@@ -19,6 +19,7 @@ from torch.func import functional_call
 from besa.kernels import norm
 from besa.kernels.decoding import Norm
 from besa.kernels.norm import Form
+from besa.runtime.derivatives import wanted
 from besa.runtime.kept import untouched
 from besa.runtime.tracing import tracing
 
@@ -59,8 +60,7 @@ def _forward(module: Any, *inputs: Tensor, form: Form, epsilon: str, **named: An
     """What the family's own `forward` gives; `epsilon` is the name of the attribute that is ε."""
     if len(inputs) == 1 and not named and not tracing() and untouched(type(module)):
         x, weight_I = *inputs, module.weight
-        learns = torch.is_grad_enabled() and (x.requires_grad or weight_I.requires_grad)
-        if not learns and x.numel() <= FEW and norm.serves(x, weight_I):
+        if not wanted(x, weight_I) and x.numel() <= FEW and norm.serves(x, weight_I):
             return norm.normed(x, weight_I, getattr(module, epsilon), form)
     return type(module).forward(module, *inputs, **named)
 
