@@ -165,6 +165,9 @@ def test_what_packing_says(made: Callable[[str], Path], tmp_path: Path) -> None:
     assert half.head_bytes == rows * columns + 2 * rows
     rounded = load_file(tmp_path / "half" / WEIGHTS)
     assert torch.equal(rounded["model.embed_tokens.weight_codes"], row_codes.pack(tensor.bfloat16()).codes_OI)
+    besa.pack(made("tied") / "dense", tmp_path / "same")
+    cards = [(tmp_path / name / "README.md").read_text() for name in ("packed", "same")]
+    assert ["| head and embeddings | rounded to 8 bits" in card for card in cards] == [True, False]
 
 
 EMBED = "model.embed_tokens"

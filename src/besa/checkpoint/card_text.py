@@ -22,7 +22,9 @@ from besa.models.couplings import CALLED
 from besa.models.loading import EMBEDDED
 from besa.models.structures import WHOLE, stay
 from besa.record import RunRecord
+from besa.storage.formats.container import CODES
 from besa.storage.names import printable
+from besa.storage.tensors import read_header
 from besa.storage.weights import SPARSE_STEM, WIDTHS
 
 BEGIN = (
@@ -51,6 +53,7 @@ class About:
         named: the model it was made from, as the user wrote it.
         commit: of that model on the Hub; None if it came from elsewhere, or that is not known.
         packed: whether linears are stored as bitmasks.
+        head_coded: whether the head and the embeddings were rounded to codes when it was packed.
     """
 
     record: RunRecord | None
@@ -58,6 +61,7 @@ class About:
     named: str
     commit: str | None
     packed: bool
+    head_coded: bool
 
     @classmethod
     def of(cls, folder: Path, origin: Origin = NOWHERE) -> About:
@@ -70,12 +74,14 @@ class About:
             origin = record.model.get("source"), record.model.get("revision")
         named, commit = origin
         known = isinstance(commit, str) and COMMIT.fullmatch(commit) is not None
+        bitmasks = list(folder.glob(f"{SPARSE_STEM}*.safetensors"))
         return cls(
             record,
             read_config_json(folder),
             str(named or ""),
             str(commit) if known else None,
-            any(folder.glob(f"{SPARSE_STEM}*.safetensors")),
+            bool(bitmasks),
+            any(name.endswith(f".{CODES}") for path in bitmasks for name in read_header(path)[0]),
         )
 
     @property
@@ -228,6 +234,8 @@ class About:
             ("bitmasks and kept values" if self.packed else dense)
             + (f", {_code(dtype)}" if isinstance(dtype, str) else ""),
         )
+        if self.head_coded:
+            yield "head and embeddings", "rounded to 8 bits, each row on a grid of its own"
         if record:
             yield "calibrated on", self._calibration()
             if version := record.versions.get("besa"):
