@@ -11,6 +11,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard, RepoCard
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
+from safetensors.torch import save_file
 
 from besa.checkpoint.card_text import BEGIN, END
 from besa.checkpoint.cards import refresh_card, write_card
@@ -190,7 +191,7 @@ def test_patterns_codes_and_bitmasks_are_said(tmp_path: Path) -> None:
     (folder / RECORD_NAME).write_text(json.dumps(json.loads((folder / RECORD_NAME).read_text()) | {"recipe": recipe}))
     about = {"dtype": "bfloat16", "auto_map": {"AutoConfig": "x.Y"}, "quantization_config": {"quant_method": "besa"}}
     (folder / "config.json").write_text(json.dumps(about))
-    (folder / "bitmask-00001-of-00001.safetensors").touch()
+    save_file({}, folder / "bitmask.safetensors")
     write_card(folder, None)
     card = ModelCard.load(folder / "README.md")
     assert "base_model_relation" not in card.data.to_dict()

@@ -24,8 +24,7 @@ from besa.models.structures import WHOLE, stay
 from besa.record import RunRecord
 from besa.storage.formats.container import CODES
 from besa.storage.names import printable
-from besa.storage.tensors import read_header
-from besa.storage.weights import SPARSE_STEM, WIDTHS
+from besa.storage.weights import SPARSE_STEM, WIDTHS, WeightFiles
 
 BEGIN = (
     "<!-- besa: written anew after each measurement, up to the next such line; your own text goes before or after -->"
@@ -74,14 +73,14 @@ class About:
             origin = record.model.get("source"), record.model.get("revision")
         named, commit = origin
         known = isinstance(commit, str) and COMMIT.fullmatch(commit) is not None
-        bitmasks = list(folder.glob(f"{SPARSE_STEM}*.safetensors"))
+        packed = any(folder.glob(f"{SPARSE_STEM}*.safetensors"))
         return cls(
             record,
             read_config_json(folder),
             str(named or ""),
             str(commit) if known else None,
-            bool(bitmasks),
-            any(name.endswith(f".{CODES}") for path in bitmasks for name in read_header(path)[0]),
+            packed,
+            packed and any(name.endswith(f".{CODES}") for name in WeightFiles(folder).names),
         )
 
     @property
