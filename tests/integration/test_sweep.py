@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.sweep import FAMILIES, Outcome, outcome
+from tests.slowly import some_slow
+from tests.sweep import FAMILIES, Outcome, outcome, packed
 
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
 TABLE = re.compile(r"^\| model type .*?(?=^\n|\Z)", re.DOTALL | re.MULTILINE)
@@ -63,3 +64,18 @@ def test_docs_list_what_becomes_of_every_family(tiny_tokenizer: Any, tmp_path: P
     assert table and table[0] == wanted, (
         "docs/models.md is out of date: run `BESA_UPDATE_DOCS=1 pytest -m slow tests/integration/test_sweep.py`"
     )
+
+
+QUICK = {  # all are packed, whatever becomes of them otherwise
+    "afmoe",  # names the arguments of attention
+    "deepseek_v4",  # one of its linears divides inputs into groups
+    "falcon",  # has a linear of its own that computes as torch's
+    "jamba",  # reads the weight of a linear
+}
+TRANSPOSED = {"gpt-sw3", "gpt2", "openai-gpt"}  # have no linears to pack
+
+
+@pytest.mark.parametrize("family", some_slow(FAMILIES, set(FAMILIES) - QUICK))
+def test_a_packed_family_computes_what_the_dense_one_does(family: str, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    served = f"| {family} | served |" in DOCS.read_text() and family not in TRANSPOSED
+    assert packed(family, tmp_path, tiny_tokenizer) or not (served or family in QUICK)

@@ -1,9 +1,12 @@
 """Attention of one query to each sequence: against float64, for every instruction set and layout that it takes."""
 
+from inspect import signature
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from besa.kernels import attention
 from besa.runtime.attention import attended, restore, speed_up
@@ -109,6 +112,10 @@ def test_what_goes_the_way_of_transformers(monkeypatch: pytest.MonkeyPatch) -> N
     torch.testing.assert_close(attended(module, *given, None, scaling=0.2)[0], expected)
     torch.testing.assert_close(attended(module, *given, None)[0], attended(module, *given, None, scaling=0.25)[0])
     assert len(calls) == 3
+    calls.clear()
+    named = dict(zip(signature(sdpa_attention_forward).parameters, (module, *given, None), strict=False))
+    torch.testing.assert_close(attended(**named, scaling=0.2)[0], expected)
+    assert len(calls) == 1
     calls.clear()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert attended(module, *given, None, scaling=0.2)[0].dtype == torch.bfloat16

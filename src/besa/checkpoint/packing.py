@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from pydantic import BaseModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from besa.checkpoint.checking import check_complete, check_packed
@@ -20,6 +20,7 @@ from besa.models.blocks import find_blocks
 from besa.models.ends import ends
 from besa.models.layout import in_dtype, renaming
 from besa.models.loading import Source, quantization_of, read_config
+from besa.models.plain_linears import plain_linears
 from besa.models.widths import refuse
 from besa.progress import Progress, silent
 from besa.storage.formats import bitmask, codes, row_codes
@@ -220,8 +221,7 @@ def _groups(source: Source, files: WeightFiles, head: str) -> list[_Group]:
     """
     empty = check_complete(source, files, read_config(source))
     blocks = find_blocks(empty)
-    plain = {name for name, module in empty.named_modules() if isinstance(module, nn.Linear)}
-    plain &= {name for block in blocks for name in block.prunables}
+    plain = plain_linears(empty).keys() & {name for block in blocks for name in block.prunables}
     renamed = renaming(empty, get_model_conversion_mapping(empty))
     parameters = {name for name, _ in empty.named_parameters(remove_duplicate=False)}
     heads = {f"{name}.weight" for name in (ends(empty) if head == "int8" else ())}

@@ -47,16 +47,27 @@ def chosen() -> bool:
 
 def attended(
     module: nn.Module,
-    query_NHTD: Tensor,
-    keys_NKTD: Tensor,
-    values_NKTD: Tensor,
-    mask: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attention (N, T, H, D), as transformers' function for "sdpa" with the same arguments."""
-    tensors = (query_NHTD, keys_NKTD, values_NKTD)
+    """Attention (N, T, H, D), as transformers' function for "sdpa", whose arguments it has: families name some of them.
+
+    Args:
+        module: that attends.
+        query: (N, H, T, D).
+        key: (N, K, T, D).
+        value: (N, K, T, D).
+        attention_mask: see there, as are all others.
+        dropout: see there.
+        scaling: see there.
+        options: see there.
+    """
+    tensors = (query, key, value)
     if (
         not tracing()
         and MARK in vars(module)
@@ -65,11 +76,11 @@ def attended(
         and not wanted(*tensors)
         and options.get("position_bias") is None
         and not options.get("output_attentions")
-        and attention.serves(*tensors, mask)
+        and attention.serves(*tensors, attention_mask)
     ):
-        scale = query_NHTD.size(3) ** -0.5 if scaling is None else scaling
-        return attention.attend(*tensors, mask, scale), None
+        scale = query.size(3) ** -0.5 if scaling is None else scaling
+        return attention.attend(*tensors, attention_mask, scale), None
     usual: tuple[Tensor, None] = sdpa_attention_forward(
-        module, *tensors, mask, dropout=dropout, scaling=scaling, **options
+        module, *tensors, attention_mask, dropout=dropout, scaling=scaling, **options
     )
     return usual

@@ -23,6 +23,7 @@ from besa.checkpoint.checking import check_layout, check_packed
 from besa.errors import BesaError
 from besa.models.ends import ends
 from besa.models.layout import renaming
+from besa.models.plain_linears import plain_linears
 from besa.runtime import attention, block_decoding, decoding, norms
 from besa.runtime.coded import Coded, CodedEmbedding, CodedLinear
 from besa.runtime.dense import DenseLinear
@@ -73,7 +74,7 @@ def lay_out(model: PreTrainedModel, paths: Sequence[Path]) -> Stored:
         check_packed(files)
         _check_layout(folder, files, model)
         renamed = renaming(model, get_model_conversion_mapping(model))
-        linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        linears = plain_linears(model)
 
         def placed(stored: str) -> str:
             return renamed(f"{stored}.weight")[0].removesuffix(".weight")
