@@ -244,6 +244,7 @@ def packed(family: str, folder: Path, tokenizer: PreTrainedTokenizerBase) -> boo
         pack(folder / "dense", folder / "packed")
     except BesaError:
         return False
+    model = AutoModelForCausalLM.from_pretrained(folder / "dense").eval()  # which may differ from what was saved
     if model._can_set_experts_implementation():
         model.set_experts_implementation("eager")
     other = load(folder / "packed")

@@ -25,6 +25,7 @@ from tests.integration.test_families import (
     saved,
     stopped_after_a_block,
 )
+from tests.sweep import TOKENS_NT, small_model
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
 TEXT = str(TINY / "calibration.txt")
@@ -201,6 +202,17 @@ def test_what_defaults_say_by_block_is_written(tmp_path: Path) -> None:
     besa.shrink(dense, tmp_path / "small")
     small = load(tmp_path / "small")
     assert small.config.layer_types == [kinds[0], *kinds[2:]] and small.config.eos_token_id == [1, 2, 3, 4]
+
+
+def test_an_infinite_number_of_the_configuration_is_read(tmp_path: Path) -> None:
+    """In config.json, it is an object."""
+    dense = saved(emptied(small_model("bamba"), 1), tmp_path / "dense")
+    assert {"__float__": "Infinity"} in json.loads((dense / "config.json").read_text())["time_step_limit"]
+    besa.shrink(dense, tmp_path / "small")
+    before, after = load(dense), load(tmp_path / "small")
+    assert after.config.time_step_limit == before.config.time_step_limit
+    found, expected = (model(TOKENS_NT, use_cache=False).logits for model in (after, before))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_only_whole_models_that_do_something_are_written(tmp_path: Path) -> None:

@@ -157,6 +157,15 @@ def test_a_model_made_dense_is_an_ordinary_one(folder: Path, tmp_path: Path) -> 
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
 
 
+def test_a_model_that_was_saved_is_made_dense(folder: Path, tmp_path: Path) -> None:
+    """Saving leaves the name of its dtype in its configuration."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    assert isinstance(model.config.dtype, str)
+    torch.testing.assert_close(logits(model.dequantize()), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_model_made_dense_in_another_dtype_is_of_that_dtype(folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder).dequantize(torch.bfloat16)
     expected = AutoModelForCausalLM.from_pretrained(folder).dequantize().state_dict()

@@ -5,6 +5,8 @@ Shape suffixes: N sequences, T tokens, C channels of the residual stream, S stru
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +17,7 @@ from pydantic import BaseModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from besa.checkpoint.companions import read_config_json
+from besa.checkpoint.companions import CONFIG, read_config_json
 from besa.checkpoint.rewriting import folder_of, local, rewrite, size_of
 from besa.checkpoint.shallower import Renumbering, is_empty
 from besa.data.arguments import checked
@@ -250,7 +252,9 @@ def _smaller_config(source: Source, decoder: DecoderOnDisk, smaller: _Smaller) -
 
 def _described(source: Source, decoder: DecoderOnDisk, config: dict[str, Any]) -> PreTrainedModel | None:
     """The model of a config.json, on the meta device; None if its family refuses it."""
-    smaller = type(read_config(source)).from_dict(config)
+    with tempfile.TemporaryDirectory() as folder:  # read as from a checkpoint: in a file, infinity is an object
+        (Path(folder) / CONFIG).write_text(json.dumps(config), encoding="utf-8")
+        smaller = type(read_config(source)).from_pretrained(folder)
     smaller.dtype = decoder.model.dtype
     try:
         with torch.device("meta"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
@@ -75,7 +76,8 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         from besa.runtime.packed import make_dense
 
-        return make_dense(model, dtype)
+        named = isinstance(dtype, str)  # as `save_pretrained` leaves the dtype in a model's configuration
+        return make_dense(model, getattr(torch, dtype) if named else dtype)
 
     def is_serializable(self) -> bool:
         """`save_pretrained` writes a packed checkpoint."""
