@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from besa import BesaError, Calibration, compress, load, pack, plan
+from besa import BesaError, Calibration, compress, load, pack, plan, unpack
 from besa.models.blocks import capture_inputs, find_blocks
 from besa.models.calls import hidden_states_of
 
@@ -244,12 +244,21 @@ def packed(family: str, folder: Path, tokenizer: PreTrainedTokenizerBase) -> boo
         pack(folder / "dense", folder / "packed")
     except BesaError:
         return False
+    coded = folder / "coded"
+    with suppress(BesaError):  # some heads stay as they are
+        pack(folder / "dense", coded, head="int8")
     model = AutoModelForCausalLM.from_pretrained(folder / "dense").eval()  # which may differ from what was saved
-    if model._can_set_experts_implementation():
-        model.set_experts_implementation("eager")
     other = load(folder / "packed")
-    for tokens_NT in (TOKENS_NT[:2], TOKENS_NT[:1]):
-        close(*(each(input_ids=tokens_NT, use_cache=False).logits for each in (other, model)))
+    pairs = [(other, model)]
+    if coded.exists():
+        unpack(coded, folder / "rounded")
+        pairs.append((load(coded), AutoModelForCausalLM.from_pretrained(folder / "rounded").eval()))
+    for found, expected in pairs:
+        if expected._can_set_experts_implementation():
+            expected.set_experts_implementation("eager")
+        for tokens_NT in (TOKENS_NT[:2], TOKENS_NT[:1]):
+            close(*(each(input_ids=tokens_NT, use_cache=False).logits for each in (found, expected)))
+        assert (found.dtype, found.device) == (expected.dtype, expected.device)
     try:
         expected = decoded(model)
     except Exception:  # of a family's own code for such sizes

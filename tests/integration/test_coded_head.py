@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,10 +27,12 @@ from transformers import (
 
 import besa
 from besa import BesaError
+from besa.checkpoint import packing
 from besa.runtime.coded import CodedEmbedding, CodedLinear
 from besa.runtime.speed import step_bytes
 from besa.storage.formats import row_codes
 from besa.storage.formats.container import Container
+from tests.sweep import small_model
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
 TEXT = str(TINY / "calibration.txt")
@@ -200,6 +203,20 @@ def test_damage_is_refused(
     for action in (lambda: besa.unpack(folder, tmp_path / "out"), lambda: besa.load(folder)):
         with pytest.raises(BesaError, match=says):
             action()
+
+
+def test_a_head_that_is_renamed_by_its_whole_name_stays_as_it_is(
+    tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers would not find its codes; what was packed before this was refused would have random ones."""
+    for part in (small_model("deepseek_v4"), tiny_tokenizer):
+        part.save_pretrained(tmp_path / "dense")
+    with pytest.raises(BesaError, match=r"would not find those of head\.weight, which it renames"):
+        besa.pack(tmp_path / "dense", tmp_path / "packed", head="int8")
+    monkeypatch.setattr(packing, "_found", lambda *names: True)
+    besa.pack(tmp_path / "dense", tmp_path / "packed", head="int8")
+    with pytest.raises(BesaError, match=r"head\.weight_codes has no place in the model"):
+        besa.load(tmp_path / "packed")
 
 
 def test_refusals(made: Callable[[str], Path], tmp_path: Path) -> None:

@@ -71,6 +71,7 @@ QUICK = {  # all are packed, whatever becomes of them otherwise
     "deepseek_v4",  # one of its linears divides inputs into groups
     "falcon",  # has a linear of its own that computes as torch's
     "jamba",  # reads the weight of a linear
+    "olmo",  # has no parameters but those of linears and embeddings
 }
 TRANSPOSED = {"gpt-sw3", "gpt2", "openai-gpt"}  # have no linears to pack
 

@@ -24,7 +24,7 @@ from besa.models.plain_linears import plain_linears
 from besa.models.widths import refuse
 from besa.progress import Progress, silent
 from besa.storage.formats import bitmask, codes, row_codes
-from besa.storage.formats.container import header, open_files, tensors_of, tensors_of_codes, without_header
+from besa.storage.formats.container import CODES, header, open_files, tensors_of, tensors_of_codes, without_header
 from besa.storage.weights import SPARSE_STEM, STEM, WeightFiles
 from besa.storage.writing import appearing
 
@@ -234,10 +234,23 @@ def _groups(source: Source, files: WeightFiles, head: str) -> list[_Group]:
         if group is None:
             group = _Group(stored, is_head=name in heads and not merged)
             groups.append(group)
+            if group.is_head and not _found(renamed(f"{linear}.{CODES}")[0], name):
+                raise BesaError(
+                    "The head and the embeddings cannot be stored as codes, as transformers would not find those of "
+                    f"{stored}, which it renames by its whole name: leave out --head."
+                )
         (group.weights if merged or name in parameters else group.others).append(stored)
         if last in ("weight", *codes.KEYS) and not merged and name.removesuffix(".weight") in plain:
             group.linears[linear] = None
     return [*groups, *of_blocks.values()]
+
+
+def _found(stored: str, name: str) -> bool:
+    """Whether codes that have this name after renaming are in the module of a weight of that name.
+
+    The beginning that the base model adds may be missing, as it is added only to names that the model has.
+    """
+    return f".{name}".endswith(f".{stored.removesuffix(CODES)}weight")
 
 
 def _why_not(packing: Packing, files: WeightFiles) -> str:

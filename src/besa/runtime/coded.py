@@ -21,7 +21,10 @@ from besa.storage.formats.row_codes import RowCodes
 
 
 class Coded(nn.Module):
-    """What has a matrix in codes, for inference; its buffers are named as the tensors of the container.
+    """What has a matrix in codes, for inference; its tensors are named as those of the container.
+
+    The steps are a parameter: transformers asks the parameters of a model for its dtype and device, and a family whose
+    norms have no weights may have no others.
 
     Args:
         matrix: its tensors may be memory-mapped and are not copied; or the module that holds it.
@@ -39,11 +42,14 @@ class Coded(nn.Module):
     def keep(self, matrix: RowCodes) -> None:
         """Take another matrix of the same shape."""
         for name, tensor in tensors_of_codes(matrix).items():
-            self.register_buffer(name, tensor)
+            if tensor.is_floating_point():
+                self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+            else:
+                self.register_buffer(name, tensor)
 
     @property
     def matrix(self) -> RowCodes:
-        """The codes, made of the buffers, which loaders and devices replace."""
+        """The codes, made of the tensors, which loaders and devices replace."""
         for lender in self._lender:
             return lender.matrix
         if self.weight_codes.is_meta:

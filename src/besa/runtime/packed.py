@@ -31,7 +31,7 @@ from besa.runtime.linear import SparseLinear
 from besa.runtime.saving import saving
 from besa.storage.formats import bitmask, codes
 from besa.storage.formats.bitmask import Bitmask
-from besa.storage.formats.container import Container, header, settings
+from besa.storage.formats.container import CODES, Container, header, settings
 from besa.storage.formats.row_codes import RowCodes
 from besa.storage.weights import SPARSE_STEM
 
@@ -74,7 +74,7 @@ def lay_out(model: PreTrainedModel, paths: Sequence[Path]) -> Stored:
         check_packed(files)
         _check_layout(folder, files, model)
         renamed = renaming(model, get_model_conversion_mapping(model))
-        linears = plain_linears(model)
+        linears, dtype = plain_linears(model), model.dtype
 
         def placed(stored: str) -> str:
             return renamed(f"{stored}.weight")[0].removesuffix(".weight")
@@ -99,8 +99,28 @@ def lay_out(model: PreTrainedModel, paths: Sequence[Path]) -> Stored:
             for key, tensor in of_linear.items():
                 linear.register_buffer(key, tensor)
         packed.ends = {placed(stored): matrix for stored, matrix in files.matrices()}
-        _lay_out_ends(model, packed.ends)
+        _lay_out_ends(model, packed.ends, dtype)
+        of_linears = [tensor for tensors in files.sparse.values() for tensor in tensors]
+        of_ends = [f"{stored}.{CODES}" for stored in files.coded if placed(stored) in packed.ends]
+        _check_names(folder, [*of_linears, *of_ends], model)
     return packed
+
+
+def _check_names(folder: Path, stored: Sequence[str], model: PreTrainedModel) -> None:
+    """Check that transformers finds the tensors of packed matrices, some of which it renames by their whole names.
+
+    Args:
+        folder: of the files.
+        stored: names in the files.
+        model: laid out.
+
+    Raises:
+        BesaError: it does not, and would leave random numbers.
+    """
+    renamed, state = renaming(model, get_model_conversion_mapping(model)), model.state_dict()
+    for name in stored:
+        if renamed(name)[0] not in state:
+            raise BesaError(f"{folder}: {name} has no place in the model of its config.json.")
 
 
 def _check_layout(folder: Path, files: Container, model: PreTrainedModel) -> None:
@@ -122,12 +142,13 @@ def _check_layout(folder: Path, files: Container, model: PreTrainedModel) -> Non
         ) from error
 
 
-def _lay_out_ends(model: PreTrainedModel, matrices: dict[str, RowCodes]) -> None:
+def _lay_out_ends(model: PreTrainedModel, matrices: dict[str, RowCodes], dtype: torch.dtype) -> None:
     """Put modules that compute with codes in place of the head and the embeddings.
 
     Args:
         model: checked, but for the layers of its linears.
         matrices: by name of the module; those without a module go, as a model may have no head.
+        dtype: that the model will have.
     """
     modules = {name: model.get_submodule(name) for name in ends(model)}
     for name in set(matrices) - set(modules):
@@ -139,7 +160,7 @@ def _lay_out_ends(model: PreTrainedModel, matrices: dict[str, RowCodes]) -> None
         borrows = name not in matrices
         if borrows and (lender is None or name not in tied):
             continue
-        matrix = made[str(lender)] if borrows else matrices[name]
+        matrix = made[str(lender)] if borrows else replace(matrices[name], steps_O1=matrices[name].steps_O1.to(dtype))
         embeds = isinstance(module, nn.Embedding)
         made[name] = CodedEmbedding(matrix, module) if embeds else CodedLinear(matrix, module.bias)
         model.set_submodule(name, made[name])
