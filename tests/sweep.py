@@ -111,6 +111,7 @@ OWN: dict[str, dict[str, Any]] = {
     "longcat_flash": {"head_dim": 8, "ffn_hidden_size": 96, "expert_ffn_hidden_size": 32, "zero_expert_num": 2},
     "reformer": {"axial_pos_embds": False, "attention_head_size": 16, "feed_forward_size": 96, "num_buckets": 4},
     "xmod": {"default_language": "en_XX"},
+    "youtu": {"pad_token_id": None},  # transformers loads zeros for the token of padding, whatever the file has
     "zamba": {"layers_block_type": ["mamba", "hybrid"] * 2},
     "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2},
     "zaya": {"num_experts_per_tok": 1},
