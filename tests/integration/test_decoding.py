@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
@@ -32,6 +33,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 
+from besa import BesaError
 from besa.kernels import decoding as kernels
 from besa.runtime import block_decoding, decoding, growing, norms
 from besa.runtime.growing import MORE
@@ -257,6 +259,19 @@ def test_whatever_else_a_module_computes_by_is_met(
     close = CLOSE[model.dtype]
     torch.testing.assert_close(found, expected, rtol=close, atol=close)
     assert not torch.allclose(found[1], before[1], rtol=close, atol=close)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tangents_of_a_token_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    """The single call of attention, or of all blocks, would drop them."""
+    model = packed(FAMILIES["qwen2"][0], tmp_path, dtype)
+    past = DynamicCache(config=model.config)
+    with torch.no_grad():
+        for tokens in ([[1, 2, 3]], [[4]], [[5]]):  # after two single ones, blocks that follow each other are known
+            model(torch.tensor(tokens), past_key_values=past)
+    x_NTC = model.get_input_embeddings()(torch.tensor([[6]])).detach()
+    with torch.no_grad(), forward_ad.dual_level(), pytest.raises(BesaError, match="compute no gradients"):
+        model(inputs_embeds=forward_ad.make_dual(x_NTC, torch.ones_like(x_NTC)), past_key_values=past)
 
 
 def test_strided_biases_are_met(tmp_path: Path) -> None:

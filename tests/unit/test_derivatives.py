@@ -1,5 +1,7 @@
 """Tangents through the layers of a packed model that are no packed linears: as through torch's and the family's own."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -25,14 +27,17 @@ def normed():
 
 
 def attending():
-    """Attention of four heads with itself, first by besa's kernel."""
+    """Attention of the last token's four heads to all, first of a module that attends by besa's kernel."""
     ours, usual = nn.Module(), nn.Module()
     attention.speed_up(ours)
-    heads = (lambda x_TI: x_TI.view(1, 3, 4, 16).transpose(1, 2),) * 3
-    return tuple(
-        lambda x_TI, module=module: attention.attended(module, *(of(x_TI) for of in heads), None)[0]
-        for module in (ours, usual)
-    )
+
+    def attend(x_TI, module):
+        x_NHTD = x_TI.view(1, 3, 4, 16).transpose(1, 2)
+        given = (x_NHTD[:, :, -1:], x_NHTD, x_NHTD, None)
+        assert attention.attention.serves(*given)
+        return attention.attended(module, *given)[0]
+
+    return partial(attend, module=ours), partial(attend, module=usual)
 
 
 @pytest.mark.skipif(not attention.attention.paths(), reason="needs a compiler")

@@ -5,7 +5,8 @@ differs from transformers' own for the modules of packed models, and for one new
 that has an attention of its own keeps it, and so does a model for which the user chose another one. A function that
 the user put there stays.
 
-Shape suffixes: N sequences, H heads, K heads of keys and values, T tokens, D numbers of a head.
+Shape suffixes: N sequences, H heads, K heads of keys and values, T tokens, S tokens that are attended to, D numbers of
+a head.
 """
 
 from __future__ import annotations
@@ -60,12 +61,12 @@ def attended(
     Args:
         module: that attends.
         query: (N, H, T, D).
-        key: (N, K, T, D).
-        value: (N, K, T, D).
-        attention_mask: see there, as are all others.
-        dropout: see there.
-        scaling: see there.
-        options: see there.
+        key: (N, K, S, D), of S tokens so far.
+        value: (N, K, S, D).
+        attention_mask: (N, 1, T, S), true where a token is seen, or numbers to add; None if all before it are.
+        dropout: share of the products that are left out.
+        scaling: factor of the products, by default 1/√D.
+        options: whatever else transformers' function takes.
     """
     tensors = (query, key, value)
     if (
