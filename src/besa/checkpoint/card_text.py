@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # not in its `__all__`
 
 from besa.checkpoint.companions import read_config_json
 from besa.checkpoint.measurements import Measurement, Measurements

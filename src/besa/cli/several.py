@@ -40,7 +40,7 @@ def together() -> Iterator[None]:
     except KeyboardInterrupt:
         logs.write("interrupted")
         raise
-    except Exception:
+    except Exception:  # raised on: the log has it too
         logs.write(traceback.format_exc().rstrip())
         raise
     logs.write("done")

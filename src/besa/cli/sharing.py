@@ -24,7 +24,7 @@ def push_command(
     json_progress: JsonProgressOption = None,
 ) -> None:
     """Upload a checkpoint with its card, record and measurements to the Hugging Face Hub; the same again goes on."""
-    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]  # not in its `__all__`
 
     from besa.cli.show.sharing import pushed
     from besa.cli.tracking import show_progress

@@ -166,7 +166,7 @@ def _array(path: Path, stream: io.BufferedReader) -> Iterator[str]:
     text, decoder = io.TextIOWrapper(stream, encoding="utf-8-sig"), json.JSONDecoder()
     number, held, place = 1, text.read(CHUNK).lstrip()[1:], 0
     while True:
-        place = BETWEEN.match(held, place).end()  # type: ignore[union-attr]
+        place = BETWEEN.match(held, place).end()  # type: ignore[union-attr]  # it matches anything
         if held[place : place + 1] == "]":
             if (held[place + 1 :] + text.read(CHUNK)).strip():
                 raise BesaError(f"{path} goes on after its JSON array: remove the rest, or write JSON lines.")

@@ -57,7 +57,7 @@ class Evaluation(BaseModel):
     created: str = ""
     versions: dict[str, str] = {}
 
-    @computed_field  # type: ignore[prop-decorator]
+    @computed_field  # type: ignore[prop-decorator]  # mypy knows no decorated property
     @property
     def domains(self) -> float | None:
         """The geometric mean over the domains in windows of the first length, if all were measured."""

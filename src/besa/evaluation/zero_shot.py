@@ -218,7 +218,7 @@ def _task(name: str, hub: bool, progress: Progress) -> ConfigurableTask:
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    class Task(ConfigurableTask):  # type: ignore[misc]
+    class Task(ConfigurableTask):  # type: ignore[misc]  # lm_eval has no types
         def __init__(self, config: dict[str, Any]) -> None:
             super().__init__(config=config)
             self.right: dict[str, str] = {}
@@ -259,7 +259,7 @@ def _scorer(
     """lm_eval's scorer of answers, with progress and checks."""
     from lm_eval.models.huggingface import HFLM
 
-    class Scorer(HFLM):  # type: ignore[misc]
+    class Scorer(HFLM):  # type: ignore[misc]  # lm_eval has no types
         cut = 0
 
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
