@@ -76,7 +76,7 @@ class DistillingRecord(Record):
     """The stage in which the whole model learned."""
 
     epochs: int = Field(default=0, description="that step sizes were laid out for, of each part that learns by itself")
-    losses: list[float] = Field(description="held-out divergence in nats before the first epoch and after every epoch")
+    losses: list[float] = Field(description="held-out loss in nats before the first epoch and after every epoch")
     passes: float = Field(default=0.0, description="forward passes over the calibration set; a backward pass is two")
     study: dict[str, Any] = Field(default={}, description="the sequences that it learned from, as of calibration")
     seconds: float

@@ -61,7 +61,7 @@ def test_budgets_are_exact_and_values_are_on_the_grid(moved: Compressed) -> None
 
 
 def test_the_model_learns_through_the_rounding(moved: Compressed) -> None:
-    """The held-out divergence is that of the codes as written: lower than before, and of what is stored."""
+    """The held-out loss is that of the codes as written: lower than before, and of what is stored."""
     distilling = moved.record.distilling
     assert distilling is not None
     assert distilling.losses[-1] < distilling.losses[0]

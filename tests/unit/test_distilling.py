@@ -1,4 +1,4 @@
-"""Distilling: the divergence and its gradients against plain torch, what may change, and what must not."""
+"""Distilling: the loss and its gradients against plain torch, what may change, and what must not."""
 
 import copy
 from functools import cache
@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.func import functional_call
+from torch.nn import functional
 
 import besa
 from besa.methods.distilling import Distilled, MaskedKL, NoDistilling
@@ -15,8 +16,8 @@ from besa.methods.recipe import Recipe
 from besa.models.blocks import capture_inputs, find_blocks
 from besa.models.kept import kept_of
 from besa.models.whole import Whole
-from besa.observing import divergence as observing
-from besa.observing.divergence import divergence, tokens_at_once
+from besa.observing import prediction_loss as observing
+from besa.observing.prediction_loss import prediction_loss, tokens_at_once
 from tests.slowly import some_slow
 
 WIDTH, VOCABULARY = 8, 50
@@ -28,9 +29,16 @@ def plain_divergence(logits, teacher):
     return (p * (teacher.log_softmax(-1) - logits.log_softmax(-1))).sum(-1).mean()
 
 
-@pytest.mark.parametrize("at_once", [1, 3, 7, 100])
-def test_divergence_and_gradients_are_those_of_plain_torch(at_once):
+def plain_loss(logits, teacher, tokens, factor):
+    """The divergence, and of all tokens but the last of a sequence the cross-entropy of the next one."""
+    next_tokens = functional.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="sum")
+    return plain_divergence(logits, teacher) + factor * next_tokens / tokens.numel()
+
+
+@pytest.mark.parametrize(("at_once", "factor"), [(1, 0.5), (3, 0.5), (6, 2.0), (7, 0.5), (100, 0.5), (3, 0.0)])
+def test_loss_and_gradients_are_those_of_plain_torch(at_once, factor):
     torch.manual_seed(0)
+    tokens = torch.randint(VOCABULARY, (2, 7))
     y, target = torch.randn(2, 7, WIDTH, dtype=torch.float64), torch.randn(2, 7, WIDTH, dtype=torch.float64)
     weight = torch.randn(VOCABULARY, WIDTH, dtype=torch.float64)
     gains = [torch.rand(WIDTH, dtype=torch.float64).requires_grad_() for _ in range(2)]
@@ -39,33 +47,35 @@ def test_divergence_and_gradients_are_those_of_plain_torch(at_once):
     def head(x, gain):
         return (x * gain @ weight.T).tanh() * 5  # with capped logits, as some families have
 
-    loss, gradient = divergence(
-        lambda part, x: head(x, gains[0]),
-        lambda part, x: head(x, 1.0),
-        y,
-        target,
-        at_once,
-        torch.tensor(3.0, dtype=y.dtype),
-    )
+    heads = (lambda part, x: head(x, gains[0]), lambda part, x: head(x, 1.0))
+    learned = (*heads, y, target, tokens, factor, at_once)
+    loss, gradient = prediction_loss(*learned, torch.tensor(3.0, dtype=y.dtype))
     leaf = y.clone().requires_grad_()
-    expected = plain_divergence(head(leaf, gains[1]), head(target, 1.0))
+    expected = plain_loss(head(leaf, gains[1]), head(target, 1.0), tokens, factor)
     (3 * expected).backward()
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=0)
     torch.testing.assert_close(gradient, leaf.grad, rtol=1e-10, atol=1e-14)
     torch.testing.assert_close(gains[0].grad, gains[1].grad, rtol=1e-10, atol=1e-14)
-    measured, nothing = divergence(lambda part, x: head(x, gains[0]), lambda part, x: head(x, 1.0), y, target, at_once)
+    measured, nothing = prediction_loss(*learned)
     assert measured == loss
     assert not nothing.any()
 
 
+def test_a_single_token_has_no_next_one():
+    y, target = torch.randn(1, 1, 5), torch.randn(1, 1, 5)
+    head = lambda part, x: x  # noqa: E731
+    loss, _ = prediction_loss(head, head, y, target, torch.tensor([[3]]), 0.5, 4, torch.ones(()))
+    torch.testing.assert_close(loss, plain_divergence(y, target))
+
+
 def test_tokens_that_are_ruled_out_do_not_count():
     """A logit of −∞ in both models, as of padded vocabularies."""
-    y, target = torch.randn(1, 4, 5), torch.randn(1, 4, 5)
+    y, target, tokens = torch.randn(1, 4, 5), torch.randn(1, 4, 5), torch.tensor([[3, 1, 4, 1]])
     out = torch.tensor([0.0, 0.0, float("-inf"), 0.0, 0.0])
     head = lambda part, x: x + out  # noqa: E731
-    loss, gradient = divergence(head, head, y, target, 4, torch.ones(()))
-    kept = [0, 1, 3, 4]
-    torch.testing.assert_close(loss, plain_divergence(y[..., kept], target[..., kept]))
+    loss, gradient = prediction_loss(head, head, y, target, tokens, 0.5, 4, torch.ones(()))
+    kept, kept_tokens = [0, 1, 3, 4], torch.tensor([[2, 1, 3, 1]])
+    torch.testing.assert_close(loss, plain_loss(y[..., kept], target[..., kept], kept_tokens, 0.5))
     assert gradient.isfinite().all()
     assert not gradient[..., 2].any()
 
@@ -100,11 +110,13 @@ def test_gradients_of_a_whole_model_are_those_of_plain_torch(tiny_llama):
     with_head = dense(tokens).logits
     states = whole.states(x, values, torch.float64)
     assert len(states) == 9
-    loss, gradient = divergence(
+    loss, gradient = prediction_loss(
         lambda part, y: whole.logits(tokens[:, part], y, values, torch.float64),
         lambda part, y: y @ dense.lm_head.weight.T,
         states[-1],
         target,
+        tokens,
+        0.5,
         5,
         torch.ones((), dtype=torch.float64),
     )
@@ -113,7 +125,7 @@ def test_gradients_of_a_whole_model_are_those_of_plain_torch(tiny_llama):
     leaves = {
         name if name in vectors else f"{name}.weight": v.detach().clone().requires_grad_() for name, v in values.items()
     }
-    expected = plain_divergence(functional_call(model, leaves, (tokens,)).logits, with_head)
+    expected = plain_loss(functional_call(model, leaves, (tokens,)).logits, with_head, tokens, 0.5)
     expected.backward()
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-9, atol=0)
     for value, leaf in zip(values.values(), leaves.values(), strict=True):
@@ -176,14 +188,16 @@ def test_predictions_come_closer_and_zeros_stay(learns, wanda, tiny_llama, tiny_
         assert torch.equal(tiny_llama.get_parameter(name) == 0, wanda(17)[name] == 0), name
 
 
-def test_losses_are_the_divergence_of_held_out_sequences(pristine_tiny_llama, tiny_tokenizer, tiny_llama_folder):
+def test_losses_are_those_of_held_out_sequences(pristine_tiny_llama, tiny_tokenizer, tiny_llama_folder):
     dense, model = pristine_tiny_llama, copy.deepcopy(pristine_tiny_llama)
     tokens = torch.randint(3, 1000, (18, 24), generator=torch.Generator().manual_seed(0))
-    recipe = Recipe.load("wanda", None, ["distill={method: kl, epochs: 1, rate: 0.01, autocast: false}"])
+    recipe = Recipe.load(
+        "wanda", None, ["distill={method: kl, epochs: 1, rate: 0.01, cross_entropy: 0.7, autocast: false}"]
+    )
     calibration = besa.Calibration(tokens, "random tokens", 0)
     record = besa.compress(model, recipe, calibration, tokenizer=tiny_tokenizer).record
     with torch.no_grad():
-        by_hand = plain_divergence(model(tokens[::8]).logits, dense(tokens[::8]).logits)
+        by_hand = plain_loss(model(tokens[::8]).logits, dense(tokens[::8]).logits, tokens[::8], 0.7)
     assert record.distilling.losses[-1] < record.distilling.losses[0]
     assert record.distilling.losses[-1] == pytest.approx(float(by_hand), rel=1e-4)
 

@@ -12,7 +12,7 @@ from besa.errors import BesaError
 from besa.methods.recipe import Recipe
 from besa.models.blocks import Block
 from besa.models.whole import Whole
-from besa.observing.divergence import tokens_at_once
+from besa.observing.prediction_loss import tokens_at_once
 from besa.system import ranks
 from besa.system.devices import shares_memory, total_bytes
 

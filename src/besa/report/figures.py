@@ -203,12 +203,12 @@ def _held(curve: list[float]) -> list[float]:
 
 
 def distilling(pruned: Pruned) -> Plot | None:
-    """The held-out divergence of every distilled run before the first epoch and after every epoch; None without one."""
+    """The held-out loss of every distilled run before the first epoch and after every epoch; None without one."""
     found = [(entry, record.distilling) for entry, record in pruned]
     losses = [(entry, distilled.losses) for entry, distilled in found if distilled is not None and distilled.losses]
     if not losses:
         return None
-    title, epochs = "Divergence from the dense model by epoch", range(max(len(own) for _, own in losses))
+    title, epochs = "Loss of distilling by epoch", range(max(len(own) for _, own in losses))
     columns = [[*own, *[math.nan] * (len(epochs) - len(own))] for _, own in losses]
     series = [Series(entry.label, entry.color, column) for (entry, _), column in zip(losses, columns, strict=True)]
     drawing = plots.lines(title, epochs, series, "epoch", "nats", (plots.HALF, 230))

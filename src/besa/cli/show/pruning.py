@@ -46,9 +46,7 @@ def pruned(record: RunRecord, folder: Path) -> RenderableType:
     learned = ""
     if record.distilling is not None:
         first, best = record.distilling.losses[0], min(record.distilling.losses)
-        learned = (
-            f"\ndivergence from the dense model on held-out tokens {first:.4f} before distilling, {best:.4f} after"
-        )
+        learned = f"\nloss on held-out tokens {first:.4f} nats before distilling, {best:.4f} after"
     return Text(
         f"{folder}: {record.zeros:,} of {record.weights:,} prunable weights are zero ({record.sparsity:.4%})\n"
         f"{experts}{stays}{whole}"

@@ -19,7 +19,7 @@ from besa.methods.reconstruction.written import written
 from besa.methods.steps import average, one_pass, root_mean_square
 from besa.models.kept import kept_of, spread
 from besa.models.transfers import fetched
-from besa.observing.divergence import divergence, tokens_at_once
+from besa.observing.prediction_loss import prediction_loss, tokens_at_once
 from besa.progress import Progress
 from besa.quantization.minmax import dequantized, kept_codes
 from besa.system import ranks
@@ -190,11 +190,13 @@ class Course:
         tokens_NT = pupil.tokens_NT[one]
         x_NTC, target_NTC = (fetched(kept[one], whole.device) for kept in (pupil.inputs_NTC, pupil.targets_NTC))
         states = whole.states(x_NTC, values, dtype)
-        loss, gradient_NTC = divergence(
+        loss, gradient_NTC = prediction_loss(
             lambda part, y_NTC: whole.logits(tokens_NT[:, part], y_NTC, values, dtype),
             lambda part, y_NTC: whole.logits(tokens_NT[:, part], y_NTC, self._dense, dtype),
             states[-1],
             target_NTC,
+            tokens_NT,
+            self._settings.cross_entropy,
             self._at_once,
             scale,
         )
@@ -206,7 +208,7 @@ class Course:
         """Report the progress; epochs that are not needed count as done."""
         epochs, first, best = self._epochs, self._losses[0], min(self._losses)
         done = (stage * epochs + epoch) * self._steps + step
-        note = f"distilling, held-out divergence {first:.4f}" + (f" → {best:.4f}" if self._losses[1:] else "")
+        note = f"distilling, held-out loss {first:.4f}" + (f" → {best:.4f}" if self._losses[1:] else "")
         self._progress(done, len(self._stages) * epochs * self._steps, note)
 
     def _best_is_past(self) -> bool:

@@ -1,4 +1,4 @@
-"""Distilling what is not pruned: down the divergence of the predictions from those of the dense model."""
+"""Distilling what is not pruned: its predictions come closer to those of the dense model, and to the text."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class MaskedKL(Learning, Distiller):
-    """Adam on what is not pruned, down the divergence KL(dense ‖ pruned) of the predictions of the next token.
+    """Adam on what is not pruned, down KL(dense ‖ pruned) + `cross_entropy` · −log pruned(token that follows).
 
     The step size grows over the first steps and then falls linearly to zero. The loss on held-out sequences is measured
     after every epoch. The best values are kept. An epoch that does not lower the loss is taken back, and steps become
@@ -50,6 +50,12 @@ class MaskedKL(Learning, Distiller):
         default=1e-3,
         gt=0,
         description="largest step size, as a share of a tensor's root mean square; times √batch, for fewer steps",
+    )
+    cross_entropy: float = Field(
+        default=0.0,
+        ge=0,
+        description="factor of the cross-entropy of the text's own tokens, beside the divergence from the dense "
+        "model's predictions",
     )
     autocast: bool = Field(
         default=True, description="multiply in bfloat16 while learning, if that makes a float32 run faster"
