@@ -305,6 +305,13 @@ def test_all_ranks_must_fit_here(
     assert together.disk_bytes - alone.disk_bytes == 2 * files[1] - files[0]
 
 
+def test_minutes_that_decide_in_a_terminal(tiny_llama_folder: Path) -> None:
+    console = Console(record=True, width=200, file=io.StringIO())
+    recipe = Recipe.load("best", None, ["distill.minutes=2.5"])
+    console.print(show.planned(besa.plan(tiny_llama_folder, recipe, samples=8, seqlen=32)))
+    assert "a backward pass counted as two; 2.5 minutes decide how many epochs there are" in console.export_text()
+
+
 def test_ranks_in_a_terminal(tiny_llama_folder: Path) -> None:
     console = Console(record=True, width=200, file=io.StringIO())
     console.print(show.planned(besa.plan(tiny_llama_folder, "sparsegpt", **SHARED)))

@@ -84,6 +84,11 @@ def test_passes_of_stages_add_up_and_stages_say_what_they_do():
     assert explain(Recipe.load("int4"), 64, 512).stages[-1].passes > 0  # clipping learned first: of quantization
 
 
+def test_passes_are_not_the_most_where_minutes_decide():
+    text = explain(Recipe.load("best", None, ["distill.minutes=30"]), 64, 512).text.splitlines()
+    assert text[0].endswith("forward passes with these epochs; 30 minutes decide how many there are.")
+
+
 def test_explain_shows_the_run_that_the_options_describe_and_does_nothing(tiny_llama_folder, tmp_path):
     out = tmp_path / "out"
     asked = ["prune", tiny_llama_folder, out, "--recipe", "best", "--passes", "40", "--samples", "64"]

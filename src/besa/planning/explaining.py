@@ -99,9 +99,10 @@ def explain(
         for stage, part in settled
         if isinstance(part, Settings)
     ]
-    total = sum(passes.values())
+    total, minutes = sum(passes.values()), settled.distill.fits_into
+    most = "at most" if minutes is None else f"with these epochs; {minutes:g} minutes decide how many there are"
     heading = [
-        f"# As it will run on {samples:,} sequences of {seqlen:,} tokens: {total:.3g} forward passes at most.",
+        f"# As it will run on {samples:,} sequences of {seqlen:,} tokens: {total:.3g} forward passes {most}.",
         f"# {passes[WALK]:.3g} of these are the dense path, the statistics of inputs, and the pruned path.",
     ]
     return Explanation(

@@ -59,6 +59,7 @@ class Plan(BaseModel):
             is not. It is within the peaks.
         forward_passes: over the calibration set (the sequences of a rank) through all blocks; a backward pass counts as
             two.
+        minutes: that decide how many epochs the whole model is distilled; the passes are those of the recipe's number.
         writing_passes: the arithmetic of writing the model's own text, in forward passes; it takes longer than these,
             as tokens come one by one.
         fits: whether this machine has enough memory and disk for all ranks, and for a run on GPUs, one with enough
@@ -90,6 +91,7 @@ class Plan(BaseModel):
     gpu_memory_bytes: int | None
     distilling_bytes: int
     forward_passes: float
+    minutes: float | None = None
     writing_passes: float = 0.0
     fits: bool
     lacking: list[str]
@@ -135,6 +137,7 @@ def work_out(run: Outline) -> Plan:
         gpu_memory_bytes=peak.gpu,
         distilling_bytes=peak.distilling,
         forward_passes=forward_passes(recipe, run.samples, run.seqlen, run.batch, run.ranks, run.routed, head),
+        minutes=recipe.distill.fits_into,
         writing_passes=run.own * PASSES,
         fits=not lacking,
         lacking=lacking,

@@ -88,7 +88,8 @@ def planned(plan: Plan) -> RenderableType:
     places = [f"{size / 1e9:.2f} GB {PLACES[place]}" for place, size in plan.activation_places.items() if size]
     table.add_row("activations", f"{plan.activation_bytes / 1e9:.2f} GB{each} between blocks: {', '.join(places)}")
     table.add_row("disk", f"{plan.disk_bytes / 1e9:.2f} GB free, {plan.checkpoint_bytes / 1e9:.2f} GB of it stays")
-    table.add_row("forward passes", f"{plan.forward_passes:.3g} of {passed}, a backward pass counted as two")
+    decided = f"; {plan.minutes:g} minutes decide how many epochs there are" if plan.minutes is not None else ""
+    table.add_row("forward passes", f"{plan.forward_passes:.3g} of {passed}, a backward pass counted as two{decided}")
     if plan.writing_passes:
         table.add_row(
             "own text", f"as much as {plan.writing_passes:.3g} passes, but token by token, by the whole model"
