@@ -331,7 +331,7 @@ def test_a_table_of_other_conditions_is_not_written_over(
     workspace = copied(made[0], tmp_path)
     before = (workspace.folder / "compare.json").read_bytes()
     wider = replace(workspace, measures=replace(workspace.measures, window=16))
-    with pytest.raises(BesaError, match="was made with another window: choose another --out"):
+    with pytest.raises(BesaError, match=r"was made under other conditions \(window\): choose another --out"):
         compare(wider, ["wanda"], [0.5], 1)
     assert (workspace.folder / "compare.json").read_bytes() == before
     (workspace.folder / "compare.json").write_text("{}")

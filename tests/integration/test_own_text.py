@@ -393,7 +393,7 @@ def test_a_comparison_takes_them(instruct: Path, tmp_path: Path) -> None:
     assert [part["beginning"].startswith("<user> ") for part in calibration["parts"]] == [True, False]
     table = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert table["calibration"] == "4 × 96 tokens of self:0.5,wiki:0.5 as dialogues"
-    assert "was made with another" in run([*command, *sizes, "--calibration=self:0.5,wiki:0.5"])[1]
+    assert "was made under other conditions" in run([*command, *sizes, "--calibration=self:0.5,wiki:0.5"])[1]
 
 
 def run(arguments: list[str]) -> tuple[int, str]:

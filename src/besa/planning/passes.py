@@ -157,6 +157,12 @@ def within(recipe: Recipe, minutes: float) -> Recipe:
     return recipe.model_copy(update={"distill": recipe.distill.model_copy(update={"minutes": minutes})})
 
 
+def minutes_of(recipe: Recipe) -> float | None:
+    """Minutes of the whole run that decide how many epochs it distils; None where the recipe's number does."""
+    minutes: float | None = recipe.distill.model_dump().get("minutes")
+    return minutes
+
+
 def _filled(
     recipe: Recipe, part: Literal["finetune", "distill"], passes: float, taken: Callable[[Recipe], float]
 ) -> Recipe:

@@ -196,7 +196,9 @@ def _earlier(
         raise BesaError(f"{path} is no table that rows can be added to: choose another --out.") from None
     keys = dict.fromkeys([*conditions, *table.conditions])
     if other := [key for key in keys if table.conditions.get(key) != conditions.get(key)]:
-        raise BesaError(f"The table in {folder} was made with another {' and '.join(other)}: choose another --out.")
+        raise BesaError(
+            f"The table in {folder} was made under other conditions ({', '.join(other)}): choose another --out."
+        )
     present = {
         _place(row.settings): row for row in (*table.rows, *table.earlier) if row.origin == origin and row.settings
     }

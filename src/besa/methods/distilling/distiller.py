@@ -105,11 +105,6 @@ class Distiller(Settings):
         """Sequences of a learning step."""
         return 1
 
-    @property
-    def fits_into(self) -> float | None:
-        """Minutes of the whole run that decide how many epochs there are; None where the recipe's number does."""
-        return None
-
     def studied(self, samples: int) -> int:
         """The number of sequences to learn from, if there are so many. That of the calibration set means that set.
 

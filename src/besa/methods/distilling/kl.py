@@ -63,11 +63,6 @@ class MaskedKL(Learning, Distiller):
     moves_weights: ClassVar[bool] = True
     most_shared: ClassVar[int] = 4
 
-    @property
-    def fits_into(self) -> float | None:
-        """The setting `minutes`."""
-        return self.minutes
-
     def studied(self, samples: int) -> int:
         """Those of all epochs, and those that are held out."""
         return needed(samples, self.epochs if self.further else 1)
