@@ -41,7 +41,7 @@ def prediction_loss(
         dense: head of the dense model.
         y_NTC: hidden states after the last block of the pruned model.
         target_NTC: the same of the dense model.
-        tokens_NT: the text.
+        tokens_NT: the text, on the device of `y_NTC`.
         cross_entropy: factor of what the text says beside what the dense model says.
         at_once: number of tokens at a time.
         scale: a factor of all gradients; None computes none and returns zeros.
@@ -50,7 +50,7 @@ def prediction_loss(
     sums = []
     for start in range(0, y_NTC.shape[1], at_once):
         part = slice(start, start + at_once)
-        next_NT1 = tokens_NT[:, start + 1 : start + at_once + 1, None].to(y_NTC.device)
+        next_NT1 = tokens_NT[:, start + 1 : start + at_once + 1, None]
         followed = slice(next_NT1.shape[1])
         with torch.no_grad():
             log_p_NTV = _log_probabilities(dense(part, target_NTC[:, part]))

@@ -187,8 +187,8 @@ class Course:
         """The loss (scalar) of a sequence; with a scale, its gradients are added to those of the values."""
         pupil, whole, dtype = self._pupil, self._pupil.whole, self._dtype
         one = slice(place, place + 1)
-        tokens_NT = pupil.tokens_NT[one]
-        x_NTC, target_NTC = (fetched(kept[one], whole.device) for kept in (pupil.inputs_NTC, pupil.targets_NTC))
+        kept = (pupil.tokens_NT, pupil.inputs_NTC, pupil.targets_NTC)
+        tokens_NT, x_NTC, target_NTC = (fetched(tensors[one], whole.device) for tensors in kept)
         states = whole.states(x_NTC, values, dtype)
         loss, gradient_NTC = prediction_loss(
             lambda part, y_NTC: whole.logits(tokens_NT[:, part], y_NTC, values, dtype),
