@@ -25,14 +25,15 @@ from besa.models.loading import EMBEDDED, load_model, load_tokenizer, locate
 from experiments.models import MODELS
 from tests.slowly import some_slow
 
+TEXT = "cross_entropy: 0.5"  # as recipe best
 STAGES = {
     "obs": "reconstruction={method: obs}",
     "cg": "reconstruction={method: cg}",
     "admm": "reconstruction={method: admm}",
     "finetune": "finetune={method: adam}",
-    "distill": "distill={method: kl}",
+    "distill": f"distill={{method: kl, {TEXT}}}",
 }
-TOO_LARGE = {"qwen2.5-coder-1.5b": {"distill": "distill={method: kl, learns: norms}"}}  # 21 GB to learn its weights
+TOO_LARGE = {"qwen2.5-coder-1.5b": {"distill": f"distill={{method: kl, learns: norms, {TEXT}}}"}}  # 21 GB for weights
 
 
 @dataclass
