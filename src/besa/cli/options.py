@@ -19,6 +19,7 @@ from besa.errors import BesaError
 from besa.storage.names import nearest, path_of
 
 Number = TypeVar("Number", int, float)
+BESIDE = "..4194304.partial"  # what the name that a file is first written by has more (`storage.writing.replacing`)
 RESERVED = ("besa_run.json", "config.json", "generation_config.json", "tokenizer*", "*.safetensors", "*.index.json")
 SAMPLES = 128  # calibration sequences, as in the paper
 CALIBRATION = "mix"  # of the embedded texts: the best of three by the mean of the domains (docs/log.md)
@@ -188,6 +189,7 @@ def to_write(file: Path | None) -> Path | None:
         no_file = os.path.lexists(file) and not stat.S_ISREG(file.lstat().st_mode)
         if no_file or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
             raise BesaError(f"No file can be written to {file}: give a file name in a folder that you can write to.")
+        path_of(file.with_name(f"{file.name}{BESIDE}"))
     return file
 
 
