@@ -25,7 +25,7 @@ from besa.models.loading import EMBEDDED, load_model, load_tokenizer, locate
 from experiments.models import MODELS
 from tests.slowly import some_slow
 
-TEXT = "cross_entropy: 0.5"  # as recipe best
+TEXT = f"cross_entropy: {Recipe.load('best').distill.cross_entropy}"
 STAGES = {
     "obs": "reconstruction={method: obs}",
     "cg": "reconstruction={method: cg}",

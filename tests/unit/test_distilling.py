@@ -78,6 +78,9 @@ def test_tokens_that_are_ruled_out_do_not_count():
     torch.testing.assert_close(loss, plain_loss(y[..., kept], target[..., kept], kept_tokens, 0.5))
     assert gradient.isfinite().all()
     assert not gradient[..., 2].any()
+    tokens[0, 1] = 2  # a text may have it where the text does not count
+    loss, _ = prediction_loss(head, head, y, target, tokens, 0.0, 4)
+    torch.testing.assert_close(loss, plain_divergence(y[..., kept], target[..., kept]))
 
 
 def test_memory_for_logits_is_bounded():

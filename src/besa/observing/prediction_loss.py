@@ -59,7 +59,8 @@ def prediction_loss(
             logits_NTV = pruned(part, part_NTC)
         log_q_NTV = _log_probabilities(logits_NTV.detach())
         p_NTV = log_p_NTV.exp()
-        sums.append(-cross_entropy * log_q_NTV[:, followed].gather(-1, next_NT1).sum())
+        if cross_entropy:
+            sums.append(-cross_entropy * log_q_NTV[:, followed].gather(-1, next_NT1).sum())
         sums.append((log_p_NTV.sub_(log_q_NTV).mul_(p_NTV)).masked_fill_(p_NTV == 0, 0).sum())
         if scale is not None:
             slope_NTV = log_q_NTV.exp_()

@@ -24,6 +24,8 @@ T = TypeVar("T")
 class MaskedKL(Learning, Distiller):
     """Adam on what is not pruned, down KL(dense ‖ pruned) + `cross_entropy` · −log pruned(token that follows).
 
+    Soft and hard targets, as of Hinton, Vinyals and Dean (2015, arXiv:1503.02531), at temperature 1, in nats.
+
     The step size grows over the first steps and then falls linearly to zero. The loss on held-out sequences is measured
     after every epoch. The best values are kept. An epoch that does not lower the loss is taken back, and steps become
     smaller, as models differ in what they bear. Two such epochs in a row are the last.
