@@ -4,8 +4,8 @@
 
 `--list` says what is done, what is left and how long it may take. The first seed of all results comes before the second
 of any, so that a program that is ended early leaves all of them. Seeds are added to a written result on any machine.
-`--confirm NAME` is for results that are older than the code: it makes one cell again and, if that is equal to the
-digit, says so in the result.
+`--confirm COMMIT` is for results that are older than the present code, but not than that commit: the code of both makes
+all their cells on the tests' model, and where they are equal to the digit, the result says so.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def main(
     results: Annotated[Path | None, typer.Option(help="Folder for results.")] = None,
     list_: Annotated[bool, typer.Option("--list", help="Say what is done and left, and make nothing.")] = False,
     confirm_: Annotated[
-        str | None, typer.Option("--confirm", help="Make one cell of a result again, and compare.")
+        str | None, typer.Option("--confirm", help="Compare this code, small, with that of a COMMIT before.")
     ] = None,
 ) -> None:
     """Make every table and figure that is missing."""
@@ -168,14 +168,13 @@ def main(
         tuple(argument for argument in shown(_without_only(sys.argv[1:])) if argument != "--list"),
         keep,
     )
-    items = chosen([confirm_] if confirm_ else only or [], model)
+    items = chosen(only or [], model)
     if list_:
         print(listed(items, place))
         return
     with claimed(work, work), show_progress() as progress:
         if confirm_:
-            (item,) = (item for item in items if item.name == confirm_)  # not the same of other settings and models
-            print(confirm(place.file(item), place.runs(item, progress)))
+            print("\n".join(confirm(items, place.results, confirm_, work)))
         else:
             make(items, place, progress)
 
@@ -184,9 +183,9 @@ def _without_only(arguments: Sequence[str]) -> list[str]:
     """The arguments without the names of results: a record names its own."""
     kept, skip = [], False
     for argument in arguments:
-        if not skip and argument not in ("--only", "--confirm") and not argument.startswith(("--only=", "--confirm=")):
+        if not skip and argument != "--only" and not argument.startswith("--only="):
             kept.append(argument)
-        skip = not skip and argument in ("--only", "--confirm")
+        skip = not skip and argument == "--only"
     return kept
 
 

@@ -1,100 +1,115 @@
-"""Whether newer code still makes a result: one of its cells is made again, and must be equal to the digit."""
+"""Whether newer code still makes results: it and the code before make all their cells small, equal to the digit."""
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-from pydantic import ValidationError
 
 from besa.errors import BesaError
-from besa.methods.recipe import Recipe
 from besa.record import now
-from besa.studies.rows import Row
-from experiments.age import code_of, commit
-from experiments.estimating import tokens
-from experiments.experiment import Case
+from experiments.age import ROOT, code_of, commit
+from experiments.items import TINY, Item
 from experiments.result import Result
-from experiments.running import Runs
 from experiments.writing import rewrite
 
 
-def confirm(file: Path, runs: Runs) -> str:
-    """Make the cheapest cell that learns again; where it is equal, the result has the digest of the present code.
+def confirm(items: Sequence[Item], results: Path, before: str, folder: Path) -> list[str]:
+    """Compare the code of a commit with the present code, and confirm the results that the commit's code makes.
+
+    Both make all cells of the results on the tests' model, on this machine. A result whose cells are equal to the digit
+    gets the digests of the present code.
 
     Args:
-        file: the result.
-        runs: of the same experiment; they are made in a folder of their own, which goes again.
+        items: the results; those that are not older than the code are left as they are.
+        results: folder of their files.
+        before: the commit.
+        folder: for the runs.
 
     Returns:
-        What was found, in a sentence.
+        What was found of each, in a sentence.
 
     Raises:
-        BesaError: there is no such result, or its sizes, inputs or recipes are others than those of `runs`.
+        BesaError: there is no such commit, none of the results is of its code, or its runs fail.
     """
-    result = Result.read(file)
-    case = _cheapest(runs)
-    _check(result, runs, file)
-    again = runs.folder / f"confirm-{file.stem}"
-    shutil.rmtree(again, ignore_errors=True)
-    now_found = replace(runs, folder=again).make(case, 0)["scores"]
-    then = _values(result, case.label)
-    shutil.rmtree(again)
-    if now_found != then:
-        apart = ", ".join(f"{score} {then.get(score)} then, {value} now" for score, value in now_found.items())
-        raise BesaError(
-            f"{file.stem} is not what the present code makes: of {case.label}, seed 0, {apart}; so make the whole "
-            f"table again (python -m experiments.all --only {file.stem})."
-        )
+    with _checked_out(before) as root:
+        read = {item: Result.read(results / item.name / f"{item.name}.json") for item in items}
+        older = [item for item, result in read.items() if result.older() and not result.older(root)]
+        if not older:
+            raise BesaError(f"None of these results is older than the present code and of the code of commit {before}.")
+        names = sorted({_small(item).name for item in older})
+        then, present = _made(names, root, folder / "before"), _made(names, ROOT, folder / "present")
+    found = []
+    for item in older:
+        values, cells = (_values(made / _small(item).name / f"{_small(item).name}.json") for made in (then, present))
+        if values != cells:
+            apart = ", ".join(label for label in values if values[label] != cells.get(label))
+            found.append(f"{item.name}: {apart} differ from those of commit {before}; make the whole result again.")
+            continue
+        words = f"made its {len(cells)} cases small, equal to the digit to those of commit {before}"
+        _stamp(item, results / item.name, words)
+        found.append(f"{item.name}: {len(cells)} cases are equal to the digit; the result is confirmed.")
+    return found
+
+
+def _small(item: Item) -> Item:
+    """The same result of the tests' model."""
+    return replace(item, model=str(TINY))
+
+
+@contextmanager
+def _checked_out(before: str) -> Iterator[Path]:
+    """The files of a commit, in a folder of their own.
+
+    Raises:
+        BesaError: there is no such commit.
+    """
+
+    def git(*arguments: str) -> None:
+        subprocess.run(["git", "-C", str(ROOT), "worktree", *arguments], check=True, capture_output=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "before"
+        try:
+            git("add", "--detach", str(root), before)
+        except (OSError, subprocess.CalledProcessError):
+            raise BesaError(f"git finds no commit {before}: name one whose code made the results.") from None
+        try:
+            yield root
+        finally:
+            git("remove", "--force", str(root))
+
+
+def _made(names: Sequence[str], root: Path, work: Path) -> Path:
+    """The folder of small results that the code of a checkout makes.
+
+    Raises:
+        BesaError: it fails.
+    """
+    chosen = [argument for name in names for argument in ("--only", name)]
+    path = os.pathsep.join((str(root / "src"), str(root)))
+    command = [sys.executable, "-m", "experiments.all", "--small", "--work", str(work), *chosen]
+    ended = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.DEVNULL, check=False)
+    if ended.returncode:
+        raise BesaError(f"The code in {root} cannot make the results small: see above.")
+    return work / "results"
+
+
+def _values(file: Path) -> dict[str, object]:
+    """What is counted and measured of each case, by seed."""
+    return {row["recipe"]: (row["sparsity"], row["values"]) for row in Result.read(file).rows}
+
+
+def _stamp(item: Item, folder: Path, words: str) -> None:
+    """Give a result the digests of the present code, and say why."""
+    file = folder / f"{item.name}.json"
     content = json.loads(file.read_text(encoding="utf-8"))
-    content["code"] = code_of([one.recipe for one in runs.cases], runs.experiment.module or runs.experiment.name)
-    content["confirmed"].append({"cell": case.label, "seed": 0, "commit": commit(), "date": now()})
-    rewrite(content, file.parent)
-    return f"{file.stem}: {case.label}, seed 0, is equal to the digit; the result is confirmed for the present code."
-
-
-def _cheapest(runs: Runs) -> Case:
-    """The case with the fewest tokens, of those that learn if some do."""
-    pruned = [case for case in runs.cases if case.recipe is not None]
-    learning = [case for case in pruned if case.recipe.descent is not None]  # type: ignore[union-attr]
-    return min(learning or pruned, key=lambda case: tokens(case, runs.options))
-
-
-def _check(result: Result, runs: Runs, file: Path) -> None:
-    """Whether the cells would be the same; settings that came since are at their defaults."""
-    recipes: Mapping[str, Any] = {
-        case.label: case.recipe.model_dump(mode="json") for case in runs.cases if case.recipe is not None
-    }
-    others = [
-        name
-        for name, differ in (
-            ("inputs", result.inputs != runs.inputs),
-            ("recipes", _completed(result.settings) != recipes),
-        )
-        if differ
-    ]
-    if others:
-        raise BesaError(
-            f"{file.stem} was made with other {' and '.join(others)}, so no cell of it can be compared: make it again "
-            f"(python -m experiments.all --only {file.stem})."
-        )
-
-
-def _completed(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of recipes with all that the present code has; as they are where it knows some of them no more."""
-    with suppress(ValidationError):
-        return {label: Recipe.model_validate(own).model_dump(mode="json") for label, own in settings.items()}
-    return dict(settings)
-
-
-def _values(result: Result, label: str) -> dict[str, float]:
-    """The scores of a case with seed 0."""
-    return next(
-        ({score: values[0] for score, values in row.values.items()} for row in map(Row.model_validate, result.rows)
-         if row.recipe == label), {},
-    )  # fmt: skip
+    content["code"] = code_of(Result.read(file).recipes, item.module)
+    content["confirmed"].append({"commit": commit(), "date": now(), "found": words})
+    rewrite(content, folder)

@@ -25,7 +25,7 @@ INDEX = """# Results
 
 `python -m experiments.readme` writes this page from the result files in this folder. `python -m experiments` prints the
 paper's. "Older than the present code" says that a module has changed that the result depends on; `python -m
-experiments.all --confirm NAME` makes one cell of it again and compares.
+experiments.all --confirm COMMIT` compares the present code with that of a commit.
 
 ## The paper's tables and figures
 

@@ -18,12 +18,17 @@ OLDER = "older than the present code"
 
 
 class Confirmed(BaseModel):
-    """A cell that newer code made again, equal to the digit."""
+    """That newer code makes the same.
 
-    cell: str
-    seed: int
+    Attributes:
+        commit: of the newer code.
+        date: when, in ISO 8601.
+        found: what it made, and that it was equal to what, in words.
+    """
+
     commit: str
     date: str
+    found: str
 
 
 class Result(BaseModel):
@@ -42,7 +47,7 @@ class Result(BaseModel):
         machine: what it was made on, where the file says.
         commit: of besa.
         code: digests of what it depends on, by room; empty in results of before there were any.
-        confirmed: cells that newer code made again.
+        confirmed: whenever newer code was found to make the same.
         settings: of the recipes, by case.
         rows: of its table; results of before 0.2.0 have columns of their own in tables 3 and 4.
         cells: the record of each run.
@@ -103,7 +108,7 @@ class Result(BaseModel):
         said = self.made
         if self.confirmed:
             last = self.confirmed[-1]
-            said += f"; on {last.date[:10]} commit {last.commit} made one cell again, equal to the digit"
+            said += f"; on {last.date[:10]} commit {last.commit} {last.found}"
         return f"{said}; {OLDER}" if self.older() else said
 
     def older(self, root: Path | None = None) -> list[str]:
@@ -115,11 +120,16 @@ class Result(BaseModel):
         if not self.code:
             return ["all"]
         try:
-            recipes = [Recipe.model_validate(settings) for settings in self.settings.values()]
+            recipes = self.recipes
         except ValidationError:
             return ["methods"]
         module = "batches" if self.experiment.startswith("batches-") else self.experiment
         return changed(self.code, code_of(recipes, module, *([root] if root else [])))
+
+    @property
+    def recipes(self) -> list[Recipe]:
+        """Of its cases; settings that came since are at their defaults."""
+        return [Recipe.model_validate(settings) for settings in self.settings.values()]
 
     def compared(self) -> list[Row]:
         """The rows of a comparison."""

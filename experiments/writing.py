@@ -134,8 +134,5 @@ def _page(result: Mapping[str, Any]) -> str:
         f"{'; '.join(measured)}. Made by {Result.model_validate(result).made}:",
         f"`{' '.join(result['command'])}`.",
     ]
-    lines += [
-        f"Confirmed on {one['date'][:10]} at commit {one['commit']}: {one['cell']}, seed {one['seed']}, made again."
-        for one in result["confirmed"]
-    ]
+    lines += [f"Confirmed on {one['date'][:10]}: commit {one['commit']} {one['found']}." for one in result["confirmed"]]
     return "\n".join(lines) + "\n"

@@ -21,7 +21,7 @@ from besa.models.loading import locate
 from besa.report.curves import Curve, Panel, curves
 from besa.studies.rows import Row
 from besa.studies.workspace import DENSE, Conditions, Measures
-from experiments import sizes, table4
+from experiments import confirming, sizes, table4
 from experiments.__main__ import listed as shown_table
 from experiments.all import Place, listed, main, make, small_texts
 from experiments.confirming import confirm
@@ -500,7 +500,11 @@ def cells_of(result: Result) -> set[tuple[str, int]]:
     return {(cell["label"], cell["seed"]) for cell in result.cells}
 
 
-def test_a_cell_made_again_confirms_a_result_or_not(two_blocks: Path, data: dict[str, str], place: Place) -> None:
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="a commit is checked out")
+def test_newer_code_that_makes_the_same_confirms_a_result(
+    two_blocks: Path, data: dict[str, str], place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`HEAD` stands for the commit before; its runs and those of the code at work are of the tests' model."""
     one = item("fig1a", two_blocks, data)
     make([one], place)
     file = place.file(one)
@@ -509,26 +513,37 @@ def test_a_cell_made_again_confirms_a_result_or_not(two_blocks: Path, data: dict
     del content["settings"]["besa"]["allocation"]["travel"]  # as if that setting had come since
     file.write_text(json.dumps(content))
     assert Result.read(file).older() == ["pruning"]
-    assert confirm(file, place.runs(one)) == (
-        "fig1a: besa, seed 0, is equal to the digit; the result is confirmed for the present code."
-    )
+    older = Result.older
+    monkeypatch.setattr(Result, "older", lambda self, root=None: older(self) if root is None else [])
+    made: list[Path] = []
+    genuine = confirming._made
+    monkeypatch.setattr(confirming, "_made", lambda names, root, work: made.append(work) or genuine(names, root, work))
+    (said,) = confirm([one], place.results, "HEAD", place.work)
+    assert said == "fig1a: 2 cases are equal to the digit; the result is confirmed."
     result = Result.read(file)
     assert result.older() == []
-    assert [(one.cell, one.seed) for one in result.confirmed] == [("besa", 0)]
-    assert "made one cell again, equal to the digit" in result.note
+    assert "made its 2 cases small, equal to the digit to those of commit HEAD" in result.note
     assert "Confirmed on 20" in file.with_suffix(".md").read_text()
-    assert not list((place.work).glob("confirm-*"))
+    small = json.loads((made[0] / "results" / "fig1a" / "fig1a.json").read_text())
+    assert small["sizes"]["samples"] == 4
     content = json.loads(file.read_text())
     content["code"]["pruning"] = "before"
-    values = content["rows"][1]["values"]["error, last block"]
-    values[0] += 1e-15
     file.write_text(json.dumps(content))
-    with pytest.raises(BesaError, match=r"fig1a is not what the present code makes: of besa, seed 0, .* again"):
-        confirm(file, place.runs(one))
+    small["rows"][1]["values"]["error, last block"][0] += 1e-15
+    (made[0] / "results" / "fig1a" / "fig1a.json").write_text(json.dumps(small))
+    monkeypatch.setattr(confirming, "_made", lambda names, root, work: work / "results")
+    (said,) = confirm([one], place.results, "HEAD", place.work)
+    assert said == "fig1a: besa differ from those of commit HEAD; make the whole result again."
     assert Result.read(file).older() == ["pruning"]
-    other = replace(one, experiment=replace(one.experiment, sparsity=0.6))
-    with pytest.raises(BesaError, match="made with other recipes, so no cell of it can be compared"):
-        confirm(file, place.runs(other))
+
+
+def test_what_no_commit_made_is_not_confirmed(two_blocks: Path, data: dict[str, str], place: Place) -> None:
+    one = item("fig1a", two_blocks, data)
+    make([one], place)
+    with pytest.raises(BesaError, match="None of these results is older than the present code"):
+        confirm([one], place.results, "HEAD", place.work)
+    with pytest.raises(BesaError, match="git finds no commit nowhere"):
+        confirm([one], place.results, "nowhere", place.work)
 
 
 def test_the_command_says_what_is_left(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
