@@ -14,8 +14,10 @@ from transformers import (
     FalconConfig,
     Gemma3TextConfig,
     GPT2Config,
+    GPTBigCodeConfig,
     GPTNeoXConfig,
     MixtralConfig,
+    NanoChatConfig,
     Phi3Config,
     PretrainedConfig,
     PreTrainedModel,
@@ -234,6 +236,9 @@ OTHER = {
     "gpt2": GPT2Config(vocab_size=1024, n_embd=64, n_layer=2, n_head=4),  # transposed linears
     "falcon": FalconConfig(**SIZE),  # a linear of its own
     "mixtral": MixtralConfig(**SIZE, **HEADS, num_local_experts=4),  # a stack of experts
+    # whatever a file holds, transformers initialises weights of linears anew
+    "gpt_bigcode": GPTBigCodeConfig(vocab_size=1024, n_embd=64, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2),
+    "nanochat": NanoChatConfig(**SIZE, **HEADS),
 }
 
 

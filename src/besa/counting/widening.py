@@ -41,7 +41,7 @@ def widened(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[
     for that dtype: seeing every operator has its price.
     """
     needed = device.type == "cpu" and dtype in slow()
-    return _Widened() if needed else nullcontext()  # type: ignore[no-untyped-call]  # torch's
+    return Widened() if needed else nullcontext()  # type: ignore[no-untyped-call]  # torch's
 
 
 def linear(x_MK: Tensor, w_NK: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def linear(x_MK: Tensor, w_NK: Tensor) -> Tensor:
     return _product(x_MK, w_NK.T) if _widens(x_MK, w_NK.T) else functional.linear(x_MK, w_NK)
 
 
-class _Widened(TorchDispatchMode):
+class Widened(TorchDispatchMode):
     """Sees what torch's functions come to, whoever calls them: `linear`, `einsum` and their gradients are products."""
 
     def __torch_dispatch__(

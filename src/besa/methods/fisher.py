@@ -79,7 +79,7 @@ def _measured(survey: Survey, tokens_NT: Tensor) -> LossGradients:
                 if structures
                 else _histogram(block, names, rows, inputs)
             )
-        squares |= {name: rows.rows(name).cpu() for name in block.prunables}
+            squares |= {name: rows.rows(name).cpu() for name in block.prunables}
         statistics |= inputs
     upto_BS = torch.stack([histograms[block.index] for block in blocks]).cumsum(dim=1)
     upto_S = upto_BS.sum(dim=0)

@@ -7,7 +7,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
 from pathlib import Path
 from traceback import clear_frames
@@ -184,7 +184,7 @@ def load_model(source: Source, dtype: str = "auto") -> PreTrainedModel:
     opening = source.arguments
     if source.folder and not source.gguf and (packed := header(source.folder)) and packed.version == 1:
         opening["quantization_config"] = AutoQuantizationConfig.from_dict(settings(source.folder, packed.codes))
-    with quiet(), model_explained(source.name), _without_bar(source):
+    with quiet(), model_explained(source.name), _without_bars():
         model = _loader(config).from_pretrained(
             **opening,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
@@ -194,7 +194,7 @@ def load_model(source: Source, dtype: str = "auto") -> PreTrainedModel:
     if source.gguf:
         model.hf_quantizer.remove_quantization_config(model)  # the weights are plain floats from here on
     elif compressor := getattr(getattr(model, "hf_quantizer", None), "compressor", None):
-        with quiet():
+        with quiet(), _without_bars():
             compressor.decompress_model(model)  # else packed linears have no weight before their first forward pass
             remove_dispatch(model, onload_tensors=True)  # else weights stay on the CPU, wherever the model goes
     return model.eval().requires_grad_(False)
@@ -380,9 +380,9 @@ def model_explained(name: str) -> Iterator[None]:
         raise BesaError(f"Model {name} cannot be read: {reason[:300] or type(error).__name__}.") from error
 
 
-def _without_bar(source: Source) -> AbstractContextManager[object]:
-    """Hide the progress bar of transformers' reader of .gguf files, which no setting turns off."""
-    return redirect_stderr(io.StringIO()) if source.gguf else nullcontext()
+def _without_bars() -> AbstractContextManager[object]:
+    """Hide the progress bars of the readers of .gguf files and of codes, which no setting turns off."""
+    return redirect_stderr(io.StringIO())
 
 
 @contextmanager

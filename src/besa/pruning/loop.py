@@ -244,7 +244,7 @@ def _check_codes(run: Run, in_order: list[Unit], plan: list[list[Budget]]) -> No
         return
     quantizing.check(coding, in_order, plan)
     if run.journal is not None and run.resources.codes:
-        codes.check(run.decoder.model, (name for of_unit in plan for budget in of_unit for name in budget.names))
+        codes.check(run.decoder.model, [name for of_unit in plan for budget in of_unit for name in budget.names])
 
 
 def _done(journal: Journal | None, in_order: list[Unit]) -> dict[int, BlockRecord]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.jit import is_tracing  # type: ignore[attr-defined]
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, is_in_torch_dispatch_mode
 
-from besa.counting.widening import _Widened
+from besa.counting.widening import Widened
 from besa.kernels import row_codes, sparse
 from besa.storage.formats.bitmask import Bitmask
 from besa.storage.formats.row_codes import RowCodes
@@ -24,7 +24,7 @@ def tracing() -> bool:
     if torch.compiler.is_compiling() or is_tracing():
         return True
     return is_in_torch_dispatch_mode() and any(
-        not isinstance(mode, _Widened) for mode in _get_current_dispatch_mode_stack()
+        not isinstance(mode, Widened) for mode in _get_current_dispatch_mode_stack()
     )
 
 

@@ -5,7 +5,8 @@ Several codes share one int32. A pruned weight has the code of zero, so zeros st
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -19,10 +20,11 @@ from besa.quantization import Coding, Grid, Quantized
 from besa.storage.formats.bitmask import FLOATS, is_positive
 
 FORMAT = "pack-quantized"
+INITIALISE = "_init_weights"  # of a model of transformers, called with each module that it loads
 KEYS = WEIGHT, SCALE, ZERO, SHAPE = "weight_packed", "weight_scale", "weight_zero_point", "weight_shape"
 
 
-def check(model: nn.Module, names: Iterable[str]) -> None:
+def check(model: nn.Module, names: Collection[str]) -> None:
     """Check that transformers can load these linears as codes.
 
     Args:
@@ -30,7 +32,8 @@ def check(model: nn.Module, names: Iterable[str]) -> None:
         names: full names of the linears to be stored as codes.
 
     Raises:
-        BesaError: a linear is no `nn.Linear`, but a transposed one, a family's own, or an expert of a fused stack.
+        BesaError: a linear is no `nn.Linear`, but a transposed one, a family's own, or an expert of a fused stack; or
+            the family initialises weights in a way that fails for codes.
     """
     modules = dict(model.named_modules())
     for name in names:
@@ -39,6 +42,45 @@ def check(model: nn.Module, names: Iterable[str]) -> None:
                 f"{name} is no plain linear and cannot be loaded as codes: use --dequantized, or leave it out "
                 "with --skip."
             )
+    tried: set[type[nn.Module]] = set()
+    for name in names:
+        for path in _above(name, modules):
+            if type(modules[path]) not in tried:
+                tried.add(type(modules[path]))
+                _check_initialised(path, modules, [own for own in names if own.startswith(f"{path}.")])
+
+
+def _above(name: str, modules: Mapping[str, nn.Module]) -> Iterator[str]:
+    """The modules that a linear is in, up to the one whose `_init_weights` initialises them; no lists."""
+    while (name := name.rpartition(".")[0]) and not hasattr(modules[name], INITIALISE):
+        if not isinstance(modules[name], nn.ModuleList):
+            yield name
+
+
+def _check_initialised(path: str, modules: Mapping[str, nn.Module], names: Iterable[str]) -> None:
+    """Check that what transformers initialises in a module, whatever its file holds, is no weight of these linears.
+
+    Raises:
+        BesaError: it is.
+    """
+    owner = path
+    while owner and not hasattr(modules[owner], INITIALISE):
+        owner = owner.rpartition(".")[0]
+    initialise = getattr(modules[owner], INITIALISE, None)
+    if initialise is None:
+        return
+    known = {id(tensor): nn.Parameter(tensor.to("meta"), False) for tensor in modules[path].parameters()}
+    copy = deepcopy(modules[path], known)  # whose parameters hold no numbers
+    for name in names:
+        del copy.get_submodule(name.removeprefix(f"{path}.")).weight
+    try:
+        initialise(copy)
+    except AttributeError:
+        kind = type(modules[path]).__name__
+        raise BesaError(
+            f"{path} cannot be loaded as codes: transformers initialises weights of each {kind}, which codes are not; "
+            "use --dequantized."
+        ) from None
 
 
 def encode(tensors: Mapping[str, Tensor], quantized: Mapping[str, Quantized]) -> dict[str, Tensor]:
