@@ -28,7 +28,8 @@ from besa import Recipe, compress, kernels
 from besa.data.calibration import sample
 from besa.methods.allocation.rates import candidate_bins, candidate_rates
 from besa.models.blocks import capture_inputs, find_blocks
-from besa.models.loading import load_model, load_tokenizer, locate
+from besa.models.loading import load_model, load_tokenizer
+from besa.models.source import locate
 from besa.record import RunRecord, now
 from besa.system import memory
 from besa.system.machine import machine, versions

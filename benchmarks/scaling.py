@@ -28,7 +28,8 @@ from benchmarks.random_model import config
 from benchmarks.weightless import seen
 from besa.api import plan
 from besa.methods.recipe import Recipe
-from besa.models.loading import load_model, load_tokenizer, locate
+from besa.models.loading import load_model, load_tokenizer
+from besa.models.source import locate
 from besa.record import RECORD_NAME, RunRecord, now
 from besa.system.devices import CPU
 from besa.system.machine import machine, versions

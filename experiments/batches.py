@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from besa.methods.recipe import Recipe
-from besa.models.loading import EMBEDDED
+from besa.models.source import EMBEDDED
 from besa.report.markdown import table
 from besa.studies.rows import cell
 from experiments.experiment import ERRORS, Case, Experiment, Found, Made, Options, by_method, errors

@@ -5,7 +5,7 @@ python -m experiments.all --only domains --data wikitext2=FILE --data c4=FILE
 
 from besa.data.domains import DOMAINS
 from besa.evaluation.domains import ALL
-from besa.models.loading import EMBEDDED
+from besa.models.source import EMBEDDED
 from experiments.experiment import DENSE_CASE, Case, Experiment, Found, Options, by_method, numbers
 from experiments.judging import Verdict, judged, ruled
 from experiments.settings import DEFAULTS

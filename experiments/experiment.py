@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from besa.data.questions import TASKS
 from besa.methods.recipe import Recipe
 from besa.models.blocks import find_blocks
-from besa.models.loading import EMBEDDED, locate, read_config, skeleton
+from besa.models.loading import read_config, skeleton
+from besa.models.source import EMBEDDED, locate
 from besa.models.whole import head_share
 from besa.report.curves import Curve, Panel
 from besa.studies.rows import SCORES, Row, markdown

@@ -21,7 +21,9 @@ from besa.cli.tracking import show_progress
 from besa.data import assets
 from besa.data.assets import Wheel
 from besa.errors import BesaError
-from besa.models.loading import EMBEDDED, load_model, load_tokenizer, locate, quiet
+from besa.models.loading import load_model, load_tokenizer
+from besa.models.quiet import quiet
+from besa.models.source import EMBEDDED, locate
 from besa.progress import Progress, labelled, silent
 from besa.storage.writing import appearing, check_space, explained
 from experiments.commands import run

@@ -3,7 +3,7 @@
 python -m experiments.all --only table1 --data wikitext2=FILE --data c4=FILE --data ptb=FILE
 """
 
-from besa.models.loading import EMBEDDED
+from besa.models.source import EMBEDDED
 from experiments.experiment import DENSE_CASE, Case, Experiment, Found, Options, by_method, numbers
 from experiments.judging import Judged, Verdict, judged, ruled
 from experiments.settings import DEFAULTS, PAPER, RELEASED

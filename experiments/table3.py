@@ -7,7 +7,7 @@ from pathlib import Path
 
 from besa.checkpoint.inspection import inspect
 from besa.methods.recipe import Recipe
-from besa.models.loading import locate
+from besa.models.source import locate
 from besa.report.markdown import table
 from besa.studies.rows import cell
 from besa.studies.workspace import DENSE

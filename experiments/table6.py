@@ -8,7 +8,7 @@ more.
 
 from itertools import pairwise
 
-from besa.models.loading import EMBEDDED
+from besa.models.source import EMBEDDED
 from experiments.experiment import DENSE_CASE, Case, Experiment, Found, Options, by_method, numbers
 from experiments.judging import Judged, Verdict, judged, ruled
 

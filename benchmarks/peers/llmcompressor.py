@@ -33,7 +33,8 @@ from besa.cli.options import files_of
 from besa.data.calibration import sample
 from besa.errors import BesaError
 from besa.models.bos import bos_token
-from besa.models.loading import load_model, load_tokenizer, locate
+from besa.models.loading import load_model, load_tokenizer
+from besa.models.source import locate
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"

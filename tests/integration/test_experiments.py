@@ -17,7 +17,7 @@ from besa.checkpoint.inspection import inspect
 from besa.data.documents import read_documents
 from besa.errors import BesaError
 from besa.evaluation import zero_shot
-from besa.models.loading import locate
+from besa.models.source import locate
 from besa.report.curves import Curve, Panel, curves
 from besa.studies.rows import Row
 from besa.studies.workspace import DENSE, Conditions, Measures

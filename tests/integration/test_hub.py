@@ -29,7 +29,7 @@ from besa.cli import app
 from besa.errors import BesaError, Interrupted
 from besa.models import hub as fetching
 from besa.models.blocks import find_blocks
-from besa.models.loading import locate
+from besa.models.source import locate
 from besa.models.whole import head_share
 from besa.planning import spending
 from besa.record import RunRecord

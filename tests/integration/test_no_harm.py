@@ -21,7 +21,8 @@ from besa.data.domains import DOMAINS, held_out
 from besa.evaluation.perplexity import perplexity
 from besa.methods.recipe import Recipe
 from besa.models.bos import bos_token
-from besa.models.loading import EMBEDDED, load_model, load_tokenizer, locate
+from besa.models.loading import load_model, load_tokenizer
+from besa.models.source import EMBEDDED, locate
 from experiments.models import MODELS
 from tests.slowly import some_slow
 

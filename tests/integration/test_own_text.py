@@ -22,7 +22,8 @@ from besa.counting.precision import widest
 from besa.data import dialogues, documents
 from besa.data.embedded import EMBEDDED
 from besa.errors import BesaError, Interrupted
-from besa.models.loading import load_model, locate
+from besa.models.loading import load_model
+from besa.models.source import locate
 from besa.models.streaming import DecoderInMemory, DecoderOnDisk
 from besa.runtime import own_text
 from besa.runtime.own_text import Author

@@ -16,7 +16,7 @@ import besa
 from besa import BesaError, Recipe
 from besa.checkpoint import writer
 from besa.checkpoint.inspection import inspect
-from besa.models.loading import locate
+from besa.models.source import locate
 from besa.storage.formats import bitmask
 from besa.storage.formats.container import Container
 

@@ -20,7 +20,7 @@ from besa.checkpoint.inspection import inspect
 from besa.checkpoint.packing import pack, unpack
 from besa.checkpoint.shrinking import shrink
 from besa.errors import BesaError
-from besa.models.loading import locate
+from besa.models.source import locate
 from tests.slowly import some_slow
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"

@@ -17,7 +17,8 @@ from besa import Calibration
 from besa.cli.show import pruning as show
 from besa.methods.recipe import Recipe
 from besa.models.blocks import find_blocks
-from besa.models.loading import locate, read_config, skeleton
+from besa.models.loading import read_config, skeleton
+from besa.models.source import locate
 from besa.models.units import units
 from besa.planning import process
 from besa.planning.shapes import _LiveBytes, learn_arguments, shared_inputs

@@ -28,7 +28,7 @@ from besa import BesaError, Recipe
 from besa.api import Compressed
 from besa.checkpoint.inspection import inspect
 from besa.models.blocks import find_blocks
-from besa.models.loading import locate
+from besa.models.source import locate
 from besa.simulator import cycles
 from tests.slowly import some_slow
 

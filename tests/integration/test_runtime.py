@@ -38,7 +38,7 @@ from besa import BesaError, Recipe, cli
 from besa.checkpoint.inspection import inspect
 from besa.counting import widening
 from besa.kernels import attention, norm
-from besa.models.loading import locate
+from besa.models.source import locate
 from besa.runtime import speed, timings
 from besa.runtime.fastest import PrepackedLinear, WidenedLinear, fastest
 from besa.runtime.linear import SparseLinear

@@ -17,7 +17,7 @@ from besa.data.calibration import Calibration, sample
 from besa.errors import BesaError, Notice
 from besa.evaluation.zero_shot import zero_shot
 from besa.models.limits import usual_length
-from besa.models.loading import locate
+from besa.models.source import locate
 from besa.system import memory
 from tests.unit.test_zero_shot import write as write_questions
 

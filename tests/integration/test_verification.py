@@ -22,7 +22,7 @@ from besa.checkpoint import writer
 from besa.checkpoint.inspection import inspect
 from besa.checkpoint.verification import seal
 from besa.models.hub import CARD
-from besa.models.loading import locate
+from besa.models.source import locate
 from besa.report import load_run
 from tests.integration.kill_and_repeat import sparse_model
 from tests.integration.test_families import config_of, random_model, saved

@@ -20,7 +20,7 @@ from besa.methods.targets.budgets import budgets
 from besa.methods.targets.search import divergences
 from besa.models.activations import Room
 from besa.models.blocks import find_blocks
-from besa.models.loading import locate
+from besa.models.source import locate
 from besa.models.streaming import DecoderInMemory, DecoderOnDisk
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from besa.errors import BesaError
 from besa.models.blocks import capture_inputs, find_blocks
 from besa.models.calls import hidden_states_of
 from besa.models.check import Check
-from besa.models.loading import locate
+from besa.models.source import locate
 from besa.models.streaming import Decoder, DecoderInMemory, DecoderOnDisk
 from tests import pretend
 

@@ -157,7 +157,8 @@ def test_the_real_domains_share_nothing_with_what_is_calibrated_on_and_are_long_
     Source files share licences and what every program begins with, so of code it is the files that differ.
     """
     from besa.data.tokens import tokenize
-    from besa.models.loading import load_tokenizer, locate
+    from besa.models.loading import load_tokenizer
+    from besa.models.source import locate
 
     def stretches(text, step):
         plain = re.sub(r"\s+", " ", text)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from besa.models.loading import locate
+from besa.models.source import locate
 from besa.models.streaming import DecoderInMemory, DecoderOnDisk
 from besa.models.visiting import Visit, copies, visiting
 from tests import pretend

@@ -28,8 +28,9 @@ from besa.methods.targets.budgets import budgets
 from besa.models.activations import Room
 from besa.models.blocks import Block, left_dense
 from besa.models.borrowing import borrowed
-from besa.models.loading import Source, load_model, locate
+from besa.models.loading import load_model
 from besa.models.mixtures import Fewer
+from besa.models.source import Source, locate
 from besa.models.streaming import Decoder
 from besa.planning import check_fits, whole_disk_bytes
 from besa.progress import Progress, silent

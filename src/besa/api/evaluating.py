@@ -23,7 +23,8 @@ from besa.kernels.defaults import defaults
 from besa.models.borrowing import borrowed, check_dtype_of_caller, tokenizer_of_caller
 from besa.models.bos import bos_token
 from besa.models.limits import positions
-from besa.models.loading import commit, load_tokenizer, locate
+from besa.models.loading import commit, load_tokenizer
+from besa.models.source import locate
 from besa.progress import Progress, silent
 from besa.record import RunRecord, now
 from besa.runtime.sparse_models import load_source

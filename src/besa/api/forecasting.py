@@ -17,8 +17,9 @@ from besa.errors import BesaError
 from besa.methods.recipe import Recipe
 from besa.models.blocks import find_blocks
 from besa.models.limits import positions
-from besa.models.loading import locate, read_config, refuse_quantized, skeleton, weight_paths
+from besa.models.loading import read_config, refuse_quantized, skeleton
 from besa.models.mixtures import changed
+from besa.models.source import locate, weight_paths
 from besa.planning import Outline, Plan, work_out
 from besa.pruning import smaller
 from besa.storage.formats.container import header

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from besa.data.arguments import Count, checked
-from besa.models.loading import locate
+from besa.models.source import locate
 from besa.progress import Progress, silent
 from besa.simulator import Accelerator, Simulation
 from besa.simulator import simulate as simulate_checkpoint

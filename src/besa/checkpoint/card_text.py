@@ -19,7 +19,7 @@ from besa.data.assets import ASSETS
 from besa.data.mixture import MIX, OWN
 from besa.errors import BesaError
 from besa.models.couplings import CALLED
-from besa.models.loading import EMBEDDED
+from besa.models.source import EMBEDDED
 from besa.models.structures import WHOLE, stay
 from besa.record import RunRecord
 from besa.storage.formats.container import CODES

@@ -8,7 +8,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from besa.errors import BesaError
 from besa.models.blocks import find_blocks
 from besa.models.layout import Layout
-from besa.models.loading import Source, is_quantized, quantization_of, skeleton
+from besa.models.loading import is_quantized, quantization_of, skeleton
+from besa.models.source import Source
 from besa.storage.formats import codes
 from besa.storage.formats.container import AsDense, Container, bits_in
 from besa.storage.weights import WeightFiles, is_finite

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from besa.checkpoint.walk import StoredWeight, stored_weights
-from besa.models.loading import Source, weight_paths
+from besa.models.source import Source, weight_paths
 from besa.progress import Progress, silent
 
 

@@ -9,7 +9,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from besa.checkpoint.companions import companions
 from besa.errors import BesaError
 from besa.models.borrowing import check_dtype_of_caller, tokenizer_of_caller
-from besa.models.loading import Source, check_decoder, describe, is_quantized, load_model, load_tokenizer, read_config
+from besa.models.loading import check_decoder, describe, is_quantized, load_model, load_tokenizer, read_config
+from besa.models.source import Source
 from besa.models.streaming import Decoder, DecoderInMemory, DecoderOnDisk
 from besa.models.widths import refuse
 from besa.storage.formats.container import header

@@ -19,8 +19,9 @@ from besa.errors import BesaError
 from besa.models.blocks import find_blocks
 from besa.models.ends import ends
 from besa.models.layout import in_dtype, renaming
-from besa.models.loading import Source, quantization_of, read_config
+from besa.models.loading import quantization_of, read_config
 from besa.models.plain_linears import plain_linears
+from besa.models.source import Source
 from besa.models.widths import refuse
 from besa.progress import Progress, silent
 from besa.storage.formats import bitmask, codes, row_codes

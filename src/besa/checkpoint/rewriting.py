@@ -14,7 +14,7 @@ from besa.checkpoint.companions import companions, pass_on
 from besa.checkpoint.verification import check_weights, seal
 from besa.checkpoint.writer import assemble
 from besa.errors import BesaError
-from besa.models.loading import Source, locate
+from besa.models.source import Source, locate
 from besa.progress import Progress
 from besa.record import RECORD_NAME
 from besa.storage.formats.container import ABOUT, settings

@@ -25,7 +25,8 @@ from besa.errors import BesaError
 from besa.models import widths
 from besa.models.blocks import Block, capture_inputs, find_blocks
 from besa.models.couplings import CALLED, Kind, alike, couplings, take_out
-from besa.models.loading import Source, read_config, skeleton
+from besa.models.loading import read_config, skeleton
+from besa.models.source import Source
 from besa.models.streaming import DecoderOnDisk
 from besa.progress import Progress, silent
 from besa.storage.formats.container import header

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from besa.checkpoint.checking import check_complete, check_packed
-from besa.models.loading import Source, is_quantized, load_model, quantization_of, read_config
+from besa.models.loading import is_quantized, load_model, quantization_of, read_config
+from besa.models.source import Source
 from besa.models.streaming import Decoder, DecoderInMemory, DecoderOnDisk
 from besa.progress import Progress
 from besa.storage.formats import codes

@@ -18,7 +18,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from besa.checkpoint.cards import write_card
 from besa.checkpoint.companions import pass_on, read_config_json, with_dtype, with_settings
 from besa.checkpoint.verification import seal
-from besa.models.loading import quiet
+from besa.models.quiet import quiet
 from besa.models.streaming import Decoder
 from besa.quantization import Coding
 from besa.record import RECORD_NAME, RunRecord

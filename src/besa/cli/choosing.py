@@ -92,7 +92,8 @@ def _about(model: str, trust_remote_code: bool) -> _About:
     """
     from besa.models.blocks import find_blocks
     from besa.models.limits import positions
-    from besa.models.loading import locate, read_config, skeleton
+    from besa.models.loading import read_config, skeleton
+    from besa.models.source import locate
     from besa.models.whole import head_share
 
     source = locate(model, trust_remote_code=trust_remote_code).local(weights=False)

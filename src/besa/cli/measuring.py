@@ -107,7 +107,7 @@ def inspect_command(
     from besa.checkpoint.inspection import inspect
     from besa.cli.show.measuring import contents
     from besa.cli.tracking import show_progress
-    from besa.models.loading import locate
+    from besa.models.source import locate
 
     with show_progress(quiet=quiet, json_progress=json_progress) as tracker:
         result = inspect(locate(model, tracker, trust_remote_code=trust_remote_code), tracker)

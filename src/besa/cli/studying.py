@@ -92,7 +92,7 @@ def compare_command(
     from besa.cli.tracking import show_progress
     from besa.evaluation.texts import spelled_out
     from besa.models.limits import usual_length
-    from besa.models.loading import locate
+    from besa.models.source import locate
     from besa.studies.comparing import compare
     from besa.studies.workspace import Conditions, Measures, Workspace
     from besa.system import memory, ranks

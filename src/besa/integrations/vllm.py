@@ -23,7 +23,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 from vllm.model_executor.model_loader import DefaultModelLoader, register_model_loader
 
 from besa.errors import BesaError
-from besa.models.loading import Source
+from besa.models.source import Source
 from besa.storage.formats.container import Container, open_files
 
 NAME = "besa"  # of the load format, and of the method in config.json

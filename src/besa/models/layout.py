@@ -29,7 +29,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from besa.errors import BesaError
 from besa.models.blocks import Block
-from besa.models.loading import model_explained, quiet
+from besa.models.quiet import model_explained, quiet
 from besa.models.transfers import at_home
 from besa.storage.weights import FLOATS, WeightFiles, is_finite, not_finite
 from besa.system.devices import CPU

@@ -10,7 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from besa.errors import BesaError, Notice
-from besa.models.loading import Source, read_config, skeleton
+from besa.models.loading import read_config, skeleton
+from besa.models.source import Source
 
 USUAL = 2048  # default tokens of a sequence or window, as in the papers
 OFFSETS = range(3)  # rows that a table of positions may have beyond one for each position; OPT has two

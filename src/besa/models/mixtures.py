@@ -14,7 +14,7 @@ from besa.errors import BesaError
 from besa.models.blocks import Block, find_blocks
 from besa.models.experts import find_experts, stacks
 from besa.models.layout import FURTHER
-from besa.models.loading import model_explained, quiet
+from besa.models.quiet import model_explained, quiet
 
 # What families call these numbers in their configurations.
 CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")

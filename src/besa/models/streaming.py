@@ -17,8 +17,9 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from besa.models.blocks import Block, find_blocks
 from besa.models.fewer import Kept, lent, selected, take_out
 from besa.models.layout import Layout, in_files, load_tensors, tie
-from besa.models.loading import Source, read_config, read_generation_config, refuse_quantized, skeleton
+from besa.models.loading import read_config, read_generation_config, refuse_quantized, skeleton
 from besa.models.mixtures import Fewer, changed
+from besa.models.source import Source
 from besa.models.transfers import Ahead, at_home
 from besa.models.visiting import Visit, copies, visiting
 from besa.storage.formats.container import open_files

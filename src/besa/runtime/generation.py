@@ -27,7 +27,8 @@ from besa.data.tokens import check_known
 from besa.errors import BesaError
 from besa.models.borrowing import borrowed, tokenizer_of_caller
 from besa.models.limits import embedding_rows, positions
-from besa.models.loading import load_tokenizer, locate
+from besa.models.loading import load_tokenizer
+from besa.models.source import locate
 from besa.progress import Progress, silent
 from besa.runtime.chat_template import check_chat, message, prompt_of
 from besa.runtime.coded import CodedEmbedding

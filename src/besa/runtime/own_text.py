@@ -39,7 +39,8 @@ from besa.errors import BesaError
 from besa.models.borrowing import borrowed
 from besa.models.bos import adds_bos
 from besa.models.limits import embedding_rows
-from besa.models.loading import Source, load_model
+from besa.models.loading import load_model
+from besa.models.source import Source
 from besa.models.streaming import Decoder
 from besa.progress import Progress
 from besa.runtime.chat_template import message, prompt_of

@@ -11,7 +11,8 @@ from besa.checkpoint.checking import check_complete, check_packed
 from besa.checkpoint.verification import verify as verify_folder
 from besa.data.arguments import Dtype, checked
 from besa.errors import BesaError
-from besa.models.loading import Source, is_quantized, load_model, locate, read_config
+from besa.models.loading import is_quantized, load_model, read_config
+from besa.models.source import Source, locate
 from besa.models.streaming import DecoderOnDisk
 from besa.progress import Progress, silent
 from besa.storage.formats.container import Container, open_files

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from besa.data.arguments import Count, Dtype, checked
 from besa.errors import BesaError
 from besa.models.limits import positions
-from besa.models.loading import Source, locate, weight_paths
+from besa.models.source import Source, locate, weight_paths
 from besa.progress import Progress, silent
 from besa.record import now
 from besa.runtime.coded import Coded, CodedEmbedding

@@ -16,7 +16,7 @@ from pydantic import BaseModel, computed_field
 from besa.checkpoint.walk import StoredWeight, stored_weights
 from besa.errors import BesaError
 from besa.models.kinds import kind
-from besa.models.loading import Source
+from besa.models.source import Source
 from besa.progress import Progress, silent
 from besa.record import now
 from besa.settings import LARGEST

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from besa.evaluation.texts import spelled_out
 from besa.methods.recipe import Recipe
-from besa.models.loading import EMBEDDED
+from besa.models.source import EMBEDDED
 from besa.progress import Progress, silent
 from besa.report import Run, render
 from besa.storage.names import path_of

@@ -25,7 +25,8 @@ from besa.evaluation.texts import read_texts, text_name
 from besa.evaluation.zero_shot import check_tasks
 from besa.methods.recipe import Recipe
 from besa.models.bos import bos_token
-from besa.models.loading import Source, fingerprint, load_tokenizer, locate, read_config
+from besa.models.loading import load_tokenizer, read_config
+from besa.models.source import Source, fingerprint, locate
 from besa.progress import Progress, labelled, silent
 from besa.record import RECORD_NAME, RunRecord
 from besa.runtime.chat_template import dialogue_of
