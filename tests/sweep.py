@@ -163,7 +163,7 @@ def small_model(family: str) -> PreTrainedModel:
     return model
 
 
-def outcome(family: str, folder: Path, tokenizer: PreTrainedTokenizerBase) -> Outcome:
+def outcome(family: str, folder: Path, tokenizer: PreTrainedTokenizerBase, recipe: str = "wanda") -> Outcome:
     """Prune a family from disk to disk, and compare its blocks with the model's own forward pass.
 
     Raises:
@@ -177,9 +177,9 @@ def outcome(family: str, folder: Path, tokenizer: PreTrainedTokenizerBase) -> Ou
     calibration = Calibration(TOKENS_NT, "random", 0)
     planned = None
     with suppress(BesaError):  # what is refused later may have a plan; what is served has one
-        planned = plan(folder / "dense", "wanda", samples=len(TOKENS_NT), seqlen=TOKENS_NT.shape[1])
+        planned = plan(folder / "dense", recipe, samples=len(TOKENS_NT), seqlen=TOKENS_NT.shape[1])
     try:
-        result = compress(folder / "dense", "wanda", calibration, out=folder / "out", batch=2, tokenizer=tokenizer)
+        result = compress(folder / "dense", recipe, calibration, out=folder / "out", batch=2, tokenizer=tokenizer)
     except BesaError as refusal:
         return Outcome(family, "refused", str(refusal).replace(str(folder / "dense"), "FOLDER"))
     compare(model)

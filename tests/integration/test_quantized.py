@@ -111,6 +111,11 @@ def test_perplexity_of_the_packed_checkpoint_is_that_of_the_dense_one(
     assert found == pytest.approx(expected, rel=1e-5)
 
 
+def test_codes_are_read_without_the_bars_of_their_reader(joint: Compressed, capsys: pytest.CaptureFixture) -> None:
+    besa.load(joint.out)
+    assert capsys.readouterr().err == ""
+
+
 def test_inspect_counts_what_is_in_the_files(joint: Compressed) -> None:
     found = inspect(locate(joint.out))
     assert (found.zeros, found.weights) == (joint.record.zeros, joint.record.weights)

@@ -51,6 +51,11 @@ def test_a_family_is_served_or_refused_as_the_docs_say(family: str, tiny_tokeniz
     assert row(outcome(family, tmp_path, tiny_tokenizer)) in DOCS.read_text().splitlines()
 
 
+def test_a_family_is_pruned_by_gradients_too(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    """Its blocks have matrices that are not pruned, and are closed when all gradients are measured."""
+    assert outcome("deepseek_v32", tmp_path, tiny_tokenizer, "fast").kind == "served"
+
+
 @pytest.mark.slow
 def test_docs_list_what_becomes_of_every_family(tiny_tokenizer: Any, tmp_path: Path) -> None:
     found = [outcome(family, tmp_path / family, tiny_tokenizer) for family in FAMILIES]
