@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from besa import cli
-from besa.errors import Notice
+from besa.errors import BesaError, Notice
 from besa.kernels import native
-from besa.system.machine import loss_scaler, machine, multiplies_bfloat16, versions
+from besa.system.machine import loss_scaler, machine, multiplies_bfloat16, multiplying_in, versions
 
 
 def test_the_machine_tells_what_computes(monkeypatch):
@@ -35,6 +35,19 @@ def test_the_scale_of_a_float16_loss_makes_up_for_its_outputs(outputs, at_least)
     assert y.grad.min() > 0.01
     assert y.grad.isfinite().all()
     assert loss_scaler(torch.bfloat16, torch.device("cpu"), outputs).scale(torch.tensor(3.0)) == 3
+
+
+def test_code_that_does_not_run_with_other_products_gets_a_sentence():
+    """As X-MOD's, which puts a product into a tensor of the model's dtype by a mask."""
+    y_TC, weight = torch.zeros(2, 3), torch.ones(3, 3)
+    for stored, dtype in ((torch.float32, torch.bfloat16), (torch.float32, torch.float32)):
+        with multiplying_in(dtype, stored, y_TC.device):
+            assert torch.nn.functional.linear(y_TC, weight).dtype == dtype
+    with (
+        pytest.raises(BesaError, match=r"products in bfloat16 \(Index put .*--dtype bfloat16"),
+        multiplying_in(torch.bfloat16, torch.float32, y_TC.device),
+    ):
+        y_TC[torch.tensor([True, False])] = torch.nn.functional.linear(y_TC[:1], weight)
 
 
 def test_versions():

@@ -26,7 +26,7 @@ from besa.observing.input_statistics import HELD_OUT
 from besa.observing.losses import reconstruction_error, token_weighted_error
 from besa.settings import Learning, Settings
 from besa.system import ranks
-from besa.system.machine import learning_dtype, loss_scaler
+from besa.system.machine import learning_dtype, loss_scaler, multiplying_in
 from besa.system.ranks import Share
 
 
@@ -263,7 +263,7 @@ class MaskedAdam(Learning, Finetuner):
         name = next(iter(weights))
         stored, dtype = block.weight(name), self._dtype(block, name)
         x_NTC, target_NTC = (fetched(states[place : place + 1], stored.device) for states in (inputs_NTC, targets_NTC))
-        with torch.autocast(stored.device.type, dtype, enabled=dtype != stored.dtype):
+        with multiplying_in(dtype, stored.dtype, stored.device):
             y_NTC = block(x_NTC, {name: w_OI.to(stored.dtype) for name, w_OI in weights.items()})
         if self.loss == "channel":
             return reconstruction_error(y_NTC, target_NTC)

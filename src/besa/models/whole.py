@@ -6,6 +6,7 @@ Shape suffixes: N sequences, T tokens, C channels of the residual stream, V voca
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 
 from besa.models.blocks import Block, logits_of
 from besa.models.kept import spread
+from besa.system.machine import multiplying_in
 
 
 class Whole:
@@ -137,8 +139,8 @@ class Whole:
         own = self.own(name)
         return spread(value, own) if value.dim() < own.dim() else value.to(own.dtype)
 
-    def _multiplying_in(self, dtype: torch.dtype) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype, enabled=dtype != self._model.dtype)
+    def _multiplying_in(self, dtype: torch.dtype) -> AbstractContextManager[None]:
+        return multiplying_in(dtype, self._model.dtype, self.device)
 
 
 def head_share(model: PreTrainedModel, blocks: Sequence[Block]) -> float:

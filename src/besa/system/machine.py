@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
 import torch
 
+from besa.errors import BesaError
 from besa.kernels import native
 from besa.kernels.operators import triton_works
 from besa.kernels.processor import processor
@@ -48,6 +51,30 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 def learning_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype in which a model of `dtype` learns fastest: bfloat16 for float32 if the hardware multiplies it."""
     return torch.bfloat16 if dtype == torch.float32 and multiplies_bfloat16(device) else dtype
+
+
+@contextmanager
+def multiplying_in(dtype: torch.dtype, stored: torch.dtype, device: torch.device) -> Iterator[None]:
+    """While open, a model whose weights are of the dtype `stored` multiplies in `dtype` on a device.
+
+    Raises:
+        BesaError: code of the model's family does not run with products of another dtype.
+    """
+    if dtype == stored:
+        yield
+        return
+    try:
+        with torch.autocast(device.type, dtype):
+            yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        reason = " ".join(str(error).split()).rstrip(".")[:200]
+        name = str(dtype).removeprefix("torch.")
+        raise BesaError(
+            f"The model does not run with products in {name} ({reason}): take --dtype {name}, or let what learns "
+            "multiply in its own dtype (--set allocation.autocast=false, or distill.autocast, finetune.autocast)."
+        ) from error
 
 
 def loss_scaler(dtype: torch.dtype, device: torch.device, outputs: int = 1) -> torch.amp.GradScaler:

@@ -17,7 +17,7 @@ from besa.methods.allocation.changing import ChangingLinears
 from besa.methods.allocation.problem import BlockProblem, first_tokens
 from besa.methods.steps import Mean, one_pass
 from besa.settings import Learning
-from besa.system.machine import learning_dtype, loss_scaler
+from besa.system.machine import learning_dtype, loss_scaler, multiplying_in
 
 LOOK_EVERY = 16  # steps, at least, between two looks at the losses
 # Gradients that Adam sees are around 1, whatever the model: some of them are far smaller, and it must not damp those.
@@ -105,7 +105,6 @@ class Descent(Learning):
         weights = constant | {name: leaf for part in parts for name, leaf in part.weights.items()}
         tokens = self.tokens(problem.inputs_NTC[:1].shape[1])
         dtype = self.dtype(problem)
-        autocast = torch.autocast(problem.device.type, dtype, enabled=dtype != problem.dtype)
         scaler = loss_scaler(dtype, problem.device, tokens * problem.inputs_NTC.shape[-1])
         weight = torch.full((), self.penalty * count, device=problem.device)
         losses: list[Tensor] = []
@@ -115,7 +114,7 @@ class Descent(Learning):
                 part.update()
             loss, mean = torch.zeros((), device=problem.device), Mean(len(sequences))
             for chosen in problem.share.own(sequences):
-                with autocast:
+                with multiplying_in(dtype, problem.dtype, problem.device):
                     error = problem.error(chosen, tokens, weights, self.plain)
                 scaler.scale(error).backward()
                 for part in parts:
