@@ -52,7 +52,7 @@ def confirm(items: Sequence[Item], results: Path, before: str, folder: Path) -> 
             apart = ", ".join(label for label in values if values[label] != cells.get(label))
             found.append(f"{item.name}: {apart} differ from those of commit {before}; make the whole result again.")
             continue
-        words = f"made its {len(cells)} cases small, equal to the digit to those of commit {before}"
+        words = f"made its {len(cells)} cases on the tests' model, equal to the digit to those of commit {before}"
         _stamp(item, results / item.name, words)
         found.append(f"{item.name}: {len(cells)} cases are equal to the digit; the result is confirmed.")
     return found
