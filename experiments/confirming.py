@@ -94,7 +94,7 @@ def _made(names: Sequence[str], root: Path, work: Path) -> Path:
     """
     chosen = [argument for name in names for argument in ("--only", name)]
     path = os.pathsep.join((str(root / "src"), str(root)))
-    command = [sys.executable, "-m", "experiments.all", "--small", "--work", str(work), *chosen]
+    command = [sys.executable, "-P", "-m", "experiments.all", "--small", "--work", str(work), *chosen]
     ended = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.DEVNULL, check=False)
     if ended.returncode:
         raise BesaError(f"The code in {root} cannot make the results small: see above.")
