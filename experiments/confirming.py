@@ -39,7 +39,8 @@ def confirm(items: Sequence[Item], results: Path, before: str, folder: Path) -> 
         BesaError: there is no such commit, none of the results is of its code, or its runs fail.
     """
     with _checked_out(before) as root:
-        read = {item: Result.read(results / item.name / f"{item.name}.json") for item in items}
+        files = {item: results / item.name / f"{item.name}.json" for item in items}
+        read = {item: Result.read(file) for item, file in files.items() if file.exists()}
         older = [item for item, result in read.items() if result.older() and not result.older(root)]
         if not older:
             raise BesaError(f"None of these results is older than the present code and of the code of commit {before}.")
@@ -49,10 +50,10 @@ def confirm(items: Sequence[Item], results: Path, before: str, folder: Path) -> 
     for item in older:
         values, cells = (_values(made / _small(item).name / f"{_small(item).name}.json") for made in (then, present))
         if values != cells:
-            apart = ", ".join(label for label in values if values[label] != cells.get(label))
-            found.append(f"{item.name}: {apart} differ from those of commit {before}; make the whole result again.")
+            apart = [label for label in {**values, **cells} if values.get(label) != cells.get(label)]
+            found.append(f"{item.name}: not as of commit {before}: {', '.join(apart)}; make the whole result again.")
             continue
-        words = f"made its {len(cells)} cases on the tests' model, equal to the digit to those of commit {before}"
+        words = f"made {len(cells)} cases of it on the tests' model, equal to the digit to those of commit {before}"
         _stamp(item, results / item.name, words)
         found.append(f"{item.name}: {len(cells)} cases are equal to the digit; the result is confirmed.")
     return found

@@ -522,7 +522,7 @@ def test_newer_code_that_makes_the_same_confirms_a_result(
     assert said == "fig1a: 2 cases are equal to the digit; the result is confirmed."
     result = Result.read(file)
     assert result.older() == []
-    assert "made its 2 cases on the tests' model, equal to the digit to those of commit HEAD" in result.note
+    assert "made 2 cases of it on the tests' model, equal to the digit to those of commit HEAD" in result.note
     assert "Confirmed on 20" in file.with_suffix(".md").read_text()
     small = json.loads((made[0] / "results" / "fig1a" / "fig1a.json").read_text())
     assert small["sizes"]["samples"] == 4
@@ -533,7 +533,7 @@ def test_newer_code_that_makes_the_same_confirms_a_result(
     (made[0] / "results" / "fig1a" / "fig1a.json").write_text(json.dumps(small))
     monkeypatch.setattr(confirming, "_made", lambda names, root, work: work / "results")
     (said,) = confirm([one], place.results, "HEAD", place.work)
-    assert said == "fig1a: besa differ from those of commit HEAD; make the whole result again."
+    assert said == "fig1a: not as of commit HEAD: besa; make the whole result again."
     assert Result.read(file).older() == ["pruning"]
 
 
