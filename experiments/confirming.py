@@ -103,8 +103,14 @@ def _made(names: Sequence[str], root: Path, work: Path) -> Path:
 
 
 def _values(file: Path) -> dict[str, object]:
-    """What is counted and measured of each case, by seed."""
-    return {row["recipe"]: (row["sparsity"], row["values"]) for row in Result.read(file).rows}
+    """Of each case its recipe, and what is counted and measured, by seed.
+
+    The recipe counts, as a setting may matter only to models larger than that of the tests. Settings that came since
+    are at their defaults.
+    """
+    result = Result.read(file)
+    recipes = dict(zip(result.settings, result.recipes, strict=True))
+    return {row["recipe"]: (recipes.get(row["recipe"]), row["sparsity"], row["values"]) for row in result.rows}
 
 
 def _stamp(item: Item, folder: Path, words: str) -> None:

@@ -529,12 +529,15 @@ def test_newer_code_that_makes_the_same_confirms_a_result(
     content = json.loads(file.read_text())
     content["code"]["pruning"] = "before"
     file.write_text(json.dumps(content))
-    small["rows"][1]["values"]["error, last block"][0] += 1e-15
-    (made[0] / "results" / "fig1a" / "fig1a.json").write_text(json.dumps(small))
     monkeypatch.setattr(confirming, "_made", lambda names, root, work: work / "results")
-    (said,) = confirm([one], place.results, "HEAD", place.work)
-    assert said == "fig1a: not as of commit HEAD: besa; make the whole result again."
-    assert Result.read(file).older() == ["pruning"]
+    values, allocation = small["rows"][1]["values"]["error, last block"], small["settings"]["besa"]["allocation"]
+    for part, key, other in ((values, 0, values[0] + 1e-15), (allocation, "travel", allocation["travel"] + 1)):
+        kept, part[key] = part[key], other
+        (made[0] / "results" / "fig1a" / "fig1a.json").write_text(json.dumps(small))
+        (said,) = confirm([one], place.results, "HEAD", place.work)
+        assert said == "fig1a: not as of commit HEAD: besa; make the whole result again."
+        assert Result.read(file).older() == ["pruning"]
+        part[key] = kept
 
 
 def test_what_no_commit_made_is_not_confirmed(two_blocks: Path, data: dict[str, str], place: Place) -> None:
