@@ -105,10 +105,12 @@ def _content(name: str, folder: Path) -> str:
 
 
 def _note(name: str) -> str:
-    """What made a table, in a line; nothing for one whose rows say it, or that is of benchmarks."""
+    """What made each result of a table; nothing for a table whose rows say it, or that is of benchmarks."""
     own = (name.partition("/")[0],) if "/" in name else SOURCES.get(name, ())
-    notes = dict.fromkeys(_result(one).note for one in own)
-    return f"Made by {'; '.join(notes)}.\n" if notes else ""
+    notes = {one: _result(one).note for one in own}
+    if len(set(notes.values())) > 1:
+        return "Made by:\n" + "".join(f"\n- `{one}`: {note}." for one, note in notes.items()) + "\n"
+    return f"Made by {notes[own[0]]}.\n" if notes else ""
 
 
 def _result(name: str) -> Result:
