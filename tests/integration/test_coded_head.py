@@ -94,7 +94,7 @@ def test_unpacking_gives_the_numbers_of_the_codes_and_all_else_to_the_bit(checkp
     configs = [
         json.loads((folder / "config.json").read_text()) for folder in (checkpoint / "dense", tmp_path / "again")
     ]
-    assert configs[0] == configs[1]
+    assert configs[0] | {"besa": configs[0].get("besa", {}) | {"head": "int8"}} == configs[1]
     files = Container(checkpoint / "packed")
     assert dict(files.shapes()) == {name: tuple(tensor.shape) for name, tensor in before.items()}
     assert files.coded == sorted(name.removesuffix(".weight") for name in ends)
@@ -169,8 +169,13 @@ def test_what_packing_says(made: Callable[[str], Path], tmp_path: Path) -> None:
     rounded = load_file(tmp_path / "half" / WEIGHTS)
     assert torch.equal(rounded["model.embed_tokens.weight_codes"], row_codes.pack(tensor.bfloat16()).codes_OI)
     besa.pack(made("tied") / "dense", tmp_path / "same")
-    cards = [(tmp_path / name / "README.md").read_text() for name in ("packed", "same")]
-    assert ["| head and embeddings | rounded to 8 bits" in card for card in cards] == [True, False]
+    besa.load(tmp_path / "packed").save_pretrained(tmp_path / "saved")
+    for name in ("packed", "same", "saved"):
+        besa.unpack(tmp_path / name, tmp_path / f"{name} again")
+    cards = {path.parent.name: path.read_text() for path in tmp_path.glob("*/README.md")}
+    assert cards.keys() >= {"same", "same again"}
+    said = {name for name, card in cards.items() if "| head and embeddings | rounded to 8 bits" in card}
+    assert said - {"half"} == {"packed", "packed again", "saved again"}
 
 
 EMBED = "model.embed_tokens"

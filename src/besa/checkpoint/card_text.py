@@ -22,9 +22,8 @@ from besa.models.couplings import CALLED
 from besa.models.source import EMBEDDED
 from besa.models.structures import WHOLE, stay
 from besa.record import RunRecord
-from besa.storage.formats.container import CODES
 from besa.storage.names import printable
-from besa.storage.weights import SPARSE_STEM, WIDTHS, WeightFiles
+from besa.storage.weights import SPARSE_STEM, WIDTHS
 
 BEGIN = (
     "<!-- besa: written anew after each measurement, up to the next such line; your own text goes before or after -->"
@@ -52,7 +51,6 @@ class About:
         named: the model it was made from, as the user wrote it.
         commit: of that model on the Hub; None if it came from elsewhere, or that is not known.
         packed: whether linears are stored as bitmasks.
-        head_coded: whether the head and the embeddings were rounded to codes when it was packed.
     """
 
     record: RunRecord | None
@@ -60,7 +58,6 @@ class About:
     named: str
     commit: str | None
     packed: bool
-    head_coded: bool
 
     @classmethod
     def of(cls, folder: Path, origin: Origin = NOWHERE) -> About:
@@ -73,14 +70,12 @@ class About:
             origin = record.model.get("source"), record.model.get("revision")
         named, commit = origin
         known = isinstance(commit, str) and COMMIT.fullmatch(commit) is not None
-        packed = any(folder.glob(f"{SPARSE_STEM}*.safetensors"))
         return cls(
             record,
             read_config_json(folder),
             str(named or ""),
             str(commit) if known else None,
-            packed,
-            packed and any(name.endswith(f".{CODES}") for name in WeightFiles(folder).names),
+            packed=any(folder.glob(f"{SPARSE_STEM}*.safetensors")),
         )
 
     @property
@@ -233,7 +228,7 @@ class About:
             ("bitmasks and kept values" if self.packed else dense)
             + (f", {_code(dtype)}" if isinstance(dtype, str) else ""),
         )
-        if self.head_coded:
+        if self.besa.get("head") == "int8":
             yield "head and embeddings", "rounded to 8 bits, each row on a grid of its own"
         if record:
             yield "calibrated on", self._calibration()

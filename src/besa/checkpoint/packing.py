@@ -137,6 +137,8 @@ def pack(
     config = read_config_json(folder_of(source))
     if dtype != "auto":
         config = with_dtype(config, dtype)
+    if any(group.is_head for group in groups):
+        config["besa"] = config.get("besa", {}) | {"head": head}  # which stays true of what `unpack` writes
     with appearing(Path(out)) as folder:
         rewrite(source, folder, parts(), config, SPARSE_STEM)
         packing.file_bytes = size_of(folder.glob("*.safetensors"))
