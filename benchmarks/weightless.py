@@ -236,6 +236,8 @@ def _flops(name: str, inputs: list[Tensor], outputs: list[Tensor], args: Any) ->
         return 4.0 * query.numel() * key.shape[-2] * (0.5 if causal else 1) * (2.5 if backward else 1)
     if name.startswith("aten::linalg_cholesky"):
         return inputs[0].shape[-1] ** 3 / 3
+    if name == "aten::cholesky_inverse":
+        return 2 * inputs[0].shape[-1] ** 3 / 3
     return 0.0
 
 

@@ -15,11 +15,12 @@ from experiments.settings import DEFAULTS
 PASSES = 20  # that `best` may take
 OURS = "best"
 PATTERN = "2:4"
+ALPS = "reconstruction={method: admm, rounds: 30, penalty: 0.1, growth: 1.33, hold: 3}"  # as long as its paper has it
 PATTERNS = {  # recipe and settings; a pattern leaves no sparsity to share, which is all that `fast` does beyond them
     "magnitude": ("magnitude",),
     "wanda": ("wanda",),
     "sparsegpt": ("sparsegpt",),
-    "uniform + admm": ("wanda", "reconstruction.method=admm"),
+    "uniform + admm": ("wanda", ALPS),
     "best": ("best", "targets.method=uniform"),
 }
 
@@ -30,7 +31,7 @@ def methods(options: Options, sparsity: float) -> dict[str, Recipe]:
         **{name: options.baseline(name, sparsity) for name in ("magnitude", "wanda", "sparsegpt")},
         "besa": options.besa(sparsity=sparsity),
         "owl + sparsegpt": Recipe.load("sparsegpt", sparsity, ["targets.method=owl"]),
-        "uniform + admm": Recipe.load("wanda", sparsity, ["reconstruction.method=admm"]),
+        "uniform + admm": Recipe.load("wanda", sparsity, [ALPS]),
         "fast": options.baseline("fast", sparsity),
         "best": _spending(options, options.baseline("best", sparsity)),
     }

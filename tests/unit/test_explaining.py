@@ -70,7 +70,7 @@ def test_passes_of_stages_add_up_and_stages_say_what_they_do():
     assert stages["distill"].passes == recipe.distill.passes(0.25)
     total = forward_passes(recipe, 64, 512, head=0.25)
     assert explanation.passes == total == explanation.walk + sum(entry.passes for entry in stages.values())
-    assert (stages["reconstruction"].method, stages["finetune"].method) == ("cg", "none")
+    assert (stages["reconstruction"].method, stages["finetune"].method) == ("admm", "none")
     text = explanation.text.splitlines()
     assert text[0] == f"# As it will run on 64 sequences of 512 tokens: {total:.3g} forward passes at most."
     at = text.index("targets:")

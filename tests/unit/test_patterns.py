@@ -160,7 +160,8 @@ def test_admm_finds_the_best_mask_where_channels_do_not_depend_on_each_other(w_O
     x_TI = torch.diag(torch.linspace(0.5, 2, WIDTH))
     score_OI = (w_OI * x_TI.diagonal()).abs()
     counts_O = torch.tensor([8, 8, 3, 0, 16, 12])
-    rebuilt_OI = ADMM().rebuild(w_OI, rank(w_OI.abs(), w_OI), counts_O, gathered(x_TI))
+    until_they_agree = ADMM(rounds=30, penalty=0.1, growth=1.33, hold=3)
+    rebuilt_OI = until_they_agree.rebuild(w_OI, rank(w_OI.abs(), w_OI), counts_O, gathered(x_TI))
     torch.testing.assert_close(rebuilt_OI, w_OI * hard_mask(rank(score_OI, w_OI), counts_O), rtol=1e-4, atol=1e-5)
 
 
@@ -181,6 +182,27 @@ def test_admm_comes_near_the_best_of_all_masks():
         for method in (ConjugateGradient(), ADMM())
     }
     assert best * 0.999 <= errors["admm"] < best + 0.6 * (errors["cg"] - best)
+
+
+@pytest.mark.parametrize("settings", [{}, {"rounds": 5, "hold": 1, "growth": 1.5}, {"growth": 1.0}], ids=str)
+def test_admm_takes_the_steps_of_its_definition(w_OI, x_TI, settings):
+    """With the multiplier written out, and the weights without a mask solved for, in float64."""
+    method, hessian_II = ADMM(**settings), gathered(x_TI).hessian(0.1)
+    counts_O, first_OI = torch.tensor([8, 8, 3, 0, 16, 12]), hard_mask(rank(w_OI.abs(), w_OI), torch.full((6,), 8))
+    masked_OI, kept_OI = method._in_turn(w_OI, first_OI, counts_O, hessian_II, None)
+
+    scale_I = hessian_II.double().diagonal().sqrt()
+    scaled_II, dense_OI = hessian_II.double() / torch.outer(scale_I, scale_I), w_OI.double() * scale_I
+    z_OI, multiplier_OI = dense_OI * first_OI, torch.zeros_like(dense_OI)
+    for done in range(method.rounds):
+        penalty = method.penalty * method.growth ** (done // method.hold)
+        left_II = scaled_II + penalty * torch.eye(WIDTH)
+        free_OI = torch.linalg.solve(left_II, (dense_OI @ scaled_II + penalty * z_OI - multiplier_OI).T).T
+        pulled_OI = free_OI + multiplier_OI / penalty
+        z_OI = pulled_OI * hard_mask(rank(pulled_OI.abs(), w_OI), counts_O)
+        multiplier_OI += penalty * (free_OI - z_OI)
+    assert torch.equal(kept_OI, z_OI != 0)
+    torch.testing.assert_close(masked_OI, (z_OI / scale_I).float(), rtol=1e-3, atol=1e-4)
 
 
 def test_admm_keeps_zeros_and_counts(w_OI, x_TI):
