@@ -36,6 +36,7 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [
             "allocation={method: structured, heads: 0.5}",
             "targets.method=uniform",
+            "reconstruction.method=cg",
             "finetune.epochs=1",
             "finetune.method=adam",
         ],
