@@ -71,7 +71,7 @@ def test_words_and_other_methods_make_no_result_older(copy: Path) -> None:
     edited(copy, "src/besa/methods/allocation/besa.py", "one rate for each row, or for each linear", "which")
     edited(copy, "src/besa/methods/allocation/besa.py", "OPTIMIZER = 7  #", "OPTIMIZER = 7  # so many:")
     edited(copy, "src/besa/data/calibration.py", "raise BesaError(", 'raise BesaError("Alas. "')
-    edited(copy, "src/besa/methods/reconstruction/cg.py", "import ", "import json\nimport ")
+    edited(copy, "src/besa/methods/reconstruction/admm.py", "import ", "import json\nimport ")
     edited(copy, "src/besa/cli/tables.py", "import ", "import json\nimport ")
     edited(copy, "src/besa/kernels/masks.cpp", "return", "/* so */  return")
     edited(copy, "src/besa/kernels/tiles.cpp", "return", "return  0 +")  # which packed models alone run
@@ -79,7 +79,7 @@ def test_words_and_other_methods_make_no_result_older(copy: Path) -> None:
     union = copy / "src/besa/methods/importance/__init__.py"
     union.write_text(union.read_text(encoding="utf-8") + "\nfrom besa.methods.importance import another\n")
     assert code_of([BESA], "table1", copy) == before
-    assert code_of([FAST], None, copy) != code_of([FAST])  # which solves by conjugate gradient
+    assert code_of([FAST], None, copy) != code_of([FAST])  # which solves for masks and weights
 
 
 def test_runs_depend_on_less_than_results() -> None:

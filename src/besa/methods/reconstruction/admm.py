@@ -80,14 +80,15 @@ class ADMM(Rebuilder):
         """
         scale_I = hessian_II.diagonal().sqrt()
         scaled_II = hessian_II / scale_I / scale_I[:, None]
+        ones_I, pull_II = scaled_II.diagonal().clone(), torch.empty_like(scaled_II)
         dense_OI, penalty = w_OI.float() * scale_I, self.penalty
         masked_OI, dual_OI = dense_OI.where(first_OI, 0), torch.zeros_like(dense_OI)
         for done in range(self.rounds):
             if done % self.hold == 0:
                 if done:
                     penalty, dual_OI = penalty * self.growth, dual_OI / self.growth
-                shifted_II = scaled_II + penalty * torch.eye(len(scaled_II), device=scaled_II.device)
-                pull_II = penalty * torch.cholesky_inverse(torch.linalg.cholesky_ex(shifted_II).L)  # no look at success
+                scaled_II.diagonal().copy_(ones_I + penalty)
+                torch.cholesky_inverse(torch.linalg.cholesky_ex(scaled_II).L, out=pull_II).mul_(penalty)
             with products_in(w_OI.dtype):
                 free_OI = dense_OI + linear(masked_OI - dense_OI - dual_OI, pull_II)
             pulled_OI = free_OI + dual_OI
