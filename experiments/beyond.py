@@ -15,7 +15,7 @@ from experiments.settings import DEFAULTS
 PASSES = 20  # that `best` may take
 OURS = "best"
 PATTERN = "2:4"
-ALPS = "reconstruction={method: admm, rounds: 30, penalty: 0.1, growth: 1.33, hold: 3}"  # as long as its paper has it
+ALPS = "reconstruction={method: admm, rounds: 30, penalty: 0.1, growth: 1.33, hold: 3}"  # in many small steps, as there
 PATTERNS = {  # recipe and settings; a pattern leaves no sparsity to share, which is all that `fast` does beyond them
     "magnitude": ("magnitude",),
     "wanda": ("wanda",),

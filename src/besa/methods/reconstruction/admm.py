@@ -26,9 +26,10 @@ class ADMM(Rebuilder):
 
     Each row keeps its number of zeros but chooses a new mask. Columns are scaled so that the Hessian's diagonal is 1,
     and the mask keeps the largest scaled weights. Conjugate gradient goes on from the last weights, on the last mask.
-    The Hessian has the ridge that held-out tokens ask for on the first mask (`ridge`). ALPS takes 30 rounds from a
-    penalty of 0.1, and raises it by a third every third round; the defaults have most of its gain for a quarter of its
-    products.
+    The Hessian has the ridge that held-out tokens ask for on the first mask (`ridge`).
+
+    ALPS raises its penalty in small steps: 30 rounds from 0.1, times 1.33 after every third, come near it. The defaults
+    have most of that gain for a third of its products (docs/log.md).
     """
 
     method: Literal["admm"] = "admm"
