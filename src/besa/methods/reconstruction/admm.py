@@ -88,7 +88,7 @@ class ADMM(Rebuilder):
             if done % self.hold == 0:
                 if done:
                     penalty, dual_OI = penalty * self.growth, dual_OI / self.growth
-                scaled_II.diagonal().copy_(ones_I + penalty)
+                scaled_II.diagonal().copy_(ones_I + penalty)  # positive definite: no look at whether Cholesky failed
                 torch.cholesky_inverse(torch.linalg.cholesky_ex(scaled_II).L, out=pull_II).mul_(penalty)
             with products_in(w_OI.dtype):
                 free_OI = dense_OI + linear(masked_OI - dense_OI - dual_OI, pull_II)
