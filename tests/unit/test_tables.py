@@ -1,7 +1,9 @@
 """Tables on narrow terminals and on none: every name and number is there, whole."""
 
 import io
+import re
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,8 @@ from rich.box import SIMPLE
 from rich.console import Console, RenderableType
 
 import besa
-from besa.cli.show import pruning, running, studying
+from besa.checkpoint.inspection import BlockContents, Contents, LinearContents
+from besa.cli.show import measuring, pruning, running, studying
 from besa.cli.tables import Whole
 from besa.runtime.timings import Bench, ModelSpeed, Timing
 from besa.studies.comparing import Comparison
@@ -107,3 +110,25 @@ def test_sentences_are_broken_between_words_and_no_word_is_lost(width: int) -> N
         return sorted(word for column in zip(*cells, strict=True) for word in " ".join(column).split())
 
     assert words(text) == words(whole)
+
+
+def test_blocks_that_are_unlike_stay_in_their_columns() -> None:
+    # A dense block, then one with experts and without `o_proj`: no cell may move to the left.
+    own = {"self_attn.q_proj": 1, "self_attn.o_proj": 2, "mlp.up_proj": 3}
+    others = {"self_attn.q_proj": 4, "mlp.experts.0.up_proj": 5, "mlp.experts.1.up_proj": 6, "mlp.up_proj": 7}
+    linears = [
+        LinearContents(name=f"layers.{n}.{name}", shape=[2, 5], zeros=zeros, sparsity=zeros / 10, bytes=20, parts={})
+        for n, block in enumerate((own, others))
+        for name, zeros in block.items()
+    ]
+    sums = {"weights": 10, "zeros": 5, "bytes": 3_000_000, "parts": {}, "bits_per_weight": 16.0}
+    blocks = [BlockContents(name=f"layers.{n}", sparsity=(n + 1) / 8, **sums) for n in range(2)]
+    content = Contents(model="m", file_bytes=1, sparsity=0.5, blocks=blocks, linears=linears, **sums)
+    lines = printed(measuring.contents(content), None).splitlines()
+    head, *rows = (line for line in lines if re.match(r" *(block|\d) ", line))
+    ends = [match.end() for match in re.finditer(r"\S+", head)]
+    assert head.split() == ["block", "q", "o", "mlp.up_proj", "*.up_proj", "all", "MB"]
+    cells = [[row[start:end].strip() for start, end in pairwise([0, *ends])] for row in rows]
+    assert cells[0] == ["0", "10.00", "20.00", "30.00", "", "12.50", "3.0"]
+    assert cells[1] == ["1", "40.00", "", "70.00", "55.00", "25.00", "3.0"]
+    assert "self_attn.q_proj, self_attn.o_proj, mlp.up_proj, mlp.experts.*.up_proj" in lines[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,14 +12,14 @@ from rich.text import Text
 
 from besa.cli.tables import Whole
 from besa.evaluation.domains import mean_of_domains
-from besa.models.kinds import shortened
+from besa.models.kinds import kind, shortened
 from besa.simulator import described
 from besa.storage.names import pinned
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from besa.checkpoint.inspection import Contents
+    from besa.checkpoint.inspection import Contents, LinearContents
     from besa.checkpoint.verification import Verified
     from besa.evaluation.result import Evaluation
     from besa.evaluation.zero_shot import ZeroShot
@@ -66,28 +67,41 @@ def _share(share: float | None, error: float | None) -> str:
 
 
 def contents(result: Contents) -> RenderableType:
-    """Sparsity by block (rows) and linear (columns), and bytes."""
+    """Sparsity by block (rows) and kind of linear (columns; experts of one kind together), names of linears, bytes."""
     model = pinned(result.model, result.revision)
     table = Whole(title=f"{model}: sparsity of the prunable weights in %", box=SIMPLE)
     table.add_column("block")
-    linears_of = {
-        block.name: [linear for linear in result.linears if linear.name.startswith(f"{block.name}.")]
-        for block in result.blocks
-    }
-    short = [linear.name.rpartition(".")[2].removesuffix("_proj") for linear in linears_of[result.blocks[0].name]]
-    for name in [*short, "all", "MB"]:
+    by_kind: dict[str, dict[str, list[LinearContents]]] = {block.name: {} for block in result.blocks}
+    for block in result.blocks:
+        for linear in result.linears:
+            if linear.name.startswith(f"{block.name}."):
+                by_kind[block.name].setdefault(kind(linear.name, block.name), []).append(linear)
+    kinds = list(dict.fromkeys(path for of_block in by_kind.values() for path in of_block))  # blocks may differ
+    for name in [*map(_plain, shortened(kinds)), "all", "MB"]:
         table.add_column(name, justify="right")
     for block in result.blocks:
-        linears = linears_of[block.name]
-        cells = [f"{100 * share:.2f}" for share in [*(linear.sparsity for linear in linears), block.sparsity]]
-        table.add_row(block.name.rpartition(".")[2], *cells, f"{block.bytes / 1e6:,.1f}")
+        cells = [_percent(by_kind[block.name].get(path, [])) for path in kinds]
+        sums = (f"{100 * block.sparsity:.2f}", f"{block.bytes / 1e6:,.1f}")
+        table.add_row(block.name.rpartition(".")[2], *cells, *sums)
     shares = ", ".join(f"{name} {8 * size / result.weights:.3f}" for name, size in result.parts.items())
     total = (
         f"{result.zeros:,} of {result.weights:,} weights are zero ({result.sparsity:.4%}); "
         f"{result.bytes / 1e6:,.1f} MB of prunable weights in {result.file_bytes / 1e6:,.1f} MB of files\n"
-        f"{result.bits_per_weight:.3f} bits a weight: {shares}"
+        f"{result.bits_per_weight:.3f} bits a weight: {shares}\n"
+        f"linears, after the name of their block ({result.blocks[0].name}, …): {', '.join(kinds)}"
     )
     return Group(table, Text(total))
+
+
+def _percent(linears: list[LinearContents]) -> str:
+    """Share of zeros in linears together; empty where there are none."""
+    weights = sum(math.prod(linear.shape) for linear in linears)
+    return f"{100 * sum(linear.zeros for linear in linears) / weights:.2f}" if linears else ""
+
+
+def _plain(name: str) -> str:
+    """Name of a column: short ones go without the ending that all of them have."""
+    return name if "." in name else name.removesuffix("_proj")
 
 
 def verified(result: Verified, folder: Path) -> RenderableType:
@@ -106,7 +120,7 @@ def simulated(simulation: Simulation) -> RenderableType:
         labels = [pinned(one.model, one.revision) for one in shown]
     columns = [*simulation.kinds, simulation.block]
     for name in shortened([kind.name for kind in columns]):
-        table.add_column(name if "." in name else name.removesuffix("_proj"), justify="right")
+        table.add_column(_plain(name), justify="right")
     for figure in simulation.block.each():
         table.add_row(f"[bold]{described(figure)}")
         table.add_row("  dense", *(_cycles(column.dense.each()[figure]) for column in columns))
