@@ -284,6 +284,8 @@ def test_usage_errors_leave_with_2() -> None:
     assert_refused(called("eval", TINY, *text, "--limit", "3"), "--limit is not used: add --tasks, or leave it out.")
     assert_refused(called("eval", TINY, "--tasks", "boolq", "--window", "64"), "--window is not used: add --ppl")
     assert_refused(called("compare", TINY, "--recipes", "wanda", "--hub"), "--hub is not used: add --tasks")
+    none = called("compare", TINY, "--recipes", "wanda", "--tasks", ",", "--limit", "3")  # such as of an empty variable
+    assert_refused(none, "--limit is not used: add --tasks")
 
 
 @pytest.mark.parametrize("name", ["besa_run.json", "config.json", "model.safetensors"])
@@ -298,6 +300,8 @@ def test_results_beside_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert_refused(called("prune", TINY, out, *SMALL, "--json", out), "--json", "is the folder that will be written")
     same = ["--json", tmp_path / "x", "--json-progress", tmp_path / "x"]
+    assert_refused(called("inspect", TINY, *same), "--json and --json-progress are both", "choose two names")
+    assert_refused(called("inspect", TINY, *same[2:], *same[:2]), "--json and --json-progress are both")
     assert_refused(called("prune", TINY, out, *SMALL, *same), "choose two names")
     for command in (["prune", TINY, out, *SMALL], ["pack", TINY, out], ["unpack", TINY, out], ["shrink", TINY, out]):
         assert_refused(called(*command, "--json-progress", out / "progress.jsonl"), "lies in", "choose another place")

@@ -114,6 +114,12 @@ def test_as_many_epochs_as_fit_and_no_more(passes: float, samples: int, seqlen: 
         assert taken(epochs) <= passes + 1e-9 < taken(epochs + 1) + 2e-9
 
 
+def test_passes_come_in_place_of_minutes_and_only_they() -> None:
+    timed = within(Recipe.load("best"), 5)
+    assert spending(timed, 60, 64, 512) == spending(Recipe.load("best"), 60, 64, 512)
+    assert spending(timed, 60, 64, 512).distill.minutes is None
+
+
 def test_minutes_are_for_recipes_that_distil() -> None:
     assert within(Recipe.load("best"), 2.5).distill.minutes == 2.5
     with pytest.raises(BesaError, match=r"^Recipe fast does not distil, .*choose the recipe best.*\.$"):

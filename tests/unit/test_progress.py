@@ -294,6 +294,11 @@ def test_runs_are_added_to_the_file_and_a_torn_line_is_ended(tmp_path):
     assert json.loads(texts[1])["error"] is None
 
 
+def test_a_file_that_the_run_lacks_is_not_the_file_of_progress(tmp_path):
+    with pytest.raises(FileNotFoundError, match="model"), events(tmp_path / "p.jsonl"):
+        (tmp_path / "model").read_text()
+
+
 def test_a_file_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "taken").touch()
     with pytest.raises(BesaError, match=r"taken/x cannot be written: .*\."), events(tmp_path / "taken" / "x"):

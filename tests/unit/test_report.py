@@ -314,6 +314,28 @@ def test_a_missed_target_is_told_with_its_digits(folder):
     assert page.rows()["wanda"][0] == "49.6667 %"
 
 
+def test_exceptions_are_part_of_what_was_asked_for(three, folder):
+    # 60 and 20 of 120 and 80 weights a block; another run met 50 %, so the two do not compete.
+    run = record("wanda", zeros=240)
+    run["recipe"]["sparsity_of"], run["sparsity"] = {"*.down_proj": 0.25}, 0.4
+    html = render([*three, folder("fewer", run, evaluation({"wiki": 30.0}))])
+    page = Page(html)
+    assert page.rows()["wanda 40 %"][0] == "40.00 %"
+    assert "it was asked for" not in page.text
+    assert re.findall(r"<b>([^<]*)</b>", html) == ["34.00", "50.12"]
+    run["zeros"], run["sparsity"] = 239, 239 / 600
+    page = Page(render([folder("run", run)]))
+    assert "wanda ended at 39.8333 % sparsity, not at the 40.00 % it was asked for." in page.text
+
+
+def test_zeros_and_windows_of_a_command_are_those_of_the_run(folder):
+    longer = {"wiki": {"perplexity": 17.5, "windows": 70, "predicted": 1}}
+    measured = evaluation({"wiki": 20.0}, windows=40, other_windows={"64": longer})
+    page = Page(render([folder("int4", record("besa-int4", sparsity=0.0), measured)]))
+    assert "--sparsity 0.0 " in page.text
+    assert "--window 128,64 --max-windows 70" in page.text
+
+
 def test_differences_of_origin_are_told(three, folder):
     run = record("magnitude", versions={"besa": "0.2.0"})
     run["model"]["fingerprint"], run["calibration"]["sha256"] = "other", "other"
@@ -445,7 +467,7 @@ def zero_shot(source="embedded", **tasks):
 def test_accuracies_stand_beside_those_of_the_same_questions(folder):
     asked = zero_shot(piqa=0.62, boolq=0.5)
     dense = folder("dense", measured=evaluation({}, zero_shot=asked))
-    pruned = folder("besa", record(), evaluation({"wiki": 20.0}, zero_shot=zero_shot(piqa=0.6, boolq=0.55)))
+    pruned = folder("besa", record(), evaluation({"wiki": 20.0}, zero_shot=zero_shot(boolq=0.55, piqa=0.6)))
     other = folder("wanda", record("wanda"), evaluation({"wiki": 22.0}, zero_shot=zero_shot("hub", piqa=0.58)))
     page = Page(render([dense, pruned, other]))
     assert page.table("method", "sparsity", "piqa", "boolq", "mean")[1:] == [

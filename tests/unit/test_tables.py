@@ -12,6 +12,7 @@ from rich.console import Console, RenderableType
 
 import besa
 from besa.checkpoint.inspection import BlockContents, Contents, LinearContents
+from besa.cli import consoles
 from besa.cli.show import measuring, pruning, running, studying
 from besa.cli.tables import Whole
 from besa.runtime.timings import Bench, ModelSpeed, Timing
@@ -110,6 +111,17 @@ def test_sentences_are_broken_between_words_and_no_word_is_lost(width: int) -> N
         return sorted(word for column in zip(*cells, strict=True) for word in " ".join(column).split())
 
     assert words(text) == words(whole)
+
+
+def test_brackets_and_colons_of_a_name_are_no_markup() -> None:
+    name = "runs/mod[v2]:cat:[/b]"
+    table = Whole(title=name, caption=name)
+    table.add_column(name)
+    table.add_row(name)
+    for console in (consoles.out, consoles.err):
+        with console.capture() as captured:
+            console.print(table)
+        assert captured.get().count(name) == 4
 
 
 def test_blocks_that_are_unlike_stay_in_their_columns() -> None:

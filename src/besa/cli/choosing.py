@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from besa.methods.recipe import Recipe
     from besa.planning.explaining import Explanation
 
-LENGTHS = ("distill.epochs", "distill.minutes", "finetune.epochs")  # settings that say how long a recipe learns
+DISTILLED = ("distill.epochs", "distill.minutes")  # settings that say how long a recipe distils
 
 
 def recipe_of(
@@ -36,10 +36,10 @@ def recipe_of(
     from besa.planning import spending
 
     check_once("--sparsity", sparsity, settings, ("sparsity",))
-    check_once("--passes", passes, settings, LENGTHS)
     recipe = Recipe.load(name, sparsity, settings or ()).with_exceptions(skip or (), sparsity_of or ())
     if passes is None:
         return recipe
+    check_once("--passes", passes, settings, DISTILLED if recipe.distill.moves_weights else ("finetune.epochs",))
     about = _about(model, trust_remote_code)
     return spending(recipe, passes, samples, about.seqlen if seqlen is None else seqlen, about.head)
 

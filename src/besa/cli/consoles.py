@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 STDOUT = Path("-")  # as the file of `--json`
-out = Console(soft_wrap=True)  # what is printed may be copied: terminals break lines, nothing else does
-err = Console(stderr=True)
+# Without markup and emoji codes, as names of models and files have brackets and colons of their own. What is printed
+# may be copied, so terminals break lines and nothing else does.
+out = Console(soft_wrap=True, markup=False, emoji=False)
+err = Console(stderr=True, markup=False, emoji=False)
 _removers: list[Callable[[], None]] = []  # of what is drawn on the terminal while the work goes on
 
 

@@ -35,17 +35,18 @@ def events(file: str | Path) -> Iterator[Follower]:
     path = path_of(file)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a+b", buffering=0) as opened:
-            log = Events(opened)
-            log.write("begin", command=sys.argv, besa=__version__)
-            try:
-                yield log
-            except BaseException as error:
-                log.write("end", error=_reason(error))
-                raise
-            log.write("end", error=None)
+        opened = path.open("a+b", buffering=0)
+        log = Events(opened)
     except OSError as error:
         raise BesaError(f"{file} cannot be written: {error.strerror}.") from error
+    with opened:
+        log.write("begin", command=sys.argv, besa=__version__)
+        try:
+            yield log
+        except BaseException as error:
+            log.write("end", error=_reason(error))
+            raise
+        log.write("end", error=None)
 
 
 class Events:

@@ -176,11 +176,12 @@ BudgetOption = Annotated[
 ]
 
 
-def to_write(file: Path | None) -> Path | None:
+def to_write(context: typer.Context, file: Path | None) -> Path | None:
     """Check before the work that a command can write this file at its end: a new file, or one that it replaces.
 
     Raises:
-        BesaError: the file cannot be written, is a folder, a link or a device, or has the name of a checkpoint's file.
+        BesaError: the file cannot be written, is a folder, a link or a device, has the name of a checkpoint's file, or
+            is that of both `--json` and `--json-progress`.
     """
     if file is not None:
         if any(fnmatchcase(file.name, pattern) for pattern in RESERVED):
@@ -190,16 +191,19 @@ def to_write(file: Path | None) -> Path | None:
         if no_file or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
             raise BesaError(f"No file can be written to {file}: give a file name in a folder that you can write to.")
         path_of(file.with_name(f"{file.name}{BESIDE}"))
+        others = (context.params.get(name) for name in ("json", "json_progress"))  # what was read before this option
+        if any(path_of(other).absolute() == path_of(file).absolute() for other in others if other is not None):
+            raise BesaError(f"--json and --json-progress are both {file}: choose two names.")
     return file
 
 
-def to_write_or_print(file: Path | None) -> Path | None:
+def to_write_or_print(context: typer.Context, file: Path | None) -> Path | None:
     """As `to_write`; `-` is standard output.
 
     Raises:
         BesaError: as `to_write`.
     """
-    return file if file == STDOUT else to_write(file)
+    return file if file == STDOUT else to_write(context, file)
 
 
 def check_files(out: Path, json: Path | None, json_progress: Path | None) -> None:
@@ -211,14 +215,12 @@ def check_files(out: Path, json: Path | None, json_progress: Path | None) -> Non
         json_progress: of `--json-progress`.
 
     Raises:
-        BesaError: a result is to be where the folder or the progress will be, or progress in the folder.
+        BesaError: a result is to be where the folder will be, or progress in the folder.
     """
     folder = path_of(out).absolute()
     result = None if json in (None, STDOUT) else path_of(json).absolute()
     if result == folder:
         raise BesaError(f"--json {json} is the folder that will be written: choose another name.")
-    if json_progress is not None and result == path_of(json_progress).absolute():
-        raise BesaError(f"--json and --json-progress are both {json}: choose two names.")
     if json_progress is not None and folder in (here := path_of(json_progress).absolute(), *here.parents):
         raise BesaError(f"--json-progress {json_progress} lies in {out}, which is not there yet: choose another place.")
 

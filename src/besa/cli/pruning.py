@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.text import Text
 
-from besa.cli.choosing import LENGTHS, check_once, explained, recipe_of
+from besa.cli.choosing import DISTILLED, check_once, explained, recipe_of
 from besa.cli.consoles import give
 from besa.cli.options import (
     CALIBRATION,
@@ -40,9 +40,6 @@ from besa.cli.options import (
     bytes_of,
     check_files,
 )
-
-if TYPE_CHECKING:
-    pass
 
 commands = typer.Typer()
 PANEL = "Prune"
@@ -92,7 +89,7 @@ def prune(
 
     if passes is not None and minutes is not None:
         raise BesaError("A run has either passes or minutes to spend: give --passes or --minutes, not both.")
-    check_once("--minutes", minutes, set_, LENGTHS)
+    check_once("--minutes", minutes, set_, DISTILLED)
     check_files(out_dir, json, json_progress)
     chosen = recipe_of(recipe, sparsity, set_, skip, sparsity_of, passes, samples, seqlen, model, trust_remote_code)
     if dequantized and chosen.quantization.coding is None:

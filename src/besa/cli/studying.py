@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from besa.cli import completing
 from besa.cli.consoles import STDOUT, give, out
@@ -98,14 +99,13 @@ def compare_command(
     from besa.system import memory, ranks
     from besa.system.devices import resolve_device
 
-    texts = tuple(spelled_out(names(ppl) or ([] if tasks else ["encyclopedia"])))
-    check_used("--tasks", tasks, {"--limit": limit, "--hub": hub})
+    asked = tuple(names(tasks))
+    texts = tuple(spelled_out(names(ppl) or ([] if asked else ["encyclopedia"])))
+    check_used("--tasks", asked, {"--limit": limit, "--hub": hub})
     check_used("--ppl", texts, {"--window": window, "--max-windows": max_windows})
     source = locate(model, trust_remote_code=trust_remote_code).local(weights=False)
     usual = usual_length(source) if seqlen is None or window is None else 0
-    measures = Measures(
-        texts, files_of(data), usual if window is None else window, max_windows, tuple(names(tasks)), limit, hub
-    )
+    measures = Measures(texts, files_of(data), usual if window is None else window, max_windows, asked, limit, hub)
     own_device = str(resolve_device(device))
     conditions = Conditions(
         model,
@@ -155,7 +155,7 @@ def demo(
 
     plan = FULL if full else QUICK
     if json != STDOUT:
-        out.print(f"[bold]besa demo[/]: {plan.summary(sparsity)}")
+        out.print(Text.assemble(("besa demo", "bold"), f": {plan.summary(sparsity)}"))
     memory.stay_lean()
     with show_progress(quiet=quiet, json_progress=json_progress) as tracker:
         command = ["besa", *sys.argv[1:]]

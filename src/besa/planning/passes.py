@@ -173,7 +173,8 @@ def _filled(
     """
 
     def with_epochs(epochs: int) -> Recipe:
-        return recipe.model_copy(update={part: getattr(recipe, part).model_copy(update={"epochs": epochs})})
+        length = {"epochs": epochs} | ({"minutes": None} if part == "distill" else {})
+        return recipe.model_copy(update={part: getattr(recipe, part).model_copy(update=length)})
 
     least = taken(with_epochs(1))
     epoch = taken(with_epochs(2)) - least

@@ -42,7 +42,7 @@ def _table(questions: str, runs: Answered) -> Table:
             entry.label,
             entry.sparsity,
             *(_share(zero_shot.tasks.get(task)) for task in tasks),
-            f"{100 * zero_shot.mean:.2f}" if list(zero_shot.tasks) == tasks else wording.NO_VALUE,
+            f"{100 * zero_shot.mean:.2f}" if zero_shot.tasks.keys() == {*tasks} else wording.NO_VALUE,
         ]
         for entry, zero_shot in runs
     ]

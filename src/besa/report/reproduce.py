@@ -54,12 +54,12 @@ def evaluate(entry: Entry) -> str | None:
     if measured is None or not (measured.perplexity or measured.zero_shot):
         return None
     zero_shot = measured.zero_shot
-    used = [entry.run.basis(text) for text in entry.run.texts]
+    details = [one for texts in (measured.details, *measured.other_windows.values()) for one in texts.values()]
     return _line(
         ["eval", pinned(measured.model, measured.revision) if entry.run.dense else folder(entry)],
         ppl=entry.run.texts,
-        window=",".join(map(str, [measured.window, *measured.other_windows])) if used else None,
-        max_windows=max((basis[1] for basis in used if basis and basis[1]), default=None),
+        window=",".join(map(str, [measured.window, *measured.other_windows])) if entry.run.texts else None,
+        max_windows=max((one.windows for one in details if one.windows), default=None),
         bos=measured.bos if measured.bos != "auto" else None,
         tasks=",".join(zero_shot.tasks) if zero_shot else None,
         limit=zero_shot.limit if zero_shot else None,
@@ -95,7 +95,7 @@ def _line(words: list[str], variables: dict[str, Any] | None = None, **options: 
     """A command, continued where it grows long; a list is an option given several times, True a flag."""
     lines = [shlex.join([*(f"{name}={value}" for name, value in (variables or {}).items()), "besa", *words])]
     for option, value in options.items():
-        for one in value if isinstance(value, list) else [] if value in (None, False) else [value]:
+        for one in value if isinstance(value, list) else [] if value is None or value is False else [value]:
             more = shlex.join([f"--{option.replace('_', '-')}", *([] if one is True else [str(one)])])
             if len(lines[-1]) + len(more) < WIDTH:
                 lines[-1] += f" {more}"

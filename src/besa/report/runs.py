@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from besa.counting.budget import zeros_for
@@ -57,15 +59,17 @@ class Run:
 
     @property
     def target(self) -> float | None:
-        """The sparsity that was asked for; the counted one where nobody knows."""
-        if self.record is not None:
-            return float(self.record.recipe.get("sparsity", self.record.sparsity))
-        return self.measured.sparsity if self.measured else None
+        """The sparsity that was asked for, exceptions included; the counted one where nobody knows."""
+        if self.record is None:
+            return self.measured.sparsity if self.measured else None
+        if self.record.recipe.get("sparsity_of"):
+            return _zeros_asked(self.record) / self.record.weights
+        return float(self.record.recipe.get("sparsity", self.record.sparsity))
 
     @property
     def exact(self) -> bool:
         """Whether the zeros counted in the written tensors are the integer that was asked for."""
-        return self.record is not None and self.record.zeros == zeros_for(self.target or 0.0, self.record.weights)
+        return self.record is not None and self.record.zeros == _zeros_asked(self.record)
 
     @property
     def learned(self) -> bool:
@@ -87,6 +91,18 @@ class Run:
             return None
         details = self.measured.details.get(text)
         return (self.measured.window, details.windows, details.bos) if details else (self.measured.window, None, False)
+
+
+def _zeros_asked(record: RunRecord) -> int:
+    """Of the sparsity of most linears, and of each that a pattern gives its own."""
+    sparsity, patterns = record.recipe.get("sparsity", record.sparsity), record.recipe.get("sparsity_of", {})
+    own: list[tuple[float, int]] = []
+    for linear in (linear for block in record.blocks for linear in block.linears):
+        given = next((patterns[pattern] for pattern in patterns if fnmatchcase(linear.name, pattern)), None)
+        if given is not None:
+            own.append((given, math.prod(linear.shape)))
+    rest = record.weights - sum(weights for _, weights in own)
+    return zeros_for(sparsity, rest) + sum(zeros_for(given, weights) for given, weights in own)
 
 
 def load_run(path: Path) -> Run:

@@ -119,17 +119,17 @@ def simulated(simulation: Simulation) -> RenderableType:
     if len(set(labels)) < len(labels):
         labels = [pinned(one.model, one.revision) for one in shown]
     columns = [*simulation.kinds, simulation.block]
-    for name in shortened([kind.name for kind in columns]):
+    for name in shortened([column.name for column in columns]):
         table.add_column(_plain(name), justify="right")
     for figure in simulation.block.each():
-        table.add_row(f"[bold]{described(figure)}")
+        table.add_row(Text(described(figure), "bold"))
         table.add_row("  dense", *(_cycles(column.dense.each()[figure]) for column in columns))
         for label, one in zip(labels, shown, strict=True):
             own = {column.name: column.each()[figure] for column in [*one.kinds, one.block]}
             table.add_row(f"  {label}", *(_cycles(own[column.name]) for column in columns))
         ratios = [column.speedup[figure] for column in columns]
         table.add_row("  speed-up", *(f"{ratio:.2f}×" if ratio else "" for ratio in ratios), end_section=True)
-    table.add_row("[bold]sparsity", *(f"{column.sparsity:.2%}" for column in columns))
+    table.add_row(Text("sparsity", "bold"), *(f"{column.sparsity:.2%}" for column in columns))
     return table
 
 
