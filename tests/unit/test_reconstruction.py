@@ -5,7 +5,8 @@ import torch
 
 from besa.counting.masks import hard_mask, rank
 from besa.errors import BesaError
-from besa.methods.reconstruction import NoReconstruction, OBSUpdate
+from besa.methods.importance import OBS
+from besa.methods.reconstruction import ADMM, NoReconstruction, OBSUpdate
 from besa.methods.reconstruction.obs_update import inverse_factor, sweep
 from besa.observing.input_statistics import InputStatistics
 
@@ -62,8 +63,8 @@ def slowly_with_a_mask(w_OI, kept_OI, hessian_II):
     return w_OI
 
 
-def slowly_choosing_the_mask(w_OI, zeros, hessian_II, columns):
-    """Block by block the weights whose removal costs least go, an equal number in every block."""
+def slowly_choosing_the_mask(w_OI, zeros, hessian_II, columns, dead_I):
+    """Block by block the weights whose removal costs least go, an equal number in every block; dead ones cost nothing."""
     w_OI = w_OI.double()
     width = w_OI.shape[1]
     for start in range(0, width, columns):
@@ -71,6 +72,7 @@ def slowly_choosing_the_mask(w_OI, zeros, hessian_II, columns):
             [w_OI[:, j].square() / torch.linalg.inv(hessian_II[j:, j:])[0, 0] for j in range(start, start + columns)],
             dim=1,
         )
+        cost_OB[:, dead_I[start : start + columns]] = 0
         kept_OB = torch.ones_like(cost_OB, dtype=torch.bool)
         kept_OB.view(-1)[cost_OB.view(-1).argsort(stable=True)[: zeros * columns // width]] = False
         for w_I, kept_B in zip(w_OI, kept_OB, strict=True):
@@ -136,11 +138,39 @@ def test_an_adaptive_mask_is_chosen_as_slowly_by_hand(w_OI, x_TI, counts_O, colu
     rebuilt_OI = OBSUpdate(**SPARSEGPT, mask="adaptive", columns=columns).rebuild(
         w_OI, rank(w_OI.abs(), w_OI), counts_O, gathered(x_TI)
     )
-    expected_OI = slowly_choosing_the_mask(w_OI, 72, damped_hessian(x_TI, 0.01), min(columns, WIDTH))
+    dead_I = torch.arange(WIDTH) == 5
+    expected_OI = slowly_choosing_the_mask(w_OI, 72, damped_hessian(x_TI, 0.01), min(columns, WIDTH), dead_I)
     assert torch.equal(rebuilt_OI == 0, expected_OI == 0)
     torch.testing.assert_close(rebuilt_OI.double(), expected_OI, rtol=1e-4, atol=1e-4)
     for block_OB in rebuilt_OI.split(columns, dim=1):
         assert int((block_OB == 0).sum()) == 72 * block_OB.shape[1] // WIDTH
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
+@pytest.mark.parametrize("method", ["sparsegpt", "obs", "admm"])
+def test_weights_of_dead_channels_go_first(method, scale):
+    """A third of the channels never fires, as after a ReLU: whatever the live ones measure, none of their weights goes."""
+    generator = torch.Generator().manual_seed(3)
+    w_OI = torch.randn(16, 48, generator=generator)
+    x_TI = scale * torch.randn(200, 48, generator=generator).relu()
+    x_TI[:, ::3] = 0
+    statistics, counts_O = InputStatistics.empty(48, True, x_TI.device), torch.full((16,), 16)
+    statistics.add(x_TI, [False, False, False, True])
+    ranks_OI = rank(OBS().score(w_OI, statistics) if method == "obs" else w_OI.abs(), w_OI)
+    rebuilder = {"sparsegpt": OBSUpdate(**SPARSEGPT, mask="adaptive"), "obs": NoReconstruction(), "admm": ADMM()}
+    rebuilt_OI = rebuilder[method].rebuild(w_OI, ranks_OI, counts_O, statistics)
+    assert (rebuilt_OI[:, ::3] == 0).all()
+    torch.testing.assert_close(rebuilt_OI[:, 1::3], w_OI[:, 1::3])
+
+
+def test_a_pattern_holds_where_a_whole_group_is_dead(w_OI, x_TI):
+    w_OI, counts_O = w_OI.clone(), torch.full((ROWS,), WIDTH // 2)
+    w_OI[:, 8:12] = 0
+    rebuilt_OI = OBSUpdate(**SPARSEGPT, mask="adaptive").rebuild(
+        w_OI, rank(w_OI.abs(), w_OI, 4), counts_O, gathered(x_TI), 4
+    )
+    zeros_OG = (rebuilt_OI == 0).unflatten(1, (-1, 4)).sum(dim=2)
+    assert zeros_OG.tolist() == [[2] * 6] * ROWS  # those of the dead group that are kept make up for others
 
 
 @pytest.mark.parametrize("columns", [7, 128])
@@ -215,7 +245,7 @@ def test_without_tokens_kept_weights_stay(w_OI, mask):
 def test_columns_of_different_width_share_the_zeros(w_OI, x_TI):
     """24 columns in blocks of 10, 10 and 4."""
     factor_II = inverse_factor(gathered(x_TI).inverse_hessian(0.01))
-    swept_OI = sweep(w_OI, w_OI == 0, factor_II, 10, torch.tensor(72))
+    swept_OI = sweep(w_OI, w_OI == 0, torch.zeros(WIDTH, dtype=torch.bool), factor_II, 10, torch.tensor(72))
     assert [int((part == 0).sum()) for part in swept_OI.split(10, dim=1)] == [30, 30, 12]
 
 

@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.pytorch_utils import Conv1D
 
 from besa.errors import BesaError
@@ -459,6 +461,25 @@ def test_every_eighth_sequence_is_held_out(batch):
         torch.testing.assert_close(found[name].held_II, (held.T @ held).float())
         torch.testing.assert_close(found[name].gram_II, (rest.T @ rest).float())
         torch.testing.assert_close(found[name].squares_I, x.double().square().sum(dim=(0, 1)), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 11])
+def test_of_experts_too_every_eighth_sequence_is_held_out(batch):
+    """Which tokens reach an expert in which order, a family decides: top-2 experts get all first choices first."""
+    torch.manual_seed(0)
+    config = MixtralConfig(hidden_size=6, intermediate_size=7, num_local_experts=5, num_experts_per_tok=2)
+    module = MixtralSparseMoeBlock(config).requires_grad_(False)
+    for parameter in module.parameters():
+        parameter.normal_()
+    block = Block(0, "b", module, find_prunables(module), {(n, 5): {} for n in range(1, 12)})
+    x_NTC = torch.randn(11, 5, 6)
+    found = look(Unit((block,)), x_NTC, batch, True, Share(7, 18, 20))
+    for places, sums in (([1, 9], "held_II"), ([0, *range(2, 9), 10], "gram_II")):
+        with collect(module, block.prunables, gram=True) as expected:
+            block(x_NTC[places])
+        assert len(expected) == len(found) == 10
+        for name, one in found.items():
+            torch.testing.assert_close(getattr(one, sums), expected[name].gram_II, rtol=1e-5, atol=1e-5)
 
 
 def test_a_single_sequence_is_solved_for_and_judged_by():

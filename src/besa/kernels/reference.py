@@ -61,7 +61,7 @@ def cheapest_counts(ideal_R: Tensor, width_R: Tensor, least_R: Tensor, total: in
     low = -high
     for _ in range(PRICE_HALVINGS):
         middle = (low + high) / 2
-        fits = counts_at(middle).sum() <= total
+        fits = counts_at(middle).long().sum() <= total
         low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
     return counts_at(low - 0.5 / width_R.max())
 

@@ -42,5 +42,5 @@ def apportion(rates_R: Tensor, widths_R: Tensor, total: int, least_R: Tensor) ->
     ideal_R = rates_R.to(dtype) * width_R
     counts_R = kernels.cheapest_counts(ideal_R, width_R, least_R.to(dtype), total)
     cost_R = torch.where(counts_R < width_R, (2 * (counts_R - ideal_R) + 1) / width_R, torch.inf)
-    more_R = torch.arange(rows, device=cost_R.device) < total - counts_R.sum()  # at most one more step per row
+    more_R = torch.arange(rows, device=cost_R.device) < total - counts_R.long().sum()  # at most one more step per row
     return counts_R.scatter_add_(0, cost_R.argsort(stable=True), more_R.to(dtype)).long()

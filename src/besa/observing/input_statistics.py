@@ -61,8 +61,8 @@ class InputStatistics:
 
         Args:
             x_TI: the tokens, of any float dtype, in the order of the sequences.
-            held_out: whether each sequence of the pass is held out. Its rows are told by their place, which is exact
-                where every token of the pass comes, and nearly so for an expert that gets some of them.
+            held_out: whether each sequence of the pass is held out. Where they differ, every token of the pass comes,
+                and rows are told by their place.
         """
         self._inverses.clear()
         self._reached = None
@@ -81,6 +81,14 @@ class InputStatistics:
         if self._reached is None:
             self._reached = bool(self.squares_I.any())
         return self._reached
+
+    @property
+    def dead_I(self) -> Tensor:
+        """Which channels (I,) were zero in every token: their weights do nothing.
+
+        None of an input that no token reached, as nothing is known of it.
+        """
+        return (self.squares_I == 0) & self.reached
 
     def hessian(self, damping: float) -> Tensor:
         """H = Σ x xᵀ (I, I) of all tokens, as SparseGPT has it.
@@ -145,6 +153,16 @@ def _runs(tokens: int, held_out: Sequence[bool]) -> Iterator[tuple[slice, bool]]
         yield slice(tokens * start // sequences, tokens * end // sequences), held
 
 
+def _passes(held_out_N: Sequence[bool], batch: int, *, apart: bool) -> Iterator[slice]:
+    """The sequences of each forward pass; if `apart`, those that are held out are in none with others."""
+    for start in range(0, len(held_out_N), batch):
+        own = held_out_N[start : start + batch]
+        runs = [len(list(run)) for _, run in groupby(own)] if apart else [len(own)]
+        for size in runs:
+            yield slice(start, start + size)
+            start += size
+
+
 def settle(statistics: dict[str, InputStatistics]) -> None:
     """Finish the sums of a pass, by full name: over all ranks, and with one look at which of them any token reached."""
     if ranks.count() > 1:
@@ -198,7 +216,8 @@ def look(
     """The input statistics of all matrices of a unit, by full name; its outputs are not needed.
 
     If every matrix sees every token once in the first pass, later passes stop before the last matmul. The sequences at
-    multiples of `HELD_OUT` are held out from what weights are solved for; a single sequence serves as both.
+    multiples of `HELD_OUT` are held out from what weights are solved for; a single sequence serves as both. If experts
+    share the tokens, these sequences have passes of their own, as nothing tells the sequence of an expert's token.
 
     Args:
         unit: runs with its own weights.
@@ -208,8 +227,10 @@ def look(
         share: the sequences of the inputs, which are those of this rank.
         every: one sequence in so many is looked at.
     """
+    routed = any(prunable.routed for prunable in unit.prunables.values())
     if every == 1:
-        passes = [slice(start, start + batch) for start in range(0, len(x_NTC), batch)]
+        held_out_N = [(share.first + place) % HELD_OUT == 0 for place in range(len(x_NTC))]
+        passes = list(_passes(held_out_N, batch, apart=gram and routed))
     else:  # by themselves, so that sums do not depend on how ranks share the sequences
         passes = [slice(place, place + 1) for place in share.own(share.every(every))]
     sums = [_Sums(gram) for _ in unit.blocks]

@@ -12,7 +12,10 @@ from besa.observing.input_statistics import InputStatistics
 
 
 class OBS(Criterion):
-    """Importance w²/[H⁻¹]ⱼⱼ with H = X Xᵀ (Hassibi & Stork, 1992; the score of SparseGPT, Frantar & Alistarh, 2023)."""
+    """Importance w²/[H⁻¹]ⱼⱼ with H = X Xᵀ (Hassibi & Stork, 1992; the score of SparseGPT, Frantar & Alistarh, 2023).
+
+    Weights of channels that are always zero count nothing, as in SparseGPT.
+    """
 
     method: Literal["obs"] = "obs"
     damping: float = Field(default=0.01, gt=0, description="added to H's diagonal, as a share of its mean")
@@ -26,4 +29,4 @@ class OBS(Criterion):
             BesaError: the damped Gram matrix is not positive definite.
         """
         inverse_II = statistics.inverse_hessian(self.damping)
-        return w_OI.float().square() / inverse_II.diagonal()
+        return (w_OI.float().square() / inverse_II.diagonal()).masked_fill_(statistics.dead_I, 0)

@@ -62,7 +62,8 @@ class ADMM(Rebuilder):
 
         def rebuilt(rows: slice) -> Tensor:
             w_RI = w_OI[rows]
-            masked_RI, kept_RI = self._in_turn(w_RI, first_OI[rows], counts_O[rows], hessian_II, group)
+            alive_RI = w_RI.masked_fill(statistics.dead_I, 0)  # what does nothing goes first
+            masked_RI, kept_RI = self._in_turn(alive_RI, first_OI[rows], counts_O[rows], hessian_II, group)
             return written(solve(w_RI, kept_RI, hessian_II, self.iterations, masked_RI), kept_RI, w_OI.dtype)
 
         return better(ranks.by_rows(rebuilt, len(w_OI)), w_OI.where(first_OI, 0), w_OI, statistics)

@@ -75,6 +75,7 @@ class OBSUpdate(Rebuilder):
         rebuilt_OI = sweep(
             dense_OI,
             dense_OI == 0,
+            statistics.dead_I,
             inverse_factor(inverse_II),
             columns,
             counts_O.sum(),
@@ -104,6 +105,7 @@ def inverse_factor(inverse_II: Tensor) -> Tensor:
 def sweep(
     w_OI: Tensor,
     zero_OI: Tensor,
+    dead_I: Tensor,
     factor_II: Tensor,
     columns: int,
     zeros: Tensor,
@@ -117,6 +119,7 @@ def sweep(
     Args:
         w_OI: float32 weight, not changed.
         zero_OI: weights that are zero already; they are pruned first.
+        dead_I: channels that are always zero; their weights are pruned next.
         factor_II: `inverse_factor` of the input's Hessian.
         columns: width of a block; the blocks share the zeros in proportion to their width.
         zeros: how many weights to prune (scalar); unused with a fixed mask.
@@ -128,27 +131,33 @@ def sweep(
     w_RI = w_OI[own].clone()
     starts = range(0, width, columns)
     sizes = [min(columns, width - start) for start in starts]
-    shares = [0] * len(sizes) if kept_OI is not None else _shares(zero_OI, sizes, zeros)
+    if kept_OI is not None:
+        shares = [0] * len(sizes)
+    elif per_row:
+        shares = [int(zeros) // len(sizes)] * len(sizes)
+    else:
+        shares = _shares(zero_OI, sizes, zeros)
     for start, size, share in zip(starts, sizes, shares, strict=True):
         end = start + size
         block_RB, factor_BB = w_RI[:, start:end], factor_II[start:end, start:end]  # a view: updated in place
         if kept_OI is not None:
             kept_RB = kept_OI[own, start:end]
         elif per_row:
-            kept_RB = _order(block_RB, zero_OI[own, start:end], factor_BB, size) >= share // rows
+            kept_RB = _order(block_RB, zero_OI[own, start:end], dead_I[start:end], factor_BB, size) >= share // rows
         else:
             block_OB = ranks.gathered(block_RB, rows)
-            kept_RB = (_order(block_OB, zero_OI[:, start:end], factor_BB, rows * size) >= share)[own]
+            order_OB = _order(block_OB, zero_OI[:, start:end], dead_I[start:end], factor_BB, rows * size)
+            kept_RB = (order_OB >= share)[own]
         error_RB = torch.empty_like(block_RB)
         kernels.swept(block_RB, kept_RB, factor_BB, error_RB)
         w_RI[:, end:] -= error_RB @ factor_II[start:end, end:]
     return ranks.gathered(w_RI, rows)
 
 
-def _order(block_OB: Tensor, zero_OB: Tensor, factor_BB: Tensor, together: int) -> Tensor:
+def _order(block_OB: Tensor, zero_OB: Tensor, dead_B: Tensor, factor_BB: Tensor, together: int) -> Tensor:
     """The place of each weight in the pruning order of the `together` weights that compete; zeros come first."""
     prunable_OB = block_OB.masked_fill(zero_OB, 0)
-    score_OB = prunable_OB.square() / factor_BB.diagonal().square()
+    score_OB = (prunable_OB.square() / factor_BB.diagonal().square()).masked_fill_(dead_B, 0)
     return rank(score_OB.reshape(-1, together), prunable_OB.reshape(-1, together)).reshape(block_OB.shape)
 
 

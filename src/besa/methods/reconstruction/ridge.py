@@ -42,12 +42,16 @@ def best_ridge(dense_OI: Tensor, kept_OI: Tensor, statistics: InputStatistics) -
 
 
 def with_ridge(statistics: InputStatistics, ridge: Tensor) -> Tensor:
-    """Σ x xᵀ (I, I) with its diagonal times 1 + `ridge` (scalar); 1 for channels that are always zero."""
+    """Σ x xᵀ (I, I) with its diagonal times 1 + `ridge` (scalar).
+
+    A channel that is zero in the tokens to solve for has Σ x² of those that are held out, or 1 if it is always zero.
+    """
     assert statistics.gram_II is not None, "the recipe did not ask for the Gram matrix"
     hessian_II = statistics.gram_II.to(torch.float32, copy=True)
     diagonal_I = hessian_II.diagonal()
     diagonal_I *= 1 + ridge
-    diagonal_I.masked_fill_(diagonal_I == 0, 1.0)
+    known_I = statistics.squares_I.float()
+    diagonal_I.copy_(diagonal_I.where(diagonal_I > 0, known_I.where(known_I > 0, 1.0)))
     return hessian_II
 
 
