@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.quantizers import auto
 
 import besa
@@ -130,7 +130,11 @@ def test_commands_know_such_folders(
         lambda: besa.shrink(small, tmp_path / "out"),
         lambda: besa.pack(small, tmp_path / "out"),
         lambda: besa.compress(small, "wanda", TEXT, out=tmp_path / "out", samples=4, seqlen=32),
-    ):
+        lambda: besa.compress(
+            AutoModelForCausalLM.from_pretrained(small), "wanda", TEXT, out=tmp_path / "out",
+            tokenizer=AutoTokenizer.from_pretrained(small), samples=4, seqlen=32,
+        ),
+    ):  # fmt: skip
         with pytest.raises(BesaError, match="have widths of their own"):
             refused()
     assert not list(tmp_path.iterdir())

@@ -26,7 +26,7 @@ def open_decoder(
         model: a local source, or loaded by the caller.
         tokenizer: needed with a loaded model; otherwise the model's own by default.
         dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``; a loaded model keeps its own.
-        from_disk: leave the weights on the disk. A .gguf file is loaded all the same.
+        from_disk: the result will be written, so leave the weights on the disk. A .gguf file is loaded all the same.
 
     Raises:
         BesaError: the model cannot be read, is packed or quantised, has an adapter or, loaded, another dtype; or it
@@ -36,6 +36,8 @@ def open_decoder(
         check_decoder(type(model).__name__, model.config)
         _check_parameters(model)
         _check_own(model)
+        if from_disk:
+            refuse(type(model).__name__, model.config)
         check_dtype_of_caller(model, dtype)
         return DecoderInMemory(model), tokenizer_of_caller(tokenizer), describe(model)
     if model.gguf:

@@ -26,7 +26,7 @@ from besa.pruning.step import Step, prune_unit
 from besa.pruning.studied import Studied
 from besa.quantization import Grid
 from besa.record import BlockRecord
-from besa.storage.formats import codes
+from besa.storage.formats import codes, unrounded
 from besa.storage.journal import Journal
 from besa.system import memory, ranks
 from besa.system.stopwatch import Stopwatch
@@ -186,6 +186,8 @@ class _Walk:
             self.grids |= put_back(self._run.decoder, block, self._run.kept(block), self._run.recipe)
             if place < self._last_open:
                 block.run(self._pruned_NTC, batch, into=self._pruned_NTC)
+            if self._run.recipe.rounds_last:  # distilling begins with the weights as they were before their rounding
+                self._run.decoder.load_tensors(block, unrounded.decode(self._run.kept(block), 0)[0])
             self._finish(self._done[block.index], restored=True)
 
     def _prune(self, place: int, watch: Stopwatch) -> tuple[list[BlockRecord], Coded]:
