@@ -289,3 +289,26 @@ def test_the_beginnings_of_sequences_run_too(tiny_llama, tokens_NT):
     for tokens in (3, 7):
         start_NTC = blocks[0](x_NTC[:2, :tokens])
         torch.testing.assert_close(start_NTC, blocks[0](x_NTC[:2])[:, :tokens], rtol=1e-4, atol=1e-5)
+
+
+ROPE = {"rope_theta": 10_000.0, "original_max_position_embeddings": 16}
+SCALED = {
+    "longrope": lambda: transformers.Phi3Config(
+        **SMALL, **HEADS, pad_token_id=0, max_position_embeddings=64, original_max_position_embeddings=16,
+        rope_parameters=ROPE | {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [3.0] * 4},
+    ),
+    "dynamic": lambda: transformers.LlamaConfig(
+        **SMALL, **HEADS, max_position_embeddings=16, rope_parameters=ROPE | {"rope_type": "dynamic", "factor": 4.0}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("scaling", SCALED)
+def test_positions_that_depend_on_the_length_are_refused(scaling):
+    """Where one scaling serves the whole sequence and its beginning, nothing is in the way."""
+    model = transformers.AutoModelForCausalLM.from_config(SCALED[scaling]())
+    tokens_NT = torch.randint(64, (2, 24), generator=torch.Generator().manual_seed(0))
+    refused = r"other rotary embeddings in sequences of 24 tokens than in their first 12.*give a shorter --seqlen"
+    with pytest.raises(BesaError, match=refused):
+        list(capture_inputs(model, find_blocks(model), tokens_NT, 2, [12, 24]))
+    assert len(list(capture_inputs(model, find_blocks(model), tokens_NT[:, :16], 2, [8, 16]))) == 1

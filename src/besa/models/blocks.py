@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from besa.errors import BesaError
@@ -26,6 +27,7 @@ from besa.models.prunable import Prunable, everywhere, find_prunables, replaced
 from besa.models.transfers import Outputs, fetched
 from besa.system.ranks import Share
 
+SAME_POSITION = 0.01  # difference of two cosines that rounding to bfloat16 explains
 DEPTHS = ("num_hidden_layers", "num_layers", "decoder_layers")  # the number of blocks in configurations
 
 
@@ -232,17 +234,50 @@ def capture_inputs(
     the blocks need no weights. Before the first part is yielded, the call arguments of every block are captured. Masks
     and position biases may depend on the shape, so this is done for every batch size up to `batch`, for sequences of T
     tokens and for their beginnings of `lengths` tokens.
+
+    Raises:
+        BesaError: a beginning does not stand for itself, as its positions are others in the whole sequence.
     """
     with standing_aside(blocks) as calls:
         for size in range(1, min(batch, len(tokens_NT)) + 1):
             for length in {tokens_NT.shape[1], *lengths}:
                 run_base(model, tokens_NT[:size, :length])
+        for block in blocks:
+            for length in lengths:
+                _check_positions(block, type(model).__name__, tokens_NT.shape[1], length)
         for part_NT in tokens_NT.split(batch):
             calls.clear()
             run_base(model, part_NT)
             x_NTC = calls[0].x_NTC.detach()  # a hook of the caller's may have made it require gradients
             calls.clear()
             yield x_NTC
+
+
+def _check_positions(block: Block, name: str, seqlen: int, length: int) -> None:
+    """Check that the beginning of a sequence has the rotary embeddings that it has within the whole sequence.
+
+    Args:
+        block: with the arguments of both calls.
+        name: of the model.
+        seqlen: tokens of the whole sequence.
+        length: of the beginning.
+
+    Raises:
+        BesaError: it has others: their scaling depends on the length, as of longrope and dynamic NTK.
+    """
+    for argument, whole in block.arguments[1, seqlen].items():
+        if not argument.startswith("position_embeddings") or length == seqlen:
+            continue
+        begun = block.arguments[1, length].get(argument)
+        for one, other in zip(tree_leaves(whole), tree_leaves(begun), strict=True):
+            if not isinstance(one, Tensor):
+                continue
+            longer = (axis for axis, size in enumerate(one.shape) if size != other.shape[axis])
+            if any(not torch.allclose(one.narrow(axis, 0, length), other, atol=SAME_POSITION) for axis in longer):
+                raise BesaError(
+                    f"{name} has other rotary embeddings in sequences of {seqlen:,} tokens than in their first "
+                    f"{length:,}, and besa compares the two: give a shorter --seqlen, such as {length}."
+                )
 
 
 def embedded(
