@@ -28,6 +28,7 @@ from transformers import (
 import besa
 from besa import BesaError
 from besa.checkpoint import packing
+from besa.models.limits import embedding_rows
 from besa.runtime.coded import CodedEmbedding, CodedLinear
 from besa.runtime.speed import step_bytes
 from besa.storage.formats import row_codes
@@ -100,11 +101,16 @@ def test_unpacking_gives_the_numbers_of_the_codes_and_all_else_to_the_bit(checkp
     assert files.coded == sorted(name.removesuffix(".weight") for name in ends)
 
 
-def test_it_computes_what_the_unpacked_checkpoint_does(checkpoint: Path, tmp_path: Path) -> None:
+def test_it_computes_what_the_unpacked_checkpoint_does(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     besa.unpack(checkpoint / "packed", tmp_path / "again")
     own, expected = besa.load(checkpoint / "packed"), logits(besa.load(tmp_path / "again"))
     assert isinstance(own.get_input_embeddings(), CodedEmbedding)
     assert isinstance(own.get_output_embeddings(), CodedLinear)
+    with monkeypatch.context() as patch:  # asked for each answer of a task: no matrix is made dense for it
+        patch.delattr(row_codes.RowCodes, "unpack")
+        assert embedding_rows(own) == own.config.vocab_size
     torch.testing.assert_close(logits(own), expected, rtol=1e-4, atol=1e-4)
     off = (logits(own) - logits(besa.load(checkpoint / "dense"))).abs().max()
     assert 0 < off < 0.03 * expected.abs().max()

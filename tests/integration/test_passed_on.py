@@ -641,6 +641,10 @@ def test_links_out_of_the_folder_are_refused(tmp_path: Path) -> None:
     (source / "merges.txt").symlink_to("tokenizer.json")  # within
     besa.compress(source, "wanda", out=tmp_path / "out", **SMALL)
     assert (tmp_path / "out" / "merges.txt").read_bytes() == (source / "tokenizer.json").read_bytes()
+    (source / "besa_run.json").symlink_to(tmp_path / "secret.txt")  # which `pack` copies, and `push` would publish
+    with pytest.raises(BesaError, match=r"besa_run.json is a link to a file outside"):
+        pack(source, tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()
 
 
 def test_a_file_whose_name_is_no_text_is_refused_before_the_work(tmp_path: Path) -> None:

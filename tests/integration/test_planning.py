@@ -15,6 +15,7 @@ import besa
 from benchmarks.peers import gguf_files
 from besa import Calibration
 from besa.cli.show import pruning as show
+from besa.errors import BesaError
 from besa.methods.recipe import Recipe
 from besa.models.blocks import find_blocks
 from besa.models.loading import read_config, skeleton
@@ -493,6 +494,28 @@ def test_distilling_is_planned_with_the_whole_model(tiny_llama_folder: Path, tmp
     console = Console(record=True, width=200, file=io.StringIO())
     console.print(show.planned(plans["weights"]))
     assert "with the whole model at once" in console.export_text()
+
+
+@pytest.mark.parametrize("recipe", ["wanda", "besa-int4", "best-int4"])
+@pytest.mark.parametrize("dequantized", [False, True])
+def test_a_run_asks_for_the_disk_that_is_planned(
+    recipe: str, dequantized: bool, shallow_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def check_space(folder: Path, size: int) -> None:
+        asked.append(size)
+        raise BesaError("That is enough.")
+
+    monkeypatch.setattr("besa.api.compressing.check_space", check_space)
+    sizes = {"calibration": str(shallow_llama_folder / "calibration.txt"), "samples": 4, "seqlen": 32}
+    with pytest.raises(BesaError, match="That is enough"):
+        besa.compress(shallow_llama_folder, recipe, out=tmp_path / "out", dequantized=dequantized, **sizes)
+    plan = besa.plan(shallow_llama_folder, recipe, **sizes)
+    if dequantized and recipe == "besa-int4":  # that of `best-int4` is full when a state of its distilling is written
+        assert asked[0] > plan.disk_bytes
+    else:
+        assert asked == [plan.disk_bytes]
 
 
 def test_a_model_too_large_to_be_distilled_is_refused_before_the_work(

@@ -262,6 +262,14 @@ def test_in_the_mix_a_short_text_gives_what_it_has(texts):
     )
 
 
+@pytest.mark.parametrize("at_most", [False, True])
+def test_a_text_shorter_than_one_sequence_gives_none(texts, at_most):
+    texts["technical"] = 3
+    found = sample("mix", COUNTING, 8, 4, 0, at_most=at_most)
+    assert by_text(found.tokens_NT) == [2, 2, 2, 0, 2]
+    assert [part.samples for part in found.parts] == [2, 2, 2, 0, 2]
+
+
 def test_at_most_gives_what_there_is(texts):
     texts["technical"] = 11
     assert by_text(sample("mix", COUNTING, 83, 4, 0, at_most=True).tokens_NT) == [20, 20, 20, 2, 20]

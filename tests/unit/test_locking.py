@@ -1,5 +1,7 @@
 """Locks on files, also as Windows has them."""
 
+import errno
+import os
 import sys
 from pathlib import Path
 
@@ -52,6 +54,21 @@ def test_a_folder_appears_and_its_claim_is_gone(tmp_path: Path) -> None:
         with pytest.raises(BesaError, match=r"^Another besa is at work on"), files.appearing(tmp_path / "out"):
             pytest.fail("it was begun")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_file_system_without_locks_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not taken for another process that would have to be waited for; one file can be written all the same."""
+
+    def flock(file: object, how: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    for made in (files.appearing, files.taken):
+        with pytest.raises(BesaError, match=r"has no locks .*: choose a place on another"), made(tmp_path / "out"):
+            pytest.fail("it was begun")
+    (tmp_path / ".file.1.partial").write_text("of a killed process")
+    files.write_file(tmp_path / "file", "text")
+    assert (tmp_path / "file").read_text() == "text"
 
 
 @pytest.mark.usefixtures("system")

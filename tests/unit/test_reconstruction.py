@@ -64,7 +64,7 @@ def slowly_with_a_mask(w_OI, kept_OI, hessian_II):
 
 
 def slowly_choosing_the_mask(w_OI, zeros, hessian_II, columns, dead_I):
-    """Block by block the weights whose removal costs least go, an equal number in every block; dead ones cost nothing."""
+    """Block by block the weights whose removal costs least go, as many in every block; dead ones cost nothing."""
     w_OI = w_OI.double()
     width = w_OI.shape[1]
     for start in range(0, width, columns):
@@ -149,7 +149,7 @@ def test_an_adaptive_mask_is_chosen_as_slowly_by_hand(w_OI, x_TI, counts_O, colu
 @pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
 @pytest.mark.parametrize("method", ["sparsegpt", "obs", "admm"])
 def test_weights_of_dead_channels_go_first(method, scale):
-    """A third of the channels never fires, as after a ReLU: whatever the live ones measure, none of their weights goes."""
+    """A third of the channels never fires, as after a ReLU: however small the others, none of their weights goes."""
     generator = torch.Generator().manual_seed(3)
     w_OI = torch.randn(16, 48, generator=generator)
     x_TI = scale * torch.randn(200, 48, generator=generator).relu()

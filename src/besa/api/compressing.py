@@ -32,7 +32,7 @@ from besa.models.loading import load_model
 from besa.models.mixtures import Fewer
 from besa.models.source import Source, locate
 from besa.models.streaming import Decoder
-from besa.planning import check_fits, whole_disk_bytes
+from besa.planning import check_fits, coded_bytes, whole_disk_bytes
 from besa.progress import Progress, silent
 from besa.pruning import Resources, Run, drop_experts, prune_model, smaller
 from besa.record import PASSED_NAMES, BlockRecord, PassedThrough, RunRecord, now
@@ -197,7 +197,10 @@ def _begin(run: Run, identity: dict[str, Any], fewer: Fewer | None) -> None:
     check_fits(*whole, run.calibration.seqlen, run.resources.device)
     if run.journal is not None:
         run.journal.begin(_decisive(run, identity))
-        size = shapes.model.num_parameters() * shapes.model.dtype.itemsize + run.decoder.unbuilt_bytes
+        item, coding = shapes.model.dtype.itemsize, run.recipe.quantization.coding
+        size = shapes.model.num_parameters() * item + run.decoder.unbuilt_bytes
+        if coding is not None and run.resources.codes:
+            size = coded_bytes(size, item, shapes.blocks, whole[2], coding)
         check_space(run.journal.folder, whole_disk_bytes(*whole, size) - run.journal.bytes)
 
 

@@ -95,17 +95,17 @@ def _as_json(config: dict[str, Any]) -> str:
 
 
 def companions(folder: Path) -> list[Path]:
-    """The files of a model's folder that belong to it beside its weights, except config.json.
+    """The files of a model's folder that belong to it beside its weights, except those that besa writes itself.
 
     Raises:
-        BesaError: one is a link out of the folder, or its name is no text.
+        BesaError: one is a link out of the folder, also of the latter, or its name is no text.
     """
     files = []
     for path in sorted([*folder.iterdir(), *folder.glob(TEMPLATES)]):
-        written = any(path.match(pattern) for pattern in WRITTEN)
-        if belongs(path.relative_to(folder).as_posix()) and path.is_file() and not written:
+        if belongs(path.relative_to(folder).as_posix()) and path.is_file():
             _refuse_foreign(path_of(path), folder)
-            files.append(path)
+            if not any(path.match(pattern) for pattern in WRITTEN):
+                files.append(path)
     return files
 
 

@@ -312,6 +312,8 @@ class _Supply:
 
     def _windows(self, tokens_L: torch.Tensor, size: int) -> torch.Tensor:
         """A random choice of windows that do not overlap (size, T)."""
+        if not size:  # of a text that is shorter than a window
+            return torch.zeros(0, self.seqlen, dtype=torch.int64)
         generator = torch.Generator().manual_seed(self.seed)
         # With a random phase, windows begin anywhere in the text, not only at multiples of their length.
         spare = len(tokens_L) - size * self.drawn

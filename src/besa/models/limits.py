@@ -91,5 +91,6 @@ def usual_length(source: Source) -> int:
 
 def embedding_rows(model: PreTrainedModel) -> int:
     """The number of token ids that the model has an embedding for."""
-    rows: int = model.get_input_embeddings().weight.shape[0]
+    embeddings = model.get_input_embeddings()
+    rows: int = getattr(embeddings, "token_ids", None) or embeddings.weight.shape[0]  # of codes, weights are made anew
     return rows

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from besa.data import assets
 from besa.errors import BesaError
@@ -18,6 +19,13 @@ from besa.storage.weights import WeightFiles
 
 EMBEDDED = "smollm2"
 EDGE = 1 << 20  # bytes of a weight file's head and tail that go into its fingerprint
+PLACE = 1 << 12  # bytes of each tensor's beginning that do
+PLACES = 1 << 10  # of a .gguf file, at equal distances in place of tensors
+# Files that decide tokens and what is computed of them, beside the weights.
+DECIDING = (
+    "config.json", "*.py", "tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json",
+    "chat_template*", hub.TEMPLATES, *hub.TOKENIZERS,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -153,15 +161,37 @@ def weight_paths(source: Source) -> list[Path]:
 
 
 def fingerprint(source: Source) -> str:
-    """A digest of the configuration and of the size, head and tail of every weight file of a local source."""
+    """A digest of a local source.
+
+    It covers configuration, tokenizer and code, and of every weight file the size, head and tail and the beginning of
+    each tensor, as a weight file may be larger than anybody would wait for.
+    """
     assert source.folder is not None
-    patterns = [source.gguf] if source.gguf else ["config.json", "*.safetensors"]
-    digest = hashlib.sha256()
-    for path in sorted(path for pattern in patterns for path in source.folder.glob(pattern)):
+    folder, digest = source.folder, hashlib.sha256()
+    weights = {folder / source.gguf} if source.gguf else {*folder.glob("*.safetensors")}
+    others = set() if source.gguf else {path for pattern in DECIDING for path in folder.glob(pattern)}
+    for path in sorted(path for path in weights | others if path.is_file()):
         size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
+        digest.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
         with path.open("rb") as file:
+            if path not in weights:
+                digest.update(file.read())
+                continue
             digest.update(file.read(EDGE))
-            file.seek(max(0, size - EDGE))
-            digest.update(file.read(EDGE))
+            for place in (*_beginnings(file, size), max(0, size - EDGE)):
+                file.seek(place)
+                digest.update(file.read(PLACE if place < size - EDGE else EDGE))
     return digest.hexdigest()
+
+
+def _beginnings(file: BinaryIO, size: int) -> list[int]:
+    """Where tensors begin in a file of safetensors; in another or a damaged one, places at equal distances."""
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little")
+    try:
+        if length < size:
+            header = json.loads(file.read(length))
+            return sorted(8 + length + header[name]["data_offsets"][0] for name in header if name != "__metadata__")
+    except (ValueError, TypeError, KeyError, IndexError, RecursionError):
+        pass
+    return list(range(0, size, size // PLACES + 1))

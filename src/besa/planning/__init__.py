@@ -7,7 +7,7 @@ from besa.planning.explaining import Explanation, RecipeList, explain, list_reci
 from besa.planning.outline import Outline
 from besa.planning.passes import forward_passes, spending, within
 from besa.planning.plan import Plan, work_out
-from besa.planning.whole import check_fits, whole_disk_bytes
+from besa.planning.whole import check_fits, coded_bytes, whole_disk_bytes
 
 __all__ = [
     "Explanation",
@@ -15,6 +15,7 @@ __all__ = [
     "Plan",
     "RecipeList",
     "check_fits",
+    "coded_bytes",
     "explain",
     "forward_passes",
     "list_recipes",

@@ -18,8 +18,7 @@ from besa.planning.passes import forward_passes, minutes_of
 from besa.planning.process import Peaks, peaks
 from besa.planning.states import kept_states
 from besa.planning.traffic import traffic
-from besa.planning.whole import whole_disk_bytes
-from besa.quantization import Coding
+from besa.planning.whole import coded_bytes, whole_disk_bytes
 from besa.runtime.own_text import PASSES
 from besa.storage.names import nearest
 from besa.system import memory
@@ -148,20 +147,7 @@ def work_out(run: Outline) -> Plan:
 def _checkpoint_bytes(run: Outline) -> int:
     """Bytes of the pruned checkpoint."""
     size, coding = run.parameters * run.item, run.recipe.quantization.coding
-    if coding is None:
-        return size
-    return size - run.item * sum(budget.weights for budget in run.budgets) + _code_bytes(run, coding)
-
-
-def _code_bytes(run: Outline, coding: Coding) -> int:
-    """Bytes of the quantised linears as codes, with scales and zero points."""
-    bits = 0
-    for block in run.blocks:
-        for name, prunable in block.prunables.items():
-            if name in run.pruned:
-                grids = prunable.rows * coding.groups(name, prunable.columns)
-                bits += coding.bits * (prunable.numel + grids) + 8 * run.item * grids
-    return bits // 8
+    return size if coding is None else coded_bytes(size, run.item, run.blocks, run.pruned, coding)
 
 
 def _structures(run: Outline) -> dict[str, tuple[int, int]]:

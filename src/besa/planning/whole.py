@@ -13,6 +13,7 @@ from besa.methods.recipe import Recipe
 from besa.models.blocks import Block
 from besa.models.whole import Whole
 from besa.observing.prediction_loss import tokens_at_once
+from besa.quantization import Coding
 from besa.system import ranks
 from besa.system.devices import shares_memory, total_bytes
 
@@ -57,6 +58,24 @@ def whole_disk_bytes(
     state = recipe.distill.state_bytes(kept, vectors, model.dtype.itemsize)
     begun = sum(parameter.nbytes for parameter in model.parameters()) if recipe.rounds_last else size
     return begun + max(2 * state, disk_bytes(size))
+
+
+def coded_bytes(size: int, item: int, blocks: Sequence[Block], pruned: Collection[str], coding: Coding) -> int:
+    """Bytes of a checkpoint of `size` bytes whose pruned linears become codes, with scales and zero points.
+
+    Args:
+        size: of the dense checkpoint.
+        item: bytes of a number of it.
+        blocks: of the model.
+        pruned: full names of the linears that are pruned.
+        coding: of the recipe.
+    """
+    weights = bits = 0
+    for name, prunable in ((name, one) for block in blocks for name, one in block.prunables.items() if name in pruned):
+        grids = prunable.rows * coding.groups(name, prunable.columns)
+        weights += prunable.numel
+        bits += coding.bits * (prunable.numel + grids) + 8 * item * grids
+    return size - item * weights + bits // 8
 
 
 def check_fits(

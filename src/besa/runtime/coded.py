@@ -119,6 +119,11 @@ class CodedEmbedding(Coded):
         family.weight.__dict__["_is_hf_initialized"] = True  # else transformers would draw numbers for it
         self.family = family
 
+    @property
+    def token_ids(self) -> int:
+        """How many there are embeddings for."""
+        return len(self.matrix.codes_OI)
+
     def forward(self, tokens: Tensor) -> Tensor:
         """Embeddings (…, I) of token ids of any shape.
 

@@ -31,7 +31,6 @@ from besa.models.loading import load_tokenizer
 from besa.models.source import locate
 from besa.progress import Progress, silent
 from besa.runtime.chat_template import check_chat, message, prompt_of
-from besa.runtime.coded import CodedEmbedding
 from besa.runtime.sparse_models import load_source
 from besa.system.devices import resolve_device
 
@@ -205,9 +204,7 @@ class Writer:
         self.tokenizer, self.most = tokenizer, most
         self.positions = positions(model).most or sys.maxsize
         self._model, self._temperature, self._seed = model, temperature, seed
-        embeddings = model.get_input_embeddings()
-        coded = isinstance(embeddings, CodedEmbedding)
-        self._rows = len(embeddings.matrix.codes_OI) if coded else embedding_rows(model)
+        self._rows = embedding_rows(model)
 
     def write(
         self, tokens_1T: Tensor, tell: Callable[[str], None] | None = None, before: Written | None = None

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import IO, Any
 
+from besa.errors import BesaError
+
 WINDOWS = os.name == "nt"
+TAKEN = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)  # another process has the lock; EDEADLK is of Windows
 FAR = 1 << 43  # the byte that is locked on Windows, where what is locked can be neither read nor written
 
 
@@ -18,6 +22,9 @@ def locked(file: IO[Any], wait: bool = False) -> bool:
     Args:
         file: of which nothing is read or written through this object.
         wait: until another process gives it up; without it, a file that another has locked is left.
+
+    Raises:
+        BesaError: the file system has no locks.
     """
     try:
         if WINDOWS:
@@ -27,7 +34,12 @@ def locked(file: IO[Any], wait: bool = False) -> bool:
         else:
             fcntl: Any = import_module("fcntl")
             fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # another has it, or the file system has no locks
+    except OSError as error:
+        if error.errno not in TAKEN:
+            raise BesaError(
+                f"The file system of {file.name} has no locks ({error.strerror}), which keep two runs apart: choose a "
+                "place on another."
+            ) from error
         return False
     return True
 

@@ -127,7 +127,7 @@ def replacing(path: Path) -> Iterator[Path]:
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         for other in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-            with suppress(OSError), other.open("r+b") as file:
+            with suppress(OSError, BesaError), other.open("r+b") as file:
                 # No process has it locked, and the name still means the same file.
                 if locked(file) and os.path.samestat(os.fstat(file.fileno()), other.stat()):
                     remove(file, other)
@@ -147,7 +147,8 @@ def _held(path: Path) -> IO[bytes]:
     """A new, locked file. If another process removes it as abandoned before it is locked, it is made again."""
     while True:
         file = path.open("wb")
-        locked(file, wait=True)  # on file systems without locks, no leftovers are removed
+        with suppress(BesaError):  # on file systems without locks, no leftovers are removed
+            locked(file, wait=True)
         if not removed(file):
             return file
         file.close()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from besa.storage import locking
-from besa.system import windows
+from besa.system import cgroups, windows
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 LARGE = 16 << 20  # bytes from which a tensor gets its own pages
@@ -62,21 +62,21 @@ def current_bytes() -> int:
 
 
 def total_bytes() -> int:
-    """Memory of this machine, in bytes."""
+    """Memory of this machine, in bytes, or as much of it as the control groups of this process allow."""
     if locking.WINDOWS:
         return windows.machine_memory()[0]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([machine, *(limit.most for limit in cgroups.limits())])
 
 
 def available_bytes() -> int:
     """Bytes of memory that are still available to this process."""
-    try:
+    free = windows.machine_memory()[1] if locking.WINDOWS else total_bytes()
+    with contextlib.suppress(OSError):
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return windows.machine_memory()[1] if locking.WINDOWS else total_bytes()
+                free = int(line.split()[1]) * 1024
+    return min([free, *(max(0, limit.most - limit.used) for limit in cgroups.limits())])
 
 
 def stay_lean() -> None:
