@@ -117,6 +117,18 @@ def test_settings_of_the_checkpoint_that_are_not_asked_for(
     assert "".join(told).strip() == found.strip()
 
 
+def test_tokens_are_sampled_of_all_where_the_checkpoint_does_not_say() -> None:
+    """Not of the 50 likeliest, which is what transformers takes for a setting that nobody gave."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(TINY), AutoTokenizer.from_pretrained(TINY)
+    prompt_1T = torch.tensor([[1, 2, 3]])
+    likeliest = set(model(prompt_1T).logits[0, -1].topk(50).indices.tolist())
+    for most, outside in ((None, True), (50, False)):
+        model.generation_config.top_k = most
+        writers = [Writer(model, tokenizer, 1, temperature=1e4, seed=seed) for seed in range(8)]
+        drawn = {int(writer.write(prompt_1T).tokens_1T[0, -1]) for writer in writers}
+        assert bool(drawn - likeliest) == outside
+
+
 @pytest.mark.slow
 def test_default_lengths(instruct: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(instruct)

@@ -318,6 +318,9 @@ def test_what_cannot_be_kept_is_refused(
     weighted = peft.get_peft_model(sparse, peft.LoraConfig(target_modules=["up_proj"], use_dora=True))
     with pytest.raises(BesaError, match="up_proj is no plain LoRA of a linear"):
         besa.keep_masks(weighted, adapters=True)
+    dropping = peft.get_peft_model(prune(copy.deepcopy(tiny_llama)), peft.LoraConfig(lora_dropout=0.1))
+    with pytest.raises(BesaError, match=r"_proj has dropout, .*: set lora_dropout=0"):
+        besa.keep_masks(dropping, adapters=True)
     refused(nn.Linear(2, 2), "Linear is no model of transformers")
     refused("model", "keep_masks: model ")
     besa.pack(folder, tmp_path / "packed")

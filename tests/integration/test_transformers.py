@@ -135,10 +135,14 @@ def test_a_save_replaces_what_was_saved_there(plain: Path, tmp_path: Path) -> No
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     expected = logits(model)
     model.model.norm.weight.mul_(2)
+    others = {tmp_path / "saved" / f"{name}.safetensors" for name in ("model.fp16", "model_backup", "adapter_model")}
+    for path in others:  # of the user's
+        path.write_bytes(b"own")
     for size in ("300KB", "50GB"):
         AutoModelForCausalLM.from_pretrained(plain.parent / "dense").save_pretrained(tmp_path / "saved")
         model.save_pretrained(tmp_path / "saved", max_shard_size=size)
-        names = {path.name for path in (tmp_path / "saved").glob("*.safetensors*")}
+        assert all(path.read_bytes() == b"own" for path in others)
+        names = {path.name for path in {*(tmp_path / "saved").glob("*.safetensors*")} - others}
         assert all(name.startswith("bitmask") for name in names)
         assert ("bitmask.safetensors" in names) == (size == "50GB") == (len(names) == 1)
         for loaded in (besa.load(tmp_path / "saved"), AutoModelForCausalLM.from_pretrained(tmp_path / "saved")):

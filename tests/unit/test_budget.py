@@ -179,3 +179,13 @@ def test_the_cheapest_steps_are_those_of_trying_all(data):
     else:
         assert sum(n * size for n, size in zip(found, sizes, strict=True)) == total
         assert sum(own[n] for own, n in zip(costs, found, strict=True)) == best
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(30_000, 4096), (43_000, 8192)])
+def test_large_sums_are_exact_without_float64(rows, columns, monkeypatch):
+    """More zeros than float32 counts, as of a large block on a GPU of Apple."""
+    monkeypatch.setattr("besa.methods.apportioning.widest", lambda device: torch.float32)
+    rates_R = torch.rand(rows, generator=torch.Generator().manual_seed(0))
+    widths_R, total = torch.full((rows,), columns), rows * columns // 2 + 1
+    counts_R = apportion(rates_R, widths_R, total, torch.zeros_like(widths_R))
+    assert int(counts_R.sum()) == total

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,10 +35,8 @@ from besa.models.hub import CARD, in_brief, no_hub
 from besa.progress import Progress, silent
 from besa.record import RECORD_NAME
 from besa.storage.names import path_of
-from besa.storage.weights import STEMS
+from besa.storage.weights import NAMES
 from besa.version import __version__
-
-WEIGHTS = re.compile(rf"({'|'.join(STEMS)})(-\d+-of-\d+)?\.safetensors(\.index\.json)?")  # that besa writes
 
 
 class Pushed(BaseModel):
@@ -135,7 +132,7 @@ def send(parcel: Parcel, private: bool) -> Pushed:
             )
         update_card(parcel.folder, url.repo_id)  # now that there is a repository of this name
         there = [file.rfilename for file in about.siblings or []]
-        removed = [name for name in there if WEIGHTS.fullmatch(name) and name not in parcel.files]
+        removed = [name for name in there if NAMES.fullmatch(name) and name not in parcel.files]
         commit = api.create_commit(
             url.repo_id,
             [

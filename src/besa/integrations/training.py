@@ -299,7 +299,7 @@ def _adapters(model: PreTrainedModel) -> dict[nn.Module, nn.Module]:
     """The layers of LoRA in a model, by the module that each adds to.
 
     Raises:
-        BesaError: there are none, or one is no plain LoRA.
+        BesaError: there are none, or one is no plain LoRA or has dropout.
     """
     layers = {name: module for name, module in model.named_modules() if hasattr(module, "base_layer")}
     if not layers:
@@ -307,6 +307,10 @@ def _adapters(model: PreTrainedModel) -> dict[nn.Module, nn.Module]:
     for name, layer in layers.items():
         if not hasattr(layer, "lora_A") or layer.lora_variant or not isinstance(layer.base_layer, nn.Linear | Conv1D):
             raise BesaError(f"{name} is no plain LoRA of a linear: only such adapters can be kept sparse.")
+        if any(getattr(one, "p", 0) for one in layer.lora_dropout.values()):
+            raise BesaError(
+                f"{name} has dropout, by which its adapter would add to weights that are zero: set lora_dropout=0."
+            )
     return {layer.base_layer: layer for layer in layers.values()}
 
 

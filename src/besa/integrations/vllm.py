@@ -22,6 +22,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from vllm.model_executor.model_loader import DefaultModelLoader, register_model_loader
 
+from besa.checkpoint.checking import check_packed
 from besa.errors import BesaError
 from besa.models.source import Source
 from besa.storage.formats.container import Container, open_files
@@ -68,6 +69,7 @@ class PackedLoader(DefaultModelLoader):  # type: ignore[misc]
             raise BesaError(f"{model_config.model} is not packed: leave out --load-format {NAME}.")
         if files.bits is not None and model_config.quantization is None:
             raise BesaError(f"{model_config.model} was packed by an older besa: unpack it with `besa unpack` for vLLM.")
+        check_packed(files)
         self.counter_before_loading_weights = time.perf_counter()
         yield from files.read(files.names)
 

@@ -255,7 +255,10 @@ class Writer:
 def _settings(model: GenerationMixin, kept: tuple[str, ...]) -> Iterator[None]:
     """While open, only these settings of a checkpoint change what is generated."""
     before = model.generation_config
-    model.generation_config = GenerationConfig(**{name: getattr(before, name, None) for name in kept})
+    own = {name: getattr(before, name, None) for name in kept}
+    if "top_k" in own:  # where a checkpoint says nothing, transformers would sample of the 50 likeliest tokens
+        own["top_k"] = own["top_k"] or 0
+    model.generation_config = GenerationConfig(**own)
     try:
         yield
     finally:

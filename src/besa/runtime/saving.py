@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from besa.errors import BesaError
-from besa.storage.weights import INDEX, STEM, STEMS
+from besa.storage.weights import INDEX, NAMES, STEM
 from besa.storage.writing import write_file
 
 
@@ -51,8 +51,7 @@ def saving(
         config = json.loads((made / "config.json").read_text(encoding="utf-8"))
         yield made, config
         write_file(made / "config.json", json.dumps(config, indent=2) + "\n")
-        for each in STEMS:  # of an earlier save, which would be read instead
-            for path in [*folder.glob(f"{each}*.safetensors"), *folder.glob(f"{each}{INDEX}")]:
-                path.unlink()
+        for path in [path for path in folder.iterdir() if NAMES.fullmatch(path.name)]:
+            path.unlink()  # of an earlier save, which would be read instead
         for path in made.iterdir():
             shutil.move(path, folder / path.name)

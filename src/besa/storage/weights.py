@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ STEM = "model"  # beginning of the names of weight files
 SPARSE_STEM = "bitmask"  # the same for packed checkpoints, which transformers must not load with random weights
 WIDTHS_STEM = "widths"  # the same for checkpoints whose blocks have widths of their own
 STEMS = STEM, SPARSE_STEM, WIDTHS_STEM
+NAMES = re.compile(rf"({'|'.join(STEMS)})(-\d+-of-\d+)?\.safetensors(\.index\.json)?")  # of files that besa writes
 PACKED = "besa"  # the quant_method in their config.json, by which transformers and vLLM find what loads them
 WIDTHS = "besa_widths"  # the same for widths
 INDEX = ".safetensors.index.json"  # end of the name of an index
