@@ -1,6 +1,6 @@
 """Train a pruned model on, with its zeros kept.
 
-python examples/finetune_with_masks.py [MODEL] [TEXT] [TEST]
+python examples/finetune_with_masks.py MODEL TEXT TEST
 """
 
 import sys

@@ -54,9 +54,9 @@ def choice() -> str:
     measured = _comparison(MODELS["SmolLM2-135M"])
     rows = []
     for entry in yaml.safe_load(CHOICE.read_text(encoding="utf-8")):
-        passes, quality = entry.get("passes", ""), entry.get("quality", "")
+        passes, quality = "", entry.get("quality", "")
         if name := entry.get("recipe"):
-            passes = passes or f"{forward_passes(Recipe.load(name), SAMPLES, SEQLEN):.1f}"
+            passes = f"{forward_passes(Recipe.load(name), SAMPLES, SEQLEN):.1f}"
             quality = f"{measured[name]['mean'][ALL]:,.2f}"
         rows.append([entry["goal"], entry["use"], passes, quality])
     return f"\n{table(['goal', 'use', 'passes', 'perplexity at 50 %'], rows, words=2)}\n"
