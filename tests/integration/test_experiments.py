@@ -522,7 +522,8 @@ def test_newer_code_that_makes_the_same_confirms_a_result(
     assert said == "fig1a: 2 cases are equal to the digit; the result is confirmed."
     result = Result.read(file)
     assert result.older() == []
-    assert "made 2 cases of it on the tests' model, equal to the digit to those of commit HEAD" in result.confirmed[-1].found
+    found = "made 2 cases of it on the tests' model, equal to the digit to those of commit HEAD"
+    assert result.confirmed[-1].found == found
     assert "; later code (" in result.note
     assert result.note.endswith("gives the same figures on the tests' model")
     assert "Confirmed on 20" in file.with_suffix(".md").read_text()

@@ -17,10 +17,13 @@ from besa.methods.survey import Survey
 from besa.models.activations import HiddenStates
 from besa.models.blocks import Block, logits_of
 from besa.models.couplings import Coupling
+from besa.models.streaming import Decoder
 from besa.models.transfers import Outputs, fetched
 from besa.observing.input_statistics import InputStatistics, collect
+from besa.observing.prediction_loss import tokens_at_once
 from besa.observing.probes import RowSensitivities
 
+LOGITS = 1 << 29  # bytes of float32 logits at a time; some five tensors of that size are alive at once
 BINS = 1 << 15  # the upper half of a float32's bits: scores that differ by more than a hundredth are in different bins
 INFINITE = 0x7F80  # the bin of infinity; those of NaN come after it
 
@@ -113,17 +116,33 @@ def _loss_gradients(survey: Survey, states_NTC: HiddenStates, tokens_NT: Tensor)
     decoder, generator = survey.decoder, torch.Generator().manual_seed(survey.seed)
     gradients, share = Outputs(states_NTC, survey.device), survey.share(tokens_NT)
     chance_NT1 = torch.rand(*tokens_NT.shape, 1, generator=generator)[share.places]
+    at_once = tokens_at_once(int(decoder.model.config.get_text_config().vocab_size), LOGITS)
     with decoder.outside_blocks(survey.device):
         for n, (sequence_T, chance_T1) in enumerate(zip(tokens_NT[share.places], chance_NT1, strict=True)):
-            y_NTC = fetched(states_NTC[n : n + 1], survey.device).requires_grad_()
-            with torch.enable_grad():
-                logits_TV = logits_of(decoder.model, decoder.blocks, sequence_T[None], y_NTC)[0].float()
-                chance_T1 = chance_T1.to(logits_TV.device)
-                labels_T = torch.searchsorted(logits_TV.detach().softmax(-1).cumsum(-1), chance_T1)[:, 0]
-                labels_T = labels_T.clamp_max(logits_TV.shape[-1] - 1)
-                loss = torch.nn.functional.cross_entropy(logits_TV, labels_T, reduction="sum")
-                gradients.put(slice(n, n + 1), torch.autograd.grad(loss, y_NTC)[0])
+            y_NTC = fetched(states_NTC[n : n + 1], survey.device)
+            parts = zip(*(whole.split(at_once) for whole in (sequence_T, chance_T1, y_NTC[0])), strict=True)
+            slopes = [_loss_gradient(decoder, *part) for part in parts]
+            gradients.put(slice(n, n + 1), torch.cat(slopes, dim=1))
     gradients.finish()
+
+
+def _loss_gradient(decoder: Decoder, tokens_T: Tensor, chance_T1: Tensor, y_TC: Tensor) -> Tensor:
+    """The loss's gradient (1, T, C) at the outputs of the last block for some tokens of a sequence.
+
+    Args:
+        decoder: what is outside its blocks is on the device.
+        tokens_T: of the text.
+        chance_T1: numbers in [0, 1) that draw a label for each token from its prediction.
+        y_TC: outputs of the last block.
+    """
+    y_NTC = y_TC[None].requires_grad_()
+    with torch.enable_grad():
+        logits_TV = logits_of(decoder.model, decoder.blocks, tokens_T[None], y_NTC)[0].float()
+        chance_T1 = chance_T1.to(logits_TV.device)
+        labels_T = torch.searchsorted(logits_TV.detach().softmax(-1).cumsum(-1), chance_T1)[:, 0]
+        labels_T = labels_T.clamp_max(logits_TV.shape[-1] - 1)
+        loss = torch.nn.functional.cross_entropy(logits_TV, labels_T, reduction="sum")
+        return torch.autograd.grad(loss, y_NTC)[0]
 
 
 def _send_back(

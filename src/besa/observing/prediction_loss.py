@@ -16,9 +16,14 @@ Predict = Callable[[slice, Tensor], Tensor]
 """Logits (N, t, V) of some tokens, from their hidden states (N, t, C) after the last block."""
 
 
-def tokens_at_once(vocabulary: int) -> int:
-    """The number of tokens whose logits are computed at once."""
-    return max(1, LOGITS // (4 * vocabulary))
+def tokens_at_once(vocabulary: int, size: int = LOGITS) -> int:
+    """The number of tokens whose logits are computed at once.
+
+    Args:
+        vocabulary: logits of a token.
+        size: bytes of float32 logits, at most.
+    """
+    return max(1, size // (4 * vocabulary))
 
 
 def prediction_loss(

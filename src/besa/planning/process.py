@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from besa.counting import widening
+from besa.methods.fisher import LOGITS
 from besa.models.units import units
+from besa.observing.prediction_loss import tokens_at_once
 from besa.planning.distinct import Distinct
 from besa.planning.outline import Outline
 from besa.planning.peak import learning_bytes, stored_bytes, unit_bytes
@@ -93,7 +95,8 @@ def _outside(run: Outline) -> int:
     """Bytes while embeddings and head are at work."""
     inside = {id(parameter) for block in run.blocks for parameter in block.module.parameters()}
     stored: int = sum(parameter.nbytes for parameter in run.model.parameters() if id(parameter) not in inside)
-    return stored + (PREDICTED * run.seqlen * run.vocabulary if run.recipe.losses_every(run.samples) else 0)
+    tokens = min(run.seqlen, tokens_at_once(run.vocabulary, LOGITS)) if run.recipe.losses_every(run.samples) else 0
+    return stored + PREDICTED * tokens * run.vocabulary
 
 
 def _largest(run: Outline) -> int:
