@@ -496,6 +496,11 @@ def test_distilling_is_planned_with_the_whole_model(tiny_llama_folder: Path, tmp
     assert "with the whole model at once" in console.export_text()
 
 
+def test_a_device_by_a_number_that_is_not_here_is_planned_too(shallow_llama_folder: Path, tmp_path: Path) -> None:
+    plan = besa.plan(shallow_llama_folder, "wanda", device="pretend:3", samples=4, seqlen=32, out=tmp_path)
+    assert plan.lacking == ["GPU memory (there is none)"]
+
+
 @pytest.mark.parametrize("recipe", ["wanda", "besa-int4", "best-int4"])
 @pytest.mark.parametrize("dequantized", [False, True])
 def test_a_run_asks_for_the_disk_that_is_planned(

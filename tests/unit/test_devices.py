@@ -12,6 +12,7 @@ from besa.system.devices import (
     CPU,
     available_bytes,
     check_dtype,
+    is_available,
     named_device,
     resolve_device,
     synchronize,
@@ -123,6 +124,13 @@ def test_memory_is_that_of_the_device_or_of_the_machine(monkeypatch):
     monkeypatch.setattr(devices.memory, "total_bytes", lambda: 67)
     for device in (CPU, torch.device("mps:0")):
         assert (available_bytes(device), total_bytes(device)) == (45, 67)
+
+
+def test_a_number_that_no_device_has_is_not_there():
+    assert (
+        is_available("pretend") and is_available("pretend:0") and is_available(pretend.DEVICE) and is_available("cpu")
+    )
+    assert not is_available("pretend:1") and not is_available(torch.device("cuda", 99)) and not is_available("nothing")
 
 
 def test_memory_that_torch_keeps_for_later_is_free(monkeypatch):

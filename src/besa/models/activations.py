@@ -112,7 +112,7 @@ def _limit(device: torch.device, budget: int | None) -> int:
     """Bytes that hidden states may take in the memory of a device; without limit if it is not there to be asked."""
     if budget is not None:
         return budget
-    if not is_available(device.type):
+    if not is_available(device):
         return sys.maxsize
     return available_bytes(device) // (2 * ranks.here() if shares_memory(device) else 4)
 

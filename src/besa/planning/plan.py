@@ -191,7 +191,7 @@ def _lacking(run: Outline, peak: Peaks, disk: int) -> Iterator[str]:
     if peak.memory_of_all > memory.total_bytes():
         yield f"memory ({memory.total_bytes() / 1e9:.1f} GB)"
     if peak.gpu is not None:
-        if not is_available(run.device.type):
+        if not is_available(run.device):
             yield "GPU memory (there is none)"
         elif run.ranks > (there := torch.get_device_module(run.device).device_count()):
             yield f"GPU memory (one GPU for each of {run.ranks} ranks; there {'is' if there == 1 else 'are'} {there})"

@@ -100,10 +100,12 @@ def check_dtype(dtype: torch.dtype, device: torch.device) -> None:
         raise BesaError(f"{device} has no float64: use --dtype float32, or --device cpu.")
 
 
-def is_available(kind: str) -> bool:
-    """Whether torch can use a type of device on this machine."""
+def is_available(device: str | torch.device) -> bool:
+    """Whether torch can use a device on this machine, such as ``cuda:1``, or any of its type, such as ``cuda``."""
     try:
-        return bool(torch.get_device_module(kind).is_available())
+        device = torch.device(device)
+        module = torch.get_device_module(device)
+        return bool(module.is_available()) and (device.index is None or device.index < module.device_count())
     except RuntimeError:  # torch has no module for it
         return False
 
