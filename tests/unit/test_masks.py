@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from besa.counting import masks
-from besa.counting.masks import hard_mask, rank
+from besa.counting.masks import hard_mask, largest, rank
 from tests.pretend import DEVICE
 
 IMPORTANCES = [0.0, 1e-45, 1.1754944e-38, 0.5, np.nextafter(np.float32(0.5), np.float32(1)), 1.0, 3e38, math.inf]
@@ -84,3 +84,16 @@ def test_hard_mask_prunes_the_lowest_ranks(case, data):
     kept_OI = hard_mask(ranks_OI, torch.tensor(counts))
     assert kept_OI.dtype == torch.bool
     assert kept_OI.tolist() == [[r >= count for r in row] for row, count in zip(ranks_OI.tolist(), counts, strict=True)]
+
+
+@given(ranked(), st.sampled_from([None, 1]), st.sampled_from(["cpu", DEVICE]), st.data())
+@settings(deadline=None)
+def test_the_largest_are_those_that_the_ranks_keep(case, group, device, data):
+    """Also where many tie, and of rows that keep all or nothing."""
+    importance_OI, w_OI = case
+    rows, width = w_OI.shape
+    counts_O = torch.tensor(data.draw(st.lists(st.integers(0, width), min_size=rows, max_size=rows)))
+    expected_OI = hard_mask(rank(importance_OI, w_OI, group), counts_O)
+    kept_OI = largest(importance_OI.to(device), w_OI.to(device), counts_O.to(device), group)
+    assert kept_OI.dtype == torch.bool
+    assert torch.equal(kept_OI.cpu(), expected_OI)

@@ -43,8 +43,7 @@ def rank(importance_OI: Tensor, w_OI: Tensor, group: int | None = None) -> Tenso
 
 def _order(importance_OI: Tensor, w_OI: Tensor) -> Tensor:
     """Columns (O, I), int64, of each row in pruning order."""
-    # Non-negative floats sort like their bits. Adding 1 keeps 0 for the weights that are zero already.
-    bits_OI = (importance_OI.float().contiguous().view(torch.int32) + 1).masked_fill(w_OI == 0, 0)
+    bits_OI = _bits(importance_OI, w_OI)
     if bits_OI.device.type != "cpu":
         return bits_OI.sort(dim=1, stable=True).indices
     # Numpy's vectorised integer sort is about 20 times torch's here. It gives no places, so the key has the column too.
@@ -52,6 +51,31 @@ def _order(importance_OI: Tensor, w_OI: Tensor) -> Tensor:
     return torch.from_numpy(np.sort(keys_OI.numpy(), axis=1)) & 0xFFFFFFFF
 
 
+def _bits(importance_OI: Tensor, w_OI: Tensor) -> Tensor:
+    """Integers (O, I), int32, that sort as weights are pruned: non-negative floats sort like their bits.
+
+    Adding 1 keeps 0 for the weights that are zero already.
+    """
+    return (importance_OI.float().contiguous().view(torch.int32) + 1).masked_fill_(w_OI == 0, 0)
+
+
 def hard_mask(ranks_OI: Tensor, counts_O: Tensor) -> Tensor:
     """Boolean mask (O, I), True = kept, that prunes the `counts_O[o]` lowest ranks of row o."""
     return ranks_OI >= counts_O.to(ranks_OI.dtype)[:, None]
+
+
+def largest(importance_OI: Tensor, w_OI: Tensor, counts_O: Tensor, group: int | None = None) -> Tensor:
+    """`hard_mask(rank(importance_OI, w_OI, group), counts_O)`, to the bit, in half of the time on a CPU.
+
+    There, sorted numbers alone say where each row is cut. Rows in which weights tie at the cut are ranked.
+    """
+    if group is not None or importance_OI.device.type != "cpu":
+        return hard_mask(rank(importance_OI, w_OI, group), counts_O)
+    bits_OI = _bits(importance_OI, w_OI)
+    sorted_OI = torch.from_numpy(np.sort(bits_OI.numpy(), axis=1))
+    cuts_O1 = sorted_OI.gather(1, counts_O.sub(1).clamp_min_(0)[:, None])
+    kept_OI = bits_OI > cuts_O1.masked_fill_(counts_O[:, None] == 0, -1)
+    tied_O = kept_OI.sum(dim=1) != w_OI.shape[1] - counts_O
+    if tied_O.any():
+        kept_OI[tied_O] = hard_mask(rank(importance_OI[tied_O], w_OI[tied_O]), counts_O[tied_O])
+    return kept_OI

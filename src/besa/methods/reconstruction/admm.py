@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import linear
 
-from besa.counting.masks import hard_mask, rank
+from besa.counting.masks import hard_mask, largest
 from besa.counting.precision import products_in
 from besa.methods.reconstruction.rebuilder import Rebuilder
 from besa.methods.reconstruction.ridge import best_ridge, better, solve, with_ridge
@@ -94,6 +94,6 @@ class ADMM(Rebuilder):
             with products_in(w_OI.dtype):
                 free_OI = dense_OI + linear(masked_OI - dense_OI - dual_OI, pull_II)
             pulled_OI = free_OI + dual_OI
-            kept_OI = hard_mask(rank(pulled_OI.abs(), w_OI, group), counts_O)
+            kept_OI = largest(pulled_OI.abs(), w_OI, counts_O, group)
             masked_OI, dual_OI = pulled_OI.where(kept_OI, 0), pulled_OI.masked_fill(kept_OI, 0)
         return masked_OI / scale_I, kept_OI
