@@ -1,5 +1,6 @@
 """The identity of a model: what a run, a comparison and a cache of text know it by."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,15 @@ def test_of_a_gguf_file_all_parts_count_and_its_name_is_no_pattern(tmp_path: Pat
     assert print_of(tmp_path, path.name) != before
 
 
-@pytest.mark.parametrize("content", [b"", b"\x02", bytes(8) + b"{}", (5).to_bytes(8, "little") + b"{nope}", b"x" * 99])
+HEADERS = [b"{nope}", b"[1]", b'"x"', b'{"a": 1}'] + [
+    json.dumps({"a": {"data_offsets": offsets}}).encode() for offsets in ([-99, 1], [10**30, 1], [1.5, 2], ["x"], [])
+]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\x02", bytes(8) + b"{}", b"x" * 99, *(len(h).to_bytes(8, "little") + h + bytes(9) for h in HEADERS)],
+)
 def test_a_damaged_file_has_one_too(folder: Path, content: bytes) -> None:
     (folder / "model.safetensors").write_bytes(content)
     assert len(print_of(folder)) == 64

@@ -191,7 +191,8 @@ def _beginnings(file: BinaryIO, size: int) -> list[int]:
     try:
         if length < size:
             header = json.loads(file.read(length))
-            return sorted(8 + length + header[name]["data_offsets"][0] for name in header if name != "__metadata__")
-    except (ValueError, TypeError, KeyError, IndexError, RecursionError):
+            offsets = (int(header[name]["data_offsets"][0]) for name in header if name != "__metadata__")
+            return sorted(8 + length + offset for offset in offsets if 0 <= offset < size)
+    except (ValueError, TypeError, KeyError, IndexError, OverflowError, RecursionError):
         pass
     return list(range(0, size, size // PLACES + 1))
