@@ -31,6 +31,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 NAME = "pretend"
 COPIES = {"aten::copy_", "aten::_to_copy", "aten::_local_scalar_dense"}  # their tensors may be in two places
 SEEN_BY_HOST = {
+    "aten::allclose",
     "aten::equal",
     "aten::nonzero",
     "aten::masked_select",
