@@ -501,6 +501,7 @@ def cells_of(result: Result) -> set[tuple[str, int]]:
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="a commit is checked out")
+@pytest.mark.slow
 def test_newer_code_that_makes_the_same_confirms_a_result(
     two_blocks: Path, data: dict[str, str], place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
