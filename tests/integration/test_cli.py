@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from besa.system import memory
 from tests.calling import called
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny-llama"
@@ -330,6 +332,41 @@ def test_tokens_without_an_embedding_are_refused(tmp_path: Path) -> None:
     assert_refused(
         called("generate", tmp_path / "small", "--prompt", "The city of the mountain"), "embeddings have 300"
     )
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert called("--version").stdout == f"besa {version('besa-llm')}\n"
+
+
+def test_a_misspelt_command_is_told_what_it_may_be() -> None:
+    assert_refused(called("recipies"), "No such command 'recipies'. Did you mean 'recipes'? See `besa --help`.")
+
+
+def test_pruning_says_before_the_work_that_memory_will_not_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["prune", TINY, tmp_path / "out", "--recipe", "magnitude", *SMALL, "--quiet"]
+    assert called(*arguments).stderr == ""
+    monkeypatch.setattr(memory, "total_bytes", lambda: 1 << 20)
+    shutil.rmtree(tmp_path / "out")
+    result = called(*arguments)
+    assert result.returncode == 0, result.stderr  # it may fit all the same: memory that is planned is an upper bound
+    assert result.stderr.startswith("besa: There may be too little memory (0.0 GB) for this run: `besa plan`")
+    planned = called("plan", TINY, "--recipe", "magnitude", *SMALL)
+    assert "no: too little memory (0.0 GB)" in planned.stdout
+
+
+def test_a_plan_takes_the_options_that_decide_what_a_run_needs(tmp_path: Path) -> None:
+    asked = ["plan", TINY, "--recipe", "best-int4", *SMALL, "--json", tmp_path / "plan.json"]
+    plans = []
+    for options in ([], ["--dequantized"], ["--minutes", "3"]):
+        result = called(*asked, *options)
+        assert result.returncode == 0, result.stderr
+        plans.append(json.loads((tmp_path / "plan.json").read_text()))
+    coded, dense, timed = plans
+    tensors = load_file(TINY / "model.safetensors").values()
+    assert dense["checkpoint_bytes"] == sum(tensor.nbytes for tensor in tensors) > coded["checkpoint_bytes"]
+    assert (coded["minutes"], timed["minutes"]) == (None, 3)
+    assert_refused(called("plan", TINY, "--dequantized"), "--dequantized is not used: choose a recipe that quantises")
+    assert_refused(called("plan", TINY, "--recipe", "best", "--minutes", "3", "--passes", "9"), "not both")
 
 
 def test_no_arguments_show_the_commands() -> None:

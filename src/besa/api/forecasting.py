@@ -42,6 +42,7 @@ def plan(
     dtype: Dtype = "auto",
     batch: Count | None = None,
     activation_budget: Bytes | None = None,
+    dequantized: bool = False,
     ranks: Ranks = 1,
     trust_remote_code: bool = False,
 ) -> Plan:
@@ -60,6 +61,7 @@ def plan(
         dtype: as in `compress`.
         batch: as in `compress`.
         activation_budget: as in `compress`; each rank has so much.
+        dequantized: as in `compress`.
         ranks: processes that torchrun would start on this machine, one for each device.
         trust_remote_code: as in `compress`.
 
@@ -97,6 +99,7 @@ def plan(
             device=device,
             activation_budget=activation_budget,
             folder=out,
+            dequantized=dequantized,
             fewer=fewer,
             ranks=ranks,
             file=sum(path.stat().st_size for path in weight_paths(source)) if source.gguf else None,

@@ -5,22 +5,36 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from typing import Any, TextIO
+from typing import Annotated, Any, TextIO
 
 import typer
 from rich.text import Text
 
 from besa.cli import helping, measuring, pruning, running, several, sharing, studying
-from besa.cli.consoles import err, guard_streams, refuse
+from besa.cli.consoles import err, guard_streams, out, refuse
 from besa.errors import BesaError, Interrupted, Notice, ToldError
+from besa.version import __version__
 
 UsageError: Any = typer.BadParameter.__base__  # the base of all usage errors; typer exports only this child of it
-app = typer.Typer(
-    help="Prune large language models block by block, with learned and exact sparsity, and measure the result.",
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(pretty_exceptions_enable=False)
 for part in (pruning, studying, measuring, running, sharing, helping):
     app.add_typer(part.commands)
+
+
+def _print_version(asked: bool) -> None:
+    """Print the version instead of running a command."""
+    if asked:
+        out.print(f"besa {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def besa(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Prune large language models block by block, with learned and exact sparsity, and measure the result."""
 
 
 def main() -> None:
@@ -56,7 +70,8 @@ def _run(arguments: list[str]) -> None:
         code = app(arguments or ["--help"], prog_name="besa", standalone_mode=False)
     except UsageError as error:
         command = "besa" if error.ctx is None else error.ctx.command_path
-        raise BesaError(f"{error.format_message().rstrip('.')}: see `{command} --help`.") from None
+        message = error.format_message().rstrip(".")
+        raise BesaError(f"{message}{' See' if message.endswith('?') else ': see'} `{command} --help`.") from None
     except typer.Abort:
         raise KeyboardInterrupt from None
     if code == 130:  # typer's code for Ctrl-C

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from besa.errors import BesaError
+from besa.errors import BesaError, Notice
 
 if TYPE_CHECKING:
     from besa.methods.recipe import Recipe
@@ -21,6 +23,7 @@ def recipe_of(
     skip: list[str] | None,
     sparsity_of: list[str] | None,
     passes: float | None,
+    minutes: float | None,
     samples: int,
     seqlen: int | None,
     model: str,
@@ -33,10 +36,15 @@ def recipe_of(
             read.
     """
     from besa.methods.recipe import Recipe
-    from besa.planning import spending
+    from besa.planning import spending, within
 
+    if passes is not None and minutes is not None:
+        raise BesaError("A run has either passes or minutes to spend: give --passes or --minutes, not both.")
     check_once("--sparsity", sparsity, settings, ("sparsity",))
+    check_once("--minutes", minutes, settings, DISTILLED)
     recipe = Recipe.load(name, sparsity, settings or ()).with_exceptions(skip or (), sparsity_of or ())
+    if minutes is not None:
+        return within(recipe, minutes)
     if passes is None:
         return recipe
     check_once("--passes", passes, settings, DISTILLED if recipe.distill.moves_weights else ("finetune.epochs",))
@@ -59,6 +67,32 @@ def check_once(option: str, value: float | None, settings: list[str] | None, dec
     for name in (setting.partition("=")[0].strip() for setting in settings or ()):
         if value is not None and name in decided:
             raise BesaError(f"{option} and --set {name} decide the same: give one of them.")
+
+
+def check_coded(dequantized: bool, recipe: Recipe) -> None:
+    """Check that `--dequantized` has something to change.
+
+    Raises:
+        BesaError: the recipe does not quantise.
+    """
+    if dequantized and recipe.quantization.coding is None:
+        raise BesaError("--dequantized is not used: choose a recipe that quantises, or leave it out.")
+
+
+def tell_if_too_large(model: str, recipe: Recipe, **options: Any) -> None:
+    """A notice before the work if a run may not fit into this machine's memory; options as of `besa.plan`."""
+    from besa.api import plan
+    from besa.system import ranks
+
+    with suppress(BesaError):  # the run says what is wrong
+        for lack in plan(model, recipe, ranks=ranks.here(), **options).lacking:
+            if lack.startswith("memory"):  # without it, systems may kill without a word; disks and GPUs do say so
+                warnings.warn(
+                    f"There may be too little {lack} for this run: `besa plan` with the same options says what it "
+                    "needs.",
+                    Notice,
+                    stacklevel=2,
+                )
 
 
 def explained(recipe: Recipe, model: str, samples: int, seqlen: int | None, trust_remote_code: bool) -> Explanation:

@@ -130,6 +130,9 @@ MinutesOption = Annotated[
         help="Distil for as many epochs as fit into so many minutes of the whole run; the record has their number.",
     ),
 ]
+DequantizedOption = Annotated[
+    bool, typer.Option("--dequantized", help="Write quantised weights as dense numbers, not as codes.")
+]
 SamplesOption = Annotated[int, typer.Option(min=1, help="Calibration sequences.")]
 SeqlenOption = Annotated[
     int | None,

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from besa.cli.choosing import DISTILLED, check_once, explained, recipe_of
+from besa.cli.choosing import check_coded, explained, recipe_of, tell_if_too_large
 from besa.cli.consoles import give
 from besa.cli.options import (
     CALIBRATION,
@@ -20,6 +20,7 @@ from besa.cli.options import (
     BudgetOption,
     CalibrationOption,
     ChatOption,
+    DequantizedOption,
     DeviceOption,
     Dtype,
     DtypeOption,
@@ -66,9 +67,7 @@ def prune(
     skip: SkipOption = None,
     sparsity_of: SparsityOfOption = None,
     activation_budget: BudgetOption = None,
-    dequantized: Annotated[
-        bool, typer.Option("--dequantized", help="Write quantised weights as dense numbers, not as codes.")
-    ] = False,
+    dequantized: DequantizedOption = False,
     explain: Annotated[
         bool, typer.Option("--explain", help="Print the recipe as it would run, with what each stage does, and stop.")
     ] = False,
@@ -82,25 +81,33 @@ def prune(
     from besa.api import compress
     from besa.cli.show.pruning import pruned
     from besa.cli.tracking import show_progress
-    from besa.errors import BesaError
-    from besa.planning import within
     from besa.record import RunRecord
     from besa.system import memory
 
-    if passes is not None and minutes is not None:
-        raise BesaError("A run has either passes or minutes to spend: give --passes or --minutes, not both.")
-    check_once("--minutes", minutes, set_, DISTILLED)
     check_files(out_dir, json, json_progress)
-    chosen = recipe_of(recipe, sparsity, set_, skip, sparsity_of, passes, samples, seqlen, model, trust_remote_code)
-    if dequantized and chosen.quantization.coding is None:
-        raise BesaError("--dequantized is not used: choose a recipe that quantises, or leave it out.")
-    if minutes is not None:
-        chosen = within(chosen, minutes)
+    chosen = recipe_of(
+        recipe, sparsity, set_, skip, sparsity_of, passes, minutes, samples, seqlen, model, trust_remote_code
+    )
+    check_coded(dequantized, chosen)
     if explain:
         explanation = explained(chosen, model, samples, seqlen, trust_remote_code)
         give(explanation, Text(explanation.text.rstrip()), json)
         return
     memory.stay_lean()
+    tell_if_too_large(
+        model,
+        chosen,
+        out=out_dir,
+        calibration=calibration,
+        samples=samples,
+        seqlen=seqlen,
+        device=device,
+        dtype=dtype.value,
+        batch=batch,
+        activation_budget=bytes_of(activation_budget),
+        dequantized=dequantized,
+        trust_remote_code=trust_remote_code,
+    )
     with show_progress(quiet=quiet, json_progress=json_progress) as tracker:
         result = compress(
             model,
@@ -165,6 +172,7 @@ def plan_command(
     recipe: RecipeOption = "besa",
     sparsity: SparsityOption = None,
     passes: PassesOption = None,
+    minutes: MinutesOption = None,
     calibration: CalibrationOption = CALIBRATION,
     samples: SamplesOption = SAMPLES,
     seqlen: SeqlenOption = None,
@@ -175,6 +183,7 @@ def plan_command(
     skip: SkipOption = None,
     sparsity_of: SparsityOfOption = None,
     activation_budget: BudgetOption = None,
+    dequantized: DequantizedOption = False,
     ranks: Annotated[
         int, typer.Option(min=1, max=1024, help="Processes that torchrun would start here, one for each device.")
     ] = 1,
@@ -185,9 +194,13 @@ def plan_command(
     from besa.api import plan
     from besa.cli.show.pruning import planned
 
+    chosen = recipe_of(
+        recipe, sparsity, set_, skip, sparsity_of, passes, minutes, samples, seqlen, model, trust_remote_code
+    )
+    check_coded(dequantized, chosen)
     result = plan(
         model,
-        recipe_of(recipe, sparsity, set_, skip, sparsity_of, passes, samples, seqlen, model, trust_remote_code),
+        chosen,
         out=out_dir,
         calibration=calibration,
         samples=samples,
@@ -196,6 +209,7 @@ def plan_command(
         dtype=dtype.value,
         batch=batch,
         activation_budget=bytes_of(activation_budget),
+        dequantized=dequantized,
         ranks=ranks,
         trust_remote_code=trust_remote_code,
     )

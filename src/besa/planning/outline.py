@@ -35,6 +35,7 @@ class Outline:
         device: where blocks would be computed; this machine need not have it.
         activation_budget: as in `Room`; if the device is not here, its memory has no limit by default.
         folder: where the checkpoint would be written.
+        dequantized: quantised weights are written as dense numbers, not as codes.
         fewer: how it lost experts, if it did.
         ranks: processes on this machine, one for each device.
         own: share of the sequences that the model writes itself; rank 0 loads it whole for that.
@@ -52,6 +53,7 @@ class Outline:
     device: torch.device
     activation_budget: int | None
     folder: Path
+    dequantized: bool = False
     fewer: Fewer | None = None
     ranks: int = 1
     own: float = 0.0

@@ -146,7 +146,7 @@ def work_out(run: Outline) -> Plan:
 
 def _checkpoint_bytes(run: Outline) -> int:
     """Bytes of the pruned checkpoint."""
-    size, coding = run.parameters * run.item, run.recipe.quantization.coding
+    size, coding = run.parameters * run.item, None if run.dequantized else run.recipe.quantization.coding
     return size if coding is None else coded_bytes(size, run.item, run.blocks, run.pruned, coding)
 
 
