@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     FalconConfig,
@@ -133,6 +135,14 @@ def test_inspect_counts_what_is_in_the_files(joint: Compressed) -> None:
     assert linear.bytes == sum(linear.parts.values())
     assert found.bits_per_weight == pytest.approx(8 * found.bytes / found.weights)
     assert [block.weights for block in found.blocks] == [block.weights for block in joint.record.blocks]
+
+
+def test_inspect_leaves_out_what_is_no_part_of_a_block(joint: Compressed, tmp_path: Path) -> None:
+    folder = shutil.copytree(joint.out, tmp_path / "further")
+    tensors = load_file(folder / "model.safetensors") | {"vision_tower.layers.0.proj.weight": torch.zeros(8, 8)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    expected, found = inspect(locate(joint.out)), inspect(locate(folder))
+    assert (found.linears, found.blocks) == (expected.linears, expected.blocks)
 
 
 def test_a_packed_checkpoint_is_simulated_by_its_zeros(joint: Compressed) -> None:

@@ -5,15 +5,17 @@ Shape suffixes: O rows (output channels), I columns (input channels).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from besa.checkpoint.checking import check_complete, check_packed
+from besa.models.blocks import find_blocks
+from besa.models.layout import renaming
 from besa.models.loading import is_quantized, load_model, quantization_of, read_config
 from besa.models.source import Source
 from besa.models.streaming import Decoder, DecoderInMemory, DecoderOnDisk
@@ -66,8 +68,8 @@ def _weights(source: Source, files: WeightFiles | None, progress: Progress) -> I
     """The same, with the bytes of weights that are not stored as bitmasks."""
     config = read_config(source)
     if files and is_quantized(config):
-        check_complete(source, files, config)
-        yield from _coded(files, source.name, quantization_of(config), progress)
+        empty = check_complete(source, files, config)
+        yield from _coded(files, empty, codes.bits_of(quantization_of(config), source.name), progress)
         return
     decoder: Decoder = DecoderInMemory(load_model(source)) if source.gguf else DecoderOnDisk(source)
     for done, block in enumerate(decoder.blocks, start=1):
@@ -77,26 +79,35 @@ def _weights(source: Source, files: WeightFiles | None, progress: Progress) -> I
         progress(done, len(decoder.blocks), block.name)
 
 
-def _coded(files: WeightFiles, source: str, config: dict[str, Any], progress: Progress) -> Iterator[StoredWeight]:
-    """The weights of a checkpoint of codes; the first number in a name is that of the block."""
-    bits = codes.bits_of(config, source)
-    owners: dict[str, list[str]] = {}
-    for name in files.names:
-        match = re.match(r"(.*?\.\d+)\.", name)
-        if match and name.endswith((f".{codes.WEIGHT}", ".weight")):
-            owners.setdefault(match[1], []).append(name)
-    for done, block in enumerate(sorted(owners, key=lambda name: int(name.rpartition(".")[2])), start=1):
-        for stored in owners[block]:
+def _coded(files: WeightFiles, model: PreTrainedModel, bits: int, progress: Progress) -> Iterator[StoredWeight]:
+    """The weights of a checkpoint of codes: those that are codes, and those that were left out of quantisation.
+
+    Args:
+        files: of the checkpoint.
+        model: on the meta device.
+        bits: of a code.
+        progress: as of `stored_weights`.
+    """
+    blocks, renamed = find_blocks(model), renaming(model, get_model_conversion_mapping(model))
+    of_blocks: dict[str, list[str]] = {block.name: [] for block in blocks}
+    for stored in files.names:
+        linear, _, last = stored.rpartition(".")
+        name, merged = renamed(f"{linear}.weight") if last in (codes.WEIGHT, "weight") else ("", False)
+        for block in blocks:
+            if name.startswith(f"{block.name}.") and (merged or name.removesuffix(".weight") in block.prunables):
+                of_blocks[block.name].append(stored)
+    for done, (block_name, names) in enumerate(of_blocks.items(), start=1):
+        for stored in names:
             name, _, last = stored.rpartition(".")
             if last == codes.WEIGHT:
                 keys = [key for key in codes.KEYS if f"{name}.{key}" in files.names]
                 tensors = {key.rpartition(".")[2]: t for key, t in files.read([f"{name}.{key}" for key in keys])}
-                yield StoredWeight(block, name, codes.is_zero(tensors, bits), codes.bytes_of(tensors))
+                yield StoredWeight(block_name, name, codes.is_zero(tensors, bits), codes.bytes_of(tensors))
             else:
                 ((_, w_OI),) = files.read([stored])
                 if w_OI.dim() == 2:  # left out of quantisation
-                    yield _dense(block, name, w_OI)
-        progress(done, len(owners), block)
+                    yield _dense(block_name, name, w_OI)
+        progress(done, len(blocks), block_name)
 
 
 def _dense(block: str, name: str, w_OI: Tensor) -> StoredWeight:
