@@ -211,9 +211,10 @@ def test_a_long_conversation_loses_its_oldest_turns(instruct: Path) -> None:
     for question, answer in chat.turns[:-1]:
         last += [user(question), {"role": "assistant", "content": answer}]
     assert chat.turns[-1][1] == reference(instruct, [*last, user(chat.turns[-1][0])], 60)
-    with pytest.raises(BesaError, match="so the model has no position left"), pytest.warns(Notice, match="0 remain"):
+    before = list(chat.turns)
+    with pytest.raises(BesaError, match="so the model has no position left"):
         chat.ask("a b " * 600, lambda word: None)
-    assert chat.turns == []
+    assert chat.turns == before  # a question that has no room even alone costs no turn
     with pytest.raises(BesaError, match="The question is empty"):
         chat.ask("  ", lambda word: None)
 

@@ -156,6 +156,26 @@ def test_a_packed_checkpoint_is_simulated_by_its_zeros(joint: Compressed) -> Non
         assert linear.nnz == int((w_OI != 0).sum())
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_what_was_codes_in_a_packed_model_is_saved_as_numbers(
+    symmetric: bool, shallow_llama_folder: Path, tmp_path: Path
+) -> None:
+    overrides = ["quantization.group=32", f"quantization.symmetric={str(symmetric).lower()}"]
+    recipe = Recipe.load("wanda-int4", 0.5, overrides).with_exceptions((), ("*.up_proj=0.15",))
+    besa.compress(shallow_llama_folder, recipe, TEXT, out=tmp_path / "out", **SIZES)
+    assert besa.pack(tmp_path / "out", tmp_path / "packed").packed < 3 * 7  # so few zeros make no bitmask
+    model = besa.load(tmp_path / "packed")
+    model.save_pretrained(tmp_path / "saved")
+    besa.unpack(tmp_path / "saved", tmp_path / "unpacked")
+    tokens_NT = torch.arange(40)[None]
+    with torch.no_grad():
+        expected = model(tokens_NT).logits
+        for folder in ("out", "saved", "unpacked"):
+            torch.testing.assert_close(besa.load(tmp_path / folder)(tokens_NT).logits, expected, rtol=1e-4, atol=1e-4)
+        found = decompressed(tmp_path / "unpacked")(tokens_NT).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("recipe", ["wanda-int4", "besa-rtn4", "int4"])
 def test_baselines(recipe: str, tmp_path: Path, shallow_llama_folder: Path) -> None:
     result = besa.compress(shallow_llama_folder, recipe, TEXT, out=tmp_path / "out", **SIZES)

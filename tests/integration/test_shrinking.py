@@ -1,6 +1,7 @@
 """Shrunk checkpoints: smaller dense shapes, the same logits, refused in a sentence where that cannot be."""
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import besa
@@ -122,6 +124,25 @@ def test_families_lose_what_nothing_reads_whatever_its_rows_and_biases_are(
     tolerance = 1e-5 if dtype == torch.float32 else 0.05
     expected, logits_ = logits(dense, TOKENS.tokens_NT), logits(small, TOKENS.tokens_NT)
     torch.testing.assert_close(logits_, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_numbers_of_the_files_keep_their_bits_whatever_config_json_says(tmp_path: Path) -> None:
+    dense = random_model(config_of("llama"))
+    unread(dense, "ffn", [8, 8])
+    saved(dense, tmp_path / "dense")
+    config = json.loads((tmp_path / "dense" / "config.json").read_text()) | {"dtype": "bfloat16"}
+    (tmp_path / "dense" / "config.json").write_text(json.dumps(config))
+    shutil.copy(tmp_path / "dense" / "model.safetensors", tmp_path / "dense" / "consolidated.safetensors")
+    done = besa.shrink(tmp_path / "dense", tmp_path / "small")
+    assert done.file_bytes_before == (tmp_path / "dense" / "model.safetensors").stat().st_size  # which alone is read
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("dense", "small"))
+    assert json.loads((tmp_path / "small" / "config.json").read_text())["dtype"] == "bfloat16"
+    for name, tensor in after.items():
+        of_before = before[name]
+        if tensor.shape != of_before.shape:
+            axis = 1 if "down_proj" in name else 0
+            of_before = of_before.index_select(axis, torch.tensor([i for i in range(96) if i % 2 == 0 or i > 15]))
+        assert tensor.dtype == torch.float32 and torch.equal(tensor, of_before), name
 
 
 def test_heads_under_a_common_norm_are_not_pruned(tiny_tokenizer: Any, tmp_path: Path) -> None:

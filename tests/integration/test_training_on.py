@@ -174,7 +174,8 @@ def test_the_model_may_change_its_home(pruned: PreTrainedModel) -> None:
 def test_a_packed_model_is_made_dense_and_trained(folder: Path, tmp_path: Path) -> None:
     besa.pack(folder, tmp_path / "packed")
     stored = (tmp_path / "packed" / "bitmask.safetensors").read_bytes()
-    model = besa.load(tmp_path / "packed", device="cpu").dequantize().requires_grad_(True)
+    model = besa.load(tmp_path / "packed", device="cpu").dequantize()
+    assert all(parameter.requires_grad for parameter in model.parameters())  # as of a model that was loaded dense
     masks = masks_of(besa.load(folder, device="cpu"))
     with besa.keep_masks(model):
         losses, _ = train(model, OPTIMISERS["AdamW"](model.parameters()))
@@ -266,6 +267,18 @@ def test_adapters_are_trained_and_merged(folder: Path, tmp_path: Path, wrapped: 
     assert torch.equal(merged.get_parameter("model.layers.0.mlp.up_proj.weight"), expected)
     if early:
         early.remove()
+
+
+def test_a_second_adapter_need_not_be_on_every_linear(tiny_llama: PreTrainedModel) -> None:
+    adapted = peft.get_peft_model(prune(tiny_llama), peft.LoraConfig(target_modules=["up_proj", "down_proj"]))
+    adapted.add_adapter("second", peft.LoraConfig(target_modules=["up_proj"], init_lora_weights=False))
+    adapted.set_adapter("second")
+    expected = adapted(batch(5)).logits
+    with besa.keep_masks(adapted, adapters=True), torch.no_grad():
+        found = adapted(batch(5)).logits
+        with adapted.disable_adapter():
+            without = adapted(batch(5)).logits
+    assert 0 < (found - without).norm() < (expected - without).norm()
 
 
 @pytest.mark.parametrize("kind", ["linears", "transposed linears"])

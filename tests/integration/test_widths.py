@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -113,6 +114,22 @@ def test_it_is_a_model_as_any_other(small: Path, tmp_path: Path) -> None:
     assert besa.verify(small).files
 
 
+def test_it_can_be_trained_with_its_zeros_kept_and_with_adapters(small: Path, tmp_path: Path) -> None:
+    model = load(small)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[:, ::2] = 0
+    with besa.keep_masks(model) as kept:
+        assert kept.sparsity > 0
+    model.add_adapter(peft.LoraConfig(target_modules=["up_proj"], init_lora_weights=False))
+    model.save_pretrained(tmp_path / "adapters")
+    assert {path.name for path in (tmp_path / "adapters").iterdir()} >= {"adapter_model.safetensors"}
+    again = load(small)
+    with torch.no_grad():
+        again.model.layers[0].mlp.up_proj.weight[:, ::2] = 0
+    again.load_adapter(str(tmp_path / "adapters"))
+    assert torch.equal(logits(again, TOKENS.tokens_NT), logits(model, TOKENS.tokens_NT))
+
+
 def test_commands_know_such_folders(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -191,6 +208,16 @@ def test_attention_layers_that_went_keep_a_head_that_nothing_reads(tiny_tokenize
     before, after = load(tmp_path / "pruned"), load(tmp_path / "small")
     tokens_NT = TOKENS.tokens_NT
     torch.testing.assert_close(logits(after, tokens_NT), logits(before, tokens_NT), rtol=1e-4, atol=1e-4)
+
+
+def test_norms_over_all_heads_do_not_fit_fewer(tmp_path: Path) -> None:
+    model = random_model(config_of("olmo2"))
+    for name, parameter in model.model.layers[1].self_attn.named_parameters():
+        if "proj" in name:
+            parameter.zero_()
+    with pytest.raises(BesaError, match="computes something else with smaller matrices"):
+        besa.shrink(saved(model, tmp_path / "dense"), tmp_path / "small", by_block=True)
+    assert not (tmp_path / "small").exists()
 
 
 def test_one_width_for_all_needs_nobody(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from besa.data.arguments import checked
 from besa.errors import BesaError
 from besa.models.blocks import find_blocks
+from besa.models.widths import widths_of
 from besa.runtime.linear import SparseLinear
 
 SHARDED = "is sharded, or lost its shape, so its zeros cannot be kept: train the model whole, or by DDP."
@@ -61,7 +62,7 @@ def keep_masks(model: nn.Module, *, adapters: bool = False) -> KeptMasks:
         raise BesaError(
             f"The linears of {name} are packed, which cannot be trained: make them dense by `model.dequantize()` first."
         )
-    if getattr(inner, "hf_quantizer", None) is not None:
+    if getattr(inner, "hf_quantizer", None) is not None and not widths_of(inner.config):
         raise BesaError(f"{name} is quantised, and codes cannot be trained: load the dense model that was pruned.")
     if flat := next((name for name, module in inner.named_modules() if _is_flat(module)), None):
         raise BesaError(f"{flat} {SHARDED}")
@@ -243,11 +244,12 @@ class _Weight:
 
     def without_its_zeros(self, layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """The output of a layer of LoRA without what its adapters add where the weight is zero."""
-        if layer.merged or layer.disable_adapters:
+        active = [name for name in layer.active_adapters if name in layer.lora_A]
+        if layer.merged or layer.disable_adapters or not active:
             return output
 
         def lost(x: Tensor) -> Tensor:
-            deltas = [layer.get_delta_weight(name) for name in layer.active_adapters if name in layer.lora_A]
+            deltas = [layer.get_delta_weight(name) for name in active]
             at_zeros = torch.stack(deltas).sum(0).masked_fill(~self._mask.to(x.device), 0)
             transposed = isinstance(self.module, Conv1D)
             return x.to(at_zeros.dtype) @ (at_zeros if transposed else at_zeros.T)

@@ -65,13 +65,13 @@ class Conversation:
 
     def _fitting(self, question: str) -> Tensor:
         """The prompt (1, T) of the conversation with a new question, without the turns that have no room."""
-        tokens_1T = prompt_of(self._writer.tokenizer, self._messages(question))
-        left_out = 0
-        while self.turns and tokens_1T.shape[1] > self._writer.positions - self._room:
-            del self.turns[0]
-            left_out += 1
-            tokens_1T = prompt_of(self._writer.tokenizer, self._messages(question))
-        if left_out:
+        turns, left_out = self.turns, 0
+        tokens_1T = prompt_of(self._writer.tokenizer, self._messages(turns, question))
+        while turns and tokens_1T.shape[1] > self._writer.positions - self._room:
+            turns, left_out = turns[1:], left_out + 1
+            tokens_1T = prompt_of(self._writer.tokenizer, self._messages(turns, question))
+        if left_out and tokens_1T.shape[1] < self._writer.positions:  # else the question alone is too long
+            self.turns = turns
             warnings.warn(
                 f"The conversation is longer than the model's {self._writer.positions:,} positions, so its oldest "
                 f"{'turn was' if left_out == 1 else f'{left_out} turns were'} left out; {len(self.turns)} remain.",
@@ -80,8 +80,6 @@ class Conversation:
             )
         return tokens_1T
 
-    def _messages(self, question: str) -> list[Message]:
-        turns = [
-            part for asked, answer in self.turns for part in (message("user", asked), message("assistant", answer))
-        ]
-        return [*self._beginning, *turns, message("user", question)]
+    def _messages(self, turns: list[tuple[str, str]], question: str) -> list[Message]:
+        said = [part for asked, answer in turns for part in (message("user", asked), message("assistant", answer))]
+        return [*self._beginning, *said, message("user", question)]

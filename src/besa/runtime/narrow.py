@@ -33,6 +33,9 @@ def save_pretrained(model: PreTrainedModel, save_directory: str | Path, **option
     Raises:
         BesaError: as `saving`.
     """
+    if getattr(model, "_hf_peft_config_loaded", False):  # transformers saves the adapters alone
+        type(model).save_pretrained(model, save_directory, **options)
+        return
     if not options.pop("is_main_process", True):
         return
     with saving(model, Path(save_directory), WIDTHS_STEM, options) as (made, config):

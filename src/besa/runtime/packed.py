@@ -216,7 +216,7 @@ def finish(model: PreTrainedModel, packed: Stored) -> PreTrainedModel:
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
             part.save_pretrained = partial(_refuse_part, part)
-    model.save_pretrained = partial(save_pretrained, model)  # which pickle can write
+    model.save_pretrained = partial(save_pretrained, model, list(packed.coded))  # which pickle can write
     model._apply = partial(_move, model)
     return model.requires_grad_(False)
 
@@ -234,7 +234,7 @@ def make_dense(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     for name, module in dict(model.named_modules()).items():
         if isinstance(module, CodedEmbedding | CodedLinear):
             matrix = module.matrix
-            weight = nn.Parameter(matrix.unpack().to(dtype), requires_grad=False)
+            weight = nn.Parameter(matrix.unpack().to(dtype))
             model.set_submodule(name, module.dense(weights.setdefault(id(matrix.codes_OI), weight)))
         if isinstance(module, SparseLinear):
             dense = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
@@ -256,16 +256,19 @@ def make_dense(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
         for name, tensor in model.state_dict(keep_vars=True).items():  # without what rotary positions are made of
             if tensor.is_floating_point() and not (exact and exact.search(name)):
                 tensor.data = tensor.data.to(dtype)
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())  # as of a model that was loaded dense
     return model
 
 
-def save_pretrained(model: PreTrainedModel, save_directory: str | Path, **options: Any) -> None:
+def save_pretrained(model: PreTrainedModel, decoded: Sequence[str], save_directory: str | Path, **options: Any) -> None:
     """`save_pretrained` of a model with sparse layers: it writes a packed checkpoint.
 
     transformers would name the weight file as that of any model, and load it with random linears where besa is absent.
 
     Args:
         model: as `finish` returned it.
+        decoded: names of the linears that were codes of compressed-tensors, and are written as numbers.
         save_directory: folder to fill.
         options: as of transformers' method.
 
@@ -275,7 +278,10 @@ def save_pretrained(model: PreTrainedModel, save_directory: str | Path, **option
     if not options.pop("is_main_process", True):
         return
     with saving(model, Path(save_directory), SPARSE_STEM, options) as (made, config):
-        config["quantization_config"] = settings(made, config["quantization_config"]["codes"])
+        of_codes = config["quantization_config"]["codes"]
+        if decoded:
+            of_codes = of_codes | {"ignore": [*dict.fromkeys([*of_codes.get("ignore", []), *decoded])]}
+        config["quantization_config"] = settings(made, of_codes)
 
 
 def _move(model: PreTrainedModel, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PreTrainedModel:
