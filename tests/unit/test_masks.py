@@ -75,6 +75,15 @@ def test_rank_of_the_widest_rows(width, dtype):
         assert kept_OI.sum(dim=1).tolist() == [width - count, count]
 
 
+@pytest.mark.parametrize("width", [32764, 32768, 36864])
+def test_groups_of_the_widest_rows(width):
+    """The first of every group comes first, then the second of every group, also where a rank needs more than int16."""
+    importance_OI = torch.rand(2, width, generator=torch.Generator().manual_seed(width))
+    places_OI = importance_OI.reshape(-1, 4).argsort().argsort().reshape(2, width)
+    ranks_OI = rank(importance_OI, torch.ones(2, width), 4)
+    assert torch.equal(ranks_OI.long(), places_OI * (width // 4) + torch.arange(width) // 4)
+
+
 @given(ranked(), st.data())
 @settings(deadline=None)
 def test_hard_mask_prunes_the_lowest_ranks(case, data):

@@ -26,11 +26,11 @@ def rank(importance_OI: Tensor, w_OI: Tensor, group: int | None = None) -> Tenso
             second of every group, and so on. None without such a pattern.
     """
     rows, width = importance_OI.shape
-    if group is not None:
-        places_OI = rank(importance_OI.reshape(-1, group), w_OI.reshape(-1, group)).reshape(rows, width)
-        groups = width // group
-        return places_OI * groups + torch.arange(width, dtype=places_OI.dtype, device=w_OI.device) // group
     dtype = torch.int16 if width <= torch.iinfo(torch.int16).max else torch.int32
+    if group is not None:
+        places_OI = rank(importance_OI.reshape(-1, group), w_OI.reshape(-1, group)).reshape(rows, width).to(dtype)
+        groups = width // group
+        return places_OI * groups + torch.arange(width, dtype=torch.int32, device=w_OI.device).to(dtype) // group
     ranks_OI = torch.empty(rows, width, dtype=dtype, device=w_OI.device)
     positions_I = torch.arange(width, dtype=dtype, device=w_OI.device)
     step = max(1, CHUNK // width)
