@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import besa
 from besa.data.calibration import Calibration
@@ -159,6 +160,39 @@ def test_only_what_shares_the_sparsity_counts(tiny_llama, tiny_llama_folder, tin
     for own, rate in zip(names, found, strict=True):
         part = torch.cat([expected[name].flatten() for name in own])
         assert rate == pytest.approx(float((part <= threshold).float().mean()), abs=0.005)
+
+
+def test_matrices_that_no_token_reaches_are_left_out_of_the_threshold():
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=2, experts_implementation="eager",
+    )  # fmt: skip
+    model = MixtralForCausalLM(config).eval()
+    calibration = Calibration(torch.randint(0, 97, (4, 24), generator=torch.Generator().manual_seed(1)), "text", 0)
+    with torch.no_grad():
+        model.model.layers[1].mlp.gate.weight.zero_()  # of equal experts, the same two serve every token
+    own = survey(DecoderInMemory(model), calibration)
+    measured = loss_gradients(own, 2)
+    blocks = own.decoder.blocks
+    served = [[name for name in block.prunables if _served(measured, name)] for block in blocks]
+    assert len(served[0]) > len(served[1]) == 4 + 2 * 2
+    scores = [
+        torch.cat([_score(block, name, measured).flatten() for name in names])
+        for block, names in zip(blocks, served, strict=True)
+    ]
+    threshold = torch.cat(scores).quantile(0.5)
+    expected = [float((part <= threshold).float().mean()) for part in scores]
+    assert LossSensitivity(sequences=2, strength=1).measure(own) == pytest.approx(expected, abs=0.01)
+
+
+def _served(measured, name):
+    return bool(measured.squares[name].any()) and bool(measured.statistics[name].squares_I.any())
+
+
+def _score(block, name, measured):
+    weight_OI, column_I = block.weight(name).detach(), measured.statistics[name].squares_I
+    return weight_OI.square() * column_I * measured.squares[name][:, None]
 
 
 def test_owl_by_hand(tiny_llama, tiny_llama_folder, tiny_tokenizer):

@@ -287,8 +287,10 @@ def test_mixed_patterns_leave_alone_what_no_token_reached():
     assert len({int(own_O[0]) / problem.linears[name].w_OI.shape[1] for name, own_O in plain.items()}) > 1
     moved = next(name for name, own_O in plain.items() if own_O[0] * 2 != problem.linears[name].w_OI.shape[1])
     linears = problem.linears | {moved: dataclasses.replace(problem.linears[moved], reached=False)}
-    counts = method.allocate(dataclasses.replace(problem, linears=linears)).counts
-    assert (counts[moved] * 2 == problem.linears[moved].w_OI.shape[1]).all()
+    unmeasured = problem.gradients | {moved: torch.zeros_like(problem.gradients[moved])}  # where gradients were sent
+    for changed in (dataclasses.replace(problem, linears=linears), dataclasses.replace(problem, gradients=unmeasured)):
+        counts = method.allocate(changed).counts
+        assert (counts[moved] * 2 == problem.linears[moved].w_OI.shape[1]).all()
 
 
 @pytest.mark.parametrize("method", ["none", "cg", "admm", "obs"])

@@ -86,7 +86,11 @@ def _measured(survey: Survey, tokens_NT: Tensor) -> LossGradients:
         statistics |= inputs
     upto_BS = torch.stack([histograms[block.index] for block in blocks]).cumsum(dim=1)
     upto_S = upto_BS.sum(dim=0)
-    place = (upto_S < round(survey.sparsity * sum(survey.sizes))).sum()
+    sizes = [  # weights that compete, and all of a block from which structures go
+        size if structures else own
+        for size, structures, own in zip(survey.sizes, survey.structures, upto_BS[:, -1].tolist(), strict=True)
+    ]
+    place = (upto_S < round(survey.sparsity * sum(sizes))).sum()
     last = place.clamp_max(BINS - 1).reshape(1)
     beyond_B = upto_BS[:, -1] - upto_BS[:, INFINITE - 1]
     pruned, beyond = torch.stack([upto_BS.index_select(1, last)[:, 0], beyond_B]).tolist()
@@ -96,7 +100,7 @@ def _measured(survey: Survey, tokens_NT: Tensor) -> LossGradients:
             f"The gradients of the loss at {name} have NaN or infinity: try --dtype float32, and check the model with "
             "`besa eval`."
         )
-    rates = [zeros / max(1, size) for zeros, size in zip(pruned, survey.sizes, strict=True)]
+    rates = [zeros / size if size else survey.sparsity for zeros, size in zip(pruned, sizes, strict=True)]
     return LossGradients(survey.sparsity, rates, squares, statistics)
 
 
@@ -167,11 +171,12 @@ def _send_back(
 def _histogram(
     block: Block, names: tuple[str, ...], rows: RowSensitivities, statistics: dict[str, InputStatistics]
 ) -> Tensor:
-    """Number of weights of a block in each bin of scores (S,), int64."""
+    """Number of weights of a block in each bin of scores (S,), int64; none of matrices that no token reached."""
     device = next(block.module.parameters()).device
     counts_S = torch.zeros(BINS, dtype=torch.int64, device=device)
     for name in names:
-        counts_S += histogram(_bins(_scores(block, name, rows, statistics)), BINS)
+        reached = statistics[name].squares_I.any() & rows.rows(name).any()
+        counts_S += histogram(_bins(_scores(block, name, rows, statistics)), BINS) * reached
     return counts_S
 
 

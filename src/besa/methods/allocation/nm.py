@@ -88,7 +88,7 @@ class NM(Allocator):
     def _costs(self, linear: RankedLinear, gradients_O: Tensor) -> Tensor:
         """The error of pruning 0, 1, … `of` - 1 weights of every group (P,); infinite for numbers not allowed."""
         dtype = widest(linear.w_OI.device)
-        if not linear.reached:
+        if not (linear.reached and gradients_O.any()):
             only = [0.0 if pruned == self.of - self.keep else torch.inf for pruned in range(self.of)]
             return torch.tensor(only, dtype=dtype).to(linear.w_OI.device)
         error_OI = linear.errors(gradients_O)
