@@ -73,18 +73,35 @@ class Structured(Allocator):
         heads = sum(number * coupling.weights for coupling, number in taken[0][:-1])
         ffn = taken[0][-1][0]
         steps = -(-ffn.structures // self.multiple) - 1  # that a block can lose, of `multiple` channels
-        size = ffn.weights * self.multiple
-        ideal_B = (torch.tensor(targets, dtype=torch.float64) * weights - heads) / size
-        total = min(max(round(float(ideal_B.sum())), 0), steps * len(blocks))
         if not steps:
             return even
-        steps_B = torch.full((len(blocks),), steps)
-        gone = apportion(ideal_B / steps, steps_B, total, torch.zeros_like(steps_B)).tolist()
+        channels_B = (torch.tensor(targets, dtype=torch.float64) * weights - heads) / ffn.weights  # that should go
+        gone = self._steps(channels_B, steps, self.multiple * (steps + 1) - ffn.structures)
         kept = [ffn.structures if not number else self.multiple * (steps + 1 - number) for number in gone]
         return [
             Budget(tuple(own), weights, heads + (ffn.structures - number) * ffn.weights)
             for own, number in zip(names, kept, strict=True)
         ]
+
+    def _steps(self, channels_B: Tensor, most: int, short: int) -> list[int]:
+        """Steps of `multiple` channels that each block loses: together the channels nearest to those that should go.
+
+        Args:
+            channels_B: channels of each block that should go, any real number.
+            most: steps that a block can lose.
+            short: channels that the first step of a block has fewer, so that a multiple stays.
+        """
+        steps_B = torch.full((len(channels_B),), most)
+        ideal_B = torch.where(channels_B > 0, channels_B + short, channels_B) / self.multiple
+        near = min(max(round(float(ideal_B.sum())), 0), most * len(steps_B))
+        reach = len(steps_B) if short else 0  # blocks that lose something decide how many first steps there are
+        totals = range(max(near - reach, 0), min(near + reach, most * len(steps_B)) + 1)
+        tried = [apportion(ideal_B / most, steps_B, total, torch.zeros_like(steps_B)).tolist() for total in totals]
+
+        def off(gone: list[int]) -> float:
+            return abs(sum(self.multiple * number - short for number in gone if number) - float(channels_B.sum()))
+
+        return min(tried, key=off)
 
     def budget(self, block: Block, names: Sequence[str], sparsity: float) -> Budget:
         """The budget of these linears: the number of zeros of whole structures nearest to the sparsity.
