@@ -20,6 +20,7 @@ from besa.methods.recipe import Recipe
 from besa.record import RunRecord
 from besa.storage import snapshots
 from besa.storage.snapshots import Snapshots
+from tests import pretend
 from tests.slowly import some_slow
 
 ROOT = Path(__file__).parents[2]
@@ -41,13 +42,20 @@ class Prune(Protocol):
     """Prune and distil towards `out`; stop as Ctrl-C would when so many reports on distilling have come."""
 
     def __call__(
-        self, out: Path, stop: int = 0, resume: bool = False, settings: Sequence[str] = SETTINGS
+        self,
+        out: Path,
+        stop: int = 0,
+        resume: bool = False,
+        settings: Sequence[str] = SETTINGS,
+        device: str = "cpu",
     ) -> RunRecord: ...
 
 
 @pytest.fixture(scope="module")
 def prune(shallow_llama_folder: Path) -> Prune:
-    def pruned(out: Path, stop: int = 0, resume: bool = False, settings: Sequence[str] = SETTINGS) -> RunRecord:
+    def pruned(
+        out: Path, stop: int = 0, resume: bool = False, settings: Sequence[str] = SETTINGS, device: str = "cpu"
+    ) -> RunRecord:
         told = 0
 
         def progress(done: float, total: float, note: str = "") -> None:
@@ -58,10 +66,8 @@ def prune(shallow_llama_folder: Path) -> Prune:
                 if told == stop:
                     raise KeyboardInterrupt
 
-        recipe = Recipe.load("wanda", None, settings)
-        return besa.compress(
-            shallow_llama_folder, recipe, TEXT, out=out, **SIZES, dtype="bfloat16", resume=resume, progress=progress
-        ).record
+        recipe, run = Recipe.load("wanda", None, settings), {"device": device, "resume": resume, "progress": progress}
+        return besa.compress(shallow_llama_folder, recipe, TEXT, out=out, **SIZES, dtype="bfloat16", **run).record
 
     return pruned
 
@@ -105,6 +111,28 @@ def test_interrupted_and_gone_on_with(prune: Prune, stop: int, whole: Path, tmp_
     assert record.distilling.losses == RunRecord.of(whole).distilling.losses
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     assert not partial.exists()
+
+
+def test_moments_and_their_steps_are_on_the_device_of_the_weights(
+    prune: Prune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fused Adam of a GPU takes no others; a run that is resumed has them from the state's file."""
+    step, devices = torch.optim.Adam.step, set()
+
+    def watched(optimizer: torch.optim.Adam, *arguments: object) -> object:
+        devices.update(
+            (parameter.device, tensor.device)
+            for parameter, state in optimizer.state.items()
+            for tensor in state.values()
+        )
+        return step(optimizer, *arguments)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", watched)
+    with pytest.raises(Interrupted):
+        prune(tmp_path / "out", 3, device=pretend.NAME)
+    devices.clear()
+    prune(tmp_path / "out", resume=True, device=pretend.NAME)
+    assert {(one.type, other.type) for one, other in devices} == {(pretend.NAME, pretend.NAME)}
 
 
 @pytest.mark.slow

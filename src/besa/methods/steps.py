@@ -88,7 +88,8 @@ def split(samples: int, epochs: int = 1) -> tuple[list[int], list[int]]:
 def average(leaves: Iterable[Tensor], sequences: int) -> None:
     """Divide the summed gradients of a step by the number of its sequences on all ranks.
 
-    A leaf that no token of any sequence reached has none: such experts stay as they are.
+    A leaf that no token of any sequence reached has none, and stays as it is. Those of experts in a stack have zeros,
+    and go on by their momentum.
     """
     leaves = list(leaves)
     if ranks.count() > 1:

@@ -269,7 +269,8 @@ class Course:
             for name in names:
                 if f"step.{name}" in kept:
                     state = {kind: torch.zeros_like(values[name]) for kind in ("exp_avg", "exp_avg_sq")}
-                    optimizer.state[values[name]] = {"step": torch.zeros_like(kept[f"step.{name}"]), **state}
+                    step = torch.zeros_like(kept[f"step.{name}"], device=values[name].device)  # as fused Adam has it
+                    optimizer.state[values[name]] = {"step": step, **state}
         self._restore(
             {name: {"value": value.detach(), **optimizer.state.get(value, {})} for name, value in values.items()}
         )
