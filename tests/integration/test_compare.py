@@ -15,7 +15,7 @@ from rich.console import Console
 
 import besa
 from besa.cli.show.studying import compared
-from besa.errors import BesaError
+from besa.errors import BesaError, Interrupted
 from besa.methods.recipe import Recipe
 from besa.storage.writing import claimed
 from besa.studies import workspace as workspace_module
@@ -159,11 +159,33 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, shallow_llama_folder: Path, 
 
     workspace = workspace_in(tmp_path, shallow_llama_folder, text)
     recipe = Recipe.load("wanda", 0.5)
-    with pytest.raises(BaseException, match="2 finished blocks"):
+    with pytest.raises(Interrupted, match=r"2 finished blocks are kept in .*: the same command goes on."):
         replace(workspace, progress=stop).outcome(recipe)
     outcome = workspace.outcome(recipe)
     assert outcome.record is not None
     assert outcome.record.restored_blocks == 2
+
+
+def test_weights_of_a_stopped_command_do_not_stay(
+    tmp_path: Path, shallow_llama_folder: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace, recipe = workspace_in(tmp_path, shallow_llama_folder, text), Recipe.load("magnitude", 0.5)
+
+    def stopped(keep: bool) -> None:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(workspace_module, "evaluate", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+            replace(workspace, keep=keep).outcome(recipe)
+        assert workspace.checkpoint(recipe).exists()
+
+    stopped(keep=False)
+    workspace.outcome(recipe)
+    assert [path for path in tmp_path.iterdir() if path.suffix != ".json"] == []
+    for path in tmp_path.iterdir():
+        path.unlink()
+    stopped(keep=False)
+    stopped(keep=True)  # these are to stay
+    workspace.outcome(recipe)
+    assert workspace.checkpoint(recipe).exists()
 
 
 def test_table_plot_and_json_agree(made: tuple[Workspace, Comparison]) -> None:

@@ -19,6 +19,7 @@ import torch
 from besa.api import compress, evaluate
 from besa.data.calibration import sample
 from besa.data.mixture import MIX, parts_of
+from besa.errors import Interrupted
 from besa.evaluation.domains import ALL, mean_of_domains
 from besa.evaluation.result import Evaluation
 from besa.evaluation.texts import read_texts, text_name
@@ -150,14 +151,20 @@ class Workspace:
         """
         key, files = self._files(recipe, seed)
         record, checkpoint = self.folder / f"{key}.run.json", self.folder / key
-        kept = self.keep or checkpoint.exists()
+        passing = self.folder / f"{key}.passing"  # beside weights that go once they are evaluated
+        if self.keep:
+            passing.unlink(missing_ok=True)
+        kept = self.keep or (checkpoint.exists() and not passing.exists())
         missing = {measures: path for measures, path in files.items() if not path.exists()}
         if recipe is not None and (missing or not self._pruned(key)):
+            if not kept:
+                write_file(passing, "")
             self._prune(recipe, seed, checkpoint, record)
         if missing:
             self._measure(checkpoint if recipe is not None else self._source.pinned, missing)
         if not kept and checkpoint.exists():
             shutil.rmtree(checkpoint)
+            passing.unlink(missing_ok=True)
         return Outcome(
             RunRecord.read(record) if recipe is not None else None,
             [Evaluation.read(path) for path in files.values()],
@@ -212,7 +219,11 @@ class Workspace:
         if not checkpoint.exists():
             progress, settings = labelled(self.progress, _label(checkpoint)), asdict(self.conditions)
             settings |= {"model": self._source.pinned, "device": self._device}
-            compress(recipe=recipe, out=checkpoint, seed=seed, resume=True, progress=progress, **settings)
+            try:
+                compress(recipe=recipe, out=checkpoint, seed=seed, resume=True, progress=progress, **settings)
+            except Interrupted as interruption:
+                said = str(interruption).replace("go on with --resume", "the same command goes on")
+                raise Interrupted(said) from None
         write_file(record, (checkpoint / RECORD_NAME).read_text(encoding="utf-8"))
 
     def _measure(self, model: str | Path, missing: Mapping[Measures, Path]) -> None:
