@@ -19,6 +19,7 @@ from transformers import (
 import besa
 from besa.cli import pruning, studying
 from besa.data.mixture import MIX
+from besa.errors import Notice
 from besa.models.blocks import capture_inputs, find_blocks
 from besa.observing.losses import reconstruction_error
 from besa.pruning.paths import ERROR_SHARE
@@ -306,7 +307,8 @@ def test_measuring_on_what_a_model_was_calibrated_on_is_said(
         return besa.evaluate(folder, texts, window=32, max_windows=1).notes
 
     said = "The model was calibrated on documents of calibration: other texts tell more of what is left."
-    assert notes(tmp_path / "pruned", [heldout, own]) == [said]
+    with pytest.warns(Notice, match=said):
+        assert notes(tmp_path / "pruned", [heldout, own]) == [said]
     assert not notes(tmp_path / "pruned", [heldout]) and not notes(shallow_llama_folder, [own])
     (tmp_path / "pruned" / "besa_run.json").write_text("no record")
     assert not notes(tmp_path / "pruned", [own])

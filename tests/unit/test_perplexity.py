@@ -1,5 +1,6 @@
 """Perplexity against a loop written by hand, and against what was recorded when the tiny Llama was trained."""
 
+import hashlib
 import json
 import math
 from types import SimpleNamespace
@@ -42,6 +43,12 @@ def test_the_tail_is_dropped(tiny_llama, tokens_L):
     whole = perplexity(tiny_llama, tokens_L[:60], 20)
     assert perplexity(tiny_llama, torch.cat([tokens_L[:60], tokens_L.new_zeros(19)]), 20) == whole
     assert perplexity(tiny_llama, torch.cat([tokens_L[:60], tokens_L.new_zeros(20)]), 20).windows == 4
+
+
+def test_the_digest_is_of_the_tokens_that_were_measured(tiny_llama, tokens_L):
+    whole = perplexity(tiny_llama, tokens_L[:60], 20)
+    assert whole.sha256 == hashlib.sha256(tokens_L[:60].numpy().tobytes()).hexdigest()
+    assert whole.sha256 != perplexity(tiny_llama, tokens_L[:60], 20, bos=0).sha256
 
 
 def test_max_windows_takes_the_beginning(tiny_llama, tokens_L):

@@ -234,6 +234,13 @@ def test_command_repeats_the_run(three):
     assert "besa report dense wanda besa --out report.html" in html
 
 
+def test_a_command_writes_what_the_run_wrote_on_as_many_ranks(folder):
+    run = record("wanda-int4", dequantized=True, ranks=2)
+    page = Page(render([folder("two", run, evaluation({"wiki": 34.0}))])).text
+    assert "torchrun --nproc-per-node 2 -m besa prune tiny" in page and "--dequantized" in page
+    assert "besa eval" in page and "torchrun --nproc-per-node 2 -m besa eval" not in page
+
+
 def test_recipe_that_besa_does_not_ship_is_given_as_yaml(folder):
     run = record("besa", command=["besa", "prune", "a b"])
     run["recipe"]["allocation"]["epochs"] = 9
@@ -252,7 +259,8 @@ def test_a_record_that_does_not_say_how_many_sequences_is_shown(folder):
 def test_recipe_that_a_run_has_settled_is_still_one_that_besa_ships(name, ranks, folder):
     settled = Recipe.load(name, 0.5).settled(ranks, 16, {}).model_dump(mode="json")
     assert settled != Recipe.load(name, 0.5).model_dump(mode="json")
-    assert f"--recipe {name} --sparsity" in render([folder("run", record(name, recipe=settled, ranks=ranks))])
+    page = render([folder("run", record(name, recipe=settled, ranks=ranks))])
+    assert re.search(rf"--recipe {name}\s", page) and f"{name}.yaml" not in page
 
 
 def test_distilling_has_a_curve(three, folder):
@@ -299,6 +307,65 @@ def test_windows_with_a_bos_token_do_not_compare_with_others(three, folder):
     assert page.rows()["magnitude"][2] == ""  # no ratio to dense
     assert page.text.count("--bos yes") == 2  # prune and eval
     assert "BOS" not in Page(render(three)).text and "--bos" not in Page(render(three)).text
+
+
+def test_texts_of_one_name_do_not_compare_where_they_are_others(three, folder):
+    told = "wiki is not the same text in all runs"
+    begins = [{"beginnings": {"wiki": f"The city {number}"}} for number in (1, 2)]
+    others = [
+        folder("dense-1", measured=evaluation({"wiki": 20.0}, **begins[0])),
+        folder("wanda-2", record("wanda"), evaluation({"wiki": 15.0}, **begins[1])),
+        folder("besa-1", record("besa"), evaluation({"wiki": 16.0}, **begins[0])),
+    ]
+    page = Page(render(others))
+    assert told in page.text and "Dashed: the dense model" not in page.text
+    assert page.rows()["wanda"][1:3] == ["15.00", ""] and page.rows()["besa"][1:3] == ["16.00", "0.80"]
+    assert "<b>" not in render(others)
+    for number, run in enumerate(others):  # that begin alike, and go on otherwise
+        run.measured.beginnings["wiki"] = "The city"
+        run.measured.details["wiki"].sha256 = str(number % 2)
+    assert Page(render(others)).rows() == page.rows()
+    assert told not in Page(render([others[0], others[2]])).text
+    assert told not in Page(render(three)).text  # files of before do not say
+
+
+def test_runs_that_lost_different_things_are_no_rivals(folder):
+    def with_experts(name, gone, value):
+        mixture = {
+            "name": "model.layers.0.mlp",
+            "experts": 8,
+            "gone": list(range(gone)),
+            "scores": [1.0] * 8,
+            "tokens": [9] * 8,
+        }
+        return folder(name, record("wanda", mixtures=[mixture], dropped=gone), evaluation({"wiki": value}))
+
+    two, three = with_experts("two", 2, 30.0), with_experts("three", 3, 31.0)
+    page = render([two, three])
+    assert "<b>" not in page
+    assert (
+        "At exactly 50.00 % sparsity with 6 of 8 experts, the perplexity of wanda (two) on wiki is 30.00."
+        in Page(page).text
+    )
+    depths = [
+        folder(f"depth-{zeros}", record("depth", zeros=zeros, sparsity=zeros / 600), evaluation({"wiki": value}))
+        for zeros, value in ((200, 25.0), (400, 29.0))
+    ]
+    for run in depths:
+        run.record.recipe["sparsity"] = 0.1  # is not what decides
+        run.record.recipe["allocation"]["blocks"] = run.record.zeros // 200
+    page = render(depths)
+    assert "<b>" not in page and "asked for" not in Page(page).text
+
+
+def test_formats_of_measuring_are_told_and_repeated(three, folder):
+    measured = evaluation({"wiki": 34.1}, dtype="bfloat16")
+    other = folder("half", record("besa"), measured)
+    three[2].measured.dtype = "float32"
+    page = Page(render([*three, other]))
+    told = "Models were measured in different formats, so small differences may be rounding: float32 (besa"
+    assert told in page.text and page.text.count("--dtype bfloat16") == 1
+    assert "different formats" not in Page(render(three)).text
 
 
 def test_different_amounts_of_text_are_told(three, folder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from besa.counting.widening import widened
 from besa.data.arguments import Bos, Count, Dtype, checked
 from besa.data.mixture import texts_of
-from besa.errors import BesaError
+from besa.errors import BesaError, Notice
 from besa.evaluation.perplexity import check_window
 from besa.evaluation.result import Evaluation
 from besa.evaluation.texts import perplexities, read_texts
@@ -96,27 +97,30 @@ def evaluate(
         by_window = perplexities(*read, parts, windows, max_windows, batch, first, progress)
         if tasks:
             answers = zero_shot(*read, tasks, limit=limit, hub=hub, batch=batch, bos=bos, progress=progress)
+    details = by_window.pop(windows[0])
+    found = [
+        f"The model was calibrated on documents of {part.name}: other texts tell more of what is left."
+        for part in parts
+        if part.source in opened.calibration
+    ]
     if answers is not None and answers.cut:
-        notes.append(
+        found.append(
             f"{answers.cut:,} answers were scored without the beginning of their question, which is longer than the "
             "model takes."
         )
-    details = by_window.pop(windows[0])
-    calibrated = [part.name for part in parts if part.source in opened.calibration]
-    notes += [
-        f"The model was calibrated on documents of {name}: other texts tell more of what is left."
-        for name in calibrated
-    ]
+    for note in found:
+        warnings.warn(note, Notice, stacklevel=2)
     return Evaluation(
         model=opened.name,
         revision=opened.revision,
+        dtype=str(opened.model.dtype).removeprefix("torch."),
         perplexity={text: result.perplexity for text, result in details.items()},
         window=windows[0],
         details=details,
         other_windows=by_window,
         sources={part.name: part.source for part in parts},
         beginnings={part.name: part.beginning for part in parts},
-        notes=notes,
+        notes=[*notes, *found],
         bos=bos,
         zero_shot=answers,
         sparsity=getattr(opened.model.config, "besa", {}).get("sparsity"),

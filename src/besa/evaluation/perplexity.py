@@ -5,6 +5,7 @@ Shape suffixes: W windows, T tokens of a window, V vocabulary.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from itertools import chain
 from typing import Annotated
@@ -36,6 +37,7 @@ class Perplexity(BaseModel):
         windows: how many windows of the text were used.
         predicted: tokens predicted, window − 1 in each window.
         bos: whether each window began with the token that begins a text.
+        sha256: of the token ids of these windows, as int64; None in files of before.
         bits_per_byte: mean bits for a token, by the mean bytes of the text's tokens, which makes it comparable
             between tokenizers; None where the text's bytes are not known.
     """
@@ -46,6 +48,7 @@ class Perplexity(BaseModel):
     windows: int
     predicted: int
     bos: bool = False
+    sha256: str | None = None
     bits_per_byte: float | None = None
 
 
@@ -109,6 +112,7 @@ def perplexity(
         windows=windows,
         predicted=predicted,
         bos=bos is not None,
+        sha256=hashlib.sha256(tokens_WT.cpu().numpy().tobytes()).hexdigest(),
         bits_per_byte=bits / bytes_per_token if bytes_per_token else None,
     )
 

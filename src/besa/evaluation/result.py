@@ -22,6 +22,7 @@ class Evaluation(BaseModel):
     Attributes:
         model: what was evaluated.
         revision: its commit, if it came from the Hugging Face Hub.
+        dtype: that the model computed in; None in files of before.
         perplexity: by name of the text.
         window: tokens of a window; perplexities of different windows do not compare.
         details: windows, predicted tokens and bits per byte by name of the text.
@@ -42,6 +43,7 @@ class Evaluation(BaseModel):
 
     model: str = ""
     revision: str | None = None
+    dtype: str | None = None
     perplexity: dict[str, Infinite]
     window: int
     details: dict[str, Perplexity] = {}

@@ -63,7 +63,8 @@ def perplexities(entries: list[Entry]) -> Plot:
         known = [(entry, value) for entry, value in shown if value is not None]
         if known:
             items = [Series(entry.label, entry.color, [value]) for entry, value in known]
-            dense = reference(entries, text)
+            dense = reference(entries, text, known[0][0].run)
+            dense = dense if all(reference(entries, text, entry.run) == dense for entry, _ in known) else None
             line = None if dense is None or not math.isfinite(dense) else (f"dense {wording.perplexity(dense)}", dense)
             values = [wording.perplexity(value) for _, value in known]
             log = plots.spread([value for _, value in known] + ([dense] if line and dense else [])) > LOG

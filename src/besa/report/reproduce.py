@@ -44,6 +44,8 @@ def prune(entry: Entry, record: RunRecord) -> str:
         seed=record.seed,
         dtype=record.model.get("dtype"),
         device=device,
+        dequantized=record.dequantized,
+        ranks=record.ranks,
         variables={"OMP_NUM_THREADS": threads} if device == "cpu" and threads else {},
     )
 
@@ -61,6 +63,7 @@ def evaluate(entry: Entry) -> str | None:
         window=",".join(map(str, [measured.window, *measured.other_windows])) if entry.run.texts else None,
         max_windows=max((one.windows for one in details if one.windows), default=None),
         bos=measured.bos if measured.bos != "auto" else None,
+        dtype=measured.dtype,
         tasks=",".join(zero_shot.tasks) if zero_shot else None,
         limit=zero_shot.limit if zero_shot else None,
         hub=zero_shot is not None and zero_shot.source == "hub",
@@ -91,9 +94,10 @@ def files(entries: list[Entry]) -> list[str]:
     return [name for name in names if name not in {*EMBEDDED, *TEST_SETS, *DOMAINS} and not name.startswith("hf:")]
 
 
-def _line(words: list[str], variables: dict[str, Any] | None = None, **options: Any) -> str:
+def _line(words: list[str], variables: dict[str, Any] | None = None, ranks: int = 1, **options: Any) -> str:
     """A command, continued where it grows long; a list is an option given several times, True a flag."""
-    lines = [shlex.join([*(f"{name}={value}" for name, value in (variables or {}).items()), "besa", *words])]
+    program = ["besa"] if ranks == 1 else ["torchrun", "--nproc-per-node", str(ranks), "-m", "besa"]
+    lines = [shlex.join([*(f"{name}={value}" for name, value in (variables or {}).items()), *program, *words])]
     for option, value in options.items():
         for one in value if isinstance(value, list) else [] if value is None or value is False else [value]:
             more = shlex.join([f"--{option.replace('_', '-')}", *([] if one is True else [str(one)])])

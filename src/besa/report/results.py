@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import combinations
 
 from besa.record import RunRecord
 from besa.report import wording
@@ -60,12 +61,9 @@ def windows(entries: list[Entry]) -> list[int]:
 
 
 def reference(entries: list[Entry], text: str, like: Run | None = None) -> float | None:
-    """Perplexity of the first dense model on the text, if `like` is given one that was measured as it was."""
-    for entry in entries:
-        if entry.run.dense and (value := entry.run.perplexity(text)) is not None:  # noqa: SIM102
-            if like is None or entry.run.basis(text) == like.basis(text):
-                return value
-    return None
+    """Perplexity of the first dense model on the text, if `like` is given one that compares with it."""
+    measured = [entry.run for entry in entries if entry.run.dense and entry.run.perplexity(text) is not None]
+    return next((run.perplexity(text) for run in measured if like is None or run.compares(like, text)), None)
 
 
 def cell(entries: list[Entry], entry: Entry, text: str) -> Cell | None:
@@ -80,18 +78,8 @@ def cell(entries: list[Entry], entry: Entry, text: str) -> Cell | None:
 
 
 def _rivals(entries: list[Entry], entry: Entry, text: str) -> list[Entry]:
-    """Other pruned models that were measured on the text in the same way, at the same asked sparsity."""
-    run = entry.run
-    return [
-        other
-        for other in entries
-        if other is not entry
-        and not other.run.dense
-        and not run.dense
-        and other.run.perplexity(text) is not None
-        and other.run.basis(text) == run.basis(text)
-        and other.run.target == run.target
-    ]
+    """Other pruned models that compare with it."""
+    return [other for other in entries if other is not entry and entry.run.is_rival(other.run, text)]
 
 
 def headline(entries: list[Entry]) -> str:
@@ -125,7 +113,7 @@ def _against(entries: list[Entry], ours: Entry, rival: Entry, text: str) -> str:
     dense = reference(entries, text, ours.run)
     numbers = f"{_perplexity(mine)} against {_perplexity(theirs)}"
     numbers += f"; dense: {_perplexity(dense)}" if dense is not None else ""
-    said = f"At {_asked([ours, rival])} sparsity, the perplexity of {ours.label} on {text} is "
+    said = f"At {_asked([ours, rival])}, the perplexity of {ours.label} on {text} is "
     return f"{said}{wording.times(mine / theirs)}that of {rival.label} ({numbers})."
 
 
@@ -135,19 +123,22 @@ def _lowest(best: Entry, text: str) -> str:
 
 def _alone(entries: list[Entry], ours: Entry, text: str) -> str:
     mine, dense = ours.run.perplexity(text) or math.nan, reference(entries, text, ours.run)
-    said = f"At {_asked([ours])} sparsity, the perplexity of {ours.label} on {text} is {_perplexity(mine)}"
+    said = f"At {_asked([ours])}, the perplexity of {ours.label} on {text} is {_perplexity(mine)}"
     return said + (f", {wording.times(mine / dense)}that of the dense model ({_perplexity(dense)})." if dense else ".")
 
 
 def _asked(compared: list[Entry]) -> str:
-    if all(entry.run.exact for entry in compared):
-        return f"exactly {compared[0].sparsity}"
-    return wording.listed(list(dict.fromkeys(entry.sparsity for entry in compared)))
+    """What these runs were asked for; it is the same."""
+    exact, record = all(entry.run.exact for entry in compared), compared[0].run.record
+    said = compared[0].sparsity if exact else wording.listed(list(dict.fromkeys(one.sparsity for one in compared)))
+    experts = record.experts if record else None
+    fewer = f" with {experts[1]:,} of {experts[0]:,} experts" if experts else ""
+    return f"{'exactly ' if exact else ''}{said} sparsity{fewer}"
 
 
 def notes(entries: list[Entry]) -> list[str]:
     """What keeps the numbers from meaning what they seem to mean."""
-    parts = [_window_notes, _bos_notes, _coverage_notes, _origin_notes, _sparsity_notes]
+    parts = [_window_notes, _text_notes, _bos_notes, _dtype_notes, _coverage_notes, _origin_notes, _sparsity_notes]
     return [note for part in parts for note in part(entries)]
 
 
@@ -164,6 +155,13 @@ def _window_notes(entries: list[Entry]) -> Iterator[str]:
         )
 
 
+def _text_notes(entries: list[Entry]) -> Iterator[str]:
+    """Texts that are others in other runs, under one name."""
+    for text in texts(entries):
+        if not all(one.run.same_text(other.run, text) for one, other in combinations(entries, 2)):
+            yield f"{text} is not the same text in all runs: perplexities on different ones do not compare."
+
+
 def _bos_notes(entries: list[Entry]) -> Iterator[str]:
     """Texts whose windows began with a BOS token in some runs only."""
     for text in texts(entries):
@@ -176,6 +174,17 @@ def _bos_notes(entries: list[Entry]) -> Iterator[str]:
                 f"Windows of {text} began with a BOS token for {wording.listed(began)} only: perplexities with and "
                 "without one do not compare."
             )
+
+
+def _dtype_notes(entries: list[Entry]) -> Iterator[str]:
+    """Models that computed in different formats while they were measured."""
+    by_dtype: dict[str, list[str]] = {}
+    for entry in entries:
+        if entry.run.measured and entry.run.measured.dtype:
+            by_dtype.setdefault(entry.run.measured.dtype, []).append(entry.label)
+    if len(by_dtype) > 1:
+        parts = "; ".join(f"{dtype} ({wording.listed(labels)})" for dtype, labels in by_dtype.items())
+        yield f"Models were measured in different formats, so small differences may be rounding: {parts}."
 
 
 def _coverage_notes(entries: list[Entry]) -> Iterator[str]:

@@ -62,7 +62,7 @@ class Run:
         """The sparsity that was asked for, exceptions included; the counted one where nobody knows."""
         if self.record is None:
             return self.measured.sparsity if self.measured else None
-        if self.record.recipe.get("sparsity_of"):
+        if self.record.recipe.get("sparsity_of") or _blocks_asked(self.record):
             return _zeros_asked(self.record) / self.record.weights
         return float(self.record.recipe.get("sparsity", self.record.sparsity))
 
@@ -85,8 +85,38 @@ class Run:
         """Perplexity on a text, None if it was not measured."""
         return self.measured.perplexity.get(text) if self.measured else None
 
+    def is_rival(self, other: Run, text: str) -> bool:
+        """Whether both are pruned models that were asked for the same, and their perplexities on a text compare."""
+        experts = [run.record.experts if run.record else None for run in (self, other)]
+        return (
+            not self.dense
+            and not other.dense
+            and self.target == other.target
+            and experts[0] == experts[1]
+            and self.compares(other, text)
+        )
+
+    def compares(self, other: Run, text: str) -> bool:
+        """Whether the perplexities of two runs on a text compare: both measured, on the same text in the same way."""
+        if None in (self.perplexity(text), other.perplexity(text)):
+            return False
+        return self.basis(text) == other.basis(text) and self.same_text(other, text)
+
+    def same_text(self, other: Run, text: str) -> bool:
+        """Whether what both measured under one name is the same text, as far as anybody knows.
+
+        Two files may have one name. The tokens tell, or the beginning where the numbers of windows differ.
+        """
+        if self.measured is None or other.measured is None:
+            return True
+        ours, theirs = self.measured.details.get(text), other.measured.details.get(text)
+        if ours and theirs and ours.sha256 and theirs.sha256 and self.basis(text) == other.basis(text):
+            return ours.sha256 == theirs.sha256
+        begins = [measured.beginnings.get(text) for measured in (self.measured, other.measured)]
+        return None in begins or begins[0] == begins[1]
+
     def basis(self, text: str) -> tuple[int, int | None, bool] | None:
-        """What two perplexities on a text must share to be compared: length of windows, their number, a BOS token."""
+        """How a perplexity was measured: length of windows, their number, whether they began with a BOS token."""
         if not self.measured:
             return None
         details = self.measured.details.get(text)
@@ -94,7 +124,9 @@ class Run:
 
 
 def _zeros_asked(record: RunRecord) -> int:
-    """Of the sparsity of most linears, and of each that a pattern gives its own."""
+    """Of the sparsity of most linears, and of each that a pattern gives its own; or of the blocks asked for."""
+    if _blocks_asked(record):
+        return record.zeros
     sparsity, patterns = record.recipe.get("sparsity", record.sparsity), record.recipe.get("sparsity_of", {})
     own: list[tuple[float, int]] = []
     for linear in (linear for block in record.blocks for linear in block.linears):
@@ -103,6 +135,11 @@ def _zeros_asked(record: RunRecord) -> int:
             own.append((given, math.prod(linear.shape)))
     rest = record.weights - sum(weights for _, weights in own)
     return zeros_for(sparsity, rest) + sum(zeros_for(given, weights) for given, weights in own)
+
+
+def _blocks_asked(record: RunRecord) -> bool:
+    """Whether a number of blocks was asked for, which decides the sparsity."""
+    return record.recipe.get("allocation", {}).get("blocks") is not None
 
 
 def load_run(path: Path) -> Run:
