@@ -119,6 +119,7 @@ class RunRecord(Record):
     )
     seconds: float
     ranks: int = Field(default=1, description="processes that pruned together")
+    machines: int = Field(default=1, description="machines that they were on, with as many each")
     dequantized: bool = Field(default=False, description="whether quantised weights were written as dense numbers")
     peak_memory_bytes: int = Field(description="of the process that took most")
     peak_gpu_memory_bytes: int | None = None

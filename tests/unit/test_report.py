@@ -239,6 +239,8 @@ def test_a_command_writes_what_the_run_wrote_on_as_many_ranks(folder):
     page = Page(render([folder("two", run, evaluation({"wiki": 34.0}))])).text
     assert "torchrun --nproc-per-node 2 -m besa prune tiny" in page and "--dequantized" in page
     assert "besa eval" in page and "torchrun --nproc-per-node 2 -m besa eval" not in page
+    run = record("wanda", ranks=8, machines=2)
+    assert "torchrun --nnodes 2 --nproc-per-node 4 -m besa prune" in Page(render([folder("eight", run)])).text
 
 
 def test_recipe_that_besa_does_not_ship_is_given_as_yaml(folder):

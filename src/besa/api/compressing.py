@@ -266,6 +266,7 @@ def _circumstances(run: Run) -> dict[str, Any]:
         "versions": versions(),
         "machine": machine(device),
         "ranks": ranks.count(),
+        "machines": max(1, ranks.count() // ranks.here()),
         "dequantized": run.recipe.quantization.coding is not None and not run.resources.codes,
         "peak_memory_bytes": max(ranks.all_of(memory.peak_bytes())),
         "peak_gpu_memory_bytes": max(ranks.all_of(memory.peak_gpu_bytes(device) or 0)) or None,

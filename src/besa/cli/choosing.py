@@ -40,7 +40,7 @@ def recipe_of(
 
     if passes is not None and minutes is not None:
         raise BesaError("A run has either passes or minutes to spend: give --passes or --minutes, not both.")
-    check_once("--sparsity", sparsity, settings, ("sparsity", "allocation.blocks"))
+    check_once("--sparsity", sparsity, settings, ("sparsity",))
     check_once("--minutes", minutes, settings, DISTILLED)
     recipe = Recipe.load(name, sparsity, settings or ()).with_exceptions(skip or (), sparsity_of or ())
     if minutes is not None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from besa.counting.precision import widest
 from besa.errors import BesaError
 from besa.kernels import histogram
 from besa.methods.survey import Survey
@@ -36,7 +37,8 @@ class LossGradients:
         sparsity: of the model.
         rates: sparsity of each block if the weights of lowest W²·E[x²]·E[g²] of the whole model go, where g is the
             gradient at the linear's output. The score approximates W² times the weight's diagonal entry of the Fisher
-            information. Structures that go whole have the sum over their columns, divided by their weights.
+            information. Structures that go whole have the sum over their columns, divided by their weights. Matrices
+            that no token reached are left out; a block of such alone has the model's sparsity.
         squares: E[g²] of each row (O,), float32, on the host, by full name of the matrix.
         statistics: of the matrices' inputs, by full name.
     """
@@ -86,14 +88,12 @@ def _measured(survey: Survey, tokens_NT: Tensor) -> LossGradients:
         statistics |= inputs
     upto_BS = torch.stack([histograms[block.index] for block in blocks]).cumsum(dim=1)
     upto_S = upto_BS.sum(dim=0)
-    sizes = [  # weights that compete, and all of a block from which structures go
-        size if structures else own
-        for size, structures, own in zip(survey.sizes, survey.structures, upto_BS[:, -1].tolist(), strict=True)
-    ]
-    place = (upto_S < round(survey.sparsity * sum(sizes))).sum()
+    whole_B = torch.tensor([bool(structures) for structures in survey.structures]).to(upto_S.device)
+    sizes_B = torch.tensor(survey.sizes).to(upto_S.device).where(whole_B, upto_BS[:, -1])  # else weights that compete
+    place = (upto_S < (survey.sparsity * sizes_B.sum().to(widest(upto_S.device))).round()).sum()
     last = place.clamp_max(BINS - 1).reshape(1)
     beyond_B = upto_BS[:, -1] - upto_BS[:, INFINITE - 1]
-    pruned, beyond = torch.stack([upto_BS.index_select(1, last)[:, 0], beyond_B]).tolist()
+    pruned, beyond, sizes = torch.stack([upto_BS.index_select(1, last)[:, 0], beyond_B, sizes_B]).tolist()
     if any(beyond):
         name = next(block.name for block, scores in reversed(list(zip(blocks, beyond, strict=True))) if scores)
         raise BesaError(

@@ -202,7 +202,17 @@ class Recipe(Settings):
         Raises:
             BesaError: the sparsity is out of bounds, or does not go with the rest of the recipe.
         """
-        return self._validated(self.name, self.model_dump() | {"sparsity": sparsity})
+        return self._validated(self.name, self.model_dump() | {"sparsity": sparsity})._meant_by_sparsity()
+
+    def _meant_by_sparsity(self) -> Recipe:
+        """The recipe, if its sparsity decides how much goes.
+
+        Raises:
+            BesaError: another setting does.
+        """
+        if (other := self.allocation.decided_by) is not None:
+            raise BesaError(f"Recipe {self.name}: {other} decides how much goes, not the sparsity: give one of them.")
+        return self
 
     def settled(self, ranks: int, samples: int, begun: Mapping[str, Any]) -> Recipe:
         """The recipe with what is left to a run settled in all parts that learn (`Learning.settled`).
@@ -231,14 +241,16 @@ class Recipe(Settings):
                 recipe's settings of the former method.
 
         Raises:
-            BesaError: there is no such recipe, it is no YAML, a key is unknown, or a value is out of bounds.
+            BesaError: there is no such recipe, it is no YAML, a key is unknown, or a value is out of bounds; or another
+                setting decides how much goes, so that `sparsity` would change nothing.
         """
         content = _read(recipe)
         if sparsity is not None:
             content["sparsity"] = sparsity
         for override in sorted(overrides, key=lambda pair: not pair.partition("=")[0].endswith(".method")):
             _override(content, override)  # methods first, because a new method drops the settings of the former
-        return cls._validated(recipe, content)
+        loaded = cls._validated(recipe, content)
+        return loaded if sparsity is None else loaded._meant_by_sparsity()
 
     @classmethod
     def _validated(cls, name: str | Path, content: Mapping[str, Any]) -> Recipe:

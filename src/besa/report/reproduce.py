@@ -17,7 +17,7 @@ from besa.methods.recipe import Recipe
 from besa.methods.shipped import shipped
 from besa.record import RunRecord
 from besa.report.results import Entry
-from besa.report.runs import SIMULATION_NAME
+from besa.report.runs import SIMULATION_NAME, blocks_asked
 from besa.storage.names import pinned
 
 WIDTH = 96  # of a command line on the page
@@ -35,7 +35,7 @@ def prune(entry: Entry, record: RunRecord) -> str:
     return _line(
         ["prune", pinned(str(model), record.model.get("revision")), folder(entry)],
         recipe=record.recipe["name"] if is_shipped(record) else f"{folder(entry)}.yaml",
-        sparsity=record.recipe.get("sparsity"),
+        sparsity=None if blocks_asked(record) else record.recipe.get("sparsity"),
         calibration=record.calibration.get("source"),
         samples=record.calibration.get("samples"),
         seqlen=record.calibration.get("seqlen"),
@@ -45,7 +45,7 @@ def prune(entry: Entry, record: RunRecord) -> str:
         dtype=record.model.get("dtype"),
         device=device,
         dequantized=record.dequantized,
-        ranks=record.ranks,
+        processes=(record.machines, record.ranks // record.machines),
         variables={"OMP_NUM_THREADS": threads} if device == "cpu" and threads else {},
     )
 
@@ -94,9 +94,20 @@ def files(entries: list[Entry]) -> list[str]:
     return [name for name in names if name not in {*EMBEDDED, *TEST_SETS, *DOMAINS} and not name.startswith("hf:")]
 
 
-def _line(words: list[str], variables: dict[str, Any] | None = None, ranks: int = 1, **options: Any) -> str:
-    """A command, continued where it grows long; a list is an option given several times, True a flag."""
-    program = ["besa"] if ranks == 1 else ["torchrun", "--nproc-per-node", str(ranks), "-m", "besa"]
+def _line(
+    words: list[str], variables: dict[str, Any] | None = None, processes: tuple[int, int] = (1, 1), **options: Any
+) -> str:
+    """A command, continued where it grows long; a list is an option given several times, True a flag.
+
+    Args:
+        words: that come first.
+        variables: of the environment, by name.
+        processes: machines, and processes on each.
+        options: by name.
+    """
+    machines, each = processes
+    start = ["torchrun", *(["--nnodes", str(machines)] if machines > 1 else []), "--nproc-per-node", str(each)]
+    program = ["besa"] if machines * each == 1 else [*start, "-m", "besa"]
     lines = [shlex.join([*(f"{name}={value}" for name, value in (variables or {}).items()), *program, *words])]
     for option, value in options.items():
         for one in value if isinstance(value, list) else [] if value is None or value is False else [value]:

@@ -62,7 +62,7 @@ class Run:
         """The sparsity that was asked for, exceptions included; the counted one where nobody knows."""
         if self.record is None:
             return self.measured.sparsity if self.measured else None
-        if self.record.recipe.get("sparsity_of") or _blocks_asked(self.record):
+        if self.record.recipe.get("sparsity_of") or blocks_asked(self.record):
             return _zeros_asked(self.record) / self.record.weights
         return float(self.record.recipe.get("sparsity", self.record.sparsity))
 
@@ -125,7 +125,7 @@ class Run:
 
 def _zeros_asked(record: RunRecord) -> int:
     """Of the sparsity of most linears, and of each that a pattern gives its own; or of the blocks asked for."""
-    if _blocks_asked(record):
+    if blocks_asked(record):
         return record.zeros
     sparsity, patterns = record.recipe.get("sparsity", record.sparsity), record.recipe.get("sparsity_of", {})
     own: list[tuple[float, int]] = []
@@ -137,7 +137,7 @@ def _zeros_asked(record: RunRecord) -> int:
     return zeros_for(sparsity, rest) + sum(zeros_for(given, weights) for given, weights in own)
 
 
-def _blocks_asked(record: RunRecord) -> bool:
+def blocks_asked(record: RunRecord) -> bool:
     """Whether a number of blocks was asked for, which decides the sparsity."""
     return record.recipe.get("allocation", {}).get("blocks") is not None
 

@@ -77,6 +77,11 @@ class Allocator(Settings):
         """The only sparsity that it can reach; None if it can reach any."""
         return None
 
+    @property
+    def decided_by(self) -> str | None:
+        """The setting that decides how much goes in place of the sparsity; None if the sparsity does."""
+        return None
+
     def budget(self, block: Block, names: Sequence[str], sparsity: float) -> Budget:
         """The budget of these linears: the number of zeros, among those it can make, nearest to the sparsity.
 

@@ -39,6 +39,11 @@ class Depth(Allocator):
     even: ClassVar[bool] = True
 
     @property
+    def decided_by(self) -> str | None:
+        """`blocks`, if it is set."""
+        return None if self.blocks is None else "allocation.blocks"
+
+    @property
     def targeting(self) -> Change:
         """How much each layer changes the hidden states."""
         return Change(layers=self.layers)

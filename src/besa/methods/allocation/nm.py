@@ -88,9 +88,11 @@ class NM(Allocator):
     def _costs(self, linear: RankedLinear, gradients_O: Tensor) -> Tensor:
         """The error of pruning 0, 1, … `of` - 1 weights of every group (P,); infinite for numbers not allowed."""
         dtype = widest(linear.w_OI.device)
-        if not (linear.reached and gradients_O.any()):
-            only = [0.0 if pruned == self.of - self.keep else torch.inf for pruned in range(self.of)]
-            return torch.tensor(only, dtype=dtype).to(linear.w_OI.device)
+        usual = [0.0 if pruned == self.of - self.keep else torch.inf for pruned in range(self.of)]
+        usual_P = torch.tensor(usual, dtype=dtype).to(linear.w_OI.device)
+        if not linear.reached:
+            return usual_P
         error_OI = linear.errors(gradients_O)
         places_OI = linear.ranks_OI // (linear.w_OI.shape[1] // self.of)
-        return torch.stack([error_OI.where(places_OI < pruned, 0).sum(dtype=dtype) for pruned in range(self.of)])
+        costs = [error_OI.where(places_OI < pruned, 0).sum(dtype=dtype) for pruned in range(self.of)]
+        return torch.stack(costs).where(gradients_O.any(), usual_P)  # no token came where gradients were measured
