@@ -5,13 +5,16 @@ from collections.abc import Callable
 
 import typer
 
-from besa.errors import BesaError
+from besa.errors import BesaError, Interrupted
 
 
 def run(command: Callable[..., None]) -> None:
-    """Run a command with the arguments of the command line; an error is one sentence, and exit code 2."""
+    """Run a command with the arguments of the command line; an error or Ctrl-C is one sentence, exit code 2 or 130."""
     try:
         typer.run(command)
     except BesaError as error:
         print(f"besa: {error}", file=sys.stderr)
         sys.exit(2)
+    except Interrupted as interruption:
+        print(f"besa: {interruption}", file=sys.stderr)
+        sys.exit(130)

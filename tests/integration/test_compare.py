@@ -159,7 +159,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, shallow_llama_folder: Path, 
 
     workspace = workspace_in(tmp_path, shallow_llama_folder, text)
     recipe = Recipe.load("wanda", 0.5)
-    with pytest.raises(Interrupted, match=r"2 finished blocks are kept in .*: the same command goes on."):
+    with pytest.raises(Interrupted, match=r"what was finished is kept in .*: the same command goes on\."):
         replace(workspace, progress=stop).outcome(recipe)
     outcome = workspace.outcome(recipe)
     assert outcome.record is not None
@@ -172,7 +172,7 @@ def test_weights_of_a_stopped_command_do_not_stay(
     workspace, recipe = workspace_in(tmp_path, shallow_llama_folder, text), Recipe.load("magnitude", 0.5)
 
     def stopped(keep: bool) -> None:
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patch, pytest.raises(Interrupted, match="the same command goes on"):
             patch.setattr(workspace_module, "evaluate", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
             replace(workspace, keep=keep).outcome(recipe)
         assert workspace.checkpoint(recipe).exists()

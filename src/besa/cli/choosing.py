@@ -18,6 +18,7 @@ DISTILLED = ("distill.epochs", "distill.minutes")  # settings that say how long 
 
 def recipe_of(
     name: str,
+    *,
     sparsity: float | None,
     settings: list[str] | None,
     skip: list[str] | None,
@@ -80,19 +81,26 @@ def check_coded(dequantized: bool, recipe: Recipe) -> None:
 
 
 def tell_if_too_large(model: str, recipe: Recipe, **options: Any) -> None:
-    """A notice before the work if a run may not fit into this machine's memory; options as of `besa.plan`."""
-    from besa.api import plan
-    from besa.system import ranks
+    """A notice before the work if a run may not fit into this machine's memory; options as of `besa.plan`.
 
-    with suppress(BesaError):  # the run says what is wrong
-        for lack in plan(model, recipe, ranks=ranks.here(), **options).lacking:
-            if lack.startswith("memory"):  # without it, systems may kill without a word; disks and GPUs do say so
-                warnings.warn(
-                    f"There may be too little {lack} for this run: `besa plan` with the same options says what it "
-                    "needs.",
-                    Notice,
-                    stacklevel=2,
-                )
+    Nothing is said of ranks on several machines, which `plan` does not know.
+    """
+    from besa.api import plan
+    from besa.system import memory, ranks
+
+    if ranks.here() != ranks.count():
+        return
+    with suppress(BesaError), warnings.catch_warnings():  # the run says what is wrong, and what else is to be known
+        warnings.simplefilter("ignore", Notice)
+        needed = plan(model, recipe, ranks=ranks.count(), **options)
+    if needed.memory_lacks:
+        several = f" --ranks {ranks.count()}" if ranks.count() > 1 else ""
+        warnings.warn(
+            f"This machine's memory ({memory.total_bytes() / 1e9:.1f} GB) may be too little for this run: `besa plan"
+            f"{several}` says what it needs.",
+            Notice,
+            stacklevel=2,
+        )
 
 
 def explained(recipe: Recipe, model: str, samples: int, seqlen: int | None, trust_remote_code: bool) -> Explanation:

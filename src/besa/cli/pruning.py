@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.text import Text
@@ -86,7 +86,17 @@ def prune(
 
     check_files(out_dir, json, json_progress)
     chosen = recipe_of(
-        recipe, sparsity, set_, skip, sparsity_of, passes, minutes, samples, seqlen, model, trust_remote_code
+        recipe,
+        sparsity=sparsity,
+        settings=set_,
+        skip=skip,
+        sparsity_of=sparsity_of,
+        passes=passes,
+        minutes=minutes,
+        samples=samples,
+        seqlen=seqlen,
+        model=model,
+        trust_remote_code=trust_remote_code,
     )
     check_coded(dequantized, chosen)
     if explain:
@@ -94,40 +104,30 @@ def prune(
         give(explanation, Text(explanation.text.rstrip()), json)
         return
     memory.stay_lean()
-    tell_if_too_large(
-        model,
-        chosen,
-        out=out_dir,
-        calibration=calibration,
-        samples=samples,
-        seqlen=seqlen,
-        device=device,
-        dtype=dtype.value,
-        batch=batch,
-        activation_budget=bytes_of(activation_budget),
-        dequantized=dequantized,
-        trust_remote_code=trust_remote_code,
-    )
+    shared: dict[str, Any] = {
+        "out": out_dir,
+        "samples": samples,
+        "seqlen": seqlen,
+        "device": device,
+        "dtype": dtype.value,
+        "batch": batch,
+        "activation_budget": bytes_of(activation_budget),
+        "dequantized": dequantized,
+        "trust_remote_code": trust_remote_code,
+    }
+    tell_if_too_large(model, chosen, calibration=calibration, **shared)
     with show_progress(quiet=quiet, json_progress=json_progress) as tracker:
         result = compress(
             model,
             chosen,
             calibration,
-            out=out_dir,
-            samples=samples,
-            seqlen=seqlen,
             bos=bos.value,
             chat=chat,
             seed=seed,
-            device=device,
-            dtype=dtype.value,
-            batch=batch,
-            activation_budget=bytes_of(activation_budget),
             resume=resume,
-            dequantized=dequantized,
-            trust_remote_code=trust_remote_code,
             command=["besa", *sys.argv[1:]],
             progress=tracker,
+            **shared,
         )
     record = RunRecord.of(out_dir) or result.record  # with the digests of the files
     give(record, pruned(record, out_dir), json)
@@ -195,7 +195,17 @@ def plan_command(
     from besa.cli.show.pruning import planned
 
     chosen = recipe_of(
-        recipe, sparsity, set_, skip, sparsity_of, passes, minutes, samples, seqlen, model, trust_remote_code
+        recipe,
+        sparsity=sparsity,
+        settings=set_,
+        skip=skip,
+        sparsity_of=sparsity_of,
+        passes=passes,
+        minutes=minutes,
+        samples=samples,
+        seqlen=seqlen,
+        model=model,
+        trust_remote_code=trust_remote_code,
     )
     check_coded(dequantized, chosen)
     result = plan(

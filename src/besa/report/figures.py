@@ -56,15 +56,14 @@ class Plot:
 
 
 def perplexities(entries: list[Entry]) -> Plot:
-    """Bars of every pruned model by text; none where windows differ, as such perplexities do not compare."""
+    """Bars of every pruned model by text; none of perplexities that do not compare."""
     drawings, captions = [], []
     for text in texts(entries) if len(windows(entries)) == 1 else []:
         shown = [(e, e.run.perplexity(text)) for e in entries if not e.run.dense]
         known = [(entry, value) for entry, value in shown if value is not None]
-        if known:
+        if known and all(known[0][0].run.compares(entry.run, text) for entry, _ in known):
             items = [Series(entry.label, entry.color, [value]) for entry, value in known]
             dense = reference(entries, text, known[0][0].run)
-            dense = dense if all(reference(entries, text, entry.run) == dense for entry, _ in known) else None
             line = None if dense is None or not math.isfinite(dense) else (f"dense {wording.perplexity(dense)}", dense)
             values = [wording.perplexity(value) for _, value in known]
             log = plots.spread([value for _, value in known] + ([dense] if line and dense else [])) > LOG

@@ -156,10 +156,13 @@ def _window_notes(entries: list[Entry]) -> Iterator[str]:
 
 
 def _text_notes(entries: list[Entry]) -> Iterator[str]:
-    """Texts that are others in other runs, under one name."""
+    """Texts that have other tokens in other runs, under one name."""
     for text in texts(entries):
-        if not all(one.run.same_text(other.run, text) for one, other in combinations(entries, 2)):
-            yield f"{text} is not the same text in all runs: perplexities on different ones do not compare."
+        if not all(one.run.same_tokens(other.run, text) for one, other in combinations(entries, 2)):
+            yield (
+                f"{text} has not the same tokens in all runs, by another text or another tokenizer: perplexities on "
+                "different ones do not compare."
+            )
 
 
 def _bos_notes(entries: list[Entry]) -> Iterator[str]:

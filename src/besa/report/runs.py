@@ -97,15 +97,16 @@ class Run:
         )
 
     def compares(self, other: Run, text: str) -> bool:
-        """Whether the perplexities of two runs on a text compare: both measured, on the same text in the same way."""
+        """Whether the perplexities of two runs on a text compare: both measured, on the same tokens in the same way."""
         if None in (self.perplexity(text), other.perplexity(text)):
             return False
-        return self.basis(text) == other.basis(text) and self.same_text(other, text)
+        return self.basis(text) == other.basis(text) and self.same_tokens(other, text)
 
-    def same_text(self, other: Run, text: str) -> bool:
-        """Whether what both measured under one name is the same text, as far as anybody knows.
+    def same_tokens(self, other: Run, text: str) -> bool:
+        """Whether what both measured under one name is the same, as far as anybody knows.
 
-        Two files may have one name. The tokens tell, or the beginning where the numbers of windows differ.
+        Two files may have one name, and two tokenizers make other tokens of one text. The tokens tell, or the beginning
+        of the text where the numbers of windows differ.
         """
         if self.measured is None or other.measured is None:
             return True

@@ -1,5 +1,8 @@
 """A folder of runs and evaluations under the keys of what decides them: what is there is not done again.
 
+Weights that are to go once they are measured have a file `KEY.passing` beside them: where a command is stopped before
+that, they go when it goes on.
+
 Versions and machine are part of every key: what another besa or another machine left in the folder is not used.
 """
 
@@ -148,6 +151,7 @@ class Workspace:
 
         Raises:
             BesaError: as `compress` and `evaluate`.
+            Interrupted: Ctrl-C.
         """
         key, files = self._files(recipe, seed)
         record, checkpoint = self.folder / f"{key}.run.json", self.folder / key
@@ -156,12 +160,16 @@ class Workspace:
             passing.unlink(missing_ok=True)
         kept = self.keep or (checkpoint.exists() and not passing.exists())
         missing = {measures: path for measures, path in files.items() if not path.exists()}
-        if recipe is not None and (missing or not self._pruned(key)):
-            if not kept:
-                write_file(passing, "")
-            self._prune(recipe, seed, checkpoint, record)
-        if missing:
-            self._measure(checkpoint if recipe is not None else self._source.pinned, missing)
+        try:
+            if recipe is not None and (missing or not self._pruned(key)):
+                if not kept:
+                    write_file(passing, "")
+                self._prune(recipe, seed, checkpoint, record)
+            if missing:
+                self._measure(checkpoint if recipe is not None else self._source.pinned, missing)
+        except (KeyboardInterrupt, Interrupted):
+            kept_in = f"what was finished is kept in {self.folder}"
+            raise Interrupted(f"interrupted; {kept_in}: the same command goes on.") from None
         if not kept and checkpoint.exists():
             shutil.rmtree(checkpoint)
             passing.unlink(missing_ok=True)
@@ -219,11 +227,7 @@ class Workspace:
         if not checkpoint.exists():
             progress, settings = labelled(self.progress, _label(checkpoint)), asdict(self.conditions)
             settings |= {"model": self._source.pinned, "device": self._device}
-            try:
-                compress(recipe=recipe, out=checkpoint, seed=seed, resume=True, progress=progress, **settings)
-            except Interrupted as interruption:
-                said = str(interruption).replace("go on with --resume", "the same command goes on")
-                raise Interrupted(said) from None
+            compress(recipe=recipe, out=checkpoint, seed=seed, resume=True, progress=progress, **settings)
         write_file(record, (checkpoint / RECORD_NAME).read_text(encoding="utf-8"))
 
     def _measure(self, model: str | Path, missing: Mapping[Measures, Path]) -> None:
