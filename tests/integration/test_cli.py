@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from besa.system import memory
 from tests.calling import called
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny-llama"
@@ -340,22 +339,6 @@ def test_the_version_is_that_of_the_package() -> None:
 
 def test_a_misspelt_command_is_told_what_it_may_be() -> None:
     assert_refused(called("recipies"), "No such command 'recipies'. Did you mean 'recipes'? See `besa --help`.")
-
-
-def test_pruning_says_before_the_work_that_memory_will_not_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = ["prune", TINY, tmp_path / "out", "--recipe", "magnitude", *SMALL, "--quiet"]
-    assert called(*arguments, "--seqlen", "600").stderr.count("is beyond the 512 positions") == 1
-    shutil.rmtree(tmp_path / "out")
-    assert called(*arguments).stderr == ""
-    monkeypatch.setattr(memory, "total_bytes", lambda: 1 << 20)
-    shutil.rmtree(tmp_path / "out")
-    result = called(*arguments)
-    assert result.returncode == 0, result.stderr  # it may fit all the same: memory that is planned is an upper bound
-    assert result.stderr == (
-        "besa: This machine's memory (0.0 GB) may be too little for this run: `besa plan` says what it needs.\n"
-    )
-    planned = called("plan", TINY, "--recipe", "magnitude", *SMALL)
-    assert "no: too little memory (0.0 GB)" in planned.stdout
 
 
 def test_a_plan_takes_the_options_that_decide_what_a_run_needs(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import besa
-from besa.errors import BesaError
+from besa.errors import BesaError, Interrupted
 from besa.studies import demo, workspace
 from besa.studies.demo import Demo
 
@@ -52,7 +52,7 @@ def test_demo_goes_on_where_it_was_interrupted(
         return compress(model, recipe, *arguments, **settings)
 
     monkeypatch.setattr(workspace, "compress", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted, match="the same command goes on"):
         run(out, shallow_llama_folder)
     run(out, shallow_llama_folder)
     assert calls == ["wanda", "besa", "besa"]

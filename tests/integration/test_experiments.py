@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 import besa
 from besa.checkpoint.inspection import inspect
 from besa.data.documents import read_documents
-from besa.errors import BesaError
+from besa.errors import BesaError, Interrupted
 from besa.evaluation import zero_shot
 from besa.models.source import locate
 from besa.report.curves import Curve, Panel, curves
@@ -441,7 +441,7 @@ def test_a_killed_program_goes_on_and_what_is_done_is_kept(
         return genuine(**given)
 
     monkeypatch.setattr(workspace, "compress", compress)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted, match="the same command goes on"):
         make(todo, place)
     assert made == ["wanda-0.5-seed0", "besa-0.5-seed0", "besa-0.5-seed0"]
     assert "| fig1a | samples 4, " in listed(todo, place)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from besa.errors import BesaError, Notice
+from besa.errors import BesaError
 
 if TYPE_CHECKING:
     from besa.methods.recipe import Recipe
@@ -78,29 +76,6 @@ def check_coded(dequantized: bool, recipe: Recipe) -> None:
     """
     if dequantized and recipe.quantization.coding is None:
         raise BesaError("--dequantized is not used: choose a recipe that quantises, or leave it out.")
-
-
-def tell_if_too_large(model: str, recipe: Recipe, **options: Any) -> None:
-    """A notice before the work if a run may not fit into this machine's memory; options as of `besa.plan`.
-
-    Nothing is said of ranks on several machines, which `plan` does not know.
-    """
-    from besa.api import plan
-    from besa.system import memory, ranks
-
-    if ranks.here() != ranks.count():
-        return
-    with suppress(BesaError), warnings.catch_warnings():  # the run says what is wrong, and what else is to be known
-        warnings.simplefilter("ignore", Notice)
-        needed = plan(model, recipe, ranks=ranks.count(), **options)
-    if needed.memory_lacks:
-        several = f" --ranks {ranks.count()}" if ranks.count() > 1 else ""
-        warnings.warn(
-            f"This machine's memory ({memory.total_bytes() / 1e9:.1f} GB) may be too little for this run: `besa plan"
-            f"{several}` says what it needs.",
-            Notice,
-            stacklevel=2,
-        )
 
 
 def explained(recipe: Recipe, model: str, samples: int, seqlen: int | None, trust_remote_code: bool) -> Explanation:

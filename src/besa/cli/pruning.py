@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.text import Text
 
-from besa.cli.choosing import check_coded, explained, recipe_of, tell_if_too_large
+from besa.cli.choosing import check_coded, explained, recipe_of
 from besa.cli.consoles import give
 from besa.cli.options import (
     CALIBRATION,
@@ -104,30 +104,26 @@ def prune(
         give(explanation, Text(explanation.text.rstrip()), json)
         return
     memory.stay_lean()
-    shared: dict[str, Any] = {
-        "out": out_dir,
-        "samples": samples,
-        "seqlen": seqlen,
-        "device": device,
-        "dtype": dtype.value,
-        "batch": batch,
-        "activation_budget": bytes_of(activation_budget),
-        "dequantized": dequantized,
-        "trust_remote_code": trust_remote_code,
-    }
-    tell_if_too_large(model, chosen, calibration=calibration, **shared)
     with show_progress(quiet=quiet, json_progress=json_progress) as tracker:
         result = compress(
             model,
             chosen,
             calibration,
+            out=out_dir,
+            samples=samples,
+            seqlen=seqlen,
             bos=bos.value,
             chat=chat,
             seed=seed,
+            device=device,
+            dtype=dtype.value,
+            batch=batch,
+            activation_budget=bytes_of(activation_budget),
             resume=resume,
+            dequantized=dequantized,
+            trust_remote_code=trust_remote_code,
             command=["besa", *sys.argv[1:]],
             progress=tracker,
-            **shared,
         )
     record = RunRecord.of(out_dir) or result.record  # with the digests of the files
     give(record, pruned(record, out_dir), json)

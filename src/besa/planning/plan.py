@@ -61,7 +61,6 @@ class Plan(BaseModel):
         minutes: that decide how many epochs the whole model is distilled; the passes are those of the recipe's number.
         writing_passes: the arithmetic of writing the model's own text, in forward passes; it takes longer than these,
             as tokens come one by one.
-        memory_lacks: whether this machine has too little memory for all ranks; a system may kill them without a word.
         fits: whether this machine has enough memory and disk for all ranks, and for a run on GPUs, one with enough
             memory for each.
         lacking: what this machine has too little of, in words.
@@ -93,7 +92,6 @@ class Plan(BaseModel):
     forward_passes: float
     minutes: float | None = None
     writing_passes: float = 0.0
-    memory_lacks: bool = False
     fits: bool
     lacking: list[str]
     warnings: list[str] = []
@@ -140,7 +138,6 @@ def work_out(run: Outline) -> Plan:
         forward_passes=forward_passes(recipe, run.samples, run.seqlen, run.batch, run.ranks, run.routed, head),
         minutes=minutes_of(recipe),
         writing_passes=run.own * PASSES,
-        memory_lacks=peak.memory_of_all > memory.total_bytes(),
         fits=not lacking,
         lacking=lacking,
         warnings=list(_warnings(run)),

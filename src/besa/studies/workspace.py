@@ -151,7 +151,7 @@ class Workspace:
 
         Raises:
             BesaError: as `compress` and `evaluate`.
-            Interrupted: Ctrl-C.
+            Interrupted: Ctrl-C, after something was finished.
         """
         key, files = self._files(recipe, seed)
         record, checkpoint = self.folder / f"{key}.run.json", self.folder / key
@@ -167,7 +167,9 @@ class Workspace:
                 self._prune(recipe, seed, checkpoint, record)
             if missing:
                 self._measure(checkpoint if recipe is not None else self._source.pinned, missing)
-        except (KeyboardInterrupt, Interrupted):
+        except (KeyboardInterrupt, Interrupted) as stopped:
+            if isinstance(stopped, KeyboardInterrupt) and not any(self.folder.glob("*.json")):
+                raise
             kept_in = f"what was finished is kept in {self.folder}"
             raise Interrupted(f"interrupted; {kept_in}: the same command goes on.") from None
         if not kept and checkpoint.exists():
