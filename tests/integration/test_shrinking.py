@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import besa
@@ -143,6 +143,13 @@ def test_numbers_of_the_files_keep_their_bits_whatever_config_json_says(tmp_path
             axis = 1 if "down_proj" in name else 0
             of_before = of_before.index_select(axis, torch.tensor([i for i in range(96) if i % 2 == 0 or i > 15]))
         assert tensor.dtype == torch.float32 and torch.equal(tensor, of_before), name
+
+
+def test_files_without_a_floating_point_number_are_refused(tmp_path: Path) -> None:
+    folder = saved(random_model(config_of("llama")), tmp_path / "dense")
+    integers = {name: tensor.int() for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(integers, folder / "model.safetensors", metadata={"format": "pt"})
+    assert "I32" in refusal(lambda: besa.shrink(folder, tmp_path / "small"))
 
 
 def test_heads_under_a_common_norm_are_not_pruned(tiny_tokenizer: Any, tmp_path: Path) -> None:

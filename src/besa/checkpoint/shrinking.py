@@ -161,9 +161,9 @@ def shrink(
 
 
 def _dtype_of(files: WeightFiles) -> str:
-    """The narrowest floating-point format that holds every number of the files."""
+    """The narrowest floating-point format that holds every number of the files; float32 if there is none."""
     formats = {FLOATS[name] for name in files.dtypes().values() if name in FLOATS}
-    return str(reduce(torch.promote_types, formats)).removeprefix("torch.")
+    return str(reduce(torch.promote_types, formats or {torch.float32})).removeprefix("torch.")
 
 
 def _smaller(decoder: DecoderOnDisk, model: str, by_block: bool) -> _Smaller:
