@@ -139,6 +139,8 @@ def sweep() -> None:
             if columns <= width:
                 block_OB, kept_OB = w_OI[:, -columns:], kept_OI[:, -columns:]
                 swept(block_OB, kept_OB, empty(width, width)[-columns:, -columns:], empty(3, columns))
+        turned_OB = empty(128, 3).T
+        swept(turned_OB, turned_OB > 0, empty(128, 128).T, empty(128, 3).T)
 
 
 def statistics() -> None:

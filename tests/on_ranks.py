@@ -65,6 +65,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
 }
 FIRST = ("wanda", "sparsegpt", "fast", "besa")
 ON_EXPERTS = ("wanda", "sparsegpt", "fast", "best", "distilled", "besa")  # of a mixture, ranks see different experts
+IN_FLOAT16 = ("best", "besa", "distilled")  # of few as well: losses are scaled on ranks without a sequence too
 OF_WHOLE_EXPERTS = {"dropped": ("fast", ["experts={method: reap}"])}
 ON_FEW = (
     "fast",
@@ -95,6 +96,8 @@ def main(out: Path, which: str) -> None:
             digests[name] = _digest(experts, Recipe.load(recipe, overrides=changes), 11, out / name)
         for name in _some(ON_FEW, which):
             digests[f"{name} of few"] = _digest(shallow, recipes[name], 2, out / f"{name}-few")
+        for name in _some(IN_FLOAT16, which):
+            digests[f"{name} in float16"] = _digest(shallow, recipes[name], 2, out / f"{name}-16", dtype="float16")
         if ranks.is_first():
             (out / DIGESTS).write_text(json.dumps(digests))
 
@@ -103,9 +106,9 @@ def _some(names: Iterable[str], which: str) -> list[str]:
     return [name for name in names if which == "all" or name in FIRST]
 
 
-def _digest(model: Path, recipe: Recipe, samples: int, out: Path) -> dict[str, Any]:
+def _digest(model: Path, recipe: Recipe, samples: int, out: Path, dtype: str = "auto") -> dict[str, Any]:
     """The number of zeros, a digest of the tensors, and what was measured."""
-    sizes = {"samples": samples, "seqlen": 24, "batch": 2}
+    sizes = {"samples": samples, "seqlen": 24, "batch": 2, "dtype": dtype}
     tokenizer = AutoTokenizer.from_pretrained(TINY_LLAMA)
     record = besa.compress(model, recipe, TEXT, out=out, **sizes, tokenizer=tokenizer, device="cpu").record
     return {

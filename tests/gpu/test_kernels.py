@@ -100,10 +100,13 @@ def test_quantisation(device, shape, dtype, bits, symmetric):
         torch.testing.assert_close(slopes, expected, rtol=2e-2, atol=2e-2 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("transposed", [False, True])  # as of a Cholesky factor, and of weights that lie transposed
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (37, 128), (4096, 128), (129, 61)])
-def test_sweep(device, rows, columns):
+def test_sweep(device, rows, columns, transposed):
     block_OB, kept_OB = numbers(rows, columns), numbers(rows, columns, seed=1) > 0
     factor_BB = (numbers(columns, columns, seed=2) * 0.02 + torch.eye(columns)).triu().contiguous()
+    if transposed:
+        block_OB, kept_OB, factor_BB = (each.T.contiguous().T for each in (block_OB, kept_OB, factor_BB))
     found, expected = [block_OB.to(device), torch.zeros(rows, columns, device=device)], [block_OB.clone()]
     expected += [torch.zeros(rows, columns)]
     kernels.swept(found[0], kept_OB.to(device), factor_BB.to(device), found[1])

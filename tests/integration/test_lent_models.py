@@ -40,12 +40,23 @@ def default(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(torch.float32)
 
 
+@contextmanager
+def coarse() -> Iterator[None]:
+    torch.set_float32_matmul_precision("medium")  # bfloat16 on a CPU that has units for it, TF32 on a GPU
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 STATES = [
     torch.no_grad,
     torch.inference_mode,
     lambda: default(torch.bfloat16),
     lambda: default(torch.float64),
     lambda: torch.autocast("cpu", torch.bfloat16),
+    lambda: torch.device("meta"),
+    coarse,
 ]
 
 

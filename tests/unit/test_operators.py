@@ -284,8 +284,18 @@ def test_triton_takes_groups_wider_than_a_tile():
 # SparseGPT's columns
 
 
+def as_it_is(x_OI):
+    return x_OI
+
+
+def transposed(x_OI):
+    """The same numbers, column by column in memory, as of a Cholesky factor or of weights that a family transposes."""
+    return x_OI.T.contiguous().T
+
+
+@pytest.mark.parametrize("laid", [as_it_is, transposed])
 @pytest.mark.parametrize(("rows", "columns", "left"), [(1, 1, 0), (5, 4, 3), (70, 37, 0), (3, 130, 7)])
-def test_triton_sweeps_alike(rows, columns, left):
+def test_triton_sweeps_alike(rows, columns, left, laid):
     generator = torch.Generator().manual_seed(columns)
     whole_OI = torch.randn(rows, left + columns + 2, generator=generator)
     factor_II = torch.randn(left + columns + 2, left + columns + 2, generator=generator).triu() / 8
@@ -294,8 +304,8 @@ def test_triton_sweeps_alike(rows, columns, left):
     kept_OI = torch.rand(whole_OI.shape, generator=generator) < 0.5
     results = []
     for module in (reference, gpu_sweep):
-        w_OI, error_OB = whole_OI.clone(), torch.full((rows, columns), torch.nan)
-        module.swept(w_OI[:, part], kept_OI[:, part], factor_II[part, part], error_OB)
+        w_OI, error_OB = laid(whole_OI).clone(), laid(torch.full((rows, columns), torch.nan))
+        module.swept(w_OI[:, part], laid(kept_OI)[:, part], laid(factor_II)[part, part], error_OB)
         results.append((w_OI, error_OB))
     (expected_OI, expected_OB), (found_OI, found_OB) = results
     torch.testing.assert_close(found_OI, expected_OI, rtol=1e-4, atol=1e-4)

@@ -63,7 +63,7 @@ def _run(arguments: list[str]) -> None:
     """Run a command.
 
     Raises:
-        BesaError: there is no such command, or its arguments are wrong.
+        BesaError: there is no such command, its arguments are wrong, or a GPU has too little memory.
         KeyboardInterrupt: Ctrl-C.
     """
     try:
@@ -74,6 +74,13 @@ def _run(arguments: list[str]) -> None:
         raise BesaError(f"{message}{' See' if message.endswith('?') else ': see'} `{command} --help`.") from None
     except typer.Abort:
         raise KeyboardInterrupt from None
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which takes a while to import
+            raise
+        raise BesaError(
+            "The GPU has too little free memory: see `besa plan` for what a run needs, end what else uses the GPU, or "
+            "take a smaller --batch or --activation-budget."
+        ) from error
     if code == 130:  # typer's code for Ctrl-C
         raise KeyboardInterrupt
 

@@ -155,7 +155,7 @@ def swept(block_OB: Tensor, kept_OB: Tensor, factor_BB: Tensor, error_OB: Tensor
     """Prune a block of columns from left to right; each column's error changes the columns to its right (SparseGPT).
 
     Args:
-        block_OB: float32 weights, changed in place; it and the others may be views of wider matrices.
+        block_OB: float32 weights, changed in place; it and the others may be views of wider or transposed matrices.
         kept_OB: the mask, True = kept.
         factor_BB: the upper triangular factor of the inverse Hessian, at these columns.
         error_OB: takes the error of each column, over the factor's diagonal: what the columns beyond the block need.

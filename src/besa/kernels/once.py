@@ -11,8 +11,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from besa.data.assets import cache_dir
 from besa.kernels.defaults import defaults
 from besa.kernels.processor import processor
@@ -32,7 +30,7 @@ def once(subject: str, depends_on: Sequence[str], allowed: Callable[[Any], bool]
     before = _read(path, allowed)
     if before is not None:
         return before
-    with defaults(), torch.device("cpu"):
+    with defaults():
         found = measure()
     with suppress(OSError):  # where no file can be written, the result holds for this process
         _keep(path, {"subject": subject, "processor": processor(), "found": found}, allowed)

@@ -214,8 +214,9 @@ class MaskedAdam(Learning, Finetuner):
         best = {name: leaf.detach().clone() for name, leaf in leaves.items()}
         for _ in range(self.epochs):
             for sequences in one_pass(learned, self.sequences, generator):
+                scale = scaler.scale(torch.ones((), device=leaves[names[0]].device))  # every rank has one
                 for place in share.own(sequences):
-                    scaler.scale(self._loss(block, leaves, inputs_NTC, targets_NTC, place)).backward()
+                    (self._loss(block, leaves, inputs_NTC, targets_NTC, place) * scale).backward()
                 average(leaves.values(), len(sequences))
                 for name, leaf in leaves.items():
                     if leaf.grad is not None:  # None if no token of this sequence reached an expert

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, redirect_stderr
 from traceback import clear_frames
 
+import torch
 from huggingface_hub.utils import logging as hub_logging
 from transformers.utils import logging as transformers_logging
 
@@ -52,7 +53,7 @@ def model_explained(name: str) -> Iterator[None]:
     except KeyboardInterrupt as interruption:
         clear_frames(interruption.__traceback__)
         raise
-    except (MemoryError, BesaError):
+    except (MemoryError, torch.OutOfMemoryError, BesaError):
         raise
     except (Exception, SystemExit) as error:  # transformers, safetensors and huggingface_hub share no base class
         reason = " ".join(str(error).split()).rstrip(".")

@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from besa.counting.precision import widest
 from besa.data.arguments import Count, Dtype, checked
 from besa.data.seeds import check_seed
 from besa.data.tokens import check_known
@@ -290,14 +291,14 @@ def _beginning(before: Written, tokens_1T: Tensor) -> DynamicCache | None:
 
 
 class _Tempered(LogitsProcessor):  # type: ignore[misc]
-    """Logits divided by any temperature; differences to the largest in double precision do not overflow."""
+    """Logits divided by any temperature; differences to the largest do not overflow."""
 
     def __init__(self, temperature: float) -> None:
         self._temperature = temperature
 
     def __call__(self, input_ids: Tensor, scores_NV: Tensor) -> Tensor:
-        distances_NV = scores_NV.double() - scores_NV.double().amax(dim=-1, keepdim=True)
-        return distances_NV / self._temperature
+        wide_NV = scores_NV.to(widest(scores_NV.device))
+        return (wide_NV - wide_NV.amax(dim=-1, keepdim=True)) / self._temperature
 
 
 class _Telling(TextStreamer):  # type: ignore[misc]

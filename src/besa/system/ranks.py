@@ -288,8 +288,8 @@ def _empty(shape: list[int], dtype: str) -> Tensor:
 
 
 def _wired(tensor: Tensor) -> Tensor:
-    """The tensor where torch.distributed can send it from."""
-    return tensor if tensor.device.type in WIRED else tensor.cpu()
+    """The tensor where and as torch.distributed can send it: NCCL takes contiguous ones only."""
+    return (tensor if tensor.device.type in WIRED else tensor.cpu()).contiguous()
 
 
 def _digest(tensor_OI: Tensor) -> int:

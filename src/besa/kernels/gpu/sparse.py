@@ -23,7 +23,7 @@ from besa.storage.formats.bitmask import ROWS, Bitmask
 FEW = 16  # rows of x that a tensor core takes at once
 HELD = 64  # bytes of a tile that a thread holds
 # Without a bound, the assembler spills a few bytes to fit one more program into a multiprocessor.
-OPTIONS = {"num_stages": 1, "maxnreg": 128}
+OPTIONS = {"num_stages": 1} | ({} if torch.version.hip else {"maxnreg": 128})  # AMD's back end knows no bound
 WORDS = {torch.int16: torch.uint16, torch.int32: torch.int32, torch.int64: torch.int32}  # as kernels read masks
 
 

@@ -24,9 +24,11 @@ def _swept(
     rows,
     columns,
     to_row_of_block,
+    to_column_of_block,
     to_row_of_kept,
-    to_row_of_factor,
+    to_column_of_kept,
     to_row_of_error,
+    to_column_of_error,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -34,19 +36,22 @@ def _swept(
     column = tl.arange(0, COLUMNS)
     there = row < rows
     inside = there[:, None] & (column < columns)[None, :]
-    place = block + row[:, None] * to_row_of_block + column[None, :]
+    place = block + row[:, None] * to_row_of_block + column.to(tl.int64)[None, :] * to_column_of_block
+    of_kept, of_error = kept + row * to_row_of_kept, error + row * to_row_of_error
     w = tl.load(place, mask=inside, other=0.0)
     j = 0
     while j < columns:
-        keeps = tl.load(kept + row * to_row_of_kept + j, mask=there, other=True).to(tl.int1)
-        of_factor = factor + tl.cast(j, tl.int64) * to_row_of_factor
+        at = tl.cast(j, tl.int64)
+        keeps = tl.load(of_kept + at * to_column_of_kept, mask=there, other=True).to(tl.int1)
+        of_factor = factor + at * columns
         present = tl.sum(tl.where((column == j)[None, :], w, 0.0), axis=1)
         lost = tl.where(keeps, 0.0, present) / tl.load(of_factor + j)
-        tl.store(error + row * to_row_of_error + j, lost, mask=there)
+        tl.store(of_error + at * to_column_of_error, lost, mask=there)
         reach = tl.load(of_factor + column, mask=(column >= j) & (column < columns), other=0.0)
         w -= lost[:, None] * reach[None, :]
         j += 1
-    keeps = tl.load(kept + row[:, None] * to_row_of_kept + column[None, :], mask=inside, other=False).to(tl.int1)
+    of_kept = kept + row[:, None] * to_row_of_kept + column.to(tl.int64)[None, :] * to_column_of_kept
+    keeps = tl.load(of_kept, mask=inside, other=False).to(tl.int1)
     tl.store(place, tl.where(keeps, w, 0.0), mask=inside)  # exactly zero in spite of rounding
 
 
@@ -63,14 +68,13 @@ def swept(block_OB: Tensor, kept_OB: Tensor, factor_BB: Tensor, error_OB: Tensor
         (triton.cdiv(rows, together),),
         block_OB,
         kept_OB,
-        factor_BB,
+        factor_BB.contiguous(),  # every program reads its rows, and that of Cholesky lies column by column
         error_OB,
         rows,
         columns,
-        block_OB.stride(0),
-        kept_OB.stride(0),
-        factor_BB.stride(0),
-        error_OB.stride(0),
+        *block_OB.stride(),
+        *kept_OB.stride(),
+        *error_OB.stride(),
         ROWS=together,
         COLUMNS=width,
         num_warps=max(4, width // OF_WARP),
