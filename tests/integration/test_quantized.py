@@ -189,6 +189,17 @@ def test_baselines(recipe: str, tmp_path: Path, shallow_llama_folder: Path) -> N
     assert all(w_OI[0].unique().numel() <= 16 for w_OI in weights.values())
 
 
+@pytest.mark.parametrize("clipping", ["none", "first"])
+def test_q_of_w_may_decide_the_order(clipping: str, tmp_path: Path, shallow_llama_folder: Path) -> None:
+    settings = ["importance.method=magnitude", "quantization.bits=3", f"quantization.clipping={clipping}"]
+    masks = []
+    for ranks in ("weight", "quantized"):
+        recipe = Recipe.load("wanda-int4", overrides=[*settings, f"quantization.ranks={ranks}"])
+        besa.compress(shallow_llama_folder, recipe, TEXT, out=tmp_path / ranks, dequantized=True, **SIZES)
+        masks.append({name: w_OI == 0 for name, w_OI in prunable(decompressed(tmp_path / ranks)).items()})
+    assert any(not torch.equal(zero_OI, masks[1][name]) for name, zero_OI in masks[0].items())
+
+
 def test_learned_clipping_pays(tmp_path: Path, shallow_llama_folder: Path) -> None:
     """On the loss it descends on: 3 bits with it against 3 bits of the whole range."""
     errors = {}

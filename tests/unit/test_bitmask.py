@@ -99,6 +99,21 @@ def test_the_layout_is_as_specified(weight, w_OI, dtype):
         assert packed.offsets[-1] == len(values)
 
 
+def test_panels_without_a_code(monkeypatch):
+    """Rows that are pruned whole, as many as a panel has."""
+    monkeypatch.setattr(bitmask, "PANEL", 600)
+    w_OI = torch.randn(70, 64)
+    steps = grid(*extremes(w_OI, 1), 4, True)
+    for pruned in (slice(0, 32), slice(32, 64), slice(32, 70), slice(0, 70)):
+        codes_OI = codes(w_OI, steps).to(torch.uint8)
+        codes_OI[pruned] = 8
+        weight = Quantized(codes_OI, steps, True, torch.float32)
+        packed = bitmask.pack_codes(weight)
+        packed.check("it")
+        assert torch.equal(packed.unpack_codes().codes_OI, weight.codes_OI)
+        assert not packed.unpack()[pruned].any()
+
+
 def test_panels_do_not_show(monkeypatch):
     w_OI = torch.randn(37, 50) * (torch.rand(37, 50) > 0.5)
     whole = bitmask.pack(w_OI)

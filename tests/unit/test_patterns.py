@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 
 import pytest
 import torch
@@ -118,6 +119,19 @@ def test_groups_with_more_zeros_than_the_pattern_makes_fit_it(w_OI, x_TI, method
 def test_what_a_pattern_does_not_go_with(settings_, told):
     with pytest.raises(ValueError, match=told):
         Recipe.model_validate({"allocation": NM(), **settings_})
+
+
+@pytest.mark.parametrize(("keep", "of", "sparsity"), [(4, 5, 0.2), (7, 10, 0.3), (9, 10, 0.1), (2, 4, 0.5)])
+def test_a_sparsity_is_that_of_its_pattern_whatever_floats_make_of_it(keep, of, sparsity):
+    assert Recipe(sparsity=sparsity, allocation=NM(keep=keep, of=of)).sparsity == sparsity
+
+
+@pytest.mark.parametrize(("keep", "of"), [(1, 3), (3, 7), (5, 6)])
+def test_the_sparsity_that_a_refusal_names_is_accepted(keep, of):
+    with pytest.raises(ValueError, match="set sparsity=") as refused:
+        Recipe(sparsity=0.5, allocation=NM(keep=keep, of=of))
+    named = float(re.search(r"set sparsity=(\S+) ", str(refused.value))[1])
+    assert Recipe(sparsity=named, allocation=NM(keep=keep, of=of)).sparsity == named
 
 
 def test_exceptions_that_a_pattern_cannot_make_are_refused():

@@ -245,3 +245,13 @@ def test_traffic_is_that_of_the_best_tile(rows, columns, tokens, output_buffer, 
 def test_more_tokens_never_cost_less():
     loads = [load_cycles(576, 1536, 700, 200_000, count, VITCOD) for count in range(1, 80)]
     assert all(fewer <= more for fewer, more in pairwise(loads))
+
+
+def test_no_number_of_tokens_overflows():
+    few, many = (load_cycles(53_248, 16_384, 16_384, 0, tokens, VITCOD) for tokens in (2**20, 2**31))
+    assert many == pytest.approx(few * 2**11, rel=1e-3)
+
+
+def test_an_output_buffer_without_room_for_an_output_is_refused():
+    with pytest.raises(ValueError, match="output_buffer"):
+        Accelerator(output_buffer=4, accumulator_bits=64)

@@ -53,7 +53,7 @@ def test_the_lowest_structures_are_those_of_a_sort(data):
     assert lowest_structures(coupling, {"down": linear}, number).nonzero().flatten().tolist() == sorted(expected)
 
 
-@given(sparsity=st.floats(0, 0.6), multiple=st.integers(1, 40))
+@given(sparsity=st.floats(0, 0.6) | st.just(0.0), multiple=st.integers(1, 100))
 @settings(max_examples=50, deadline=None)
 def test_the_budget_is_the_nearest_that_whole_structures_allow(pristine_tiny_llama, sparsity, multiple):
     blocks = find_blocks(pristine_tiny_llama)[:2]
@@ -65,7 +65,7 @@ def test_the_budget_is_the_nearest_that_whole_structures_allow(pristine_tiny_lla
         assert budget.zeros == plan[0][0].zeros
         assert (256 - budget.zeros // channel) % multiple == 0 or budget.zeros == 0
         nearest = min(abs(zeros - sparsity * weights) for zeros in possible)
-        assert abs(budget.zeros - sparsity * weights) <= max(nearest, multiple * channel / 2) + 1e-6
+        assert abs(budget.zeros - sparsity * weights) <= nearest + 1e-6
         again = recipe.allocation.budget(block, budget.names, budget.sparsity)
         assert again == budget
 
@@ -134,6 +134,8 @@ def test_the_whole_model_meets_the_sparsity_as_near_to_the_targets_as_can_be(
     kept = [256 - (budget.zeros - taken) // (3 * 96) for budget in plan]
     gone = [0 if number == 256 else steps + 1 - number // multiple for number in kept]
     assert all(number % multiple == 0 or number == 256 for number in kept) and min(kept) >= min(multiple, 256)
+    for block, budget, number in zip(blocks, plan, kept, strict=True):  # what is planned is what is pruned
+        assert recipe.allocation.kept(block, budget)["ffn"] == (256, number)
     short = multiple * (steps + 1) - 256
     wanted = [(target * weights - taken) / (3 * 96) for target in targets]  # channels
     ideal = [(channels + short * (channels > 0)) / multiple for channels in wanted]

@@ -101,7 +101,7 @@ class Recipe(Settings):
         if only is not None and {self.sparsity, *self.sparsity_of.values()} != {only}:
             raise ValueError(
                 f"allocation.method={allocation.method} prunes exactly {only:.4g} of the weights with these settings: "
-                f"set sparsity={only:g} and no sparsity_of"
+                f"set sparsity={only!r} and no sparsity_of"
             )
         if allocation.even and self.targets.measuring is not None:
             raise ValueError(f"allocation.method={allocation.method} works only with targets.method=uniform")

@@ -140,8 +140,8 @@ class MinMax(Learning, Coding):
 
     @property
     def ranks_again(self) -> bool:
-        """As `ranks` says, unless the whole range is kept."""
-        return self.ranks == "quantized" and self.clipping != "none"
+        """As `ranks` says."""
+        return self.ranks == "quantized"
 
     def clipping_numbers(self, name: str, rows: int, columns: int) -> int:
         """Two for each group of a row."""

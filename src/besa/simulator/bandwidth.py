@@ -49,11 +49,11 @@ def _least_traffic(values: int, index: int, rows: int, columns: int, tokens: int
         accelerator: its settings.
     """
     accumulators = 8 * accelerator.output_buffer // accelerator.accumulator_bits
-    width_T = torch.arange(1, min(tokens, accumulators) + 1)
-    height_T = (accumulators // width_T).clamp(max=rows)
+    width_T = torch.arange(1, min(tokens, accumulators) + 1, dtype=torch.float64)  # int64 would overflow
+    height_T = (accumulators / width_T).floor().clamp(max=rows)
     weight_stays = values <= 8 * accelerator.weight_buffer and index <= 8 * accelerator.index_buffer
     inputs_stay_T = columns * accelerator.activation_bits * width_T <= 8 * accelerator.input_buffer
-    weight_reads_T = 1 if weight_stays else -(-tokens // width_T)
-    input_reads_T = torch.where(inputs_stay_T, 1, -(-rows // height_T))
-    bits_T = (values + index) * weight_reads_T + columns * tokens * accelerator.activation_bits * input_reads_T
-    return int(bits_T.min())
+    weight_reads_T = torch.ones_like(width_T) if weight_stays else (tokens / width_T).ceil()
+    input_reads_T = torch.where(inputs_stay_T, 1, (rows / height_T).ceil())
+    of_inputs = float(columns * tokens * accelerator.activation_bits)
+    return int((float(values + index) * weight_reads_T + of_inputs * input_reads_T).min())

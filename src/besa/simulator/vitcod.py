@@ -13,8 +13,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from decimal import Decimal
+from typing import Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from besa.settings import Settings
@@ -60,6 +61,12 @@ class Accelerator(Settings):
     input_buffer: int = Field(default=53 * KIB, ge=0)
     index_buffer: int = Field(default=20 * KIB, ge=0)
     output_buffer: int = Field(default=108 * KIB, ge=4)
+
+    @model_validator(mode="after")
+    def _holds_an_output(self) -> Self:
+        if 8 * self.output_buffer < self.accumulator_bits:
+            raise ValueError("output_buffer is smaller than one output of accumulator_bits")
+        return self
 
     @property
     def array(self) -> int:

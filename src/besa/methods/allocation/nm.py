@@ -46,7 +46,7 @@ class NM(Allocator):
     @property
     def only_sparsity(self) -> float:
         """The share that the pattern prunes; for mixed patterns, the mean share."""
-        return 1 - self.keep / self.of
+        return (self.of - self.keep) / self.of
 
     @property
     def group(self) -> int:

@@ -132,12 +132,15 @@ class Structured(Allocator):
             if zeros < 0:
                 raise BesaError("allocation.heads takes more than the sparsity asks for: set it lower.")
         ffn = by_kind["ffn"]
-        kept = min(ffn.structures, self.multiple * int((ffn.structures - zeros / ffn.weights) / self.multiple + 0.5))
-        if kept < 1:
+        asked = ffn.structures - zeros / ffn.weights
+        kept = min(ffn.structures, self.multiple * int(asked / self.multiple + 0.5))
+        if kept < 1 and zeros:
             raise BesaError(
                 f"{block.name} would have no feed-forward channels left: ask for less sparsity, or set "
                 "allocation.heads higher."
             )
+        if ffn.structures - asked <= abs(kept - asked):  # a width that is no multiple has a shorter first step
+            kept = ffn.structures
         return [*gone, (ffn, ffn.structures - kept)]
 
     def kept(self, block: Block, budget: Budget) -> dict[str, tuple[int, int]]:

@@ -181,7 +181,7 @@ class Bitmask:
             zeros_OG = self._grid(_rows(bands)).zero_OG.to(torch.uint8)
             zeros_OI = zeros_OG.repeat_interleave(self.shape[1] // zeros_OG.shape[1], dim=1)
             out_BCRL = _chunked(zeros_OI, kept_BCRL.shape[-1]).contiguous()
-        if self.kind == "int4":
+        if self.kind == "int4" and len(values):
             halves = torch.stack([values & 15, values >> 4], dim=1).flatten()
             out_BCRL = torch.where(kept_BCRL, halves[_places(kept_BCRL)], out_BCRL)
         else:
