@@ -117,11 +117,11 @@ class RunRecord(Record):
     dense: dict[str, int] = Field(
         default={}, description="weights of the blocks' matrices that stay dense, by name within a block"
     )
-    seconds: float
+    seconds: float = Field(description="of a run that went on, with those of all that it had kept")
     ranks: int = Field(default=1, description="processes that pruned together")
     machines: int = Field(default=1, description="machines that they were on, with as many each")
     dequantized: bool = Field(default=False, description="whether quantised weights were written as dense numbers")
-    peak_memory_bytes: int = Field(description="of the process that took most")
+    peak_memory_bytes: int = Field(description="of the process that took most, since the run went on")
     peak_gpu_memory_bytes: int | None = None
     notes: list[str] = Field(default=[], description="notices for the user, one sentence each")
     passed_through: PassedThrough = PassedThrough()

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pty
+import re
 import select
 import shutil
 import signal
@@ -115,6 +116,26 @@ def test_settings_of_the_checkpoint_that_are_not_asked_for(
     found = besa.generate(folder, QUESTIONS[0], max_new_tokens=12, device="cpu", tell=told.append)
     assert found == reference(instruct, [user(QUESTIONS[0])], 12)
     assert "".join(told).strip() == found.strip()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("top_k", -3),
+        ("top_p", "a"),
+        ("min_p", 2),
+        ("repetition_penalty", 0),
+        ("eos_token_id", []),
+        ("eos_token_id", "x"),
+    ],
+)
+def test_settings_that_no_token_can_be_chosen_by(name: str, value: Any, instruct: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(instruct, tmp_path / "model")
+    own = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(own | {name: value}))
+    refused = f"The model's generation_config.json has {name} = {value!r}: correct it, or remove it."
+    with pytest.raises(BesaError, match=re.escape(refused)):
+        besa.generate(folder, QUESTIONS[0], max_new_tokens=2, temperature=0.7, device="cpu")
 
 
 def test_tokens_are_sampled_of_all_where_the_checkpoint_does_not_say() -> None:

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from besa.api import compressing
 from tests.calling import called
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny-llama"
@@ -363,3 +364,27 @@ def test_no_arguments_show_the_commands() -> None:
     assert result.returncode == 0
     for command in ("demo", "prune", "eval", "inspect", "simulate", "report"):
         assert command in result.stdout
+
+
+def test_ctrl_c_while_besa_is_imported() -> None:
+    code = (
+        "import builtins\nfrom besa.__main__ import main\nown = builtins.__import__\n"
+        "def interrupted(name, *others):\n"
+        "    if name == 'besa.cli': raise KeyboardInterrupt\n"
+        "    return own(name, *others)\n"
+        "builtins.__import__ = interrupted\nmain()"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
+
+
+def test_a_gpu_without_memory_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_out(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(compressing, "open_decoder", run_out)
+    assert_refused(called("prune", TINY, "never", *SMALL), "The GPU has too little free memory")
+    monkeypatch.undo()
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", run_out)  # not as a model that cannot be read
+    assert_refused(called("eval", TINY, "--ppl", TINY / "heldout.txt"), "The GPU has too little free memory")
+    assert not Path("never.partial").exists()

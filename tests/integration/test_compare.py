@@ -22,6 +22,7 @@ from besa.studies import workspace as workspace_module
 from besa.studies.comparing import Comparison, compare
 from besa.studies.origin import Origin
 from besa.studies.workspace import Conditions, Measures, Workspace
+from tests.calling import called
 from tests.measuring_on_ranks import with_tiny_questions
 
 RECIPES, SPARSITIES = ["magnitude", "wanda"], [0.5, 0.7]
@@ -82,7 +83,7 @@ def test_the_folder_holds_records_and_no_weights(made: tuple[Workspace, Comparis
     assert sum(name.endswith(".run.json") for name in names) == 8
     assert sum(name.startswith("wanda-0.7-seed1-") for name in names) == 3
     assert sum(".heldout-" in name for name in names) == sum(".little-" in name for name in names) == 9
-    assert [name for name in names if not name.endswith(".json")] == ["compare.md", "compare.svg", "lock"]
+    assert [name for name in names if not name.endswith(".json")] == ["besa.lock", "compare.md", "compare.svg"]
 
 
 def test_nothing_is_run_twice(made: tuple[Workspace, Comparison], nothing_runs: None) -> None:
@@ -449,3 +450,34 @@ def test_the_command(tmp_path: Path, made: tuple[Workspace, Comparison], nothing
     assert f"{found.rows[3].mean['heldout']:,.2f} ± " in result.output
     command = json.loads((workspace.folder / "compare.json").read_text())["command"]
     assert command[0] == "besa"
+
+
+def test_files_of_others_in_the_folder_stay(shallow_llama_folder: Path, text: str, tmp_path: Path) -> None:
+    names = ["uv.lock", "poetry.lock", "lock", "failed"]
+    for name in names:
+        (tmp_path / name).write_text("mine")
+    compare(workspace_in(tmp_path, shallow_llama_folder, text), ["magnitude"], [0.5], 1)
+    assert [(tmp_path / name).read_text() for name in names] == ["mine"] * 4
+
+
+def test_a_damaged_measurement_can_be_made_again(
+    made: tuple[Workspace, Comparison], tmp_path: Path, shallow_llama_folder: Path, text: str
+) -> None:
+    folder = shutil.copytree(made[0].folder, tmp_path / "compare")
+    workspace = workspace_in(folder, shallow_llama_folder, text)
+    damaged = next(folder.glob("dense.heldout-*.json"))
+    damaged.write_text("")
+    with pytest.raises(
+        BesaError, match=r"^.*dense\.heldout.* is damaged: remove it, and the same command makes it again"
+    ):
+        compare(workspace, RECIPES, SPARSITIES, 2)
+    damaged.unlink()
+    assert compare(workspace, RECIPES, SPARSITIES, 2).dense == made[1].dense
+
+
+def test_the_table_cannot_be_written_where_the_folder_is(shallow_llama_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "compared"
+    result = called("compare", shallow_llama_folder, "--recipes", "wanda", "--out", out, "--json", out)
+    assert result.returncode == 2
+    assert "is the folder that will be written: choose another name." in result.stderr
+    assert not out.exists()

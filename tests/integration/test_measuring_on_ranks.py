@@ -80,7 +80,7 @@ def test_ranks_send_as_many_bytes_as_planned(folder: Path, name: str) -> None:
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
     """Of a folder that rank 0 has claimed; the other rank says what this one says, and has no problems."""
     monkeypatch.setattr(ranks, "all_of", lambda thing: [thing, "" if isinstance(thing, str) else thing])
-    (tmp_path / "lock").touch()
+    (tmp_path / "besa.lock").touch()
     return Workspace(tmp_path, Conditions(str(MODEL)), Measures((str(MODEL / "heldout.txt"),)))
 
 
@@ -98,18 +98,18 @@ def test_a_failure_ends_all_ranks_with_its_sentence(workspace: Workspace, monkey
     with ranks.together(1, 2), pytest.raises(BesaError, match=r"^The disk is full\.$"):
         share_out(workspace, RUNS)
     assert asked == [0]
-    assert {path.name for path in workspace.folder.iterdir()} == {"lock", "failed"}
+    assert {path.name for path in workspace.folder.iterdir()} == {"besa.lock", "besa.failed"}
     monkeypatch.setattr(ranks, "all_of", lambda thing: [thing, "The disk is full." if thing == "" else thing])
     with ranks.together(0, 2), pytest.raises(BesaError, match=r"^The disk is full\.$"):
         share_out(workspace, RUNS)
     assert asked == [0]  # another rank begins nothing more
-    assert {path.name for path in workspace.folder.iterdir()} == {"lock"}
+    assert {path.name for path in workspace.folder.iterdir()} == {"besa.lock"}
 
 
 def test_what_another_rank_works_on_is_left_to_it(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(Workspace, "outcome", lambda self, recipe, seed: asked.append((seed, ranks.count())))
-    with taken(workspace.folder / f"{workspace.key(*RUNS[0])}.lock") as mine, ranks.together(0, 2):
+    with taken(workspace.folder / f"{workspace.key(*RUNS[0])}.besa.lock") as mine, ranks.together(0, 2):
         assert mine
         share_out(workspace, RUNS)
     assert asked == [(1, 1)]  # it works by itself

@@ -20,9 +20,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
-from besa import BesaError, Recipe, cli, compress
+from besa import BesaError, Recipe, cli, compress, pack
 from besa.api import Compressed
-from besa.errors import Interrupted
+from besa.checkpoint import writer
+from besa.errors import Interrupted, Notice
+from besa.pruning import measuring
 from besa.storage import tensors as files
 from besa.storage.journal import Journal
 from besa.storage.weights import WeightFiles
@@ -48,6 +50,16 @@ def stopped_after(blocks: int) -> Callable[[int, int, str], None]:
 
     def progress(done: int, _: int, state: str) -> None:
         if done == blocks and state != "embeddings":
+            raise KeyboardInterrupt
+
+    return progress
+
+
+def stopped_once_measured(out: Path) -> Callable[[int, int, str], None]:
+    """A progress that stops the run as Ctrl-C would, after what precedes the first block."""
+
+    def progress(*_: object) -> None:
+        if (partial_of(out) / "targets.json").exists():
             raise KeyboardInterrupt
 
     return progress
@@ -311,8 +323,9 @@ def test_full_disk_in_the_middle(
     assert sentence(refusal) == f"The disk is full: {path} was not written; make room and run again."
     assert {path.name for path in partial_of(out).iterdir()} == {
         *(f"block-0000{block}.{kind}" for block in (0, 1) for kind in ("json", "safetensors")),
-        "lock",
+        "besa.lock",
         "run.json",
+        "spent.json",
     }
     assert prune(out, resume=True).record.restored_blocks == 2
     assert_same(out, whole)
@@ -389,3 +402,110 @@ def test_tensors_come_in_one_order() -> None:
     with safe_open(TINY / "model.safetensors", "pt") as file:
         names = list(file.keys())
     assert WeightFiles(TINY).names in (names, sorted(names))
+
+
+# --- what is not besa's, and what comes in between ---
+
+
+def test_a_folder_that_is_not_besa_s_is_left_alone(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for folder in (partial_of(out), tmp_path / ".packed.partial"):
+        folder.mkdir()
+        (folder / "notes.txt").write_text("mine")
+    in_the_way = r"is in the way and was not made by besa: rename it, or choose another name\.$"
+    for resume in (False, True):
+        with pytest.raises(BesaError, match=in_the_way):
+            prune(out, resume=resume)
+    with pytest.raises(BesaError, match=in_the_way):
+        pack(whole, tmp_path / "packed")
+    shutil.copytree(whole, tmp_path / "model.partial")  # a finished checkpoint may have such a name
+    with pytest.raises(BesaError, match=in_the_way):
+        prune(tmp_path / "model")
+    assert len(list(tmp_path.rglob("notes.txt"))) == 2
+    assert (tmp_path / "model.partial" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("ending", ["the last block", "Ctrl-C"])
+def test_an_out_that_comes_into_being_meanwhile_costs_no_block(ending: str, whole: Path, begun: Path) -> None:
+    def progress(done: int, _: int, state: str) -> None:
+        if done == 6 and state != "embeddings":
+            begun.mkdir(exist_ok=True)
+            if ending == "Ctrl-C":
+                raise KeyboardInterrupt
+
+    with pytest.raises((BesaError, Interrupted)) as stopped:
+        prune(begun, resume=True, progress=progress)
+    assert str(stopped.value) == (
+        f"interrupted; 6 finished blocks are kept in {partial_of(begun)}: go on with --resume."
+        if ending == "Ctrl-C"
+        else f"{begun} has come into being during the run: rename it, and go on with --resume."
+    )
+    begun.rename(begun.with_name("other"))
+    assert prune(begun, resume=True).record.restored_blocks == (6 if ending == "Ctrl-C" else BLOCKS)
+    assert_same(begun, whole)
+
+
+def test_names_that_nothing_new_can_have(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(BesaError, match=r"link exists already: choose another name"):
+        prune(tmp_path / "link")
+    with pytest.raises(BesaError, match=r"is no name for something new: end it with a name\.$"):
+        prune(tmp_path / "new" / "..")
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
+
+
+def test_seconds_are_those_of_the_whole_run(begun: Path) -> None:
+    before = json.loads((partial_of(begun) / "spent.json").read_text())
+    (partial_of(begun) / "spent.json").write_text(json.dumps(before + 1000))
+    record = prune(begun, resume=True).record
+    assert 1000 + before < record.seconds < 2000
+    assert before > 0
+
+
+def test_a_run_that_goes_on_elsewhere_says_so(begun: Path) -> None:
+    path = partial_of(begun) / "run.json"
+    began = json.loads(path.read_text())
+    began["origin"]["machine"]["threads"] = 77
+    path.write_text(json.dumps(began))
+    note = (
+        f"The run was begun with machine.threads = 77, not {torch.get_num_threads()}: the result may differ from that "
+        "of an uninterrupted run."
+    )
+    with pytest.warns(Notice, match=re.escape(note)):
+        record = prune(begun, resume=True).record
+    assert note in record.notes
+    assert record.restored_blocks == 5
+
+
+def test_what_was_measured_before_the_blocks_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    settings = {"recipe": "fast", "samples": 4}
+    whole = prune(tmp_path / "whole", **settings)
+    with pytest.raises(Interrupted) as interruption:
+        prune(out, **settings, progress=stopped_once_measured(out))
+    assert (
+        str(interruption.value) == f"interrupted; what was measured is kept in {partial_of(out)}: go on with --resume."
+    )
+    with pytest.raises(BesaError, match=r"was begun with calibration\.seed = 0, not 1: ask for the same again"):
+        prune(out, **settings, seed=1, resume=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(measuring, "loss_gradients", lambda *_, **__: pytest.fail("it was measured again"))
+        assert prune(out, **settings, resume=True).record.sparsity == whole.record.sparsity
+    assert_same(out, tmp_path / "whole")
+
+
+def test_without_resume_what_was_measured_is_measured_anew(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(Interrupted):
+        prune(out, recipe="fast", samples=4, progress=stopped_once_measured(out))
+    assert prune(out, recipe="wanda", samples=4, seed=1).record.seed == 1
+    assert not partial_of(out).exists()
+
+
+def test_others_may_read_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "ONE_FILE", 100_000)
+    prune(tmp_path / "out", recipe="wanda", samples=2)
+    (tmp_path / "usual").touch()
+    paths = list((tmp_path / "out").glob("*.safetensors"))
+    assert len(paths) > 1
+    assert {path.stat().st_mode for path in paths} == {(tmp_path / "usual").stat().st_mode}

@@ -19,4 +19,4 @@ def test_a_model_is_pruned_measured_shown_and_verified(system, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "report.html"]
     assert {"besa_run.json", "besa_eval.json", "config.json"} <= {path.name for path in (tmp_path / "out").iterdir()}
-    assert not [*tmp_path.rglob("*.partial"), *tmp_path.rglob("lock")]
+    assert not [*tmp_path.rglob("*.partial"), *tmp_path.rglob("besa.lock")]

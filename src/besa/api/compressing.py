@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,7 +22,7 @@ from besa.data.arguments import Bos, Bytes, Count, Dtype, Length, checked
 from besa.data.calibration import Calibration
 from besa.data.mixture import MIX
 from besa.data.seeds import check_seed
-from besa.errors import BesaError
+from besa.errors import BesaError, Notice
 from besa.kernels.defaults import defaults
 from besa.methods.recipe import Recipe
 from besa.methods.targets.budgets import budgets
@@ -162,8 +163,8 @@ def compress(
         resources = Resources(min(calibration.samples, batch), device, room, codes=not dequantized)
         run = Run(decoder, recipe, calibration, study, None, seed, resources, journal, progress)
         fewer = smaller(decoder.model, decoder.blocks, recipe)
-        _begin(run, identity, fewer)
-        run, record = _pruned(run, identity, fewer, [*notes, *further], command)
+        notes = [*notes, *further, *_begin(run, identity, fewer)]
+        run, record = _pruned(run, identity, fewer, notes, command)
         if journal and out:
             coding = None if dequantized else recipe.quantization.coding
             finish(journal, run.decoder, tokenizer, record, out, quantization=coding)
@@ -181,7 +182,7 @@ def _located(
     return locate(model, progress, trust_remote_code=trust_remote_code).local(progress)
 
 
-def _begin(run: Run, identity: dict[str, Any], fewer: Fewer | None) -> None:
+def _begin(run: Run, identity: dict[str, Any], fewer: Fewer | None) -> list[str]:
     """Check before the work that memory and disk are enough, and begin the journal.
 
     Args:
@@ -189,19 +190,29 @@ def _begin(run: Run, identity: dict[str, Any], fewer: Fewer | None) -> None:
         identity: of the model.
         fewer: what it will be without the experts that are dropped, if any are.
 
+    Returns:
+        A note if the run goes on under other circumstances than it began with; it is shown too.
+
     Raises:
         BesaError: they are not, or the journal was begun by another run.
     """
     shapes = run.decoder if fewer is None else fewer
     whole = shapes.model, shapes.blocks, _prunable(shapes.blocks, run.recipe), run.recipe
     check_fits(*whole, run.calibration.seqlen, run.resources.device)
-    if run.journal is not None:
-        run.journal.begin(_decisive(run, identity))
-        item, coding = shapes.model.dtype.itemsize, run.recipe.quantization.coding
-        size = shapes.model.num_parameters() * item + run.decoder.unbuilt_bytes
-        if coding is not None and run.resources.codes:
-            size = coded_bytes(size, item, shapes.blocks, whole[2], coding)
-        check_space(run.journal.folder, whole_disk_bytes(*whole, size) - run.journal.bytes)
+    if run.journal is None:
+        return []
+    item, coding = shapes.model.dtype.itemsize, run.recipe.quantization.coding
+    size = shapes.model.num_parameters() * item + run.decoder.unbuilt_bytes
+    if coding is not None and run.resources.codes:
+        size = coded_bytes(size, item, shapes.blocks, whole[2], coding)
+    origin = {"versions": versions(), "machine": machine(run.resources.device)}
+    difference = run.journal.begin(_decisive(run, identity), origin)
+    check_space(run.journal.folder, whole_disk_bytes(*whole, size) - run.journal.bytes)
+    if difference is None:
+        return []
+    note = f"The run was begun with {difference}: the result may differ from that of an uninterrupted run."
+    warnings.warn(note, Notice, stacklevel=2)
+    return [note]
 
 
 def _prunable(blocks: list[Block], recipe: Recipe) -> set[str]:
@@ -234,7 +245,7 @@ def _pruned(
         blocks=blocks,
         distilling=distilling,
         mixtures=dropped.mixtures,
-        seconds=time.perf_counter() - began,
+        seconds=left.journal.seconds if left.journal is not None else time.perf_counter() - began,
         notes=[*notes, *_left_out(run.decoder, left.decoder)],
         **_totals(blocks, left.decoder, identity["parameters"], fewer),
         **_circumstances(left),

@@ -18,6 +18,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from besa.checkpoint.cards import write_card
 from besa.checkpoint.companions import pass_on, read_config_json, with_dtype, with_settings
 from besa.checkpoint.verification import seal
+from besa.errors import BesaError
 from besa.models.quiet import quiet
 from besa.models.streaming import Decoder
 from besa.quantization import Coding
@@ -80,7 +81,10 @@ def finish(
         write_file(folder / RECORD_NAME, record.model_dump_json(indent=2) + "\n")
         write_card(folder, decoder.folder)
         seal(folder)
+        if os.path.lexists(out):
+            raise BesaError(f"{out} has come into being during the run: rename it, and go on with --resume.")
         folder.rename(out)
+    journal.finished = True
 
 
 def _about(model: PreTrainedModel, record: RunRecord, quantization: Coding | None) -> dict[str, Any]:

@@ -220,12 +220,20 @@ def check_files(out: Path, json: Path | None, json_progress: Path | None) -> Non
     Raises:
         BesaError: a result is to be where the folder will be, or progress in the folder.
     """
+    check_result(out, json)
     folder = path_of(out).absolute()
-    result = None if json in (None, STDOUT) else path_of(json).absolute()
-    if result == folder:
-        raise BesaError(f"--json {json} is the folder that will be written: choose another name.")
     if json_progress is not None and folder in (here := path_of(json_progress).absolute(), *here.parents):
         raise BesaError(f"--json-progress {json_progress} lies in {out}, which is not there yet: choose another place.")
+
+
+def check_result(out: Path, json: Path | None) -> None:
+    """Check that the file of `--json` is not the folder of `--out`.
+
+    Raises:
+        BesaError: it is.
+    """
+    if json not in (None, STDOUT) and path_of(json).absolute() == path_of(out).absolute():
+        raise BesaError(f"--json {json} is the folder that will be written: choose another name.")
 
 
 def check_used(needed: str, given: object, options: Mapping[str, object]) -> None:

@@ -34,6 +34,7 @@ from besa.cli.options import (
     SeqlenOption,
     TasksOption,
     TrustOption,
+    check_result,
     check_used,
     files_of,
     names,
@@ -99,6 +100,7 @@ def compare_command(
     from besa.system import memory, ranks
     from besa.system.devices import resolve_device
 
+    check_result(out_dir, json)
     asked = tuple(names(tasks))
     texts = tuple(spelled_out(names(ppl) or ([] if asked else ["encyclopedia"])))
     check_used("--tasks", asked, {"--limit": limit, "--hub": hub})
@@ -153,6 +155,7 @@ def demo(
     from besa.studies.demo import FULL, QUICK, run_demo
     from besa.system import memory
 
+    check_result(out_dir, json)
     plan = FULL if full else QUICK
     if json != STDOUT:
         out.print(Text.assemble(("besa demo", "bold"), f": {plan.summary(sparsity)}"))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from transformers import (
     TextStreamer,
 )
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from besa.counting.precision import widest
 from besa.data.arguments import Count, Dtype, checked
@@ -37,7 +39,12 @@ from besa.system.devices import resolve_device
 
 CONTINUATION, ANSWER = 128, 1024  # default tokens at most
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # what the settings of a checkpoint decide
-SAMPLED = ("top_k", "top_p", "min_p", "repetition_penalty")  # and where tokens are sampled
+LIMITS = {  # and where tokens are sampled, with the least and the most that each may be
+    "top_k": (0, math.inf),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "repetition_penalty": (sys.float_info.min, math.inf),
+}
 
 
 @checked
@@ -232,7 +239,7 @@ class Writer:
         )
         cache = before and _beginning(before, tokens_1T)
         others = [self._model.device] if self._model.device.type != "cpu" else []
-        kept = (*TOKENS, *SAMPLED) if temperature else TOKENS
+        kept = (*TOKENS, *LIMITS) if temperature else TOKENS
         with (
             borrowed(self._model),
             _settings(self._model, kept),
@@ -254,9 +261,16 @@ class Writer:
 
 @contextmanager
 def _settings(model: GenerationMixin, kept: tuple[str, ...]) -> Iterator[None]:
-    """While open, only these settings of a checkpoint change what is generated."""
+    """While open, only these settings of a checkpoint change what is generated.
+
+    Raises:
+        BesaError: one of them is none that tokens can be chosen by.
+    """
     before = model.generation_config
     own = {name: getattr(before, name, None) for name in kept}
+    wrong = next((name for name, value in own.items() if value is not None and not _fits(name, value)), None)
+    if wrong is not None:
+        raise BesaError(f"The model's {GENERATION_CONFIG_NAME} has {wrong} = {own[wrong]!r}: correct it, or remove it.")
     if "top_k" in own:  # where a checkpoint says nothing, transformers would sample of the 50 likeliest tokens
         own["top_k"] = own["top_k"] or 0
     model.generation_config = GenerationConfig(**own)
@@ -264,6 +278,14 @@ def _settings(model: GenerationMixin, kept: tuple[str, ...]) -> Iterator[None]:
         yield
     finally:
         model.generation_config = before
+
+
+def _fits(name: str, value: Any) -> bool:
+    """Whether a setting is one that tokens can be chosen by."""
+    if name in TOKENS:
+        return value != [] and all(isinstance(each, int) for each in (value if isinstance(value, list) else [value]))
+    least, most = LIMITS[name]
+    return isinstance(value, int if name == "top_k" else int | float) and least <= value <= most
 
 
 def _plain(cache: Cache | None) -> DynamicCache | None:

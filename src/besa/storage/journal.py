@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
@@ -20,13 +21,16 @@ from besa.errors import BesaError, Interrupted
 from besa.record import BlockRecord, DistillingRecord, MixtureRecord
 from besa.storage.beside import Beside
 from besa.storage.tensors import save_tensors
-from besa.storage.writing import check_absent, claimed, write_file
+from besa.storage.writing import LOCK, check_absent, claimed, write_file
 
 FORMAT = 1
 IDENTITY = "run.json"
+ORIGIN = "origin"  # key in it of what may differ when a run goes on
+SPENT = "spent.json"
 TARGETS = "targets.json"
 MIXTURES = "mixtures.json"
 GRADIENTS = "gradients.safetensors"
+MEASURED = (TARGETS, MIXTURES, GRADIENTS)
 DISTILLED = "distilled.json"
 REST = "distilled-rest.safetensors"
 
@@ -40,32 +44,57 @@ class Journal:
     Attributes:
         folder: of the journal.
         restored: number of blocks that this run took from the journal.
+        finished: whether the result is where it belongs, so that the journal can go.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.restored = 0
+        self.finished = False
+        self._earlier, self._began = 0.0, time.perf_counter()
         self._writer = Beside()
         self._writing: Future[None] | None = None
 
-    def begin(self, identity: Mapping[str, Any]) -> None:
-        """Write the identity of the run, or check that the journal has the same.
+    def begin(self, identity: Mapping[str, Any], origin: Mapping[str, Any]) -> str | None:
+        """Write the identity of the run, or check that the journal has the same; seconds count from here on.
 
         Args:
             identity: all that decides the result (recipe, model, data, …), in JSON types.
+            origin: versions and machine, which decide its last digits, likewise.
+
+        Returns:
+            How the run began with another origin, in words; None if it did not.
 
         Raises:
             BesaError: the journal belongs to another run, or is damaged.
         """
-        current, begun = json.loads(json.dumps({"format": FORMAT, **identity})), self.begun
+        current, begun = json.loads(json.dumps({"format": FORMAT, **identity, ORIGIN: origin})), self.begun
+        self._earlier, self._began = self._spent(), time.perf_counter()
         if begun is None:
             write_file(self.folder / IDENTITY, json.dumps(current, indent=2))
-            return
+            return None
+        before, now = begun.pop(ORIGIN, {}), current.pop(ORIGIN)
         difference = _difference(begun, current)
         if difference:
             raise BesaError(
                 f"{self.folder} was begun with {difference}: ask for the same again, or remove it to start anew."
             )
+        return _difference(before, now)
+
+    @property
+    def seconds(self) -> float:
+        """Of this run since it began, and of those before it up to what they kept last."""
+        return self._earlier + time.perf_counter() - self._began
+
+    def _spent(self) -> float:
+        """The seconds of earlier runs; none if the file is damaged."""
+        try:
+            return float(json.loads((self.folder / SPENT).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, RecursionError):
+            return 0.0
+
+    def _note_time(self) -> None:
+        write_file(self.folder / SPENT, json.dumps(self.seconds))
 
     @property
     def begun(self) -> dict[str, Any] | None:
@@ -117,6 +146,7 @@ class Journal:
         save_tensors(path, tensors)
         entry = {"sha256": _sha256([path], record), "record": record.model_dump(mode="json")}
         write_file(path.with_suffix(".json"), json.dumps(entry))
+        self._note_time()
 
     def record(self, index: int) -> BlockRecord | None:
         """The record of a block; None if it is not done or one of its files is damaged."""
@@ -157,6 +187,7 @@ class Journal:
         files = [path.name for path in paths]
         entry = {"sha256": _sha256(paths, record), "record": record.model_dump(mode="json"), "files": files}
         write_file(self.folder / DISTILLED, json.dumps(entry))
+        self._note_time()
 
     @property
     def distilled(self) -> DistillingRecord | None:
@@ -186,6 +217,7 @@ class Journal:
     def keep_targets(self, targets: list[float]) -> None:
         """Keep the sparsity of each block that was measured on the dense model."""
         write_file(self.folder / TARGETS, json.dumps(targets))
+        self._note_time()
 
     @property
     def targets(self) -> list[float] | None:
@@ -200,6 +232,7 @@ class Journal:
     def keep_mixtures(self, mixtures: list[MixtureRecord]) -> None:
         """Keep which experts were dropped."""
         write_file(self.folder / MIXTURES, json.dumps([each.model_dump(mode="json") for each in mixtures]))
+        self._note_time()
 
     @property
     def mixtures(self) -> list[MixtureRecord] | None:
@@ -213,6 +246,7 @@ class Journal:
     def keep_gradients(self, squares: Mapping[str, Tensor]) -> None:
         """Keep the squared gradients of the dense model's loss, by full name of the matrix."""
         save_tensors(self.folder / GRADIENTS, squares)
+        self._note_time()
 
     @property
     def gradients(self) -> dict[str, Tensor] | None:
@@ -226,6 +260,21 @@ class Journal:
     def blocks(self) -> int:
         """Number of finished blocks, without checking their files."""
         return len(list(self.folder.glob("block-*.json")))
+
+    @property
+    def kept(self) -> str:
+        """What is worth to go on with, in words; nothing if there is none."""
+        if self.blocks:
+            return f"{self.blocks} finished blocks are"
+        return "what was measured is" if any((self.folder / name).exists() for name in MEASURED) else ""
+
+    def clear(self) -> None:
+        """Remove what an earlier run has left."""
+        for path in self.folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != LOCK:
+                path.unlink()
 
     @property
     def bytes(self) -> int:
@@ -242,15 +291,16 @@ def partial_folder(out: Path) -> Path:
 def journal_for(out: Path, resume: bool) -> Iterator[Journal]:
     """While open, the journal of a run whose result is the folder `out`. No other process can open it.
 
-    After an error, the journal stays if it has finished blocks; else it is removed.
+    After an error, the journal stays if it has finished blocks or what was measured before them; else it is removed.
 
     Args:
         out: must not exist.
         resume: continue an earlier run; without one, start as usual.
 
     Raises:
-        BesaError: `out` exists, another process is writing it, or an earlier run left blocks and `resume` is not set.
-        Interrupted: Ctrl-C after at least one finished block.
+        BesaError: `out` exists, another process is writing it, the folder of the journal is not besa's, or an earlier
+            run left blocks and `resume` is not set.
+        Interrupted: Ctrl-C when the journal had something to keep.
     """
     check_absent(out)
     journal = Journal(partial_folder(out))
@@ -260,20 +310,22 @@ def journal_for(out: Path, resume: bool) -> Iterator[Journal]:
                 f"{journal.folder} holds {journal.blocks} finished blocks of an interrupted run: go on with --resume, "
                 "or remove it."
             )
+        if not resume:
+            journal.clear()
         try:
             yield journal
             journal.settle()
         except KeyboardInterrupt:
             journal.settle()
-            if journal.blocks:
+            if journal.kept:
                 raise Interrupted(
-                    f"interrupted; {journal.blocks} finished blocks are kept in {journal.folder}: go on with --resume."
+                    f"interrupted; {journal.kept} kept in {journal.folder}: go on with --resume."
                 ) from None
             raise
         finally:
             with suppress(BesaError):  # of a full disk: either it ends the work already, or another error does
                 journal.settle()
-            if not journal.blocks or out.exists():
+            if journal.finished or not journal.kept:
                 shutil.rmtree(journal.folder, ignore_errors=True)
 
 

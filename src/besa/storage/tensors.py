@@ -24,9 +24,11 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, 
         BesaError: the file cannot be written.
     """
     with replacing(path) as partial:
+        mode = partial.stat().st_mode
         save_file(
             {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial, METADATA | dict(about or {})
         )
+        partial.chmod(mode)  # safetensors makes a new file, which its owner alone may read
 
 
 def join_tensors(path: Path, parts: Sequence[Path], about: Mapping[str, str] | None = None) -> None:

@@ -21,17 +21,20 @@ from besa.storage.folders import check_regular
 from besa.storage.locking import locked, remove, removed
 from besa.storage.names import nearest, path_of
 
-LOCK = "lock"  # name of the file in a folder that the process at work there has locked
+LOCK = "besa.lock"  # name of the file in a folder that the process at work there has locked
 
 
 def check_absent(out: Path) -> None:
     """Check that nothing would be overwritten.
 
     Raises:
-        BesaError: `out` exists already, or no file can have that name.
+        BesaError: `out` exists already, if only as a link to nothing, or no new file can have that name.
     """
     with explained(out):
-        if path_of(out).exists():
+        path = path_of(out)
+        if path.name == "..":
+            raise BesaError(f"{out} is no name for something new: end it with a name.")
+        if os.path.lexists(path):
             raise BesaError(f"{out} exists already: choose another name, or remove it first.")
 
 
@@ -41,16 +44,19 @@ def claimed(folder: Path, out: Path) -> Iterator[None]:
 
     Args:
         folder: to work in; made if it does not exist.
-        out: the result, for messages.
+        out: the result, for messages. If it is another place than the folder, all in the folder is besa's.
 
     Raises:
-        BesaError: another process has the folder, it cannot be written, or it holds a pipe or a device.
+        BesaError: another process has the folder, it cannot be written, it holds a pipe or a device, or something that
+            is not besa's where all should be.
     """
     with explained(out):
         folder.mkdir(parents=True, exist_ok=True)
         check_regular(folder)
+        if folder != out and not (folder / LOCK).exists() and any(folder.iterdir()):
+            raise BesaError(f"{folder} is in the way and was not made by besa: rename it, or choose another name.")
         try:
-            lock = (folder / LOCK).open("w")
+            lock = (folder / LOCK).open("a")
         except OSError:
             with suppress(OSError):  # a folder of an earlier process is not empty
                 folder.rmdir()
@@ -79,7 +85,7 @@ def taken(lock: Path) -> Iterator[bool]:
         BesaError: it cannot be written.
     """
     with explained(lock):
-        file = lock.open("w")
+        file = lock.open("a")
     with file:
         if not locked(file) or removed(file):  # removed: another process has just finished
             yield False

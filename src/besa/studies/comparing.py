@@ -193,7 +193,7 @@ def _earlier(
     except FileNotFoundError:
         return {}, []
     except (OSError, ValidationError):
-        raise BesaError(f"{path} is no table that rows can be added to: choose another --out.") from None
+        raise BesaError(f"{path} is no table that rows can be added to: remove it, or choose another --out.") from None
     keys = dict.fromkeys([*conditions, *table.conditions])
     if other := [key for key in keys if table.conditions.get(key) != conditions.get(key)]:
         raise BesaError(

@@ -13,7 +13,7 @@ from besa.studies.origin import Origin
 from besa.studies.workspace import Workspace
 from besa.system import ranks
 
-FAILED = "failed"  # name of the file that tells the other ranks to begin nothing more
+FAILED = "besa.failed"  # name of the file that tells the other ranks to begin nothing more
 
 
 def tidy(folder: Path) -> None:

@@ -15,14 +15,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from besa.api import compress, evaluate
 from besa.data.calibration import sample
 from besa.data.mixture import MIX, parts_of
-from besa.errors import Interrupted
+from besa.errors import BesaError, Interrupted
 from besa.evaluation.domains import ALL, mean_of_domains
 from besa.evaluation.result import Evaluation
 from besa.evaluation.texts import read_texts, text_name
@@ -40,6 +40,7 @@ from besa.studies.origin import Origin
 from besa.system.devices import resolve_device
 
 DENSE = "dense"
+Result = TypeVar("Result", RunRecord, Evaluation)
 
 
 @dataclass(frozen=True)
@@ -176,8 +177,8 @@ class Workspace:
             shutil.rmtree(checkpoint)
             passing.unlink(missing_ok=True)
         return Outcome(
-            RunRecord.read(record) if recipe is not None else None,
-            [Evaluation.read(path) for path in files.values()],
+            _read(RunRecord, record) if recipe is not None else None,
+            [_read(Evaluation, path) for path in files.values()],
             self.origin,
         )
 
@@ -301,6 +302,18 @@ class Workspace:
     @cached_property
     def _fingerprint(self) -> str:
         return fingerprint(self._source)
+
+
+def _read(kind: type[Result], path: Path) -> Result:
+    """What a file of a workspace holds.
+
+    Raises:
+        BesaError: it is damaged.
+    """
+    try:
+        return kind.read(path)
+    except BesaError as error:
+        raise BesaError(f"{path} is damaged: remove it, and the same command makes it again.") from error
 
 
 def _label(checkpoint: Path) -> str:
