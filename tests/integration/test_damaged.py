@@ -366,3 +366,10 @@ def test_flipped_bits_are_harmless_or_refused(seed: int, besa: Besa, model: Path
         else:
             assert_sentence(complaint)
         assert_nothing_left(model)
+
+
+def test_a_sparsity_that_is_none(model: Path, besa: Besa) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"besa": {"sparsity": "x"}}))
+    code, said = besa("eval")
+    assert (code, said.strip()) == (2, f"besa: The config.json of {model} is damaged: under \"besa\", sparsity is 'x'.")

@@ -88,7 +88,7 @@ def evaluate(
         raise BesaError("There is nothing to evaluate: name a text (--ppl) or zero-shot tasks (--tasks).")
     check_tasks(tasks)
     opened = _opened(model, tokenizer, device, dtype, trust_remote_code, progress)
-    began = time.perf_counter()
+    began, sparsity = time.perf_counter(), opened.sparsity
     room, first = positions(opened.model), bos_token(bos, opened.tokenizer, opened.model.config)
     windows = windows or [room.usual]
     notes = [note for length in windows for note in room.checked(length, "--window")] if parts else []
@@ -123,7 +123,7 @@ def evaluate(
         notes=[*notes, *found],
         bos=bos,
         zero_shot=answers,
-        sparsity=getattr(opened.model.config, "besa", {}).get("sparsity"),
+        sparsity=sparsity,
         pruned=opened.record.created if opened.record is not None else None,
         seconds=time.perf_counter() - began,
         created=now(),
@@ -148,6 +148,18 @@ class _Opened:
     name: str
     revision: str | None
     record: RunRecord | None = None
+
+    @property
+    def sparsity(self) -> float | None:
+        """As config.json says; None if it does not.
+
+        Raises:
+            BesaError: it says something else.
+        """
+        sparsity = getattr(self.model.config, "besa", {}).get("sparsity")
+        if not isinstance(sparsity, int | float | None):
+            raise BesaError(f'The config.json of {self.name} is damaged: under "besa", sparsity is {sparsity!r}.')
+        return sparsity
 
     @property
     def calibration(self) -> Sequence[str]:
