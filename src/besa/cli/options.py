@@ -127,7 +127,7 @@ MinutesOption = Annotated[
     float | None,
     typer.Option(
         min=0,
-        help="Distil for as many epochs as fit into so many minutes of the whole run; the record has their number.",
+        help="Distil for as many epochs as fit if the whole run may take so many minutes; in place of --passes.",
     ),
 ]
 DequantizedOption = Annotated[

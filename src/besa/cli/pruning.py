@@ -59,7 +59,7 @@ def prune(
     seqlen: SeqlenOption = None,
     bos: BosOption = Bos.auto,
     chat: ChatOption = False,
-    seed: Annotated[int, typer.Option(help="Of the calibration sample and the learning order.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the calibration sample and of the order of learning steps.")] = 0,
     device: DeviceOption = "auto",
     dtype: DtypeOption = Dtype.auto,
     batch: BatchOption = None,
@@ -148,7 +148,7 @@ def shrink(
     json_progress: JsonProgressOption = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Write a pruned model without unread feed-forward channels and heads, and without blocks that do nothing."""
+    """Remove channels and heads that are zero, and blocks that do nothing, so that matrices are smaller."""
     from besa.checkpoint.shrinking import shrink as shrink_checkpoint
     from besa.cli.show.pruning import shrunk
     from besa.cli.tracking import show_progress

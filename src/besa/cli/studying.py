@@ -149,7 +149,7 @@ def demo(
     quiet: QuietOption = False,
     json_progress: JsonProgressOption = None,
 ) -> None:
-    """Prune the embedded SmolLM2-135M by BESA and by the methods it must beat, and show what is left of it."""
+    """Prune the embedded SmolLM2-135M with Wanda and BESA (--full: five methods), and compare what is left."""
     from besa.cli.show.studying import demonstrated
     from besa.cli.tracking import show_progress
     from besa.studies.demo import FULL, QUICK, run_demo
