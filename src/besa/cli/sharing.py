@@ -23,7 +23,7 @@ def push_command(
     quiet: QuietOption = False,
     json_progress: JsonProgressOption = None,
 ) -> None:
-    """Upload a checkpoint with its card, record and measurements to the Hugging Face Hub. Again, it goes on where it was."""
+    """Upload a checkpoint with its card, record and measurements to the Hugging Face Hub, or go on with it."""
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]  # not in its `__all__`
 
     from besa.cli.show.sharing import pushed
