@@ -70,9 +70,10 @@ class Judged:
         return self.losses()
 
     def harm(self, *overrides: str) -> dict[str, str]:
-        """What the stage of these overrides changes, by text that it harms."""
-        harmed = {}
-        for name, after_W in self.losses(*overrides).items():
+        """What the stage of these overrides changes, by text that it harms; it does change something."""
+        harmed, after = {}, self.losses(*overrides)
+        assert any(not torch.equal(after_W, self.before[name]) for name, after_W in after.items())
+        for name, after_W in after.items():
             change_W = after_W - self.before[name]
             mean, error = float(change_W.mean()), float(change_W.std() / math.sqrt(len(change_W)))
             if mean > 2 * error:
@@ -116,3 +117,13 @@ def trained(request):
 def test_trained_models(stage, trained):
     name, judged = trained
     assert judged.harm(TOO_LARGE.get(name, {}).get(stage, STAGES[stage])) == {}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_fine_tuning_learns_in_every_dtype(dtype, tiny_llama_folder):
+    """Float32 is multiplied in bfloat16 where the hardware does that, and the numbers that learn stay float32."""
+    text = str(tiny_llama_folder / "calibration.txt")
+    recipe = Recipe.load("wanda", 0.5, ["finetune={method: adam, epochs: 1}"])
+    record = besa.compress(tiny_llama_folder, recipe, text, samples=16, seqlen=64, dtype=dtype, device="cpu").record
+    assert record.blocks[0].finetuning[-1] < 0.95 * record.blocks[0].finetuning[0]
+    assert all(block.finetuning[-1] < block.finetuning[0] for block in record.blocks)

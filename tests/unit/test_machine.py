@@ -1,11 +1,14 @@
 """What a run record says of the machine, and how notices look."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 from besa import cli
 from besa.errors import BesaError, Notice
 from besa.kernels import native
+from besa.kernels.defaults import defaults
 from besa.system.machine import loss_scaler, machine, multiplies_bfloat16, multiplying_in, versions
 
 
@@ -35,6 +38,20 @@ def test_the_scale_of_a_float16_loss_makes_up_for_its_outputs(outputs, at_least)
     assert y.grad.min() > 0.01
     assert y.grad.isfinite().all()
     assert loss_scaler(torch.bfloat16, torch.device("cpu"), outputs).scale(torch.tensor(3.0)) == 3
+
+
+def test_products_are_of_the_weights_as_they_are_now():
+    """A cache of autocast lives until the outermost context ends, which may be around a whole run."""
+    x_TC, w_OC = torch.ones(1, 2), torch.ones(1, 2, requires_grad=True)
+    for around in (nullcontext(), defaults(), torch.autocast("cpu", torch.bfloat16)):
+        with around:
+            found = []
+            for _ in range(3):
+                with multiplying_in(torch.bfloat16, torch.float32, x_TC.device):
+                    found.append(torch.nn.functional.linear(x_TC, w_OC).item())
+                with torch.no_grad():
+                    w_OC += 1
+        assert [found[1] - found[0], found[2] - found[1]] == [2, 2]
 
 
 def test_code_that_does_not_run_with_other_products_gets_a_sentence():

@@ -64,7 +64,8 @@ def multiplying_in(dtype: torch.dtype, stored: torch.dtype, device: torch.device
         yield
         return
     try:
-        with torch.autocast(device.type, dtype):
+        # A cache would outlive the step inside another context of autocast, and serve weights of before it.
+        with torch.autocast(device.type, dtype, cache_enabled=False):
             yield
     except torch.OutOfMemoryError:
         raise
