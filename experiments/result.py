@@ -108,7 +108,7 @@ class Result(BaseModel):
         said = self.made
         if self.confirmed:
             last = self.confirmed[-1]
-            said += f"; later code ({last.commit}, {last.date[:10]}) gives the same figures on the tests' model"
+            said += f"; commit {last.commit} ({last.date[:10]}) gives identical figures on the small model of the tests"
         return f"{said}; {OLDER}" if self.older() else said
 
     def older(self, root: Path | None = None) -> list[str]:

@@ -526,7 +526,7 @@ def test_newer_code_that_makes_the_same_confirms_a_result(
     found = "made 2 cases of it on the tests' model, equal to the digit to those of commit HEAD"
     assert result.confirmed[-1].found == found
     assert "; later code (" in result.note
-    assert result.note.endswith("gives the same figures on the tests' model")
+    assert result.note.endswith("gives identical figures on the small model of the tests")
     assert "Confirmed on 20" in file.with_suffix(".md").read_text()
     small = json.loads((made[0] / "results" / "fig1a" / "fig1a.json").read_text())
     assert small["sizes"]["samples"] == 4
