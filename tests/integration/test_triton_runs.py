@@ -1,6 +1,5 @@
 """Whole runs with the GPU's kernels in Triton's interpreter, behind the pretend device, against the CPU's."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +30,9 @@ SMALL = {"vocab_size": 1024, "bos_token_id": 0, "eos_token_id": 0}
 
 
 @pytest.fixture
-def kernels_of_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
+def kernels_of_gpu(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """The operators of besa that ran on the pretend device, as the kernels for GPUs compute them."""
-    ran = set()
+    ran: set[str] = set()
 
     def compute(func: Any, args: Any, kwargs: Any, ends_here: bool) -> Any:
         if func.namespace != "besa":
@@ -42,7 +41,7 @@ def kernels_of_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
         return func.redispatch(KERNELS, *args, **kwargs)
 
     monkeypatch.setattr(pretend, "compute", compute)
-    yield ran
+    return ran
 
 
 @pytest.fixture(scope="module")
