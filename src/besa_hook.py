@@ -30,29 +30,38 @@ def autoload() -> None:
 
 def install() -> None:
     """Register besa's quantisers with transformers: now, or as soon as transformers is imported; never raises."""
-    if REGISTRY in sys.modules:
+    if _imported():
         _register()
     elif not any(isinstance(finder, _Waiting) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Waiting())
 
 
 class _Waiting:
-    """A finder of modules that waits for the registry, lets the others find it, and then removes itself."""
+    """A finder that finds no module, but waits for the registry to be imported, then registers and removes itself."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """Of the registry; None for any other module, which is then found as usual."""
-        if name != REGISTRY:
-            return None
-        sys.meta_path.remove(self)
-        spec = find_spec(name)
-        if spec is not None and spec.loader is not None:
-            spec.loader.exec_module = partial(_execute, spec.loader.exec_module)  # type: ignore[method-assign]
-        return spec
+        """Return the spec of the registry. Return None for every other module, so that Python finds it as usual."""
+        if _imported():  # its import began before this finder came, if it is what imported torch
+            sys.meta_path.remove(self)
+            _register()
+        elif name == REGISTRY:
+            sys.meta_path.remove(self)
+            spec = find_spec(name)
+            if spec is not None and spec.loader is not None:
+                spec.loader.exec_module = partial(_execute, spec.loader.exec_module)  # type: ignore[method-assign]
+            return spec
+        return None
 
 
 def _execute(original: Callable[[ModuleType], None], module: ModuleType) -> None:
     original(module)
     _register()
+
+
+def _imported() -> bool:
+    """Whether the registry is imported, to its end."""
+    spec = getattr(sys.modules.get(REGISTRY), "__spec__", None)
+    return spec is not None and not getattr(spec, "_initializing", False)
 
 
 def _register() -> None:

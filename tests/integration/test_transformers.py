@@ -167,7 +167,9 @@ def test_a_model_that_was_saved_is_made_dense(folder: Path, tmp_path: Path) -> N
     expected = logits(model)
     model.save_pretrained(tmp_path)
     assert isinstance(model.config.dtype, str)
-    torch.testing.assert_close(logits(model.dequantize()), expected, rtol=1e-5, atol=1e-5)
+    dense = model.dequantize()
+    assert {type(module) for module in dense.modules() if isinstance(module, nn.Linear)} == {nn.Linear}
+    torch.testing.assert_close(logits(dense), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_model_made_dense_in_another_dtype_is_of_that_dtype(folder: Path) -> None:
@@ -358,3 +360,9 @@ def test_the_hook_waits_once_and_for_one_module(monkeypatch: pytest.MonkeyPatch)
     [waiting] = sys.meta_path
     assert waiting.find_spec("transformers.quantizers", None) is None
     assert sys.meta_path == [waiting]
+
+
+def test_the_registry_may_be_what_imports_torch(plain: Path) -> None:
+    """Then besa comes while the registry is half imported."""
+    made = program("import transformers.quantizers\n" + LOAD, plain)
+    assert made.stdout.split() == ["SparseLinear"], made.stderr

@@ -52,6 +52,22 @@ def test_only_what_changed_comes_back(module):
     assert set(pretend.counts.to_host) == {36}
 
 
+def test_what_cannot_go_leaves_nothing_behind(module):
+    """As when a device's memory runs out in the middle."""
+    before = dict(module.named_parameters()) | dict(module.named_buffers())
+
+    class Full(dict):
+        def get(self, key, home):
+            if key == id(module.scale):
+                raise torch.OutOfMemoryError
+            return home
+
+    with pytest.raises(torch.OutOfMemoryError):
+        Visit(module.modules(), DEVICE, Full({0: None}))
+    assert all(tensor is before[name] for name, tensor in module.named_parameters())
+    assert module.scale.device.type == "cpu"
+
+
 def test_what_takes_the_place_of_a_tensor_comes_back_too(module):
     before = module.norm
     with visiting(module.modules(), DEVICE):

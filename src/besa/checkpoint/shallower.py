@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from besa.errors import BesaError
-from besa.models.blocks import DEPTHS, Block
+from besa.models.blocks import Block
 from besa.models.layers import biases
+from besa.storage.formats.container import DEPTHS
 
 # Keys of configurations that hold numbers of blocks, and of those that say how many of the first blocks are different.
 # Lists with one entry for each block need no name here.

@@ -90,6 +90,7 @@ def _coded(files: WeightFiles, model: PreTrainedModel, bits: int, progress: Prog
     """
     blocks, renamed = find_blocks(model), renaming(model, get_model_conversion_mapping(model))
     of_blocks: dict[str, list[str]] = {block.name: [] for block in blocks}
+    present = set(files.names)
     for stored in files.names:
         linear, _, last = stored.rpartition(".")
         name, merged = renamed(f"{linear}.weight") if last in (codes.WEIGHT, "weight") else ("", False)
@@ -100,7 +101,7 @@ def _coded(files: WeightFiles, model: PreTrainedModel, bits: int, progress: Prog
         for stored in names:
             name, _, last = stored.rpartition(".")
             if last == codes.WEIGHT:
-                keys = [key for key in codes.KEYS if f"{name}.{key}" in files.names]
+                keys = [key for key in codes.KEYS if f"{name}.{key}" in present]
                 tensors = {key.rpartition(".")[2]: t for key, t in files.read([f"{name}.{key}" for key in keys])}
                 yield StoredWeight(block_name, name, codes.is_zero(tensors, bits), codes.bytes_of(tensors))
             else:

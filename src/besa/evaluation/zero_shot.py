@@ -236,14 +236,14 @@ def _task(name: str, hub: bool, progress: Progress) -> ConfigurableTask:
 
     config = load_yaml(_definitions() / DEFINITIONS[name]) | {"num_fewshot": 0}
     config.pop("tag", None)
-    if hub:
-        check_remote(name, config["dataset_path"])
-    else:
+    if not hub:
         import datasets
 
         rows = datasets.Dataset.from_list(questions(name, progress))
         config |= {"custom_dataset": lambda **_: {SPLIT: rows}, "training_split": None}
         config |= {"validation_split": SPLIT, "test_split": None}
+        return Task(config=config)
+    check_remote(name, config["dataset_path"])
     try:
         return Task(config=config)
     except Exception as error:  # the library passes on all exceptions of its HTTP, file and parser layers

@@ -25,10 +25,10 @@ from besa.models.activations import HiddenStates, Room
 from besa.models.calls import Unknown, hidden_states_of, named, replayed
 from besa.models.prunable import Prunable, everywhere, find_prunables, replaced
 from besa.models.transfers import Outputs, fetched
+from besa.storage.formats.container import DEPTHS
 from besa.system.ranks import Share
 
 SAME_POSITION = 0.01  # difference of two cosines that rounding to bfloat16 explains
-DEPTHS = ("num_hidden_layers", "num_layers", "decoder_layers")  # the number of blocks in configurations
 
 
 @dataclass(frozen=True)

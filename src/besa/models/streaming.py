@@ -119,16 +119,12 @@ class DecoderInMemory:
     @contextmanager
     def opened(self, block: Block, device: torch.device) -> Iterator[None]:
         """Move the block to `device`, and what has changed back."""
-        experts = self.model.get_experts_implementation()
-        if self.model._can_set_experts_implementation():
-            self.model.set_experts_implementation("eager")  # grouped products cannot be watched
-        self._visits[block.name] = Visit(block.module.modules(), device, self._ahead.take(block.name, device))
-        try:
-            yield
-        finally:
-            self._visits.pop(block.name).end()
-            if self.model._can_set_experts_implementation():
-                self.model.set_experts_implementation(experts)
+        with _eager_experts(self.model):
+            self._visits[block.name] = Visit(block.module.modules(), device, self._ahead.take(block.name, device))
+            try:
+                yield
+            finally:
+                self._visits.pop(block.name).end()
 
     def prefetch(self, block: Block, device: torch.device) -> None:
         """See `Decoder`."""
@@ -283,6 +279,20 @@ class DecoderOnDisk:
     def tensors_outside_blocks(self) -> Iterator[tuple[str, Tensor]]:
         """See `Decoder`; also the tensors that the model has no module for."""
         yield from self._layout.tensors_outside_blocks(rounded=self.dtype is not None)
+
+
+@contextmanager
+def _eager_experts(model: PreTrainedModel) -> Iterator[None]:
+    """While open, experts are multiplied one by one, as grouped products cannot be watched."""
+    if not model._can_set_experts_implementation():
+        yield
+        return
+    before = model.get_experts_implementation()
+    try:
+        model.set_experts_implementation("eager")
+        yield
+    finally:
+        model.set_experts_implementation(before)
 
 
 def _outside(model: nn.Module, blocks: list[Block]) -> list[nn.Module]:

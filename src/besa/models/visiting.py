@@ -52,13 +52,17 @@ class Visit:
     ) -> None:
         self._places: list[_Place] = []
         guests: dict[int, Tensor] = {}  # tied tensors stay tied
-        for tensors, name, home in _elsewhere(modules, device):
-            if id(home) not in guests:
-                there = (ready or {}).get(id(home), home.detach()).to(device)
-                is_parameter = isinstance(home, nn.Parameter)
-                guests[id(home)] = nn.Parameter(there, requires_grad=home.requires_grad) if is_parameter else there
-            guest = tensors[name] = guests[id(home)]
-            self._places.append(_Place(tensors, name, home, guest, guest._version))
+        try:
+            for tensors, name, home in _elsewhere(modules, device):
+                if id(home) not in guests:
+                    there = (ready or {}).get(id(home), home.detach()).to(device)
+                    is_parameter = isinstance(home, nn.Parameter)
+                    guests[id(home)] = nn.Parameter(there, requires_grad=home.requires_grad) if is_parameter else there
+                guest = tensors[name] = guests[id(home)]
+                self._places.append(_Place(tensors, name, home, guest, guest._version))
+        except BaseException:  # the device's memory ran out, or Ctrl-C: what was moved so far goes back
+            self.end()
+            raise
 
     @torch.no_grad()
     def end(self) -> None:

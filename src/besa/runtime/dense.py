@@ -24,6 +24,12 @@ class DenseLinear(nn.Linear):
         self.weight, self.bias = linear.weight, linear.bias
         self.training = linear.training
 
+    def plain(self) -> nn.Linear:
+        """The linear of torch, with the same weight, bias and mode."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear.weight, linear.bias = self.weight, self.bias
+        return linear.train(self.training)
+
     def entry(self, dtype: torch.dtype) -> Entry | None:
         """The product with one row of x of a dtype, for C code; None if `forward` computes it in another way."""
         product = dense.product(self.weight) if dtype == self.weight.dtype else None

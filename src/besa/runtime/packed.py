@@ -242,6 +242,8 @@ def make_dense(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
             dense.weight = nn.Parameter(module.weight if kept else module.weight.to(dtype))
             dense.register_parameter("bias", module.bias)
             model.set_submodule(name, dense)
+        if isinstance(module, DenseLinear):
+            model.set_submodule(name, module.plain())
     if weights:
         del model._tied_weights_keys  # its class has them
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)

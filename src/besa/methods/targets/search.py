@@ -97,7 +97,8 @@ def divergences(
     first_NTC = survey.embedded(tokens_NT)
     dense_NTC, *pruned = [survey.room.empty_like(first_NTC) for _ in range(len(trials) + 1)]
     for path_NTC in (dense_NTC, *pruned):
-        path_NTC[:] = first_NTC[:]
+        for n in range(len(first_NTC)):  # one by one: states in a file do not fit in memory
+            path_NTC[n : n + 1] = first_NTC[n : n + 1]
     for block, names in zip(survey.decoder.blocks, survey.names, strict=True):
         with survey.opened(block):
             block.run(dense_NTC, survey.batch, into=dense_NTC)

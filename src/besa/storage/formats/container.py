@@ -33,7 +33,7 @@ PURPOSES = {
 }
 CODES = "weight_codes"  # of a dense matrix; its scales have the name of those of a bitmask
 ABOUT = {"besa": json.dumps({"format": FORMAT, "version": VERSION})}  # metadata of the weight files
-DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")  # what families call the number of their blocks
+DEPTHS = ("num_hidden_layers", "num_layers", "decoder_layers", "n_layers", "n_layer")  # families' names of the depth
 DAMAGED = "the packed checkpoint is damaged"
 
 
