@@ -11,8 +11,8 @@ from torch import nn
 from besa.counting.budget import Budget, split
 from besa.counting.masks import rank
 from besa.errors import BesaError
+from besa.methods import apportioning
 from besa.methods.allocation import Allocated, Besa, BlockProblem, RankedLinear, Uniform, descent
-from besa.methods.allocation import besa as besa_module
 from besa.methods.allocation.changing import ChangingLinears
 from besa.methods.importance import Wanda
 from besa.methods.reconstruction import NoReconstruction
@@ -267,8 +267,8 @@ def test_learning_alone_can_reach_any_target(problem, monkeypatch, rates, target
     """Under a strong penalty the learned rates meet the budget before they are made to: no alpha is out of reach."""
     problem = at(problem, target)
     wanted = []
-    apportion = besa_module.apportion
-    monkeypatch.setattr(besa_module, "apportion", lambda *given: (wanted.append(given[:2]), apportion(*given))[1])
+    apportion = apportioning.apportion
+    monkeypatch.setattr(apportioning, "apportion", lambda *given: (wanted.append(given[:2]), apportion(*given))[1])
     Besa(rates=rates, penalty=1000).allocate(problem)
     ((rates_R, widths_R),) = wanted
     assert float((rates_R * widths_R).sum() / widths_R.sum()) == pytest.approx(target, abs=0.01)
@@ -445,8 +445,8 @@ def test_learning_looks_at_the_distance_of_each_budget(problem, monkeypatch):
     """Under a strong penalty the rates of each budget meet it before they are made to."""
     problem = with_exceptions(problem)
     wanted = []
-    apportion = besa_module.apportion
-    monkeypatch.setattr(besa_module, "apportion", lambda *given: (wanted.append(given[:2]), apportion(*given))[1])
+    apportion = apportioning.apportion
+    monkeypatch.setattr(apportioning, "apportion", lambda *given: (wanted.append(given[:2]), apportion(*given))[1])
     Besa(penalty=200).allocate(problem)
     for budget, (rates_R, widths_R) in zip(problem.budgets, wanted, strict=True):
         assert float((rates_R * widths_R).sum() / widths_R.sum()) == pytest.approx(budget.sparsity, abs=0.01)

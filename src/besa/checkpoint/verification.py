@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from besa.checkpoint.checking import check_packed
 from besa.data.arguments import checked
+from besa.digests import sha256_of
 from besa.errors import BesaError
 from besa.models.hub import CARD
 from besa.progress import Progress, silent
@@ -63,7 +64,7 @@ def seal(folder: Path) -> None:
     """
     weights = list(folder.glob("*.safetensors"))
     with ThreadPoolExecutor() as threads:
-        digests = dict(zip((path.name for path in weights), threads.map(_sha256, weights), strict=True))
+        digests = dict(zip((path.name for path in weights), threads.map(sha256_of, weights), strict=True))
     for path in folder.glob("*.safetensors.index.json"):
         index = json.loads(path.read_text(encoding="utf-8"))
         shards = sorted(set(index["weight_map"].values()))
@@ -74,7 +75,7 @@ def seal(folder: Path) -> None:
     content.pop(FILES, None)  # digests of the folder that this one was made from
     unsealed = (record, folder / CARD)
     names = sorted(_name(path, folder) for path in folder.rglob("*") if path.is_file() and path not in unsealed)
-    content[FILES] = {name: digests.get(name) or _sha256(folder / name) for name in names} | {RECORD_NAME: BLANK}
+    content[FILES] = {name: digests.get(name) or sha256_of(folder / name) for name in names} | {RECORD_NAME: BLANK}
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     write_file(record, hashlib.sha256(text.encode()).hexdigest().join(text.rsplit(BLANK, 1)))
 
@@ -124,7 +125,7 @@ def _check_digest(folder: Path, name: str, digests: Mapping[str, str]) -> None:
         BesaError: its digest is another one.
     """
     path, digest = folder / name, digests[name]
-    if digest != (_record_sha256(path, digest) if name == RECORD_NAME else _sha256(path)):
+    if digest != (_record_sha256(path, digest) if name == RECORD_NAME else sha256_of(path)):
         raise BesaError(f"{path} has changed since it was written (its sha256): get the folder anew.")
 
 
@@ -136,7 +137,7 @@ def check_weights(folder: Path) -> None:
     """
     for name, digest in digests_of(folder / RECORD_NAME).items():
         path = folder / name
-        if path.suffix == ".safetensors" and path.is_file() and digest != _sha256(path):
+        if path.suffix == ".safetensors" and path.is_file() and digest != sha256_of(path):
             raise BesaError(
                 f"{path} has changed since it was written (its sha256): get the folder anew, or remove its "
                 f"{RECORD_NAME} if you changed the weights yourself."
@@ -173,11 +174,6 @@ def _sound(name: str, digest: Any) -> bool:
 
 def _name(path: Path, folder: Path) -> str:
     return path.relative_to(folder).as_posix()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _record_sha256(record: Path, digest: str) -> str:

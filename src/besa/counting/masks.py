@@ -43,7 +43,7 @@ def rank(importance_OI: Tensor, w_OI: Tensor, group: int | None = None) -> Tenso
 
 def _order(importance_OI: Tensor, w_OI: Tensor) -> Tensor:
     """Columns (O, I), int64, of each row in pruning order."""
-    bits_OI = _bits(importance_OI, w_OI)
+    bits_OI = pruning_keys(importance_OI, w_OI)
     if bits_OI.device.type != "cpu":
         return bits_OI.sort(dim=1, stable=True).indices
     # Numpy's vectorised integer sort is about 20 times torch's here. It gives no places, so the key has the column too.
@@ -51,7 +51,7 @@ def _order(importance_OI: Tensor, w_OI: Tensor) -> Tensor:
     return torch.from_numpy(np.sort(keys_OI.numpy(), axis=1)) & 0xFFFFFFFF
 
 
-def _bits(importance_OI: Tensor, w_OI: Tensor) -> Tensor:
+def pruning_keys(importance_OI: Tensor, w_OI: Tensor) -> Tensor:
     """Integers (O, I), int32, that sort as weights are pruned: non-negative floats sort like their bits.
 
     Adding 1 keeps 0 for the weights that are zero already.
@@ -71,7 +71,7 @@ def largest(importance_OI: Tensor, w_OI: Tensor, counts_O: Tensor, group: int | 
     """
     if group is not None or importance_OI.device.type != "cpu":
         return hard_mask(rank(importance_OI, w_OI, group), counts_O)
-    bits_OI = _bits(importance_OI, w_OI)
+    bits_OI = pruning_keys(importance_OI, w_OI)
     sorted_OI = torch.from_numpy(np.sort(bits_OI.numpy(), axis=1))
     cuts_O1 = sorted_OI.gather(1, counts_O.sub(1).clamp_min_(0)[:, None])
     kept_OI = bits_OI > cuts_O1.masked_fill_(counts_O[:, None] == 0, -1)

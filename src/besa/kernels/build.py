@@ -24,6 +24,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from besa.data.assets import cache_dir
 from besa.errors import Notice
@@ -76,6 +77,21 @@ def load(source: str) -> ctypes.CDLL | None:
             return library
     warnings.warn(f"besa computes more slowly than it could, in plain torch: {reason}.", Notice, stacklevel=2)
     return None
+
+
+def function(source: str, name: str, arguments: Iterable[type]) -> Any:
+    """A kernel that returns nothing, from a C++ file that this machine has loaded.
+
+    Args:
+        source: name of the file.
+        name: of the kernel.
+        arguments: their types of ctypes.
+    """
+    kernels = load(source)
+    assert kernels is not None
+    found = kernels[name]
+    found.argtypes, found.restype = list(arguments), None
+    return found
 
 
 def runnable(source: str, names: Iterable[str] = INSTRUCTIONS) -> list[str]:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from besa.kernels import attention, norm
+from besa.kernels import attention, build, norm
 from besa.kernels.attention import Attention
 from besa.kernels.build import load
 from besa.kernels.sparse_native import Entry, address
@@ -267,8 +267,6 @@ def _norm(of: Norm | None, dtype: torch.dtype) -> _Norm:
 
 @cache
 def _function(work: str, dtype: torch.dtype, arguments: int) -> Callable[..., None]:
-    kernels = load(SOURCE)
-    assert kernels is not None
-    function = kernels[f"{work}_{str(dtype).removeprefix('torch.')}"]
-    function.argtypes, function.restype = [ctypes.c_int64] * arguments, None
-    return function
+    name = f"{work}_{str(dtype).removeprefix('torch.')}"
+    found: Callable[..., None] = build.function(SOURCE, name, [ctypes.c_int64] * arguments)
+    return found

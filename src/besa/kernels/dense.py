@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from besa.counting.widening import linear
-from besa.kernels import choosing, sparse_native, tiles_native
+from besa.kernels import build, choosing, sparse_native, tiles_native
 from besa.kernels.build import load, runnable
 from besa.kernels.fetching import past_caches
 from besa.storage.formats.bitmask import FLOATS
@@ -101,11 +101,8 @@ def multiply(x_NI: Tensor, w_OI: Tensor, path: str = "") -> Tensor:
 @cache
 def _function(name: str) -> Callable[..., None]:
     """A kernel, which takes addresses and whole numbers."""
-    kernels = load(SOURCE)
-    assert kernels is not None
-    function = kernels[name]
-    function.argtypes, function.restype = [ctypes.c_int64] * 8, None
-    return function
+    found: Callable[..., None] = build.function(SOURCE, name, [ctypes.c_int64] * 8)
+    return found
 
 
 def by_rows(x_NI: Tensor, w_OI: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from besa.kernels import held_dense, held_fours, reading, sparse_native
+from besa.kernels import build, held_dense, held_fours, reading, sparse_native
 from besa.kernels.build import load, runnable
 from besa.kernels.once import once
 from besa.kernels.reading import USUAL, Way, Work
@@ -102,11 +102,9 @@ def _group(weight: Bitmask) -> int:
 
 @cache
 def _function(order: ModuleType, name: str) -> Callable[..., None]:
-    kernels = load(order.SOURCE)
-    assert kernels is not None
-    function = kernels[f"{name}_{order.PATH}"]
-    function.argtypes, function.restype = [ctypes.c_void_p, *[ctypes.c_int64] * 4], None
-    return function
+    arguments = [ctypes.c_void_p, *[ctypes.c_int64] * 4]
+    found: Callable[..., None] = build.function(order.SOURCE, f"{name}_{order.PATH}", arguments)
+    return found
 
 
 def _subject(kind: str, group: int, threads: int) -> str:

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from besa.kernels.build import load, runnable
+from besa.kernels import build
+from besa.kernels.build import runnable
 
 SOURCE = "norm.cpp"
 DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
@@ -73,9 +74,7 @@ def normed(x: Tensor, weight_I: Tensor, epsilon: float, form: Form, path: str = 
 @cache
 def function(dtype: torch.dtype, path: str = "") -> Callable[..., None]:
     """The kernel for a dtype of `DTYPES`; `path` as of `normed`."""
-    kernels = load(SOURCE)
-    assert kernels is not None
-    kernel = kernels[f"norm_{DTYPES[dtype]}_{path or paths()[0]}"]
-    kernel.argtypes = [*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 2, *[ctypes.c_float] * 2, ctypes.c_int64]
-    kernel.restype = None
+    arguments = [*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 2, *[ctypes.c_float] * 2, ctypes.c_int64]
+    name = f"norm_{DTYPES[dtype]}_{path or paths()[0]}"
+    kernel: Callable[..., None] = build.function(SOURCE, name, arguments)
     return kernel

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from besa.kernels import build
 from besa.kernels.build import load, runnable
 from besa.kernels.fetching import past_caches
 from besa.kernels.reading import USUAL, Way, Work, fastest
@@ -182,11 +183,9 @@ def samples(kind: str, group: int = 128) -> list[Bitmask]:
 @cache
 def _function(work: str, kind: str, path: str) -> Callable[..., None]:
     """A kernel that takes the address of a weight, and whole numbers."""
-    kernels = load(SOURCES[path])
-    assert kernels is not None
-    function = kernels[f"{work}_{kind}_{path}"]
-    function.argtypes, function.restype = [ctypes.c_void_p, *[ctypes.c_int64] * 4], None
-    return function
+    arguments = [ctypes.c_void_p, *[ctypes.c_int64] * 4]
+    found: Callable[..., None] = build.function(SOURCES[path], f"{work}_{kind}_{path}", arguments)
+    return found
 
 
 def passed(weight: Bitmask, way: Way = USUAL) -> _Weight:

@@ -5,6 +5,8 @@ Shape suffixes: R rows.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -44,3 +46,22 @@ def apportion(rates_R: Tensor, widths_R: Tensor, total: int, least_R: Tensor) ->
     cost_R = torch.where(counts_R < width_R, (2 * (counts_R - ideal_R) + 1) / width_R, torch.inf)
     more_R = torch.arange(rows, device=cost_R.device) < total - counts_R.long().sum()  # at most one more step per row
     return counts_R.scatter_add_(0, cost_R.argsort(stable=True), more_R.to(dtype)).long()
+
+
+def counted(
+    rates: Mapping[str, Tensor], widths: Mapping[str, int], total: int, least: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """`apportion` over the rows of several matrices: zeros of each row (O,), int64, by name in the order of `rates`.
+
+    Args:
+        rates: learned pruning rate of each row (O,).
+        widths: weights in a row.
+        total: zeros to distribute.
+        least: zeros that each row already has (O,), int64.
+
+    Raises:
+        BesaError: as of `apportion`.
+    """
+    widths_R = torch.cat([torch.full_like(least[name], widths[name]) for name in rates])
+    counts_R = apportion(torch.cat(list(rates.values())), widths_R, total, torch.cat([least[name] for name in rates]))
+    return dict(zip(rates, counts_R.split([len(rates_O) for rates_O in rates.values()]), strict=True))

@@ -172,7 +172,7 @@ def find_blocks(model: PreTrainedModel) -> list[Block]:
 
 def _text_tower(model: PreTrainedModel) -> nn.Module:
     """The part of a model that reads text, often the model itself."""
-    tower: nn.Module = model.get_decoder() if isinstance(model, PreTrainedModel) else model
+    tower: nn.Module = model.get_decoder()
     return tower
 
 

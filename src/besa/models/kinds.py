@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
+from besa.models.prunable import everywhere
+
 
 def kind(name: str, block: str) -> str:
     """Path of a linear inside its block, with the number of an expert replaced by a star."""
-    return ".".join("*" if step.isdigit() else step for step in name.removeprefix(f"{block}.").split("."))
+    return everywhere(name.removeprefix(f"{block}."))
 
 
 def shortened(kinds: Sequence[str]) -> list[str]:

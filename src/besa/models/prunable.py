@@ -5,7 +5,6 @@ Shape suffixes: O rows (output channels), I columns (input channels), E experts.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -49,7 +48,7 @@ class Prunable:
 
 def everywhere(name: str) -> str:
     """The pattern that matches a name in every block and every expert."""
-    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
+    return ".".join("*" if step.isdecimal() else step for step in name.split("."))
 
 
 def find_prunables(block: nn.Module) -> dict[str, Prunable]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from besa.counting.budget import Budget
@@ -16,7 +15,7 @@ from besa.counting.masks import hard_mask, rank
 from besa.methods.allocation import Allocated, BlockProblem, RankedLinear
 from besa.methods.allocation.changing import ChangingLinears
 from besa.methods.allocation.descent import Descent
-from besa.methods.apportioning import apportion
+from besa.methods.apportioning import counted
 from besa.methods.recipe import Recipe
 from besa.models.units import Unit
 from besa.observing.input_statistics import InputStatistics
@@ -146,12 +145,10 @@ def settle(
         if budget.zeros == 0:
             settled |= parts
             continue
-        zero = {name: part.weight() == 0 for name, part in parts.items()}
-        least = torch.cat([z_OI.sum(dim=1) for z_OI in zero.values()])
-        widths = torch.cat([torch.full_like(z_OI[:, 0], z_OI.shape[1], dtype=torch.int64) for z_OI in zero.values()])
-        rates = torch.cat([counts[name] for name in budget.names]) / widths
-        shares = apportion(rates, widths, budget.zeros, least).split([len(z_OI) for z_OI in zero.values()])
-        for (name, part), counts_O in zip(parts.items(), shares, strict=True):
-            ranks_OI = rank(linears[name].importance_OI, part.weight())
-            settled[name] = part.pruned(hard_mask(ranks_OI, counts_O))
+        least = {name: (part.weight() == 0).sum(dim=1) for name, part in parts.items()}
+        widths = {name: part.codes_OI.shape[1] for name, part in parts.items()}
+        rates = {name: counts[name] / width for name, width in widths.items()}
+        for name, counts_O in counted(rates, widths, budget.zeros, least).items():
+            ranks_OI = rank(linears[name].importance_OI, parts[name].weight())
+            settled[name] = parts[name].pruned(hard_mask(ranks_OI, counts_O))
     return settled

@@ -67,5 +67,8 @@ class Quantized:
 
     def pruned(self, kept_OI: Tensor) -> Quantized:
         """The weight with the code of zero, an exact zero, wherever `kept_OI` is False."""
-        zero_OI = self.grid.zero_OG.repeat_interleave(self.codes_OI.shape[1] // self.grid.zero_OG.shape[1], dim=1)
-        return replace(self, codes_OI=torch.where(kept_OI, self.codes_OI, zero_OI.to(torch.uint8)))
+        return replace(self, codes_OI=torch.where(kept_OI, self.codes_OI, self.zeros_OI()))
+
+    def zeros_OI(self) -> Tensor:
+        """The code of zero of every weight (O, I), uint8."""
+        return self.grid.zeros_OI(self.codes_OI.shape[1], torch.uint8)

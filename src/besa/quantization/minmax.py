@@ -32,6 +32,10 @@ class Grid:
         """The largest code, 2^N − 1."""
         return int(2**self.bits) - 1
 
+    def zeros_OI(self, columns: int, dtype: torch.dtype) -> Tensor:
+        """The code of zero of every weight (O, I) of a matrix with so many columns."""
+        return self.zero_OG.to(dtype).repeat_interleave(columns // self.zero_OG.shape[1], dim=1)
+
 
 def extremes(w_OI: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """min(W) and max(W) of eq. 7, of each group of consecutive columns (O, G), float32; zero is always between them."""
@@ -77,7 +81,7 @@ def kept_codes(w_OI: Tensor, grid: Grid) -> Tensor:
     What would round to zero has the next code on its side of zero, or on the other side where the grid ends.
     """
     codes_OI = codes(w_OI, grid)
-    zero_OI = grid.zero_OG.repeat_interleave(w_OI.shape[1] // grid.zero_OG.shape[1], dim=1)
+    zero_OI = grid.zeros_OI(w_OI.shape[1], grid.zero_OG.dtype)
     up_OI = torch.where(w_OI < 0, zero_OI == 0, zero_OI < grid.largest)
     beside_OI = torch.where(up_OI, zero_OI + 1, zero_OI - 1)
     return torch.where(w_OI == 0, zero_OI, torch.where(codes_OI == zero_OI, beside_OI, codes_OI))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Iterable, Mapping
@@ -12,6 +11,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
+from besa.digests import sha256_of
 from besa.storage.tensors import save_tensors
 from besa.storage.writing import write_file
 
@@ -65,7 +65,7 @@ class Snapshots:
             path = self._path(_slot(state), at)
             save_tensors(path, tensors)
             state["groups"].append(group)
-            state["sha256"].append(_sha256(path))
+            state["sha256"].append(sha256_of(path))
         write_file(self._index(_slot(state)), json.dumps(state))
         self._remove(1 - _slot(state))
         self._last = state
@@ -94,7 +94,7 @@ class Snapshots:
         try:
             state: dict[str, Any] = json.loads(self._index(slot).read_text(encoding="utf-8"))
             paths = [self._path(slot, at) for at in range(len(state["groups"]))]
-            whole = [_sha256(path) for path in paths] == state["sha256"] and _slot(state) == slot
+            whole = [sha256_of(path) for path in paths] == state["sha256"] and _slot(state) == slot
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
             return None
         return state if whole and isinstance(state["position"], dict) else None
@@ -107,8 +107,3 @@ def _number(state: Mapping[str, Any]) -> int:
 
 def _slot(state: Mapping[str, Any]) -> int:
     return _number(state) % 2
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

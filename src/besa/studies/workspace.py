@@ -22,6 +22,7 @@ import torch
 from besa.api import compress, evaluate
 from besa.data.calibration import sample
 from besa.data.mixture import MIX, parts_of
+from besa.digests import sha256_of
 from besa.errors import BesaError, Interrupted
 from besa.evaluation.domains import ALL, mean_of_domains
 from besa.evaluation.result import Evaluation
@@ -332,7 +333,4 @@ def _calibrated_on(calibration: str) -> Any:
 def _content(text: str) -> str:
     """The name of a text, or of a local file a digest of what is in it."""
     path = path_of(text)
-    if not path.is_file():
-        return text
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of(path) if path.is_file() else text

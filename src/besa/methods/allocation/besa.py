@@ -16,12 +16,13 @@ from torch import Tensor
 from besa.counting.budget import Budget
 from besa.counting.masks import hard_mask
 from besa.counting.precision import widest
+from besa.kernels.reference import NEARLY
 from besa.methods.allocation.allocator import Allocator
 from besa.methods.allocation.changing import ChangingLinears
 from besa.methods.allocation.descent import Descent
 from besa.methods.allocation.problem import Allocated, BlockProblem
 from besa.methods.allocation.rates import Rates
-from besa.methods.apportioning import apportion
+from besa.methods.apportioning import counted
 from besa.models.units import Granularity
 
 OPTIMIZER = 7  # copies of the logits: themselves, gradient, two moments, beta, its gradient, the tails
@@ -91,14 +92,13 @@ class Besa(Descent, Allocator):
         counts: dict[str, Tensor] = {}
         for budget in problem.budgets:
             zeros = {name: problem.linears[name].zeros_O for name in budget.names}
-            widths = [torch.full_like(zeros_O, problem.linears[name].w_OI.shape[1]) for name, zeros_O in zeros.items()]
+            widths = {name: problem.linears[name].w_OI.shape[1] for name in zeros}
             dtype = widest(problem.device)
-            rates = [
-                learned[name] if name in learned else torch.full_like(zeros_O, budget.sparsity, dtype=dtype)
+            rates = {
+                name: learned[name] if name in learned else torch.full_like(zeros_O, budget.sparsity, dtype=dtype)
                 for name, zeros_O in zeros.items()
-            ]
-            shares = apportion(torch.cat(rates), torch.cat(widths), budget.zeros, torch.cat(list(zeros.values())))
-            counts |= dict(zip(zeros, shares.split([len(zeros_O) for zeros_O in zeros.values()]), strict=True))
+            }
+            counts |= counted(rates, widths, budget.zeros, zeros)
         return Allocated(counts, losses)
 
     def _start(self, problem: BlockProblem, budget: Budget) -> ChangingLinears | None:
@@ -125,6 +125,6 @@ def _constant(problem: BlockProblem, learned: set[str]) -> dict[str, Tensor]:
         for name in set(budget.names) - learned:
             linear = problem.linears[name]
             rows, columns = linear.w_OI.shape
-            counts_O = torch.full((rows,), int(budget.sparsity * columns + 1e-3), device=linear.w_OI.device)
+            counts_O = torch.full((rows,), int(budget.sparsity * columns + NEARLY), device=linear.w_OI.device)
             weights[name] = linear.w_OI * hard_mask(linear.ranks_OI, counts_O)
     return weights

@@ -13,11 +13,12 @@ from pydantic import Field
 from torch import Tensor
 
 from besa.counting.budget import Budget, split
+from besa.counting.masks import pruning_keys
 from besa.counting.precision import widest
 from besa.kernels import histogram
 from besa.methods.allocation.allocator import Allocator
 from besa.methods.allocation.problem import Allocated, BlockProblem, RankedLinear
-from besa.methods.apportioning import apportion
+from besa.methods.apportioning import counted
 from besa.methods.survey import one_in
 
 HALF = 1 << 16
@@ -57,11 +58,9 @@ class Sensitivity(Allocator):
                 name: budget.sparsity + self.strength * (rates_O - budget.sparsity)
                 for name, rates_O in rates_by_threshold(problem, budget).items()
             }
-            rows, linears = [len(rates_O) for rates_O in rates.values()], [problem.linears[name] for name in rates]
-            widths_R = torch.cat([torch.full_like(linear.zeros_O, linear.w_OI.shape[1]) for linear in linears])
-            zeros_R = torch.cat([linear.zeros_O for linear in linears])
-            shares_R = apportion(torch.cat(list(rates.values())), widths_R, budget.zeros, zeros_R)
-            counts |= dict(zip(rates, shares_R.split(rows), strict=True))
+            linears = {name: problem.linears[name] for name in rates}
+            widths = {name: linear.w_OI.shape[1] for name, linear in linears.items()}
+            counts |= counted(rates, widths, budget.zeros, {name: linear.zeros_O for name, linear in linears.items()})
         return Allocated(counts)
 
 
@@ -91,7 +90,7 @@ def _keys(linear: RankedLinear, gradients_O: Tensor) -> Callable[[], Tensor]:
     """A function that makes integers (O, I) in pruning order: zeros first, then by the error of removing a weight."""
 
     def keys_OI() -> Tensor:
-        return (linear.errors(gradients_O).view(torch.int32) + 1).masked_fill_(linear.w_OI == 0, 0)
+        return pruning_keys(linear.errors(gradients_O), linear.w_OI)
 
     return keys_OI
 

@@ -64,8 +64,7 @@ def sweep(w_OI: Tensor, factor_II: Tensor, grid: Grid) -> Tensor:
         The weight (O, I) in its dtype, as each column was before its rounding.
     """
     width, size = w_OI.shape[1], w_OI.shape[1] // grid.step_OG.shape[1]
-    left_OI, kept_OI, before_OI = w_OI.float(), w_OI != 0, torch.empty_like(w_OI)
-    left_OI = left_OI.clone() if left_OI is w_OI else left_OI
+    left_OI, kept_OI, before_OI = w_OI.to(torch.float32, copy=True), w_OI != 0, torch.empty_like(w_OI)
     for start in range(0, width, COLUMNS):
         end = min(start + COLUMNS, width)
         block_OB, error_OB = left_OI[:, start:end], torch.empty_like(left_OI[:, start:end])  # a view

@@ -178,8 +178,7 @@ class Bitmask:
         if self.scales_OG is None:
             out_BCRL = values.new_zeros(kept_BCRL.shape)
         else:
-            zeros_OG = self._grid(_rows(bands)).zero_OG.to(torch.uint8)
-            zeros_OI = zeros_OG.repeat_interleave(self.shape[1] // zeros_OG.shape[1], dim=1)
+            zeros_OI = self._grid(_rows(bands)).zeros_OI(self.shape[1], torch.uint8)
             out_BCRL = _chunked(zeros_OI, kept_BCRL.shape[-1]).contiguous()
         if self.kind == "int4" and len(values):
             halves = torch.stack([values & 15, values >> 4], dim=1).flatten()
@@ -226,13 +225,11 @@ def pack(w_OI: Tensor) -> Bitmask:
 def pack_codes(weight: Quantized) -> Bitmask:
     """A quantised weight as a bitmask. Codes other than that of zero are kept."""
     rows, columns = weight.codes_OI.shape
-    zeros_OG = weight.grid.zero_OG.to(torch.uint8)
-    zeros_OI = zeros_OG.repeat_interleave(columns // zeros_OG.shape[1], dim=1)
     return Bitmask(
         (rows, columns),
-        *_streams(weight.codes_OI, weight.codes_OI != zeros_OI, weight.grid.bits),
+        *_streams(weight.codes_OI, weight.codes_OI != weight.zeros_OI(), weight.grid.bits),
         scales_OG=weight.grid.step_OG.detach().to(weight.dtype),
-        zeros_OG=None if weight.symmetric else zeros_OG,
+        zeros_OG=None if weight.symmetric else weight.grid.zero_OG.to(torch.uint8),
         bits=weight.grid.bits,
     )
 

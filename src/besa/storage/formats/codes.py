@@ -201,8 +201,7 @@ def _fits(tensors: Mapping[str, Tensor], bits: int) -> bool:
 def is_zero(tensors: Mapping[str, Tensor], bits: int) -> Tensor:
     """Where the weight of a linear is zero: (O, I), boolean; arguments as in `quantized`."""
     weight = quantized(tensors, bits)
-    zero_OG = weight.grid.zero_OG.to(torch.uint8)
-    return torch.eq(weight.codes_OI, zero_OG.repeat_interleave(weight.codes_OI.shape[1] // zero_OG.shape[1], dim=1))
+    return torch.eq(weight.codes_OI, weight.zeros_OI())
 
 
 def bits_of(config: Mapping[str, Any], source: str) -> int:
