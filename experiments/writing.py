@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +26,37 @@ from experiments.sizes import Sizes
 
 TRENDS = {True: "{} holds.", False: "{} does not hold here.", None: "{} is open."}
 RESULTS = Path(__file__).parent / "results"
+ALIKE = 20  # words in a row that two documents share by descent, not by chance
 HERE = ("--work", "--results")  # options that name folders of one machine
 
 
 def without_calibration(options: Options, folder: Path) -> tuple[dict[str, str], list[str]]:
-    """Local files of test sets, without the documents that models are calibrated on, and a note on each."""
+    """Local files of test sets, without the documents that calibration texts have too, and a note on each.
+
+    Line breaks may differ, and parts of documents: `ALIKE` words in a row are enough.
+    """
     data, notes = dict(options.measures.data), []
     for name, file in data.items():
         if not file.endswith(".jsonl"):
             notes.append(f"{name} is {Path(file).name}")
             continue
-        calibrated = {text for name in texts_of(options.conditions.calibration) for text in read_documents(name)}
+        calibrated: set[int] = set()
+        for calibration in texts_of(options.conditions.calibration):
+            calibrated.update(chain.from_iterable(map(_runs, read_documents(calibration))))
         documents = list(read_documents(file))
-        left = [document for document in documents if document not in calibrated]
+        left = [document for document in documents if calibrated.isdisjoint(_runs(document))]
         if len(left) < len(documents):
             data[name] = str(folder / f"{name}.jsonl")
             write_file(Path(data[name]), "".join(json.dumps({"text": document}) + "\n" for document in left))
-        gone = f" without {len(documents) - len(left)} documents that models are calibrated on"
+        gone = f" without {len(documents) - len(left)} documents that calibration texts have too, whole or in part"
         notes.append(f"{name} is {Path(file).name}{gone if len(left) < len(documents) else ''}")
     return data, notes
+
+
+def _runs(document: str) -> Iterator[int]:
+    """A number for every `ALIKE` words in a row of a document, and for all words of a shorter one."""
+    words = document.split()
+    return (hash(tuple(words[start : start + ALIKE])) for start in range(max(1, len(words) - ALIKE + 1)))
 
 
 def write(item: Item, given: Sizes, found: Found, inputs: str, folder: Path, command: Sequence[str]) -> None:

@@ -298,7 +298,7 @@ def test_a_model_of_the_caller_stays_as_it_was_but_for_its_zeros(shallow_llama, 
 
 
 def test_measuring_on_what_a_model_was_calibrated_on_is_said(
-    shallow_llama_folder: Path, heldout: str, tmp_path: Path
+    shallow_llama_folder: Path, heldout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = str(shallow_llama_folder / "calibration.txt")
     besa.compress(shallow_llama_folder, "magnitude", own, out=tmp_path / "pruned", samples=2, seqlen=16)
@@ -310,6 +310,10 @@ def test_measuring_on_what_a_model_was_calibrated_on_is_said(
     with pytest.warns(Notice, match=said):
         assert notes(tmp_path / "pruned", [heldout, own]) == [said]
     assert not notes(tmp_path / "pruned", [heldout]) and not notes(shallow_llama_folder, [own])
+    monkeypatch.chdir(shallow_llama_folder)  # the same file by another path, and as a test set
+    for texts, data in [(["calibration.txt"], {}), (["wikitext2"], {"wikitext2": "calibration.txt"})]:
+        measured = besa.evaluate(tmp_path / "pruned", texts, data=data, window=32, max_windows=1)
+        assert measured.notes == [said.replace("calibration:", f"{Path(texts[0]).stem}:")]
     (tmp_path / "pruned" / "besa_run.json").write_text("no record")
     assert not notes(tmp_path / "pruned", [own])
 

@@ -402,14 +402,17 @@ def test_accuracies_are_compared_question_by_question() -> None:
 def test_calibrated_documents_are_left_out_of_what_is_measured(
     tmp_path: Path, data: dict[str, str], tiny_llama_folder: Path
 ) -> None:
-    (tmp_path / "known.jsonl").write_text("".join(Path(data["c4"]).read_text().splitlines(keepends=True)[:3]))
+    documents = list(read_documents(data["c4"]))
+    same, broken, half = documents[0], documents[1].replace(" ", "\n"), "Other words. " + documents[2][40:]
+    assert len(half.split()) > 30
+    (tmp_path / "known.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in (same, broken, half)))
     measures = Measures(("c4", "ptb"), {"c4": data["c4"], "ptb": data["ptb"]})
     options = Options(Conditions("m", str(tmp_path / "known.jsonl")), measures)
     files, notes = without_calibration(options, tmp_path)
     assert files["ptb"] == data["ptb"]
-    known = set(read_documents(str(tmp_path / "known.jsonl")))
-    assert list(read_documents(files["c4"])) == [text for text in read_documents(data["c4"]) if text not in known]
-    assert notes == ["c4 is c4.jsonl without 3 documents that models are calibrated on", "ptb is ptb.txt"]
+    assert list(read_documents(files["c4"])) == documents[3:]
+    gone = "without 3 documents that calibration texts have too, whole or in part"
+    assert notes == [f"c4 is c4.jsonl {gone}", "ptb is ptb.txt"]
 
 
 def test_commands_are_shown_without_folders(tmp_path: Path) -> None:

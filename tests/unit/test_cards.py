@@ -510,3 +510,5 @@ def test_data_sets_are_those_that_are_measured() -> None:
         ("allenai/c4", None, "validation"),
         ("a/b", "c", "d"),
     ]
+    local = evaluation.model_copy(update={"sources": dict.fromkeys(TEST_SETS, "my c4.jsonl")})
+    assert {row.dataset for row in measurements_of(local).rows} == {"my-c4.jsonl", "a/b"}

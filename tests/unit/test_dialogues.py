@@ -1,5 +1,6 @@
 """Dialogues made of documents, and questions of embedded texts."""
 
+from datetime import datetime
 from itertools import islice
 
 from hypothesis import given
@@ -7,6 +8,7 @@ from hypothesis import strategies as st
 
 from besa.data import dialogues as made
 from besa.data.dialogues import ASKED, dialogues, questions
+from besa.runtime.chat_template import DATE, dialogue_of, message, prompt_of
 
 
 def test_first_sentences_are_the_question():
@@ -68,3 +70,12 @@ def test_questions_are_of_all_texts_in_turn_and_the_seed_decides(monkeypatch):
     assert names == ["c4", "wiki", "code", "technical", "multilingual"] * 20
     assert list(islice(questions(3), 10)) == asked[:10]
     assert list(islice(questions(4), 10)) != asked[:10]
+
+
+def test_templates_that_name_the_day_give_the_same_text_on_every_day(tiny_tokenizer, monkeypatch):
+    template = "{{ strftime_now('%d %b %Y') }}: {% for m in messages %}{{ m.content }} {% endfor %}"
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", template)
+    assert dialogue_of(tiny_tokenizer)("Why?", "So.") == "26 Jul 2024: Why? So. "
+    asked = [message("user", "Why?")]
+    assert tiny_tokenizer.decode(prompt_of(tiny_tokenizer, asked, DATE)[0]).startswith("26 Jul 2024")
+    assert tiny_tokenizer.decode(prompt_of(tiny_tokenizer, asked)[0]).startswith(datetime.now().strftime("%d %b %Y"))

@@ -119,6 +119,12 @@ def test_files_that_could_be_taken_for_a_domain_are_refused(name):
         read_texts([f"{name}.txt"], {})
 
 
+@pytest.mark.parametrize("name", ["piqa", "accuracy"])
+def test_files_that_could_be_taken_for_an_accuracy_are_refused(name):
+    with pytest.raises(BesaError, match=rf"^{name}.txt has the name of an accuracy \({name}\): rename it.$"):
+        read_texts([f"{name}.txt"], {})
+
+
 def test_the_mean_is_geometric_and_of_all_domains_alone():
     assert mean_of_domains(VALUES | {"wiki": 1e9}) == pytest.approx(8.0)
     assert mean_of_domains({name: value for name, value in VALUES.items() if name != "code"}) is None

@@ -57,7 +57,7 @@ def test_max_windows_takes_the_beginning(tiny_llama, tokens_L):
 
 
 def test_bits_per_byte_are_those_of_the_tokens_by_their_bytes(tiny_llama, tokens_L):
-    result = perplexity(tiny_llama, tokens_L[:100], 20, bytes_per_token=2.5)
+    result = perplexity(tiny_llama, tokens_L[:100], 20, size_of=lambda tokens: 2.5 * tokens)
     assert result.bits_per_byte == pytest.approx(math.log2(result.perplexity) / 2.5, rel=1e-9)
     assert perplexity(tiny_llama, tokens_L[:100], 20).bits_per_byte is None
 

@@ -234,6 +234,13 @@ def test_command_repeats_the_run(three):
     assert "besa report dense wanda besa --out report.html" in html
 
 
+def test_a_command_names_the_file_that_stood_for_a_test_set(folder):
+    measured = evaluation({"ptb": 30.0, "c4": 40.0}, sources={"ptb": "hub", "c4": "sample.jsonl"})
+    page = Page(render([folder("run", record(), measured)])).text
+    assert "besa eval besa --ppl ptb --ppl c4 --data c4=sample.jsonl --window 128" in page
+    assert "ptb=" not in page
+
+
 def test_a_command_writes_what_the_run_wrote_on_as_many_ranks(folder):
     run = record("wanda-int4", dequantized=True, ranks=2)
     page = Page(render([folder("two", run, evaluation({"wiki": 34.0}))])).text

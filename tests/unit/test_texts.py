@@ -1,6 +1,7 @@
 """What perplexity is measured on: the test sets as the papers join them, and names that mean one thing each."""
 
 import json
+import math
 import sys
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import pytest
 from besa.data import tokens
 from besa.errors import BesaError
 from besa.evaluation import texts
-from besa.evaluation.texts import TEST_SETS, read_texts
+from besa.evaluation.texts import TEST_SETS, perplexities, read_texts
 
 RAW = " \n = Title = \n \n First line , <unk> .\u2028still \n Second line . \n"
 ROWS = ["", " = Title = \n", "", " First line , <unk> .\u2028still \n", " Second line . \n"]
@@ -67,17 +68,17 @@ def test_c4_is_its_first_documents_and_tokens(write, tiny_tokenizer):
     assert whole(text) == " ".join(documents[:1100])
     assert text.tokens == 256 * 2048
     expected = tiny_tokenizer(" ".join(documents[:1100]), add_special_tokens=False, verbose=False)["input_ids"]
-    tokens_L, ratio = text.tokenized(tiny_tokenizer)
+    tokens_L, size = text.tokenized(tiny_tokenizer)
     assert tokens_L.tolist() == expected  # one string, not one by one
-    assert ratio == len(" ".join(documents[:1100])) / len(expected)
+    assert size == len(" ".join(documents[:1100]))
 
 
 def test_any_other_text_is_documents_joined_by_blank_lines(write, tiny_tokenizer):
     (text,) = read_texts([write("mine.jsonl", '{"text": "One."}\n{"text": "Zwölf."}')], {})
     assert (text.name, whole(text), text.beginning) == ("mine", "One.\n\nZwölf.", "One.")
-    tokens_L, ratio = text.tokenized(tiny_tokenizer, enough=1)
+    tokens_L, size = text.tokenized(tiny_tokenizer, enough=1)
     assert tokens_L.tolist() == tiny_tokenizer("One.\n\nZwölf.")["input_ids"]
-    assert ratio == 13 / len(tokens_L)
+    assert size == 13
 
 
 @pytest.mark.parametrize("name", ["c4-validation.json", "c4.JSONL", "c4.json.gz", "c4.txt"])
@@ -93,16 +94,27 @@ def test_of_a_long_text_no_more_is_read_than_its_windows_need(write, tiny_tokeni
     file = write("long.jsonl", "\n".join(json.dumps({"text": document}) for document in documents))
     told = []
     (text,) = read_texts([file], {})
-    found, ratio = text.tokenized(tiny_tokenizer, enough=200, progress=lambda *news: told.append(news))
+    found, size = text.tokenized(tiny_tokenizer, enough=200, progress=lambda *news: told.append(news))
     assert len(text.parts) < 100
     assert 200 <= len(found) < 400
     read = next(n for n in range(0, 999, 4) if tokens.tokenize(documents[:n], "\n\n", tiny_tokenizer).equal(found))
-    assert ratio == len("\n\n".join(documents[:read]).encode()) / len(found)
+    assert size == len("\n\n".join(documents[:read]).encode())
     assert told[-1][1:] == (200, "tokenising")
     (text,) = read_texts([file], {})
-    found, ratio = text.tokenized(tiny_tokenizer)
+    found, size = text.tokenized(tiny_tokenizer)
     assert found.equal(tokens.tokenize(documents, "\n\n", tiny_tokenizer))
-    assert ratio == len("\n\n".join(documents).encode()) / len(found)
+    assert size == len("\n\n".join(documents).encode())
+
+
+def test_bits_per_byte_are_of_the_tokens_that_are_measured(write, tiny_llama, tiny_tokenizer):
+    """A text whose beginning has shorter tokens than the rest."""
+    words = "a b c d e f g h " * 20 + "the model of the weights is learned from the words " * 20
+    (text,) = read_texts([write("uneven.txt", words)], {})
+    ((_, found),) = perplexities(tiny_llama, tiny_tokenizer, [text], [20], max_windows=3)[20].items()
+    measured = tiny_tokenizer.decode(tiny_tokenizer(words)["input_ids"][:60])
+    assert words.startswith(measured)
+    assert found.bits_per_byte == pytest.approx(math.log2(found.perplexity) * 60 / len(measured.encode()), rel=1e-9)
+    assert len(words) / len(tiny_tokenizer(words)["input_ids"]) > 1.2 * len(measured) / 60
 
 
 def test_sets_come_from_the_hub_unless_there_is_a_file(write, monkeypatch):

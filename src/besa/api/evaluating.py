@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from besa.counting.widening import widened
 from besa.data.arguments import Bos, Count, Dtype, checked
+from besa.data.embedded import EMBEDDED
 from besa.data.mixture import texts_of
 from besa.errors import BesaError, Notice
 from besa.evaluation.perplexity import check_window
@@ -29,6 +30,7 @@ from besa.models.source import locate
 from besa.progress import Progress, silent
 from besa.record import RunRecord, now
 from besa.runtime.sparse_models import load_source
+from besa.storage.names import path_of
 from besa.system.devices import resolve_device
 from besa.system.machine import versions
 
@@ -98,10 +100,11 @@ def evaluate(
         if tasks:
             answers = zero_shot(*read, tasks, limit=limit, hub=hub, batch=batch, bos=bos, progress=progress)
     details = by_window.pop(windows[0])
+    calibrated = {_placed(text) for text in opened.calibration}
     found = [
         f"The model was calibrated on documents of {part.name}: other texts tell more of what is left."
         for part in parts
-        if part.source in opened.calibration
+        if _placed(str((data or {}).get(part.name, part.source))) in calibrated
     ]
     if answers is not None and answers.cut:
         found.append(
@@ -168,6 +171,13 @@ class _Opened:
             if self.record is not None:
                 return texts_of(str(self.record.calibration.get("source", "")))
         return ()
+
+
+def _placed(text: str) -> str:
+    """A text by its whole path, if it is a file."""
+    if text in EMBEDDED or text.startswith("hf:") or not path_of(text).is_file():
+        return text
+    return str(path_of(text).resolve())
 
 
 def _opened(

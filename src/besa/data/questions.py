@@ -11,6 +11,7 @@ from besa.data.assets import fetch
 from besa.progress import Progress, silent
 
 TASKS = ("piqa", "boolq", "hellaswag", "winogrande", "arc_easy", "arc_challenge")  # in the order of Table 2
+ACCURACY = "accuracy"  # the name of their mean, beside those of texts
 
 Row = dict[str, Any]
 

@@ -11,7 +11,7 @@ from besa.checkpoint.companions import read_config_json
 from besa.checkpoint.measurements import NOTHING, Measurement, Measurements
 from besa.errors import Notice
 from besa.evaluation.result import EVALUATION_NAME, Evaluation
-from besa.evaluation.texts import TEST_SETS
+from besa.evaluation.texts import HUB, TEST_SETS
 from besa.record import RECORD_NAME
 from besa.storage.names import plain
 
@@ -89,14 +89,14 @@ def _perplexities(evaluation: Evaluation) -> Iterator[Measurement]:
 
 
 def _dataset(text: str, source: str) -> tuple[str, str | None, str | None]:
-    """The data set of a text on the Hub, its configuration and its split; a plain name if it is not there."""
-    if text in TEST_SETS:
+    """The data set of a text on the Hub, its configuration and its split; a plain name if it came from elsewhere."""
+    if text in TEST_SETS and source in (HUB, text):
         hub = TEST_SETS[text].hub
         return str(hub["path"]), str(hub["name"]) if "name" in hub else None, str(hub["split"])
     if source.startswith("hf:"):
         dataset, config, split, *_ = [*source.removeprefix("hf:").split(":"), "", ""]
         return dataset, config or None, split or "train"
-    return plain(text) or "text", None, None
+    return plain(source if text in TEST_SETS else text) or "text", None, None
 
 
 def _accuracies(evaluation: Evaluation) -> Iterator[Measurement]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from itertools import chain
 from typing import Annotated
 
@@ -58,7 +59,7 @@ def perplexity(
     window: int,
     max_windows: int | None = None,
     batch: int | None = None,
-    bytes_per_token: float | None = None,
+    size_of: Callable[[int], float] | None = None,
     bos: int | None = None,
     progress: Progress = silent,
 ) -> Perplexity:
@@ -77,7 +78,7 @@ def perplexity(
         max_windows: use only so many windows from the text's beginning.
         batch: windows in a forward pass; by default as many as 2048 tokens hold. The number does not depend on it
             beyond rounding.
-        bytes_per_token: of the text, in UTF-8.
+        size_of: gives the bytes in UTF-8 of the text's first so many tokens; None if nobody knows.
         bos: token that begins every window, None for none.
         progress: told (windows done, windows, perplexity so far), as if all ranks were as far as this one.
 
@@ -113,7 +114,7 @@ def perplexity(
         predicted=predicted,
         bos=bos is not None,
         sha256=hashlib.sha256(tokens_WT.cpu().numpy().tobytes()).hexdigest(),
-        bits_per_byte=bits / bytes_per_token if bytes_per_token else None,
+        bits_per_byte=None if size_of is None else bits * text_tokens * windows / size_of(text_tokens * windows),
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from besa.data.documents import WHOLE, beginning, hub_column, read_documents, shown
 from besa.data.domains import DOMAINS, held_out
 from besa.data.embedded import EMBEDDED
+from besa.data.questions import ACCURACY, TASKS
 from besa.data.textfiles import COMPRESSED, file_documents, is_plain_text
 from besa.data.tokens import check_known, tokenize
 from besa.errors import BesaError
@@ -27,6 +29,8 @@ from besa.evaluation.domains import ALL
 from besa.evaluation.perplexity import Perplexity, perplexity
 from besa.models.limits import embedding_rows
 from besa.progress import Progress, silent
+
+HUB = "hub"  # the source of a test set that came from the Hugging Face Hub
 
 
 @dataclass(frozen=True)
@@ -117,12 +121,12 @@ class Text:
 
     def tokenized(
         self, tokenizer: PreTrainedTokenizerBase, enough: int | None = None, progress: Progress = silent
-    ) -> tuple[torch.Tensor, float]:
-        """Token ids (L,) of the text, int64, and the mean bytes of a token in UTF-8.
+    ) -> tuple[torch.Tensor, int]:
+        """Token ids (L,) of the text, int64, and its bytes in UTF-8.
 
         Args:
             tokenizer: of the model.
-            enough: if the text has further parts, stop after about so many tokens, and take the mean over these; None
+            enough: if the text has further parts, stop after about so many tokens, and count the bytes of these; None
                 for all. Texts without further parts are tokenised whole.
             progress: is called during the work.
         """
@@ -140,8 +144,7 @@ class Text:
             tokens_L = tokenize(counted(), self.separator, tokenizer, enough=enough, progress=progress)
         else:
             tokens_L = tokenize(counted(), self.separator, tokenizer, total=len(parts), progress=progress)
-        size = sum(sizes) + len(self.separator) * (len(sizes) - 1)
-        return tokens_L, size / max(1, len(tokens_L))
+        return tokens_L, sum(sizes) + len(self.separator) * (len(sizes) - 1)
 
 
 def read_texts(texts: Iterable[str], data: Mapping[str, str | Path], progress: Progress = silent) -> list[Text]:
@@ -174,6 +177,8 @@ def read_texts(texts: Iterable[str], data: Mapping[str, str | Path], progress: P
             )
         if name in {ALL, *DOMAINS} and text != name:
             raise BesaError(f"{text} has the name of an embedded text (--ppl {name}): rename it.")
+        if name in {ACCURACY, *TASKS}:
+            raise BesaError(f"{text} has the name of an accuracy ({name}): rename it.")
     return [
         _test_set(text, data.get(text), progress) if text in TEST_SETS else _other(text, name, progress)
         for text, name in zip(texts, names, strict=True)
@@ -218,11 +223,20 @@ def perplexities(
     for tokens_L, _ in tokenized:
         check_known(tokens_L, embedding_rows(model), tokenizer)
     measured: dict[int, dict[str, Perplexity]] = {length: {} for length in windows}
-    for text, (tokens_L, ratio) in zip(texts, tokenized, strict=True):
+    for text, (tokens_L, size) in zip(texts, tokenized, strict=True):
+        size_of = partial(_size, tokenizer, tokens_L, size)
         for length, by_name in measured.items():
             used_L = tokens_L[: text.tokens]
-            by_name[text.name] = perplexity(model, used_L, length, max_windows, batch, ratio, bos, progress)
+            by_name[text.name] = perplexity(model, used_L, length, max_windows, batch, size_of, bos, progress)
     return measured
+
+
+def _size(tokenizer: PreTrainedTokenizerBase, tokens_L: torch.Tensor, size: int, first: int) -> float:
+    """Bytes of the first tokens of a text that has `size` bytes, which are spread as in what the tokenizer decodes."""
+    if first == len(tokens_L):
+        return size
+    of_first, of_all = (len(tokenizer.decode(part_L).encode()) for part_L in (tokens_L[:first], tokens_L))
+    return size * (of_first / of_all if of_first else first / len(tokens_L))
 
 
 def text_name(text: str) -> str:
@@ -247,7 +261,7 @@ def _test_set(name: str, file: str | Path | None, progress: Progress) -> Text:
             rows = list(hub_column(name, test_set.hub, test_set.column, test_set.rows, progress))
         except BesaError as error:
             raise BesaError(f"{str(error).rstrip('.')} (--data {name}=FILE).") from None
-        return Text(name, rows, test_set.separator, "hub", test_set.tokens)
+        return Text(name, rows, test_set.separator, HUB, test_set.tokens)
     path = Path(file)
     if not is_plain_text(path):
         rows = list(islice(file_documents(path, progress), test_set.rows))

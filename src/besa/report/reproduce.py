@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from itertools import chain
 from typing import Any
 
 import yaml
@@ -11,8 +12,8 @@ import yaml
 from besa.data.domains import DOMAINS
 from besa.data.embedded import EMBEDDED
 from besa.errors import BesaError
-from besa.evaluation.result import EVALUATION_NAME
-from besa.evaluation.texts import TEST_SETS
+from besa.evaluation.result import EVALUATION_NAME, Evaluation
+from besa.evaluation.texts import HUB, TEST_SETS
 from besa.methods.recipe import Recipe
 from besa.methods.shipped import shipped
 from besa.record import RunRecord
@@ -60,6 +61,7 @@ def evaluate(entry: Entry) -> str | None:
     return _line(
         ["eval", pinned(measured.model, measured.revision) if entry.run.dense else folder(entry)],
         ppl=entry.run.texts,
+        data=[f"{name}={file}" for name, file in _set_files(measured).items()],
         window=",".join(map(str, [measured.window, *measured.other_windows])) if entry.run.texts else None,
         max_windows=max((one.windows for one in details if one.windows), default=None),
         bos=measured.bos if measured.bos != "auto" else None,
@@ -91,7 +93,15 @@ def report(entries: list[Entry]) -> str:
 def files(entries: list[Entry]) -> list[str]:
     """Texts that were files of the user's."""
     names = dict.fromkeys(text for entry in entries for text in entry.run.texts)
-    return [name for name in names if name not in {*EMBEDDED, *TEST_SETS, *DOMAINS} and not name.startswith("hf:")]
+    own = [name for name in names if name not in {*EMBEDDED, *TEST_SETS, *DOMAINS} and not name.startswith("hf:")]
+    of_sets = (_set_files(entry.run.measured).values() for entry in entries if entry.run.measured)
+    return list(dict.fromkeys([*own, *chain.from_iterable(of_sets)]))
+
+
+def _set_files(measured: Evaluation) -> dict[str, str]:
+    """The local files that stood for test sets, by the set."""
+    sources = {name: measured.sources.get(name, HUB) for name in measured.perplexity if name in TEST_SETS}
+    return {name: source for name, source in sources.items() if source != HUB}
 
 
 def _line(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from datetime import datetime
+from typing import Any
 
 from jinja2 import TemplateError
 from torch import Tensor
@@ -11,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from besa.errors import BesaError
 
 Message = dict[str, str]
+DATE = datetime(2024, 7, 26)  # the day in calibration texts; the templates of Llama 3 have it where they know no other
 
 
 def message(role: str, content: str) -> Message:
@@ -49,17 +52,22 @@ def check_chat(tokenizer: PreTrainedTokenizerBase, chat: bool | None, system: st
     return True
 
 
-def prompt_of(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> Tensor:
+def prompt_of(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], today: datetime | None = None) -> Tensor:
     """The token ids (1, T) of messages and of the beginning of an answer.
+
+    Args:
+        tokenizer: with a template.
+        messages: the latest last.
+        today: for templates that name the day; the present one by default.
 
     Raises:
         BesaError: the template refuses the messages, or is damaged.
     """
-    return _applied(tokenizer, messages, tokenize=True)["input_ids"]  # type: ignore[index, no-any-return]
+    return _applied(tokenizer, messages, tokenize=True, today=today)["input_ids"]  # type: ignore[index, no-any-return]
 
 
 def dialogue_of(tokenizer: PreTrainedTokenizerBase) -> Callable[[str, str], str]:
-    """A function that renders what a user says and the answer as text.
+    """A function that renders what a user says and the answer as text, the same on every day.
 
     Raises:
         BesaError: the tokenizer has no chat template, or one that fails; the function raises it too.
@@ -71,7 +79,8 @@ def dialogue_of(tokenizer: PreTrainedTokenizerBase) -> Callable[[str, str], str]
 
     def render(user: str, answer: str) -> str:
         messages = [message("user", user), message("assistant", answer)]
-        return str(_applied(tokenizer, messages, answered=True, instead="calibrate on plain text, without --chat"))
+        instead = "calibrate on plain text, without --chat"
+        return str(_applied(tokenizer, messages, answered=True, instead=instead, today=DATE))
 
     render("?", "!")
     return render
@@ -103,6 +112,7 @@ def _applied(
     tokenize: bool = False,
     answered: bool = False,
     instead: str = "continue a text (--no-chat)",
+    today: datetime | None = None,
 ) -> object:
     """See `_rendered`; `instead` is what a user can do where the template fails.
 
@@ -110,7 +120,7 @@ def _applied(
         BesaError: the template refuses the messages, or is damaged.
     """
     try:
-        return _rendered(tokenizer, messages, tokenize, answered)
+        return _rendered(tokenizer, messages, tokenize, answered, today)
     except FAILURES as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise BesaError(
@@ -119,13 +129,19 @@ def _applied(
 
 
 def _rendered(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tokenize: bool = False, answered: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    tokenize: bool = False,
+    answered: bool = False,
+    today: datetime | None = None,
 ) -> object:
     """Messages in the template, as text or, `tokenize`, as the tokenizer's tensors.
 
     The beginning of an answer follows, unless the messages have been `answered`.
     """
-    how = {"return_tensors": "pt", "return_dict": True} if tokenize else {}
+    how: dict[str, Any] = {"return_tensors": "pt", "return_dict": True} if tokenize else {}
+    if today is not None:
+        how["strftime_now"] = today.strftime  # in place of transformers' own, which looks at the clock
     rendered: object = tokenizer.apply_chat_template(
         list(messages), add_generation_prompt=not answered, tokenize=tokenize, **how
     )

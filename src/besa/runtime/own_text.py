@@ -43,7 +43,7 @@ from besa.models.loading import load_model
 from besa.models.source import Source
 from besa.models.streaming import Decoder
 from besa.progress import Progress
-from besa.runtime.chat_template import message, prompt_of
+from besa.runtime.chat_template import DATE, message, prompt_of
 from besa.storage.tensors import save_tensors
 from besa.storage.writing import explained
 from besa.system import devices, ranks
@@ -161,7 +161,7 @@ class Author:
         """Batches of questions in the template; those of a batch have equal length, so that nothing needs padding."""
         by_length: dict[int, list[Tensor]] = {}
         for question in questions(self.seed, self.progress):
-            prompt_1S = prompt_of(self.tokenizer, [message("user", question)])
+            prompt_1S = prompt_of(self.tokenizer, [message("user", question)], DATE)
             length = prompt_1S.shape[1]
             if length > self.seqlen // 2:
                 continue

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from besa.data.domains import DOMAINS
+from besa.data.questions import ACCURACY
 from besa.evaluation.domains import ALL
 from besa.evaluation.pairing import Against, Paired, against
 from besa.report.markdown import table
@@ -19,7 +20,7 @@ from besa.studies.workspace import Outcome
 
 SCORES: Callable[[Outcome], dict[str, float]] = attrgetter("scores")
 MADE_BY = "made by"
-LABELS = {"accuracy": "mean accuracy in %", ALL: "mean of domains"}
+LABELS = {ACCURACY: "mean accuracy in %", ALL: "mean of domains"}
 PAIRED = (
     "Accuracy less that of dense on the same questions, in points, with the paired standard error. Won and lost: how "
     "many answers only the recipe, and only dense, has right, of all answers to all tasks with all seeds."

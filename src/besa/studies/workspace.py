@@ -22,6 +22,7 @@ import torch
 from besa.api import compress, evaluate
 from besa.data.calibration import sample
 from besa.data.mixture import MIX, parts_of
+from besa.data.questions import ACCURACY
 from besa.digests import sha256_of
 from besa.errors import BesaError, Interrupted
 from besa.evaluation.domains import ALL, mean_of_domains
@@ -107,9 +108,8 @@ class Outcome:
             scores[ALL] = mean
         for evaluation in self.evaluations:
             if (asked := evaluation.zero_shot) is not None:
-                scores |= {task: 100 * accuracy.acc for task, accuracy in asked.tasks.items()} | {
-                    "accuracy": 100 * asked.mean
-                }
+                scores |= {task: 100 * accuracy.acc for task, accuracy in asked.tasks.items()}
+                scores[ACCURACY] = 100 * asked.mean
         return scores
 
     @property
