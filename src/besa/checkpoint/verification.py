@@ -25,16 +25,8 @@ from besa.storage.writing import write_file
 
 FILES = "files"  # key of the record
 BLANK = "0" * 64  # replaces the record's own digest in the text that is hashed
-WEIGHTS = (
-    ".safetensors",
-    ".bin",
-    ".gguf",
-    ".h5",
-    ".msgpack",
-    ".pt",
-    ".pth",
-    ".index.json",
-)  # in any framework's format
+# Endings of weight files, in any framework's format.
+WEIGHTS = (".safetensors", ".bin", ".gguf", ".h5", ".msgpack", ".pt", ".pth", ".index.json")
 
 
 class Verified(BaseModel):

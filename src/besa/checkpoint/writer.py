@@ -110,9 +110,8 @@ def _serialise(
         if model._auto_class is not None:  # the model's code is its own
             custom_object_save(model, folder, config=config)
         config.save_pretrained(folder)
-        generation = getattr(
-            model, "generation_config", None
-        )  # unchecked: its save_pretrained refuses settings that load
+        # Written unchecked: its own save_pretrained refuses some settings that can be loaded.
+        generation = getattr(model, "generation_config", None)
         if generation is not None:
             generation.to_json_file(folder / GENERATION_CONFIG_NAME, use_diff=True)
         tokenizer.save_pretrained(folder)

@@ -66,9 +66,8 @@ class Layout:
         self._dtypes = files.dtypes()
         self._places: dict[str, str] = {}  # names in the model by name in the files, of tensors that are not merged
         self._names: dict[str, str] = {}  # the inverse
-        self._merged: dict[
-            str, str
-        ] = {}  # names in the model by name in the files, of tensors that are parts of others
+        # names in the model by name in the files, of tensors that are parts of others
+        self._merged: dict[str, str] = {}
         self.of_block: dict[str, list[str]] = {block.name: [] for block in blocks}
         self.embeddings: list[str] = []
         self.head: list[str] = []
