@@ -40,7 +40,7 @@ class _Waiting:
     """A finder of modules that waits for the registry, lets the others find it, and then removes itself."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """Of the registry; None for any other module, which is then found as usual."""
+        """Return the spec of the registry. Return None for every other module, so that Python finds it as usual."""
         if name != REGISTRY:
             return None
         sys.meta_path.remove(self)

@@ -151,10 +151,10 @@ class _Opened:
 
     @property
     def sparsity(self) -> float | None:
-        """As config.json says; None if it does not.
+        """The sparsity that config.json gives; None if it gives none.
 
         Raises:
-            BesaError: it says something else.
+            BesaError: it gives something that is no number.
         """
         sparsity = getattr(self.model.config, "besa", {}).get("sparsity")
         if not isinstance(sparsity, int | float | None):

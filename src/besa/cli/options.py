@@ -201,7 +201,7 @@ def to_write(context: typer.Context, file: Path | None) -> Path | None:
 
 
 def to_write_or_print(context: typer.Context, file: Path | None) -> Path | None:
-    """As `to_write`; `-` is standard output.
+    """Check a file as `to_write` does; `-` is standard output, which is always allowed.
 
     Raises:
         BesaError: as `to_write`.

@@ -71,7 +71,7 @@ def product(w_OI: Tensor) -> Product | None:
 
 @cache
 def paths() -> list[str]:
-    """As `tiles_native.paths`, of the kernels for few rows; with AVX2 alone, `eights`."""
+    """Paths of the kernels for few rows, best first: those of `tiles_native.paths`; with AVX2 alone, `eights`."""
     return runnable(SOURCE, (tiles_native.PAIRS, tiles_native.SINGLES, EIGHTS))
 
 

@@ -79,7 +79,7 @@ def _listed(stored: str, others: Collection[str], experts: int) -> tuple[str, in
 
 
 def lent(model: PreTrainedModel) -> PreTrainedModel:
-    """The same model in modules of its own, with the tensors of the other."""
+    """A copy of the model: its modules are new, its tensors are those of the original."""
     memo: dict[int, Tensor] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)

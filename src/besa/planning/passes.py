@@ -58,7 +58,7 @@ def forward_passes(
 def passes_by_stage(
     recipe: Recipe, samples: int, seqlen: int, batch: int = 1, ranks: int = 1, routed: bool = False, head: float = 0.0
 ) -> dict[str, float]:
-    """The same by the stage of the recipe that takes them; `WALK` is what all recipes take. Arguments as before."""
+    """Forward passes by stage of the recipe; `WALK` are those of every recipe. Arguments as of `forward_passes`."""
     recipe = recipe.settled(ranks, samples, {})
     shares = shares_of(samples, batch, ranks)
     own = most(shares)

@@ -151,7 +151,7 @@ def _checkpoint_bytes(run: Outline) -> int:
 
 
 def _structures(run: Outline) -> dict[str, tuple[int, int]]:
-    """Of structures that go whole, how many all blocks have and how many stay, by kind."""
+    """Structures that are pruned whole: how many all blocks have and how many stay, by kind."""
     had, stay = Counter[str](), Counter[str]()
     for unit, unit_budgets in zip(run.units, run.budgets_of_units, strict=True):
         for block, budget in zip(unit.blocks, unit_budgets, strict=False):

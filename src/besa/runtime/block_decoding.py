@@ -186,7 +186,7 @@ class BlockDecoder:
         return self._computed(hidden_states, **named)
 
     def _computed(self, hidden_states: Tensor, **named: Any) -> Tensor | None:
-        """The same, computed, as are the outputs of those that follow."""
+        """Compute the output now, and with it the outputs of the blocks that follow."""
         attends = vars(self._block.self_attn).get("forward")
         found = attends.prepared(hidden_states, **named) if type(attends) is Decoder else None
         if found is None:

@@ -100,7 +100,7 @@ class SparseLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
-        """As of nn.Linear, with the bits of a weight."""
+        """Sizes as nn.Linear shows them, the kind of the packed weight, and its bits per weight."""
         weight = self.bitmask
         bits = 8 * weight.nbytes / (self.out_features * self.in_features)
         return f"{self.in_features}, {self.out_features}, kind={weight.kind}, bits={bits:.2f}"

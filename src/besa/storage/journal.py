@@ -83,7 +83,7 @@ class Journal:
 
     @property
     def seconds(self) -> float:
-        """Of this run since it began, and of those before it up to what they kept last."""
+        """Seconds of this process since it began, and of the interrupted ones before it, as far as they were kept."""
         return self._earlier + time.perf_counter() - self._began
 
     def _spent(self) -> float:

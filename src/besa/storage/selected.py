@@ -91,7 +91,7 @@ class SelectedFiles(WeightFiles):
             yield wanted[stored], self._selections[wanted[stored]].of(tensor)
 
     def prefetch(self, names: Iterable[str]) -> None:
-        """As of the whole."""
+        """Prefetch the stored tensors that these names select from."""
         self._files.prefetch(self._wanted(names))
 
     def _wanted(self, names: Iterable[str]) -> dict[str, str]:

@@ -35,11 +35,11 @@ class Snapshots:
 
     @property
     def position(self) -> dict[str, Any] | None:
-        """Of the last whole state; None if there is none."""
+        """Position of the last whole state; None if there is none."""
         return self._last["position"] if self._last is not None else None
 
     def tensors(self, group: str) -> dict[str, Tensor]:
-        """Those of a group in the last whole state."""
+        """Tensors of a group in the last whole state."""
         assert self._last is not None
         return load_file(self._path(_slot(self._last), self._last["groups"].index(group)))
 

@@ -200,6 +200,6 @@ def explained(path: Path) -> Iterator[None]:
 
 
 def _errors() -> tuple[type[Exception], ...]:
-    """Those of the operating system, and those of safetensors if anybody has imported it."""
+    """Errors of writing: the operating system's, and those of safetensors if it has been imported."""
     module = sys.modules.get("safetensors")
     return (OSError,) if module is None else (OSError, module.SafetensorError)

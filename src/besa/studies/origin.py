@@ -23,7 +23,7 @@ class Origin(BaseModel):
 
     @classmethod
     def here(cls, device: str) -> Origin:
-        """Of what is computed here on a device; Python's own version changes no number.
+        """Origin of results that are computed here on a device, without Python's version, which changes no number.
 
         Raises:
             BesaError: there is no such device here.

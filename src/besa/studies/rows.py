@@ -123,7 +123,7 @@ def _row(
     origin: Origin | None,
     paired: Against | None = None,
 ) -> Row:
-    """Of scores by seed, beside those of the dense model."""
+    """A row from the scores of each seed and the scores of the dense model."""
     means = {score: mean(numbers) for score, numbers in values.items()}
     shared = means.keys() & reference.keys()
     return Row(

@@ -72,7 +72,7 @@ class Measures:
     hub: bool = False
 
     def only(self, texts: Iterable[str], tasks: tuple[str, ...] = ()) -> Measures:
-        """The same of some texts, and of these tasks."""
+        """A copy with some of the texts only, and with these tasks."""
         texts = tuple(texts)
         data = {name: file for name, file in self.data.items() if name in texts}
         return replace(self, texts=texts, data=data, tasks=tasks)
@@ -284,7 +284,7 @@ class Workspace:
         return decisive
 
     def _of_evaluation(self, measures: Measures) -> dict[str, Any]:
-        """Of the dense model, numbers depend on that too, and on its dtype."""
+        """What an evaluation depends on besides the pruned model; the dense model and its dtype are part of it."""
         return asdict(measures) | {
             "texts": [_content(text) for text in measures.texts],
             "data": {name: _content(file) for name, file in measures.data.items()},

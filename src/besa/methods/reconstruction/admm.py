@@ -42,7 +42,7 @@ class ADMM(Rebuilder):
 
     @property
     def keeps_mask(self) -> bool:
-        """No: each row chooses a new mask."""
+        """False: each row chooses a new mask."""
         return False
 
     def rebuild(

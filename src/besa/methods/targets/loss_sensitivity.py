@@ -18,7 +18,7 @@ class LossSensitivity(Bounded):
     strength: float = Field(default=0.5, ge=0, le=1, description="part of the way from uniform to that threshold")
 
     def loss_every(self, samples: int) -> int:
-        """As many as are measured."""
+        """One calibration sequence in this many is measured."""
         return self.every(samples)
 
     def measure(self, survey: Survey) -> list[float]:
