@@ -28,7 +28,11 @@ class Measured:
 
 
 def measure(run: Run) -> Measured:
-    """Measure what the recipe needs. The journal keeps it."""
+    """Measure what the recipe needs. The journal keeps it.
+
+    Raises:
+        BesaError: gradients are NaN or infinite, or the recipe's targets cannot be measured.
+    """
     decoder, recipe, journal = run.decoder, run.recipe, run.journal
     measuring, every = recipe.targeting.measuring, recipe.allocation.loss_every(run.calibration.samples)
     names, _ = shared_names(decoder.blocks, recipe)

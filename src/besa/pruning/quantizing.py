@@ -76,7 +76,9 @@ def allocate_and_quantize(
 
 
 def allocate_before_moving(problem: BlockProblem, recipe: Recipe, quantization: Coding) -> Allocated:
-    """Decide the zeros of a block whose weights will move before they become codes; arguments as above.
+    """Decide the zeros of a block whose weights move before they become codes.
+
+    Arguments as of `allocate_and_quantize`.
 
     Weights that round to zero where they are now come first. Where a budget prunes nothing, they alone become zero.
 

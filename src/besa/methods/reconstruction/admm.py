@@ -1,4 +1,4 @@
-"""ADMM: solve for the mask and the kept weights in turn (ALPS; Meng et al., 2024).
+"""ADMM: solve for the mask and the kept weights in turn (ALPS; Meng et al., 2024, arXiv 2406.07831).
 
 Shape suffixes: O rows (output channels), R rows of this rank, I columns (input channels).
 """

@@ -22,5 +22,9 @@ class LossSensitivity(Bounded):
         return self.every(samples)
 
     def measure(self, survey: Survey) -> list[float]:
-        """A sparsity for each block, from the gradients."""
+        """A sparsity for each block, from the gradients.
+
+        Raises:
+            BesaError: gradients are NaN or infinite.
+        """
         return loss_gradients(survey, self.every(survey.calibration.samples)).part_way(self.strength)
