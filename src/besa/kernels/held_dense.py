@@ -1,6 +1,6 @@
-"""The order of held codes for AVX2: dense, by eight rows and four bytes of each (held_avx2.cpp).
+"""The order of prepacked codes for AVX2: dense, by eight rows and four bytes of each (held_avx2.cpp).
 
-There, moving the kept codes of a bitmask to their places takes longer than memory takes to give all codes.
+On AVX2, moving the kept codes of a bitmask to their places takes longer than reading all codes from memory.
 """
 
 from __future__ import annotations

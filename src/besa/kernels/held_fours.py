@@ -1,6 +1,6 @@
-"""The order of held codes for AVX-512: a bitmask by sixteen rows and four columns (held_avx512.cpp).
+"""The order of prepacked codes for AVX-512: a bitmask by sixteen rows and four columns (held_avx512.cpp).
 
-In the order of the file a register is of one row, and closing its groups takes as long as the products.
+In the order of the file a register holds codes of one row, and summing up its groups takes as long as the products.
 """
 
 from __future__ import annotations

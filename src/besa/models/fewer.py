@@ -22,7 +22,7 @@ Kept = Mapping[str, Sequence[int]]  # places of the experts that stay, in order,
 def selected(files: WeightFiles, layout: Layout, fewer: Fewer, kept: Kept) -> SelectedFiles:
     """The files of a decoder as if it had been saved with the experts `kept`, which are counted from 0 again.
 
-    Layers that predict further tokens are left out: they have experts too, and no router of theirs was seen.
+    Multi-token-prediction (MTP) layers are left out: they have experts too, but their routers were not observed.
 
     Args:
         files: of the decoder with all experts.

@@ -5,8 +5,7 @@ differs from transformers' own for the modules of packed models, and for one new
 that has an attention of its own keeps it, and so does a model for which the user chose another one. A function that
 the user put there stays.
 
-Shape suffixes: N sequences, H heads, K heads of keys and values, T tokens, S tokens that are attended to, D numbers of
-a head.
+Shape suffixes: N sequences, H heads, K KV heads, T tokens, S tokens that are attended to, D head dimension.
 """
 
 from __future__ import annotations

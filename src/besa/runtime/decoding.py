@@ -64,11 +64,11 @@ class Decoder:
     """The `forward` of an attention module that has been tried.
 
     Attributes:
-        turned: as given.
+        turned: see below.
 
     Args:
         module: the attention module.
-        turned: numbers of a head that the rotary embedding turns.
+        turned: the rotary dimension.
     """
 
     def __init__(self, module: Any, turned: int) -> None:

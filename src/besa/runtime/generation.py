@@ -38,8 +38,8 @@ from besa.runtime.sparse_models import load_source
 from besa.system.devices import resolve_device
 
 CONTINUATION, ANSWER = 128, 1024  # default tokens at most
-TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # what the settings of a checkpoint decide
-LIMITS = {  # and where tokens are sampled, with the least and the most that each may be
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # settings of a generation config that always hold
+LIMITS = {  # settings that hold when tokens are sampled, each with its smallest and largest value
     "top_k": (0, math.inf),
     "top_p": (0, 1),
     "min_p": (0, 1),
@@ -74,8 +74,9 @@ def generate(
         system: instructions that the chat begins with, instead of the template's own.
         max_new_tokens: at most; the model may end sooner, and ends when it has no more positions. Default: 1024 in a
             chat, else 128.
-        temperature: of the softmax that tokens are sampled from; 0 takes the likeliest token each time. Of the settings
-            that come with a model, those of tokens (`TOKENS`) and, if tokens are sampled, of sampling (`SAMPLED`) hold.
+        temperature: of the softmax that tokens are sampled from; 0 always takes the most likely token. From the
+            checkpoint's generation config only the special tokens (`TOKENS`) are used and, when sampling, the settings
+            in `LIMITS`.
         seed: of the sampling.
         tokenizer: needed with a loaded model; otherwise the model's own.
         device: as in `besa.load`.
@@ -202,7 +203,7 @@ class Writer:
         model: that can generate.
         tokenizer: of the model.
         most: see above.
-        temperature: 0 takes the likeliest token each time.
+        temperature: 0 always takes the most likely token.
         seed: of the sampling, which starts afresh with each call of `write`.
     """
 

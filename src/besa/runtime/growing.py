@@ -1,6 +1,6 @@
 """A cache of keys and values that grows in place: transformers' own copies all of it for each token.
 
-Shape suffixes: N sequences, K heads of keys and values, T tokens, D numbers of a head.
+Shape suffixes: N sequences, K KV heads, T tokens, D head dimension.
 """
 
 from __future__ import annotations

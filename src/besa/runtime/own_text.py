@@ -76,7 +76,7 @@ class Author:
         chat: whether the model answers in its chat template.
         device: where to compute.
         dtype: as of `load_model`.
-        progress: told (tokens written, tokens, note).
+        progress: called with (tokens written, number of tokens, note).
     """
 
     decoder: Decoder
