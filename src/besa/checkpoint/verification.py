@@ -77,7 +77,7 @@ def verify(folder: str | Path, *, progress: Progress = silent) -> Verified:
 
     Args:
         folder: that `prune`, `pack`, `unpack` or `shrink` wrote.
-        progress: told (bytes done, bytes, name of the file).
+        progress: called with (bytes done, bytes in all, name of the file).
 
     Raises:
         BesaError: a file is missing or has changed, there are further weight files, or the folder has no digests; the

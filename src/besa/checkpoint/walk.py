@@ -50,7 +50,7 @@ def stored_weights(source: Source, progress: Progress) -> Iterator[StoredWeight]
 
     Args:
         source: dense, pruned or packed, and local.
-        progress: told (blocks done, blocks, name of the block).
+        progress: called with (blocks done, number of blocks, name of the block).
 
     Raises:
         BesaError: a weight is missing or cannot be read.

@@ -79,7 +79,8 @@ def perplexity(
             beyond rounding.
         bytes_per_token: of the text, in UTF-8.
         bos: token that begins every window, None for none.
-        progress: told (windows done, windows, perplexity so far), as if all ranks were as far as this one.
+        progress: called with (windows done, number of windows, perplexity so far), as if all ranks were as far as
+            this one.
 
     Raises:
         BesaError: the text is shorter than one window, or the model's output is not finite.

@@ -89,7 +89,7 @@ def push(folder: str | Path, repo: str, *, private: bool = False, progress: Prog
         folder: that `prune`, `pack`, `unpack` or `shrink` wrote.
         repo: its name on the Hub, with user or organisation.
         private: create the repository so that only its owners see it.
-        progress: told (bytes compared, bytes, name of the file).
+        progress: called with (bytes compared, bytes in all, name of the file).
 
     Raises:
         BesaError: the name cannot be one of a repository, nobody is logged in, the folder is no checkpoint or has

@@ -32,7 +32,7 @@ class Run:
         seed: of random choices, such as the order of sequences.
         resources: how to compute.
         journal: keeps what is finished, which is not done again. Only rank 0 has one.
-        progress: is called with (blocks done, blocks, state) after every block, and with none done before the first.
+        progress: called with (blocks done, number of blocks, state) after every block, and once before the first.
     """
 
     decoder: Decoder
