@@ -82,7 +82,7 @@ def finish(
         write_card(folder, decoder.folder)
         seal(folder)
         if os.path.lexists(out):
-            raise BesaError(f"{out} has come into being during the run: rename it, and go on with --resume.")
+            raise BesaError(f"Another program created {out} during the run: rename it, then run again with --resume.")
         folder.rename(out)
     journal.finished = True
 

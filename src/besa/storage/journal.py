@@ -77,7 +77,8 @@ class Journal:
         difference = _difference(begun, current)
         if difference:
             raise BesaError(
-                f"{self.folder} was begun with {difference}: ask for the same again, or remove it to start anew."
+                f"{self.folder} belongs to a run with {difference}: use the same settings again, or remove the folder "
+                "to start anew."
             )
         return _difference(before, now)
 

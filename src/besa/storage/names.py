@@ -28,7 +28,9 @@ def path_of(name: str | Path) -> Path:
         raise BesaError(f"The name {_shown(str(name))} is not UTF-8: rename that file.") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise BesaError(f"There can be no file {_shown(str(name))} here ({reason}): give another name.") from None
+        raise BesaError(
+            f"{_shown(str(name))} cannot be used as a file name here ({reason}): give another name."
+        ) from None
     return path
 
 

@@ -63,7 +63,7 @@ def claimed(folder: Path, out: Path) -> Iterator[None]:
             raise
     with lock:
         if not locked(lock) or removed(lock):  # removed: the former owner has just finished
-            raise BesaError(f"Another besa is at work on {out}: wait for it, or choose another name.")
+            raise BesaError(f"Another besa process is writing {out}: wait for it, or choose another name.")
         try:
             yield
         finally:
