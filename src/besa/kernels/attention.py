@@ -87,7 +87,7 @@ def attend(
     neighbouring query heads.
 
     Args:
-        query_NH1D: that `serves` allows, as are all tensors.
+        query_NH1D: `serves` must accept it, as all tensors.
         keys_NKTD: with the head dimension of the query.
         values_NKTD: may have another head dimension.
         allowed_N11T: which tokens count; all, if None. N may be 1 for all sequences.
@@ -117,7 +117,7 @@ def attend(
 
 @cache
 def function(dtype: torch.dtype, path: str = "") -> Callable[[int, int], None]:
-    """The kernel for a dtype, which takes the address of an `Attention` and the most threads.
+    """The kernel for a dtype; it takes the address of an `Attention` and the largest number of threads.
 
     Args:
         dtype: one of `DTYPES`.

@@ -1,6 +1,6 @@
-"""What an attention module, or a block, does for one new token of one sequence, in one call on the CPU (decoding.cpp).
+"""One decoding step of an attention module, or of a block, for one sequence, in one call on the CPU (decoding.cpp).
 
-For one token, the calls of torch between linears cost more than their arithmetic.
+For one token, torch's operators between linears cost more in calls than in arithmetic.
 
 Shape suffixes: K KV heads, T tokens, D head dimension, R rotary dimension, I columns.
 """

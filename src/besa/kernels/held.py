@@ -29,7 +29,7 @@ ROUNDS = 5
 
 
 def most(weight: Bitmask) -> int:
-    """Rows of x for which there is a kernel."""
+    """Most rows of x that a kernel takes; 0 if there is no kernel."""
     order = _order()
     if weight.scales_OG is None or order is None or not sparse_native.serves(weight):
         return 0
@@ -149,8 +149,8 @@ def _gains(kind: str, group: int, threads: int) -> bool:
 def _measured(kind: str, group: int) -> bool:
     """Time both in turn, several times, with one row of x and with a few; both numbers of rows count alike.
 
-    The least time of each piece counts, as other processes only ever add to it. How fast memory is differs from hour to
-    hour, where others share it; it decides on one row of x, and hardly on few.
+    The least time of each piece counts, as other processes can only add to it. Where others share the memory, its speed
+    changes from hour to hour; one row of x depends on it, a few rows hardly do.
     """
     weights, gain = sparse_native.samples(kind, group), 1.0
     held = [Product(weight) for weight in weights]

@@ -20,7 +20,7 @@ ROWS = 16  # of a band
 
 
 def most(kind: str, group: int) -> int:
-    """Rows of x that there are kernels for, of a kind of weights with so many columns to a step (0: a row)."""
+    """Most rows of x that a kernel takes, for a kind of weights and a group size in columns (0: a whole row)."""
     return MOST if kind == "int4" and (group in (0, 32) or group % 64 == 0) else 0
 
 

@@ -1,4 +1,4 @@
-"""The kernels of masks.cpp again, for GPUs."""
+"""The kernels of masks.cpp in Triton."""
 
 from __future__ import annotations
 
