@@ -1,4 +1,4 @@
-"""Generating text, passed on word by word: the continuation of a text, or an answer in a chat."""
+"""Text generation, word by word: continuations of a text, or answers in a chat."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def generate(
 def answer(
     writer: Writer, chat: bool, prompt: str, system: str | None = None, tell: Callable[[str], None] | None = None
 ) -> str:
-    """What a writer answers, or how it goes on; arguments and errors as of `generate`."""
+    """The answer or the continuation of a writer; arguments and errors as of `generate`."""
     if chat:
         beginning = [] if system is None else [message("system", system)]
         tokens_1T = prompt_of(writer.tokenizer, [*beginning, message("user", prompt)])
@@ -218,7 +218,7 @@ class Writer:
     def write(
         self, tokens_1T: Tensor, tell: Callable[[str], None] | None = None, before: Written | None = None
     ) -> Written:
-        """Go on from token ids (1, T).
+        """Generate from token ids (1, T).
 
         Args:
             tokens_1T: the prompt.
@@ -265,7 +265,7 @@ def _settings(model: GenerationMixin, kept: tuple[str, ...]) -> Iterator[None]:
     """While open, only these settings of a checkpoint change what is generated.
 
     Raises:
-        BesaError: one of them is none that tokens can be chosen by.
+        BesaError: one of them has an invalid value.
     """
     before = model.generation_config
     own = {name: getattr(before, name, None) for name in kept}
@@ -282,7 +282,7 @@ def _settings(model: GenerationMixin, kept: tuple[str, ...]) -> Iterator[None]:
 
 
 def _fits(name: str, value: Any) -> bool:
-    """Whether a setting is one that tokens can be chosen by."""
+    """Whether a setting has a valid value."""
     if name in TOKENS:
         return value != [] and all(isinstance(each, int) for each in (value if isinstance(value, list) else [value]))
     least, most = LIMITS[name]
@@ -301,7 +301,7 @@ def _plain(cache: Cache | None) -> DynamicCache | None:
 
 
 def _beginning(before: Written, tokens_1T: Tensor) -> DynamicCache | None:
-    """The cache of the tokens that a prompt begins with, as far as they were written before; None if there are none."""
+    """The cache of the tokens at the start of a prompt that were written before; None if there are none."""
     if before.cache is None:
         return None
     held = before.cache.get_seq_length()
@@ -314,7 +314,7 @@ def _beginning(before: Written, tokens_1T: Tensor) -> DynamicCache | None:
 
 
 class _Tempered(LogitsProcessor):  # type: ignore[misc]
-    """Logits divided by any temperature; differences to the largest do not overflow."""
+    """Divides logits by any temperature, without overflow in the differences to the largest."""
 
     def __init__(self, temperature: float) -> None:
         self._temperature = temperature
@@ -325,7 +325,7 @@ class _Tempered(LogitsProcessor):  # type: ignore[misc]
 
 
 class _Telling(TextStreamer):  # type: ignore[misc]
-    """transformers' way of joining tokens to words, without its printing."""
+    """Joins tokens to words as transformers does, but passes them on instead of printing them."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, tell: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
