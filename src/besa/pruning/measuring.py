@@ -1,4 +1,4 @@
-"""What a recipe needs to know of the dense model before anything is pruned."""
+"""Measurements of the dense model that a recipe needs before anything is pruned."""
 
 from __future__ import annotations
 
