@@ -1,4 +1,4 @@
-"""The peak memory of pruning one unit: the phase that keeps most."""
+"""Peak memory while one unit is pruned: that of the phase that needs most."""
 
 from __future__ import annotations
 

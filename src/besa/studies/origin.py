@@ -1,4 +1,4 @@
-"""What made a result: the versions and the machine that its numbers depend on."""
+"""The origin of a result: the versions and the machine that its numbers depend on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from besa.system.machine import machine, versions
 
 
 class Origin(BaseModel):
-    """Results of one origin can stand side by side; those of another are shown as such, and not used again.
+    """Versions and machine. Only results of the same origin are compared or used again; others are shown as such.
 
     Attributes:
         versions: of besa and of the packages that its numbers depend on.
