@@ -48,7 +48,7 @@ class Learning(Settings):
         return 1 if self.batch == "auto" else self.batch
 
     def settled(self, ranks: int, samples: int, begun: Mapping[str, Any]) -> Self:
-        """The same with a number of sequences.
+        """A copy of the settings in which the number of sequences is chosen.
 
         Args:
             ranks: that share the sequences of a step.

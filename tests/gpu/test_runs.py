@@ -78,7 +78,7 @@ def test_a_journal_goes_on_only_on_its_device(device, tmp_path):
     with pytest.raises((KeyboardInterrupt, Interrupted)):
         prune("stopped", device, progress=stop)
     if device.type != "cpu":
-        with pytest.raises(BesaError, match=r"was begun with device = .*, not 'cpu'"):
+        with pytest.raises(BesaError, match=r"belongs to a run with device = .*, not 'cpu'"):
             prune("stopped", "cpu", resume=True)
     prune("stopped", device, resume=True)
     for path in (tmp_path / "whole").glob("*.safetensors"):

@@ -366,7 +366,7 @@ def test_two_at_once_in_one_folder_do_not_meet(made: tuple[Workspace, Comparison
     workspace, _ = made
     with (
         claimed(workspace.folder, workspace.folder),
-        pytest.raises(BesaError, match=f"Another besa is at work on {workspace.folder}"),
+        pytest.raises(BesaError, match=f"Another besa process is writing {workspace.folder}"),
     ):
         compare(workspace, ["wanda"], [0.5], 1)
 

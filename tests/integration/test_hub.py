@@ -597,7 +597,7 @@ def test_a_run_goes_on_with_the_commit_that_it_began_with(
     second = hub.add("org/model", folders["second"])
     again = {"out": tmp_path / "out", "resume": True, **SMALL}
     text = refused(lambda: besa.compress("org/model", "magnitude", **again))
-    assert f"was begun with model.revision = '{first}', not '{second}'" in text
+    assert f"belongs to a run with model.revision = '{first}', not '{second}'" in text
     assert partial_folder(tmp_path / "out").exists()
     record = besa.compress(f"org/model@{first}", "magnitude", **again).record
     assert (record.restored_blocks, record.model["revision"]) == (1, first)

@@ -312,7 +312,7 @@ def test_a_run_is_not_resumed_on_other_text(beginning: Path, instruct: Path, tmp
     with pytest.raises((KeyboardInterrupt, Interrupted)):
         prune(beginning, "self", tmp_path / "out", progress=stopped_after(5))
     said = refused(lambda: prune(beginning, "self:0.5,c4:0.5", tmp_path / "out", resume=True))
-    assert "was begun with calibration.source = 'self'" in said
+    assert "belongs to a run with calibration.source = 'self'" in said
     with pytest.raises((KeyboardInterrupt, Interrupted)):
         prune(instruct, "wiki", tmp_path / "chat", chat=True, progress=stopped_after(5))
     assert "calibration." in refused(lambda: prune(instruct, "wiki", tmp_path / "chat", resume=True))

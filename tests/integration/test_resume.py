@@ -225,8 +225,8 @@ def test_another_run_is_not_gone_on_with(changes: dict[str, Any], words: str, be
     with pytest.raises(BesaError) as refusal:
         prune(begun, resume=True, **changes)
     text = sentence(refusal)
-    assert text.startswith(f"{partial_of(begun)} was begun with ")
-    assert text.endswith(f"{words}: ask for the same again, or remove it to start anew.")
+    assert text.startswith(f"{partial_of(begun)} belongs to a run with ")
+    assert text.endswith(f"{words}: use the same settings again, or remove the folder to start anew.")
     assert len(list(partial_of(begun).glob("block-*.json"))) == 5
 
 
@@ -362,7 +362,7 @@ def test_a_second_process_at_the_same_out_is_refused(whole: Path, tmp_path: Path
 
     prune(out, progress=progress)
     assert len(refusals) >= 4
-    assert set(refusals) == {f"Another besa is at work on {out}: wait for it, or choose another name."}
+    assert set(refusals) == {f"Another besa process is writing {out}: wait for it, or choose another name."}
     assert_same(out, whole)
 
 
@@ -438,7 +438,7 @@ def test_an_out_that_comes_into_being_meanwhile_costs_no_block(ending: str, whol
     assert str(stopped.value) == (
         f"interrupted; 6 finished blocks are kept in {partial_of(begun)}: go on with --resume."
         if ending == "Ctrl-C"
-        else f"{begun} has come into being during the run: rename it, and go on with --resume."
+        else f"Another program created {begun} during the run: rename it, then run again with --resume."
     )
     begun.rename(begun.with_name("other"))
     assert prune(begun, resume=True).record.restored_blocks == (6 if ending == "Ctrl-C" else BLOCKS)
@@ -486,7 +486,9 @@ def test_what_was_measured_before_the_blocks_is_kept(tmp_path: Path, monkeypatch
     assert (
         str(interruption.value) == f"interrupted; what was measured is kept in {partial_of(out)}: go on with --resume."
     )
-    with pytest.raises(BesaError, match=r"was begun with calibration\.seed = 0, not 1: ask for the same again"):
+    with pytest.raises(
+        BesaError, match=r"belongs to a run with calibration\.seed = 0, not 1: use the same settings again"
+    ):
         prune(out, **settings, seed=1, resume=True)
     with monkeypatch.context() as patch:
         patch.setattr(measuring, "loss_gradients", lambda *_, **__: pytest.fail("it was measured again"))

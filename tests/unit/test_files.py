@@ -190,7 +190,7 @@ def test_one_process_at_a_time_makes_a_folder(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with files.appearing(out) as folder:
         (folder / "file").write_text("mine")
-        with pytest.raises(BesaError, match=f"^Another besa is at work on {out}: "), files.appearing(out):
+        with pytest.raises(BesaError, match=f"^Another besa process is writing {out}: "), files.appearing(out):
             pytest.fail("it was begun")
     assert (out / "file").read_text() == "mine"
 

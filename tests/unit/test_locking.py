@@ -51,7 +51,7 @@ def test_what_another_process_writes_is_left(tmp_path: Path) -> None:
 def test_a_folder_appears_and_its_claim_is_gone(tmp_path: Path) -> None:
     with files.appearing(tmp_path / "out") as folder:
         (folder / "file").write_text("text")
-        with pytest.raises(BesaError, match=r"^Another besa is at work on"), files.appearing(tmp_path / "out"):
+        with pytest.raises(BesaError, match=r"^Another besa process is writing"), files.appearing(tmp_path / "out"):
             pytest.fail("it was begun")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

@@ -22,9 +22,9 @@ def test_paths_that_can_be(tmp_path):
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("x" * 256, f"There can be no file '{'x' * 64}…' here (File name too long): give another name."),
+        ("x" * 256, f"'{'x' * 64}…' cannot be used as a file name here (File name too long): give another name."),
         ("a/" * 3000, "(File name too long)"),
-        ("nul\0", "There can be no file 'nul\\x00' here (embedded null byte): give another name."),
+        ("nul\0", "'nul\\x00' cannot be used as a file name here (embedded null byte): give another name."),
         ("\udcff", "The name '\\udcff' is not UTF-8: rename that file."),
         ("loop/x", "(Too many levels of symbolic links)"),
     ],

@@ -129,7 +129,7 @@ def compress(
         dequantized: write quantised weights as dense numbers instead of codes.
         trust_remote_code: run model code that comes with the checkpoint.
         command: what the user typed, for the record.
-        progress: told (blocks done, blocks, state) as the run goes.
+        progress: called with (blocks done, number of blocks, state) as the run goes.
 
     Raises:
         BesaError: bad input or a refused situation, in one sentence; nothing is written then.

@@ -78,7 +78,7 @@ def evaluate(
         device: as in `compress`; the whole model is moved there.
         dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``; a loaded model keeps its own.
         trust_remote_code: run model code that comes with the checkpoint.
-        progress: told (windows done, windows, perplexity so far) for each text, and likewise for tasks.
+        progress: called with (windows done, number of windows, perplexity so far) for each text, likewise for tasks.
 
     Raises:
         BesaError: bad input, a window longer than the model allows, a token without an embedding, a text shorter than
@@ -154,10 +154,10 @@ class _Opened:
 
     @property
     def sparsity(self) -> float | None:
-        """As config.json says; None if it does not.
+        """The sparsity that config.json gives; None if it gives none.
 
         Raises:
-            BesaError: it says something else.
+            BesaError: it gives something that is no number.
         """
         sparsity = getattr(self.model.config, "besa", {}).get("sparsity")
         if not isinstance(sparsity, int | float | None):

@@ -28,7 +28,7 @@ def simulate(
         tokens: numbers of input vectors for the figures that include memory.
         accelerator: what is simulated, by default ViTCoD.
         trust_remote_code: run model code that comes with the checkpoint.
-        progress: told (blocks done, blocks, name of the block).
+        progress: called with (blocks done, number of blocks, name of the block).
 
     Raises:
         BesaError: the model cannot be read, or a number of tokens is not positive.

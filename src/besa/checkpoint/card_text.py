@@ -61,7 +61,12 @@ class About:
 
     @classmethod
     def of(cls, folder: Path, origin: Origin = NOWHERE) -> About:
-        """Of a folder, with its origin if there is no record that says so."""
+        """What a folder holds.
+
+        Args:
+            folder: of the checkpoint.
+            origin: of the checkpoint, used where its record does not say so.
+        """
         try:
             record = RunRecord.of(folder)
         except BesaError:  # of another tool, or of a besa that wrote other records

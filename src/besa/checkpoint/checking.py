@@ -87,7 +87,7 @@ def check_complete(source: Source, files: WeightFiles, config: PreTrainedConfig)
 
 
 def check_layout(name: str, files: WeightFiles, model: PreTrainedModel) -> None:
-    """The same check against a model that is there.
+    """Check as `check_complete` does, against a model that exists already.
 
     Args:
         name: of the checkpoint, for error messages.

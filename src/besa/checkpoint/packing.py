@@ -101,7 +101,7 @@ def pack(
         head: ``same`` stores the head and the embeddings as they are; ``int8`` rounds them to codes of eight bits, on a
             symmetric grid for each row, which halves what they take in half precision.
         trust_remote_code: run model code that comes with the checkpoint.
-        progress: told (parts done, parts, name of the part).
+        progress: called with (parts done, number of parts, name of the part).
 
     Raises:
         BesaError: the model cannot be read, is incomplete or packed already, or would not get smaller; its head or its
@@ -153,7 +153,7 @@ def unpack(model: str | Path, out: str | Path, *, trust_remote_code: bool = Fals
         model: folder that `pack` wrote.
         out: folder to write; must not exist.
         trust_remote_code: run model code that comes with the checkpoint.
-        progress: told (parts done, parts, name of the part).
+        progress: called with (parts done, number of parts, name of the part).
 
     Raises:
         BesaError: the model is not packed, is incomplete or damaged; or `out` exists or cannot be written.

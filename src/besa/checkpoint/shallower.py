@@ -61,7 +61,7 @@ class Renumbering:
         return renamed
 
     def outside(self, name: str) -> str:
-        """The new name of a tensor outside the blocks: layers that predict further tokens have numbers after theirs."""
+        """The new name of a tensor outside the blocks; multi-token-prediction (MTP) layers are numbered after them."""
         for start in self._starts:
             number, dot, rest = name.removeprefix(start).partition(".")
             if name.startswith(start) and dot and number.isdigit() and int(number) >= self._depth:

@@ -112,7 +112,7 @@ def shrink(
         by_block: each block keeps its own number of channels and heads, at least one, and transformers loads the folder
             only where besa is installed; else every block loses as many as the block with the fewest unread ones.
         trust_remote_code: run model code that comes with the checkpoint.
-        progress: told (parts done, parts, name of the part).
+        progress: called with (parts done, number of parts, name of the part).
 
     Raises:
         BesaError: the model cannot be read, has nothing to remove, the family's configuration cannot describe the

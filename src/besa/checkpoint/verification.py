@@ -26,16 +26,8 @@ from besa.storage.writing import write_file
 
 FILES = "files"  # key of the record
 BLANK = "0" * 64  # replaces the record's own digest in the text that is hashed
-WEIGHTS = (
-    ".safetensors",
-    ".bin",
-    ".gguf",
-    ".h5",
-    ".msgpack",
-    ".pt",
-    ".pth",
-    ".index.json",
-)  # in any framework's format
+# Endings of weight files, in any framework's format.
+WEIGHTS = (".safetensors", ".bin", ".gguf", ".h5", ".msgpack", ".pt", ".pth", ".index.json")
 
 
 class Verified(BaseModel):
@@ -86,7 +78,7 @@ def verify(folder: str | Path, *, progress: Progress = silent) -> Verified:
 
     Args:
         folder: that `prune`, `pack`, `unpack` or `shrink` wrote.
-        progress: told (bytes done, bytes, name of the file).
+        progress: called with (bytes done, bytes in all, name of the file).
 
     Raises:
         BesaError: a file is missing or has changed, there are further weight files, or the folder has no digests; the

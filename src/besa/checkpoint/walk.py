@@ -50,7 +50,7 @@ def stored_weights(source: Source, progress: Progress) -> Iterator[StoredWeight]
 
     Args:
         source: dense, pruned or packed, and local.
-        progress: told (blocks done, blocks, name of the block).
+        progress: called with (blocks done, number of blocks, name of the block).
 
     Raises:
         BesaError: a weight is missing or cannot be read.
@@ -65,7 +65,7 @@ def stored_weights(source: Source, progress: Progress) -> Iterator[StoredWeight]
 
 
 def _weights(source: Source, files: WeightFiles | None, progress: Progress) -> Iterator[StoredWeight]:
-    """The same, with the bytes of weights that are not stored as bitmasks."""
+    """All prunable weights, block after block, with the bytes of those that are not stored as bitmasks."""
     config = read_config(source)
     if files and is_quantized(config):
         empty = check_complete(source, files, config)

@@ -82,7 +82,7 @@ def finish(
         write_card(folder, decoder.folder)
         seal(folder)
         if os.path.lexists(out):
-            raise BesaError(f"{out} has come into being during the run: rename it, and go on with --resume.")
+            raise BesaError(f"Another program created {out} during the run: rename it, then run again with --resume.")
         folder.rename(out)
     journal.finished = True
 
@@ -110,9 +110,8 @@ def _serialise(
         if model._auto_class is not None:  # the model's code is its own
             custom_object_save(model, folder, config=config)
         config.save_pretrained(folder)
-        generation = getattr(
-            model, "generation_config", None
-        )  # unchecked: its save_pretrained refuses settings that load
+        # Written unchecked: its own save_pretrained refuses some settings that can be loaded.
+        generation = getattr(model, "generation_config", None)
         if generation is not None:
             generation.to_json_file(folder / GENERATION_CONFIG_NAME, use_diff=True)
         tokenizer.save_pretrained(folder)

@@ -58,7 +58,7 @@ class _Note(ProgressColumn):
     """The note: what is cut where the terminal has no room for all."""
 
     def render(self, task: Task) -> Text:
-        """As rich asks for it."""
+        """Return the note of a task; rich calls this."""
         return Text(task.fields["note"], no_wrap=True, overflow="ellipsis")
 
 

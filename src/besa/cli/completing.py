@@ -13,7 +13,7 @@ def recipe(incomplete: str) -> list[str]:
 
 
 def recipes(incomplete: str) -> list[str]:
-    """The same where several are separated by commas: the last one is completed."""
+    """Names of recipes, separated by commas, of which the last one is completed."""
     before, comma, last = incomplete.rpartition(",")
     return [f"{before}{comma}{name}" for name in recipe(last) if name not in before.split(",")]
 

@@ -40,7 +40,7 @@ class _Guarded:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """As of the stream."""
+        """Write to the stream."""
         try:
             self._stream.write(text)
         except OSError as error:
@@ -48,7 +48,7 @@ class _Guarded:
         return len(text)
 
     def flush(self) -> None:
-        """As of the stream."""
+        """Flush the stream."""
         try:
             self._stream.flush()
         except OSError as error:

@@ -119,15 +119,15 @@ PassesOption = Annotated[
     float | None,
     typer.Option(
         min=0,
-        help="Total cost of the run in forward passes of the calibration set, such as 20, 60 or 200, which sets the "
-        "length of fine-tuning or distilling; default: the recipe's epochs.",
+        help="Budget of the run in forward passes over the calibration set, such as 20, 60 or 200. It sets the number "
+        "of fine-tuning or distillation epochs. Default: the recipe's.",
     ),
 ]
 MinutesOption = Annotated[
     float | None,
     typer.Option(
         min=0,
-        help="Distil for as many epochs as fit if the whole run may take so many minutes; in place of --passes.",
+        help="Time limit of the whole run, in minutes: distil for as many epochs as fit. Not together with --passes.",
     ),
 ]
 DequantizedOption = Annotated[
@@ -173,8 +173,8 @@ BudgetOption = Annotated[
     typer.Option(
         "--activation-budget",
         min=0,
-        help="GB of activations on a GPU, and as many in memory; the rest goes to disk. Default: a quarter of what is "
-        "free on the GPU, and half of the free memory.",
+        help="GB for stored hidden states: this much on the GPU and this much in main memory; the rest goes to disk. "
+        "Default: a quarter of the free GPU memory and half of the free main memory.",
     ),
 ]
 
@@ -201,7 +201,7 @@ def to_write(context: typer.Context, file: Path | None) -> Path | None:
 
 
 def to_write_or_print(context: typer.Context, file: Path | None) -> Path | None:
-    """As `to_write`; `-` is standard output.
+    """Check a file as `to_write` does; `-` is standard output, which is always allowed.
 
     Raises:
         BesaError: as `to_write`.

@@ -71,7 +71,7 @@ def prune(
     explain: Annotated[
         bool, typer.Option("--explain", help="Print the recipe as it would run, with what each stage does, and stop.")
     ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run towards OUT.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume an interrupted run that writes to OUT.")] = False,
     json: JsonOption = None,
     quiet: QuietOption = False,
     json_progress: JsonProgressOption = None,

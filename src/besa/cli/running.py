@@ -99,9 +99,9 @@ def generate_command(
         int | None, typer.Option(min=1, help="Tokens at most; default: 1024 for an answer, 128 for a continuation.")
     ] = None,
     temperature: Annotated[
-        float, typer.Option(min=0, help="Of the sampling; 0 takes the likeliest token each time.")
+        float, typer.Option(min=0, help="Sampling temperature; 0 always takes the most likely token.")
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     device: DeviceOption = "auto",
     dtype: DtypeOption = Dtype.auto,
     quiet: QuietOption = False,

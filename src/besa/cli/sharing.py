@@ -23,7 +23,10 @@ def push_command(
     quiet: QuietOption = False,
     json_progress: JsonProgressOption = None,
 ) -> None:
-    """Upload a checkpoint with its card, record and measurements to the Hugging Face Hub, or go on with it."""
+    """Upload a checkpoint with its card, record and measurements to the Hugging Face Hub.
+
+    Run it again to resume an interrupted upload.
+    """
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]  # not in its `__all__`
 
     from besa.cli.show.sharing import pushed

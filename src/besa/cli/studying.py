@@ -65,7 +65,9 @@ def compare_command(
             help="Folder for runs, table and plot; what it has is used again, and its table gets more rows.",
         ),
     ] = Path("compare"),
-    keep: Annotated[bool, typer.Option("--keep", help="Keep the pruned checkpoints, not their records only.")] = False,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Keep the pruned checkpoints; by default only their records are kept.")
+    ] = False,
     ppl: EvaluationOption = None,
     data: DataOption = None,
     window: Annotated[

@@ -23,7 +23,7 @@ class Whole(Table):
     """
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """As rich asks for it."""
+        """Yield what rich prints; rich calls this."""
         if self.title:
             yield _line(console.render_str(str(self.title), style="table.title"))
         bare = copy(self)

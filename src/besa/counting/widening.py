@@ -1,6 +1,6 @@
-"""Products of half precision on a CPU that has no units for it: in float32, many times as fast as torch's own.
+"""Half-precision matrix products on a CPU without native support: in float32, many times as fast as torch's own.
 
-Numbers of half precision are exact in float32, sums are float32 as torch's are, and the result is rounded once.
+Half-precision numbers are exact in float32, sums are float32 as torch's are, and the result is rounded once.
 
 Shape suffixes: M rows and N columns of a product, K what it sums over.
 """

@@ -75,7 +75,7 @@ def texts_of(calibration: str) -> list[str]:
 
 
 def without_folders(calibration: str) -> str:
-    """The same texts for readers elsewhere: files by their names.
+    """The calibration texts for readers elsewhere: files by their names alone, without their folders.
 
     Raises:
         BesaError: as `parts_of`.

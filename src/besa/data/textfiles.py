@@ -108,7 +108,7 @@ def _decompressed(path: Path, file: io.BufferedReader) -> io.BufferedReader:
 
 
 def _reported(documents: Iterator[str], path: Path, file: BinaryIO, progress: Progress) -> Iterator[str]:
-    """The same documents; progress is called with the number of bytes read."""
+    """Pass the documents on, and call progress with the number of bytes read."""
     size, reported = path.stat().st_size, 0
     for document in documents:
         if file.tell() - reported >= REPORT:

@@ -80,7 +80,8 @@ def perplexity(
             beyond rounding.
         size_of: gives the bytes in UTF-8 of the text's first so many tokens; None if nobody knows.
         bos: token that begins every window, None for none.
-        progress: told (windows done, windows, perplexity so far), as if all ranks were as far as this one.
+        progress: called with (windows done, number of windows, perplexity so far), as if all ranks were as far as
+            this one.
 
     Raises:
         BesaError: the text is shorter than one window, or the model's output is not finite.

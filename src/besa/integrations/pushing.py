@@ -89,7 +89,7 @@ def push(folder: str | Path, repo: str, *, private: bool = False, progress: Prog
         folder: that `prune`, `pack`, `unpack` or `shrink` wrote.
         repo: its name on the Hub, with user or organisation.
         private: create the repository so that only its owners see it.
-        progress: told (bytes compared, bytes, name of the file).
+        progress: called with (bytes compared, bytes in all, name of the file).
 
     Raises:
         BesaError: the name cannot be one of a repository, nobody is logged in, the folder is no checkpoint or has
@@ -103,7 +103,7 @@ def prepare(folder: str | Path, repo: str, progress: Progress = silent) -> Parce
     folder = path_of(folder)
     _check_name(repo)
     if constants.is_offline_mode():
-        raise BesaError("HF_HUB_OFFLINE forbids to reach the Hugging Face Hub: unset it.")
+        raise BesaError("HF_HUB_OFFLINE is set, so nothing can be uploaded: unset it.")
     if not get_token():
         raise BesaError("Nobody is logged in to the Hugging Face Hub here: run `hf auth login`, or set HF_TOKEN.")
     verify(folder, progress=progress)
@@ -182,7 +182,7 @@ def _explained(repo: str) -> Iterator[None]:
     except json.JSONDecodeError as error:
         raise no_hub() from error
     except OfflineModeIsEnabled as error:
-        raise BesaError("HF_HUB_OFFLINE forbids to reach the Hugging Face Hub: unset it.") from error
+        raise BesaError("HF_HUB_OFFLINE is set, so nothing can be uploaded: unset it.") from error
     except (HTTPError, ConnectionError, TimeoutError, RuntimeError) as error:  # RuntimeError: of one of several files
         if isinstance(cause := error.__cause__, HfHubHTTPError):
             raise _refusal(repo, cause) from error

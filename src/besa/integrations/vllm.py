@@ -109,7 +109,7 @@ class PackedConfig(QuantizationConfig):  # type: ignore[misc]
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """Of a GPU: any."""
+        """Lowest compute capability of a GPU: any."""
         return 0
 
     @staticmethod

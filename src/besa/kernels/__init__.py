@@ -1,6 +1,6 @@
-"""What torch has no fast operator for, each as one operator: in C++ or plain torch on the CPU, in Triton on a GPU.
+"""Operators that torch does not have in fast form: in C++ or plain torch on the CPU, in Triton on a GPU.
 
-The two passes over a weight in every learning step, `masked` and `binned`, are the counterpart of the paper's custom
+Every learning step passes over a weight twice, in `masked` and `binned`; they are the counterpart of the paper's custom
 CUDA operator. `reference` computes the same in plain torch, and runs where there is no kernel. On the CPU, both give
 the same bits.
 
@@ -66,18 +66,18 @@ def binned(gradient_OI: Tensor, w_OI: Tensor, ranks_OI: Tensor, bins_I: Tensor, 
 
 
 def spread(w_OI: Tensor, kept_K: Tensor, out_OI: Tensor) -> None:
-    """Write numbers to `out_OI` where W is not zero, row by row, and zeros elsewhere.
+    """Write the numbers `kept_K` to `out_OI` where W is not zero, row by row, and zeros elsewhere.
 
     Args:
         w_OI: the weight, whose zeros are its mask; it and all other arguments are contiguous.
-        kept_K: float32, as many as W has numbers that are not zero; rounded to the nearest.
+        kept_K: float32, one for each non-zero of W; rounded to the nearest number of the dtype.
         out_OI: in the dtype of `w_OI`, another tensor.
     """
     _spread(w_OI, kept_K, out_OI)
 
 
 def gathered(w_OI: Tensor, x_OI: Tensor, out_K: Tensor) -> None:
-    """Write to `out_K` the numbers of X that stand where W is not zero, row by row: `spread` the other way round.
+    """Write to `out_K` the numbers of X where W is not zero, row by row: the inverse of `spread`.
 
     Args:
         w_OI: as in `spread`.
@@ -88,7 +88,7 @@ def gathered(w_OI: Tensor, x_OI: Tensor, out_K: Tensor) -> None:
 
 
 def pruned_ranks(alpha_R: Tensor, width_R: Tensor, share_R: Tensor, sparsity: float) -> Tensor:
-    """How many ranks of a row are pruned (R,), int64, so that the masks meet the sparsity: ⌊(alpha + shift)·width⌋.
+    """Number of ranks pruned in a row (R,), int64, with which the masks meet the sparsity: ⌊(alpha + shift)·width⌋.
 
     One shift of all rates, clamped to [0, 1], is found by bisection: Σ share·(alpha + shift) is the sparsity. Products
     within 1e-3 below an integer count as that integer.
@@ -104,7 +104,7 @@ def pruned_ranks(alpha_R: Tensor, width_R: Tensor, share_R: Tensor, sparsity: fl
 
 
 def cheapest_counts(ideal_R: Tensor, width_R: Tensor, least_R: Tensor, total: int) -> Tensor:
-    """Whole numbers (R,) whose sum is at most `total`, less by a few: every row has taken the steps below one price.
+    """Integers (R,) whose sum is `total` or a few less: every row takes all steps that cost less than one common price.
 
     The step from n to n + 1 costs (2(n − ideal) + 1) / width. A bisection finds the highest price at which the numbers
     fit. Half a step less is taken, so that equal rows are equal in spite of the rounding of the last price.
@@ -158,7 +158,7 @@ def swept(block_OB: Tensor, kept_OB: Tensor, factor_BB: Tensor, error_OB: Tensor
         block_OB: float32 weights, changed in place; it and the others may be views of wider or transposed matrices.
         kept_OB: the mask, True = kept.
         factor_BB: the upper triangular factor of the inverse Hessian, at these columns.
-        error_OB: takes the error of each column, over the factor's diagonal: what the columns beyond the block need.
+        error_OB: receives the error of each column divided by the factor's diagonal, for the columns beyond the block.
     """
     _swept(block_OB, kept_OB, factor_BB, error_OB)
 
@@ -169,7 +169,7 @@ def add_squares(x_TI: Tensor, squares_I: Tensor) -> None:
 
 
 def histogram(values: Tensor, bins: int) -> Tensor:
-    """How often each of 0, …, `bins` − 1 occurs; (bins,), int64. The host waits for nothing.
+    """How often each of 0, …, `bins` − 1 occurs: (bins,), int64. The host does not wait for the device.
 
     Args:
         values: non-negative integers in any shape; larger ones are not counted.

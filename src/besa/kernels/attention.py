@@ -1,9 +1,9 @@
 """Attention of one query to each sequence, on the CPU: what decoding does in every block.
 
-Torch's own attention is made for many queries at once. With one it reads keys and values at a small part of the rate
-of memory (docs/log.md).
+Torch's own attention is made for many queries at once. With one query it reads keys and values at a small part of the
+memory bandwidth (docs/log.md).
 
-Shape suffixes: N sequences, H heads, K heads of keys and values, T tokens, D numbers of a head.
+Shape suffixes: N sequences, H heads, K KV heads, T tokens, D head dimension.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SHARE = 1 << 15  # products for which another thread is worth its start
 
 
 class Attention(ctypes.Structure):
-    """The arguments as a C structure for the kernels; distances are in numbers."""
+    """The arguments as a C structure for the kernels; strides are in elements."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("query", "keys", "values", "allowed", "out")),
@@ -44,7 +44,7 @@ def paths() -> list[str]:
 
 
 def serves(query_NH1D: Tensor, keys_NKTD: Tensor, values_NKTD: Tensor, allowed_N11T: Tensor | None) -> bool:
-    """Whether there is a kernel for these: one query to each sequence, numbers of a head beside each other."""
+    """Whether there is a kernel: for one query to each sequence, with the head dimension contiguous."""
     return (
         query_NH1D.is_cpu
         and query_NH1D.dim() == 4
@@ -64,7 +64,7 @@ def serves(query_NH1D: Tensor, keys_NKTD: Tensor, values_NKTD: Tensor, allowed_N
 
 
 def allows(allowed_N11T: Tensor, sequences: int, tokens: int) -> bool:
-    """Whether a mask is one that kernels take."""
+    """Whether the kernels accept a mask."""
     return (
         allowed_N11T.is_cpu
         and allowed_N11T.dtype == torch.bool
@@ -84,13 +84,13 @@ def attend(
 ) -> Tensor:
     """softmax(scale · q Kᵀ) V (N, 1, H, D), in the dtype of all three. Where no token is allowed, it is zero.
 
-    Scores, their softmax and sums are float32; e^x has an error of 2^-22 of it at most. Each head of keys and values
-    serves so many neighbouring queries.
+    Scores, their softmax and sums are float32; the relative error of e^x is at most 2^-22. Each KV head serves H / K
+    neighbouring query heads.
 
     Args:
-        query_NH1D: that `serves` allows, as are all tensors.
-        keys_NKTD: as many numbers as the query has.
-        values_NKTD: may have another number of them.
+        query_NH1D: `serves` must accept it, as all tensors.
+        keys_NKTD: with the head dimension of the query.
+        values_NKTD: may have another head dimension.
         allowed_N11T: which tokens count; all, if None. N may be 1 for all sequences.
         scale: of the scores.
         path: instruction set; by default the best.
@@ -118,7 +118,7 @@ def attend(
 
 @cache
 def function(dtype: torch.dtype, path: str = "") -> Callable[[int, int], None]:
-    """The kernel for a dtype, which takes the address of an `Attention` and the most threads.
+    """The kernel for a dtype; it takes the address of an `Attention` and the largest number of threads.
 
     Args:
         dtype: one of `DTYPES`.

@@ -95,7 +95,7 @@ def function(source: str, name: str, arguments: Iterable[type]) -> Any:
 
 
 def runnable(source: str, names: Iterable[str] = INSTRUCTIONS) -> list[str]:
-    """The ways to compute that a C++ file has kernels for and this processor can run; none if it cannot be compiled.
+    """The ways to compute for which a C++ file has kernels that this processor can run; none if it cannot be compiled.
 
     Args:
         source: name of the file.
@@ -108,7 +108,7 @@ def runnable(source: str, names: Iterable[str] = INSTRUCTIONS) -> list[str]:
 
 
 def prebuild(folder: Path) -> list[Path]:
-    """Compile all kernels for a wheel, which the same compiler does to the same bytes.
+    """Compile all kernels for a wheel; the same compiler gives the same bytes.
 
     Args:
         folder: to write the libraries to.
@@ -131,12 +131,12 @@ def _prebuilt(compiler: str, text: bytes, folder: Path) -> Path:
 
 
 def _prebuilt_key(text: bytes) -> str:
-    """What a wheel's library of the C++ `text` must be made for."""
+    """Key that a wheel's library of the C++ `text` must match."""
     return hashlib.sha256("\0".join((platform.machine(), platform.system(), *FLAGS)).encode() + text).hexdigest()[:32]
 
 
 def assembled(name: str, folder: Path = HERE) -> bytes:
-    """The text of a C++ file of a folder, with those that it includes from there in their places."""
+    """The text of a C++ file of a folder, in which the files that it includes from there are inserted."""
     text = (folder / name).read_bytes()
     return re.sub(rb'^#include "(.+)"$', lambda found: assembled(found[1].decode(), folder), text, flags=re.MULTILINE)
 

@@ -1,4 +1,4 @@
-"""Which of several ways to compute a product is the fastest here: measured once on a machine, then read from the cache.
+"""The fastest of several ways to compute a product: measured once on a machine, then read from the cache.
 
 The ways differ in the rounding of their sums, so all processes of a machine must choose alike (`once`).
 """
@@ -33,7 +33,7 @@ def fastest(
         subject: what is multiplied, in words; measured apart for each number of threads.
         sources: the C++ files of the ways: when they change, it is measured again.
         ways: their names.
-        prepare: makes an example, and for each way what gives the work for a number of rows.
+        prepare: makes an example; gives for each way a function from a number of rows to the work.
     """
     if len(ways) == 1:
         return [*ways] * len(COUNTS)

@@ -1,8 +1,8 @@
-"""What an attention module, or a block, does for one new token of one sequence, in one call on the CPU (decoding.cpp).
+"""One decoding step of an attention module, or of a block, for one sequence, in one call on the CPU (decoding.cpp).
 
-For one token, the calls of torch between linears cost more than their arithmetic.
+For one token, torch's operators between linears cost more in calls than in arithmetic.
 
-Shape suffixes: K heads of keys and values, T tokens, D numbers of a head, R those that are turned, I columns.
+Shape suffixes: K KV heads, T tokens, D head dimension, R rotary dimension, I columns.
 """
 
 from __future__ import annotations
@@ -93,16 +93,16 @@ class _Token(ctypes.Structure):
 
 
 class Token:
-    """The token whose turn it is.
+    """The token that is decoded.
 
     Attributes:
         tokens: T, with this one.
-        turned: R.
+        turned: rotary dimension R.
         given: the structure for C code.
 
     Args:
-        angles: cosines and sines (1, 1, R ≤ D) of its position, contiguous, by which R of a head turn.
-        allowed_111T: as `besa.kernels.attention.allows` it.
+        angles: cosines and sines (1, 1, R ≤ D) of its position, contiguous; R is the rotary dimension.
+        allowed_111T: a mask that `besa.kernels.attention.allows` accepts, or None.
         tokens: T.
     """
 
@@ -119,12 +119,12 @@ class Token:
 
 
 class Place(NamedTuple):
-    """Where a layer of a cache has its keys (1, K, T, D) and values; D follow each other, and T do.
+    """Where a layer of a cache has its keys (1, K, T, D) and values; T and D are contiguous.
 
     Attributes:
-        keys: address; there is room for those of the token whose turn it is.
+        keys: address; there is room for those of the token that is decoded.
         values: likewise.
-        key_head: numbers from a head to the next one.
+        key_head: stride of the heads, in elements.
         value_head: likewise.
     """
 
@@ -140,22 +140,23 @@ def serves(dtype: torch.dtype) -> bool:
 
 
 class Step:
-    """A step of one attention module, with all made ready that does not depend on the token.
+    """A decoding step of one attention module; all that does not depend on the token is prepared once.
 
-    Queries and keys get their norm and their rotary embedding (RoFormer, arXiv:2104.09864, in the order of
-    transformers' Llama), then `besa.kernels.attention.attend` follows. What torch would round in between is rounded.
+    Queries and keys get their norm and their rotary embedding (RoFormer; Su et al., 2021, arXiv 2104.09864), in the
+    order of transformers' Llama. Then `besa.kernels.attention.attend` follows. What torch would round in between is
+    rounded.
 
     Attributes:
         dtype: of all tensors.
-        shapes: (1, 1, I) of the input, and K and D of keys and of values.
-        out: numbers of the output.
-        room: numbers that a call needs room for.
+        shapes: (1, 1, I) of the input, and (K, D) of keys and of values.
+        out: length of the output.
+        room: elements of scratch memory that a call needs.
         given: the structure for C code.
 
     Args:
         linears: of queries, keys, values and the output.
-        norms: of queries and of keys, of each head or of all together, as long as their weight is; or None.
-        width: D of queries and keys.
+        norms: of queries and of keys, or None; over each head or over all heads, by the length of the weight.
+        width: head dimension of queries and keys.
         scale: of the scores.
         dtype: that `serves` allows, of all tensors.
 
@@ -206,18 +207,18 @@ class Step:
 
 
 class Block:
-    """A step of a whole block of bfloat16: attention, then the MLP, each with its norms and added to what it reads.
+    """A decoding step of a whole block in bfloat16: attention, then the MLP, each with its norms and residual.
 
     Attributes:
         attention: its step.
-        room: numbers that a call needs room for.
+        room: elements of scratch memory that a call needs.
         given: the structure for C code.
 
     Args:
         attention: its step.
         norms: before and after attention, before and after the MLP; or None.
         linears: gate, up and down of the MLP.
-        activation: of each number of bfloat16 (65536,), by its bits.
+        activation: a table (65536,) of the activation for every bfloat16, by its bits.
 
     Raises:
         ValueError: the parts do not fit together.

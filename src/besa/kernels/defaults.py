@@ -1,4 +1,4 @@
-"""Torch's switches as they are when a program starts, whatever the program has chosen since."""
+"""Torch's default settings, whatever the program has chosen."""
 
 from __future__ import annotations
 

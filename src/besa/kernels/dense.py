@@ -1,8 +1,8 @@
-"""Products with dense weights, as torch keeps them, on the CPU: the head's, and those of linears that were not pruned.
+"""Products with dense weights on the CPU: those of the head, and of linears that were not pruned.
 
-Torch's own product of one row reads a weight at half the rate of memory or less, and in float32 its sums depend on the
-weight's address. Kernels for few rows of x read it as fast as it comes, and always serve one row; for more, there are
-tiles. Which is faster is measured once on a machine.
+Torch's own product of one row reads a weight at half the memory bandwidth or less, and in float32 its sums depend on
+the weight's address. Kernels for few rows of x read it at the full bandwidth, and always serve one row; for more rows,
+there are tiles. Which is faster is measured once on a machine.
 
 Shape suffixes: N rows of x, O rows and I columns of the weight.
 """
@@ -71,7 +71,7 @@ def product(w_OI: Tensor) -> Product | None:
 
 @cache
 def paths() -> list[str]:
-    """As `tiles_native.paths`, of the kernels for few rows; with AVX2 alone, `eights`."""
+    """Paths of the kernels for few rows, best first: those of `tiles_native.paths`; with AVX2 alone, `eights`."""
     return runnable(SOURCE, (tiles_native.PAIRS, tiles_native.SINGLES, EIGHTS))
 
 

@@ -1,6 +1,6 @@
 """Whether weights are fetched past the outer caches, measured once on a machine.
 
-A weight is read once in a step, and would drive out of the caches what the rest of the step needs. Some processors
+A weight is read once in a step, and would evict from the caches what the rest of the step needs. Some processors
 fetch past them as fast as into them; others are three times slower (docs/log.md). Results do not depend on it.
 """
 
@@ -34,7 +34,7 @@ def past_caches() -> bool:
 
 
 def _measured(way: str) -> bool:
-    """Both in turn, some times; the least time counts, as other processes only ever add to it."""
+    """Time both in turn, several times; the least time counts, as other processes can only add to it."""
     kernels = load(SOURCE)
     assert kernels is not None
     multiply = kernels[f"dense_float32_{way}"]

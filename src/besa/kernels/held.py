@@ -1,7 +1,7 @@
-"""Codes, held in memory in another order than in the file, in which a few rows of x are multiplied faster.
+"""Prepacked quantised weights: codes rearranged in memory so that a few rows of x are multiplied faster.
 
-Which order that is depends on the processor (`held_fours`, `held_dense`). What is held takes memory besides the
-bitmask, which serves many rows of x as before. Whether that pays is measured once on a machine.
+The order depends on the processor (`held_fours`, `held_dense`). Prepacked codes (`held` in names) take memory besides
+the bitmask, which still serves many rows of x. Whether they pay is measured once on a machine.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ROUNDS = 5
 
 
 def most(weight: Bitmask) -> int:
-    """Rows of x for which there is a kernel."""
+    """Most rows of x that a kernel takes; 0 if there is no kernel."""
     order = _order()
     if weight.scales_OG is None or order is None or not sparse_native.serves(weight):
         return 0
@@ -38,7 +38,7 @@ def most(weight: Bitmask) -> int:
 
 
 def pays(weight: Bitmask, threads: int) -> bool:
-    """Whether a row of x is multiplied so much faster by held codes that they are worth their memory."""
+    """Whether prepacked codes multiply a row of x so much faster that they are worth their memory."""
     return most(weight) > 0 and weight.nbytes >= sparse_native.LARGE and _gains(weight.kind, _group(weight), threads)
 
 
@@ -87,14 +87,14 @@ class Product:
 
 
 def _order() -> ModuleType | None:
-    """The order in which this processor has codes held, if there is one."""
+    """The order of prepacked codes for this processor; None if there is none."""
     paths = sparse_native.paths()
     order = ORDERS.get(paths[0]) if paths else None
     return order if order is not None and runnable(order.SOURCE, [order.PATH]) else None
 
 
 def _group(weight: Bitmask) -> int:
-    """Columns that have a step; 0 for those of a row."""
+    """Columns that share a quantisation step; 0 if all of a row do."""
     assert weight.scales_OG is not None
     groups = weight.scales_OG.shape[1]
     return 0 if groups == 1 else weight.shape[1] // groups
@@ -118,7 +118,7 @@ def _subject(kind: str, group: int, threads: int) -> str:
 
 @cache
 def _fastest(kind: str, group: int, threads: int) -> Way:
-    """The fastest way to read large weights of a kind with a step for so many columns on this machine."""
+    """The fastest way to read large weights of a kind with this group size on this machine."""
 
     def works() -> list[Work]:
         x_NI = torch.ones(1, sparse_native.COLUMNS)
@@ -138,17 +138,17 @@ def _read(product: Product, x_NI: Tensor, way: Way) -> None:
 
 @cache
 def _gains(kind: str, group: int, threads: int) -> bool:
-    """Whether held codes are `GAIN` times as fast as bitmasks on this machine."""
+    """Whether prepacked codes are `GAIN` times as fast as bitmasks on this machine."""
     subject = f"whether held, by one row and few: {_subject(kind, group, threads)}"
     gains: bool = once(subject, [], lambda found: isinstance(found, bool), partial(_measured, kind, group))
     return gains
 
 
 def _measured(kind: str, group: int) -> bool:
-    """Both in turn, some times, with one row of x and with few, which count alike.
+    """Time both in turn, several times, with one row of x and with a few; both numbers of rows count alike.
 
-    The least time of each piece counts, as other processes only ever add to it. How fast memory is differs from hour to
-    hour, where others share it; it decides on one row of x, and hardly on few.
+    The least time of each piece counts, as other processes can only add to it. Where others share the memory, its speed
+    changes from hour to hour; one row of x depends on it, a few rows hardly do.
     """
     weights, gain = sparse_native.samples(kind, group), 1.0
     held = [Product(weight) for weight in weights]

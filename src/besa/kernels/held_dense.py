@@ -1,6 +1,6 @@
-"""The order of held codes for AVX2: dense, by eight rows and four bytes of each (held_avx2.cpp).
+"""The order of prepacked codes for AVX2: dense, by eight rows and four bytes of each (held_avx2.cpp).
 
-There, moving the kept codes of a bitmask to their places takes longer than memory takes to give all codes.
+On AVX2, moving the kept codes of a bitmask to their places takes longer than reading all codes from memory.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ PANEL = 1024  # bands that are laid out at a time
 
 
 def most(kind: str, group: int) -> int:
-    """Rows of x that there are kernels for, of a kind of weights with so many columns to a step (0: a row)."""
+    """Most rows of x that a kernel takes, for a kind of weights and a group size in columns (0: a whole row)."""
     return MOST if kind in COLUMNS and group % 8 == 0 else 0
 
 
 def laid_out(weight: Bitmask) -> dict[str, Tensor]:
-    """The bands: of each group its steps, codes of zero unless all are one, and codes, with zeros after the last row.
+    """The bands: each group has its steps, its codes of zero (unless all are equal) and its codes; padded by zero rows.
 
     Codes of a group are (columns by four bytes, rows of a band, 4). Of four bits, the first four columns are the lower
     halves of the bytes. The only group of a row ends with zeros, where four such steps end.

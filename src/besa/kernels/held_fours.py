@@ -1,6 +1,6 @@
-"""The order of held codes for AVX-512: a bitmask by sixteen rows and four columns (held_avx512.cpp).
+"""The order of prepacked codes for AVX-512: a bitmask by sixteen rows and four columns (held_avx512.cpp).
 
-In the order of the file a register is of one row, and closing its groups takes as long as the products.
+In the order of the file a register holds codes of one row, and summing up its groups takes as long as the products.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ROWS = 16  # of a band
 
 
 def most(kind: str, group: int) -> int:
-    """Rows of x that there are kernels for, of a kind of weights with so many columns to a step (0: a row)."""
+    """Most rows of x that a kernel takes, for a kind of weights and a group size in columns (0: a whole row)."""
     return MOST if kind == "int4" and (group in (0, 32) or group % 64 == 0) else 0
 
 

@@ -1,4 +1,4 @@
-"""Rows divided by the root of their mean square, times a weight, in one step on the CPU, where torch takes eight.
+"""RMSNorm (Zhang & Sennrich, 2019, arXiv 1910.07467) in one C++ call on the CPU; plain torch needs eight operators.
 
 Shape suffixes: N rows of x, I columns.
 """
@@ -21,11 +21,11 @@ DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
 
 class Form(NamedTuple):
-    """How a family does it.
+    """How a model family computes RMSNorm.
 
     Attributes:
-        more: is added to each weight.
-        rounded: whether x is rounded to its dtype before it meets its weight.
+        more: added to the weight: 1 where the family stores weight − 1 (Gemma), else 0.
+        rounded: whether the normalised x is rounded to its dtype before it is multiplied by the weight.
     """
 
     more: float
@@ -42,7 +42,7 @@ def paths() -> list[str]:
 
 
 def serves(x: Tensor, weight_I: Tensor) -> bool:
-    """Whether there is a kernel for these."""
+    """Whether there is a kernel for this input and weight."""
     return (
         x.is_cpu
         and weight_I.is_cpu
@@ -56,13 +56,13 @@ def serves(x: Tensor, weight_I: Tensor) -> bool:
 
 
 def normed(x: Tensor, weight_I: Tensor, epsilon: float, form: Form, path: str = "") -> Tensor:
-    """x / √(mean x² + ε) · (weight + more), with as many axes as x has. It is computed in float32.
+    """x / √(mean x² + ε) · (weight + more), in the shape and dtype of x; computed in float32.
 
     Args:
         x: (…, I), with `weight_I` as `serves` allows.
         weight_I: contiguous.
         epsilon: ε.
-        form: see there.
+        form: of the model family.
         path: instruction set; by default the best.
     """
     y, width = torch.empty_like(x), weight_I.numel()

@@ -1,4 +1,4 @@
-"""What is measured once on a machine and kept in the cache, so that all its processes choose alike."""
+"""Measurements that are taken once on a machine and cached, so that all its processes choose alike."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from besa.kernels.processor import processor
 
 
 def once(subject: str, depends_on: Sequence[str], allowed: Callable[[Any], bool], measure: Callable[[], Any]) -> Any:
-    """What was measured here before, or is now; what the first process has kept holds for all.
+    """Return the cached measurement, or measure now and cache it.
+
+    The first process that writes the cache decides for all later ones.
 
     Args:
         subject: what is measured, in words.

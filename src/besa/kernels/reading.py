@@ -1,7 +1,7 @@
-"""How a sparse weight is read for one row of x: how many bands at once, how far ahead it is fetched, and to what cache.
+"""How a sparse weight is read for one row of x: bands at once, distance of the prefetch, and the cache it goes to.
 
-Which way is fastest is a matter of a processor's caches and fetchers, which its instruction sets do not tell. So it is
-measured once on each machine, and kept in the cache. Every way adds in the same order: results are equal to the bit.
+Which way is fastest depends on a processor's caches and prefetchers, which its instruction sets do not tell. So it is
+measured once on each machine, and cached. Every way adds in the same order: results are equal to the bit.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class Way(NamedTuple):
 
     Attributes:
         bands: read at once.
-        ahead: bytes that are fetched before they are met.
-        first: 1 if they come to the first cache.
+        ahead: distance of the prefetch, in bytes.
+        first: 1 if the prefetch goes to the first-level cache.
     """
 
     bands: int
@@ -37,7 +37,7 @@ WAYS = [USUAL, *(Way(bands, *ahead) for bands in (1, 2, 4) for ahead in AHEAD)]
 
 
 def fastest(name: str, works: Callable[[], Sequence[Work]]) -> Way:
-    """The way that takes the least time here: as it was measured before, or is now.
+    """The fastest way on this machine: from the cache, or measured now.
 
     Args:
         name: of the work and the kernels that do it.
@@ -48,7 +48,7 @@ def fastest(name: str, works: Callable[[], Sequence[Work]]) -> Way:
 
 
 def _measured(works: Sequence[Work]) -> Way:
-    """Each way in turn, some times; the least time of each piece counts, as other processes only ever add to it."""
+    """Time each way in turn, several times; the least time of each piece counts, as others can only add to it."""
     seconds = {way: [float("inf")] * len(works) for way in WAYS}
     for _ in range(ROUNDS):
         for way, least in seconds.items():

@@ -1,4 +1,4 @@
-"""Products with bitmask weights (docs/formats.md), without making the whole weight dense if that can be helped.
+"""Products with bitmask weights (docs/formats.md), without making the whole weight dense where possible.
 
 Kernels multiply a few rows of x, in C++ on the CPU and in Triton on a GPU. For many rows, arithmetic costs more than
 memory traffic. On the CPU, tiles unpack some of the weight into the caches, where all rows of x meet it; or the weight
@@ -54,9 +54,9 @@ def multiplied(x_NI: Tensor, weight: Bitmask) -> Tensor:
 
 
 class Product:
-    """x Wᵀ for one weight, as `multiplied` gives it: what the kernels need for one row of x is made ready once.
+    """x Wᵀ for one weight, as `multiplied` gives it; what the kernels need for one row of x is prepared once.
 
-    Codes of four bits are held in another order where that pays (`held`), which serves several rows as well.
+    Codes are prepacked where that pays (`held`), which serves several rows as well.
 
     Args:
         weight: W.
@@ -84,14 +84,14 @@ class Product:
         return self._now().entry if self._most and dtype == self._dtype else None
 
     def _now(self) -> sparse_native.Product | held.Product:
-        """What is made ready for the threads that torch has now."""
+        """What is prepared for the present number of torch's threads."""
         threads = torch.get_num_threads()
         if threads not in self._of_threads:
             self._of_threads[threads] = self._made(threads)
         return self._of_threads[threads]
 
     def _made(self, threads: int) -> sparse_native.Product | held.Product:
-        """What is made ready for a number of threads."""
+        """What is prepared for a number of threads."""
         if not held.pays(self._weight, threads):
             return sparse_native.Product(self._weight, 1, self._dtype)
         self._held = self._held or held.Product(self._weight)

@@ -53,7 +53,7 @@ class Entry(NamedTuple):
     Attributes:
         kernel: address of the function.
         weight: address of the weight.
-        product: that must live as long as they are used.
+        product: must live as long as the addresses are used.
     """
 
     kernel: int
@@ -62,7 +62,7 @@ class Entry(NamedTuple):
 
 
 def address(kernel: Any) -> int:
-    """Where a kernel is, for C code."""
+    """Address of a kernel, for C code."""
     return int(ctypes.cast(kernel, ctypes.c_void_p).value or 0)
 
 
@@ -92,7 +92,7 @@ def multiply(x_NI: Tensor, weight: Bitmask, path: str = "", way: Way | None = No
 
 
 class Product:
-    """y = x Wᵀ for one weight and a number of rows of x, with all made ready that does not depend on x.
+    """y = x Wᵀ for one weight and a number of rows of x; all that does not depend on x is prepared once.
 
     Args:
         weight: as of `multiply`, as are `path` and `way`.

@@ -22,9 +22,9 @@ SOURCES = {MATRIX: "matrix.cpp", PAIRS: "tiles.cpp", SINGLES: "tiles.cpp"}
 
 @cache
 def paths() -> list[str]:
-    """How this processor multiplies, best first; none without AVX-512.
+    """The ways in which this processor can multiply, best first; none without AVX-512.
 
-    `matrix` is its matrix unit, for bfloat16, as are `pairs` of numbers; `singles` are of float32.
+    `matrix` is its matrix unit and `pairs` are products of pairs, both for bfloat16; `singles` are float32 products.
     """
     return [name for name, source in SOURCES.items() if runnable(source, [name])]
 

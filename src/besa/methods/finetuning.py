@@ -64,7 +64,7 @@ class Finetuner(Settings):
 
     @property
     def learned_passes(self) -> float:
-        """Of `passes`, those of learning steps."""
+        """The part of `passes` that learning steps take."""
         return 0.0
 
     @property
@@ -125,7 +125,7 @@ class NoFinetuning(Finetuner):
         share: Share,
         seed: int,
     ) -> Finetuned:
-        """No weights and no losses."""
+        """Change nothing: return no weights and no losses."""
         return Finetuned()
 
 

@@ -1,5 +1,8 @@
 """How much the model's loss depends on its weights: the diagonal of the Fisher information, from the dense model.
 
+Labels are sampled from the model's predictions, not taken from the text, so this estimates the true Fisher information,
+not the empirical one.
+
 Shape suffixes: N sequences, T tokens, C channels of the residual stream, V vocabulary, O rows, I columns,
 B blocks, S bins of scores, X structures.
 """
@@ -54,13 +57,16 @@ class LossGradients:
 
 
 def loss_gradients(survey: Survey, every: int) -> LossGradients:
-    """Send gradients of the loss backward, on one sequence of so many. What was measured before is not measured again.
+    """Measure gradients of the loss on one calibration sequence in `every`; the survey keeps them for the next call.
 
     Measuring takes a forward pass, then a forward and a backward pass, one block at a time in both directions.
 
     Args:
         survey: the model.
         every: 1 measures all calibration sequences.
+
+    Raises:
+        BesaError: gradients are NaN or infinite.
     """
     if every not in survey.gradients:
         survey.gradients[every] = _measured(survey, survey.calibration.tokens_NT[::every])

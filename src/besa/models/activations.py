@@ -31,14 +31,14 @@ class HiddenStates(Protocol):
 
     @property
     def shape(self) -> torch.Size:
-        """N, T, C."""
+        """Shape (N, T, C)."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the hidden states."""
+        """Dtype of the hidden states."""
 
     def __len__(self) -> int:
-        """N."""
+        """Number of sequences N."""
 
     def __getitem__(self, index: Any) -> Tensor:
         """The sequences (n, T, C) of a slice; of a tensor, a view."""

@@ -364,7 +364,7 @@ class _Passed(Tensor):
         return whole[index]
 
     def __iter__(self) -> Iterator[Any]:
-        """As many values as the model unpacks; the input is the first."""
+        """Give as many values as the model unpacks; the input is the first."""
         whole, frame = self.as_subclass(Tensor), sys._getframe(1)
         operation, number = frame.f_code.co_code[frame.f_lasti : frame.f_lasti + 2]
         if dis.opname[operation] not in ("UNPACK_SEQUENCE", "UNPACK_EX"):

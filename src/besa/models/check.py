@@ -38,9 +38,8 @@ from besa.models.streaming import Decoder, DecoderInMemory
 
 SHAPES = ((2, 16), (1, 11))  # sequences and tokens of the batches
 ROUNDING = 4  # machine epsilons by which outputs may differ, relative to their norm
-AHEAD = (
-    1e-3  # share of a block's update of a token that may change if the sequence is cut, because sums round otherwise
-)
+# The share of a block's update of a token that may change if the sequence is cut, because sums round otherwise.
+AHEAD = 1e-3
 META = torch.device("meta")
 
 

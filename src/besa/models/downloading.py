@@ -14,7 +14,7 @@ class Download:
     """How much of a download is there; several threads may tell it.
 
     Args:
-        progress: told (bytes so far, bytes, note), from any thread, but never from two at once.
+        progress: called with (bytes so far, bytes in all, note), from any thread, but never from two at once.
         total: bytes that are to come.
         note: what is downloaded.
     """

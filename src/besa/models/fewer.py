@@ -22,7 +22,7 @@ Kept = Mapping[str, Sequence[int]]  # places of the experts that stay, in order,
 def selected(files: WeightFiles, layout: Layout, fewer: Fewer, kept: Kept) -> SelectedFiles:
     """The files of a decoder as if it had been saved with the experts `kept`, which are counted from 0 again.
 
-    Layers that predict further tokens are left out: they have experts too, and no router of theirs was seen.
+    Multi-token-prediction (MTP) layers are left out: they have experts too, but their routers were not observed.
 
     Args:
         files: of the decoder with all experts.
@@ -79,7 +79,7 @@ def _listed(stored: str, others: Collection[str], experts: int) -> tuple[str, in
 
 
 def lent(model: PreTrainedModel) -> PreTrainedModel:
-    """The same model in modules of its own, with the tensors of the other."""
+    """A copy of the model: its modules are new, its tensors are those of the original."""
     memo: dict[int, Tensor] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)

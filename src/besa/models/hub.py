@@ -55,7 +55,7 @@ def fetch(model: str, revision: str | None = None, *, weights: bool = True, prog
         model: Hugging Face id.
         revision: branch, tag or commit, None for the default branch.
         weights: fetch these too, and not only the files beside them.
-        progress: told (bytes so far, bytes) of what is downloaded, from any thread, but never from two at once.
+        progress: called with (bytes so far, bytes in all) of the download, from any thread, but never from two at once.
 
     Raises:
         BesaError: there is no such model or revision, no access to it, no connection, no room, or the model has no

@@ -34,7 +34,7 @@ from besa.models.transfers import at_home
 from besa.storage.weights import FLOATS, WeightFiles, is_finite, not_finite
 from besa.system.devices import CPU
 
-# Layers that predict further tokens come after the blocks, and transformers does not build them.
+# Multi-token-prediction (MTP) layers come after the blocks, and transformers does not build them.
 FURTHER = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
 
 
@@ -45,9 +45,9 @@ class Layout:
         of_block: names in the files by name of the block.
         embeddings: names of the tensors of the inner model outside its blocks: embeddings, the final norm.
         head: names of the tensors outside the inner model.
-        unbuilt: names of tensors that transformers builds no module for: layers that predict further tokens, vision
-            towers, buffers of older releases.
-        further: of these, the names of layers that come after the blocks.
+        unbuilt: names of tensors that transformers builds no module for: multi-token-prediction (MTP) layers,
+            vision towers, buffers of older releases.
+        further: of these, the names of tensors of MTP layers, which come after the blocks.
 
     Args:
         source: name of the checkpoint, for error messages.
@@ -66,9 +66,8 @@ class Layout:
         self._dtypes = files.dtypes()
         self._places: dict[str, str] = {}  # names in the model by name in the files, of tensors that are not merged
         self._names: dict[str, str] = {}  # the inverse
-        self._merged: dict[
-            str, str
-        ] = {}  # names in the model by name in the files, of tensors that are parts of others
+        # names in the model by name in the files, of tensors that are parts of others
+        self._merged: dict[str, str] = {}
         self.of_block: dict[str, list[str]] = {block.name: [] for block in blocks}
         self.embeddings: list[str] = []
         self.head: list[str] = []

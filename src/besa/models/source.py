@@ -62,7 +62,7 @@ class Source:
         return pinned(self.base, self.revision)
 
     def local(self, progress: Progress = silent, *, weights: bool = True) -> Source:
-        """The same source with its files in a folder: the files of a Hugging Face id are downloaded to the cache.
+        """Return the source with its files in a folder: the files of a Hugging Face id are downloaded to the cache.
 
         Args:
             progress: told about a download.

@@ -113,7 +113,7 @@ class DecoderInMemory:
         return visiting(_outside(self.model.base_model, self.blocks), device)
 
     def outside_blocks(self, device: torch.device) -> AbstractContextManager[None]:
-        """The same with the head."""
+        """Move what is outside the blocks, and the head too, to `device`, and back."""
         return visiting(_outside(self.model, self.blocks), device)
 
     @contextmanager

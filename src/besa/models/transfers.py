@@ -21,9 +21,8 @@ from besa.models.activations import HiddenStates
 from besa.storage.beside import Beside
 from besa.system.devices import available_bytes, has_streams, synchronize
 
-NEEDED = (
-    24  # times the size of a block: as much as the costliest recipes need for it, beside the next one (`besa plan`)
-)
+# Times the size of a block: as much as the costliest recipes need for it, beside the next one (`besa plan`).
+NEEDED = 24
 Key = TypeVar("Key", bound=Hashable)
 Lane = Literal["states in", "states out", "weights"]
 

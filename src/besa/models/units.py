@@ -62,7 +62,7 @@ class Unit:
         return block.module.get_parameter(name.removeprefix(f"{block.name}."))
 
     def silencing(self, names: tuple[str, ...]) -> Unit:
-        """The same blocks with these matrices silent."""
+        """A unit of the same blocks in which these matrices are zero."""
         return replace(self, silent=names)
 
     def __call__(self, x_NTC: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""One unit of each shape, with what a plan computes from; most decoders have only one shape."""
+"""One unit of each shape, from which a plan is computed; most decoders have only one shape."""
 
 from __future__ import annotations
 

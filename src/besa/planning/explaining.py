@@ -1,4 +1,4 @@
-"""Recipes in words: what each that ships is for and takes, and what the stages of one do."""
+"""Recipes in words: purpose and cost of every shipped recipe, and what each stage of a recipe does."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class RecipeEntry(BaseModel):
     Attributes:
         name: of the recipe.
         purpose: what it is for.
-        passes: forward passes over the calibration set, but for those of the model's head.
+        passes: forward passes over the calibration set, without those of the model's head.
         calibration: whether its result depends on the calibration data.
         gram: whether it needs Gram matrices of the linears' inputs.
-        gradients: of what it needs gradients.
+        gradients: what it needs gradients of.
         memory: what must be in memory at once.
     """
 
@@ -39,7 +39,7 @@ class RecipeEntry(BaseModel):
 
 
 class RecipeList(BaseModel):
-    """The recipes that ship, and for how many calibration sequences of how many tokens their passes are counted."""
+    """The shipped recipes, and the calibration sequences and tokens for which their passes are counted."""
 
     samples: int
     seqlen: int

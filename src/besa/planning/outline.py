@@ -1,4 +1,4 @@
-"""The outline of a run: what was asked for, and what follows from it at once."""
+"""The outline of a run: its settings, and what follows from them directly."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from besa.system.ranks import Share
 
 @dataclass(frozen=True)
 class Outline:
-    """A run on a machine, known by the configuration of its model alone.
+    """A run on a machine, described by its settings and its model's configuration, without weights.
 
     Attributes:
         name: of the model, as the user gave it.
@@ -36,7 +36,7 @@ class Outline:
         activation_budget: as in `Room`; if the device is not here, its memory has no limit by default.
         folder: where the checkpoint would be written.
         dequantized: quantised weights are written as dense numbers, not as codes.
-        fewer: how it lost experts, if it did.
+        fewer: the decoder with fewer experts; None if all stay.
         ranks: processes on this machine, one for each device.
         own: share of the sequences that the model writes itself; rank 0 loads it whole for that.
         file: bytes of the .gguf file that the model is loaded from, whole; None for safetensors, which stay on disk.

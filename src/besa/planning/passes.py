@@ -31,7 +31,7 @@ def shares_of(samples: int, batch: int, ranks: int) -> list[Share]:
 
 
 def most(shares: Sequence[Share], every: int = 1) -> int:
-    """The most sequences that a rank has, or of those at multiples of `every`."""
+    """Largest number of sequences of a rank; with `every`, only those at its multiples count."""
     return max(len(share.every(every)) for share in shares)
 
 
@@ -40,8 +40,8 @@ def forward_passes(
 ) -> float:
     """Forward passes over the calibration set, through all blocks, that a recipe takes at most.
 
-    Of several ranks, those of the rank with the most sequences, over its own. Where a rank waits for one that has more
-    of the sequences to measure, or of those of a learning step, the passes of the other count.
+    With several ranks, these are the passes of the rank with the most sequences, over its own sequences. Where a rank
+    waits for one that has more sequences to measure, or more in a learning step, the passes of the other count.
 
     Args:
         recipe: the method.
@@ -58,7 +58,7 @@ def forward_passes(
 def passes_by_stage(
     recipe: Recipe, samples: int, seqlen: int, batch: int = 1, ranks: int = 1, routed: bool = False, head: float = 0.0
 ) -> dict[str, float]:
-    """The same by the stage of the recipe that takes them; `WALK` is what all recipes take. Arguments as before."""
+    """Forward passes by stage of the recipe; `WALK` are those of every recipe. Arguments as of `forward_passes`."""
     recipe = recipe.settled(ranks, samples, {})
     shares = shares_of(samples, batch, ranks)
     own = most(shares)
@@ -142,10 +142,10 @@ def spending(recipe: Recipe, passes: float, samples: int, seqlen: int, head: flo
 
 
 def within(recipe: Recipe, minutes: float) -> Recipe:
-    """The recipe that distils for as many epochs as fit into so many minutes of a run.
+    """The recipe, set to distil for as many epochs as fit into a run of this many minutes.
 
     Raises:
-        BesaError: the recipe does not distil, or the minutes are no time.
+        BesaError: the recipe does not distil, or the minutes are not positive.
     """
     if not recipe.distill.moves_weights:
         raise BesaError(
@@ -158,7 +158,7 @@ def within(recipe: Recipe, minutes: float) -> Recipe:
 
 
 def minutes_of(recipe: Recipe) -> float | None:
-    """Minutes of the whole run that decide how many epochs it distils; None where the recipe's number does."""
+    """Minutes of the whole run that decide the number of distillation epochs; None if the recipe gives the number."""
     minutes: float | None = recipe.distill.model_dump().get("minutes")
     return minutes
 

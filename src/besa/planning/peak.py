@@ -1,4 +1,4 @@
-"""The peak memory of pruning one unit: the phase that keeps most."""
+"""Peak memory while one unit is pruned: that of the phase that needs most."""
 
 from __future__ import annotations
 
@@ -34,9 +34,8 @@ def unit_bytes(
     read = stored // len(unit.blocks)  # each tensor is copied from its file before it becomes a parameter
     observed = batch * seqlen * widest * 8  # the input of a product as float32, and its squares
     statistics = forward_bytes(unit, model, batch, seqlen, learning=False) + observed
-    gram = (
-        8 * sum(unit.prunables[names[0]].columns ** 2 for names in inputs) if recipe.needs_gram else 0
-    )  # and held out
+    # Float32 Gram matrices of all inputs, each with a second one of the held-out tokens.
+    gram = 8 * sum(unit.prunables[names[0]].columns ** 2 for names in inputs) if recipe.needs_gram else 0
     summing = 2 * gram + (4 * widest**2 if gram else 0)  # in float64, and what one pass adds
     ranked = 4 * weights + (2 if widest < 1 << 15 else 4) * weights  # importance and ranks, kept together
     whole = most if recipe.allocation.sorts_linears else CHUNK  # weights sorted at once

@@ -1,4 +1,4 @@
-"""What a run needs, computed before it from the model's configuration alone."""
+"""What a run needs, computed beforehand from the model's configuration alone."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ENOUGH = 4
 
 
 class Plan(BaseModel):
-    """What a run needs. Of several ranks, hidden states, memory and passes are those of one: of the one with the most.
+    """What a run needs. With several ranks, hidden states, memory and passes are those of the rank with the most.
 
     Attributes:
         model: its name.
@@ -39,7 +39,7 @@ class Plan(BaseModel):
         parameters: number of parameters of the whole model.
         prunable_weights: number of weights to prune: those of the blocks' matrices that stay and are not skipped.
         zeros: how many of these become zero.
-        structures: of structures that go whole, how many all blocks have and how many stay, by kind.
+        structures: of structures that are pruned whole, how many all blocks have and how many stay, by kind.
         experts: number of experts of each mixture before and after; None if all stay.
         mixtures: number of mixtures that lose experts.
         dropped: parameters that go with them.
@@ -58,7 +58,7 @@ class Plan(BaseModel):
             is not. It is within the peaks.
         forward_passes: over the calibration set (the sequences of a rank) through all blocks; a backward pass counts as
             two.
-        minutes: that decide how many epochs the whole model is distilled; the passes are those of the recipe's number.
+        minutes: time of the run that decides the number of distillation epochs; the passes are of the recipe's number.
         writing_passes: the arithmetic of writing the model's own text, in forward passes; it takes longer than these,
             as tokens come one by one.
         fits: whether this machine has enough memory and disk for all ranks, and for a run on GPUs, one with enough
@@ -151,7 +151,7 @@ def _checkpoint_bytes(run: Outline) -> int:
 
 
 def _structures(run: Outline) -> dict[str, tuple[int, int]]:
-    """Of structures that go whole, how many all blocks have and how many stay, by kind."""
+    """Structures that are pruned whole: how many all blocks have and how many stay, by kind."""
     had, stay = Counter[str](), Counter[str]()
     for unit, unit_budgets in zip(run.units, run.budgets_of_units, strict=True):
         for block, budget in zip(unit.blocks, unit_budgets, strict=False):

@@ -31,7 +31,7 @@ class Peaks:
         memory: of the process with the most.
         memory_of_all: of all processes on this machine together.
         gpu: on the GPU of a process; None for a device that computes in the machine's memory.
-        distilling: of these, where the whole model is distilled, but for hidden states; 0 if it is not.
+        distilling: the part of them for distilling the whole model, without hidden states; 0 if it is not distilled.
     """
 
     memory: int
@@ -92,7 +92,7 @@ def _distilling(run: Outline, distinct: Sequence[Distinct]) -> int:
 
 
 def _outside(run: Outline) -> int:
-    """Bytes while embeddings and head are at work."""
+    """Bytes while embeddings and head compute."""
     inside = {id(parameter) for block in run.blocks for parameter in block.module.parameters()}
     stored: int = sum(parameter.nbytes for parameter in run.model.parameters() if id(parameter) not in inside)
     tokens = min(run.seqlen, tokens_at_once(run.vocabulary, LOGITS)) if run.recipe.losses_every(run.samples) else 0
@@ -105,7 +105,7 @@ def _largest(run: Outline) -> int:
 
 
 def _with_all_experts(run: Outline) -> int:
-    """Bytes of a unit with all its experts, which is there for the dense path; 0 if none are dropped."""
+    """Bytes of a unit with all its experts, which the dense path needs; 0 if none are dropped."""
     if run.fewer is None:
         return 0
     return max(map(stored_bytes, units(run.fewer.whole, run.recipe.granularity)))

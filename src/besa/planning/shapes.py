@@ -1,4 +1,4 @@
-"""Memory of a forward and backward pass, and who shares an input, found on the meta device: shapes without memory.
+"""Memory of a forward and backward pass, and which matrices share an input, found on the meta device.
 
 Shape suffixes: N sequences, T tokens, C channels of the residual stream.
 """

@@ -1,4 +1,4 @@
-"""What distilling takes, for which all blocks are in memory at once."""
+"""Memory and disk of distillation, for which all blocks are in memory at once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ALIVE = 5  # tensors of the size of a chunk of logits
 def whole_bytes(
     model: PreTrainedModel, blocks: Sequence[Block], pruned: Collection[str], recipe: Recipe, seqlen: int
 ) -> int:
-    """Bytes where a model is distilled, but for what the pass through a block keeps for its gradients; 0 if it is not.
+    """Bytes while a model is distilled, without what the pass through a block keeps for its gradients; 0 if it is not.
 
     Args:
         model: in the dtype of the run; its weights may be on the meta device.

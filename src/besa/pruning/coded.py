@@ -1,4 +1,4 @@
-"""Weights that are codes, or are to be: how a block with them goes to the journal and comes back.
+"""Quantised weights: how a block that has them, or will have them, is written to the journal and read back.
 
 Shape suffixes: O rows, I columns, G groups of a row.
 """
@@ -23,7 +23,7 @@ class Coded:
 
     Attributes:
         quantized: all of them.
-        unrounded: those that have moved, as they were before their rounding.
+        unrounded: weights that a sweep has moved, as they were before rounding.
     """
 
     quantized: dict[str, Quantized] = field(default_factory=dict)
@@ -31,7 +31,7 @@ class Coded:
 
 
 def round_block(block: Block, grids: Mapping[str, Grid], quantization: Coding) -> dict[str, Quantized]:
-    """Round the linears of a block that have these grids, in place; returns them by full name."""
+    """Round, in place, the linears of a block that have a grid; return them by full name."""
     quantized = {}
     for name, grid in grids.items():
         if name in block.prunables:

@@ -1,4 +1,4 @@
-"""The pruned linears of a unit as counted in their final weights, for the record.
+"""Records of a unit's pruned linears, counted in their final weights.
 
 Shape suffixes: O rows, I columns, L linears, S numbers of a linear.
 """
@@ -44,7 +44,7 @@ def linear_records(weights: Mapping[str, Tensor], linears: Mapping[str, RankedLi
 
 
 def _numbers(w_OI: Tensor, importance_OI: Tensor) -> Tensor:
-    """Zeros, as so many times `MANY` and the rest; importance of all kept weights; rows in each bin of rates (S,)."""
+    """Numbers (S,) of a linear: zeros (divided by `MANY`, and the remainder), importance kept, rows by bin of rates."""
     zero_OI = w_OI == 0
     zeros_O = zero_OI.sum(dim=1)
     rows_S = histogram((zeros_O * HISTOGRAM_BINS // w_OI.shape[1]).clamp_max_(HISTOGRAM_BINS - 1), HISTOGRAM_BINS)

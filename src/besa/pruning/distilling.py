@@ -26,7 +26,7 @@ from besa.system.stopwatch import Stopwatch
 
 
 def distilled_before(journal: Journal | None) -> DistillingRecord | None:
-    """The record of a distilling that an interrupted run had finished; the journal is that of rank 0."""
+    """The record of the distillation if an interrupted run had finished it; it comes from rank 0's journal."""
     record = journal.distilled if journal is not None else None
     kept: Any = ranks.from_first(record.model_dump(mode="json") if record is not None else None)
     return DistillingRecord.model_validate(kept) if kept is not None else None
@@ -113,7 +113,7 @@ def _pupil(run: Run, pruned: Pruned, studied: Studied, inputs_NTC: HiddenStates,
 
 
 def _rounded(run: Run, grids: Mapping[str, Grid]) -> dict[str, Quantized]:
-    """Round the weights that have learned, in place; returns them by full name, none without grids."""
+    """Round, in place, the weights that have learned; return them by full name, or nothing if there are no grids."""
     quantized: dict[str, Quantized] = {}
     if (coding := run.recipe.quantization.coding) is not None:
         for block in run.decoder.blocks:
@@ -126,7 +126,7 @@ def _at(grid: Grid, device: torch.device) -> Grid:
 
 
 class _SharedSnapshots:
-    """The states of rank 0, from which all ranks go on.
+    """Snapshots kept by rank 0, from which all ranks resume.
 
     Args:
         own: of rank 0; None on the others.

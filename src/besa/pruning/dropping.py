@@ -1,4 +1,4 @@
-"""The stage before the blocks: whole experts go, by what they add to the hidden states of the dense model."""
+"""The stage before the blocks: drop whole experts, scored by what they do in the dense model."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def smaller(model: PreTrainedModel, blocks: list[Block], recipe: Recipe) -> Fewe
 
 
 def drop_experts(run: Run, shapes: Fewer | None) -> Dropped:
-    """Drop the experts of a recipe. The journal keeps which.
+    """Drop the experts that the recipe chooses. The journal keeps the choice.
 
     Args:
         run: its decoder is dense.

@@ -98,7 +98,7 @@ def prune_units(run: Run, *, to_the_end: bool = False) -> Pruned:
 
 
 class _Walk:
-    """The way of the pruned and the dense path through the units of a decoder, and of the sequences to distil on.
+    """Moves the pruned path, the dense path and the sequences to distil on through the units of a decoder.
 
     Args:
         run: what is pruned, and how.
@@ -229,7 +229,7 @@ class _Walk:
                 run.journal.keep(to_keep(run.decoder, block, coded, run.recipe, run.resources.codes), record)
 
     def _finish(self, record: BlockRecord, *, restored: bool = False) -> None:
-        """Add the record of a block, and tell of it."""
+        """Add the record of a block, and report progress."""
         self.records.append(record)
         done = BlockDone(record.name, record.reconstruction_error, record.sparsity, record.seconds, restored)
         self._run.progress(len(self.records), len(self._run.decoder.blocks), BlockNote(done))

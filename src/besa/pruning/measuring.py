@@ -1,4 +1,4 @@
-"""What a recipe needs to know of the dense model before anything is pruned."""
+"""Measurements of the dense model that a recipe needs before anything is pruned."""
 
 from __future__ import annotations
 
@@ -28,7 +28,11 @@ class Measured:
 
 
 def measure(run: Run) -> Measured:
-    """Measure what the recipe needs. The journal keeps it."""
+    """Measure what the recipe needs. The journal keeps it.
+
+    Raises:
+        BesaError: gradients are NaN or infinite, or the recipe's targets cannot be measured.
+    """
     decoder, recipe, journal = run.decoder, run.recipe, run.journal
     measuring, every = recipe.targeting.measuring, recipe.allocation.loss_every(run.calibration.samples)
     names, _ = shared_names(decoder.blocks, recipe)

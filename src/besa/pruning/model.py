@@ -1,4 +1,4 @@
-"""All of a recipe: the blocks one after another, then the whole model."""
+"""Run a whole recipe: prune block after block, then distil the whole model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The two paths through the model, pruned and dense: which hidden states are kept, and how a run is computed.
+"""The pruned and the dense path through the model: which hidden states they keep, and how a run is computed.
 
 Shape suffixes: N sequences, T tokens, C channels of the residual stream.
 """

@@ -1,4 +1,4 @@
-"""What quantisation adds to the pruning of a block: it learns the clipping and puts the weights on their final grids.
+"""Quantisation while a block is pruned: learn the clipping, and round the weights to their final grids.
 
 Shape suffixes: O rows, I columns.
 """
@@ -75,7 +75,9 @@ def allocate_and_quantize(
 
 
 def allocate_before_moving(problem: BlockProblem, recipe: Recipe, quantization: Coding) -> Allocated:
-    """Decide the zeros of a block whose weights will move before they become codes; arguments as above.
+    """Decide the zeros of a block whose weights move before they become codes.
+
+    Arguments as of `allocate_and_quantize`.
 
     Weights that round to zero where they are now come first. Where a budget prunes nothing, they alone become zero.
 
@@ -98,7 +100,7 @@ def allocate_before_moving(problem: BlockProblem, recipe: Recipe, quantization: 
 
 
 def _order(linear: RankedLinear, q_OI: Tensor, group: int | None = None) -> Tensor:
-    """The pruning order of a weight (O, I), those that round to zero first."""
+    """The pruning order of a weight (O, I): entries that round to zero come first."""
     return ranks.by_rows(lambda rows: rank(linear.importance_OI[rows], q_OI[rows], group), len(q_OI))
 
 
@@ -111,7 +113,7 @@ def _ranked(recipe: Recipe, linear: RankedLinear, clipping: Clipping, statistics
 
 
 def learn_clipping(problem: BlockProblem, clippings: Mapping[str, Clipping], descent: Descent) -> list[float]:
-    """Learn the clipping while the block is still dense, as OmniQuant does; returns the loss at every step."""
+    """Learn the clipping while the block is still dense, as OmniQuant does; return the loss at every step."""
     linears = {name: linear for name, linear in problem.linears.items() if linear.reached}
     if not linears:
         return []
@@ -125,10 +127,11 @@ def settle(
     counts: Mapping[str, Tensor],
     budgets: list[Budget],
 ) -> dict[str, Quantized]:
-    """The weights as they will be written: on their final grids, with exactly the zeros of each budget.
+    """The final weights: rounded to their grids, with exactly as many zeros as each budget asks for.
 
-    Weights that round to zero go first, then those of the lowest ranks. A row that rounding gives more zeros than its
-    count loses no others. A budget of no zeros prunes nothing and keeps the zeros of rounding.
+    Weights that round to zero are pruned first, then those of the lowest ranks. Where rounding alone gives a row more
+    zeros than its count, none of its other weights is pruned. A budget of no zeros prunes nothing and keeps the zeros
+    of rounding.
 
     Args:
         linears: ranked weights by full name.

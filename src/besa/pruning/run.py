@@ -1,4 +1,4 @@
-"""What the stages of a run share: what is pruned, by which method, on what, and how it is computed."""
+"""What all stages of a run share: model, method, calibration data and resources."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Run:
         dense: of the dense path, if the decoder has lost experts; None if it has not.
         seed: of random choices, such as the order of sequences.
         resources: how to compute.
-        journal: keeps what is finished, which is not done again. Only rank 0 has one.
-        progress: is called with (blocks done, blocks, state) after every block, and with none done before the first.
+        journal: keeps finished work, so that it is not done again. Only rank 0 has one.
+        progress: called with (blocks done, number of blocks, state) after every block, and once before the first.
     """
 
     decoder: Decoder

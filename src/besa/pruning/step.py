@@ -1,4 +1,4 @@
-"""One unit of the model is pruned: lines 3 to 12 of Algorithm 1.
+"""Prune one unit of the model: lines 3 to 12 of Algorithm 1.
 
 Shape suffixes: N sequences, T tokens, C channels of the residual stream, O rows, I columns.
 """
@@ -142,7 +142,7 @@ def _check_seen(step: Step, statistics: Mapping[str, InputStatistics]) -> None:
 def _prune(
     step: Step, part: Part, targets_NTC: HiddenStates, statistics: Mapping[str, InputStatistics], coded: Coded
 ) -> tuple[dict[str, RankedLinear], Allocated]:
-    """Prune a part of the unit in place; returns its dense linears and its zeros, and adds to the quantised weights."""
+    """Prune a part of the unit in place, and add to the quantised weights; return its dense linears and its zeros."""
     unit, recipe, watch = step.unit, step.recipe, step.watch
     budgets = [budget for budget in step.budgets if budget.names[0] in part.names]
     if not budgets:  # all its linears are skipped

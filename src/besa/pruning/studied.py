@@ -1,4 +1,4 @@
-"""The sequences to distil on, on their way through the dense model.
+"""The sequences to distil on, which are run through the dense model unit by unit.
 
 Shape suffixes: N sequences, T tokens, C channels of the residual stream.
 """
@@ -19,7 +19,7 @@ from besa.system.ranks import Share
 
 @dataclass(frozen=True)
 class Studied:
-    """A rank's share of the sequences, and how far they have come.
+    """A rank's share of the sequences, and their outputs of the last unit.
 
     Attributes:
         study: all sequences.
@@ -35,7 +35,7 @@ class Studied:
 
     @classmethod
     def begun(cls, run: Run, study: Study) -> Studied:
-        """Before the first unit."""
+        """The sequences before the first unit."""
         share = Share.of(study.calibration.samples, run.resources.batch)
         with run.decoder.embeddings(run.resources.device):
             return cls(study, share, _embedded(run, study, share, run.resources.batch), run.resources.batch)

@@ -130,25 +130,25 @@ class MinMax(Learning, Coding):
 
     @property
     def first_batch(self) -> int | Literal["auto"] | None:
-        """As `clipping` says."""
+        """The batch of the clipping steps, if clipping is learned before pruning; else None."""
         return self.batch if self.clipping == "first" else None
 
     @property
     def learns_jointly(self) -> bool:
-        """As `clipping` says."""
+        """Whether clipping is learned in the allocation's steps (`clipping=joint`)."""
         return self.clipping == "joint"
 
     @property
     def ranks_again(self) -> bool:
-        """As `ranks` says."""
+        """Whether the importance of Q(W), not of W, decides the pruning order (`ranks=quantized`)."""
         return self.ranks == "quantized"
 
     def clipping_numbers(self, name: str, rows: int, columns: int) -> int:
-        """Two for each group of a row."""
+        """Number of learned parameters: two for each group of a row."""
         return 2 * rows * self.groups(name, columns)
 
     def clipping_of(self, name: str, w_OI: Tensor) -> Clipping:
-        """As `clipping` says."""
+        """Clipping of a weight; its γ are learned unless `clipping=none`."""
         groups = self.groups(name, w_OI.shape[1])
         return Clipping(w_OI, groups, self.bits, self.symmetric, learned=self.clipping != "none")
 
@@ -177,7 +177,7 @@ class Moved(Coding):
 
     @property
     def ranks_again(self) -> bool:
-        """Yes: weights that round to zero come first."""
+        """True: weights that round to zero are the first in the pruning order."""
         return True
 
     def gathered_bytes(self, columns: int, item: int) -> int:

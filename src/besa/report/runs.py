@@ -125,7 +125,7 @@ class Run:
 
 
 def _zeros_asked(record: RunRecord) -> int:
-    """Of the sparsity of most linears, and of each that a pattern gives its own; or of the blocks asked for."""
+    """Number of zeros that the settings ask for: by `sparsity` and `sparsity_of`, or by a number of blocks."""
     if blocks_asked(record):
         return record.zeros
     sparsity, patterns = record.recipe.get("sparsity", record.sparsity), record.recipe.get("sparsity_of", {})

@@ -1,12 +1,11 @@
-"""Attention of packed models: while they decode on the CPU, it is computed by besa's kernel (`besa.kernels.attention`).
+"""Attention of packed models: while they decode on the CPU, besa's kernel computes it (`besa.kernels.attention`).
 
-The families of transformers get their attention from a table, by name. The function that is put there for "sdpa" only
-differs from transformers' own for the modules of packed models, and for one new token to each sequence. So a family
-that has an attention of its own keeps it, and so does a model for which the user chose another one. A function that
-the user put there stays.
+transformers looks attention up in a table, by name. besa replaces the function for "sdpa". The new one differs from
+transformers' own only for modules of packed models, and only for one new token to each sequence. So a family that has
+an attention of its own keeps it, and so does a model for which the user chose another one. A function that the user
+put into the table stays.
 
-Shape suffixes: N sequences, H heads, K heads of keys and values, T tokens, S tokens that are attended to, D numbers of
-a head.
+Shape suffixes: N sequences, H heads, K KV heads, T tokens, S tokens that are attended to, D head dimension.
 """
 
 from __future__ import annotations
@@ -56,10 +55,10 @@ def attended(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attention (N, T, H, D), as transformers' function for "sdpa", whose arguments it has: families name some of them.
+    """Attention (N, T, H, D), with the arguments of transformers' function for "sdpa", as families name some of them.
 
     Args:
-        module: that attends.
+        module: the attention module.
         query: (N, H, T, D).
         key: (N, K, S, D), of S tokens so far.
         value: (N, K, S, D).

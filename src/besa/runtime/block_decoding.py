@@ -1,7 +1,7 @@
-"""Blocks of packed models in bfloat16: while one sequence is decoded, all that follow each other are one call.
+"""Blocks of packed models in bfloat16: while one sequence is decoded, consecutive blocks are one call of besa's kernel.
 
-It goes beyond `besa.runtime.decoding`, where attention modules are. What a block computes is found by trying it, too,
-and which block follows another is learned from the first token.
+`besa.runtime.decoding` does the same for attention modules alone. What a block computes is found by trying it, too.
+Which block follows another is learned from the first token.
 
 Shape suffixes: B blocks, I columns.
 """
@@ -38,7 +38,7 @@ class _OfThread(local):
 
     Attributes:
         latest: output of the last block that was computed, and that block.
-        ahead: outputs that have not been asked for, by block.
+        ahead: outputs computed before they are needed, by block.
     """
 
     def __init__(self) -> None:
@@ -72,12 +72,12 @@ def restore(model: nn.Module) -> None:
 
 
 class _Ahead(NamedTuple):
-    """A block's output that is computed before the block is called, and what it is of.
+    """A block's output that was computed before the block is called, and the arguments it was computed from.
 
     Attributes:
         by: the block before it.
         output: (1, 1, I).
-        input: (1, 1, I), nobody else's.
+        input: (1, 1, I), which nothing else holds.
         token: arguments of the call: rotary embedding and mask.
         past: the cache, and the room in its layer.
     """
@@ -97,7 +97,7 @@ class _Ahead(NamedTuple):
         past_key_values: Any = None,
         **others: Any,
     ) -> bool:
-        """Whether the block is called with just this; its layer of the cache has grown then.
+        """Whether the block is called with the same arguments; if so, its layer of the cache has grown.
 
         Args:
             index: of the layer.
@@ -131,7 +131,7 @@ class _Ahead(NamedTuple):
         return True
 
     def in_vain(self) -> None:
-        """Forget this output, which has not been asked for, and with it all that this thread has computed ahead."""
+        """Discard this output, which was not needed, and with it everything that this thread has computed ahead."""
         _here.ahead.clear()
         if (before := self.by()) is not None:
             before.vain += 1
@@ -140,12 +140,12 @@ class _Ahead(NamedTuple):
 class BlockDecoder:
     """The `forward` of a block that has been tried.
 
-    A block that knows which one reads its output computes that one's as well, and so on, all in one call. Each keeps
-    its own until it is called with just the input that it was computed of: so whatever is done to outputs or caches in
-    between is respected. Two blocks are no longer computed together once that was in vain for some tokens in a row.
+    A block that knows which block reads its output computes that block too, and so on, all in one call. Each output is
+    kept until its block is called with the very input that it was computed from; so changes to outputs or caches in
+    between take effect. Two blocks are no longer computed together after that was in vain for some tokens in a row.
 
     Attributes:
-        vain: tokens in a row of which the block that follows was computed in vain.
+        vain: tokens in a row for which the next block was computed in vain.
 
     Args:
         block: its module.
@@ -186,7 +186,7 @@ class BlockDecoder:
         return self._computed(hidden_states, **named)
 
     def _computed(self, hidden_states: Tensor, **named: Any) -> Tensor | None:
-        """The same, computed, as are the outputs of those that follow."""
+        """Compute the output now, and with it the outputs of the blocks that follow."""
         attends = vars(self._block.self_attn).get("forward")
         found = attends.prepared(hidden_states, **named) if type(attends) is Decoder else None
         if found is None:
@@ -226,7 +226,7 @@ class BlockDecoder:
         return (step, room_of(layer)) if fits else None
 
     def _after(self) -> BlockDecoder | None:
-        """The block that is known to follow, as far as nothing hangs on this one or on that."""
+        """The next block, if it is known and neither block has a hook."""
         after = None if self._next is None or self.vain >= VAIN else self._next()
         if after is None or any(each._block._forward_hooks or each._block._forward_pre_hooks for each in (self, after)):
             return None
@@ -249,7 +249,7 @@ class BlockDecoder:
         return Block(attention, norms, linears, self._table)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies: without other blocks."""
+        """State for copies and pickles, without other blocks."""
         return {**self.__dict__, "_next": None}
 
 

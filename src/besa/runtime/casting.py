@@ -1,4 +1,4 @@
-"""Inputs that come to a packed layer in another dtype than its own, as they do under autocast."""
+"""Inputs of a packed layer in another dtype than the layer's, as under autocast."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def message(role: str, content: str) -> Message:
 
 
 def check_chat(tokenizer: PreTrainedTokenizerBase, chat: bool | None, system: str | None) -> bool:
-    """Whether to chat: as asked, or else if the tokenizer has a template.
+    """Whether to chat: as asked; by default, if the tokenizer has a chat template.
 
     Raises:
         BesaError: a chat or a system prompt is wanted, but the tokenizer has no template, or one that takes no system
@@ -53,7 +53,7 @@ def check_chat(tokenizer: PreTrainedTokenizerBase, chat: bool | None, system: st
 
 
 def prompt_of(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], today: datetime | None = None) -> Tensor:
-    """The token ids (1, T) of messages and of the beginning of an answer.
+    """Token ids (1, T) of messages, followed by the beginning of an answer.
 
     Args:
         tokenizer: with a template.
@@ -67,7 +67,7 @@ def prompt_of(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], t
 
 
 def dialogue_of(tokenizer: PreTrainedTokenizerBase) -> Callable[[str, str], str]:
-    """A function that renders what a user says and the answer as text, the same on every day.
+    """A function that renders a user's message and an answer as text, the same on every day.
 
     Raises:
         BesaError: the tokenizer has no chat template, or one that fails; the function raises it too.

@@ -1,4 +1,4 @@
-"""The head and the embeddings of a packed checkpoint, computed from codes of eight bits.
+"""Head and embeddings of a packed checkpoint, stored as codes of eight bits.
 
 If they are tied, one of them holds the codes and the other borrows them.
 
@@ -21,7 +21,7 @@ from besa.storage.formats.row_codes import RowCodes
 
 
 class Coded(nn.Module):
-    """What has a matrix in codes, for inference; its tensors are named as those of the container.
+    """A module with a matrix of codes, for inference; its buffers are named as the tensors of the container.
 
     The steps are a parameter: transformers asks the parameters of a model for its dtype and device, and a family whose
     norms have no weights may have no others.
@@ -49,7 +49,7 @@ class Coded(nn.Module):
 
     @property
     def matrix(self) -> RowCodes:
-        """The codes, made of the tensors, which loaders and devices replace."""
+        """The matrix of codes, built from the tensors, which loading or moving the module replaces."""
         for lender in self._lender:
             return lender.matrix
         if self.weight_codes.is_meta:
@@ -100,7 +100,7 @@ class CodedLinear(Coded):
 
 
 class CodedEmbedding(Coded):
-    """Rows of the matrix, each made dense when its token comes.
+    """An embedding whose rows are made dense when their tokens come.
 
     A family may do something of its own with them, such as scale them. A module that is more than torch's is therefore
     called as it is, with the rows of these tokens as its weight.
@@ -121,7 +121,7 @@ class CodedEmbedding(Coded):
 
     @property
     def token_ids(self) -> int:
-        """How many there are embeddings for."""
+        """Number of token ids that have embeddings."""
         return len(self.matrix.codes_OI)
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Attention modules of packed models: while one sequence is decoded, each is one call of besa's kernel.
 
-Families write attention in several ways. What a module computes is found by trying it. It keeps its class and its
-parts; only its `forward` differs, and computes what it always did where the kernel cannot.
+Model families implement attention in several ways. What a module computes is found by trying it. A module keeps its
+class and its parts; only its `forward` is replaced, and falls back to the family's own where the kernel cannot be used.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def restore(model: nn.Module) -> None:
 
 
 class Prepared(NamedTuple):
-    """A step of an attention module for a token, and the layer of the cache that is to grow by it."""
+    """A step of an attention module for a token, and the layer of the cache that the token is added to."""
 
     step: Step
     token: Token
@@ -64,11 +64,11 @@ class Decoder:
     """The `forward` of an attention module that has been tried.
 
     Attributes:
-        turned: as given.
+        turned: see below.
 
     Args:
         module: the attention module.
-        turned: numbers of a head that the rotary embedding turns.
+        turned: the rotary dimension.
     """
 
     def __init__(self, module: Any, turned: int) -> None:
@@ -104,7 +104,7 @@ class Decoder:
         past_key_values: Cache | None = None,
         **others: Any,
     ) -> Prepared | None:
-        """What a step for one more token is given; None if this is no such call.
+        """The arguments of a step for one more token; None if this call is something else.
 
         Args:
             hidden_states: as the family's own `forward` takes it, as are all others; of a block, the block's.
@@ -144,7 +144,7 @@ class Decoder:
         return Prepared(step, Token((cosines, sines), attention_mask, tokens), layer)
 
     def step(self, dtype: torch.dtype) -> Step | None:
-        """The step for the module as it is now; None if a part has no kernel, or something hangs on it."""
+        """The step for the module as it is now; None if a part has no kernel, or has a hook."""
         return self._step.now(dtype, torch.get_num_threads())
 
     def _made(self, dtype: torch.dtype, threads: int) -> Step | None:
@@ -155,7 +155,7 @@ class Decoder:
         return Step(linears, norms, self._module.head_dim, self._module.scaling, dtype)
 
     def same(self, usual: Callable[..., Any], ours: Callable[..., Tensor | None], dtype: torch.dtype) -> bool:
-        """Whether two functions compute the same numbers of random ones, and cache the same: no rounding may differ.
+        """Whether two functions give equal outputs and caches for random inputs, to the bit.
 
         Args:
             usual: of the module, or of the block that it is in.
@@ -194,12 +194,12 @@ class Decoder:
 
 
 def plain(others: Mapping[str, Any]) -> bool:
-    """Whether further arguments of a module or a block ask for nothing that steps do not know."""
+    """Whether all further arguments of a module or a block can be ignored by a step."""
     return all(value is None or value is False for name, value in others.items() if name not in UNUSED)
 
 
 def linears_of(module: Any, names: Sequence[str], dtype: torch.dtype) -> list[Linear] | None:
-    """What kernels are given of a module's linears; None if one has no kernel for this dtype."""
+    """The arguments of kernels for a module's linears; None if one has no kernel for this dtype."""
     found = []
     for linear in (getattr(module, name) for name in names):
         own = type(linear) in (SparseLinear, DenseLinear) and "forward" not in vars(linear)
@@ -212,7 +212,7 @@ def linears_of(module: Any, names: Sequence[str], dtype: torch.dtype) -> list[Li
 
 
 def norms_of(module: Any, names: Sequence[str], dtype: torch.dtype) -> list[Norm | None] | None:
-    """What kernels are given of a module's norms, None for each that it lacks; None if one has no kernel."""
+    """The arguments of kernels for a module's norms, None for each that is missing; None if one has no kernel."""
     found = []
     for norm in (module._modules.get(name) for name in names):
         kernel = None if norm is None else kernel_of(norm)
@@ -224,7 +224,7 @@ def norms_of(module: Any, names: Sequence[str], dtype: torch.dtype) -> list[Norm
 
 
 def layer_of(past: Cache | None, index: int, step: Step) -> DynamicLayer | None:
-    """The layer of a cache, if it has tokens of one sequence, grows with each and fits to a step."""
+    """The layer of a cache, if it holds one sequence, grows with each token and fits the step; else None."""
     if past is None or type(past) is not DynamicCache or past.offloading or index >= len(past.layers):
         return None
     layer: Any = past.layers[index]

@@ -12,7 +12,7 @@ from besa.runtime.tracing import tracing
 
 
 class DenseLinear(nn.Linear):
-    """A linear of torch that computes with besa's kernels where no derivatives are wanted; traced, it is torch's own.
+    """A linear that uses besa's kernels; where a derivative is wanted or torch is tracing, it is torch's own.
 
     Args:
         linear: whose weight and bias it shares, and its mode.

@@ -1,4 +1,4 @@
-"""Torch's fastest dense linear on this CPU, for comparisons that do not flatter.
+"""Torch's fastest dense linear on this CPU, so that comparisons with besa's kernels are fair.
 
 That is a weight in oneDNN's own layout, as torch.compile uses it; or float32 products, where oneDNN has none of the
 weight's dtype.

@@ -1,4 +1,4 @@
-"""Generating text, passed on word by word: the continuation of a text, or an answer in a chat."""
+"""Text generation, word by word: continuations of a text, or answers in a chat."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ from besa.runtime.sparse_models import load_source
 from besa.system.devices import resolve_device
 
 CONTINUATION, ANSWER = 128, 1024  # default tokens at most
-TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # what the settings of a checkpoint decide
-LIMITS = {  # and where tokens are sampled, with the least and the most that each may be
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # settings of a generation config that always hold
+LIMITS = {  # settings that hold when tokens are sampled, each with its smallest and largest value
     "top_k": (0, math.inf),
     "top_p": (0, 1),
     "min_p": (0, 1),
@@ -74,8 +74,9 @@ def generate(
         system: instructions that the chat begins with, instead of the template's own.
         max_new_tokens: at most; the model may end sooner, and ends when it has no more positions. Default: 1024 in a
             chat, else 128.
-        temperature: of the softmax that tokens are sampled from; 0 takes the likeliest token each time. Of the settings
-            that come with a model, those of tokens (`TOKENS`) and, if tokens are sampled, of sampling (`SAMPLED`) hold.
+        temperature: of the softmax that tokens are sampled from; 0 always takes the most likely token. From the
+            checkpoint's generation config only the special tokens (`TOKENS`) are used and, when sampling, the settings
+            in `LIMITS`.
         seed: of the sampling.
         tokenizer: needed with a loaded model; otherwise the model's own.
         device: as in `besa.load`.
@@ -112,7 +113,7 @@ def generate(
 def answer(
     writer: Writer, chat: bool, prompt: str, system: str | None = None, tell: Callable[[str], None] | None = None
 ) -> str:
-    """What a writer answers, or how it goes on; arguments and errors as of `generate`."""
+    """The answer or the continuation of a writer; arguments and errors as of `generate`."""
     if chat:
         beginning = [] if system is None else [message("system", system)]
         tokens_1T = prompt_of(writer.tokenizer, [*beginning, message("user", prompt)])
@@ -202,7 +203,7 @@ class Writer:
         model: that can generate.
         tokenizer: of the model.
         most: see above.
-        temperature: 0 takes the likeliest token each time.
+        temperature: 0 always takes the most likely token.
         seed: of the sampling, which starts afresh with each call of `write`.
     """
 
@@ -217,7 +218,7 @@ class Writer:
     def write(
         self, tokens_1T: Tensor, tell: Callable[[str], None] | None = None, before: Written | None = None
     ) -> Written:
-        """Go on from token ids (1, T).
+        """Generate from token ids (1, T).
 
         Args:
             tokens_1T: the prompt.
@@ -264,7 +265,7 @@ def _settings(model: GenerationMixin, kept: tuple[str, ...]) -> Iterator[None]:
     """While open, only these settings of a checkpoint change what is generated.
 
     Raises:
-        BesaError: one of them is none that tokens can be chosen by.
+        BesaError: one of them has an invalid value.
     """
     before = model.generation_config
     own = {name: getattr(before, name, None) for name in kept}
@@ -281,7 +282,7 @@ def _settings(model: GenerationMixin, kept: tuple[str, ...]) -> Iterator[None]:
 
 
 def _fits(name: str, value: Any) -> bool:
-    """Whether a setting is one that tokens can be chosen by."""
+    """Whether a setting has a valid value."""
     if name in TOKENS:
         return value != [] and all(isinstance(each, int) for each in (value if isinstance(value, list) else [value]))
     least, most = LIMITS[name]
@@ -300,7 +301,7 @@ def _plain(cache: Cache | None) -> DynamicCache | None:
 
 
 def _beginning(before: Written, tokens_1T: Tensor) -> DynamicCache | None:
-    """The cache of the tokens that a prompt begins with, as far as they were written before; None if there are none."""
+    """The cache of the tokens at the start of a prompt that were written before; None if there are none."""
     if before.cache is None:
         return None
     held = before.cache.get_seq_length()
@@ -313,7 +314,7 @@ def _beginning(before: Written, tokens_1T: Tensor) -> DynamicCache | None:
 
 
 class _Tempered(LogitsProcessor):  # type: ignore[misc]
-    """Logits divided by any temperature; differences to the largest do not overflow."""
+    """Divides logits by any temperature, without overflow in the differences to the largest."""
 
     def __init__(self, temperature: float) -> None:
         self._temperature = temperature
@@ -324,7 +325,7 @@ class _Tempered(LogitsProcessor):  # type: ignore[misc]
 
 
 class _Telling(TextStreamer):  # type: ignore[misc]
-    """transformers' way of joining tokens to words, without its printing."""
+    """Joins tokens to words as transformers does, but passes them on instead of printing them."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, tell: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)

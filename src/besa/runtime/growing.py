@@ -1,6 +1,6 @@
-"""A cache of keys and values that grows in place: transformers' own copies all of it for each token.
+"""A KV cache that grows in place; transformers' own is copied as a whole for each token.
 
-Shape suffixes: N sequences, K heads of keys and values, T tokens, D numbers of a head.
+Shape suffixes: N sequences, K KV heads, T tokens, D head dimension.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MORE = 128  # tokens that there is room for at a time
 
 
 class Room:
-    """Keys and values of a layer of a cache, with room behind them.
+    """Keys and values of a layer of a cache, with free memory for further tokens.
 
     Attributes:
         place: for kernels.
@@ -33,15 +33,15 @@ class Room:
         self.place = Place(*addresses, self._keys_NKTD.stride(1), self._values_NKTD.stride(1))
 
     def serves(self, layer: DynamicLayer) -> bool:
-        """Whether one more token fits in, and the layer is as it was left here.
+        """Whether one more token fits in, and the layer has not been changed elsewhere.
 
-        Whatever else changes a layer puts other tensors in the place of its own.
+        Any other code that changes a layer replaces its tensors.
         """
         keys, values = self._parts
         return keys is layer.keys and values is layer.values and keys.size(2) < self._keys_NKTD.size(2)
 
     def grow(self, layer: DynamicLayer) -> None:
-        """Let the layer have one more token, whose numbers are written."""
+        """Add one token to the layer; its keys and values have been written."""
         tokens = layer.keys.size(2) + 1
         self._parts = self._keys_NKTD.narrow(2, 0, tokens), self._values_NKTD.narrow(2, 0, tokens)
         layer.keys, layer.values = self._parts
@@ -51,7 +51,7 @@ _ROOMS: WeakKeyDictionary[DynamicLayer, Room] = WeakKeyDictionary()  # not in th
 
 
 def room_of(layer: DynamicLayer) -> Room:
-    """The room of a layer for one more token, which is its next one until it grows."""
+    """The room of a layer for one more token; the token counts only after `grow`."""
     room = _ROOMS.get(layer)
     if room is None or not room.serves(layer):
         room = _ROOMS[layer] = Room(layer)

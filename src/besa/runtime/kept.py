@@ -1,4 +1,4 @@
-"""What is made of a module and kept: steps of decoding have addresses in memory, which hold until the module changes.
+"""Objects made from a module and kept: decoding steps hold memory addresses, which are valid until the module changes.
 
 A step is asked for each token, beside weights that leave nothing else in the processor's caches. So whether it still
 holds is found in few calls, of functions that Python has in C.
@@ -20,16 +20,16 @@ _functions: dict[type[nn.Module], Any] = {}  # of classes, as they were when a m
 
 
 def untouched(kind: type[nn.Module]) -> bool:
-    """Whether a class of modules has the function by which one of it was first tried: some libraries replace it."""
+    """Whether a class still has the `forward` with which one of its modules was tried; some libraries replace it."""
     return _functions.setdefault(kind, _function(kind)) is _function(kind)
 
 
 class Kept(Generic[Made]):
-    """What is made of a module, and made again when it has changed.
+    """An object made from a module, and made again when the module has changed.
 
     Args:
         module: with all that it contains.
-        make: takes keys, and gives None if it cannot be made.
+        make: makes the object from keys; returns None if it cannot.
     """
 
     def __init__(self, module: nn.Module, make: Callable[..., Made | None]) -> None:
@@ -40,10 +40,10 @@ class Kept(Generic[Made]):
         self._hooked = False
 
     def now(self, *keys: Hashable) -> Made | None:
-        """What is made of the module as it is now; None also if something hangs on a part, or its class was changed.
+        """The object for the module as it is now; None if it cannot be made, a part has a hook, or a class was changed.
 
         Args:
-            keys: what it depends on besides.
+            keys: what the object depends on besides the module.
         """
         as_made = self._as
         if as_made is None or keys != self._keys or as_made.hooked() != self._hooked or not as_made.holds():
@@ -53,7 +53,7 @@ class Kept(Generic[Made]):
         return None if self._hooked else self._made
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies: without what holds addresses in memory."""
+        """State for copies and pickles, without memory addresses."""
         return {**self.__dict__, "_made": None, "_as": None}
 
 
@@ -89,7 +89,7 @@ class _Unchanged:
         self._tried = [_functions.setdefault(kind, _function(kind)) for kind in self._kinds]
 
     def hooked(self) -> bool:
-        """Whether hooks hang on a part, or the class of one has another function now."""
+        """Whether a part has hooks, or its class has another `forward` now."""
         return any(self._hooks) or not all(map(is_, map(_function, self._kinds), self._tried))
 
     def holds(self) -> bool:

@@ -46,7 +46,7 @@ class SparseLinear(nn.Module):
 
     @property
     def bitmask(self) -> Bitmask:
-        """W as packed, made of the buffers, which loaders and devices replace."""
+        """W as packed, built from the buffers, which loading or moving the module replaces."""
         return self._of(self._buffers)
 
     def _of(self, buffers: dict[str, Any]) -> Bitmask:
@@ -100,7 +100,7 @@ class SparseLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
-        """As of nn.Linear, with the bits of a weight."""
+        """Sizes as nn.Linear shows them, the kind of the packed weight, and its bits per weight."""
         weight = self.bitmask
         bits = 8 * weight.nbytes / (self.out_features * self.in_features)
         return f"{self.in_features}, {self.out_features}, kind={weight.kind}, bits={bits:.2f}"
@@ -117,7 +117,7 @@ class SparseLinear(nn.Module):
         return self
 
     def check_dtype(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Check what would be done to all tensors.
+        """Check a function before it is applied to all tensors.
 
         Raises:
             BesaError: the dtype would change.
@@ -127,10 +127,10 @@ class SparseLinear(nn.Module):
             raise BesaError("Packed linears keep their dtype: ask for another one when you load, with dtype=.")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        """Take what is there of W.
+        """Load those parts of W that are there.
 
         Raises:
-            BesaError: it does not fit to what is not there, such as masks to the values of others.
+            BesaError: they do not fit the parts that are missing, such as masks without their values.
         """
         given = {name: state_dict.get(prefix + name, buffer) for name, buffer in self._buffers.items()}
         self._of(given).check(prefix.removesuffix("."))
@@ -138,5 +138,5 @@ class SparseLinear(nn.Module):
         self._product = None  # it may hold a copy of the numbers
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies: without what holds addresses in memory."""
+        """State for copies and pickles, without memory addresses."""
         return {**self.__dict__, "_product": None}

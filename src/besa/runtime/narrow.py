@@ -1,4 +1,4 @@
-"""A model whose blocks have widths of their own, loaded by transformers."""
+"""Models whose blocks differ in width, loaded by transformers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from besa.storage.weights import WIDTHS_STEM
 
 
 def finish(model: PreTrainedModel) -> PreTrainedModel:
-    """The model as an ordinary one, but that `save_pretrained` writes its widths too."""
+    """Make the model an ordinary one, except that `save_pretrained` also writes its widths."""
     if hasattr(model.config, "transformers_weights"):
         del model.config.transformers_weights  # in a saved config.json it would lead programs without besa to the file
     model.is_quantized = False  # so that it may be moved, cast and trained as any other

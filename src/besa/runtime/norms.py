@@ -1,7 +1,8 @@
-"""Norms of packed models: while they decode, those that divide by the root of the mean square use besa's kernel.
+"""RMSNorm of packed models: while they decode, besa's kernel computes it (`besa.kernels.norm`).
 
-Families write this norm in several ways, each as a class of its own. What a module computes is found by trying it. It
-keeps its class and its weight; only its `forward` differs, and computes what it always did where the kernel cannot.
+Model families compute RMSNorm in several ways, each in a class of its own. Which one a module computes is found by
+trying it. A module keeps its class and its weight; only its `forward` is replaced, and falls back to the family's own
+where the kernel cannot be used.
 
 Shape suffixes: N rows of x, I columns.
 """
@@ -48,7 +49,7 @@ def restore(model: nn.Module) -> None:
 
 
 def kernel_of(module: nn.Module) -> Norm | None:
-    """What the kernel of a norm is given; None for a norm without it."""
+    """The arguments of a module's kernel; None for a module that does not use it."""
     own = vars(module).get("forward")
     if not isinstance(own, partial) or own.func is not _forward:
         return None
@@ -67,7 +68,7 @@ def _forward(module: Any, *inputs: Tensor, form: Form, epsilon: str, **named: An
 
 @torch.no_grad()
 def _form(module: nn.Module, epsilon: str) -> Form | None:
-    """How a module does this norm; None if it does something else, or there is no kernel.
+    """How a module computes RMSNorm; None if it computes something else, or there is no kernel for it.
 
     Args:
         module: the norm.

@@ -76,7 +76,7 @@ class Author:
         chat: whether the model answers in its chat template.
         device: where to compute.
         dtype: as of `load_model`.
-        progress: told (tokens written, tokens, note).
+        progress: called with (tokens written, number of tokens, note).
     """
 
     decoder: Decoder
@@ -92,7 +92,7 @@ class Author:
     progress: Progress
 
     def __call__(self, samples: int) -> Tensor:
-        """So many sequences (N, T), int64; rank 0 writes them, or reads what was written before.
+        """Write sequences (N, T), int64. Rank 0 writes them, or reads those that were written before.
 
         Raises:
             BesaError: the model cannot generate, it has no room in memory, sequences are too short, its outputs are not
@@ -199,7 +199,7 @@ class Author:
         generator: torch.Generator,
         told: Callable[[int], None],
     ) -> list[Piece]:
-        """What the model makes of a batch of beginnings; `ends` are tokens that end an answer."""
+        """The model's continuations of a batch of beginnings; `ends` are tokens that end an answer."""
         starts_NS = starts_NS.to(model.device)
         hot = not self.chat and self._begins is not None
         unwanted = int(hot and self.bos is None)  # the model needs its BOS token, the sequence has none
@@ -225,7 +225,7 @@ class Author:
 
     @contextmanager
     def _whole(self) -> Iterator[PreTrainedModel]:
-        """The whole model where it computes; one that is read from the disk goes with its last user."""
+        """The whole model on its device; one that was read from disk is freed with its last user."""
         if self.decoder.folder is None:
             with borrowed(self.decoder.model, self.device):
                 yield self.decoder.model
@@ -287,7 +287,7 @@ def _likeliest(pieces: Sequence[Piece]) -> list[list[int]]:
 
 
 def _told(progress: Progress, done: int, goal: float, batch: int) -> Callable[[int], None]:
-    """A function that tells after how many tokens of each of the batch one is."""
+    """A function that reports progress, called with the number of tokens written of each sequence of the batch."""
 
     def tell(step: int) -> None:
         progress(min(goal, done + step * batch), goal, "writing text of the model's own")

@@ -1,4 +1,4 @@
-"""The layers of a packed checkpoint in a model of transformers: laid out before its tensors are loaded, finished after.
+"""Layers of a packed checkpoint in a transformers model: put in place before its tensors are loaded, finished after.
 
 A linear stored as bitmask becomes a `SparseLinear`, whose buffers have the names of the stored tensors, so that
 transformers loads them as any others. So do a head and embeddings in codes of eight bits. A linear stored as codes of
@@ -124,7 +124,7 @@ def _check_names(folder: Path, stored: Sequence[str], model: PreTrainedModel) ->
 
 
 def _check_layout(folder: Path, files: Container, model: PreTrainedModel) -> None:
-    """Check that the files have what the model needs.
+    """Check that the files have all tensors that the model needs.
 
     Raises:
         BesaError: they have not, or the model has another head than the one that was packed.

@@ -21,7 +21,7 @@ from besa.storage.writing import write_file
 def saving(
     model: PreTrainedModel, folder: Path, stem: str, options: dict[str, Any]
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Save a model as transformers would; yields where it is, and its config.json to change, before it is moved.
+    """Save a model as transformers would; yield the folder and its config.json, to change before the files are moved.
 
     Args:
         model: whose class saves it.

@@ -1,4 +1,4 @@
-"""Loading a model to run it: packed linears stay sparse, any other model is loaded by transformers."""
+"""Load a model to run it: packed linears stay sparse; transformers loads any other model."""
 
 from __future__ import annotations
 

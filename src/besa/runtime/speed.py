@@ -1,4 +1,4 @@
-"""The speed of models, measured in turn, so that other load on the machine affects all of them alike.
+"""The speed of models, measured alternately, so that other load on the machine affects all of them alike.
 
 Shape suffixes: N sequences, T tokens.
 """

@@ -20,7 +20,7 @@ from besa.storage.formats.row_codes import RowCodes
 
 
 def tracing() -> bool:
-    """Whether torch records what is computed, or a mode sees each operator, other than besa's own for products."""
+    """Whether torch records operators, or a dispatch mode other than besa's own sees them."""
     if torch.compiler.is_compiling() or is_tracing():
         return True
     return is_in_torch_dispatch_mode() and any(

@@ -41,7 +41,7 @@ class Figures(BaseModel, Generic[Number]):
         cycles_published: by the formula behind the paper's Table 4.
         cycles_corrected: by the corrected formula.
         cycles_best: corrected, with the best threshold.
-        cycles_bound: non-zeros by multipliers.
+        cycles_bound: non-zeros divided by the number of multipliers.
         cycles_memory: by number of input vectors T, the larger of loading (`bandwidth`) and T times corrected.
     """
 
@@ -146,7 +146,7 @@ def simulate(
         source: dense, pruned or packed.
         tokens: numbers of input vectors for the figures with memory.
         accelerator: its settings.
-        progress: told about a download, then (blocks done, blocks, name of the block).
+        progress: told about a download, then called with (blocks done, number of blocks, name of the block).
 
     Raises:
         BesaError: a number of tokens is not positive or too large, the model cannot be fetched, or as `stored_weights`

@@ -1,4 +1,4 @@
-"""A thread that works beside the one that asks for it."""
+"""A background thread that runs submitted work one piece after another."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ Result = TypeVar("Result")
 
 
 class Beside(ThreadPoolExecutor):
-    """One thread, which does what is submitted in turn.
+    """An executor of one thread, which runs what is submitted in order.
 
-    It starts with the first work. If Ctrl-C comes in that moment, Python does not know of the thread: at the end it
-    would wait for the thread without ever telling it to end. So it is told here.
+    The thread starts with the first work. If Ctrl-C comes at that moment, Python does not know of the thread: at exit
+    it would wait for the thread without ever telling it to end. So `submit` tells it.
     """
 
     def __init__(self) -> None:

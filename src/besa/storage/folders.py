@@ -1,4 +1,4 @@
-"""What a folder may hold that besa reads."""
+"""Check folders before besa reads them."""
 
 from __future__ import annotations
 

@@ -56,14 +56,14 @@ class Journal:
         self._writing: Future[None] | None = None
 
     def begin(self, identity: Mapping[str, Any], origin: Mapping[str, Any]) -> str | None:
-        """Write the identity of the run, or check that the journal has the same; seconds count from here on.
+        """Write the identity of the run, or check that the journal has the same one; `seconds` count from here on.
 
         Args:
-            identity: all that decides the result (recipe, model, data, …), in JSON types.
+            identity: everything that decides the result (recipe, model, data, …), in JSON types.
             origin: versions and machine, which decide its last digits, likewise.
 
         Returns:
-            How the run began with another origin, in words; None if it did not.
+            The difference in words if the run was begun with another origin; else None.
 
         Raises:
             BesaError: the journal belongs to another run, or is damaged.
@@ -77,13 +77,14 @@ class Journal:
         difference = _difference(begun, current)
         if difference:
             raise BesaError(
-                f"{self.folder} was begun with {difference}: ask for the same again, or remove it to start anew."
+                f"{self.folder} belongs to a run with {difference}: use the same settings again, or remove the folder "
+                "to start anew."
             )
         return _difference(before, now)
 
     @property
     def seconds(self) -> float:
-        """Of this run since it began, and of those before it up to what they kept last."""
+        """Seconds of this process since it began, and of the interrupted ones before it, as far as they were kept."""
         return self._earlier + time.perf_counter() - self._began
 
     def _spent(self) -> float:
@@ -119,7 +120,7 @@ class Journal:
         return self.folder / f"block-{index:05}.safetensors"
 
     def keep(self, tensors: Mapping[str, Tensor], record: BlockRecord) -> None:
-        """Begin to add a finished block; nobody changes its tensors any more.
+        """Start writing a finished block; its tensors must not change any more.
 
         Args:
             tensors: all tensors of the block, named as in the checkpoint's files.
@@ -167,7 +168,7 @@ class Journal:
     def keep_distilled(
         self, blocks: Iterable[tuple[int, Mapping[str, Tensor]]], rest: Mapping[str, Tensor], record: DistillingRecord
     ) -> None:
-        """Keep the model that distilling has changed, beside the blocks from which it began.
+        """Keep the distilled model, beside the pruned blocks from which distillation began.
 
         Args:
             blocks: index and all tensors of each block, named as in the checkpoint's files.
@@ -202,7 +203,7 @@ class Journal:
         return None
 
     def final_path(self, index: int) -> Path:
-        """Path of the tensors of a block of the whole run, distilled if anything was."""
+        """Path of a block's final tensors: distilled, if the run distils."""
         distilled = self._distilled_path(index)
         return distilled if (self.folder / DISTILLED).exists() and distilled.exists() else self.path(index)
 
@@ -263,13 +264,13 @@ class Journal:
 
     @property
     def kept(self) -> str:
-        """What is worth to go on with, in words; nothing if there is none."""
+        """What a resumed run can use, as the subject and verb of a sentence; empty if there is nothing."""
         if self.blocks:
             return f"{self.blocks} finished blocks are"
         return "what was measured is" if any((self.folder / name).exists() for name in MEASURED) else ""
 
     def clear(self) -> None:
-        """Remove what an earlier run has left."""
+        """Remove everything that an earlier run has left."""
         for path in self.folder.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)

@@ -1,4 +1,4 @@
-"""Locks on files, which the system ends with the process: `flock` where there is one, a locked byte on Windows."""
+"""File locks that the system releases when the process ends: `flock`, or a locked byte on Windows."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ FAR = 1 << 43  # the byte that is locked on Windows, where what is locked can be
 
 
 def locked(file: IO[Any], wait: bool = False) -> bool:
-    """Lock an open file; returns whether it is locked now.
+    """Lock an open file, and return whether it is locked now.
 
     Args:
         file: of which nothing is read or written through this object.
-        wait: until another process gives it up; without it, a file that another has locked is left.
+        wait: until another process releases the lock; else return False if another process holds it.
 
     Raises:
         BesaError: the file system has no locks.
@@ -50,7 +50,7 @@ def removed(file: IO[Any]) -> bool:
 
 
 def remove(file: IO[Any], path: Path) -> None:
-    """Remove an open file and end its lock, in an order in which no other process takes it for its own."""
+    """Remove an open file and release its lock, in an order in which no other process can lock the removed file."""
     if WINDOWS:  # an open file cannot be removed, by others either
         file.close()
         with suppress(OSError):

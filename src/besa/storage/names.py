@@ -13,7 +13,7 @@ PLAIN = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9_.-]{{0,{LONGEST - 1}}}")
 
 
 def path_of(name: str | Path) -> Path:
-    """The path of a name from a user; nothing need exist there.
+    """The path that a user gave; it need not exist.
 
     Raises:
         BesaError: no file can have this name: it is too long or no UTF-8, or a folder of the path cannot be read.
@@ -28,12 +28,14 @@ def path_of(name: str | Path) -> Path:
         raise BesaError(f"The name {_shown(str(name))} is not UTF-8: rename that file.") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise BesaError(f"There can be no file {_shown(str(name))} here ({reason}): give another name.") from None
+        raise BesaError(
+            f"{_shown(str(name))} cannot be used as a file name here ({reason}): give another name."
+        ) from None
     return path
 
 
 def nearest(path: Path) -> Path:
-    """What there is of a path: the file or folder itself, or else the nearest that it would lie in."""
+    """The file or folder itself if it exists, else the nearest parent folder that exists."""
     whole = path.absolute()
     return next(place for place in (whole, *whole.parents) if place.exists())
 
@@ -58,7 +60,7 @@ def plain(text: str) -> str:
 
 
 def is_path(model: str) -> bool:
-    """Whether the name of a model can be nothing but a path; a name like ``a/b`` may be a Hugging Face id as well."""
+    """Whether the name of a model can only be a path; a name like ``a/b`` may also be a Hugging Face id."""
     return model.count("/") > 1 or model.startswith((".", "~", "/"))
 
 

@@ -1,4 +1,4 @@
-"""Weight files of which only a selection is read: some tensors not at all, of some a part, or under another name."""
+"""Weight files of which a selection is read: tensors may be left out, read in part, or renamed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Selection:
 
 
 class SelectedFiles(WeightFiles):
-    """The tensors of a folder as a selection shows them; errors are those of the whole.
+    """The selected tensors of a folder; errors as of `WeightFiles`.
 
     Args:
         files: of the folder.
@@ -85,13 +85,13 @@ class SelectedFiles(WeightFiles):
         return {wanted[stored]: self._selections[wanted[stored]].of(tensor) for stored, tensor in tensors.items()}
 
     def mapped(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Tensors that stay in their files, but for those of which a part is selected."""
+        """Tensors mapped from their files, except those of which only a part is selected."""
         wanted = self._wanted(names)
         for stored, tensor in self._files.mapped(wanted):
             yield wanted[stored], self._selections[wanted[stored]].of(tensor)
 
     def prefetch(self, names: Iterable[str]) -> None:
-        """As of the whole."""
+        """Prefetch the stored tensors that these names select from."""
         self._files.prefetch(self._wanted(names))
 
     def _wanted(self, names: Iterable[str]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The states of long work in the folder of its journal: one is always whole, whenever the process is killed."""
+"""Snapshots of long work in the folder of its journal: one is always complete, whenever the process is killed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHARE = 0.05  # of the time, which writing states takes at most
 
 
 class Snapshots:
-    """States of work: a position in it, and tensors by group, of which one at a time is in memory.
+    """Snapshots of a position in the work and of tensors by group; one group at a time is in memory.
 
     Two states take turns. Each has a file for every group, then one with the position and the digests of the others.
 
@@ -35,11 +35,11 @@ class Snapshots:
 
     @property
     def position(self) -> dict[str, Any] | None:
-        """Of the last whole state; None if there is none."""
+        """Position of the last complete state; None if there is none."""
         return self._last["position"] if self._last is not None else None
 
     def tensors(self, group: str) -> dict[str, Tensor]:
-        """Those of a group in the last whole state."""
+        """Tensors of a group in the last complete state."""
         assert self._last is not None
         return load_file(self._path(_slot(self._last), self._last["groups"].index(group)))
 

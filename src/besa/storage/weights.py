@@ -125,7 +125,7 @@ class WeightFiles:
         return by_path.items()
 
     def prefetch(self, names: Iterable[str]) -> None:
-        """Let the system read these tensors into its cache in the background, if it can."""
+        """Ask the system to read these tensors into its cache in the background, if it can."""
         if not hasattr(os, "posix_fadvise"):
             return
         expected = set(names)

@@ -1,4 +1,4 @@
-"""Writing files whole or not at all, even if the process is killed or others write there too.
+"""Write files completely or not at all, even if the process is killed or others write to the same place.
 
 It needs Python's own library alone, so that `besa doctor` can write what it found where packages are missing.
 """
@@ -40,7 +40,7 @@ def check_absent(out: Path) -> None:
 
 @contextmanager
 def claimed(folder: Path, out: Path) -> Iterator[None]:
-    """While open, this process alone works in the folder. The system ends the claim with the process.
+    """While open, only this process works in the folder. The claim ends with the process.
 
     Args:
         folder: to work in; made if it does not exist.
@@ -63,7 +63,7 @@ def claimed(folder: Path, out: Path) -> Iterator[None]:
             raise
     with lock:
         if not locked(lock) or removed(lock):  # removed: the former owner has just finished
-            raise BesaError(f"Another besa is at work on {out}: wait for it, or choose another name.")
+            raise BesaError(f"Another besa process is writing {out}: wait for it, or choose another name.")
         try:
             yield
         finally:
@@ -76,7 +76,7 @@ def claimed(folder: Path, out: Path) -> Iterator[None]:
 
 @contextmanager
 def taken(lock: Path) -> Iterator[bool]:
-    """While open, this process does a piece of work, if no other does it; says which of both it is.
+    """While open, this process does a piece of work unless another one does; yields whether it is this one.
 
     Args:
         lock: a file that stands for the work; it is gone when the work is done. A killed process leaves it unlocked.
@@ -189,7 +189,7 @@ def check_space(out: Path, size: int) -> None:
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """While open, errors of the operating system on writing `path` become one sentence."""
+    """While open, the operating system's errors in writing `path` become a `BesaError` of one sentence."""
     try:
         yield
     except _errors() as error:
@@ -200,6 +200,6 @@ def explained(path: Path) -> Iterator[None]:
 
 
 def _errors() -> tuple[type[Exception], ...]:
-    """Those of the operating system, and those of safetensors if anybody has imported it."""
+    """Errors of writing: the operating system's, and those of safetensors if it has been imported."""
     module = sys.modules.get("safetensors")
     return (OSError,) if module is None else (OSError, module.SafetensorError)

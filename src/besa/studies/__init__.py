@@ -1,1 +1,1 @@
-"""Many runs side by side."""
+"""Studies: many runs, compared in tables, plots and pages."""

@@ -63,19 +63,19 @@ def compare(
     seeds: int,
     command: list[str] | None = None,
 ) -> Comparison:
-    """Run what is missing of every recipe at every sparsity with the seeds 0, 1, …, and put it side by side.
+    """Run every recipe at every sparsity with the seeds 0, 1, …, where results are missing, and compare all results.
 
     Writes `compare.json`, `compare.md` and `compare.svg` into the workspace's folder. Rows that its table has already
     stay, as long as they were made under the same conditions. Those made by another besa or on another machine are
-    shown as such, and not taken for what is asked for here.
+    shown as such, and not used as results of this call.
 
-    Ranks share the runs out. Rank 0 has the folder, and makes table and plot when all runs are done.
+    Ranks share the runs. Rank 0 owns the folder, and makes table and plot when all runs are done.
 
     Args:
         workspace: model, data, measures, and where to keep what is done.
-        recipes: names of shipped ones, or YAML files.
+        recipes: names of shipped recipes, or YAML files.
         sparsities: shares of the prunable weights.
-        seeds: of each, how many; a row that has more keeps them.
+        seeds: number of seeds of each row; a row that has more keeps them.
         command: what the user typed, for the record.
 
     Raises:
@@ -162,7 +162,7 @@ def _table(
 
 @contextmanager
 def _claimed(folder: Path) -> Iterator[None]:
-    """Have the folder to oneself; a new one goes again where nothing came of the work."""
+    """While open, only this process has the folder; a new folder is removed if nothing came of the work."""
     new = not folder.exists()
     with claimed(folder, folder):
         tidy(folder)
@@ -174,7 +174,7 @@ def _claimed(folder: Path) -> Iterator[None]:
 
 
 def _place(settings: dict[str, Any] | None) -> tuple[str, float]:
-    """What tells rows apart: name of the recipe, and sparsity asked for."""
+    """Key of a row: name of the recipe, and sparsity asked for."""
     assert settings is not None
     return settings["name"], settings["sparsity"]
 
@@ -182,7 +182,7 @@ def _place(settings: dict[str, Any] | None) -> tuple[str, float]:
 def _earlier(
     folder: Path, conditions: dict[str, Any], origin: Origin
 ) -> tuple[dict[tuple[str, float], Row], list[Row]]:
-    """Rows that the table in a folder has: recipes of this origin by their places, and all rows of others.
+    """Rows of the table in a folder: those of this origin by key, and all those of other origins.
 
     Raises:
         BesaError: they were made under other conditions, or the table cannot be read.
@@ -206,7 +206,7 @@ def _earlier(
 
 
 def _seeds(recipe: Recipe, seeds: int, rows: Mapping[tuple[str, float], Row], folder: Path) -> int:
-    """How many the row of a recipe, with its settings as in a record, shall have.
+    """Number of seeds that the row of a recipe shall have; its settings are as in a record.
 
     Raises:
         BesaError: the table in `folder` has a row of another recipe by that name.

@@ -47,7 +47,7 @@ FULL = Plan(
 
 @dataclass(frozen=True)
 class Demo:
-    """What a demo made.
+    """Results of a demo.
 
     Attributes:
         comparison: of the methods.
@@ -71,7 +71,7 @@ def run_demo(
     command: list[str] | None = None,
     progress: Progress = silent,
 ) -> Demo:
-    """Compare the methods, keep their checkpoints, and write a report on them; what `out` has is not done again.
+    """Compare the methods, keep their checkpoints, and write a report on them; results that `out` has are used again.
 
     Args:
         out: folder for checkpoints, table, plot and report, as of `compare`.

@@ -1,4 +1,4 @@
-"""What made a result: the versions and the machine that its numbers depend on."""
+"""The origin of a result: the versions and the machine that its numbers depend on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from besa.system.machine import machine, versions
 
 
 class Origin(BaseModel):
-    """Results of one origin can stand side by side; those of another are shown as such, and not used again.
+    """Versions and machine. Only results of the same origin are compared or used again; others are shown as such.
 
     Attributes:
         versions: of besa and of the packages that its numbers depend on.
@@ -23,7 +23,7 @@ class Origin(BaseModel):
 
     @classmethod
     def here(cls, device: str) -> Origin:
-        """Of what is computed here on a device; Python's own version changes no number.
+        """Origin of results that are computed here on a device, without Python's version, which changes no number.
 
         Raises:
             BesaError: there is no such device here.

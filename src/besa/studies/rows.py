@@ -1,4 +1,4 @@
-"""Rows of a table of results: what was found of a recipe, and by which besa on which machine."""
+"""Rows of a table of results: the scores of a recipe, and the besa and the machine that they come from."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Row(BaseModel):
         recipe: its name.
         settings: of the recipe; of a dense model there are none.
         sparsity: counted in the written tensors.
-        seeds: how many runs.
+        seeds: number of runs.
         mean: of every score over the seeds.
         spread: their standard deviation, where there are several and all are finite.
         values: the scores by seed.
@@ -70,8 +70,8 @@ def row(
     Args:
         recipe: its name.
         outcomes: one for each seed, all of one origin.
-        scores: what is looked at.
-        dense: what is found of the dense model, to compare with.
+        scores: names of the scores.
+        dense: outcome of the dense model, to compare with.
     """
     each = [scores(outcome) for outcome in outcomes]
     values = {score: [numbers[score] for numbers in each] for score in each[0]}
@@ -89,7 +89,7 @@ def row(
 
 
 def joined(first: Row, second: Row, dense: Row | None = None) -> Row:
-    """A row of the seeds of two, which may be of other machines; answers to questions are not compared again.
+    """Join two rows, which may come from other machines; answers to questions are not compared again.
 
     Args:
         first: whose seeds come first.
@@ -124,7 +124,7 @@ def _row(
     origin: Origin | None,
     paired: Against | None = None,
 ) -> Row:
-    """Of scores by seed, beside those of the dense model."""
+    """A row from the scores of each seed and the scores of the dense model."""
     means = {score: mean(numbers) for score, numbers in values.items()}
     shared = means.keys() & reference.keys()
     return Row(

@@ -1,4 +1,4 @@
-"""Runs of a workspace shared out among ranks: each run is done by one rank by itself."""
+"""Runs of a workspace, shared among ranks: one rank does each run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FAILED = "besa.failed"  # name of the file that tells the other ranks to begin n
 
 
 def tidy(folder: Path) -> None:
-    """Remove what killed ranks have left of their sharing; the caller has the folder to itself."""
+    """Remove the locks and failure marks that killed ranks have left; the caller has the folder to itself."""
     for path in (*folder.glob(f"*.{LOCK}"), folder / FAILED):
         path.unlink(missing_ok=True)
 
@@ -38,7 +38,7 @@ def check_alike(origin: Origin) -> None:
 
 
 def share_out(workspace: Workspace, runs: Sequence[tuple[Recipe | None, int]]) -> None:
-    """Do the runs that are missing. Each rank does the next that is neither done nor in work, until all are done.
+    """Do the missing runs. Each rank takes the next run that no rank has done or begun, until all are done.
 
     Args:
         workspace: its folder exists and is the same on all ranks.

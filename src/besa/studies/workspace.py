@@ -1,9 +1,9 @@
-"""A folder of runs and evaluations under the keys of what decides them: what is there is not done again.
+"""A folder of runs and evaluations. The key of each holds all that decides its result, so that nothing is done twice.
 
-Weights that are to go once they are measured have a file `KEY.passing` beside them: where a command is stopped before
-that, they go when it goes on.
+Weights that are to be removed after their evaluation have a file `KEY.passing` beside them. If a command is stopped
+before that, they are removed when it is resumed.
 
-Versions and machine are part of every key: what another besa or another machine left in the folder is not used.
+Versions and machine are part of every key: results of another besa or another machine are not used.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Conditions:
 
 @dataclass(frozen=True)
 class Measures:
-    """What models are measured by; fields as the arguments of `evaluate`."""
+    """How models are evaluated; fields as the arguments of `evaluate`."""
 
     texts: tuple[str, ...] = ()
     data: dict[str, str] = field(default_factory=dict, hash=False)
@@ -74,24 +74,24 @@ class Measures:
     hub: bool = False
 
     def only(self, texts: Iterable[str], tasks: tuple[str, ...] = ()) -> Measures:
-        """The same of some texts, and of these tasks."""
+        """A copy with some of the texts only, and with these tasks."""
         texts = tuple(texts)
         data = {name: file for name, file in self.data.items() if name in texts}
         return replace(self, texts=texts, data=data, tasks=tasks)
 
     def each(self) -> list[Measures]:
-        """One text each, and all tasks together: each is kept for itself, so that other sets of texts find it."""
+        """One text each, and all tasks together; results are kept apart, so that other sets of texts find them."""
         return [*(self.only([text]) for text in self.texts), *([self.only([], self.tasks)] if self.tasks else [])]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A run and how good its model is.
+    """A run and the evaluations of its model.
 
     Attributes:
         record: of the run; the dense model has none.
         evaluations: one for each text, and one for all tasks.
-        origin: versions and machine that made them; None where nobody knows.
+        origin: versions and machine that made them; None where it is not known.
     """
 
     record: RunRecord | None
@@ -123,13 +123,13 @@ class Workspace:
     """Where runs and evaluations are kept, as `KEY.run.json` and `KEY.EVALUATION.json`.
 
     Attributes:
-        folder: is made when needed.
+        folder: created when it is needed.
         conditions: of the runs.
         measures: of the evaluations.
-        keep: have pruned weights in `KEY/`; else those pruned now go once they are evaluated, and another evaluation
-            prunes anew.
+        keep: keep pruned weights in `KEY/`; else they are removed after their evaluation, and another evaluation prunes
+            again.
         progress: told about each piece of work in turn.
-        device: where this rank computes; None for the device of the conditions, which all ranks name alike.
+        device: where this rank computes; None for the device of the conditions, which is the same for all ranks.
     """
 
     folder: Path
@@ -149,7 +149,7 @@ class Workspace:
         return self.device or self.conditions.device
 
     def outcome(self, recipe: Recipe | None, seed: int = 0) -> Outcome:
-        """The run of a recipe (None: the dense model) and its evaluations; done now, or gone on with, where missing.
+        """The run of a recipe (None: the dense model) and its evaluations; what is missing is done or resumed now.
 
         Raises:
             BesaError: as `compress` and `evaluate`.
@@ -193,7 +193,7 @@ class Workspace:
         return (self.folder / f"{key}.run.json").exists() and ((self.folder / key).exists() or not self.keep)
 
     def check(self, runs: Iterable[tuple[Recipe | None, int]]) -> None:
-        """Find out before the work what would end it, where something of the runs (recipes and seeds) is missing.
+        """Check, before the work, what the missing runs (recipes and seeds) need.
 
         Raises:
             BesaError: a text, a task, the model or the device cannot be had, or the text to calibrate on is too short.
@@ -235,7 +235,7 @@ class Workspace:
         write_file(record, (checkpoint / RECORD_NAME).read_text(encoding="utf-8"))
 
     def _measure(self, model: str | Path, missing: Mapping[Measures, Path]) -> None:
-        """Evaluate once, and keep the parts apart."""
+        """Evaluate in one go, and keep the results of each text and of the tasks apart."""
         texts = [text for measures in missing for text in measures.texts]
         tasks = next((measures.tasks for measures in missing if measures.tasks), ())
         evaluation = evaluate(
@@ -253,12 +253,12 @@ class Workspace:
             write_file(path, part.model_dump_json(indent=2) + "\n")
 
     def decisive(self) -> dict[str, Any]:
-        """Whatever decides results besides recipe and seed, in types of JSON; files by what is in them."""
+        """Everything that decides results besides recipe and seed, in JSON types; files by their content."""
         decisive: dict[str, Any] = json.loads(json.dumps(self._of_runs() | self._of_evaluation(self.measures)))
         return decisive
 
     def key(self, recipe: Recipe | None, seed: int) -> str:
-        """A name that a reader knows the run by, and a digest of all that decides its result."""
+        """Key of a run: a readable name, and a digest of all that decides its result."""
         if recipe is None:
             return DENSE
         settings = recipe.model_dump(mode="json")
@@ -267,7 +267,7 @@ class Workspace:
         return f"{name}-{recipe.sparsity:g}-seed{seed}-{self._digest(decisive)}"
 
     def _name(self, measures: Measures) -> str:
-        """What a reader knows an evaluation by, and a digest of what its numbers depend on besides the pruned model."""
+        """Key of an evaluation: a readable name, and a digest of what decides it besides the pruned model."""
         name = text_name(measures.texts[0]) if measures.texts else "zero-shot"
         return f"{plain(name)}-{self._digest(self._of_evaluation(measures))}"
 
@@ -285,7 +285,7 @@ class Workspace:
         return decisive
 
     def _of_evaluation(self, measures: Measures) -> dict[str, Any]:
-        """Of the dense model, numbers depend on that too, and on its dtype."""
+        """What an evaluation depends on besides the pruned model; the dense model and its dtype are part of it."""
         return asdict(measures) | {
             "texts": [_content(text) for text in measures.texts],
             "data": {name: _content(file) for name, file in measures.data.items()},
@@ -296,7 +296,7 @@ class Workspace:
 
     @cached_property
     def _source(self) -> Source:
-        """The model, of one commit for all that is done."""
+        """The model, at one commit for all runs."""
         given = self.conditions
         return locate(given.model, self.progress, trust_remote_code=given.trust_remote_code).local(self.progress)
 
@@ -323,7 +323,7 @@ def _label(checkpoint: Path) -> str:
 
 
 def _calibrated_on(calibration: str) -> Any:
-    """The content of a text, or of the texts of a mixture with their shares."""
+    """Digest of a calibration text, or of the texts of a mixture with their shares."""
     parts = parts_of(calibration)
     if len(parts) == 1:
         return _content(parts[0].source)

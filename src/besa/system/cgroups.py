@@ -12,7 +12,7 @@ UNLIMITED = 1 << 60  # version 1 writes a number near 2⁶³ where there is no l
 
 @dataclass(frozen=True)
 class Limit:
-    """Of one group.
+    """Memory limit of one control group.
 
     Attributes:
         most: bytes that its processes may have together.
@@ -24,7 +24,7 @@ class Limit:
 
 
 def limits() -> list[Limit]:
-    """Those of this process's group and of all groups around it; none where there are no control groups."""
+    """Limits of this process's group and of all groups around it; none where there are no control groups."""
     return [limit for folder, names in _groups() if (limit := _limit(folder, *names)) is not None]
 
 
@@ -51,7 +51,7 @@ def _groups() -> Iterator[tuple[Path, tuple[str, str, str]]]:
 
 
 def _limit(folder: Path, most: str, used: str, droppable: str) -> Limit | None:
-    """Of a folder that has one."""
+    """The limit of a control group's folder; None if it has none."""
     try:
         limit, use = ((folder / name).read_text(encoding="ascii").strip() for name in (most, used))
         if not limit.isdigit() or int(limit) >= UNLIMITED:

@@ -68,7 +68,7 @@ class Launch:
 
     @property
     def address(self) -> str:
-        """Of the store."""
+        """Address of the store, as host:port."""
         return f"{self.host}:{self.port}"
 
     @property

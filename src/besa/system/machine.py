@@ -73,8 +73,8 @@ def multiplying_in(dtype: torch.dtype, stored: torch.dtype, device: torch.device
         reason = " ".join(str(error).split()).rstrip(".")[:200]
         name = str(dtype).removeprefix("torch.")
         raise BesaError(
-            f"The model does not run with products in {name} ({reason}): take --dtype {name}, or let what learns "
-            "multiply in its own dtype (--set allocation.autocast=false, or distill.autocast, finetune.autocast)."
+            f"The model fails with matrix products in {name} ({reason}): use --dtype {name}, or switch autocast off "
+            "(--set allocation.autocast=false, finetune.autocast=false or distill.autocast=false)."
         ) from error
 
 

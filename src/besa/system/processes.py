@@ -100,9 +100,8 @@ def _traces() -> object:
     if state == "D":  # it waits for a disk: as long as this machine writes any, it may be its turn next
         counts += [line for line in _lines(PROC / "vmstat") if line.startswith(("nr_written", "pgpgin"))]
     children = [_fields(PROC / pid) for line in _lines(main / "children") for pid in line.split()]
-    if any(
-        child and child[0] not in "ZTt" for child in children
-    ):  # a compiler or a download, with time limits of its own
+    # A child is a compiler or a download, with time limits of its own.
+    if any(child and child[0] not in "ZTt" for child in children):
         counts.append(str(time.monotonic()))
     return times, counts
 

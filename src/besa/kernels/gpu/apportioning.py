@@ -1,4 +1,4 @@
-"""Counts of rows at one price of a step, in one program, which makes the bisection one launch."""
+"""Counts of rows at a common price, in one program, so that the bisection is one launch."""
 
 from __future__ import annotations
 

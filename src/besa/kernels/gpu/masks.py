@@ -1,4 +1,4 @@
-"""The kernels of masks.cpp again, for GPUs."""
+"""The kernels of masks.cpp in Triton."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _binned(
 
 @triton.jit
 def _places(w, begin, left, columns, met, BLOCK: tl.constexpr):
-    """Of some columns of a row: which are in it, which are kept, and where in the vector these stand."""
+    """Some columns of a row: addresses, which are in the row, which are kept, and their places in the vector."""
     at = left + tl.arange(0, BLOCK)
     inside = at < columns
     is_kept = (tl.load(w + begin + at, mask=inside, other=0.0) != 0).to(tl.int32)

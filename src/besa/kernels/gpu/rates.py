@@ -1,4 +1,4 @@
-"""The count rule of pruning rates in one program, which makes its bisection one launch."""
+"""From pruning rates to counts, in one program, so that the bisection is one launch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bitmask weights on a GPU, in Triton: made dense again, and multiplied with a few rows of x.
+"""Bitmask weights on a GPU, in Triton: unpacked, or multiplied with a few rows of x.
 
 A program expands a tile of some bands at a time, from left to right, and carries on where the values of the last tile
 ended. The position of a value is that of its word, a running sum, plus the bits below its own. Products run on tensor

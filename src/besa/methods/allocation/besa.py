@@ -51,7 +51,7 @@ class Besa(Descent, Allocator):
 
     @property
     def scope(self) -> Granularity:
-        """As `granularity` says."""
+        """The setting `granularity`."""
         return self.granularity
 
     @property
@@ -61,7 +61,7 @@ class Besa(Descent, Allocator):
 
     @property
     def teacher_path(self) -> Literal["dense", "pruned"] | None:
-        """As `teacher` says; None for linears, which need no teacher."""
+        """The setting `teacher`; None if the granularity is `linear`, which needs no teacher."""
         return None if self.granularity == "linear" else self.teacher
 
     def learning_bytes(self, shapes: Sequence[tuple[int, int]]) -> int:

@@ -76,7 +76,7 @@ class Descent(Learning):
         return first_tokens(seqlen, HALF if self.crop == "auto" else self.crop)
 
     def settled(self, ranks: int, samples: int, begun: Mapping[str, Any]) -> Self:
-        """The same with a number of sequences, and with a crop.
+        """A copy of the settings in which the number of sequences and the crop are chosen.
 
         Whole sequences in half as many steps, and half of the travel, are as many tokens in steps of the same size.
         Arguments as of `Learning.settled`.

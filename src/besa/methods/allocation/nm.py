@@ -50,11 +50,11 @@ class NM(Allocator):
 
     @property
     def group(self) -> int:
-        """M."""
+        """Columns in each group: M."""
         return self.of
 
     def loss_every(self, samples: int) -> int | None:
-        """As `Sensitivity` if patterns are mixed; else None."""
+        """One sequence in this many, as in `Sensitivity`, if patterns are mixed; else None."""
         return Sensitivity().loss_every(samples) if self.mixed else None
 
     @property
@@ -63,7 +63,7 @@ class NM(Allocator):
         return self.mixed
 
     def allocate(self, problem: BlockProblem) -> Allocated:
-        """The same number of zeros in every row of a linear.
+        """Give every row of a linear the same number of zeros.
 
         A group that already has more zeros than the pattern keeps them, unless a reconstruction gives them a value.
         """

@@ -38,12 +38,12 @@ class Sensitivity(Allocator):
     strength: float = Field(default=0.5, ge=0, le=1, description="part of the way from uniform to that threshold")
 
     def loss_every(self, samples: int) -> int:
-        """As `sequences` says."""
+        """One calibration sequence in this many is measured; see the setting `sequences`."""
         return one_in(samples, self.sequences)
 
     @property
     def compares_errors(self) -> bool:
-        """Yes: between all rows of the linears of a budget."""
+        """True: between all rows of the linears of a budget."""
         return True
 
     def allocate(self, problem: BlockProblem) -> Allocated:

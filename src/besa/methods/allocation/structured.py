@@ -45,7 +45,7 @@ class Structured(Allocator):
 
     @property
     def compares_errors(self) -> bool:
-        """Yes: between structures, summed up over their columns."""
+        """True: between structures, summed up over their columns."""
         return True
 
     def structures(self, block: Block, names: Sequence[str]) -> list[Coupling]:
@@ -144,7 +144,7 @@ class Structured(Allocator):
         return [*gone, (ffn, ffn.structures - kept)]
 
     def kept(self, block: Block, budget: Budget) -> dict[str, tuple[int, int]]:
-        """Of channels and heads."""
+        """Channels and heads of the block before and after, by kind."""
         gone = self._gone(block, budget.names, budget.zeros)
         return {coupling.kind: (coupling.structures, coupling.structures - number) for coupling, number in gone}
 

@@ -74,10 +74,10 @@ class Snapshots(Protocol):
 
     @property
     def position(self) -> dict[str, Any] | None:
-        """Of the last state, in JSON types; None if there is none."""
+        """Position of the last state, in JSON types; None if there is none."""
 
     def tensors(self, group: str) -> dict[str, Tensor]:
-        """Those of a group in the last state."""
+        """Tensors of a group in the last state."""
 
     def keep(
         self, position: Mapping[str, Any], groups: Iterable[tuple[str, Mapping[str, Tensor]]], urgent: bool
@@ -132,7 +132,7 @@ class Distiller(Settings):
         return 0.0
 
     def learned_passes(self, head: float) -> float:
-        """Of `passes`, those of learning steps."""
+        """The part of `passes` that learning steps take."""
         return 0.0
 
     def learning_bytes(self, kept: int, vectors: int) -> int:
@@ -182,5 +182,5 @@ class NoDistilling(Distiller):
     method: Literal["none"] = "none"
 
     def distill(self, pupil: Pupil, snapshots: Snapshots, progress: Progress) -> Distilled:
-        """No change and no losses."""
+        """Change nothing, and return no losses."""
         return Distilled()

@@ -66,7 +66,7 @@ class MaskedKL(Learning, Distiller):
     most_shared: ClassVar[int] = 4
 
     def studied(self, samples: int) -> int:
-        """Those of all epochs, and those that are held out."""
+        """Sequences for all epochs plus the held-out ones."""
         return needed(samples, self.epochs if self.further else 1)
 
     def epoch_passes(self, head: float) -> float:

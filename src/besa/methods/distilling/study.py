@@ -34,7 +34,7 @@ class Study:
 
     @classmethod
     def of(cls, drawn: Calibration, samples: int) -> Study:
-        """As many whole epochs as there are in what was drawn, which is at least as long as the calibration set.
+        """A study of as many whole epochs as were drawn; at least a calibration set must have been drawn.
 
         What is held out, and every epoch, has the texts of a mixture by their shares. The places of an epoch are spread
         over the whole set, so that ranks have equal work in it.

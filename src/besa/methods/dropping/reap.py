@@ -1,4 +1,4 @@
-"""REAP: router-weighted expert activation pruning (Lasby et al., "REAP the Experts", 2025).
+"""REAP: router-weighted expert activation pruning (Lasby et al., "REAP the Experts", 2025, arXiv 2510.13999).
 
 Shape suffixes: E experts of a mixture.
 """

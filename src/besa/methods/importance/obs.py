@@ -1,4 +1,7 @@
-"""Optimal brain surgeon: the error of removing a weight when the other weights of the row may compensate."""
+"""Optimal brain surgeon: the error of removing a weight when the other weights of the row may compensate.
+
+Source: SparseGPT (Frantar & Alistarh, 2023, arXiv 2301.00774).
+"""
 
 from __future__ import annotations
 

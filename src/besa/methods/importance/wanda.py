@@ -1,4 +1,7 @@
-"""Wanda: a weight is as important as the norm of its term in the output (BESA eq. 2; Sun et al., 2023)."""
+"""Wanda: a weight is as important as the norm of its term in the output (BESA eq. 2).
+
+Source: Sun et al., 2023, arXiv 2306.11695.
+"""
 
 from __future__ import annotations
 

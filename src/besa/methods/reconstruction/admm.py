@@ -1,4 +1,4 @@
-"""ADMM: solve for the mask and the kept weights in turn (ALPS; Meng et al., 2024).
+"""ADMM: solve for the mask and the kept weights in turn (ALPS; Meng et al., 2024, arXiv 2406.07831).
 
 Shape suffixes: O rows (output channels), R rows of this rank, I columns (input channels).
 """
@@ -42,7 +42,7 @@ class ADMM(Rebuilder):
 
     @property
     def keeps_mask(self) -> bool:
-        """No: each row chooses a new mask."""
+        """False: each row chooses a new mask."""
         return False
 
     def rebuild(

@@ -1,4 +1,7 @@
-"""Conjugate gradient: the kept weights of a fixed mask that bring the linear's output closest to the dense output."""
+"""Conjugate gradient: the kept weights of a fixed mask that bring the linear's output closest to the dense output.
+
+Source: ALPS (Meng et al., 2024, arXiv 2406.07831), of which this is the last step.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SparseGPT: prune column by column; the columns to the right compensate (Frantar & Alistarh, 2023).
+"""SparseGPT: prune column by column; the columns to the right compensate (Frantar & Alistarh, 2023, arXiv 2301.00774).
 
 Shape suffixes: O rows (output channels), R rows of this rank, I columns (input channels),
 B columns of the present block of columns.

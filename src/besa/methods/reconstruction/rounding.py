@@ -1,4 +1,6 @@
-"""Codes for weights that have moved: the rounding error of each column is made up for by the columns after it (GPTQ).
+"""Codes for weights that have moved: the columns after each column make up for its rounding error.
+
+This is GPTQ (Frantar et al., 2023, arXiv 2210.17323).
 
 Shape suffixes: O rows (output channels), I columns (input channels), B columns of the present block.
 """
@@ -33,6 +35,9 @@ def unrounded(
         statistics: of the linear's input.
         quantization: settings.
         groups: of a row.
+
+    Raises:
+        BesaError: the Hessian of the inputs is not positive definite.
     """
     shares = SHARES if quantization.clipping == "searched" else (1.0,)
     grid = best_grid(w_OI, statistics.squares_I, groups, quantization.bits, quantization.symmetric, shares)

@@ -1,4 +1,4 @@
-"""Change: how far a layer turns the hidden states that pass through it.
+"""Change: how far a layer turns the hidden states that pass through it (ShortGPT; Men et al., 2024, arXiv 2403.03853).
 
 Shape suffixes: N sequences, T tokens, C channels of the residual stream.
 """

@@ -18,9 +18,13 @@ class LossSensitivity(Bounded):
     strength: float = Field(default=0.5, ge=0, le=1, description="part of the way from uniform to that threshold")
 
     def loss_every(self, samples: int) -> int:
-        """As many as are measured."""
+        """One calibration sequence in this many is measured."""
         return self.every(samples)
 
     def measure(self, survey: Survey) -> list[float]:
-        """A sparsity for each block, from the gradients."""
+        """A sparsity for each block, from the gradients.
+
+        Raises:
+            BesaError: gradients are NaN or infinite.
+        """
         return loss_gradients(survey, self.every(survey.calibration.samples)).part_way(self.strength)

@@ -1,4 +1,4 @@
-"""OWL: blocks with more outliers lose fewer weights (Yin et al., 2024).
+"""OWL: blocks with more outliers lose fewer weights (Yin et al., 2024, arXiv 2310.05175).
 
 Shape suffixes: O rows, I columns.
 """

@@ -45,22 +45,22 @@ class Search(Bounded):
         return max(2, super().every(samples))
 
     def loss_every(self, samples: int) -> int:
-        """As many as are measured."""
+        """One calibration sequence in this many is measured."""
         return self.every(samples)
 
     @property
     def forwards(self) -> int:
-        """One of the dense model and one of each trial."""
+        """Forward passes: one of the dense model and one of each trial."""
         return 1 + self.trials
 
     @property
     def trials(self) -> int:
-        """One for each strength."""
+        """Trials: one for each strength."""
         return len(self.strengths)
 
     @property
     def paths(self) -> int:
-        """Those of the embeddings, the dense model and every trial, at one block."""
+        """Sets of hidden states at one block: of the embeddings, of the dense model and of every trial."""
         return self.trials + 2
 
     def measure(self, survey: Survey) -> list[float]:
