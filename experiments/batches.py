@@ -83,12 +83,12 @@ def verdict(found: Found) -> Verdict:
     """Some cell is better than the first."""
     first, *others = found.rows
     against = {label: judged(found.changes(label, first), most=0) for label in others}
-    better = [label for label, one in against.items() if one.holds]
+    better = [label for label, one in against.items() if one.holds(len(others))]
     least = min(against, key=lambda label: against[label].mean)
     told = (
         f"{len(better)} of {len(others)} cells are better than {first}; the least is {least}, {against[least].words()}"
     )
-    worse = all(one.holds is False for one in against.values())
+    worse = all(one.holds() is False for one in against.values())
     holds = True if better else False if worse else None
     return Verdict(f"{found.text}: {told}.", holds, against[least].mean < 0)
 

@@ -3,10 +3,13 @@
 python -m experiments.all --only table2
 """
 
+from math import sqrt
+from statistics import mean, variance
+
 from besa.data.questions import TASKS
 from besa.evaluation.pairing import Paired, against
 from experiments.experiment import DENSE_CASE, Case, Experiment, Found, Options, by_method, numbers
-from experiments.judging import Judged, Verdict, decided, ruled
+from experiments.judging import Judged, Verdict, ruled
 
 BASELINES = ("sparsegpt", "wanda")
 
@@ -36,10 +39,11 @@ def lead(found: Found, name: str) -> Judged:
 
 
 def _pooled(each: list[Paired]) -> Judged:
-    """Over seeds; they ask the same questions, so that the error of one is that of all."""
-    errors = [one.stderr for one in each if one.stderr is not None]
-    mean = 100 * sum(one.difference for one in each) / len(each)
-    return decided(mean, 100 * max(errors) if errors else None, least=0)
+    """Over seeds. They ask the same questions, so the error of one is that of all; that of seeds comes on top."""
+    means, errors = [100 * one.difference for one in each], [one.stderr for one in each if one.stderr is not None]
+    by_seed = variance(means) / len(means) if len(means) > 1 else 0.0
+    error = sqrt((100 * max(errors)) ** 2 + by_seed) if errors else None
+    return Judged(mean(means), error, each[0].answers, least=0)
 
 
 EXPERIMENT = Experiment("table2", "Table 2: zero-shot accuracy", cases, verdict, by_method, texts=(), tasks=TASKS)

@@ -333,7 +333,7 @@ def test_verdicts_say_what_the_seeds_allow() -> None:
     table6 |= {"block": [6.7, 6.86, 7.0], "two-blocks": [6.6, 6.7, 6.85]}
     table6["attn-mlp"] = [6.85, 6.97, 7.15]
     assert judged("table6", **table6).holds is True
-    assert judged("table6", **table6 | {"attn-mlp": [6.6, 6.7, 6.9]}).holds is False
+    assert judged("table6", **table6 | {"attn-mlp": [6.58, 6.72, 6.87]}).holds is False
     table5 = {"1 epoch": near(6.86), "3 epochs": [6.7, 6.87, 7.0], "10 epochs": near(6.86), "30 epochs": near(6.85)}
     table5 |= {"step 0.1": near(6.84), "step 0.01": near(6.86), "step 0.001": [6.72, 6.86, 7.01]}
     table5 |= {"Weight": [7.3, 7.43, 7.6], "Wanda": near(6.86), "SparseGPT": [8.5, 8.73, 8.9]}
@@ -402,13 +402,16 @@ def test_accuracies_are_compared_question_by_question() -> None:
 def test_calibrated_documents_are_left_out_of_what_is_measured(
     tmp_path: Path, data: dict[str, str], tiny_llama_folder: Path
 ) -> None:
-    documents = list(read_documents(data["c4"]))
-    same, broken, half = documents[0], documents[1].replace(" ", "\n"), "Other words. " + documents[2][40:]
-    assert len(half.split()) > 30
-    (tmp_path / "known.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in (same, broken, half)))
-    measures = Measures(("c4", "ptb"), {"c4": data["c4"], "ptb": data["ptb"]})
+    words = Path(data["calibration"]).read_text().split()
+    documents = [" ".join(words[start : start + 60]) for start in range(0, 360, 60)]
+    same, broken, half = documents[0], documents[1].replace(" ", "\n"), "Other words. " + documents[2][200:]
+    assert 20 < len(half.split()) < 60
+    for name, texts in {"known": (same, broken, half), "c4": documents}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "made").mkdir()
+    measures = Measures(("c4", "ptb"), {"c4": str(tmp_path / "c4.jsonl"), "ptb": data["ptb"]})
     options = Options(Conditions("m", str(tmp_path / "known.jsonl")), measures)
-    files, notes = without_calibration(options, tmp_path)
+    files, notes = without_calibration(options, tmp_path / "made")
     assert files["ptb"] == data["ptb"]
     assert list(read_documents(files["c4"])) == documents[3:]
     gone = "without 3 documents that calibration texts have too, whole or in part"
