@@ -9,6 +9,7 @@ from besa.methods.recipe import Recipe
 from besa.models.blocks import find_blocks
 from besa.models.whole import head_share
 from besa.planning import forward_passes, spending, within
+from tests.integration.test_families import config_of, random_model
 
 HALF_STEPS = 88 / 64 / 2  # passes over half of every sequence
 
@@ -81,6 +82,18 @@ def test_the_head_is_a_share_of_the_blocks(tiny_llama) -> None:
     blocks = find_blocks(tiny_llama)
     inside = sum(parameter.numel() for parameter in tiny_llama.model.layers.parameters())
     assert head_share(tiny_llama, blocks) == 1024 * 96 / inside
+
+
+@pytest.mark.parametrize("family", ["mixtral", "phimoe"])
+def test_of_experts_those_of_a_token_count(family) -> None:
+    model = random_model(config_of(family))
+    blocks = find_blocks(model)
+    experts, chosen = model.config.num_local_experts, model.config.num_experts_per_tok
+    assert 0 < chosen < experts
+    idle = sum(one.numel for block in blocks for one in block.prunables.values() if one.routed) * (1 - chosen / experts)
+    inside = sum(parameter.numel() for block in blocks for parameter in block.module.parameters())
+    head = model.config.vocab_size * model.config.hidden_size
+    assert head_share(model, blocks) == pytest.approx(head / (inside - idle))
 
 
 def test_distilling_has_what_fine_tuning_leaves() -> None:

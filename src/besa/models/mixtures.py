@@ -74,21 +74,22 @@ def find_mixtures(model: PreTrainedModel, blocks: Sequence[Block]) -> Mixtures:
             "the same number from all: leave out experts.method."
         )
     config = model.config.get_text_config()
-    chosen = _chosen(model, config)
+    if (chosen := chosen_experts(config)) is None:
+        raise BesaError(
+            f"The configuration of {type(model).__name__} does not say how many experts a token gets, under any key "
+            f"that besa knows ({', '.join(CHOSEN)}), so besa cannot tell how many must stay: leave out experts.method."
+        )
     groups = next((int(getattr(config, key)) for key in GROUPS if getattr(config, key, None)), 0)
     # A group is judged by its best two experts.
     of_group = max(2, -(-chosen // max(1, int(getattr(config, CHOSEN_GROUPS, None) or 1)))) if groups else chosen
     return Mixtures(each, each[0].experts, max(1, groups), max(1, groups) * of_group)
 
 
-def _chosen(model: PreTrainedModel, config: PreTrainedConfig) -> int:
-    """How many experts a token gets; the most, if blocks differ."""
+def chosen_experts(config: PreTrainedConfig) -> int | None:
+    """How many experts a token gets, by the text decoder's configuration; the most if blocks differ, None if unsaid."""
     said = next((getattr(config, key) for key in CHOSEN if getattr(config, key, None)), None)
     if said is None:
-        raise BesaError(
-            f"The configuration of {type(model).__name__} does not say how many experts a token gets, under any key "
-            f"that besa knows ({', '.join(CHOSEN)}), so besa cannot tell how many must stay: leave out experts.method."
-        )
+        return None
     return max(map(int, said)) if isinstance(said, list | tuple) else int(said)
 
 

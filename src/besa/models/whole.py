@@ -5,6 +5,7 @@ Shape suffixes: N sequences, T tokens, C channels of the residual stream, V voca
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 
@@ -14,6 +15,8 @@ from transformers import PreTrainedModel
 
 from besa.models.blocks import Block, logits_of
 from besa.models.kept import spread
+from besa.models.mixtures import chosen_experts
+from besa.models.prunable import everywhere
 from besa.system.machine import multiplying_in
 
 
@@ -144,8 +147,16 @@ class Whole:
 
 
 def head_share(model: PreTrainedModel, blocks: Sequence[Block]) -> float:
-    """The cost of a model's head, as a share of a forward pass through all its blocks."""
+    """The cost of a model's head, as a share of a forward pass through all its blocks.
+
+    Of experts that a router chooses from, as many count as a token gets.
+    """
     config = model.config.get_text_config()
-    inside = sum(parameter.numel() for block in blocks for parameter in block.module.parameters())
+    inside: float = sum(parameter.numel() for block in blocks for parameter in block.module.parameters())
+    for block in blocks:
+        routed = [(everywhere(name), one.numel) for name, one in block.prunables.items() if one.routed]
+        experts = Counter(kind for kind, _ in routed)
+        for kind, numel in routed:
+            inside -= numel * (1 - min(chosen_experts(config) or experts[kind], experts[kind]) / experts[kind])
     head: int = config.vocab_size * config.hidden_size
     return head / inside
