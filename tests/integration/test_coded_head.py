@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -228,6 +229,23 @@ def test_a_head_that_is_renamed_by_its_whole_name_stays_as_it_is(
     besa.pack(tmp_path / "dense", tmp_path / "packed", head="int8")
     with pytest.raises(BesaError, match=r"head\.weight_codes has no place in the model"):
         besa.load(tmp_path / "packed")
+
+
+def test_an_offloaded_matrix_is_refused(made: Callable[[str], Path]) -> None:
+    """Its steps would be on the meta device, where torch multiplies without a word."""
+    model = AutoModelForCausalLM.from_pretrained(made("tied") / "packed")
+    offloaded = cpu_offload(model, torch.device("cpu"))
+    with pytest.raises(BesaError, match="Packed weights cannot be offloaded"):
+        offloaded(TOKENS)
+
+
+def test_numbers_without_a_step_are_refused(tmp_path: Path) -> None:
+    model = LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=False))
+    model.lm_head.weight.data[3, :2] = torch.tensor([3e38, -3e38])
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(BesaError, match=r"^lm_head\.weight has numbers that are too large for codes of eight bits"):
+        besa.pack(tmp_path / "model", tmp_path / "packed", head="int8")
+    assert not (tmp_path / "packed").exists()
 
 
 def test_refusals(made: Callable[[str], Path], tmp_path: Path) -> None:

@@ -269,6 +269,14 @@ def test_adapters_are_trained_and_merged(folder: Path, tmp_path: Path, wrapped: 
         early.remove()
 
 
+@pytest.mark.parametrize("adapters", [False, True])
+def test_adapters_that_begin_by_changing_the_weights_are_refused(tiny_llama: PreTrainedModel, adapters: bool) -> None:
+    config = peft.LoraConfig(target_modules=["up_proj"], init_lora_weights="olora")
+    adapted = peft.get_peft_model(prune(tiny_llama), config)
+    with pytest.raises(BesaError, match="init_lora_weights='olora', which changes the pruned weights too"):
+        besa.keep_masks(adapted, adapters=adapters)
+
+
 def test_a_second_adapter_need_not_be_on_every_linear(tiny_llama: PreTrainedModel) -> None:
     adapted = peft.get_peft_model(prune(tiny_llama), peft.LoraConfig(target_modules=["up_proj", "down_proj"]))
     adapted.add_adapter("second", peft.LoraConfig(target_modules=["up_proj"], init_lora_weights=False))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -25,6 +26,7 @@ import besa_hook
 from besa import BesaError, Recipe
 from besa.checkpoint import writer
 from besa.runtime.linear import SparseLinear
+from besa.storage.formats import bitmask
 from tests import pretend
 from tests.slowly import some_slow
 
@@ -216,6 +218,56 @@ def test_weights_that_would_stay_on_the_disk_are_refused(plain: Path, tmp_path: 
         )
 
 
+def test_dense_parts_may_lie_on_the_disk(folder: Path, tmp_path: Path) -> None:
+    """A head, and a linear that was not packed: accelerate brings their weights for each call."""
+    loaded = besa.load(folder)
+    expected = logits(loaded)
+    places = {name: "cpu" for name, module in loaded.named_modules() if not [*module.children()]}
+    places |= {"model.layers.0.self_attn.k_proj": "disk", "model.layers.3.self_attn.k_proj": "disk"}
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map=places, offload_folder=str(tmp_path))
+    assert model.model.layers[3].self_attn.k_proj.weight.is_meta
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_numbers_that_do_not_fit_are_never_read(plain: Path) -> None:
+    """Kernels would read past their end."""
+    model = AutoModelForCausalLM.from_pretrained(plain)
+    expected, state = logits(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    other = AutoModelForCausalLM.from_pretrained(plain).dequantize()
+    name = "model.layers.0.mlp.up_proj"
+    other.get_submodule(name).weight.data[:, ::3] = 0
+    weight = SparseLinear(bitmask.pack(other.get_submodule(name).weight.detach()))
+    with pytest.raises(BesaError, match=rf"^The sparse weight {name} has another number of zeros than the model's"):
+        model.load_state_dict(state | {f"{name}.{key}": tensor for key, tensor in weight.state_dict().items()})
+    assert torch.equal(logits(model), expected)
+    model.to_empty(device="cpu")
+    for part in model.modules():
+        if isinstance(part, SparseLinear):
+            part.weight_offsets.fill_(2**40)
+    with pytest.raises(BesaError, match=r"of a layer that was moved is damaged: its masks and values do not fit"):
+        model.get_submodule(name)(torch.ones(1, weight.in_features))
+    model.load_state_dict(state)
+    x = torch.randn(1, weight.in_features)
+    assert torch.equal(model.get_submodule(name)(x), AutoModelForCausalLM.from_pretrained(plain).get_submodule(name)(x))
+
+
+def test_a_part_cannot_be_cast_either(plain: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(plain)
+    expected = logits(model)
+    with pytest.raises(BesaError, match="Packed linears keep their dtype"):
+        model.model.half()
+    assert torch.equal(logits(model), expected)
+    assert model.dequantize().model.half().dtype == torch.float16
+
+
+def test_adapters_are_saved_alone(plain: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(plain)
+    model.add_adapter(peft.LoraConfig(target_modules=["lm_head"]))
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} >= {"adapter_model.safetensors", "adapter_config.json"}
+    assert not list(tmp_path.glob("bitmask*"))
+
+
 def test_damage_is_refused_here_too(plain: Path, tmp_path: Path) -> None:
     config = json.loads((plain / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 9}))
@@ -284,6 +336,12 @@ def test_version_1_loads_in_besa(folder: Path, tmp_path: Path) -> None:
     assert torch.equal(logits(besa.load(tmp_path / "out")), logits(besa.load(folder.parent / "dense")))
     with pytest.raises(OSError, match="no file named"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+    model.save_pretrained(tmp_path / "saved")
+    besa.unpack(tmp_path / "saved", tmp_path / "unpacked")
+    model.dequantize().save_pretrained(tmp_path / "dense")
+    for made in ("unpacked", "dense"):
+        assert "version" not in json.loads((tmp_path / made / "config.json").read_text()).get("besa", {})
+        torch.testing.assert_close(logits(besa.load(tmp_path / made)), logits(besa.load(folder.parent / "dense")))
 
 
 # Programs that do not import besa.

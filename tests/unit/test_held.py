@@ -7,10 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from besa.kernels import held, sparse_native
 from besa.kernels.reading import USUAL, WAYS
 from besa.quantization import Grid, Quantized
+from besa.runtime.kept import Kept
 from besa.runtime.linear import SparseLinear
 from besa.storage.formats import bitmask
 from tests.sparse_weights import codes_weight, row_of_x
@@ -145,6 +147,21 @@ def test_the_largest_sums_fit(path):
                 numbers = torch.full((1, 4096), sign * 32639.0)
                 numbers[0, 0] = 8_355_711  # makes the unit 1
                 assert_close(held.Product(weight)(numbers), numbers, weight)
+
+
+@some_order
+def test_numbers_that_change_in_place_are_prepacked_anew(monkeypatch):
+    monkeypatch.setattr(held, "pays", lambda weight, threads: True)
+    linear = SparseLinear(codes_weight(128, 320, 5, 4, False))
+    x_NI = torch.randn(1, 320)
+    before = linear(x_NI)
+    assert linear.product.prepacked
+    steps = Kept(nn.ModuleList([nn.Identity(), linear]), lambda: linear.product)
+    product = steps.now()
+    assert steps.now() is product
+    linear.weight_scale.mul_(2)
+    torch.testing.assert_close(linear(x_NI), 2 * before)
+    assert steps.now() is linear.product is not product
 
 
 def test_other_weights_are_not_held():

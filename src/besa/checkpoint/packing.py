@@ -25,6 +25,7 @@ from besa.models.source import Source
 from besa.models.widths import refuse
 from besa.progress import Progress, silent
 from besa.storage.formats import bitmask, codes, row_codes
+from besa.storage.formats.bitmask import is_positive
 from besa.storage.formats.container import CODES, header, open_files, tensors_of, tensors_of_codes, without_header
 from besa.storage.weights import SPARSE_STEM, STEM, WeightFiles
 from besa.storage.writing import appearing
@@ -202,10 +203,12 @@ def _code_head(tensors: dict[str, Tensor], name: str, packing: Packing) -> None:
     """Replace the weight of the head or of the embeddings by its codes.
 
     Raises:
-        BesaError: it has a dtype that codes cannot have.
+        BesaError: it has a dtype that codes cannot have, or numbers whose step is none.
     """
     dense_OI = tensors.pop(name)
     coded = row_codes.pack(dense_OI)
+    if not is_positive(coded.steps_O1):
+        raise BesaError(f"{name} has numbers that are too large for codes of eight bits: pack it with --head same.")
     tensors |= {f"{name.removesuffix('.weight')}.{key}": tensor for key, tensor in tensors_of_codes(coded).items()}
     packing.head_dense_bytes += dense_OI.nbytes
     packing.head_bytes += coded.nbytes

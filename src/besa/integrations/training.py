@@ -22,6 +22,7 @@ from besa.models.blocks import find_blocks
 from besa.models.widths import widths_of
 from besa.runtime.linear import SparseLinear
 
+STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")  # of LoRA, which leave the pruned weights as they are
 SHARDED = "is sharded, or lost its shape, so its zeros cannot be kept: train the model whole, or by DDP."
 
 
@@ -50,9 +51,10 @@ def keep_masks(model: nn.Module, *, adapters: bool = False) -> KeptMasks:
 
     Raises:
         BesaError: the model has no zeros, is packed, quantised, sharded or without memory, or is no decoder of
-            transformers; or it has no adapters, or others than plain LoRA.
+            transformers; or it has no adapters, others than plain LoRA, or some that began by changing its weights.
     """
     inner = extract_model_from_parallel(model, keep_torch_compile=False)
+    _check_start(inner)
     if hasattr(inner, "get_base_model"):  # peft
         inner = inner.get_base_model()
     name = type(inner).__name__
@@ -314,6 +316,21 @@ def _adapters(model: PreTrainedModel) -> dict[nn.Module, nn.Module]:
                 f"{name} has dropout, by which its adapter would add to weights that are zero: set lora_dropout=0."
             )
     return {layer.base_layer: layer for layer in layers.values()}
+
+
+def _check_start(model: nn.Module) -> None:
+    """Refuse adapters that began by changing the weights that they add to.
+
+    Raises:
+        BesaError: one did, so that the zeros are gone.
+    """
+    for adapter in (getattr(model, "peft_config", None) or {}).values():
+        start = getattr(adapter, "init_lora_weights", True)
+        if start not in STARTS:
+            raise BesaError(
+                f"The adapters began with init_lora_weights={start!r}, which changes the pruned weights too: take True "
+                "or 'gaussian'."
+            )
 
 
 def _is_flat(module: nn.Module) -> bool:

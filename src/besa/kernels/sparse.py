@@ -70,6 +70,11 @@ class Product:
         self._held: held.Product | None = None
         self._of_threads: dict[int, sparse_native.Product | held.Product] = {}
 
+    @property
+    def prepacked(self) -> bool:
+        """Whether it computes with a copy of the numbers, so that changing them in place changes nothing."""
+        return self._held is not None
+
     def __call__(self, x: Tensor) -> Tensor:
         """Output (…, O) for inputs (…, I) in the weight's dtype, on its device."""
         few = 0 < x.numel() <= self._most * self._columns

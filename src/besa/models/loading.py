@@ -25,7 +25,7 @@ from besa.errors import BesaError
 from besa.models.quiet import model_explained, quiet, without_bars
 from besa.models.source import Source, fingerprint
 from besa.models.widths import narrow, widths_of
-from besa.storage.formats.container import header, settings
+from besa.storage.formats.container import OF_VERSION_1, header, settings
 from besa.storage.weights import PACKED, STEM, WIDTHS, WeightFiles
 
 
@@ -171,9 +171,12 @@ def _loader(config: PreTrainedConfig | None) -> Any:
 
 
 def _keep_about(config: PreTrainedConfig | None, model: PreTrainedModel) -> None:
-    """Copy besa's entry from the configuration of a wrapper to that of the text decoder inside."""
+    """Copy besa's entry from the configuration of a wrapper to that of the text decoder inside.
+
+    The header of version 1 stays behind: what is saved of the model is of the newest version, or dense.
+    """
     if config is not None and hasattr(config, "besa"):
-        model.config.besa = config.besa
+        model.config.besa = {key: value for key, value in config.besa.items() if key not in OF_VERSION_1}
 
 
 def describe(model: PreTrainedModel, source: Source | None = None) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class Coded(nn.Module):
         """The matrix of codes, built from the tensors, which loading or moving the module replaces."""
         for lender in self._lender:
             return lender.matrix
-        if self.weight_codes.is_meta:
+        if self.weight_codes.is_meta or self.weight_scale.is_meta:
             raise BesaError("Packed weights cannot be offloaded: leave them in memory, or unpack the model first.")
         return RowCodes(self.weight_codes, self.weight_scale)
 

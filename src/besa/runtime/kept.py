@@ -19,6 +19,11 @@ _function = attrgetter("forward")
 _functions: dict[type[nn.Module], Any] = {}  # of classes, as they were when a module of each was first tried
 
 
+def version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; 0 for tensors of inference mode, which nobody counts."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def untouched(kind: type[nn.Module]) -> bool:
     """Whether a class still has the `forward` with which one of its modules was tried; some libraries replace it."""
     return _functions.setdefault(kind, _function(kind)) is _function(kind)
@@ -71,6 +76,7 @@ class _Unchanged:
         places: list[tuple[dict[str, Any], str]] = []
         tensors: list[Tensor | None] = []
         self._memory: list[Tensor] = []  # of what may move unnoticed: it must live
+        self._copied: list[Tensor] = []  # numbers that a product has a copy of
         for each in modules:
             packed = PRODUCT in vars(each)
             parts = each._modules, each._parameters, each._buffers
@@ -79,7 +85,10 @@ class _Unchanged:
             places += [(vars(each), name) for name in (("forward", PRODUCT) if packed else OWN)]
             places += [(vars(each), name) for name, value in vars(each).items() if isinstance(value, float)]
             tensors += each._parameters.values() if packed else (*each._parameters.values(), *each._buffers.values())
-            self._memory += [buffer.detach() for buffer in each._buffers.values() if packed and buffer is not None]
+            numbers = [buffer.detach() for buffer in each._buffers.values() if packed and buffer is not None]
+            self._memory += numbers
+            self._copied += numbers if packed and getattr(vars(each)[PRODUCT], "prepacked", False) else ()
+        self._versions = [*map(version, self._copied)]
         self._sizes = [*map(len, self._parts)]
         self._tables, self._names = [table for table, _ in places], [name for _, name in places]
         self._objects = [*map(dict.get, self._tables, self._names)]
@@ -98,4 +107,5 @@ class _Unchanged:
             all(map(is_, map(dict.get, self._tables, self._names), self._objects))
             and [*map(len, self._parts)] == self._sizes
             and [*map(Tensor.data_ptr, self._tensors)] == self._addresses
+            and [*map(version, self._copied)] == self._versions
         )

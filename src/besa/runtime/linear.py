@@ -16,6 +16,7 @@ from besa.kernels import sparse
 from besa.kernels.sparse_native import Entry
 from besa.runtime.casting import cast
 from besa.runtime.derivatives import refuse
+from besa.runtime.kept import version
 from besa.runtime.tracing import sparse_product, tracing
 from besa.storage.formats.bitmask import Bitmask
 from besa.storage.formats.container import MASK, OFFSETS, SCALE, VALUES, ZERO, tensors_of
@@ -41,7 +42,9 @@ class SparseLinear(nn.Module):
         for name, tensor in tensors_of(weight).items():
             self.register_buffer(name, tensor.to(weight.values.device))
         self._product: sparse.Product | None = None
-        self._places: list[int] = []  # of the numbers that it is made of
+        self._sound = True  # whether its numbers are known to fit each other
+        self._places: list[int] = []  # of the numbers that the product is made of
+        self._versions: list[int] = []
         self._dtype = weight.dtype
 
     @property
@@ -85,12 +88,23 @@ class SparseLinear(nn.Module):
 
     @property
     def product(self) -> sparse.Product:
-        """The product with W as its buffers are now."""
-        places = [tensor.data_ptr() for tensor in self._buffers.values() if tensor is not None]
-        if self._product is None or places != self._places:
-            self._product, self._places = sparse.Product(self.bitmask), places
+        """The product with W as its buffers are now.
+
+        Raises:
+            BesaError: the numbers do not fit each other, as of a layer that was given memory and no numbers.
+        """
+        numbers = [tensor for tensor in self._buffers.values() if tensor is not None]
+        places = [tensor.data_ptr() for tensor in numbers]
+        product = self._product
+        stale = product is not None and product.prepacked and [*map(version, numbers)] != self._versions
+        if product is None or places != self._places or stale:
+            if not self._sound:
+                self.bitmask.check("of a layer that was moved")
+                self._sound = True
+            product = self._product = sparse.Product(self.bitmask)
+            self._places, self._versions = places, [*map(version, numbers)]
             self._dtype = self.bitmask.dtype
-        return self._product
+        return product
 
     def entry(self, dtype: torch.dtype) -> Entry | None:
         """The product with one row of x of a dtype, for C code; None if there is no kernel for it."""
@@ -112,7 +126,10 @@ class SparseLinear(nn.Module):
             BesaError: the dtype would change.
         """
         self.check_dtype(fn)
+        before = {name: tensor.data_ptr() for name, tensor in self._buffers.items() if tensor is not None}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if any(self.get_buffer(name).data_ptr() != place for name, place in before.items()):
+            self._sound = False  # `to_empty` leaves what was in the memory
         self._product = None
         return self
 
@@ -130,12 +147,18 @@ class SparseLinear(nn.Module):
         """Load those parts of W that are there.
 
         Raises:
-            BesaError: they do not fit the parts that are missing, such as masks without their values.
+            BesaError: they do not fit the parts that are missing, such as masks without their values; or they are as
+                many as the layer has no room for. Nothing has changed then.
         """
         given = {name: state_dict.get(prefix + name, buffer) for name, buffer in self._buffers.items()}
         self._of(given).check(prefix.removesuffix("."))
+        if any(tensor is not None and tensor.shape != self.get_buffer(name).shape for name, tensor in given.items()):
+            raise BesaError(
+                f"The sparse weight {prefix.removesuffix('.')} has another number of zeros than the model's: load the "
+                "checkpoint that it is of."
+            )
         super()._load_from_state_dict(state_dict, prefix, *arguments)
-        self._product = None  # it may hold a copy of the numbers
+        self._product, self._sound = None, False  # the product may hold a copy of the numbers
 
     def __getstate__(self) -> dict[str, Any]:
         """State for copies and pickles, without memory addresses."""

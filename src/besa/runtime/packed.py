@@ -95,11 +95,15 @@ def lay_out(model: PreTrainedModel, paths: Sequence[Path]) -> Stored:
             of_linear = codes.of_linear(tensors, stored)
             name, linear = place(stored, tuple(of_linear[codes.SHAPE].tolist()))
             packed.coded[name] = of_linear
+            model.set_submodule(name, linear := DenseLinear(linear))
             linear.register_parameter("weight", None)
             for key, tensor in of_linear.items():
                 linear.register_buffer(key, tensor)
         packed.ends = {placed(stored): matrix for stored, matrix in files.matrices()}
         _lay_out_ends(model, packed.ends, dtype)
+        for name, module in list(model.named_modules()):  # now: what accelerate hooks onto must stay
+            if type(module) is nn.Linear:
+                model.set_submodule(name, DenseLinear(module))
         of_linears = [tensor for tensors in files.sparse.values() for tensor in tensors]
         of_ends = [f"{stored}.{CODES}" for stored in files.coded if placed(stored) in packed.ends]
         _check_names(folder, [*of_linears, *of_ends], model)
@@ -200,24 +204,22 @@ def finish(model: PreTrainedModel, packed: Stored) -> PreTrainedModel:
         dtype = loaded.dtype if loaded.is_floating_point() else model.dtype
         for key in of_linear:
             delattr(dense, key)
+        _check_room(loaded, name)
         dense.weight = nn.Parameter(codes.quantized(of_linear, packed.bits).weight().to(loaded.device, dtype))
     for name, matrix in packed.ends.items():
         end = model.get_submodule(name)
         assert isinstance(end, Coded)
         _check_room(end.weight_codes, name)
+        _check_room(end.weight_scale, name)
         end.keep(_as_loaded(end.matrix, matrix, model.dtype, name))
-    for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear:
-            model.set_submodule(name, DenseLinear(module))
     attention.speed_up(model)
     norms.speed_up(model)
     decoding.speed_up(model)
     block_decoding.speed_up(model)
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
-            part.save_pretrained = partial(_refuse_part, part)
+            part.save_pretrained, part._apply = partial(_refuse_part, part), partial(_move, part)
     model.save_pretrained = partial(save_pretrained, model, list(packed.coded))  # which pickle can write
-    model._apply = partial(_move, model)
     return model.requires_grad_(False)
 
 
@@ -253,7 +255,8 @@ def make_dense(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     block_decoding.restore(model)
     for part in model.modules():
         vars(part).pop("save_pretrained", None)  # its class has one for dense models
-    vars(model).pop("_apply", None)
+        if isinstance(part, PreTrainedModel):
+            vars(part).pop("_apply", None)
     if dtype != others:
         for name, tensor in model.state_dict(keep_vars=True).items():  # without what rotary positions are made of
             if tensor.is_floating_point() and not (exact and exact.search(name)):
@@ -277,6 +280,9 @@ def save_pretrained(model: PreTrainedModel, decoded: Sequence[str], save_directo
     Raises:
         BesaError: as `saving`.
     """
+    if getattr(model, "_hf_peft_config_loaded", False):  # transformers saves the adapters alone
+        type(model).save_pretrained(model, save_directory, **options)
+        return
     if not options.pop("is_main_process", True):
         return
     with saving(model, Path(save_directory), SPARSE_STEM, options) as (made, config):

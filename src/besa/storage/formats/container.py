@@ -34,6 +34,7 @@ PURPOSES = {
 CODES = "weight_codes"  # of a dense matrix; its scales have the name of those of a bitmask
 ABOUT = {"besa": json.dumps({"format": FORMAT, "version": VERSION})}  # metadata of the weight files
 DEPTHS = ("num_hidden_layers", "num_layers", "decoder_layers", "n_layers", "n_layer")  # families' names of the depth
+OF_VERSION_1 = ("format", "version", "quantization_config")  # its header, under "besa" in config.json
 DAMAGED = "the packed checkpoint is damaged"
 
 
@@ -100,8 +101,12 @@ def without_header(config: dict[str, Any]) -> dict[str, Any]:
     """
     before = copy.deepcopy(config)
     own = before.get("besa", {})
-    codes = own.pop("quantization_config", None) if "format" in own else before.pop("quantization_config").get("codes")
-    for key in ("format", "version"):
+    about = before.get("quantization_config")
+    if isinstance(about, dict) and about.get("quant_method") == PACKED:
+        codes = before.pop("quantization_config").get("codes")
+    else:
+        codes = own.get("quantization_config")
+    for key in OF_VERSION_1:
         own.pop(key, None)
     if not own:
         before.pop("besa", None)
