@@ -224,6 +224,15 @@ def test_what_happens_between_blocks_is_seen() -> None:
         see_all(DecoderInMemory(model))
 
 
+def test_a_mean_with_an_earlier_state_is_not_the_output_of_the_block_before() -> None:
+    """If blocks that stand aside returned their input, it would be."""
+    model, first = random_model(*SERVED["llama"]), []
+    model.model.layers[0].register_forward_pre_hook(lambda _, inputs: first.append(inputs[0]))
+    model.model.layers[1].register_forward_pre_hook(lambda _, inputs: ((inputs[0] + first[-1]) / 2,))
+    with pytest.raises(BesaError, match=r"the input of model\.layers\.1 is not the output of the block before it\.$"):
+        see_all(DecoderInMemory(model))
+
+
 @pytest.mark.parametrize(("order", "named"), [((0, 1, 1, 2, 3), "0, 1, 1, 2, 3"), ((0, 2, 1, 3), "0, 2, 1, 3")])
 def test_blocks_that_are_called_otherwise_than_once_in_order_are_refused(order: tuple[int, ...], named: str) -> None:
     model = random_model(*SERVED["llama"])

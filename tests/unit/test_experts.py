@@ -37,6 +37,15 @@ class Chooser(nn.Module):
         self.weight = nn.Parameter(torch.zeros(EXPERTS, WIDTH))
 
 
+class Biased(Chooser):
+    """A router whose experts have biases, in a matrix of one row of a module inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.statistics = nn.Module()
+        self.statistics.bias = nn.Parameter(torch.zeros(1, EXPERTS))
+
+
 @pytest.mark.parametrize("experts", [stack(), nn.ModuleList(mlp(6) for _ in range(EXPERTS))], ids=["stack", "list"])
 @pytest.mark.parametrize(
     ("beside", "routers"),
@@ -46,6 +55,7 @@ class Chooser(nn.Module):
         ({"gate": nn.ModuleDict({"wg": nn.Linear(WIDTH, EXPERTS)})}, {"mlp.gate.wg"}),
         ({"gate": nn.Linear(WIDTH, EXPERTS), "shared_gate": nn.Linear(WIDTH, 1)}, {"mlp.gate", "mlp.shared_gate"}),
         ({"latent": nn.Linear(WIDTH, EXPERTS), "gate": Chooser()}, {"mlp.gate"}),
+        ({"gate": Biased()}, {"mlp.gate"}),
         ({"router": mlp(7)}, {"mlp.router", "mlp.router.gate_proj", "mlp.router.down_proj"}),
     ],
 )
@@ -106,3 +116,12 @@ def test_what_is_skipped_stays_dense_too() -> None:
         "mlp.experts.down_proj": 2 * 32 * 48,
         "mlp.gate": 2 * 4 * 32,
     }
+
+
+def test_a_router_chooses_from_the_experts_beside_it_alone() -> None:
+    """Attention and dense layers of a block may be lists of modules as well."""
+    whole = block(router=mlp(7), experts=nn.ModuleList(mlp(6) for _ in range(EXPERTS)))
+    whole["attentions"] = nn.ModuleList(mlp(6) for _ in range(2))
+    found = find_experts(whole)
+    assert found.holders == {"mlp.experts"}
+    assert not any(own.routed for path, own in find_prunables(whole).items() if "attentions" in path)

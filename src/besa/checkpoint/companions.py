@@ -53,13 +53,17 @@ def with_settings(config: dict[str, Any], settings: Mapping[str, int], like: Pre
     Args:
         config: content of config.json.
         settings: new values by key.
-        like: the configuration of the model, which knows other names of its keys.
+        like: the configuration of the model, which knows other names of its keys. Of a wrapper, it may be that of the
+            text decoder inside.
     """
     text = like.get_text_config()
     names = {other: key for other, key in text.attribute_map.items() if key in settings} | {
         key: key for key in settings
     }
     inside = next((key for key in like.sub_configs if key in config and getattr(like, key, None) is text), None)
+    if inside is None and config.get("model_type") != text.model_type:
+        parts = {key: value for key, value in config.items() if isinstance(value, dict)}
+        inside = next((key for key, part in parts.items() if part.get("model_type") == text.model_type), None)
     if inside is not None:
         return config | {inside: with_settings(config[inside], settings, text)}
     known = {name: settings[key] for name, key in names.items() if name in config}

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from besa.checkpoint.companions import CONFIG, read_config_json
+from besa.checkpoint.companions import CONFIG, read_config_json, with_settings
 from besa.checkpoint.rewriting import folder_of, local, rewrite, size_of
 from besa.checkpoint.shallower import Renumbering, is_empty
 from besa.data.arguments import checked
@@ -251,7 +251,8 @@ def _smaller_config(source: Source, decoder: DecoderOnDisk, smaller: _Smaller) -
     else:
         for coupling in couplings(smaller.blocks.staying[0]):
             if coupling.kind in smaller.kept:
-                config |= coupling.settings(like, smaller.widths(coupling.kind)[0])
+                fewer = coupling.settings(like.get_text_config(), smaller.widths(coupling.kind)[0])
+                config = with_settings(config, fewer, like)
     described = _described(source, decoder, config)
     if described is None or _shapes(described.state_dict()) != _shapes(written.state_dict()):
         raise BesaError(

@@ -69,7 +69,7 @@ def finish(
             *(journal.final_path(block.index) for block in decoder.blocks),
         ]
         assemble(folder, parts)
-        added = _about(decoder.model, record, quantization)
+        added = _about(decoder, record, quantization)
         if decoder.folder is None:
             _serialise(folder, decoder.model, tokenizer, added)
         else:
@@ -87,14 +87,19 @@ def finish(
     journal.finished = True
 
 
-def _about(model: PreTrainedModel, record: RunRecord, quantization: Coding | None) -> dict[str, Any]:
-    """The keys that are added to the dense model's config.json."""
+def _about(decoder: Decoder, record: RunRecord, quantization: Coding | None) -> dict[str, Any]:
+    """The keys that are added to the dense model's config.json.
+
+    Linears outside the text decoder, such as a vision tower's, are no modules of the model. They are known by the names
+    of their weights in the files.
+    """
     about: dict[str, Any] = {
         "besa": {"recipe": record.recipe["name"], "sparsity": record.sparsity, "record": RECORD_NAME}
     }
     if quantization is not None:
         quantized = {linear.name for block in record.blocks for linear in block.linears}
-        plain = [name for name, part in model.named_modules() if isinstance(part, nn.Linear)]
+        plain = [name for name, part in decoder.model.named_modules() if isinstance(part, nn.Linear)]
+        plain += [name.removesuffix(".weight") for name in decoder.unbuilt if name.endswith(".weight")]
         ignored = [name for name in plain if name not in quantized]
         about["quantization_config"] = quantization_config(quantization, ignored)
     return about

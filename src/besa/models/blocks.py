@@ -8,7 +8,7 @@ from __future__ import annotations
 import dis
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
@@ -172,7 +172,7 @@ def find_blocks(model: PreTrainedModel) -> list[Block]:
 
 def _text_tower(model: PreTrainedModel) -> nn.Module:
     """The part of a model that reads text, often the model itself."""
-    tower: nn.Module = model.get_decoder()
+    tower: nn.Module = model.get_decoder() if isinstance(model, PreTrainedModel) else model
     return tower
 
 
@@ -335,20 +335,33 @@ def logits_of(
 
 @dataclass(frozen=True)
 class Call:
-    """A call of a block by its model while blocks stand aside: hidden states (N, T, C) and all other arguments."""
+    """A call of a block by its model while blocks stand aside.
+
+    Attributes:
+        block: that was called.
+        x_NTC: hidden states.
+        arguments: all others.
+        y_NTC: what was returned.
+    """
 
     block: Block
     x_NTC: Tensor
     arguments: dict[str, Any]
+    y_NTC: Tensor
 
 
 @contextmanager
-def standing_aside(blocks: list[Block]) -> Iterator[list[Call]]:
-    """While open, blocks return their input and keep their arguments; yields the list of their calls, which grows."""
+def standing_aside(blocks: list[Block], factors: Sequence[float] = ()) -> Iterator[list[Call]]:
+    """While open, blocks return their input and keep their arguments; yields the list of their calls, which grows.
+
+    Args:
+        blocks: that stand aside.
+        factors: one for each block, by which it multiplies its input.
+    """
     calls: list[Call] = []
     with ExitStack() as stack:
         for block in blocks:
-            stack.enter_context(_standing_aside(block, calls))
+            stack.enter_context(_standing_aside(block, calls, factors[block.index] if factors else 1))
         yield calls
 
 
@@ -373,14 +386,15 @@ class _Passed(Tensor):
 
 
 @contextmanager
-def _standing_aside(block: Block, calls: list[Call]) -> Iterator[None]:
-    """While open, calls of the block return their input and store their arguments in the block."""
+def _standing_aside(block: Block, calls: list[Call], factor: float) -> Iterator[None]:
+    """While open, calls of the block return their input times a factor and store their arguments in the block."""
 
     def pass_on(*inputs: Any, **keywords: Any) -> Any:
         x_NTC, arguments = named(block.module, inputs, keywords)
-        calls.append(Call(block, x_NTC, arguments))
+        y_NTC = x_NTC if factor == 1 else x_NTC * factor
+        calls.append(Call(block, x_NTC, arguments, y_NTC))
         block.arguments[x_NTC.shape[0], x_NTC.shape[1]] = arguments
-        return x_NTC.as_subclass(_Passed)
+        return y_NTC.as_subclass(_Passed)
 
     before = vars(block.module).get("forward")  # accelerate sets its own
     block.module.forward = pass_on

@@ -46,6 +46,7 @@ def find_experts(block: nn.Module) -> Experts:
             if not isinstance(module, nn.ModuleList):
                 beside.setdefault(path, {})[path] = count
     holders, routers = set(), {path for path in modules if "router" in path}
+    nearest = {max((owner for owner in beside if _inside(path, owner)), key=len, default=None) for path in routers}
     for owner, counts in beside.items():
         lone = dict(_lone_matrices(owner, modules[owner], counts))
         for holder, count in counts.items():
@@ -53,7 +54,7 @@ def find_experts(block: nn.Module) -> Experts:
             if chosen:
                 holders.add(holder)
             routers |= {*chosen, *(path for path, rows in lone.items() if rows == 1)}
-        if any(path.startswith(f"{owner}.".lstrip(".")) for path in modules if "router" in path):
+        if owner in nearest:
             holders |= counts.keys()
     return Experts(frozenset(holders), frozenset(routers))
 
@@ -63,6 +64,10 @@ def stacks(module: nn.Module) -> dict[str, Tensor]:
     if isinstance(module, nn.Conv1d):
         return {}
     return {name: value for name, value in module.named_parameters(recurse=False) if value.dim() == 3}
+
+
+def _inside(path: str, owner: str) -> bool:
+    return path.startswith(f"{owner}.".lstrip("."))
 
 
 def _count(module: nn.Module) -> int:
@@ -78,7 +83,9 @@ def _lone_matrices(owner: str, module: nn.Module, holders: dict[str, int]) -> It
         path = f"{owner}.{name}".lstrip(".")
         if path in holders:
             continue
-        matrices = [(inner, _rows(part)) for inner, part in child.named_modules() if _rows(part)]
+        matrices = [(inner, rows) for inner, part in child.named_modules() if (rows := _rows(part))]
+        if len(matrices) > 1:  # a bias of each expert may be a matrix of one row
+            matrices = [(inner, rows) for inner, rows in matrices if rows > 1]
         if len(matrices) == 1:
             inner, rows = matrices[0]
             yield f"{path}.{inner}".rstrip("."), rows

@@ -135,7 +135,16 @@ class Layout:
                 raise BesaError(f"{self._source} lacks a part of the weight {name}: the checkpoint is incomplete.")
             equivalent = next((names for names in tied.values() if name in names), {name})
             if not equivalent & (stored_whole | merged.keys()):
-                raise BesaError(f"{self._source} lacks the weight {name}: the checkpoint is incomplete.")
+                raise BesaError(f"{self._source} lacks the weight {name}: {self._why_lacking()}.")
+
+    def _why_lacking(self) -> str:
+        """What a weight that no file seems to hold means; some families store several weights in one tensor."""
+        if any(isinstance(entry, WeightConverter) and len(entry.target_patterns) > 1 for entry in self._conversions):
+            return (
+                "the checkpoint is incomplete, or has several weights in one tensor, which besa cannot read from "
+                "files: if so, load the model whole and give it to besa.compress"
+            )
+        return "the checkpoint is incomplete"
 
     def check_way_back(self) -> None:
         """Check that tensors which the model merges can be separated again for the files.

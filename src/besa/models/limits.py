@@ -90,7 +90,15 @@ def usual_length(source: Source) -> int:
 
 
 def embedding_rows(model: PreTrainedModel) -> int:
-    """The number of token ids that the model has an embedding for."""
+    """The number of token ids that the model has an embedding for.
+
+    Raises:
+        BesaError: its embeddings are no matrix.
+    """
     embeddings = model.get_input_embeddings()
+    if not hasattr(embeddings, "weight"):
+        raise BesaError(
+            f"{type(model).__name__} has no single matrix of embeddings for token ids: use a causal decoder that has."
+        )
     rows: int = getattr(embeddings, "token_ids", None) or embeddings.weight.shape[0]  # of codes, weights are made anew
     return rows

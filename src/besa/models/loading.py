@@ -102,7 +102,11 @@ def check_decoder(name: str, config: PreTrainedConfig) -> None:
     kind = f"{name} is a {config.model_type} model"
     if config.is_encoder_decoder:
         raise BesaError(f"{kind}, an encoder-decoder: besa prunes causal decoders.")
-    if not hasattr(config.get_text_config(), "num_attention_heads"):
+    try:
+        attention = hasattr(config.get_text_config(), "num_attention_heads")
+    except RuntimeError:  # transformers gives no number where blocks differ in it
+        attention = True
+    if not attention:
         raise BesaError(f"{kind}, which has no attention (state-space or recurrent): besa prunes causal decoders.")
 
 
