@@ -96,9 +96,10 @@ def embedding_rows(model: PreTrainedModel) -> int:
         BesaError: its embeddings are no matrix.
     """
     embeddings = model.get_input_embeddings()
+    if (rows := getattr(embeddings, "token_ids", None)) is not None:  # of codes, from which a weight is made anew
+        return int(rows)
     if not hasattr(embeddings, "weight"):
         raise BesaError(
             f"{type(model).__name__} has no single matrix of embeddings for token ids: use a causal decoder that has."
         )
-    rows: int = getattr(embeddings, "token_ids", None) or embeddings.weight.shape[0]  # of codes, weights are made anew
-    return rows
+    return int(embeddings.weight.shape[0])

@@ -128,7 +128,8 @@ class SparseLinear(nn.Module):
         self.check_dtype(fn)
         before = {name: tensor.data_ptr() for name, tensor in self._buffers.items() if tensor is not None}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if any(self.get_buffer(name).data_ptr() != place for name, place in before.items()):
+        moved = any(self.get_buffer(name).data_ptr() != place for name, place in before.items())
+        if moved and self.get_buffer(MASK).is_cpu:  # elsewhere, the host would wait for every number
             self._sound = False  # `to_empty` leaves what was in the memory
         self._product = None
         return self
@@ -158,7 +159,7 @@ class SparseLinear(nn.Module):
                 "checkpoint that it is of."
             )
         super()._load_from_state_dict(state_dict, prefix, *arguments)
-        self._product, self._sound = None, False  # the product may hold a copy of the numbers
+        self._product, self._sound = None, True  # the product may hold a copy of the numbers
 
     def __getstate__(self) -> dict[str, Any]:
         """State for copies and pickles, without memory addresses."""
