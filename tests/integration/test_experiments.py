@@ -230,7 +230,7 @@ def test_files_say_what_was_done_and_found(results: dict[str, tuple[Found, Path]
     page = (folder / f"{name}.md").read_text()
     assert result["verdict"]["found"] in page
     assert f"![{result['title']}]({name}.svg)" in page
-    assert "samples 4, seqlen 32, window 32, max_windows 4" in page and "standard errors" in page
+    assert "samples 4, seqlen 32, window 32, max_windows 4" in page and "Student's 95% interval" in page
     assert f"BESA {result['setting']['words']}." in page
     root = ElementTree.parse(folder / f"{name}.svg").getroot()
     assert root.tag.endswith("svg")
