@@ -47,7 +47,7 @@ CHANGES = {
     "src/besa/evaluation/perplexity.py": ("return", "pass\n        return", "evaluation"),
     "experiments/table1.py": ("most=0", "most=1", "experiments"),
     "experiments/settings.py": ("plain=1", "plain=0", "experiments"),
-    "experiments/judging.py": ("ERRORS = 2.0", "ERRORS = 1.0", "experiments"),
+    "experiments/judging.py": ("CONFIDENCE = 0.95", "CONFIDENCE = 0.9", "experiments"),
 }
 
 
