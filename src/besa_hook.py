@@ -11,6 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from importlib import import_module
 from importlib.machinery import ModuleSpec
@@ -42,15 +43,19 @@ class _Waiting:
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         """Return the spec of the registry. Return None for every other module, so that Python finds it as usual."""
         if _imported():  # its import began before this finder came, if it is what imported torch
-            sys.meta_path.remove(self)
+            self._leave()
             _register()
         elif name == REGISTRY:
-            sys.meta_path.remove(self)
+            self._leave()
             spec = find_spec(name)
             if spec is not None and spec.loader is not None:
                 spec.loader.exec_module = partial(_execute, spec.loader.exec_module)  # type: ignore[method-assign]
             return spec
         return None
+
+    def _leave(self) -> None:
+        with suppress(ValueError):  # another thread's import was faster
+            sys.meta_path.remove(self)
 
 
 def _execute(original: Callable[[ModuleType], None], module: ModuleType) -> None:
