@@ -223,14 +223,15 @@ def test_only_whole_models_that_do_something_are_written(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "same"), [("layer_idx", 0, True), ("layer_idx", 2, False), ("window", False, False)]
+    ("name", "value", "same"),
+    [("layer_idx", 0, True), ("layer_idx", 2, False), ("chunked", False, False), ("window", 4096, False)],
 )
 def test_settings_of_modules_tell_kinds_of_blocks_apart(name: str, value: int | bool, same: bool) -> None:
-    """Block 1 becomes block 0: only its number may follow."""
+    """Block 1 becomes block 0: only its number may follow. A window of None is full attention."""
     before, after = random_model(config_of("llama")), random_model(config_of("llama", num_hidden_layers=1))
     blocks, written = find_blocks(before), find_blocks(after)
-    blocks[1].module.self_attn.window = True
-    written[0].module.self_attn.window = True
+    for block in (blocks[1], written[0]):
+        block.module.self_attn.chunked, block.module.self_attn.window = True, None
     setattr(written[0].module.self_attn, name, value)
     renumbering = Renumbering(blocks, [0])
     if same:

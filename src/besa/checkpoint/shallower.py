@@ -128,9 +128,10 @@ def _same(old: nn.Module, new: nn.Module, index: int, number: int) -> bool:
     """Whether two modules have the same plain attributes, but for the number of their block, `index` and `number`."""
     before, after = _settings(old), _settings(new)
     numbered = {key: number for key, value in before.items() if type(value) is int and value == index}
-    return all(after.get(key) in (value, numbered.get(key, value)) for key, value in before.items())
+    same = all(after.get(key) in (value, numbered.get(key, value)) for key, value in before.items())
+    return same and before.keys() == after.keys()
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:
-    """The plain attributes of a module."""
-    return {name: value for name, value in vars(module).items() if isinstance(value, bool | int | float | str)}
+    """The plain attributes of a module, None among them, such as the window of full attention."""
+    return {name: value for name, value in vars(module).items() if isinstance(value, bool | int | float | str | None)}
