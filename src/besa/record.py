@@ -100,6 +100,7 @@ class RunRecord(Record):
     command: list[str] | None = None
     recipe: dict[str, Any]
     seed: int
+    batch: int | None = Field(default=None, description="calibration sequences in a forward pass; sums round by it")
     model: dict[str, Any]
     calibration: dict[str, Any]
     versions: dict[str, str]

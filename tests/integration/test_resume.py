@@ -500,7 +500,8 @@ def test_without_resume_what_was_measured_is_measured_anew(tmp_path: Path) -> No
     out = tmp_path / "out"
     with pytest.raises(Interrupted):
         prune(out, recipe="fast", samples=4, progress=stopped_once_measured(out))
-    assert prune(out, recipe="wanda", samples=4, seed=1).record.seed == 1
+    record = prune(out, recipe="wanda", samples=4, seed=1, batch=3).record
+    assert (record.seed, record.batch) == (1, 3)
     assert not partial_of(out).exists()
 
 

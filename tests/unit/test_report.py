@@ -242,9 +242,9 @@ def test_a_command_names_the_file_that_stood_for_a_test_set(folder):
 
 
 def test_a_command_writes_what_the_run_wrote_on_as_many_ranks(folder):
-    run = record("wanda-int4", dequantized=True, ranks=2)
+    run = record("wanda-int4", dequantized=True, ranks=2, batch=8)
     page = Page(render([folder("two", run, evaluation({"wiki": 34.0}))])).text
-    assert "torchrun --nproc-per-node 2 -m besa prune tiny" in page and "--dequantized" in page
+    assert "torchrun --nproc-per-node 2 -m besa prune tiny" in page and "--batch 8" in page and "--dequantized" in page
     assert "besa eval" in page and "torchrun --nproc-per-node 2 -m besa eval" not in page
     run = record("wanda", ranks=8, machines=2)
     assert "torchrun --nnodes 2 --nproc-per-node 4 -m besa prune" in Page(render([folder("eight", run)])).text

@@ -273,6 +273,7 @@ def _circumstances(run: Run) -> dict[str, Any]:
         "created": now(),
         "recipe": run.recipe.model_dump(mode="json"),
         "seed": run.seed,
+        "batch": run.resources.batch,
         "calibration": run.calibration.describe(),
         "versions": versions(),
         "machine": machine(device),

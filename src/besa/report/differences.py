@@ -40,6 +40,7 @@ def _settings(record: RunRecord) -> Iterator[tuple[str, str]]:
     parts = {
         "": {key: value for key, value in record.recipe.items() if key != "name"},
         "seed": record.seed,
+        "batch": record.batch,
         "calibration": calibration,
         "model": model,
         "ranks": record.ranks,

@@ -43,6 +43,7 @@ def prune(entry: Entry, record: RunRecord) -> str:
         bos=None if (bos := record.calibration.get("bos")) is None else "yes" if bos else "no",
         chat=record.calibration.get("chat"),
         seed=record.seed,
+        batch=record.batch,
         dtype=record.model.get("dtype"),
         device=device,
         dequantized=record.dequantized,
