@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -134,6 +135,27 @@ class RunRecord(Record):
         """The number of experts of each mixture before and after; None if all stayed."""
         first = next(iter(self.mixtures), None)
         return (first.experts, first.experts - len(first.gone)) if first is not None else None
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of a quantised weight; None if none is quantised."""
+        settings = self._choice("quantization")
+        bits = settings.get("bits")
+        return bits if settings.get("method", "none") != "none" and isinstance(bits, int) else None
+
+    @property
+    def pattern(self) -> str | None:
+        """The n:m pattern of the weights that were kept, such as ``2:4``; None if there is none."""
+        settings = self._choice("allocation")
+        keep, of = settings.get("keep"), settings.get("of")
+        if settings.get("method") != "nm" or not (isinstance(keep, int) and isinstance(of, int)):
+            return None
+        return f"mixed n:{of}" if settings.get("mixed") else f"{keep}:{of}"
+
+    def _choice(self, stage: str) -> Mapping[str, Any]:
+        """The settings of a stage of the recipe."""
+        settings = self.recipe.get(stage)
+        return settings if isinstance(settings, dict) else {}
 
     @property
     def unreached(self) -> int:

@@ -231,6 +231,7 @@ def test_dropout_of_a_model_in_training_plays_no_part(tiny_tokenizer, tiny_llama
         model = LlamaForCausalLM(LlamaConfig(**SMALL.to_dict() | {"attention_dropout": 0.5})).train(training)
         besa.compress(model, "besa", text, samples=4, seqlen=32, tokenizer=tiny_tokenizer)
         measured = besa.evaluate(model, [text], window=32, max_windows=2, tokenizer=tiny_tokenizer)
+        assert measured.sparsity == pytest.approx(0.5, abs=1e-4)  # counted: nothing but its weights tells it from dense
         said = besa.generate(model, "The", max_new_tokens=8, tokenizer=tiny_tokenizer)
         found[training] = ({name: own.clone() for name, own in model.state_dict().items()}, measured.perplexity, said)
     assert found[True][1:] == found[False][1:]

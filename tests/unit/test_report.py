@@ -3,6 +3,7 @@ import hashlib
 import json
 import re
 import shlex
+import shutil
 from html.parser import HTMLParser
 from importlib import resources
 from pathlib import Path
@@ -19,6 +20,7 @@ from besa.report.allocation import parts
 from besa.report.plots import COLORS
 from besa.report.runs import labels
 from besa.report.svg import PAGE
+from besa.storage.formats.container import FORMAT, VERSION
 from tests.report_runs import DISTILLED, evaluation, linear, record, speeds, written
 
 HOSTILE = '<script>alert("x")</script>'
@@ -585,7 +587,9 @@ def test_accuracies_are_paired_with_those_of_dense(folder):
         ["besa", "boolq", "5", "0", "0", "+0.00 ± 0.00", "—"],
     ]
     assert "Answers won and lost, by task" in page.text
-    for runs in ([besa, wanda], [dense, wanda], [dense, hub]):
+    measured = evaluation({}, model="another", zero_shot=answered("1111100000", "11110", "1111100000"))
+    other = folder("other", measured=measured)
+    for runs in ([besa, wanda], [dense, wanda], [dense, hub], [other, besa]):
         assert "Accuracy less" not in Page(render(runs)).text
         assert "won and lost" not in Page(render(runs)).text
 
@@ -703,3 +707,72 @@ def test_a_file_that_is_no_simulation_is_refused(three):
     (three[1].folder / "besa_simulation.json").write_text("{}")
     with pytest.raises(BesaError, match="is not a besa simulation: write it anew with `besa simulate`"):
         load_run(three[1].folder)
+
+
+def test_runs_compare_with_the_dense_model_that_they_were_made_of(folder):
+    runs = []
+    for name, dense, pruned in (("a", 20.0, 26.0), ("b", 80.0, 88.0)):
+        run, digest = record("wanda" if name == "a" else "besa"), name * 64
+        run["model"] |= {"source": name, "fingerprint": digest}
+        runs += [
+            folder(f"dense-{name}", measured=evaluation({"wiki": dense}, model=name, fingerprint=digest)),
+            folder(name, run, evaluation({"wiki": pruned})),
+        ]
+    page = Page(render(runs))
+    ratios = {row[0]: row[3] for row in page.table("Method")[1:]}
+    assert [ratios["wanda"], ratios["besa"]] == ["1.30", "1.10"]
+    assert "<b>" not in render(runs) and "that of wanda" not in page.text  # nor are they rivals
+    alone = {row[0]: row[3] for row in Page(render(runs[1:])).table("Method")[1:]}
+    assert [alone["wanda"], alone["besa"]] == ["", "1.10"]  # without its own dense model, nothing is divided
+
+
+def test_bits_and_patterns_are_told_and_do_not_compare(folder):
+    fours, pairs = record("besa-int4"), record("wanda")
+    pairs["recipe"]["allocation"] = {"method": "nm", "keep": 2, "of": 4}
+    runs = [
+        folder("plain", record("magnitude"), evaluation({"wiki": 30.0})),
+        folder("fours", fours, evaluation({"wiki": 31.0})),
+        folder("pairs", pairs, evaluation({"wiki": 32.0})),
+    ]
+    html = render(runs)
+    assert "<b>" not in html
+    assert [row[1] for row in Page(html).table("Method")[1:]] == ["50.00 %", "50.00 %, 4 bits", "50.00 %, 2:4"]
+    assert "At exactly 50.00 % sparsity with 4 bits, the" in Page(render(runs[1:2])).text
+
+
+def test_what_a_run_and_a_measurement_said_is_on_the_page(folder):
+    run = record("wanda", notes=["The run was begun with 2 threads."])
+    page = Page(render([folder("run", run, evaluation({"wiki": 30.0}, notes=["It was calibrated on wiki."]))])).text
+    assert "wanda: The run was begun with 2 threads." in page and "wanda: It was calibrated on wiki." in page
+
+
+def test_what_was_packed_or_shrunk_since_is_told_and_done_again(folder):
+    config = {"besa": {"sparsity": 0.5, "head": "int8", "shrunk": {}}, "dtype": "bfloat16"}
+    packed = {"quant_method": "besa", "format": FORMAT, "version": VERSION}
+    path = folder("run", record("wanda"), evaluation({"wiki": 30.0})).folder
+    (path / "config.json").write_text(json.dumps(config | {"quantization_config": packed}))
+    page = Page(render([load_run(path)])).text
+    assert "wanda is shrunk, packed, with head and embeddings in int8: sparsity and matrices are those before" in page
+    assert "besa prune tiny wanda-pruned --recipe" in page
+    assert "besa shrink wanda-pruned wanda-pruned-1 --by-block" in page
+    assert "besa pack wanda-pruned-1 wanda --head int8 --dtype bfloat16" in page
+    (path / "config.json").write_text(json.dumps({"besa": {"head": "int8"}, "dtype": "float32"}))
+    page = Page(render([load_run(path)])).text
+    assert "besa pack wanda-pruned wanda-pruned-1 --head int8" in page and "besa unpack wanda-pruned-1 wanda" in page
+
+
+def test_a_result_of_other_files_is_refused(three, tiny_llama_folder, tmp_path):
+    shutil.copytree(tiny_llama_folder, tmp_path / "tiny")
+    simulation = besa.simulate(tmp_path / "tiny", [1])
+    (tmp_path / "tiny" / "besa_eval.json").write_text(json.dumps(evaluation({"wiki": 9.0})))
+    (tmp_path / "tiny" / "besa_simulation.json").write_text(simulation.model_dump_json())
+    assert load_run(tmp_path / "tiny").simulated.fingerprint == simulation.fingerprint
+    other = simulation.model_copy(update={"fingerprint": "0" * 64})
+    (tmp_path / "tiny" / "besa_simulation.json").write_text(other.model_dump_json())
+    with pytest.raises(BesaError, match=r"simulation\.json was simulated on another model: run `besa simulate"):
+        load_run(tmp_path / "tiny")
+    (tmp_path / "tiny" / "besa_simulation.json").unlink()
+    measured = evaluation({"wiki": 9.0}, fingerprint="0" * 64)
+    (tmp_path / "tiny" / "besa_eval.json").write_text(json.dumps(measured))
+    with pytest.raises(BesaError, match=r"eval\.json was measured on another model"):
+        load_run(tmp_path / "tiny")

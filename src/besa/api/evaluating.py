@@ -22,17 +22,20 @@ from besa.evaluation.result import Evaluation
 from besa.evaluation.texts import perplexities, read_texts
 from besa.evaluation.zero_shot import check_tasks, zero_shot
 from besa.kernels.defaults import defaults
+from besa.models.blocks import find_blocks
 from besa.models.borrowing import borrowed, check_dtype_of_caller, tokenizer_of_caller
 from besa.models.bos import bos_token
 from besa.models.limits import positions
 from besa.models.loading import commit, load_tokenizer
-from besa.models.source import locate
+from besa.models.source import fingerprint, locate
 from besa.progress import Progress, silent
 from besa.record import RunRecord, now
 from besa.runtime.sparse_models import load_source
 from besa.storage.names import path_of
 from besa.system.devices import resolve_device
 from besa.system.machine import versions
+
+ROUNDED = 0.05  # more zeros than this share are no longer from rounding: the model was pruned
 
 
 @checked
@@ -116,6 +119,7 @@ def evaluate(
     return Evaluation(
         model=opened.name,
         revision=opened.revision,
+        fingerprint=opened.fingerprint,
         dtype=str(opened.model.dtype).removeprefix("torch."),
         perplexity={text: result.perplexity for text, result in details.items()},
         window=windows[0],
@@ -143,6 +147,7 @@ class _Opened:
         tokenizer: of the model.
         name: of the model.
         revision: commit of the Hub; None for a local model.
+        fingerprint: digest of the files; None for a model in memory.
         record: of the run that pruned it; None if there is none.
     """
 
@@ -150,19 +155,20 @@ class _Opened:
     tokenizer: PreTrainedTokenizerBase
     name: str
     revision: str | None
+    fingerprint: str | None = None
     record: RunRecord | None = None
 
     @property
     def sparsity(self) -> float | None:
-        """The sparsity that config.json gives; None if it gives none.
+        """The sparsity that config.json gives, or else that of the weights; None for a dense model.
 
         Raises:
-            BesaError: it gives something that is no number.
+            BesaError: config.json gives something that is no number.
         """
         sparsity = getattr(self.model.config, "besa", {}).get("sparsity")
         if not isinstance(sparsity, int | float | None):
             raise BesaError(f'The config.json of {self.name} is damaged: under "besa", sparsity is {sparsity!r}.')
-        return sparsity
+        return _counted(self.model) if sparsity is None else sparsity
 
     @property
     def calibration(self) -> Sequence[str]:
@@ -171,6 +177,19 @@ class _Opened:
             if self.record is not None:
                 return texts_of(str(self.record.calibration.get("source", "")))
         return ()
+
+
+def _counted(model: PreTrainedModel) -> float | None:
+    """The share of zeros in the matrices of the blocks; None for a dense model, and if it cannot be counted."""
+    with suppress(BesaError):
+        weights = [block.weight(name) for block in find_blocks(model) for name in block.prunables]
+        if not any(w_OI.is_meta for w_OI in weights):
+            kept, all_weights = (
+                sum(int(w_OI.count_nonzero()) for w_OI in weights),
+                sum(w_OI.numel() for w_OI in weights),
+            )
+            return share if (share := 1 - kept / all_weights) > ROUNDED else None
+    return None
 
 
 def _placed(text: str) -> str:
@@ -197,7 +216,9 @@ def _opened(
     record = None
     with suppress(BesaError):  # no record of ours
         record = RunRecord.of(Path(source.location)) if source.gguf is None else None  # a folder's is not of the file
-    return _Opened(loaded, tokenizer or load_tokenizer(source), source.base, source.revision, record)
+    return _Opened(
+        loaded, tokenizer or load_tokenizer(source), source.base, source.revision, fingerprint(source), record
+    )
 
 
 def _windows(window: int | Sequence[int] | None) -> Sequence[int]:

@@ -118,34 +118,13 @@ class About:
         return bool(settings or self.besa.get("quantization_config"))
 
     @property
-    def bits(self) -> int | None:
-        """Bits of a quantised weight; None if none is quantised."""
-        settings = self._choice("quantization")
-        bits = settings.get("bits")
-        return bits if settings.get("method", "none") != "none" and isinstance(bits, int) else None
-
-    @property
-    def pattern(self) -> str | None:
-        """The n:m pattern of the weights that were kept, such as ``2:4``; None if there is none."""
-        settings = self._choice("allocation")
-        keep, of = settings.get("keep"), settings.get("of")
-        if settings.get("method") != "nm" or not (isinstance(keep, int) and isinstance(of, int)):
-            return None
-        return f"mixed n:{of}" if settings.get("mixed") else f"{keep}:{of}"
-
-    def _choice(self, stage: str) -> Mapping[str, Any]:
-        """The settings of a stage of the recipe."""
-        settings = self.record.recipe.get(stage) if self.record else None
-        return settings if isinstance(settings, dict) else {}
-
-    @property
     def tags(self) -> list[str]:
         """The tags of the metadata."""
         tags = ["besa", "pruned", "sparse"]
-        if self.pattern:
-            tags.append(self.pattern.replace("mixed n:", "n:"))
-        if self.bits:
-            tags.append(f"{self.bits}-bit")
+        if self.record and self.record.pattern:
+            tags.append(self.record.pattern.replace("mixed n:", "n:"))
+        if self.record and self.record.bits:
+            tags.append(f"{self.record.bits}-bit")
         return [*tags, "bitmask"] if self.packed else tags
 
     @property
@@ -215,10 +194,10 @@ class About:
             before, after = record.experts
             share = f"{after:,} of {before:,} are left in each of {len(record.mixtures):,} mixtures"
             yield "experts", f"{share}; {record.dropped:,} parameters went with the others"
-        if self.pattern:
-            yield "pattern", f"{self.pattern}, kept weights in groups of consecutive columns"
-        if self.bits:
-            yield "quantised to", f"{self.bits} bits, stored as {'codes' if self.coded else 'plain numbers'}"
+        if record and record.pattern:
+            yield "pattern", f"{record.pattern}, kept weights in groups of consecutive columns"
+        if record and record.bits:
+            yield "quantised to", f"{record.bits} bits, stored as {'codes' if self.coded else 'plain numbers'}"
         if self.record and (stays := ", ".join(stay({each.index: each.structures for each in self.record.blocks}))):
             yield "pruned whole", stays
         for kind, (before, after) in self._removed().items():

@@ -22,6 +22,7 @@ class Evaluation(BaseModel):
     Attributes:
         model: what was evaluated.
         revision: its commit, if it came from the Hugging Face Hub.
+        fingerprint: digest of the model's files; None for a model in memory, and in files of before.
         dtype: that the model computed in; None in files of before.
         perplexity: by name of the text.
         window: tokens of a window; perplexities of different windows do not compare.
@@ -32,7 +33,7 @@ class Evaluation(BaseModel):
         notes: what a user should know, a sentence each.
         bos: what was asked for: ``auto``, ``yes`` or ``no``; what came of it stands in the details and with the tasks.
         zero_shot: accuracies, where tasks were asked for.
-        sparsity: share of zeros as the checkpoint declares it, None for a model besa did not prune.
+        sparsity: share of zeros as the checkpoint declares it, or else as counted; None for a dense model.
         pruned: when the model was pruned, as its record says; None if there is no record, and in files of before.
         seconds: evaluation time.
         created: when.
@@ -43,6 +44,7 @@ class Evaluation(BaseModel):
 
     model: str = ""
     revision: str | None = None
+    fingerprint: str | None = None
     dtype: str | None = None
     perplexity: dict[str, Infinite]
     window: int

@@ -40,7 +40,7 @@ def _table(questions: str, runs: Answered) -> Table:
     rows = [
         [
             entry.label,
-            entry.sparsity,
+            entry.kept,
             *(_share(zero_shot.tasks.get(task)) for task in tasks),
             f"{100 * zero_shot.mean:.2f}" if zero_shot.tasks.keys() == {*tasks} else wording.NO_VALUE,
         ]
@@ -51,10 +51,14 @@ def _table(questions: str, runs: Answered) -> Table:
 
 
 def _against_dense(runs: Answered, norm: bool = False) -> list[tuple[Entry, Against]]:
-    """Every pruned model against the first dense one that was asked the same questions."""
+    """Every pruned model against the dense one that it was made of, if that was asked the same questions."""
     found = []
     for entry, zero_shot in runs:
-        known = (against([zero_shot], other, norm=norm) for dense, other in runs if dense.run.dense)
+        known = (
+            against([zero_shot], other, norm=norm)
+            for dense, other in runs
+            if dense.run.dense and dense.run.origin.may_be(entry.run.origin)
+        )
         pairs = None if entry.run.dense else next((one for one in known if one), None)
         if pairs:
             found.append((entry, pairs))

@@ -176,7 +176,7 @@ def _footnotes(entries: list[Entry], compared: bool) -> list[str]:
     if compared:
         notes.append("Bold: the lowest at its sparsity.")
     if any(entry.run.record for entry in entries):
-        notes.append("Sparsity is counted in the written tensors.")
+        notes.append("Sparsity is counted in the tensors that the run wrote.")
     notes += [f"{e.label}: {e.run.measured.model}, unpruned." for e in entries if e.run.dense and e.run.measured]
     return notes
 
@@ -214,6 +214,7 @@ def _steps(entry: Entry) -> dict[str, Any]:
     record = entry.run.record
     commands = [
         reproduce.prune(entry, record) if record else None,
+        *(reproduce.form(entry, record) if record else ()),
         reproduce.evaluate(entry),
         reproduce.simulate(entry),
     ]

@@ -34,7 +34,7 @@ def prune(entry: Entry, record: RunRecord) -> str:
     device, threads = record.machine.get("device", "cpu"), record.machine.get("threads")
     model = record.model.get("source") or record.model.get("architecture") or "MODEL"
     return _line(
-        ["prune", pinned(str(model), record.model.get("revision")), folder(entry)],
+        ["prune", pinned(str(model), record.model.get("revision")), _pruned(entry)],
         recipe=record.recipe["name"] if is_shipped(record) else f"{folder(entry)}.yaml",
         sparsity=None if blocks_asked(record) else record.recipe.get("sparsity"),
         calibration=record.calibration.get("source"),
@@ -50,6 +50,17 @@ def prune(entry: Entry, record: RunRecord) -> str:
         processes=(record.machines, record.ranks // record.machines),
         variables={"OMP_NUM_THREADS": threads} if device == "cpu" and threads else {},
     )
+
+
+def form(entry: Entry, record: RunRecord) -> list[str]:
+    """The commands that pack or shrink what `besa prune` wrote, if that was done."""
+    steps = entry.run.form.steps(_pruned(entry), folder(entry), record.model.get("dtype"))
+    return [_line(words) for words in steps]
+
+
+def _pruned(entry: Entry) -> str:
+    """The folder that `besa prune` writes."""
+    return f"{folder(entry)}-pruned" if str(entry.run.form) else folder(entry)
 
 
 def evaluate(entry: Entry) -> str | None:

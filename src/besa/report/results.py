@@ -31,6 +31,13 @@ class Entry:
             return wording.tidy_percent(target)
         return wording.percent_unlike(counted, target)
 
+    @property
+    def kept(self) -> str:
+        """The sparsity, and the pattern and the bits of the kept weights if they have any."""
+        record = self.run.record
+        more = [record.pattern, f"{record.bits} bits" if record.bits else None] if record else []
+        return ", ".join([self.sparsity, *(one for one in more if one)])
+
 
 Pruned = list[tuple[Entry, RunRecord]]
 
@@ -61,9 +68,11 @@ def windows(entries: list[Entry]) -> list[int]:
 
 
 def reference(entries: list[Entry], text: str, like: Run | None = None) -> float | None:
-    """Perplexity of the first dense model on the text, if `like` is given one that compares with it."""
+    """Perplexity of the first dense model on the text, if `like` is given one that it was made of and compares with."""
     measured = [entry.run for entry in entries if entry.run.dense and entry.run.perplexity(text) is not None]
-    return next((run.perplexity(text) for run in measured if like is None or run.compares(like, text)), None)
+    if like is not None:
+        measured = [run for run in measured if run.origin.may_be(like.origin) and run.compares(like, text)]
+    return measured[0].perplexity(text) if measured else None
 
 
 def cell(entries: list[Entry], entry: Entry, text: str) -> Cell | None:
@@ -132,13 +141,25 @@ def _asked(compared: list[Entry]) -> str:
     exact, record = all(entry.run.exact for entry in compared), compared[0].run.record
     said = compared[0].sparsity if exact else wording.listed(list(dict.fromkeys(one.sparsity for one in compared)))
     experts = record.experts if record else None
-    fewer = f" with {experts[1]:,} of {experts[0]:,} experts" if experts else ""
-    return f"{'exactly ' if exact else ''}{said} sparsity{fewer}"
+    more = [f"{experts[1]:,} of {experts[0]:,} experts"] if experts else []
+    more += [record.pattern] if record and record.pattern else []
+    more += [f"{record.bits} bits"] if record and record.bits else []
+    return f"{'exactly ' if exact else ''}{said} sparsity{f' with {wording.listed(more)}' if more else ''}"
 
 
 def notes(entries: list[Entry]) -> list[str]:
     """What keeps the numbers from meaning what they seem to mean."""
-    parts = [_window_notes, _text_notes, _bos_notes, _dtype_notes, _coverage_notes, _origin_notes, _sparsity_notes]
+    parts = [
+        _window_notes,
+        _text_notes,
+        _bos_notes,
+        _dtype_notes,
+        _coverage_notes,
+        _origin_notes,
+        _sparsity_notes,
+        _form_notes,
+        _recorded_notes,
+    ]
     return [note for part in parts for note in part(entries)]
 
 
@@ -231,4 +252,20 @@ def _sparsity_notes(entries: list[Entry]) -> Iterator[str]:
             asked = wording.tidy_percent(entry.run.target or 0.0)
             yield f"{entry.label} ended at {entry.sparsity} sparsity, not at the {asked} it was asked for."
         elif not entry.run.dense and not entry.run.record:
-            yield f"{entry.label} has no run record: its sparsity is what its checkpoint declares."
+            yield f"{entry.label} has no run record: its sparsity is what its checkpoint declares, or was counted."
+
+
+def _form_notes(entries: list[Entry]) -> Iterator[str]:
+    """Checkpoints that are no longer what `besa prune` wrote."""
+    for entry in entries:
+        if entry.run.record and str(entry.run.form):
+            before = ": sparsity and matrices are those before channels, heads or blocks were removed"
+            yield f"{entry.label} is {entry.run.form}{before if entry.run.form.shrunk else ''}."
+
+
+def _recorded_notes(entries: list[Entry]) -> Iterator[str]:
+    """What a run or a measurement said to its user."""
+    for entry in entries:
+        recorded = (entry.run.record, entry.run.measured)
+        for note in dict.fromkeys(note for one in recorded if one for note in one.notes):
+            yield f"{entry.label}: {note}"

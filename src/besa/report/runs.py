@@ -12,14 +12,37 @@ from pathlib import Path
 from besa.counting.budget import zeros_for
 from besa.errors import BesaError
 from besa.evaluation.result import EVALUATION_NAME, Evaluation
+from besa.models.source import Source, fingerprint
 from besa.record import RECORD_NAME, RunRecord, read_result
+from besa.report.forms import AS_PRUNED, Form, form_of
 from besa.runtime.timings import BENCH_NAME, Bench
 from besa.simulator import Simulation
 from besa.storage.folders import check_regular
-from besa.storage.formats.container import header
 from besa.storage.names import path_of, printable
 
 SIMULATION_NAME = "besa_simulation.json"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A dense model; None stands for what nobody knows.
+
+    Attributes:
+        name: as the user gave it.
+        revision: its commit on the Hugging Face Hub.
+        fingerprint: digest of its files.
+    """
+
+    name: str | None = None
+    revision: str | None = None
+    fingerprint: str | None = None
+
+    def may_be(self, other: Origin) -> bool:
+        """Whether both are one model, as far as anybody knows: by their digests, or else by their names."""
+        if self.fingerprint and other.fingerprint:
+            return self.fingerprint == other.fingerprint
+        pairs = ((self.name, other.name), (self.revision, other.revision))
+        return all(ours == theirs for ours, theirs in pairs if ours and theirs)
 
 
 @dataclass(frozen=True)
@@ -32,6 +55,7 @@ class Run:
         measured: how good it is.
         bench: how fast it is, beside other models.
         simulated: how fast it is on a simulated accelerator.
+        form: what became of its files since.
     """
 
     folder: Path
@@ -39,6 +63,7 @@ class Run:
     measured: Evaluation | None = None
     bench: Bench | None = None
     simulated: Simulation | None = None
+    form: Form = AS_PRUNED
 
     @property
     def dense(self) -> bool:
@@ -85,14 +110,27 @@ class Run:
         """Perplexity on a text, None if it was not measured."""
         return self.measured.perplexity.get(text) if self.measured else None
 
+    @property
+    def origin(self) -> Origin:
+        """The dense model that it was made of, or is."""
+        if self.record is not None:
+            said = self.record.model
+            return Origin(said.get("source"), said.get("revision"), said.get("fingerprint"))
+        if self.measured is not None and self.dense:
+            return Origin(self.measured.model, self.measured.revision, self.measured.fingerprint)
+        return Origin()
+
     def is_rival(self, other: Run, text: str) -> bool:
-        """Whether both are pruned models that were asked for the same, and their perplexities on a text compare."""
-        experts = [run.record.experts if run.record else None for run in (self, other)]
+        """Whether both are one model pruned as it was asked for alike, and their perplexities on a text compare."""
+        asked = [
+            (run.target, run.record.experts, run.record.bits, run.record.pattern) if run.record else (run.target,)
+            for run in (self, other)
+        ]
         return (
             not self.dense
             and not other.dense
-            and self.target == other.target
-            and experts[0] == experts[1]
+            and asked[0] == asked[1]
+            and self.origin.may_be(other.origin)
             and self.compares(other, text)
         )
 
@@ -153,7 +191,7 @@ def load_run(path: Path) -> Run:
     if not path_of(path).is_dir():
         raise BesaError(f"{path} is not a folder: give one that `besa prune` or `besa eval` wrote to.")
     check_regular(path)
-    header(path)  # of no format that only a later besa knows
+    form = form_of(path)
     record, evaluation = RunRecord.of(path), path / EVALUATION_NAME
     bench, simulation = path / BENCH_NAME, path / SIMULATION_NAME
     if record is None and not evaluation.exists():
@@ -162,18 +200,29 @@ def load_run(path: Path) -> Run:
             "wrote to."
         )
     measured = Evaluation.read(evaluation) if evaluation.exists() else None
+    simulated = read_result(simulation, Simulation, "simulation", "simulate") if simulation.exists() else None
     of_dense = measured is not None and measured.pruned is None and measured.sparsity is None
     if record is not None and measured is not None and (of_dense or measured.pruned not in (None, record.created)):
-        raise BesaError(
-            f"{evaluation} was measured on another model: run `besa eval {path} --json {evaluation}` again."
-        )
+        raise _of_another(evaluation, "measured", "eval")
+    here = fingerprint(Source(str(path), str(path))) if any(path.glob("*.safetensors")) else None
+    for result, file, done, command in (
+        (measured, evaluation, "measured", "eval"),
+        (simulated, simulation, "simulated", "simulate"),
+    ):
+        if result is not None and None not in (here, result.fingerprint) and here != result.fingerprint:
+            raise _of_another(file, done, command)
     return Run(
         folder=path,
         record=record,
         measured=measured,
         bench=read_result(bench, Bench, "measurement of speed", "bench") if bench.exists() else None,
-        simulated=read_result(simulation, Simulation, "simulation", "simulate") if simulation.exists() else None,
+        simulated=simulated,
+        form=form,
     )
+
+
+def _of_another(file: Path, done: str, command: str) -> BesaError:
+    return BesaError(f"{file} was {done} on another model: run `besa {command} {file.parent} --json {file}` again.")
 
 
 def labels(runs: list[Run]) -> list[str]:

@@ -24,8 +24,8 @@ def percent(share: float, digits: int = 2) -> str:
 
 
 def tidy_percent(share: float) -> str:
-    """A round share in per cent with as many digits as it has, and at least two."""
-    digits = f"{100 * share:.10f}".rstrip("0")
+    """A share in per cent with as many digits as it has, but at least two and at most six."""
+    digits = f"{100 * share:.6f}".rstrip("0")
     return percent(share, max(2, len(digits.partition(".")[2])))
 
 

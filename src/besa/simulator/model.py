@@ -16,7 +16,7 @@ from pydantic import BaseModel, computed_field
 from besa.checkpoint.walk import StoredWeight, stored_weights
 from besa.errors import BesaError
 from besa.models.kinds import kind
-from besa.models.source import Source
+from besa.models.source import Source, fingerprint
 from besa.progress import Progress, silent
 from besa.record import now
 from besa.settings import LARGEST
@@ -117,6 +117,7 @@ class Simulation(BaseModel):
     Attributes:
         model: name of the model.
         revision: its commit, if it came from the Hugging Face Hub.
+        fingerprint: digest of its files; None in files of before.
         accelerator: its settings.
         linears: each linear alone.
         kinds: means over linears with the same path inside their blocks.
@@ -128,6 +129,7 @@ class Simulation(BaseModel):
 
     model: str
     revision: str | None = None
+    fingerprint: str | None = None
     accelerator: Accelerator
     linears: list[LinearSimulation]
     kinds: list[MeanSimulation]
@@ -163,6 +165,7 @@ def simulate(
     return Simulation(
         model=source.base,
         revision=source.revision,
+        fingerprint=fingerprint(source),
         accelerator=accelerator,
         linears=linears,
         kinds=[_mean(name, of_kind, len(of_kind)) for name, of_kind in by_kind.items()],
@@ -180,7 +183,8 @@ def check_alike(simulations: Sequence[Simulation]) -> None:
     """
     first, *others = simulations
     for other in others:
-        if {kind.name: kind.dense for kind in other.kinds} != {kind.name: kind.dense for kind in first.kinds}:
+        shapes = [{linear.name: linear.shape for linear in one.linears} for one in (other, first)]
+        if shapes[0] != shapes[1]:
             names = [pinned(one.model, one.revision) for one in (other, first)]
             raise BesaError(f"{names[0]} has other linears than {names[1]}: compare checkpoints of one model.")
 
