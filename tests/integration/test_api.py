@@ -332,3 +332,8 @@ def test_all_ways_to_prune_calibrate_on_the_same_text() -> None:
         )
     }
     assert defaults == {MIX}
+
+
+def test_settings_that_are_no_recipe_are_refused(tiny_llama_folder: Path) -> None:
+    with pytest.raises(besa.BesaError, match=r"^compress: recipe should be an instance of Recipe or .*, not \{"):
+        besa.compress(tiny_llama_folder, {"name": "wanda"})

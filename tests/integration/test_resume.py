@@ -465,15 +465,17 @@ def test_seconds_are_those_of_the_whole_run(begun: Path) -> None:
 def test_a_run_that_goes_on_elsewhere_says_so(begun: Path) -> None:
     path = partial_of(begun) / "run.json"
     began = json.loads(path.read_text())
-    began["origin"]["machine"]["threads"] = 77
-    path.write_text(json.dumps(began))
-    note = (
-        f"The run was begun with machine.threads = 77, not {torch.get_num_threads()}: the result may differ from that "
-        "of an uninterrupted run."
-    )
-    with pytest.warns(Notice, match=re.escape(note)):
+    (here,) = began["origins"]
+    began["origins"] = [here | {"machine": here["machine"] | {"threads": threads}} for threads in (77, 78)]
+    path.write_text(json.dumps(began | {"origins": [*began["origins"], here]}))
+    notes = [
+        f"A part of the run was made with machine.threads = {threads}, not {torch.get_num_threads()}: the result may "
+        "differ from that of an uninterrupted run."
+        for threads in (77, 78)
+    ]
+    with pytest.warns(Notice, match=r"^A part of the run was made with machine\.threads = 7[78], not "):
         record = prune(begun, resume=True).record
-    assert note in record.notes
+    assert set(notes) <= set(record.notes) and len(record.notes) == len(set(record.notes))
     assert record.restored_blocks == 5
 
 
@@ -494,6 +496,15 @@ def test_what_was_measured_before_the_blocks_is_kept(tmp_path: Path, monkeypatch
         patch.setattr(measuring, "loss_gradients", lambda *_, **__: pytest.fail("it was measured again"))
         assert prune(out, **settings, resume=True).record.sparsity == whole.record.sparsity
     assert_same(out, tmp_path / "whole")
+
+
+def test_a_run_goes_on_with_other_names_of_its_model_and_text(
+    begun: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(TINY)
+    record = prune(begun, resume=True, model=".", calibration=Path(TEXT).name).record
+    assert record.restored_blocks == 5
+    assert_same(begun, whole)
 
 
 def test_without_resume_what_was_measured_is_measured_anew(tmp_path: Path) -> None:

@@ -275,6 +275,13 @@ def test_exceptions_that_are_wrong(pair):
     assert str(caught.value) == f"--sparsity-of {pair}: write it as pattern=sparsity, such as *.k_proj=0.3."
 
 
+def test_what_is_given_twice_is_refused():
+    with pytest.raises(BesaError, match=r"^--sparsity-of \*\.q is given twice: give it once\.$"):
+        Recipe().with_exceptions([], ["*.q=0.3", "*.k=0.3", "*.q=0.7"])
+    pairs = ["allocation.steps=8", "sparsity=0.5", " allocation.steps =9"]
+    assert refusal("besa", overrides=pairs) == "--set allocation.steps is given twice: give it once."
+
+
 @given(override=st.text(max_size=30) | st.from_regex(r"(allocation\.steps|sparsity|name|importance)=[^\x00]{0,12}"))
 @example("sparsity=0\n")
 @example("no\nvalue")
@@ -318,6 +325,8 @@ def test_sparsity_out_of_bounds(sparsity):
         ("[" * 100_000, "it has aliases, or more than 8 levels"),
         ("- " * 5000, "it has aliases, or more than 8 levels"),
         ("skip: &a [x]\nb: *a", "it has aliases, or more than 8 levels"),
+        ("sparsity: 0.5\nsparsity: 0.6", "cannot be read as YAML: it has the key sparsity twice"),
+        ("allocation: {method: besa, steps: 8, steps: 9}", "it has the key steps twice"),
         ("a: &a {x: 1}\nb: {<<: *a}", "it has aliases, or more than 8 levels"),
         ("finetune: {method: adam, epochs: 2147483648}", "epochs is larger than 2,147,483,647"),
         (f"allocation: {{method: besa, steps: {10**400}}}", "steps is larger than 2,147,483,647"),

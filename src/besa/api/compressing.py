@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import InstanceOf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from besa.api.calibrating import Asked
@@ -73,8 +74,8 @@ class Compressed:
 @checked
 def compress(
     model: str | Path | PreTrainedModel,
-    recipe: Recipe | str | Path,
-    calibration: Calibration | str = MIX,
+    recipe: InstanceOf[Recipe] | str | Path,
+    calibration: InstanceOf[Calibration] | str = MIX,
     *,
     out: str | Path | None = None,
     sparsity: float | None = None,
@@ -191,7 +192,7 @@ def _begin(run: Run, identity: dict[str, Any], fewer: Fewer | None) -> list[str]
         fewer: what it will be without the experts that are dropped, if any are.
 
     Returns:
-        A note if the run goes on under other circumstances than it began with; it is shown too.
+        A note on each of the other circumstances that parts of the run were made under; they are shown too.
 
     Raises:
         BesaError: they are not, or the journal was begun by another run.
@@ -206,13 +207,15 @@ def _begin(run: Run, identity: dict[str, Any], fewer: Fewer | None) -> list[str]
     if coding is not None and run.resources.codes:
         size = coded_bytes(size, item, shapes.blocks, whole[2], coding)
     origin = {"versions": versions(), "machine": machine(run.resources.device)}
-    difference = run.journal.begin(_decisive(run, identity), origin)
+    differences = run.journal.begin(_decisive(run, identity), origin)
     check_space(run.journal.folder, whole_disk_bytes(*whole, size) - run.journal.bytes)
-    if difference is None:
-        return []
-    note = f"The run was begun with {difference}: the result may differ from that of an uninterrupted run."
-    warnings.warn(note, Notice, stacklevel=2)
-    return [note]
+    notes = [
+        f"A part of the run was made with {difference}: the result may differ from that of an uninterrupted run."
+        for difference in differences
+    ]
+    for note in notes:
+        warnings.warn(note, Notice, stacklevel=2)
+    return notes
 
 
 def _prunable(blocks: list[Block], recipe: Recipe) -> set[str]:

@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from pydantic import InstanceOf
 
 from besa.api.choosing import chosen, default_batch
 from besa.checkpoint.rewriting import folder_of
@@ -31,7 +32,7 @@ from besa.system.ranks import together
 @checked
 def plan(
     model: str | Path,
-    recipe: Recipe | str | Path = "besa",
+    recipe: InstanceOf[Recipe] | str | Path = "besa",
     *,
     out: str | Path = ".",
     sparsity: float | None = None,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from pydantic import InstanceOf
+
 from besa.data.arguments import Count, checked
 from besa.models.source import locate
 from besa.progress import Progress, silent
@@ -17,7 +19,7 @@ def simulate(
     model: str | Path,
     tokens: Sequence[Count] = (1, 8, 32, 128, 512),
     *,
-    accelerator: Accelerator | None = None,
+    accelerator: InstanceOf[Accelerator] | None = None,
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> Simulation:

@@ -182,8 +182,10 @@ class Recipe(Settings):
             sparsity_of: ``pattern=sparsity`` pairs.
 
         Raises:
-            BesaError: a pair has no sparsity in [0, 1], or the allocation cannot make that sparsity.
+            BesaError: a pair has no sparsity in [0, 1], a pattern is given twice, or the allocation cannot make that
+                sparsity.
         """
+        _check_once("--sparsity-of", [pair.rpartition("=")[0] for pair in sparsity_of])
         sparsities = dict(self.sparsity_of)
         for pair in sparsity_of:
             pattern, _, value = pair.rpartition("=")
@@ -241,10 +243,11 @@ class Recipe(Settings):
                 recipe's settings of the former method.
 
         Raises:
-            BesaError: there is no such recipe, it is no YAML, a key is unknown, or a value is out of bounds; or another
-                setting decides how much goes, so that `sparsity` would change nothing.
+            BesaError: there is no such recipe, it is no YAML, a key is unknown or given twice, or a value is out of
+                bounds; or another setting decides how much goes, so that `sparsity` would change nothing.
         """
         content = _read(recipe)
+        _check_once("--set", [override.partition("=")[0].strip() for override in overrides])
         if sparsity is not None:
             content["sparsity"] = sparsity
         for override in sorted(overrides, key=lambda pair: not pair.partition("=")[0].endswith(".method")):
@@ -287,11 +290,30 @@ class _PlainLoader(yaml.SafeLoader):
             raise yaml.YAMLError(f"it has aliases, or more than {DEEPEST} levels")
         node = super().compose_node(parent, index)
         self.depth -= 1
+        if isinstance(node, yaml.MappingNode):
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if twice := _twice(keys):
+                raise yaml.YAMLError(f"it has the key {twice} twice")
         return node
 
 
 def _yaml(text: str) -> Any:
     return yaml.load(text, _PlainLoader)
+
+
+def _twice(names: Sequence[str]) -> str | None:
+    """The first name that appears again; None if all are different."""
+    return next((name for at, name in enumerate(names) if name in names[:at]), None)
+
+
+def _check_once(option: str, names: Sequence[str]) -> None:
+    """Check that an option is given once for each name.
+
+    Raises:
+        BesaError: it is not.
+    """
+    if twice := _twice(names):
+        raise BesaError(f"{option} {twice} is given twice: give it once.")
 
 
 def _override(content: dict[str, Any], override: str) -> None:

@@ -23,9 +23,11 @@ from besa.storage.beside import Beside
 from besa.storage.tensors import save_tensors
 from besa.storage.writing import LOCK, check_absent, claimed, write_file
 
-FORMAT = 1
+FORMAT = 2
 IDENTITY = "run.json"
-ORIGIN = "origin"  # key in it of what may differ when a run goes on
+ORIGINS = "origins"  # key in it of what may differ when a run goes on, of each process that worked on it
+DIGESTS = ("fingerprint", "sha256")  # keys of digests, of a model and of tokens
+NAMES = ("source", "parts")  # keys beside them of where it came from
 SPENT = "spent.json"
 TARGETS = "targets.json"
 MIXTURES = "mixtures.json"
@@ -55,32 +57,36 @@ class Journal:
         self._writer = Beside()
         self._writing: Future[None] | None = None
 
-    def begin(self, identity: Mapping[str, Any], origin: Mapping[str, Any]) -> str | None:
+    def begin(self, identity: Mapping[str, Any], origin: Mapping[str, Any]) -> list[str]:
         """Write the identity of the run, or check that the journal has the same one; `seconds` count from here on.
+
+        The origin of every process that went on with the run is kept.
 
         Args:
             identity: everything that decides the result (recipe, model, data, …), in JSON types.
             origin: versions and machine, which decide its last digits, likewise.
 
         Returns:
-            The difference in words if the run was begun with another origin; else None.
+            In words, how other processes differed that made parts of the run.
 
         Raises:
             BesaError: the journal belongs to another run, or is damaged.
         """
-        current, begun = json.loads(json.dumps({"format": FORMAT, **identity, ORIGIN: origin})), self.begun
+        current, begun = json.loads(json.dumps({"format": FORMAT, **identity, ORIGINS: [origin]})), self.begun
         self._earlier, self._began = self._spent(), time.perf_counter()
         if begun is None:
             write_file(self.folder / IDENTITY, json.dumps(current, indent=2))
-            return None
-        before, now = begun.pop(ORIGIN, {}), current.pop(ORIGIN)
+            return []
+        before, (now,) = begun.pop(ORIGINS, []), current.pop(ORIGINS)
         difference = _difference(begun, current)
         if difference:
             raise BesaError(
                 f"{self.folder} belongs to a run with {difference}: use the same settings again, or remove the folder "
                 "to start anew."
             )
-        return _difference(before, now)
+        if now not in before:
+            write_file(self.folder / IDENTITY, json.dumps({**begun, ORIGINS: [*before, now]}, indent=2))
+        return list(dict.fromkeys(words for other in before if (words := _difference(other, now))))
 
     @property
     def seconds(self) -> float:
@@ -341,9 +347,13 @@ def _sha256(paths: Iterable[Path], record: BlockRecord | DistillingRecord) -> st
 
 
 def _difference(begun: Any, current: Any, path: str = "") -> str | None:
-    """The first difference between two trees of JSON, in words; None if they are equal."""
+    """The first difference between two trees of JSON, in words; None if they are equal.
+
+    Where digests are equal, names do not matter: one file can be named in several ways.
+    """
     if isinstance(begun, dict) and isinstance(current, dict):
-        keys = dict.fromkeys([*begun, *current])
+        alike = any(begun.get(digest) == current.get(digest) is not None for digest in DIGESTS)
+        keys = [key for key in dict.fromkeys([*begun, *current]) if not (alike and key in NAMES)]
         differences = (_difference(begun.get(key), current.get(key), f"{path}.{key}".lstrip(".")) for key in keys)
         return next((difference for difference in differences if difference), None)
     return None if begun == current else f"{path} = {begun!r}, not {current!r}"
