@@ -141,5 +141,5 @@ def _experts(before: int, after: int, mixtures: int, parameters: int) -> str:
 def _dense(dense: dict[str, int]) -> str:
     """What stays dense in the blocks."""
     if not dense:
-        return "every matrix of the blocks is pruned"
+        return "no matrix of the blocks is left out"
     return f"{sum(dense.values()):,} weights of the blocks stay dense: {', '.join(sorted(dense))}"

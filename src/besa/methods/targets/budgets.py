@@ -42,7 +42,8 @@ def budgets(blocks: list[Block], recipe: Recipe, targets: Sequence[float] | None
     common, exceptions = shared_names(blocks, recipe)
     sharers = {name for names in common for name in names}
     if recipe.group is not None:
-        _check_groups(recipe.group, {name: prunables[name] for name in sharers.union(*exceptions)})
+        pruned = sharers.union(*exceptions)
+        _check_groups(recipe.group, {name: each for name, each in prunables.items() if name in pruned})
     shared = [
         [names for group in sharing(unit, recipe.granularity) if (names := tuple(n for n in group if n in sharers))]
         for unit in in_order
