@@ -156,7 +156,7 @@ def test_a_model_of_2_of_4(importance, tiny_llama, tiny_llama_folder, tiny_token
 
 def test_columns_that_are_no_whole_number_of_groups_are_refused(tiny_llama, tiny_llama_folder, tiny_tokenizer):
     recipe = Recipe(allocation=NM(keep=35, of=70))
-    with pytest.raises(BesaError, match=r"^model\.layers\.0\.self_attn\.q_proj has \d+ columns, which are no whole number of groups of 70"):
+    with pytest.raises(BesaError, match=r"^model\.layers\.0\.self_attn\.q_proj has .*, which are no whole .* of 70"):
         besa.compress(
             tiny_llama,
             recipe,
