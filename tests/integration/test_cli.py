@@ -187,6 +187,7 @@ def test_report_is_one_page(pruned: Path, tmp_path: Path) -> None:
         (["--skip", "*"], ["nothing to prune"]),
         (["--sparsity-of", "*.k_proj"], ["--sparsity-of *.k_proj:", "pattern=sparsity"]),
         (["--sparsity-of", "*.none=0.3"], ["sparsity_of", "*.none"]),
+        (["--set", "sparsity=0.4", "--set", " sparsity =0.3"], ["--set sparsity is given twice: give it once"]),
         (["--sparsity", "0.5", "--set", "sparsity=0.3"], ["--sparsity and --set sparsity decide the same"]),
         (["--recipe", "best", "--passes", "40", "--set", "distill.epochs=1"], ["--passes and --set distill.epochs"]),
         (["--recipe", "best", "--minutes", "5", "--set", "distill.minutes=7"], ["--minutes and --set distill.minutes"]),

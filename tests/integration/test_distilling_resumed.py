@@ -5,9 +5,10 @@ import math
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import besa
+from besa.api.calibrating import Asked
 from besa.errors import Interrupted
+from besa.methods.distilling.course import Course
 from besa.methods.recipe import Recipe
 from besa.record import RunRecord
 from besa.storage import snapshots
@@ -147,6 +150,48 @@ def test_what_fitted_into_the_minutes_stays(prune: Prune, tmp_path: Path, monkey
     record = prune(out, resume=True, settings=settings)
     assert record.distilling.epochs == 2
     assert record.distilling.losses == prune(tmp_path / "whole", settings=again).distilling.losses
+
+
+def test_seconds_are_those_of_all_processes(prune: Prune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock goes 1,000 seconds ahead while a run distils that is stopped then."""
+    out, clock = tmp_path / "out", time.perf_counter
+    waited = [0.0]
+    keep = Snapshots.keep
+
+    def slowly(self: Snapshots, *args: Any) -> bool:
+        waited[0] += 1000
+        return keep(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "perf_counter", lambda: clock() + waited[0])
+        patch.setattr(Snapshots, "keep", slowly)
+        with pytest.raises(Interrupted):
+            prune(out, 3)
+    record = prune(out, resume=True)
+    assert 1000 < record.distilling.seconds < 3000
+    assert 1000 < record.seconds < 4000
+    assert record.distilling.seconds == pytest.approx(sum(record.distilling.phases.values()))
+
+
+def test_minutes_count_from_the_beginning_of_the_run(
+    prune: Prune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also what comes before the blocks, here the calibration text."""
+    clock, waited, drawn, spent = time.perf_counter, [0.0], Asked.drawn, []
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + waited[0])
+
+    def slowly(self: Asked, *args: Any) -> Any:
+        waited[0] += 1000
+        return drawn(self, *args)
+
+    def fitting(self: Course, seconds: float) -> int:
+        spent.append(self._pupil.seconds)
+        return 2
+
+    monkeypatch.setattr(Asked, "drawn", slowly)
+    monkeypatch.setattr(Course, "_fitting", fitting)
+    prune(tmp_path / "out", settings=[*SETTINGS, "distill.further=false", "distill.minutes=1"])
+    assert 1000 < spent[0] < 2000
 
 
 @pytest.mark.slow

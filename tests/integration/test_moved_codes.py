@@ -13,9 +13,14 @@ import besa
 from besa import BesaError, Recipe
 from besa.api import Compressed
 from besa.checkpoint import opening
+from besa.counting.masks import rank
 from besa.errors import Interrupted
+from besa.methods.allocation import RankedLinear
+from besa.models.blocks import find_blocks
 from besa.models.loading import load_model
+from besa.models.source import locate
 from besa.models.streaming import DecoderInMemory
+from besa.pruning import loop, quantizing
 from besa.storage import snapshots
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
@@ -137,6 +142,36 @@ def test_without_pruning_the_zeros_are_those_of_rounding(tmp_path: Path) -> None
     assert zeros == result.record.zeros
     assert 0 < zeros < 0.1 * result.record.weights
     assert all(part.unique().numel() <= 256 for w_OI in weights.values() for part in w_OI[:20])
+
+
+def test_zeros_go_first_then_what_rounds_to_zero_by_importance() -> None:
+    """Of the weights 0.01 and less, which round to zero, the least important go, wherever they are in their row."""
+    w_OI = torch.tensor([[0.01, 1.0, -0.008, 0.0, 0.9, 0.004, -0.7, 0.8]])
+    linear = RankedLinear(w_OI, w_OI.abs(), rank(w_OI.abs(), w_OI))
+    q_OI = torch.where(w_OI.abs() < 0.05, 0, w_OI)
+    assert quantizing._zeros_first(linear, q_OI, None).tolist() == [[3, 7, 2, 0, 6, 1, 4, 5]]
+    assert quantizing._zeros_first(linear, q_OI, 4).tolist() == [[4, 6, 2, 0, 7, 1, 3, 5]]
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "besa", "sensitivity"])
+def test_zeros_that_the_model_has_count_where_little_is_pruned(shallow_llama_folder: Path, allocation: str) -> None:
+    """In two bits, more weights round to zero than the sparsity asks for."""
+    model = load_model(locate(str(shallow_llama_folder)))
+    generator = torch.Generator().manual_seed(0)
+    for block in find_blocks(model):
+        for name in block.prunables:
+            w_OI = block.weight(name).detach()
+            w_OI[torch.rand(w_OI.shape, generator=generator) < 0.05] = 0
+    settings = ["quantization={method: moved, bits: 2, group: 32}", f"allocation.method={allocation}"]
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    record = besa.compress(model, Recipe.load("wanda", 0.15, settings), TEXT, tokenizer=tokenizer, **SIZES).record
+    assert record.zeros == round(0.15 * record.weights)
+
+
+def test_what_cannot_be_codes_is_refused_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "measure", lambda *_: pytest.fail("it is measured"))
+    with pytest.raises(BesaError, match="no whole number of groups of 128"):
+        besa.compress(TINY, recipe("quantization.group=128"), TEXT, **SIZES)
 
 
 def test_what_does_not_go_together() -> None:

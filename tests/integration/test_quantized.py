@@ -79,6 +79,22 @@ def test_transformers_alone_loads_the_same_weights(
     assert dense.record.zeros == zeros
 
 
+def test_clipping_is_learned_where_nothing_is_pruned(shallow_llama_folder: Path) -> None:
+    """Jointly too, at sparsity 0 and beside matrices that are pruned."""
+
+    def errors(clipping: str, *exceptions: str) -> list[float]:
+        settings = ["quantization.bits=3", f"quantization.clipping={clipping}"]
+        recipe = Recipe.load("besa-int4", 0.5 if exceptions else 0.0, settings).with_exceptions([], exceptions)
+        blocks = besa.compress(shallow_llama_folder, recipe, TEXT, **SIZES).record.blocks
+        return [block.reconstruction_error for block in blocks]
+
+    joint, first, none = (errors(clipping) for clipping in ("joint", "first", "none"))
+    assert joint == first
+    assert max(joint) < 0.9 * min(none)
+    beside = [errors(clipping, "*mlp*=0") for clipping in ("joint", "none")]
+    assert all(learned < 0.9 * least for learned, least in zip(*beside, strict=True))
+
+
 def test_few_values_in_each_group(joint: Compressed) -> None:
     for w_OI in prunable(decompressed(joint.out)).values():
         for part in w_OI.reshape(-1, 32)[:50]:

@@ -278,8 +278,6 @@ def test_exceptions_that_are_wrong(pair):
 def test_what_is_given_twice_is_refused():
     with pytest.raises(BesaError, match=r"^--sparsity-of \*\.q is given twice: give it once\.$"):
         Recipe().with_exceptions([], ["*.q=0.3", "*.k=0.3", "*.q=0.7"])
-    pairs = ["allocation.steps=8", "sparsity=0.5", " allocation.steps =9"]
-    assert refusal("besa", overrides=pairs) == "--set allocation.steps is given twice: give it once."
 
 
 @given(override=st.text(max_size=30) | st.from_regex(r"(allocation\.steps|sparsity|name|importance)=[^\x00]{0,12}"))

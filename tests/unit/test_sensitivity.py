@@ -193,3 +193,30 @@ def test_gradients_reach_matrices_however_they_are_multiplied(kind):
     halves = seeds_NTC[0].split(2) if kind is AtOnce else [seeds_NTC[0]]
     for name, own_TC in zip(block.prunables, halves, strict=True):
         torch.testing.assert_close(rows.rows(name), own_TC.square().mean(dim=0))
+
+
+class Zeroed(nn.Module):
+    """Two experts that get all tokens, zeros for those of the other, as in Llama 4; their outputs are added."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = (nn.Parameter(torch.randn(2, WIDTH, WIDTH)) for _ in range(2))
+
+    def forward(self, x):
+        chosen = torch.tensor([[1.0, 0, 0, 1], [0, 1, 1, 0]])[..., None]
+        up = torch.bmm(x * chosen, self.up.transpose(1, 2))
+        return x + torch.bmm(up * up, self.down.transpose(1, 2)).sum(dim=0, keepdim=True)
+
+
+def test_experts_are_judged_on_the_tokens_that_were_chosen_for_them():
+    module = Zeroed().requires_grad_(False)
+    block = Block(0, "b", module, find_prunables(module), {(1, 4): {}})
+    x_NTC, seeds_NTC = torch.randn(2, 1, 4, WIDTH)
+    rows = RowSensitivities(block)
+    rows.send_back(x_NTC, seeds_NTC)
+    for expert, tokens in ((0, [0, 3]), (1, [1, 2])):
+        x_TC, seeds_TC = x_NTC[0, tokens], seeds_NTC[0, tokens]
+        up_TC = x_TC @ module.up[expert].T
+        expected = {"up": 2 * up_TC * (seeds_TC @ module.down[expert]), "down": seeds_TC}
+        for name, gradients_TC in expected.items():
+            torch.testing.assert_close(rows.rows(f"{name}.{expert}"), gradients_TC.square().mean(dim=0))

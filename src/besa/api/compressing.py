@@ -36,7 +36,7 @@ from besa.models.source import Source, locate
 from besa.models.streaming import Decoder
 from besa.planning import check_fits, coded_bytes, whole_disk_bytes
 from besa.progress import Progress, silent
-from besa.pruning import Resources, Run, drop_experts, prune_model, smaller
+from besa.pruning import Resources, Run, drop_experts, prune_model, quantizing, smaller
 from besa.record import PASSED_NAMES, BlockRecord, PassedThrough, RunRecord, now
 from besa.runtime.own_text import Author
 from besa.storage.journal import journal_for
@@ -135,6 +135,7 @@ def compress(
     Raises:
         BesaError: bad input or a refused situation, in one sentence; nothing is written then.
     """
+    began = time.perf_counter()
     device = resolve_device(device)
     memory.reset_peak(device)
     check_seed(seed)
@@ -162,7 +163,7 @@ def compress(
         memory.trim()
         room = Room(device, activation_budget, journal.folder if journal else None)
         resources = Resources(min(calibration.samples, batch), device, room, codes=not dequantized)
-        run = Run(decoder, recipe, calibration, study, None, seed, resources, journal, progress)
+        run = Run(decoder, recipe, calibration, study, None, seed, resources, journal, progress, began)
         fewer = smaller(decoder.model, decoder.blocks, recipe)
         notes = [*notes, *further, *_begin(run, identity, fewer)]
         run, record = _pruned(run, identity, fewer, notes, command)
@@ -184,7 +185,7 @@ def _located(
 
 
 def _begin(run: Run, identity: dict[str, Any], fewer: Fewer | None) -> list[str]:
-    """Check before the work that memory and disk are enough, and begin the journal.
+    """Check before the work that weights can become codes and that memory and disk are enough, and begin the journal.
 
     Args:
         run: its decoder is dense.
@@ -199,6 +200,7 @@ def _begin(run: Run, identity: dict[str, Any], fewer: Fewer | None) -> list[str]
     """
     shapes = run.decoder if fewer is None else fewer
     whole = shapes.model, shapes.blocks, _prunable(shapes.blocks, run.recipe), run.recipe
+    quantizing.check(run.recipe, shapes.model, shapes.blocks, as_codes=run.journal is not None and run.resources.codes)
     check_fits(*whole, run.calibration.seqlen, run.resources.device)
     if run.journal is None:
         return []

@@ -34,11 +34,13 @@ def recipe_of(
         BesaError: no such recipe, a setting that it cannot have or that an option gives too, or a model that cannot be
             read.
     """
-    from besa.methods.recipe import Recipe
+    from besa.methods.recipe import Recipe, twice
     from besa.planning import spending, within
 
     if passes is not None and minutes is not None:
         raise BesaError("A run has either passes or minutes to spend: give --passes or --minutes, not both.")
+    if again := twice([setting.partition("=")[0].strip() for setting in settings or ()]):
+        raise BesaError(f"--set {again} is given twice: give it once.")
     check_once("--sparsity", sparsity, settings, ("sparsity",))
     check_once("--minutes", minutes, settings, DISTILLED)
     recipe = Recipe.load(name, sparsity, settings or ()).with_exceptions(skip or (), sparsity_of or ())

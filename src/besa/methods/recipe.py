@@ -185,7 +185,8 @@ class Recipe(Settings):
             BesaError: a pair has no sparsity in [0, 1], a pattern is given twice, or the allocation cannot make that
                 sparsity.
         """
-        _check_once("--sparsity-of", [pair.rpartition("=")[0] for pair in sparsity_of])
+        if pattern := twice([pair.rpartition("=")[0] for pair in sparsity_of]):
+            raise BesaError(f"--sparsity-of {pattern} is given twice: give it once.")
         sparsities = dict(self.sparsity_of)
         for pair in sparsity_of:
             pattern, _, value = pair.rpartition("=")
@@ -243,11 +244,10 @@ class Recipe(Settings):
                 recipe's settings of the former method.
 
         Raises:
-            BesaError: there is no such recipe, it is no YAML, a key is unknown or given twice, or a value is out of
+            BesaError: there is no such recipe, it is no YAML or has a key twice, a key is unknown, or a value is out of
                 bounds; or another setting decides how much goes, so that `sparsity` would change nothing.
         """
         content = _read(recipe)
-        _check_once("--set", [override.partition("=")[0].strip() for override in overrides])
         if sparsity is not None:
             content["sparsity"] = sparsity
         for override in sorted(overrides, key=lambda pair: not pair.partition("=")[0].endswith(".method")):
@@ -292,8 +292,8 @@ class _PlainLoader(yaml.SafeLoader):
         self.depth -= 1
         if isinstance(node, yaml.MappingNode):
             keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-            if twice := _twice(keys):
-                raise yaml.YAMLError(f"it has the key {twice} twice")
+            if key := twice(keys):
+                raise yaml.YAMLError(f"it has the key {key} twice")
         return node
 
 
@@ -301,19 +301,9 @@ def _yaml(text: str) -> Any:
     return yaml.load(text, _PlainLoader)
 
 
-def _twice(names: Sequence[str]) -> str | None:
+def twice(names: Sequence[str]) -> str | None:
     """The first name that appears again; None if all are different."""
     return next((name for at, name in enumerate(names) if name in names[:at]), None)
-
-
-def _check_once(option: str, names: Sequence[str]) -> None:
-    """Check that an option is given once for each name.
-
-    Raises:
-        BesaError: it is not.
-    """
-    if twice := _twice(names):
-        raise BesaError(f"{option} {twice} is given twice: give it once.")
 
 
 def _override(content: dict[str, Any], override: str) -> None:

@@ -115,6 +115,7 @@ def replaced(
         if prunable.expert is None:
             changed[prunable.parameter] = stored
         else:
-            stack = stacks.setdefault(prunable.parameter, list(parameters[prunable.parameter].unbind()))
-            stack[prunable.expert] = stored
+            if prunable.parameter not in stacks:
+                stacks[prunable.parameter] = list(parameters[prunable.parameter].unbind())
+            stacks[prunable.parameter][prunable.expert] = stored
     return changed | {name: torch.stack(stack) for name, stack in stacks.items()}

@@ -307,5 +307,6 @@ class _Sums:
         """Give matrices that no token reached statistics of no tokens."""
         parameters = dict(block.named_parameters())
         for name, prunable in prunables.items():
-            device = parameters[prunable.parameter].device
-            self.statistics.setdefault(name, InputStatistics.empty(prunable.columns, self._gram, device))
+            if name not in self.statistics:
+                device = parameters[prunable.parameter].device
+                self.statistics[name] = InputStatistics.empty(prunable.columns, self._gram, device)

@@ -67,6 +67,8 @@ class RowSensitivities:
             self._tokens[name] = sum(of_rank.get(name, 0) for of_rank in tokens)
 
     def _add(self, name: str, gradient: Tensor) -> None:
+        if not gradient.numel():
+            return
         squares_O = gradient.float().square().reshape(-1, gradient.shape[-1]).sum(dim=0).to(widest(gradient.device))
         self._sums[name] = self._sums[name] + squares_O if name in self._sums else squares_O
         self._tokens[name] = self._tokens.get(name, 0) + gradient.numel() // gradient.shape[-1]

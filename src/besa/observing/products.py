@@ -66,7 +66,8 @@ class Products(TorchFunctionMode):
         block: owner of the parameters.
         prunables: its matrices by name.
         inputs: called before each product with the name of the matrix and the input (..., I).
-        gradients: called in the backward pass with the name and the gradient (..., O) at the product.
+        gradients: called in the backward pass with the name and the gradient (..., O) at the product; of an expert, at
+            the tokens that it has an input of.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class Products(TorchFunctionMode):
             self._inputs(name, factors.x if expert is None else factors.of_experts()[expert])
         y = func(*args, **kwargs)
         if self._gradients and y.requires_grad:
-            y.register_hook(partial(self._report_gradient, matrices, factors.left))
+            y.register_hook(partial(self._report_gradient, matrices, factors))
         return y
 
     def _recognise(
@@ -140,11 +141,15 @@ class Products(TorchFunctionMode):
             )
         return None
 
-    def _report_gradient(self, matrices: list[tuple[str, int | None]], left: bool, gradient: Tensor) -> None:
+    def _report_gradient(self, matrices: list[tuple[str, int | None]], factors: _Factors, gradient: Tensor) -> None:
         assert self._gradients is not None
-        gradient = gradient.transpose(-1, -2) if left else gradient
+        gradient = gradient.transpose(-1, -2) if factors.left else gradient
         for name, expert in matrices:
-            self._gradients(name, gradient if expert is None else gradient[expert])
+            if expert is None:
+                self._gradients(name, gradient)
+            else:  # some families give every expert all tokens, as zeros where the router chose another
+                chosen_T = factors.of_experts()[expert].detach().any(dim=-1)
+                self._gradients(name, gradient[expert][chosen_T])
 
 
 def _factors(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Iterator[_Factors]:

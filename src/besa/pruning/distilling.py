@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -23,6 +24,8 @@ from besa.storage.journal import Journal
 from besa.storage.snapshots import Snapshots
 from besa.system import ranks
 from besa.system.stopwatch import Stopwatch
+
+SPENT = "spent"  # key in a position: seconds of distilling
 
 
 def distilled_before(journal: Journal | None) -> DistillingRecord | None:
@@ -49,11 +52,12 @@ def distill(run: Run, pruned: Pruned) -> DistillingRecord:
         with watch("load"):
             _open(run, pruned, stack)
             inputs_NTC = pruned.studied.inputs_NTC(run)
-        pupil = _pupil(run, pruned, pruned.studied, inputs_NTC, sum(watch.seconds.values()))
+        pupil = _pupil(run, pruned, pruned.studied, inputs_NTC)
         with watch("distill"):
-            states = _SharedSnapshots(Snapshots(journal.folder) if journal is not None else None)
+            states = _SharedSnapshots(journal)
             distilled = recipe.distill.distill(pupil, states, run.progress)
             quantized = _rounded(run, pruned.grids)
+        watch.seconds["distill"] += states.earlier
         record = DistillingRecord(
             epochs=distilled.epochs,
             losses=distilled.losses,
@@ -86,7 +90,7 @@ def _open(run: Run, pruned: Pruned, stack: ExitStack) -> None:
             decoder.load_tensors(block, unrounded.decode(tensors, 0)[0] if pruned.grids else tensors)
 
 
-def _pupil(run: Run, pruned: Pruned, studied: Studied, inputs_NTC: HiddenStates, loading: float) -> Pupil:
+def _pupil(run: Run, pruned: Pruned, studied: Studied, inputs_NTC: HiddenStates) -> Pupil:
     """What learns, and what it learns from.
 
     Args:
@@ -94,7 +98,6 @@ def _pupil(run: Run, pruned: Pruned, studied: Studied, inputs_NTC: HiddenStates,
         pruned: its blocks.
         studied: its sequences have been through the dense model.
         inputs_NTC: of the first block.
-        loading: seconds that it took to open the model.
     """
     decoder, device = run.decoder, run.resources.device
     return Pupil(
@@ -106,7 +109,7 @@ def _pupil(run: Run, pruned: Pruned, studied: Studied, inputs_NTC: HiddenStates,
         studied.study,
         studied.share,
         run.seed,
-        sum(block.seconds for block in pruned.records) + loading,
+        run.spent,
         head_share(decoder.model, decoder.blocks),
         {name: _at(grid, device) for name, grid in pruned.grids.items()},
     )
@@ -129,11 +132,16 @@ class _SharedSnapshots:
     """Snapshots kept by rank 0, from which all ranks resume.
 
     Args:
-        own: of rank 0; None on the others.
+        journal: of rank 0; None on the others.
+
+    Attributes:
+        earlier: seconds that interrupted processes distilled until the last state.
     """
 
-    def __init__(self, own: Snapshots | None) -> None:
-        self._own = own
+    def __init__(self, journal: Journal | None) -> None:
+        self._journal, self._began = journal, time.perf_counter()
+        self._own = Snapshots(journal.folder) if journal is not None else None
+        self.earlier: float = (self.position or {}).get(SPENT, 0.0)
 
     @property
     def position(self) -> dict[str, Any] | None:
@@ -148,8 +156,11 @@ class _SharedSnapshots:
         self, position: Mapping[str, Any], groups: Iterable[tuple[str, Mapping[str, Tensor]]], urgent: bool
     ) -> None:
         """See `methods.distilling.distiller.Snapshots`."""
-        if self._own is not None:
-            self._own.keep(position, groups, urgent)
+        if self._own is None or self._journal is None:
+            return
+        spent = self.earlier + time.perf_counter() - self._began
+        if self._own.keep({**position, SPENT: spent}, groups, urgent):
+            self._journal.note_time()
 
     def clear(self) -> None:
         """Remove all states."""

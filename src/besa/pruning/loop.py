@@ -17,7 +17,6 @@ from besa.models.check import Check
 from besa.models.streaming import Decoder
 from besa.models.units import Unit, units
 from besa.progress import BlockDone, BlockNote
-from besa.pruning import quantizing
 from besa.pruning.coded import Coded, put_back, to_keep
 from besa.pruning.measuring import Measured, measure
 from besa.pruning.paths import PLAIN, Resources, first_inputs
@@ -26,7 +25,7 @@ from besa.pruning.step import Step, prune_unit
 from besa.pruning.studied import Studied
 from besa.quantization import Grid
 from besa.record import BlockRecord
-from besa.storage.formats import codes, unrounded
+from besa.storage.formats import unrounded
 from besa.storage.journal import Journal
 from besa.system import memory, ranks
 from besa.system.stopwatch import Stopwatch
@@ -79,7 +78,6 @@ def prune_units(run: Run, *, to_the_end: bool = False) -> Pruned:
     check = Check(run.decoder, run.calibration.tokens_NT, run.resources.device) if open_units else None
     measured = measure(run) if open_units else Measured()
     plan = budgets(run.decoder.blocks, run.recipe, measured.targets)
-    _check_codes(run, in_order, plan)
     if run.journal is not None:
         run.journal.restored = len(done)
     if not (open_units or to_the_end):  # the earlier run stopped while it assembled the checkpoint
@@ -179,10 +177,11 @@ class _Walk:
             yield
 
     def _restore(self, place: int) -> None:
-        """Run the blocks of a finished unit, dense and pruned, as they are in the journal."""
+        """Put back a finished unit, and run its blocks, dense and pruned, if a later unit is to be pruned."""
         batch = self._run.resources.batch
         for block, dense_block in zip(self._units[place].blocks, self._whole[place].blocks, strict=True):
-            dense_block.run(self._dense_NTC, batch, into=self._dense_NTC)
+            if place < self._last_open:
+                dense_block.run(self._dense_NTC, batch, into=self._dense_NTC)
             self.grids |= put_back(self._run.decoder, block, self._run.kept(block), self._run.recipe)
             if place < self._last_open:
                 block.run(self._pruned_NTC, batch, into=self._pruned_NTC)
@@ -233,20 +232,6 @@ class _Walk:
         self.records.append(record)
         done = BlockDone(record.name, record.reconstruction_error, record.sparsity, record.seconds, restored)
         self._run.progress(len(self.records), len(self._run.decoder.blocks), BlockNote(done))
-
-
-def _check_codes(run: Run, in_order: list[Unit], plan: list[list[Budget]]) -> None:
-    """Check before the work that the linears of the plan can become codes, if the recipe has any.
-
-    Raises:
-        BesaError: they cannot.
-    """
-    coding = run.recipe.quantization.coding
-    if coding is None:
-        return
-    quantizing.check(coding, in_order, plan)
-    if run.journal is not None and run.resources.codes:
-        codes.check(run.decoder.model, [name for of_unit in plan for budget in of_unit for name in budget.names])
 
 
 def _done(journal: Journal | None, in_order: list[Unit]) -> dict[int, BlockRecord]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from besa.counting.budget import Budget
 from besa.counting.masks import hard_mask, rank
@@ -17,27 +17,34 @@ from besa.methods.allocation.changing import ChangingLinears
 from besa.methods.allocation.descent import Descent
 from besa.methods.apportioning import counted
 from besa.methods.recipe import Recipe
-from besa.models.units import Unit
+from besa.methods.targets.budgets import budgets
+from besa.models.blocks import Block
 from besa.observing.input_statistics import InputStatistics
 from besa.quantization import Clipping, Coding, Quantized
+from besa.storage.formats import codes
 from besa.system import ranks
 
 
-def check(quantization: Coding, in_order: list[Unit], plan: list[list[Budget]]) -> None:
-    """Check that every linear of the plan can be quantised.
+def check(recipe: Recipe, model: nn.Module, blocks: list[Block], *, as_codes: bool) -> None:
+    """Check before the work that what a recipe prunes can be quantised, if it quantises.
 
     Args:
-        quantization: settings.
-        in_order: the units of the model.
-        plan: the budgets of every unit; linears without a budget are not quantised.
+        recipe: the method.
+        model: may be on the meta device.
+        blocks: of the model.
+        as_codes: whether the checkpoint will have codes.
 
     Raises:
-        BesaError: the columns of a linear are no whole number of groups.
+        BesaError: the columns of a linear are no whole number of groups, or transformers cannot load it as codes.
     """
-    for unit, unit_budgets in zip(in_order, plan, strict=True):
-        for budget in unit_budgets:
-            for name in budget.names:
-                quantization.groups(name, unit.prunables[name].columns)
+    if (coding := recipe.quantization.coding) is None:
+        return
+    prunables = {name: prunable for block in blocks for name, prunable in block.prunables.items()}
+    names = [name for of_unit in budgets(blocks, recipe) for budget in of_unit for name in budget.names]
+    for name in names:
+        coding.groups(name, prunables[name].columns)
+    if as_codes:
+        codes.check(model, names)
 
 
 def allocate_and_quantize(
@@ -57,6 +64,7 @@ def allocate_and_quantize(
     Raises:
         BesaError: rounding alone makes more zeros than a budget allows.
     """
+    asked = problem.budgets
     clippings = {name: quantization.clipping_of(name, linear.w_OI) for name, linear in problem.linears.items()}
     losses: list[float] = []
     if quantization.learns_first and recipe.descent is not None:
@@ -68,9 +76,10 @@ def allocate_and_quantize(
         problem = replace(problem, linears=linears)
     if quantization.learns_jointly:
         problem = replace(problem, clippings=clippings)
-    pruning = [budget for budget in problem.budgets if budget.zeros]  # a budget of no zeros accepts those of rounding
-    allocated = recipe.allocation.allocate(replace(problem, budgets=pruning))
-    quantized = settle(problem.linears, clippings, allocated.counts, problem.budgets)
+    if not quantization.learns_jointly:  # a budget of no zeros accepts those of rounding, and has nothing to learn
+        problem = replace(problem, budgets=[budget for budget in problem.budgets if budget.zeros])
+    allocated = recipe.allocation.allocate(problem)
+    quantized = settle(problem.linears, clippings, allocated.counts, asked)
     return replace(allocated, losses=[*losses, *allocated.losses]), quantized
 
 
@@ -79,7 +88,8 @@ def allocate_before_moving(problem: BlockProblem, recipe: Recipe, quantization: 
 
     Arguments as of `allocate_and_quantize`.
 
-    Weights that round to zero where they are now come first. Where a budget prunes nothing, they alone become zero.
+    Weights that are zero come first, then those that round to zero where they are now, both by their importance. Where
+    a budget prunes nothing, these alone become zero.
 
     Returns:
         The zeros of each row, and the ranks by which they are chosen.
@@ -91,7 +101,7 @@ def allocate_before_moving(problem: BlockProblem, recipe: Recipe, quantization: 
     counts: dict[str, Tensor] = {}
     for name, linear in problem.linears.items():
         q_OI = quantization.clipping_of(name, linear.w_OI).quantized(linear.w_OI.dtype).weight()
-        order[name] = _order(linear, q_OI, recipe.group)
+        order[name] = _zeros_first(linear, q_OI, recipe.group)
         counts[name] = (q_OI == 0).sum(dim=1)
     linears = {name: replace(linear, ranks_OI=order[name]) for name, linear in problem.linears.items()}
     pruning = [budget for budget in problem.budgets if budget.zeros]
@@ -99,9 +109,15 @@ def allocate_before_moving(problem: BlockProblem, recipe: Recipe, quantization: 
     return replace(allocated, counts=counts | allocated.counts, ranks=order | allocated.ranks)
 
 
-def _order(linear: RankedLinear, q_OI: Tensor, group: int | None = None) -> Tensor:
-    """The pruning order of a weight (O, I): entries that round to zero come first."""
-    return ranks.by_rows(lambda rows: rank(linear.importance_OI[rows], q_OI[rows], group), len(q_OI))
+def _zeros_first(linear: RankedLinear, q_OI: Tensor, group: int | None) -> Tensor:
+    """The pruning order of a weight (O, I): zeros come first, then what rounds to zero; within both, by importance."""
+
+    def of_rows(rows: slice) -> Tensor:
+        w_OI = linear.w_OI[rows]
+        places_OI = rank(linear.importance_OI[rows], w_OI).int() + (q_OI[rows] != 0) * w_OI.shape[1]
+        return rank(places_OI.float(), w_OI, group)  # places are exact in float32, up to 2^24
+
+    return ranks.by_rows(of_rows, len(q_OI))
 
 
 def _ranked(recipe: Recipe, linear: RankedLinear, clipping: Clipping, statistics: InputStatistics) -> RankedLinear:
@@ -109,7 +125,7 @@ def _ranked(recipe: Recipe, linear: RankedLinear, clipping: Clipping, statistics
     q_OI = clipping.quantized(linear.w_OI.dtype).weight()
     importance_OI = recipe.importance.score(q_OI, statistics)
     scored = replace(linear, importance_OI=importance_OI)
-    return replace(scored, ranks_OI=_order(scored, q_OI))
+    return replace(scored, ranks_OI=ranks.by_rows(lambda rows: rank(importance_OI[rows], q_OI[rows]), len(q_OI)))
 
 
 def learn_clipping(problem: BlockProblem, clippings: Mapping[str, Clipping], descent: Descent) -> list[float]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from torch import Tensor
@@ -33,6 +34,7 @@ class Run:
         resources: how to compute.
         journal: keeps finished work, so that it is not done again. Only rank 0 has one.
         progress: called with (blocks done, number of blocks, state) after every block, and once before the first.
+        began: when this process began with the run, on the clock of `time.perf_counter`.
     """
 
     decoder: Decoder
@@ -44,6 +46,13 @@ class Run:
     resources: Resources = PLAIN
     journal: Journal | None = None
     progress: Progress = silent
+    began: float = field(default_factory=time.perf_counter)
+
+    @property
+    def spent(self) -> float:
+        """Seconds that the run has taken so far: all of this process, and what is known of interrupted ones."""
+        earlier = self.journal.earlier if self.journal is not None else 0.0
+        return earlier + time.perf_counter() - self.began
 
     @cached_property
     def share(self) -> Share:

@@ -46,6 +46,7 @@ class Journal:
     Attributes:
         folder: of the journal.
         restored: number of blocks that this run took from the journal.
+        earlier: seconds of interrupted processes that worked on the run, as far as they were kept.
         finished: whether the result is where it belongs, so that the journal can go.
     """
 
@@ -53,7 +54,7 @@ class Journal:
         self.folder = folder
         self.restored = 0
         self.finished = False
-        self._earlier, self._began = 0.0, time.perf_counter()
+        self.earlier, self._began = 0.0, time.perf_counter()
         self._writer = Beside()
         self._writing: Future[None] | None = None
 
@@ -73,7 +74,7 @@ class Journal:
             BesaError: the journal belongs to another run, or is damaged.
         """
         current, begun = json.loads(json.dumps({"format": FORMAT, **identity, ORIGINS: [origin]})), self.begun
-        self._earlier, self._began = self._spent(), time.perf_counter()
+        self.earlier, self._began = self._spent(), time.perf_counter()
         if begun is None:
             write_file(self.folder / IDENTITY, json.dumps(current, indent=2))
             return []
@@ -90,8 +91,8 @@ class Journal:
 
     @property
     def seconds(self) -> float:
-        """Seconds of this process since it began, and of the interrupted ones before it, as far as they were kept."""
-        return self._earlier + time.perf_counter() - self._began
+        """Seconds of this process since it began, and those of the interrupted ones before it."""
+        return self.earlier + time.perf_counter() - self._began
 
     def _spent(self) -> float:
         """The seconds of earlier runs; none if the file is damaged."""
@@ -100,7 +101,8 @@ class Journal:
         except (OSError, ValueError, TypeError, RecursionError):
             return 0.0
 
-    def _note_time(self) -> None:
+    def note_time(self) -> None:
+        """Keep the seconds so far, for a run that goes on."""
         write_file(self.folder / SPENT, json.dumps(self.seconds))
 
     @property
@@ -153,7 +155,7 @@ class Journal:
         save_tensors(path, tensors)
         entry = {"sha256": _sha256([path], record), "record": record.model_dump(mode="json")}
         write_file(path.with_suffix(".json"), json.dumps(entry))
-        self._note_time()
+        self.note_time()
 
     def record(self, index: int) -> BlockRecord | None:
         """The record of a block; None if it is not done or one of its files is damaged."""
@@ -194,7 +196,7 @@ class Journal:
         files = [path.name for path in paths]
         entry = {"sha256": _sha256(paths, record), "record": record.model_dump(mode="json"), "files": files}
         write_file(self.folder / DISTILLED, json.dumps(entry))
-        self._note_time()
+        self.note_time()
 
     @property
     def distilled(self) -> DistillingRecord | None:
@@ -224,7 +226,7 @@ class Journal:
     def keep_targets(self, targets: list[float]) -> None:
         """Keep the sparsity of each block that was measured on the dense model."""
         write_file(self.folder / TARGETS, json.dumps(targets))
-        self._note_time()
+        self.note_time()
 
     @property
     def targets(self) -> list[float] | None:
@@ -239,7 +241,7 @@ class Journal:
     def keep_mixtures(self, mixtures: list[MixtureRecord]) -> None:
         """Keep which experts were dropped."""
         write_file(self.folder / MIXTURES, json.dumps([each.model_dump(mode="json") for each in mixtures]))
-        self._note_time()
+        self.note_time()
 
     @property
     def mixtures(self) -> list[MixtureRecord] | None:
@@ -253,7 +255,7 @@ class Journal:
     def keep_gradients(self, squares: Mapping[str, Tensor]) -> None:
         """Keep the squared gradients of the dense model's loss, by full name of the matrix."""
         save_tensors(self.folder / GRADIENTS, squares)
-        self._note_time()
+        self.note_time()
 
     @property
     def gradients(self) -> dict[str, Tensor] | None:

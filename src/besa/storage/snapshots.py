@@ -45,8 +45,8 @@ class Snapshots:
 
     def keep(
         self, position: Mapping[str, Any], groups: Iterable[tuple[str, Mapping[str, Tensor]]], urgent: bool
-    ) -> None:
-        """Keep a state, if some time has passed since the last one.
+    ) -> bool:
+        """Keep a state, if some time has passed since the last one; whether it did.
 
         Args:
             position: in the work, in JSON types.
@@ -58,7 +58,7 @@ class Snapshots:
         """
         began = time.monotonic()
         if began - self._kept < max(self._took / SHARE, 0.0 if urgent else EVERY):
-            return
+            return False
         number = _number(self._last) + 1 if self._last is not None else 0
         state: dict[str, Any] = {"number": number, "position": position, "groups": [], "sha256": []}
         for at, (group, tensors) in enumerate(groups):
@@ -71,6 +71,7 @@ class Snapshots:
         self._last = state
         self._kept = time.monotonic()
         self._took = self._kept - began
+        return True
 
     def clear(self) -> None:
         """Remove all states."""

@@ -92,6 +92,9 @@ class Besa(Descent, Allocator):
         counts: dict[str, Tensor] = {}
         for budget in problem.budgets:
             zeros = {name: problem.linears[name].zeros_O for name in budget.names}
+            if not budget.zeros and problem.clippings:  # rounding decides its zeros
+                counts |= zeros
+                continue
             widths = {name: problem.linears[name].w_OI.shape[1] for name in zeros}
             dtype = widest(problem.device)
             rates = {
@@ -102,8 +105,13 @@ class Besa(Descent, Allocator):
         return Allocated(counts, losses)
 
     def _start(self, problem: BlockProblem, budget: Budget) -> ChangingLinears | None:
-        """The linears of a budget that can learn, with every rate at its start; None if no linear can."""
+        """The linears of a budget that can learn, with every rate at its start; None if no linear can.
+
+        Where a budget prunes nothing, only the clipping of its linears can.
+        """
         linears = {name: problem.linears[name] for name in budget.names if problem.linears[name].reached}
+        if linears and not budget.zeros and problem.clippings:
+            return ChangingLinears(linears, None, problem.clippings, self.dtype(problem))
         if not linears or not 0 < budget.zeros < budget.weights:
             return None
         rates = Rates.start(
