@@ -193,6 +193,17 @@ def test_refusals_leave_nothing_behind(plain: Path, made: Callable[[str], Path],
     assert list(tmp_path.iterdir()) == []
 
 
+def test_codes_that_a_bitmask_holds_in_more_bits(tmp_path: Path) -> None:
+    recipe = Recipe.load("wanda-int4", overrides=["quantization.bits=3"])
+    besa.compress(TINY, recipe, TEXT, out=tmp_path / "dense", **SIZES)
+    with pytest.raises(BesaError) as refusal:
+        besa.pack(tmp_path / "dense", tmp_path / "packed")
+    assert str(refusal.value).endswith(
+        "no linear would get smaller, because a bitmask takes 4 bits for each kept code of 3, and one more for "
+        "every weight: prune more than 50 % of them."
+    )
+
+
 def test_numbers_too_large_for_a_dtype_are_refused(plain: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(plain / "dense", tmp_path / "large")
     tensors = load_file(folder / "model.safetensors")

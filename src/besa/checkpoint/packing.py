@@ -133,7 +133,7 @@ def pack(
             yield tensors
             progress(done, len(groups), group.name)
         if not packing.packed and not packing.head_bytes:
-            raise BesaError(f"{model}: no linear would get smaller, {_why_not(packing, files)}.")
+            raise BesaError(f"{model}: no linear would get smaller, {_why_not(packing, files, bits)}.")
 
     config = read_config_json(folder_of(source))
     if dtype != "auto":
@@ -259,10 +259,23 @@ def _found(stored: str, name: str) -> bool:
     return f".{name}".endswith(f".{stored.removesuffix(CODES)}weight")
 
 
-def _why_not(packing: Packing, files: WeightFiles) -> str:
-    """The reason why nothing was packed, and what to do."""
+def _why_not(packing: Packing, files: WeightFiles, bits: int | None) -> str:
+    """The reason why nothing was packed, and what to do.
+
+    Args:
+        packing: what was done.
+        files: of the checkpoint.
+        bits: of its codes; None if it has none.
+    """
     if not packing.linears:
         return "because its blocks have no plain linears: transposed linears and stacks of experts are not packed"
     if files.dtype() not in bitmask.FLOATS:
         return f"because bitmasks cannot hold {str(files.dtype()).removeprefix('torch.')}: choose --dtype float32"
+    if bits is not None:
+        taken = 4 if bits <= 4 else 8
+        least = 100 * (1 - (bits - 1) / taken)
+        return (
+            f"because a bitmask takes {taken} bits for each kept code of {bits}, and one more for every weight: "
+            f"prune more than {least:g} % of them"
+        )
     return "because it has too few zeros: prune it first"
