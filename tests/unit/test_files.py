@@ -3,9 +3,11 @@
 import errno
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -153,6 +155,14 @@ def test_what_cannot_fit_is_refused_at_once(tmp_path: Path) -> None:
     files.check_space(tmp_path / "not" / "yet", 1000)
     with pytest.raises(BesaError, match="make room"):
         files.check_space(tmp_path / "not" / "yet", 10**18)
+
+
+def test_small_sizes_are_no_zeros_in_messages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1_234))
+    with pytest.raises(BesaError, match=r"needs 2\.50 MB but only 1\.23 kB are free there: make room first\.$"):
+        files.check_space(tmp_path, 2_500_000)
+    with pytest.raises(BesaError, match=r"needs 7\.00 GB but"):
+        files.check_space(tmp_path, 7 * 10**9)
 
 
 def test_a_folder_appears_when_it_is_full(tmp_path: Path) -> None:

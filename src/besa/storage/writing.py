@@ -182,9 +182,13 @@ def check_space(out: Path, size: int) -> None:
     """
     free = shutil.disk_usage(nearest(out)).free
     if free < size:
-        raise BesaError(
-            f"{out} needs {size / 1e9:.2f} GB but only {free / 1e9:.2f} GB are free there: make room first."
-        )
+        raise BesaError(f"{out} needs {_in_words(size)} but only {_in_words(free)} are free there: make room first.")
+
+
+def _in_words(size: int) -> str:
+    """Bytes in a unit (powers of ten) in which they are no zero."""
+    unit, name = (1e9, "GB") if size >= 1e9 else (1e6, "MB") if size >= 1e6 else (1e3, "kB")
+    return f"{size / unit:,.2f} {name}"
 
 
 @contextmanager
