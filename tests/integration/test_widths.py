@@ -19,6 +19,7 @@ from besa.models.blocks import find_blocks
 from besa.models.couplings import couplings
 from besa.models.widths import MISSING
 from besa.storage.weights import WIDTHS
+from tests.calling import called
 from tests.integration.test_families import TOKENS, config_of, load, random_model, saved
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
@@ -62,6 +63,16 @@ def test_blocks_keep_what_the_record_says(pruned: Path, small: Path) -> None:
     assert torch.equal(
         *(each.generate(tokens_NT[:1, :5], max_new_tokens=8, do_sample=False) for each in (before, after))
     )
+
+
+def test_the_command_and_the_card_say_what_is_left(pruned: Path, tmp_path: Path) -> None:
+    shown = called("shrink", pruned, tmp_path / "out", "--by-block", "--quiet").stdout
+    kept = [block["structures"]["ffn"][1] for block in json.loads((pruned / "besa_run.json").read_text())["blocks"]]
+    left = f"between {min(kept)} and {max(kept)} feed-forward channels are left in a block"
+    assert f"{left}; loading needs besa" in shown
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| sparsity of the pruned matrices before the removal | " in card
+    assert "| sparsity of the pruned matrices | " not in card
 
 
 def test_a_uniform_width_is_what_every_block_can_spare(pruned: Path, tmp_path: Path) -> None:

@@ -210,6 +210,15 @@ def test_what_was_removed_after_pruning_is_said(tmp_path: Path) -> None:
     assert row_of(card, "sparsity of the pruned matrices before the removal").startswith("50.05 %")
 
 
+def test_widths_of_their_own_are_a_removal_too(tmp_path: Path) -> None:
+    said = {"quant_method": "besa_widths", "version": 1, "ffn": [160, 192], "heads": [2, 2]}
+    folder = folder_of(tmp_path, {"quantization_config": said})
+    write_card(folder, None)
+    card = ModelCard.load(folder / "README.md")
+    assert row_of(card, "sparsity of the pruned matrices before the removal").startswith("50.05 %")
+    assert row_of(card, "sparsity of all parameters before the removal").startswith("33.3667 %")
+
+
 @pytest.mark.parametrize("record", ["absent", '{"files": {}}', '{"recipe": 1}', "{"])
 def test_a_model_without_a_record_has_a_card_that_says_so(record: str, tmp_path: Path) -> None:
     folder = folder_of(tmp_path)

@@ -182,7 +182,7 @@ class About:
         if record:
             weights, parameters = record.weights, record.model.get("parameters")
             yield "recipe", f"{_code(record.recipe.get('name'))}, seed {record.seed}"
-            when = " before the removal" if self._removed() else ""
+            when = " before the removal" if self._removed() or self.widths else ""
             share = f"{_percent(record.zeros, weights)}: {record.zeros:,} of {weights:,} weights were set to zero"
             yield f"sparsity of the pruned matrices{when}", share
             if isinstance(parameters, int) and parameters > 0:

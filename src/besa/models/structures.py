@@ -22,7 +22,8 @@ def stay(blocks: Mapping[int, Mapping[str, tuple[int, int]]]) -> Iterator[str]:
         before, after = zip(*counts.values(), strict=True)
         if max(before) == 1:
             gone = [str(index) for index, (_, number) in counts.items() if not number]
-            going = f" (gone: {', '.join(gone)})" if gone else ""
+            where = f"{'' if called == 'blocks' else 'of '}block{'s' if len(gone) > 1 else ''}"
+            going = f" (gone: {where} {', '.join(gone)})" if gone else ""
             yield f"{sum(after):,} of {sum(before):,} {called} stay{going}"
         else:
             yield f"{_range(after)} of {_range(before)} {called} stay in each block"

@@ -122,15 +122,21 @@ def recipes_listed(result: RecipeList) -> RenderableType:
 def shrunk(result: Shrinking, folder: Path) -> RenderableType:
     """What shrinking did, in two lines."""
     changes = [f"{CALLED[kind]} from {before:,} to {after:,}" for kind, (before, after) in result.structures.items()]
-    changes += [f"{CALLED[kind]} {min(each):,} to {max(each):,}" for kind, each in result.widths.items()]
+    left = [f"{_between(each)} {CALLED[kind]}" for kind, each in result.widths.items()]
     before, after = result.blocks
     parts = [f"blocks from {before:,} to {after:,}"] if after < before else []
     parts += [f"{', '.join(changes)} in each block"] if changes else []
-    parts += ["loading needs besa"] if result.widths else []
+    parts += [f"{' and '.join(left)} are left in a block", "loading needs besa"] if left else []
     return Text(
         f"{folder}: {'; '.join(parts)}\n"
         f"weight files: from {result.file_bytes_before / 1e6:,.1f} to {result.file_bytes / 1e6:,.1f} MB"
     )
+
+
+def _between(numbers: list[int]) -> str:
+    """The range of the numbers of all blocks."""
+    least, most = min(numbers), max(numbers)
+    return f"{least:,}" if least == most else f"between {least:,} and {most:,}"
 
 
 def _experts(before: int, after: int, mixtures: int, parameters: int) -> str:
