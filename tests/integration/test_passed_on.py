@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,8 +20,9 @@ import besa
 from besa.checkpoint.inspection import inspect
 from besa.checkpoint.packing import pack, unpack
 from besa.checkpoint.shrinking import shrink
-from besa.errors import BesaError
+from besa.errors import BesaError, Notice
 from besa.models.source import locate
+from besa.storage.companion_names import is_read
 from tests.slowly import some_slow
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
@@ -110,7 +112,6 @@ def older_llama(folder: Path) -> Path:
         "vocab.txt": "a\nb\n",
         "bpe.codes": "a b\n",
         "merges.tiktoken": "YQ== 0\n",
-        "helper.py": "x = 1\n",
     }
     (folder / "additional_chat_templates").mkdir()
     for name, text in texts.items():
@@ -162,6 +163,55 @@ def test_files_come_along_to_every_folder_that_is_made_of_another(tmp_path: Path
         after = files(tmp_path / name)
         assert all(after[file] == content for file, content in before.items() if file not in ("config.json", WEIGHTS))
     assert assert_only_pruned(source, tmp_path / "unpacked") == 14
+
+
+def test_what_a_user_keeps_beside_a_model_stays_there(tmp_path: Path) -> None:
+    source = llama(tmp_path / "model")
+    mine = {"calibration.txt", "notes.txt", "results.json", "plot.py", "todo.md"}
+    for name in mine:
+        (source / name).write_text("mine")
+    before = files(source).keys()
+    besa.compress(source, "wanda", out=tmp_path / "out", **SMALL)
+    assert files(tmp_path / "out").keys() == before - mine | {"besa_run.json", "README.md"}
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    pack(tmp_path / "out", tmp_path / "packed")
+    assert not (tmp_path / "packed" / "notes.txt").exists()
+
+
+def test_what_code_of_its_own_consists_of_and_reads_comes_along(tmp_path: Path) -> None:
+    source = with_own_code(tmp_path / "coded")
+    texts = {
+        "tokenization_tiny.py": "from .vocabulary import NAMES\nfrom .nowhere import x\n",
+        "vocabulary.py": "NAMES = ['words.txt', \"pieces.json\"]\n",
+        "pipeline_tiny.py": "x = 1\n",
+        "unused.py": "OTHER = 'other.json'\n",
+        "words.txt": "a\n",
+        "pieces.json": "{}",
+        "ranks.txt": "a\n",
+        "other.json": "{}",
+        "ords.txt": "a\n",
+    }
+    for name, text in texts.items():
+        (source / name).write_text(text)
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    settings["extra_files"] = ["ranks.txt"]
+    settings["auto_map"] = {"AutoImageProcessor": ["tokenization_tiny.Tiny", None], "AutoX": "a/b--unused.Tiny"}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    configure(source, custom_pipelines={"tiny": {"impl": "pipeline_tiny.Tiny", "pt": ["AutoModel"]}})
+    before, left = files(source).keys(), {"unused.py", "other.json", "ords.txt"}
+    with pytest.warns(Notice, match=r"^ords\.txt, other\.json, unused\.py of .* were not copied, as neither"):
+        besa.compress(source, "wanda", out=tmp_path / "out", trust_remote_code=True, **SMALL)
+    assert files(tmp_path / "out").keys() == before - left | {"besa_run.json", "README.md"}
+
+
+def test_no_vocabulary_that_a_tokenizer_of_transformers_reads_stays_behind() -> None:
+    """The classes themselves may need packages that are not there, so their files are read."""
+    folder = Path(transformers.__file__).parent / "models"
+    texts = [path.read_text(encoding="utf-8") for path in folder.glob("*/tokenization_*.py")]
+    entries = [entry for text in texts for entry in re.findall(r"VOCAB_FILES_NAMES = \{(.*?)\}", text, re.DOTALL)]
+    names = {name for entry in entries for name in re.findall(r":\s*\"([^\"]+)\"", entry)}
+    assert len(names) > 20
+    assert {name for name in names if not is_read(name)} == set()
 
 
 def test_whatever_a_configuration_says_comes_out_again(tmp_path: Path) -> None:
@@ -649,7 +699,7 @@ def test_links_out_of_the_folder_are_refused(tmp_path: Path) -> None:
 
 def test_a_file_whose_name_is_no_text_is_refused_before_the_work(tmp_path: Path) -> None:
     source = llama(tmp_path / "model")
-    (source / os.fsdecode(b"merges\xff.txt")).write_text("a b")
+    (source / os.fsdecode(b"LICENSE\xff.txt")).write_text("a b")
     with pytest.raises(BesaError, match="not UTF-8: rename that file"):
         besa.compress(source, "wanda", out=tmp_path / "out", **SMALL)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 
-from besa.errors import BesaError
-from besa.models.hub import TEMPLATES, belongs
+from besa.checkpoint.own_code import modules_of, named
+from besa.errors import BesaError, Notice
+from besa.models.hub import belongs
+from besa.storage.companion_names import CODE, TEMPLATES, is_licence, is_read
 from besa.storage.names import path_of
 from besa.storage.writing import write_file
 
@@ -73,8 +76,9 @@ def with_settings(config: dict[str, Any], settings: Mapping[str, int], like: Pre
 def pass_on(source: Path, folder: Path, config: dict[str, Any], also: Iterable[str] = ()) -> None:
     """Copy the files that belong to a model beside its weights, and write its configuration.
 
-    Tokenizer files, generation and processor configurations, chat templates, model code and licences are copied;
-    weights in any format are not.
+    Tokenizer files, generation and processor configurations, chat templates, model code with the files that it names,
+    and licences are copied; weights in any format are not, and neither is what a user keeps there. A notice names what
+    stays behind of a model with code of its own, which may read it under a name that it makes up.
 
     Args:
         source: folder of a model.
@@ -85,11 +89,20 @@ def pass_on(source: Path, folder: Path, config: dict[str, Any], also: Iterable[s
     Raises:
         BesaError: a file is a link out of the folder.
     """
-    for path in [*companions(source), *(source / name for name in also if (source / name).is_file())]:
+    own = companions(source)
+    for path in [*own, *(source / name for name in also if (source / name).is_file())]:
         copy = folder / path.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, copy)
     write_file(folder / CONFIG, _as_json(config))
+    left = [path.name for path in _candidates(source) if path not in own and not _is_written(path)]
+    if left and any(path.match(CODE) for path in own):
+        warnings.warn(
+            f"{', '.join(left)} of {source} were not copied, as neither configuration nor model code names them: copy "
+            "what the code reads.",
+            Notice,
+            stacklevel=2,
+        )
 
 
 def _as_json(config: dict[str, Any]) -> str:
@@ -101,16 +114,36 @@ def _as_json(config: dict[str, Any]) -> str:
 def companions(folder: Path) -> list[Path]:
     """The files of a model's folder that belong to it beside its weights, except those that besa writes itself.
 
+    They are known by their names, or a configuration or the model's code names them: texts and notes of a user do not
+    belong to the model.
+
     Raises:
-        BesaError: one is a link out of the folder, also of the latter, or its name is no text.
+        BesaError: one is a link out of the folder, also of those that besa writes, or its name is no text.
     """
+    paths = {path.relative_to(folder).as_posix(): path for path in _candidates(folder)}
+    modules = modules_of(folder)
+    code = {name for name, path in paths.items() if path.match(CODE)}
+    known = {name for name in paths.keys() - code if is_read(name) or is_licence(name)}
+    known |= modules | named(folder, modules, paths.keys() - code - known)
     files = []
-    for path in sorted([*folder.iterdir(), *folder.glob(TEMPLATES)]):
-        if belongs(path.relative_to(folder).as_posix()) and path.is_file():
+    for name, path in paths.items():
+        written = _is_written(path)
+        if written or name in known:
             _refuse_foreign(path_of(path), folder)
-            if not any(path.match(pattern) for pattern in WRITTEN):
-                files.append(path)
+        if name in known and not written:
+            files.append(path)
     return files
+
+
+def _candidates(folder: Path) -> list[Path]:
+    """The files of a model's folder that may belong to it beside its weights."""
+    paths = sorted([*folder.iterdir(), *folder.glob(TEMPLATES)])
+    return [path for path in paths if belongs(path.relative_to(folder).as_posix()) and path.is_file()]
+
+
+def _is_written(path: Path) -> bool:
+    """Whether besa writes a file of this name itself."""
+    return any(path.match(pattern) for pattern in WRITTEN)
 
 
 def _refuse_foreign(path: Path, source: Path) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from huggingface_hub import (
@@ -33,13 +33,10 @@ from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
 from besa.errors import BesaError
 from besa.models.downloading import Download
 from besa.progress import Progress, silent
+from besa.storage.companion_names import is_licence, is_read
 from besa.storage.weights import INDEX, STEM, STEMS
 
-# Names of the files that belong to a model beside its weights: configurations, model code, chat templates, tokenizers.
-CONFIGURATIONS = ("*.json", "*.txt", "*.jinja", "*.py")
-TOKENIZERS = ("*.model", "tokenizer.model.*", "*.tiktoken", "*.bpe", "*.codes", "*.vocab", "*.spm")
-LICENCES = r"(?i)(licen[cs]e|notice|copying|use[-_]policy)"  # beginnings of their names
-TEMPLATES = "additional_chat_templates/*.jinja"
+OTHERS = ("*.json", "*.txt")  # files that model code of its own may read, whatever they are called
 CONFIG, CARD = "config.json", "README.md"  # the card says what licence the model has
 ADAPTER = "adapter_config.json"  # of an adapter beside the model: peft would load the adapter and its own base
 
@@ -271,16 +268,13 @@ def _beside(names: Collection[str]) -> list[str]:
 
 
 def belongs(name: str) -> bool:
-    """Whether a file belongs to a model beside its weights.
+    """Whether a file may belong to a model beside its weights.
 
     Args:
         name: of the file, relative to the model's folder.
     """
-    path = Path(name)
-    if len(path.parts) > 1:
-        return path.match(TEMPLATES)
-    matches = any(path.match(pattern) for pattern in (*CONFIGURATIONS, *TOKENIZERS))
-    return (matches and name != ADAPTER) or re.match(LICENCES, name) is not None
+    other = "/" not in name and any(fnmatchcase(name, pattern) for pattern in OTHERS) and name != ADAPTER
+    return other or is_read(name) or is_licence(name)
 
 
 def _shards(index: Path) -> list[str]:

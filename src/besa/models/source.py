@@ -13,6 +13,7 @@ from besa.errors import BesaError
 from besa.models import hub
 from besa.models.quiet import quiet
 from besa.progress import Progress, silent
+from besa.storage.companion_names import TEMPLATES, TOKENIZERS
 from besa.storage.folders import check_regular
 from besa.storage.names import is_path, path_of, pinned
 from besa.storage.weights import WeightFiles
@@ -24,7 +25,7 @@ PLACES = 1 << 10  # of a .gguf file, at equal distances in place of tensors
 # Files that decide tokens and what is computed of them, beside the weights.
 DECIDING = (
     "config.json", "*.py", "tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json",
-    "chat_template*", hub.TEMPLATES, *hub.TOKENIZERS,
+    "chat_template*", TEMPLATES, *TOKENIZERS,
 )  # fmt: skip
 
 
