@@ -154,6 +154,11 @@ def test_values_that_only_digests_can_tell(copy: Callable[[str], Path]) -> None:
     besa.load(folder, verify=True)
 
 
+def template(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "x.jinja").write_text("{{ x }}")
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -164,6 +169,10 @@ def test_values_that_only_digests_can_tell(copy: Callable[[str], Path]) -> None:
         (lambda folder: (folder / "besa_run.json").write_text("{"), "besa_run.json is damaged"),
         (lambda folder: shutil.copy(TINY / DENSE, folder), f"{DENSE} was not written with the other files"),
         (lambda folder: (folder / "pytorch_model.bin").write_bytes(b""), "pytorch_model.bin was not written with"),
+        (lambda folder: (folder / "chat_template.jinja").write_text("{{ x }}"), "chat_template.jinja was not written"),
+        (lambda folder: (folder / "added_tokens.json").write_text("{}"), "added_tokens.json was not written with the"),
+        (lambda folder: (folder / "modeling_x.py").write_text("x = 1"), "modeling_x.py was not written with the other"),
+        (lambda folder: template(folder / "additional_chat_templates"), "x.jinja was not written with the other files"),
         (lambda folder: shutil.rmtree(folder), "is no folder"),
     ],
 )

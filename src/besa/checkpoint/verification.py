@@ -19,6 +19,7 @@ from besa.errors import BesaError
 from besa.models.hub import CARD
 from besa.progress import Progress, silent
 from besa.record import RECORD_NAME
+from besa.storage.companion_names import TEMPLATES, is_read
 from besa.storage.folders import check_regular
 from besa.storage.formats.container import open_files
 from besa.storage.names import path_of
@@ -81,7 +82,8 @@ def verify(folder: str | Path, *, progress: Progress = silent) -> Verified:
         progress: called with (bytes done, bytes in all, name of the file).
 
     Raises:
-        BesaError: a file is missing or has changed, there are further weight files, or the folder has no digests; the
+        BesaError: a file is missing or has changed, there are further weights or files that models are made of,
+            or the folder has no digests; the
             message names the first such file.
     """
     folder = path_of(folder)
@@ -97,8 +99,9 @@ def verify(folder: str | Path, *, progress: Progress = silent) -> Verified:
     for name in digests:
         if not (folder / name).is_file():
             raise BesaError(f"{folder} lacks {name}, which was written with it: get the folder anew.")
-    for path in sorted(folder.iterdir()):
-        if path.name.endswith(WEIGHTS) and path.name not in digests:
+    for path in sorted([*folder.iterdir(), *folder.glob(TEMPLATES)]):
+        name = _name(path, folder)
+        if name not in digests and (name.endswith(WEIGHTS) or is_read(name)):
             raise BesaError(f"{path} was not written with the other files: remove it, or get the folder anew.")
     sizes = {name: (folder / name).stat().st_size for name in digests}
     done = 0
