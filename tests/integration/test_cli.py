@@ -299,6 +299,22 @@ def test_results_do_not_replace_files_of_a_checkpoint(name: str, pruned: Path) -
     assert (pruned / name).read_bytes() == before
 
 
+@pytest.mark.parametrize("name", ["vocab.json", "special_tokens_map.json", "merges.txt", "compare.json", "compare.md"])
+def test_results_do_not_have_names_of_files_of_models_and_comparisons(name: str, tmp_path: Path) -> None:
+    assert_refused(called("recipes", "--json", tmp_path / name), name, "choose another name")
+    assert not (tmp_path / name).exists()
+
+
+def test_results_do_not_replace_what_a_record_lists(tmp_path: Path) -> None:
+    record = {"files": {"odd.json": "0" * 64}}
+    (tmp_path / "besa_run.json").write_text(json.dumps(record))
+    refused = called("recipes", "--json", tmp_path / "odd.json")
+    assert_refused(refused, "odd.json is a file of the checkpoint in its folder", "choose another name")
+    for damaged in ("[]", "{", '{"files": 3}'):
+        (tmp_path / "besa_run.json").write_text(damaged)
+        assert called("recipes", "--json", tmp_path / "odd.json").returncode == 0
+
+
 def test_results_beside_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert_refused(called("prune", TINY, out, *SMALL, "--json", out), "--json", "is the folder that will be written")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from enum import StrEnum
 from fnmatch import fnmatchcase
+from json import loads as read_json
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -16,11 +17,13 @@ import typer
 from besa.cli import completing
 from besa.cli.consoles import STDOUT
 from besa.errors import BesaError
+from besa.storage.companion_names import is_read
 from besa.storage.names import nearest, path_of
 
 Number = TypeVar("Number", int, float)
 BESIDE = "..4194304.partial"  # what the name that a file is first written by has more (`storage.writing.replacing`)
-RESERVED = ("besa_run.json", "config.json", "generation_config.json", "tokenizer*", "*.safetensors", "*.index.json")
+RECORD = "besa_run.json"
+RESERVED = (RECORD, "tokenizer*", "*.safetensors", "*.index.json", "compare.json", "compare.md", "compare.svg")
 SAMPLES = 128  # calibration sequences, as in the paper
 CALIBRATION = "mix"  # of the embedded texts: the best of three by the mean of the domains (docs/log.md)
 
@@ -183,12 +186,16 @@ def to_write(context: typer.Context, file: Path | None) -> Path | None:
     """Check before the work that a command can write this file at its end: a new file, or one that it replaces.
 
     Raises:
-        BesaError: the file cannot be written, is a folder, a link or a device, has the name of a checkpoint's file, or
-            is that of both `--json` and `--json-progress`.
+        BesaError: the file cannot be written, is a folder, a link or a device, has the name of a checkpoint's file or
+            of a comparison's, is in the record of its folder, or is that of both `--json` and `--json-progress`.
     """
     if file is not None:
-        if any(fnmatchcase(file.name, pattern) for pattern in RESERVED):
-            raise BesaError(f"{file} has the name of a file that checkpoints are made of: choose another name.")
+        if is_read(file.name) or any(fnmatchcase(file.name, pattern) for pattern in RESERVED):
+            raise BesaError(
+                f"{file} has the name of a file that checkpoints or comparisons are made of: choose another name."
+            )
+        if file.name in _listed(file.parent / RECORD):
+            raise BesaError(f"{file} is a file of the checkpoint in its folder: choose another name.")
         folder = nearest(path_of(file).absolute().parent)
         no_file = os.path.lexists(file) and not stat.S_ISREG(file.lstat().st_mode)
         if no_file or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
@@ -198,6 +205,14 @@ def to_write(context: typer.Context, file: Path | None) -> Path | None:
         if any(path_of(other).absolute() == path_of(file).absolute() for other in others if other is not None):
             raise BesaError(f"--json and --json-progress are both {file}: choose two names.")
     return file
+
+
+def _listed(record: Path) -> Container[str]:
+    """The names of the files that a record has digests of; none if there is no such record."""
+    try:
+        return frozenset(read_json(record.read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return ()
 
 
 def to_write_or_print(context: typer.Context, file: Path | None) -> Path | None:
