@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 import besa
 from besa import BesaError, Recipe
-from besa.checkpoint import writer
+from besa.checkpoint import packing, writer
 from besa.checkpoint.inspection import inspect
 from besa.models.source import locate
 from besa.storage.formats import bitmask
@@ -191,6 +192,27 @@ def test_refusals_leave_nothing_behind(plain: Path, made: Callable[[str], Path],
         with pytest.raises(BesaError, match=says):
             action()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "joint", "mixed"])
+def test_a_full_disk_is_seen_before_the_work(
+    form: str, made: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is asked for is a little less than what will be written, once in parts and once joined."""
+    pair, asked = made(form), list[int]()
+    monkeypatch.setattr(packing, "check_space", lambda out, size: asked.append(size))
+    besa.unpack(pair / "packed", tmp_path / "dense")
+    besa.pack(pair / "dense", tmp_path / "packed", head="int8")
+    for size, folder in zip(asked, ("dense", "packed"), strict=True):
+        written = 2 * sum(path.stat().st_size for path in (tmp_path / folder).glob("*.safetensors"))
+        assert 0.7 * written < size < written, folder
+    monkeypatch.undo()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100_000))
+    for action in (besa.pack, besa.unpack):
+        before = pair / ("dense" if action is besa.pack else "packed")
+        with pytest.raises(BesaError, match=r"out needs .* MB but only 100.00 kB are free there: make room first"):
+            action(before, tmp_path / "out", progress=lambda *each: pytest.fail("it began"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "packed"]
 
 
 def test_codes_that_a_bitmask_holds_in_more_bits(tmp_path: Path) -> None:

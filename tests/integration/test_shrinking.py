@@ -5,6 +5,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -89,6 +90,18 @@ def test_the_tiny_llama_gets_smaller_and_says_the_same(
     old, new = (json.loads((path / "config.json").read_text()) for path in (pruned, tmp_path / "small"))
     assert {key for key in old | new if old.get(key) != new.get(key)} == {*kept, "besa"}
     assert new["besa"] == old["besa"] | {"shrunk": {"ffn": [256, 160], "heads": [2, 1]}}
+
+
+def test_a_full_disk_is_seen_before_the_work(pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(shrinking, "check_space", lambda out, size: asked.append(size))
+    done = besa.shrink(pruned, tmp_path / "small")
+    assert asked[0] == pytest.approx(2 * done.file_bytes, rel=0.001)  # once in parts, once joined
+    monkeypatch.undo()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100_000))
+    words = refusal(lambda: besa.shrink(pruned, tmp_path / "out", progress=lambda *each: pytest.fail("it began")))
+    assert "MB but only 100.00 kB are free there: make room first" in words
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
 
 
 def test_records_count_what_whole_structures_come_to(pruned: Path) -> None:

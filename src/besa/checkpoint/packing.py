@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from besa.checkpoint.checking import check_complete, check_packed
 from besa.checkpoint.companions import read_config_json, with_dtype
 from besa.checkpoint.rewriting import folder_of, local, rewrite, size_of
+from besa.checkpoint.writer import disk_bytes
 from besa.data.arguments import Dtype, Head, checked
 from besa.errors import BesaError
 from besa.models.blocks import find_blocks
@@ -24,11 +26,20 @@ from besa.models.plain_linears import plain_linears
 from besa.models.source import Source
 from besa.models.widths import refuse
 from besa.progress import Progress, silent
+from besa.record import RunRecord
 from besa.storage.formats import bitmask, codes, row_codes
 from besa.storage.formats.bitmask import is_positive
-from besa.storage.formats.container import CODES, header, open_files, tensors_of, tensors_of_codes, without_header
+from besa.storage.formats.container import (
+    CODES,
+    Container,
+    header,
+    open_files,
+    tensors_of,
+    tensors_of_codes,
+    without_header,
+)
 from besa.storage.weights import SPARSE_STEM, STEM, WeightFiles
-from besa.storage.writing import appearing
+from besa.storage.writing import appearing, check_space
 
 
 class Packing(BaseModel):
@@ -141,6 +152,7 @@ def pack(
     if any(group.is_head for group in groups):
         config["besa"] = config.get("besa", {}) | {"head": head}  # which stays true of what `unpack` writes
     with appearing(Path(out)) as folder:
+        check_space(Path(out), disk_bytes(_least_bytes(source, files, groups, dtype, bits)))
         rewrite(source, folder, parts(), config, SPARSE_STEM)
         packing.file_bytes = size_of(folder.glob("*.safetensors"))
     return packing
@@ -173,7 +185,48 @@ def unpack(model: str | Path, out: str | Path, *, trust_remote_code: bool = Fals
 
     config = without_header(read_config_json(folder_of(source)))
     with appearing(Path(out)) as folder:
+        check_space(Path(out), disk_bytes(_unpacked_bytes(files)))
         rewrite(source, folder, parts(), config, STEM)
+
+
+def _least_bytes(source: Source, files: WeightFiles, groups: list[_Group], dtype: Dtype, bits: int | None) -> int:
+    """The bytes that packed tensors take at least, from headers and from the zeros that the record counts.
+
+    Args:
+        source: of the files.
+        files: of the checkpoint that is packed.
+        groups: of its tensors.
+        dtype: as of `pack`.
+        bits: of its codes; None if it has none.
+    """
+    try:
+        record = RunRecord.of(folder_of(source))
+    except BesaError:  # of another tool
+        record = None
+    sizes = {name: (tensor.numel(), tensor.nbytes) for name, tensor in files.mapped(files.names)}
+    others = linears = weights = 0
+    for group in groups:
+        packed = {f"{linear}.{key}" for linear in group.linears for key in ("weight", codes.WEIGHT)}
+        for name in (*group.weights, *group.others):
+            number, size = sizes[name]
+            if dtype != "auto" and name in group.weights:
+                size = number * getattr(torch, dtype).itemsize
+            if name in packed:
+                linears, weights = linears + size, weights + (number if bits is None else 8 * size // bits)
+            else:
+                others += number if group.is_head else size
+    zeros = weights if record is None else min(record.zeros, weights)
+    return others + linears * (weights - zeros) // max(1, weights)
+
+
+def _unpacked_bytes(files: WeightFiles) -> int:
+    """The bytes that the tensors of a packed checkpoint take when they are unpacked, from headers."""
+    assert isinstance(files, Container)
+    sizes = [tensor.nbytes for _, tensor in files.mapped(files.dense)]
+    sizes += [matrix.codes_OI.numel() * matrix.dtype.itemsize for _, matrix in files.matrices()]
+    for _, weight in files.weights():
+        sizes.append(math.prod(weight.shape) * (weight.bits or 8 * weight.dtype.itemsize) // 8)
+    return sum(sizes)
 
 
 def _pack_linear(tensors: dict[str, Tensor], linear: str, bits: int | None, packing: Packing) -> None:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from besa.checkpoint.companions import CONFIG, read_config_json, with_settings
 from besa.checkpoint.rewriting import folder_of, local, rewrite, size_of
 from besa.checkpoint.shallower import Renumbering, is_empty
+from besa.checkpoint.writer import disk_bytes
 from besa.data.arguments import checked
 from besa.errors import BesaError
 from besa.models import widths
@@ -32,7 +33,7 @@ from besa.models.streaming import DecoderOnDisk
 from besa.progress import Progress, silent
 from besa.storage.formats.container import header, open_files
 from besa.storage.weights import FLOATS, STEM, WIDTHS_STEM, WeightFiles
-from besa.storage.writing import appearing
+from besa.storage.writing import appearing, check_space
 
 CPU = torch.device("cpu")
 TOKENS = 32  # length of the sequence on which the smaller blocks are compared with the original ones
@@ -83,6 +84,19 @@ class _Smaller:
     def uneven(self) -> bool:
         """Whether blocks keep different numbers."""
         return any(len(set(self.widths(kind))) > 1 for kind in self.kept)
+
+    def removed_bytes(self, decoder: DecoderOnDisk) -> int:
+        """The bytes that go, biases of channels aside."""
+        removed = 0
+        for block in decoder.blocks:
+            if block.index in self.blocks.gone:
+                removed += sum(parameter.numel() for parameter in block.module.parameters())
+                continue
+            for coupling in couplings(block) if self.kept else ():
+                if coupling.kind in self.kept:
+                    gone = coupling.structures - len(self.kept[coupling.kind][block.index])
+                    removed += gone * coupling.weights
+        return removed * int(decoder.model.dtype.itemsize)
 
     def take_out(self, block: Block, device: torch.device) -> None:
         """Make a block smaller in place."""
@@ -153,6 +167,7 @@ def shrink(
         removed["blocks"] = (earlier.get("blocks", done.blocks)[0], done.blocks[1])
     config["besa"] = config.get("besa", {}) | {"shrunk": removed}
     with appearing(Path(out)) as folder:
+        check_space(Path(out), disk_bytes(done.file_bytes_before - smaller.removed_bytes(decoder)))
         rewrite(source, folder, parts(), config, WIDTHS_STEM if smaller.uneven else STEM)
         written = DecoderOnDisk(replace(source, name=str(out), location=str(folder)))
         _compare(DecoderOnDisk(source), written, smaller.blocks, progress)
