@@ -93,6 +93,20 @@ class PassedThrough(Record):
     names: list[str] = Field(default=[], description=f"of the first {PASSED_NAMES}")
 
 
+class EarlierRun(Record):
+    """A run that had made the model what it was before this one, in short."""
+
+    created: str | None = None
+    recipe: str | None = Field(default=None, description="its name")
+    sparsity: float | None = None
+    seed: int | None = None
+    calibration: list[str] = Field(default=[], description="the texts, as the user named them")
+    shrunk: dict[str, tuple[int, int]] = Field(
+        default={},
+        description="how many structures there had been and how many were left, by kind, of those that went",
+    )
+
+
 class RunRecord(Record):
     """The record of a run: all that is needed to understand a pruned model and to make it again."""
 
@@ -127,6 +141,7 @@ class RunRecord(Record):
     peak_gpu_memory_bytes: int | None = None
     notes: list[str] = Field(default=[], description="notices for the user, one sentence each")
     passed_through: PassedThrough = PassedThrough()
+    earlier: list[EarlierRun] = Field(default=[], description="of besa on the same model, the first one first")
     restored_blocks: int = Field(default=0, description="blocks taken from the journal of an interrupted run")
     files: dict[str, str] = Field(default={}, description="sha256 of each file of the folder, added at the end")
 

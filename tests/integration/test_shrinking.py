@@ -11,13 +11,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import besa
 from besa import BesaError, Recipe, cli
 from besa.checkpoint import shrinking
+from besa.checkpoint.provenance import earlier, staying
 from besa.models.blocks import find_blocks
 from besa.models.couplings import couplings
+from besa.models.streaming import DecoderInMemory
+from besa.record import RECORD_NAME, RunRecord
 from tests.integration.test_families import TOKENS, config_of, load, random_model, saved
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
@@ -102,6 +105,46 @@ def test_a_full_disk_is_seen_before_the_work(pruned: Path, tmp_path: Path, monke
     words = refusal(lambda: besa.shrink(pruned, tmp_path / "out", progress=lambda *each: pytest.fail("it began")))
     assert "MB but only 100.00 kB are free there: make room first" in words
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
+def test_a_model_that_is_pruned_again_says_what_it_was_made_by(pruned: Path, tmp_path: Path) -> None:
+    besa.shrink(pruned, tmp_path / "small")
+    besa.pack(tmp_path / "small", tmp_path / "packed", head="int8")
+    besa.unpack(tmp_path / "packed", tmp_path / "unpacked")
+    sizes: dict[str, Any] = {"samples": 4, "seqlen": 32}
+    besa.compress(tmp_path / "unpacked", "wanda", TEXT, out=tmp_path / "again", seed=3, **sizes)
+    besa.compress(tmp_path / "again", "magnitude", TEXT, out=tmp_path / "third", sparsity=0.6, **sizes)
+    folders = pruned, tmp_path / "again", tmp_path / "third"
+    first, again, third = (RunRecord.read(path / RECORD_NAME) for path in folders)
+    shrunk = {"ffn": (256, 160), "heads": (2, 1)}
+    (one,) = again.earlier
+    assert (one.recipe, one.sparsity, one.seed, one.created) == ("fast", first.sparsity, 0, first.created)
+    assert (one.calibration, one.shrunk) == ([TEXT], shrunk)
+    assert third.earlier[:1] == [one] and not first.earlier
+    assert (third.earlier[1].recipe, third.earlier[1].seed, third.earlier[1].shrunk) == ("wanda", 3, shrunk)
+    entry = json.loads((tmp_path / "third" / "config.json").read_text())["besa"]
+    assert (entry["head"], entry["shrunk"]) == ("int8", {"ffn": [256, 160], "heads": [2, 1]})
+    assert (entry["recipe"], entry["sparsity"]) == ("magnitude", third.sparsity)
+    card = (tmp_path / "third" / "README.md").read_text()
+    assert "| pruned before | `fast`, " in card and "| pruned before | `wanda`, " in card
+    assert "| head and embeddings | rounded to 8 bits" in card
+    assert "before the removal" not in card
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "unpacked")
+    record = besa.compress(loaded, "magnitude", TEXT, tokenizer=AutoTokenizer.from_pretrained(TINY), **sizes).record
+    assert [(run.recipe, run.shrunk) for run in record.earlier] == [("fast", shrunk)]
+
+
+def test_a_head_that_learned_is_no_longer_rounded() -> None:
+    entry = {"recipe": "wanda", "head": "int8", "shrunk": {"ffn": [256, 160]}}
+    dense = random_model(config_of("qwen2"))
+    dense.config.besa = entry
+    decoder = DecoderInMemory(dense)
+    rest = {"model.norm.weight": torch.ones(2)}
+    assert staying(decoder, rest) == {"head": "int8", "shrunk": {"ffn": [256, 160]}}
+    assert staying(decoder, rest | {"lm_head.weight": torch.ones(2, 2)}) == {"shrunk": {"ffn": [256, 160]}}
+    for foreign in ("x", {"recipe": 1}, {"shrunk": 3}):
+        dense.config.besa = foreign
+        assert earlier(decoder) == []
 
 
 def test_records_count_what_whole_structures_come_to(pruned: Path) -> None:

@@ -210,6 +210,36 @@ def test_what_was_removed_after_pruning_is_said(tmp_path: Path) -> None:
     assert row_of(card, "sparsity of the pruned matrices before the removal").startswith("50.05 %")
 
 
+def test_a_card_names_what_the_model_had_been_made_by_before(tmp_path: Path) -> None:
+    runs = [
+        {
+            "recipe": "wanda",
+            "sparsity": 0.3,
+            "seed": 1,
+            "calibration": ["/home/me/a.txt", "c4"],
+            "created": "2026-01-01T",
+        },
+        {"shrunk": {"ffn": [256, 160]}},
+    ]
+    folder = folder_of(tmp_path, {"besa": {"shrunk": {"ffn": [256, 160]}, "head": "int8"}}, earlier=runs)
+    write_card(folder, None)
+    text = (folder / "README.md").read_text()
+    assert (
+        "| pruned before | `wanda`, 30 % of the pruned matrices set to zero, seed 1, calibrated on `a.txt` and `c4`, "
+        "2026-01-01 |\n"
+        "| pruned before | then removed: feed-forward channels from 256 to 160 |\n"
+    ) in text
+    assert "/home/me" not in text
+    assert row_of(ModelCard(text), "sparsity of the pruned matrices").startswith("50.05 %")  # after that removal
+    assert "`besa pack` stores them away" in text
+    assert row_of(ModelCard(text), "removed").startswith("feed-forward channels that nothing read: 160 of 256")
+    config = json.loads((folder / "config.json").read_text()) | {"besa": {"shrunk": {"ffn": [256, 120]}}}
+    (folder / "config.json").write_text(json.dumps(config))
+    write_card(folder, None)
+    card = ModelCard.load(folder / "README.md")
+    assert row_of(card, "sparsity of the pruned matrices before the removal").startswith("50.05 %")
+
+
 def test_widths_of_their_own_are_a_removal_too(tmp_path: Path) -> None:
     said = {"quant_method": "besa_widths", "version": 1, "ffn": [160, 192], "heads": [2, 2]}
     folder = folder_of(tmp_path, {"quantization_config": said})

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from besa.api.calibrating import Asked
 from besa.api.choosing import chosen, default_batch
 from besa.checkpoint.opening import open_decoder
+from besa.checkpoint.provenance import earlier
 from besa.checkpoint.writer import finish
 from besa.counting.widening import widened
 from besa.data.arguments import Bos, Bytes, Count, Dtype, Length, checked
@@ -240,7 +241,7 @@ def _pruned(
     Returns:
         The run with the decoder that is left, and its record.
     """
-    began = time.perf_counter()
+    began, before = time.perf_counter(), earlier(run.decoder)
     dropped = drop_experts(run, fewer)
     left = replace(run, decoder=dropped.decoder, dense=dropped.dense)
     blocks, distilling = prune_model(left)
@@ -252,6 +253,7 @@ def _pruned(
         mixtures=dropped.mixtures,
         seconds=left.journal.seconds if left.journal is not None else time.perf_counter() - began,
         notes=[*notes, *_left_out(run.decoder, left.decoder)],
+        earlier=before,
         **_totals(blocks, left.decoder, identity["parameters"], fewer),
         **_circumstances(left),
     )

@@ -21,7 +21,7 @@ from besa.errors import BesaError
 from besa.models.couplings import CALLED
 from besa.models.source import EMBEDDED
 from besa.models.structures import WHOLE, stay
-from besa.record import RunRecord
+from besa.record import EarlierRun, RunRecord
 from besa.storage.names import printable
 from besa.storage.weights import SPARSE_STEM, WIDTHS
 
@@ -179,10 +179,12 @@ class About:
             at = f", commit `{self.commit[:12]}`" if self.base and self.commit else ""
             yield "made from", self._origin() + at
         record = self.record
+        for run in record.earlier if record else ():
+            yield "pruned before", _earlier(run)
         if record:
             weights, parameters = record.weights, record.model.get("parameters")
             yield "recipe", f"{_code(record.recipe.get('name'))}, seed {record.seed}"
-            when = " before the removal" if self._removed() or self.widths else ""
+            when = " before the removal" if self._removed_since else ""
             share = f"{_percent(record.zeros, weights)}: {record.zeros:,} of {weights:,} weights were set to zero"
             yield f"sparsity of the pruned matrices{when}", share
             if isinstance(parameters, int) and parameters > 0:
@@ -224,6 +226,15 @@ class About:
         removed = self.besa.get("shrunk")
         counts = removed.items() if isinstance(removed, dict) else ()
         return {WHOLE[kind]: (pair[0], pair[1]) for kind, pair in counts if kind in WHOLE and _is_pair(pair)}
+
+    @property
+    def _removed_since(self) -> bool:
+        """Whether something was removed since the record was written."""
+        earlier = self.record.earlier if self.record else []
+        before = earlier[-1].shrunk if earlier else {}
+        return bool(self.widths) or self._removed() != {
+            WHOLE[kind]: pair for kind, pair in before.items() if kind in WHOLE
+        }
 
     @property
     def widths(self) -> dict[str, list[int]]:
@@ -298,13 +309,29 @@ class About:
             "Its safety was not evaluated again: refusals and other behaviour that was trained into the model may have "
             "changed."
         )
-        if not self.packed and not self.widths and not self.besa.get("shrunk"):
+        if not self.packed and not self._removed_since:
             lines.append(
                 "The zeros alone make the files no smaller and dense products no faster; `besa pack` stores them away."
             )
         if not licensed:
             lines.append("The licence is that of the model it was made from: see there.")
         return "\n".join(f"- {line}" for line in lines)
+
+
+def _earlier(run: EarlierRun) -> str:
+    """A run of besa that had made the model what it was before the last one."""
+    parts = [_code(run.recipe)] if run.recipe else []
+    if run.sparsity is not None:
+        parts.append(f"{round(100 * run.sparsity, 4):g} % of the pruned matrices set to zero")
+    if run.seed is not None:
+        parts.append(f"seed {run.seed}")
+    if run.calibration:
+        parts.append(f"calibrated on {' and '.join(map(_text, run.calibration))}")
+    if run.created:
+        parts.append(_plain(run.created[:10]))
+    gone = {WHOLE[kind]: pair for kind, pair in run.shrunk.items() if kind in WHOLE}
+    removed = [f"{called} from {before:,} to {after:,}" for called, (before, after) in gone.items()]
+    return ", ".join(parts + ([f"then removed: {', '.join(removed)}"] if removed else []))
 
 
 def _measured(measurements: Measurements) -> str:

@@ -17,6 +17,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from besa.checkpoint.cards import write_card
 from besa.checkpoint.companions import pass_on, read_config_json, with_dtype, with_settings
+from besa.checkpoint.provenance import staying
 from besa.checkpoint.verification import seal
 from besa.errors import BesaError
 from besa.models.quiet import quiet
@@ -64,12 +65,13 @@ def finish(
     with explained(out):
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped while it assembled its checkpoint
         folder.mkdir()
+        rest = journal.final_rest()
         parts = [
-            _save_outside_blocks(journal.folder, decoder, journal.final_rest()),
+            _save_outside_blocks(journal.folder, decoder, rest),
             *(journal.final_path(block.index) for block in decoder.blocks),
         ]
         assemble(folder, parts)
-        added = _about(decoder, record, quantization)
+        added = _about(decoder, record, quantization, staying(decoder, rest))
         if decoder.folder is None:
             _serialise(folder, decoder.model, tokenizer, added)
         else:
@@ -87,15 +89,20 @@ def finish(
     journal.finished = True
 
 
-def _about(decoder: Decoder, record: RunRecord, quantization: Coding | None) -> dict[str, Any]:
+def _about(decoder: Decoder, record: RunRecord, quantization: Coding | None, before: dict[str, Any]) -> dict[str, Any]:
     """The keys that are added to the dense model's config.json.
 
     Linears outside the text decoder, such as a vision tower's, are no modules of the model. They are known by the names
     of their weights in the files.
+
+    Args:
+        decoder: of the pruned model.
+        record: of the run.
+        quantization: as of `finish`.
+        before: what stays true of what besa had said of the model.
     """
-    about: dict[str, Any] = {
-        "besa": {"recipe": record.recipe["name"], "sparsity": record.sparsity, "record": RECORD_NAME}
-    }
+    own = {"recipe": record.recipe["name"], "sparsity": record.sparsity, "record": RECORD_NAME}
+    about: dict[str, Any] = {"besa": own | before}
     if quantization is not None:
         quantized = {linear.name for block in record.blocks for linear in block.linears}
         plain = [name for name, part in decoder.model.named_modules() if isinstance(part, nn.Linear)]
