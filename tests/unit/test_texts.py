@@ -161,3 +161,10 @@ def test_names_that_could_be_taken_for_others_are_refused(write):
     assert "must keep documents apart" in refusal(["c4"], {"c4": write("c4.txt", "x")})
     assert "is empty" in refusal(["ptb"], {"ptb": write("blank.txt", " \n")})
     assert "There is no text" in refusal(["ptb"], {"ptb": "missing.txt"})
+
+
+def test_a_text_that_is_too_short_is_named_before_any_is_measured(write, tiny_llama, tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr(texts, "perplexity", lambda *_: pytest.fail("one was measured"))
+    parts = read_texts([write("long.txt", "Many words. " * 200), write("short.txt", "Few words.")], {})
+    with pytest.raises(BesaError, match=r"^The text short has \d tokens, fewer than one window of 64: use a smaller"):
+        perplexities(tiny_llama, tiny_tokenizer, parts, [4, 64])

@@ -89,12 +89,9 @@ def perplexity(
     check_window(window)
     if max_windows is not None and max_windows < 1:
         raise BesaError(f"Perplexity over {max_windows} windows is impossible: use at least 1.")
-    text_tokens = window if bos is None else window - 1  # tokens of the text in a window
+    check_long_enough("The text", len(tokens_L), window, bos)
+    text_tokens = _of_text(window, bos)
     windows = len(tokens_L) // text_tokens
-    if windows == 0:
-        raise BesaError(
-            f"The text has {len(tokens_L):,} tokens, fewer than one window of {text_tokens:,}: use a smaller --window."
-        )
     if max_windows is not None:
         windows = min(windows, max_windows)
     tokens_WT = tokens_L[: windows * text_tokens].reshape(windows, text_tokens)
@@ -117,6 +114,29 @@ def perplexity(
         sha256=hashlib.sha256(tokens_WT.cpu().numpy().tobytes()).hexdigest(),
         bits_per_byte=None if size_of is None else bits * text_tokens * windows / size_of(text_tokens * windows),
     )
+
+
+def check_long_enough(text: str, tokens: int, window: int, bos: int | None) -> None:
+    """Refuse a text that is shorter than a window.
+
+    Args:
+        text: what to call it.
+        tokens: of the text.
+        window: tokens of a window.
+        bos: token that begins every window, None for none.
+
+    Raises:
+        BesaError: it is.
+    """
+    if tokens < _of_text(window, bos):
+        raise BesaError(
+            f"{text} has {tokens:,} tokens, fewer than one window of {_of_text(window, bos):,}: use a smaller --window."
+        )
+
+
+def _of_text(window: int, bos: int | None) -> int:
+    """Tokens of the text in a window."""
+    return window if bos is None else window - 1
 
 
 def check_window(window: int) -> None:

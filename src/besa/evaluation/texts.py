@@ -26,7 +26,7 @@ from besa.data.textfiles import COMPRESSED, file_documents, is_plain_text
 from besa.data.tokens import check_known, tokenize
 from besa.errors import BesaError
 from besa.evaluation.domains import ALL
-from besa.evaluation.perplexity import Perplexity, perplexity
+from besa.evaluation.perplexity import Perplexity, check_long_enough, perplexity
 from besa.models.limits import embedding_rows
 from besa.progress import Progress, silent
 
@@ -216,12 +216,14 @@ def perplexities(
         Perplexities by length of the window and by name of the text.
 
     Raises:
-        BesaError: the model does not know a token of a text, or as `perplexity`.
+        BesaError: the model does not know a token of a text, a text is shorter than a window, or as `perplexity`.
     """
     enough = None if max_windows is None else max_windows * max(windows)
     tokenized = [text.tokenized(tokenizer, enough, progress) for text in texts]
-    for tokens_L, _ in tokenized:
+    for text, (tokens_L, _) in zip(texts, tokenized, strict=True):
         check_known(tokens_L, embedding_rows(model), tokenizer)
+        for length in windows:
+            check_long_enough(f"The text {text.name}", len(tokens_L[: text.tokens]), length, bos)
     measured: dict[int, dict[str, Perplexity]] = {length: {} for length in windows}
     for text, (tokens_L, size) in zip(texts, tokenized, strict=True):
         size_of = partial(_size, tokenizer, tokens_L, size)
