@@ -315,6 +315,13 @@ def test_measuring_on_what_a_model_was_calibrated_on_is_said(
     for texts, data in [(["calibration.txt"], {}), (["wikitext2"], {"wikitext2": "calibration.txt"})]:
         measured = besa.evaluate(tmp_path / "pruned", texts, data=data, window=32, max_windows=1)
         assert measured.notes == [said.replace("calibration:", f"{Path(texts[0]).stem}:")]
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    (elsewhere / "calibration.txt").write_text("Another text of that name. " * 50)
+    assert not notes(tmp_path / "pruned", [str(elsewhere / "calibration.txt")])
+    besa.compress(".", "magnitude", "calibration.txt", out=tmp_path / "other", samples=2, seqlen=16)
+    monkeypatch.chdir(elsewhere)  # where the path of the record means nothing, or another file
+    assert notes(tmp_path / "other", [own]) == [said]
+    assert not notes(tmp_path / "other", ["calibration.txt"])
     (tmp_path / "pruned" / "besa_run.json").write_text("no record")
     assert not notes(tmp_path / "pruned", [own])
 
