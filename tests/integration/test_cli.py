@@ -341,6 +341,18 @@ def test_an_evaluation_of_the_dense_model_is_not_shown_as_that_of_the_pruned(pru
     assert_refused(called("report", folder, "--out", tmp_path / "report.html"), "was measured on another model")
 
 
+def test_a_second_evaluation_is_added_to_the_first(pruned: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(pruned, tmp_path / "out")
+    file, windows = folder / "besa_eval.json", ["--window", "64", "--max-windows", "2"]
+    for text in ("heldout", "calibration"):
+        result = called("eval", folder, "--ppl", TINY / f"{text}.txt", *windows, "--json", file, "--quiet")
+        assert result.returncode == 0
+    assert "heldout" not in result.stdout  # what was measured now
+    found = json.loads(file.read_text())["perplexity"]
+    assert list(found) == ["heldout", "calibration"]
+    assert all(f"{value:,.2f}" in (folder / "README.md").read_text() for value in found.values())
+
+
 def test_tokens_without_an_embedding_are_refused(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(TINY)
     model.resize_token_embeddings(300)

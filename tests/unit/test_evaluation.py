@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from besa.errors import BesaError
+from besa.errors import BesaError, Notice
+from besa.evaluation.adding import added
 from besa.evaluation.perplexity import Perplexity
 from besa.evaluation.result import Evaluation
 from besa.evaluation.zero_shot import Accuracy, ZeroShot
@@ -38,6 +39,72 @@ def test_parts_joined_are_the_whole() -> None:
     whole = evaluation()
     assert Evaluation.joined([whole.of("first"), whole.of("last"), whole.of(None)]) == whole
     assert Evaluation.joined([whole.of("last")]).perplexity == {"last": 3.0}
+
+
+def test_parts_joined_have_the_notes_of_all_once() -> None:
+    parts = [Evaluation(perplexity={}, window=3, notes=notes) for notes in (["a"], ["b", "a"], [])]
+    assert Evaluation.joined(parts).notes == ["a", "b"]
+
+
+def of_tasks(tasks: dict[str, float], **changes: object) -> Evaluation:
+    asked = {name: Accuracy(acc=acc, acc_stderr=None, questions=9, version=1) for name, acc in tasks.items()}
+    settings = {"source": "embedded", "limit": None, "lm_eval": "0.4"} | changes
+    return Evaluation(
+        model="tiny",
+        perplexity={},
+        window=2048,
+        notes=["cut"],
+        zero_shot=ZeroShot(tasks=asked, mean=sum(tasks.values()) / len(tasks), cut=1, **settings),
+        created="later",
+    )
+
+
+def test_what_is_measured_later_is_added(tmp_path: Path) -> None:
+    path, first = tmp_path / "besa_eval.json", evaluation()
+    assert added(first, path) == first  # there is no file
+    path.write_text(first.model_dump_json())
+    both = added(of_tasks({"boolq": 0.75}), path)
+    assert (both.perplexity, both.details, both.other_windows) == (
+        first.perplexity,
+        first.details,
+        first.other_windows,
+    )
+    assert (both.window, both.notes, both.created) == (3, ["cut"], "later")
+    assert {name: task.acc for name, task in both.zero_shot.tasks.items()} == {"piqa": 0.5, "boolq": 0.75}
+    assert (both.zero_shot.mean, both.zero_shot.cut) == (0.625, 1)
+    assert added(evaluation(7.0), path).perplexity == {"first": 2.0, "last": 7.0}  # measured again
+    path.write_text(of_tasks({"piqa": 0.25}).model_dump_json())
+    assert added(evaluation(), path).perplexity == first.perplexity
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": "other"}, "another model"),
+        ({"pruned": "later"}, "another model"),
+        ({"dtype": "bfloat16"}, "another dtype"),
+        ({"bos": "yes", "window": 4}, "another bos and another window"),
+        ({"versions": {"torch": "9"}}, "another version of besa or its packages"),
+        ({"zero_shot": of_tasks({"piqa": 0.5}, limit=3).zero_shot}, "another choice of questions"),
+    ],
+)
+def test_an_evaluation_of_something_else_is_replaced_and_that_is_said(
+    tmp_path: Path, changes: dict[str, object], words: str
+) -> None:
+    path, later = tmp_path / "besa_eval.json", evaluation().model_copy(update=changes)
+    path.write_text(evaluation().model_dump_json())
+    with pytest.warns(Notice, match=f"had an evaluation with {words}, which is replaced"):
+        assert added(later, path) == later
+    path.write_text("{}")
+    with pytest.warns(Notice, match=r"besa_eval\.json was no besa evaluation, and is replaced"):
+        assert added(later, path) == later
+
+
+def test_a_pruned_model_is_known_by_its_record_wherever_its_folder_is_named_from(tmp_path: Path) -> None:
+    path = tmp_path / "besa_eval.json"
+    path.write_text(evaluation().model_copy(update={"model": "a/tiny", "pruned": "then"}).model_dump_json())
+    later = of_tasks({"boolq": 0.75}).model_copy(update={"pruned": "then"})
+    assert added(later, path).perplexity == evaluation().perplexity
 
 
 def test_infinite_perplexities_are_read_as_they_were_written(tmp_path: Path) -> None:

@@ -68,7 +68,9 @@ def evaluate_command(
     from besa.api import evaluate
     from besa.cli.show.measuring import evaluated
     from besa.cli.tracking import show_progress
+    from besa.evaluation.adding import added
     from besa.evaluation.carding import tell_card
+    from besa.evaluation.result import EVALUATION_NAME
     from besa.system import ranks
 
     check_used("--tasks", tasks, {"--limit": limit, "--hub": hub})
@@ -90,9 +92,11 @@ def evaluate_command(
             trust_remote_code=trust_remote_code,
             progress=tracker,
         )
-    give(result, evaluated(result), json)
-    if json not in (None, STDOUT) and ranks.is_first():
-        tell_card(json, model)
+    if json in (None, STDOUT) or not ranks.is_first():
+        give(result, evaluated(result), json)
+        return
+    give(added(result, json) if json.name == EVALUATION_NAME else result, evaluated(result), json)
+    tell_card(json, model)
 
 
 @commands.command("inspect", rich_help_panel=PANEL)

@@ -90,6 +90,7 @@ class Evaluation(BaseModel):
             "other_windows": {n: together(part.other_windows.get(n, {}) for part in parts) for n in lengths},
             "sources": together(part.sources for part in parts),
             "beginnings": together(part.beginnings for part in parts),
+            "notes": list(dict.fromkeys(note for part in parts for note in part.notes)),
             "zero_shot": next((part.zero_shot for part in parts if part.zero_shot), None),
         }
         return parts[0].model_copy(update=update)
