@@ -16,11 +16,13 @@ from rich.console import Console
 import besa
 from besa.cli.show.studying import compared
 from besa.errors import BesaError, Interrupted
+from besa.evaluation.result import Evaluation
 from besa.methods.recipe import Recipe
 from besa.storage.writing import claimed
 from besa.studies import workspace as workspace_module
 from besa.studies.comparing import Comparison, compare
 from besa.studies.origin import Origin
+from besa.studies.rows import footnotes
 from besa.studies.workspace import Conditions, Measures, Workspace
 from tests.calling import called
 from tests.measuring_on_ranks import with_tiny_questions
@@ -47,6 +49,11 @@ def made(
 ) -> tuple[Workspace, Comparison]:
     workspace = workspace_in(tmp_path_factory.mktemp("compare"), shallow_llama_folder, text)
     return workspace, compare(workspace, RECIPES, SPARSITIES, 2, ["besa", "compare"])
+
+
+def lines_of(folder: Path) -> list[str]:
+    """The lines of a table."""
+    return [line for line in (folder / "compare.md").read_text().splitlines() if line.startswith("|")]
 
 
 @pytest.fixture
@@ -193,7 +200,7 @@ def test_table_plot_and_json_agree(made: tuple[Workspace, Comparison]) -> None:
     workspace, found = made
     written = Comparison.model_validate_json((workspace.folder / "compare.json").read_text())
     assert written.rows == found.rows
-    table = (workspace.folder / "compare.md").read_text().splitlines()
+    table = lines_of(workspace.folder)
     assert table[0] == "| recipe | sparsity | heldout | little | seconds |"
     assert table[2].startswith(f"| dense | 0.0000% | {found.dense.mean['heldout']:.2f} |")
     row = found.rows[0]
@@ -205,6 +212,79 @@ def test_table_plot_and_json_agree(made: tuple[Workspace, Comparison]) -> None:
     for word in ("magnitude", "wanda", "dense", "perplexity heldout", "perplexity little", "sparsity in %"):
         assert word in text
     assert "var(" not in (workspace.folder / "compare.svg").read_text()
+
+
+def test_the_table_says_what_it_was_made_under_and_what_a_reader_should_know(
+    made: tuple[Workspace, Comparison], nothing_runs: None
+) -> None:
+    workspace, found = made
+    document = (workspace.folder / "compare.md").read_text()
+    basis = f"alibrated on 4 × 32 tokens of {workspace.conditions.calibration}; perplexity in windows of 32 tokens"
+    assert document.startswith(
+        f"# Recipes on {workspace.conditions.model}\n\nC{basis}, 4 of each text at most, by besa "
+    )
+    note = "The model was calibrated on documents of little: other texts tell more of what is left."
+    assert found.rows[0].notes == [note]
+    assert document.endswith(f"\n\n- magnitude, wanda: {note}\n")
+    again = compare(workspace, ["wanda"], [0.7], 1)  # from what is kept
+    shown = Console(width=300, record=True, file=io.StringIO())
+    shown.print(compared(again, workspace.folder))
+    text = shown.export_text()
+    assert f"magnitude, wanda: {note}" in text
+    assert f"c{basis}, 4 of each text at most" in " ".join(text.split())
+
+
+def test_a_note_names_the_rows_that_it_holds_of(made: tuple[Workspace, Comparison]) -> None:
+    first, *others = (row.model_copy(update={"notes": []}) for row in made[1].rows)
+    noted = first.model_copy(update={"notes": ["Beware."]})
+    assert footnotes([noted, *others]) == [f"magnitude at {first.sparsity:.4%}: Beware."]
+    assert footnotes([first, *others]) == []
+
+
+def test_each_recipe_has_its_own_sparsity_unless_one_is_given(
+    tmp_path: Path, shallow_llama_folder: Path, text: str
+) -> None:
+    (mine := tmp_path / "mine.yaml").write_text("name: mine\nsparsity: 0.7\nimportance: {method: magnitude}")
+    (none := tmp_path / "none.yaml").write_text("name: none\nsparsity: 0\nimportance: {method: magnitude}")
+    workspace = workspace_in(tmp_path / "out", shallow_llama_folder, text)
+    result = called(
+        "compare", shallow_llama_folder, "--recipes", f"{mine},{none},magnitude", "--out", workspace.folder,
+        "--calibration", text, "--samples", "4", "--seqlen", "32", "--ppl", text, "--window", "32",
+        "--max-windows", "4", "--json", "-", "--quiet",
+    )  # fmt: skip
+    found = Comparison.model_validate_json(result.stdout)
+    assert [(row.recipe, round(row.sparsity, 3)) for row in found.rows] == [
+        ("none", 0.0), ("magnitude", 0.5), ("mine", 0.7)
+    ]  # fmt: skip
+
+
+def test_a_model_that_has_zeros_already_is_not_called_dense(
+    tmp_path: Path, shallow_llama_folder: Path, text: str
+) -> None:
+    besa.compress(shallow_llama_folder, "magnitude", text, out=tmp_path / "half", samples=2, seqlen=16)
+    workspace = workspace_in(tmp_path / "out", tmp_path / "half", text)
+    workspace = replace(workspace, measures=workspace.measures.only([text]))
+    found = compare(workspace, ["magnitude"], [0.7], 1)
+    assert (found.dense.recipe, round(found.dense.sparsity, 3)) == ("as given", 0.5)
+    assert lines_of(workspace.folder)[2].startswith(f"| as given | {found.dense.sparsity:.4%} |")
+    assert "as given" in (workspace.folder / "compare.svg").read_text()
+
+
+def test_what_was_measured_of_kept_weights_is_beside_them(
+    tmp_path: Path, shallow_llama_folder: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace, recipe = workspace_in(tmp_path, shallow_llama_folder, text), Recipe.load("magnitude", 0.5)
+    workspace = replace(workspace, keep=True)
+    measured = workspace.outcome(recipe).evaluation
+    folder = workspace.checkpoint(recipe)
+    assert Evaluation.read(folder / "besa_eval.json") == measured
+    card = (folder / "README.md").read_text()
+    assert f"{measured.perplexity['heldout']:,.2f}" in card
+    (folder / "besa_eval.json").unlink()  # as of a besa that kept none
+    monkeypatch.setattr(workspace_module, "evaluate", lambda *_, **__: pytest.fail("it was measured again"))
+    workspace.outcome(recipe)
+    assert Evaluation.read(folder / "besa_eval.json") == measured
+    assert besa.verify(folder).files
 
 
 def test_accuracies_are_paired_with_those_of_the_dense_model(
@@ -272,8 +352,8 @@ def test_another_comparison_adds_its_rows_to_the_table(made: tuple[Workspace, Co
     assert [(row.recipe, row.seeds) for row in more.rows] == [
         ("magnitude", 2), ("wanda", 2), ("mine", 1), ("magnitude", 2), ("wanda", 2)
     ]  # fmt: skip
-    table = (workspace.folder / "compare.md").read_text()
-    assert [line.split()[1] for line in table.splitlines()[2:]] == ["dense", *(row.recipe for row in more.rows)]
+    table = lines_of(workspace.folder)
+    assert [line.split()[1] for line in table[2:]] == ["dense", *(row.recipe for row in more.rows)]
     before = {path.name: path.read_bytes() for path in workspace.folder.iterdir()}
     mine.write_text("name: mine\nimportance: {method: obs}")
     with pytest.raises(BesaError, match="another recipe named mine: give each its own name"):
@@ -324,7 +404,7 @@ def test_rows_of_another_besa_or_machine_are_shown_as_such_and_made_anew(
     assert [(row.recipe, row.origin) for row in found.rows] == [("wanda", workspace.origin)]
     assert found.dense.origin == workspace.origin
     assert found.earlier == [own.dense, *own.rows]
-    head, _, *lines = (workspace.folder / "compare.md").read_text().splitlines()
+    head, _, *lines = lines_of(workspace.folder)
     assert head.startswith("| recipe | made by | sparsity |")
     assert [line.split("|")[2].strip() for line in lines] == ["", "", *[own.dense.origin.label] * 5]
     back = compare(replace(workspace), ["wanda"], [0.7], 1)

@@ -57,7 +57,7 @@ def comparison() -> tuple[RenderableType, list[str]]:
         for name in NAMES
     ]
     facts = {"model": NAMES[0], "calibration": "128 sequences of a mixture", "window": 2048, "dense": rows[0]}
-    result = Comparison.model_construct(**facts, rows=rows, earlier=[])
+    result = Comparison.model_construct(**facts, max_windows=None, conditions={}, rows=rows, earlier=[])
     numbers = ["sparsity 50.0000%", "seconds 1,234", "web 10.25", "code 12.25", "worked maths 13.25"]
     return studying.compared(result, Path("compare")), [*NAMES, *numbers]
 

@@ -55,7 +55,10 @@ def compare_command(
             metavar="NAMES", autocompletion=completing.recipes, help="Recipes, shipped or YAML files, by commas."
         ),
     ],
-    sparsity: Annotated[str, typer.Option(metavar="SHARES", help="Shares of the prunable weights, by commas.")] = "0.5",
+    sparsity: Annotated[
+        str | None,
+        typer.Option(metavar="SHARES", help="Shares of the prunable weights, by commas; default: each recipe's own."),
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, max=1000, help="Runs of each, with the seeds 0, 1, …")] = 1,
     out_dir: Annotated[
         Path,
@@ -127,7 +130,8 @@ def compare_command(
     with show_progress(quiet=quiet, json_progress=json_progress) as tracker:
         workspace = Workspace(out_dir, conditions, measures, keep, tracker, own_device)
         command = ["besa", *sys.argv[1:]]
-        result = compare(workspace, words(recipes), numbers("--sparsity", sparsity, float), seeds, command)
+        sparsities = None if sparsity is None else numbers("--sparsity", sparsity, float)
+        result = compare(workspace, words(recipes), sparsities, seeds, command)
     give(result, compared(result, out_dir), json)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from besa.data.questions import TASKS
+from besa.data.questions import ACCURACY, TASKS
 from besa.errors import BesaError
 from besa.methods.recipe import Recipe
 from besa.record import now
@@ -20,12 +20,13 @@ from besa.report.svg import standalone
 from besa.storage.names import path_of
 from besa.storage.writing import LOCK, claimed, write_file
 from besa.studies.origin import Origin
-from besa.studies.rows import LABELS, Row, markdown, row
+from besa.studies.rows import LABELS, Row, footnotes, markdown, row
 from besa.studies.sharing import check_alike, share_out, tidy
 from besa.studies.workspace import DENSE, Workspace
 from besa.system import ranks
 
 NAME = "compare"
+GIVEN = "as given"  # the model that is pruned, if it was pruned before
 
 
 class Comparison(BaseModel):
@@ -38,7 +39,7 @@ class Comparison(BaseModel):
         window: tokens of a window.
         max_windows: used of each text.
         conditions: whatever decides a result besides recipe and seed.
-        dense: the model that was pruned.
+        dense: the model that was pruned, which may have zeros already.
         rows: recipes by sparsity, in the order they were first given in.
         earlier: rows of another besa or another machine, those of its dense model among them.
         created: when.
@@ -55,11 +56,27 @@ class Comparison(BaseModel):
     earlier: list[Row] = []
     created: str
 
+    @property
+    def basis(self) -> str:
+        """What the models were calibrated on and how they were measured, in words."""
+        words = [f"calibrated on {self.calibration}"]
+        if any(score not in (*TASKS, ACCURACY) for score in self.dense.mean):
+            most = "" if self.max_windows is None else f", {self.max_windows:,} of each text at most"
+            words.append(f"perplexity in windows of {self.window:,} tokens{most}")
+        if limit := self.conditions.get("limit"):
+            words.append(f"accuracy on {limit:,} questions of each task at most")
+        return "; ".join(words)
+
+    @property
+    def footnotes(self) -> list[str]:
+        """What a reader should know of the rows, a sentence each."""
+        return footnotes([self.dense, *self.rows, *self.earlier])
+
 
 def compare(
     workspace: Workspace,
     recipes: Sequence[str],
-    sparsities: Sequence[float],
+    sparsities: Sequence[float] | None,
     seeds: int,
     command: list[str] | None = None,
 ) -> Comparison:
@@ -74,7 +91,7 @@ def compare(
     Args:
         workspace: model, data, measures, and where to keep what is done.
         recipes: names of shipped recipes, or YAML files.
-        sparsities: shares of the prunable weights.
+        sparsities: shares of the prunable weights; None for that of each recipe.
         seeds: number of seeds of each row; a row that has more keeps them.
         command: what the user typed, for the record.
 
@@ -82,9 +99,10 @@ def compare(
         BesaError: an unknown recipe, nothing to compare, a folder whose table is of something else, or where another
             process is at work, ranks that differ or do not share the folder, or as `compress` and `evaluate`.
     """
-    if not recipes or not sparsities:
-        raise BesaError("There is nothing to compare: give --recipes and --sparsity.")
-    chosen = [Recipe.load(name, sparsity) for sparsity in sparsities for name in recipes]
+    asked = [None] if sparsities is None else sparsities
+    if not recipes or not asked:
+        raise BesaError("There is nothing to compare: name recipes, and sparsities if not their own.")
+    chosen = [Recipe.load(name, sparsity) for sparsity in asked for name in recipes]
     _check_distinct(chosen)
     folder, conditions = path_of(workspace.folder), workspace.decisive()
     workspace.check([(None, 0), *((recipe, seed) for recipe in chosen for seed in range(seeds))])
@@ -137,7 +155,7 @@ def _table(
     """
     given, measures, folder = workspace.conditions, workspace.measures, path_of(workspace.folder)
     reference = workspace.outcome(None)
-    dense = row(DENSE, [reference])
+    dense = row(GIVEN if reference.sparsity else DENSE, [reference])
     for recipe, count in seeds_by_recipe:
         made = row(recipe.name, [workspace.outcome(recipe, seed) for seed in range(count)], dense=reference)
         rows = rows | {_place(made.settings): made}
@@ -155,9 +173,18 @@ def _table(
         created=now(),
     )
     write_file(folder / f"{NAME}.json", compared.model_dump_json(indent=2) + "\n")
-    write_file(folder / f"{NAME}.md", markdown([dense, *compared.rows], earlier))
+    write_file(folder / f"{NAME}.md", _document(compared))
     write_file(folder / f"{NAME}.svg", plot(compared))
     return compared
+
+
+def _document(compared: Comparison) -> str:
+    """The table in Markdown, between its conditions and its footnotes."""
+    basis = compared.basis[0].upper() + compared.basis[1:]
+    made_by = f", by {compared.dense.origin.label}" if compared.dense.origin else ""
+    notes = "".join(f"- {note}\n" for note in compared.footnotes)
+    table = markdown([compared.dense, *compared.rows], compared.earlier)
+    return f"# Recipes on {compared.model}\n\n{basis}{made_by}.\n\n{table}" + (f"\n{notes}" if notes else "")
 
 
 @contextmanager
@@ -241,5 +268,5 @@ def plot(comparison: Comparison) -> str:
                 )
             )
         y_label = LABELS.get(score, f"perplexity {score}")
-        panels.append(Panel(drawn, "sparsity in %", y_label, (DENSE, comparison.dense.mean[score])))
+        panels.append(Panel(drawn, "sparsity in %", y_label, (comparison.dense.recipe, comparison.dense.mean[score])))
     return standalone(curves(f"{' and '.join(names)} on {comparison.model}", panels))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import isfinite
 from operator import attrgetter
 from statistics import mean, stdev
@@ -22,8 +23,9 @@ SCORES: Callable[[Outcome], dict[str, float]] = attrgetter("scores")
 MADE_BY = "made by"
 LABELS = {ACCURACY: "mean accuracy in %", ALL: "mean of domains"}
 PAIRED = (
-    "Accuracy less that of dense on the same questions, in points, with the paired standard error. Won and lost: how "
-    "many answers only the recipe, and only dense, has right, of all answers to all tasks with all seeds."
+    "Accuracy less that of the model before pruning on the same questions, in points, with the paired standard error. "
+    "Won and lost: how many answers only the recipe, and only the model before, has right, of all answers to all tasks "
+    "with all seeds."
 )
 
 
@@ -33,7 +35,7 @@ class Row(BaseModel):
     Attributes:
         recipe: its name.
         settings: of the recipe; of a dense model there are none.
-        sparsity: counted in the written tensors.
+        sparsity: counted in the written tensors; of the model before pruning, as it declares.
         seeds: number of runs.
         mean: of every score over the seeds.
         spread: their standard deviation, where there are several and all are finite.
@@ -42,6 +44,7 @@ class Row(BaseModel):
         seconds: of pruning, mean.
         origin: versions and machine that made it; None where a file does not say.
         paired: accuracies against those of the dense model, where both were asked the same questions.
+        notes: of its runs and evaluations, a sentence each.
     """
 
     model_config = ConfigDict(ser_json_inf_nan="constants")
@@ -57,6 +60,7 @@ class Row(BaseModel):
     seconds: float | None
     origin: Origin | None = None
     paired: Against | None = None
+    notes: list[str] = []
 
 
 def row(
@@ -81,10 +85,11 @@ def row(
         records[0].recipe if records else None,
         values,
         scores(dense) if dense else {},
-        sparsity=mean(record.sparsity for record in records) if records else 0.0,
+        sparsity=mean(outcome.sparsity for outcome in outcomes),
         seconds=mean(record.seconds for record in records) if records else None,
         origin=outcomes[0].origin,
         paired=_paired(outcomes, dense),
+        notes=_distinct(note for outcome in outcomes for note in outcome.notes),
     )
 
 
@@ -110,6 +115,7 @@ def joined(first: Row, second: Row, dense: Row | None = None) -> Row:
         sparsity=weighed(first.sparsity, second.sparsity) or 0.0,
         seconds=weighed(first.seconds, second.seconds),
         origin=first.origin if first.origin == second.origin else None,
+        notes=_distinct([*first.notes, *second.notes]),
     )
 
 
@@ -122,6 +128,7 @@ def _row(
     sparsity: float,
     seconds: float | None,
     origin: Origin | None,
+    notes: list[str],
     paired: Against | None = None,
 ) -> Row:
     """A row from the scores of each seed and the scores of the dense model."""
@@ -143,7 +150,28 @@ def _row(
         seconds=seconds,
         origin=origin,
         paired=paired,
+        notes=notes,
     )
+
+
+def _distinct(notes: Iterable[str]) -> list[str]:
+    """Each note once, in the order in which they come first."""
+    return list(dict.fromkeys(notes))
+
+
+def footnotes(rows: Sequence[Row]) -> list[str]:
+    """What a reader should know of rows, a sentence each, after the recipes of which it holds.
+
+    A recipe stands with its sparsity where the sentence does not hold of all its rows.
+    """
+    rows_of = Counter(one.recipe for one in rows)
+    found = []
+    for note in _distinct(note for one in rows for note in one.notes):
+        noted = [one for one in rows if note in one.notes]
+        whole = {recipe for recipe, count in Counter(one.recipe for one in noted).items() if count == rows_of[recipe]}
+        names = _distinct(one.recipe if one.recipe in whole else f"{one.recipe} at {one.sparsity:.4%}" for one in noted)
+        found.append(f"{', '.join(names)}: {note}")
+    return found
 
 
 def _paired(outcomes: Sequence[Outcome], dense: Outcome | None) -> Against | None:

@@ -1,5 +1,7 @@
 """A folder of runs and evaluations. The key of each holds all that decides its result, so that nothing is done twice.
 
+Weights that stay have their evaluation beside them, as `besa eval` writes it.
+
 Weights that are to be removed after their evaluation have a file `KEY.passing` beside them. If a command is stopped
 before that, they are removed when it is resumed.
 
@@ -25,8 +27,10 @@ from besa.data.mixture import MIX, parts_of
 from besa.data.questions import ACCURACY
 from besa.digests import sha256_of
 from besa.errors import BesaError, Interrupted
+from besa.evaluation.adding import added
+from besa.evaluation.carding import tell_card
 from besa.evaluation.domains import ALL, mean_of_domains
-from besa.evaluation.result import Evaluation
+from besa.evaluation.result import EVALUATION_NAME, Evaluation
 from besa.evaluation.texts import read_texts, text_name
 from besa.evaluation.zero_shot import check_tasks
 from besa.methods.recipe import Recipe
@@ -113,6 +117,18 @@ class Outcome:
         return scores
 
     @property
+    def sparsity(self) -> float:
+        """Counted in the written tensors; of the model that runs begin with, what it declares."""
+        if self.record is not None:
+            return self.record.sparsity
+        return next((evaluation.sparsity for evaluation in self.evaluations if evaluation.sparsity), 0.0)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader should know, a sentence each: of the run, then of the evaluations."""
+        return [*(self.record.notes if self.record is not None else []), *self.evaluation.notes]
+
+    @property
     def evaluation(self) -> Evaluation:
         """All evaluations as one."""
         return Evaluation.joined(self.evaluations)
@@ -177,11 +193,16 @@ class Workspace:
         if not kept and checkpoint.exists():
             shutil.rmtree(checkpoint)
             passing.unlink(missing_ok=True)
-        return Outcome(
+        found = Outcome(
             _read(RunRecord, record) if recipe is not None else None,
             [_read(Evaluation, path) for path in files.values()],
             self.origin,
         )
+        beside = checkpoint / EVALUATION_NAME
+        if found.record is not None and checkpoint.exists() and files and (missing or not beside.exists()):
+            write_file(beside, added(found.evaluation, beside).model_dump_json(indent=2) + "\n")
+            tell_card(beside, str(checkpoint))
+        return found
 
     def done(self, recipe: Recipe | None, seed: int = 0) -> bool:
         """Whether `outcome` would find all that it needs."""

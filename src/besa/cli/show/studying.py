@@ -33,18 +33,18 @@ def compared(result: Comparison, folder: Path) -> RenderableType:
 
 
 def _compared(result: Comparison) -> RenderableType:
-    table = Whole(title=result.model, caption=f"{result.calibration}; perplexity in windows of {result.window} tokens")
+    table = Whole(title=result.model, caption=result.basis)
     head, *cells = listed([result.dense, *result.rows], result.earlier)
     for column in head:
         table.add_column(column, justify="left" if column in (head[0], MADE_BY) else "right")
     for line in cells:
         table.add_row(*line)
-    pairs = listed_pairs(result.rows)
+    notes, pairs = [Text(note) for note in result.footnotes], listed_pairs(result.rows)
     if not pairs:
-        return table
+        return Group(table, *notes)
     paired = Whole(caption=PAIRED)
     for column in pairs[0]:
         paired.add_column(column, justify="left" if column == pairs[0][0] else "right")
     for line in pairs[1:]:
         paired.add_row(*line)
-    return Group(table, paired)
+    return Group(table, paired, *notes)
