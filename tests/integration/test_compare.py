@@ -15,7 +15,7 @@ from rich.console import Console
 
 import besa
 from besa.cli.show.studying import compared
-from besa.errors import BesaError, Interrupted
+from besa.errors import BesaError, Interrupted, Notice
 from besa.evaluation.result import Evaluation
 from besa.methods.recipe import Recipe
 from besa.storage.writing import claimed
@@ -194,6 +194,36 @@ def test_weights_of_a_stopped_command_do_not_stay(
     stopped(keep=True)  # these are to stay
     workspace.outcome(recipe)
     assert workspace.checkpoint(recipe).exists()
+
+
+def test_what_stopped_commands_left_is_named_and_stays(
+    tmp_path: Path, shallow_llama_folder: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace = workspace_in(tmp_path, shallow_llama_folder, text)
+
+    def stop(done: float, total: float, note: str = "") -> None:
+        if done == 2 and "error" in note:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        compare(replace(workspace, progress=stop), ["wanda"], [0.5], 1)
+    (partial,) = tmp_path.glob("wanda-*.partial")
+    lost = workspace.key(Recipe.load("wanda", 0.6), 0)
+    for name in (f"{lost}.passing", "mine.passing"):
+        (tmp_path / name).touch()
+    (tmp_path / "mine.partial").mkdir()
+    with pytest.warns(Notice) as heard:
+        compare(workspace, ["magnitude"], [0.5], 1)
+    (said,) = (str(one.message) for one in heard if "stopped commands" in str(one.message))
+    assert re.sub(r"\(\d\.\d MB\)", "(N MB)", said) == (
+        f"{tmp_path} has what stopped commands left: {partial.name} (N MB). The same commands go on with it; if nobody "
+        "will give them, remove it."
+    )
+    assert not (tmp_path / f"{lost}.passing").exists()  # of nothing that is there
+    assert (tmp_path / "mine.passing").exists()
+    assert compare(workspace, ["wanda"], [0.5], 1).rows[1].recipe == "wanda"
+    left = sorted(path.name for path in tmp_path.iterdir() if path.suffix in (".partial", ".passing"))
+    assert left == ["mine.partial", "mine.passing"]
 
 
 def test_table_plot_and_json_agree(made: tuple[Workspace, Comparison]) -> None:

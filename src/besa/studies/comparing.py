@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from operator import itemgetter
@@ -12,13 +13,14 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from besa.data.questions import ACCURACY, TASKS
-from besa.errors import BesaError
+from besa.errors import BesaError, Notice
 from besa.methods.recipe import Recipe
 from besa.record import now
 from besa.report.curves import Curve, Panel, curves
 from besa.report.svg import standalone
 from besa.storage.names import path_of
 from besa.storage.writing import LOCK, claimed, write_file
+from besa.studies.leftovers import left_over
 from besa.studies.origin import Origin
 from besa.studies.rows import LABELS, Row, footnotes, markdown, row
 from besa.studies.sharing import check_alike, share_out, tidy
@@ -82,7 +84,8 @@ def compare(
 ) -> Comparison:
     """Run every recipe at every sparsity with the seeds 0, 1, …, where results are missing, and compare all results.
 
-    Writes `compare.json`, `compare.md` and `compare.svg` into the workspace's folder. Rows that its table has already
+    Writes `compare.json`, `compare.md` and `compare.svg` into the workspace's folder. A notice names what stopped
+    commands have left there. Rows that its table has already
     stay, as long as they were made under the same conditions. Those made by another besa or on another machine are
     shown as such, and not used as results of this call.
 
@@ -118,6 +121,8 @@ def compare(
             runs = [(recipe, seed) for recipe, count in seeds_by_recipe for seed in range(count)]
             share_out(workspace, [(None, 0), *runs])
         compared = _table(workspace, seeds_by_recipe, rows, earlier, command) if ranks.is_first() else None
+        if compared and (left := left_over(folder)):
+            warnings.warn(left, Notice, stacklevel=2)
         made = ranks.from_first(compared.model_dump_json() if compared else "")
     return compared or Comparison.model_validate_json(made)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from besa.errors import BesaError
 from besa.methods.recipe import Recipe
 from besa.storage.writing import LOCK, taken
+from besa.studies.leftovers import drop_marks
 from besa.studies.origin import Origin
 from besa.studies.workspace import Workspace
 from besa.system import ranks
@@ -17,9 +18,10 @@ FAILED = "besa.failed"  # name of the file that tells the other ranks to begin n
 
 
 def tidy(folder: Path) -> None:
-    """Remove the locks and failure marks that killed ranks have left; the caller has the folder to itself."""
+    """Remove the locks and marks that killed processes have left; the caller has the folder to itself."""
     for path in (*folder.glob(f"*.{LOCK}"), folder / FAILED):
         path.unlink(missing_ok=True)
+    drop_marks(folder)
 
 
 def check_alike(origin: Origin) -> None:

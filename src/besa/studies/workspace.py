@@ -42,6 +42,7 @@ from besa.record import RECORD_NAME, RunRecord
 from besa.runtime.chat_template import dialogue_of
 from besa.storage.names import path_of, plain
 from besa.storage.writing import write_file
+from besa.studies.leftovers import PASSING
 from besa.studies.origin import Origin
 from besa.system.devices import resolve_device
 
@@ -173,7 +174,7 @@ class Workspace:
         """
         key, files = self._files(recipe, seed)
         record, checkpoint = self.folder / f"{key}.run.json", self.folder / key
-        passing = self.folder / f"{key}.passing"  # beside weights that go once they are evaluated
+        passing = self.folder / f"{key}{PASSING}"  # beside weights that go once they are evaluated
         if self.keep:
             passing.unlink(missing_ok=True)
         kept = self.keep or (checkpoint.exists() and not passing.exists())
