@@ -26,6 +26,15 @@ def test_every_command_with_a_result_gives_it_as_json_and_every_long_one_can_be_
     assert {name for name, own in options.items() if "--json-progress" not in own} == SHORT | {"generate"}
 
 
+def test_help_is_whole_in_eighty_columns_and_speaks_of_its_own_command() -> None:
+    helps = {(name, each.name): each.help or "" for name, command in COMMANDS.items() for each in command.params
+             if isinstance(each, typer.core.TyperOption)}  # fmt: skip
+    assert max(len(word) for text in helps.values() for word in text.split()) < 35
+    assert helps["prune", "bos"].startswith("Begin calibration sequences with")
+    assert helps["eval", "bos"].startswith("Begin windows with")
+    assert helps["compare", "bos"].startswith("Begin calibration sequences and windows with")
+
+
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     """A pruned model, and what the command said of it."""

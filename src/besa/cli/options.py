@@ -89,7 +89,7 @@ TasksOption = Annotated[
     list[str] | None,
     typer.Option(
         metavar="NAMES",
-        help="Zero-shot tasks, by commas or repeatable: piqa,boolq,hellaswag,winogrande,arc_easy,arc_challenge.",
+        help="Zero-shot tasks, by commas or repeatable: piqa, boolq, hellaswag, winogrande, arc_easy, arc_challenge.",
     ),
 ]
 LimitOption = Annotated[int | None, typer.Option(min=1, help="Ask only this number of questions of each task.")]
@@ -141,13 +141,13 @@ SeqlenOption = Annotated[
     int | None,
     typer.Option(min=2, help="Tokens of a calibration sequence; default: 2048, or as many as the model has positions."),
 ]
-BosOption = Annotated[
-    Bos,
-    typer.Option(
-        help="Begin calibration sequences and windows with the tokenizer's BOS token; auto: if the tokenizer adds one "
-        "by default, but not for Llama and OPT, whose published figures have none."
-    ),
-]
+WITH_BOS = (
+    "with the tokenizer's BOS token; auto: if the tokenizer adds one by default, but not for Llama and OPT, whose "
+    "published figures have none."
+)
+BosOption = Annotated[Bos, typer.Option(help=f"Begin calibration sequences {WITH_BOS}")]
+WindowBosOption = Annotated[Bos, typer.Option(help=f"Begin windows {WITH_BOS}")]
+BothBosOption = Annotated[Bos, typer.Option(help=f"Begin calibration sequences and windows {WITH_BOS}")]
 SetOption = Annotated[
     list[str] | None,
     typer.Option(
