@@ -15,7 +15,7 @@ import besa
 from benchmarks.peers import gguf_files
 from besa import Calibration
 from besa.cli.show import pruning as show
-from besa.errors import BesaError
+from besa.errors import BesaError, Notice
 from besa.methods.recipe import Recipe
 from besa.models.blocks import find_blocks
 from besa.models.loading import read_config, skeleton
@@ -440,6 +440,16 @@ def test_few_tokens_for_wide_inputs_are_warned_of(tiny_llama_folder: Path, tmp_p
     assert besa.plan(tiny_llama_folder, skipping, samples=12, **sizes).warnings == []
 
 
+def test_a_run_says_too_that_its_tokens_are_few(tiny_llama_folder: Path) -> None:
+    sizes = {"samples": 2, "seqlen": 16}
+    expected = besa.plan(tiny_llama_folder, "sparsegpt", **sizes).warnings
+    text = str(tiny_llama_folder / "calibration.txt")
+    with pytest.warns(Notice, match=r"^32 calibration tokens are few for inputs of 256 columns") as heard:
+        record = besa.compress(tiny_llama_folder, "sparsegpt", text, **sizes).record
+    assert record.notes == expected == [str(one.message) for one in heard if one.category is Notice]
+    assert besa.compress(tiny_llama_folder, "magnitude", text, **sizes).record.notes == []
+
+
 def test_own_text_takes_passes_and_the_whole_model(tiny_llama_folder: Path, tmp_path: Path) -> None:
     sizes = {"out": tmp_path, "samples": 8, "seqlen": 64}
     plain, own, half = (
@@ -453,6 +463,7 @@ def test_own_text_takes_passes_and_the_whole_model(tiny_llama_folder: Path, tmp_
     text = console.export_text()
     assert text.count("as much as 0.625 passes, but token by token, by the whole model") == 1
     assert text.count("512 calibration tokens are few for inputs of 256 columns") == 1
+    assert text.count(" GB needed, ") == 2
     on_gpu = besa.plan(tiny_llama_folder, "wanda", calibration="self", device="cuda", **sizes)
     cache = 2 * 8 * 2 * 24 * 4 * 64 * 32  # keys and values of 8 layers, 2 heads, 32 sequences of 64 tokens
     assert on_gpu.gpu_memory_bytes == 4 * on_gpu.parameters + cache

@@ -35,12 +35,12 @@ from besa.models.loading import load_model
 from besa.models.mixtures import Fewer
 from besa.models.source import Source, locate
 from besa.models.streaming import Decoder
-from besa.planning import check_fits, coded_bytes, whole_disk_bytes
+from besa.planning import check_fits, coded_bytes, few_tokens, whole_disk_bytes
 from besa.progress import Progress, silent
 from besa.pruning import Resources, Run, drop_experts, prune_model, quantizing, smaller
 from besa.record import PASSED_NAMES, BlockRecord, PassedThrough, RunRecord, now
 from besa.runtime.own_text import Author
-from besa.storage.journal import journal_for
+from besa.storage.journal import Journal, journal_for
 from besa.storage.names import path_of
 from besa.storage.writing import check_space
 from besa.system import memory, ranks
@@ -194,7 +194,8 @@ def _begin(run: Run, identity: dict[str, Any], fewer: Fewer | None) -> list[str]
         fewer: what it will be without the experts that are dropped, if any are.
 
     Returns:
-        A note on each of the other circumstances that parts of the run were made under; they are shown too.
+        Notes for the user, which are shown too: that calibration tokens are few, and on each of the other circumstances
+        that parts of the run were made under.
 
     Raises:
         BesaError: they are not, or the journal was begun by another run.
@@ -203,22 +204,46 @@ def _begin(run: Run, identity: dict[str, Any], fewer: Fewer | None) -> list[str]
     whole = shapes.model, shapes.blocks, _prunable(shapes.blocks, run.recipe), run.recipe
     quantizing.check(run.recipe, shapes.model, shapes.blocks, as_codes=run.journal is not None and run.resources.codes)
     check_fits(*whole, run.calibration.seqlen, run.resources.device)
-    if run.journal is None:
-        return []
-    item, coding = shapes.model.dtype.itemsize, run.recipe.quantization.coding
-    size = shapes.model.num_parameters() * item + run.decoder.unbuilt_bytes
-    if coding is not None and run.resources.codes:
-        size = coded_bytes(size, item, shapes.blocks, whole[2], coding)
-    origin = {"versions": versions(), "machine": machine(run.resources.device)}
-    differences = run.journal.begin(_decisive(run, identity), origin)
-    check_space(run.journal.folder, whole_disk_bytes(*whole, size) - run.journal.bytes)
-    notes = [
-        f"A part of the run was made with {difference}: the result may differ from that of an uninterrupted run."
-        for difference in differences
-    ]
+    notes = few_tokens(run.recipe, shapes.blocks, whole[2], run.calibration.samples, run.calibration.seqlen)
+    if run.journal is not None:
+        notes += _begin_journal(run, run.journal, identity, whole)
     for note in notes:
         warnings.warn(note, Notice, stacklevel=2)
     return notes
+
+
+def _begin_journal(
+    run: Run,
+    journal: Journal,
+    identity: dict[str, Any],
+    whole: tuple[PreTrainedModel, list[Block], set[str], Recipe],
+) -> list[str]:
+    """Begin the journal, and check that the disk is enough.
+
+    Args:
+        run: its decoder is dense.
+        journal: of the run.
+        identity: of the model.
+        whole: model, blocks, names of the linears that are pruned, and recipe, without experts that are dropped.
+
+    Returns:
+        A note on each of the other circumstances that parts of the run were made under.
+
+    Raises:
+        BesaError: it is not, or the journal was begun by another run.
+    """
+    model, blocks, pruned, recipe = whole
+    item, coding = model.dtype.itemsize, recipe.quantization.coding
+    size = model.num_parameters() * item + run.decoder.unbuilt_bytes
+    if coding is not None and run.resources.codes:
+        size = coded_bytes(size, item, blocks, pruned, coding)
+    origin = {"versions": versions(), "machine": machine(run.resources.device)}
+    differences = journal.begin(_decisive(run, identity), origin)
+    check_space(journal.folder, whole_disk_bytes(*whole, size) - journal.bytes)
+    return [
+        f"A part of the run was made with {difference}: the result may differ from that of an uninterrupted run."
+        for difference in differences
+    ]
 
 
 def _prunable(blocks: list[Block], recipe: Recipe) -> set[str]:

@@ -3,6 +3,7 @@
 `explaining` puts recipes into words.
 """
 
+from besa.planning.enough import few_tokens
 from besa.planning.explaining import Explanation, RecipeList, explain, list_recipes
 from besa.planning.outline import Outline
 from besa.planning.passes import forward_passes, spending, within
@@ -17,6 +18,7 @@ __all__ = [
     "check_fits",
     "coded_bytes",
     "explain",
+    "few_tokens",
     "forward_passes",
     "list_recipes",
     "spending",

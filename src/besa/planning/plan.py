@@ -13,6 +13,7 @@ from besa.models.activations import Place
 from besa.models.blocks import left_dense
 from besa.models.whole import head_share
 from besa.planning.distinct import Distinct, distinct_units
+from besa.planning.enough import few_tokens
 from besa.planning.outline import Outline
 from besa.planning.passes import forward_passes, minutes_of
 from besa.planning.process import Peaks, peaks
@@ -23,10 +24,6 @@ from besa.runtime.own_text import PASSES
 from besa.storage.names import nearest
 from besa.system import memory
 from besa.system.devices import is_available, total_bytes
-
-# Tokens for each column of a Gram matrix, at least. Of C independent columns and n tokens, its eigenvalues are off by
-# factors of up to (1 ± √(C/n))² (Marchenko and Pastur): from n = 4 C on, by 1/4 to 9/4 at the most.
-ENOUGH = 4
 
 
 class Plan(BaseModel):
@@ -140,7 +137,7 @@ def work_out(run: Outline) -> Plan:
         writing_passes=run.own * PASSES,
         fits=not lacking,
         lacking=lacking,
-        warnings=list(_warnings(run)),
+        warnings=few_tokens(run.recipe, run.blocks, run.pruned, run.samples, run.seqlen),
     )
 
 
@@ -169,21 +166,6 @@ def _sent(run: Outline, distinct: Sequence[Distinct]) -> dict[str, int]:
         of_block = Counter({phase: size // len(each.unit.blocks) for phase, size in of_unit.items()})
         most = max(most, of_block, key=Counter.total)
     return dict(most)
-
-
-def _warnings(run: Outline) -> Iterator[str]:
-    """What could cost quality."""
-    tokens = run.samples * run.seqlen
-    widths = [
-        prunable.columns for block in run.blocks for name, prunable in block.prunables.items() if name in run.pruned
-    ]
-    widest = max(widths, default=0)
-    if run.recipe.needs_gram and tokens < ENOUGH * widest:
-        yield (
-            f"{tokens:,} calibration tokens are few for inputs of {widest:,} columns, and solving for weights may fit "
-            f"these tokens only: give at least {ENOUGH} tokens for each column, such as --samples "
-            f"{-(-ENOUGH * widest // run.seqlen):,}."
-        )
 
 
 def _lacking(run: Outline, peak: Peaks, disk: int) -> Iterator[str]:
