@@ -35,7 +35,7 @@ from besa.planning import spending
 from besa.record import RunRecord
 from besa.report import load_run, render
 from besa.runtime.linear import SparseLinear
-from besa.storage.journal import partial_folder
+from besa.storage.names import partial_folder
 from besa.studies.workspace import Conditions, Measures, Workspace
 from tests.loopback_hub import Blob, LoopbackHub, loopback_hub
 

@@ -28,6 +28,7 @@ from besa.pruning import measuring
 from besa.storage import tensors as files
 from besa.storage.journal import Journal
 from besa.storage.weights import WeightFiles
+from tests.calling import called
 from tests.slowly import some_slow
 
 ROOT = Path(__file__).parents[2]
@@ -188,6 +189,27 @@ def test_the_command_is_killed_then_interrupted_then_gone_on_with(whole: Path, t
 
     assert prune(out, resume=True).record.restored_blocks == kept
     assert_same(out, whole)
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_ctrl_c_before_the_journal_is_open_says_what_is_kept(
+    begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: bool
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("besa.api.compress", stop)
+    out = begun if left else tmp_path / "new"
+    result = called("prune", TINY, out, "--resume")
+    kept = f"what was finished before is kept in {partial_of(out)}: go on with --resume."
+    said = kept if left else "unfinished work was not kept."
+    assert (result.returncode, result.stderr) == (130, f"besa: interrupted; {said}\n")
+
+
+def test_one_block_is_one(tmp_path: Path) -> None:
+    for number, words in enumerate(("1 finished block is", "2 finished blocks are")):
+        (tmp_path / f"block-0000{number}.json").write_text("{}")
+        assert Journal(tmp_path).kept == words
 
 
 def test_without_resume_a_second_run_is_refused(

@@ -10,7 +10,7 @@ from typing import Annotated, Any, TextIO
 import typer
 from rich.text import Text
 
-from besa.cli import helping, measuring, pruning, running, several, sharing, studying
+from besa.cli import helping, interrupting, measuring, pruning, running, several, sharing, studying
 from besa.cli.consoles import err, guard_streams, out, refuse
 from besa.errors import BesaError, Interrupted, Notice, ToldError
 from besa.version import __version__
@@ -42,6 +42,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.showwarning = _note
     guard_streams()
+    interrupting.begin()
     try:
         _check_text(sys.argv[1:])
         with several.together():
@@ -55,7 +56,7 @@ def main() -> None:
         err.print("besa:", Text(str(interruption)), highlight=False, soft_wrap=True)
         several.leave(130)
     except KeyboardInterrupt:
-        err.print("besa: interrupted; unfinished work was not kept.", highlight=False)
+        err.print("besa:", Text(interrupting.sentence()), highlight=False, soft_wrap=True)
         several.leave(130)
 
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+from besa.cli import interrupting
 from besa.cli.choosing import check_coded, explained, recipe_of
 from besa.cli.consoles import give
 from besa.cli.options import (
@@ -78,6 +79,7 @@ def prune(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Prune a model block by block and write a checkpoint that transformers loads, with a run record."""
+    interrupting.writes(out_dir)
     from besa.api import compress
     from besa.cli.show.pruning import pruned
     from besa.cli.tracking import show_progress

@@ -20,6 +20,7 @@ from torch import Tensor
 from besa.errors import BesaError, Interrupted
 from besa.record import BlockRecord, DistillingRecord, MixtureRecord
 from besa.storage.beside import Beside
+from besa.storage.names import partial_folder
 from besa.storage.tensors import save_tensors
 from besa.storage.writing import LOCK, check_absent, claimed, write_file
 
@@ -274,7 +275,7 @@ class Journal:
     def kept(self) -> str:
         """What a resumed run can use, as the subject and verb of a sentence; empty if there is nothing."""
         if self.blocks:
-            return f"{self.blocks} finished blocks are"
+            return f"{_finished(self.blocks)} {'is' if self.blocks == 1 else 'are'}"
         return "what was measured is" if any((self.folder / name).exists() for name in MEASURED) else ""
 
     def clear(self) -> None:
@@ -289,11 +290,6 @@ class Journal:
     def bytes(self) -> int:
         """Size of the finished blocks on the disk, and of what distilling has added."""
         return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
-
-
-def partial_folder(out: Path) -> Path:
-    """The folder in which a run keeps its finished blocks until `out` is complete."""
-    return out.with_name(f"{out.name}.partial")
 
 
 @contextmanager
@@ -316,8 +312,8 @@ def journal_for(out: Path, resume: bool) -> Iterator[Journal]:
     with claimed(journal.folder, out):
         if journal.blocks and not resume:
             raise BesaError(
-                f"{journal.folder} holds {journal.blocks} finished blocks of an interrupted run: go on with --resume, "
-                "or remove it."
+                f"{journal.folder} holds {_finished(journal.blocks)} of an interrupted run: go on with --resume, or "
+                "remove it."
             )
         if not resume:
             journal.clear()
@@ -336,6 +332,11 @@ def journal_for(out: Path, resume: bool) -> Iterator[Journal]:
                 journal.settle()
             if journal.finished or not journal.kept:
                 shutil.rmtree(journal.folder, ignore_errors=True)
+
+
+def _finished(blocks: int) -> str:
+    """A number of finished blocks, in words."""
+    return f"{blocks} finished block{'' if blocks == 1 else 's'}"
 
 
 def _sha256(paths: Iterable[Path], record: BlockRecord | DistillingRecord) -> str:

@@ -12,6 +12,11 @@ LONGEST = 64  # characters of a plain name, so that a file name around it is val
 PLAIN = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9_.-]{{0,{LONGEST - 1}}}")
 
 
+def partial_folder(out: Path) -> Path:
+    """The folder in which a run keeps its finished blocks until `out` is complete."""
+    return out.with_name(f"{out.name}.partial")
+
+
 def path_of(name: str | Path) -> Path:
     """The path that a user gave; it need not exist.
 
