@@ -426,7 +426,10 @@ def test_without_a_connection_what_the_cache_lacks_is_said(
     assert refused(lambda: besa.load("org/model@v1")) == f"Only a part of org/model@v1 is in the cache, and {why}"
     for name in ("org/model", "org/other", f"org/model@{commits[1]}"):
         for call in (besa.load, besa.plan):
-            assert refused(lambda call=call, name=name: call(name)) == f"{name} is not in the cache, and {why}"
+            assert (
+                refused(lambda call=call, name=name: call(name))
+                == f"{name} is neither a folder here nor in the cache, and {why}"
+            )
     assert not waited
 
 
@@ -521,7 +524,8 @@ def test_an_answer_that_is_none_is_said(hub: LoopbackHub, commits: tuple[str, st
     hub.failing = {"models/org/model": [503, 403, "<html>Log in to this network</html>"]}
     load = lambda: besa.load("org/model")  # noqa: E731
     assert refused(load) == (
-        "org/model is not in the cache, and the Hugging Face Hub cannot be reached (status 503): try again when it can."
+        "org/model is neither a folder here nor in the cache, and the Hugging Face Hub cannot be reached (status 503): "
+        "try again when it can."
     )
     assert refused(load).startswith("The Hugging Face Hub refuses org/model (status 403, Internal Error - We're ")
     assert refused(load) == (

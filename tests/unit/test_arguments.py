@@ -117,5 +117,7 @@ def test_a_recipe_gets_another_sparsity(tiny_llama_folder):
     assert zeros == round(0.7 * result.record.weights)
     assert besa.plan(tiny_llama_folder, recipe, sparsity=0.7).zeros == zeros
     for call in (besa.compress, besa.plan):
-        with pytest.raises(BesaError, match=r"^Recipe magnitude: sparsity: input should be less than 1 \(it is 1\.5\)"):
+        with pytest.raises(
+            BesaError, match=r"^Recipe magnitude: sparsity: input should be less than 1 \(it is 1\.5; half is 0\.5\)"
+        ):
             call(tiny_llama_folder, recipe, sparsity=1.5)

@@ -195,7 +195,8 @@ def test_a_disk_too_small_for_the_wheel(served, monkeypatch):
     [
         (
             f"ERROR: Could not install packages due to an OSError: [Errno 28] {os.strerror(errno.ENOSPC)}",
-            f"Could not keep besa-fake==1.0 in the cache folder {{cache}} ({os.strerror(errno.ENOSPC)}):",
+            f"Could not keep besa-fake==1.0, which brings small, in the cache folder {{cache}} "
+            f"({os.strerror(errno.ENOSPC)}):",
         ),
         (
             "WARNING: Retrying after connection broken by 'SSLError(1)': /simple\nERROR: No matching distribution",

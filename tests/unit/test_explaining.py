@@ -112,11 +112,17 @@ def test_explain_shows_the_run_that_the_options_describe_and_does_nothing(tiny_l
     assert [path.name for path in tmp_path.iterdir()] == ["shown.yaml"]
 
 
+def test_one_sequence_is_one():
+    assert explain(Recipe.load("wanda"), 1, 64).text.startswith("# As it will run on 1 sequence of 64 tokens: ")
+    assert explain(Recipe.load("wanda"), 2, 64).text.startswith("# As it will run on 2 sequences of 64 tokens: ")
+
+
 def test_besa_recipes_shows_all_of_them():
     shown = called("recipes")
     assert (shown.returncode, shown.stderr) == (0, "")
+    lines = shown.stdout.splitlines()
     for name in shipped():
-        row = next(line for line in shown.stdout.splitlines() if line.split()[:1] == [name])
-        assert purpose(name) in row
-        assert f"{forward_passes(Recipe.load(name), 128, 2048):.3g}" in row
+        row = next(place for place, line in enumerate(lines) if line.split()[:1] == [name])
+        assert purpose(name) in lines[row]
+        assert f"passes: {forward_passes(Recipe.load(name), 128, 2048):.3g}; needs: " in lines[row + 1]
     assert json.loads(called("recipes", "--json", "-").stdout) == list_recipes(128, 2048).model_dump(mode="json")

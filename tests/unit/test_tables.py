@@ -15,6 +15,7 @@ from besa.checkpoint.inspection import BlockContents, Contents, LinearContents
 from besa.cli import consoles
 from besa.cli.show import measuring, pruning, running, studying
 from besa.cli.tables import Whole
+from besa.planning import list_recipes
 from besa.runtime.timings import Bench, ModelSpeed, Timing
 from besa.studies.comparing import Comparison
 from besa.studies.rows import Row
@@ -40,13 +41,13 @@ def bench() -> tuple[RenderableType, list[str]]:
         for name, form in zip(NAMES, ("dense, prepacked", "sparse"), strict=True)
     ]
     facts = {"bandwidth": 1e10, "rounds": 7, "created": "now", "versions": {}, "machine": {"threads": 2}}
-    numbers = ["tokens/s 32.0", "quartiles 21.3–40.0", "× 1.00", "limit 64.0", "of limit 50%", "file, MB 9,000"]
+    numbers = ["median 32.0", "quartiles 21.3–40.0", "× 1.00", "limit 64.0", "of limit 50%", "file, MB 9,000"]
     return running.benched(Bench(models=models, **facts)), [
         *NAMES,
         "decode 1",
         "dense, prepacked",
         *numbers,
-        "7 rounds, 2 threads",
+        "rounds: 7, threads: 2",
     ]
 
 
@@ -111,6 +112,13 @@ def test_sentences_are_broken_between_words_and_no_word_is_lost(width: int) -> N
         return sorted(word for column in zip(*cells, strict=True) for word in " ".join(column).split())
 
     assert words(text) == words(whole)
+
+
+def test_recipes_are_read_in_eighty_columns() -> None:
+    lines = printed(pruning.recipes_listed(list_recipes(128, 2048)), 80).splitlines()[:-1]  # without the caption
+    assert max(map(len, lines)) <= 80
+    purposes = [line for line in lines if line.strip() and "passes: " not in line]
+    assert sum(len(line.split()) for line in purposes) / len(purposes) > 5  # words in a line
 
 
 def test_brackets_and_colons_of_a_name_are_no_markup() -> None:

@@ -133,8 +133,8 @@ def test_a_bad_line_is_named(write, line):
         ('["One.", "Two', "damaged or cut off"),
         ('["One."', "damaged or cut off"),
         ('["One."] ["Two."]', "goes on after its JSON array"),
-        ('{\n "text": "One."\n}', "Line 1 of"),
-        ('{"data": [{"text": "One."}]}', "Line 1 of"),
+        ('{\n "text": "One."\n}', "is one JSON object: give lines or an array of objects"),
+        ('{"data": [{"text": "One."}]}', "is one JSON object: give lines or an array of objects"),
     ],
 )
 def test_json_that_holds_no_texts_is_refused(write, content, reason):

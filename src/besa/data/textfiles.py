@@ -156,9 +156,21 @@ def _lines(path: Path, stream: io.BufferedReader) -> Iterator[str]:
             except UnicodeDecodeError:
                 raise
             except (ValueError, TypeError, KeyError, RecursionError) as exc:
+                if number == 1 and _is_object(line + stream.read(DOCUMENT)):
+                    raise BesaError(
+                        f'{path} is one JSON object: give lines or an array of objects with a string "text".'
+                    ) from exc
                 raise BesaError(
                     f'Line {number:,} of the JSON lines {path} is no object with a string "text": correct or remove it.'
                 ) from exc
+
+
+def _is_object(content: bytes) -> bool:
+    """Whether all of this is one JSON object."""
+    try:
+        return isinstance(json.loads(content), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _array(path: Path, stream: io.BufferedReader) -> Iterator[str]:

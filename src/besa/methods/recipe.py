@@ -339,4 +339,5 @@ def _first_complaint(error: ValidationError) -> str:
             f"{place}.method is {complaint['ctx']['tag']!r:.80} but must be one of {complaint['ctx']['expected_tags']}"
         )
     message = complaint["msg"][0].lower() + complaint["msg"][1:]
-    return f"{place}: {message} (it is {complaint['input']!r:.80})"
+    percent = complaint["type"].startswith("less_than") and "sparsity" in place
+    return f"{place}: {message} (it is {complaint['input']!r:.80}{'; half is 0.5' if percent else ''})"

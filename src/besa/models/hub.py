@@ -60,7 +60,7 @@ def fetch(model: str, revision: str | None = None, *, weights: bool = True, prog
     """
     name = f"{model}@{revision}" if revision else model
     part = f"Only a part of {name} is in the cache"
-    with _explained(model, revision, f"{name} is not in the cache"):
+    with _explained(model, revision, f"{name} is neither a folder here nor in the cache"):
         commit = HfApi().resolve_revision(model, revision=revision)
         listing = _listing(model, commit)
         if folder := _complete(model, commit, listing, weights):
@@ -169,7 +169,7 @@ def _cached(name: str, model: str, commit: ResolvedRevision, weights: bool, reas
     try:
         folder = Path(snapshot_download(model, revision=commit, allow_patterns=[CONFIG], local_files_only=True))
     except LocalEntryNotFoundError:
-        raise BesaError(_out_of_reach(f"{name} is not in the cache", reason)) from reason
+        raise BesaError(_out_of_reach(f"{name} is neither a folder here nor in the cache", reason)) from reason
     names = {path.name for path in folder.iterdir()}
     files = _weights(names, folder)
     if CONFIG not in names or (weights and not (files and names.issuperset(files))):

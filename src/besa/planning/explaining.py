@@ -102,7 +102,8 @@ def explain(
     total, minutes = sum(passes.values()), minutes_of(settled)
     most = "at most" if minutes is None else f"with these epochs; {minutes:g} minutes decide how many there are"
     heading = [
-        f"# As it will run on {samples:,} sequences of {seqlen:,} tokens: {total:.3g} forward passes {most}.",
+        f"# As it will run on {samples:,} sequence{'' if samples == 1 else 's'} of {seqlen:,} tokens: {total:.3g} "
+        f"forward passes {most}.",
         f"# {passes[WALK]:.3g} of these are the dense path, the statistics of inputs, and the pruned path.",
     ]
     return Explanation(

@@ -89,7 +89,7 @@ def planned(plan: Plan) -> RenderableType:
         table.add_row("distilling", f"{plan.distilling_bytes / 1e9:.2f} GB of it, with the whole model at once")
     places = [f"{size / 1e9:.2f} GB {PLACES[place]}" for place, size in plan.activation_places.items() if size]
     table.add_row("activations", f"{plan.activation_bytes / 1e9:.2f} GB{each} between blocks: {', '.join(places)}")
-    table.add_row("disk", f"{plan.disk_bytes / 1e9:.2f} GB free, {plan.checkpoint_bytes / 1e9:.2f} GB of it stays")
+    table.add_row("disk", f"{plan.disk_bytes / 1e9:.2f} GB needed, {plan.checkpoint_bytes / 1e9:.2f} GB of it stays")
     decided = f"; {plan.minutes:g} minutes decide how many epochs there are" if plan.minutes is not None else ""
     table.add_row("forward passes", f"{plan.forward_passes:.3g} of {passed}, a backward pass counted as two{decided}")
     if plan.writing_passes:
@@ -103,19 +103,21 @@ def planned(plan: Plan) -> RenderableType:
 
 
 def recipes_listed(result: RecipeList) -> RenderableType:
-    """The recipes, a row each."""
+    """The recipes: of each, what it is for, and in a line below that what it takes."""
     table = Whole(
         box=SIMPLE,
+        leading=1,
         caption=f"passes: forward passes over {result.samples} sequences of {result.seqlen:,} tokens, of the blocks; "
         "`besa prune MODEL OUT --recipe NAME --explain` shows a recipe",
     )
-    for column in ("recipe", "passes", "needs", "in memory", "what it is for"):
+    for column in ("recipe", "what it is for, and what it takes"):
         table.add_column(column)
     for recipe in result.recipes:
         needs = ["calibration"] * recipe.calibration + ["Gram matrices"] * recipe.gram
         needs += [f"gradients of {', '.join(recipe.gradients)}"] if recipe.gradients else []
         shown = ", ".join(needs) or "nothing"
-        table.add_row(recipe.name, f"{recipe.passes:.3g}", shown, recipe.memory, Text(recipe.purpose))
+        takes = f"passes: {recipe.passes:.3g}; needs: {shown}; in memory: {recipe.memory}"
+        table.add_row(recipe.name, Text.assemble(recipe.purpose, "\n", (takes, "dim")))
     return table
 
 

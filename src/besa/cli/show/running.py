@@ -36,14 +36,14 @@ def benched(result: Bench) -> RenderableType:
     """Tokens a second by work and model, and what each model takes."""
     reference = result.models[0].name
     speeds = Whole(
-        title="tokens a second: median and quartiles",
+        title="tokens a second, or time to the first token: median and quartiles",
         caption=f"×: to {reference} in its fastest form; limit: weights read at {result.bandwidth / 1e9:.1f} GB/s; "
-        f"{result.rounds} rounds, {result.machine['threads']} threads",
+        f"rounds: {result.rounds}, threads: {result.machine['threads']}",
         box=SIMPLE,
     )
     for name in ("work", "model", "form"):
         speeds.add_column(name)
-    for name in ("tokens/s", "quartiles", "×", "limit", "of limit"):
+    for name in ("median", "quartiles", "×", "limit", "of limit"):
         speeds.add_column(name, justify="right")
     for work in result.works():
         for model, timing, ratio in result.of(work):
