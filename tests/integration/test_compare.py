@@ -251,7 +251,7 @@ def test_the_table_says_what_it_was_made_under_and_what_a_reader_should_know(
     document = (workspace.folder / "compare.md").read_text()
     basis = f"alibrated on 4 × 32 tokens of {workspace.conditions.calibration}; perplexity in windows of 32 tokens"
     assert document.startswith(
-        f"# Recipes on {workspace.conditions.model}\n\nC{basis}, 4 of each text at most, by besa "
+        f"# Recipes on {workspace.conditions.model}\n\nC{basis}, 4 of each text at most. Made by besa "
     )
     note = "The model was calibrated on documents of little: other texts tell more of what is left."
     assert found.rows[0].notes == [note]

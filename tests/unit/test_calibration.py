@@ -119,6 +119,7 @@ def test_every_window_begins_with_the_bos_token(numbers):
     assert (drawn.describe()["bos"], plain.describe()["bos"]) == (True, False)
     assert drawn.sha256 != plain.sha256
     assert "8 sequences of 49 tokens need 392" in refusal(lambda: sample(numbers(391), COUNTING, 8, 50, 3, bos=7))
+    assert "1 sequence of 49 tokens needs 49" in refusal(lambda: sample(numbers(48), COUNTING, 1, 50, 3, bos=7))
 
 
 def test_the_whole_text_is_held_to_the_embeddings(numbers):

@@ -243,14 +243,16 @@ class _Supply:
             return self._nothing(source, share)
         held = self._read(source, size)
         if held.room < size and not self.at_most:
-            needs = f"{size:,} sequences of {self.drawn:,} tokens"
+            one = size == 1
+            wanted = f"{size:,} sequence{'' if one else 's'} of {self.drawn:,} tokens"
             if self.dialogue is not None:
                 raise BesaError(
-                    f"The text {source} holds dialogues for {held.room:,} sequences only, but {needs} are needed: "
-                    f"{BESIDES}"
+                    f"The text {source} holds dialogues for {held.room:,} sequences only, but {wanted} "
+                    f"{'is' if one else 'are'} needed: {BESIDES}"
                 )
             raise BesaError(
-                f"The text {source} holds {held.tokens:,} tokens, but {needs} need {size * self.drawn:,}: {BESIDES}"
+                f"The text {source} holds {held.tokens:,} tokens, but {wanted} need{'s' if one else ''} "
+                f"{size * self.drawn:,}: {BESIDES}"
             )
         return held.giving(share, min(size, held.room))
 

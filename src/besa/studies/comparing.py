@@ -186,10 +186,10 @@ def _table(
 def _document(compared: Comparison) -> str:
     """The table in Markdown, between its conditions and its footnotes."""
     basis = compared.basis[0].upper() + compared.basis[1:]
-    made_by = f", by {compared.dense.origin.label}" if compared.dense.origin else ""
+    made_by = f" Made by {compared.dense.origin.label}." if compared.dense.origin else ""
     notes = "".join(f"- {note}\n" for note in compared.footnotes)
     table = markdown([compared.dense, *compared.rows], compared.earlier)
-    return f"# Recipes on {compared.model}\n\n{basis}{made_by}.\n\n{table}" + (f"\n{notes}" if notes else "")
+    return f"# Recipes on {compared.model}\n\n{basis}.{made_by}\n\n{table}" + (f"\n{notes}" if notes else "")
 
 
 @contextmanager
