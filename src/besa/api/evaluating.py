@@ -180,7 +180,6 @@ def _counted(model: PreTrainedModel) -> float | None:
     return None
 
 
-
 def _opened(
     model: str | Path | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
