@@ -144,7 +144,10 @@ def test_in_another_dtype_and_dense_again(checkpoint: Path, tmp_path: Path) -> N
 
 def test_a_loaded_model_is_saved_packed(checkpoint: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(checkpoint / "packed")
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "besa_run.json").write_text("of what was here before")
     model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved" / "besa_run.json").exists()
     before, after = (load_file(folder / WEIGHTS) for folder in (checkpoint / "packed", tmp_path / "saved"))
     assert before.keys() == after.keys()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())

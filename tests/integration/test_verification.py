@@ -401,6 +401,14 @@ def test_blocks_by_the_million_are_refused_from_the_headers(
         assert "says 10,000,000 blocks" in sentence(action), command
 
 
+def test_a_plan_of_a_billion_blocks_is_refused_before_they_are_built(copy: Callable[[str], Path]) -> None:
+    folder = copy("float32")
+    change_config(folder, num_hidden_layers=10**9)
+    said = r"^The config\.json of .* says 1,000,000,000 blocks: it is damaged\.$"
+    with pytest.raises(BesaError, match=said):
+        besa.plan(folder)
+
+
 def piped(path: Path) -> None:
     os.mkfifo(path)
 

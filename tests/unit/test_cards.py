@@ -493,12 +493,12 @@ def test_a_card_that_cannot_be_read_stays(card: bytes, tmp_path: Path) -> None:
     assert (folder / "README.md").read_bytes() == card
 
 
-def test_an_evaluation_of_another_model_is_not_shown(tmp_path: Path) -> None:
+@pytest.mark.parametrize("other", [{"sparsity": None}, {"pruned": "2026-01-05T09:12:45+00:00"}])
+def test_an_evaluation_of_another_model_is_not_shown(other: dict[str, Any], tmp_path: Path) -> None:
     folder = folder_of(tmp_path)
     write_card(folder, None)
     before = (folder / "README.md").read_text()
-    evaluation = evaluation_of(sparsity=None)
-    (folder / "besa_eval.json").write_text(evaluation.model_dump_json())
+    (folder / "besa_eval.json").write_text(evaluation_of(**other).model_dump_json())
     with pytest.warns(Notice, match=r"besa_eval\.json is of another model"):
         update_card(folder)
     assert (folder / "README.md").read_text() == before

@@ -154,6 +154,8 @@ def test_a_row_has_the_ratios_to_dense_and_their_geometric_mean():
     assert dense.ratios == {}
     assert cell(pruned, "code") == "12.00 (1.500 ×)"
     assert cell(pruned, "wiki") == "3.00"
+    endless = pruned.model_copy(update={"mean": {"code": math.inf, "wiki": 1e50}, "ratios": {"wiki": 0.0}})
+    assert [cell(endless, name) for name in ("code", "wiki")] == ["∞", "1.00e+50"]
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 import base64
 import hashlib
 import json
+import math
 import re
 import shlex
 import shutil
@@ -776,3 +777,21 @@ def test_a_result_of_other_files_is_refused(three, tiny_llama_folder, tmp_path):
     (tmp_path / "tiny" / "besa_eval.json").write_text(json.dumps(measured))
     with pytest.raises(BesaError, match=r"eval\.json was measured on another model"):
         load_run(tmp_path / "tiny")
+
+
+def test_infinite_perplexities_are_told_and_nothing_is_divided_by_them(folder):
+    dense = folder("dense", measured=evaluation({"wiki": math.inf}))
+    wanda = folder("wanda", record("wanda"), evaluation({"wiki": 40.0}))
+    page = Page(render([dense, wanda]))
+    assert "the perplexity of wanda on wiki is 40.00." in page.text and "0.00 ×" not in page.text
+    assert page.table("Method")[0][3] != "÷ dense"
+    endless = folder("endless", record("magnitude"), evaluation({"wiki": math.inf}))
+    assert "The perplexity of magnitude on wiki is infinite." in Page(render([endless])).text
+
+
+def test_folders_in_commands_are_distinct(folder):
+    runs = [folder(name, record("besa"), evaluation({"wiki": 40.0})) for name in ("run_1", "run-1", "日本", "中国")]
+    page = Page(render(runs)).text
+    (again,) = re.findall("besa report (.*) --out report.html", page)
+    assert len(set(again.split())) == 4
+    assert all(f"besa prune tiny {name} --recipe" in page for name in again.split())

@@ -30,5 +30,5 @@ def test_linears_of_towers_stay_out_of_the_codes() -> None:
     decoder = SimpleNamespace(model=model, unbuilt=["model.visual.qkv.weight", "model.visual.qkv.bias"])
     block = SimpleNamespace(linears=[SimpleNamespace(name="q_proj")])
     record = SimpleNamespace(recipe={"name": "wanda-int4"}, sparsity=0.5, blocks=[block])
-    about = _about(decoder, record, Recipe.load("wanda-int4").quantization.coding)
+    about = _about(decoder, record, Recipe.load("wanda-int4").quantization.coding, {})
     assert about["quantization_config"]["ignore"] == ["lm_head", "model.visual.qkv"]

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from besa.checkpoint.cards import refresh_card
-from besa.checkpoint.companions import read_config_json
 from besa.checkpoint.measurements import NOTHING, Measurement, Measurements
 from besa.errors import Notice
 from besa.evaluation.result import EVALUATION_NAME, Evaluation
@@ -40,7 +39,7 @@ def update_card(folder: Path, name: str | None = None) -> None:
     measurements = NOTHING
     if path.is_file():
         evaluation = Evaluation.read(path)
-        if evaluation.sparsity == _declared(folder):
+        if evaluation.may_be_of(folder):
             measurements = measurements_of(evaluation)
         else:
             warnings.warn(f"{path} is of another model, so the card does not show it.", Notice, stacklevel=2)
@@ -110,9 +109,3 @@ def _accuracies(evaluation: Evaluation) -> Iterator[Measurement]:
         for metric, (value, stderr) in scores.items():
             if value is not None:
                 yield Measurement(task, dataset, metric, value, basis, stderr, config, split)
-
-
-def _declared(folder: Path) -> float | None:
-    """The sparsity that a checkpoint declares."""
-    about = read_config_json(folder).get("besa")
-    return about.get("sparsity") if isinstance(about, dict) else None

@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, computed_field
 from besa.evaluation.domains import mean_of_domains
 from besa.evaluation.perplexity import Infinite, Perplexity
 from besa.evaluation.zero_shot import ZeroShot
-from besa.record import read_result
+from besa.models.source import same_files
+from besa.record import RunRecord, read_result
 
 EVALUATION_NAME = "besa_eval.json"
 
@@ -75,6 +76,19 @@ class Evaluation(BaseModel):
             BesaError: the file cannot be read, or is no evaluation.
         """
         return read_result(path, cls, "evaluation", "eval")
+
+    def may_be_of(self, folder: Path) -> bool:
+        """Whether the checkpoint in a folder was measured, as far as anybody knows: by its run, and by its files.
+
+        Raises:
+            BesaError: the folder has a record that is damaged.
+        """
+        record = RunRecord.of(folder)
+        if record is not None:
+            of_run = self.pruned == record.created if self.pruned else self.sparsity == record.sparsity
+            if not of_run:
+                return False
+        return same_files(self.fingerprint, folder)
 
     @classmethod
     def joined(cls, parts: Sequence[Evaluation]) -> Evaluation:

@@ -25,7 +25,7 @@ from besa.errors import BesaError
 from besa.models.quiet import model_explained, quiet, without_bars
 from besa.models.source import Source, fingerprint
 from besa.models.widths import narrow, widths_of
-from besa.storage.formats.container import OF_VERSION_1, header, settings
+from besa.storage.formats.container import OF_VERSION_1, check_depth, header, settings
 from besa.storage.weights import PACKED, STEM, WIDTHS, WeightFiles
 
 
@@ -77,6 +77,8 @@ def read_config(source: Source) -> PreTrainedConfig:
     Raises:
         BesaError: it cannot be read, is of no causal decoder, or names a weight file that besa does not read.
     """
+    if source.folder is not None and source.gguf is None:
+        check_depth(source.folder)
     with quiet(), model_explained(source.name):
         config = AutoConfig.from_pretrained(**source.arguments)
     check_decoder(source.name, config)

@@ -185,6 +185,13 @@ def fingerprint(source: Source) -> str:
     return digest.hexdigest()
 
 
+def same_files(known: str | None, folder: Path) -> bool:
+    """Whether a folder has the files that a fingerprint is of, as far as anybody knows: it may have no weights."""
+    if known is None or not any(folder.glob("*.safetensors")):
+        return True
+    return fingerprint(Source(str(folder), str(folder))) == known
+
+
 def _beginnings(file: BinaryIO, size: int) -> list[int]:
     """Where tensors begin in a file of safetensors; in another or a damaged one, places at equal distances."""
     file.seek(0)

@@ -85,10 +85,14 @@ def _template() -> Template:
 
 
 def _entries(runs: list[Run]) -> list[Entry]:
-    """Runs with labels and colours, dense models first."""
+    """Runs with labels, colours and names of folders, dense models first."""
     named = sorted(zip(labels(runs), runs, strict=True), key=lambda item: not item[1].dense)
     dense = sum(run.dense for run in runs)
-    return [Entry(label, run, None if run.dense else i - dense) for i, (label, run) in enumerate(named)]
+    folders = reproduce.folders([label for label, _ in named])
+    return [
+        Entry(label, run, None if run.dense else i - dense, folder)
+        for i, ((label, run), folder) in enumerate(zip(named, folders, strict=True))
+    ]
 
 
 def _title(runs: list[Run]) -> str:
@@ -223,7 +227,7 @@ def _steps(entry: Entry) -> dict[str, Any]:
         "commands": [command for command in commands if command],
         "recorded": shlex.join(record.command) if record and record.command else None,
         "recipe": reproduce.recipe_yaml(record) if record else None,
-        "save_as": f"{reproduce.folder(entry)}.yaml" if record and not reproduce.is_shipped(record) else None,
+        "save_as": f"{entry.folder}.yaml" if record and not reproduce.is_shipped(record) else None,
         "identity": _identity(record) if record else [],
     }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from itertools import chain
+from itertools import chain, count
 from typing import Any
 
 import yaml
@@ -24,9 +24,14 @@ from besa.storage.names import pinned
 WIDTH = 96  # of a command line on the page
 
 
-def folder(entry: Entry) -> str:
-    """A plain name for the folder of a run."""
-    return re.sub(r"[^A-Za-z0-9]+", "-", entry.label).strip("-") or "run"
+def folders(labels: list[str]) -> list[str]:
+    """A plain name for the folder of each run, all distinct."""
+    names: list[str] = []
+    for label in labels:
+        name = re.sub(r"[^A-Za-z0-9]+", "-", label).strip("-") or "run"
+        others = (f"{name}-{number}" for number in count(2))
+        names.append(next(one for one in chain([name], others) if one not in names))
+    return names
 
 
 def prune(entry: Entry, record: RunRecord) -> str:
@@ -35,7 +40,7 @@ def prune(entry: Entry, record: RunRecord) -> str:
     model = record.model.get("source") or record.model.get("architecture") or "MODEL"
     return _line(
         ["prune", pinned(str(model), record.model.get("revision")), _pruned(entry)],
-        recipe=record.recipe["name"] if is_shipped(record) else f"{folder(entry)}.yaml",
+        recipe=record.recipe["name"] if is_shipped(record) else f"{entry.folder}.yaml",
         sparsity=None if blocks_asked(record) else record.recipe.get("sparsity"),
         calibration=record.calibration.get("source"),
         samples=record.calibration.get("samples"),
@@ -54,13 +59,13 @@ def prune(entry: Entry, record: RunRecord) -> str:
 
 def form(entry: Entry, record: RunRecord) -> list[str]:
     """The commands that pack or shrink what `besa prune` wrote, if that was done."""
-    steps = entry.run.form.steps(_pruned(entry), folder(entry), record.model.get("dtype"))
+    steps = entry.run.form.steps(_pruned(entry), entry.folder, record.model.get("dtype"))
     return [_line(words) for words in steps]
 
 
 def _pruned(entry: Entry) -> str:
     """The folder that `besa prune` writes."""
-    return f"{folder(entry)}-pruned" if str(entry.run.form) else folder(entry)
+    return f"{entry.folder}-pruned" if str(entry.run.form) else entry.folder
 
 
 def evaluate(entry: Entry) -> str | None:
@@ -71,7 +76,7 @@ def evaluate(entry: Entry) -> str | None:
     zero_shot = measured.zero_shot
     details = [one for texts in (measured.details, *measured.other_windows.values()) for one in texts.values()]
     return _line(
-        ["eval", pinned(measured.model, measured.revision) if entry.run.dense else folder(entry)],
+        ["eval", pinned(measured.model, measured.revision) if entry.run.dense else entry.folder],
         ppl=entry.run.texts,
         data=[f"{name}={file}" for name, file in _set_files(measured).items()],
         window=",".join(map(str, [measured.window, *measured.other_windows])) if entry.run.texts else None,
@@ -81,7 +86,7 @@ def evaluate(entry: Entry) -> str | None:
         tasks=",".join(zero_shot.tasks) if zero_shot else None,
         limit=zero_shot.limit if zero_shot else None,
         hub=zero_shot is not None and zero_shot.source == "hub",
-        json=f"{folder(entry)}/{EVALUATION_NAME}",
+        json=f"{entry.folder}/{EVALUATION_NAME}",
     )
 
 
@@ -91,15 +96,15 @@ def simulate(entry: Entry) -> str | None:
     if simulated is None:
         return None
     return _line(
-        ["simulate", pinned(simulated.model, simulated.revision) if entry.run.dense else folder(entry)],
+        ["simulate", pinned(simulated.model, simulated.revision) if entry.run.dense else entry.folder],
         tokens=",".join(map(str, simulated.block.cycles_memory)),
-        json=f"{folder(entry)}/{SIMULATION_NAME}",
+        json=f"{entry.folder}/{SIMULATION_NAME}",
     )
 
 
 def report(entries: list[Entry]) -> str:
     """The `besa report` that makes the page again."""
-    return _line(["report", *map(folder, entries)], out="report.html")
+    return _line(["report", *(entry.folder for entry in entries)], out="report.html")
 
 
 def files(entries: list[Entry]) -> list[str]:

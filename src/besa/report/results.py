@@ -14,11 +14,19 @@ from besa.report.runs import Run
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """A run with its label and its place among the colours (None for dense models)."""
+    """A run on the page.
+
+    Attributes:
+        label: its name on the page.
+        run: itself.
+        color: its place among the colours, None for dense models.
+        folder: its name in commands, where it is a folder.
+    """
 
     label: str
     run: Run
     color: int | None
+    folder: str
 
     @property
     def sparsity(self) -> str:
@@ -72,7 +80,8 @@ def reference(entries: list[Entry], text: str, like: Run | None = None) -> float
     measured = [entry.run for entry in entries if entry.run.dense and entry.run.perplexity(text) is not None]
     if like is not None:
         measured = [run for run in measured if run.origin.may_be(like.origin) and run.compares(like, text)]
-    return measured[0].perplexity(text) if measured else None
+    found = measured[0].perplexity(text) if measured else None
+    return found if like is None or found is None or math.isfinite(found) else None
 
 
 def cell(entries: list[Entry], entry: Entry, text: str) -> Cell | None:
@@ -104,6 +113,9 @@ def headline(entries: list[Entry]) -> str:
                 return _against(entries, ours, rivals[0], text) + (_lowest(best, text) if best else "")
         if ranked:
             return _alone(entries, ranked[0], text)
+    for text in texts(entries):
+        if endless := [entry.label for entry in pruned if entry.run.perplexity(text) is not None]:
+            return f"The perplexity of {wording.listed(endless)} on {text} is infinite."
     if records := [(entry.label, entry.run.record) for entry in pruned if entry.run.record]:
         label, record = records[0]
         zeros, weights = wording.count(record.zeros), wording.count(record.weights)

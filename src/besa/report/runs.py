@@ -12,7 +12,7 @@ from pathlib import Path
 from besa.counting.budget import zeros_for
 from besa.errors import BesaError
 from besa.evaluation.result import EVALUATION_NAME, Evaluation
-from besa.models.source import Source, fingerprint
+from besa.models.source import same_files
 from besa.record import RECORD_NAME, RunRecord, read_result
 from besa.report.forms import AS_PRUNED, Form, form_of
 from besa.runtime.timings import BENCH_NAME, Bench
@@ -201,16 +201,10 @@ def load_run(path: Path) -> Run:
         )
     measured = Evaluation.read(evaluation) if evaluation.exists() else None
     simulated = read_result(simulation, Simulation, "simulation", "simulate") if simulation.exists() else None
-    of_dense = measured is not None and measured.pruned is None and measured.sparsity is None
-    if record is not None and measured is not None and (of_dense or measured.pruned not in (None, record.created)):
+    if measured is not None and not measured.may_be_of(path):
         raise _of_another(evaluation, "measured", "eval")
-    here = fingerprint(Source(str(path), str(path))) if any(path.glob("*.safetensors")) else None
-    for result, file, done, command in (
-        (measured, evaluation, "measured", "eval"),
-        (simulated, simulation, "simulated", "simulate"),
-    ):
-        if result is not None and None not in (here, result.fingerprint) and here != result.fingerprint:
-            raise _of_another(file, done, command)
+    if simulated is not None and not same_files(simulated.fingerprint, path):
+        raise _of_another(simulation, "simulated", "simulate")
     return Run(
         folder=path,
         record=record,

@@ -7,11 +7,13 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from besa.checkpoint.companions import OWN
 from besa.errors import BesaError
 from besa.storage.weights import INDEX, NAMES, STEM
 from besa.storage.writing import write_file
@@ -51,7 +53,7 @@ def saving(
         config = json.loads((made / "config.json").read_text(encoding="utf-8"))
         yield made, config
         write_file(made / "config.json", json.dumps(config, indent=2) + "\n")
-        for path in [path for path in folder.iterdir() if NAMES.fullmatch(path.name)]:
-            path.unlink()  # of an earlier save, which would be read instead
+        for path in [path for path in folder.iterdir() if NAMES.fullmatch(path.name) or fnmatch(path.name, OWN)]:
+            path.unlink()  # of an earlier save: weights that would be read instead, and what was recorded of them
         for path in made.iterdir():
             shutil.move(path, folder / path.name)

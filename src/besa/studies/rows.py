@@ -16,11 +16,13 @@ from besa.data.questions import ACCURACY
 from besa.evaluation.domains import ALL
 from besa.evaluation.pairing import Against, Paired, against
 from besa.report.markdown import table
+from besa.report.wording import INFINITE
 from besa.studies.origin import Origin
 from besa.studies.workspace import Outcome
 
 SCORES: Callable[[Outcome], dict[str, float]] = attrgetter("scores")
 MADE_BY = "made by"
+HUGE = 1e6  # from here on, digits before the point say nothing
 LABELS = {ACCURACY: "mean accuracy in %", ALL: "mean of domains"}
 PAIRED = (
     "Accuracy less that of the model before pruning on the same questions, in points, with the paired standard error. "
@@ -211,9 +213,12 @@ def listed(rows: Sequence[Row], earlier: Sequence[Row] = (), first: str = "recip
 
 def cell(row: Row, score: str) -> str:
     """A score, its spread and its ratio to dense."""
-    spread, digits = row.spread.get(score), 2 if abs(row.mean[score]) >= 1 else 4
-    shown = f"{row.mean[score]:,.{digits}f}" + ("" if spread is None else f" ± {spread:,.{digits}f}")
-    return shown + (f" ({row.ratios[score]:.3f} ×)" if score in row.ratios else "")
+    value, spread, ratio = row.mean[score], row.spread.get(score), row.ratios.get(score)
+    if not isfinite(value):
+        return INFINITE
+    shape = ".2e" if abs(value) >= HUGE else ",.2f" if abs(value) >= 1 else ",.4f"
+    shown = f"{value:{shape}}" + ("" if spread is None else f" ± {spread:{shape}}")
+    return shown + (f" ({ratio:.3f} ×)" if ratio and isfinite(ratio) else "")  # 0 and NaN are of an infinite one
 
 
 def markdown(rows: Sequence[Row], earlier: Sequence[Row] = (), first: str = "recipe") -> str:

@@ -34,6 +34,7 @@ PURPOSES = {
 CODES = "weight_codes"  # of a dense matrix; its scales have the name of those of a bitmask
 ABOUT = {"besa": json.dumps({"format": FORMAT, "version": VERSION})}  # metadata of the weight files
 DEPTHS = ("num_hidden_layers", "num_layers", "decoder_layers", "n_layers", "n_layer")  # families' names of the depth
+DEEPEST = 10_000  # blocks; the deepest published models have some hundreds
 OF_VERSION_1 = ("format", "version", "quantization_config")  # its header, under "besa" in config.json
 DAMAGED = "the packed checkpoint is damaged"
 
@@ -328,6 +329,16 @@ class AsDense(WeightFiles):
     def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Names and shapes of all weights."""
         yield from self._shapes.items()
+
+
+def check_depth(folder: Path) -> None:
+    """Check that config.json names a number of blocks that a model can have, before it is built.
+
+    Raises:
+        BesaError: it does not.
+    """
+    if (depth := _depth(_config(folder))) > DEEPEST:
+        raise BesaError(f"The config.json of {folder} says {depth:,.0f} blocks: it is damaged.")
 
 
 def _config(folder: Path) -> Any:
