@@ -11,6 +11,7 @@ from besa.evaluation.adding import added
 from besa.evaluation.perplexity import Perplexity
 from besa.evaluation.result import Evaluation
 from besa.evaluation.zero_shot import Accuracy, ZeroShot
+from besa.studies.workspace import Outcome
 
 
 def evaluation(last: float = 3.0) -> Evaluation:
@@ -122,3 +123,8 @@ def test_what_is_no_evaluation_is_refused(tmp_path: Path) -> None:
     path.write_text("{}")
     with pytest.raises(BesaError, match="is not a besa evaluation: write it anew"):
         Evaluation.read(path)
+
+
+def test_a_run_that_nobody_measured_has_notes_and_a_sparsity() -> None:
+    outcome = Outcome(None, [])
+    assert (outcome.notes, outcome.sparsity) == ([], 0.0)

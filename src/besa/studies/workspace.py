@@ -126,8 +126,9 @@ class Outcome:
 
     @property
     def notes(self) -> list[str]:
-        """What a reader should know, a sentence each: of the run, then of the evaluations."""
-        return [*(self.record.notes if self.record is not None else []), *self.evaluation.notes]
+        """What a reader should know, a sentence each: of the run, then of the evaluations, if there are any."""
+        of_run = self.record.notes if self.record is not None else []
+        return [*of_run, *(note for evaluation in self.evaluations for note in evaluation.notes)]
 
     @property
     def evaluation(self) -> Evaluation:
