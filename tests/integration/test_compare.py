@@ -522,7 +522,7 @@ def test_a_hopeless_model_leaves_a_gap(made: tuple[Workspace, Comparison]) -> No
 
     _, found = made
     broken = found.rows[0].model_copy(update={"mean": {"heldout": math.inf, "little": math.inf}, "spread": {}})
-    assert "inf" in markdown([found.dense, broken])
+    assert "∞" in markdown([found.dense, broken])
     assert "<svg" in plot(found.model_copy(update={"rows": [broken, *found.rows[1:]]}))
 
 
