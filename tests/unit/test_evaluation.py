@@ -83,6 +83,7 @@ def test_what_is_measured_later_is_added(tmp_path: Path) -> None:
     [
         ({"model": "other"}, "another model"),
         ({"pruned": "later"}, "another model"),
+        ({"fingerprint": "b" * 64}, "another model"),
         ({"dtype": "bfloat16"}, "another dtype"),
         ({"bos": "yes", "window": 4}, "another bos and another window"),
         ({"versions": {"torch": "9"}}, "another version of besa or its packages"),
@@ -93,7 +94,7 @@ def test_an_evaluation_of_something_else_is_replaced_and_that_is_said(
     tmp_path: Path, changes: dict[str, object], words: str
 ) -> None:
     path, later = tmp_path / "besa_eval.json", evaluation().model_copy(update=changes)
-    path.write_text(evaluation().model_dump_json())
+    path.write_text(evaluation().model_copy(update={"fingerprint": "a" * 64}).model_dump_json())
     with pytest.warns(Notice, match=f"had an evaluation with {words}, which is replaced"):
         assert added(later, path) == later
     path.write_text("{}")

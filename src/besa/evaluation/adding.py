@@ -65,6 +65,9 @@ def _differences(earlier: Evaluation, later: Evaluation) -> Iterator[str]:
 
 def _same_model(earlier: Evaluation, later: Evaluation) -> bool:
     """Whether both are of one model. Of a folder, the path may be written in another way."""
+    digests = earlier.fingerprint, later.fingerprint
+    if None not in digests and digests[0] != digests[1]:
+        return False
     if any(getattr(earlier, name) != getattr(later, name) for name in ("revision", "sparsity", "pruned")):
         return False
     one, other = (Path(evaluation.model).resolve() for evaluation in (earlier, later))
