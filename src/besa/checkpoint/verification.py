@@ -82,9 +82,8 @@ def verify(folder: str | Path, *, progress: Progress = silent) -> Verified:
         progress: called with (bytes done, bytes in all, name of the file).
 
     Raises:
-        BesaError: a file is missing or has changed, there are further weights or files that models are made of,
-            or the folder has no digests; the
-            message names the first such file.
+        BesaError: a file is missing or has changed, there are further weights or files that models are made of, or the
+            folder has no digests; the message names the first such file.
     """
     folder = path_of(folder)
     if not folder.is_dir():

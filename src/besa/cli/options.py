@@ -22,7 +22,7 @@ from besa.storage.names import nearest, path_of
 
 Number = TypeVar("Number", int, float)
 BESIDE = "..4194304.partial"  # what the name that a file is first written by has more (`storage.writing.replacing`)
-RECORD = "besa_run.json"
+RECORD = "besa_run.json"  # `besa.record.RECORD_NAME`, whose module takes a while to import
 RESERVED = (RECORD, "tokenizer*", "*.safetensors", "*.index.json", "compare.json", "compare.md", "compare.svg")
 SAMPLES = 128  # calibration sequences, as in the paper
 CALIBRATION = "mix"  # of the embedded texts: the best of three by the mean of the domains (docs/log.md)
