@@ -131,7 +131,7 @@ def listed(items: Sequence[Item], place: Place) -> str:
 def small_texts(work: Path) -> dict[str, str]:
     """Files of test sets for the tests' model: its own held-out text in place of each."""
     documents = Path(TINY_TEXT).read_text(encoding="utf-8").split("\n\n")
-    c4 = work / "c4.jsonl"
+    c4 = work / "texts" / "c4.jsonl"  # not where the documents go that calibration texts do not have
     write_file(c4, "".join(json.dumps({"text": document}) + "\n" for document in documents))
     return {"wikitext2": TINY_TEXT, "ptb": TINY_TEXT, "c4": str(c4)}
 
