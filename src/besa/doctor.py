@@ -70,9 +70,11 @@ def examine() -> Diagnosis:
     torch = _torch()
     findings = [*_software(), torch]
     if torch.state == "ok":
-        kernels = _kernels()
-        findings += [_processor(), _compiler(kernels), kernels, _gpu(), _triton(), _memory()]
-    findings += [_disk(), _cache(), _hub(), *_extras()]
+        kernels = _seen("CPU kernels", _kernels)
+        compiler = _seen("compiler", lambda: _compiler(kernels))
+        findings += [_seen("processor", _processor), compiler, kernels, _seen("GPU", _gpu), _seen("Triton", _triton)]
+        findings.append(_seen("memory", _memory))
+    findings += [_disk(), _seen("cache", _cache), _seen("Hub", _hub), *_extras()]
     works = not any(finding.state == "missing" and finding.needed for finding in findings)
     return Diagnosis(works=works, findings=findings)
 
@@ -83,6 +85,14 @@ def _ok(part: str, found: str) -> Finding:
 
 def _missing(part: str, found: str, mend: str, *, needed: bool = False) -> Finding:
     return Finding(part=part, state="missing", found=found, mend=mend, needed=needed)
+
+
+def _seen(part: str, look: Callable[[], Finding]) -> Finding:
+    """What is found of a part; if what besa imports for it cannot be imported, besa cannot work."""
+    try:
+        return look()
+    except ImportError as error:
+        return _missing(part, f"cannot be looked at ({error})", _install(DISTRIBUTION), needed=True)
 
 
 def _software() -> Iterator[Finding]:
@@ -274,12 +284,10 @@ def _cache() -> Finding:
 
 
 def _hub() -> Finding:
-    try:
-        from huggingface_hub import constants
+    from huggingface_hub import constants
 
-        from besa.models.hub import unreachable
-    except ImportError as error:
-        return _missing("Hub", f"cannot be asked ({error})", _install("huggingface-hub"))
+    from besa.models.hub import unreachable
+
     models = f"models in {_short(constants.HF_HUB_CACHE)}"
     if constants.is_offline_mode():
         return _ok("Hub", f"not asked, as HF_HUB_OFFLINE says; {models}")
