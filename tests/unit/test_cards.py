@@ -247,6 +247,16 @@ def test_widths_of_their_own_are_a_removal_too(tmp_path: Path) -> None:
     card = ModelCard.load(folder / "README.md")
     assert row_of(card, "sparsity of the pruned matrices before the removal").startswith("50.05 %")
     assert row_of(card, "sparsity of all parameters before the removal").startswith("33.3667 %")
+    assert card.data.tags == ["besa", "pruned"]  # its zeros are gone
+
+
+def test_zeros_are_a_share_of_the_parameters_that_are_left(tmp_path: Path) -> None:
+    mixture = {"name": "model.layers.0.mlp", "experts": 4, "gone": [2], "scores": [3, 2, 1, 4], "tokens": [9, 9, 9, 9]}
+    folder = folder_of(tmp_path, mixtures=[mixture], dropped=500)
+    write_card(folder, None)
+    card = ModelCard.load(folder / "README.md")
+    assert row_of(card, "sparsity of all parameters") == "40.04 % of 2,500, embeddings included"
+    assert row_of(card, "experts") == "3 of 4 are left in each of 1 mixtures; 500 parameters went with the others"
 
 
 @pytest.mark.parametrize("record", ["absent", '{"files": {}}', '{"recipe": 1}', "{"])

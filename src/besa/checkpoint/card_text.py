@@ -120,7 +120,7 @@ class About:
     @property
     def tags(self) -> list[str]:
         """The tags of the metadata."""
-        tags = ["besa", "pruned", "sparse"]
+        tags = ["besa", "pruned", *([] if self._removed_since else ["sparse"])]
         if self.record and self.record.pattern:
             tags.append(self.record.pattern.replace("mixed n:", "n:"))
         if self.record and self.record.bits:
@@ -187,8 +187,9 @@ class About:
             when = " before the removal" if self._removed_since else ""
             share = f"{_percent(record.zeros, weights)}: {record.zeros:,} of {weights:,} weights were set to zero"
             yield f"sparsity of the pruned matrices{when}", share
-            if isinstance(parameters, int) and parameters > 0:
-                share = f"{_percent(record.zeros, parameters)} of {parameters:,}, embeddings included"
+            if isinstance(parameters, int) and parameters > record.dropped:
+                left = parameters - record.dropped
+                share = f"{_percent(record.zeros, left)} of {left:,}, embeddings included"
                 yield f"sparsity of all parameters{when}", share
             if record.dense:
                 yield "matrices left dense", ", ".join(map(_code, record.dense))
@@ -200,7 +201,8 @@ class About:
             yield "pattern", f"{record.pattern}, kept weights in groups of consecutive columns"
         if record and record.bits:
             yield "quantised to", f"{record.bits} bits, stored as {'codes' if self.coded else 'plain numbers'}"
-        if self.record and (stays := ", ".join(stay({each.index: each.structures for each in self.record.blocks}))):
+        whole = {} if self._removed_since or not record else {each.index: each.structures for each in record.blocks}
+        if stays := ", ".join(stay(whole)):
             yield "pruned whole", stays
         for kind, (before, after) in self._removed().items():
             where = "" if kind == WHOLE["blocks"] else " in each block"
