@@ -176,11 +176,11 @@ def test_an_evaluation_says_of_which_commit_and_the_report_asks_for_that(
     page = render([load_run(tmp_path / "dense"), load_run(tmp_path / "out")])
     for command in ("eval", "prune"):
         assert f"besa {command} org/model@{commits[0]} " in page
-    other = found.model_copy(update={"revision": commits[1]})
-    assert f"measured on commit {commits[1]}, another one" not in page
+    other = found.model_copy(update={"revision": commits[1], "fingerprint": "cd" * 32})
+    assert "which is not the model that was pruned" not in page
     (tmp_path / "dense" / "besa_eval.json").write_text(other.model_dump_json())
     page = render([load_run(tmp_path / "dense"), load_run(tmp_path / "out")])
-    assert f"measured on commit {commits[1]}, another one than was pruned" in page
+    assert f"@{commits[1]}, which is not the model that was pruned" in page
 
 
 def test_what_is_counted_and_measured_says_of_which_commit(

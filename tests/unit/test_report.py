@@ -121,9 +121,11 @@ def test_headline_is_computed(three):
     assert "besa on wiki is 34.00, 1.70 × that of the dense model (20.00)" in Page(render([three[0], besa])).text
 
 
-def test_headline_names_a_better_method_than_the_learned_one(three, folder):
+def test_headline_compares_the_best_with_its_best_rival(three, folder):
     better = folder("sparsegpt", record("sparsegpt"), evaluation({"wiki": 33.0}))
-    assert "Lowest at this sparsity: sparsegpt, 33.00." in Page(render([*three, better])).text
+    other = folder("wanda-40", record("wanda", sparsity=0.4), evaluation({"wiki": 30.0}))
+    told = "the perplexity of sparsegpt on wiki is 0.97 × that of besa (33.00 against 34.00; dense: 20.00)."
+    assert told in Page(render([*three, better, other])).text
 
 
 def test_best_pruned_model_is_bold_at_each_sparsity(three, folder):
@@ -391,6 +393,14 @@ def test_a_missed_target_is_told_with_its_digits(folder):
     page = Page(render([folder("run", run)]))
     assert "wanda ended at 49.6667 % sparsity, not at the 50.00 % it was asked for." in page.text
     assert page.rows()["wanda"][0] == "49.6667 %"
+
+
+def test_zeros_of_rounding_are_no_missed_target(folder):
+    run = record("int4", sparsity=0.0, zeros=72)
+    run["sparsity"] = 72 / 600
+    page = Page(render([folder("run", run)]))
+    assert "it was asked for" not in page.text
+    assert page.rows()["int4"][0] == "0.00 %, 4 bits"
 
 
 def test_exceptions_are_part_of_what_was_asked_for(three, folder):

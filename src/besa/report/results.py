@@ -10,6 +10,7 @@ from itertools import combinations
 from besa.record import RunRecord
 from besa.report import wording
 from besa.report.runs import Run
+from besa.storage.names import pinned
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,16 +102,14 @@ def _rivals(entries: list[Entry], entry: Entry, text: str) -> list[Entry]:
 
 
 def headline(entries: list[Entry]) -> str:
-    """The most telling true sentence: learned against Wanda, else best against next best, else against dense."""
+    """The most telling true sentence: the lowest perplexity against that of its best rival, else against dense."""
     pruned = [entry for entry in entries if not entry.run.dense]
     for text in texts(entries):
         value = {e.label: p for e in pruned if (p := e.run.perplexity(text)) is not None and math.isfinite(p)}
         ranked = sorted((e for e in pruned if e.label in value), key=lambda e: value[e.label])
-        for ours in sorted(ranked, key=lambda e: not e.run.learned):
-            rivals = sorted(_rivals(ranked, ours, text), key=lambda e: (e.run.learned, e.run.name != "wanda"))
-            if rivals:
-                best = ranked[0] if ranked[0] is not ours and ranked[0] in rivals else None
-                return _against(entries, ours, rivals[0], text) + (_lowest(best, text) if best else "")
+        for ours in ranked:
+            if rivals := _rivals(ranked, ours, text):
+                return _against(entries, ours, rivals[0], text)
         if ranked:
             return _alone(entries, ranked[0], text)
     for text in texts(entries):
@@ -136,10 +135,6 @@ def _against(entries: list[Entry], ours: Entry, rival: Entry, text: str) -> str:
     numbers += f"; dense: {_perplexity(dense)}" if dense is not None else ""
     said = f"At {_asked([ours, rival])}, the perplexity of {ours.label} on {text} is "
     return f"{said}{wording.times(mine / theirs)}that of {rival.label} ({numbers})."
-
-
-def _lowest(best: Entry, text: str) -> str:
-    return f" Lowest at this sparsity: {best.label}, {_perplexity(best.run.perplexity(text))}."
 
 
 def _alone(entries: list[Entry], ours: Entry, text: str) -> str:
@@ -242,15 +237,13 @@ def _origin_notes(entries: list[Entry]) -> Iterator[str]:
         yield "The runs were not calibrated on the same tokens."
     if len(versions := sorted({r.versions.get("besa", "unknown") for r in records})) > 1:
         yield f"The runs were made by different versions of besa: {wording.listed(versions)}."
-    sources, commits = ({record.model.get(key) for record in records} for key in ("source", "revision"))
+    origins = [entry.run.origin for entry in entries if entry.run.record]
     for entry in entries:
-        measured = entry.run.measured
-        if not entry.run.dense or measured is None or not records:
-            continue
-        if measured.model not in sources:
-            yield f"{entry.label} was measured on {measured.model}, by its name another model than was pruned."
-        elif measured.revision and commits - {measured.revision, None}:
-            yield f"{entry.label} was measured on commit {measured.revision}, another one than was pruned."
+        if entry.run.dense and entry.run.measured and origins and not any(map(entry.run.origin.may_be, origins)):
+            yield (
+                f"{entry.label} was measured on {pinned(entry.run.measured.model, entry.run.measured.revision)}, which "
+                "is not the model that was pruned, by its files or its name: ratios to it are left out."
+            )
     if any(r.model.get("gguf") for r in records):
         yield (
             "The model comes from a .gguf file: its “dense” weights are dequantised, so the dense perplexity contains "

@@ -97,11 +97,6 @@ class Run:
         return self.record is not None and self.record.zeros == _zeros_asked(self.record)
 
     @property
-    def learned(self) -> bool:
-        """Whether the sparsity of each part was learned."""
-        return self.record is not None and "rates" in self.record.recipe.get("allocation", {})
-
-    @property
     def texts(self) -> list[str]:
         """Texts on which the perplexity was measured."""
         return list(self.measured.perplexity) if self.measured else []
@@ -167,13 +162,18 @@ def _zeros_asked(record: RunRecord) -> int:
     if blocks_asked(record):
         return record.zeros
     sparsity, patterns = record.recipe.get("sparsity", record.sparsity), record.recipe.get("sparsity_of", {})
-    own: list[tuple[float, int]] = []
+    asked, weights, zeros = 0, record.weights, record.zeros
     for linear in (linear for block in record.blocks for linear in block.linears):
         given = next((patterns[pattern] for pattern in patterns if fnmatchcase(linear.name, pattern)), None)
         if given is not None:
-            own.append((given, math.prod(linear.shape)))
-    rest = record.weights - sum(weights for _, weights in own)
-    return zeros_for(sparsity, rest) + sum(zeros_for(given, weights) for given, weights in own)
+            size = math.prod(linear.shape)
+            asked, weights, zeros = asked + _asked(given, size, linear.zeros), weights - size, zeros - linear.zeros
+    return asked + _asked(sparsity, weights, zeros)
+
+
+def _asked(sparsity: float, weights: int, zeros: int) -> int:
+    """Zeros that a sparsity asks for; where nothing is to be pruned, those of rounding are no fault."""
+    return zeros_for(sparsity, weights) if sparsity else zeros
 
 
 def blocks_asked(record: RunRecord) -> bool:
