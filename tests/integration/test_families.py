@@ -234,11 +234,14 @@ def test_statistics_from_a_share_of_the_sequences_are_of_all_where_there_are_exp
         assert (different(*pruned) == set()) == same, family
 
 
-def test_experts_no_token_reached_are_reported_and_pruned_by_magnitude(tiny_tokenizer: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", ["wanda", "sparsegpt"])
+def test_experts_no_token_reached_are_reported_and_pruned_by_magnitude(
+    recipe: str, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
     dense = random_model(config_of("qwen3_moe", num_experts=16))
     folder = saved(dense, tmp_path / "dense")
     few = Calibration(TOKENS.tokens_NT[:1, :3], "random", 0)
-    record = compress(folder, "wanda", few, out=tmp_path / "out", tokenizer=tiny_tokenizer).record
+    record = compress(folder, recipe, few, out=tmp_path / "out", tokenizer=tiny_tokenizer).record
     model = load(tmp_path / "out")
     linears = [linear for block in record.blocks for linear in block.linears]
     missed = [linear.name for linear in linears if not linear.reached]
@@ -254,6 +257,8 @@ def test_experts_no_token_reached_are_reported_and_pruned_by_magnitude(tiny_toke
         assert linear.zeros == int(zero_OI.sum()) == w_OI.numel() // 2
         by_magnitude = bool((w_OI.where(zero_OI, 0).amax(1) <= w_OI.where(~zero_OI, torch.inf).amin(1)).all())
         assert by_magnitude == (not linear.reached), linear.name
+        unmoved = torch.equal(after[linear.name], before[linear.name].where(~zero_OI, 0))
+        assert unmoved == (recipe == "wanda" or not linear.reached), linear.name
 
 
 def test_transposed_experts_are_pruned_along_their_inputs(tiny_tokenizer: Any, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from besa.methods import fisher
 from besa.methods.fisher import loss_gradients
 from besa.methods.recipe import Recipe
 from besa.methods.survey import Survey
-from besa.methods.targets import LossSensitivity, Owl, Search
+from besa.methods.targets import LossSensitivity, Owl, Search, search
 from besa.methods.targets.budgets import budgets
 from besa.methods.targets.search import divergences
 from besa.models.activations import Room
@@ -215,7 +215,11 @@ def test_owl_by_hand(tiny_llama, tiny_llama_folder, tiny_tokenizer):
     assert found == pytest.approx([0.6 - 0.16 * (ratio - lowest) / (highest - lowest) for ratio in ratios], abs=1e-3)
 
 
-def test_trials_diverge_as_models_do_that_are_pruned_whole(tiny_llama, tiny_llama_folder, tiny_tokenizer):
+@pytest.mark.parametrize("at_once", [1 << 20, 7])
+def test_trials_diverge_as_models_do_that_are_pruned_whole(
+    at_once, tiny_llama, tiny_llama_folder, tiny_tokenizer, monkeypatch
+):
+    monkeypatch.setattr(search, "LOGITS", 4 * tiny_llama.config.vocab_size * at_once)
     blocks, calibration = blocks_and_tokens(tiny_llama, tiny_llama_folder, tiny_tokenizer)
     looked_at_NT, held_out_NT = calibration.tokens_NT[::2], calibration.tokens_NT[1::2]
     own = survey(DecoderInMemory(tiny_llama), calibration)

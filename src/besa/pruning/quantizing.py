@@ -114,8 +114,8 @@ def _zeros_first(linear: RankedLinear, q_OI: Tensor, group: int | None) -> Tenso
 
     def of_rows(rows: slice) -> Tensor:
         w_OI = linear.w_OI[rows]
-        places_OI = rank(linear.importance_OI[rows], w_OI).int() + (q_OI[rows] != 0) * w_OI.shape[1]
-        return rank(places_OI.float(), w_OI, group)  # places are exact in float32, up to 2^24
+        places_OI = rank(linear.importance_OI[rows], w_OI).float()  # exact, up to 2^24
+        return rank(places_OI.add_(q_OI[rows] != 0, alpha=w_OI.shape[1]), w_OI, group)
 
     return ranks.by_rows(of_rows, len(q_OI))
 

@@ -17,6 +17,7 @@ from besa.errors import BesaError
 from besa.methods.allocation import Allocated, BlockProblem, RankedLinear, first_tokens
 from besa.methods.finetuning import Finetuned
 from besa.methods.recipe import Recipe
+from besa.methods.reconstruction import NoReconstruction
 from besa.methods.reconstruction.rounding import unrounded
 from besa.models.activations import HiddenStates
 from besa.models.prunable import everywhere
@@ -190,7 +191,8 @@ def _rebuilt(
     if name in coded.quantized:
         return coded.quantized[name].weight()
     ranks_OI, counts_O = allocated.ranks.get(name, linear.ranks_OI), allocated.counts[name]
-    w_OI = recipe.reconstruction.rebuild(linear.w_OI, ranks_OI, counts_O, statistics, recipe.group)
+    method = recipe.reconstruction if linear.reached else NoReconstruction()  # on no tokens there is nothing to solve
+    w_OI = method.rebuild(linear.w_OI, ranks_OI, counts_O, statistics, recipe.group)
     moved = recipe.quantization.moved
     if moved is None:
         return w_OI

@@ -71,7 +71,7 @@ class OBSUpdate(Rebuilder):
             inverse_II = inverted(with_ridge(statistics, best_ridge(w_OI, first_OI, statistics)))
         else:
             inverse_II = statistics.inverse_hessian(self.damping)
-        columns = self.columns if group is None else group
+        columns = self.columns if self.keeps_mask or group is None else group
         rebuilt_OI = sweep(
             dense_OI,
             dense_OI == 0,

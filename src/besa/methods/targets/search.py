@@ -18,13 +18,15 @@ from torch.nn.functional import kl_div
 from besa.counting.masks import hard_mask, rank
 from besa.counting.precision import widest
 from besa.errors import BesaError
-from besa.methods.fisher import loss_gradients
+from besa.methods.fisher import LOGITS, loss_gradients
 from besa.methods.importance import Wanda
 from besa.methods.survey import Survey
 from besa.methods.targets.bounded import Bounded
 from besa.models.activations import HiddenStates
 from besa.models.blocks import logits_of, send
+from besa.models.transfers import fetched
 from besa.observing.input_statistics import InputStatistics
+from besa.observing.prediction_loss import tokens_at_once
 from besa.system import ranks
 
 
@@ -122,20 +124,26 @@ def _from_dense(
 ) -> list[float]:
     """The divergence of each pruned path from the dense path, from the outputs of the last block."""
     divergences_NP: list[Tensor] = []
+    at_once = tokens_at_once(int(survey.decoder.model.config.get_text_config().vocab_size), LOGITS)
     with survey.decoder.outside_blocks(survey.device):
         for n, sequence_T in enumerate(tokens_NT[survey.share(tokens_NT).places]):
-            one = slice(n, n + 1)
-            dense_TV = _predicted(survey, sequence_T[None], dense_NTC[one])
-            predicted = (_predicted(survey, sequence_T[None], path_NTC[one]) for path_NTC in pruned)
-            divergences_NP.append(
-                torch.stack([kl_div(own_TV, dense_TV, log_target=True, reduction="sum") for own_TV in predicted])
-            )
+            paths = [
+                fetched(path_NTC[n : n + 1], survey.device).split(at_once, dim=1) for path_NTC in [dense_NTC, *pruned]
+            ]
+            parts = zip(sequence_T[None].split(at_once, dim=1), *paths, strict=True)
+            divergences_NP.append(torch.stack([_of_tokens(survey, *part) for part in parts]).sum(dim=0))
     of_ranks = ranks.all_of(torch.stack(divergences_NP).tolist() if divergences_NP else [])
     sequences = [of_paths for of_rank in of_ranks for of_paths in of_rank]
     return [sum(of_path) / tokens_NT.numel() for of_path in zip(*sequences, strict=True)]
 
 
+def _of_tokens(survey: Survey, tokens_NT: Tensor, dense_NTC: Tensor, *pruned: Tensor) -> Tensor:
+    """The divergence (P,) of each pruned path from the dense path at some tokens of one sequence, in nats."""
+    dense_TV = _predicted(survey, tokens_NT, dense_NTC)
+    predicted = (_predicted(survey, tokens_NT, y_NTC) for y_NTC in pruned)
+    return torch.stack([kl_div(own_TV, dense_TV, log_target=True, reduction="sum") for own_TV in predicted])
+
+
 def _predicted(survey: Survey, tokens_NT: Tensor, y_NTC: Tensor) -> Tensor:
     """Log-probabilities (T, V), float32, of the next token, from the outputs `y_NTC` of the last block."""
-    logits_NTV = logits_of(survey.decoder.model, survey.decoder.blocks, tokens_NT, y_NTC.to(survey.device))
-    return logits_NTV[0].float().log_softmax(dim=-1)
+    return logits_of(survey.decoder.model, survey.decoder.blocks, tokens_NT, y_NTC)[0].float().log_softmax(dim=-1)
