@@ -202,6 +202,36 @@ def test_pruning_a_pruned_model_goes_on_from_its_zeros(shallow_llama_folder: Pat
         besa.compress(tmp_path / "half", "besa", sparsity=0.3, **settings)
 
 
+def test_blocks_of_a_pruned_model_keep_their_zeros_or_are_refused_before_the_work(
+    shallow_llama_folder: Path, tmp_path: Path
+) -> None:
+    settings = {"calibration": str(shallow_llama_folder / "calibration.txt"), "samples": 16, "seqlen": 64}
+    uneven = besa.Recipe.load("fast", 0.5, ["targets.strength=1", "reconstruction.method=none"])
+    first = besa.compress(shallow_llama_folder, uneven, out=tmp_path / "half", **settings)
+    zero = {n: p == 0 for n, p in first.model.state_dict().items() if n.endswith("_proj.weight")}
+    done: list[float] = []
+
+    def progress(blocks: float, total: float, note: str = "") -> None:
+        done.append(blocks)
+
+    for recipe, told in (
+        (
+            besa.Recipe.load("wanda", 0.52),
+            r"24,576 weights of model\.layers\.\d\.mlp\.\w+_proj have [\d,]+ zeros already",
+        ),
+        (besa.Recipe.load("besa", 0.52), r"101,376 weights of model\.layers\.\d\.self_attn\.q_proj and 6 more have"),
+        (besa.Recipe.load("fast", 0.48), r"304,128 weights of the pruned matrices have 152,064 zeros already"),
+    ):
+        with pytest.raises(besa.BesaError, match=told):
+            besa.compress(tmp_path / "half", recipe, progress=progress, **settings)
+    assert set(done) == {0}
+    again = besa.Recipe.load("fast", 0.52, ["reconstruction.method=none"])
+    second = besa.compress(tmp_path / "half", again, **settings)
+    assert second.record.zeros == round(0.52 * second.record.weights)
+    for name, mask in zero.items():
+        assert bool((second.model.state_dict()[name][mask] == 0).all())
+
+
 def test_bfloat16_runs_and_is_written_as_bfloat16(shallow_llama_folder: Path, tmp_path: Path) -> None:
     calibration = str(shallow_llama_folder / "calibration.txt")
     result = besa.compress(

@@ -75,6 +75,22 @@ def test_budgets_meet_the_targets_and_the_models_zeros(tiny_llama, targets):
         assert own.zeros == pytest.approx(target * own.weights, abs=1.5)
 
 
+def test_targets_give_no_block_fewer_zeros_than_it_has(tiny_llama):
+    blocks = find_blocks(tiny_llama)[:4]
+    weights = blocks[0].weights
+    first = list(blocks[0].prunables)
+    present = dict.fromkeys(first, 0) | {first[0]: 5000, first[1]: 600}
+    plan = budgets(blocks, Recipe(sparsity=0.25), [0.01, 0.3, 0.33, 0.36], present)
+    zeros = [own.zeros for (own,) in plan]
+    assert zeros[0] == 5600 > 0.01 * weights
+    assert sum(zeros) == weights  # a quarter of four
+    assert [(target * weights - own) for target, own in zip([0.3, 0.33, 0.36], zeros[1:], strict=True)] == (
+        pytest.approx([(5600 - 0.01 * weights) / 3] * 3, abs=1)
+    )
+    with pytest.raises(BesaError, match="zeros already"):
+        budgets(blocks, Recipe(sparsity=0.25), [0.25] * 4, dict.fromkeys(first, weights // 6))
+
+
 def test_exceptions_stand_beside_targets(tiny_llama):
     blocks = find_blocks(tiny_llama)[:4]
     recipe = Recipe(skip=("*.0.*",), sparsity_of={"*.1.*k_proj": 0.2})

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from besa.errors import BesaError
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -37,6 +39,25 @@ def zeros_for(sparsity: float, weights: int) -> int:
 def enough_for(zeros: int, weights: int) -> str:
     """A share of zeros in four digits, rounded up, so that `zeros_for` of it gives at least so many."""
     return f"{-(-10_000 * zeros // weights) / 10_000:.4f}"
+
+
+def check_room(weights: int, zeros: int, present: int, what: str = "that share a budget") -> None:
+    """Check that weights can have so many zeros.
+
+    Args:
+        weights: how many there are.
+        zeros: that they are to have.
+        present: zeros among them already.
+        what: which weights they are.
+
+    Raises:
+        BesaError: there are more zeros already, or fewer weights.
+    """
+    if not present <= zeros <= weights:
+        raise BesaError(
+            f"{weights:,} weights {what} have {present:,} zeros already and cannot have exactly {zeros:,}: ask for a "
+            f"sparsity of at least {enough_for(present, weights)}."
+        )
 
 
 def split(total: int, sizes: list[int]) -> list[int]:

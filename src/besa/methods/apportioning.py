@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from besa import kernels
-from besa.counting.budget import enough_for
+from besa.counting.budget import check_room
 from besa.counting.precision import widest
-from besa.errors import BesaError
 
 
 def apportion(rates_R: Tensor, widths_R: Tensor, total: int, least_R: Tensor) -> Tensor:
@@ -35,11 +34,7 @@ def apportion(rates_R: Tensor, widths_R: Tensor, total: int, least_R: Tensor) ->
     """
     rows, dtype = len(rates_R), widest(rates_R.device)
     least, weights = torch.stack([least_R.sum(), widths_R.sum()]).tolist()
-    if not least <= total <= weights:
-        raise BesaError(
-            f"{weights:,} weights that share a budget have {least:,} zeros already and cannot have exactly {total:,}: "
-            f"ask for a sparsity of at least {enough_for(least, weights)}."
-        )
+    check_room(weights, total, least)
     width_R = widths_R.to(dtype)
     ideal_R = rates_R.to(dtype) * width_R
     counts_R = kernels.cheapest_counts(ideal_R, width_R, least_R.to(dtype), total)

@@ -20,6 +20,7 @@ from besa.progress import BlockDone, BlockNote
 from besa.pruning.coded import Coded, put_back, to_keep
 from besa.pruning.measuring import Measured, measure
 from besa.pruning.paths import PLAIN, Resources, first_inputs
+from besa.pruning.present import check_each, check_together, zeros_present
 from besa.pruning.run import Run
 from besa.pruning.step import Step, prune_unit
 from besa.pruning.studied import Studied
@@ -76,8 +77,11 @@ def prune_units(run: Run, *, to_the_end: bool = False) -> Pruned:
     done = _done(run.journal, in_order)
     open_units = [place for place, unit in enumerate(in_order) if unit.index not in done]
     check = Check(run.decoder, run.calibration.tokens_NT, run.resources.device) if open_units else None
+    present = zeros_present(run) if open_units else {}
+    check_together(budgets(run.decoder.blocks, run.recipe), run, present)
     measured = measure(run) if open_units else Measured()
-    plan = budgets(run.decoder.blocks, run.recipe, measured.targets)
+    plan = budgets(run.decoder.blocks, run.recipe, measured.targets, present)
+    check_each(plan, run, present)
     if run.journal is not None:
         run.journal.restored = len(done)
     if not (open_units or to_the_end):  # the earlier run stopped while it assembled the checkpoint

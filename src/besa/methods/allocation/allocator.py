@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar, Literal
 
 from besa.counting.budget import Budget, zeros_for
@@ -112,6 +112,15 @@ class Allocator(Settings):
         """
         shares = [sparsity] * len(blocks) if targets is None else targets
         return [self.budget(*each) for each in zip(blocks, names, shares, strict=True)]
+
+    def shares(self, budget: Budget, sizes: Mapping[str, int]) -> Iterator[tuple[tuple[str, ...], int]]:
+        """Linears that share zeros, and how many they share: by default those of the whole budget.
+
+        Args:
+            budget: of linears.
+            sizes: numbers of their weights, by full name.
+        """
+        yield budget.names, budget.zeros
 
     def structures(self, block: Block, names: Sequence[str]) -> list[Coupling]:
         """The structures of a block whose numbers the targets decide; none if its weights go one by one.

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from besa.counting.budget import Budget, enough_for, split
+from besa.counting.budget import Budget, check_room, split
 from besa.counting.masks import rank
-from besa.errors import BesaError
 from besa.methods.allocation.allocator import Allocator
-from besa.methods.allocation.problem import Allocated, BlockProblem
+from besa.methods.allocation.problem import Allocated, BlockProblem, RankedLinear
 from besa.methods.apportioning import apportion
 
 
@@ -36,24 +35,27 @@ class Uniform(Allocator):
         Raises:
             BesaError: the block already has more zeros than its budget.
         """
-        return Allocated({name: counts for budget in problem.budgets for name, counts in self._shares(problem, budget)})
+        sizes = {name: linear.w_OI.numel() for name, linear in problem.linears.items()}
+        return Allocated(
+            {
+                name: self._counts(problem.linears[name], total)
+                for budget in problem.budgets
+                for (name,), total in self.shares(budget, sizes)
+            }
+        )
 
-    def _shares(self, problem: BlockProblem, budget: Budget) -> Iterator[tuple[str, Tensor]]:
-        """The full name of each linear of the budget and the zeros of its rows (O,)."""
-        totals = split(budget.zeros, [problem.linears[name].w_OI.numel() for name in budget.names])
-        for name, total in zip(budget.names, totals, strict=True):
-            linear = problem.linears[name]
-            rows, width = linear.w_OI.shape
-            if self.per == "row":
-                zeros_O = linear.zeros_O
-                rates_O = torch.full_like(zeros_O, total / (rows * width), dtype=torch.float32)
-                yield name, apportion(rates_O, torch.full_like(zeros_O, width), total, zeros_O)
-                continue
-            zeros_now = int(linear.zeros_O.sum())
-            if total < zeros_now:
-                raise BesaError(
-                    f"{name} has {zeros_now:,} zeros already and cannot have only {total:,}: "
-                    f"ask for a sparsity of at least {enough_for(zeros_now, rows * width)}."
-                )
-            places = rank(linear.importance_OI.reshape(1, -1), linear.w_OI.reshape(1, -1)).reshape(rows, width)
-            yield name, (places < total).sum(dim=1)
+    def shares(self, budget: Budget, sizes: Mapping[str, int]) -> Iterator[tuple[tuple[str, ...], int]]:
+        """Each linear alone, in proportion to its weights."""
+        for name, zeros in zip(budget.names, split(budget.zeros, [sizes[name] for name in budget.names]), strict=True):
+            yield (name,), zeros
+
+    def _counts(self, linear: RankedLinear, total: int) -> Tensor:
+        """The zeros of the rows of a linear (O,), which has `total`."""
+        rows, width = linear.w_OI.shape
+        zeros_O = linear.zeros_O
+        if self.per == "row":
+            rates_O = torch.full_like(zeros_O, total / (rows * width), dtype=torch.float32)
+            return apportion(rates_O, torch.full_like(zeros_O, width), total, zeros_O)
+        check_room(rows * width, total, int(zeros_O.sum()))
+        places = rank(linear.importance_OI.reshape(1, -1), linear.w_OI.reshape(1, -1)).reshape(rows, width)
+        return (places < total).sum(dim=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,12 @@ if TYPE_CHECKING:
     from besa.methods.recipe import Recipe
 
 
-def budgets(blocks: list[Block], recipe: Recipe, targets: Sequence[float] | None = None) -> list[list[Budget]]:
+def budgets(
+    blocks: list[Block],
+    recipe: Recipe,
+    targets: Sequence[float] | None = None,
+    present: Mapping[str, int] | None = None,
+) -> list[list[Budget]]:
     """The budgets of every unit of the recipe's granularity.
 
     Linears that match `recipe.skip` have no budget and stay dense. Linears that match `recipe.sparsity_of` have a
@@ -30,10 +35,13 @@ def budgets(blocks: list[Block], recipe: Recipe, targets: Sequence[float] | None
         recipe: gives sparsity, exceptions and granularity.
         targets: for each block, the sparsity of the linears that share budgets, by default the recipe's; or what else
             the allocation's own targets measured.
+        present: zeros that linears have already, by full name; targets give none of their groups fewer. Linears that
+            are not named have none.
 
     Raises:
         BesaError: a pattern matches nothing, two patterns of `sparsity_of` give one linear different sparsities,
-            everything is skipped, or the model has no parts of that granularity or no units to prune whole.
+            everything is skipped, the model has no parts of that granularity or no units to prune whole, or targets
+            are given and more zeros are present than all of them together may have.
     """
     if recipe.allocation.whole_structures:
         return _of_structures(blocks, recipe, targets)
@@ -54,8 +62,10 @@ def budgets(blocks: list[Block], recipe: Recipe, targets: Sequence[float] | None
         zeros = iter(split(total, sizes))
     else:
         target_of = {name: target for names, target in zip(common, targets, strict=True) for name in names}
-        ideal = [sum(prunables[n].numel * target_of[n] for n in group) for groups in shared for group in groups]
-        zeros = iter(_nearest(ideal, sizes, total))
+        groups = [group for of_unit in shared for group in of_unit]
+        ideal = [sum(prunables[name].numel * target_of[name] for name in group) for group in groups]
+        least = [sum((present or {}).get(name, 0) for name in group) for group in groups]
+        zeros = iter(_nearest(ideal, sizes, total, least))
     plan = []
     for unit, groups in zip(in_order, shared, strict=True):
         plan.append([Budget(group, sum(prunables[n].numel for n in group), next(zeros)) for group in groups])
@@ -97,11 +107,14 @@ def shared_names(blocks: list[Block], recipe: Recipe) -> tuple[list[tuple[str, .
     return common, exceptions
 
 
-def _nearest(ideal: list[float], sizes: list[int], total: int) -> list[int]:
-    """Integers that add up to `total` and are nearest to the `ideal` zeros of groups of `sizes` weights."""
+def _nearest(ideal: list[float], sizes: list[int], total: int, least: list[int]) -> list[int]:
+    """Integers that add up to `total` and are nearest to the `ideal` zeros of groups of `sizes` weights.
+
+    None is lower than the zeros that are there already, `least`.
+    """
     sizes_B = torch.tensor(sizes, dtype=torch.int64)
     rates_B = torch.tensor(ideal, dtype=torch.float64) / sizes_B
-    counts: list[int] = apportion(rates_B, sizes_B, total, torch.zeros_like(sizes_B)).tolist()
+    counts: list[int] = apportion(rates_B, sizes_B, total, torch.tensor(least, dtype=torch.int64)).tolist()
     return counts
 
 
