@@ -21,6 +21,7 @@ from besa.methods.survey import Survey
 from besa.models.activations import HiddenStates
 from besa.models.blocks import Block, logits_of
 from besa.models.couplings import Coupling
+from besa.models.sizes import vocabulary
 from besa.models.streaming import Decoder
 from besa.models.transfers import Outputs, fetched
 from besa.observing.input_statistics import InputStatistics, collect
@@ -126,7 +127,7 @@ def _loss_gradients(survey: Survey, states_NTC: HiddenStates, tokens_NT: Tensor)
     decoder, generator = survey.decoder, torch.Generator().manual_seed(survey.seed)
     gradients, share = Outputs(states_NTC, survey.device), survey.share(tokens_NT)
     chance_NT1 = torch.rand(*tokens_NT.shape, 1, generator=generator)[share.places]
-    at_once = tokens_at_once(int(decoder.model.config.get_text_config().vocab_size), LOGITS)
+    at_once = tokens_at_once(vocabulary(decoder.model), LOGITS)
     with decoder.outside_blocks(survey.device):
         for n, (sequence_T, chance_T1) in enumerate(zip(tokens_NT[share.places], chance_NT1, strict=True)):
             y_NTC = fetched(states_NTC[n : n + 1], survey.device)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from besa.models import sizes
 from besa.models.blocks import Block, logits_of
 from besa.models.kept import spread
 from besa.models.mixtures import chosen_experts
@@ -57,8 +58,7 @@ class Whole:
     @property
     def vocabulary(self) -> int:
         """The number of tokens that the model knows."""
-        size: int = self._model.config.get_text_config().vocab_size
-        return size
+        return sizes.vocabulary(self._model)
 
     @property
     def vectors(self) -> list[str]:
@@ -158,5 +158,4 @@ def head_share(model: PreTrainedModel, blocks: Sequence[Block]) -> float:
         experts = Counter(kind for kind, _ in routed)
         for kind, numel in routed:
             inside -= numel * (1 - min(chosen_experts(config) or experts[kind], experts[kind]) / experts[kind])
-    head: int = config.vocab_size * config.hidden_size
-    return head / inside
+    return sizes.vocabulary(model) * sizes.channels(model) / inside

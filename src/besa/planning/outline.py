@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from besa.counting.budget import Budget
 from besa.methods.recipe import Recipe
 from besa.methods.targets.budgets import budgets
+from besa.models import sizes
 from besa.models.blocks import Block
 from besa.models.mixtures import Fewer
 from besa.models.units import Unit, units
@@ -83,12 +84,12 @@ class Outline:
     @property
     def channels(self) -> int:
         """Channels of the residual stream."""
-        return int(self.model.config.get_text_config().hidden_size)
+        return sizes.channels(self.model)
 
     @property
     def vocabulary(self) -> int:
         """Tokens that the model knows."""
-        return int(self.model.config.get_text_config().vocab_size)
+        return sizes.vocabulary(self.model)
 
     @cached_property
     def units(self) -> list[Unit]:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from besa.errors import BesaError
 from besa.models.blocks import Block, standing_aside
 from besa.models.calls import ElsewhereError
+from besa.models.sizes import channels
 from besa.models.units import Unit
 
 VALUES_NEEDED = (RuntimeError, NotImplementedError, TypeError, ValueError)  # of a block for which shapes are not enough
@@ -38,8 +39,7 @@ def forward_bytes(unit: Unit, model: PreTrainedModel, batch: int, seqlen: int, l
     Raises:
         BesaError: a block needs values that another block left behind.
     """
-    channels: int = model.config.get_text_config().hidden_size
-    x_NTC = torch.empty(batch, seqlen, channels, dtype=model.dtype, device="meta")
+    x_NTC = torch.empty(batch, seqlen, channels(model), dtype=model.dtype, device="meta")
     weights = {
         name: torch.empty(prunable.rows, prunable.columns, dtype=model.dtype, device="meta").requires_grad_(learning)
         for name, prunable in unit.prunables.items()
@@ -60,7 +60,7 @@ def forward_bytes(unit: Unit, model: PreTrainedModel, batch: int, seqlen: int, l
         ) from error
     except VALUES_NEEDED:
         wide = sum({prunable.parameter: prunable.rows for prunable in unit.prunables.values()}.values())
-        return batch * seqlen * (12 * channels + (3 if learning else 1) * wide) * 4
+        return batch * seqlen * (12 * channels(model) + (3 if learning else 1) * wide) * 4
     peak: int = live.peak
     return peak
 
@@ -76,7 +76,6 @@ def shared_inputs(unit: Unit, model: PreTrainedModel, seqlen: int) -> list[tuple
         model: of the unit.
         seqlen: tokens of a sequence.
     """
-    channels: int = model.config.get_text_config().hidden_size
     groups: list[list[str]] = []
     unseen = dict.fromkeys(unit.prunables)
     last: Any = None
@@ -101,7 +100,7 @@ def shared_inputs(unit: Unit, model: PreTrainedModel, seqlen: int) -> list[tuple
         stack.enter_context(_lean_attention())
         stack.enter_context(_stacks_aside(unit))
         stack.enter_context(suppress(ElsewhereError, *VALUES_NEEDED))
-        unit(torch.empty(1, seqlen, channels, dtype=model.dtype, device="meta"))
+        unit(torch.empty(1, seqlen, channels(model), dtype=model.dtype, device="meta"))
     return [*(tuple(names) for names in groups), *((name,) for name in unseen)]
 
 
@@ -142,8 +141,8 @@ def learn_arguments(model: PreTrainedModel, blocks: list[Block], sizes: set[tupl
 @contextmanager
 def _embedding_zeros(embeddings: Any, dtype: torch.dtype) -> Iterator[None]:
     """While open, every token is embedded as zeros, so that no weights are needed."""
-    channels = embeddings.weight.shape[1]
-    embeddings.forward = lambda tokens, *_, **__: torch.zeros(*tokens.shape, channels, dtype=dtype)
+    width = embeddings.weight.shape[1]
+    embeddings.forward = lambda tokens, *_, **__: torch.zeros(*tokens.shape, width, dtype=dtype)
     try:
         yield
     finally:

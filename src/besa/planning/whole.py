@@ -11,6 +11,7 @@ from besa.checkpoint.writer import disk_bytes
 from besa.errors import BesaError
 from besa.methods.recipe import Recipe
 from besa.models.blocks import Block
+from besa.models.sizes import channels, vocabulary
 from besa.models.whole import Whole
 from besa.observing.prediction_loss import tokens_at_once
 from besa.quantization import Coding
@@ -34,11 +35,9 @@ def whole_bytes(
     """
     if not recipe.distill.moves_weights:
         return 0
-    config = model.config.get_text_config()
-    vocabulary, channels = int(config.vocab_size), int(config.hidden_size)
     parameters: int = sum(parameter.nbytes for parameter in model.parameters())
-    states = (len(blocks) + 2) * seqlen * channels * int(model.dtype.itemsize)
-    logits = ALIVE * 4 * vocabulary * min(seqlen, tokens_at_once(vocabulary))
+    states = (len(blocks) + 2) * seqlen * channels(model) * int(model.dtype.itemsize)
+    logits = ALIVE * 4 * vocabulary(model) * min(seqlen, tokens_at_once(vocabulary(model)))
     kept, vectors = _sizes(model, blocks, pruned, recipe)
     rounded = 4 * kept if recipe.rounds_last else 0
     return parameters + recipe.distill.learning_bytes(kept, vectors) + rounded + states + logits

@@ -40,6 +40,7 @@ from besa.models.borrowing import borrowed
 from besa.models.bos import adds_bos
 from besa.models.limits import embedding_rows
 from besa.models.loading import load_model
+from besa.models.sizes import channels
 from besa.models.source import Source
 from besa.models.streaming import Decoder
 from besa.progress import Progress
@@ -275,7 +276,7 @@ def _token_bytes(model: PreTrainedModel) -> int:
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     keys = getattr(config, "num_key_value_heads", None) or heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    width = getattr(config, "head_dim", None) or channels(model) // heads
     return int(2 * config.num_hidden_layers * keys * width * model.dtype.itemsize)
 
 

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from besa.data.arguments import Count, Dtype, checked
 from besa.errors import BesaError
 from besa.models.limits import positions
+from besa.models.sizes import vocabulary
 from besa.models.source import Source, locate, weight_paths
 from besa.progress import Progress, silent
 from besa.record import now
@@ -179,8 +180,7 @@ def _resident(device: torch.device) -> int:
 def _measure(model: PreTrainedModel, work: _Work) -> float:
     """Seconds of one measurement; the tokens, and so the experts of a mixture, are always the same."""
     generator = torch.Generator().manual_seed(0)
-    vocabulary = model.config.get_text_config().vocab_size
-    tokens_NT = torch.randint(vocabulary, (work.sequences, work.tokens), generator=generator).to(model.device)
+    tokens_NT = torch.randint(vocabulary(model), (work.sequences, work.tokens), generator=generator).to(model.device)
     if work.steps:
         return _decode(model, tokens_NT, work.steps)
     if work.name == FIRST:

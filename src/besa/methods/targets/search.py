@@ -24,6 +24,7 @@ from besa.methods.survey import Survey
 from besa.methods.targets.bounded import Bounded
 from besa.models.activations import HiddenStates
 from besa.models.blocks import logits_of, send
+from besa.models.sizes import vocabulary
 from besa.models.transfers import fetched
 from besa.observing.input_statistics import InputStatistics
 from besa.observing.prediction_loss import tokens_at_once
@@ -124,7 +125,7 @@ def _from_dense(
 ) -> list[float]:
     """The divergence of each pruned path from the dense path, from the outputs of the last block."""
     divergences_NP: list[Tensor] = []
-    at_once = tokens_at_once(int(survey.decoder.model.config.get_text_config().vocab_size), LOGITS)
+    at_once = tokens_at_once(vocabulary(survey.decoder.model), LOGITS)
     with survey.decoder.outside_blocks(survey.device):
         for n, sequence_T in enumerate(tokens_NT[survey.share(tokens_NT).places]):
             paths = [
