@@ -73,10 +73,10 @@ def test_switches_of_the_program_change_nothing(
 
 @pytest.mark.parametrize("state", some_slow(STATES, {torch.no_grad, *STATES[2:4]}))
 def test_switches_of_the_program_do_not_change_what_is_measured(
-    state: Callable[[], AbstractContextManager[None]], tiny_tokenizer
+    state: Callable[[], AbstractContextManager[None]], text: str, tiny_tokenizer
 ) -> None:
-    def measured(model: PreTrainedModel) -> float:
-        return besa.evaluate(model, ["wiki"], window=64, max_windows=4, tokenizer=tiny_tokenizer).perplexity["wiki"]
+    def measured(model: PreTrainedModel) -> dict[str, float]:
+        return besa.evaluate(model, [text], window=64, max_windows=4, tokenizer=tiny_tokenizer).perplexity
 
     model = small()
     expected = measured(model)
@@ -88,7 +88,7 @@ def test_a_model_of_inference_mode(text: str, tiny_tokenizer) -> None:
     """It can be measured; its weights cannot take part in learning."""
     with torch.inference_mode():
         model = small()
-    besa.evaluate(model, ["wiki"], window=64, max_windows=1, tokenizer=tiny_tokenizer)
+    besa.evaluate(model, [text], window=64, max_windows=1, tokenizer=tiny_tokenizer)
     assert all(weight.requires_grad for weight in model.parameters())
     with pytest.raises(besa.BesaError, match=r"embed_tokens\.weight of LlamaForCausalLM was made in inference mode"):
         besa.compress(model, "wanda", text, tokenizer=tiny_tokenizer, **SIZES)
