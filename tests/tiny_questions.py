@@ -15,7 +15,8 @@ def piqa(i):
 
 
 def boolq(i):
-    return {"question": f"is the {NOUNS[i]} old", "passage": f"The {NOUNS[i]} was built in 18{i}0.", "idx": i}
+    passage = f"{NOUNS[i].title()} -- The {NOUNS[i]} was built in 18{i}0."
+    return {"question": f"is the {NOUNS[i]} old", "passage": passage, "idx": i, "label": i % 2}
 
 
 def hellaswag(i):
@@ -49,7 +50,7 @@ def arc(i):
 
 ON_HUB = {
     "piqa": piqa,
-    "boolq": lambda i: boolq(i) | {"label": i % 2},
+    "boolq": boolq,
     "hellaswag": hellaswag,
     "winogrande": winogrande,
     "arc_easy": arc,
@@ -63,21 +64,29 @@ def rows(task):
 
 def write(task, folder: Path) -> Path:
     """The file of a task as the embedded ones are written."""
-    if task.startswith("arc"):
+    if task in REQUESTS:
         path = folder / f"{task}.jsonl.gz"
         with gzip.open(path, "wt", encoding="utf-8") as file:
             for row in rows(task):
-                gold = row["choices"]["label"].index(row["answerKey"])
-                query = f"Question: {row['question']}\nAnswer:"
-                document = {"id": row["id"], "query": query, "choices": row["choices"]["text"], "gold": gold}
-                for place in range(8):  # every answer has two requests
+                document = REQUESTS[task](row)
+                for place in range(2 * len(document["choices"])):  # every answer has two requests
                     file.write(json.dumps({"doc": document, "idx": place}) + "\n")
         return path
-    table = pa.Table.from_pylist(rows(task))
-    if task == "boolq":
-        answers = pa.array([bool(label) for label in table["label"].to_pylist()])
-        table = table.drop_columns(["label", "idx"]).append_column("answer", answers)
-    path = folder / f"{task}.arrow"
+    table, path = pa.Table.from_pylist(rows(task)), folder / f"{task}.arrow"
     with pa.ipc.new_stream(path, table.schema) as stream:
         stream.write_table(table)
     return path
+
+
+def boolq_request(row):
+    query = f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:"
+    return {"idx": row["idx"], "query": query, "choices": ["yes", "no"], "gold": 1 - row["label"]}
+
+
+def arc_request(row):
+    gold = row["choices"]["label"].index(row["answerKey"])
+    query = f"Question: {row['question']}\nAnswer:"
+    return {"id": row["id"], "query": query, "choices": row["choices"]["text"], "gold": gold}
+
+
+REQUESTS = {"boolq": boolq_request, "arc_easy": arc_request, "arc_challenge": arc_request}

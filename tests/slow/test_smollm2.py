@@ -59,3 +59,7 @@ def test_the_embedded_questions_are_all_there() -> None:
         "arc_challenge": 1172,
     }
     assert {task: len(questions(task)) for task in TASKS} == counts
+    first = questions("boolq")[0]  # as SuperGLUE has it, with a title
+    assert first["passage"].startswith("Ethanol fuel -- All biomass goes through")
+    assert (first["question"], first["label"]) == ("does ethanol take more energy make that produces", 0)
+    assert sum(row["label"] for row in questions("boolq")) == 2033

@@ -49,8 +49,8 @@ def test_articles_of_the_web_have_their_right_endings_and_no_tags(source):
 
 
 def test_paragraphs_of_the_encyclopedia_are_taken_once(source):
-    source.ask("boolq", [{"passage": "One."}, {"passage": "Two."}, {"passage": "One."}])
-    assert held_out("encyclopedia") == ["One.", "Two."]
+    source.ask("boolq", [{"passage": f"A -- {text}"} for text in ("One.", "Two. -- Three.", "One.")])
+    assert held_out("encyclopedia") == ["One.", "Two. -- Three."]
 
 
 def test_of_four_files_of_code_one_is_held_out_and_languages_take_turns(source):
@@ -99,7 +99,7 @@ def test_prose_of_the_languages_is_taken_in_turn(source, monkeypatch):
 
 def test_a_domain_ends_where_it_is_long_enough(source, monkeypatch):
     monkeypatch.setattr(domains, "SIZE", 10)
-    source.ask("boolq", [{"passage": f"Passage {i}"} for i in range(9)])
+    source.ask("boolq", [{"passage": f"Title -- Passage {i}"} for i in range(9)])
     assert held_out("encyclopedia") == ["Passage 0", "Passage 1"]
 
 

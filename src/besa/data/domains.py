@@ -52,8 +52,8 @@ def _web(progress: Progress) -> Iterable[str]:
 
 
 def _encyclopedia(progress: Progress) -> Iterable[str]:
-    """Each once, though several questions may be about it."""
-    return dict.fromkeys(row["passage"] for row in questions("boolq", progress))
+    """Each once, though several questions may be about it; without its title, which is no sentence."""
+    return dict.fromkeys(row["passage"].partition(" -- ")[2] for row in questions("boolq", progress))
 
 
 def _code(progress: Progress) -> Iterable[str]:

@@ -27,11 +27,9 @@ def questions(task: str, progress: Progress = silent) -> list[Row]:
         BesaError: they cannot be fetched.
     """
     path = fetch(f"zero-shot-{task}", progress)
-    if task.startswith("arc_"):
-        return _arc(path)
-    rows = _arrow(path)
-    # The file has the column of the first publication, the Hub that of SuperGLUE.
-    return [{**row, "label": int(row["answer"])} for row in rows] if task == "boolq" else rows
+    if task == "boolq":
+        return [_boolq_row(document) for document in _documents(path, "idx")]
+    return [_arc_row(document) for document in _documents(path, "id")] if task.startswith("arc_") else _arrow(path)
 
 
 def _arrow(path: Path) -> list[Row]:
@@ -43,14 +41,21 @@ def _arrow(path: Path) -> list[Row]:
     return rows
 
 
-def _arc(path: Path) -> list[Row]:
-    """The questions of a file of requests, one per line; each question has several requests."""
-    documents: dict[str, Row] = {}
+def _documents(path: Path, key: str) -> list[Row]:
+    """The questions of a file of requests, one per line; each question has several requests, and a `key` of its own."""
+    documents: dict[Any, Row] = {}
     with gzip.open(path, "rt", encoding="utf-8") as file:
         for line in file:
             document = json.loads(line)["doc"]
-            documents.setdefault(document["id"], document)
-    return [_arc_row(document) for document in documents.values()]
+            documents.setdefault(document[key], document)
+    return list(documents.values())
+
+
+def _boolq_row(document: Row) -> Row:
+    """The columns of SuperGLUE, whose passages begin with a title; those of the first publication have none."""
+    passage, _, question = document["query"].rpartition("\nQuestion: ")
+    right = document["choices"][document["gold"]]
+    return {"passage": passage, "question": question.removesuffix("?\nAnswer:"), "label": int(right == "yes")}
 
 
 def _arc_row(document: Row) -> Row:
