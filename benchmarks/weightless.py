@@ -190,8 +190,8 @@ def _plausible(tensor: Tensor) -> list[Any]:
     size, asked = tensor.numel(), frame.f_code.co_name
     if asked == "see":  # of models.check: whether finite, difference, tokens that look ahead
         return [1.0, 0.0, 0.0] * (size // 3)
-    if asked == "apportion":  # zeros already there, and weights
-        return [0, 1 << 60]
+    if asked == "apportion":  # zeros already there, weights, and whether rates are finite
+        return [0, 1 << 60, 1]
     if tensor.dtype == torch.bool:
         return [True] * size
     return [1 / (1 + place) for place in range(size)] if tensor.is_floating_point() else [0] * size
@@ -273,6 +273,7 @@ def seen(
         stack.enter_context(trace.ranks(count))
         stack.enter_context(mock.patch.object(pretend, "memory", size))
         stack.enter_context(mock.patch.object(loop, "Stopwatch", Watch))
+        stack.enter_context(mock.patch.object(loop, "zeros_present", lambda run: {}))  # counted on the host
         decoder, calibration = WeightlessDecoder(config, trace), Calibration(tokens_NT, "random tokens", 0)
         resources = Resources(default_batch(samples, seqlen, device), device, Room(device))
         loop.prune_blocks(decoder, recipe.settled(count, calibration.samples, {}), calibration, resources=resources)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from besa.evaluation.zero_shot import Questions, zero_shot
+
 NOUNS = ["river", "bridge", "church", "village", "army", "station"]
 
 
@@ -90,3 +92,8 @@ def arc_request(row):
 
 
 REQUESTS = {"boolq": boolq_request, "arc_easy": arc_request, "arc_challenge": arc_request}
+
+
+def ask(model, tokenizer, tasks, limit=None, **asked):
+    """The accuracies of a model on tasks."""
+    return zero_shot(model, Questions.of(tokenizer, tasks, **asked), limit=limit)

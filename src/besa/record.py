@@ -21,7 +21,7 @@ Result = TypeVar("Result", bound=BaseModel)
 class Record(BaseModel):
     """Base of all parts. Unknown keys, which a later besa may write, are ignored."""
 
-    model_config = ConfigDict(extra="ignore", ser_json_inf_nan="constants")
+    model_config = ConfigDict(extra="ignore", ser_json_inf_nan="strings")
 
 
 class LinearRecord(Record):

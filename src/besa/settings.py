@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
 
-LARGEST = 2**31 - 1  # largest integer of a setting, so that counts fit into 32 bits
+LARGEST = 2**31 - 1  # largest number of a setting, so that counts fit into 32 bits and products into a float32
 
 
 class Settings(BaseModel):
@@ -18,7 +18,7 @@ class Settings(BaseModel):
     @model_validator(mode="after")
     def _countable(self) -> Self:
         for name, value in self:
-            if isinstance(value, int) and value > LARGEST:
+            if isinstance(value, int | float) and value > LARGEST:
                 raise ValueError(f"{name} is larger than {LARGEST:,}: ask for less")
         return self
 

@@ -352,8 +352,18 @@ def test_measuring_on_what_a_model_was_calibrated_on_is_said(
     monkeypatch.chdir(elsewhere)  # where the path of the record means nothing, or another file
     assert notes(tmp_path / "other", [own]) == [said]
     assert not notes(tmp_path / "other", ["calibration.txt"])
+    besa.compress(tmp_path / "pruned", "magnitude", heldout, out=tmp_path / "again", sparsity=0.6, samples=2, seqlen=16)
+    assert notes(tmp_path / "again", [own]) == [said]  # of the run before
     (tmp_path / "pruned" / "besa_run.json").write_text("no record")
     assert not notes(tmp_path / "pruned", [own])
+
+
+def test_what_is_wrong_with_tasks_is_told_before_texts_are_measured(tiny_llama_folder: Path, heldout: str) -> None:
+    def progress(*done: object) -> None:
+        pytest.fail(f"something was measured: {done}")
+
+    with pytest.raises(besa.BesaError, match="--bos yes: the tokenizer puts no token before a text"):
+        besa.evaluate(tiny_llama_folder, [heldout], tasks=["piqa"], bos="yes", window=32, progress=progress)
 
 
 def test_all_ways_to_prune_calibrate_on_the_same_text() -> None:

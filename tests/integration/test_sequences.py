@@ -15,11 +15,11 @@ from besa.cli import app
 from besa.data import questions as embedded
 from besa.data.calibration import Calibration, sample
 from besa.errors import BesaError, Notice
-from besa.evaluation.zero_shot import zero_shot
 from besa.models.limits import usual_length
 from besa.models.source import locate
 from besa.system import memory
-from tests.unit.test_zero_shot import write as write_questions
+from tests.tiny_questions import ask
+from tests.tiny_questions import write as write_questions
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny-llama"
 TEXT, HELDOUT = str(TINY / "calibration.txt"), str(TINY / "heldout.txt")
@@ -118,7 +118,7 @@ def test_questions_longer_than_the_positions_lose_their_beginning(gpt2, tiny_tok
     model = AutoModelForCausalLM.from_pretrained(gpt2).eval()
     seen = []
     model.register_forward_pre_hook(lambda _, __, given: seen.append(given["input_ids"].shape[1]), with_kwargs=True)
-    assert zero_shot(model, tiny_tokenizer, ["boolq"]).tasks["boolq"].questions == 6
+    assert ask(model, tiny_tokenizer, ["boolq"]).tasks["boolq"].questions == 6
     assert max(seen) == 32
 
 
@@ -147,10 +147,10 @@ def test_a_question_with_a_token_without_a_row(tiny_llama, more_tokens, monkeypa
         embedded, "fetch", lambda name, progress: write_questions(name.removeprefix("zero-shot-"), tmp_path)
     )
     tokenizer = AutoTokenizer.from_pretrained(more_tokens)
-    assert zero_shot(tiny_llama, tokenizer, ["piqa"], limit=1).tasks
+    assert ask(tiny_llama, tokenizer, ["piqa"], limit=1).tasks
     tokenizer.add_tokens(["river"])
     with pytest.raises(BesaError, match=r"'river' with the id 1,025"):
-        zero_shot(tiny_llama, tokenizer, ["piqa"])
+        ask(tiny_llama, tokenizer, ["piqa"])
 
 
 # --- the first token ---
@@ -208,11 +208,11 @@ def test_tasks_begin_as_lm_eval_has_it_unless_asked_otherwise(gemma, tiny_tokeni
     model.register_forward_pre_hook(lambda _, __, given: first.append(given["input_ids"][:, 0]), with_kwargs=True)
     for bos, begins in (("auto", True), ("yes", True), ("no", False)):
         first.clear()
-        assert zero_shot(model, tokenizer, ["piqa"], limit=2, bos=bos).bos == begins
+        assert ask(model, tokenizer, ["piqa"], limit=2, bos=bos).bos == begins
         assert bool((torch.cat(first) == 0).all()) == begins
-    assert not zero_shot(model, tiny_tokenizer, ["piqa"], limit=1).bos
+    assert not ask(model, tiny_tokenizer, ["piqa"], limit=1).bos
     with pytest.raises(BesaError, match=r"^--bos yes: the tokenizer puts no token before a text"):
-        zero_shot(model, tiny_tokenizer, ["piqa"], limit=1, bos="yes")
+        ask(model, tiny_tokenizer, ["piqa"], limit=1, bos="yes")
 
 
 def test_the_command_line_hands_them_on(gemma, gpt2, tmp_path, capsys):

@@ -147,6 +147,12 @@ def test_impossible_totals(total):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("rate", [float("nan"), float("inf"), -float("inf")])
+def test_rates_that_are_not_finite_are_refused(rate):
+    with pytest.raises(BesaError, match=r"^Learned pruning rates are NaN or infinite: lower allocation\.travel"):
+        apportioned([0.5, rate], [6, 6], 6, [0, 0])
+
+
 @given(weights=st.integers(1, 10**12), share=st.floats(0, 1))
 def test_the_sparsity_that_is_enough(weights, share):
     zeros = round(share * weights)

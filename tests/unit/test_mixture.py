@@ -74,6 +74,11 @@ def test_what_makes_no_mixture_is_told_in_a_sentence(written, said):
     assert written in refusal(written)
 
 
+def test_weights_of_many_digits_are_refused_without_all_of_them():
+    told = refusal(f"c4:0.{'1' * 5000},wiki:1")
+    assert told == f"--calibration c4:0.{'1' * 35}…: a weight of 5002 characters is too long."
+
+
 @given(st.text(max_size=30) | st.text(alphabet="c4:,.0 e-", max_size=20))
 def test_anything_is_a_list_of_shares_or_refused(written):
     try:

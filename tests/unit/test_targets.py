@@ -88,6 +88,13 @@ def test_two_sparsities_of_one_linear_are_refused(blocks):
     assert [budget.zeros for budget in plan[1]] == [7, 4, 10]
 
 
+def test_a_sparsity_of_what_is_skipped_is_refused(blocks):
+    told = "The sparsity_of pattern *.k decides nothing: all that it matches is skipped."
+    assert refusal(blocks, skip=("*.attn.*",), sparsity_of={"*.k": 0.4}) == told
+    plan = budgets(blocks, Recipe(skip=("m.0.*",), sparsity_of={"*.k": 0.4}))
+    assert plan[0] == [] and len(plan[1]) == 2
+
+
 def test_skipping_everything_is_refused(blocks):
     assert refusal(blocks, skip=("*.attn.*", "*.up")) == "The skip patterns leave nothing to prune: drop one."
 
@@ -103,7 +110,7 @@ def cases(draw):
     names = [name for block in blocks for name in block.prunables]
     skip = draw(st.lists(st.sampled_from(names), unique=True, max_size=len(names) - 1))
     shares = st.floats(0, 1)
-    own = draw(st.dictionaries(st.sampled_from(names), shares, max_size=len(names)))
+    own = draw(st.dictionaries(st.sampled_from([name for name in names if name not in skip]), shares))
     sparsity = draw(st.floats(0, 1, exclude_max=True))
     return blocks, Recipe(sparsity=sparsity, skip=tuple(skip), sparsity_of=own)
 

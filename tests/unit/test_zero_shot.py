@@ -15,12 +15,12 @@ import besa
 from besa.data import questions as embedded
 from besa.data.questions import TASKS, questions
 from besa.errors import BesaError
-from besa.evaluation.zero_shot import DEFINITIONS, check_tasks, zero_shot
+from besa.evaluation.zero_shot import DEFINITIONS, Questions, check_tasks, zero_shot
 from besa.system import ranks
 from tests import tiny_questions
 from tests.pretend_ranks import each_rank
 from tests.slowly import some_slow
-from tests.tiny_questions import NOUNS, rows, write
+from tests.tiny_questions import NOUNS, ask, rows, write
 
 BY_PATH = {
     ("baber/piqa", None): "piqa", ("aps/super_glue", "boolq"): "boolq", ("Rowan/hellaswag", None): "hellaswag",
@@ -47,7 +47,7 @@ def from_the_hub(monkeypatch):
 
 
 def test_embedded_questions_are_scored_as_lm_eval_scores_the_same_rows(monkeypatch, tiny_llama, tiny_tokenizer):
-    ours = zero_shot(tiny_llama, tiny_tokenizer, TASKS)
+    ours = ask(tiny_llama, tiny_tokenizer, TASKS)
     from_the_hub(monkeypatch)
     folder = Path(lm_eval.tasks.__file__).parent
     manager = TaskManager(
@@ -85,7 +85,7 @@ def test_questions_are_the_prompts_lm_eval_makes_of_its_own(monkeypatch, tiny_ll
                 ),
             )
             from_the_hub(patch)
-            zero_shot(tiny_llama, tiny_tokenizer, ["hellaswag", "arc_easy"], hub=source == "hub")
+            ask(tiny_llama, tiny_tokenizer, ["hellaswag", "arc_easy"], hub=source == "hub")
     assert asked["embedded"] == asked["hub"]
     assert len(asked["hub"]) == 2 * 6 * 4
     assert asked["hub"][0] == ("Building a house: A man looks at the river. He", " walks to the river.")
@@ -93,7 +93,7 @@ def test_questions_are_the_prompts_lm_eval_makes_of_its_own(monkeypatch, tiny_ll
 
 def test_a_digest_tells_questions_and_their_keys_apart(monkeypatch, tmp_path, tiny_llama, tiny_tokenizer):
     def digests(**settings):
-        found = zero_shot(tiny_llama, tiny_tokenizer, TASKS, **settings)
+        found = ask(tiny_llama, tiny_tokenizer, TASKS, **settings)
         return {task: accuracy.asked for task, accuracy in found.tasks.items()}
 
     def as_if(change):
@@ -124,9 +124,8 @@ def other_key(row):
 
 def test_limit_progress_and_the_record(tiny_llama, tiny_tokenizer):
     told = []
-    found = zero_shot(
-        tiny_llama, tiny_tokenizer, ["piqa", "winogrande"], limit=3, batch=4, progress=lambda *news: told.append(news)
-    )
+    asked = Questions.of(tiny_tokenizer, ["piqa", "winogrande"])
+    found = zero_shot(tiny_llama, asked, limit=3, batch=4, progress=lambda *news: told.append(news))
     assert [accuracy.questions for accuracy in found.tasks.values()] == [3, 3]
     assert told[-1] == (12, 12, "zero-shot")
     assert [done for done, _, _ in told] == sorted(done for done, _, _ in told)
@@ -143,14 +142,14 @@ def test_questions_that_lose_their_beginning_are_counted(monkeypatch, tiny_llama
         return original(self, requests, **settings)
 
     monkeypatch.setattr(HFLM, "_loglikelihood_tokens", tokens)
-    whole = zero_shot(tiny_llama, tiny_tokenizer, ["hellaswag", "piqa"])
+    whole = ask(tiny_llama, tiny_tokenizer, ["hellaswag", "piqa"])
     lengths = tuple(asked)
     assert whole.cut == 0
     for most in (max(lengths), max(lengths) - 1, min(lengths)):
         monkeypatch.setattr(tiny_llama.config, "max_position_embeddings", most)
-        found = zero_shot(tiny_llama, tiny_tokenizer, ["hellaswag", "piqa"])
+        found = ask(tiny_llama, tiny_tokenizer, ["hellaswag", "piqa"])
         assert found.cut == sum(length > most for length in lengths)
-        assert each_rank(2, lambda: zero_shot(tiny_llama, tiny_tokenizer, ["hellaswag", "piqa"])) == [found] * 2
+        assert each_rank(2, lambda: ask(tiny_llama, tiny_tokenizer, ["hellaswag", "piqa"])) == [found] * 2
     assert found.cut > 6
     answered = besa.evaluate(tiny_llama, tokenizer=tiny_tokenizer, tasks=["hellaswag", "piqa"])
     assert answered.notes == [
@@ -162,7 +161,7 @@ def test_questions_that_lose_their_beginning_are_counted(monkeypatch, tiny_llama
 @pytest.mark.parametrize("count", some_slow([2, 3, 20], {20}))
 def test_ranks_share_whole_questions_and_find_the_same_accuracies(monkeypatch, tiny_llama, tiny_tokenizer, count):
     tasks, asked = ["hellaswag", "boolq", "arc_easy"], {}
-    alone = zero_shot(tiny_llama, tiny_tokenizer, tasks)
+    alone = ask(tiny_llama, tiny_tokenizer, tasks)
     original = HFLM.loglikelihood
 
     def loglikelihood(self, requests, **settings):
@@ -172,7 +171,7 @@ def test_ranks_share_whole_questions_and_find_the_same_accuracies(monkeypatch, t
 
     monkeypatch.setattr(HFLM, "loglikelihood", loglikelihood)
     monkeypatch.setenv("WORLD_SIZE", str(count))
-    assert each_rank(count, lambda: zero_shot(tiny_llama, tiny_tokenizer, tasks)) == [alone] * count
+    assert each_rank(count, lambda: ask(tiny_llama, tiny_tokenizer, tasks)) == [alone] * count
     assert set(asked) == set(range(min(count, 18)))
     assert sum(len(of_rank) for of_rank in asked.values()) == 6 * (4 + 2 + 4)
     assert sum(len(set(of_rank)) for of_rank in asked.values()) == 3 * 6  # no question is on two ranks
@@ -190,7 +189,7 @@ def test_an_error_on_one_rank_ends_all(monkeypatch, tiny_llama, tiny_tokenizer):
 
     def measured():
         with pytest.raises(BesaError, match=r"^The model's output is NaN or infinite: .*\.$"):
-            zero_shot(tiny_llama, tiny_tokenizer, ["piqa"])
+            ask(tiny_llama, tiny_tokenizer, ["piqa"])
 
     assert each_rank(3, measured) == [None] * 3
 
@@ -212,7 +211,7 @@ def test_what_cannot_be_asked_is_refused(monkeypatch, tiny_llama, tiny_tokenizer
         check_tasks(["piqa", "piqa"])
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(BesaError, match=r"^Could not read piqa .* \(no route\): leave --hub out .*\.$"):
-        zero_shot(tiny_llama, tiny_tokenizer, ["piqa"], hub=True)
+        ask(tiny_llama, tiny_tokenizer, ["piqa"], hub=True)
 
 
 def test_a_library_that_is_missing(monkeypatch):
@@ -228,4 +227,4 @@ def test_output_that_is_not_finite_is_refused(tiny_llama, tiny_tokenizer, monkey
     head = tiny_llama.lm_head.weight
     monkeypatch.setattr(head, "data", torch.full_like(head, torch.inf))
     with pytest.raises(BesaError, match=r"^The model's output is NaN or infinite: .*\.$"):
-        zero_shot(tiny_llama, tiny_tokenizer, ["piqa"], limit=1)
+        ask(tiny_llama, tiny_tokenizer, ["piqa"], limit=1)

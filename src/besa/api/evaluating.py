@@ -19,7 +19,7 @@ from besa.evaluation.calibrated import calibrated_on
 from besa.evaluation.perplexity import check_window
 from besa.evaluation.result import Evaluation
 from besa.evaluation.texts import perplexities, read_texts
-from besa.evaluation.zero_shot import check_tasks, zero_shot
+from besa.evaluation.zero_shot import Questions, check_tasks, zero_shot
 from besa.kernels.defaults import defaults
 from besa.models.blocks import find_blocks
 from besa.models.borrowing import borrowed, check_dtype_of_caller, tokenizer_of_caller
@@ -69,11 +69,11 @@ def evaluate(
         window: tokens of a window, or several such lengths; by default 2048, which published numbers use, or as many
             as the model has positions.
         max_windows: use only this number of windows from the beginning of each text.
-        tasks: zero-shot tasks, as in `zero_shot`.
+        tasks: zero-shot tasks, as in `Questions.of`.
         limit: as in `zero_shot`.
-        hub: as in `zero_shot`.
+        hub: as in `Questions.of`.
         bos: whether each window begins with the token that begins a text, as in `compress`; for tasks, as in
-            `zero_shot`.
+            `Questions.of`.
         batch: windows in a forward pass, by default as many as have 2048 tokens; for tasks, answers.
         tokenizer: needed with a loaded model; otherwise the model's own.
         device: as in `compress`; the whole model is moved there.
@@ -95,17 +95,17 @@ def evaluate(
     room, first = positions(opened.model), bos_token(bos, opened.tokenizer, opened.model.config)
     windows = windows or [room.usual]
     notes = [note for length in windows for note in room.checked(length, "--window")] if parts else []
+    asked = Questions.of(opened.tokenizer, tasks, hub=hub, bos=bos, progress=progress) if tasks else None
     answers, read = None, (opened.model, opened.tokenizer)
     with defaults(), borrowed(opened.model, device), widened(opened.model.dtype, device):
         by_window = perplexities(*read, parts, windows, max_windows, batch, first, progress)
-        if tasks:
-            answers = zero_shot(*read, tasks, limit=limit, hub=hub, batch=batch, bos=bos, progress=progress)
+        if asked is not None:
+            answers = zero_shot(opened.model, asked, limit=limit, batch=batch, progress=progress)
     details = by_window.pop(windows[0])
-    calibration = opened.record.calibration if opened.record is not None else {}
     found = [
         f"The model was calibrated on documents of {part.name}: other texts tell more of what is left."
         for part in parts
-        if calibrated_on(str((data or {}).get(part.name, part.source)), part.beginning, calibration)
+        if opened.record and calibrated_on(str((data or {}).get(part.name, part.source)), part.beginning, opened.record)
     ]
     if answers is not None and answers.cut:
         found.append(
@@ -125,6 +125,7 @@ def evaluate(
         other_windows=by_window,
         sources={part.name: part.source for part in parts},
         beginnings={part.name: part.beginning for part in parts},
+        max_windows=max_windows,
         notes=[*notes, *found],
         bos=bos,
         zero_shot=answers,

@@ -335,12 +335,14 @@ def files_of(pairs: list[str] | None) -> dict[str, str]:
     """The files of NAME=FILE pairs, by name.
 
     Raises:
-        BesaError: a pair is written in another form.
+        BesaError: a pair is written in another form, or a name is given twice.
     """
-    files = {}
+    files: dict[str, str] = {}
     for pair in pairs or ():
         name, separator, file = pair.partition("=")
         if not separator or not file:
             raise BesaError(f"--data {pair}: write it as NAME=FILE, such as ptb=ptb.test.txt.")
+        if name in files:
+            raise BesaError(f"--data {name} is given twice: give it once.")
         files[name] = file
     return files

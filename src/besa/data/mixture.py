@@ -18,6 +18,7 @@ MIX = "mix"  # stands for equal shares of all embedded texts
 OWN = "self"  # stands for text that the dense model writes
 WEIGHED = re.compile(r"(.*):([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|[+-]?inf|nan)", re.DOTALL)
 EXAMPLE = "write it as c4:0.5,code:0.5"
+DIGITS = 40  # characters of a weight, at most
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,10 @@ def _weight(number: str, calibration: str) -> Fraction:
     """A positive weight.
 
     Raises:
-        BesaError: it is not positive, or not finite.
+        BesaError: it is not positive, not finite, or written with too many digits.
     """
+    if len(number) > DIGITS:
+        raise BesaError(f"--calibration {calibration[:DIGITS]}…: a weight of {len(number)} characters is too long.")
     if not 0 < float(number) < math.inf:
         raise BesaError(f"--calibration {calibration}: a weight of {number} is not positive: {EXAMPLE}.")
     return Fraction(number)

@@ -54,8 +54,11 @@ def _differences(earlier: Evaluation, later: Evaluation) -> Iterator[str]:
     for name in ("dtype", "bos"):
         if getattr(earlier, name) != getattr(later, name):
             yield name
-    if earlier.details and later.details and earlier.window != later.window:
-        yield "window"
+    if earlier.details and later.details:
+        if earlier.window != later.window:
+            yield "window"
+        if earlier.max_windows != later.max_windows:
+            yield "number of windows"
     if _packages(earlier) != _packages(later):
         yield "version of besa or its packages"
     first, second = earlier.zero_shot, later.zero_shot

@@ -10,11 +10,12 @@ from typing import Any
 from besa.data.embedded import EMBEDDED
 from besa.data.mixture import texts_of
 from besa.errors import BesaError
+from besa.record import RunRecord
 from besa.storage.names import path_of
 
 
-def calibrated_on(text: str, beginning: str, calibration: Mapping[str, Any]) -> bool:
-    """Whether a model was calibrated on documents of a text.
+def calibrated_on(text: str, beginning: str, record: RunRecord) -> bool:
+    """Whether a model was calibrated on documents of a text, in its last run or in one before.
 
     A file is known by its name and by what it begins with, as a record may have a path that begins in another folder.
     Where the record does not say how a text begins, its path decides.
@@ -22,8 +23,14 @@ def calibrated_on(text: str, beginning: str, calibration: Mapping[str, Any]) -> 
     Args:
         text: as `read_documents` takes it.
         beginning: its first characters.
-        calibration: of the record of the run that pruned the model.
+        record: of the run that pruned the model.
     """
+    before = [{"source": source} for run in record.earlier for source in run.calibration]
+    return any(_drawn_from(text, beginning, calibration) for calibration in (record.calibration, *before))
+
+
+def _drawn_from(text: str, beginning: str, calibration: Mapping[str, Any]) -> bool:
+    """Whether a calibration set was drawn from documents of a text."""
     parts = calibration.get("parts") or [calibration]
     beginnings = {str(part.get("source", "")): str(part.get("beginning", "")) for part in parts}
     sources: list[str] = []

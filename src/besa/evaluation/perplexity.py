@@ -26,7 +26,7 @@ LOGITS = 2048  # tokens whose logits are in memory at a time, unless one window 
 TOGETHER = 16  # forward passes of an accelerator whose losses are fetched together, because fetching waits for it
 
 
-# JSON has no infinity. It is written as `Infinity`; earlier files have null in its place.
+# JSON has no infinity. It is written as the string "Infinity"; earlier files have null or a bare Infinity there.
 Infinite = Annotated[float, BeforeValidator(lambda value: math.inf if value is None else value)]
 
 
@@ -43,7 +43,7 @@ class Perplexity(BaseModel):
             between tokenizers; None where the text's bytes are not known.
     """
 
-    model_config = ConfigDict(ser_json_inf_nan="constants")
+    model_config = ConfigDict(ser_json_inf_nan="strings")
 
     perplexity: Infinite
     windows: int

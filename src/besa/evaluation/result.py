@@ -18,7 +18,7 @@ EVALUATION_NAME = "besa_eval.json"
 
 
 class Evaluation(BaseModel):
-    """What `evaluate` measured (in JSON, an infinite perplexity is ``Infinity``).
+    """What `evaluate` measured (in JSON, an infinite perplexity is the string ``"Infinity"``).
 
     Attributes:
         model: what was evaluated.
@@ -31,6 +31,7 @@ class Evaluation(BaseModel):
         other_windows: the same for windows of other lengths, by their tokens.
         sources: where each text came from, by its name: ``hub``, a file's name, or as it was given.
         beginnings: of each text, by its name: whether it was read as it is meant.
+        max_windows: of each text and length, from the beginning; None for all, and in files of before.
         notes: what a user should know, a sentence each.
         bos: what was asked for: ``auto``, ``yes`` or ``no``; what came of it stands in the details and with the tasks.
         zero_shot: accuracies, where tasks were asked for.
@@ -41,7 +42,7 @@ class Evaluation(BaseModel):
         versions: of besa and of what the numbers depend on.
     """
 
-    model_config = ConfigDict(ser_json_inf_nan="constants")
+    model_config = ConfigDict(ser_json_inf_nan="strings")
 
     model: str = ""
     revision: str | None = None
@@ -53,6 +54,7 @@ class Evaluation(BaseModel):
     other_windows: dict[int, dict[str, Perplexity]] = {}
     sources: dict[str, str] = {}
     beginnings: dict[str, str] = {}
+    max_windows: int | None = None
     notes: list[str] = []
     bos: str = "auto"
     zero_shot: ZeroShot | None = None

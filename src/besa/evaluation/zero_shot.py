@@ -13,6 +13,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from itertools import groupby, islice
@@ -121,50 +122,89 @@ def check_tasks(tasks: Sequence[str]) -> None:
         _definitions()
 
 
+@dataclass(frozen=True)
+class Questions:
+    """The questions of some tasks, for models with one tokenizer.
+
+    Attributes:
+        tasks: lm_eval's, by name.
+        tokenizer: of the models.
+        source: where they came from, ``embedded`` or ``hub``.
+        bos: whether they begin with the BOS token: ``yes``, ``no``, or ``auto`` as the tokenizer does by itself
+            (lm_eval's default).
+    """
+
+    tasks: dict[str, Any]
+    tokenizer: PreTrainedTokenizerBase
+    source: str
+    bos: str
+
+    @classmethod
+    def of(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        tasks: Sequence[str],
+        *,
+        hub: bool = False,
+        bos: str = "auto",
+        progress: Progress = silent,
+    ) -> Questions:
+        """Read the questions of tasks, before any work.
+
+        Args:
+            tokenizer: of the model to ask.
+            tasks: of `TASKS`.
+            hub: use the questions of the Hugging Face Hub, as lm_eval does, instead of the embedded ones.
+            bos: as of the class.
+            progress: is called during a download.
+
+        Raises:
+            BesaError: as `check_tasks`; the questions cannot be read, or `bos` is ``yes`` but the tokenizer adds no BOS
+                token.
+        """
+        check_tasks(tasks)
+        if bos == "yes" and not adds_bos(tokenizer):
+            raise BesaError(
+                "--bos yes: the tokenizer puts no token before a text, so lm_eval cannot, and tasks need auto."
+            )
+        with _quiet():
+            chosen = {task: _task(task, hub, progress) for task in tasks}
+        return cls(chosen, tokenizer, "hub" if hub else "embedded", bos)
+
+
 def zero_shot(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[str],
+    asked: Questions,
     *,
     limit: int | None = None,
-    hub: bool = False,
     batch: int | None = None,
-    bos: str = "auto",
     progress: Progress = silent,
 ) -> ZeroShot:
     """Measure the accuracy of a model on zero-shot tasks. Ranks share the questions.
 
     Args:
         model: causal decoder; it runs on its own device.
-        tokenizer: of the model.
-        tasks: of `TASKS`.
+        asked: the questions.
         limit: number of questions per task, from the beginning; None for all.
-        hub: use the questions of the Hugging Face Hub, as lm_eval does, instead of the embedded ones.
         batch: answers in a forward pass; the numbers depend on it, and on the number of ranks, only by rounding.
-        bos: whether questions begin with the BOS token: ``yes``, ``no``, or ``auto`` as the tokenizer does by itself
-            (lm_eval's default).
         progress: is called with (answers scored, answers, state).
 
     Raises:
-        BesaError: as `check_tasks`; the questions cannot be read, the model does not know one of their tokens, `bos` is
-            ``yes`` but the tokenizer adds no BOS token, or the model's output is not finite.
+        BesaError: the model does not know a token of the questions, or its output is not finite.
     """
-    check_tasks(tasks)
-    if bos == "yes" and not adds_bos(tokenizer):
-        raise BesaError("--bos yes: the tokenizer puts no token before a text, so lm_eval cannot, and tasks need auto.")
     from lm_eval.evaluator import evaluate
 
+    bos = {"auto": None, "yes": True, "no": False}[asked.bos]
     with _quiet():
-        chosen = {task: _task(task, hub, progress) for task in tasks}
-        lm = _scorer(model, tokenizer, batch or BATCH, {"auto": None, "yes": True, "no": False}[bos], progress)
-        results = evaluate(lm, task_dict={"tasks": chosen, "groups": {}}, limit=limit, log_samples=False)
-    accuracies = {task: _accuracy(results, task, chosen[task]) for task in tasks}
+        lm = _scorer(model, asked.tokenizer, batch or BATCH, bos, progress)
+        results = evaluate(lm, task_dict={"tasks": asked.tasks, "groups": {}}, limit=limit, log_samples=False)
+    accuracies = {name: _accuracy(results, name, task) for name, task in asked.tasks.items()}
     return ZeroShot(
         tasks=accuracies,
         mean=sum(accuracy.acc for accuracy in accuracies.values()) / len(accuracies),
-        source="hub" if hub else "embedded",
+        source=asked.source,
         limit=limit,
-        bos=bos != "no" and adds_bos(tokenizer),
+        bos=asked.bos != "no" and adds_bos(asked.tokenizer),
         lm_eval=version("lm_eval"),
         cut=lm.cut,
     )

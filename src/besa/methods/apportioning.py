@@ -13,6 +13,7 @@ from torch import Tensor
 from besa import kernels
 from besa.counting.budget import check_room
 from besa.counting.precision import widest
+from besa.errors import BesaError
 
 
 def apportion(rates_R: Tensor, widths_R: Tensor, total: int, least_R: Tensor) -> Tensor:
@@ -30,10 +31,13 @@ def apportion(rates_R: Tensor, widths_R: Tensor, total: int, least_R: Tensor) ->
         least_R: zeros that each row already has, int64.
 
     Raises:
-        BesaError: `total` is less than the zeros already there, or more than the number of weights.
+        BesaError: `total` is less than the zeros already there, or more than the number of weights, or a rate is not
+            finite.
     """
     rows, dtype = len(rates_R), widest(rates_R.device)
-    least, weights = torch.stack([least_R.sum(), widths_R.sum()]).tolist()
+    least, weights, finite = torch.stack([least_R.sum(), widths_R.sum(), rates_R.isfinite().all()]).tolist()
+    if not finite:
+        raise BesaError("Learned pruning rates are NaN or infinite: lower allocation.travel in the recipe.")
     check_room(weights, total, least)
     width_R = widths_R.to(dtype)
     ideal_R = rates_R.to(dtype) * width_R

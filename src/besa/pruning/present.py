@@ -1,4 +1,7 @@
-"""Zeros that a model has before it is pruned. Budgets that have no room for them are refused before the work."""
+"""A look at all blocks before the work: damaged weights, and budgets without room for the zeros that are there already.
+
+Both would else be found when a block's turn comes, which may be hours later.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +14,21 @@ from besa.pruning.run import Run
 
 
 def zeros_present(run: Run) -> dict[str, int]:
-    """The zeros of each prunable matrix of the dense model, by full name; none counted if the recipe needs no number.
+    """The zeros of each prunable matrix of the dense model, by full name.
+
+    Blocks are opened one by one where they are: those of files in memory, not on the device that prunes.
 
     Args:
-        run: its blocks are opened one by one.
+        run: its blocks are dense.
+
+    Raises:
+        BesaError: the weights of a block are damaged.
     """
-    decoder, device, found = run.decoder, run.resources.device, dict[str, int]()
-    if run.recipe.allocation.shaped:  # a pattern keeps what zeros there are
-        return found
+    decoder, found = run.decoder, dict[str, int]()
     for block in decoder.blocks:
-        run.progress(0, len(decoder.blocks), f"counting zeros, {block.name}")
-        with decoder.opened(block, device):
-            if block is not decoder.blocks[-1]:
-                decoder.prefetch(decoder.blocks[block.index + 1], device)
+        run.progress(0, len(decoder.blocks), f"reading the weights, {block.name}")
+        home = next(block.module.parameters()).device
+        with decoder.opened(block, torch.device("cpu") if home.type == "meta" else home):
             weights = {name: block.weight(name).detach() for name in block.prunables}
             kept = torch.stack([w_OI.count_nonzero() for w_OI in weights.values()]).tolist() if weights else []
             found |= {name: w_OI.numel() - own for (name, w_OI), own in zip(weights.items(), kept, strict=True)}
@@ -68,7 +73,12 @@ def check_each(plan: Iterable[Iterable[Budget]], run: Run, present: Mapping[str,
 
 
 def _strict(plan: Iterable[Iterable[Budget]], run: Run) -> list[Budget]:
-    """The budgets that zeros may not exceed. Where a recipe quantises, one of no zeros keeps those of rounding."""
+    """The budgets that zeros may not exceed.
+
+    A pattern keeps what zeros there are. Where a recipe quantises, a budget of no zeros keeps those of rounding.
+    """
+    if run.recipe.allocation.shaped:
+        return []
     coded = run.recipe.quantization.coding is not None
     return [budget for of_unit in plan for budget in of_unit if budget.zeros or not coded]
 

@@ -49,7 +49,7 @@ class Row(BaseModel):
         notes: of its runs and evaluations, a sentence each.
     """
 
-    model_config = ConfigDict(ser_json_inf_nan="constants")
+    model_config = ConfigDict(ser_json_inf_nan="strings")
 
     recipe: str
     settings: dict[str, Any] | None = None

@@ -47,7 +47,7 @@ class Besa(Descent, Allocator):
         description="prune ⌊alpha·I⌋ weights of a row, or those whose probability reaches alpha (eq. 5)",
     )
     candidate_step: float = Field(default=0.01, ge=0.001, le=0.5, description="distance of the candidate pruning rates")
-    start_width: float = Field(default=0.1, gt=0, description="spread of the first beta around the target")
+    start_width: float = Field(default=0.1, ge=1e-6, description="spread of the first beta around the target")
 
     @property
     def scope(self) -> Granularity:

@@ -39,9 +39,9 @@ def budgets(
             are not named have none.
 
     Raises:
-        BesaError: a pattern matches nothing, two patterns of `sparsity_of` give one linear different sparsities,
-            everything is skipped, the model has no parts of that granularity or no units to prune whole, or targets
-            are given and more zeros are present than all of them together may have.
+        BesaError: a pattern matches nothing, or of `sparsity_of` only what is skipped; two patterns of `sparsity_of`
+            give one linear different sparsities; everything is skipped; the model has no parts of that granularity or
+            no units to prune whole; targets are given, and more zeros are present than all may have together.
     """
     if recipe.allocation.whole_structures:
         return _of_structures(blocks, recipe, targets)
@@ -96,7 +96,10 @@ def shared_names(blocks: list[Block], recipe: Recipe) -> tuple[list[tuple[str, .
     skipped = {name for pattern in recipe.skip for name in _matching(pattern, names, "skip")}
     sparsity_of: dict[str, float] = {}
     for pattern, sparsity in recipe.sparsity_of.items():
-        for name in _matching(pattern, names, "sparsity_of"):
+        own = _matching(pattern, names, "sparsity_of")
+        if skipped.issuperset(own):
+            raise BesaError(f"The sparsity_of pattern {pattern} decides nothing: all that it matches is skipped.")
+        for name in own:
             if sparsity_of.setdefault(name, sparsity) != sparsity:
                 raise BesaError(f"Two patterns of sparsity_of match {name}: make them disjoint.")
     if skipped.issuperset(names):
