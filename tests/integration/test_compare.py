@@ -516,6 +516,25 @@ def test_what_would_end_the_work_is_found_before_it(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("skip: ['*.nothing']", "The skip pattern \\*.nothing matches no prunable weight"),
+        ("quantization: {method: minmax, bits: 4, group: 64, clipping: none}", "no whole number of groups of 64"),
+        ("distill: {method: kl}\nexperts: {method: frequency, share: 0.5}", "experts"),
+    ],
+)
+def test_a_recipe_that_does_not_suit_the_model_is_found_before_another_is_run(
+    tmp_path: Path, shallow_llama_folder: Path, text: str, nothing_runs: None, setting: str, words: str
+) -> None:
+    other = tmp_path / "other.yaml"
+    other.write_text(f"name: other\nallocation: {{method: uniform}}\n{setting}\n")
+    workspace = workspace_in(tmp_path / "out", shallow_llama_folder, text)
+    with pytest.raises(BesaError, match=words):
+        compare(workspace, ["wanda", str(other)], [0.5], 1)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_hopeless_model_leaves_a_gap(made: tuple[Workspace, Comparison]) -> None:
     from besa.studies.comparing import plot
     from besa.studies.rows import markdown

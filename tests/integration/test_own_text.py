@@ -155,6 +155,16 @@ def reference(folder: Path, starts_NS: torch.Tensor, length: int, seed: int, hot
     return tokens_NT, -logarithms_NTV.gather(2, written_NT[..., None])[..., 0].mean(1)
 
 
+def test_a_recipe_that_does_not_suit_the_model_is_refused_before_a_word_is_written(
+    tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(own_text, "load_model", lambda *_: pytest.fail("it writes"))
+    recipe = besa.Recipe.load("wanda").with_exceptions(["*.kproj"], [])
+    assert "The skip pattern *.kproj matches no prunable weight" in refused(
+        lambda: prune(tiny_llama_folder, "self", tmp_path / "out", recipe=recipe)
+    )
+
+
 # --- what is written ---
 
 

@@ -474,6 +474,32 @@ def test_own_text_takes_passes_and_the_whole_model(tiny_llama_folder: Path, tmp_
 DISTILLED = ["distill={method: kl, learns: together}"]
 
 
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        (["sparsity=0.9"], 0.1),
+        (["sparsity=0.9", "sparsity_of={'*': 0.0}"], 1.0),
+        (["sparsity=0.0", "sparsity_of={'*': 0.9}"], 0.1),
+        (["sparsity=0.0", "skip=['*.mlp.*']"], 27_648 / 101_376),
+        (["allocation={method: depth, blocks: 6}"], 2 / 8),
+    ],
+)
+def test_distilling_is_planned_with_the_weights_that_stay(
+    tiny_llama_folder: Path, tmp_path: Path, settings: list[str], kept: float
+) -> None:
+    sizes = {"samples": 16, "seqlen": 32, "out": tmp_path}
+    found, none = (
+        besa.plan(
+            tiny_llama_folder,
+            Recipe.load("wanda", None, [*settings, f"distill={{method: kl, learns: {learns}}}"]),
+            **sizes,
+        )
+        for learns in ("weights", "norms")
+    )
+    weights, vectors = 8 * 101_376, 17 * 96
+    assert found.distilling_bytes - none.distilling_bytes == pytest.approx(16 * (kept * weights - vectors), rel=0.001)
+
+
 def test_distilling_is_planned_with_the_whole_model(tiny_llama_folder: Path, tmp_path: Path) -> None:
     """Weights, and value, gradient and two moments of what learns; on the disk, two states and the distilled blocks."""
     sizes = {"samples": 16, "seqlen": 32, "out": tmp_path}

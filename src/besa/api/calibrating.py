@@ -30,6 +30,12 @@ class Asked:
     chat: bool
     seed: int
 
+    def length(self, model: PreTrainedModel) -> int:
+        """Tokens of a sequence."""
+        if isinstance(self.calibration, Calibration):
+            return self.calibration.seqlen
+        return positions(model).usual if self.seqlen is None else self.seqlen
+
     def drawn(
         self,
         model: PreTrainedModel,
@@ -54,7 +60,7 @@ class Asked:
             notes = room.checked(self.calibration.seqlen, "A calibration sequence of")
             check_known(self.calibration.tokens_NT, rows, tokenizer)
             return self.calibration, notes
-        seqlen = room.usual if self.seqlen is None else self.seqlen
+        seqlen = self.length(model)
         notes, first = room.checked(seqlen, "--seqlen"), bos_token(self.bos, tokenizer, model.config)
         written = author(seqlen=seqlen, seed=self.seed, bos=first, progress=progress)
         return self._sampled(model, tokenizer, progress, self.samples, seqlen, self.seed, author=written), notes

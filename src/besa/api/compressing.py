@@ -35,9 +35,9 @@ from besa.models.loading import load_model
 from besa.models.mixtures import Fewer
 from besa.models.source import Source, locate
 from besa.models.streaming import Decoder
-from besa.planning import check_fits, coded_bytes, few_tokens, whole_disk_bytes
+from besa.planning import check_suits, coded_bytes, few_tokens, whole_disk_bytes
 from besa.progress import Progress, silent
-from besa.pruning import Resources, Run, drop_experts, prune_model, quantizing, smaller
+from besa.pruning import Resources, Run, drop_experts, prune_model, smaller
 from besa.record import PASSED_NAMES, BlockRecord, PassedThrough, RunRecord, now
 from besa.runtime.own_text import Author
 from besa.storage.journal import Journal, journal_for
@@ -157,6 +157,8 @@ def compress(
         begun = ranks.from_first(journal.begun or {} if journal is not None else {})
         author = partial(Author, decoder, opened, tokenizer, identity, chat=chat, device=device, dtype=dtype)
         asked = Asked(calibration, samples, seqlen, bos, chat, seed)
+        length, as_codes = asked.length(decoder.model), out is not None and not dequantized
+        check_suits(decoder.model, decoder.blocks, recipe, length, device, as_codes=as_codes)
         calibration, notes = asked.drawn(decoder.model, tokenizer, author, progress)
         recipe = recipe.settled(ranks.count(), calibration.samples, begun.get("recipe", {}))
         study, further = asked.study(calibration, recipe.distill, decoder.model, tokenizer, progress)
@@ -186,7 +188,7 @@ def _located(
 
 
 def _begin(run: Run, identity: dict[str, Any], fewer: Fewer | None) -> list[str]:
-    """Check before the work that weights can become codes and that memory and disk are enough, and begin the journal.
+    """Check before the work that the disk is large enough, and begin the journal.
 
     Args:
         run: its decoder is dense.
@@ -198,15 +200,13 @@ def _begin(run: Run, identity: dict[str, Any], fewer: Fewer | None) -> list[str]
         that parts of the run were made under.
 
     Raises:
-        BesaError: they are not, or the journal was begun by another run.
+        BesaError: it is not, or the journal was begun by another run.
     """
     shapes = run.decoder if fewer is None else fewer
-    whole = shapes.model, shapes.blocks, _prunable(shapes.blocks, run.recipe), run.recipe
-    quantizing.check(run.recipe, shapes.model, shapes.blocks, as_codes=run.journal is not None and run.resources.codes)
-    check_fits(*whole, run.calibration.seqlen, run.resources.device)
-    notes = few_tokens(run.recipe, shapes.blocks, whole[2], run.calibration.samples, run.calibration.seqlen)
+    pruned = _prunable(shapes.blocks, run.recipe)
+    notes = few_tokens(run.recipe, shapes.blocks, pruned, run.calibration.samples, run.calibration.seqlen)
     if run.journal is not None:
-        notes += _begin_journal(run, run.journal, identity, whole)
+        notes += _begin_journal(run, run.journal, identity, shapes, pruned)
     for note in notes:
         warnings.warn(note, Notice, stacklevel=2)
     return notes
@@ -216,7 +216,8 @@ def _begin_journal(
     run: Run,
     journal: Journal,
     identity: dict[str, Any],
-    whole: tuple[PreTrainedModel, list[Block], set[str], Recipe],
+    shapes: Decoder | Fewer,
+    pruned: set[str],
 ) -> list[str]:
     """Begin the journal, and check that the disk is enough.
 
@@ -224,7 +225,8 @@ def _begin_journal(
         run: its decoder is dense.
         journal: of the run.
         identity: of the model.
-        whole: model, blocks, names of the linears that are pruned, and recipe, without experts that are dropped.
+        shapes: of the model, without experts that are dropped.
+        pruned: full names of the linears that are pruned.
 
     Returns:
         A note on each of the other circumstances that parts of the run were made under.
@@ -232,14 +234,14 @@ def _begin_journal(
     Raises:
         BesaError: it is not, or the journal was begun by another run.
     """
-    model, blocks, pruned, recipe = whole
+    model, blocks, recipe = shapes.model, shapes.blocks, run.recipe
     item, coding = model.dtype.itemsize, recipe.quantization.coding
     size = model.num_parameters() * item + run.decoder.unbuilt_bytes
     if coding is not None and run.resources.codes:
         size = coded_bytes(size, item, blocks, pruned, coding)
     origin = {"versions": versions(), "machine": machine(run.resources.device)}
     differences = journal.begin(_decisive(run, identity), origin)
-    check_space(journal.folder, whole_disk_bytes(*whole, size) - journal.bytes)
+    check_space(journal.folder, whole_disk_bytes(model, blocks, recipe, size) - journal.bytes)
     return [
         f"A part of the run was made with {difference}: the result may differ from that of an uninterrupted run."
         for difference in differences

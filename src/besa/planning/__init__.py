@@ -8,14 +8,15 @@ from besa.planning.explaining import Explanation, RecipeList, explain, list_reci
 from besa.planning.outline import Outline
 from besa.planning.passes import forward_passes, spending, within
 from besa.planning.plan import Plan, work_out
-from besa.planning.whole import check_fits, coded_bytes, whole_disk_bytes
+from besa.planning.suiting import check_suits
+from besa.planning.whole import coded_bytes, whole_disk_bytes
 
 __all__ = [
     "Explanation",
     "Outline",
     "Plan",
     "RecipeList",
-    "check_fits",
+    "check_suits",
     "coded_bytes",
     "explain",
     "few_tokens",

@@ -65,19 +65,19 @@ def unit_bytes(
     return stored + max(phases)
 
 
-def learning_bytes(model: PreTrainedModel, unit: Unit, recipe: Recipe, seqlen: int) -> int:
+def learning_bytes(model: PreTrainedModel, unit: Unit, kept: int, seqlen: int) -> int:
     """Bytes that a unit adds where the whole model learns: copies to multiply and its backward pass, or its state.
 
     Args:
         model: a skeleton on the meta device, in the dtype of the run.
         unit: of the model.
-        recipe: the method.
+        kept: weights that stay of its pruned linears.
         seqlen: tokens of a sequence.
     """
     weights = sum(prunable.numel for prunable in unit.prunables.values())
     item: int = model.dtype.itemsize
     passed = forward_bytes(unit, model, 1, seqlen, learning=True) + 2 * item * weights
-    return max(passed, round(2 * (12 + item) * (1 - recipe.sparsity) * weights))
+    return max(passed, 2 * (12 + item) * kept)
 
 
 def stored_bytes(unit: Unit) -> int:

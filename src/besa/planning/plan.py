@@ -106,7 +106,7 @@ def work_out(run: Outline) -> Plan:
     states = kept_states(run)
     distinct = distinct_units(run)
     peak = peaks(run, states, distinct)
-    disk = whole_disk_bytes(run.model, run.blocks, run.pruned, recipe, checkpoint) + run.ranks * states.places["file"]
+    disk = whole_disk_bytes(run.model, run.blocks, recipe, checkpoint) + run.ranks * states.places["file"]
     lacking = list(_lacking(run, peak, disk))
     head = head_share(run.model, run.blocks)
     return Plan(

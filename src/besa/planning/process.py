@@ -85,10 +85,9 @@ def _pruning(run: Outline, distinct: Sequence[Distinct]) -> int:
 
 def _distilling(run: Outline, distinct: Sequence[Distinct]) -> int:
     """Bytes while the whole model learns; 0 if it does not."""
-    whole = whole_bytes(run.model, run.blocks, run.pruned, run.recipe, run.seqlen)
-    return (
-        whole + max(learning_bytes(run.model, each.unit, run.recipe, run.seqlen) for each in distinct) if whole else 0
-    )
+    whole = whole_bytes(run.model, run.blocks, run.recipe, run.seqlen)
+    kept = max(sum(budget.weights - budget.zeros for budget in of_unit) for of_unit in run.budgets_of_units)
+    return whole + max(learning_bytes(run.model, each.unit, kept, run.seqlen) for each in distinct) if whole else 0
 
 
 def _outside(run: Outline) -> int:

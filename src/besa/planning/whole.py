@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from besa.checkpoint.writer import disk_bytes
 from besa.errors import BesaError
 from besa.methods.recipe import Recipe
+from besa.methods.targets.budgets import budgets
 from besa.models.blocks import Block
 from besa.models.sizes import channels, vocabulary
 from besa.models.whole import Whole
@@ -21,15 +22,12 @@ from besa.system.devices import shares_memory, total_bytes
 ALIVE = 5  # tensors of the size of a chunk of logits
 
 
-def whole_bytes(
-    model: PreTrainedModel, blocks: Sequence[Block], pruned: Collection[str], recipe: Recipe, seqlen: int
-) -> int:
+def whole_bytes(model: PreTrainedModel, blocks: list[Block], recipe: Recipe, seqlen: int) -> int:
     """Bytes while a model is distilled, without what the pass through a block keeps for its gradients; 0 if it is not.
 
     Args:
         model: in the dtype of the run; its weights may be on the meta device.
         blocks: of the model.
-        pruned: full names of the linears that are pruned.
         recipe: the method.
         seqlen: tokens of a calibration sequence.
     """
@@ -38,14 +36,12 @@ def whole_bytes(
     parameters: int = sum(parameter.nbytes for parameter in model.parameters())
     states = (len(blocks) + 2) * seqlen * channels(model) * int(model.dtype.itemsize)
     logits = ALIVE * 4 * vocabulary(model) * min(seqlen, tokens_at_once(vocabulary(model)))
-    kept, vectors = _sizes(model, blocks, pruned, recipe)
+    kept, vectors = _sizes(model, blocks, recipe)
     rounded = 4 * kept if recipe.rounds_last else 0
     return parameters + recipe.distill.learning_bytes(kept, vectors) + rounded + states + logits
 
 
-def whole_disk_bytes(
-    model: PreTrainedModel, blocks: Sequence[Block], pruned: Collection[str], recipe: Recipe, size: int
-) -> int:
+def whole_disk_bytes(model: PreTrainedModel, blocks: list[Block], recipe: Recipe, size: int) -> int:
     """Most bytes on the disk during a run, for a checkpoint of `size` bytes.
 
     While a state is written, the one before it is there. The distilled blocks are beside those from which they came,
@@ -53,7 +49,7 @@ def whole_disk_bytes(
     """
     if not recipe.distill.moves_weights:
         return disk_bytes(size)
-    kept, vectors = _sizes(model, blocks, pruned, recipe)
+    kept, vectors = _sizes(model, blocks, recipe)
     state = recipe.distill.state_bytes(kept, vectors, model.dtype.itemsize)
     begun = sum(parameter.nbytes for parameter in model.parameters()) if recipe.rounds_last else size
     return begun + max(2 * state, disk_bytes(size))
@@ -77,20 +73,13 @@ def coded_bytes(size: int, item: int, blocks: Sequence[Block], pruned: Collectio
     return size - item * weights + bits // 8
 
 
-def check_fits(
-    model: PreTrainedModel,
-    blocks: Sequence[Block],
-    pruned: Collection[str],
-    recipe: Recipe,
-    seqlen: int,
-    device: torch.device,
-) -> None:
+def check_fits(model: PreTrainedModel, blocks: list[Block], recipe: Recipe, seqlen: int, device: torch.device) -> None:
     """Check before the work that a model can be distilled here; arguments as of `whole_bytes`.
 
     Raises:
         BesaError: the device has too little memory.
     """
-    needed = whole_bytes(model, blocks, pruned, recipe, seqlen)
+    needed = whole_bytes(model, blocks, recipe, seqlen)
     there = total_bytes(device) // (ranks.here() if shares_memory(device) else 1)
     if needed > there:
         raise BesaError(
@@ -99,8 +88,8 @@ def check_fits(
         )
 
 
-def _sizes(model: PreTrainedModel, blocks: Sequence[Block], pruned: Collection[str], recipe: Recipe) -> tuple[int, int]:
+def _sizes(model: PreTrainedModel, blocks: list[Block], recipe: Recipe) -> tuple[int, int]:
     """The number of weights that stay of the pruned linears, and of elements of norms and biases."""
-    linears = sum(prunable.numel for block in blocks for name, prunable in block.prunables.items() if name in pruned)
+    kept = sum(budget.weights - budget.zeros for of_unit in budgets(blocks, recipe) for budget in of_unit)
     vectors: int = sum(model.get_parameter(name).numel() for name in Whole(model, blocks).vectors)
-    return round((1 - recipe.sparsity) * linears), vectors
+    return kept, vectors

@@ -34,9 +34,11 @@ from besa.evaluation.result import EVALUATION_NAME, Evaluation
 from besa.evaluation.texts import read_texts, text_name
 from besa.evaluation.zero_shot import check_tasks
 from besa.methods.recipe import Recipe
+from besa.models.blocks import find_blocks
 from besa.models.bos import bos_token
-from besa.models.loading import load_tokenizer, read_config
+from besa.models.loading import load_tokenizer, read_config, skeleton
 from besa.models.source import Source, fingerprint, locate
+from besa.planning import check_suits
 from besa.progress import Progress, labelled, silent
 from besa.record import RECORD_NAME, RunRecord
 from besa.runtime.chat_template import dialogue_of
@@ -219,16 +221,21 @@ class Workspace:
         """Check, before the work, what the missing runs (recipes and seeds) need.
 
         Raises:
-            BesaError: a text, a task, the model or the device cannot be had, or the text to calibrate on is too short.
+            BesaError: a text, a task, the model or the device cannot be had, a text is too short, or a
+                recipe cannot be used on the model.
         """
+        runs = list(runs)
         if all(path.exists() for run in runs for path in self._files(*run)[1].values()):
             return
-        given = self.conditions
-        resolve_device(self._device)
+        given, device = self.conditions, resolve_device(self._device)
         check_tasks(self.measures.tasks)
         read_texts(self.measures.texts, self.measures.data, self.progress)
-        tokenizer = load_tokenizer(self._source)
-        first = bos_token(given.bos, tokenizer, read_config(self._source))
+        tokenizer, config = load_tokenizer(self._source), read_config(self._source)
+        first = bos_token(given.bos, tokenizer, config)
+        config.dtype = getattr(torch, given.dtype) if given.dtype != "auto" else config.dtype or torch.float32
+        empty = skeleton(self._source, config)
+        for recipe in {id(recipe): recipe for recipe, _ in runs if recipe is not None}.values():
+            check_suits(empty, find_blocks(empty), recipe, given.seqlen, device, as_codes=True)
         sample(
             given.calibration,
             tokenizer,
