@@ -46,10 +46,16 @@ def load_model(source: Source, dtype: str = "auto") -> PreTrainedModel:
     if source.folder and not source.gguf and (packed := header(source.folder)) and packed.version == 1:
         opening["quantization_config"] = AutoQuantizationConfig.from_dict(settings(source.folder, packed.codes))
     with quiet(), model_explained(source.name), without_bars():
-        model = _loader(config).from_pretrained(
+        model, loaded = _loader(config).from_pretrained(
             **opening,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             use_safetensors=None if source.gguf else True,
+            output_loading_info=True,
+        )
+    if missing := sorted(loaded["missing_keys"]):  # transformers has drawn random numbers for them
+        raise BesaError(
+            f"{source.name} gives no numbers for {missing[0]}: its configuration does not fit its weights; get or "
+            "make the checkpoint anew."
         )
     _keep_about(config, model)
     if source.gguf:
