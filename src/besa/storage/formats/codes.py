@@ -221,6 +221,25 @@ def bits_of(config: Mapping[str, Any], source: str) -> int:
     return bits
 
 
+def symmetric_of(config: Mapping[str, Any], source: str) -> bool | None:
+    """Whether codes have no zero points, from the quantization_config of the model `source`.
+
+    Args:
+        config: of which `bits_of` has read the bits.
+        source: for the message.
+
+    Returns:
+        None if its linears differ in that.
+
+    Raises:
+        BesaError: it is neither true nor false.
+    """
+    said = [group["weights"].get("symmetric", True) for group in config["config_groups"].values()]  # as in their reader
+    if not all(isinstance(symmetric, bool) for symmetric in said):
+        raise BesaError(f"{source} does not say whether its codes are symmetric: config.json is damaged.")
+    return said[0] if len({*said}) == 1 else None
+
+
 def bytes_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """Bytes of the tensors of one linear, by purpose."""
     names = {WEIGHT: "values", SCALE: "scales", ZERO: "zero points", SHAPE: "shapes"}
