@@ -245,11 +245,19 @@ def shared_cache(_: PreTrainedModel, past: DynamicCache) -> None:
     in_shared_memory(*cached(past))
 
 
+def shared_model(model: PreTrainedModel, _: DynamicCache) -> None:
+    in_shared_memory(*model.state_dict().values())
+
+
 def sent_cache(_: PreTrainedModel, past: DynamicCache) -> None:
     ForkingPickler.dumps(past)
 
 
-@pytest.mark.parametrize("move", [shared_cache, sent_cache])
+def sent_model(model: PreTrainedModel, _: DynamicCache) -> None:
+    ForkingPickler.dumps(model)
+
+
+@pytest.mark.parametrize("move", [shared_cache, sent_cache, shared_model, sent_model])
 @torch.inference_mode()
 def test_memory_that_moves_between_two_tokens_is_met(
     model: PreTrainedModel, move: Callable[[PreTrainedModel, DynamicCache], None]
