@@ -138,6 +138,8 @@ SETTINGS = {  # of all linears, of the group of those that are codes, and of the
     "no linears": ({}, {"targets": []}, {}, "no numbers for model.layers.0.*: its configuration does not fit"),
     "fewer linears": ({"ignore": ["lm_head", "re:.*o_proj"]}, {}, {}, "no numbers for .*layers.0.self_attn.o_proj"),
     "unknown quantiser": ({"quant_method": "none"}, {}, {}, "no numbers for model.layers.0.*: its configuration does"),
+    "larger groups": ({}, {}, {"group_size": 96}, "cannot be read"),
+    "infinite bits": ({}, {}, {"num_bits": float("inf")}, "how many bits"),
     "symmetric": ({}, {}, {"symmetric": True}, "it has a weight_zero_point, though config.json says symmetric"),
     "no symmetry": ({}, {}, {"symmetric": None}, "whether its codes are symmetric"),
 }

@@ -61,7 +61,7 @@ def load_model(source: Source, dtype: str = "auto") -> PreTrainedModel:
     if source.gguf:
         model.hf_quantizer.remove_quantization_config(model)  # the weights are plain floats from here on
     elif compressor := getattr(getattr(model, "hf_quantizer", None), "compressor", None):
-        with quiet(), without_bars():
+        with quiet(), model_explained(source.name), without_bars():
             compressor.decompress_model(model)  # else packed linears have no weight before their first forward pass
             remove_dispatch(model, onload_tensors=True)  # else weights stay on the CPU, wherever the model goes
     return model.eval().requires_grad_(False)

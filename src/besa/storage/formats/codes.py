@@ -216,7 +216,7 @@ def bits_of(config: Mapping[str, Any], source: str) -> int:
         (bits,) = {int(group["weights"]["num_bits"]) for group in config["config_groups"].values()}
         if bits not in range(2, 9):
             raise ValueError
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
         raise BesaError(f"{source} does not say how many bits its codes have: config.json is damaged.") from None
     return bits
 
