@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from besa import BesaError
 from besa.kernels import decoding as kernels
 from besa.runtime import block_decoding, decoding, growing, norms
 from besa.runtime.growing import MORE
+from besa.runtime.linear import SparseLinear
 from tests.decoded import SIZE, counted, packed, same, steps, usual
 
 pytestmark = pytest.mark.skipif(not kernels.serves(torch.float32), reason="needs a compiler")
@@ -225,6 +227,57 @@ def test_weights_that_change_are_met(model: PreTrainedModel, tmp_path: Path) -> 
     assert same(steps(model, 3), before)
     each.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
     assert same(steps(each, 3), before)
+
+
+def in_shared_memory(*tensors: Tensor) -> None:
+    """Move the memory of tensors, which stay the same objects, as torch does where it sends them to another process."""
+    for tensor in tensors:
+        before = tensor.data_ptr()
+        tensor.share_memory_()
+        assert tensor.data_ptr() != before
+
+
+def cached(past: DynamicCache) -> list[Tensor]:
+    return [part for layer in past.layers for part in (layer.keys, layer.values)]
+
+
+def shared_cache(_: PreTrainedModel, past: DynamicCache) -> None:
+    in_shared_memory(*cached(past))
+
+
+def shared_model(model: PreTrainedModel, _: DynamicCache) -> None:
+    in_shared_memory(*model.state_dict().values())
+
+
+def sent_cache(_: PreTrainedModel, past: DynamicCache) -> None:
+    ForkingPickler.dumps(past)
+
+
+def sent_model(model: PreTrainedModel, _: DynamicCache) -> None:
+    ForkingPickler.dumps(model)
+
+
+@pytest.mark.parametrize("move", [shared_cache, sent_cache, shared_model, sent_model])
+@torch.inference_mode()
+def test_memory_that_moves_between_two_tokens_is_met(
+    model: PreTrainedModel, move: Callable[[PreTrainedModel, DynamicCache], None]
+) -> None:
+    """Numbers that change where it is now count, so nothing is read or written where it was."""
+    each = copy.deepcopy(model)
+    past = DynamicCache(config=each.config)
+    tokens = [torch.arange(5)[None], *torch.tensor([7, 8, 9, 10]).view(-1, 1, 1)]
+    for token in tokens[:3]:
+        each(token, past_key_values=past)
+    move(each, past)
+    for layer in past.layers:
+        layer.values.mul_(-1)
+    for module in each.modules():
+        if isinstance(module, SparseLinear):
+            module.weight_values.mul_(-1)
+    before = copy.deepcopy(past)
+    found = [each(token, past_key_values=past).logits for token in tokens[3:]] + cached(past)
+    other = usual(each)
+    assert same(found, [other(token, past_key_values=before).logits for token in tokens[3:]] + cached(before))
 
 
 def other_scaling(model: PreTrainedModel) -> None:

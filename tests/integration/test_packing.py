@@ -275,6 +275,21 @@ def test_damaged_containers_are_refused(damage: str, plain: Path, tmp_path: Path
     assert {path.name for path in tmp_path.iterdir()} == {"damaged"}
 
 
+@pytest.mark.parametrize(("form", "says"), [("joint", "has no weight_zero_point"), ("symmetric", "says symmetric")])
+def test_zero_points_are_there_if_config_json_says_so(
+    form: str, says: str, made: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Without them, the codes would mean other numbers."""
+    folder = shutil.copytree(made(form) / "packed", tmp_path / "damaged")
+    tensors = load_file(folder / WEIGHTS)
+    if tensors.pop(name := f"{UP}.weight_zero_point", None) is None:
+        tensors[name] = torch.full(tensors[f"{UP}.weight_scale"].shape, 7, dtype=torch.uint8)
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    for action in (lambda: besa.unpack(folder, tmp_path / "out"), lambda: besa.load(folder)):
+        with pytest.raises(BesaError, match=says):
+            action()
+
+
 def test_values_that_are_no_numbers_are_refused(plain: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(plain / "packed", tmp_path / "damaged")
     tensors = load_file(folder / WEIGHTS)

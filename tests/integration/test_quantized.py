@@ -134,6 +134,40 @@ def test_codes_are_read_without_the_bars_of_their_reader(joint: Compressed, caps
     assert capsys.readouterr().err == ""
 
 
+SETTINGS = {  # of all linears, of the group of those that are codes, and of their weights; and what is said of them
+    "no linears": ({}, {"targets": []}, {}, "no numbers for model.layers.0.*: its configuration does not fit"),
+    "fewer linears": ({"ignore": ["lm_head", "re:.*o_proj"]}, {}, {}, "no numbers for .*layers.0.self_attn.o_proj"),
+    "unknown quantiser": ({"quant_method": "none"}, {}, {}, "no numbers for model.layers.0.*: its configuration does"),
+    "larger groups": ({}, {}, {"group_size": 96}, "cannot be read"),
+    "infinite bits": ({}, {}, {"num_bits": float("inf")}, "how many bits"),
+    "symmetric": ({}, {}, {"symmetric": True}, "it has a weight_zero_point, though config.json says symmetric"),
+    "no symmetry": ({}, {}, {"symmetric": None}, "whether its codes are symmetric"),
+}
+
+
+@pytest.mark.parametrize("damage", SETTINGS)
+def test_settings_that_do_not_fit_the_codes_are_refused(damage: str, joint: Compressed, tmp_path: Path) -> None:
+    of_all, of_group, of_weights, says = SETTINGS[damage]
+    folder = shutil.copytree(joint.out, tmp_path / "damaged")
+    config = json.loads((folder / "config.json").read_text())
+    quantization = config["quantization_config"]
+    quantization["config_groups"]["group_0"]["weights"] |= of_weights
+    quantization["config_groups"]["group_0"] |= of_group
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization | of_all}))
+    with pytest.raises(BesaError, match=says):
+        besa.load(folder)
+
+
+def test_codes_without_their_zero_points_are_refused(joint: Compressed, tmp_path: Path) -> None:
+    folder = shutil.copytree(joint.out, tmp_path / "damaged")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight_zero_point"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    for action in (lambda: besa.load(folder), lambda: besa.pack(folder, tmp_path / "out")):
+        with pytest.raises(BesaError, match=r"layers.1.mlp.up_proj is damaged: it has no weight_zero_point"):
+            action()
+
+
 def test_inspect_counts_what_is_in_the_files(joint: Compressed) -> None:
     found = inspect(locate(joint.out))
     assert (found.zeros, found.weights) == (joint.record.zeros, joint.record.weights)

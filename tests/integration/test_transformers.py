@@ -5,6 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import peft
@@ -149,6 +151,34 @@ def test_a_save_replaces_what_was_saved_there(plain: Path, tmp_path: Path) -> No
         assert ("bitmask.safetensors" in names) == (size == "50GB") == (len(names) == 1)
         for loaded in (besa.load(tmp_path / "saved"), AutoModelForCausalLM.from_pretrained(tmp_path / "saved")):
             torch.testing.assert_close(logits(loaded), 2 * expected)
+
+
+@pytest.mark.parametrize("done", [0, 1, 2])
+def test_a_save_that_is_stopped_loses_nothing(
+    done: int, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After some of its files are in place, config.json as the last."""
+    model = AutoModelForCausalLM.from_pretrained(plain)
+    model.save_pretrained(tmp_path / "saved")
+    old = logits(model)
+    model.model.norm.weight.mul_(2)
+    placed = []
+
+    def stopping(usual: Callable[..., None], source: Path, target: Path, **options: object) -> None:
+        if Path(target).parent == tmp_path / "saved":
+            if len(placed) == done:
+                raise KeyboardInterrupt
+            placed.append(Path(target).name)
+        usual(source, target, **options)
+
+    with monkeypatch.context() as patch:
+        for name in ("rename", "replace"):
+            patch.setattr(os, name, partial(stopping, getattr(os, name)))
+        with pytest.raises(KeyboardInterrupt):
+            model.save_pretrained(tmp_path / "saved")
+    assert placed == ["bitmask.safetensors", "generation_config.json"][:done]
+    found = logits(besa.load(tmp_path / "saved"))
+    assert torch.equal(found, logits(model) if placed else old) and not torch.equal(logits(model), old)
 
 
 def test_a_model_made_dense_is_an_ordinary_one(folder: Path, tmp_path: Path) -> None:

@@ -11,16 +11,16 @@ from besa.models.layout import Layout
 from besa.models.loading import is_quantized, quantization_of, skeleton
 from besa.models.source import Source
 from besa.storage.formats import codes
-from besa.storage.formats.container import AsDense, Container, bits_in
+from besa.storage.formats.container import AsDense, Container, codes_said
 from besa.storage.weights import WeightFiles, is_finite
 
 
 def check_packed(files: WeightFiles) -> None:
     """Read a packed checkpoint once, and refuse invalid contents.
 
-    Masks, values, codes, scales and zero points must fit each other and be in range. All scales must have one dtype. No
-    weight or bias may hold NaN or infinity; buffers may hold infinity, as masks do. Nothing is read of a checkpoint
-    that is not packed.
+    Masks, values, codes, scales and zero points must fit each other and be in range, and config.json must say whether
+    there are zero points. All scales must have one dtype. No weight or bias may hold NaN or infinity; buffers may hold
+    infinity, as masks do. Nothing is read of a checkpoint that is not packed.
 
     Args:
         files: of a checkpoint with bitmasks, codes or both.
@@ -34,15 +34,19 @@ def check_packed(files: WeightFiles) -> None:
     coded = codes.linears(names)
     if not sparse and not coded and not matrices:
         return
+    said, source = codes_said(files.folder), str(files.folder)
+    bits = codes.bits_of(said, source) if said else None
+    symmetric = codes.symmetric_of(said, source) if said else None
     scales: dict[str, torch.dtype] = {}
     for linear, weight in sparse.items():
         weight.check(linear)
         if weight.scales_OG is not None:
+            _check_zero_points(linear, weight.zeros_OG is not None, symmetric)
             scales[linear] = weight.scales_OG.dtype
     for name, matrix in matrices.items():
         matrix.check(name)
         scales[name] = matrix.dtype
-    tensors, bits = dict(files.mapped(names)), bits_in(files)
+    tensors = dict(files.mapped(names))
     for linear in coded:
         if bits is None:
             raise BesaError(
@@ -51,6 +55,7 @@ def check_packed(files: WeightFiles) -> None:
             )
         of_linear = codes.of_linear(tensors, linear)
         codes.check_codes(of_linear, bits, linear)
+        _check_zero_points(linear, codes.ZERO in of_linear, symmetric)
         scales[linear] = of_linear[codes.SCALE].dtype
     for linear, dtype in scales.items():
         usual = next(iter(scales.values()))
@@ -62,6 +67,22 @@ def check_packed(files: WeightFiles) -> None:
     for name, tensor in tensors.items():
         if name.endswith((".weight", ".bias")) and not is_finite(tensor):
             raise BesaError(f"The tensor {name} of {files.folder} holds NaN or infinity: the checkpoint is damaged.")
+
+
+def _check_zero_points(name: str, has: bool, symmetric: bool | None) -> None:
+    """Check that a linear has zero points if, and only if, config.json says so.
+
+    Args:
+        name: of the linear.
+        has: whether it has zero points.
+        symmetric: as of `codes.symmetric_of`.
+
+    Raises:
+        BesaError: it has none and needs some, or the other way round.
+    """
+    if has is symmetric:
+        flaw = "it has a weight_zero_point, though config.json says symmetric" if has else "it has no weight_zero_point"
+        raise BesaError(f"The quantised weight {name} is damaged: {flaw}; get or make the checkpoint anew.")
 
 
 def check_complete(source: Source, files: WeightFiles, config: PreTrainedConfig) -> PreTrainedModel:

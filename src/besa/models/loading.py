@@ -46,16 +46,22 @@ def load_model(source: Source, dtype: str = "auto") -> PreTrainedModel:
     if source.folder and not source.gguf and (packed := header(source.folder)) and packed.version == 1:
         opening["quantization_config"] = AutoQuantizationConfig.from_dict(settings(source.folder, packed.codes))
     with quiet(), model_explained(source.name), without_bars():
-        model = _loader(config).from_pretrained(
+        model, loaded = _loader(config).from_pretrained(
             **opening,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             use_safetensors=None if source.gguf else True,
+            output_loading_info=True,
+        )
+    if missing := sorted(loaded["missing_keys"]):  # transformers has drawn random numbers for them
+        raise BesaError(
+            f"{source.name} gives no numbers for {missing[0]}: its configuration does not fit its weights; get or "
+            "make the checkpoint anew."
         )
     _keep_about(config, model)
     if source.gguf:
         model.hf_quantizer.remove_quantization_config(model)  # the weights are plain floats from here on
     elif compressor := getattr(getattr(model, "hf_quantizer", None), "compressor", None):
-        with quiet(), without_bars():
+        with quiet(), model_explained(source.name), without_bars():
             compressor.decompress_model(model)  # else packed linears have no weight before their first forward pass
             remove_dispatch(model, onload_tensors=True)  # else weights stay on the CPU, wherever the model goes
     return model.eval().requires_grad_(False)

@@ -29,21 +29,29 @@ class Room:
     def __init__(self, layer: DynamicLayer) -> None:
         self._keys_NKTD, self._values_NKTD = _larger(layer.keys), _larger(layer.values)
         self._parts = layer.keys, layer.values  # what the layer has of them, or had as they were made
+        self._addresses = layer.keys.data_ptr(), layer.values.data_ptr()  # of these parts
         addresses = self._keys_NKTD.data_ptr(), self._values_NKTD.data_ptr()
         self.place = Place(*addresses, self._keys_NKTD.stride(1), self._values_NKTD.stride(1))
 
     def serves(self, layer: DynamicLayer) -> bool:
         """Whether one more token fits in, and the layer has not been changed elsewhere.
 
-        Any other code that changes a layer replaces its tensors.
+        Any other code that changes a layer replaces its tensors, or moves their memory, as torch does for another
+        process.
         """
         keys, values = self._parts
-        return keys is layer.keys and values is layer.values and keys.size(2) < self._keys_NKTD.size(2)
+        return (
+            keys is layer.keys
+            and values is layer.values
+            and keys.size(2) < self._keys_NKTD.size(2)
+            and (keys.data_ptr(), values.data_ptr()) == self._addresses
+        )
 
     def grow(self, layer: DynamicLayer) -> None:
         """Add one token to the layer; its keys and values have been written."""
         tokens = layer.keys.size(2) + 1
         self._parts = self._keys_NKTD.narrow(2, 0, tokens), self._values_NKTD.narrow(2, 0, tokens)
+        self._addresses = self.place.keys, self.place.values
         layer.keys, layer.values = self._parts
 
 

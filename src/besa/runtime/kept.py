@@ -7,6 +7,7 @@ holds is found in few calls, of functions that Python has in C.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from itertools import islice
 from operator import attrgetter, is_
 from typing import Any, Generic, TypeVar
 
@@ -65,8 +66,8 @@ class Kept(Generic[Made]):
 class _Unchanged:
     """A module as it is now: its parts and theirs, their tensors and where these are, numbers, and functions.
 
-    Where the tensors of packed linears are is not asked, as these are most of all: who moves one puts another in its
-    place. Hooks of the module itself are not looked at: its own call sees to them.
+    Of a packed linear, only one tensor is asked where it is, as these are most of all: who moves the memory of one, as
+    for another process, moves that of all. Hooks of the module itself are not looked at: its own call sees to them.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -84,7 +85,7 @@ class _Unchanged:
             places += [(table, name) for table in parts for name in table]
             places += [(vars(each), name) for name in (("forward", PRODUCT) if packed else OWN)]
             places += [(vars(each), name) for name, value in vars(each).items() if isinstance(value, float)]
-            tensors += each._parameters.values() if packed else (*each._parameters.values(), *each._buffers.values())
+            tensors += (*each._parameters.values(), *islice(each._buffers.values(), 1 if packed else None))
             numbers = [buffer.detach() for buffer in each._buffers.values() if packed and buffer is not None]
             self._memory += numbers
             self._copied += numbers if packed and getattr(vars(each)[PRODUCT], "prepacked", False) else ()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,7 +52,9 @@ def saving(
         config = json.loads((made / "config.json").read_text(encoding="utf-8"))
         yield made, config
         write_file(made / "config.json", json.dumps(config, indent=2) + "\n")
+        new = sorted((path.name for path in made.iterdir()), key=lambda name: (name == "config.json", name))
+        for name in new:  # config.json last: it says how the weights are read
+            (made / name).replace(folder / name)
         for path in [path for path in folder.iterdir() if NAMES.fullmatch(path.name) or fnmatch(path.name, OWN)]:
-            path.unlink()  # of an earlier save: weights that would be read instead, and what was recorded of them
-        for path in made.iterdir():
-            shutil.move(path, folder / path.name)
+            if path.name not in new:  # of an earlier save: weights that would be read instead, or what was recorded
+                path.unlink()

@@ -216,9 +216,28 @@ def bits_of(config: Mapping[str, Any], source: str) -> int:
         (bits,) = {int(group["weights"]["num_bits"]) for group in config["config_groups"].values()}
         if bits not in range(2, 9):
             raise ValueError
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
         raise BesaError(f"{source} does not say how many bits its codes have: config.json is damaged.") from None
     return bits
+
+
+def symmetric_of(config: Mapping[str, Any], source: str) -> bool | None:
+    """Whether codes have no zero points, from the quantization_config of the model `source`.
+
+    Args:
+        config: of which `bits_of` has read the bits.
+        source: for the message.
+
+    Returns:
+        None if its linears differ in that.
+
+    Raises:
+        BesaError: it is neither true nor false.
+    """
+    said = [group["weights"].get("symmetric", True) for group in config["config_groups"].values()]  # as in their reader
+    if not all(isinstance(symmetric, bool) for symmetric in said):
+        raise BesaError(f"{source} does not say whether its codes are symmetric: config.json is damaged.")
+    return said[0] if len({*said}) == 1 else None
 
 
 def bytes_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:

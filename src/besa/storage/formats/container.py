@@ -292,17 +292,12 @@ def open_files(folder: Path) -> WeightFiles:
     return files
 
 
-def bits_in(files: WeightFiles) -> int | None:
-    """Bits of a code if the weights of the checkpoint are codes; else None.
-
-    Raises:
-        BesaError: the codes have another format, or config.json does not say how many bits.
-    """
-    if isinstance(files, Container):
-        return files.bits
-    config = _config(files.folder)
-    quantization = config.get("quantization_config") if isinstance(config, dict) else None
-    return codes.bits_of(quantization, str(files.folder)) if quantization else None
+def codes_said(folder: Path) -> dict[str, Any] | None:
+    """What config.json says of the quantiser that made the codes of a checkpoint, packed or not; None if nothing."""
+    if packed := header(folder):
+        return packed.codes
+    config = _config(folder)
+    return config.get("quantization_config") if isinstance(config, dict) else None
 
 
 class AsDense(WeightFiles):
