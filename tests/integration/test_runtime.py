@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import jvp
@@ -363,6 +363,21 @@ def test_families(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.skipif(not norm.paths(), reason="needs a compiler")
+def test_a_buffer_that_files_lack_is_no_missing_weight(tmp_path: Path) -> None:
+    """Files of older releases lack some, and transformers makes them anew."""
+    experts = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2}
+    latent = LATENT | {"first_k_dense_replace": 1}
+    folder = halved(
+        DeepseekV3Config(**SIZE, **latent, **experts, intermediate_size=96, moe_intermediate_size=16),
+        tmp_path / "dense",
+    )
+    expected = logits(besa.load(folder))
+    tensors = load_file(folder / "model.safetensors")
+    assert not tensors.pop("model.layers.1.mlp.gate.e_score_correction_bias").any()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert torch.equal(logits(besa.load(folder)), expected)
+
+
 def test_kernels_serve_packed_models_until_the_user_wants_something_else(
     plain: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

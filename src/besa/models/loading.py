@@ -52,7 +52,8 @@ def load_model(source: Source, dtype: str = "auto") -> PreTrainedModel:
             use_safetensors=None if source.gguf else True,
             output_loading_info=True,
         )
-    if missing := sorted(loaded["missing_keys"]):  # transformers has drawn random numbers for them
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}  # buffers have no random numbers
+    if missing := sorted(loaded["missing_keys"] & parameters):
         raise BesaError(
             f"{source.name} gives no numbers for {missing[0]}: its configuration does not fit its weights; get or "
             "make the checkpoint anew."
