@@ -1,7 +1,9 @@
 """What no token reaches, or what is multiplied out of sight, is refused by name; experts alone go by magnitude."""
 
 import copy
+from collections.abc import Callable
 from fnmatch import fnmatch
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from besa import BesaError, Calibration, compress
 from besa.methods.recipe import Recipe
@@ -110,3 +113,87 @@ def test_a_product_by_names_is_as_good_as_one_by_position(tiny_tokenizer: Any) -
     pruned(other, tiny_tokenizer)
     for own, expected in zip(model.model.layers, other.model.layers, strict=True):
         assert torch.equal(own.mlp.up_proj.inner.weight, expected.mlp.up_proj.weight)
+
+
+class Mixture(nn.Module):
+    """Two of four experts for each token, computed one by one.
+
+    Args:
+        learns: whether the experts are in the backward pass; code that comes with models leaves them out.
+    """
+
+    def __init__(self, learns: bool = True) -> None:
+        super().__init__()
+        self.gate = nn.Linear(32, 4, bias=False)
+        self.experts = nn.ModuleList(LlamaMLP(LLAMA) for _ in range(4))
+        self.learns = learns
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights, chosen = self.gate(x).softmax(dim=-1).topk(2)
+        y = torch.zeros_like(x)
+        with torch.set_grad_enabled(self.learns and torch.is_grad_enabled()):
+            for number, expert in enumerate(self.experts):
+                *places, rank = (chosen == number).nonzero(as_tuple=True)
+                y = y.index_put(tuple(places), expert(x[tuple(places)]) * weights[*places, rank, None], accumulate=True)
+        return y
+
+
+class OfPictures(nn.Module):
+    """A mixture for text beside one that only pictures would reach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text, self.vision = Mixture(), Mixture()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.text(x)
+        return y
+
+
+def with_mixtures(make: Callable[[], nn.Module]) -> PreTrainedModel:
+    model = random_model(LLAMA)
+    for layer in model.model.layers:
+        layer.mlp = make()
+    return model.requires_grad_(False)
+
+
+def test_a_mixture_that_no_token_reaches_is_refused_and_can_be_left_out(tiny_tokenizer: Any) -> None:
+    parts = ("gate", "up", "down")
+    patterns = " ".join(f"--skip 'model.layers.*.mlp.vision.experts.*.{part}_proj'" for part in parts)
+    with pytest.raises(BesaError) as refusal:
+        pruned(with_mixtures(OfPictures), tiny_tokenizer)
+    assert str(refusal.value).startswith("No token reaches model.layers.0.mlp.vision.experts.0.gate_proj and 11 more, ")
+    assert str(refusal.value).endswith(f": take {patterns} to leave such matrices dense.")
+    model = pruned(with_mixtures(OfPictures), tiny_tokenizer, "*.vision.*")
+    assert bool(model.model.layers[1].mlp.vision.experts[2].up_proj.weight.all())
+    assert not bool(model.model.layers[1].mlp.text.experts[2].up_proj.weight.all())
+
+
+def test_experts_without_gradients_are_refused_where_gradients_decide(tiny_tokenizer: Any) -> None:
+    for learns, recipe in ((True, "fast"), (False, "wanda")):
+        compress(with_mixtures(partial(Mixture, learns)), recipe, TOKENS, tokenizer=tiny_tokenizer)
+    told = r"The model's own code computes model\.layers\.1\.mlp\.experts\.\d\.gate_proj without gradients, which"
+    with pytest.raises(BesaError, match=told):
+        compress(with_mixtures(partial(Mixture, False)), "fast", TOKENS, tokenizer=tiny_tokenizer)
+
+
+def test_a_model_without_a_head_is_refused_where_predictions_decide(tiny_tokenizer: Any) -> None:
+    compress(random_model(LLAMA).model, "wanda", TOKENS, tokenizer=tiny_tokenizer)
+    for recipe in ("fast", "best"):
+        with pytest.raises(BesaError, match=f"Recipe {recipe} needs predictions, and LlamaModel has no head"):
+            compress(random_model(LLAMA).model, recipe, TOKENS, tokenizer=tiny_tokenizer)
+
+
+def test_routers_may_be_asked_for_their_logits(tiny_tokenizer: Any) -> None:
+    """Configurations that were fine-tuned with a loss on routers say so, and the head would look for them."""
+    found = []
+    for asks in (False, True):
+        config = transformers.MixtralConfig(
+            **SMALL, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+            num_key_value_heads=2, num_local_experts=4, output_router_logits=asks,
+        )  # fmt: skip
+        model = random_model(config)
+        compress(model, "fast", TOKENS, tokenizer=tiny_tokenizer)
+        assert model.config.output_router_logits == asks
+        found.append(model.state_dict())
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())

@@ -70,6 +70,17 @@ def test_a_router_stands_beside_experts(experts: nn.Module, beside: dict[str, nn
     assert {path for path, own in prunables.items() if own.routed} == {p for p in prunables if ".experts." in p}
 
 
+def test_a_gate_may_weigh_shared_experts_too() -> None:
+    """As of Inkling: two stacks, and a row for each expert of both."""
+    shared = nn.Module()
+    shared.up_proj = nn.Parameter(torch.randn(1, 5, WIDTH))
+    whole = block(gate=nn.Linear(WIDTH, EXPERTS + 1), experts=stack(), shared_experts=shared)
+    found = find_experts(whole)
+    assert (found.holders, found.routers) == ({"mlp.experts"}, {"mlp.gate"})
+    whole = block(other=nn.Linear(WIDTH, EXPERTS + 1), experts=stack(), shared_experts=shared)
+    assert find_experts(whole).holders == frozenset()  # nothing has the name of a router
+
+
 def test_modules_in_a_list_that_nothing_chooses_from_are_no_experts() -> None:
     whole = nn.ModuleDict({"branches": nn.ModuleList(mlp() for _ in range(3)), "out": nn.Linear(WIDTH, WIDTH)})
     assert find_experts(whole).holders == frozenset()

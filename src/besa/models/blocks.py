@@ -325,12 +325,26 @@ def logits_of(
         y_NTC: output of the last block.
         parameters: outside the blocks, by full name, that replace the model's own; gradients reach them.
     """
-    with standing_aside(blocks):
+    with standing_aside(blocks), _without_router_logits(model):
         blocks[-1].module.forward = lambda *_, **__: y_NTC.as_subclass(_Passed)
         arguments = {"input_ids": tokens_NT.to(y_NTC.device), "use_cache": False}
         output = functional_call(model, dict(parameters), (), arguments) if parameters else model(**arguments)
         logits_NTV: Tensor = output.logits
     return logits_NTV
+
+
+@contextmanager
+def _without_router_logits(model: PreTrainedModel) -> Iterator[None]:
+    """While open, the head asks no router for its logits: those of blocks that stand aside have none."""
+    configs = {id(config): config for config in (model.config, model.config.get_text_config())}.values()
+    asking = [config for config in configs if getattr(config, "output_router_logits", False)]
+    for config in asking:
+        config.output_router_logits = False
+    try:
+        yield
+    finally:
+        for config in asking:
+            config.output_router_logits = True
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,8 @@ def find_experts(block: nn.Module) -> Experts:
 
     A holder is a module with stacks of matrices (E, O, I), or a list of E modules of one type. A router is beside a
     holder and has a single matrix, with one row for each expert. If several modules fit, their names decide. A module
-    with "router" in its path is always a router.
+    with "router" in its path is always a router. A gate may weigh shared experts too, and has rows for these: then the
+    module with the most experts is the holder.
     """
     modules = dict(block.named_modules())
     beside: dict[str, dict[str, int]] = {}  # number of experts of each holder, by the holder's parent
@@ -49,8 +50,14 @@ def find_experts(block: nn.Module) -> Experts:
     nearest = {max((owner for owner in beside if _inside(path, owner)), key=len, default=None) for path in routers}
     for owner, counts in beside.items():
         lone = dict(_lone_matrices(owner, modules[owner], counts))
-        for holder, count in counts.items():
-            chosen = _called_router([path for path, rows in lone.items() if rows == count], owner)
+        fitting = {holder: [path for path, rows in lone.items() if rows == count] for holder, count in counts.items()}
+        if not any(fitting.values()):
+            every = sum(count for holder, count in counts.items() if holder != owner)
+            fitting[max(counts, key=lambda holder: counts[holder])] = [
+                path for path, rows in lone.items() if rows == every and _is_called_router(path, owner)
+            ]
+        for holder, paths in fitting.items():
+            chosen = _called_router(paths, owner)
             if chosen:
                 holders.add(holder)
             routers |= {*chosen, *(path for path, rows in lone.items() if rows == 1)}
@@ -97,6 +104,10 @@ def _rows(module: nn.Module) -> int:
     if matrix is None:
         return 0
     return matrix.shape[1 if isinstance(module, Conv1D) else 0]
+
+
+def _is_called_router(path: str, owner: str) -> bool:
+    return any(word in path[len(owner) :] for word in ROUTER_NAMES)
 
 
 def _called_router(paths: list[str], owner: str) -> list[str]:

@@ -99,10 +99,25 @@ class Products(TorchFunctionMode):
         for name, expert in matrices if self._inputs else ():
             assert self._inputs is not None
             self._inputs(name, factors.x if expert is None else factors.of_experts()[expert])
+        if self._gradients and not torch.is_grad_enabled():
+            self._refuse_without_gradients([name for name, _ in matrices])
         y = func(*args, **kwargs)
         if self._gradients and y.requires_grad:
             y.register_hook(partial(self._report_gradient, matrices, factors))
         return y
+
+    def _refuse_without_gradients(self, names: list[str]) -> None:
+        """Refuse experts that the model's own code keeps out of the backward pass, as if nothing depended on them.
+
+        Raises:
+            BesaError: one of the matrices is an expert's.
+        """
+        for name in names:
+            if self._prunables[name].routed:
+                raise BesaError(
+                    f"The model's own code computes {name} without gradients, which this recipe needs: take one that "
+                    "measures none, such as wanda."
+                )
 
     def _recognise(
         self, func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
+from besa.errors import BesaError
 from besa.methods.recipe import Recipe
 from besa.methods.targets.budgets import budgets
 from besa.models.blocks import Block
@@ -28,8 +29,14 @@ def check_suits(
 
     Raises:
         BesaError: a pattern, a pattern of weights or a grid does not fit the model's names and shapes, it has no such
-            experts or structures, its weights cannot become codes, or the memory is too small to distil.
+            experts, structures or head, its weights cannot become codes, or the memory is too small to distil.
     """
+    predicts = bool(recipe.losses_every(1)) or recipe.distill.moves_weights
+    if predicts and model.get_output_embeddings() is None:
+        raise BesaError(
+            f"Recipe {recipe.name} needs predictions, and {type(model).__name__} has no head that makes them: load the "
+            "model with AutoModelForCausalLM, or take a recipe that needs none, such as wanda."
+        )
     left = smaller(model, blocks, recipe)
     if left is not None:
         model, blocks = left.model, left.blocks

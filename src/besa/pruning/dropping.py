@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel
 
+from besa.errors import BesaError
 from besa.methods.dropping.dropper import Scorer, highest
 from besa.methods.recipe import Recipe
 from besa.models.blocks import Block, embedded
@@ -59,7 +60,8 @@ def drop_experts(run: Run, shapes: Fewer | None) -> Dropped:
         shapes: from `smaller`.
 
     Raises:
-        BesaError: the blocks cannot be run one by one, or besa cannot see the gates of experts.
+        BesaError: the blocks cannot be run one by one, besa cannot see the gates of experts, or no token reaches those
+            of a mixture.
     """
     scoring, journal = run.recipe.experts.scoring, run.journal
     if scoring is None or shapes is None:
@@ -91,6 +93,11 @@ def _choose(run: Run, shapes: Fewer, scoring: Scorer) -> list[MixtureRecord]:
             with contributions(block, of_block) as found:
                 block.run(x_NTC, resources.batch, into=x_NTC)
         for mixture in of_block:
+            if not bool(found[mixture.name].tokens_E.any()):
+                raise BesaError(
+                    f"No calibration token reaches the experts of {mixture.name}, so nothing tells which may go: leave "
+                    "out experts.method."
+                )
             scores_E = scoring.score(found[mixture.name])
             stay = set(highest(scores_E, shapes.kept, mixtures.groups))
             records.append(

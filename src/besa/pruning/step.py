@@ -124,13 +124,14 @@ def _observe(step: Step, outputs_NTC: HiddenStates | None) -> tuple[dict[str, In
 
 
 def _check_seen(step: Step, statistics: Mapping[str, InputStatistics]) -> None:
-    """Check that every matrix to be pruned has inputs. Only experts may have none: the router did not choose them.
+    """Check that every matrix to be pruned has inputs. Only some experts may have none: the router did not choose them.
 
     Raises:
-        BesaError: a matrix to be pruned appeared in no product and has no router before it.
+        BesaError: a matrix to be pruned appeared in no product, and has no router before it that sent tokens to others.
     """
     pruned = [name for budget in step.budgets if budget.zeros for name in budget.names]
-    unseen = [name for name in pruned if not statistics[name].tokens and not step.unit.prunables[name].routed]
+    sent = {everywhere(name) for name, one in step.unit.prunables.items() if one.routed and statistics[name].tokens}
+    unseen = [name for name in pruned if not statistics[name].tokens and everywhere(name) not in sent]
     if unseen:
         more = f" and {len(unseen) - 1} more" if len(unseen) > 1 else ""
         patterns = " ".join(f"--skip '{pattern}'" for pattern in dict.fromkeys(map(everywhere, unseen)))
