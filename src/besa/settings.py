@@ -7,7 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
 
-LARGEST = 2**31 - 1  # largest number of a setting, so that counts fit into 32 bits and products into a float32
+LARGEST = 2**31 - 1  # largest integer of a setting, so that counts fit into 32 bits
+LARGEST_FLOAT = 1e30  # of other settings, so that they fit into a float32
 
 
 class Settings(BaseModel):
@@ -18,8 +19,10 @@ class Settings(BaseModel):
     @model_validator(mode="after")
     def _countable(self) -> Self:
         for name, value in self:
-            if isinstance(value, int | float) and value > LARGEST:
+            if isinstance(value, int) and value > LARGEST:
                 raise ValueError(f"{name} is larger than {LARGEST:,}: ask for less")
+            if isinstance(value, float) and value > LARGEST_FLOAT:
+                raise ValueError(f"{name} is larger than {LARGEST_FLOAT:g}: ask for less")
         return self
 
 
