@@ -272,3 +272,18 @@ def test_positions_are_not_coded(tmp_path: Path) -> None:
     model = besa.load(tmp_path / "packed")
     assert isinstance(model.transformer.wpe, nn.Embedding)
     assert (logits(model) - logits(besa.load(tmp_path / "dense"))).abs().max() < 0.05
+
+
+def test_embeddings_with_a_norm_of_their_own_stay_as_they_are(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    """As of Inkling: transformers would not find the norm beside codes, and make a new one."""
+    model = small_model("inkling_text")
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight[:, 8:] = 0
+    model.save_pretrained(tmp_path / "dense")
+    tiny_tokenizer.save_pretrained(tmp_path / "dense")
+    with pytest.raises(BesaError, match="as this model has a InklingNormedEmbedding: leave out --head"):
+        packing.pack(tmp_path / "dense", tmp_path / "coded", head="int8")
+    packing.pack(tmp_path / "dense", tmp_path / "packed")
+    tokens_NT = torch.arange(24).view(2, 12)
+    expected, found = (besa.load(tmp_path / name)(tokens_NT).logits for name in ("dense", "packed"))
+    assert torch.allclose(found, expected, atol=1e-5)

@@ -15,11 +15,13 @@ def ends(model: PreTrainedModel) -> list[str]:
         model: may be on the meta device.
 
     Raises:
-        BesaError: the embeddings are no embedding of torch, or the head no plain linear.
+        BesaError: the embeddings are no embedding of torch or have parameters of their own, or the head is no plain
+            linear.
     """
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if not isinstance(embeddings, nn.Embedding) or (head is not None and type(head) is not nn.Linear):
-        own = head if isinstance(embeddings, nn.Embedding) else embeddings
+    alone = isinstance(embeddings, nn.Embedding) and len(list(embeddings.parameters())) == 1  # Inkling's have a norm
+    if not alone or (head is not None and type(head) is not nn.Linear):
+        own = head if alone else embeddings
         raise BesaError(
             f"The head and the embeddings cannot be stored as codes, as this model has a {type(own).__name__}: "
             "leave out --head."

@@ -100,7 +100,8 @@ def lay_out(model: PreTrainedModel, paths: Sequence[Path]) -> Stored:
             for key, tensor in of_linear.items():
                 linear.register_buffer(key, tensor)
         packed.ends = {placed(stored): matrix for stored, matrix in files.matrices()}
-        _lay_out_ends(model, packed.ends, dtype)
+        if packed.ends:
+            _lay_out_ends(model, packed.ends, dtype)
         for name, module in list(model.named_modules()):  # now: what accelerate hooks onto must stay
             if type(module) is nn.Linear:
                 model.set_submodule(name, DenseLinear(module))
