@@ -53,7 +53,7 @@ def test_the_lowest_structures_are_those_of_a_sort(data):
     assert lowest_structures(coupling, {"down": linear}, number).nonzero().flatten().tolist() == sorted(expected)
 
 
-@given(sparsity=st.floats(0, 0.6) | st.just(0.0), multiple=st.integers(1, 100))
+@given(sparsity=st.floats(0, 0.58) | st.just(0.0), multiple=st.integers(1, 100))  # 50 channels stay, at least
 @settings(max_examples=50, deadline=None)
 def test_the_budget_is_the_nearest_that_whole_structures_allow(pristine_tiny_llama, sparsity, multiple):
     blocks = find_blocks(pristine_tiny_llama)[:2]
