@@ -28,8 +28,9 @@ def check_suits(
         as_codes: whether the checkpoint will have codes, if the recipe quantises.
 
     Raises:
-        BesaError: a pattern, a pattern of weights or a grid does not fit the model's names and shapes, it has no such
-            experts, structures or head, its weights cannot become codes, or the memory is too small to distil.
+        BesaError: a pattern matches no name, or columns are no whole number of groups; the model lacks the experts,
+            structures or head that the recipe needs; its weights cannot become codes; or the memory is too small to
+            distil.
     """
     predicts = bool(recipe.losses_every(1)) or recipe.distill.moves_weights
     if predicts and model.get_output_embeddings() is None:
