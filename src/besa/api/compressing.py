@@ -20,7 +20,7 @@ from besa.checkpoint.opening import open_decoder
 from besa.checkpoint.provenance import earlier
 from besa.checkpoint.writer import finish
 from besa.counting.widening import widened
-from besa.data.arguments import Bos, Bytes, Count, Dtype, Length, checked
+from besa.data.arguments import Bos, Bytes, Count, Dtype, Length, Samples, checked
 from besa.data.calibration import Calibration
 from besa.data.mixture import MIX
 from besa.data.seeds import check_seed
@@ -80,7 +80,7 @@ def compress(
     *,
     out: str | Path | None = None,
     sparsity: float | None = None,
-    samples: Count = 128,
+    samples: Samples = 128,
     seqlen: Length | None = None,
     bos: Bos = "auto",
     chat: bool = False,

@@ -11,7 +11,7 @@ from pydantic import InstanceOf
 
 from besa.api.choosing import chosen, default_batch
 from besa.checkpoint.rewriting import folder_of
-from besa.data.arguments import Bytes, Count, Dtype, Length, Ranks, checked
+from besa.data.arguments import Bytes, Count, Dtype, Length, Ranks, Samples, checked
 from besa.data.documents import first_document
 from besa.data.mixture import MIX, OWN, parts_of, texts_of
 from besa.errors import BesaError
@@ -37,7 +37,7 @@ def plan(
     out: str | Path = ".",
     sparsity: float | None = None,
     calibration: str = MIX,
-    samples: Count = 128,
+    samples: Samples = 128,
     seqlen: Length | None = None,
     device: str | torch.device = "auto",
     dtype: Dtype = "auto",

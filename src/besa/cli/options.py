@@ -136,7 +136,7 @@ MinutesOption = Annotated[
 DequantizedOption = Annotated[
     bool, typer.Option("--dequantized", help="Write quantised weights as dense numbers, not as codes.")
 ]
-SamplesOption = Annotated[int, typer.Option(min=1, help="Calibration sequences.")]
+SamplesOption = Annotated[int, typer.Option(min=1, max=1_000_000, help="Calibration sequences.")]
 SeqlenOption = Annotated[
     int | None,
     typer.Option(min=2, help="Tokens of a calibration sequence; default: 2048, or as many as the model has positions."),

@@ -31,6 +31,7 @@ def _one_of(names: tuple[str, ...]) -> AfterValidator:
 
 
 Count = Annotated[int, Field(ge=1)]
+Samples = Annotated[int, Field(ge=1, le=1_000_000)]  # calibration sequences
 Ranks = Annotated[int, Field(ge=1, le=1024)]  # on one machine
 Length = Annotated[int, Field(ge=2)]  # tokens of a sequence; a single token leaves nothing to predict
 Bytes = Annotated[int, Field(ge=0)]

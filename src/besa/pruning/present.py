@@ -43,10 +43,10 @@ def check_together(plan: Iterable[Iterable[Budget]], run: Run, present: Mapping[
     Raises:
         BesaError: they have not.
     """
-    names = [name for budget in _strict(plan, run) for name in budget.names]
-    zeros = sum(budget.zeros for budget in _strict(plan, run))
-    sizes = _sizes(run)
+    sizes, strict = _sizes(run), _strict(plan, run)
+    names = [name for budget in strict for name in budget.names]
     there = sum(present.get(name, 0) for name in names)
+    zeros = sum(budget.zeros for budget in strict)
     check_room(sum(sizes[name] for name in names), zeros, there, "of the pruned matrices")
 
 

@@ -129,9 +129,12 @@ def _check_seen(step: Step, statistics: Mapping[str, InputStatistics]) -> None:
     Raises:
         BesaError: a matrix to be pruned appeared in no product, and has no router before it that sent tokens to others.
     """
-    pruned = [name for budget in step.budgets if budget.zeros for name in budget.names]
-    sent = {everywhere(name) for name, one in step.unit.prunables.items() if one.routed and statistics[name].tokens}
-    unseen = [name for name in pruned if not statistics[name].tokens and everywhere(name) not in sent]
+    pruned = {name for budget in step.budgets if budget.zeros for name in budget.names}
+    unseen = []
+    for block in step.unit.blocks:
+        sent = {everywhere(name) for name, one in block.prunables.items() if one.routed and statistics[name].tokens}
+        names = [name for name in block.prunables if name in pruned and not statistics[name].tokens]
+        unseen += [name for name in names if everywhere(name) not in sent]
     if unseen:
         more = f" and {len(unseen) - 1} more" if len(unseen) > 1 else ""
         patterns = " ".join(f"--skip '{pattern}'" for pattern in dict.fromkeys(map(everywhere, unseen)))
