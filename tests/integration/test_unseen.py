@@ -177,6 +177,36 @@ def test_experts_without_gradients_are_refused_where_gradients_decide(tiny_token
         compress(with_mixtures(partial(Mixture, False)), "fast", TOKENS, tokenizer=tiny_tokenizer)
 
 
+@pytest.mark.parametrize(("name", "change"), [("besa", ()), ("wanda", ("finetune.method=adam",))])
+def test_experts_without_gradients_are_refused_where_gradients_teach(
+    name: str, change: tuple[str, ...], tiny_tokenizer: Any
+) -> None:
+    recipe = Recipe.load(name, overrides=change)
+    told = r"The model's own code computes model\.layers\.0\.mlp\.experts\.\d\.gate_proj without gradients, which"
+    with pytest.raises(BesaError, match=told):
+        compress(with_mixtures(partial(Mixture, False)), recipe, TOKENS, tokenizer=tiny_tokenizer)
+
+
+def test_linears_that_learn_from_their_own_outputs_need_no_gradients_of_experts(tiny_tokenizer: Any) -> None:
+    recipe = Recipe.load("besa", overrides=["allocation.granularity=linear", "allocation.autocast=false"])
+    compress(with_mixtures(partial(Mixture, False)), recipe, TOKENS, tokenizer=tiny_tokenizer)
+
+
+class Idle(Mixture):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def test_experts_of_one_block_do_not_vouch_for_those_of_the_next(tiny_tokenizer: Any) -> None:
+    model = with_mixtures(Mixture)
+    model.model.layers[1].mlp = Idle().requires_grad_(False)
+    recipe = Recipe.load("besa", overrides=["allocation.granularity=two-blocks"])
+    with pytest.raises(
+        BesaError, match=r"^No token reaches model\.layers\.1\.mlp\.experts\.0\.gate_proj and 11 more, "
+    ):
+        compress(model, recipe, TOKENS, tokenizer=tiny_tokenizer)
+
+
 def test_a_model_without_a_head_is_refused_where_predictions_decide(tiny_tokenizer: Any) -> None:
     compress(random_model(LLAMA).model, "wanda", TOKENS, tokenizer=tiny_tokenizer)
     for recipe in ("fast", "best"):

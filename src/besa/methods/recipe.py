@@ -159,11 +159,15 @@ class Recipe(Settings):
         return self.importance.needs_gram or self.reconstruction.needs_gram or self.quantization.needs_gram
 
     @property
+    def learns_through_blocks(self) -> bool:
+        """Whether anything is learned from gradients that went back through blocks."""
+        return self.teacher is not None or self.finetune.moves_weights or self.distill.moves_weights
+
+    @property
     def calibrated(self) -> bool:
         """Whether the result depends on the calibration data."""
-        learns = self.teacher is not None or self.finetune.moves_weights or self.distill.moves_weights
         measures = self.targeting.measuring or self.experts.scoring or self.losses_every(1)
-        return self.importance.needs_inputs or self.needs_gram or learns or bool(measures)
+        return self.importance.needs_inputs or self.needs_gram or self.learns_through_blocks or bool(measures)
 
     def statistics_every(self, *, routed: bool) -> int:
         """One sequence in how many the statistics of the inputs are taken on.

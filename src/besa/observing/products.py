@@ -116,7 +116,7 @@ class Products(TorchFunctionMode):
             if self._prunables[name].routed:
                 raise BesaError(
                     f"The model's own code computes {name} without gradients, which this recipe needs: take one that "
-                    "measures none, such as wanda."
+                    "needs none, such as wanda."
                 )
 
     def _recognise(

@@ -21,9 +21,11 @@ from besa.methods.reconstruction import NoReconstruction
 from besa.methods.reconstruction.rounding import unrounded
 from besa.models.activations import HiddenStates
 from besa.models.prunable import everywhere
+from besa.models.transfers import fetched
 from besa.models.units import Part, Unit, parts
 from besa.observing.input_statistics import InputStatistics, look
 from besa.observing.losses import error_between
+from besa.observing.probes import RowSensitivities
 from besa.pruning import quantizing
 from besa.pruning.coded import Coded
 from besa.pruning.counted import linear_records
@@ -83,6 +85,7 @@ def prune_unit(step: Step) -> tuple[list[BlockRecord], Coded]:
     outputs_NTC = step.resources.room.empty_like(step.pruned_NTC) if recipe.teacher == "pruned" else None
     statistics, dense_outputs = _observe(step, outputs_NTC)
     _check_seen(step, statistics)
+    _check_gradients(step)
     unit_targets_NTC = step.dense_NTC if outputs_NTC is None else outputs_NTC
     linears: dict[str, RankedLinear] = {}
     losses: list[float] = []
@@ -142,6 +145,18 @@ def _check_seen(step: Step, statistics: Mapping[str, InputStatistics]) -> None:
             f"No token reaches {unseen[0]}{more}, or the block multiplies in a way that besa cannot see: take "
             f"{patterns} to leave such matrices dense."
         )
+
+
+def _check_gradients(step: Step) -> None:
+    """Check, where a recipe learns, that the model's own code does not keep experts out of the backward pass.
+
+    Raises:
+        BesaError: it does.
+    """
+    routed = any(prunable.routed for prunable in step.unit.prunables.values())
+    if step.recipe.learns_through_blocks and routed and len(step.pruned_NTC):
+        x_NTC = fetched(step.pruned_NTC[:1], step.unit.device)
+        RowSensitivities(step.unit).send_back(x_NTC, torch.zeros_like(x_NTC))
 
 
 def _prune(
