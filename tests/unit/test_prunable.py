@@ -94,6 +94,13 @@ def test_expert_stacks_are_found_both_ways_round(transposed, says_so):
     assert [bool((matrix == 0).all()) for matrix in stack] == [False, True, False]
 
 
+def test_places_of_experts_that_compute_nothing_hold_no_matrix():
+    """LongCat's gates have places for them, which nothing multiplies with, and its down projections have none."""
+    experts = Experts(transposed=False)
+    experts.gate_up = nn.Parameter(torch.zeros(5, *experts.gate_up.shape[1:]))
+    assert list(find_prunables(nn.ModuleDict({"experts": experts}))) == expert_names("experts")
+
+
 def test_what_a_module_says_of_its_layout_overrules_the_shapes():
     experts = Experts(transposed=False)
     experts.is_transposed = True

@@ -71,13 +71,17 @@ def find_prunables(block: nn.Module) -> dict[str, Prunable]:
 
 
 def _stacked(path: str, module: nn.Module, routed: bool) -> dict[str, Prunable]:
-    """The experts of a module that keeps them as three-dimensional parameters."""
+    """The experts of a module that keeps them as three-dimensional parameters.
+
+    An expert has a matrix in each of them. LongCat's experts that compute nothing have places in one of two.
+    """
     parameters = stacks(module)
     transposed = _stored_transposed(module, list(parameters.values()))
+    experts = min(map(len, parameters.values()), default=0)
     prunables = {}
     for name, value in parameters.items():
         rows, columns = value.shape[:0:-1] if transposed else value.shape[1:]
-        for expert in range(value.shape[0]):
+        for expert in range(experts):
             parameter = f"{path}.{name}".lstrip(".")
             prunables[f"{parameter}.{expert}"] = Prunable(parameter, rows, columns, transposed, expert, routed)
     return prunables
