@@ -9,15 +9,15 @@ from typing import Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
-from besa.methods.importance import Wanda
 from besa.methods.survey import Survey
 from besa.methods.targets.bounded import Bounded
 from besa.observing.input_statistics import collect
 
 
 class Owl(Bounded):
-    """The outlier ratio of a block is its share of weights whose |W|·‖x‖ is above `outlier` times their linear's mean.
+    """The outlier ratio of a block is its share of weights whose |W|·‖x‖ is above `outlier` times the block's mean.
 
     Sparsities fall linearly with the outlier ratio. The highest and the lowest differ by `span`.
     """
@@ -44,8 +44,14 @@ class Owl(Bounded):
             with survey.opened(block):
                 with collect(block.module, block.prunables, gram=False) as statistics:
                     block.run(x_NTC, survey.batch, into=x_NTC)
-                scores = (Wanda().score(block.weight(name), statistics[name]) for name in names)
-                outliers = [(score_OI > self.outlier * score_OI.mean()).sum() for score_OI in scores]
-            ratios.append(sum(torch.stack(outliers).tolist()) / max(1, size) if outliers else 0.0)
+                scores = [(block.weight(name), statistics[name].squares_I) for name in names]
+                mean = torch.stack([_score(*one).sum() for one in scores]).sum() / size if scores else 0.0
+                outliers = [(_score(*one) > self.outlier * mean).sum() for one in scores]
+            ratios.append(sum(torch.stack(outliers).tolist()) / size if outliers else 0.0)
         spread = max(ratios) - min(ratios)
         return [survey.sparsity - self.span * (ratio - min(ratios)) / max(spread, 1e-12) for ratio in ratios]
+
+
+def _score(w_OI: Tensor, squares_I: Tensor) -> Tensor:
+    """|W|·‖x‖ (O, I), float32, from the squared norms of the inputs; zero in an expert that no token reached."""
+    return w_OI.float().abs() * squares_I.sqrt().float()
