@@ -253,6 +253,33 @@ def test_a_loaded_model_is_pruned_in_place(
     assert int((tiny_llama.model.layers[0].mlp.up_proj.weight == 0).sum()) == 256 * 48
 
 
+def test_the_sparsity_of_a_model_in_memory_is_that_of_its_weights(
+    tiny_tokenizer, tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    """Its configuration may tell of an earlier run, or of zeros that training has filled."""
+    text = str(tiny_llama_folder / "calibration.txt")
+
+    def measured(model: PreTrainedModel | Path) -> float | None:
+        given = None if isinstance(model, Path) else tiny_tokenizer
+        return besa.evaluate(model, [text], window=32, max_windows=1, tokenizer=given).sparsity
+
+    few = {"samples": 2, "seqlen": 16}
+    skip = besa.Recipe.load("wanda", overrides=["skip=['*.mlp.*']"])
+    besa.compress(tiny_llama_folder, skip, text, out=tmp_path / "half", **few)
+    assert measured(tmp_path / "half") == 0.5  # of the matrices that were pruned
+    model = besa.load(tmp_path / "half")
+    besa.compress(model, "magnitude", text, sparsity=0.75, tokenizer=tiny_tokenizer, **few)
+    model.save_pretrained(tmp_path / "again")
+    tiny_tokenizer.save_pretrained(tmp_path / "again")
+    assert model.config.besa == {"recipe": "magnitude", "sparsity": 0.75}
+    assert measured(model) == measured(tmp_path / "again") == 0.75
+    for parameter in model.parameters():
+        parameter.data += 1e-3
+    model.save_pretrained(tmp_path / "trained")
+    tiny_tokenizer.save_pretrained(tmp_path / "trained")
+    assert measured(model) == measured(tmp_path / "trained") < 0.01
+
+
 def test_dropout_of_a_model_in_training_plays_no_part(tiny_tokenizer, tiny_llama_folder: Path) -> None:
     text = str(tiny_llama_folder / "calibration.txt")
     found = {}

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from besa.api.calibrating import Asked
 from besa.api.choosing import chosen, default_batch
 from besa.checkpoint.opening import open_decoder
-from besa.checkpoint.provenance import earlier
+from besa.checkpoint.provenance import earlier, label, staying
 from besa.checkpoint.writer import finish
 from besa.counting.widening import widened
 from besa.data.arguments import Bos, Bytes, Count, Dtype, Length, Samples, checked
@@ -174,8 +174,12 @@ def compress(
             coding = None if dequantized else recipe.quantization.coding
             finish(journal, run.decoder, tokenizer, record, out, quantization=coding)
         ranks.wait()
-    in_place = out is None or loaded
-    return Compressed(tokenizer, record, run.decoder.model if in_place else None, out, trust_remote_code)
+    if out is not None and not loaded:
+        return Compressed(tokenizer, record, None, out, trust_remote_code)
+    pruned = run.decoder.model
+    if hasattr(pruned.config, "besa"):  # it was pruned before, and would go on telling of that run
+        pruned.config.besa = label(record) | staying(run.decoder, {})
+    return Compressed(tokenizer, record, pruned, out, trust_remote_code)
 
 
 def _located(

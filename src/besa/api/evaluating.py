@@ -159,25 +159,36 @@ class _Opened:
 
     @property
     def sparsity(self) -> float | None:
-        """The sparsity that config.json gives, or else that of the weights; None for a dense model.
+        """The share of zeros in the matrices of the blocks; None for a dense model.
+
+        It is of the matrices that were pruned, as config.json gives it, if all zeros of that run are there; and, for
+        want of another, if nothing can be counted or what was zero is gone (`besa shrink`).
 
         Raises:
             BesaError: config.json gives something that is no number.
         """
-        sparsity = getattr(self.model.config, "besa", {}).get("sparsity")
-        if not isinstance(sparsity, int | float | None):
-            raise BesaError(f'The config.json of {self.name} is damaged: under "besa", sparsity is {sparsity!r}.')
-        return _counted(self.model) if sparsity is None else sparsity
+        entry = getattr(self.model.config, "besa", {})
+        told = entry.get("sparsity")
+        if not isinstance(told, int | float | None):
+            raise BesaError(f'The config.json of {self.name} is damaged: under "besa", sparsity is {told!r}.')
+        counted = _counted(self.model)
+        if told is not None and ("shrunk" in entry or counted is None):
+            return told
+        if counted is None:
+            return None
+        zeros, weights = counted
+        if told is not None and self.record is not None and zeros >= self.record.zeros:
+            return told
+        return zeros / weights if told is not None or zeros > ROUNDED * weights else None
 
 
-def _counted(model: PreTrainedModel) -> float | None:
-    """The share of zeros in the matrices of the blocks; None for a dense model, and if it cannot be counted."""
+def _counted(model: PreTrainedModel) -> tuple[int, int] | None:
+    """How many weights in the matrices of the blocks are zero, and how many there are; None if that cannot be seen."""
     with suppress(BesaError):
         weights = [block.weight(name) for block in find_blocks(model) for name in block.prunables]
         if not any(w_OI.is_meta for w_OI in weights):
-            kept = sum(int(w_OI.count_nonzero()) for w_OI in weights)
-            share = 1 - kept / sum(w_OI.numel() for w_OI in weights)
-            return share if share > ROUNDED else None
+            numel = sum(w_OI.numel() for w_OI in weights)
+            return numel - sum(int(w_OI.count_nonzero()) for w_OI in weights), numel
     return None
 
 

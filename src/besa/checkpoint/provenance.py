@@ -14,6 +14,11 @@ from besa.models.streaming import Decoder
 from besa.record import EarlierRun, RunRecord
 
 
+def label(record: RunRecord) -> dict[str, Any]:
+    """What besa's entry in the configuration of a model says of the run that pruned it."""
+    return {"recipe": record.recipe["name"], "sparsity": record.sparsity}
+
+
 def staying(decoder: Decoder, changed: Mapping[str, Tensor]) -> dict[str, Any]:
     """What stays true in besa's entry of config.json when a model is pruned again.
 

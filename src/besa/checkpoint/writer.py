@@ -17,7 +17,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from besa.checkpoint.cards import write_card
 from besa.checkpoint.companions import pass_on, read_config_json, with_dtype, with_settings
-from besa.checkpoint.provenance import staying
+from besa.checkpoint.provenance import label, staying
 from besa.checkpoint.verification import seal
 from besa.errors import BesaError
 from besa.models.quiet import quiet
@@ -101,8 +101,7 @@ def _about(decoder: Decoder, record: RunRecord, quantization: Coding | None, bef
         quantization: as of `finish`.
         before: what stays true of what besa had said of the model.
     """
-    own = {"recipe": record.recipe["name"], "sparsity": record.sparsity, "record": RECORD_NAME}
-    about: dict[str, Any] = {"besa": own | before}
+    about: dict[str, Any] = {"besa": label(record) | {"record": RECORD_NAME} | before}
     if quantization is not None:
         quantized = {linear.name for block in record.blocks for linear in block.linears}
         plain = [name for name, part in decoder.model.named_modules() if isinstance(part, nn.Linear)]
