@@ -132,6 +132,19 @@ def test_methods_that_do_not_go_together(overrides, told):
     assert told in refusal("wanda", overrides=overrides)
 
 
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("importance.method=magnitude", "importance.method=magnitude would decide nothing"),
+        ("allocation.per=linear", "allocation.per=linear would decide nothing"),
+    ],
+)
+def test_what_sparsegpt_would_not_look_at_is_refused(override, told):
+    assert told in refusal("sparsegpt", overrides=[override])
+    Recipe.load("sparsegpt", overrides=[override, "reconstruction.mask=fixed"])
+    Recipe.load("sparsegpt", overrides=["importance.method=wanda", "allocation={method: besa}"])  # rates are learned
+
+
 def test_nothing_asks_which_method_it_has():
     """What a method is like, it says itself: no `isinstance` in besa names a class of a recipe's parts."""
     classes = {

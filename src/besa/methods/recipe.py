@@ -91,6 +91,18 @@ class Recipe(Settings):
                 "structured pruning needs a reconstruction that keeps the mask: set reconstruction.method to none or "
                 "cg, or reconstruction.mask=fixed"
             )
+        own = self.reconstruction.own_importance
+        if own is not None and not allocation.compares_errors and allocation.descent is None:
+            if self.importance.method != own:
+                raise ValueError(
+                    f"importance.method={self.importance.method} would decide nothing, as reconstruction.mask=adaptive "
+                    f"chooses weights by {own}: set importance.method={own}, or reconstruction.mask=fixed"
+                )
+            if allocation.sorts_linears:
+                raise ValueError(
+                    "allocation.per=linear would decide nothing, as reconstruction.mask=adaptive sorts the weights "
+                    "itself: set allocation.per=row, or reconstruction.mask=fixed"
+                )
         if self.experts.scoring and self.targets.measuring and not any([self.sparsity, *self.sparsity_of.values()]):
             raise ValueError(
                 "every mixture loses the same number of experts, as configurations have one number for all blocks: "

@@ -48,6 +48,11 @@ class OBSUpdate(Rebuilder):
         """Whether the mask is fixed."""
         return self.mask == "fixed"
 
+    @property
+    def own_importance(self) -> str | None:
+        """obs if the mask is adaptive, and no held-out tokens compare it with the one of the allocation."""
+        return "obs" if self.mask == "adaptive" and self.damping is not None else None
+
     def gathered_bytes(self, columns: int, item: int, group: int | None) -> int:
         """The rebuilt row in float32; before, if rows compete, its blocks of columns as their turn comes."""
         return 4 * columns * (2 if self.mask == "adaptive" and group is None else 1)

@@ -29,6 +29,11 @@ class Rebuilder(Settings):
         """Whether the zeros are the lowest ranks of each row, as the allocation chose them."""
         return True
 
+    @property
+    def own_importance(self) -> str | None:
+        """The method of importance by which it chooses the zeros itself; None if the recipe's decides."""
+        return None
+
     def gathered_bytes(self, columns: int, item: int, group: int | None) -> int:
         """Bytes that ranks gather of each row of a linear: by default the rebuilt row.
 
