@@ -288,6 +288,9 @@ def test_usage_errors_leave_with_2() -> None:
     assert_refused(called("eval", TINY, *text, "--limit", "3"), "--limit is not used: add --tasks, or leave it out.")
     assert_refused(called("eval", TINY, "--tasks", "boolq", "--window", "64"), "--window is not used: add --ppl")
     assert_refused(called("compare", TINY, "--recipes", "wanda", "--hub"), "--hub is not used: add --tasks")
+    for given in (["--seed", "0"], ["--seed", "3", "--temperature", "0"]):
+        refused = called("generate", TINY, "--prompt", "The city", *given)
+        assert_refused(refused, "--seed is not used: add a --temperature above 0, or leave it out.")
     none = called("compare", TINY, "--recipes", "wanda", "--tasks", ",", "--limit", "3")  # such as of an empty variable
     assert_refused(none, "--limit is not used: add --tasks")
 
@@ -314,6 +317,22 @@ def test_results_do_not_replace_what_a_record_lists(tmp_path: Path) -> None:
     for damaged in ("[]", "{", '{"files": 3}'):
         (tmp_path / "besa_run.json").write_text(damaged)
         assert called("recipes", "--json", tmp_path / "odd.json").returncode == 0
+
+
+@pytest.mark.parametrize("beside", ["config.json", "besa_run.json"])
+def test_results_do_not_replace_the_card_of_a_checkpoint(beside: str, tmp_path: Path) -> None:
+    card = tmp_path / "README.md"
+    assert called("recipes", "--json", card).returncode == 0  # beside no checkpoint, it is a name as any other
+    card.write_text("---\nlicense: mit\n---\n")
+    (tmp_path / beside).write_text("{}")
+    for command in (
+        ["recipes", "--json"],
+        ["inspect", TINY, "--json-progress"],
+        ["report", tmp_path, "--out"],
+    ):
+        refused = called(*command, card)
+        assert_refused(refused, "README.md is a file of the checkpoint in its folder", "choose another name")
+    assert card.read_text() == "---\nlicense: mit\n---\n"
 
 
 def test_results_beside_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
