@@ -19,6 +19,7 @@ from besa.api import compressing
 from tests.calling import called
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny-llama"
+MIXTURE = TINY.with_name("tiny-mixture")
 SMALL = ["--calibration", str(TINY / "calibration.txt"), "--samples", "8", "--seqlen", "64"]
 
 
@@ -219,6 +220,11 @@ def test_models_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged", "empty", "pickled"]
 
 
+def test_a_damaged_configuration_is_told_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    assert_refused(called("plan", tmp_path), "is not a valid JSON file: mend it, or get the model anew.")
+
+
 def test_existing_out_is_refused_and_untouched(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("mine")
@@ -281,6 +287,10 @@ def test_usage_errors_leave_with_2() -> None:
     assert_refused(called("prune"), "MODEL", "besa prune --help")
     assert_refused(called("prune", TINY, "out", "--sparsity", "half"), "--sparsity", "number")
     assert_refused(called("unknown"), "unknown")
+    assert_refused(called("prune", TINY, "out", "--dtype", "float64"), "value for '--dtype': 'float64' is not one of")
+    empty = "--tokens is empty: give a number, or several separated by commas."
+    assert_refused(called("simulate", TINY, "--tokens", ""), empty)
+    assert_refused(called("simulate", TINY, "--tokens", "8,0"), "--tokens 8,0: give whole numbers from 1.")
     assert_refused(called("eval", TINY), "--ppl")
     assert_refused(called("prune", TINY, "out", "--recipe"), "--recipe", "argument")
     assert_refused(called("verify", TINY, "--quiet=1"), "--quiet", "besa")
@@ -381,6 +391,24 @@ def test_tokens_without_an_embedding_are_refused(tmp_path: Path) -> None:
     assert_refused(
         called("generate", tmp_path / "small", "--prompt", "The city of the mountain"), "embeddings have 300"
     )
+
+
+@pytest.mark.parametrize("sparsity", [0, 0.1])
+def test_matrices_that_no_token_reached_are_told_where_something_was_pruned(sparsity: float, tmp_path: Path) -> None:
+    text = ["--calibration", TINY / "calibration.txt", "--samples", "1", "--seqlen", "4"]
+    few = [*text, "--recipe", "wanda", "--set", "experts.method=reap", "--set", "experts.share=0.25"]
+    result = called("prune", MIXTURE, tmp_path / "out", *few, "--sparsity", sparsity)
+    assert result.returncode == 0, result.stderr
+    assert ("saw no calibration token: pruned by weights alone" in result.stdout) == (sparsity > 0)
+
+
+def test_an_explanation_runs_nothing(tmp_path: Path) -> None:
+    asked = ["prune", TINY, tmp_path / "out", "--recipe", "wanda", "--explain"]
+    assert called(*asked).returncode == 0
+    for option in (["--resume"], ["--json-progress", tmp_path / "news.jsonl"]):
+        refused = called(*asked, *option)
+        assert_refused(refused, f"{option[0]} is not used, as --explain runs nothing: leave one of them out.")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_version_is_that_of_the_package() -> None:

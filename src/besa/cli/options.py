@@ -334,6 +334,20 @@ def numbers(option: str, text: str, kind: type[Number]) -> list[Number]:
         raise BesaError(f"{option} {text}: give a number, or several separated by commas.") from None
 
 
+def counts(option: str, text: str) -> list[int]:
+    """The whole numbers from 1 of a text with commas between them, at least one.
+
+    Raises:
+        BesaError: there is none, or a word is no such number.
+    """
+    found = numbers(option, text, int)
+    if not found:
+        raise BesaError(f"{option} is empty: give a number, or several separated by commas.")
+    if min(found) < 1:
+        raise BesaError(f"{option} {text}: give whole numbers from 1.")
+    return found
+
+
 def files_of(pairs: list[str] | None) -> dict[str, str]:
     """The files of NAME=FILE pairs, by name.
 
