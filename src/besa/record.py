@@ -174,8 +174,8 @@ class RunRecord(Record):
 
     @property
     def unreached(self) -> int:
-        """The number of linears that no calibration token reached."""
-        return sum(not linear.reached for block in self.blocks for linear in block.linears)
+        """The number of linears that have zeros and that no calibration token reached."""
+        return sum(not linear.reached and linear.zeros > 0 for block in self.blocks for linear in block.linears)
 
     @classmethod
     def read(cls, path: Path) -> RunRecord:

@@ -142,7 +142,7 @@ def test_any_of_many_calls_ends_as_it_should(place, call):
     ("name", "odd", "words"),
     [
         ("prune", {"seed": str(2**70)}, "There is no seed 1180591620717411303424: use a whole number from 0 to"),
-        ("generate", {"seed": "-1"}, "There is no seed -1"),
+        ("generate", {"seed": "-1", "temperature": "1"}, "There is no seed -1"),
         ("generate", {"temperature": "nan"}, "value for '--temperature'"),
         ("generate", {"temperature": "inf"}, "There is no temperature inf"),
         ("generate", {"prompt": "a b " * 600}, "so the model has no position left"),

@@ -19,6 +19,7 @@ from besa.api import compressing
 from tests.calling import called
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny-llama"
+MIXTURE = TINY.with_name("tiny-mixture")
 SMALL = ["--calibration", str(TINY / "calibration.txt"), "--samples", "8", "--seqlen", "64"]
 
 
@@ -219,6 +220,11 @@ def test_models_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged", "empty", "pickled"]
 
 
+def test_a_damaged_configuration_is_told_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    assert_refused(called("plan", tmp_path), "is not a valid JSON file: mend it, or get the model anew.")
+
+
 def test_existing_out_is_refused_and_untouched(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("mine")
@@ -281,6 +287,10 @@ def test_usage_errors_leave_with_2() -> None:
     assert_refused(called("prune"), "MODEL", "besa prune --help")
     assert_refused(called("prune", TINY, "out", "--sparsity", "half"), "--sparsity", "number")
     assert_refused(called("unknown"), "unknown")
+    assert_refused(called("prune", TINY, "out", "--dtype", "float64"), "value for '--dtype': 'float64' is not one of")
+    empty = "--tokens is empty: give a number, or several separated by commas."
+    assert_refused(called("simulate", TINY, "--tokens", ""), empty)
+    assert_refused(called("simulate", TINY, "--tokens", "8,0"), "--tokens 8,0: give whole numbers from 1.")
     assert_refused(called("eval", TINY), "--ppl")
     assert_refused(called("prune", TINY, "out", "--recipe"), "--recipe", "argument")
     assert_refused(called("verify", TINY, "--quiet=1"), "--quiet", "besa")
@@ -288,6 +298,9 @@ def test_usage_errors_leave_with_2() -> None:
     assert_refused(called("eval", TINY, *text, "--limit", "3"), "--limit is not used: add --tasks, or leave it out.")
     assert_refused(called("eval", TINY, "--tasks", "boolq", "--window", "64"), "--window is not used: add --ppl")
     assert_refused(called("compare", TINY, "--recipes", "wanda", "--hub"), "--hub is not used: add --tasks")
+    for given in (["--seed", "0"], ["--seed", "3", "--temperature", "0"]):
+        refused = called("generate", TINY, "--prompt", "The city", *given)
+        assert_refused(refused, "--seed is not used: add a --temperature above 0, or leave it out.")
     none = called("compare", TINY, "--recipes", "wanda", "--tasks", ",", "--limit", "3")  # such as of an empty variable
     assert_refused(none, "--limit is not used: add --tasks")
 
@@ -314,6 +327,22 @@ def test_results_do_not_replace_what_a_record_lists(tmp_path: Path) -> None:
     for damaged in ("[]", "{", '{"files": 3}'):
         (tmp_path / "besa_run.json").write_text(damaged)
         assert called("recipes", "--json", tmp_path / "odd.json").returncode == 0
+
+
+@pytest.mark.parametrize("beside", ["config.json", "besa_run.json"])
+def test_results_do_not_replace_the_card_of_a_checkpoint(beside: str, tmp_path: Path) -> None:
+    card = tmp_path / "README.md"
+    assert called("recipes", "--json", card).returncode == 0  # beside no checkpoint, it is a name as any other
+    card.write_text("---\nlicense: mit\n---\n")
+    (tmp_path / beside).write_text("{}")
+    for command in (
+        ["recipes", "--json"],
+        ["inspect", TINY, "--json-progress"],
+        ["report", tmp_path, "--out"],
+    ):
+        refused = called(*command, card)
+        assert_refused(refused, "README.md is a file of the checkpoint in its folder", "choose another name")
+    assert card.read_text() == "---\nlicense: mit\n---\n"
 
 
 def test_results_beside_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
@@ -362,6 +391,24 @@ def test_tokens_without_an_embedding_are_refused(tmp_path: Path) -> None:
     assert_refused(
         called("generate", tmp_path / "small", "--prompt", "The city of the mountain"), "embeddings have 300"
     )
+
+
+@pytest.mark.parametrize("sparsity", [0, 0.1])
+def test_matrices_that_no_token_reached_are_told_where_something_was_pruned(sparsity: float, tmp_path: Path) -> None:
+    text = ["--calibration", TINY / "calibration.txt", "--samples", "1", "--seqlen", "4"]
+    few = [*text, "--recipe", "wanda", "--set", "experts.method=reap", "--set", "experts.share=0.25"]
+    result = called("prune", MIXTURE, tmp_path / "out", *few, "--sparsity", sparsity)
+    assert result.returncode == 0, result.stderr
+    assert ("saw no calibration token: pruned by weights alone" in result.stdout) == (sparsity > 0)
+
+
+def test_an_explanation_runs_nothing(tmp_path: Path) -> None:
+    asked = ["prune", TINY, tmp_path / "out", "--recipe", "wanda", "--explain"]
+    assert called(*asked).returncode == 0
+    for option in (["--resume"], ["--json-progress", tmp_path / "news.jsonl"]):
+        refused = called(*asked, *option)
+        assert_refused(refused, f"{option[0]} is not used, as --explain runs nothing: leave one of them out.")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_version_is_that_of_the_package() -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from besa.models.blocks import find_blocks
 from besa.models.loading import read_config, skeleton
 from besa.models.source import locate
 from besa.models.units import units
-from besa.planning import process
+from besa.planning import explain, process
 from besa.planning.shapes import _LiveBytes, learn_arguments, shared_inputs
 from besa.record import RunRecord
 from besa.report import load_run, render
@@ -314,11 +315,23 @@ def test_minutes_that_decide_in_a_terminal(tiny_llama_folder: Path) -> None:
     assert "a backward pass counted as two; 2.5 minutes decide how many epochs there are" in console.export_text()
 
 
+def test_one_of_each_is_told_as_one(tiny_llama_folder: Path) -> None:
+    console = Console(record=True, width=200, file=io.StringIO())
+    recipe = Recipe.load("best", None, ["distill.minutes=1"])
+    console.print(show.planned(besa.plan(tiny_llama_folder, recipe, samples=2, seqlen=32, ranks=2)))
+    text = console.export_text()
+    assert "2, each with at most 1 calibration sequence " in text
+    assert "1 minute decides how many epochs there are" in text
+    assert "1 minute decides how many there are" in explain(recipe, samples=2, seqlen=32).text
+
+
 def test_ranks_in_a_terminal(tiny_llama_folder: Path) -> None:
     console = Console(record=True, width=200, file=io.StringIO())
     console.print(show.planned(besa.plan(tiny_llama_folder, "sparsegpt", **SHARED)))
     text = console.export_text()
     assert "3, each with at most 4 calibration sequences" in text
+    assert " 0.00 GB" not in text and " 0 MB" not in text  # a small model takes MB and kB
+    assert re.search(r"disk +│ \d+ MB needed, 4 MB of it stays", text)
     assert "2.7 MB for a block: statistics 2, rank 0.14, rebuild 0.54, measure 0.002" in text
 
 
@@ -463,7 +476,7 @@ def test_own_text_takes_passes_and_the_whole_model(tiny_llama_folder: Path, tmp_
     text = console.export_text()
     assert text.count("as much as 0.625 passes, but token by token, by the whole model") == 1
     assert text.count("512 calibration tokens are few for inputs of 256 columns") == 1
-    assert text.count(" GB needed, ") == 2
+    assert text.count(" MB needed, ") == 2
     on_gpu = besa.plan(tiny_llama_folder, "wanda", calibration="self", device="cuda", **sizes)
     cache = 2 * 8 * 2 * 24 * 4 * 64 * 32  # keys and values of 8 layers, 2 heads, 32 sequences of 64 tokens
     assert on_gpu.gpu_memory_bytes == 4 * on_gpu.parameters + cache

@@ -29,6 +29,7 @@ import besa
 from besa import BesaError, Recipe
 from besa.api import Compressed
 from besa.checkpoint.inspection import inspect
+from besa.checkpoint.shrinking import shrink
 from besa.models.blocks import find_blocks
 from besa.models.source import locate
 from besa.simulator import cycles
@@ -185,6 +186,16 @@ def test_inspect_counts_what_is_in_the_files(joint: Compressed) -> None:
     assert linear.bytes == sum(linear.parts.values())
     assert found.bits_per_weight == pytest.approx(8 * found.bytes / found.weights)
     assert [block.weights for block in found.blocks] == [block.weights for block in joint.record.blocks]
+
+
+def test_linears_of_codes_have_the_order_of_the_model(joint: Compressed, shallow_llama_folder: Path) -> None:
+    found, dense = (inspect(locate(folder)) for folder in (joint.out, shallow_llama_folder))
+    assert [linear.name for linear in found.linears] == [linear.name for linear in dense.linears]
+
+
+def test_codes_are_not_shrunk(joint: Compressed, tmp_path: Path) -> None:
+    with pytest.raises(BesaError, match="is quantised and cannot be shrunk: shrink before quantising, or what `besa"):
+        shrink(joint.out, tmp_path / "out")
 
 
 def test_inspect_leaves_out_what_is_no_part_of_a_block(joint: Compressed, tmp_path: Path) -> None:

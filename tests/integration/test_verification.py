@@ -182,6 +182,12 @@ def test_what_is_missing_or_beside(damage: Callable[[Path], object], words: str,
     assert words in sentence(lambda: besa.verify(folder))
 
 
+def test_a_folder_of_nothing_is_told_as_such(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    told = sentence(lambda: besa.verify(tmp_path))
+    assert told == f"{tmp_path} holds no checkpoint of besa: give a folder that besa wrote."
+
+
 def test_a_record_whose_list_has_changed_is_named_itself(copy: Callable[[str], Path]) -> None:
     folder = copy("float32-packed")
     record = folder / "besa_run.json"

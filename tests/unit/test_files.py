@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -60,6 +61,17 @@ def test_full_disk_is_told_by_safetensors_in_words_only(tmp_path: Path) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
     with pytest.raises(BesaError, match=r"out cannot be written: .*invalid.*\.$"), files.explained(tmp_path / "out"):
         raise SafetensorError("Error while serializing: invalid")
+
+
+def test_a_file_in_the_way_is_told_with_what_to_do(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    told = re.escape(f"{file / 'out'} cannot be written: Not a directory; choose another name.")
+    with pytest.raises(BesaError, match=f"^{told}$"), files.appearing(file / "out"):
+        pass
+    told = re.escape(f"{file} cannot be written: File exists; choose another name.")
+    with pytest.raises(BesaError, match=f"^{told}$"), files.claimed(file, file):
+        pass
 
 
 def test_write_file_replaces_whole_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -534,6 +534,9 @@ def test_speed_is_shown_where_it_was_measured(folder, three, tmp_path):
     assert "Speed and size" not in Page(render(three)).text
     (tmp_path / "besa" / "besa_bench.json").write_text(json.dumps(speeds()))
     page = Page(render([*three[:2], load_run(tmp_path / "besa")]))
+    one = json.dumps(speeds()).replace('"threads": 2', '"threads": 1')
+    (tmp_path / "besa" / "besa_bench.json").write_text(one)
+    assert "on A processor, 1 thread, which" in Page(render([load_run(tmp_path / "besa")])).text
     assert "7 rounds on A processor, 2 threads, which reads 20.0 GB/s; × compares with dense" in page.text
     assert page.table("work")[1:] == [
         ["decode 1", "dense", "dense", "20.0", "10.0 to 40.0", "0.50", "160.0", "12 %"],

@@ -16,7 +16,8 @@ from besa.cli import consoles
 from besa.cli.show import measuring, pruning, running, studying
 from besa.cli.tables import Whole
 from besa.planning import list_recipes
-from besa.runtime.timings import Bench, ModelSpeed, Timing
+from besa.runtime.timings import FIRST, Bench, ModelSpeed, Timing
+from besa.storage.amounts import in_words
 from besa.studies.comparing import Comparison
 from besa.studies.rows import Row
 
@@ -61,6 +62,18 @@ def comparison() -> tuple[RenderableType, list[str]]:
     result = Comparison.model_construct(**facts, max_windows=None, conditions={}, rows=rows, earlier=[])
     numbers = ["sparsity 50.0000%", "seconds 1,234", "web 10.25", "code 12.25", "worked maths 13.25"]
     return studying.compared(result, Path("compare")), [*NAMES, *numbers]
+
+
+def test_quartiles_of_times_and_of_rates_begin_with_the_smaller() -> None:
+    facts = {"tokens": 64, "seconds": 0.026, "low": 0.018, "high": 0.032}
+    assert Timing(work=FIRST, limit=0.000464, **facts).paces() == ["26 ms", "18 ms", "32 ms", "0.464 ms"]
+    assert Timing(work=FIRST, limit=0.002, **facts).paces()[3] == "2.00 ms"
+    assert Timing(work="prefill 64", limit=0.01, **facts).paces() == ["2,461.5", "2,000.0", "3,555.6", "6,400.0"]
+
+
+def test_bytes_are_told_in_a_unit_in_which_they_are_no_zero() -> None:
+    told = {2.5e9: "2.50 GB", 999e6: "999 MB", 1e6: "1 MB", 64_000: "64 kB", 256: "256 bytes"}
+    assert {size: in_words(size) for size in told} == told
 
 
 SHOWN: dict[str, Callable[[], tuple[RenderableType, list[str]]]] = {"bench": bench, "compare": comparison}

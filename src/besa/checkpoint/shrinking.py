@@ -27,7 +27,7 @@ from besa.errors import BesaError
 from besa.models import widths
 from besa.models.blocks import Block, capture_inputs, find_blocks
 from besa.models.couplings import CALLED, Kind, alike, couplings, take_out
-from besa.models.loading import read_config, skeleton
+from besa.models.loading import is_quantized, read_config, skeleton
 from besa.models.source import Source
 from besa.models.streaming import DecoderOnDisk
 from besa.progress import Progress, silent
@@ -135,7 +135,13 @@ def shrink(
     source = local(model, progress, trust_remote_code)
     if header(folder_of(source)) is not None:
         raise BesaError(f"{model} is packed: make it dense with `besa unpack` first.")
-    widths.refuse(source.name, read_config(source))
+    config = read_config(source)
+    if is_quantized(config):
+        raise BesaError(
+            f"{model} is quantised and cannot be shrunk: shrink before quantising, or what `besa prune --dequantized` "
+            "writes."
+        )
+    widths.refuse(source.name, config)
     files = open_files(folder_of(source))
     decoder = DecoderOnDisk(source, _dtype_of(files), files)
     decoder.dtype = None  # every tensor is written in the dtype it has

@@ -93,6 +93,8 @@ def verify(folder: str | Path, *, progress: Progress = silent) -> Verified:
     if not digests:
         raise BesaError(
             f"{folder} has no digests to verify, because an older besa or another tool wrote it: make it anew."
+            if any(path.name == RECORD_NAME or is_read(path.name) for path in folder.iterdir())
+            else f"{folder} holds no checkpoint of besa: give a folder that besa wrote."
         )
     _check_digest(folder, RECORD_NAME, digests)  # before its list is believed
     for name in digests:

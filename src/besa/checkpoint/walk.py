@@ -5,8 +5,9 @@ Shape suffixes: O rows (output channels), I columns (input channels).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -82,6 +83,8 @@ def _weights(source: Source, files: WeightFiles | None, progress: Progress) -> I
 def _coded(files: WeightFiles, model: PreTrainedModel, bits: int, progress: Progress) -> Iterator[StoredWeight]:
     """The weights of a checkpoint of codes: those that are codes, and those that were left out of quantisation.
 
+    Their order is the model's, as for dense weights, and not that of the files, which are sorted by name.
+
     Args:
         files: of the checkpoint.
         model: on the meta device.
@@ -89,16 +92,18 @@ def _coded(files: WeightFiles, model: PreTrainedModel, bits: int, progress: Prog
         progress: as of `stored_weights`.
     """
     blocks, renamed = find_blocks(model), renaming(model, get_model_conversion_mapping(model))
-    of_blocks: dict[str, list[str]] = {block.name: [] for block in blocks}
+    of_blocks: dict[str, list[tuple[int, str]]] = {block.name: [] for block in blocks}
+    places = {block.name: _places(block.prunables) for block in blocks}
     present = set(files.names)
     for stored in files.names:
         linear, _, last = stored.rpartition(".")
         name, merged = renamed(f"{linear}.weight") if last in (codes.WEIGHT, "weight") else ("", False)
+        path = name.removesuffix(".weight")
         for block in blocks:
-            if name.startswith(f"{block.name}.") and (merged or name.removesuffix(".weight") in block.prunables):
-                of_blocks[block.name].append(stored)
+            if name.startswith(f"{block.name}.") and (merged or path in block.prunables):
+                of_blocks[block.name].append((places[block.name].get(path, 0), stored))
     for done, (block_name, names) in enumerate(of_blocks.items(), start=1):
-        for stored in names:
+        for _, stored in sorted(names, key=itemgetter(0)):
             name, _, last = stored.rpartition(".")
             if last == codes.WEIGHT:
                 keys = [key for key in codes.KEYS if f"{name}.{key}" in present]
@@ -109,6 +114,15 @@ def _coded(files: WeightFiles, model: PreTrainedModel, bits: int, progress: Prog
                 if w_OI.dim() == 2:  # left out of quantisation
                     yield _dense(block_name, name, w_OI)
         progress(done, len(blocks), block_name)
+
+
+def _places(names: Iterable[str]) -> dict[str, int]:
+    """The places of matrices in their block; a stack of experts, from one tensor an expert, has that of its first."""
+    places: dict[str, int] = {}
+    for place, name in enumerate(names):
+        places.setdefault(name, place)
+        places.setdefault(name.rpartition(".")[0], place)
+    return places
 
 
 def _dense(block: str, name: str, w_OI: Tensor) -> StoredWeight:

@@ -71,7 +71,7 @@ def _run(arguments: list[str]) -> None:
         code = app(arguments or ["--help"], prog_name="besa", standalone_mode=False)
     except UsageError as error:
         command = "besa" if error.ctx is None else error.ctx.command_path
-        message = error.format_message().rstrip(".")
+        message = error.format_message().rstrip(".").replace(": Value error, ", ": ")
         raise BesaError(f"{message}{' See' if message.endswith('?') else ': see'} `{command} --help`.") from None
     except typer.Abort:
         raise KeyboardInterrupt from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -78,6 +79,20 @@ def check_coded(dequantized: bool, recipe: Recipe) -> None:
     """
     if dequantized and recipe.quantization.coding is None:
         raise BesaError("--dequantized is not used: choose a recipe that quantises, or leave it out.")
+
+
+def check_no_run(options: Mapping[str, object]) -> None:
+    """Check that `--explain` stands beside no option of a run.
+
+    Args:
+        options: their values, by name.
+
+    Raises:
+        BesaError: one is given.
+    """
+    for name, value in options.items():
+        if value:
+            raise BesaError(f"{name} is not used, as --explain runs nothing: leave one of them out.")
 
 
 def explained(recipe: Recipe, model: str, samples: int, seqlen: int | None, trust_remote_code: bool) -> Explanation:

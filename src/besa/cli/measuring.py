@@ -26,6 +26,7 @@ from besa.cli.options import (
     TrustOption,
     WindowBosOption,
     check_used,
+    counts,
     files_of,
     names,
     numbers,
@@ -157,9 +158,10 @@ def simulate_command(
     from besa.cli.tracking import show_progress
     from besa.simulator import check_alike
 
+    vectors = counts("--tokens", tokens)
     with show_progress(quiet=quiet, json_progress=json_progress) as tracker:
         results = [
-            simulate(name, numbers("--tokens", tokens, int), trust_remote_code=trust_remote_code, progress=tracker)
+            simulate(name, vectors, trust_remote_code=trust_remote_code, progress=tracker)
             for name in [model, *(method_baseline or ())]
         ]
     check_alike(results)

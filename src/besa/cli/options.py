@@ -23,6 +23,7 @@ from besa.storage.names import nearest, path_of
 Number = TypeVar("Number", int, float)
 BESIDE = "..4194304.partial"  # what the name that a file is first written by has more (`storage.writing.replacing`)
 RECORD = "besa_run.json"  # `besa.record.RECORD_NAME`, whose module takes a while to import
+CONFIG, CARD = "config.json", "README.md"  # as in `besa.models.hub`, which takes a while too
 RESERVED = (RECORD, "tokenizer*", "*.safetensors", "*.index.json", "compare.json", "compare.md", "compare.svg")
 SAMPLES = 128  # calibration sequences, as in the paper
 CALIBRATION = "mix"  # of the embedded texts: the best of three by the mean of the domains (docs/log.md)
@@ -187,14 +188,16 @@ def to_write(context: typer.Context, file: Path | None) -> Path | None:
 
     Raises:
         BesaError: the file cannot be written, is a folder, a link or a device, has the name of a checkpoint's file or
-            of a comparison's, is in the record of its folder, or is that of both `--json` and `--json-progress`.
+            of a comparison's, is the card of the checkpoint in its folder or in the record of it, or is that of both
+            `--json` and `--json-progress`.
     """
     if file is not None:
         if is_read(file.name) or any(fnmatchcase(file.name, pattern) for pattern in RESERVED):
             raise BesaError(
                 f"{file} has the name of a file that checkpoints or comparisons are made of: choose another name."
             )
-        if file.name in _listed(file.parent / RECORD):
+        card = file.name == CARD and any((file.parent / name).exists() for name in (CONFIG, RECORD))
+        if card or file.name in _listed(file.parent / RECORD):
             raise BesaError(f"{file} is a file of the checkpoint in its folder: choose another name.")
         folder = nearest(path_of(file).absolute().parent)
         no_file = os.path.lexists(file) and not stat.S_ISREG(file.lstat().st_mode)
@@ -329,6 +332,20 @@ def numbers(option: str, text: str, kind: type[Number]) -> list[Number]:
         return [kind(word) for word in words(text)]
     except ValueError:
         raise BesaError(f"{option} {text}: give a number, or several separated by commas.") from None
+
+
+def counts(option: str, text: str) -> list[int]:
+    """The whole numbers from 1 of a text with commas between them, at least one.
+
+    Raises:
+        BesaError: there is none, or a word is no such number.
+    """
+    found = numbers(option, text, int)
+    if not found:
+        raise BesaError(f"{option} is empty: give a number, or several separated by commas.")
+    if min(found) < 1:
+        raise BesaError(f"{option} {text}: give whole numbers from 1.")
+    return found
 
 
 def files_of(pairs: list[str] | None) -> dict[str, str]:

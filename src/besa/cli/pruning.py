@@ -10,7 +10,7 @@ import typer
 from rich.text import Text
 
 from besa.cli import interrupting
-from besa.cli.choosing import check_coded, explained, recipe_of
+from besa.cli.choosing import check_coded, check_no_run, explained, recipe_of
 from besa.cli.consoles import give
 from besa.cli.options import (
     CALIBRATION,
@@ -70,9 +70,16 @@ def prune(
     activation_budget: BudgetOption = None,
     dequantized: DequantizedOption = False,
     explain: Annotated[
-        bool, typer.Option("--explain", help="Print the recipe as it would run, with what each stage does, and stop.")
+        bool,
+        typer.Option(
+            "--explain",
+            help="Print the recipe as it would run, with what each stage does, and stop. Of the other options, "
+            "those of the recipe, --samples and --seqlen count.",
+        ),
     ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Resume an interrupted run that writes to OUT.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Resume an interrupted run that writes to OUT, or begin it.")
+    ] = False,
     json: JsonOption = None,
     quiet: QuietOption = False,
     json_progress: JsonProgressOption = None,
@@ -87,6 +94,8 @@ def prune(
     from besa.system import memory
 
     check_files(out_dir, json, json_progress)
+    if explain:
+        check_no_run({"--resume": resume, "--json-progress": json_progress})
     chosen = recipe_of(
         recipe,
         sparsity=sparsity,

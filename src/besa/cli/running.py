@@ -20,6 +20,7 @@ from besa.cli.options import (
     QuietOption,
     TrustOption,
     check_files,
+    check_used,
 )
 from besa.errors import BesaError
 
@@ -101,7 +102,7 @@ def generate_command(
     temperature: Annotated[
         float, typer.Option(min=0, help="Sampling temperature; 0 always takes the most likely token.")
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Seed of the sampling; default: 0.")] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = Dtype.auto,
     quiet: QuietOption = False,
@@ -114,6 +115,7 @@ def generate_command(
     from besa.runtime.conversation import Conversation
     from besa.runtime.generation import answer, check_text, open_writer
 
+    check_used("a --temperature above 0", temperature, {"--seed": seed is not None})
     if prompt is not None:
         check_text(prompt, "prompt")
     elif chat is False:
@@ -125,7 +127,7 @@ def generate_command(
             system=system,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
-            seed=seed,
+            seed=seed or 0,
             device=device,
             dtype=dtype.value,
             trust_remote_code=trust_remote_code,

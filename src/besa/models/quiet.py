@@ -59,4 +59,7 @@ def model_explained(name: str) -> Iterator[None]:
         reason = " ".join(str(error).split()).rstrip(".")
         if "trust_remote_code" in reason:
             reason = "it needs model code of its own; pass --trust-remote-code if you trust it"
-        raise BesaError(f"Model {name} cannot be read: {reason[:300] or type(error).__name__}.") from error
+        raise BesaError(
+            f"Model {name} cannot be read: {reason[:300] or type(error).__name__}"
+            f"{': mend it, or get the model anew' if reason.endswith('is not a valid JSON file') else ''}."
+        ) from error

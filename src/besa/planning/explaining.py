@@ -100,7 +100,7 @@ def explain(
         if isinstance(part, Settings)
     ]
     total, minutes = sum(passes.values()), minutes_of(settled)
-    most = "at most" if minutes is None else f"with these epochs; {minutes:g} minutes decide how many there are"
+    most = "at most" if minutes is None else f"with these epochs; {deciding(minutes)} how many there are"
     heading = [
         f"# As it will run on {samples:,} sequence{'' if samples == 1 else 's'} of {seqlen:,} tokens: {total:.3g} "
         f"forward passes {most}.",
@@ -115,6 +115,11 @@ def explain(
         stages=stages,
         text="\n".join([*heading, *_commented(settled, stages)]) + "\n",
     )
+
+
+def deciding(minutes: float) -> str:
+    """`1 minute decides`, `2 minutes decide`."""
+    return "1 minute decides" if minutes == 1 else f"{minutes:g} minutes decide"
 
 
 def _entry(name: str, samples: int, seqlen: int) -> RecipeEntry:

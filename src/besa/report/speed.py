@@ -16,10 +16,11 @@ def tables(entries: list[Entry]) -> list[Table]:
 
 
 def _speeds(label: str, bench: Bench) -> Table:
-    where = f"{bench.machine.get('processor', 'an unknown processor')}, {bench.machine.get('threads', '?')} threads"
+    processor, number = bench.machine.get("processor", "an unknown processor"), bench.machine.get("threads")
+    threads = "? threads" if number is None else wording.counted(number, "thread")
     caption = (
-        f"{label}: tokens a second, by median and quartiles of {wording.counted(bench.rounds, 'round')} on {where}, "
-        f"which reads {bench.bandwidth / 1e9:.1f} GB/s; "
+        f"{label}: tokens a second, by median and quartiles of {wording.counted(bench.rounds, 'round')} on "
+        f"{processor}, {threads}, which reads {bench.bandwidth / 1e9:.1f} GB/s; "
         f"{wording.TIMES} compares with {bench.models[0].name} in its fastest form"
     )
     head = ["work", "model", "form", "median", "quartiles", wording.TIMES, "limit", "of limit"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from besa.storage.amounts import in_words
+
 NO_VALUE, INFINITE = "—", "∞"
 MINUS, TIMES, SPACE = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}", "\N{NO-BREAK SPACE}"
 
@@ -58,8 +60,8 @@ def seconds(duration: float) -> str:
 
 
 def size(number: float) -> str:
-    """Bytes in MB or GB (powers of ten)."""
-    return f"{number / 1e6:,.0f}{SPACE}MB" if number < 1e9 else f"{number / 1e9:.2f}{SPACE}GB"
+    """Bytes in a unit in which they are no zero."""
+    return in_words(number).replace(" ", SPACE)
 
 
 def significant(value: float | None, digits: int = 4) -> str:

@@ -35,11 +35,19 @@ class Timing(Record):
     limit: PositiveFloat
 
     def paces(self) -> list[str]:
-        """Median, quartiles and limit as text: tokens a second, or milliseconds to the first token."""
-        seconds = (self.seconds, self.high, self.low, self.limit)
+        """Median, quartiles and limit as text: tokens a second, or milliseconds to the first token.
+
+        The smaller quartile comes first: the lower one of times, the upper one of rates.
+        """
         if self.work == FIRST:
-            return [f"{1e3 * value:,.0f} ms" for value in seconds]
-        return [f"{self.tokens / value:,.1f}" for value in seconds]
+            return [_milliseconds(value) for value in (self.seconds, self.low, self.high, self.limit)]
+        return [f"{self.tokens / value:,.1f}" for value in (self.seconds, self.high, self.low, self.limit)]
+
+
+def _milliseconds(seconds: float) -> str:
+    """Whole ones, or three digits of fewer than ten."""
+    number = 1e3 * seconds
+    return f"{number:#.3g} ms" if number < 10 else f"{number:,.0f} ms"
 
 
 class ModelSpeed(Record):

@@ -200,7 +200,10 @@ def explained(path: Path) -> Iterator[None]:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         if full or f"(os error {errno.ENOSPC})" in str(error):  # safetensors writes in Rust and has no errno
             raise BesaError(f"The disk is full: {path} was not written; make room and run again.") from error
-        raise BesaError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}.") from error
+        raise BesaError(
+            f"{path} cannot be written: {getattr(error, 'strerror', None) or error}"
+            f"{'; choose another name' if isinstance(error, NotADirectoryError | FileExistsError) else ''}."
+        ) from error
 
 
 def _errors() -> tuple[type[Exception], ...]:

@@ -10,6 +10,8 @@ from rich.text import Text
 from besa.cli.tables import Whole
 from besa.models.couplings import CALLED
 from besa.models.structures import WHOLE, stay
+from besa.planning.explaining import deciding
+from besa.storage.amounts import in_words
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -76,21 +78,22 @@ def planned(plan: Plan) -> RenderableType:
         each, passed = " of each rank", "the sequences of a rank"
         sent = sum(plan.traffic_bytes.values())
         phases = ", ".join(f"{phase} {size / 1e6:.2g}" for phase, size in plan.traffic_bytes.items())
-        table.add_row("ranks", f"{plan.ranks}, each with at most {plan.sequences:,} calibration sequences")
+        sequences = f"{plan.sequences:,} calibration sequence{'' if plan.sequences == 1 else 's'}"
+        table.add_row("ranks", f"{plan.ranks}, each with at most {sequences}")
         table.add_row("sent by a rank", f"{sent / 1e6:,.1f} MB for a block: {phases}")
-    table.add_row("memory", f"{plan.memory_bytes / 1e9:.2f} GB at the peak{each}")
+    table.add_row("memory", f"{in_words(plan.memory_bytes)} at the peak{each}")
     if plan.gpu_memory_bytes is not None:
         others = plan.gpu_memory_bytes - plan.activation_places["device"]
         table.add_row(
             "GPU memory",
-            f"{plan.gpu_memory_bytes / 1e9:.2f} GB at the peak{each}, {others / 1e9:.2f} GB without activations",
+            f"{in_words(plan.gpu_memory_bytes)} at the peak{each}, {in_words(others)} without activations",
         )
     if plan.distilling_bytes:
-        table.add_row("distilling", f"{plan.distilling_bytes / 1e9:.2f} GB of it, with the whole model at once")
-    places = [f"{size / 1e9:.2f} GB {PLACES[place]}" for place, size in plan.activation_places.items() if size]
-    table.add_row("activations", f"{plan.activation_bytes / 1e9:.2f} GB{each} between blocks: {', '.join(places)}")
-    table.add_row("disk", f"{plan.disk_bytes / 1e9:.2f} GB needed, {plan.checkpoint_bytes / 1e9:.2f} GB of it stays")
-    decided = f"; {plan.minutes:g} minutes decide how many epochs there are" if plan.minutes is not None else ""
+        table.add_row("distilling", f"{in_words(plan.distilling_bytes)} of it, with the whole model at once")
+    places = [f"{in_words(size)} {PLACES[place]}" for place, size in plan.activation_places.items() if size]
+    table.add_row("activations", f"{in_words(plan.activation_bytes)}{each} between blocks: {', '.join(places)}")
+    table.add_row("disk", f"{in_words(plan.disk_bytes)} needed, {in_words(plan.checkpoint_bytes)} of it stays")
+    decided = "" if plan.minutes is None else f"; {deciding(plan.minutes)} how many epochs there are"
     table.add_row("forward passes", f"{plan.forward_passes:.3g} of {passed}, a backward pass counted as two{decided}")
     if plan.writing_passes:
         table.add_row(
