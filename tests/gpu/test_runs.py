@@ -158,3 +158,16 @@ def test_models_of_codes_go_to_the_device(device, tmp_path):
     assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {device.type}
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "codes")
     assert besa.generate(model, "The city", tokenizer=tokenizer, max_new_tokens=5)
+
+
+def test_sampling_leaves_the_random_numbers_of_the_program(device):
+    if device.type != "cuda":
+        pytest.skip("these are CUDA's")
+    model, tokenizer = besa.load(TINY, device=device), AutoTokenizer.from_pretrained(TINY)
+    before = torch.cuda.get_rng_state_all()
+    texts = [
+        besa.generate(model, "The city", tokenizer=tokenizer, temperature=1.0, seed=seed, max_new_tokens=12)
+        for seed in (1, 2, 1)
+    ]
+    assert texts[0] == texts[2] != texts[1]
+    assert all(map(torch.equal, torch.cuda.get_rng_state_all(), before))

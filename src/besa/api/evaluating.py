@@ -22,7 +22,7 @@ from besa.evaluation.texts import perplexities, read_texts
 from besa.evaluation.zero_shot import Questions, check_tasks, zero_shot
 from besa.kernels.defaults import defaults
 from besa.models.blocks import find_blocks
-from besa.models.borrowing import borrowed, check_dtype_of_caller, tokenizer_of_caller
+from besa.models.borrowing import borrowed, check_dtype_of_caller, check_memory_of_caller, tokenizer_of_caller
 from besa.models.bos import bos_token
 from besa.models.limits import positions
 from besa.models.loading import commit, load_tokenizer
@@ -192,6 +192,7 @@ def _opened(
     """The model of an argument; arguments and errors as of `evaluate`."""
     if isinstance(model, PreTrainedModel):
         check_dtype_of_caller(model, dtype)
+        check_memory_of_caller(model, offloaded=True)
         return _Opened(model, tokenizer_of_caller(tokenizer), model.name_or_path, commit(model))
     source = locate(model, progress, trust_remote_code=trust_remote_code).local(progress)
     loaded = load_source(source, device, dtype)
