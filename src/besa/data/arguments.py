@@ -72,7 +72,10 @@ def checked(function: Callable[P, Result]) -> Callable[P, Result]:
 
 def _complaint(error: ValidationError) -> str:
     """What a value should be, for each type that its annotation allows."""
-    complaints = (complaint["msg"].removeprefix("Value error, ") for complaint in error.errors())
+    complaints = (
+        "a list" if complaint["type"] == "sequence_str" else complaint["msg"].removeprefix("Value error, ")
+        for complaint in error.errors()
+    )
     choices = dict.fromkeys(
         re.sub("^(Input )?should be (a valid dictionary or )?", "", complaint) for complaint in complaints
     )
