@@ -113,6 +113,26 @@ def test_public_functions_refuse_before_the_work(name, odd, tiny_llama_folder, t
     assert list(tmp_path.iterdir()) == []
 
 
+TASKS_ALONE = {"texts": [], "tasks": ["piqa"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "sentence"),
+    [
+        ("compress", {"dequantized": True}, "--dequantized is not used: choose a recipe that quantises, or leave it"),
+        ("plan", {"dequantized": True}, "--dequantized is not used: choose a recipe that quantises, or leave it"),
+        ("evaluate", {"limit": 3}, "--limit is not used: add --tasks, or leave it"),
+        ("evaluate", {"hub": True}, "--hub is not used: add --tasks, or leave it"),
+        ("evaluate", TASKS_ALONE | {"window": 99_999}, "--window is not used: add --ppl, or leave it"),
+        ("evaluate", TASKS_ALONE | {"max_windows": 1}, "--max-windows is not used: add --ppl, or leave it"),
+    ],
+)
+def test_what_would_not_be_used_is_refused(name, given, sentence, tiny_llama_folder):
+    with pytest.raises(BesaError) as caught:
+        CALLS[name](tiny_llama_folder, **given)
+    assert str(caught.value) == f"{sentence} out."
+
+
 def test_a_recipe_gets_another_sparsity(tiny_llama_folder):
     """One that was made before, as one that is named: by what is counted in the model."""
     text = str(tiny_llama_folder / "calibration.txt")

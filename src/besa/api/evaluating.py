@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from besa.counting.widening import widened
-from besa.data.arguments import Bos, Count, Dtype, checked
+from besa.data.arguments import Bos, Count, Dtype, check_used, checked
 from besa.errors import BesaError, Notice
 from besa.evaluation.calibrated import calibrated_on
 from besa.evaluation.perplexity import check_window
@@ -82,9 +82,11 @@ def evaluate(
         progress: called with (windows done, number of windows, perplexity so far) for each text, likewise for tasks.
 
     Raises:
-        BesaError: bad input, a window longer than the model allows, a token without an embedding, a text shorter than
-            one window, or an output that is not finite.
+        BesaError: bad input, an argument that is not used, a window longer than the model allows, a token without an
+            embedding, a text shorter than one window, or an output that is not finite.
     """
+    check_used("--tasks", tasks, {"--limit": limit, "--hub": hub})
+    check_used("--ppl", texts, {"--window": window, "--max-windows": max_windows})
     device = resolve_device(device)
     parts, windows = read_texts(texts, data or {}, progress), _windows(window)
     if not parts and not tasks:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, wraps
 from typing import Annotated, Any, ParamSpec, TypeVar, get_type_hints
 
@@ -68,6 +68,22 @@ def checked(function: Callable[P, Result]) -> Callable[P, Result]:
         return function(*args, **kwargs)
 
     return call
+
+
+def check_used(needed: str, given: object, others: Mapping[str, object]) -> None:
+    """Check that arguments have what they work on.
+
+    Args:
+        needed: the option that gives it, by its name on the command line.
+        given: its value, if it is given.
+        others: values of those that work on it, by name.
+
+    Raises:
+        BesaError: one has nothing.
+    """
+    for name, value in others.items():
+        if value and not given:
+            raise BesaError(f"{name} is not used: add {needed}, or leave it out.")
 
 
 def _complaint(error: ValidationError) -> str:
