@@ -20,7 +20,7 @@ from besa.system.devices import available_bytes
 from tests.gpu.conftest import TINY
 
 TEXT, HELDOUT = str(TINY / "calibration.txt"), str(TINY / "heldout.txt")
-SETTINGS: dict[str, Any] = {"samples": 8, "seqlen": 64, "batch": 4, "dtype": "float32", "dequantized": True}
+SETTINGS: dict[str, Any] = {"samples": 8, "seqlen": 64, "batch": 4, "dtype": "float32"}
 OVERLAP = 0.95  # of the pruned weights: sums of another order move weights at the edge, and the rates that are learned
 PERPLEXITY = 0.03  # between the two results
 
@@ -34,10 +34,15 @@ def counted(folder: Path) -> list[int]:
     return [block["zeros"] for block in json.loads((folder / "besa_run.json").read_text())["blocks"]]
 
 
+def coded(recipe: Recipe) -> bool:
+    return recipe.quantization.coding is not None
+
+
 @pytest.mark.parametrize("name", shipped())
 def test_recipes_agree_with_the_cpu(device, tmp_path, name):
+    settings = SETTINGS | {"dequantized": coded(Recipe.load(name))}
     for where in ("cpu", device):
-        besa.compress(TINY, name, TEXT, out=tmp_path / str(where), device=where, **SETTINGS)
+        besa.compress(TINY, name, TEXT, out=tmp_path / str(where), device=where, **settings)
     ours, theirs = tmp_path / str(device), tmp_path / "cpu"
     zeros, rounded = sum(counted(theirs)), Recipe.load(name).sparsity == 0  # then zeros come from rounding alone
     assert sum(counted(ours)) == (pytest.approx(zeros, rel=0.01) if rounded else zeros)
@@ -53,7 +58,7 @@ def test_recipes_agree_with_the_cpu(device, tmp_path, name):
 
 @pytest.mark.parametrize("name", ["wanda", "wanda-int4"])
 def test_packed_models_write_what_dense_ones_write(device, tmp_path, name):
-    besa.compress(TINY, name, TEXT, out=tmp_path / "dense", device=device, **SETTINGS | {"dequantized": False})
+    besa.compress(TINY, name, TEXT, out=tmp_path / "dense", device=device, **SETTINGS)
     besa.pack(tmp_path / "dense", tmp_path / "packed")
     for prompt in ("The city lies on the river", "In the year"):
         dense, packed = (
@@ -108,7 +113,7 @@ def test_the_host_seldom_waits(device, waits, monkeypatch, tmp_path, name):
     monkeypatch.setattr(Descent, "descend", descending)
     for module in ("besa.models.blocks", "besa.models.units", "besa.methods.targets.search"):
         monkeypatch.setattr(f"{module}.send", sending)
-    besa.compress(TINY, recipe, TEXT, out=tmp_path / "out", device=device, **SETTINGS)
+    besa.compress(TINY, recipe, TEXT, out=tmp_path / "out", device=device, dequantized=coded(recipe), **SETTINGS)
     assert len(passes) >= 2 * 8
     assert [found for found in passes if len(found) > 1] == []
     assert [(steps, found) for steps, found in learned if len(found) > steps / 16 + 1] == []
@@ -146,15 +151,28 @@ def test_a_second_gpu_serves_as_well(device, tmp_path):
     if device.type != "cuda" or torch.cuda.device_count() < 2:
         pytest.skip("there is no second GPU")
     for where in ("cuda:0", "cuda:1"):
-        besa.compress(TINY, "wanda-int4", TEXT, out=tmp_path / where, device=where, **SETTINGS)
+        besa.compress(TINY, "wanda-int4", TEXT, out=tmp_path / where, device=where, dequantized=True, **SETTINGS)
         assert torch.cuda.current_device() == 0
     for path in (tmp_path / "cuda:0").glob("*.safetensors"):
         assert (tmp_path / "cuda:1" / path.name).read_bytes() == path.read_bytes()
 
 
 def test_models_of_codes_go_to_the_device(device, tmp_path):
-    besa.compress(TINY, "wanda-int4", TEXT, out=tmp_path / "codes", device=device, **SETTINGS | {"dequantized": False})
+    besa.compress(TINY, "wanda-int4", TEXT, out=tmp_path / "codes", device=device, **SETTINGS)
     model = besa.load(tmp_path / "codes", device=device)
     assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {device.type}
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "codes")
     assert besa.generate(model, "The city", tokenizer=tokenizer, max_new_tokens=5)
+
+
+def test_sampling_leaves_the_random_numbers_of_the_program(device):
+    if device.type != "cuda":
+        pytest.skip("these are CUDA's")
+    model, tokenizer = besa.load(TINY, device=device), AutoTokenizer.from_pretrained(TINY)
+    before = torch.cuda.get_rng_state_all()
+    texts = [
+        besa.generate(model, "The city", tokenizer=tokenizer, temperature=1.0, seed=seed, max_new_tokens=12)
+        for seed in (1, 2, 1)
+    ]
+    assert texts[0] == texts[2] != texts[1]
+    assert all(map(torch.equal, torch.cuda.get_rng_state_all(), before))

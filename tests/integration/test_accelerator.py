@@ -184,6 +184,12 @@ def test_dense_and_packed_models_write_text_there(shallow: Path, tmp_path: Path)
         for device in ("cpu", "pretend")
     }
     assert len(set(written.values())) == 1
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned"), AutoTokenizer.from_pretrained(shallow)
+    pretend.reset()
+    lent = besa.generate(model, "The city of", max_new_tokens=12, tokenizer=tokenizer, device="pretend")
+    assert {lent} == {*written.values()}
+    assert pretend.counts.launches.total() > 100
+    assert model.device == torch.device("cpu")
     tokens_NT = torch.arange(24).reshape(2, 12)
     with torch.no_grad():
         dense_NTV = besa.load(tmp_path / "pruned", device="cpu")(tokens_NT).logits

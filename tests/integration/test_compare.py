@@ -369,6 +369,22 @@ def test_without_answers_there_is_no_pairing(
     assert "same questions" not in (workspace.folder / "compare.md").read_text()
 
 
+@pytest.mark.parametrize("lost", ["heldout", "zero-shot"])
+def test_texts_are_measured_without_tasks_and_tasks_without_texts(
+    lost: str, tmp_path: Path, shallow_llama_folder: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the other results are there, and with the same numbers, in the same file."""
+    with_tiny_questions(tmp_path, monkeypatch.setattr)
+    given = workspace_in(tmp_path / "out", shallow_llama_folder, text)
+    workspace = replace(given, measures=replace(given.measures, tasks=("piqa",), limit=3))
+    first = workspace.outcome(None).evaluation
+    (path,) = workspace.folder.glob(f"dense.{lost}-*.json")
+    path.unlink()
+    again = workspace.outcome(None).evaluation
+    assert path.exists()
+    assert (again.details, again.zero_shot, again.window) == (first.details, first.zero_shot, 32)
+
+
 def copied(workspace: Workspace, folder: Path) -> Workspace:
     return replace(workspace, folder=shutil.copytree(workspace.folder, folder / "copy"))
 

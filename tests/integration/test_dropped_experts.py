@@ -229,7 +229,7 @@ def test_what_stays_is_pruned_and_quantised_in_the_same_run(
 ) -> None:
     folder = saved(random_model(config_of("qwen3_moe")), tmp_path / "dense")
     chosen = dropping(*settings, recipe=recipe, sparsity=sparsity)
-    given = {"tokenizer": tiny_tokenizer, "dequantized": True}
+    given = {"tokenizer": tiny_tokenizer, "dequantized": chosen.quantization.coding is not None}
     alone = compress(folder, dropping(), TOKENS, out=tmp_path / "alone", tokenizer=tiny_tokenizer).record
     record = compress(folder, chosen, TOKENS, out=tmp_path / "out", **given).record
     assert [mixture.gone for mixture in record.mixtures] == [mixture.gone for mixture in alone.mixtures]

@@ -7,6 +7,7 @@ from shutil import copytree
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import besa
@@ -121,6 +122,69 @@ def test_another_dtype_than_its_own_is_refused(text: str, tiny_tokenizer) -> Non
         besa.compress(small(), "wanda", text, tokenizer=tiny_tokenizer, dtype="bfloat16", **SIZES)
     with pytest.raises(besa.BesaError, match="LlamaForCausalLM is loaded in float32: load it in float16, or leave"):
         besa.evaluate(small(), ["wiki"], tokenizer=tiny_tokenizer, dtype="float16")
+    with pytest.raises(besa.BesaError, match="LlamaForCausalLM is loaded in float32: load it in bfloat16, or leave"):
+        besa.generate(small(), "The", tokenizer=tiny_tokenizer, dtype="bfloat16")
+
+
+def test_weights_without_memory_are_refused(text: str, tiny_tokenizer) -> None:
+    refused = "model.embed_tokens.weight of LlamaForCausalLM has no memory"
+    with pytest.raises(besa.BesaError, match=refused):
+        besa.evaluate(small().to("meta"), [text], window=64, max_windows=1, tokenizer=tiny_tokenizer)
+    with pytest.raises(besa.BesaError, match=refused):
+        besa.generate(small().to("meta"), "The", tokenizer=tiny_tokenizer)
+
+
+def test_weights_that_are_brought_for_each_call_serve(text: str, tiny_tokenizer) -> None:
+    def used(model: PreTrainedModel) -> tuple[str, dict[str, float]]:
+        said = besa.generate(model, "The", tokenizer=tiny_tokenizer, max_new_tokens=8)
+        return said, besa.evaluate(model, [text], window=64, max_windows=1, tokenizer=tiny_tokenizer).perplexity
+
+    offloaded = small()
+    cpu_offload(offloaded.lm_head, torch.device("cpu"))
+    assert offloaded.lm_head.weight.is_meta
+    assert used(offloaded) == used(small())
+
+
+def test_devices_that_are_not_there_are_refused(tiny_tokenizer) -> None:
+    with pytest.raises(besa.BesaError, match="There is no device nonsense"):
+        besa.generate(small(), "The", tokenizer=tiny_tokenizer, device="nonsense")
+    with pytest.raises(besa.BesaError, match="There is no XPU device that torch can use here"):
+        besa.generate(small(), "The", tokenizer=tiny_tokenizer, device="xpu")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_text_of_outputs_that_are_not_finite_is_refused(value: float, temperature: float, tiny_tokenizer) -> None:
+    model = small()
+    model.model.norm.weight.data[3] = value
+    with pytest.raises(besa.BesaError, match=r"^The model's output is NaN or infinite: try --dtype float32, or check"):
+        besa.generate(model, "The", tokenizer=tiny_tokenizer, temperature=temperature)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_single_tokens_may_be_ruled_out(temperature: float, tiny_tokenizer) -> None:
+    """As by a model that gives the rows that pad its vocabulary no probability."""
+
+    def said(low: float) -> str:
+        model, padding = small(), torch.arange(1000, 1024)
+        model.lm_head.register_forward_hook(lambda module, inputs, logits: logits.index_fill(-1, padding, low))
+        return besa.generate(model, "The", tokenizer=tiny_tokenizer, temperature=temperature, max_new_tokens=8)
+
+    assert said(-torch.inf) == said(-1e4)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_random_numbers_of_the_program_go_on(
+    temperature: float, tiny_tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the CPU, and those of devices that the model is not on."""
+    model, before = small(), torch.get_rng_state()
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    for seed in (1, 2, 1):
+        besa.generate(model, "The", tokenizer=tiny_tokenizer, temperature=temperature, seed=seed, max_new_tokens=8)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert seeded == []
 
 
 def test_an_adapter_is_refused(text: str, tiny_tokenizer, tiny_llama_folder: Path, tmp_path: Path) -> None:

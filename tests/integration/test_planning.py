@@ -551,8 +551,10 @@ def test_a_device_by_a_number_that_is_not_here_is_planned_too(shallow_llama_fold
     assert plan.lacking == ["GPU memory (there is none)"]
 
 
-@pytest.mark.parametrize("recipe", ["wanda", "besa-int4", "best-int4"])
-@pytest.mark.parametrize("dequantized", [False, True])
+@pytest.mark.parametrize(
+    ("recipe", "dequantized"),
+    [("wanda", False), *((recipe, each) for recipe in ("besa-int4", "best-int4") for each in (False, True))],
+)
 def test_a_run_asks_for_the_disk_that_is_planned(
     recipe: str, dequantized: bool, shallow_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

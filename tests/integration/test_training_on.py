@@ -17,6 +17,7 @@ from transformers import (
     AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedModel,
@@ -209,6 +210,34 @@ def test_transposed_linears_and_experts() -> None:
             train(model, OPTIMISERS["AdamW"](model.parameters()), steps=2)
         assert kept.sparsity == 0.5
         assert all(torch.equal(mask, masks_of(model)[name]) for name, mask in masks.items())
+
+
+def test_blocks_that_went_still_pass_their_input_on() -> None:
+    """Their biases do not learn. One that is not zero beside a matrix of zeros does, and so do all others."""
+    sizes = {"num_attention_heads": 2, "attention_bias": True, "mlp_bias": True}
+    model = small(LlamaConfig, hidden_size=32, intermediate_size=48, num_hidden_layers=3, **sizes)
+    shared = {name: bias for name, bias in model.named_parameters() if name.endswith("bias")}
+    with torch.no_grad():
+        for number, bias in enumerate(shared.values()):
+            bias.normal_(generator=torch.Generator().manual_seed(number))
+        for each in model.model.layers[1].modules():
+            if isinstance(each, nn.Linear):
+                each.weight.zero_()
+                each.bias.zero_()
+        model.model.layers[0].mlp.up_proj.weight.zero_()
+        model.model.layers[2].mlp.gate_proj.bias.zero_()
+    before = {name: bias.clone() for name, bias in shared.items()}
+    with besa.keep_masks(model) as kept:
+        train(model, OPTIMISERS["AdamW"](model.parameters()), steps=2)
+        kept.check()
+    still = {name for name, bias in shared.items() if torch.equal(bias, before[name])}
+    assert still == {name for name in shared if "layers.1." in name}
+    matrices = [weight for name, weight in model.named_parameters() if "_proj.weight" in name]
+    zeros = sum(int((weight == 0).sum()) for weight in matrices)
+    assert kept.sparsity == zeros / sum(weight.numel() for weight in matrices)
+    states = model(batch(0), output_hidden_states=True).hidden_states
+    assert torch.equal(states[1], states[2])
+    assert not torch.equal(states[0], states[1])
 
 
 def trainer(model: PreTrainedModel, out: Path, steps: int, **settings: object) -> Trainer:

@@ -1,5 +1,6 @@
 """Arguments of the public functions that no command line has looked at: each is right, or refused by one sentence."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,8 @@ def takes(
     bos: Bos = "auto",
     share: float = 0.5,
     texts: tuple[str, ...] | list[str] = (),
+    names: Sequence[str] = (),
+    window: int | Sequence[int] = 8,
     progress: Progress = silent,
 ) -> tuple[object, ...]:
     return model, count, length, budget, dtype, bos, share, texts, progress
@@ -54,6 +57,8 @@ def test_what_is_right_goes_through_as_it_is():
         ("bos", "maybe", "bos should be auto, yes or no, not 'maybe'"),
         ("share", "x" * 100, f"share should be a valid number, not '{'x' * 79}…"),
         ("texts", [5], "texts should be a valid tuple or a valid string, not [5]"),
+        ("names", "held", "names should be a list, not 'held'"),
+        ("window", "8", "window should be a valid integer or a list, not '8'"),
         ("progress", None, "progress should be an instance of Progress, not None"),
     ],
 )
@@ -106,6 +111,26 @@ def test_public_functions_refuse_before_the_work(name, odd, tiny_llama_folder, t
     assert "\n" not in str(caught.value)
     assert str(caught.value).endswith(".")
     assert list(tmp_path.iterdir()) == []
+
+
+TASKS_ALONE = {"texts": [], "tasks": ["piqa"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "sentence"),
+    [
+        ("compress", {"dequantized": True}, "--dequantized is not used: choose a recipe that quantises, or leave it"),
+        ("plan", {"dequantized": True}, "--dequantized is not used: choose a recipe that quantises, or leave it"),
+        ("evaluate", {"limit": 3}, "--limit is not used: add --tasks, or leave it"),
+        ("evaluate", {"hub": True}, "--hub is not used: add --tasks, or leave it"),
+        ("evaluate", TASKS_ALONE | {"window": 99_999}, "--window is not used: add --ppl, or leave it"),
+        ("evaluate", TASKS_ALONE | {"max_windows": 1}, "--max-windows is not used: add --ppl, or leave it"),
+    ],
+)
+def test_what_would_not_be_used_is_refused(name, given, sentence, tiny_llama_folder):
+    with pytest.raises(BesaError) as caught:
+        CALLS[name](tiny_llama_folder, **given)
+    assert str(caught.value) == f"{sentence} out."
 
 
 def test_a_recipe_gets_another_sparsity(tiny_llama_folder):

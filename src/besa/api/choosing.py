@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from besa.errors import BesaError
 from besa.methods.recipe import Recipe
 from besa.system import ranks
 
@@ -18,6 +19,16 @@ def chosen(recipe: Recipe | str | Path, sparsity: float | None) -> Recipe:
     if not isinstance(recipe, Recipe):
         return Recipe.load(recipe, sparsity)
     return recipe if sparsity is None else recipe.at(sparsity)
+
+
+def check_coded(dequantized: bool, recipe: Recipe) -> None:
+    """Check that `dequantized` has something to change.
+
+    Raises:
+        BesaError: the recipe does not quantise.
+    """
+    if dequantized and recipe.quantization.coding is None:
+        raise BesaError("--dequantized is not used: choose a recipe that quantises, or leave it out.")
 
 
 def default_batch(samples: int, seqlen: int, device: torch.device) -> int:

@@ -15,7 +15,7 @@ from pydantic import InstanceOf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from besa.api.calibrating import Asked
-from besa.api.choosing import chosen, default_batch
+from besa.api.choosing import check_coded, chosen, default_batch
 from besa.checkpoint.opening import open_decoder
 from besa.checkpoint.provenance import earlier, label, staying
 from besa.checkpoint.writer import finish
@@ -144,6 +144,7 @@ def compress(
     if resume and loaded:
         raise BesaError("A run with a loaded model cannot be resumed, as the model has no identity: give its path.")
     recipe = chosen(recipe, sparsity)
+    check_coded(dequantized, recipe)
     out = path_of(out) if out is not None else None
     lent = borrowed(model) if isinstance(model, PreTrainedModel) else nullcontext()
     with ExitStack() as stack:

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from besa.counting.widening import widened
-from besa.data.arguments import Bos, Count, Dtype, checked
+from besa.data.arguments import Bos, Count, Dtype, check_used, checked
 from besa.errors import BesaError, Notice
 from besa.evaluation.calibrated import calibrated_on
 from besa.evaluation.perplexity import check_window
@@ -22,7 +22,7 @@ from besa.evaluation.texts import perplexities, read_texts
 from besa.evaluation.zero_shot import Questions, check_tasks, zero_shot
 from besa.kernels.defaults import defaults
 from besa.models.blocks import find_blocks
-from besa.models.borrowing import borrowed, check_dtype_of_caller, tokenizer_of_caller
+from besa.models.borrowing import borrowed, check_dtype_of_caller, check_memory_of_caller, tokenizer_of_caller
 from besa.models.bos import bos_token
 from besa.models.limits import positions
 from besa.models.loading import commit, load_tokenizer
@@ -82,9 +82,11 @@ def evaluate(
         progress: called with (windows done, number of windows, perplexity so far) for each text, likewise for tasks.
 
     Raises:
-        BesaError: bad input, a window longer than the model allows, a token without an embedding, a text shorter than
-            one window, or an output that is not finite.
+        BesaError: bad input, an argument that is not used, a window longer than the model allows, a token without an
+            embedding, a text shorter than one window, or an output that is not finite.
     """
+    check_used("--tasks", tasks, {"--limit": limit, "--hub": hub})
+    check_used("--ppl", texts, {"--window": window, "--max-windows": max_windows})
     device = resolve_device(device)
     parts, windows = read_texts(texts, data or {}, progress), _windows(window)
     if not parts and not tasks:
@@ -203,6 +205,7 @@ def _opened(
     """The model of an argument; arguments and errors as of `evaluate`."""
     if isinstance(model, PreTrainedModel):
         check_dtype_of_caller(model, dtype)
+        check_memory_of_caller(model, offloaded=True)
         return _Opened(model, tokenizer_of_caller(tokenizer), model.name_or_path, commit(model))
     source = locate(model, progress, trust_remote_code=trust_remote_code).local(progress)
     loaded = load_source(source, device, dtype)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from pydantic import InstanceOf
 
-from besa.api.choosing import chosen, default_batch
+from besa.api.choosing import check_coded, chosen, default_batch
 from besa.checkpoint.rewriting import folder_of
 from besa.data.arguments import Bytes, Count, Dtype, Length, Ranks, Samples, checked
 from besa.data.documents import first_document
@@ -67,9 +67,12 @@ def plan(
         trust_remote_code: as in `compress`.
 
     Raises:
-        BesaError: the configuration cannot be read or is of no decoder that besa can prune, or `out` is below a file.
+        BesaError: the configuration cannot be read or is of no decoder that besa can prune, `out` is below a file, or
+            an argument is not used.
     """
     device, out = named_device(device), path_of(out)
+    recipe = chosen(recipe, sparsity)
+    check_coded(dequantized, recipe)
     if not (place := nearest(out)).is_dir():
         raise BesaError(f"{out} cannot be written: {place} is no folder.")
     source = locate(model, trust_remote_code=trust_remote_code).local(weights=False)
@@ -84,7 +87,7 @@ def plan(
     room.checked(seqlen, "--seqlen")
     with together(0, ranks):
         batch = batch or default_batch(samples, seqlen, device)
-    recipe = chosen(recipe, sparsity).settled(ranks, samples, {})
+    recipe = recipe.settled(ranks, samples, {})
     fewer = smaller(empty, find_blocks(empty), recipe)
     if fewer is not None:
         empty = skeleton(source, changed(config, fewer.settings))

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from besa.checkpoint.companions import companions
 from besa.errors import BesaError
-from besa.models.borrowing import check_dtype_of_caller, tokenizer_of_caller
+from besa.models.borrowing import check_dtype_of_caller, check_memory_of_caller, tokenizer_of_caller
 from besa.models.loading import check_decoder, describe, is_quantized, load_model, load_tokenizer, read_config
 from besa.models.source import Source
 from besa.models.streaming import Decoder, DecoderInMemory, DecoderOnDisk
@@ -53,11 +53,10 @@ def _check_parameters(model: PreTrainedModel) -> None:
     Raises:
         BesaError: one of them has no memory, or is a tensor of torch's inference mode.
     """
+    check_memory_of_caller(model)
     for name, weight in model.named_parameters():
-        owner = f"{name} of {type(model).__name__}"
-        if weight.is_meta:
-            raise BesaError(f"{owner} has no memory (meta device): load the weights first.")
         if weight.is_inference():
+            owner = f"{name} of {type(model).__name__}"
             raise BesaError(f"{owner} was made in inference mode, where no gradients are: load the model outside it.")
 
 

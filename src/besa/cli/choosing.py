@@ -71,16 +71,6 @@ def check_once(option: str, value: float | None, settings: list[str] | None, dec
             raise BesaError(f"{option} and --set {name} decide the same: give one of them.")
 
 
-def check_coded(dequantized: bool, recipe: Recipe) -> None:
-    """Check that `--dequantized` has something to change.
-
-    Raises:
-        BesaError: the recipe does not quantise.
-    """
-    if dequantized and recipe.quantization.coding is None:
-        raise BesaError("--dequantized is not used: choose a recipe that quantises, or leave it out.")
-
-
 def check_no_run(options: Mapping[str, object]) -> None:
     """Check that `--explain` stands beside no option of a run.
 

@@ -25,7 +25,6 @@ from besa.cli.options import (
     TasksOption,
     TrustOption,
     WindowBosOption,
-    check_used,
     counts,
     files_of,
     names,
@@ -74,8 +73,6 @@ def evaluate_command(
     from besa.evaluation.result import EVALUATION_NAME
     from besa.system import ranks
 
-    check_used("--tasks", tasks, {"--limit": limit, "--hub": hub})
-    check_used("--ppl", ppl, {"--window": window, "--max-windows": max_windows})
     with show_progress(quiet=quiet, json_progress=json_progress) as tracker:
         result = evaluate(
             model,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import stat
-from collections.abc import Container, Mapping
+from collections.abc import Container
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from json import loads as read_json
@@ -252,22 +252,6 @@ def check_result(out: Path, json: Path | None) -> None:
     """
     if json not in (None, STDOUT) and path_of(json).absolute() == path_of(out).absolute():
         raise BesaError(f"--json {json} is the folder that will be written: choose another name.")
-
-
-def check_used(needed: str, given: object, options: Mapping[str, object]) -> None:
-    """Check that options have what they work on.
-
-    Args:
-        needed: the option that gives it.
-        given: its value, if it is given.
-        options: values of the others, by name.
-
-    Raises:
-        BesaError: one has not.
-    """
-    for name, value in options.items():
-        if value and not given:
-            raise BesaError(f"{name} is not used: add {needed}, or leave it out.")
 
 
 JsonOption = Annotated[

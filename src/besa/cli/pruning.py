@@ -10,7 +10,7 @@ import typer
 from rich.text import Text
 
 from besa.cli import interrupting
-from besa.cli.choosing import check_coded, check_no_run, explained, recipe_of
+from besa.cli.choosing import check_no_run, explained, recipe_of
 from besa.cli.consoles import give
 from besa.cli.options import (
     CALIBRATION,
@@ -88,6 +88,7 @@ def prune(
     """Prune a model block by block and write a checkpoint that transformers loads, with a run record."""
     interrupting.writes(out_dir)
     from besa.api import compress
+    from besa.api.choosing import check_coded
     from besa.cli.show.pruning import pruned
     from besa.cli.tracking import show_progress
     from besa.record import RunRecord
@@ -109,8 +110,8 @@ def prune(
         model=model,
         trust_remote_code=trust_remote_code,
     )
-    check_coded(dequantized, chosen)
     if explain:
+        check_coded(dequantized, chosen)
         explanation = explained(chosen, model, samples, seqlen, trust_remote_code)
         give(explanation, Text(explanation.text.rstrip()), json)
         return
@@ -214,7 +215,6 @@ def plan_command(
         model=model,
         trust_remote_code=trust_remote_code,
     )
-    check_coded(dequantized, chosen)
     result = plan(
         model,
         chosen,

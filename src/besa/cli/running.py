@@ -20,7 +20,6 @@ from besa.cli.options import (
     QuietOption,
     TrustOption,
     check_files,
-    check_used,
 )
 from besa.errors import BesaError
 
@@ -112,6 +111,7 @@ def generate_command(
     from besa.cli.chatting import chat as chat_in_terminal
     from besa.cli.chatting import say
     from besa.cli.tracking import show_progress
+    from besa.data.arguments import check_used
     from besa.runtime.conversation import Conversation
     from besa.runtime.generation import answer, check_text, open_writer
 

@@ -35,7 +35,6 @@ from besa.cli.options import (
     TasksOption,
     TrustOption,
     check_result,
-    check_used,
     files_of,
     names,
     numbers,
@@ -97,6 +96,7 @@ def compare_command(
     """Prune by several recipes, at several sparsities and seeds, and put what comes out into one table and one plot."""
     from besa.cli.show.studying import compared
     from besa.cli.tracking import show_progress
+    from besa.data.arguments import check_used
     from besa.evaluation.texts import spelled_out
     from besa.models.limits import usual_length
     from besa.models.source import locate

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, wraps
 from typing import Annotated, Any, ParamSpec, TypeVar, get_type_hints
 
@@ -70,9 +70,28 @@ def checked(function: Callable[P, Result]) -> Callable[P, Result]:
     return call
 
 
+def check_used(needed: str, given: object, others: Mapping[str, object]) -> None:
+    """Check that arguments have what they work on.
+
+    Args:
+        needed: the option that gives it, by its name on the command line.
+        given: its value, if it is given.
+        others: values of those that work on it, by name.
+
+    Raises:
+        BesaError: one has nothing.
+    """
+    for name, value in others.items():
+        if value and not given:
+            raise BesaError(f"{name} is not used: add {needed}, or leave it out.")
+
+
 def _complaint(error: ValidationError) -> str:
     """What a value should be, for each type that its annotation allows."""
-    complaints = (complaint["msg"].removeprefix("Value error, ") for complaint in error.errors())
+    complaints = (
+        "a list" if complaint["type"] == "sequence_str" else complaint["msg"].removeprefix("Value error, ")
+        for complaint in error.errors()
+    )
     choices = dict.fromkeys(
         re.sub("^(Input )?should be (a valid dictionary or )?", "", complaint) for complaint in complaints
     )

@@ -18,7 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 from besa.data.arguments import checked
 from besa.errors import BesaError
-from besa.models.blocks import find_blocks
+from besa.models.blocks import Block, find_blocks
+from besa.models.layers import biases
 from besa.models.widths import widths_of
 from besa.runtime.linear import SparseLinear
 
@@ -30,9 +31,11 @@ SHARDED = "is sharded, or lost its shape, so its zeros cannot be kept: train the
 def keep_masks(model: nn.Module, *, adapters: bool = False) -> KeptMasks:
     """Hold the weights of a pruned model at zero that are zero now, while it is trained.
 
-    These are the zeros of the matrices in the decoder blocks. Their gradients are zero from now on, so norms, clipping,
-    momentum and second moments are those of the sparse model. After each step of any optimiser of torch they are set to
-    zero again, which weight decay, old momentum and updates that mix weights (Adafactor, Muon) need.
+    These are the zeros of the matrices in the decoder blocks. A bias of zeros beside a matrix of zeros is held too, so
+    that blocks which depth pruning took still pass their input on. Gradients of what is held are zero from now on, so
+    norms, clipping, momentum and second moments are those of the sparse model. After each step of any optimiser of
+    torch they are set to zero again, which weight decay, old momentum and updates that mix weights (Adafactor, Muon)
+    need.
 
     The matrices are remembered by their modules. So the model may be moved, wrapped by peft, compiled or put into
     DistributedDataParallel before or after.
@@ -68,10 +71,13 @@ def keep_masks(model: nn.Module, *, adapters: bool = False) -> KeptMasks:
         raise BesaError(f"{name} is quantised, and codes cannot be trained: load the dense model that was pruned.")
     if flat := next((name for name, module in inner.named_modules() if _is_flat(module)), None):
         raise BesaError(f"{flat} {SHARDED}")
-    weights = list(_weights(inner))
-    if not any(weight.zeros for weight in weights):
+    places = list(_places(inner))
+    matrices = [_held(*place) for place in places]
+    if not any(matrix.zeros for matrix in matrices):
         raise BesaError(f"{name} has no zeros to keep: prune it first.")
-    return KeptMasks(weights, _adapters(inner) if adapters else {})
+    gone = [place for place, matrix in zip(places, matrices, strict=True) if matrix.is_zero]
+    beside = [bias for bias in (_held(*each) for each in _biases(gone)) if bias.is_zero]
+    return KeptMasks(matrices, beside, _adapters(inner) if adapters else {})
 
 
 class KeptMasks:
@@ -81,19 +87,21 @@ class KeptMasks:
         sparsity: share of the weights of the decoder blocks' matrices that are held at zero.
 
     Args:
-        weights: every matrix that could be pruned.
-        adapters: layers that add to them, by the module that has the weight.
+        matrices: every one that could be pruned.
+        biases: that are held too.
+        adapters: layers that add to the matrices, by the module that has the weight.
     """
 
-    def __init__(self, weights: list[_Weight], adapters: dict[nn.Module, nn.Module]) -> None:
-        self.sparsity = sum(weight.zeros for weight in weights) / sum(weight.numel for weight in weights)
-        self._weights = [weight for weight in weights if weight.zeros]
+    def __init__(self, matrices: list[_Weight], biases: list[_Weight], adapters: dict[nn.Module, nn.Module]) -> None:
+        self.sparsity = sum(matrix.zeros for matrix in matrices) / sum(matrix.numel for matrix in matrices)
+        pruned = [matrix for matrix in matrices if matrix.zeros]
+        self._weights = [*pruned, *biases]
         for weight in self._weights:
             weight.mask_gradient()
         self._adapters = [
-            adapters[weight.module].register_forward_hook(weight.without_its_zeros)
-            for weight in self._weights
-            if weight.module in adapters
+            adapters[matrix.module].register_forward_hook(matrix.without_its_zeros)
+            for matrix in pruned
+            if matrix.module in adapters
         ]
         self._steps: RemovableHandle | None = register_optimizer_step_post_hook(self._after_step)
 
@@ -188,7 +196,7 @@ class KeepMasks(TrainerCallback):  # type: ignore[misc]
 
 
 class _Weight:
-    """A parameter with matrices that can be pruned, and where it is zero.
+    """A parameter with matrices that can be pruned, or with their biases, and where it is zero.
 
     Attributes:
         name: of the parameter in the model.
@@ -208,6 +216,11 @@ class _Weight:
         self.numel, self.zeros = parameter.numel(), int(self._mask.sum())
         self._hook: RemovableHandle | None = None
         self._hooked: Tensor | None = None
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether all of it was zero."""
+        return self.zeros == self.numel
 
     def apply(self) -> None:
         """Set it to zero where it was.
@@ -277,26 +290,41 @@ class _Weight:
         return parameter
 
 
-def _weights(model: PreTrainedModel) -> Iterator[_Weight]:
-    """The parameters that the prunable matrices of a model lie in, but not those of adapters.
+def _places(model: PreTrainedModel) -> Iterator[tuple[Block, str]]:
+    """The parameters that the prunable matrices of a model lie in, but not those of adapters: block and name within.
 
     Raises:
-        BesaError: besa cannot find them, or one has no memory, is sharded or holds codes.
+        BesaError: besa cannot find them.
     """
     for block in find_blocks(model):
         adapted = [path for path, module in block.module.named_modules() if hasattr(module, "base_layer")]
         for place in dict.fromkeys(prunable.parameter for prunable in block.prunables.values()):
             inside = [path for path in adapted if place.startswith(f"{path}.")]
-            if not all(place.startswith(f"{path}.base_layer.") for path in inside):
-                continue
-            name, parameter = f"{block.name}.{place}", block.module.get_parameter(place)
-            if parameter.is_meta:
-                raise BesaError(f"{name} has no memory (meta device): load the weights first.")
-            if isinstance(parameter, DTensor):
-                raise BesaError(f"{name} {SHARDED}")
-            if not parameter.is_floating_point():
-                raise BesaError(f"{name} holds codes, which cannot be trained: load the dense model that was pruned.")
-            yield _Weight(name, block.module.get_submodule(place.rpartition(".")[0]))
+            if all(place.startswith(f"{path}.base_layer.") for path in inside):
+                yield block, place
+
+
+def _biases(places: list[tuple[Block, str]]) -> Iterator[tuple[Block, str]]:
+    """The biases of matrices; both as from `_places`."""
+    for block, place in places:
+        names = [name for name, prunable in block.prunables.items() if prunable.parameter == place]
+        yield from ((block, bias) for bias in biases(block, names))
+
+
+def _held(block: Block, place: str) -> _Weight:
+    """A parameter of a block, with its zeros.
+
+    Raises:
+        BesaError: it has no memory, is sharded or holds codes.
+    """
+    name, parameter = f"{block.name}.{place}", block.module.get_parameter(place)
+    if parameter.is_meta:
+        raise BesaError(f"{name} has no memory (meta device): load the weights first.")
+    if isinstance(parameter, DTensor):
+        raise BesaError(f"{name} {SHARDED}")
+    if not parameter.is_floating_point():
+        raise BesaError(f"{name} holds codes, which cannot be trained: load the dense model that was pruned.")
+    return _Weight(name, block.module.get_submodule(place.rpartition(".")[0]))
 
 
 def _adapters(model: PreTrainedModel) -> dict[nn.Module, nn.Module]:

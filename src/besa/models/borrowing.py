@@ -53,6 +53,23 @@ def check_dtype_of_caller(model: PreTrainedModel, dtype: str) -> None:
         raise BesaError(f"{type(model).__name__} is loaded in {own}: load it in {dtype}, or leave dtype out.")
 
 
+def check_memory_of_caller(model: PreTrainedModel, *, offloaded: bool = False) -> None:
+    """Check that the weights of a loaded model have memory.
+
+    Args:
+        model: of the caller.
+        offloaded: allow those that accelerate brings for each call, but for the first, whose place is the model's.
+
+    Raises:
+        BesaError: one has none.
+    """
+    if offloaded and model.device.type != "meta" and any(hasattr(part, "_hf_hook") for part in model.modules()):
+        return
+    for name, weight in model.named_parameters():
+        if weight.is_meta:
+            raise BesaError(f"{name} of {type(model).__name__} has no memory (meta device): load the weights first.")
+
+
 def tokenizer_of_caller(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
     """The tokenizer that came with a loaded model.
 

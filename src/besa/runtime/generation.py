@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from besa.data.arguments import Count, Dtype, checked
 from besa.data.seeds import check_seed
 from besa.data.tokens import check_known
 from besa.errors import BesaError
-from besa.models.borrowing import borrowed, tokenizer_of_caller
+from besa.models.borrowing import borrowed, check_dtype_of_caller, check_memory_of_caller, tokenizer_of_caller
 from besa.models.limits import embedding_rows, positions
 from besa.models.loading import load_tokenizer
 from besa.models.source import locate
@@ -79,8 +79,8 @@ def generate(
             in `LIMITS`.
         seed: of the sampling.
         tokenizer: needed with a loaded model; otherwise the model's own.
-        device: as in `besa.load`.
-        dtype: as in `besa.load`.
+        device: as in `besa.load`. A loaded model stays where it is by default; else the whole model is there meanwhile.
+        dtype: as in `besa.load`; a loaded model keeps its own.
         trust_remote_code: as in `besa.load`.
         tell: called with each word as soon as it is complete.
         progress: told about a download.
@@ -90,8 +90,8 @@ def generate(
 
     Raises:
         BesaError: the model cannot be read, the prompt is empty or longer than the model's positions, a number is
-            invalid, a loaded model came without its tokenizer, or the tokenizer has no chat template, or none that
-            takes a system prompt.
+            invalid, a loaded model came without its tokenizer or weights or has another dtype, or the tokenizer has no
+            chat template, or none that takes a system prompt; or an output of the model is NaN or infinite.
     """
     check_text(prompt, "prompt")
     writer, chat = open_writer(
@@ -153,15 +153,18 @@ def open_writer(
     if system is not None:
         check_text(system, "system prompt")
     chat = check_chat(tokenizer, chat, system)
+    elsewhere = None
     if isinstance(model, PreTrainedModel):
-        loaded = model
+        check_dtype_of_caller(model, dtype)
+        check_memory_of_caller(model, offloaded=True)
+        loaded, elsewhere = model, resolve_device(device) if device != "auto" else None
     else:
         assert source is not None
         loaded = load_source(source, resolve_device(device), dtype)
     if not isinstance(loaded, GenerationMixin):
         raise BesaError(f"{type(loaded).__name__} cannot generate text, because its code is no GenerationMixin.")
     most = max_new_tokens or (ANSWER if chat else CONTINUATION)
-    return Writer(loaded, tokenizer, most, temperature, seed), chat
+    return Writer(loaded, tokenizer, most, temperature, seed, elsewhere), chat
 
 
 def check_text(text: str, name: str) -> None:
@@ -205,14 +208,21 @@ class Writer:
         most: see above.
         temperature: 0 always takes the most likely token.
         seed: of the sampling, which starts afresh with each call of `write`.
+        device: where the model is while it writes, by default where it is.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, most: int, temperature: float, seed: int
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        most: int,
+        temperature: float,
+        seed: int,
+        device: torch.device | None = None,
     ) -> None:
         self.tokenizer, self.most = tokenizer, most
         self.positions = positions(model).most or sys.maxsize
-        self._model, self._temperature, self._seed = model, temperature, seed
+        self._model, self._temperature, self._seed, self._device = model, temperature, seed, device
         self._rows = embedding_rows(model)
 
     def write(
@@ -227,37 +237,47 @@ class Writer:
                 Its cache changes, so it serves once.
 
         Raises:
-            BesaError: the prompt leaves no position, or has a token that the model's embeddings lack.
+            BesaError: the prompt leaves no position, or has a token that the model's embeddings lack; or an output is
+                NaN or infinite.
         """
         check_known(tokens_1T, self._rows, self.tokenizer)
-        tokens_1T, length = tokens_1T.to(self._model.device), tokens_1T.shape[1]
+        length = tokens_1T.shape[1]
         room = self.positions - length
         if room < 1:
             raise BesaError(f"The prompt has {length:,} tokens, so the model has no position left: shorten it.")
         temperature = self._temperature
-        sampling = (
-            {"do_sample": True, "logits_processor": [_Tempered(temperature)]} if temperature else {"do_sample": False}
-        )
-        cache = before and _beginning(before, tokens_1T)
-        others = [self._model.device] if self._model.device.type != "cpu" else []
-        kept = (*TOKENS, *LIMITS) if temperature else TOKENS
+        processors = [_Finite(), _Tempered(temperature)] if temperature else [_Finite()]
         with (
-            borrowed(self._model),
-            _settings(self._model, kept),
-            torch.random.fork_rng(others, device_type=self._model.device.type),
+            borrowed(self._model, self._device),
+            _settings(self._model, (*TOKENS, *LIMITS) if temperature else TOKENS),
+            _seeded(self._seed, self._model.device) if temperature else nullcontext(),
         ):
-            torch.manual_seed(self._seed)
+            tokens_1T = tokens_1T.to(self._model.device)
+            cache = before and _beginning(before, tokens_1T)
             made = self._model.generate(
                 tokens_1T,
                 attention_mask=torch.ones_like(tokens_1T),
                 max_new_tokens=min(self.most, room),
                 streamer=_Telling(self.tokenizer, tell) if tell else None,
                 return_dict_in_generate=True,
+                do_sample=bool(temperature),
+                logits_processor=processors,
                 **({"past_key_values": cache} if cache else {}),
-                **sampling,
             )
         text = str(self.tokenizer.decode(made.sequences[0, length:], skip_special_tokens=True))
         return Written(text, made.sequences, _plain(made.get("past_key_values")))
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """While open, torch draws by this seed on the CPU and on a device; other devices' random numbers go on."""
+    others = [device] if device.type != "cpu" else []
+    with torch.random.fork_rng(others, device_type=device.type):
+        torch.default_generator.manual_seed(seed)
+        for other in others:
+            state = torch.Generator(other).manual_seed(seed).get_state()
+            torch.get_device_module(other).set_rng_state(state, other)
+        yield
 
 
 @contextmanager
@@ -311,6 +331,15 @@ def _beginning(before: Written, tokens_1T: Tensor) -> DynamicCache | None:
     if common < held:
         before.cache.crop(common - held)
     return before.cache if common else None
+
+
+class _Finite(LogitsProcessor):  # type: ignore[misc]
+    """Refuses logits that have no softmax. Single tokens may be ruled out by minus infinity."""
+
+    def __call__(self, input_ids: Tensor, scores_NV: Tensor) -> Tensor:
+        if not bool(scores_NV.amax(dim=-1).isfinite().all()):
+            raise BesaError("The model's output is NaN or infinite: try --dtype float32, or check the checkpoint.")
+        return scores_NV
 
 
 class _Tempered(LogitsProcessor):  # type: ignore[misc]

@@ -86,6 +86,12 @@ class Measures:
         data = {name: file for name, file in self.data.items() if name in texts}
         return replace(self, texts=texts, data=data, tasks=tasks)
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """As arguments of `evaluate`, which refuses those that nothing is measured by."""
+        unused = (() if self.texts else ("window", "max_windows")) + (() if self.tasks else ("limit", "hub"))
+        return {name: value for name, value in asdict(self).items() if name not in unused}
+
     def each(self) -> list[Measures]:
         """One text each, and all tasks together; results are kept apart, so that other sets of texts find them."""
         return [*(self.only([text]) for text in self.texts), *([self.only([], self.tasks)] if self.tasks else [])]
@@ -276,7 +282,7 @@ class Workspace:
             bos=self.conditions.bos,
             trust_remote_code=self.conditions.trust_remote_code,
             progress=labelled(self.progress, _label(model) if isinstance(model, Path) else DENSE),
-            **asdict(self.measures.only(texts, tasks)),
+            **self.measures.only(texts, tasks).arguments,
         )
         for measures, path in missing.items():
             part = evaluation.of(text_name(measures.texts[0]) if measures.texts else None)
