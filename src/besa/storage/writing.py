@@ -197,13 +197,12 @@ def explained(path: Path) -> Iterator[None]:
     try:
         yield
     except _errors() as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full or f"(os error {errno.ENOSPC})" in str(error):  # safetensors writes in Rust and has no errno
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise BesaError(f"The disk is full: {path} was not written; make room and run again.") from error
         raise BesaError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}.") from error
 
 
 def _errors() -> tuple[type[Exception], ...]:
-    """Errors of writing: the operating system's, and those of safetensors if it has been imported."""
+    """Errors meanwhile: the operating system's, and those of reading safetensors if it has been imported."""
     module = sys.modules.get("safetensors")
     return (OSError,) if module is None else (OSError, module.SafetensorError)
