@@ -21,7 +21,7 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from besa import BesaError, Recipe, cli, compress, pack
-from besa.api import Compressed
+from besa.api import Compressed, compressing
 from besa.checkpoint import writer
 from besa.errors import Interrupted, Notice
 from besa.pruning import measuring
@@ -363,6 +363,24 @@ def test_full_disk_at_the_end(whole: Path, tmp_path: Path, monkeypatch: pytest.M
     assert not out.exists()
     assert prune(out, resume=True).record.restored_blocks == BLOCKS
     assert_same(out, whole)
+
+
+def test_what_was_left_of_a_checkpoint_goes_before_room_is_asked_for(
+    whole: Path, begun: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = partial_of(begun)
+
+    def used() -> int:
+        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+    blocks, asked = used(), []
+    shutil.copytree(whole, folder / "checkpoint")
+    for name in ("rest-00000.safetensors", "rest.safetensors", ".block-00005.safetensors.77.partial"):
+        (folder / name).write_bytes(b"half of")
+    monkeypatch.setattr(compressing, "check_space", lambda out, size: asked.append((used(), out)))
+    assert prune(begun, resume=True).record.restored_blocks == 5
+    assert asked == [(blocks, folder)]
+    assert_same(begun, whole)
 
 
 def test_a_second_process_at_the_same_out_is_refused(whole: Path, tmp_path: Path) -> None:
