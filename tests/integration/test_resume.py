@@ -513,6 +513,23 @@ def test_a_run_that_goes_on_elsewhere_says_so(begun: Path) -> None:
     assert record.restored_blocks == 5
 
 
+def test_a_run_that_goes_on_with_other_ranks_says_so(begun: Path) -> None:
+    """Also where the threads of each rank are others; journals of before do not say how many ranks there were."""
+    path = partial_of(begun) / "run.json"
+    began = json.loads(path.read_text())
+    (here,) = began["origins"]
+    assert here.pop("ranks") == 1
+    there = {"machine": here["machine"] | {"threads": 77}, "ranks": 3}
+    path.write_text(json.dumps(began | {"origins": [here, here | there]}))
+    with pytest.warns(Notice, match=r"^A part of the run was made with ranks = 3, not 1: the result may differ from"):
+        notes = prune(begun, resume=True).record.notes
+    made = [note.partition(":")[0] for note in notes if note.startswith("A part of the run was made with ")]
+    assert made == [
+        f"A part of the run was made with machine.threads = 77, not {torch.get_num_threads()}",
+        "A part of the run was made with ranks = 3, not 1",
+    ]
+
+
 def test_what_was_measured_before_the_blocks_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     settings = {"recipe": "fast", "samples": 4}

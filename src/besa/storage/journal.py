@@ -66,10 +66,11 @@ class Journal:
 
         Args:
             identity: everything that decides the result (recipe, model, data, …), in JSON types.
-            origin: versions and machine, which decide its last digits, likewise.
+            origin: versions, machine and ranks, which decide its last digits, likewise.
 
         Returns:
-            In words, how other processes differed that made parts of the run.
+            In words, how other processes differed that made parts of the run, in each part of their origin. Journals of
+            before say nothing of ranks.
 
         Raises:
             BesaError: the journal belongs to another run, or is damaged.
@@ -88,7 +89,8 @@ class Journal:
             )
         if now not in before:
             write_file(self.folder / IDENTITY, json.dumps({**begun, ORIGINS: [*before, now]}, indent=2))
-        return list(dict.fromkeys(words for other in before if (words := _difference(other, now))))
+        differences = (_difference(other[key], now[key], key) for other in before for key in now if key in other)
+        return list(dict.fromkeys(words for words in differences if words))
 
     @property
     def seconds(self) -> float:
