@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -378,6 +379,26 @@ def test_processes_that_write_the_same_file_at_once(tmp_path: Path) -> None:
             assert (tmp_path / "file").read_text() in texts
     assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
     assert names(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("kind", ["link", "link to nothing", "mount"])
+def test_a_folder_that_nothing_can_be_renamed_from_is_not_claimed(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, elsewhere = tmp_path / "out.partial", tmp_path / "elsewhere"
+    if kind == "mount":
+        monkeypatch.setattr(os.path, "ismount", lambda path: path == work)
+        work.mkdir()
+    else:
+        work.symlink_to(elsewhere)
+    if kind == "link":
+        elsewhere.mkdir()
+    refused = pytest.raises(BesaError, match=r"out\.partial is a link or a file system of its own, from which .*\.$")
+    with refused, files.claimed(work, tmp_path / "out"):
+        pytest.fail("it was begun")
+    assert [path.name for path in tmp_path.rglob("*.lock")] == []
+    with files.claimed(work, work) if kind != "link to nothing" else nullcontext():  # nothing is renamed from there
+        pass
 
 
 def test_a_folder_with_a_pipe_is_not_claimed(tmp_path: Path) -> None:

@@ -48,9 +48,14 @@ def claimed(folder: Path, out: Path) -> Iterator[None]:
 
     Raises:
         BesaError: another process has the folder, it cannot be written, it holds a pipe or a device, or something that
-            is not besa's where all should be.
+            is not besa's where all should be; the result could not be renamed from there to another place.
     """
     with explained(out):
+        if folder != out and (folder.is_symlink() or os.path.ismount(folder)):
+            raise BesaError(
+                f"{folder} is a link or a file system of its own, from which {out} cannot be renamed: remove it, or "
+                "choose a place on that file system."
+            )
         folder.mkdir(parents=True, exist_ok=True)
         check_regular(folder)
         if folder != out and not (folder / LOCK).exists() and any(folder.iterdir()):
