@@ -9,25 +9,26 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from besa import BesaError, Recipe, cli, compress, pack
-from besa.api import Compressed
+from besa.api import Compressed, compressing
 from besa.checkpoint import writer
 from besa.errors import Interrupted, Notice
 from besa.pruning import measuring
 from besa.storage import tensors as files
 from besa.storage.journal import Journal
 from besa.storage.weights import WeightFiles
+from besa.storage.writing import replacing
 from tests.calling import called
 from tests.slowly import some_slow
 
@@ -317,28 +318,21 @@ def test_a_damaged_journal_is_refused(content: str, begun: Path) -> None:
     assert sentence(refusal) == f"{path} is damaged: remove {partial_of(begun)} and run without --resume."
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        pytest.param(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), marks=pytest.mark.slow, id="python"),
-        pytest.param(SafetensorError("I/O error: No space left (os error 28)"), id="rust"),
-    ],
-)
-def test_full_disk_in_the_middle(
-    error: Exception, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk_in_the_middle(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[Path] = []
 
-    def save_file(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-        if len(saved) == 2:
-            path.write_bytes(b"half of")
-            raise error
-        saved.append(path)
-        safetensors.torch.save_file(tensors, path, metadata)
+    @contextmanager
+    def filling(path: Path) -> Iterator[Path]:
+        with replacing(path) as partial:
+            if len(saved) == 2:
+                partial.write_bytes(b"half of")
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            saved.append(path)
+            yield partial
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(files, "save_file", save_file)
+        patch.setattr(files, "replacing", filling)
         with pytest.raises(BesaError) as refusal:
             prune(out)
     path = partial_of(out) / "block-00002.safetensors"
@@ -369,6 +363,24 @@ def test_full_disk_at_the_end(whole: Path, tmp_path: Path, monkeypatch: pytest.M
     assert not out.exists()
     assert prune(out, resume=True).record.restored_blocks == BLOCKS
     assert_same(out, whole)
+
+
+def test_what_was_left_of_a_checkpoint_goes_before_room_is_asked_for(
+    whole: Path, begun: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = partial_of(begun)
+
+    def used() -> int:
+        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+    blocks, asked = used(), []
+    shutil.copytree(whole, folder / "checkpoint")
+    for name in ("rest-00000.safetensors", "rest.safetensors", ".block-00005.safetensors.77.partial"):
+        (folder / name).write_bytes(b"half of")
+    monkeypatch.setattr(compressing, "check_space", lambda out, size: asked.append((used(), out)))
+    assert prune(begun, resume=True).record.restored_blocks == 5
+    assert asked == [(blocks, folder)]
+    assert_same(begun, whole)
 
 
 def test_a_second_process_at_the_same_out_is_refused(whole: Path, tmp_path: Path) -> None:
@@ -499,6 +511,23 @@ def test_a_run_that_goes_on_elsewhere_says_so(begun: Path) -> None:
         record = prune(begun, resume=True).record
     assert set(notes) <= set(record.notes) and len(record.notes) == len(set(record.notes))
     assert record.restored_blocks == 5
+
+
+def test_a_run_that_goes_on_with_other_ranks_says_so(begun: Path) -> None:
+    """Also where the threads of each rank are others; journals of before do not say how many ranks there were."""
+    path = partial_of(begun) / "run.json"
+    began = json.loads(path.read_text())
+    (here,) = began["origins"]
+    assert here.pop("ranks") == 1
+    there = {"machine": here["machine"] | {"threads": 77}, "ranks": 3}
+    path.write_text(json.dumps(began | {"origins": [here, here | there]}))
+    with pytest.warns(Notice, match=r"^A part of the run was made with ranks = 3, not 1: the result may differ from"):
+        notes = prune(begun, resume=True).record.notes
+    made = [note.partition(":")[0] for note in notes if note.startswith("A part of the run was made with ")]
+    assert made == [
+        f"A part of the run was made with machine.threads = 77, not {torch.get_num_threads()}",
+        "A part of the run was made with ranks = 3, not 1",
+    ]
 
 
 def test_what_was_measured_before_the_blocks_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

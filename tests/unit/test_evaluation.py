@@ -48,14 +48,14 @@ def test_parts_joined_have_the_notes_of_all_once() -> None:
 
 
 def of_tasks(tasks: dict[str, float], **changes: object) -> Evaluation:
-    asked = {name: Accuracy(acc=acc, acc_stderr=None, questions=9, version=1) for name, acc in tasks.items()}
+    asked = {name: Accuracy(acc=acc, acc_stderr=None, questions=9, version=1, cut=1) for name, acc in tasks.items()}
     settings = {"source": "embedded", "limit": None, "lm_eval": "0.4"} | changes
     return Evaluation(
         model="tiny",
         perplexity={},
         window=2048,
         notes=["cut"],
-        zero_shot=ZeroShot(tasks=asked, mean=sum(tasks.values()) / len(tasks), cut=1, **settings),
+        zero_shot=ZeroShot(tasks=asked, mean=sum(tasks.values()) / len(tasks), cut=len(tasks), **settings),
         created="later",
     )
 
@@ -76,6 +76,32 @@ def test_what_is_measured_later_is_added(tmp_path: Path) -> None:
     assert added(evaluation(7.0), path).perplexity == {"first": 2.0, "last": 7.0}  # measured again
     path.write_text(of_tasks({"piqa": 0.25}).model_dump_json())
     assert added(evaluation(), path).perplexity == first.perplexity
+
+
+def test_windows_of_a_part_stay_known_where_tasks_were_measured_first(tmp_path: Path) -> None:
+    path = tmp_path / "besa_eval.json"
+    path.write_text(of_tasks({"piqa": 0.25}).model_dump_json())
+    both = added(evaluation().model_copy(update={"max_windows": 2}), path)
+    assert (both.window, both.max_windows) == (3, 2)
+    path.write_text(both.model_dump_json())
+    assert added(of_tasks({"boolq": 0.75}), path).max_windows == 2
+    with pytest.warns(Notice, match="had an evaluation with another number of windows, which is replaced"):
+        assert added(evaluation(), path) == evaluation()
+
+
+@pytest.mark.parametrize("kept", [True, False])  # False: in files of before, the first one's tasks have no number
+def test_answers_that_were_cut_are_counted_once_where_tasks_overlap(tmp_path: Path, kept: bool) -> None:
+    def cut(tasks: dict[str, int], kept: bool = True) -> Evaluation:
+        part = of_tasks(dict.fromkeys(tasks, 0.5))
+        for name, number in tasks.items():
+            part.zero_shot.tasks[name].cut = number if kept else None
+        part.zero_shot.cut = sum(tasks.values())
+        return part
+
+    path = tmp_path / "besa_eval.json"
+    path.write_text(cut({"piqa": 3, "boolq": 5}, kept).model_dump_json())
+    assert added(cut({"boolq": 5, "arc_easy": 2}), path).zero_shot.cut == 10
+    assert added(cut({"piqa": 3}), path).zero_shot.cut == 8
 
 
 @pytest.mark.parametrize(

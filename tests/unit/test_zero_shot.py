@@ -149,12 +149,15 @@ def test_questions_that_lose_their_beginning_are_counted(monkeypatch, tiny_llama
         monkeypatch.setattr(tiny_llama.config, "max_position_embeddings", most)
         found = ask(tiny_llama, tiny_tokenizer, ["hellaswag", "piqa"])
         assert found.cut == sum(length > most for length in lengths)
+        each = {task: ask(tiny_llama, tiny_tokenizer, [task]).cut for task in found.tasks}
+        assert {task: accuracy.cut for task, accuracy in found.tasks.items()} == each
         assert each_rank(2, lambda: ask(tiny_llama, tiny_tokenizer, ["hellaswag", "piqa"])) == [found] * 2
     assert found.cut > 6
     answered = besa.evaluate(tiny_llama, tokenizer=tiny_tokenizer, tasks=["hellaswag", "piqa"])
     assert answered.notes == [
-        f"{found.cut} answers were scored without the beginning of their question, which is longer than the model "
-        "takes."
+        f"{accuracy.cut} answers of {task} were scored without the beginning of their question, which is longer than "
+        "the model takes."
+        for task, accuracy in found.tasks.items()
     ]
 
 

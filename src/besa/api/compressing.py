@@ -244,7 +244,7 @@ def _begin_journal(
     size = model.num_parameters() * item + run.decoder.unbuilt_bytes
     if coding is not None and run.resources.codes:
         size = coded_bytes(size, item, blocks, pruned, coding)
-    origin = {"versions": versions(), "machine": machine(run.resources.device)}
+    origin = {"versions": versions(), "machine": machine(run.resources.device), "ranks": ranks.count()}
     differences = journal.begin(_decisive(run, identity), origin)
     check_space(journal.folder, whole_disk_bytes(model, blocks, recipe, size) - journal.bytes)
     return [

@@ -109,11 +109,12 @@ def evaluate(
         for part in parts
         if opened.record and calibrated_on(str((data or {}).get(part.name, part.source)), part.beginning, opened.record)
     ]
-    if answers is not None and answers.cut:
-        found.append(
-            f"{answers.cut:,} answers were scored without the beginning of their question, which is longer than the "
-            "model takes."
-        )
+    found += [
+        f"{accuracy.cut:,} answers of {task} were scored without the beginning of their question, which is longer than "
+        "the model takes."
+        for task, accuracy in (answers.tasks if answers is not None else {}).items()
+        if accuracy.cut
+    ]
     for note in found:
         warnings.warn(note, Notice, stacklevel=2)
     return Evaluation(

@@ -61,9 +61,8 @@ def finish(
     Raises:
         BesaError: the checkpoint cannot be written; the journal stays.
     """
-    folder = journal.folder / "checkpoint"
+    folder = journal.assembly
     with explained(out):
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped while it assembled its checkpoint
         folder.mkdir()
         rest = journal.final_rest()
         parts = [

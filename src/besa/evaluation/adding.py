@@ -36,10 +36,12 @@ def added(evaluation: Evaluation, path: Path) -> Evaluation:
             stacklevel=2,
         )
         return evaluation
+    of_texts = evaluation if evaluation.details else earlier
     return Evaluation.joined([earlier, evaluation]).model_copy(
         update={
             "model": evaluation.model,
-            "window": evaluation.window if evaluation.details else earlier.window,
+            "window": of_texts.window,
+            "max_windows": of_texts.max_windows,
             "zero_shot": _together(earlier.zero_shot, evaluation.zero_shot),
             "seconds": (earlier.seconds or 0.0) + (evaluation.seconds or 0.0),
             "created": evaluation.created,
@@ -88,10 +90,9 @@ def _settings(asked: ZeroShot) -> tuple[str, int | None, bool, str]:
 
 
 def _together(earlier: ZeroShot | None, later: ZeroShot | None) -> ZeroShot | None:
-    """The accuracies of both, with the later ones of the same tasks."""
+    """The accuracies of both, with the later ones of the same tasks. As many of their answers were cut each time."""
     if earlier is None or later is None:
         return earlier or later
     tasks = earlier.tasks | later.tasks
-    apart = len(tasks) == len(earlier.tasks) + len(later.tasks)
-    cut = earlier.cut + later.cut if apart else max(earlier.cut, later.cut)
+    cut = earlier.cut + sum(task.cut or 0 for name, task in later.tasks.items() if name not in earlier.tasks)
     return later.model_copy(update={"tasks": tasks, "mean": fmean(task.acc for task in tasks.values()), "cut": cut})

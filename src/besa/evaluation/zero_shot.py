@@ -11,6 +11,7 @@ import io
 import json
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
@@ -64,6 +65,8 @@ class Accuracy(BaseModel):
             None in files of before answers were kept.
         right_norm: the same with probabilities per character; None if there is no such score.
         asked: SHA-256 of what was asked: all questions with their answers, and which one is correct.
+        cut: number of answers that were scored without the beginning of their question, which is longer than the model
+            takes; None in files of before it was kept for each task.
     """
 
     acc: float
@@ -75,6 +78,7 @@ class Accuracy(BaseModel):
     right: str | None = Field(default=None, pattern="^[01]+$")
     right_norm: str | None = Field(default=None, pattern="^[01]+$")
     asked: str | None = None
+    cut: int | None = None
 
 
 class ZeroShot(BaseModel):
@@ -87,8 +91,7 @@ class ZeroShot(BaseModel):
         limit: number of questions per task, at most; None for all.
         bos: whether each question began with the BOS token.
         lm_eval: its version.
-        cut: number of answers that were scored without the beginning of their question, which is longer than the model
-            takes.
+        cut: number of answers of all tasks that were scored without the beginning of their question.
     """
 
     tasks: dict[str, Accuracy] = Field(min_length=1)
@@ -198,7 +201,7 @@ def zero_shot(
     with _quiet():
         lm = _scorer(model, asked.tokenizer, batch or BATCH, bos, progress)
         results = evaluate(lm, task_dict={"tasks": asked.tasks, "groups": {}}, limit=limit, log_samples=False)
-    accuracies = {name: _accuracy(results, name, task) for name, task in asked.tasks.items()}
+    accuracies = {name: _accuracy(results, name, task, lm.cut[name]) for name, task in asked.tasks.items()}
     return ZeroShot(
         tasks=accuracies,
         mean=sum(accuracy.acc for accuracy in accuracies.values()) / len(accuracies),
@@ -206,11 +209,11 @@ def zero_shot(
         limit=limit,
         bos=asked.bos != "no" and adds_bos(asked.tokenizer),
         lm_eval=version("lm_eval"),
-        cut=lm.cut,
+        cut=lm.cut.total(),
     )
 
 
-def _accuracy(results: Any, task: str, answered: Any) -> Accuracy:
+def _accuracy(results: Any, task: str, answered: Any, cut: int) -> Accuracy:
     result = results["results"][task]
     scores = {name: result.get(f"{name},none") for name in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")}
     for name in ("acc_stderr", "acc_norm_stderr"):
@@ -224,6 +227,7 @@ def _accuracy(results: Any, task: str, answered: Any) -> Accuracy:
         right=answered.right["acc"],
         right_norm=answered.right.get("acc_norm"),
         asked=_asked(answered),
+        cut=cut,
     )
 
 
@@ -300,22 +304,26 @@ def _scorer(
     from lm_eval.models.huggingface import HFLM
 
     class Scorer(HFLM):  # type: ignore[misc]  # lm_eval has no types
-        cut = 0
+        def __init__(self, **settings: Any) -> None:
+            super().__init__(**settings)
+            self.cut: Counter[str] = Counter()  # answers by task, of all ranks
 
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
             """Ranks share the questions. Every rank gets the scores of all, as if it had asked them by itself."""
             questions = [list(answers) for _, answers in groupby(requests, lambda one: (one.task_name, one.doc_id))]
             own = [request for question in questions[ranks.number() :: ranks.count()] for request in question]
-            problem, scores, before = "", [], self.cut
+            problem, scores = "", []
+            self.own_cut: Counter[str] = Counter()
             try:
                 scores = self._scored(own, len(requests))
             except BesaError as error:  # all ranks end alike
                 problem = str(error)
-            of_ranks: list[list[Any]] = ranks.all_of([problem, scores, self.cut - before])
+            of_ranks: list[list[Any]] = ranks.all_of([problem, scores, self.own_cut])
             for problem, *_ in of_ranks:
                 if problem:
                     raise BesaError(problem)
-            self.cut = before + sum(cut for *_, cut in of_ranks)
+            for *_, cut in of_ranks:
+                self.cut.update(cut)
             progress(len(requests), len(requests), "zero-shot")
             left = [iter(of_rank) for _, of_rank, _ in of_ranks]
             return [
@@ -329,6 +337,7 @@ def _scorer(
             if not requests:
                 return []
             self.done, self.answers, self.share = 0, total, len(requests) / total
+            self.task_names = [request.task_name for request in requests]
             self.finite: list[Tensor] = []  # of each batch; read at the end, because reading waits for an accelerator
             scores: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
             if not bool(torch.stack(self.finite).all()):
@@ -336,11 +345,12 @@ def _scorer(
             return scores
 
         def _loglikelihood_tokens(self, requests: list[Any], **settings: Any) -> list[tuple[float, bool]]:
-            for _, question, answer in requests:
+            for task, (_, question, answer) in zip(self.task_names, requests, strict=True):
                 check_known(torch.tensor([*question, *answer]), embedding_rows(model), tokenizer)
                 if len(answer) > self.max_length:
                     raise BesaError(f"An answer has {len(answer)} tokens, and the model {self.max_length} positions.")
-                self.cut += len(question) + len(answer) > self.max_length + 1  # the last token is only predicted
+                # The last token is only predicted.
+                self.own_cut[task] += len(question) + len(answer) > self.max_length + 1
             scores: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, **settings)
             return scores
 

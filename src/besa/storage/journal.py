@@ -22,7 +22,7 @@ from besa.record import BlockRecord, DistillingRecord, MixtureRecord
 from besa.storage.beside import Beside
 from besa.storage.names import partial_folder
 from besa.storage.tensors import save_tensors
-from besa.storage.writing import LOCK, check_absent, claimed, write_file
+from besa.storage.writing import LOCK, check_absent, claimed, explained, write_file
 
 FORMAT = 2
 IDENTITY = "run.json"
@@ -66,10 +66,11 @@ class Journal:
 
         Args:
             identity: everything that decides the result (recipe, model, data, …), in JSON types.
-            origin: versions and machine, which decide its last digits, likewise.
+            origin: versions, machine and ranks, which decide its last digits, likewise.
 
         Returns:
-            In words, how other processes differed that made parts of the run.
+            In words, how other processes differed that made parts of the run, in each part of their origin. Journals of
+            before say nothing of ranks.
 
         Raises:
             BesaError: the journal belongs to another run, or is damaged.
@@ -88,7 +89,8 @@ class Journal:
             )
         if now not in before:
             write_file(self.folder / IDENTITY, json.dumps({**begun, ORIGINS: [*before, now]}, indent=2))
-        return list(dict.fromkeys(words for other in before if (words := _difference(other, now))))
+        differences = (_difference(other[key], now[key], key) for other in before for key in now if key in other)
+        return list(dict.fromkeys(words for words in differences if words))
 
     @property
     def seconds(self) -> float:
@@ -278,6 +280,18 @@ class Journal:
             return f"{_finished(self.blocks)} {'is' if self.blocks == 1 else 'are'}"
         return "what was measured is" if any((self.folder / name).exists() for name in MEASURED) else ""
 
+    @property
+    def assembly(self) -> Path:
+        """The folder in which the checkpoint is assembled from the blocks and the rest of the model."""
+        return self.folder / "checkpoint"
+
+    def tidy(self) -> None:
+        """Remove what an earlier run has left of its checkpoint and of files that it was writing; blocks stay."""
+        shutil.rmtree(self.assembly, ignore_errors=True)
+        for pattern in (".*.partial", "rest*.safetensors"):
+            for path in self.folder.glob(pattern):
+                path.unlink()
+
     def clear(self) -> None:
         """Remove everything that an earlier run has left."""
         for path in self.folder.iterdir():
@@ -315,8 +329,11 @@ def journal_for(out: Path, resume: bool) -> Iterator[Journal]:
                 f"{journal.folder} holds {_finished(journal.blocks)} of an interrupted run: go on with --resume, or "
                 "remove it."
             )
-        if not resume:
-            journal.clear()
+        with explained(out):
+            if resume:
+                journal.tidy()
+            else:
+                journal.clear()
         try:
             yield journal
             journal.settle()

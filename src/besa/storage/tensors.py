@@ -8,27 +8,67 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
 
+from besa.errors import BesaError
 from besa.storage.writing import replacing
 
 COPY = 1 << 24  # bytes copied at a time
 METADATA = {"format": "pt"}  # transformers requires it in a safetensors file
+# The format's name of each dtype, in the order in which safetensors writes them: the widest first, so that all numbers
+# are aligned. https://github.com/huggingface/safetensors
+NAMES = {
+    torch.uint64: "U64",
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.complex64: "C64",
+    torch.float32: "F32",
+    torch.uint32: "U32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint16: "U16",
+    torch.int16: "I16",
+    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e8m0fnu: "F8_E8M0",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.float4_e2m1fn_x2: "F4",
+    torch.bool: "BOOL",
+}
+PLACES = {dtype: place for place, dtype in enumerate(NAMES)}
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str] | None = None) -> None:
     """Write tensors of any device and layout as safetensors, with optional further metadata.
 
+    The bytes are those of safetensors' own `save_file`, which makes another file and renames it, so that the lock on
+    this one would be lost. One tensor at a time is copied, where its device or layout needs it.
+
     Raises:
-        BesaError: the file cannot be written.
+        BesaError: the file cannot be written, or the format has no such numbers.
     """
-    with replacing(path) as partial:
-        mode = partial.stat().st_mode
-        save_file(
-            {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial, METADATA | dict(about or {})
-        )
-        partial.chmod(mode)  # safetensors makes a new file, which its owner alone may read
+    for name, tensor in tensors.items():
+        if tensor.dtype not in NAMES:
+            raise BesaError(f"{path} cannot be written: safetensors files have no {tensor.dtype}, as {name} is.")
+    ordered = sorted(tensors.items(), key=lambda item: (PLACES[item[1].dtype], item[0]))
+    header: dict[str, Any] = {"__metadata__": METADATA | dict(about or {})}
+    begin = 0
+    for name, tensor in ordered:
+        shape = list(tensor.shape)
+        if tensor.dtype == torch.float4_e2m1fn_x2:  # torch counts pairs, which are a byte
+            shape[-1] *= 2
+        end = begin + tensor.numel() * tensor.itemsize
+        header[name] = {"dtype": NAMES[tensor.dtype], "shape": shape, "data_offsets": [begin, end]}
+        begin = end
+    with replacing(path) as partial, partial.open("wb") as file:
+        file.write(_head(header))
+        for _, tensor in ordered:
+            file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def join_tensors(path: Path, parts: Sequence[Path], about: Mapping[str, str] | None = None) -> None:
@@ -45,14 +85,19 @@ def join_tensors(path: Path, parts: Sequence[Path], about: Mapping[str, str] | N
             header[name] = entry | {"data_offsets": [begin + offset for offset in entry["data_offsets"]]}
         begin += part.stat().st_size - start
         starts.append(start)
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # tensors must begin at multiples of eight bytes
     with replacing(path) as partial, partial.open("wb") as joined:
-        joined.write(len(text).to_bytes(8, "little") + text)
+        joined.write(_head(header))
         for part, start in zip(parts, starts, strict=True):
             with part.open("rb") as file:
                 file.seek(start)
                 shutil.copyfileobj(file, joined, COPY)
+
+
+def _head(header: Mapping[str, Any]) -> bytes:
+    """What comes before the tensors: the size of the header in eight bytes, and the header."""
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors must begin at multiples of eight bytes
+    return len(text).to_bytes(8, "little") + text
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], int]:

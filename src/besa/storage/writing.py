@@ -48,9 +48,14 @@ def claimed(folder: Path, out: Path) -> Iterator[None]:
 
     Raises:
         BesaError: another process has the folder, it cannot be written, it holds a pipe or a device, or something that
-            is not besa's where all should be.
+            is not besa's where all should be; the result could not be renamed from there to another place.
     """
     with explained(out):
+        if folder != out and (folder.is_symlink() or os.path.ismount(folder)):
+            raise BesaError(
+                f"{folder} is a link or a file system of its own, from which {out} cannot be renamed: remove it, or "
+                "choose a place on that file system."
+            )
         folder.mkdir(parents=True, exist_ok=True)
         check_regular(folder)
         if folder != out and not (folder / LOCK).exists() and any(folder.iterdir()):
@@ -197,8 +202,7 @@ def explained(path: Path) -> Iterator[None]:
     try:
         yield
     except _errors() as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full or f"(os error {errno.ENOSPC})" in str(error):  # safetensors writes in Rust and has no errno
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise BesaError(f"The disk is full: {path} was not written; make room and run again.") from error
         raise BesaError(
             f"{path} cannot be written: {getattr(error, 'strerror', None) or error}"
@@ -207,6 +211,6 @@ def explained(path: Path) -> Iterator[None]:
 
 
 def _errors() -> tuple[type[Exception], ...]:
-    """Errors of writing: the operating system's, and those of safetensors if it has been imported."""
+    """Errors meanwhile: the operating system's, and those of reading safetensors if it has been imported."""
     module = sys.modules.get("safetensors")
     return (OSError,) if module is None else (OSError, module.SafetensorError)
