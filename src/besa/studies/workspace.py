@@ -181,12 +181,13 @@ class Workspace:
         if self.keep:
             passing.unlink(missing_ok=True)
         kept = self.keep or (checkpoint.exists() and not passing.exists())
-        missing = {measures: path for measures, path in files.items() if not path.exists()}
+        missing = self._missing(key, files)
         try:
             if recipe is not None and (missing or not self._pruned(key)):
                 if not kept:
                     write_file(passing, "")
                 self._prune(recipe, seed, checkpoint, record)
+                missing = self._missing(key, files)
             if missing:
                 self._measure(checkpoint if recipe is not None else self._source.pinned, missing)
         except (KeyboardInterrupt, Interrupted) as stopped:
@@ -211,7 +212,20 @@ class Workspace:
     def done(self, recipe: Recipe | None, seed: int = 0) -> bool:
         """Whether `outcome` would find all that it needs."""
         key, files = self._files(recipe, seed)
-        return all(path.exists() for path in files.values()) and (recipe is None or self._pruned(key))
+        return not self._missing(key, files) and (recipe is None or self._pruned(key))
+
+    def _missing(self, key: str, files: Mapping[Measures, Path]) -> dict[Measures, Path]:
+        """Evaluations that are not there, or are of an earlier run than the weights that are.
+
+        Raises:
+            BesaError: a file is damaged.
+        """
+        checkpoint = self.folder / key
+        return {
+            measures: path
+            for measures, path in files.items()
+            if not path.exists() or (checkpoint.exists() and not _read(Evaluation, path).may_be_of(checkpoint))
+        }
 
     def _pruned(self, key: str) -> bool:
         """Whether the record of a run is there, and its weights if they are to be kept."""
@@ -225,7 +239,7 @@ class Workspace:
                 recipe cannot be used on the model.
         """
         runs = list(runs)
-        if all(path.exists() for run in runs for path in self._files(*run)[1].values()):
+        if all(self.done(*run) for run in runs):
             return
         given, device = self.conditions, resolve_device(self._device)
         check_tasks(self.measures.tasks)
