@@ -121,7 +121,6 @@ SparsityOption = Annotated[
 PassesOption = Annotated[
     float | None,
     typer.Option(
-        min=0,
         help="Budget of the run in forward passes over the calibration set, such as 20, 60 or 200. It sets the number "
         "of fine-tuning or distillation epochs. Default: the recipe's.",
     ),
@@ -129,7 +128,6 @@ PassesOption = Annotated[
 MinutesOption = Annotated[
     float | None,
     typer.Option(
-        min=0,
         help="Time limit of the whole run, in minutes: distil for as many epochs as fit. Not together with --passes.",
     ),
 ]
