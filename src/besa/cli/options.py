@@ -231,8 +231,10 @@ def check_files(out: Path, json: Path | None, json_progress: Path | None) -> Non
         json_progress: of `--json-progress`.
 
     Raises:
-        BesaError: a result is to be where the folder will be, or progress in the folder.
+        BesaError: the folder has no name, a result is to be where it will be, or progress in it.
     """
+    if out == Path():  # which an empty argument is, too
+        raise BesaError("OUT is empty, or the folder that you are in: give the name of a new folder.")
     check_result(out, json)
     folder = path_of(out).absolute()
     if json_progress is not None and folder in (here := path_of(json_progress).absolute(), *here.parents):

@@ -285,6 +285,8 @@ class Recipe(Settings):
 
 
 def _read(recipe: str | Path) -> dict[str, Any]:
+    if recipe == "":
+        raise BesaError(f"The name of the recipe is empty: choose one of {', '.join(shipped())}, or give a YAML file.")
     source = RECIPES / f"{recipe}.yaml" if str(recipe) in shipped() else path_of(recipe)
     if isinstance(source, Path) and source.exists() and not source.is_file():  # reading a pipe would wait forever
         raise BesaError(f"Recipe {recipe} is no file: choose one of {', '.join(shipped())}, or give a YAML file.")
