@@ -23,7 +23,8 @@ import torch
 
 from besa.api import compress, evaluate
 from besa.data.calibration import sample
-from besa.data.mixture import MIX, parts_of
+from besa.data.documents import check_there
+from besa.data.mixture import MIX, parts_of, texts_of
 from besa.data.questions import ACCURACY
 from besa.digests import sha256_of
 from besa.errors import BesaError, Interrupted
@@ -31,13 +32,13 @@ from besa.evaluation.adding import added
 from besa.evaluation.carding import tell_card
 from besa.evaluation.domains import ALL, mean_of_domains
 from besa.evaluation.result import EVALUATION_NAME, Evaluation
-from besa.evaluation.texts import read_texts, text_name
+from besa.evaluation.texts import check_texts, read_texts, text_name
 from besa.evaluation.zero_shot import check_tasks
 from besa.methods.recipe import Recipe
 from besa.models.blocks import find_blocks
 from besa.models.bos import bos_token
 from besa.models.loading import load_tokenizer, read_config, skeleton
-from besa.models.source import Source, fingerprint, locate
+from besa.models.source import Source, check_apart, fingerprint, locate
 from besa.planning import check_suits
 from besa.progress import Progress, labelled, silent
 from besa.record import RECORD_NAME, RunRecord
@@ -235,10 +236,14 @@ class Workspace:
         """Check, before the work, what the missing runs (recipes and seeds) need.
 
         Raises:
-            BesaError: a text, a task, the model or the device cannot be had, a text is too short, or a
-                recipe cannot be used on the model.
+            BesaError: a text, a task, the model or the device cannot be had, a text is too short, a recipe cannot be
+                used on the model, or the folder lies in the model's.
         """
         runs = list(runs)
+        check_apart(self.conditions.model, self.folder)
+        check_texts(self.measures.texts, self.measures.data)
+        for text in texts_of(self.conditions.calibration):
+            check_there(text)
         if all(self.done(*run) for run in runs):
             return
         given, device = self.conditions, resolve_device(self._device)
