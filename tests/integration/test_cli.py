@@ -170,6 +170,8 @@ def test_report_is_one_page(pruned: Path, tmp_path: Path) -> None:
     assert called("report", pruned, "--out", page).returncode == 0
     assert "60.00" in page.read_text()
     assert_refused(called("report", tmp_path, "--out", page), str(tmp_path))
+    same = pruned / ".." / pruned.name
+    assert_refused(called("report", pruned, same, "--out", page), f"{same} is named twice: name each run once.")
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from besa.cli.show.studying import compared
 from besa.errors import BesaError, Interrupted, Notice
 from besa.evaluation.result import Evaluation
 from besa.methods.recipe import Recipe
+from besa.report import load_run
 from besa.storage.writing import claimed
 from besa.studies import workspace as workspace_module
 from besa.studies.comparing import Comparison, compare
@@ -158,6 +159,24 @@ def test_weights_that_are_to_be_kept_are_pruned_anew_where_they_are_gone(
     again = replace(workspace, keep=True).outcome(recipe)
     assert (workspace.checkpoint(recipe) / "model.safetensors").exists()
     assert again.scores == first.scores
+
+
+def test_weights_pruned_anew_are_measured_anew(
+    tmp_path: Path, shallow_llama_folder: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace, recipe = workspace_in(tmp_path, shallow_llama_folder, text), Recipe.load("magnitude", 0.5)
+    first = workspace.outcome(recipe)
+    kept = replace(workspace, keep=True)
+    assert not kept.done(recipe)
+    again, folder = kept.outcome(recipe), workspace.checkpoint(recipe)
+    assert again.record.created != first.record.created
+    assert {measured.pruned for measured in again.evaluations} == {again.record.created}
+    assert load_run(folder).measured == again.evaluation
+    assert f"{again.scores['heldout']:,.2f}" in (folder / "README.md").read_text()
+    assert kept.done(recipe)
+    shutil.rmtree(folder)
+    monkeypatch.setattr(workspace_module, "compress", lambda *_, **__: pytest.fail("it was pruned for nothing"))
+    assert workspace.outcome(recipe).scores == first.scores
 
 
 def test_an_interrupted_run_goes_on(tmp_path: Path, shallow_llama_folder: Path, text: str) -> None:

@@ -9,6 +9,7 @@ import besa
 from besa.errors import BesaError, Interrupted
 from besa.studies import demo, workspace
 from besa.studies.demo import Demo
+from tests.calling import called
 
 PLAN = demo.Plan(("wanda", "besa"), samples=8, seqlen=64, window=64, max_windows=10)
 
@@ -84,7 +85,8 @@ def test_demo_adds_to_its_own_folder_and_refuses_one_of_other_sizes(tmp_path: Pa
         ({"calibration": "short.txt"}, "tokens"),
         ({"device": "tpu"}, "device|compute"),
         ({"out": Path("x" * 300)}, "xxx"),
-        ({"out": Path("file")}, "file cannot be written"),
+        ({"out": Path("file")}, "file cannot be written: .*/file is no folder"),
+        ({"out": Path("model")}, "model is the folder of a model: choose another --out"),
     ],
 )
 def test_demo_refuses_before_it_works_and_leaves_nothing(
@@ -92,7 +94,8 @@ def test_demo_refuses_before_it_works_and_leaves_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    for name in ("short.txt", "file"):
+    Path("model").mkdir()
+    for name in ("short.txt", "file", "model/config.json"):
         Path(name).write_text("Too short.")
     for work in ("compress", "evaluate"):
         monkeypatch.setattr(workspace, work, lambda *_, **__: pytest.fail("it has begun"))
@@ -102,7 +105,26 @@ def test_demo_refuses_before_it_works_and_leaves_nothing(
     }  # fmt: skip
     with pytest.raises(BesaError, match=words):
         demo.run_demo(**usual | change)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "short.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "model", "short.txt"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--out", "file"], "is no folder"),
+        (["--sparsity", "2"], "sparsity"),
+        (["--calibration", "none.txt"], "There is no text none.txt"),
+        (["--ppl", "none.txt"], "There is no text none.txt"),
+    ],
+)
+def test_demo_refuses_before_it_says_anything_or_opens_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(workspace, "locate", lambda *_, **__: pytest.fail("the model was opened"))
+    result = called("demo", *arguments, folder=tmp_path)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert words in result.stderr
 
 
 def test_demo_that_is_refused_or_stopped_before_its_first_result_leaves_nothing(

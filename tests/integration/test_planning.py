@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ TUNED = ["finetune={method: adam, epochs: 8}", "distill.method=none"]
 
 def test_counts_are_those_of_the_run(tiny_llama_folder: Path, tmp_path: Path) -> None:
     sizes = {"samples": 16, "seqlen": 32, "sparsity": 0.6}
-    planned = besa.plan(tiny_llama_folder, "besa", out=tmp_path, **sizes)
+    planned = besa.plan(tiny_llama_folder, "besa", out=tmp_path / "out", **sizes)
     text = str(tiny_llama_folder / "calibration.txt")
     record = besa.compress(tiny_llama_folder, "besa", text, out=tmp_path / "out", **sizes).record
     assert (planned.prunable_weights, planned.zeros) == (record.weights, record.zeros)
@@ -79,7 +80,7 @@ def test_counts_are_those_of_the_run(tiny_llama_folder: Path, tmp_path: Path) ->
 )
 def test_the_largest_models_of_the_paper_fit_one_gpu_of_80_gb(config, weights, gigabytes, tmp_path) -> None:
     config.save_pretrained(tmp_path)
-    planned = besa.plan(tmp_path, "besa", device="cuda", out=tmp_path)
+    planned = besa.plan(tmp_path, "besa", device="cuda")
     assert planned.prunable_weights == weights
     assert planned.zeros == weights // 2
     block = 2 * weights / 80
@@ -97,7 +98,7 @@ def nothing_taken(monkeypatch: Any) -> None:
 
 def test_activations_beyond_the_budget_go_to_disk(tmp_path: Path, nothing_taken: None) -> None:
     LLAMA_70B.save_pretrained(tmp_path)
-    near, far = (besa.plan(tmp_path, out=tmp_path, activation_budget=size) for size in (10**15, 1))
+    near, far = (besa.plan(tmp_path, activation_budget=size) for size in (10**15, 1))
     assert near.activation_bytes == far.activation_bytes == 1.5 * 128 * 2048 * 8192 * 2
     assert near.activation_places == {"device": 0, "host": near.activation_bytes, "file": 0}
     assert far.activation_places == {"device": 0, "host": 0, "file": far.activation_bytes}
@@ -117,27 +118,25 @@ def test_hidden_states_are_planned_where_they_will_be(
         dense - 1: (0, 0, pruned + dense),
     }.items():
         sizes = {"samples": 64, "seqlen": 64, "device": "pretend", "activation_budget": budget}
-        plan = besa.plan(tiny_llama_folder, "besa", out=tmp_path, **sizes)
+        plan = besa.plan(tiny_llama_folder, "besa", out=tmp_path / "out", **sizes)
         assert plan.activation_places == dict(zip(("device", "host", "file"), expected, strict=True))
         assert plan.activation_bytes == pruned + dense
         rest = plan.gpu_memory_bytes - expected[0]
-        assert (
-            rest
-            == besa.plan(tiny_llama_folder, "besa", out=tmp_path, **sizes | {"activation_budget": 0}).gpu_memory_bytes
-        )
+        without = besa.plan(tiny_llama_folder, "besa", out=tmp_path / "out", **sizes | {"activation_budget": 0})
+        assert rest == without.gpu_memory_bytes
     monkeypatch.setattr(pretend.memory, "free", 4 * (pruned + dense) + 3)  # a quarter of it
-    plan = besa.plan(tiny_llama_folder, "besa", out=tmp_path, samples=64, seqlen=64, device="pretend")
+    plan = besa.plan(tiny_llama_folder, "besa", out=tmp_path / "out", samples=64, seqlen=64, device="pretend")
     assert plan.activation_places == {"device": pruned + dense, "host": 0, "file": 0}
     assert plan.fits
     monkeypatch.setattr(pretend.memory, "total", plan.gpu_memory_bytes - 1)
-    plan = besa.plan(tiny_llama_folder, "besa", out=tmp_path, samples=64, seqlen=64, device="pretend")
+    plan = besa.plan(tiny_llama_folder, "besa", out=tmp_path / "out", samples=64, seqlen=64, device="pretend")
     assert plan.lacking == [f"GPU memory ({pretend.memory.total / 1e9:.1f} GB)"]
 
 
 def test_memory_that_cpu_and_gpu_share_is_planned_once(
     tiny_llama_folder: Path, tmp_path: Path, nothing_taken: None
 ) -> None:
-    sizes = {"samples": 64, "seqlen": 64, "out": tmp_path, "batch": 4, "activation_budget": 1 << 30}
+    sizes = {"samples": 64, "seqlen": 64, "out": tmp_path / "out", "batch": 4, "activation_budget": 1 << 30}
     cpu, mps = (besa.plan(tiny_llama_folder, "besa", device=device, **sizes) for device in ("cpu", "mps"))
     assert mps.gpu_memory_bytes is None
     assert mps.activation_places == {"device": cpu.activation_bytes, "host": 0, "file": 0}
@@ -147,7 +146,7 @@ def test_memory_that_cpu_and_gpu_share_is_planned_once(
 def test_a_gpu_that_is_not_here_is_planned_without_a_limit(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     LLAMA_70B.save_pretrained(tmp_path)
-    plan = besa.plan(tmp_path, device="cuda:3", out=tmp_path)
+    plan = besa.plan(tmp_path, device="cuda:3")
     assert plan.activation_places == {"device": 1.5 * 128 * 2048 * 8192 * 2, "host": 0, "file": 0}
     assert "GPU memory (there is none)" in plan.lacking
 
@@ -230,7 +229,7 @@ SHARED = {"samples": 11, "seqlen": 32, "batch": 2, "ranks": 3}  # 4, 4 and 3 seq
 
 
 def test_a_plan_of_three_ranks_by_hand(tiny_llama_folder: Path, tmp_path: Path) -> None:
-    plan = besa.plan(tiny_llama_folder, "sparsegpt", out=tmp_path, **SHARED)
+    plan = besa.plan(tiny_llama_folder, "sparsegpt", out=tmp_path / "out", **SHARED)
     assert (plan.ranks, plan.sequences) == (3, 4)
     assert (
         plan.activation_bytes == (4 * 32 + 16) * 96 * 4
@@ -244,7 +243,7 @@ def test_a_plan_of_three_ranks_by_hand(tiny_llama_folder: Path, tmp_path: Path) 
         "rebuild": 2 * 2 * 4 * gathered,  # the columns of each turn, then the rebuilt rows
         "measure": round(4 / 3 * 8 * 2 * 96),
     }
-    assert besa.plan(tiny_llama_folder, "sparsegpt", out=tmp_path, **SHARED | {"ranks": 1}).traffic_bytes == {}
+    assert besa.plan(tiny_llama_folder, "sparsegpt", out=tmp_path / "out", **SHARED | {"ranks": 1}).traffic_bytes == {}
 
 
 @pytest.mark.parametrize(
@@ -291,7 +290,7 @@ def test_passes_of_a_rank_are_over_its_own_sequences(recipe, settings, passes, t
 def test_all_ranks_must_fit_here(
     tiny_llama_folder: Path, tmp_path: Path, monkeypatch: Any, nothing_taken: None
 ) -> None:
-    sizes = SHARED | {"out": tmp_path, "ranks": 2}
+    sizes = SHARED | {"out": tmp_path / "out", "ranks": 2}
     needed = besa.plan(tiny_llama_folder, **sizes).memory_bytes
     monkeypatch.setattr(memory, "total_bytes", lambda: int(1.5 * needed))
     assert besa.plan(tiny_llama_folder, **sizes | {"ranks": 1}).fits
@@ -411,10 +410,27 @@ def test_a_long_text_is_planned_as_it_is_tokenised(
     assert usual < found
 
 
-def test_a_text_that_cannot_be_looked_up_is_left_to_whoever_reads_it(shallow_llama_folder: Path) -> None:
-    sizes: dict[str, Any] = {"samples": 4, "seqlen": 64, "device": "cpu"}
-    usual, other = (besa.plan(shallow_llama_folder, "wanda", calibration=text, **sizes) for text in ("c4", "a" * 300))
-    assert other.memory_bytes == pytest.approx(usual.memory_bytes, rel=0.1)
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("missing.txt", "There is no text missing.txt"),
+        ("c4:0.5,missing.txt:0.5", "There is no text missing.txt"),
+        ("a" * 300, "Could not read a*"),
+        ("", "The name of a text is empty"),
+    ],
+)
+def test_a_text_that_is_not_there_is_refused_as_by_a_run(shallow_llama_folder: Path, text: str, words: str) -> None:
+    with pytest.raises(besa.BesaError, match=words):
+        besa.plan(shallow_llama_folder, "wanda", calibration=text)
+
+
+def test_a_place_where_a_run_could_not_write_is_refused(tmp_path: Path, shallow_llama_folder: Path) -> None:
+    model = shutil.copytree(shallow_llama_folder, tmp_path / "model")
+    (tmp_path / "there").mkdir()
+    with pytest.raises(besa.BesaError, match="there exists already: choose another name"):
+        besa.plan(model, "wanda", out=tmp_path / "there")
+    with pytest.raises(besa.BesaError, match="lies in the folder of the model"):
+        besa.plan(model, "wanda", out=model / "out")
 
 
 @pytest.mark.parametrize("out", ["file", "file/of/another"])
@@ -439,7 +455,7 @@ def test_live_bytes_are_counted_by_hand() -> None:
 
 def test_few_tokens_for_wide_inputs_are_warned_of(tiny_llama_folder: Path, tmp_path: Path) -> None:
     """The widest inputs are the 256 of the down projections: 1,024 tokens are enough."""
-    sizes = {"out": tmp_path, "seqlen": 32}
+    sizes = {"out": tmp_path / "out", "seqlen": 32}
     few = besa.plan(tiny_llama_folder, "sparsegpt", samples=31, **sizes)
     assert few.warnings == [
         "992 calibration tokens are few for inputs of 256 columns, and solving for weights may fit these tokens only: "
@@ -464,7 +480,7 @@ def test_a_run_says_too_that_its_tokens_are_few(tiny_llama_folder: Path) -> None
 
 
 def test_own_text_takes_passes_and_the_whole_model(tiny_llama_folder: Path, tmp_path: Path) -> None:
-    sizes = {"out": tmp_path, "samples": 8, "seqlen": 64}
+    sizes = {"out": tmp_path / "out", "samples": 8, "seqlen": 64}
     plain, own, half = (
         besa.plan(tiny_llama_folder, "wanda", calibration=text, **sizes) for text in ("mix", "self", "self:1,c4:1")
     )
@@ -500,7 +516,7 @@ DISTILLED = ["distill={method: kl, learns: together}"]
 def test_distilling_is_planned_with_the_weights_that_stay(
     tiny_llama_folder: Path, tmp_path: Path, settings: list[str], kept: float
 ) -> None:
-    sizes = {"samples": 16, "seqlen": 32, "out": tmp_path}
+    sizes = {"samples": 16, "seqlen": 32, "out": tmp_path / "out"}
     found, none = (
         besa.plan(
             tiny_llama_folder,
@@ -515,7 +531,7 @@ def test_distilling_is_planned_with_the_weights_that_stay(
 
 def test_distilling_is_planned_with_the_whole_model(tiny_llama_folder: Path, tmp_path: Path) -> None:
     """Weights, and value, gradient and two moments of what learns; on the disk, two states and the distilled blocks."""
-    sizes = {"samples": 16, "seqlen": 32, "out": tmp_path}
+    sizes = {"samples": 16, "seqlen": 32, "out": tmp_path / "out"}
     linears, vectors, parameters = 8 * 101_376, 17 * 96, 8 * 101_376 + 17 * 96 + 1024 * 96
     plans = {
         learns: besa.plan(
@@ -547,7 +563,7 @@ def test_distilling_is_planned_with_the_whole_model(tiny_llama_folder: Path, tmp
 
 
 def test_a_device_by_a_number_that_is_not_here_is_planned_too(shallow_llama_folder: Path, tmp_path: Path) -> None:
-    plan = besa.plan(shallow_llama_folder, "wanda", device="pretend:3", samples=4, seqlen=32, out=tmp_path)
+    plan = besa.plan(shallow_llama_folder, "wanda", device="pretend:3", samples=4, seqlen=32, out=tmp_path / "out")
     assert plan.lacking == ["GPU memory (there is none)"]
 
 
@@ -581,7 +597,7 @@ def test_a_model_too_large_to_be_distilled_is_refused_before_the_work(
     recipe, text = Recipe.load("wanda", None, DISTILLED), str(tiny_llama_folder / "calibration.txt")
     needed = besa.plan(tiny_llama_folder, recipe, samples=2, seqlen=32).distilling_bytes
     monkeypatch.setattr(memory, "total_bytes", lambda: needed // 2)
-    plan = besa.plan(tiny_llama_folder, recipe, samples=2, seqlen=32, out=tmp_path, activation_budget=10**9)
+    plan = besa.plan(tiny_llama_folder, recipe, samples=2, seqlen=32, out=tmp_path / "out", activation_budget=10**9)
     assert not plan.fits
     assert plan.lacking == [f"memory ({needed / 2e9:.1f} GB)"]
     with pytest.raises(besa.BesaError) as refusal:

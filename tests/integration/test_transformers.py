@@ -362,8 +362,8 @@ def test_version_1_loads_in_besa(folder: Path, tmp_path: Path) -> None:
     model = besa.load(tmp_path)
     assert sparse(model) == sparse(besa.load(folder))
     assert torch.equal(logits(model), logits(besa.load(folder)))
-    besa.unpack(tmp_path, tmp_path / "out")
-    assert torch.equal(logits(besa.load(tmp_path / "out")), logits(besa.load(folder.parent / "dense")))
+    besa.unpack(tmp_path, out := tmp_path.with_name(f"{tmp_path.name}-out"))
+    assert torch.equal(logits(besa.load(out)), logits(besa.load(folder.parent / "dense")))
     with pytest.raises(OSError, match="no file named"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
     model.save_pretrained(tmp_path / "saved")

@@ -22,6 +22,7 @@ def test_paths_that_can_be(tmp_path):
 @pytest.mark.parametrize(
     ("name", "told"),
     [
+        ("", "A file name is empty: give one."),
         ("x" * 256, f"'{'x' * 64}…' cannot be used as a file name here (File name too long): give another name."),
         ("a/" * 3000, "(File name too long)"),
         ("nul\0", "'nul\\x00' cannot be used as a file name here (embedded null byte): give another name."),

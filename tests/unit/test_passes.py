@@ -147,7 +147,7 @@ def test_what_cannot_be_spent_is_refused() -> None:
         spending(Recipe.load("besa"), 60, 64, 512)
     with pytest.raises(BesaError, match="too few"):
         spending(Recipe.load("best"), 5, 64, 512)
-    with pytest.raises(BesaError, match="nan passes are too few"):
+    with pytest.raises(BesaError, match="nan passes are nothing to spend"):
         spending(Recipe.load("best"), float("nan"), 64, 512)
     for endless in (float("inf"), 1e300):
         with pytest.raises(BesaError, match="more than can be counted"):

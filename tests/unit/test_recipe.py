@@ -161,8 +161,8 @@ def test_nothing_asks_which_method_it_has():
     assert asking == []
 
 
-def test_an_empty_file_of_settings_is_the_default(write):
-    assert Recipe.load(write("{}")) == Recipe()
+def test_one_setting_leaves_all_others_at_their_defaults(write):
+    assert Recipe.load(write("name: custom")) == Recipe()
 
 
 def test_recipes_do_not_change():
@@ -232,9 +232,13 @@ def test_another_method_begins_with_its_own_settings():
         ("allocation.travel=.inf", "travel: "),
         ("allocation.rates=column", "rates: input should be 'row' or 'layer' (it is 'column')"),
         ("allocation.method=magic", "allocation.method is 'magic' but must be one of 'uniform', 'besa'"),
-        ("allocation=besa", "allocation: "),
-        ("allocation=[1, 2]", "allocation: "),
-        ("allocation={steps: 2}", "allocation: "),
+        ("allocation=besa", "allocation is 'besa' but holds settings: set allocation.method to one of uniform, besa, "),
+        ("allocation=[1, 2]", "allocation is [1, 2] but holds settings: set allocation.method to one of uniform, "),
+        ("allocation=5", "allocation is 5 but holds settings: set allocation.method to one of uniform, besa, "),
+        ("allocation={steps: 2}", "allocation.steps needs a method: set allocation.method=besa."),
+        ("allocation={}", "allocation needs a method: set allocation.method to one of uniform, besa, "),
+        ("distill={}", "distill needs a method: set distill.method to one of none, kl."),
+        ("distill={epoch: 3}", "distill.epoch needs a method: set distill.method to one of none, kl."),
         ("sparsity=1", "sparsity: input should be less than 1 (it is 1; half is 0.5)"),
         ("sparsity=-0.1", "sparsity: input should be greater than or equal to 0 (it is -0.1)"),
         ("sparsity=.nan", "sparsity: "),
@@ -245,8 +249,10 @@ def test_another_method_begins_with_its_own_settings():
             "sparsity_of.*.k: input should be less than or equal to 1 (it is 1.1; half is 0.5)",
         ),
         ("sparsity_of={'*.k': .nan}", "sparsity_of.*.k: "),
-        ("sparsity_of=0.3", "sparsity_of: "),
-        ("skip='*.k'", "skip: input should be a valid tuple"),
+        ("sparsity_of=0.3", "sparsity_of is 0.3 but must be patterns with a sparsity each, such as {'*.k_proj': 0.3}."),
+        ("skip='*.k'", "skip is '*.k' but must be a list of patterns, such as ['*.k_proj']."),
+        ("skip=", "skip is None but must be a list of patterns"),
+        ("skip=['*.k', ' ']", "a skip pattern is empty: write one such as *.k_proj, or leave it out."),
         ("skip=[3]", "skip.0: input should be a valid string (it is 3)"),
         ("name.first=x", "--set name.first=x: name is a value, not a group of settings"),
         ("allocation.steps", "--set allocation.steps: write it as key.key=value, such as allocation.steps=64"),
@@ -264,6 +270,19 @@ def test_another_method_begins_with_its_own_settings():
 )
 def test_overrides_that_are_wrong(override, told):
     assert told in refusal("besa", overrides=[override])
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("distill.epochs=3", "distill.epochs needs a method: set distill.method=kl."),
+        ("finetune.epochs=3", "finetune.epochs needs a method: set finetune.method=adam."),
+        ("experts.share=0.2", "experts.share needs a method: set experts.method to one of reap, frequency."),
+        ("quantization.bits=3", "quantization.bits needs a method: set quantization.method to one of minmax, moved."),
+    ],
+)
+def test_settings_of_a_stage_that_is_off_are_told_which_methods_have_them(override, told):
+    assert refusal("wanda", overrides=[override]) == f"Recipe wanda: {told}"
 
 
 def test_keys_are_named_as_they_are_written():
@@ -289,6 +308,11 @@ def test_exceptions_that_are_wrong(pair):
     with pytest.raises(BesaError) as caught:
         Recipe().with_exceptions([], ["*.v=0.5", pair])
     assert str(caught.value) == f"--sparsity-of {pair}: write it as pattern=sparsity, such as *.k_proj=0.3."
+
+
+def test_an_empty_pattern_is_called_empty():
+    with pytest.raises(BesaError, match=r"^Recipe custom: a skip pattern is empty: "):
+        Recipe().with_exceptions([""], [])
 
 
 def test_what_is_given_twice_is_refused():
@@ -318,18 +342,18 @@ def test_sparsity_out_of_bounds(sparsity):
     [
         (
             "",
-            "must be a YAML mapping with the keys name, sparsity, skip, sparsity_of, experts, targets, importance, "
-            "allocation, "
-            "reconstruction, finetune, distill, quantization.",
+            "must be a YAML mapping with some of the keys name, sparsity, skip, sparsity_of, experts, targets, "
+            "importance, allocation, reconstruction, finetune, distill, quantization.",
         ),
+        ("{}", "must be a YAML mapping with some of the keys name, "),
         ("- a\n- b", "must be a YAML mapping"),
         ("besa", "must be a YAML mapping"),
         ("a: b: c", "cannot be read as YAML"),
         ("sparsity: 0.5\nsparsty: 0.5", "unknown key sparsty"),
         ("1: 2", "1"),
         ("name: 3", "name: input should be a valid string (it is 3)"),
-        ("allocation:", "allocation: "),
-        ("allocation: {rates: row}", "allocation: "),
+        ("allocation:", "allocation is None but holds settings"),
+        ("allocation: {rates: row}", "allocation.rates needs a method: set allocation.method=besa."),
         ("sparsity: 0.5\n---\nsparsity: 0.6", "cannot be read as YAML"),
         ("!!python/object/apply:os.getcwd []", "cannot be read as YAML"),
         ("when: 2001-99-99", "cannot be read as YAML"),

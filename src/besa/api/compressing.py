@@ -33,7 +33,7 @@ from besa.models.blocks import Block, left_dense
 from besa.models.borrowing import borrowed
 from besa.models.loading import load_model
 from besa.models.mixtures import Fewer
-from besa.models.source import Source, locate
+from besa.models.source import Source, check_apart, locate
 from besa.models.streaming import Decoder
 from besa.planning import check_suits, coded_bytes, few_tokens, whole_disk_bytes
 from besa.progress import Progress, silent
@@ -146,6 +146,8 @@ def compress(
     recipe = chosen(recipe, sparsity)
     check_coded(dequantized, recipe)
     out = path_of(out) if out is not None else None
+    if isinstance(model, str | Path) and out is not None:
+        check_apart(model, out)
     lent = borrowed(model) if isinstance(model, PreTrainedModel) else nullcontext()
     with ExitStack() as stack:
         stack.enter_context(defaults())

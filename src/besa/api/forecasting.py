@@ -12,7 +12,7 @@ from pydantic import InstanceOf
 from besa.api.choosing import check_coded, chosen, default_batch
 from besa.checkpoint.rewriting import folder_of
 from besa.data.arguments import Bytes, Count, Dtype, Length, Ranks, Samples, checked
-from besa.data.documents import first_document
+from besa.data.documents import check_there, first_document
 from besa.data.mixture import MIX, OWN, parts_of, texts_of
 from besa.errors import BesaError
 from besa.methods.recipe import Recipe
@@ -20,11 +20,12 @@ from besa.models.blocks import find_blocks
 from besa.models.limits import positions
 from besa.models.loading import read_config, refuse_quantized, skeleton
 from besa.models.mixtures import changed
-from besa.models.source import locate, weight_paths
+from besa.models.source import check_apart, locate, weight_paths
 from besa.planning import Outline, Plan, work_out
 from besa.pruning import smaller
 from besa.storage.formats.container import header
 from besa.storage.names import nearest, path_of
+from besa.storage.writing import check_absent
 from besa.system.devices import named_device
 from besa.system.ranks import together
 
@@ -34,7 +35,7 @@ def plan(
     model: str | Path,
     recipe: InstanceOf[Recipe] | str | Path = "besa",
     *,
-    out: str | Path = ".",
+    out: str | Path | None = None,
     sparsity: float | None = None,
     calibration: str = MIX,
     samples: Samples = 128,
@@ -53,7 +54,7 @@ def plan(
         model: Hugging Face id, of which no weights are downloaded; local folder, of which a config.json is enough;
             .gguf file, or ``smollm2`` (embedded), which a run loads whole.
         recipe: as in `compress`.
-        out: where the checkpoint would be written.
+        out: as in `compress`; None for somewhere in the working folder.
         sparsity: as in `compress`.
         calibration: as in `compress`; what the model writes itself takes passes and memory.
         samples: as in `compress`.
@@ -67,14 +68,19 @@ def plan(
         trust_remote_code: as in `compress`.
 
     Raises:
-        BesaError: the configuration cannot be read or is of no decoder that besa can prune, `out` is below a file, or
-            an argument is not used.
+        BesaError: the configuration cannot be read or is of no decoder that besa can prune, a text is not there, `out`
+            exists, is below a file or lies in the model's folder, or an argument is not used.
     """
-    device, out = named_device(device), path_of(out)
+    device, folder = named_device(device), Path() if out is None else path_of(out)
     recipe = chosen(recipe, sparsity)
     check_coded(dequantized, recipe)
-    if not (place := nearest(out)).is_dir():
-        raise BesaError(f"{out} cannot be written: {place} is no folder.")
+    if not (place := nearest(folder)).is_dir():
+        raise BesaError(f"{folder} cannot be written: {place} is no folder.")
+    if out is not None:
+        check_absent(folder)
+        check_apart(model, folder)
+    for text in texts_of(calibration):
+        check_there(text)
     source = locate(model, trust_remote_code=trust_remote_code).local(weights=False)
     if not source.gguf and header(folder_of(source)) is not None:
         raise BesaError(f"{source.name} is packed: make it dense with `besa unpack` first.")
@@ -102,7 +108,7 @@ def plan(
             batch=min(samples, batch),
             device=device,
             activation_budget=activation_budget,
-            folder=out,
+            folder=folder,
             dequantized=dequantized,
             fewer=fewer,
             ranks=ranks,

@@ -119,7 +119,7 @@ def pack(
         BesaError: the model cannot be read, is incomplete or packed already, or would not get smaller; its head or its
             embeddings cannot be stored as codes; or `out` exists or cannot be written.
     """
-    source = local(model, progress, trust_remote_code)
+    source = local(model, out, progress, trust_remote_code)
     if header(folder_of(source)) is not None:
         raise BesaError(f"{model} is packed already: copy the folder, or make it dense with `besa unpack`.")
     refuse(source.name, read_config(source))
@@ -171,7 +171,7 @@ def unpack(model: str | Path, out: str | Path, *, trust_remote_code: bool = Fals
     Raises:
         BesaError: the model is not packed, is incomplete or damaged; or `out` exists or cannot be written.
     """
-    source = local(model, progress, trust_remote_code)
+    source = local(model, out, progress, trust_remote_code)
     if header(folder_of(source)) is None:
         raise BesaError(f"{model} is not packed: `besa unpack` takes what `besa pack` wrote.")
     files = open_files(folder_of(source))

@@ -14,7 +14,7 @@ from besa.checkpoint.companions import companions, pass_on
 from besa.checkpoint.verification import check_weights, seal
 from besa.checkpoint.writer import assemble
 from besa.errors import BesaError
-from besa.models.source import Source, locate
+from besa.models.source import Source, check_apart, locate
 from besa.progress import Progress
 from besa.record import RECORD_NAME
 from besa.storage.formats.container import ABOUT, settings
@@ -22,17 +22,19 @@ from besa.storage.tensors import save_tensors
 from besa.storage.weights import SPARSE_STEM, WIDTHS_STEM
 
 
-def local(model: str | Path, progress: Progress, trust_remote_code: bool) -> Source:
+def local(model: str | Path, out: str | Path, progress: Progress, trust_remote_code: bool) -> Source:
     """The model's files in a folder.
 
     Args:
         model: as `locate` takes it.
+        out: what will be made of it.
         progress: told about a download.
         trust_remote_code: as of `locate`.
 
     Raises:
-        BesaError: the files cannot be fetched, are a .gguf file, or are links out of the folder.
+        BesaError: the files cannot be fetched, are a .gguf file, or are links out of the folder; or `out` lies in it.
     """
+    check_apart(model, out)
     source = locate(model, progress, trust_remote_code=trust_remote_code)
     if source.gguf:
         raise BesaError(f"{model} is a .gguf file, which has no pruned weights: give a folder that `besa prune` wrote.")

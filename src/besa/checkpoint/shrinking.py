@@ -132,7 +132,7 @@ def shrink(
         BesaError: the model cannot be read, has nothing to remove, the family's configuration cannot describe the
             smaller shapes, or `out` exists or cannot be written.
     """
-    source = local(model, progress, trust_remote_code)
+    source = local(model, out, progress, trust_remote_code)
     if header(folder_of(source)) is not None:
         raise BesaError(f"{model} is packed: make it dense with `besa unpack` first.")
     config = read_config(source)

@@ -176,8 +176,8 @@ def report(
     ),
 ) -> None:
     """Put runs side by side on one self-contained HTML page."""
-    from besa.report import load_run, render
+    from besa.report import load_runs, render
     from besa.storage.writing import write_file
 
-    write_file(page, render([load_run(run) for run in runs]))
+    write_file(page, render(load_runs(runs)))
     out.print(f"Report: {page}")

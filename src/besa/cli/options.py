@@ -122,7 +122,6 @@ SparsityOption = Annotated[
 PassesOption = Annotated[
     float | None,
     typer.Option(
-        min=0,
         help="Budget of the run in forward passes over the calibration set, such as 20, 60 or 200. It sets the number "
         "of fine-tuning or distillation epochs. Default: the recipe's.",
     ),
@@ -130,7 +129,6 @@ PassesOption = Annotated[
 MinutesOption = Annotated[
     float | None,
     typer.Option(
-        min=0,
         help="Time limit of the whole run, in minutes: distil for as many epochs as fit. Not together with --passes.",
     ),
 ]
@@ -236,8 +234,10 @@ def check_files(out: Path, json: Path | None, json_progress: Path | None) -> Non
         json_progress: of `--json-progress`.
 
     Raises:
-        BesaError: a result is to be where the folder will be, or progress in the folder.
+        BesaError: the folder has no name, a result is to be where it will be, or progress in it.
     """
+    if out == Path():  # which an empty argument is, too
+        raise BesaError("OUT is empty, or the folder that you are in: give the name of a new folder.")
     check_result(out, json)
     folder = path_of(out).absolute()
     if json_progress is not None and folder in (here := path_of(json_progress).absolute(), *here.parents):

@@ -176,7 +176,10 @@ def shrink(
 @commands.command("plan", rich_help_panel=PANEL)
 def plan_command(
     model: Model,
-    out_dir: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the checkpoint would go.")] = Path(),
+    out_dir: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="Where the checkpoint would go; default: in the working folder."),
+    ] = None,
     recipe: RecipeOption = "besa",
     sparsity: SparsityOption = None,
     passes: PassesOption = None,

@@ -158,17 +158,16 @@ def demo(
     """Prune the embedded SmolLM2-135M with Wanda and BESA (--full: five methods), and compare what is left."""
     from besa.cli.show.studying import demonstrated
     from besa.cli.tracking import show_progress
-    from besa.studies.demo import FULL, QUICK, run_demo
+    from besa.studies.demo import FULL, QUICK, check_demo, run_demo
     from besa.system import memory
 
     check_result(out_dir, json)
-    plan = FULL if full else QUICK
+    plan, texts = FULL if full else QUICK, names(ppl) or ["wiki"]
+    check_demo(out_dir, plan, sparsity, texts, calibration)
     if json != STDOUT:
         out.print(Text.assemble(("besa demo", "bold"), f": {plan.summary(sparsity)}"))
     memory.stay_lean()
     with show_progress(quiet=quiet, json_progress=json_progress) as tracker:
         command = ["besa", *sys.argv[1:]]
-        result = run_demo(
-            out_dir, plan, sparsity, names(ppl) or ["wiki"], calibration, device, dtype.value, command, tracker
-        )
+        result = run_demo(out_dir, plan, sparsity, texts, calibration, device, dtype.value, command, tracker)
     give(result.comparison, demonstrated(result), json)

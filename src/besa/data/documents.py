@@ -11,7 +11,7 @@ from typing import Any
 
 from besa.data.assets import fetch
 from besa.data.embedded import EMBEDDED
-from besa.data.textfiles import file_documents
+from besa.data.textfiles import check_file, file_documents
 from besa.errors import BesaError
 from besa.progress import Progress, silent
 
@@ -33,6 +33,7 @@ def read_documents(source: str, progress: Progress = silent) -> Iterator[str]:
     Raises:
         BesaError: there is no such text, it cannot be read, or it is empty.
     """
+    check_there(source)
     documents = (document for document in _documents(source, progress) if document.strip())
     first = next(documents, None)
     if first is None:
@@ -46,6 +47,21 @@ def _documents(source: str, progress: Progress) -> Iterable[str]:
     if source.startswith("hf:"):
         return _hub_documents(source, progress)
     return file_documents(Path(source), progress)
+
+
+def check_there(source: str) -> None:
+    """Check that a text is there, as far as files of this machine tell; nothing is downloaded.
+
+    Args:
+        source: as `read_documents` takes it.
+
+    Raises:
+        BesaError: it has no name, or is no file that can be read.
+    """
+    if not source.strip():
+        raise BesaError("The name of a text is empty: give an embedded text (such as c4), a file, or hf:<dataset>.")
+    if source not in EMBEDDED and not source.startswith("hf:"):
+        check_file(Path(source))
 
 
 def first_document(source: str) -> int:

@@ -62,6 +62,16 @@ def file_documents(path: Path, progress: Progress = silent) -> Iterator[str]:
             yield from _reported(_contents(path, _decompressed(path, file)), path, file, progress)
 
 
+def check_file(path: Path) -> None:
+    """Check that a local file is there and can be read.
+
+    Raises:
+        BesaError: there is no such file, or it cannot be read.
+    """
+    with _opened(path):
+        pass
+
+
 def is_plain_text(path: Path) -> bool:
     """Whether a local file is one document; JSON and parquet hold several.
 

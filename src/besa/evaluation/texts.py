@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from besa.data.documents import WHOLE, beginning, hub_column, read_documents, shown
+from besa.data.documents import WHOLE, beginning, check_there, hub_column, read_documents, shown
 from besa.data.domains import DOMAINS, held_out
 from besa.data.embedded import EMBEDDED
 from besa.data.questions import ACCURACY, TASKS
-from besa.data.textfiles import COMPRESSED, file_documents, is_plain_text
+from besa.data.textfiles import COMPRESSED, check_file, file_documents, is_plain_text
 from besa.data.tokens import check_known, tokenize
 from besa.errors import BesaError
 from besa.evaluation.domains import ALL
@@ -157,8 +157,22 @@ def read_texts(texts: Iterable[str], data: Mapping[str, str | Path], progress: P
         progress: is called during a download.
 
     Raises:
-        BesaError: a text cannot be read, two texts have the same name, a file has the name of a test set or a domain,
-            or `data` names a set that is not in `texts`.
+        BesaError: a text cannot be read, or as `check_texts`.
+    """
+    texts = spelled_out(texts)
+    check_texts(texts, data)
+    return [
+        _test_set(text, data.get(text), progress) if text in TEST_SETS else _other(text, text_name(text), progress)
+        for text in texts
+    ]
+
+
+def check_texts(texts: Iterable[str], data: Mapping[str, str | Path]) -> None:
+    """Check what can be known of texts before anything is read or downloaded; arguments as of `read_texts`.
+
+    Raises:
+        BesaError: a file is not there, two texts have the same name, a file has the name of a test set or a domain, or
+            `data` names a set that is not in `texts`.
     """
     texts = spelled_out(texts)
     for name in data:
@@ -179,10 +193,11 @@ def read_texts(texts: Iterable[str], data: Mapping[str, str | Path], progress: P
             raise BesaError(f"{text} has the name of an embedded text (--ppl {name}): rename it.")
         if name in {ACCURACY, *TASKS}:
             raise BesaError(f"{text} has the name of an accuracy ({name}): rename it.")
-    return [
-        _test_set(text, data.get(text), progress) if text in TEST_SETS else _other(text, name, progress)
-        for text, name in zip(texts, names, strict=True)
-    ]
+    for text in texts:
+        if text in data:
+            check_file(Path(data[text]))
+        elif text not in TEST_SETS and text not in DOMAINS:
+            check_there(text)
 
 
 def spelled_out(texts: Iterable[str]) -> list[str]:

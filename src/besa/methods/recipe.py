@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import AfterValidator, Field, ValidationError, model_validator
@@ -26,6 +26,21 @@ from besa.settings import Learning, Settings
 from besa.storage.names import check_plain, path_of
 
 DEEPEST = 8  # levels of YAML
+PATTERNS = {  # what the settings with patterns must be, in words
+    "skip": "a list of patterns, such as ['*.k_proj']",
+    "sparsity_of": "patterns with a sparsity each, such as {'*.k_proj': 0.3}",
+}
+
+
+def _checked_pattern(pattern: str) -> str:
+    """Check that a pattern could match a name.
+
+    Raises:
+        ValueError: it is empty.
+    """
+    if not pattern.strip():
+        raise ValueError("a skip pattern is empty: write one such as *.k_proj, or leave it out")
+    return pattern
 
 
 class Recipe(Settings):
@@ -36,7 +51,9 @@ class Recipe(Settings):
 
     name: Annotated[str, AfterValidator(check_plain)] = "custom"
     sparsity: float = Field(default=0.5, ge=0, lt=1, description="share of the prunable weights that become zero")
-    skip: tuple[str, ...] = Field(default=(), description="patterns of names of linears that stay dense")
+    skip: tuple[Annotated[str, AfterValidator(_checked_pattern)], ...] = Field(
+        default=(), description="patterns of names of linears that stay dense"
+    )
     sparsity_of: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(
         default={}, description="patterns of names of linears, each with its own sparsity"
     )
@@ -280,6 +297,8 @@ class Recipe(Settings):
 
 
 def _read(recipe: str | Path) -> dict[str, Any]:
+    if recipe == "":
+        raise BesaError(f"The name of the recipe is empty: choose one of {', '.join(shipped())}, or give a YAML file.")
     source = RECIPES / f"{recipe}.yaml" if str(recipe) in shipped() else path_of(recipe)
     if isinstance(source, Path) and source.exists() and not source.is_file():  # reading a pipe would wait forever
         raise BesaError(f"Recipe {recipe} is no file: choose one of {', '.join(shipped())}, or give a YAML file.")
@@ -290,8 +309,9 @@ def _read(recipe: str | Path) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise BesaError(f"Recipe {recipe} cannot be read as YAML: {reason}.") from None
-    if not isinstance(content, dict):
-        raise BesaError(f"Recipe {recipe} must be a YAML mapping with the keys {', '.join(Recipe.model_fields)}.")
+    if not isinstance(content, dict) or not content:
+        keys = ", ".join(Recipe.model_fields)
+        raise BesaError(f"Recipe {recipe} must be a YAML mapping with some of the keys {keys}.")
     return content
 
 
@@ -354,6 +374,27 @@ def _first_complaint(error: ValidationError) -> str:
         return (
             f"{place}.method is {complaint['ctx']['tag']!r:.80} but must be one of {complaint['ctx']['expected_tags']}"
         )
+    if complaint["type"] == "union_tag_not_found":
+        return _without_method(place, complaint["input"])
+    if complaint["type"] == "model_attributes_type":
+        methods = ", ".join(_methods(place))
+        return f"{place} is {complaint['input']!r:.80} but holds settings: set {place}.method to one of {methods}"
+    if complaint["type"] in ("tuple_type", "dict_type") and place in PATTERNS:
+        return f"{place} is {complaint['input']!r:.80} but must be {PATTERNS[place]}"
     message = complaint["msg"][0].lower() + complaint["msg"][1:]
     percent = complaint["type"].startswith("less_than") and "sparsity" in place
     return f"{place}: {message} (it is {complaint['input']!r:.80}{'; half is 0.5' if percent else ''})"
+
+
+def _without_method(stage: str, settings: Mapping[str, Any]) -> str:
+    """What to do about settings of a stage that do not say of which method they are."""
+    able = [name for name, fields in _methods(stage).items() if fields.issuperset(settings)]
+    choice = f"={able[0]}" if len(able) == 1 else f" to one of {', '.join(able or _methods(stage))}"
+    key = f"{stage}.{' '.join(str(next(iter(settings))).split()):.80}" if settings else stage
+    return f"{key} needs a method: set {stage}.method{choice}"
+
+
+def _methods(stage: str) -> dict[str, frozenset[str]]:
+    """The methods of a stage by name, each with the names of its settings."""
+    kinds = get_args(Recipe.model_fields[stage].annotation)
+    return {kind.model_fields["method"].default: frozenset(kind.model_fields) for kind in kinds}

@@ -105,7 +105,7 @@ def locate(model: str | Path, progress: Progress = silent, *, trust_remote_code:
         raise BesaError(
             f"{type(model).__name__} is no model that besa knows: give a path, a Hugging Face id or a PreTrainedModel."
         )
-    path = path_of(model)
+    path = _path_of_model(model)
     if str(model) == EMBEDDED:
         path = assets.fetch(EMBEDDED, progress)
         return Source(EMBEDDED, str(path.parent), path.name, trust_remote_code)
@@ -125,6 +125,32 @@ def locate(model: str | Path, progress: Progress = silent, *, trust_remote_code:
             f"{model} is not a model folder: give a folder with a config.json, a .gguf file or a Hugging Face id."
         )
     return Source(str(model), name, trust_remote_code=trust_remote_code, revision=revision)
+
+
+def check_apart(model: str | Path, out: str | Path) -> None:
+    """Check that what will be written does not lie in the local folder of its model.
+
+    Args:
+        model: as of `locate`; whatever is no folder has none.
+        out: file or folder to write.
+
+    Raises:
+        BesaError: it does.
+    """
+    folder, out = _path_of_model(model), path_of(out)
+    if folder.is_dir() and folder.resolve() in out.resolve().parents:
+        raise BesaError(f"{out} lies in the folder of the model, {folder}: choose another place.")
+
+
+def _path_of_model(model: str | Path) -> Path:
+    """The path that the name of a model may be.
+
+    Raises:
+        BesaError: it is empty, or as `path_of`.
+    """
+    if model == "":
+        raise BesaError("The name of the model is empty: give a folder, a .gguf file or a Hugging Face id.")
+    return path_of(model)
 
 
 def _refuse_adapter(folder: Path) -> None:

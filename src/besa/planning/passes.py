@@ -127,13 +127,16 @@ def spending(recipe: Recipe, passes: float, samples: int, seqlen: int, head: flo
         head: as of `forward_passes`.
 
     Raises:
-        BesaError: the recipe does neither, or the passes are too few for one epoch or too many to count.
+        BesaError: the recipe does neither, or the passes are not positive, too few for one epoch or too many to count.
     """
     if not (recipe.finetune.moves_weights or recipe.distill.moves_weights):
         raise BesaError(
             f"Recipe {recipe.name} does not fine-tune or distil, so it has no use for more passes: choose the recipe "
             "best, or set finetune.method=adam."
         )
+
+    if not passes > 0:
+        raise BesaError(f"{passes:g} passes are nothing to spend: give a positive number.")
 
     def taken(given: Recipe) -> float:
         return forward_passes(given, samples, seqlen, head=head)

@@ -5,6 +5,6 @@
 """
 
 from besa.report.page import render
-from besa.report.runs import Run, load_run
+from besa.report.runs import Run, load_run, load_runs
 
-__all__ = ["Run", "load_run", "render"]
+__all__ = ["Run", "load_run", "load_runs", "render"]

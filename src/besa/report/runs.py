@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -179,6 +179,19 @@ def _asked(sparsity: float, weights: int, zeros: int) -> int:
 def blocks_asked(record: RunRecord) -> bool:
     """Whether a number of blocks was asked for, which decides the sparsity."""
     return record.recipe.get("allocation", {}).get("blocks") is not None
+
+
+def load_runs(paths: Sequence[Path]) -> list[Run]:
+    """Read several folders as `load_run` does.
+
+    Raises:
+        BesaError: one is named twice, or as `load_run`.
+    """
+    places = [path_of(path).resolve() for path in paths]
+    for at, path in enumerate(paths):
+        if places[at] in places[:at]:
+            raise BesaError(f"{path} is named twice: name each run once.")
+    return [load_run(path) for path in paths]
 
 
 def load_run(path: Path) -> Run:

@@ -21,8 +21,11 @@ def path_of(name: str | Path) -> Path:
     """The path that a user gave; it need not exist.
 
     Raises:
-        BesaError: no file can have this name: it is too long or no UTF-8, or a folder of the path cannot be read.
+        BesaError: no file can have this name: it is empty, too long or no UTF-8, or a folder of the path cannot be
+            read.
     """
+    if name == "":
+        raise BesaError("A file name is empty: give one.")
     path = Path(name)
     try:
         str(path).encode()  # records hold text

@@ -18,7 +18,7 @@ from besa.methods.recipe import Recipe
 from besa.record import now
 from besa.report.curves import Curve, Panel, curves
 from besa.report.svg import standalone
-from besa.storage.names import path_of
+from besa.storage.names import nearest, path_of
 from besa.storage.writing import LOCK, claimed, write_file
 from besa.studies.leftovers import left_over
 from besa.studies.origin import Origin
@@ -100,15 +100,17 @@ def compare(
 
     Raises:
         BesaError: an unknown recipe, nothing to compare, a folder whose table is of something else, or where another
-            process is at work, ranks that differ or do not share the folder, or as `compress` and `evaluate`.
+            process is at work, ranks that differ or do not share the folder, or as `check_folder`, `compress` and
+            `evaluate`.
     """
+    check_folder(workspace.folder)
     asked = [None] if sparsities is None else sparsities
     if not recipes or not asked:
         raise BesaError("There is nothing to compare: name recipes, and sparsities if not their own.")
     chosen = [Recipe.load(name, sparsity) for sparsity in asked for name in recipes]
     _check_distinct(chosen)
-    folder, conditions = path_of(workspace.folder), workspace.decisive()
     workspace.check([(None, 0), *((recipe, seed) for recipe in chosen for seed in range(seeds))])
+    folder, conditions = path_of(workspace.folder), workspace.decisive()
     check_alike(workspace.origin)
     with _claimed(folder) if ranks.is_first() else nullcontext():
         ranks.wait()
@@ -125,6 +127,18 @@ def compare(
             warnings.warn(left, Notice, stacklevel=2)
         made = ranks.from_first(compared.model_dump_json() if compared else "")
     return compared or Comparison.model_validate_json(made)
+
+
+def check_folder(folder: Path) -> None:
+    """Check that a comparison could be kept in a folder, which need not exist.
+
+    Raises:
+        BesaError: it is or lies in a file, or is a model.
+    """
+    if not (place := nearest(path_of(folder))).is_dir():
+        raise BesaError(f"{folder} cannot be written: {place} is no folder.")
+    if (folder / "config.json").exists():
+        raise BesaError(f"{folder} is the folder of a model: choose another --out.")
 
 
 def _check_distinct(chosen: Sequence[Recipe]) -> None:

@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from besa.evaluation.texts import spelled_out
+from besa.data.documents import check_there
+from besa.data.mixture import texts_of
+from besa.evaluation.texts import check_texts, spelled_out
 from besa.methods.recipe import Recipe
 from besa.models.source import EMBEDDED
 from besa.progress import Progress, silent
 from besa.report import Run, render
 from besa.storage.names import path_of
 from besa.storage.writing import write_file
-from besa.studies.comparing import Comparison, compare
+from besa.studies.comparing import Comparison, check_folder, compare
 from besa.studies.workspace import DENSE, Conditions, Measures, Workspace
 from besa.system import ranks
 from besa.system.devices import resolve_device
@@ -58,6 +60,20 @@ class Demo:
     comparison: Comparison
     checkpoints: dict[str, Path]
     page: Path
+
+
+def check_demo(out: Path, plan: Plan, sparsity: float, texts: Sequence[str], calibration: str) -> None:
+    """Check what can be known at once; arguments as of `run_demo`.
+
+    Raises:
+        BesaError: as `compare`.
+    """
+    check_folder(out)
+    for name in plan.recipes:
+        Recipe.load(name, sparsity)
+    check_texts(texts, {})
+    for text in texts_of(calibration):
+        check_there(text)
 
 
 def run_demo(

@@ -23,7 +23,8 @@ import torch
 
 from besa.api import compress, evaluate
 from besa.data.calibration import sample
-from besa.data.mixture import MIX, parts_of
+from besa.data.documents import check_there
+from besa.data.mixture import MIX, parts_of, texts_of
 from besa.data.questions import ACCURACY
 from besa.digests import sha256_of
 from besa.errors import BesaError, Interrupted
@@ -31,13 +32,13 @@ from besa.evaluation.adding import added
 from besa.evaluation.carding import tell_card
 from besa.evaluation.domains import ALL, mean_of_domains
 from besa.evaluation.result import EVALUATION_NAME, Evaluation
-from besa.evaluation.texts import read_texts, text_name
+from besa.evaluation.texts import check_texts, read_texts, text_name
 from besa.evaluation.zero_shot import check_tasks
 from besa.methods.recipe import Recipe
 from besa.models.blocks import find_blocks
 from besa.models.bos import bos_token
 from besa.models.loading import load_tokenizer, read_config, skeleton
-from besa.models.source import Source, fingerprint, locate
+from besa.models.source import Source, check_apart, fingerprint, locate
 from besa.planning import check_suits
 from besa.progress import Progress, labelled, silent
 from besa.record import RECORD_NAME, RunRecord
@@ -187,12 +188,13 @@ class Workspace:
         if self.keep:
             passing.unlink(missing_ok=True)
         kept = self.keep or (checkpoint.exists() and not passing.exists())
-        missing = {measures: path for measures, path in files.items() if not path.exists()}
+        missing = self._missing(key, files)
         try:
             if recipe is not None and (missing or not self._pruned(key)):
                 if not kept:
                     write_file(passing, "")
                 self._prune(recipe, seed, checkpoint, record)
+                missing = self._missing(key, files)
             if missing:
                 self._measure(checkpoint if recipe is not None else self._source.pinned, missing)
         except (KeyboardInterrupt, Interrupted) as stopped:
@@ -217,7 +219,20 @@ class Workspace:
     def done(self, recipe: Recipe | None, seed: int = 0) -> bool:
         """Whether `outcome` would find all that it needs."""
         key, files = self._files(recipe, seed)
-        return all(path.exists() for path in files.values()) and (recipe is None or self._pruned(key))
+        return not self._missing(key, files) and (recipe is None or self._pruned(key))
+
+    def _missing(self, key: str, files: Mapping[Measures, Path]) -> dict[Measures, Path]:
+        """Evaluations that are not there, or are of an earlier run than the weights that are.
+
+        Raises:
+            BesaError: a file is damaged.
+        """
+        checkpoint = self.folder / key
+        return {
+            measures: path
+            for measures, path in files.items()
+            if not path.exists() or (checkpoint.exists() and not _read(Evaluation, path).may_be_of(checkpoint))
+        }
 
     def _pruned(self, key: str) -> bool:
         """Whether the record of a run is there, and its weights if they are to be kept."""
@@ -227,11 +242,15 @@ class Workspace:
         """Check, before the work, what the missing runs (recipes and seeds) need.
 
         Raises:
-            BesaError: a text, a task, the model or the device cannot be had, a text is too short, or a
-                recipe cannot be used on the model.
+            BesaError: a text, a task, the model or the device cannot be had, a text is too short, a recipe cannot be
+                used on the model, or the folder lies in the model's.
         """
         runs = list(runs)
-        if all(path.exists() for run in runs for path in self._files(*run)[1].values()):
+        check_apart(self.conditions.model, self.folder)
+        check_texts(self.measures.texts, self.measures.data)
+        for text in texts_of(self.conditions.calibration):
+            check_there(text)
+        if all(self.done(*run) for run in runs):
             return
         given, device = self.conditions, resolve_device(self._device)
         check_tasks(self.measures.tasks)
