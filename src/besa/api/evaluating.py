@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from besa.counting.widening import widened
@@ -186,10 +187,16 @@ class _Opened:
 
 
 def _counted(model: PreTrainedModel) -> tuple[int, int] | None:
-    """How many weights in the matrices of the blocks are zero, and how many there are; None if that cannot be seen."""
+    """How many weights in the matrices of the blocks are zero, and how many there are; None if that cannot be seen.
+
+    Linears that are no torch modules of that kind are packed.
+    """
     with suppress(BesaError):
-        weights = [block.weight(name) for block in find_blocks(model) for name in block.prunables]
-        if not any(w_OI.is_meta for w_OI in weights):
+        blocks = find_blocks(model)
+        parts = [part for block in blocks for part in block.module.modules()]
+        packed = any(hasattr(part, "in_features") and not isinstance(part, nn.Linear) for part in parts)
+        weights = [block.weight(name) for block in blocks for name in block.prunables]
+        if not packed and not any(w_OI.is_meta for w_OI in weights):
             numel = sum(w_OI.numel() for w_OI in weights)
             return numel - sum(int(w_OI.count_nonzero()) for w_OI in weights), numel
     return None
