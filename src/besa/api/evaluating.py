@@ -165,8 +165,9 @@ class _Opened:
     def sparsity(self) -> float | None:
         """The share of zeros in the matrices of the blocks; None for a dense model.
 
-        It is of the matrices that were pruned, as config.json gives it, if all zeros of that run are there; and, for
-        want of another, if nothing can be counted or what was zero is gone (`besa shrink`).
+        It is counted in the weights. Where all zeros of the run are still there, it is the figure of config.json,
+        which leaves out matrices that the run skipped. That figure also stands for packed weights, which are not
+        counted, and for a model whose zeros were cut out (`besa shrink`).
 
         Raises:
             BesaError: config.json gives something that is no number.
@@ -189,7 +190,7 @@ class _Opened:
 def _counted(model: PreTrainedModel) -> tuple[int, int] | None:
     """How many weights in the matrices of the blocks are zero, and how many there are; None if that cannot be seen.
 
-    Linears that are no torch modules of that kind are packed.
+    A module that has the sizes of a linear and is no `nn.Linear` is a packed one, whose weights are not counted.
     """
     with suppress(BesaError):
         blocks = find_blocks(model)

@@ -128,7 +128,7 @@ class Outcome:
 
     @property
     def sparsity(self) -> float:
-        """Counted in the written tensors; of the model that runs begin with, what it declares."""
+        """Counted in the written tensors; of the model that runs begin with, what its evaluation found."""
         if self.record is not None:
             return self.record.sparsity
         return next((evaluation.sparsity for evaluation in self.evaluations if evaluation.sparsity), 0.0)
