@@ -1,8 +1,8 @@
-"""Run records: read as they were written."""
+"""Run records: read as they were written, and told apart by their times."""
 
 import math
 
-from besa.record import BlockRecord
+from besa.record import BlockRecord, now
 
 
 def test_errors_that_are_not_finite_are_read_as_they_were_written() -> None:
@@ -21,3 +21,7 @@ def test_errors_that_are_not_finite_are_read_as_they_were_written() -> None:
     assert again.reconstruction_error == math.inf
     assert again.losses[0] == 1.0
     assert math.isnan(again.losses[1])
+
+
+def test_runs_of_one_second_have_two_times() -> None:
+    assert len({now() for _ in range(20)}) > 1
