@@ -24,7 +24,7 @@ from besa.system.joining import joined
 DIGESTS = "digests.json"
 TINY_LLAMA = Path(__file__).parent / "assets" / "tiny-llama"
 TEXT = str(TINY_LLAMA / "calibration.txt")
-BLOCKS = 4  # of its 8: an even number, for pairs of blocks
+BLOCKS = {"first": 2, "all": 4}  # of its 8: even numbers, for pairs of blocks
 EIGHT_EXPERTS = MixtralConfig(
     vocab_size=1024,
     hidden_size=32,
@@ -87,7 +87,7 @@ def main(out: Path, which: str) -> None:
         if ranks.is_first():
             torch.manual_seed(0)
             AutoModelForCausalLM.from_config(EIGHT_EXPERTS).save_pretrained(experts)
-            AutoModelForCausalLM.from_pretrained(TINY_LLAMA, num_hidden_layers=BLOCKS).save_pretrained(shallow)
+            AutoModelForCausalLM.from_pretrained(TINY_LLAMA, num_hidden_layers=BLOCKS[which]).save_pretrained(shallow)
         ranks.wait()
         digests = {name: _digest(shallow, recipes[name], 11, out / name) for name in _some(CASES, which)}
         for name in _some(ON_EXPERTS, which):

@@ -45,7 +45,8 @@ CASES = {name: (name, []) for name in shipped()} | VARIANTS | MORE
 OF_EXPERTS = {"fewer experts": ("fast", ["experts.method=reap"])}
 LIKE_OTHERS = {  # of parts that faster cases have, too
     "besa-attn-mlp", "besa-int4", "besa-layer-pruned-teacher", "besa-layerwise", "besa-rtn4", "besa-two-blocks", "best",
-    "best-int4", "best-int8", "depth", "distilled", "int4", "int4 groups", "mixed 2-of-4", "probability", "wanda-int4",
+    "best-int4", "best-int8", "depth", "distilled", "int4", "int4 groups", "magnitude", "mixed 2-of-4", "probability",
+    "ria", "wanda-int4",
 }  # fmt: skip
 
 

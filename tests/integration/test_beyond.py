@@ -57,7 +57,9 @@ def test_best_goes_on_after_an_interruption_to_the_same(tiny_llama_folder, tmp_p
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["reconstruction.method=cg", "allocation={method: besa, teacher: pruned, steps: 4}"],
+        pytest.param(
+            ["reconstruction.method=cg", "allocation={method: besa, teacher: pruned, steps: 4}"], marks=pytest.mark.slow
+        ),
         ["reconstruction.method=admm", "importance.method=obs", "finetune.loss=channel"],
     ],
     ids=["besa", "admm"],

@@ -131,5 +131,6 @@ def test_a_gguf_file_has_not_the_record_of_the_folder_that_it_lies_in(tiny_llama
     def measured(path):
         return besa.evaluate(path, [text], window=32, max_windows=1)
 
-    assert measured(pruned).pruned and measured(pruned).notes
-    assert measured(pruned / "tiny.gguf").pruned is None and not measured(pruned / "tiny.gguf").notes
+    of_folder, of_file = measured(pruned), measured(pruned / "tiny.gguf")
+    assert of_folder.pruned and of_folder.notes
+    assert of_file.pruned is None and not of_file.notes

@@ -40,9 +40,9 @@ def test_it_prunes_as_the_cpu_does(narrow: None, recipe: str, changes: list[str]
             shallow_llama_folder,
             Recipe.load(recipe, None, changes),
             str(shallow_llama_folder / "calibration.txt"),
-            samples=4,
-            seqlen=32,
-            batch=2,
+            samples=8,
+            seqlen=64,
+            batch=4,
             dtype="bfloat16",
             device=device,
         ).record

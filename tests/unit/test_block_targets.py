@@ -24,6 +24,7 @@ from besa.models.activations import Room
 from besa.models.blocks import find_blocks
 from besa.models.source import locate
 from besa.models.streaming import DecoderInMemory, DecoderOnDisk
+from tests.slowly import some_slow
 
 CPU = torch.device("cpu")
 
@@ -305,7 +306,7 @@ def test_settings_of_search_that_are_refused(setting, told):
         Recipe.load("wanda", 0.5, ["targets.method=search", f"targets.{setting}"])
 
 
-@pytest.mark.parametrize("method", ["owl", "sensitivity", "search"])
+@pytest.mark.parametrize("method", some_slow(["owl", "sensitivity", "search"], {"owl", "search"}))
 def test_a_run_meets_the_sparsity_and_goes_on_after_an_interruption(method, tiny_llama_folder, tmp_path):
     recipe = Recipe.load("wanda", 0.6, [f"targets.method={method}", "targets.sequences=2"])
     text = str(tiny_llama_folder / "calibration.txt")
