@@ -56,7 +56,7 @@ def plan(
         recipe: as in `compress`.
         out: as in `compress`; None for somewhere in the working folder.
         sparsity: as in `compress`.
-        calibration: as in `compress`; what the model writes itself takes passes and memory.
+        calibration: as in `compress`; what the model writes takes passes and memory, and tokenising a file memory.
         samples: as in `compress`.
         seqlen: as in `compress`.
         device: as in `compress`; this machine need not have it.

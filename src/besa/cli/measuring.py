@@ -9,7 +9,6 @@ import typer
 
 from besa.cli.consoles import STDOUT, give, out
 from besa.cli.options import (
-    BatchOption,
     Bos,
     DataOption,
     DeviceOption,
@@ -20,6 +19,7 @@ from besa.cli.options import (
     JsonOption,
     JsonProgressOption,
     LimitOption,
+    MeasuredBatchOption,
     Model,
     QuietOption,
     TasksOption,
@@ -58,7 +58,7 @@ def evaluate_command(
     bos: WindowBosOption = Bos.auto,
     device: DeviceOption = "auto",
     dtype: DtypeOption = Dtype.auto,
-    batch: BatchOption = None,
+    batch: MeasuredBatchOption = None,
     json: JsonOption = None,
     quiet: QuietOption = False,
     json_progress: JsonProgressOption = None,

@@ -109,6 +109,12 @@ DtypeOption = Annotated[Dtype, typer.Option(help="Dtype of weights and computati
 BatchOption = Annotated[
     int | None, typer.Option(min=1, help="Sequences in a forward pass; default: about 2048 tokens, on a GPU 8192.")
 ]
+MeasuredBatchOption = Annotated[
+    int | None,
+    typer.Option(
+        "--batch", min=1, help="Windows, or answers, in a forward pass; default: about 2048 tokens, and 16 answers."
+    ),
+]
 RecipeOption = Annotated[
     str,
     typer.Option(
@@ -129,7 +135,7 @@ PassesOption = Annotated[
 MinutesOption = Annotated[
     float | None,
     typer.Option(
-        help="Time limit of the whole run, in minutes: distil for as many epochs as fit. Not together with --passes.",
+        help="Minutes for the whole run: it distils for as many epochs as should fit. Not together with --passes.",
     ),
 ]
 DequantizedOption = Annotated[

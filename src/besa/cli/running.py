@@ -31,7 +31,7 @@ PANEL = "Run"
 def pack(
     model: Model,
     out_dir: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the packed checkpoint; must not exist.")],
-    dtype: Annotated[Dtype, typer.Option(help="Round weights to it first; auto keeps them bit-equal.")] = Dtype.auto,
+    dtype: Annotated[Dtype, typer.Option(help="Round weights to it before packing; auto does not round.")] = Dtype.auto,
     head: Annotated[
         Head, typer.Option(help="How to store the head and the embeddings: int8 rounds them to codes of eight bits.")
     ] = Head.same,
@@ -81,7 +81,9 @@ def generate_command(
     model: Model,
     prompt: Annotated[
         str | None,
-        typer.Option(help="Question to answer, or text to continue; default: a chat, with a question a line."),
+        typer.Option(
+            help="Question to answer, or text to continue; default: a chat that reads a question from each line."
+        ),
     ] = None,
     chat: Annotated[
         bool | None,

@@ -41,7 +41,7 @@ class Outline:
         ranks: processes on this machine, one for each device.
         own: share of the sequences that the model writes itself; rank 0 loads it whole for that.
         file: bytes of the .gguf file that the model is loaded from, whole; None for safetensors, which stay on disk.
-        document: characters of the longest document that is tokenised, as far as that is known.
+        document: characters of the longest document among the first of each calibration file.
     """
 
     name: str

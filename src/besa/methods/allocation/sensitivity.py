@@ -29,8 +29,8 @@ class Sensitivity(Allocator):
 
     Importance gives the first factor, such as Wanda's W²·Σx². Gradients sent backward through the dense model give the
     second (`fisher`). The product is W² times the diagonal of the Fisher information. All linears of a budget compete.
-    Within a row, the order is that of the ranks. Rates go only part of the way to those of the threshold: it adds up
-    errors of single weights, which is too good for rows that lose most of theirs.
+    Within a row, the order is that of the ranks. Each row's rate goes only `strength` of the way to that of the
+    threshold, which adds up errors of single weights: too low a sum for rows that lose most of theirs.
     """
 
     method: Literal["sensitivity"] = "sensitivity"

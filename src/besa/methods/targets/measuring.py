@@ -34,7 +34,7 @@ class Measuring(Targeting):
 
     @abstractmethod
     def targets(self, measured: list[float], sizes: list[int], sparsity: float) -> list[float]:
-        """What the allocation gets for each block: by default its sparsity.
+        """The target of each block, made of what was measured: its sparsity, or what else the allocation asks for.
 
         Args:
             measured: as `measure` returned it.

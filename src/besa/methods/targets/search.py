@@ -32,7 +32,7 @@ from besa.system import ranks
 
 
 class Search(Bounded):
-    """The strength of `LossSensitivity` that changes the model's predictions least, of a few that are tried.
+    """Try several strengths of `LossSensitivity`, and take the one that changes the model's predictions least.
 
     For a trial, every row of a block loses the same number of weights, those of lowest |W|·‖x‖. Kept weights do not
     change. Predictions are compared on held-out sequences, not on those that the threshold is measured on.
