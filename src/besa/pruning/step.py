@@ -100,7 +100,8 @@ def prune_unit(step: Step) -> tuple[list[BlockRecord], Coded]:
         )
         for name, w_OI in finetuned.weights.items():
             unit.weight(name).detach().copy_(w_OI)
-    return _records(step, linears, losses, finetuned, dense_outputs), coded
+    errors = _propagate(step, dense_outputs)
+    return _records(step, linears, losses, finetuned, errors), coded
 
 
 def _observe(step: Step, outputs_NTC: HiddenStates | None) -> tuple[dict[str, InputStatistics], list[HiddenStates]]:
@@ -246,30 +247,39 @@ def _ranked(unit: Unit, name: str, recipe: Recipe, statistics: InputStatistics) 
     return RankedLinear(w_OI, importance_OI, ranks_OI, statistics.reached, recipe.importance.power)
 
 
+def _propagate(step: Step, dense_outputs: list[HiddenStates]) -> list[Tensor]:
+    """Move the pruned path on to the outputs of the unit, block by block (line 11).
+
+    Args:
+        step: its unit is pruned.
+        dense_outputs: outputs of each block on the dense path.
+
+    Returns:
+        The error (scalar) of each block's outputs against those of the dense path.
+    """
+    unit, watch, errors = step.unit, step.watch, []
+    for block, dense_NTC in zip(unit.blocks, dense_outputs, strict=True):
+        with watch("propagate"):
+            block.run(step.pruned_NTC, step.resources.batch, into=step.pruned_NTC)
+        with watch("measure"):
+            tokens = first_tokens(step.pruned_NTC.shape[1], ERROR_TOKENS)
+            errors.append(error_between(step.pruned_NTC, dense_NTC, step.share, ERROR_SHARE, tokens, unit.device))
+    return errors
+
+
 def _records(
-    step: Step,
-    linears: dict[str, RankedLinear],
-    losses: list[float],
-    finetuned: Finetuned,
-    dense_outputs: list[HiddenStates],
+    step: Step, linears: dict[str, RankedLinear], losses: list[float], finetuned: Finetuned, errors: list[Tensor]
 ) -> list[BlockRecord]:
-    """Move the pruned path on (line 11) and make the record of each block, counted in its pruned weights.
+    """The record of each block, counted in its pruned weights.
 
     Args:
         step: its unit is pruned.
         linears: the pruned linears as they were when dense, by full name.
         losses: of the learning steps.
         finetuned: result of the fine-tuning.
-        dense_outputs: outputs of each block on the dense path.
+        errors: as of `_propagate`.
     """
     watch, unit = step.watch, step.unit
-    errors = []
-    for block, dense_NTC in zip(unit.blocks, dense_outputs, strict=True):
-        with watch("propagate"):
-            block.run(step.pruned_NTC, step.resources.batch, into=step.pruned_NTC)  # line 11
-        with watch("measure"):
-            tokens = first_tokens(step.pruned_NTC.shape[1], ERROR_TOKENS)
-            errors.append(error_between(step.pruned_NTC, dense_NTC, step.share, ERROR_SHARE, tokens, unit.device))
     with watch("measure"):
         counted = linear_records({name: unit.weight(name).detach() for name in linears}, linears)
         measured: list[float] = torch.stack(errors).tolist()
