@@ -169,7 +169,17 @@ def compress(
         memory.trim()
         room = Room(device, activation_budget, journal.folder if journal else None)
         resources = Resources(min(calibration.samples, batch), device, room, codes=not dequantized)
-        run = Run(decoder, recipe, calibration, study, None, seed, resources, journal, progress, began)
+        run = Run(
+            decoder=decoder,
+            recipe=recipe,
+            calibration=calibration,
+            study=study,
+            seed=seed,
+            resources=resources,
+            journal=journal,
+            progress=progress,
+            began=began,
+        )
         fewer = smaller(decoder.model, decoder.blocks, recipe)
         notes = [*notes, *further, *_begin(run, identity, fewer)]
         run, record = _pruned(run, identity, fewer, notes, command)

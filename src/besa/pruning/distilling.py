@@ -101,17 +101,17 @@ def _pupil(run: Run, pruned: Pruned, studied: Studied, inputs_NTC: HiddenStates)
     """
     decoder, device = run.decoder, run.resources.device
     return Pupil(
-        Whole(decoder.model, decoder.blocks),
-        [linear.name for record in pruned.records for linear in record.linears],
-        studied.tokens_NT,
-        inputs_NTC,
-        studied.outputs_NTC,
-        studied.study,
-        studied.share,
-        run.seed,
-        run.spent,
-        head_share(decoder.model, decoder.blocks),
-        {name: _at(grid, device) for name, grid in pruned.grids.items()},
+        whole=Whole(decoder.model, decoder.blocks),
+        linears=[linear.name for record in pruned.records for linear in record.linears],
+        tokens_NT=studied.tokens_NT,
+        inputs_NTC=inputs_NTC,
+        targets_NTC=studied.outputs_NTC,
+        study=studied.study,
+        share=studied.share,
+        seed=run.seed,
+        seconds=run.spent,
+        head=head_share(decoder.model, decoder.blocks),
+        grids={name: _at(grid, device) for name, grid in pruned.grids.items()},
     )
 
 

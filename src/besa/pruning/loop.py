@@ -167,17 +167,14 @@ class _Walk:
         """Prune a unit (lines 3 to 12); returns a record of each block, and the quantised weights."""
         run, unit = self._run, self._units[place]
         step = Step(
-            unit,
-            self._whole[place],
-            self._prepared.budgets[place],
-            run.recipe,
-            self._pruned_NTC,
-            self._dense_NTC,
-            run.share,
-            self._prepared.gradients,
-            run.seed,
-            run.resources,
-            watch,
+            run=run,
+            unit=unit,
+            whole=self._whole[place],
+            budgets=self._prepared.budgets[place],
+            pruned_NTC=self._pruned_NTC,
+            dense_NTC=self._dense_NTC,
+            gradients=self._prepared.gradients,
+            watch=watch,
         )
         records, coded = prune_unit(step)
         if run.recipe.rounds_last:

@@ -29,11 +29,11 @@ from besa.observing.probes import RowSensitivities
 from besa.pruning import quantizing
 from besa.pruning.coded import Coded
 from besa.pruning.counted import linear_records
-from besa.pruning.paths import ERROR_SHARE, ERROR_TOKENS, Resources
+from besa.pruning.paths import ERROR_SHARE, ERROR_TOKENS
+from besa.pruning.run import Run
 from besa.quantization import Quantized
 from besa.record import BlockRecord
 from besa.system import ranks
-from besa.system.ranks import Share
 from besa.system.stopwatch import Stopwatch
 
 
@@ -42,29 +42,23 @@ class Step:
     """A unit to prune, and its inputs on both paths.
 
     Attributes:
+        run: gives method, seed and resources, and the sequences of both paths, which are those of this rank.
         unit: still dense.
         whole: the same unit with all its experts, of the dense path and the teacher; the unit itself if none went.
         budgets: of the unit.
-        recipe: the method.
         pruned_NTC: inputs on the pruned path; replaced by the outputs of the pruned unit.
         dense_NTC: inputs on the dense path, of the sequences and tokens that it has; replaced by the outputs.
-        share: the sequences of both, which are those of this rank.
         gradients: as in `BlockProblem`.
-        seed: of the run.
-        resources: how to compute.
         watch: counts the seconds of each phase.
     """
 
+    run: Run
     unit: Unit
     whole: Unit
     budgets: list[Budget]
-    recipe: Recipe
     pruned_NTC: HiddenStates
     dense_NTC: HiddenStates
-    share: Share
     gradients: Mapping[str, Tensor]
-    seed: int
-    resources: Resources
     watch: Stopwatch
 
 
@@ -78,11 +72,11 @@ def prune_unit(step: Step) -> tuple[list[BlockRecord], Coded]:
         BesaError: no token reaches a matrix that is to be pruned, or the block already has more zeros than its budget
             allows.
     """
-    unit, recipe, watch = step.unit, step.recipe, step.watch
+    unit, recipe, watch = step.unit, step.run.recipe, step.watch
     in_turn = parts(unit, recipe.granularity)
     with watch("teacher"):
         part_targets = [_part_targets(step, part) for part in parts(step.whole, recipe.granularity)[:-1]]
-    outputs_NTC = step.resources.room.empty_like(step.pruned_NTC) if recipe.teacher == "pruned" else None
+    outputs_NTC = step.run.resources.room.empty_like(step.pruned_NTC) if recipe.teacher == "pruned" else None
     statistics, dense_outputs = _observe(step, outputs_NTC)
     _check_seen(step, statistics)
     _check_gradients(step)
@@ -96,7 +90,7 @@ def prune_unit(step: Step) -> tuple[list[BlockRecord], Coded]:
         losses += allocated.losses
     with watch("finetune"):
         finetuned = recipe.finetune.tune(
-            unit, list(linears), step.pruned_NTC, step.dense_NTC, step.share, step.seed + unit.index
+            unit, list(linears), step.pruned_NTC, step.dense_NTC, step.run.share, step.run.seed + unit.index
         )
         for name, w_OI in finetuned.weights.items():
             unit.weight(name).detach().copy_(w_OI)
@@ -114,7 +108,7 @@ def _observe(step: Step, outputs_NTC: HiddenStates | None) -> tuple[dict[str, In
     Returns:
         The statistics of the linears' inputs on the pruned path, and the outputs of each block on the dense path.
     """
-    unit, recipe, batch, watch = step.unit, step.recipe, step.resources.batch, step.watch
+    unit, recipe, batch, watch = step.unit, step.run.recipe, step.run.resources.batch, step.watch
     dense_outputs = []
     with watch("teacher"):
         for block in step.whole.blocks:
@@ -124,7 +118,7 @@ def _observe(step: Step, outputs_NTC: HiddenStates | None) -> tuple[dict[str, In
         if outputs_NTC is not None:
             step.whole.run(step.pruned_NTC, batch, into=outputs_NTC)
         every = recipe.statistics_every(routed=any(prunable.routed for prunable in unit.prunables.values()))
-        return look(unit, step.pruned_NTC, batch, recipe.needs_gram, step.share, every), dense_outputs
+        return look(unit, step.pruned_NTC, batch, recipe.needs_gram, step.run.share, every), dense_outputs
 
 
 def _check_seen(step: Step, statistics: Mapping[str, InputStatistics]) -> None:
@@ -155,7 +149,7 @@ def _check_gradients(step: Step) -> None:
         BesaError: it does.
     """
     routed = any(prunable.routed for prunable in step.unit.prunables.values())
-    if step.recipe.learns_through_blocks and routed and len(step.pruned_NTC):
+    if step.run.recipe.learns_through_blocks and routed and len(step.pruned_NTC):
         x_NTC = fetched(step.pruned_NTC[:1], step.unit.device)
         RowSensitivities(step.unit).send_back(x_NTC, torch.zeros_like(x_NTC))
 
@@ -164,7 +158,7 @@ def _prune(
     step: Step, part: Part, targets_NTC: HiddenStates, statistics: Mapping[str, InputStatistics], coded: Coded
 ) -> tuple[dict[str, RankedLinear], Allocated]:
     """Prune a part of the unit in place, and add to the quantised weights; return its dense linears and its zeros."""
-    unit, recipe, watch = step.unit, step.recipe, step.watch
+    unit, recipe, watch = step.unit, step.run.recipe, step.watch
     budgets = [budget for budget in step.budgets if budget.names[0] in part.names]
     if not budgets:  # all its linears are skipped
         return {}, Allocated({})
@@ -172,13 +166,13 @@ def _prune(
         linears = {name: _ranked(unit, name, recipe, statistics[name]) for budget in budgets for name in budget.names}
     block = unit.silencing(part.silent)
     problem = BlockProblem(
-        block,
-        linears,
-        step.pruned_NTC,
-        targets_NTC,
-        budgets,
-        step.seed + unit.index,
-        step.share,
+        block=block,
+        linears=linears,
+        inputs_NTC=step.pruned_NTC,
+        targets_NTC=targets_NTC,
+        budgets=budgets,
+        seed=step.run.seed + unit.index,
+        share=step.run.share,
         gradients=step.gradients,
     )
     with watch("allocate"):
@@ -224,15 +218,15 @@ def _rebuilt(
 
 def _part_targets(step: Step, part: Part) -> HiddenStates:
     """The outputs of the teacher with the silent matrices of the part set to zero."""
-    inputs_NTC = step.pruned_NTC if step.recipe.teacher == "pruned" else step.dense_NTC
-    targets_NTC = step.resources.room.empty_like(inputs_NTC)
-    step.whole.silencing(part.silent).run(inputs_NTC, step.resources.batch, into=targets_NTC)
+    inputs_NTC = step.pruned_NTC if step.run.recipe.teacher == "pruned" else step.dense_NTC
+    targets_NTC = step.run.resources.room.empty_like(inputs_NTC)
+    step.whole.silencing(part.silent).run(inputs_NTC, step.run.resources.batch, into=targets_NTC)
     return targets_NTC
 
 
 def _error_sample(step: Step) -> HiddenStates:
     """The hidden states of the dense path on which the error is measured."""
-    places = step.share.own(step.share.every(ERROR_SHARE))
+    places = step.run.share.own(step.run.share.every(ERROR_SHARE))
     if len(step.dense_NTC) < len(step.pruned_NTC):  # it has no others
         places = list(range(len(places)))
     tokens = first_tokens(step.pruned_NTC.shape[1], ERROR_TOKENS)
@@ -260,10 +254,10 @@ def _propagate(step: Step, dense_outputs: list[HiddenStates]) -> list[Tensor]:
     unit, watch, errors = step.unit, step.watch, []
     for block, dense_NTC in zip(unit.blocks, dense_outputs, strict=True):
         with watch("propagate"):
-            block.run(step.pruned_NTC, step.resources.batch, into=step.pruned_NTC)
+            block.run(step.pruned_NTC, step.run.resources.batch, into=step.pruned_NTC)
         with watch("measure"):
             tokens = first_tokens(step.pruned_NTC.shape[1], ERROR_TOKENS)
-            errors.append(error_between(step.pruned_NTC, dense_NTC, step.share, ERROR_SHARE, tokens, unit.device))
+            errors.append(error_between(step.pruned_NTC, dense_NTC, step.run.share, ERROR_SHARE, tokens, unit.device))
     return errors
 
 
@@ -302,7 +296,7 @@ def _records(
                 seconds=sum(watch.seconds.values()) / share,
                 phases={phase: seconds / share for phase, seconds in watch.seconds.items()},
                 sent={phase: sent // share for phase, sent in watch.sent.items()},
-                structures=dict(step.recipe.allocation.kept(block, step.budgets[0])) if step.budgets else {},
+                structures=dict(step.run.recipe.allocation.kept(block, step.budgets[0])) if step.budgets else {},
                 linears=block_linears,
             )
         )
