@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 from besa.data.calibration import Calibration
-from besa.methods.distilling import Study
+from besa.methods.distilling import TrainingSet
 from besa.methods.recipe import Recipe
 from besa.models.streaming import Decoder
 from besa.models.units import Unit, units
@@ -17,7 +17,7 @@ from besa.pruning.paths import PLAIN, Resources, first_inputs
 from besa.pruning.preparing import Prepared, prepare
 from besa.pruning.run import Run
 from besa.pruning.step import Step, prune_unit
-from besa.pruning.studied import Studied
+from besa.pruning.teacher import TeacherOutputs
 from besa.quantization import Grid
 from besa.record import BlockRecord
 from besa.storage.formats import unrounded
@@ -31,12 +31,12 @@ class Pruned:
 
     Attributes:
         records: of the blocks.
-        studied: the sequences to distil on, run through the dense model; None if there are none.
+        teacher: of the sequences to distil on, which have been through the dense model; None if there are none.
         grids: by full name, of linears that are to be rounded after distilling.
     """
 
     records: list[BlockRecord]
-    studied: Studied | None = None
+    teacher: TeacherOutputs | None = None
     grids: dict[str, Grid] = field(default_factory=dict)
 
 
@@ -56,13 +56,13 @@ def prune_blocks(decoder: Decoder, recipe: Recipe, calibration: Calibration, *, 
     return prune_units(run, prepare(run))
 
 
-def prune_units(run: Run, prepared: Prepared, study: Study | None = None) -> Pruned:
+def prune_units(run: Run, prepared: Prepared, training_set: TrainingSet | None = None) -> Pruned:
     """Prune the decoder of a run, one unit at a time; those that the journal holds are not pruned again.
 
     Args:
         run: the journal gets every block that is finished.
         prepared: of the run.
-        study: is run through the dense model, even if the journal has the last blocks, to distil on it; None for
+        training_set: is run through the dense model, even if the journal has the last blocks, to distil on it; None for
             nothing.
 
     Raises:
@@ -72,16 +72,16 @@ def prune_units(run: Run, prepared: Prepared, study: Study | None = None) -> Pru
     if run.journal is not None:
         run.journal.restored = len(prepared.done)
     blocks, done = run.decoder.blocks, prepared.done
-    if prepared.last_open < 0 and study is None:  # the earlier run stopped while it assembled the checkpoint
+    if prepared.last_open < 0 and training_set is None:  # the earlier run stopped while it assembled the checkpoint
         return Pruned([done[block.index] for block in blocks])
     run.progress(0, len(blocks), "embeddings")
-    walk = _Walk(run, prepared, study)  # line 1
+    walk = _Walk(run, prepared, training_set)  # line 1
     for place in range(walk.last + 1):  # line 2
         walk.through(place)
     if run.journal is not None:
         run.journal.settle()
     rest = [done[block.index] for block in blocks[len(walk.records) :]]
-    return Pruned([*walk.records, *rest], walk.studied, walk.grids)
+    return Pruned([*walk.records, *rest], walk.teacher, walk.grids)
 
 
 class _Walk:
@@ -90,24 +90,24 @@ class _Walk:
     Args:
         run: what is pruned, and how.
         prepared: of the run.
-        study: what is run through the dense model to distil on it; None for nothing.
+        training_set: what is run through the dense model to distil on it; None for nothing.
 
     Attributes:
         last: place of the last unit on the way; no later one is to be pruned or run.
-        studied: the sequences to distil on; None without distilling.
+        teacher: of the sequences to distil on; None without distilling.
         records: of the blocks on the way so far.
         grids: by full name, of linears that are to be rounded after distilling.
     """
 
-    def __init__(self, run: Run, prepared: Prepared, study: Study | None) -> None:
+    def __init__(self, run: Run, prepared: Prepared, training_set: TrainingSet | None) -> None:
         self._run, self._prepared, self._units = run, prepared, prepared.units
         self._whole = units(run.dense.blocks, run.recipe.granularity) if run.dense is not None else prepared.units
         self._last_open = prepared.last_open
-        self.last = len(self._units) - 1 if study is not None else self._last_open
+        self.last = len(self._units) - 1 if training_set is not None else self._last_open
         self._pruned_NTC, self._dense_NTC = first_inputs(
             run.decoder, run.recipe, run.calibration, run.resources, run.share
         )
-        self.studied = Studied.begun(run, study) if study is not None else None
+        self.teacher = TeacherOutputs.begun(run, training_set) if training_set is not None else None
         if run.dense is not None:
             for block, dense_block in zip(run.decoder.blocks, run.dense.blocks, strict=True):
                 dense_block.arguments.update(block.arguments)
@@ -125,9 +125,9 @@ class _Walk:
             if place < self.last:
                 for block in self._units[place + 1].blocks:
                     self._run.decoder.prefetch(block, self._run.resources.device)
-            if self.studied is not None:
+            if self.teacher is not None:
                 with watch("dense"):
-                    self.studied.through(self._whole[place])
+                    self.teacher.through(self._whole[place])
             if unit.index in self._prepared.done:
                 self._restore(place)
                 return

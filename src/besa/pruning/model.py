@@ -17,5 +17,5 @@ def prune_model(run: Run) -> tuple[list[BlockRecord], DistillingRecord | None]:
     """
     before = distilled_before(run.journal)
     distilling = run.recipe.distill.moves_weights and before is None
-    pruned = prune_units(run, prepare(run), run.study if distilling else None)
+    pruned = prune_units(run, prepare(run), run.training_set if distilling else None)
     return pruned.records, distill(run, pruned) if distilling else before

@@ -15,7 +15,7 @@ from besa.counting.budget import Budget
 from besa.counting.masks import rank
 from besa.errors import BesaError
 from besa.methods.allocation import Allocated, BlockProblem, RankedLinear, first_tokens
-from besa.methods.finetuning import Finetuned
+from besa.methods.finetuning import Finetuned, FinetuningProblem
 from besa.methods.recipe import Recipe
 from besa.methods.reconstruction import NoReconstruction
 from besa.methods.reconstruction.rounding import unrounded
@@ -89,9 +89,15 @@ def prune_unit(step: Step) -> tuple[list[BlockRecord], Coded]:
         linears |= part_linears
         losses += allocated.losses
     with watch("finetune"):
-        finetuned = recipe.finetune.tune(
-            unit, list(linears), step.pruned_NTC, step.dense_NTC, step.run.share, step.run.seed + unit.index
+        problem = FinetuningProblem(
+            block=unit,
+            names=list(linears),
+            inputs_NTC=step.pruned_NTC,
+            targets_NTC=step.dense_NTC,
+            share=step.run.share,
+            seed=step.run.seed + unit.index,
         )
+        finetuned = recipe.finetune.tune(problem)
         for name, w_OI in finetuned.weights.items():
             unit.weight(name).detach().copy_(w_OI)
     errors = _propagate(step, dense_outputs)
