@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from besa.methods.distilling.snapshots import Snapshots
 from besa.methods.distilling.student import Distilled, Student
@@ -25,6 +25,19 @@ class Distiller(Settings):
     def sequences(self) -> int:
         """Sequences of a learning step."""
         return 1
+
+    @property
+    def time_budget(self) -> float | None:
+        """Minutes of the whole run that decide the number of epochs; None if the settings give the number."""
+        return None
+
+    def with_epochs(self, epochs: int) -> Self:
+        """The same with so many epochs, in place of its own number or of a time budget."""
+        return self
+
+    def within(self, minutes: float) -> Self:
+        """The same with a time budget of so many minutes."""
+        return self
 
     def training_sequences(self, samples: int) -> int:
         """The number of sequences to learn from, if there are so many. That of the calibration set means that set.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal, TypeVar
+from typing import ClassVar, Literal, Self, TypeVar
 
 from pydantic import Field
 
@@ -66,6 +66,19 @@ class MaskedKL(Learning, Distiller):
     )
     moves_weights: ClassVar[bool] = True
     most_shared: ClassVar[int] = 4
+
+    @property
+    def time_budget(self) -> float | None:
+        """The setting `minutes`."""
+        return self.minutes
+
+    def with_epochs(self, epochs: int) -> Self:
+        """The same settings with so many epochs, and no minutes that decide their number."""
+        return self.model_copy(update={"epochs": epochs, "minutes": None})
+
+    def within(self, minutes: float) -> Self:
+        """The same settings with so many minutes."""
+        return self.model_copy(update={"minutes": minutes})
 
     def training_sequences(self, samples: int) -> int:
         """Sequences for all epochs plus the held-out ones."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
@@ -54,6 +54,10 @@ class MaskedAdam(Learning, Finetuner):
     )
     moves_weights: ClassVar[bool] = True
     most_shared: ClassVar[int] = 4
+
+    def with_epochs(self, epochs: int) -> Self:
+        """The same settings with so many epochs."""
+        return self.model_copy(update={"epochs": epochs})
 
     @property
     def epoch_passes(self) -> float:

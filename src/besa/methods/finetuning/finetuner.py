@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from besa.methods.finetuning.problem import Finetuned, FinetuningProblem
 from besa.settings import Settings
@@ -18,6 +18,10 @@ class Finetuner(Settings):
     """
 
     moves_weights: ClassVar[bool] = False
+
+    def with_epochs(self, epochs: int) -> Self:
+        """The same with so many epochs."""
+        return self
 
     @property
     def epoch_passes(self) -> float:
