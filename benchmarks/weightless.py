@@ -34,7 +34,7 @@ from besa.models.activations import Room
 from besa.models.blocks import Block
 from besa.models.streaming import DecoderInMemory, _outside
 from besa.models.visiting import visiting
-from besa.pruning import loop
+from besa.pruning import loop, preparing
 from besa.pruning.paths import Resources
 from besa.system import ranks
 from tests import pretend
@@ -273,7 +273,7 @@ def seen(
         stack.enter_context(trace.ranks(count))
         stack.enter_context(mock.patch.object(pretend, "memory", size))
         stack.enter_context(mock.patch.object(loop, "Stopwatch", Watch))
-        stack.enter_context(mock.patch.object(loop, "zeros_present", lambda run: {}))  # counted on the host
+        stack.enter_context(mock.patch.object(preparing, "zeros_present", lambda run: {}))  # counted on the host
         decoder, calibration = WeightlessDecoder(config, trace), Calibration(tokens_NT, "random tokens", 0)
         resources = Resources(default_batch(samples, seqlen, device), device, Room(device))
         loop.prune_blocks(decoder, recipe.settled(count, calibration.samples, {}), calibration, resources=resources)

@@ -31,7 +31,7 @@ SILENT = (
     "besa.checkpoint.card_text", "besa.checkpoint.cards", "besa.cli", "besa.doctor", "besa.errors", "besa.integrations",
     "besa.planning", "besa.progress", "besa.record", "besa.report", "besa.studies", "besa.version",
 )  # fmt: skip
-STAGES = ("allocation", "distilling", "dropping", "importance", "reconstruction", "targets")
+STAGES = ("allocation", "distilling", "dropping", "finetuning", "importance", "reconstruction", "targets")
 UNIONS = tuple(f"besa.methods.{stage}" for stage in STAGES)  # their `__init__` lists all methods of a stage
 SHOWING = ("experiments", "experiments.experiment")  # what an experiment is made of; its runs are in its recipes
 RECIPES = "recipes"

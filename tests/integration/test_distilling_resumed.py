@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import besa
 from besa.api.calibrating import Asked
 from besa.errors import Interrupted
-from besa.methods.distilling.course import Course
+from besa.methods.distilling.trainer import Trainer
 from besa.methods.recipe import Recipe
 from besa.record import RunRecord
 from besa.storage import snapshots
@@ -143,10 +143,10 @@ def test_what_fitted_into_the_minutes_stays(prune: Prune, tmp_path: Path, monkey
     """The machine is faster when the run goes on."""
     again = [*SETTINGS, "distill.further=false"]
     out, settings = tmp_path / "out", [*again, "distill.minutes=1", "distill.epochs=7"]
-    monkeypatch.setattr("besa.methods.distilling.course.Course._fitting", lambda self, seconds: 2)
+    monkeypatch.setattr("besa.methods.distilling.trainer.Trainer._fitting", lambda self, seconds: 2)
     with pytest.raises(Interrupted):
         prune(out, 3, settings=settings)
-    monkeypatch.setattr("besa.methods.distilling.course.Course._fitting", lambda self, seconds: 5)
+    monkeypatch.setattr("besa.methods.distilling.trainer.Trainer._fitting", lambda self, seconds: 5)
     record = prune(out, resume=True, settings=settings)
     assert record.distilling.epochs == 2
     assert record.distilling.losses == prune(tmp_path / "whole", settings=again).distilling.losses
@@ -184,12 +184,12 @@ def test_minutes_count_from_the_beginning_of_the_run(
         waited[0] += 1000
         return drawn(self, *args)
 
-    def fitting(self: Course, seconds: float) -> int:
-        spent.append(self._pupil.seconds)
+    def fitting(self: Trainer, seconds: float) -> int:
+        spent.append(self._student.seconds)
         return 2
 
     monkeypatch.setattr(Asked, "drawn", slowly)
-    monkeypatch.setattr(Course, "_fitting", fitting)
+    monkeypatch.setattr(Trainer, "_fitting", fitting)
     prune(tmp_path / "out", settings=[*SETTINGS, "distill.further=false", "distill.minutes=1"])
     assert 1000 < spent[0] < 2000
 

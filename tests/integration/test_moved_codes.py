@@ -20,7 +20,7 @@ from besa.models.blocks import find_blocks
 from besa.models.loading import load_model
 from besa.models.source import locate
 from besa.models.streaming import DecoderInMemory
-from besa.pruning import loop, quantizing
+from besa.pruning import preparing, quantizing
 from besa.storage import snapshots
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
@@ -169,7 +169,7 @@ def test_zeros_that_the_model_has_count_where_little_is_pruned(shallow_llama_fol
 
 
 def test_what_cannot_be_codes_is_refused_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "measure", lambda *_: pytest.fail("it is measured"))
+    monkeypatch.setattr(preparing, "measure", lambda *_: pytest.fail("it is measured"))
     with pytest.raises(BesaError, match="no whole number of groups of 128"):
         besa.compress(TINY, recipe("quantization.group=128"), TEXT, **SIZES)
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 import besa
 from besa.methods.distilling import Distilled, MaskedKL, NoDistilling
-from besa.methods.distilling import course as courses
+from besa.methods.distilling.trainer import CLIPPED, Trainer
 from besa.methods.recipe import Recipe
 from besa.models.blocks import capture_inputs, find_blocks
 from besa.models.kept import kept_of
@@ -231,7 +231,7 @@ def test_steps_are_a_share_of_each_tensor_and_fall(monkeypatch, tiny_llama, tiny
         def step(self):
             rates.append(self.param_groups[0]["lr"])
             norms = [p.grad.norm() for group in self.param_groups for p in group["params"] if p.grad is not None]
-            assert torch.stack(norms).norm() <= courses.CLIPPED * 1.0001
+            assert torch.stack(norms).norm() <= CLIPPED * 1.0001
             return super().step()
 
     monkeypatch.setattr(torch.optim, "Adam", Watched)
@@ -246,9 +246,9 @@ def test_steps_are_a_share_of_each_tensor_and_fall(monkeypatch, tiny_llama, tiny
 
 
 def test_steps_grow_at_first():
-    course = object.__new__(courses.Course)
-    course._settings, course._epochs, course._steps = MaskedKL(rate=0.1, batch=4), 4, 10
-    rates = [course._rate(step) for step in range(40)]
+    trainer = object.__new__(Trainer)
+    trainer._settings, trainer._epochs, trainer._steps = MaskedKL(rate=0.1, batch=4), 4, 10
+    rates = [trainer._rate(step) for step in range(40)]
     assert rates[:3] == pytest.approx([0.1, 0.2, 0.2 * 38 / 39])
     assert rates[-1] == pytest.approx(0.2 / 39)
 
@@ -257,7 +257,7 @@ def test_an_epoch_that_does_not_help_is_taken_back(monkeypatch, tiny_llama, tiny
     """Held-out losses are pretended. The second epoch is taken back, and steps are smaller from there on."""
     losses, seen, rates = iter([9.0, 8.0, 8.5, 7.0, 7.5, 7.6, 1.0]), [], []
 
-    def held_out_loss(course, values):
+    def held_out_loss(trainer, values):
         seen.append({name: value.detach().clone() for name, value in values.items()})
         return next(losses)
 
@@ -270,7 +270,7 @@ def test_an_epoch_that_does_not_help_is_taken_back(monkeypatch, tiny_llama, tiny
             return super().step()
 
     monkeypatch.setattr(torch.optim, "Adam", Watched)
-    monkeypatch.setattr(courses.Course, "_held_out_loss", held_out_loss)
+    monkeypatch.setattr(Trainer, "_held_out_loss", held_out_loss)
     record = distilled(tiny_llama, tiny_tokenizer, tiny_llama_folder, samples=5, epochs=9, rate=1e-4)
     assert record.distilling.losses == [9.0, 8.0, 8.5, 7.0, 7.5, 7.6]
     plain = [min((step + 1) / 2, (36 - step) / 35) for step in range(20)]
@@ -285,18 +285,18 @@ def test_an_epoch_that_does_not_help_is_taken_back(monkeypatch, tiny_llama, tiny
 def test_minutes_are_filled_with_whole_epochs(minutes, epochs):
     """Three minutes are gone when a pass over an eighth takes 10 seconds: an epoch takes 4.5 × 7 + 1 times as long, and
     for the head of a quarter of the blocks 1.5 in place of 1."""
-    course = object.__new__(courses.Course)
-    course._settings = MaskedKL(minutes=minutes)
-    course._pupil = SimpleNamespace(seconds=180, head=0.0)
+    trainer = object.__new__(Trainer)
+    trainer._settings = MaskedKL(minutes=minutes)
+    trainer._student = SimpleNamespace(seconds=180, head=0.0)
     expected = (60 * minutes - 180 - 2.6) / (2.6 * (4 * 7 + 1))
-    assert course._fitting(2.6) == max(0, int(expected)) == epochs
-    course._pupil.head = 0.25
-    assert course._fitting(2.6) == max(0, int((60 * minutes - 182.6) / (2.6 * (4.75 * 7 / 1.5 + 1))))
+    assert trainer._fitting(2.6) == max(0, int(expected)) == epochs
+    trainer._student.head = 0.25
+    assert trainer._fitting(2.6) == max(0, int((60 * minutes - 182.6) / (2.6 * (4.75 * 7 / 1.5 + 1))))
 
 
 def test_minutes_decide_how_far_steps_reach(monkeypatch, tiny_llama, tiny_tokenizer, tiny_llama_folder):
     same = copy.deepcopy(tiny_llama)
-    monkeypatch.setattr(courses.Course, "_fitting", lambda self, seconds: 2)
+    monkeypatch.setattr(Trainer, "_fitting", lambda self, seconds: 2)
     within = distilled(tiny_llama, tiny_tokenizer, tiny_llama_folder, samples=5, minutes=1, rate=0.003)
     monkeypatch.undo()
     chosen = distilled(same, tiny_tokenizer, tiny_llama_folder, samples=5, epochs=2, rate=0.003)

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from besa.methods import finetuning
-from besa.methods.finetuning import MaskedAdam, NoFinetuning
+from besa.methods.finetuning import FinetuningProblem, MaskedAdam, NoFinetuning, adam
 from besa.models.blocks import Block
 from besa.models.prunable import find_prunables
 from besa.observing.losses import token_weighted_error
@@ -64,7 +63,7 @@ def test_a_token_that_should_be_silent_does_not_rule_the_loss():
 
 
 def test_nothing_moves_untuned(task):
-    found = NoFinetuning().tune(*task, WHOLE, seed=0)
+    found = NoFinetuning().tune(FinetuningProblem(*task, WHOLE, seed=0))
     assert (found.weights, found.losses) == ({}, [])
 
 
@@ -72,7 +71,7 @@ def test_nothing_moves_untuned(task):
 def test_kept_weights_move_to_a_lower_error(task, options):
     block, names, inputs_NTC, targets_NTC = task
     before = {name: block.weight(name).clone() for name in names}
-    found = MaskedAdam(epochs=4, rate=0.02, autocast=False, **options).tune(*task, WHOLE, seed=0)
+    found = MaskedAdam(epochs=4, rate=0.02, autocast=False, **options).tune(FinetuningProblem(*task, WHOLE, seed=0))
     assert len(found.losses) == 5
     assert found.losses[-1] < 0.8 * found.losses[0]
     for name in names:
@@ -84,7 +83,7 @@ def test_kept_weights_move_to_a_lower_error(task, options):
 
 def test_losses_are_of_the_sequences_that_are_held_out(task):
     block, names, inputs_NTC, targets_NTC = task
-    found = MaskedAdam(epochs=1, token_power=0, autocast=False).tune(*task, WHOLE, seed=0)
+    found = MaskedAdam(epochs=1, token_power=0, autocast=False).tune(FinetuningProblem(*task, WHOLE, seed=0))
     weights = [{name: block.weight(name) for name in names}, found.weights]
     for loss, part in zip(found.losses, weights, strict=True):
         by_hand = [
@@ -96,7 +95,7 @@ def test_losses_are_of_the_sequences_that_are_held_out(task):
 
 def test_an_epoch_that_does_harm_is_the_last_and_is_forgotten(task):
     block, names, *_ = task
-    found = MaskedAdam(epochs=9, rate=5.0, autocast=False).tune(*task, WHOLE, seed=0)
+    found = MaskedAdam(epochs=9, rate=5.0, autocast=False).tune(FinetuningProblem(*task, WHOLE, seed=0))
     assert len(found.losses) == 2
     assert found.losses[1] > found.losses[0]
     assert all(torch.equal(found.weights[name], block.weight(name)) for name in names)
@@ -104,19 +103,20 @@ def test_an_epoch_that_does_harm_is_the_last_and_is_forgotten(task):
 
 def test_only_what_is_named_moves(task):
     block, _, inputs_NTC, targets_NTC = task
-    assert set(MaskedAdam(autocast=False).tune(block, ["up"], inputs_NTC, targets_NTC, WHOLE, seed=0).weights) == {"up"}
+    problem = FinetuningProblem(block, ["up"], inputs_NTC, targets_NTC, WHOLE, seed=0)
+    assert set(MaskedAdam(autocast=False).tune(problem).weights) == {"up"}
 
 
 def test_one_sequence_is_learned_from_and_judged_by(task):
     block, names, inputs_NTC, targets_NTC = task
-    found = MaskedAdam(rate=0.01, autocast=False).tune(
-        block, names, inputs_NTC[:1], targets_NTC[:1], Share.whole(1), seed=0
-    )
+    problem = FinetuningProblem(block, names, inputs_NTC[:1], targets_NTC[:1], Share.whole(1), seed=0)
+    found = MaskedAdam(rate=0.01, autocast=False).tune(problem)
     assert found.losses[-1] < found.losses[0]
 
 
 def test_a_seed_decides_the_order(task):
-    runs = [MaskedAdam(epochs=1, autocast=False).tune(*task, WHOLE, seed=seed).weights["up"] for seed in (0, 0, 1)]
+    problems = [FinetuningProblem(*task, WHOLE, seed=seed) for seed in (0, 0, 1)]
+    runs = [MaskedAdam(epochs=1, autocast=False).tune(problem).weights["up"] for problem in problems]
     assert torch.equal(runs[0], runs[1])
     assert not torch.equal(runs[0], runs[2])
 
@@ -124,9 +124,8 @@ def test_a_seed_decides_the_order(task):
 def test_half_precision_weights_stay_so_and_learn_in_full(task):
     block, names, inputs_NTC, targets_NTC = task
     block.module.bfloat16()
-    found = MaskedAdam(epochs=4, rate=1e-3).tune(
-        block, names, inputs_NTC.bfloat16(), targets_NTC.bfloat16(), WHOLE, seed=0
-    )
+    problem = FinetuningProblem(block, names, inputs_NTC.bfloat16(), targets_NTC.bfloat16(), WHOLE, seed=0)
+    found = MaskedAdam(epochs=4, rate=1e-3).tune(problem)
     assert found.losses[-1] < found.losses[0]
     for name in names:
         assert found.weights[name].dtype == torch.bfloat16
@@ -138,10 +137,11 @@ def test_float16_learns_although_its_gradients_underflow(task, monkeypatch, scal
     block, names, inputs_NTC, targets_NTC = task
     block.module.half()
     # The gradient of each output is small where there are many outputs.
-    monkeypatch.setattr(finetuning, "token_weighted_error", lambda *given: 1e-7 * token_weighted_error(*given))
+    monkeypatch.setattr(adam, "token_weighted_error", lambda *given: 1e-7 * token_weighted_error(*given))
     if not scaled:
-        monkeypatch.setattr(finetuning, "loss_scaler", lambda *_: torch.amp.GradScaler("cpu", enabled=False))
-    tuned = MaskedAdam(epochs=4, rate=0.02).tune(block, names, inputs_NTC.half(), targets_NTC.half(), WHOLE, seed=0)
+        monkeypatch.setattr(adam, "loss_scaler", lambda *_: torch.amp.GradScaler("cpu", enabled=False))
+    problem = FinetuningProblem(block, names, inputs_NTC.half(), targets_NTC.half(), WHOLE, seed=0)
+    tuned = MaskedAdam(epochs=4, rate=0.02).tune(problem)
     assert (tuned.losses[-1] < 0.8 * tuned.losses[0]) == scaled
 
 
@@ -155,10 +155,10 @@ def test_several_sequences_a_step_take_fewer_and_larger_steps(task, monkeypatch)
             return super().step()
 
     monkeypatch.setattr(torch.optim, "Adam", Watched)
-    one = MaskedAdam(epochs=1, rate=0.01, autocast=False).tune(*task, WHOLE, seed=0)
+    one = MaskedAdam(epochs=1, rate=0.01, autocast=False).tune(FinetuningProblem(*task, WHOLE, seed=0))
     steps, first = len(rates), rates[0]
     rates.clear()
-    four = MaskedAdam(epochs=1, rate=0.01, batch=4, autocast=False).tune(*task, WHOLE, seed=0)
+    four = MaskedAdam(epochs=1, rate=0.01, batch=4, autocast=False).tune(FinetuningProblem(*task, WHOLE, seed=0))
     assert (steps, len(rates)) == (28, 7)  # of 33 sequences, 5 are held out
     assert rates[0] == pytest.approx(2 * first)
     assert four.losses[-1] < four.losses[0] == one.losses[0]

@@ -7,7 +7,7 @@ from besa.counting.masks import hard_mask, rank
 from besa.errors import BesaError
 from besa.methods.importance import OBS
 from besa.methods.reconstruction import ADMM, NoReconstruction, OBSUpdate
-from besa.methods.reconstruction.obs_update import inverse_factor, sweep
+from besa.methods.reconstruction.obs_update import blocks_of, inverse_factor, rows_compete, sweep
 from besa.observing.input_statistics import InputStatistics
 
 ROWS, WIDTH, TOKENS = 6, 24, 120
@@ -245,7 +245,8 @@ def test_without_tokens_kept_weights_stay(w_OI, mask):
 def test_columns_of_different_width_share_the_zeros(w_OI, x_TI):
     """24 columns in blocks of 10, 10 and 4."""
     factor_II = inverse_factor(gathered(x_TI).inverse_hessian(0.01))
-    swept_OI = sweep(w_OI, w_OI == 0, torch.zeros(WIDTH, dtype=torch.bool), factor_II, 10, torch.tensor(72))
+    blocks, dead_I = blocks_of(WIDTH, 10), torch.zeros(WIDTH, dtype=torch.bool)
+    swept_OI = sweep(w_OI, factor_II, blocks, rows_compete(w_OI == 0, dead_I, blocks, torch.tensor(72)))
     assert [int((part == 0).sum()) for part in swept_OI.split(10, dim=1)] == [30, 30, 12]
 
 

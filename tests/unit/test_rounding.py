@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from besa.methods.reconstruction import rounding
 from besa.methods.reconstruction.obs_update import inverse_factor
 from besa.methods.reconstruction.ridge import best_ridge, held_out_error, solve, with_ridge
-from besa.methods.reconstruction.rounding import sweep, unrounded
+from besa.methods.reconstruction.rounding import round_columns, unrounded
 from besa.observing.input_statistics import InputStatistics
 from besa.quantization import Grid, Moved, Unrounded
 from besa.quantization.minmax import dequantized, extremes, grid, kept_codes
@@ -86,7 +86,7 @@ def test_the_sweep_is_gptq_on_a_mask(columns, groups, monkeypatch):
     hessian_II = x_TI.double().T @ x_TI.double()
     hessian_II.diagonal().mul_(1.1)
     found = grid(*extremes(w_OI, groups), 4, False)
-    before_OI = sweep(w_OI, inverse_factor(torch.linalg.inv(hessian_II)).float(), found)
+    before_OI = round_columns(w_OI, inverse_factor(torch.linalg.inv(hessian_II)).float(), found)
     expected_OI = slowly(w_OI, hessian_II, found)
     torch.testing.assert_close(before_OI.double(), expected_OI, rtol=1e-3, atol=1e-3)
     assert torch.equal(before_OI == 0, w_OI == 0)

@@ -11,7 +11,7 @@ from besa.data.calibration import Calibration, sample
 from besa.data.mixture import OWN, parts_of
 from besa.data.seeds import LARGEST
 from besa.data.tokens import check_known
-from besa.methods.distilling import Distilling, Study
+from besa.methods.distilling import Distilling, TrainingSet
 from besa.models.bos import bos_token
 from besa.models.limits import embedding_rows, positions
 from besa.progress import Progress
@@ -65,14 +65,14 @@ class Asked:
         written = author(seqlen=seqlen, seed=self.seed, bos=first, progress=progress)
         return self._sampled(model, tokenizer, progress, self.samples, seqlen, self.seed, author=written), notes
 
-    def study(
+    def training_set(
         self,
         calibration: Calibration,
         distilling: Distilling,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         progress: Progress,
-    ) -> tuple[Study | None, list[str]]:
+    ) -> tuple[TrainingSet | None, list[str]]:
         """What distilling learns from: further sequences of the same texts, if it asks for them and there are any.
 
         They are drawn anew, so a few may overlap with the calibration set. Token batches have no further ones, and the
@@ -91,18 +91,18 @@ class Asked:
         Raises:
             BesaError: a text cannot be read any more.
         """
-        wanted = distilling.studied(calibration.samples)
+        wanted = distilling.training_sequences(calibration.samples)
         if not wanted:
             return None, []
-        study = Study(calibration)
+        made = TrainingSet(calibration)
         if wanted > calibration.samples and self._has_further:
             seed = LARGEST + 1 + self.seed  # as of no calibration set
             drawn = self._sampled(model, tokenizer, progress, wanted, calibration.seqlen, seed, at_most=True)
             if drawn.samples >= calibration.samples:
-                study = Study.of(drawn, calibration.samples)
-        there = study.calibration.samples
+                made = TrainingSet.of(drawn, calibration.samples)
+        there = made.calibration.samples
         again = f"Distilling asks for {wanted:,} sequences, but has {there:,}: later epochs learn from the same again."
-        return study, [again] if there < wanted else []
+        return made, [again] if there < wanted else []
 
     @property
     def _has_further(self) -> bool:

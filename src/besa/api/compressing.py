@@ -164,12 +164,22 @@ def compress(
         check_suits(decoder.model, decoder.blocks, recipe, length, device, as_codes=as_codes)
         calibration, notes = asked.drawn(decoder.model, tokenizer, author, progress)
         recipe = recipe.settled(ranks.count(), calibration.samples, begun.get("recipe", {}))
-        study, further = asked.study(calibration, recipe.distill, decoder.model, tokenizer, progress)
+        training_set, further = asked.training_set(calibration, recipe.distill, decoder.model, tokenizer, progress)
         batch = batch or begun.get("batch") or default_batch(calibration.samples, calibration.seqlen, device)
         memory.trim()
         room = Room(device, activation_budget, journal.folder if journal else None)
         resources = Resources(min(calibration.samples, batch), device, room, codes=not dequantized)
-        run = Run(decoder, recipe, calibration, study, None, seed, resources, journal, progress, began)
+        run = Run(
+            decoder=decoder,
+            recipe=recipe,
+            calibration=calibration,
+            training_set=training_set,
+            seed=seed,
+            resources=resources,
+            journal=journal,
+            progress=progress,
+            began=began,
+        )
         fewer = smaller(decoder.model, decoder.blocks, recipe)
         notes = [*notes, *further, *_begin(run, identity, fewer)]
         run, record = _pruned(run, identity, fewer, notes, command)
@@ -299,7 +309,7 @@ def _decisive(run: Run, identity: dict[str, Any]) -> dict[str, Any]:
         "recipe": run.recipe.model_dump(mode="json"),
         "model": identity,
         "calibration": run.calibration.describe(),
-        "study": run.study.calibration.describe() if run.study is not None else None,
+        "study": run.training_set.calibration.describe() if run.training_set is not None else None,
         "seed": run.seed,
         "batch": run.resources.batch,
         "device": run.resources.device.type,

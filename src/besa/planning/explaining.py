@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 
 from besa.methods.recipe import Recipe
 from besa.methods.shipped import purpose, shipped
-from besa.planning.passes import WALK, minutes_of, passes_by_stage
+from besa.planning.passes import WALK, passes_by_stage
 from besa.settings import Settings
 
 
@@ -99,7 +99,7 @@ def explain(
         for stage, part in settled
         if isinstance(part, Settings)
     ]
-    total, minutes = sum(passes.values()), minutes_of(settled)
+    total, minutes = sum(passes.values()), settled.distill.time_budget
     most = "at most" if minutes is None else f"with these epochs; {deciding(minutes)} how many there are"
     heading = [
         f"# As it will run on {samples:,} sequence{'' if samples == 1 else 's'} of {seqlen:,} tokens: {total:.3g} "

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Sequence
 
 from besa.errors import BesaError
 from besa.methods.recipe import Recipe
@@ -134,14 +133,20 @@ def spending(recipe: Recipe, passes: float, samples: int, seqlen: int, head: flo
             f"Recipe {recipe.name} does not fine-tune or distil, so it has no use for more passes: choose the recipe "
             "best, or set finetune.method=adam."
         )
-
     if not passes > 0:
         raise BesaError(f"{passes:g} passes are nothing to spend: give a positive number.")
 
-    def taken(given: Recipe) -> float:
-        return forward_passes(given, samples, seqlen, head=head)
+    def taken(epochs: int) -> float:
+        return forward_passes(_with_epochs(recipe, epochs), samples, seqlen, head=head)
 
-    return _filled(recipe, "distill" if recipe.distill.moves_weights else "finetune", passes, taken)
+    least = taken(1)
+    epoch = taken(2) - least
+    if not passes >= least:
+        part = "distilling" if recipe.distill.moves_weights else "fine-tuning"
+        raise BesaError(f"{passes:g} passes are too few: {recipe.name} takes {least:.1f} with one epoch of {part}.")
+    if (passes - least) / epoch >= LARGEST:
+        raise BesaError(f"{passes:g} passes are more than can be counted: ask for less.")
+    return _with_epochs(recipe, 1 + int((passes - least) / epoch + ROUNDING))
 
 
 def within(recipe: Recipe, minutes: float) -> Recipe:
@@ -157,33 +162,11 @@ def within(recipe: Recipe, minutes: float) -> Recipe:
         )
     if not 0 < minutes < math.inf:
         raise BesaError(f"{minutes:g} minutes are no time to spend: give a positive number.")
-    return recipe.model_copy(update={"distill": recipe.distill.model_copy(update={"minutes": minutes})})
+    return recipe.model_copy(update={"distill": recipe.distill.within(minutes)})
 
 
-def minutes_of(recipe: Recipe) -> float | None:
-    """Minutes of the whole run that decide the number of distillation epochs; None if the recipe gives the number."""
-    minutes: float | None = recipe.distill.model_dump().get("minutes")
-    return minutes
-
-
-def _filled(
-    recipe: Recipe, part: Literal["finetune", "distill"], passes: float, taken: Callable[[Recipe], float]
-) -> Recipe:
-    """The recipe with as many epochs of a part as fit.
-
-    Raises:
-        BesaError: as `spending`.
-    """
-
-    def with_epochs(epochs: int) -> Recipe:
-        length = {"epochs": epochs} | ({"minutes": None} if part == "distill" else {})
-        return recipe.model_copy(update={part: getattr(recipe, part).model_copy(update=length)})
-
-    least = taken(with_epochs(1))
-    epoch = taken(with_epochs(2)) - least
-    if not passes >= least:
-        name = {"finetune": "fine-tuning", "distill": "distilling"}[part]
-        raise BesaError(f"{passes:g} passes are too few: {recipe.name} takes {least:.1f} with one epoch of {name}.")
-    if (passes - least) / epoch >= LARGEST:
-        raise BesaError(f"{passes:g} passes are more than can be counted: ask for less.")
-    return with_epochs(1 + int((passes - least) / epoch + ROUNDING))
+def _with_epochs(recipe: Recipe, epochs: int) -> Recipe:
+    """The recipe with so many epochs of distilling, or of fine-tuning if it does not distil."""
+    if recipe.distill.moves_weights:
+        return recipe.model_copy(update={"distill": recipe.distill.with_epochs(epochs)})
+    return recipe.model_copy(update={"finetune": recipe.finetune.with_epochs(epochs)})

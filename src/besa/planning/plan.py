@@ -15,7 +15,7 @@ from besa.models.whole import head_share
 from besa.planning.distinct import Distinct, distinct_units
 from besa.planning.enough import few_tokens
 from besa.planning.outline import Outline
-from besa.planning.passes import forward_passes, minutes_of
+from besa.planning.passes import forward_passes
 from besa.planning.process import Peaks, peaks
 from besa.planning.states import kept_states
 from besa.planning.traffic import traffic
@@ -133,7 +133,7 @@ def work_out(run: Outline) -> Plan:
         gpu_memory_bytes=peak.gpu,
         distilling_bytes=peak.distilling,
         forward_passes=forward_passes(recipe, run.samples, run.seqlen, run.batch, run.ranks, run.routed, head),
-        minutes=minutes_of(recipe),
+        minutes=recipe.distill.time_budget,
         writing_passes=run.own * PASSES,
         fits=not lacking,
         lacking=lacking,

@@ -37,7 +37,7 @@ def kept_states(run: Outline) -> States:
         BesaError: one batch needs more than the memory of this machine.
     """
     # What is measured on the dense model is freed before the others are allocated. Distilling has inputs and targets.
-    in_turn = [_measured(run), [*_of_paths(run), _studied(run)], 2 * [_studied(run)]]
+    in_turn = [_measured(run), [*_of_paths(run), _to_distil_on(run)], 2 * [_to_distil_on(run)]]
     with together(0, run.ranks):  # they share the host's memory
         placed = [_placed(sizes, Room(run.device, run.activation_budget)) for sizes in in_turn]
     if run.batch * run.seqlen * run.channels * run.item > memory.total_bytes():
@@ -59,9 +59,9 @@ def _of_paths(run: Outline) -> list[int]:
     return [pruned, dense, *of_attention, *([pruned] if run.recipe.teacher == "pruned" else [])]
 
 
-def _studied(run: Outline) -> int:
+def _to_distil_on(run: Outline) -> int:
     """Bytes of the hidden states of the sequences to distil on."""
-    sequences = most(shares_of(run.recipe.distill.studied(run.samples), run.batch, run.ranks))
+    sequences = most(shares_of(run.recipe.distill.training_sequences(run.samples), run.batch, run.ranks))
     return sequences * run.seqlen * run.channels * run.item
 
 

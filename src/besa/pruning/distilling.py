@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from besa.methods.distilling import Pupil
+from besa.methods.distilling import Student
 from besa.models.activations import HiddenStates
 from besa.models.whole import Whole, head_share
 from besa.pruning.coded import in_files, round_block
 from besa.pruning.loop import Pruned
 from besa.pruning.run import Run
-from besa.pruning.studied import Studied
+from besa.pruning.teacher import TeacherOutputs
 from besa.quantization import Grid, Quantized
 from besa.record import DistillingRecord
 from besa.storage.formats import unrounded
@@ -41,34 +41,34 @@ def distill(run: Run, pruned: Pruned) -> DistillingRecord:
     Args:
         run: the journal has the pruned blocks; states and the result are written to it. Progress is (steps done,
             steps, state) after every step.
-        pruned: its sequences have been through the dense model.
+        pruned: its sequences to distil on have been through the dense model.
 
     Raises:
         BesaError: the disk is full.
     """
     recipe, journal, watch = run.recipe, run.journal, Stopwatch(run.resources.device)
-    assert pruned.studied is not None
+    assert pruned.teacher is not None
     with ExitStack() as stack:
         with watch("load"):
             _open(run, pruned, stack)
-            inputs_NTC = pruned.studied.inputs_NTC(run)
-        pupil = _pupil(run, pruned, pruned.studied, inputs_NTC)
+            inputs_NTC = pruned.teacher.inputs_NTC(run)
+        student = _student(run, pruned, pruned.teacher, inputs_NTC)
         with watch("distill"):
             states = _SharedSnapshots(journal)
-            distilled = recipe.distill.distill(pupil, states, run.progress)
+            distilled = recipe.distill.distill(student, states, run.progress)
             quantized = _rounded(run, pruned.grids)
         watch.seconds["distill"] += states.earlier
         record = DistillingRecord(
             epochs=distilled.epochs,
             losses=distilled.losses,
-            passes=recipe.distill.passes(pupil.head, len(distilled.losses) - 1, pupil.study.epochs),
-            study=pruned.studied.study.calibration.describe(),
+            passes=recipe.distill.passes(student.head, len(distilled.losses) - 1, student.training_set.epochs),
+            study=student.training_set.calibration.describe(),
             seconds=sum(watch.seconds.values()),
             phases=watch.seconds,
             sent=watch.sent,
         )
         if journal is not None:
-            rest = run.decoder.stored_outside(name for name in distilled.changed if not pupil.whole.place(name))
+            rest = run.decoder.stored_outside(name for name in distilled.changed if not student.whole.place(name))
             changed = (
                 (block.index, in_files(run.decoder, block, quantized, run.resources.codes))
                 for block in run.decoder.blocks
@@ -90,28 +90,28 @@ def _open(run: Run, pruned: Pruned, stack: ExitStack) -> None:
             decoder.load_tensors(block, unrounded.decode(tensors, 0)[0] if pruned.grids else tensors)
 
 
-def _pupil(run: Run, pruned: Pruned, studied: Studied, inputs_NTC: HiddenStates) -> Pupil:
+def _student(run: Run, pruned: Pruned, teacher: TeacherOutputs, inputs_NTC: HiddenStates) -> Student:
     """What learns, and what it learns from.
 
     Args:
         run: its model is open.
         pruned: its blocks.
-        studied: its sequences have been through the dense model.
+        teacher: its sequences have been through the dense model.
         inputs_NTC: of the first block.
     """
     decoder, device = run.decoder, run.resources.device
-    return Pupil(
-        Whole(decoder.model, decoder.blocks),
-        [linear.name for record in pruned.records for linear in record.linears],
-        studied.tokens_NT,
-        inputs_NTC,
-        studied.outputs_NTC,
-        studied.study,
-        studied.share,
-        run.seed,
-        run.spent,
-        head_share(decoder.model, decoder.blocks),
-        {name: _at(grid, device) for name, grid in pruned.grids.items()},
+    return Student(
+        whole=Whole(decoder.model, decoder.blocks),
+        linears=[linear.name for record in pruned.records for linear in record.linears],
+        tokens_NT=teacher.tokens_NT,
+        inputs_NTC=inputs_NTC,
+        targets_NTC=teacher.outputs_NTC,
+        training_set=teacher.training_set,
+        share=teacher.share,
+        seed=run.seed,
+        seconds=run.spent,
+        head=head_share(decoder.model, decoder.blocks),
+        grids={name: _at(grid, device) for name, grid in pruned.grids.items()},
     )
 
 
@@ -145,17 +145,17 @@ class _SharedSnapshots:
 
     @property
     def position(self) -> dict[str, Any] | None:
-        """See `methods.distilling.distiller.Snapshots`."""
+        """See `methods.distilling.snapshots.Snapshots`."""
         return ranks.from_first(self._own.position if self._own is not None else None)
 
     def tensors(self, group: str) -> dict[str, Tensor]:
-        """See `methods.distilling.distiller.Snapshots`."""
+        """See `methods.distilling.snapshots.Snapshots`."""
         return ranks.tensors_from_first(self._own.tensors(group) if self._own is not None else {})
 
     def keep(
         self, position: Mapping[str, Any], groups: Iterable[tuple[str, Mapping[str, Tensor]]], urgent: bool
     ) -> None:
-        """See `methods.distilling.distiller.Snapshots`."""
+        """See `methods.distilling.snapshots.Snapshots`."""
         if self._own is None or self._journal is None:
             return
         spent = self.earlier + time.perf_counter() - self._began

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
-from besa.counting.budget import Budget
 from besa.data.calibration import Calibration
-from besa.methods.distilling import Study
+from besa.methods.distilling import TrainingSet
 from besa.methods.recipe import Recipe
-from besa.methods.targets.budgets import budgets
-from besa.models.check import Check
 from besa.models.streaming import Decoder
 from besa.models.units import Unit, units
 from besa.progress import BlockDone, BlockNote
 from besa.pruning.coded import Coded, put_back, to_keep
-from besa.pruning.measuring import Measured, measure
 from besa.pruning.paths import PLAIN, Resources, first_inputs
-from besa.pruning.present import check_each, check_together, zeros_present
+from besa.pruning.preparing import Prepared, prepare
 from besa.pruning.run import Run
 from besa.pruning.step import Step, prune_unit
-from besa.pruning.studied import Studied
+from besa.pruning.teacher import TeacherOutputs
 from besa.quantization import Grid
 from besa.record import BlockRecord
 from besa.storage.formats import unrounded
-from besa.storage.journal import Journal
 from besa.system import memory, ranks
 from besa.system.stopwatch import Stopwatch
 
@@ -38,12 +31,12 @@ class Pruned:
 
     Attributes:
         records: of the blocks.
-        studied: the sequences to distil on, run through the dense model; None if there are none.
+        teacher: of the sequences to distil on, which have been through the dense model; None if there are none.
         grids: by full name, of linears that are to be rounded after distilling.
     """
 
     records: list[BlockRecord]
-    studied: Studied | None = None
+    teacher: TeacherOutputs | None = None
     grids: dict[str, Grid] = field(default_factory=dict)
 
 
@@ -57,46 +50,38 @@ def prune_blocks(decoder: Decoder, recipe: Recipe, calibration: Calibration, *, 
         resources: how to compute.
 
     Raises:
-        BesaError: as of `prune_units`.
+        BesaError: as of `prepare` and `prune_units`.
     """
-    return prune_units(Run(decoder, recipe, calibration, resources=resources))
+    run = Run(decoder, recipe, calibration, resources=resources)
+    return prune_units(run, prepare(run))
 
 
-def prune_units(run: Run, *, to_the_end: bool = False) -> Pruned:
+def prune_units(run: Run, prepared: Prepared, training_set: TrainingSet | None = None) -> Pruned:
     """Prune the decoder of a run, one unit at a time; those that the journal holds are not pruned again.
 
     Args:
         run: the journal gets every block that is finished.
-        to_the_end: run what is to be studied through the dense model, even if the journal has the last blocks.
+        prepared: of the run.
+        training_set: is run through the dense model, even if the journal has the last blocks, to distil on it; None for
+            nothing.
 
     Raises:
-        BesaError: the blocks cannot be run one by one, activations are not finite, a block already has more zeros than
-            its budget allows, or the disk is full.
+        BesaError: a block does not compute alone what it does in the model, activations are not finite, as of
+            `prune_unit`, or the disk is full.
     """
-    in_order = units(run.decoder.blocks, run.recipe.granularity)
-    done = _done(run.journal, in_order)
-    open_units = [place for place, unit in enumerate(in_order) if unit.index not in done]
-    check = Check(run.decoder, run.calibration.tokens_NT, run.resources.device) if open_units else None
-    present = zeros_present(run) if open_units else {}
-    check_together(budgets(run.decoder.blocks, run.recipe), run, present)
-    measured = measure(run) if open_units else Measured()
-    plan = budgets(run.decoder.blocks, run.recipe, measured.targets, present)
-    check_each(plan, run, present)
     if run.journal is not None:
-        run.journal.restored = len(done)
-    if not (open_units or to_the_end):  # the earlier run stopped while it assembled the checkpoint
-        return Pruned([done[block.index] for block in run.decoder.blocks])
-    last_open = max(open_units, default=-1)
-    last = len(in_order) - 1 if to_the_end else last_open
-    run.progress(0, len(run.decoder.blocks), "embeddings")
-    study = run.study if to_the_end else None
-    walk = _Walk(run, study, in_order, plan, done, measured.gradients, check, last_open, last)  # line 1
-    for place in range(last + 1):  # line 2
+        run.journal.restored = len(prepared.done)
+    blocks, done = run.decoder.blocks, prepared.done
+    if prepared.last_open < 0 and training_set is None:  # the earlier run stopped while it assembled the checkpoint
+        return Pruned([done[block.index] for block in blocks])
+    run.progress(0, len(blocks), "embeddings")
+    walk = _Walk(run, prepared, training_set)  # line 1
+    for place in range(walk.last + 1):  # line 2
         walk.through(place)
     if run.journal is not None:
         run.journal.settle()
-    rest = [done[block.index] for unit in in_order[last + 1 :] for block in unit.blocks]
-    return Pruned([*walk.records, *rest], walk.studied, walk.grids)
+    rest = [done[block.index] for block in blocks[len(walk.records) :]]
+    return Pruned([*walk.records, *rest], walk.teacher, walk.grids)
 
 
 class _Walk:
@@ -104,40 +89,25 @@ class _Walk:
 
     Args:
         run: what is pruned, and how.
-        study: what is run through the dense model to distil on it; None for nothing.
-        in_order: the units.
-        plan: the budgets of each unit.
-        done: records by index of the blocks that the journal has.
-        gradients: as of `Measured`.
-        check: sees every block while it is dense; None if all are done.
-        last_open: place of the last unit that is to be pruned; -1 if all are done.
-        last: place of the last unit on the way.
+        prepared: of the run.
+        training_set: what is run through the dense model to distil on it; None for nothing.
 
     Attributes:
-        studied: the sequences to distil on; None without distilling.
+        last: place of the last unit on the way; no later one is to be pruned or run.
+        teacher: of the sequences to distil on; None without distilling.
         records: of the blocks on the way so far.
         grids: by full name, of linears that are to be rounded after distilling.
     """
 
-    def __init__(
-        self,
-        run: Run,
-        study: Study | None,
-        in_order: list[Unit],
-        plan: list[list[Budget]],
-        done: Mapping[int, BlockRecord],
-        gradients: Mapping[str, Tensor],
-        check: Check | None,
-        last_open: int,
-        last: int,
-    ) -> None:
-        self._run, self._units, self._plan, self._done = run, in_order, plan, done
-        self._gradients, self._check, self._last_open, self._last = gradients, check, last_open, last
-        self._whole = units(run.dense.blocks, run.recipe.granularity) if run.dense is not None else in_order
+    def __init__(self, run: Run, prepared: Prepared, training_set: TrainingSet | None) -> None:
+        self._run, self._prepared, self._units = run, prepared, prepared.units
+        self._whole = units(run.dense.blocks, run.recipe.granularity) if run.dense is not None else prepared.units
+        self._last_open = prepared.last_open
+        self.last = len(self._units) - 1 if training_set is not None else self._last_open
         self._pruned_NTC, self._dense_NTC = first_inputs(
             run.decoder, run.recipe, run.calibration, run.resources, run.share
         )
-        self.studied = Studied.begun(run, study) if study is not None else None
+        self.teacher = TeacherOutputs.begun(run, training_set) if training_set is not None else None
         if run.dense is not None:
             for block, dense_block in zip(run.decoder.blocks, run.dense.blocks, strict=True):
                 dense_block.arguments.update(block.arguments)
@@ -148,17 +118,17 @@ class _Walk:
         """Move both paths through the unit at a place, which is pruned, or comes from the journal."""
         unit, watch = self._units[place], Stopwatch(self._run.resources.device)
         with self._opened(place, watch):
-            if self._check is not None:
+            if self._prepared.check is not None:
                 with watch("check"):
                     for block in unit.blocks:
-                        self._check.see(block)
-            if place < self._last:
+                        self._prepared.check.see(block)
+            if place < self.last:
                 for block in self._units[place + 1].blocks:
                     self._run.decoder.prefetch(block, self._run.resources.device)
-            if self.studied is not None:
+            if self.teacher is not None:
                 with watch("dense"):
-                    self.studied.through(self._whole[place])
-            if unit.index in self._done:
+                    self.teacher.through(self._whole[place])
+            if unit.index in self._prepared.done:
                 self._restore(place)
                 return
             records, coded = self._prune(place, watch)
@@ -191,23 +161,20 @@ class _Walk:
                 block.run(self._pruned_NTC, batch, into=self._pruned_NTC)
             if self._run.recipe.rounds_last:  # distilling begins with the weights as they were before their rounding
                 self._run.decoder.load_tensors(block, unrounded.decode(self._run.kept(block), 0)[0])
-            self._finish(self._done[block.index], restored=True)
+            self._finish(self._prepared.done[block.index], restored=True)
 
     def _prune(self, place: int, watch: Stopwatch) -> tuple[list[BlockRecord], Coded]:
         """Prune a unit (lines 3 to 12); returns a record of each block, and the quantised weights."""
         run, unit = self._run, self._units[place]
         step = Step(
-            unit,
-            self._whole[place],
-            self._plan[place],
-            run.recipe,
-            self._pruned_NTC,
-            self._dense_NTC,
-            run.share,
-            self._gradients,
-            run.seed,
-            run.resources,
-            watch,
+            run=run,
+            unit=unit,
+            whole=self._whole[place],
+            budgets=self._prepared.budgets[place],
+            pruned_NTC=self._pruned_NTC,
+            dense_NTC=self._dense_NTC,
+            gradients=self._prepared.gradients,
+            watch=watch,
         )
         records, coded = prune_unit(step)
         if run.recipe.rounds_last:
@@ -236,14 +203,3 @@ class _Walk:
         self.records.append(record)
         done = BlockDone(record.name, record.reconstruction_error, record.sparsity, record.seconds, restored)
         self._run.progress(len(self.records), len(self._run.decoder.blocks), BlockNote(done))
-
-
-def _done(journal: Journal | None, in_order: list[Unit]) -> dict[int, BlockRecord]:
-    """Records by index of the blocks that need no pruning: the journal of rank 0 holds all blocks of their unit."""
-    done: list[BlockRecord] = []
-    for unit in in_order if journal is not None else ():
-        assert journal is not None
-        kept = [record for block in unit.blocks if (record := journal.record(block.index)) is not None]
-        done += kept if len(kept) == len(unit.blocks) else []
-    known = ranks.from_first([record.model_dump(mode="json") for record in done])
-    return {record.index: record for record in map(BlockRecord.model_validate, known)}

@@ -37,16 +37,16 @@ def measure(run: Run) -> Measured:
     measuring, every = recipe.targeting.measuring, recipe.allocation.loss_every(run.calibration.samples)
     names, _ = shared_names(decoder.blocks, recipe)
     survey = Survey(
-        decoder,
-        run.calibration,
-        names,
-        recipe.sparsity,
-        run.resources.batch,
-        run.resources.device,
-        run.resources.room,
-        run.seed,
-        [recipe.allocation.structures(block, own) for block, own in zip(decoder.blocks, names, strict=True)],
-        run.progress,
+        decoder=decoder,
+        calibration=run.calibration,
+        names=names,
+        sparsity=recipe.sparsity,
+        batch=run.resources.batch,
+        device=run.resources.device,
+        room=run.resources.room,
+        seed=run.seed,
+        structures=[recipe.allocation.structures(block, own) for block, own in zip(decoder.blocks, names, strict=True)],
+        progress=run.progress,
     )
     targets, gradients = None, {}
     if every is not None:

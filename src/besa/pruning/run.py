@@ -9,7 +9,7 @@ from functools import cached_property
 from torch import Tensor
 
 from besa.data.calibration import Calibration
-from besa.methods.distilling import Study
+from besa.methods.distilling import TrainingSet
 from besa.methods.recipe import Recipe
 from besa.models.blocks import Block
 from besa.models.streaming import Decoder
@@ -28,7 +28,7 @@ class Run:
         decoder: causal decoder in evaluation mode.
         recipe: the method.
         calibration: token ids (N, T).
-        study: what distilling learns from; None if nothing is distilled.
+        training_set: what distilling learns from; None if nothing is distilled.
         dense: of the dense path, if the decoder has lost experts; None if it has not.
         seed: of random choices, such as the order of sequences.
         resources: how to compute.
@@ -40,7 +40,7 @@ class Run:
     decoder: Decoder
     recipe: Recipe
     calibration: Calibration
-    study: Study | None = None
+    training_set: TrainingSet | None = None
     dense: Decoder | None = None
     seed: int = 0
     resources: Resources = PLAIN

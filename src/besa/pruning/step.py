@@ -15,7 +15,7 @@ from besa.counting.budget import Budget
 from besa.counting.masks import rank
 from besa.errors import BesaError
 from besa.methods.allocation import Allocated, BlockProblem, RankedLinear, first_tokens
-from besa.methods.finetuning import Finetuned
+from besa.methods.finetuning import Finetuned, FinetuningProblem
 from besa.methods.recipe import Recipe
 from besa.methods.reconstruction import NoReconstruction
 from besa.methods.reconstruction.rounding import unrounded
@@ -29,11 +29,11 @@ from besa.observing.probes import RowSensitivities
 from besa.pruning import quantizing
 from besa.pruning.coded import Coded
 from besa.pruning.counted import linear_records
-from besa.pruning.paths import ERROR_SHARE, ERROR_TOKENS, Resources
+from besa.pruning.paths import ERROR_SHARE, ERROR_TOKENS
+from besa.pruning.run import Run
 from besa.quantization import Quantized
 from besa.record import BlockRecord
 from besa.system import ranks
-from besa.system.ranks import Share
 from besa.system.stopwatch import Stopwatch
 
 
@@ -42,29 +42,23 @@ class Step:
     """A unit to prune, and its inputs on both paths.
 
     Attributes:
+        run: gives method, seed and resources, and the sequences of both paths, which are those of this rank.
         unit: still dense.
         whole: the same unit with all its experts, of the dense path and the teacher; the unit itself if none went.
         budgets: of the unit.
-        recipe: the method.
         pruned_NTC: inputs on the pruned path; replaced by the outputs of the pruned unit.
         dense_NTC: inputs on the dense path, of the sequences and tokens that it has; replaced by the outputs.
-        share: the sequences of both, which are those of this rank.
         gradients: as in `BlockProblem`.
-        seed: of the run.
-        resources: how to compute.
         watch: counts the seconds of each phase.
     """
 
+    run: Run
     unit: Unit
     whole: Unit
     budgets: list[Budget]
-    recipe: Recipe
     pruned_NTC: HiddenStates
     dense_NTC: HiddenStates
-    share: Share
     gradients: Mapping[str, Tensor]
-    seed: int
-    resources: Resources
     watch: Stopwatch
 
 
@@ -78,11 +72,11 @@ def prune_unit(step: Step) -> tuple[list[BlockRecord], Coded]:
         BesaError: no token reaches a matrix that is to be pruned, or the block already has more zeros than its budget
             allows.
     """
-    unit, recipe, watch = step.unit, step.recipe, step.watch
+    unit, recipe, watch = step.unit, step.run.recipe, step.watch
     in_turn = parts(unit, recipe.granularity)
     with watch("teacher"):
         part_targets = [_part_targets(step, part) for part in parts(step.whole, recipe.granularity)[:-1]]
-    outputs_NTC = step.resources.room.empty_like(step.pruned_NTC) if recipe.teacher == "pruned" else None
+    outputs_NTC = step.run.resources.room.empty_like(step.pruned_NTC) if recipe.teacher == "pruned" else None
     statistics, dense_outputs = _observe(step, outputs_NTC)
     _check_seen(step, statistics)
     _check_gradients(step)
@@ -95,12 +89,19 @@ def prune_unit(step: Step) -> tuple[list[BlockRecord], Coded]:
         linears |= part_linears
         losses += allocated.losses
     with watch("finetune"):
-        finetuned = recipe.finetune.tune(
-            unit, list(linears), step.pruned_NTC, step.dense_NTC, step.share, step.seed + unit.index
+        problem = FinetuningProblem(
+            block=unit,
+            names=list(linears),
+            inputs_NTC=step.pruned_NTC,
+            targets_NTC=step.dense_NTC,
+            share=step.run.share,
+            seed=step.run.seed + unit.index,
         )
+        finetuned = recipe.finetune.tune(problem)
         for name, w_OI in finetuned.weights.items():
             unit.weight(name).detach().copy_(w_OI)
-    return _records(step, linears, losses, finetuned, dense_outputs), coded
+    errors = _propagate(step, dense_outputs)
+    return _records(step, linears, losses, finetuned, errors), coded
 
 
 def _observe(step: Step, outputs_NTC: HiddenStates | None) -> tuple[dict[str, InputStatistics], list[HiddenStates]]:
@@ -113,7 +114,7 @@ def _observe(step: Step, outputs_NTC: HiddenStates | None) -> tuple[dict[str, In
     Returns:
         The statistics of the linears' inputs on the pruned path, and the outputs of each block on the dense path.
     """
-    unit, recipe, batch, watch = step.unit, step.recipe, step.resources.batch, step.watch
+    unit, recipe, batch, watch = step.unit, step.run.recipe, step.run.resources.batch, step.watch
     dense_outputs = []
     with watch("teacher"):
         for block in step.whole.blocks:
@@ -123,7 +124,7 @@ def _observe(step: Step, outputs_NTC: HiddenStates | None) -> tuple[dict[str, In
         if outputs_NTC is not None:
             step.whole.run(step.pruned_NTC, batch, into=outputs_NTC)
         every = recipe.statistics_every(routed=any(prunable.routed for prunable in unit.prunables.values()))
-        return look(unit, step.pruned_NTC, batch, recipe.needs_gram, step.share, every), dense_outputs
+        return look(unit, step.pruned_NTC, batch, recipe.needs_gram, step.run.share, every), dense_outputs
 
 
 def _check_seen(step: Step, statistics: Mapping[str, InputStatistics]) -> None:
@@ -154,7 +155,7 @@ def _check_gradients(step: Step) -> None:
         BesaError: it does.
     """
     routed = any(prunable.routed for prunable in step.unit.prunables.values())
-    if step.recipe.learns_through_blocks and routed and len(step.pruned_NTC):
+    if step.run.recipe.learns_through_blocks and routed and len(step.pruned_NTC):
         x_NTC = fetched(step.pruned_NTC[:1], step.unit.device)
         RowSensitivities(step.unit).send_back(x_NTC, torch.zeros_like(x_NTC))
 
@@ -163,7 +164,7 @@ def _prune(
     step: Step, part: Part, targets_NTC: HiddenStates, statistics: Mapping[str, InputStatistics], coded: Coded
 ) -> tuple[dict[str, RankedLinear], Allocated]:
     """Prune a part of the unit in place, and add to the quantised weights; return its dense linears and its zeros."""
-    unit, recipe, watch = step.unit, step.recipe, step.watch
+    unit, recipe, watch = step.unit, step.run.recipe, step.watch
     budgets = [budget for budget in step.budgets if budget.names[0] in part.names]
     if not budgets:  # all its linears are skipped
         return {}, Allocated({})
@@ -171,13 +172,13 @@ def _prune(
         linears = {name: _ranked(unit, name, recipe, statistics[name]) for budget in budgets for name in budget.names}
     block = unit.silencing(part.silent)
     problem = BlockProblem(
-        block,
-        linears,
-        step.pruned_NTC,
-        targets_NTC,
-        budgets,
-        step.seed + unit.index,
-        step.share,
+        block=block,
+        linears=linears,
+        inputs_NTC=step.pruned_NTC,
+        targets_NTC=targets_NTC,
+        budgets=budgets,
+        seed=step.run.seed + unit.index,
+        share=step.run.share,
         gradients=step.gradients,
     )
     with watch("allocate"):
@@ -223,15 +224,15 @@ def _rebuilt(
 
 def _part_targets(step: Step, part: Part) -> HiddenStates:
     """The outputs of the teacher with the silent matrices of the part set to zero."""
-    inputs_NTC = step.pruned_NTC if step.recipe.teacher == "pruned" else step.dense_NTC
-    targets_NTC = step.resources.room.empty_like(inputs_NTC)
-    step.whole.silencing(part.silent).run(inputs_NTC, step.resources.batch, into=targets_NTC)
+    inputs_NTC = step.pruned_NTC if step.run.recipe.teacher == "pruned" else step.dense_NTC
+    targets_NTC = step.run.resources.room.empty_like(inputs_NTC)
+    step.whole.silencing(part.silent).run(inputs_NTC, step.run.resources.batch, into=targets_NTC)
     return targets_NTC
 
 
 def _error_sample(step: Step) -> HiddenStates:
     """The hidden states of the dense path on which the error is measured."""
-    places = step.share.own(step.share.every(ERROR_SHARE))
+    places = step.run.share.own(step.run.share.every(ERROR_SHARE))
     if len(step.dense_NTC) < len(step.pruned_NTC):  # it has no others
         places = list(range(len(places)))
     tokens = first_tokens(step.pruned_NTC.shape[1], ERROR_TOKENS)
@@ -246,30 +247,39 @@ def _ranked(unit: Unit, name: str, recipe: Recipe, statistics: InputStatistics) 
     return RankedLinear(w_OI, importance_OI, ranks_OI, statistics.reached, recipe.importance.power)
 
 
+def _propagate(step: Step, dense_outputs: list[HiddenStates]) -> list[Tensor]:
+    """Move the pruned path on to the outputs of the unit, block by block (line 11).
+
+    Args:
+        step: its unit is pruned.
+        dense_outputs: outputs of each block on the dense path.
+
+    Returns:
+        The error (scalar) of each block's outputs against those of the dense path.
+    """
+    unit, watch, errors = step.unit, step.watch, []
+    for block, dense_NTC in zip(unit.blocks, dense_outputs, strict=True):
+        with watch("propagate"):
+            block.run(step.pruned_NTC, step.run.resources.batch, into=step.pruned_NTC)
+        with watch("measure"):
+            tokens = first_tokens(step.pruned_NTC.shape[1], ERROR_TOKENS)
+            errors.append(error_between(step.pruned_NTC, dense_NTC, step.run.share, ERROR_SHARE, tokens, unit.device))
+    return errors
+
+
 def _records(
-    step: Step,
-    linears: dict[str, RankedLinear],
-    losses: list[float],
-    finetuned: Finetuned,
-    dense_outputs: list[HiddenStates],
+    step: Step, linears: dict[str, RankedLinear], losses: list[float], finetuned: Finetuned, errors: list[Tensor]
 ) -> list[BlockRecord]:
-    """Move the pruned path on (line 11) and make the record of each block, counted in its pruned weights.
+    """The record of each block, counted in its pruned weights.
 
     Args:
         step: its unit is pruned.
         linears: the pruned linears as they were when dense, by full name.
         losses: of the learning steps.
         finetuned: result of the fine-tuning.
-        dense_outputs: outputs of each block on the dense path.
+        errors: as of `_propagate`.
     """
     watch, unit = step.watch, step.unit
-    errors = []
-    for block, dense_NTC in zip(unit.blocks, dense_outputs, strict=True):
-        with watch("propagate"):
-            block.run(step.pruned_NTC, step.resources.batch, into=step.pruned_NTC)  # line 11
-        with watch("measure"):
-            tokens = first_tokens(step.pruned_NTC.shape[1], ERROR_TOKENS)
-            errors.append(error_between(step.pruned_NTC, dense_NTC, step.share, ERROR_SHARE, tokens, unit.device))
     with watch("measure"):
         counted = linear_records({name: unit.weight(name).detach() for name in linears}, linears)
         measured: list[float] = torch.stack(errors).tolist()
@@ -292,7 +302,7 @@ def _records(
                 seconds=sum(watch.seconds.values()) / share,
                 phases={phase: seconds / share for phase, seconds in watch.seconds.items()},
                 sent={phase: sent // share for phase, sent in watch.sent.items()},
-                structures=dict(step.recipe.allocation.kept(block, step.budgets[0])) if step.budgets else {},
+                structures=dict(step.run.recipe.allocation.kept(block, step.budgets[0])) if step.budgets else {},
                 linears=block_linears,
             )
         )

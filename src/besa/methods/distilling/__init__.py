@@ -1,7 +1,8 @@
-"""Distilling: the pruned model as a whole learns to predict what the dense model predicts.
+"""Distilling: may the whole pruned model learn to predict what the dense model predicts?
 
-`distiller` is the base of the methods, `kl` holds the one that learns, `study` what it learns from, and `course` its
-work.
+Each file holds one method, or a part of one. Its settings class is the method. A method changes a `student`, which
+learns from a `training_set`; the dense model is the teacher. `trainer` is the work of `kl`, and `states` is how it goes
+on after an interruption.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from typing import Annotated
 
 from pydantic import Field
 
-from besa.methods.distilling.distiller import Distilled, NoDistilling, Pupil
 from besa.methods.distilling.kl import MaskedKL
-from besa.methods.distilling.study import Study
+from besa.methods.distilling.none import NoDistilling
+from besa.methods.distilling.student import Distilled, Student
+from besa.methods.distilling.training_set import TrainingSet
 
 Distilling = Annotated[NoDistilling | MaskedKL, Field(discriminator="method")]
 
-__all__ = ["Distilled", "Distilling", "MaskedKL", "NoDistilling", "Pupil", "Study"]
+__all__ = ["Distilled", "Distilling", "MaskedKL", "NoDistilling", "Student", "TrainingSet"]

@@ -1,94 +1,15 @@
-"""The base of all ways to distil, what a model learns from, and what comes of it.
-
-Shape suffixes: N sequences, T tokens, C channels of the residual stream.
-"""
+"""The base of all ways to distil."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol
+from collections.abc import Sequence
+from typing import ClassVar, Self
 
-from torch import Tensor
-
-from besa.methods.distilling.study import Study
-from besa.models.activations import HiddenStates
-from besa.models.whole import Whole
+from besa.methods.distilling.snapshots import Snapshots
+from besa.methods.distilling.student import Distilled, Student
 from besa.progress import Progress
-from besa.quantization import Grid
 from besa.settings import Settings
-from besa.system.ranks import Share
-
-
-@dataclass(frozen=True)
-class Pupil:
-    """A pruned model that learns, and what it learns from.
-
-    Attributes:
-        whole: the pruned model.
-        linears: full names of the pruned linears, whose kept weights may change.
-        tokens_NT: of the sequences of this rank.
-        inputs_NTC: of the first block, for the same sequences.
-        targets_NTC: outputs of the last block of the dense model.
-        study: all sequences, of this rank and others.
-        share: those of this rank.
-        seed: of the order of sequences.
-        seconds: that the run has taken so far.
-        head: cost of the model's head, as a share of a forward pass through all blocks.
-        grids: by full name, of linears that the model has unrounded and that predict as rounded.
-    """
-
-    whole: Whole
-    linears: list[str]
-    tokens_NT: Tensor
-    inputs_NTC: HiddenStates
-    targets_NTC: HiddenStates
-    study: Study
-    share: Share
-    seed: int
-    seconds: float
-    head: float
-    grids: Mapping[str, Grid] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Distilled:
-    """The result of distilling.
-
-    Attributes:
-        epochs: that the step sizes were laid out for; those of each stage.
-        losses: on held-out sequences, before the first epoch and after every epoch.
-        helped: whether the model has changed.
-        changed: full names of the norms and biases that have changed.
-    """
-
-    epochs: int = 0
-    losses: list[float] = field(default_factory=list)
-    helped: bool = False
-    changed: list[str] = field(default_factory=list)
-
-
-class Snapshots(Protocol):
-    """Where the states of the work are kept, so that a killed run goes on from the last."""
-
-    @property
-    def position(self) -> dict[str, Any] | None:
-        """Position of the last state, in JSON types; None if there is none."""
-
-    def tensors(self, group: str) -> dict[str, Tensor]:
-        """Tensors of a group in the last state."""
-
-    def keep(
-        self, position: Mapping[str, Any], groups: Iterable[tuple[str, Mapping[str, Tensor]]], urgent: bool
-    ) -> None:
-        """Keep a state, if it is urgent or some time has passed since the last one.
-
-        Args:
-            position: in the work, in JSON types.
-            groups: tensors by name of each group; one group at a time is in memory.
-            urgent: keep it now.
-        """
 
 
 class Distiller(Settings):
@@ -105,7 +26,20 @@ class Distiller(Settings):
         """Sequences of a learning step."""
         return 1
 
-    def studied(self, samples: int) -> int:
+    @property
+    def time_budget(self) -> float | None:
+        """Minutes of the whole run that decide the number of epochs; None if the settings give the number."""
+        return None
+
+    def with_epochs(self, epochs: int) -> Self:
+        """The same with so many epochs, in place of its own number or of a time budget."""
+        return self
+
+    def within(self, minutes: float) -> Self:
+        """The same with a time budget of so many minutes."""
+        return self
+
+    def training_sequences(self, samples: int) -> int:
         """The number of sequences to learn from, if there are so many. That of the calibration set means that set.
 
         Args:
@@ -166,21 +100,11 @@ class Distiller(Settings):
         return 0
 
     @abstractmethod
-    def distill(self, pupil: Pupil, snapshots: Snapshots, progress: Progress) -> Distilled:
+    def distill(self, student: Student, snapshots: Snapshots, progress: Progress) -> Distilled:
         """Change the model in place, if that brings its predictions closer to those of the dense model.
 
         Args:
-            pupil: the model.
+            student: the pruned model.
             snapshots: where states are kept.
             progress: is called with (steps done, steps, state) after every step.
         """
-
-
-class NoDistilling(Distiller):
-    """The model stays as its blocks were pruned; `distill.method=none`."""
-
-    method: Literal["none"] = "none"
-
-    def distill(self, pupil: Pupil, snapshots: Snapshots, progress: Progress) -> Distilled:
-        """Change nothing, and return no losses."""
-        return Distilled()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal, TypeVar
+from typing import ClassVar, Literal, Self, TypeVar
 
 from pydantic import Field
 
-from besa.methods.distilling.course import Course
-from besa.methods.distilling.distiller import Distilled, Distiller, Pupil, Snapshots
-from besa.methods.distilling.study import needed
+from besa.methods.distilling.distiller import Distiller
+from besa.methods.distilling.snapshots import Snapshots
+from besa.methods.distilling.student import Distilled, Student
+from besa.methods.distilling.trainer import Trainer
+from besa.methods.distilling.training_set import needed
 from besa.methods.steps import split
 from besa.observing.input_statistics import HELD_OUT
 from besa.progress import Progress
@@ -65,7 +67,20 @@ class MaskedKL(Learning, Distiller):
     moves_weights: ClassVar[bool] = True
     most_shared: ClassVar[int] = 4
 
-    def studied(self, samples: int) -> int:
+    @property
+    def time_budget(self) -> float | None:
+        """The setting `minutes`."""
+        return self.minutes
+
+    def with_epochs(self, epochs: int) -> Self:
+        """The same settings with so many epochs, and no minutes that decide their number."""
+        return self.model_copy(update={"epochs": epochs, "minutes": None})
+
+    def within(self, minutes: float) -> Self:
+        """The same settings with so many minutes."""
+        return self.model_copy(update={"minutes": minutes})
+
+    def training_sequences(self, samples: int) -> int:
         """Sequences for all epochs plus the held-out ones."""
         return needed(samples, self.epochs if self.further else 1)
 
@@ -108,9 +123,9 @@ class MaskedKL(Learning, Distiller):
         of_a_step = self.stages([4 * kept + 8 * linears], [4 * sum(vectors) + 8 * len(vectors)])
         return self.epochs * self.steps(samples) * sum(map(sum, of_a_step))
 
-    def distill(self, pupil: Pupil, snapshots: Snapshots, progress: Progress) -> Distilled:
+    def distill(self, student: Student, snapshots: Snapshots, progress: Progress) -> Distilled:
         """The values with the lowest loss on the held-out sequences."""
-        return Course(self, pupil, snapshots, progress).run()
+        return Trainer(self, student, snapshots, progress).run()
 
     def stages(self, linears: Sequence[T], vectors: Sequence[T]) -> list[list[T]]:
         """What learns at once, stage by stage.

@@ -6,6 +6,7 @@ B columns of the present block of columns.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -21,6 +22,9 @@ from besa.methods.reconstruction.ridge import best_ridge, better, with_ridge
 from besa.methods.reconstruction.written import written
 from besa.observing.input_statistics import InputStatistics, inverted
 from besa.system import ranks
+
+# From a block of columns, its updated weights (R, B) and its part of the factor (B, B): which weights are kept (R, B).
+MaskRule = Callable[[slice, Tensor, Tensor], Tensor]
 
 
 class OBSUpdate(Rebuilder):
@@ -71,22 +75,20 @@ class OBSUpdate(Rebuilder):
             BesaError: the damped Hessian is not positive definite.
         """
         first_OI, dense_OI = hard_mask(ranks_OI, counts_O), w_OI.float()
-        kept_OI = first_OI if self.mask == "fixed" else None
         if self.damping is None:
             inverse_II = inverted(with_ridge(statistics, best_ridge(w_OI, first_OI, statistics)))
         else:
             inverse_II = statistics.inverse_hessian(self.damping)
-        columns = self.columns if self.keeps_mask or group is None else group
-        rebuilt_OI = sweep(
-            dense_OI,
-            dense_OI == 0,
-            statistics.dead_I,
-            inverse_factor(inverse_II),
-            columns,
-            counts_O.sum(),
-            kept_OI,
-            per_row=group is not None,
-        )
+        factor_II = inverse_factor(inverse_II)
+        if self.keeps_mask:
+            blocks, rule = blocks_of(w_OI.shape[1], self.columns), fixed(first_OI)
+        elif group is not None:
+            blocks = blocks_of(w_OI.shape[1], group)
+            rule = row_by_row(dense_OI == 0, statistics.dead_I, int(counts_O.sum()) // len(blocks) // len(w_OI))
+        else:
+            blocks = blocks_of(w_OI.shape[1], self.columns)
+            rule = rows_compete(dense_OI == 0, statistics.dead_I, blocks, counts_O.sum())
+        rebuilt_OI = sweep(dense_OI, factor_II, blocks, rule)
         written_OI = written(rebuilt_OI, rebuilt_OI != 0, w_OI.dtype)
         return written_OI if self.damping else better(written_OI, w_OI.where(first_OI, 0), w_OI, statistics)
 
@@ -107,56 +109,78 @@ def inverse_factor(inverse_II: Tensor) -> Tensor:
     return upper_II
 
 
-def sweep(
-    w_OI: Tensor,
-    zero_OI: Tensor,
-    dead_I: Tensor,
-    factor_II: Tensor,
-    columns: int,
-    zeros: Tensor,
-    kept_OI: Tensor | None = None,
-    per_row: bool = False,
-) -> Tensor:
+def blocks_of(width: int, columns: int) -> list[slice]:
+    """The columns in blocks of so many; the last may be narrower."""
+    return [slice(start, min(start + columns, width)) for start in range(0, width, columns)]
+
+
+def sweep(w_OI: Tensor, factor_II: Tensor, blocks: Sequence[slice], rule: MaskRule) -> Tensor:
     """Prune weights from left to right, and update the columns to the right after each; returns the weight (O, I).
 
-    Every rank sweeps its rows. Where rows compete, it sees each block of columns of all ranks first.
+    Every rank sweeps its rows.
 
     Args:
         w_OI: float32 weight, not changed.
-        zero_OI: weights that are zero already; they are pruned first.
-        dead_I: channels that are always zero; their weights are pruned next.
         factor_II: `inverse_factor` of the input's Hessian.
-        columns: width of a block; the blocks share the zeros in proportion to their width.
-        zeros: how many weights to prune (scalar); unused with a fixed mask.
-        kept_OI: the fixed mask; None to choose it block by block.
-        per_row: whether every row of a block loses the same number, as n:m patterns need.
+        blocks: of columns, which are pruned before the columns to the right are updated.
+        rule: decides what is kept, block by block.
     """
-    rows, width = w_OI.shape
-    own = ranks.rows(rows)
-    w_RI = w_OI[own].clone()
-    starts = range(0, width, columns)
-    sizes = [min(columns, width - start) for start in starts]
-    if kept_OI is not None:
-        shares = [0] * len(sizes)
-    elif per_row:
-        shares = [int(zeros) // len(sizes)] * len(sizes)
-    else:
-        shares = _shares(zero_OI, sizes, zeros)
-    for start, size, share in zip(starts, sizes, shares, strict=True):
-        end = start + size
-        block_RB, factor_BB = w_RI[:, start:end], factor_II[start:end, start:end]  # a view: updated in place
-        if kept_OI is not None:
-            kept_RB = kept_OI[own, start:end]
-        elif per_row:
-            kept_RB = _order(block_RB, zero_OI[own, start:end], dead_I[start:end], factor_BB, size) >= share // rows
-        else:
-            block_OB = ranks.gathered(block_RB, rows)
-            order_OB = _order(block_OB, zero_OI[:, start:end], dead_I[start:end], factor_BB, rows * size)
-            kept_RB = (order_OB >= share)[own]
+    rows = len(w_OI)
+    w_RI = w_OI[ranks.rows(rows)].clone()
+    for block in blocks:
+        block_RB, factor_BB = w_RI[:, block], factor_II[block, block]  # a view: updated in place
+        kept_RB = rule(block, block_RB, factor_BB)
         error_RB = torch.empty_like(block_RB)
         kernels.swept(block_RB, kept_RB, factor_BB, error_RB)
-        w_RI[:, end:] -= error_RB @ factor_II[start:end, end:]
+        w_RI[:, block.stop :] -= error_RB @ factor_II[block, block.stop :]
     return ranks.gathered(w_RI, rows)
+
+
+def fixed(kept_OI: Tensor) -> MaskRule:
+    """The mask is given."""
+    own = ranks.rows(len(kept_OI))
+
+    def kept(block: slice, block_RB: Tensor, factor_BB: Tensor) -> Tensor:
+        return kept_OI[own, block]
+
+    return kept
+
+
+def row_by_row(zero_OI: Tensor, dead_I: Tensor, zeros: int) -> MaskRule:
+    """Every row of a block loses the same number of weights, as n:m patterns need.
+
+    Args:
+        zero_OI: weights that are zero already; they are pruned first.
+        dead_I: channels that are always zero; their weights are pruned next.
+        zeros: how many weights to prune in each row of a block.
+    """
+    own = ranks.rows(len(zero_OI))
+
+    def kept(block: slice, block_RB: Tensor, factor_BB: Tensor) -> Tensor:
+        return _order(block_RB, zero_OI[own, block], dead_I[block], factor_BB, block_RB.shape[1]) >= zeros
+
+    return kept
+
+
+def rows_compete(zero_OI: Tensor, dead_I: Tensor, blocks: Sequence[slice], zeros: Tensor) -> MaskRule:
+    """All weights of a block compete; every rank sees the block of all ranks.
+
+    Args:
+        zero_OI: as of `row_by_row`.
+        dead_I: likewise.
+        blocks: of columns; they share the zeros in proportion to their width.
+        zeros: how many weights to prune (scalar).
+    """
+    rows = len(zero_OI)
+    shares = _shares(zero_OI, [block.stop - block.start for block in blocks], zeros)
+    share_from = {block.start: share for block, share in zip(blocks, shares, strict=True)}
+
+    def kept(block: slice, block_RB: Tensor, factor_BB: Tensor) -> Tensor:
+        block_OB = ranks.gathered(block_RB, rows)
+        order_OB = _order(block_OB, zero_OI[:, block], dead_I[block], factor_BB, block_OB.numel())
+        return (order_OB >= share_from[block.start])[ranks.rows(rows)]
+
+    return kept
 
 
 def _order(block_OB: Tensor, zero_OB: Tensor, dead_B: Tensor, factor_BB: Tensor, together: int) -> Tensor:

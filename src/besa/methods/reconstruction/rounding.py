@@ -48,14 +48,14 @@ def unrounded(
     factor_II = inverse_factor(inverted(hessian_II))
 
     def of_rows(rows: slice) -> Tensor:
-        return sweep(w_OI[rows], factor_II, Grid(grid.step_OG[rows], grid.zero_OG[rows], grid.bits))
+        return round_columns(w_OI[rows], factor_II, Grid(grid.step_OG[rows], grid.zero_OG[rows], grid.bits))
 
     swept = Unrounded(ranks.by_rows(of_rows, len(w_OI)), grid, quantization.symmetric)
     helps = is_better(swept.quantized().weight(), plain.quantized().weight(), dense_OI, statistics)
     return replace(plain, w_OI=swept.w_OI.where(helps, w_OI))
 
 
-def sweep(w_OI: Tensor, factor_II: Tensor, grid: Grid) -> Tensor:
+def round_columns(w_OI: Tensor, factor_II: Tensor, grid: Grid) -> Tensor:
     """Round the columns from left to right, each with what earlier ones have added to it; zeros stay zeros.
 
     A column loses w − Q(w). Where a weight is pruned, it loses all that earlier columns have added.

@@ -21,7 +21,7 @@ def needed(samples: int, epochs: int) -> int:
 
 
 @dataclass(frozen=True)
-class Study:
+class TrainingSet:
     """The sequences of all epochs. One that is held out is in none of them.
 
     Attributes:
@@ -33,8 +33,8 @@ class Study:
     epochs: int = 1
 
     @classmethod
-    def of(cls, drawn: Calibration, samples: int) -> Study:
-        """A study of as many whole epochs as were drawn; at least a calibration set must have been drawn.
+    def of(cls, drawn: Calibration, samples: int) -> TrainingSet:
+        """A training set of as many whole epochs as were drawn; at least a calibration set must have been drawn.
 
         What is held out, and every epoch, has the texts of a mixture by their shares. The places of an epoch are spread
         over the whole set, so that ranks have equal work in it.
@@ -49,10 +49,10 @@ class Study:
         epochs = (drawn.samples - held) // learned if learned else 1
         tokens_NT = drawn.tokens_NT[evenly(drawn.samples)[: needed(samples, epochs)]]
         parts = drawn.parts if len(tokens_NT) == drawn.samples else ()
-        study = cls(replace(drawn, tokens_NT=tokens_NT.clone(), parts=parts), epochs)
-        places = study.held + [place for epoch in range(epochs) for place in study.learned(epoch)]
-        study.calibration.tokens_NT[places] = tokens_NT
-        return study
+        made = cls(replace(drawn, tokens_NT=tokens_NT.clone(), parts=parts), epochs)
+        places = made.held + [place for epoch in range(epochs) for place in made.learned(epoch)]
+        made.calibration.tokens_NT[places] = tokens_NT
+        return made
 
     @property
     def held(self) -> list[int]:

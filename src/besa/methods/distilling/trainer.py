@@ -1,4 +1,4 @@
-"""The course of distilling: stages, epochs and steps, from the last state on, and the best values at the end.
+"""The training of a student: stages, epochs and steps, from the last state on, and the best values at the end.
 
 Shape suffixes: N sequences, T tokens, C channels of the residual stream, O rows, I columns, K kept weights.
 """
@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from besa.methods.distilling.distiller import Distilled, Pupil, Snapshots
+from besa.methods.distilling.snapshots import Snapshots
+from besa.methods.distilling.states import States
+from besa.methods.distilling.student import Distilled, Student
 from besa.methods.reconstruction.written import written
 from besa.methods.steps import average, one_pass, root_mean_square
 from besa.models.kept import kept_of, spread
@@ -35,22 +37,22 @@ CLIPPED = 1.0  # largest norm of the gradient of a step
 BETAS = (0.9, 0.99)  # of Adam
 
 
-class Course:
+class Trainer:
     """The work of `MaskedKL.distill`.
 
     What learns are float32 values: norms and biases, and of each linear the vector of its kept weights. The best so far
-    are the model's own tensors. A state has these, and the values with their moments. A group of it is a block, or what
-    is outside.
+    are the model's own tensors.
     """
 
-    def __init__(self, settings: MaskedKL, pupil: Pupil, snapshots: Snapshots, progress: Progress) -> None:
-        self._settings, self._pupil, self._snapshots, self._progress = settings, pupil, snapshots, progress
-        whole = pupil.whole
-        self._linears = set(pupil.linears)
+    def __init__(self, settings: MaskedKL, student: Student, snapshots: Snapshots, progress: Progress) -> None:
+        self._settings, self._student, self._progress = settings, student, progress
+        whole = student.whole
+        self._linears = set(student.linears)
         self._dtype = learning_dtype(whole.dtype, whole.device) if settings.autocast else whole.dtype
-        self._stages = settings.stages(pupil.linears, whole.vectors)
+        self._stages = settings.stages(student.linears, whole.vectors)
+        self._states = States(student, [name for names in self._stages for name in names], snapshots)
         self._dense = {name: whole.own(name).clone() for name in whole.vectors}
-        self._steps = -(-len(pupil.study.learned(0)) // settings.sequences)  # in an epoch
+        self._steps = -(-len(student.training_set.learned(0)) // settings.sequences)  # in an epoch
         self._at_once = tokens_at_once(whole.vocabulary)
         self._epochs = settings.epochs
         self._losses: list[float] = []
@@ -58,10 +60,10 @@ class Course:
 
     def run(self) -> Distilled:
         """All stages, from the last state on."""
-        begun: Mapping[str, Any] = self._snapshots.position or {}
+        begun = self._states.position
         self._losses, self._helped = list(begun.get("losses", [])), begun.get("helped", False)
         if self._helped:
-            self._restore({name: {"best": self._pupil.whole.own(name)} for names in self._stages for name in names})
+            self._states.restore_best()
         self._epochs = begun.get("epochs", self._epochs)
         if not self._losses:
             began = time.perf_counter()
@@ -71,7 +73,7 @@ class Course:
         for number in range(begun.get("stage", 0), len(self._stages)):
             self._learn(number, begun)
             begun = {}
-        whole = self._pupil.whole
+        whole = self._student.whole
         changed = [name for name, before in self._dense.items() if not torch.equal(whole.own(name), before)]
         return Distilled(self._epochs, self._losses, self._helped, changed)
 
@@ -81,29 +83,29 @@ class Course:
         Args:
             seconds: of a forward pass over the held-out sequences.
         """
-        settings, head = self._settings, self._pupil.head
+        settings, head = self._settings, self._student.head
         assert settings.minutes is not None
         epoch = seconds * settings.epoch_passes(head) / settings.measuring_passes(head)
-        return max(0, int((60 * settings.minutes - self._pupil.seconds - seconds) / epoch))
+        return max(0, int((60 * settings.minutes - self._student.seconds - seconds) / epoch))
 
     def _learn(self, number: int, begun: Mapping[str, Any]) -> None:
         """A stage, from its beginning or from a place in it."""
-        names, own = self._stages[number], self._pupil.whole.own
+        names, own = self._stages[number], self._student.whole.own
         sizes: list[float] = (
             begun.get("sizes") or torch.stack([root_mean_square(own(name).float()) for name in names]).tolist()
         )
         values = {name: self._value(name).requires_grad_() for name in names}
         groups = [{"params": [value], "lr": 0.0} for value in values.values()]
         optimizer = torch.optim.Adam(groups, betas=BETAS, fused=True)
-        scaler = loss_scaler(self._dtype, self._pupil.whole.device)
+        scaler = loss_scaler(self._dtype, self._student.whole.device)
         if "sizes" in begun:
             scaler.load_state_dict(begun["scaler"])
-            self._restore_values(values, optimizer)
+            self._states.restore_values(values, optimizer)
         first: int = begun.get("first", len(self._losses))
         position: dict[str, Any] = {"stage": number, "sizes": sizes, "first": first, "eased": begun.get("eased", 0)}
         for epoch in range(begun.get("epoch", 0), self._epochs):
-            generator = torch.Generator().manual_seed(self._pupil.seed + epoch)
-            order = one_pass(self._pupil.study.learned(epoch), self._settings.sequences, generator)
+            generator = torch.Generator().manual_seed(self._student.seed + epoch)
+            order = one_pass(self._student.training_set.learned(epoch), self._settings.sequences, generator)
             for step in range(begun.get("step", 0) if epoch == begun.get("epoch") else 0, self._steps):
                 rate = self._rate(epoch * self._steps + step) * EASED ** position["eased"]
                 for group, size in zip(optimizer.param_groups, sizes, strict=True):
@@ -127,12 +129,12 @@ class Course:
 
     def _value(self, name: str) -> Tensor:
         """The model's own tensor as a value that can learn."""
-        own = self._pupil.whole.own(name)
+        own = self._student.whole.own(name)
         return kept_of(own) if name in self._linears else own.float().clone()
 
     def _tensor(self, name: str, value: Tensor) -> Tensor:
         """A value as the model has it, in the shape and dtype of its own tensor; no kept weight becomes zero."""
-        own, value = self._pupil.whole.own(name), value.detach()
+        own, value = self._student.whole.own(name), value.detach()
         if name not in self._linears:
             return value.to(own.dtype)
         return written(spread(value, own), own != 0, own.dtype)
@@ -145,9 +147,9 @@ class Course:
         sequences: Sequence[int],
     ) -> None:
         """Learn from some sequences of all ranks."""
-        scale = scaler.scale(torch.ones((), device=self._pupil.whole.device))
+        scale = scaler.scale(torch.ones((), device=self._student.whole.device))
         predicting = self._predicting(values)
-        for place in self._pupil.share.own(sequences):
+        for place in self._student.share.own(sequences):
             self._loss(predicting, place, scale)
         for name, value in values.items():
             value.grad = predicting[name].grad  # straight through the rounding, if there is one
@@ -168,16 +170,16 @@ class Course:
 
     def _held_out_loss(self, values: Mapping[str, Tensor]) -> float:
         """The mean loss of the held-out sequences of all ranks."""
-        predicting = self._predicting(values)
-        losses = [self._loss(predicting, place, None) for place in self._pupil.share.own(self._pupil.study.held)]
+        predicting, student = self._predicting(values), self._student
+        losses = [self._loss(predicting, place, None) for place in student.share.own(student.training_set.held)]
         of_ranks = ranks.all_of(torch.stack(losses).tolist() if losses else [])
         return fmean(loss for of_rank in of_ranks for loss in of_rank)
 
     def _predicting(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The values that the model predicts with: linears with grids are rounded, learning or not."""
         predicting = dict(values)
-        for name, grid in self._pupil.grids.items():
-            own, value = self._pupil.whole.own(name), values.get(name)
+        for name, grid in self._student.grids.items():
+            own, value = self._student.whole.own(name), values.get(name)
             w_OI = own if value is None else self._tensor(name, value)
             q_OI = dequantized(kept_codes(w_OI, grid), grid, own.dtype)
             predicting[name] = q_OI if value is None else kept_of(own, q_OI, len(value)).requires_grad_()
@@ -185,9 +187,9 @@ class Course:
 
     def _loss(self, values: Mapping[str, Tensor], place: int, scale: Tensor | None) -> Tensor:
         """The loss (scalar) of a sequence; with a scale, its gradients are added to those of the values."""
-        pupil, whole, dtype = self._pupil, self._pupil.whole, self._dtype
+        student, whole, dtype = self._student, self._student.whole, self._dtype
         one = slice(place, place + 1)
-        kept = (pupil.tokens_NT, pupil.inputs_NTC, pupil.targets_NTC)
+        kept = (student.tokens_NT, student.inputs_NTC, student.targets_NTC)
         tokens_NT, x_NTC, target_NTC = (fetched(tensors[one], whole.device) for tensors in kept)
         states = whole.states(x_NTC, values, dtype)
         loss, gradient_NTC = prediction_loss(
@@ -219,7 +221,7 @@ class Course:
         """Write values into the model: they are the best so far."""
         self._helped = True
         for name, value in values.items():
-            self._pupil.whole.own(name).copy_(self._tensor(name, value))
+            self._student.whole.own(name).copy_(self._tensor(name, value))
 
     def _keep(
         self,
@@ -229,59 +231,5 @@ class Course:
         urgent: bool,
     ) -> None:
         """Keep a state."""
-        own = self._pupil.whole.own
-        tensors: dict[str, dict[str, Tensor]] = {}
-        for name in dict.fromkeys(name for names in self._stages for name in names):
-            tensors[name] = {"best": own(name)} if self._helped else {}
-            if name in values:
-                tensors[name] |= {"value": values[name].detach(), **optimizer.state.get(values[name], {})}
         position = {**position, "epochs": self._epochs, "losses": self._losses, "helped": self._helped}
-        self._snapshots.keep(position, self._compressed(tensors), urgent)
-
-    def _compressed(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """The tensors of a state by group, made one group at a time; of linears, the kept weights."""
-        for group, names in self._groups(tensors).items():
-            yield (
-                group,
-                {
-                    f"{kind}.{name}": tensor[tensor != 0] if self._sparse(name, tensor) else tensor
-                    for name in names
-                    for kind, tensor in tensors[name].items()
-                },
-            )
-
-    def _restore(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Fill tensors from the last state."""
-        for group, names in self._groups(tensors).items():
-            kept = self._snapshots.tensors(group)
-            for name in names:
-                for kind, tensor in tensors[name].items():
-                    numbers = kept[f"{kind}.{name}"].to(tensor.device)
-                    if self._sparse(name, tensor):
-                        tensor.masked_scatter_(tensor != 0, numbers)
-                    else:
-                        tensor.copy_(numbers)
-
-    def _restore_values(self, values: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
-        """Fill values and their moments from the last state; a value that no gradient has reached has none."""
-        for group, names in self._groups(values).items():
-            kept = self._snapshots.tensors(group)
-            for name in names:
-                if f"step.{name}" in kept:
-                    state = {kind: torch.zeros_like(values[name]) for kind in ("exp_avg", "exp_avg_sq")}
-                    step = torch.zeros_like(kept[f"step.{name}"], device=values[name].device)  # as fused Adam has it
-                    optimizer.state[values[name]] = {"step": step, **state}
-        self._restore(
-            {name: {"value": value.detach(), **optimizer.state.get(value, {})} for name, value in values.items()}
-        )
-
-    def _groups(self, names: Iterable[str]) -> dict[str, list[str]]:
-        """The names by the block that they belong to."""
-        groups: dict[str, list[str]] = {}
-        for name in names:
-            groups.setdefault(self._pupil.whole.place(name), []).append(name)
-        return groups
-
-    def _sparse(self, name: str, tensor: Tensor) -> bool:
-        """Whether a tensor of a state is a linear's own, of which the state has the kept weights."""
-        return name in self._linears and tensor.dim() > 1
+        self._states.keep(position, values, optimizer, best=self._helped, urgent=urgent)

@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 import besa
 from besa.data.calibration import Calibration
 from besa.data.mixture import interleaved
-from besa.methods.distilling import Study
-from besa.methods.distilling import course as courses
-from besa.methods.distilling.study import needed
+from besa.methods.distilling import TrainingSet, trainer
+from besa.methods.distilling.training_set import needed
 from besa.methods.recipe import Recipe
 from besa.methods.steps import split
 from besa.system.ranks import Share, together
@@ -27,22 +26,22 @@ def numbered(samples):
 def test_every_epoch_has_sequences_of_its_own(samples, epochs, more):
     held, learned = split(samples)
     drawn = numbered(needed(samples, epochs) + min(more, samples - len(held) - 1) * (samples > 1))
-    study = Study.of(drawn, samples)
-    tokens = study.calibration.tokens_NT[:, 0].tolist()
-    assert study.epochs == (epochs if samples > 1 else 1)
-    assert len(study.held) == len(held)
-    parts = [study.held, *map(study.learned, range(study.epochs))] if samples > 1 else [study.held]
+    made = TrainingSet.of(drawn, samples)
+    tokens = made.calibration.tokens_NT[:, 0].tolist()
+    assert made.epochs == (epochs if samples > 1 else 1)
+    assert len(made.held) == len(held)
+    parts = [made.held, *map(made.learned, range(made.epochs))] if samples > 1 else [made.held]
     assert all(len(part) == len(learned) for part in parts[1:])
     assert sorted(place for part in parts for place in part) == list(range(len(tokens)))
-    assert len(set(tokens)) == len(tokens) == needed(samples, study.epochs)
+    assert len(set(tokens)) == len(tokens) == needed(samples, made.epochs)
     assert set(tokens) <= set(drawn.tokens_NT[:, 0].tolist())
-    assert study.learned(study.epochs) == study.learned(0)  # and then they come again
+    assert made.learned(made.epochs) == made.learned(0)  # and then they come again
 
 
 @given(samples=st.integers(1, 60))
 def test_the_calibration_set_is_held_out_and_learned_from_as_by_other_stages(samples):
-    study = Study(numbered(samples))
-    assert (study.held, study.learned(0), study.learned(1)) == (*split(samples), split(samples)[1])
+    made = TrainingSet(numbered(samples))
+    assert (made.held, made.learned(0), made.learned(1)) == (*split(samples), split(samples)[1])
 
 
 @pytest.mark.parametrize("epochs", [2, 3, 4, 9])
@@ -50,21 +49,21 @@ def test_every_epoch_has_the_texts_of_a_mixture_by_their_shares(epochs):
     each = needed(64, epochs) // 5
     for seed in range(5):
         texts = torch.repeat_interleave(torch.arange(5), each)[interleaved(5 * [each], seed)]
-        study = Study.of(Calibration(texts[:, None].expand(-1, 2).contiguous(), "mix", seed), 64)
-        tokens = study.calibration.tokens_NT[:, 0]
-        for part in (study.held, *map(study.learned, range(study.epochs))):
+        made = TrainingSet.of(Calibration(texts[:, None].expand(-1, 2).contiguous(), "mix", seed), 64)
+        tokens = made.calibration.tokens_NT[:, 0]
+        for part in (made.held, *map(made.learned, range(made.epochs))):
             found = Counter(tokens[part].tolist())
             assert all(abs(found[text] - len(part) / 5) < 2 for text in range(5))
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_have_equal_work_in_every_epoch(ranks):
-    study = Study.of(numbered(needed(64, 3)), 64)
+    made = TrainingSet.of(numbered(needed(64, 3)), 64)
     for epoch in range(3):
         works = []
         for number in range(ranks):
             with together(number, ranks):
-                works.append(len(Share.of(study.calibration.samples).own(study.learned(epoch))))
+                works.append(len(Share.of(made.calibration.samples).own(made.learned(epoch))))
         assert max(works) - min(works) <= 1
 
 
@@ -75,13 +74,13 @@ AGAIN = "Distilling asks for 22 sequences, but has 8: later epochs learn from th
 def learned_from(monkeypatch, model, tokenizer, calibration, **sizes):
     """The record of a run of three epochs of one step, and the tokens of each step."""
     seen = []
-    step = courses.Course._step
+    step = trainer.Trainer._step
 
     def watched(self, values, optimizer, scaler, sequences):
-        seen.append(self._pupil.tokens_NT[sequences])
+        seen.append(self._student.tokens_NT[sequences])
         step(self, values, optimizer, scaler, sequences)
 
-    monkeypatch.setattr(courses.Course, "_step", watched)
+    monkeypatch.setattr(trainer.Trainer, "_step", watched)
     recipe = Recipe.load("wanda", None, ["distill={method: kl, epochs: 3, rate: 0.0003, further: true, batch: 7}"])
     return besa.compress(model, recipe, calibration, tokenizer=tokenizer, **sizes).record, seen
 
