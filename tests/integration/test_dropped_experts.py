@@ -206,9 +206,7 @@ def test_how_many_experts_a_token_gets_must_be_known_before_the_work(monkeypatch
     assert "MixtralForCausalLM does not say how many experts a token gets" in refusal(model="mixtral")
 
 
-def test_the_allocation_and_targets_lead_to_the_stage() -> None:
-    with pytest.raises(BesaError, match=r"set experts.method=reap or frequency, and experts.share\."):
-        Recipe.load("wanda", overrides=["allocation.method=experts", "allocation.share=0.25"])
+def test_targets_need_a_sparsity_of_the_weights_that_stay() -> None:
     with pytest.raises(BesaError, match=r"one number for all blocks: targets\.method=owl needs a sparsity"):
         dropping("targets.method=owl")
     assert dropping("targets.method=owl", sparsity=0.3).targets.measuring

@@ -35,7 +35,8 @@ def recipe_of(
         BesaError: no such recipe, a setting that it cannot have or that an option gives too, or a model that cannot be
             read.
     """
-    from besa.methods.recipe import Recipe, twice
+    from besa.methods.recipe import Recipe
+    from besa.methods.recipe_files import twice
     from besa.planning import spending, within
 
     if passes is not None and minutes is not None:
