@@ -27,7 +27,8 @@ from benchmarks.random_model import SHAPES, TOKENIZER, config, write
 from besa import Recipe, compress, kernels
 from besa.data.calibration import sample
 from besa.methods.allocation.rates import candidate_bins, candidate_rates
-from besa.models.blocks import capture_inputs, find_blocks
+from besa.models.ends import capture_inputs
+from besa.models.finding import find_blocks
 from besa.models.loading import load_model, load_tokenizer
 from besa.models.source import locate
 from besa.record import RunRecord, now

@@ -20,7 +20,8 @@ import besa
 from besa.cli import pruning, studying
 from besa.data.mixture import MIX
 from besa.errors import Notice
-from besa.models.blocks import capture_inputs, find_blocks
+from besa.models.ends import capture_inputs
+from besa.models.finding import find_blocks
 from besa.observing.losses import reconstruction_error
 from besa.pruning.paths import ERROR_SHARE
 from besa.report.reproduce import is_shipped

@@ -18,8 +18,8 @@ import besa
 from besa import BesaError, Recipe, compress
 from besa.cli.show import pruning as show
 from besa.errors import Interrupted
-from besa.models.blocks import find_blocks
 from besa.models.experts import find_experts
+from besa.models.finding import find_blocks
 from besa.models.mixtures import find_mixtures
 from besa.record import MixtureRecord
 from besa.report.page import render

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from besa import BesaError, Calibration, compress
 from besa.errors import Interrupted
 from besa.methods.recipe import Recipe
-from besa.models.blocks import find_blocks, left_dense
+from besa.models.finding import find_blocks, left_dense
 from tests.slowly import some_slow
 
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"

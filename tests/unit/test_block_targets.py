@@ -21,7 +21,7 @@ from besa.methods.targets import LossSensitivity, Owl, Search, search
 from besa.methods.targets.budgets import budgets
 from besa.methods.targets.search import divergences
 from besa.models.activations import Room
-from besa.models.blocks import find_blocks
+from besa.models.finding import find_blocks
 from besa.models.source import locate
 from besa.models.streaming import DecoderInMemory, DecoderOnDisk
 from tests.slowly import some_slow

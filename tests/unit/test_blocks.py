@@ -8,7 +8,8 @@ import transformers
 from torch import nn
 
 from besa.errors import BesaError
-from besa.models.blocks import capture_inputs, find_blocks
+from besa.models.ends import capture_inputs
+from besa.models.finding import find_blocks
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}

@@ -13,7 +13,8 @@ from besa.methods.survey import Survey
 from besa.methods.targets.budgets import budgets
 from besa.methods.targets.change import Change
 from besa.models.activations import Room
-from besa.models.blocks import capture_inputs, find_blocks
+from besa.models.ends import capture_inputs
+from besa.models.finding import find_blocks
 from besa.models.layers import biases, layer, passes_on
 from besa.models.streaming import DecoderInMemory
 from besa.pruning import prune_blocks

@@ -18,8 +18,8 @@ from besa.methods.reconstruction import ADMM, ConjugateGradient, OBSUpdate
 from besa.methods.survey import Survey
 from besa.methods.targets.budgets import budgets
 from besa.models.activations import Room
-from besa.models.blocks import find_blocks
 from besa.models.couplings import Coupling, couplings
+from besa.models.finding import find_blocks
 from besa.models.streaming import DecoderInMemory
 from besa.pruning import prune_blocks
 

@@ -29,8 +29,9 @@ from besa.kernels.defaults import defaults
 from besa.methods.recipe import Recipe
 from besa.methods.targets.budgets import budgets
 from besa.models.activations import Room
-from besa.models.blocks import Block, left_dense
+from besa.models.blocks import Block
 from besa.models.borrowing import borrowed
+from besa.models.finding import left_dense
 from besa.models.loading import load_model
 from besa.models.mixtures import Fewer
 from besa.models.source import Source, check_apart, locate

@@ -22,9 +22,9 @@ from besa.evaluation.result import Evaluation
 from besa.evaluation.texts import perplexities, read_texts
 from besa.evaluation.zero_shot import Questions, check_tasks, zero_shot
 from besa.kernels.defaults import defaults
-from besa.models.blocks import find_blocks
 from besa.models.borrowing import borrowed, check_dtype_of_caller, check_memory_of_caller, tokenizer_of_caller
 from besa.models.bos import bos_token
+from besa.models.finding import find_blocks
 from besa.models.limits import positions
 from besa.models.loading import commit, load_tokenizer
 from besa.models.source import fingerprint, locate

@@ -16,7 +16,7 @@ from besa.data.documents import check_there, first_document
 from besa.data.mixture import MIX, OWN, parts_of, texts_of
 from besa.errors import BesaError
 from besa.methods.recipe import Recipe
-from besa.models.blocks import find_blocks
+from besa.models.finding import find_blocks
 from besa.models.limits import positions
 from besa.models.loading import read_config, refuse_quantized, skeleton
 from besa.models.mixtures import changed

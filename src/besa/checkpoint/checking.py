@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from besa.errors import BesaError
-from besa.models.blocks import find_blocks
+from besa.models.finding import find_blocks
 from besa.models.layout import Layout
 from besa.models.loading import is_quantized, quantization_of, skeleton
 from besa.models.source import Source

@@ -18,8 +18,8 @@ from besa.checkpoint.rewriting import folder_of, local, rewrite, size_of
 from besa.checkpoint.writer import disk_bytes
 from besa.data.arguments import Dtype, Head, checked
 from besa.errors import BesaError
-from besa.models.blocks import find_blocks
 from besa.models.ends import ends
+from besa.models.finding import find_blocks
 from besa.models.layout import in_dtype, renaming
 from besa.models.loading import quantization_of, read_config
 from besa.models.plain_linears import plain_linears

@@ -25,8 +25,10 @@ from besa.checkpoint.writer import disk_bytes
 from besa.data.arguments import checked
 from besa.errors import BesaError
 from besa.models import widths
-from besa.models.blocks import Block, capture_inputs, find_blocks
+from besa.models.blocks import Block
 from besa.models.couplings import CALLED, Kind, alike, couplings, take_out
+from besa.models.ends import capture_inputs
+from besa.models.finding import find_blocks
 from besa.models.loading import is_quantized, read_config, skeleton
 from besa.models.source import Source
 from besa.models.streaming import DecoderOnDisk

@@ -115,7 +115,7 @@ def _about(model: str, trust_remote_code: bool) -> _About:
     Raises:
         BesaError: it cannot be read.
     """
-    from besa.models.blocks import find_blocks
+    from besa.models.finding import find_blocks
     from besa.models.limits import positions
     from besa.models.loading import read_config, skeleton
     from besa.models.source import locate
