@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from besa.counting.precision import dtype_name
 from besa.counting.widening import widened
 from besa.data.arguments import Bos, Count, Dtype, check_used, checked
 from besa.errors import BesaError, Notice
@@ -107,7 +107,7 @@ def evaluate(
         model=opened.name,
         revision=opened.revision,
         fingerprint=opened.fingerprint,
-        dtype=str(opened.model.dtype).removeprefix("torch."),
+        dtype=dtype_name(opened.model.dtype),
         perplexity={text: result.perplexity for text, result in details.items()},
         window=windows[0],
         details=details,
@@ -141,9 +141,7 @@ def _opened(
         return Opened(model, tokenizer_of_caller(tokenizer), model.name_or_path, commit(model))
     source = locate(model, progress, trust_remote_code=trust_remote_code).local(progress)
     loaded = load_source(source, device, dtype)
-    record = None
-    with suppress(BesaError):  # no record of ours
-        record = RunRecord.of(Path(source.location)) if source.gguf is None else None  # a folder's is not of the file
+    record = RunRecord.known(Path(source.location)) if source.gguf is None else None  # a folder's is not of the file
     return Opened(
         loaded, tokenizer or load_tokenizer(source), source.base, source.revision, fingerprint(source), record
     )

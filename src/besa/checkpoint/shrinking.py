@@ -22,6 +22,7 @@ from besa.checkpoint.companions import CONFIG, read_config_json, with_settings
 from besa.checkpoint.rewriting import folder_of, local, rewrite, size_of
 from besa.checkpoint.shallower import Renumbering, is_empty
 from besa.checkpoint.writer import disk_bytes
+from besa.counting.precision import dtype_name
 from besa.data.arguments import checked
 from besa.errors import BesaError
 from besa.models import widths
@@ -33,7 +34,8 @@ from besa.models.loading import is_quantized, read_config, skeleton
 from besa.models.source import Source
 from besa.models.streaming import DecoderOnDisk
 from besa.progress import Progress, silent
-from besa.storage.formats.container import header, open_files
+from besa.storage.entry import besa_entry
+from besa.storage.formats.container import open_files, refuse_packed
 from besa.storage.weights import FLOATS, STEM, WIDTHS_STEM, WeightFiles
 from besa.storage.writing import appearing, check_space
 
@@ -143,7 +145,7 @@ def shrink(
     smaller = _smaller(decoder, str(model), by_block)
     config = _smaller_config(source, decoder, smaller)
     done = _outcome(smaller, len(decoder.blocks), size_of(files.paths))
-    config["besa"] = _entry(config.get("besa", {}), done)
+    config["besa"] = _entry(besa_entry(config), done)
     with appearing(Path(out)) as folder:
         check_space(Path(out), disk_bytes(done.file_bytes_before - smaller.removed_bytes(decoder)))
         rewrite(source, folder, _parts(decoder, smaller, progress), config, WIDTHS_STEM if smaller.uneven else STEM)
@@ -159,8 +161,7 @@ def _check_dense(source: Source, model: str) -> None:
     Raises:
         BesaError: they are packed or codes, or blocks were shrunk to widths of their own.
     """
-    if header(folder_of(source)) is not None:
-        raise BesaError(f"{model} is packed: make it dense with `besa unpack` first.")
+    refuse_packed(folder_of(source), model)
     config = read_config(source)
     if is_quantized(config):
         raise BesaError(
@@ -173,7 +174,7 @@ def _check_dense(source: Source, model: str) -> None:
 def _dtype_of(files: WeightFiles) -> str:
     """The narrowest floating-point format that holds every number of the files; float32 if there is none."""
     formats = {FLOATS[name] for name in files.dtypes().values() if name in FLOATS}
-    return str(reduce(torch.promote_types, formats or {torch.float32})).removeprefix("torch.")
+    return dtype_name(reduce(torch.promote_types, formats or {torch.float32}))
 
 
 def _smaller(decoder: DecoderOnDisk, model: str, by_block: bool) -> _Smaller:

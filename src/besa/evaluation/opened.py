@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from besa.errors import BesaError
 from besa.models.finding import find_blocks
 from besa.record import RunRecord
+from besa.storage.entry import besa_entry
 
 ROUNDED = 0.2  # more zeros than this share are not of rounding alone: to 4 bits makes some 12 %
 
@@ -46,7 +47,7 @@ class Opened:
         Raises:
             BesaError: config.json gives something that is no number.
         """
-        entry = getattr(self.model.config, "besa", {})
+        entry = besa_entry(vars(self.model.config))
         told = entry.get("sparsity")
         if not isinstance(told, int | float | None):
             raise BesaError(f'The config.json of {self.name} is damaged: under "besa", sparsity is {told!r}.')

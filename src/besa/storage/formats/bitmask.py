@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from besa.counting.precision import dtype_name
 from besa.errors import BesaError
 from besa.quantization import Grid, Quantized
 from besa.quantization.minmax import dequantized
@@ -250,7 +251,7 @@ def _streams(w_OI: Tensor, kept_OI: Tensor, bits: int | None) -> tuple[Tensor, T
 
 def _kind(dtype: torch.dtype, bits: int | None) -> str:
     if bits is None:
-        return str(dtype).removeprefix("torch.")
+        return dtype_name(dtype)
     return "int4" if bits <= 4 else "int8"
 
 
