@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from besa.methods.distilling import Pupil
@@ -111,7 +110,7 @@ def _pupil(run: Run, pruned: Pruned, studied: Studied, inputs_NTC: HiddenStates)
         run.seed,
         run.spent,
         head_share(decoder.model, decoder.blocks),
-        {name: _at(grid, device) for name, grid in pruned.grids.items()},
+        {name: grid.to(device) for name, grid in pruned.grids.items()},
     )
 
 
@@ -122,10 +121,6 @@ def _rounded(run: Run, grids: Mapping[str, Grid]) -> dict[str, Quantized]:
         for block in run.decoder.blocks:
             quantized |= round_block(block, grids, coding)
     return quantized
-
-
-def _at(grid: Grid, device: torch.device) -> Grid:
-    return Grid(grid.step_OG.to(device), grid.zero_OG.to(device), grid.bits)
 
 
 class _SharedSnapshots:
