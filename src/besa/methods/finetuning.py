@@ -16,6 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from besa.learning import Learning
 from besa.methods.reconstruction.written import written
 from besa.methods.steps import average, one_pass, root_mean_square, split
 from besa.models.activations import HiddenStates
@@ -24,7 +25,7 @@ from besa.models.transfers import fetched
 from besa.models.units import Unit
 from besa.observing.input_statistics import HELD_OUT
 from besa.observing.losses import reconstruction_error, token_weighted_error
-from besa.settings import Learning, Settings
+from besa.settings import Settings
 from besa.system import ranks
 from besa.system.machine import learning_dtype, loss_scaler, multiplying_in
 from besa.system.ranks import Share

@@ -10,6 +10,7 @@ import yaml
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from besa.errors import BesaError
+from besa.learning import Learning
 from besa.methods.allocation import Allocation, Uniform
 from besa.methods.allocation.descent import Descent
 from besa.methods.complaints import first_complaint
@@ -24,7 +25,7 @@ from besa.methods.targets import Targets, UniformTargets
 from besa.methods.targets.targeting import Targeting
 from besa.models.units import Granularity
 from besa.quantization import NoQuantization, Quantization
-from besa.settings import Learning, Settings
+from besa.settings import Settings
 from besa.storage.names import check_plain
 
 

@@ -7,13 +7,13 @@ from typing import ClassVar, Literal, TypeVar
 
 from pydantic import Field
 
+from besa.learning import Learning
 from besa.methods.distilling.course import Course
 from besa.methods.distilling.distiller import Distilled, Distiller, Pupil, Snapshots
 from besa.methods.distilling.study import needed
 from besa.methods.steps import split
 from besa.observing.input_statistics import HELD_OUT
 from besa.progress import Progress
-from besa.settings import Learning
 
 LEARNING, LEARNING_HEADS = 4, 3  # passes through blocks and head to learn: the blocks run again for the backward pass
 HEADS = 2  # passes through the head to measure: of the dense model too
