@@ -38,11 +38,6 @@ class Block:
     prunables: dict[str, Prunable]
     arguments: dict[tuple[int, int], dict[str, Any]] = field(default_factory=dict)
 
-    @property
-    def weights(self) -> int:
-        """Number of prunable weights."""
-        return sum(prunable.numel for prunable in self.prunables.values())
-
     def weight(self, name: str) -> Tensor:
         """The prunable matrix (O, I) of that name, as a view of the block's current weight."""
         prunable = self.prunables[name]

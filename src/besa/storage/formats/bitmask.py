@@ -78,11 +78,6 @@ class Bitmask:
         tensors = (self.masks_BCR, self.values, self.offsets, self.scales_OG, self.zeros_OG)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
-    @property
-    def kept(self) -> int:
-        """The number of kept weights."""
-        return sum(int(_counts(self.masks_BCR[panel]).sum()) for panel in _panels(*self.shape))
-
     def unpack(self) -> Tensor:
         """The dense weight (O, I) that was packed, to the bit; see `pack` and `pack_codes`.
 
