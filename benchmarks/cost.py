@@ -25,9 +25,11 @@ import typer
 
 from benchmarks.random_model import SHAPES, TOKENIZER, config, write
 from besa import Recipe, compress, kernels
+from besa.counting.precision import dtype_name
 from besa.data.calibration import sample
 from besa.methods.allocation.rates import candidate_bins, candidate_rates
-from besa.models.blocks import capture_inputs, find_blocks
+from besa.models.ends import capture_inputs
+from besa.models.finding import find_blocks
 from besa.models.loading import load_model, load_tokenizer
 from besa.models.source import locate
 from besa.record import RunRecord, now
@@ -175,7 +177,7 @@ def _mask_work(rows: int, columns: int, dtype: torch.dtype, bandwidth: float) ->
     moved = 2 * (2 * dtype.itemsize + 2) * rows * columns + sums_OB.nbytes
     return {
         "shape": [rows, columns],
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "masked_ms": 1e3 * masked,
         "binned_ms": 1e3 * binned,
         "limit_ms": 1e3 * moved / bandwidth,

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from besa.data.questions import TASKS
 from besa.methods.recipe import Recipe
-from besa.models.blocks import find_blocks
+from besa.models.finding import find_blocks
 from besa.models.loading import read_config, skeleton
 from besa.models.source import EMBEDDED, locate
 from besa.models.whole import head_share

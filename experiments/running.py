@@ -18,13 +18,14 @@ from besa.progress import Progress, silent
 from besa.record import now
 from besa.storage.writing import write_file
 from besa.studies.origin import Origin
-from besa.studies.rows import joined, row
+from besa.studies.rows import row
 from besa.studies.workspace import DENSE, Workspace
 from besa.system import memory
 from besa.system.devices import resolve_device
 from besa.system.machine import versions
 from experiments.age import code_of, commit, digest
 from experiments.experiment import Case, Experiment, Found, Made, Options
+from experiments.joining import joined
 from experiments.result import Result
 from experiments.writing import without_calibration
 

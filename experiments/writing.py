@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from besa.data.documents import read_documents
-from besa.data.mixture import texts_of, without_folders
+from besa.data.mixture import parts_of, texts_of
 from besa.record import now
 from besa.report.curves import curves
 from besa.report.svg import standalone
@@ -105,6 +105,19 @@ def rewrite(result: Mapping[str, Any], folder: Path) -> None:
     """A result as JSON, and its page."""
     write_file(folder / f"{result['name']}.md", _page(result))
     write_file(folder / f"{result['name']}.json", json.dumps(result, indent=2) + "\n")
+
+
+def without_folders(calibration: str) -> str:
+    """The calibration texts for readers elsewhere: files by their names alone, without their folders.
+
+    Raises:
+        BesaError: as `parts_of`.
+    """
+    parts = parts_of(calibration)
+    names = [part.source if part.source.startswith("hf:") else Path(part.source).name for part in parts]
+    if len(names) == 1:
+        return names[0]
+    return ",".join(f"{name}:{float(part.share):.3g}" for name, part in zip(names, parts, strict=True))
 
 
 def plain_model(model: str) -> str:

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from besa.counting.precision import dtype_name
 from besa.storage.formats.bitmask import CHUNKS, Bitmask
 
 WIDTHS = (576, 1536, 4096, 11008, 8192, 28672, 1, 37, 577, 4099)  # of SmolLM2, LLaMA-2-7B and 70B, and odd ones
@@ -86,7 +87,7 @@ def sparse() -> None:
 
 def bitmask(columns: int, dtype: torch.dtype, bits: int | None = None, groups: int = 1) -> Bitmask:
     """A sparse weight without memory: of floats, or of codes, which are symmetric if a row is one group."""
-    kind = str(dtype).removeprefix("torch.") if bits is None else "int4" if bits <= 4 else "int8"
+    kind = dtype_name(dtype) if bits is None else "int4" if bits <= 4 else "int8"
     length, word = CHUNKS[kind]
     masks_BCR = empty(10, -(-columns // length), 4, dtype=word)
     offsets = empty(11, dtype=torch.int64)

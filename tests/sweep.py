@@ -19,8 +19,9 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from besa import BesaError, Calibration, compress, load, pack, plan, unpack
-from besa.models.blocks import capture_inputs, find_blocks
 from besa.models.calls import hidden_states_of
+from besa.models.ends import capture_inputs
+from besa.models.finding import find_blocks
 
 FAMILIES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 VOCABULARY = 256

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from besa.models.blocks import find_blocks
+from besa.models.finding import find_blocks
 
 
 def exactness(model: PreTrainedModel, share: float, group: int | None) -> dict[str, Any]:

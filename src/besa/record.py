@@ -208,6 +208,14 @@ class RunRecord(Record):
             pass  # `read` reports it
         return cls.read(path)
 
+    @classmethod
+    def known(cls, folder: Path) -> RunRecord | None:
+        """As `of`; None too if the record is of another tool, or of a besa that wrote other records."""
+        try:
+            return cls.of(folder)
+        except BesaError:
+            return None
+
 
 def now() -> str:
     """The time in ISO 8601, UTC, to the microsecond: runs are told apart by it, and two may end within one second."""

@@ -18,8 +18,8 @@ import besa
 from besa import BesaError, Recipe, compress
 from besa.cli.show import pruning as show
 from besa.errors import Interrupted
-from besa.models.blocks import find_blocks
 from besa.models.experts import find_experts
+from besa.models.finding import find_blocks
 from besa.models.mixtures import find_mixtures
 from besa.record import MixtureRecord
 from besa.report.page import render
@@ -33,6 +33,7 @@ from tests.integration.test_families import (
     random_model,
     saved,
 )
+from tests.prunable_weights import prunable_weights
 
 MIXTURES = [
     "mixtral",
@@ -206,9 +207,7 @@ def test_how_many_experts_a_token_gets_must_be_known_before_the_work(monkeypatch
     assert "MixtralForCausalLM does not say how many experts a token gets" in refusal(model="mixtral")
 
 
-def test_the_allocation_and_targets_lead_to_the_stage() -> None:
-    with pytest.raises(BesaError, match=r"set experts.method=reap or frequency, and experts.share\."):
-        Recipe.load("wanda", overrides=["allocation.method=experts", "allocation.share=0.25"])
+def test_targets_need_a_sparsity_of_the_weights_that_stay() -> None:
     with pytest.raises(BesaError, match=r"one number for all blocks: targets\.method=owl needs a sparsity"):
         dropping("targets.method=owl")
     assert dropping("targets.method=owl", sparsity=0.3).targets.measuring
@@ -234,7 +233,7 @@ def test_what_stays_is_pruned_and_quantised_in_the_same_run(
     record = compress(folder, chosen, TOKENS, out=tmp_path / "out", **given).record
     assert [mixture.gone for mixture in record.mixtures] == [mixture.gone for mixture in alone.mixtures]
     whole, small = load(tmp_path / "alone"), load(tmp_path / "out")
-    assert record.weights == sum(block.weights for block in find_blocks(whole))
+    assert record.weights == sum(map(prunable_weights, find_blocks(whole)))
     assert record.zeros == round(sparsity * record.weights)
     assert record.model_sparsity == (record.zeros + record.dropped) / record.model["parameters"]
     matrices = [block.weight(name) for block in find_blocks(small) for name in block.prunables]

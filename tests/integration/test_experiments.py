@@ -34,7 +34,7 @@ from experiments.result import Result
 from experiments.running import Runs
 from experiments.settings import DEFAULTS, PAPER, RELEASED
 from experiments.sizes import Sizes
-from experiments.writing import shown, without_calibration, write
+from experiments.writing import shown, without_calibration, without_folders, write
 from tests.tiny_questions import rows
 
 ROOT = Path(__file__).parent.parent.parent
@@ -416,6 +416,11 @@ def test_calibrated_documents_are_left_out_of_what_is_measured(
     assert list(read_documents(files["c4"])) == documents[3:]
     gone = "without 3 documents that calibration texts have too, whole or in part"
     assert notes == [f"c4 is c4.jsonl {gone}", "ptb is ptb.txt"]
+
+
+def test_files_are_told_without_their_folders() -> None:
+    assert without_folders("some/where/a.txt") == "a.txt"
+    assert without_folders("self:1,some/where/a.txt:2,hf:some/data:3") == "self:0.167,a.txt:0.333,hf:some/data:0.5"
 
 
 def test_commands_are_shown_without_folders(tmp_path: Path) -> None:

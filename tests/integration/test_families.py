@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from besa import BesaError, Calibration, compress
 from besa.errors import Interrupted
 from besa.methods.recipe import Recipe
-from besa.models.blocks import find_blocks, left_dense
+from besa.models.finding import find_blocks, left_dense
+from tests.prunable_weights import prunable_weights
 from tests.slowly import some_slow
 
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
@@ -319,7 +320,7 @@ def table() -> str:
         whole = sum(parameter.numel() for block in blocks for parameter in block.module.parameters())
         dense = left_dense(blocks, {name for block in blocks for name in block.prunables})
         experts = any(prunable.expert is not None for block in blocks for prunable in block.prunables.values())
-        share = sum(block.weights for block in blocks) / whole
+        share = sum(map(prunable_weights, blocks)) / whole
         names = ", ".join(f"`{name}`" for name in sorted(dense)) or "nothing"
         lines.append(f"| {family} | `{type(model).__name__}` | {share:.1%} | {names} | {'yes' if experts else 'no'} |")
     return "\n".join(lines) + "\n"

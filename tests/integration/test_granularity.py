@@ -7,7 +7,8 @@ import torch
 
 import besa
 from besa.methods.recipe import Recipe
-from besa.models.blocks import capture_inputs, find_blocks
+from besa.models.ends import capture_inputs
+from besa.models.finding import find_blocks
 from besa.models.units import Granularity, sharing, units
 from besa.observing.losses import reconstruction_error
 from besa.pruning.paths import ERROR_SHARE

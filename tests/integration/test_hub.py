@@ -28,7 +28,7 @@ from besa.checkpoint.packing import pack, unpack
 from besa.cli import app
 from besa.errors import BesaError, Interrupted
 from besa.models import hub as fetching
-from besa.models.blocks import find_blocks
+from besa.models.finding import find_blocks
 from besa.models.source import locate
 from besa.models.whole import head_share
 from besa.planning import spending

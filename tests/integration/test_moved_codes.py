@@ -16,7 +16,7 @@ from besa.checkpoint import opening
 from besa.counting.masks import rank
 from besa.errors import Interrupted
 from besa.methods.allocation import RankedLinear
-from besa.models.blocks import find_blocks
+from besa.models.finding import find_blocks
 from besa.models.loading import load_model
 from besa.models.source import locate
 from besa.models.streaming import DecoderInMemory

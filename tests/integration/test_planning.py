@@ -19,7 +19,7 @@ from besa import Calibration
 from besa.cli.show import pruning as show
 from besa.errors import BesaError, Notice
 from besa.methods.recipe import Recipe
-from besa.models.blocks import find_blocks
+from besa.models.finding import find_blocks
 from besa.models.loading import read_config, skeleton
 from besa.models.source import locate
 from besa.models.units import units

@@ -30,7 +30,7 @@ from besa import BesaError, Recipe
 from besa.api import Compressed
 from besa.checkpoint.inspection import inspect
 from besa.checkpoint.shrinking import shrink
-from besa.models.blocks import find_blocks
+from besa.models.finding import find_blocks
 from besa.models.source import locate
 from besa.simulator import cycles
 from tests.slowly import some_slow

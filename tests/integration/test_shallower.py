@@ -14,7 +14,7 @@ import besa
 from besa import BesaError, Recipe, cli
 from besa.checkpoint.shallower import Renumbering
 from besa.errors import Interrupted
-from besa.models.blocks import find_blocks
+from besa.models.finding import find_blocks
 from besa.models.layers import biases
 from tests.integration.test_families import (
     FAMILIES,

@@ -17,8 +17,8 @@ import besa
 from besa import BesaError, Recipe, cli
 from besa.checkpoint import shrinking
 from besa.checkpoint.provenance import earlier, staying
-from besa.models.blocks import find_blocks
 from besa.models.couplings import couplings
+from besa.models.finding import find_blocks
 from besa.models.streaming import DecoderInMemory
 from besa.record import RECORD_NAME, RunRecord
 from tests.integration.test_families import TOKENS, config_of, load, random_model, saved

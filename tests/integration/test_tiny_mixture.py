@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from besa import Recipe, compress
-from besa.models.blocks import find_blocks
 from besa.models.fewer import take_out
+from besa.models.finding import find_blocks
 from besa.models.mixtures import fewer, find_mixtures
 from experiments.tiny_llama import measure
 

@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from besa import BesaError, Calibration, compress
 from besa.methods.recipe import Recipe
-from besa.models.blocks import find_blocks
+from besa.models.finding import find_blocks
 
 TOKENS = Calibration(torch.randint(3, 64, (4, 16), generator=torch.Generator().manual_seed(0)), "random", 0)
 SMALL = {"vocab_size": 64, "pad_token_id": 0}

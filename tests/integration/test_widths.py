@@ -15,8 +15,8 @@ from transformers.quantizers import auto
 
 import besa
 from besa import BesaError, Recipe, cli
-from besa.models.blocks import find_blocks
 from besa.models.couplings import couplings
+from besa.models.finding import find_blocks
 from besa.models.widths import MISSING
 from besa.storage.weights import WIDTHS
 from tests.calling import called

@@ -16,7 +16,9 @@ from besa.methods.allocation import Allocated, Besa, BlockProblem, RankedLinear,
 from besa.methods.allocation.changing import ChangingLinears
 from besa.methods.importance import Wanda
 from besa.methods.reconstruction import NoReconstruction
-from besa.models.blocks import Block, capture_inputs, find_blocks
+from besa.models.blocks import Block
+from besa.models.ends import capture_inputs
+from besa.models.finding import find_blocks
 from besa.models.prunable import find_prunables
 from besa.observing.input_statistics import collect
 from besa.observing.losses import error_between, reconstruction_error

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -36,6 +37,11 @@ def quantized(draw):
     return Quantized(codes(w_OI, steps).to(torch.uint8), steps, symmetric, dtype)
 
 
+def kept(weight):
+    """The number of weights that the masks keep."""
+    return np.unpackbits(weight.masks_BCR.numpy().view(np.uint8)).sum()
+
+
 def by_loops(w_OI, zero_OI, kind):
     """Masks and bytes of values in the order of the specification."""
     length, _ = bitmask.CHUNKS[kind]
@@ -63,7 +69,7 @@ def test_floats_come_back_to_the_bit(dtype, w_OI):
     weight = bitmask.pack(w_OI)
     weight.check("it")
     assert torch.equal(weight.unpack().view(torch.uint8), (w_OI + 0).view(torch.uint8))  # -0 + 0 is 0
-    assert weight.kept == w_OI.count_nonzero()
+    assert kept(weight) == w_OI.count_nonzero()
     assert weight.dtype == dtype
 
 
@@ -79,7 +85,7 @@ def test_codes_come_back_to_the_bit(weight):
     assert (found.grid.bits, found.symmetric, found.dtype) == (weight.grid.bits, weight.symmetric, weight.dtype)
     expected_OI = dequantized(weight.codes_OI, weight.grid, weight.dtype)
     assert torch.equal(packed.unpack(), expected_OI)
-    assert packed.kept == expected_OI.count_nonzero()
+    assert kept(packed) == expected_OI.count_nonzero()
 
 
 @given(weight=quantized(), w_OI=weights(most=(6, 80)), dtype=st.sampled_from(bitmask.FLOATS))

@@ -21,9 +21,10 @@ from besa.methods.targets import LossSensitivity, Owl, Search, search
 from besa.methods.targets.budgets import budgets
 from besa.methods.targets.search import divergences
 from besa.models.activations import Room
-from besa.models.blocks import find_blocks
+from besa.models.finding import find_blocks
 from besa.models.source import locate
 from besa.models.streaming import DecoderInMemory, DecoderOnDisk
+from tests.prunable_weights import prunable_weights
 from tests.slowly import some_slow
 
 CPU = torch.device("cpu")
@@ -68,7 +69,7 @@ def test_within_the_bounds_targets_are_what_is_wanted_shifted():
 @pytest.mark.parametrize("targets", [[0.3, 0.4, 0.6, 0.7], [0.5] * 4, [0.3123, 0.4567, 0.71, 0.52]])
 def test_budgets_meet_the_targets_and_the_models_zeros(tiny_llama, targets):
     blocks = find_blocks(tiny_llama)[:4]
-    weights = sum(block.weights for block in blocks)
+    weights = sum(map(prunable_weights, blocks))
     mean = sum(targets) / len(targets)
     plan = budgets(blocks, Recipe(sparsity=mean), targets)
     assert sum(own.zeros for (own,) in plan) == round(mean * weights)
@@ -78,7 +79,7 @@ def test_budgets_meet_the_targets_and_the_models_zeros(tiny_llama, targets):
 
 def test_targets_give_no_block_fewer_zeros_than_it_has(tiny_llama):
     blocks = find_blocks(tiny_llama)[:4]
-    weights = blocks[0].weights
+    weights = prunable_weights(blocks[0])
     first = list(blocks[0].prunables)
     present = dict.fromkeys(first, 0) | {first[0]: 5000, first[1]: 600}
     plan = budgets(blocks, Recipe(sparsity=0.25), [0.01, 0.3, 0.33, 0.36], present)

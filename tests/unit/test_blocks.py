@@ -8,7 +8,9 @@ import transformers
 from torch import nn
 
 from besa.errors import BesaError
-from besa.models.blocks import capture_inputs, find_blocks
+from besa.models.ends import capture_inputs
+from besa.models.finding import find_blocks
+from tests.prunable_weights import prunable_weights
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
@@ -62,7 +64,7 @@ def test_find_blocks(tiny_llama):
             weight = tiny_llama.get_submodule(name).weight
             assert block.weight(name).data_ptr() == weight.data_ptr()
             assert torch.equal(block.weight(name), weight)
-        assert block.weights == 2 * 96 * 96 + 2 * 48 * 96 + 3 * 256 * 96
+        assert prunable_weights(block) == 2 * 96 * 96 + 2 * 48 * 96 + 3 * 256 * 96
 
 
 class Nothing(nn.Module):

@@ -11,9 +11,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from besa.errors import BesaError
-from besa.models.blocks import capture_inputs, find_blocks
 from besa.models.calls import hidden_states_of
 from besa.models.check import Check
+from besa.models.ends import capture_inputs
+from besa.models.finding import find_blocks
 from besa.models.source import locate
 from besa.models.streaming import Decoder, DecoderInMemory, DecoderOnDisk
 from tests import pretend

@@ -9,7 +9,8 @@ from torch.nn.functional import linear, silu
 from besa.errors import BesaError
 from besa.methods.dropping import Frequency, Reap
 from besa.methods.dropping.dropper import highest
-from besa.models.blocks import capture_inputs, find_blocks
+from besa.models.ends import capture_inputs
+from besa.models.finding import find_blocks
 from besa.models.mixtures import Mixtures, find_mixtures
 from besa.observing.contributions import Contributions, contributions
 from tests.integration.test_families import TOKENS, config_of, random_model

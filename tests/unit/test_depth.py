@@ -13,12 +13,14 @@ from besa.methods.survey import Survey
 from besa.methods.targets.budgets import budgets
 from besa.methods.targets.change import Change
 from besa.models.activations import Room
-from besa.models.blocks import capture_inputs, find_blocks
+from besa.models.ends import capture_inputs
+from besa.models.finding import find_blocks
 from besa.models.layers import biases, layer, passes_on
 from besa.models.streaming import DecoderInMemory
 from besa.pruning import prune_blocks
 from besa.system.devices import CPU
 from tests.integration.test_families import TOKENS, config_of, random_model
+from tests.prunable_weights import prunable_weights
 
 TINY = Calibration(torch.randint(0, 1024, (4, 16), generator=torch.Generator().manual_seed(0)), "random", 0)
 
@@ -110,7 +112,7 @@ def test_a_share_is_the_nearest_number_of_layers(
     plan = budgets(blocks, Recipe(sparsity=sparsity, allocation=Depth(layers=layers)), [float(n) for n in range(8)])
     size = sum(blocks[0].prunables[name].numel for name in layer(blocks[0], layers))
     assert [budget.zeros for (budget,) in plan] == [size] * number + [0] * (8 - number)
-    total = 8 * blocks[0].weights
+    total = 8 * prunable_weights(blocks[0])
     possible = range(1 if sparsity else 0, 9)
     assert abs(number * size - sparsity * total) == min(abs(n * size - sparsity * total) for n in possible)
 

@@ -13,7 +13,8 @@ import besa
 from besa.methods.distilling import Distilled, MaskedKL, NoDistilling
 from besa.methods.distilling.trainer import CLIPPED, Trainer
 from besa.methods.recipe import Recipe
-from besa.models.blocks import capture_inputs, find_blocks
+from besa.models.ends import capture_inputs
+from besa.models.finding import find_blocks
 from besa.models.kept import kept_of
 from besa.models.whole import Whole
 from besa.observing import prediction_loss as observing

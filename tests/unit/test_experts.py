@@ -6,8 +6,8 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from besa.models.blocks import find_blocks, left_dense
 from besa.models.experts import find_experts
+from besa.models.finding import find_blocks, left_dense
 from besa.models.prunable import find_prunables
 
 WIDTH, EXPERTS = 8, 4

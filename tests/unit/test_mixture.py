@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from besa.data.embedded import EMBEDDED
-from besa.data.mixture import Part, counts, interleaved, levelled, parts_of, texts_of, without_folders
+from besa.data.mixture import Part, counts, interleaved, levelled, parts_of, texts_of
 from besa.errors import BesaError
 
 WEIGHTS = st.lists(st.integers(1, 50), min_size=1, max_size=7)
@@ -93,11 +93,6 @@ def test_the_texts_behind_a_calibration():
     assert texts_of("self") == []
     assert texts_of("self:1,a.txt:1") == ["a.txt"]
     assert texts_of("mix:1,self:1") == list(EMBEDDED)
-
-
-def test_files_are_told_without_their_folders():
-    assert without_folders("some/where/a.txt") == "a.txt"
-    assert without_folders("self:1,some/where/a.txt:2,hf:some/data:3") == "self:0.167,a.txt:0.333,hf:some/data:0.5"
 
 
 @given(WEIGHTS, st.integers(0, 500))

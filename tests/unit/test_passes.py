@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from besa.errors import BesaError
 from besa.methods.recipe import Recipe
-from besa.models.blocks import find_blocks
+from besa.models.finding import find_blocks
 from besa.models.whole import head_share
 from besa.planning import forward_passes, spending, within
 from tests.integration.test_families import config_of, random_model

@@ -18,10 +18,11 @@ from besa.methods.reconstruction import ADMM, ConjugateGradient, OBSUpdate
 from besa.methods.survey import Survey
 from besa.methods.targets.budgets import budgets
 from besa.models.activations import Room
-from besa.models.blocks import find_blocks
 from besa.models.couplings import Coupling, couplings
+from besa.models.finding import find_blocks
 from besa.models.streaming import DecoderInMemory
 from besa.pruning import prune_blocks
+from tests.prunable_weights import prunable_weights
 
 TOKENS = Calibration(torch.randint(0, 1024, (4, 16), generator=torch.Generator().manual_seed(0)), "random", 0)
 
@@ -59,7 +60,7 @@ def test_the_budget_is_the_nearest_that_whole_structures_allow(pristine_tiny_lla
     blocks = find_blocks(pristine_tiny_llama)[:2]
     recipe = Recipe(sparsity=sparsity, allocation=Structured(multiple=multiple))
     plan = budgets(blocks, recipe)
-    weights, channel = blocks[0].weights, 3 * 96
+    weights, channel = prunable_weights(blocks[0]), 3 * 96
     possible = [(256 - kept) * channel for kept in {256, *range(multiple, 257, multiple)}]
     for block, (budget,) in zip(blocks, plan, strict=True):
         assert budget.zeros == plan[0][0].zeros
@@ -126,7 +127,7 @@ def test_the_whole_model_meets_the_sparsity_as_near_to_the_targets_as_can_be(
     """To half a step, also where the first step is smaller; and no other choice with as many steps is nearer."""
     blocks = find_blocks(pristine_tiny_llama)[:4]
     taken = 96 * (48 + 24 + 24 + 48) if heads else 0
-    weights, size = blocks[0].weights, 3 * 96 * multiple
+    weights, size = prunable_weights(blocks[0]), 3 * 96 * multiple
     steps = -(-256 // multiple) - 1
     sparsity = min(max(sum(targets) / 4, taken / weights + 1e-6), (taken + steps * size) / weights)
     recipe = Recipe(sparsity=sparsity, allocation=Structured(multiple=multiple, heads=heads))

@@ -7,7 +7,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from besa.errors import BesaError
 from besa.methods.allocation.outputs import errors_of_linears
-from besa.models.blocks import Block, capture_inputs, find_blocks
+from besa.models.blocks import Block
+from besa.models.ends import capture_inputs
+from besa.models.finding import find_blocks
 from besa.models.units import Part, parts, sharing, units
 
 SEQUENCES, TOKENS = 3, 12

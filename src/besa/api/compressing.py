@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,8 +29,9 @@ from besa.kernels.defaults import defaults
 from besa.methods.recipe import Recipe
 from besa.methods.targets.budgets import budgets
 from besa.models.activations import Room
-from besa.models.blocks import Block, left_dense
+from besa.models.blocks import Block
 from besa.models.borrowing import borrowed
+from besa.models.finding import left_dense
 from besa.models.loading import load_model
 from besa.models.mixtures import Fewer
 from besa.models.source import Source, check_apart, locate
@@ -152,13 +153,13 @@ def compress(
     with ExitStack() as stack:
         stack.enter_context(defaults())
         stack.enter_context(lent)
-        journal = stack.enter_context(journal_for(out, resume) if out and ranks.is_first() else nullcontext())
-        opened = _located(model, trust_remote_code, progress)
-        decoder, tokenizer, identity = open_decoder(opened, tokenizer, dtype, out is not None)
+        journal = stack.enter_context(_journal_of_first(out, resume))
+        source = _located(model, trust_remote_code, progress)
+        decoder, tokenizer, identity = open_decoder(source, tokenizer, dtype, out is not None)
         check_dtype(decoder.model.dtype, device)
         stack.enter_context(widened(decoder.model.dtype, device))
         begun = ranks.from_first(journal.begun or {} if journal is not None else {})
-        author = partial(Author, decoder, opened, tokenizer, identity, chat=chat, device=device, dtype=dtype)
+        author = partial(Author, decoder, source, tokenizer, identity, chat=chat, device=device, dtype=dtype)
         asked = Asked(calibration, samples, seqlen, bos, chat, seed)
         length, as_codes = asked.length(decoder.model), out is not None and not dequantized
         check_suits(decoder.model, decoder.blocks, recipe, length, device, as_codes=as_codes)
@@ -166,9 +167,8 @@ def compress(
         recipe = recipe.settled(ranks.count(), calibration.samples, begun.get("recipe", {}))
         training_set, further = asked.training_set(calibration, recipe.distill, decoder.model, tokenizer, progress)
         batch = batch or begun.get("batch") or default_batch(calibration.samples, calibration.seqlen, device)
-        memory.trim()
-        room = Room(device, activation_budget, journal.folder if journal else None)
-        resources = Resources(min(calibration.samples, batch), device, room, codes=not dequantized)
+        folder = journal.folder if journal is not None else None
+        resources = _resources(min(calibration.samples, batch), device, activation_budget, folder, not dequantized)
         run = Run(
             decoder=decoder,
             recipe=recipe,
@@ -183,16 +183,20 @@ def compress(
         fewer = smaller(decoder.model, decoder.blocks, recipe)
         notes = [*notes, *further, *_begin(run, identity, fewer)]
         run, record = _pruned(run, identity, fewer, notes, command)
-        if journal and out:
-            coding = None if dequantized else recipe.quantization.coding
-            finish(journal, run.decoder, tokenizer, record, out, quantization=coding)
+        if out is not None:
+            _write(run, record, tokenizer, out)
         ranks.wait()
     if out is not None and not loaded:
         return Compressed(tokenizer, record, None, out, trust_remote_code)
-    pruned = run.decoder.model
-    if hasattr(pruned.config, "besa"):  # it was pruned before, and would go on telling of that run
-        pruned.config.besa = label(record) | staying(run.decoder, {})
-    return Compressed(tokenizer, record, pruned, out, trust_remote_code)
+    return Compressed(tokenizer, record, _relabelled(run.decoder, record), out, trust_remote_code)
+
+
+def _journal_of_first(out: Path | None, resume: bool) -> AbstractContextManager[Journal | None]:
+    """While open, the journal of a run towards `out`; None without a folder, and on all ranks but the first.
+
+    Arguments and errors as of `journal_for`.
+    """
+    return journal_for(out, resume) if out is not None and ranks.is_first() else nullcontext()
 
 
 def _located(
@@ -202,6 +206,22 @@ def _located(
     if isinstance(model, PreTrainedModel):
         return model
     return locate(model, progress, trust_remote_code=trust_remote_code).local(progress)
+
+
+def _resources(
+    batch: int, device: torch.device, activation_budget: int | None, folder: Path | None, codes: bool
+) -> Resources:
+    """What a run computes with, where there is room for hidden states.
+
+    Args:
+        batch: sequences in a forward pass.
+        device: where to compute.
+        activation_budget: as of `compress`.
+        folder: for hidden states that have no room in memory; None without one.
+        codes: whether quantised weights are written as codes.
+    """
+    memory.trim()
+    return Resources(batch, device, Room(device, activation_budget, folder), codes=codes)
 
 
 def _begin(run: Run, identity: dict[str, Any], fewer: Fewer | None) -> list[str]:
@@ -301,6 +321,21 @@ def _pruned(
         **_totals(blocks, left.decoder, identity["parameters"], fewer),
         **_circumstances(left),
     )
+
+
+def _write(run: Run, record: RunRecord, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
+    """Write the checkpoint, on the rank that has the journal; errors as of `finish`."""
+    if run.journal is not None:
+        coding = run.recipe.quantization.coding if run.resources.codes else None
+        finish(run.journal, run.decoder, tokenizer, record, out, quantization=coding)
+
+
+def _relabelled(decoder: Decoder, record: RunRecord) -> PreTrainedModel:
+    """The pruned model in memory, whose configuration tells of this run if it told of one before."""
+    pruned = decoder.model
+    if hasattr(pruned.config, "besa"):
+        pruned.config.besa = label(record) | staying(decoder, {})
+    return pruned
 
 
 def _decisive(run: Run, identity: dict[str, Any]) -> dict[str, Any]:

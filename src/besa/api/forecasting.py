@@ -16,14 +16,14 @@ from besa.data.documents import check_there, first_document
 from besa.data.mixture import MIX, OWN, parts_of, texts_of
 from besa.errors import BesaError
 from besa.methods.recipe import Recipe
-from besa.models.blocks import find_blocks
+from besa.models.finding import find_blocks
 from besa.models.limits import positions
 from besa.models.loading import read_config, refuse_quantized, skeleton
 from besa.models.mixtures import changed
 from besa.models.source import check_apart, locate, weight_paths
 from besa.planning import Outline, Plan, work_out
 from besa.pruning import smaller
-from besa.storage.formats.container import header
+from besa.storage.formats.container import refuse_packed
 from besa.storage.names import nearest, path_of
 from besa.storage.writing import check_absent
 from besa.system.devices import named_device
@@ -82,8 +82,8 @@ def plan(
     for text in texts_of(calibration):
         check_there(text)
     source = locate(model, trust_remote_code=trust_remote_code).local(weights=False)
-    if not source.gguf and header(folder_of(source)) is not None:
-        raise BesaError(f"{source.name} is packed: make it dense with `besa unpack` first.")
+    if not source.gguf:
+        refuse_packed(folder_of(source), source.name)
     config = read_config(source)
     refuse_quantized(source, config)
     config.dtype = getattr(torch, dtype) if dtype != "auto" else config.dtype or torch.float32

@@ -17,11 +17,11 @@ from besa.checkpoint.companions import read_config_json
 from besa.checkpoint.measurements import Measurement, Measurements
 from besa.data.assets import ASSETS
 from besa.data.mixture import MIX, OWN
-from besa.errors import BesaError
 from besa.models.couplings import CALLED
 from besa.models.source import EMBEDDED
 from besa.models.structures import WHOLE, stay
 from besa.record import EarlierRun, RunRecord
+from besa.storage.entry import besa_entry
 from besa.storage.names import printable
 from besa.storage.weights import SPARSE_STEM, WIDTHS
 
@@ -67,10 +67,7 @@ class About:
             folder: of the checkpoint.
             origin: of the checkpoint, used where its record does not say so.
         """
-        try:
-            record = RunRecord.of(folder)
-        except BesaError:  # of another tool, or of a besa that wrote other records
-            record = None
+        record = RunRecord.known(folder)
         if record is not None:
             origin = record.model.get("source"), record.model.get("revision")
         named, commit = origin
@@ -104,8 +101,7 @@ class About:
     @property
     def besa(self) -> Mapping[str, Any]:
         """besa's entry in the configuration."""
-        about = self.config.get("besa")
-        return about if isinstance(about, dict) else {}
+        return besa_entry(self.config)
 
     @property
     def coded(self) -> bool:

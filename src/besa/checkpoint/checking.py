@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from besa.counting.precision import dtype_name
 from besa.errors import BesaError
-from besa.models.blocks import find_blocks
+from besa.models.finding import find_blocks
 from besa.models.layout import Layout
 from besa.models.loading import is_quantized, quantization_of, skeleton
 from besa.models.source import Source
@@ -61,7 +62,7 @@ def check_packed(files: WeightFiles) -> None:
         usual = next(iter(scales.values()))
         if dtype != usual:
             raise BesaError(
-                f"The scales of {linear} are {_dtype_name(dtype)}, others of {files.folder} {_dtype_name(usual)}: the "
+                f"The scales of {linear} are {dtype_name(dtype)}, others of {files.folder} {dtype_name(usual)}: the "
                 "checkpoint is damaged; get or make it anew."
             )
     for name, tensor in tensors.items():
@@ -119,7 +120,3 @@ def check_layout(name: str, files: WeightFiles, model: PreTrainedModel) -> None:
         BesaError: as `check_complete`.
     """
     Layout(name, AsDense(files), model, find_blocks(model))
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

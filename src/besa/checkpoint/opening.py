@@ -13,7 +13,7 @@ from besa.models.loading import check_decoder, describe, is_quantized, load_mode
 from besa.models.source import Source
 from besa.models.streaming import Decoder, DecoderInMemory, DecoderOnDisk
 from besa.models.widths import refuse
-from besa.storage.formats.container import header
+from besa.storage.formats.container import refuse_packed
 from besa.storage.weights import WIDTHS
 
 
@@ -83,8 +83,7 @@ def _decoder_of_folder(source: Source, dtype: str, from_disk: bool) -> Decoder:
         BesaError: the folder is packed or damaged, or, `from_disk`, its model could be pruned but not written.
     """
     assert source.folder is not None
-    if header(source.folder) is not None:
-        raise BesaError(f"{source.name} is packed: make it dense with `besa unpack` first.")
+    refuse_packed(source.folder, source.name)
     refuse(source.name, read_config(source))
     if from_disk or not is_quantized(read_config(source)):
         on_disk = DecoderOnDisk(source, dtype)  # its error messages are the clearest, also where the model is loaded

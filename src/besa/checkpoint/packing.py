@@ -18,8 +18,8 @@ from besa.checkpoint.rewriting import folder_of, local, rewrite, size_of
 from besa.checkpoint.writer import disk_bytes
 from besa.data.arguments import Dtype, Head, checked
 from besa.errors import BesaError
-from besa.models.blocks import find_blocks
 from besa.models.ends import ends
+from besa.models.finding import find_blocks
 from besa.models.layout import in_dtype, renaming
 from besa.models.loading import quantization_of, read_config
 from besa.models.plain_linears import plain_linears
@@ -27,6 +27,7 @@ from besa.models.source import Source
 from besa.models.widths import refuse
 from besa.progress import Progress, silent
 from besa.record import RunRecord
+from besa.storage.entry import besa_entry
 from besa.storage.formats import bitmask, codes, row_codes
 from besa.storage.formats.bitmask import is_positive
 from besa.storage.formats.container import (
@@ -150,7 +151,7 @@ def pack(
     if dtype != "auto":
         config = with_dtype(config, dtype)
     if any(group.is_head for group in groups):
-        config["besa"] = config.get("besa", {}) | {"head": head}  # which stays true of what `unpack` writes
+        config["besa"] = besa_entry(config) | {"head": head}  # which stays true of what `unpack` writes
     with appearing(Path(out)) as folder:
         check_space(Path(out), disk_bytes(_least_bytes(source, files, groups, dtype, bits)))
         rewrite(source, folder, parts(), config, SPARSE_STEM)
@@ -199,10 +200,7 @@ def _least_bytes(source: Source, files: WeightFiles, groups: list[_Group], dtype
         dtype: as of `pack`.
         bits: of its codes; None if it has none.
     """
-    try:
-        record = RunRecord.of(folder_of(source))
-    except BesaError:  # of another tool
-        record = None
+    record = RunRecord.known(folder_of(source))
     sizes = {name: (tensor.numel(), tensor.nbytes) for name, tensor in files.mapped(files.names)}
     others = linears = weights = 0
     for group in groups:

@@ -9,9 +9,9 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from besa.checkpoint.companions import read_config_json
-from besa.errors import BesaError
 from besa.models.streaming import Decoder
 from besa.record import EarlierRun, RunRecord
+from besa.storage.entry import besa_entry
 
 
 def label(record: RunRecord) -> dict[str, Any]:
@@ -40,10 +40,7 @@ def earlier(decoder: Decoder) -> list[EarlierRun]:
         decoder: of the model, before it is pruned.
     """
     entry = _entry(decoder)
-    try:
-        record = RunRecord.of(decoder.folder) if decoder.folder is not None else None
-    except BesaError:  # of another tool, or of a besa that wrote other records
-        record = None
+    record = RunRecord.known(decoder.folder) if decoder.folder is not None else None
     if record is not None:
         about = record.calibration
         run = {
@@ -67,5 +64,4 @@ def earlier(decoder: Decoder) -> list[EarlierRun]:
 def _entry(decoder: Decoder) -> Mapping[str, Any]:
     """besa's entry in the configuration of a model."""
     config = vars(decoder.model.config) if decoder.folder is None else read_config_json(decoder.folder)
-    entry = config.get("besa")
-    return entry if isinstance(entry, dict) else {}
+    return besa_entry(config)

@@ -22,16 +22,20 @@ from besa.checkpoint.companions import CONFIG, read_config_json, with_settings
 from besa.checkpoint.rewriting import folder_of, local, rewrite, size_of
 from besa.checkpoint.shallower import Renumbering, is_empty
 from besa.checkpoint.writer import disk_bytes
+from besa.counting.precision import dtype_name
 from besa.data.arguments import checked
 from besa.errors import BesaError
 from besa.models import widths
-from besa.models.blocks import Block, capture_inputs, find_blocks
+from besa.models.blocks import Block
 from besa.models.couplings import CALLED, Kind, alike, couplings, take_out
+from besa.models.ends import capture_inputs
+from besa.models.finding import find_blocks
 from besa.models.loading import is_quantized, read_config, skeleton
 from besa.models.source import Source
 from besa.models.streaming import DecoderOnDisk
 from besa.progress import Progress, silent
-from besa.storage.formats.container import header, open_files
+from besa.storage.entry import besa_entry
+from besa.storage.formats.container import open_files, refuse_packed
 from besa.storage.weights import FLOATS, STEM, WIDTHS_STEM, WeightFiles
 from besa.storage.writing import appearing, check_space
 
@@ -133,8 +137,31 @@ def shrink(
             smaller shapes, or `out` exists or cannot be written.
     """
     source = local(model, out, progress, trust_remote_code)
-    if header(folder_of(source)) is not None:
-        raise BesaError(f"{model} is packed: make it dense with `besa unpack` first.")
+    _check_dense(source, str(model))
+    files = open_files(folder_of(source))
+    decoder = DecoderOnDisk(source, _dtype_of(files), files)
+    decoder.dtype = None  # every tensor is written in the dtype it has
+    decoder.check_writable()
+    smaller = _smaller(decoder, str(model), by_block)
+    config = _smaller_config(source, decoder, smaller)
+    done = _outcome(smaller, len(decoder.blocks), size_of(files.paths))
+    config["besa"] = _entry(besa_entry(config), done)
+    with appearing(Path(out)) as folder:
+        check_space(Path(out), disk_bytes(done.file_bytes_before - smaller.removed_bytes(decoder)))
+        rewrite(source, folder, _parts(decoder, smaller, progress), config, WIDTHS_STEM if smaller.uneven else STEM)
+        written = DecoderOnDisk(replace(source, name=str(out), location=str(folder)))
+        _compare(DecoderOnDisk(source), written, smaller.blocks, progress)
+        done.file_bytes = size_of(folder.glob("*.safetensors"))
+    return done
+
+
+def _check_dense(source: Source, model: str) -> None:
+    """Check that the weights are plain numbers, and all blocks as wide.
+
+    Raises:
+        BesaError: they are packed or codes, or blocks were shrunk to widths of their own.
+    """
+    refuse_packed(folder_of(source), model)
     config = read_config(source)
     if is_quantized(config):
         raise BesaError(
@@ -142,49 +169,12 @@ def shrink(
             "writes."
         )
     widths.refuse(source.name, config)
-    files = open_files(folder_of(source))
-    decoder = DecoderOnDisk(source, _dtype_of(files), files)
-    decoder.dtype = None  # every tensor is written in the dtype it has
-    decoder.check_writable()
-    smaller = _smaller(decoder, str(model), by_block)
-    config = _smaller_config(source, decoder, smaller)
-    blocks = len(decoder.blocks)
-
-    def parts() -> Iterator[dict[str, Tensor]]:
-        for block in smaller.blocks.staying:
-            with decoder.opened(block, CPU):
-                smaller.take_out(block, CPU)
-                yield smaller.blocks.in_files(block, decoder.stored(block))
-            progress(block.index + 1, 2 * blocks, block.name)
-        for name, tensor in decoder.tensors_outside_blocks():
-            yield {smaller.blocks.outside(name): tensor}
-
-    done = Shrinking(
-        structures={}
-        if smaller.uneven
-        else {kind: (smaller.numbers[kind], smaller.widths(kind)[0]) for kind in smaller.kept},
-        widths={kind: smaller.widths(kind) for kind in smaller.kept} if smaller.uneven else {},
-        blocks=(blocks, len(smaller.blocks.staying)),
-        file_bytes_before=size_of(files.paths),
-    )
-    earlier = config.get("besa", {}).get("shrunk", {})
-    removed = earlier | {kind: (earlier.get(kind, sizes)[0], sizes[1]) for kind, sizes in done.structures.items()}
-    if smaller.blocks.gone:
-        removed["blocks"] = (earlier.get("blocks", done.blocks)[0], done.blocks[1])
-    config["besa"] = config.get("besa", {}) | {"shrunk": removed}
-    with appearing(Path(out)) as folder:
-        check_space(Path(out), disk_bytes(done.file_bytes_before - smaller.removed_bytes(decoder)))
-        rewrite(source, folder, parts(), config, WIDTHS_STEM if smaller.uneven else STEM)
-        written = DecoderOnDisk(replace(source, name=str(out), location=str(folder)))
-        _compare(DecoderOnDisk(source), written, smaller.blocks, progress)
-        done.file_bytes = size_of(folder.glob("*.safetensors"))
-    return done
 
 
 def _dtype_of(files: WeightFiles) -> str:
     """The narrowest floating-point format that holds every number of the files; float32 if there is none."""
     formats = {FLOATS[name] for name in files.dtypes().values() if name in FLOATS}
-    return str(reduce(torch.promote_types, formats or {torch.float32})).removeprefix("torch.")
+    return dtype_name(reduce(torch.promote_types, formats or {torch.float32}))
 
 
 def _smaller(decoder: DecoderOnDisk, model: str, by_block: bool) -> _Smaller:
@@ -281,6 +271,50 @@ def _smaller_config(source: Source, decoder: DecoderOnDisk, smaller: _Smaller) -
             f"{' and '.join(CALLED[kind] for kind in smaller.kept)}."
         )
     return config
+
+
+def _outcome(smaller: _Smaller, blocks: int, file_bytes: int) -> Shrinking:
+    """What will be done to a checkpoint.
+
+    Args:
+        smaller: what stays of it.
+        blocks: number before.
+        file_bytes: of its weight files.
+    """
+    even = {kind: (smaller.numbers[kind], smaller.widths(kind)[0]) for kind in smaller.kept}
+    uneven = {kind: smaller.widths(kind) for kind in smaller.kept}
+    return Shrinking(
+        structures={} if smaller.uneven else even,
+        widths=uneven if smaller.uneven else {},
+        blocks=(blocks, len(smaller.blocks.staying)),
+        file_bytes_before=file_bytes,
+    )
+
+
+def _entry(earlier: Mapping[str, Any], done: Shrinking) -> dict[str, Any]:
+    """besa's entry of config.json, with the numbers before the first shrinking and after this one.
+
+    Args:
+        earlier: the entry of the model that is shrunk.
+        done: to it.
+    """
+    first = earlier.get("shrunk", {})
+    removed = first | {kind: (first.get(kind, sizes)[0], sizes[1]) for kind, sizes in done.structures.items()}
+    before, after = done.blocks
+    if after < before:
+        removed["blocks"] = (first.get("blocks", done.blocks)[0], after)
+    return {**earlier, "shrunk": removed}
+
+
+def _parts(decoder: DecoderOnDisk, smaller: _Smaller, progress: Progress) -> Iterator[dict[str, Tensor]]:
+    """The tensors of the smaller model by their names in its files: block by block, then those outside blocks."""
+    for block in smaller.blocks.staying:
+        with decoder.opened(block, CPU):
+            smaller.take_out(block, CPU)
+            yield smaller.blocks.in_files(block, decoder.stored(block))
+        progress(block.index + 1, 2 * len(decoder.blocks), block.name)
+    for name, tensor in decoder.tensors_outside_blocks():
+        yield {smaller.blocks.outside(name): tensor}
 
 
 def _described(source: Source, decoder: DecoderOnDisk, config: dict[str, Any]) -> PreTrainedModel | None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from besa.checkpoint.checking import check_complete, check_packed
-from besa.models.blocks import find_blocks
+from besa.models.finding import find_blocks
 from besa.models.layout import renaming
 from besa.models.loading import is_quantized, load_model, quantization_of, read_config
 from besa.models.source import Source

@@ -19,6 +19,7 @@ from besa.checkpoint.cards import write_card
 from besa.checkpoint.companions import pass_on, read_config_json, with_dtype, with_settings
 from besa.checkpoint.provenance import label, staying
 from besa.checkpoint.verification import seal
+from besa.counting.precision import dtype_name
 from besa.errors import BesaError
 from besa.models.quiet import quiet
 from besa.models.streaming import Decoder
@@ -115,7 +116,7 @@ def _serialise(
 ) -> None:
     """Write the other files of a model in memory, which has no files to copy."""
     config = copy.deepcopy(model.config)  # the caller's stays as it is
-    config.update({"architectures": [type(model).__name__], "dtype": str(model.dtype).removeprefix("torch."), **added})
+    config.update({"architectures": [type(model).__name__], "dtype": dtype_name(model.dtype), **added})
     with quiet():
         if model._auto_class is not None:  # the model's code is its own
             custom_object_save(model, folder, config=config)

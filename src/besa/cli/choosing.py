@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,46 +15,83 @@ if TYPE_CHECKING:
 DISTILLED = ("distill.epochs", "distill.minutes")  # settings that say how long a recipe distils
 
 
-def recipe_of(
-    name: str,
-    *,
-    sparsity: float | None,
-    settings: list[str] | None,
-    skip: list[str] | None,
-    sparsity_of: list[str] | None,
-    passes: float | None,
-    minutes: float | None,
-    samples: int,
-    seqlen: int | None,
-    model: str,
-    trust_remote_code: bool,
-) -> Recipe:
-    """The recipe that the options describe.
+@dataclass(frozen=True)
+class RecipeOptions:
+    """What the options of a command say of a recipe, and of what the cost of a recipe depends on.
 
-    Raises:
-        BesaError: no such recipe, a setting that it cannot have or that an option gives too, or a model that cannot be
-            read.
+    Attributes:
+        name: of the recipe, or its file.
+        sparsity: replaces the recipe's.
+        settings: that replace the recipe's, NAME=VALUE.
+        skip: patterns of names of linears that stay dense.
+        sparsity_of: PATTERN=SPARSITY pairs.
+        passes: over the calibration set that the run may spend.
+        minutes: that it may spend.
+        samples: calibration sequences.
+        seqlen: tokens of each; None for the usual length of the model.
+        model: that is pruned.
+        trust_remote_code: whether its code is trusted.
     """
-    from besa.methods.recipe import Recipe, twice
-    from besa.planning import spending, within
 
-    if passes is not None and minutes is not None:
-        raise BesaError("A run has either passes or minutes to spend: give --passes or --minutes, not both.")
-    if again := twice([setting.partition("=")[0].strip() for setting in settings or ()]):
-        raise BesaError(f"--set {again} is given twice: give it once.")
-    check_once("--sparsity", sparsity, settings, ("sparsity",))
-    check_once("--minutes", minutes, settings, DISTILLED)
-    recipe = Recipe.load(name, sparsity, settings or ()).with_exceptions(skip or (), sparsity_of or ())
-    if minutes is not None:
-        return within(recipe, minutes)
-    if passes is None:
-        return recipe
-    check_once("--passes", passes, settings, DISTILLED if recipe.distill.moves_weights else ("finetune.epochs",))
-    about = _about(model, trust_remote_code)
-    return spending(recipe, passes, samples, about.seqlen if seqlen is None else seqlen, about.head)
+    name: str
+    sparsity: float | None
+    settings: list[str] | None
+    skip: list[str] | None
+    sparsity_of: list[str] | None
+    passes: float | None
+    minutes: float | None
+    samples: int
+    seqlen: int | None
+    model: str
+    trust_remote_code: bool
+
+    def chosen(self) -> Recipe:
+        """The recipe that the options describe.
+
+        Raises:
+            BesaError: no such recipe, a setting that it cannot have or that an option gives too, or a model that cannot
+                be read.
+        """
+        from besa.methods.recipe import Recipe
+        from besa.methods.recipe_files import twice
+        from besa.planning import spending, within
+
+        settings = self.settings or ()
+        if self.passes is not None and self.minutes is not None:
+            raise BesaError("A run has either passes or minutes to spend: give --passes or --minutes, not both.")
+        if again := twice([setting.partition("=")[0].strip() for setting in settings]):
+            raise BesaError(f"--set {again} is given twice: give it once.")
+        check_once("--sparsity", self.sparsity, settings, ("sparsity",))
+        check_once("--minutes", self.minutes, settings, DISTILLED)
+        recipe = Recipe.load(self.name, self.sparsity, settings)
+        recipe = recipe.with_exceptions(self.skip or (), self.sparsity_of or ())
+        if self.minutes is not None:
+            return within(recipe, self.minutes)
+        if self.passes is None:
+            return recipe
+        decided = DISTILLED if recipe.distill.moves_weights else ("finetune.epochs",)
+        check_once("--passes", self.passes, settings, decided)
+        about = _about(self.model, self.trust_remote_code)
+        return spending(recipe, self.passes, self.samples, self._length(about), about.head)
+
+    def explained(self, recipe: Recipe) -> Explanation:
+        """What the stages of a recipe do to the model.
+
+        Raises:
+            BesaError: the model cannot be read.
+        """
+        from besa.planning import explain
+        from besa.system import ranks
+
+        about = _about(self.model, self.trust_remote_code)
+        return explain(recipe, self.samples, self._length(about), ranks.count(), about.routed, about.head)
+
+    def _length(self, about: _About) -> int:
+        """Tokens of a calibration sequence."""
+        return about.seqlen if self.seqlen is None else self.seqlen
 
 
-def check_once(option: str, value: float | None, settings: list[str] | None, decided: tuple[str, ...]) -> None:
+def check_once(option: str, value: float | None, settings: Sequence[str], decided: tuple[str, ...]) -> None:
     """Check that no setting says what an option says.
 
     Args:
@@ -66,7 +103,7 @@ def check_once(option: str, value: float | None, settings: list[str] | None, dec
     Raises:
         BesaError: one does.
     """
-    for name in (setting.partition("=")[0].strip() for setting in settings or ()):
+    for name in (setting.partition("=")[0].strip() for setting in settings):
         if value is not None and name in decided:
             raise BesaError(f"{option} and --set {name} decide the same: give one of them.")
 
@@ -85,20 +122,6 @@ def check_no_run(options: Mapping[str, object]) -> None:
             raise BesaError(f"{name} is not used, as --explain runs nothing: leave one of them out.")
 
 
-def explained(recipe: Recipe, model: str, samples: int, seqlen: int | None, trust_remote_code: bool) -> Explanation:
-    """What the stages of a recipe do to a model.
-
-    Raises:
-        BesaError: the model cannot be read.
-    """
-    from besa.planning import explain
-    from besa.system import ranks
-
-    about = _about(model, trust_remote_code)
-    length = about.seqlen if seqlen is None else seqlen
-    return explain(recipe, samples, length, ranks.count(), about.routed, about.head)
-
-
 @dataclass(frozen=True)
 class _About:
     """What the cost of a recipe depends on, of a model: its usual length, and as of `forward_passes`."""
@@ -114,7 +137,7 @@ def _about(model: str, trust_remote_code: bool) -> _About:
     Raises:
         BesaError: it cannot be read.
     """
-    from besa.models.blocks import find_blocks
+    from besa.models.finding import find_blocks
     from besa.models.limits import positions
     from besa.models.loading import read_config, skeleton
     from besa.models.source import locate

@@ -10,7 +10,7 @@ import typer
 from rich.text import Text
 
 from besa.cli import interrupting
-from besa.cli.choosing import check_no_run, explained, recipe_of
+from besa.cli.choosing import RecipeOptions, check_no_run
 from besa.cli.consoles import give
 from besa.cli.options import (
     CALIBRATION,
@@ -97,22 +97,13 @@ def prune(
     check_files(out_dir, json, json_progress)
     if explain:
         check_no_run({"--resume": resume, "--json-progress": json_progress})
-    chosen = recipe_of(
-        recipe,
-        sparsity=sparsity,
-        settings=set_,
-        skip=skip,
-        sparsity_of=sparsity_of,
-        passes=passes,
-        minutes=minutes,
-        samples=samples,
-        seqlen=seqlen,
-        model=model,
-        trust_remote_code=trust_remote_code,
+    options = RecipeOptions(
+        recipe, sparsity, set_, skip, sparsity_of, passes, minutes, samples, seqlen, model, trust_remote_code
     )
+    chosen = options.chosen()
     if explain:
         check_coded(dequantized, chosen)
-        explanation = explained(chosen, model, samples, seqlen, trust_remote_code)
+        explanation = options.explained(chosen)
         give(explanation, Text(explanation.text.rstrip()), json)
         return
     memory.stay_lean()
@@ -205,19 +196,10 @@ def plan_command(
     from besa.api import plan
     from besa.cli.show.pruning import planned
 
-    chosen = recipe_of(
-        recipe,
-        sparsity=sparsity,
-        settings=set_,
-        skip=skip,
-        sparsity_of=sparsity_of,
-        passes=passes,
-        minutes=minutes,
-        samples=samples,
-        seqlen=seqlen,
-        model=model,
-        trust_remote_code=trust_remote_code,
+    options = RecipeOptions(
+        recipe, sparsity, set_, skip, sparsity_of, passes, minutes, samples, seqlen, model, trust_remote_code
     )
+    chosen = options.chosen()
     result = plan(
         model,
         chosen,

@@ -19,6 +19,11 @@ def widest(device: torch.device) -> torch.dtype:
     return torch.float64
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """What a dtype is called in arguments and files, such as ``bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
 @contextmanager
 def products_in(dtype: torch.dtype) -> Iterator[None]:
     """While open, float32 matrices are multiplied by the units for half precision, if `dtype` is of half precision.

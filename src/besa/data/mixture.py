@@ -75,19 +75,6 @@ def texts_of(calibration: str) -> list[str]:
     return [text for source in sources for text in (EMBEDDED if source == MIX else [source])]
 
 
-def without_folders(calibration: str) -> str:
-    """The calibration texts for readers elsewhere: files by their names alone, without their folders.
-
-    Raises:
-        BesaError: as `parts_of`.
-    """
-    parts = parts_of(calibration)
-    names = [part.source if part.source.startswith("hf:") else Path(part.source).name for part in parts]
-    if len(names) == 1:
-        return names[0]
-    return ",".join(f"{name}:{float(part.share):.3g}" for name, part in zip(names, parts, strict=True))
-
-
 def _is_one(calibration: str) -> bool:
     """Whether a name is that of a file, or of a data set whose configuration may look like a weight."""
     if calibration.startswith("hf:") and "," not in calibration:

@@ -18,7 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 from besa.data.arguments import checked
 from besa.errors import BesaError
-from besa.models.blocks import Block, find_blocks
+from besa.models.blocks import Block
+from besa.models.finding import find_blocks
 from besa.models.layers import biases
 from besa.models.widths import widths_of
 from besa.runtime.linear import SparseLinear

@@ -19,8 +19,9 @@ from besa.errors import BesaError
 from besa.kernels import histogram
 from besa.methods.survey import Survey
 from besa.models.activations import HiddenStates
-from besa.models.blocks import Block, logits_of
+from besa.models.blocks import Block
 from besa.models.couplings import Coupling
+from besa.models.ends import logits_of
 from besa.models.sizes import vocabulary
 from besa.models.streaming import Decoder
 from besa.models.transfers import Outputs, fetched

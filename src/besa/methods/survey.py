@@ -16,8 +16,9 @@ from torch import Tensor
 
 from besa.data.calibration import Calibration
 from besa.models.activations import HiddenStates, Room
-from besa.models.blocks import Block, embedded
+from besa.models.blocks import Block
 from besa.models.couplings import Coupling
+from besa.models.ends import embedded
 from besa.models.streaming import Decoder
 from besa.progress import Progress, silent
 from besa.system.ranks import Share

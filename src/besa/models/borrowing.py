@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from besa.counting.precision import dtype_name
 from besa.errors import BesaError
 
 
@@ -48,7 +49,7 @@ def check_dtype_of_caller(model: PreTrainedModel, dtype: str) -> None:
     Raises:
         BesaError: it has another.
     """
-    own = str(model.dtype).removeprefix("torch.")
+    own = dtype_name(model.dtype)
     if dtype not in ("auto", own):
         raise BesaError(f"{type(model).__name__} is loaded in {own}: load it in {dtype}, or leave dtype out.")
 

@@ -22,7 +22,8 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from besa.errors import BesaError
-from besa.models.blocks import Block, Call, run_base, standing_aside
+from besa.models.aside import Call, standing_aside
+from besa.models.blocks import Block
 from besa.models.calls import (
     ElsewhereError,
     Sameness,
@@ -34,6 +35,7 @@ from besa.models.calls import (
     shares,
     versions,
 )
+from besa.models.ends import run_base
 from besa.models.streaming import Decoder, DecoderInMemory
 
 SHAPES = ((2, 16), (1, 11))  # sequences and tokens of the batches

@@ -27,6 +27,7 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
+from besa.counting.precision import dtype_name
 from besa.errors import BesaError
 from besa.models.blocks import Block
 from besa.models.quiet import model_explained, quiet
@@ -336,8 +337,7 @@ def in_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _too_large(name: str, dtype: torch.dtype) -> BesaError:
-    dtype_name = str(dtype).removeprefix("torch.")
-    return BesaError(f"{name} holds numbers too large for {dtype_name}: choose bfloat16 or float32.")
+    return BesaError(f"{name} holds numbers too large for {dtype_name(dtype)}: choose bfloat16 or float32.")
 
 
 def refuse_shape(source: str, name: str, stored: Iterable[int], expected: Iterable[int]) -> NoReturn:

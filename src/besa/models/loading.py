@@ -21,10 +21,12 @@ from transformers import (
 from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from besa.counting.precision import dtype_name
 from besa.errors import BesaError
 from besa.models.quiet import model_explained, quiet, without_bars
 from besa.models.source import Source, fingerprint
 from besa.models.widths import narrow, widths_of
+from besa.storage.entry import besa_entry
 from besa.storage.formats.container import OF_VERSION_1, check_depth, header, settings
 from besa.storage.weights import PACKED, STEM, WIDTHS, WeightFiles
 
@@ -134,7 +136,7 @@ def read_generation_config(source: Source, model: PreTrainedModel) -> Generation
 def quantization_of(config: PreTrainedConfig) -> dict[str, Any]:
     """The settings of the quantiser that made the stored codes, packed or not; empty for weights without codes."""
     said = [getattr(part, "quantization_config", None) for part in (config, config.get_text_config())]
-    said.append(getattr(config, "besa", {}).get("quantization_config"))  # of a packed checkpoint, version 1
+    said.append(besa_entry(vars(config)).get("quantization_config"))  # of a packed checkpoint, version 1
     first = next((each for each in said if each and isinstance(each, dict)), {})
     if first.get("quant_method") == WIDTHS:
         return {}
@@ -189,7 +191,7 @@ def _keep_about(config: PreTrainedConfig | None, model: PreTrainedModel) -> None
     The header of version 1 stays behind: what is saved of the model is of the newest version, or dense.
     """
     if config is not None and hasattr(config, "besa"):
-        model.config.besa = {key: value for key, value in config.besa.items() if key not in OF_VERSION_1}
+        model.config.besa = {key: value for key, value in besa_entry(vars(config)).items() if key not in OF_VERSION_1}
 
 
 def describe(model: PreTrainedModel, source: Source | None = None) -> dict[str, Any]:
@@ -199,7 +201,7 @@ def describe(model: PreTrainedModel, source: Source | None = None) -> dict[str, 
         "gguf": source.gguf if source else None,
         "architecture": type(model).__name__,
         "parameters": model.num_parameters(),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(model.dtype),
         "revision": commit(model, source),
         "fingerprint": fingerprint(source) if source else None,
     }

@@ -11,8 +11,9 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from besa.errors import BesaError
-from besa.models.blocks import Block, find_blocks
+from besa.models.blocks import Block
 from besa.models.experts import find_experts, stacks
+from besa.models.finding import find_blocks
 from besa.models.layout import FURTHER
 from besa.models.quiet import model_explained, quiet
 

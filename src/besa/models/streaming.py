@@ -14,8 +14,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from besa.models.blocks import Block, find_blocks
+from besa.models.blocks import Block
 from besa.models.fewer import Kept, lent, selected, take_out
+from besa.models.finding import find_blocks
 from besa.models.layout import Layout, in_files, load_tensors, tie
 from besa.models.loading import read_config, read_generation_config, refuse_quantized, skeleton
 from besa.models.mixtures import Fewer, changed

@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from besa.models import sizes
-from besa.models.blocks import Block, logits_of
+from besa.models.blocks import Block
+from besa.models.ends import logits_of
 from besa.models.kept import spread
 from besa.models.mixtures import chosen_experts
 from besa.models.prunable import everywhere

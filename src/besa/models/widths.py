@@ -14,8 +14,8 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from besa.errors import BesaError
-from besa.models.blocks import find_blocks
 from besa.models.couplings import CALLED, Kind, couplings, take_out
+from besa.models.finding import find_blocks
 from besa.storage.weights import WIDTHS
 
 VERSION = 1

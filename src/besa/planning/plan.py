@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel
 
 from besa.models.activations import Place
-from besa.models.blocks import left_dense
+from besa.models.finding import left_dense
 from besa.models.whole import head_share
 from besa.planning.distinct import Distinct, distinct_units
 from besa.planning.enough import few_tokens

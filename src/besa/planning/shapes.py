@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from besa.errors import BesaError
-from besa.models.blocks import Block, standing_aside
+from besa.models.aside import standing_aside
+from besa.models.blocks import Block
 from besa.models.calls import ElsewhereError
 from besa.models.sizes import channels
 from besa.models.units import Unit

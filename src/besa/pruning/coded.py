@@ -36,8 +36,7 @@ def round_block(block: Block, grids: Mapping[str, Grid], quantization: Coding) -
     for name, grid in grids.items():
         if name in block.prunables:
             w_OI = block.weight(name).detach()
-            of_linear = Grid(grid.step_OG.to(w_OI.device), grid.zero_OG.to(w_OI.device), grid.bits)
-            quantized[name] = Unrounded(w_OI, of_linear, quantization.symmetric).quantized()
+            quantized[name] = Unrounded(w_OI, grid.to(w_OI.device), quantization.symmetric).quantized()
             w_OI.copy_(quantized[name].weight())
     return quantized
 

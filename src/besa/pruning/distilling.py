@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from besa.methods.distilling import Student
@@ -111,7 +110,7 @@ def _student(run: Run, pruned: Pruned, teacher: TeacherOutputs, inputs_NTC: Hidd
         seed=run.seed,
         seconds=run.spent,
         head=head_share(decoder.model, decoder.blocks),
-        grids={name: _at(grid, device) for name, grid in pruned.grids.items()},
+        grids={name: grid.to(device) for name, grid in pruned.grids.items()},
     )
 
 
@@ -122,10 +121,6 @@ def _rounded(run: Run, grids: Mapping[str, Grid]) -> dict[str, Quantized]:
         for block in run.decoder.blocks:
             quantized |= round_block(block, grids, coding)
     return quantized
-
-
-def _at(grid: Grid, device: torch.device) -> Grid:
-    return Grid(grid.step_OG.to(device), grid.zero_OG.to(device), grid.bits)
 
 
 class _SharedSnapshots:

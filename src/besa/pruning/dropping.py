@@ -9,8 +9,9 @@ from transformers import PreTrainedModel
 from besa.errors import BesaError
 from besa.methods.dropping.dropper import Scorer, highest
 from besa.methods.recipe import Recipe
-from besa.models.blocks import Block, embedded
+from besa.models.blocks import Block
 from besa.models.check import Check
+from besa.models.ends import embedded
 from besa.models.mixtures import Fewer, Mixtures, fewer, find_mixtures
 from besa.models.streaming import Decoder
 from besa.observing.contributions import contributions

@@ -14,7 +14,7 @@ from besa.data.calibration import Calibration
 from besa.methods.allocation import first_tokens
 from besa.methods.recipe import Recipe
 from besa.models.activations import HiddenStates, Room
-from besa.models.blocks import embedded
+from besa.models.ends import embedded
 from besa.models.streaming import Decoder
 from besa.system.devices import CPU
 from besa.system.ranks import Share

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from besa.methods.distilling import TrainingSet
 from besa.models.activations import HiddenStates
-from besa.models.blocks import embedded
+from besa.models.ends import embedded
 from besa.models.units import Unit
 from besa.pruning.run import Run
 from besa.system.ranks import Share

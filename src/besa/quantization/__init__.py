@@ -12,10 +12,11 @@ from pydantic import Field
 from torch import Tensor
 
 from besa.errors import BesaError
+from besa.learning import Learning
 from besa.quantization.clipping import Clipping, Quantized
 from besa.quantization.minmax import Grid
 from besa.quantization.unrounded import Unrounded
-from besa.settings import Learning, Settings
+from besa.settings import Settings
 
 
 class Quantizer(Settings):

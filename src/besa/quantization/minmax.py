@@ -5,7 +5,7 @@ Shape suffixes: O rows (output channels), I columns (input channels), G groups o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,6 +31,14 @@ class Grid:
     def largest(self) -> int:
         """The largest code, 2^N − 1."""
         return int(2**self.bits) - 1
+
+    def to(self, device: torch.device) -> Grid:
+        """The grid on a device."""
+        return replace(self, step_OG=self.step_OG.to(device), zero_OG=self.zero_OG.to(device))
+
+    def rows(self, rows: slice) -> Grid:
+        """The grid of some rows of the weight."""
+        return replace(self, step_OG=self.step_OG[rows], zero_OG=self.zero_OG[rows])
 
     def zeros_OI(self, columns: int, dtype: torch.dtype) -> Tensor:
         """The code of zero of every weight (O, I) of a matrix with so many columns."""

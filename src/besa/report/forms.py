@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from besa.checkpoint.companions import CONFIG, read_config_json
+from besa.storage.entry import besa_entry
 from besa.storage.formats.container import header
 from besa.storage.weights import WIDTHS
 
@@ -65,7 +66,7 @@ def form_of(folder: Path) -> Form:
     if not (folder / CONFIG).is_file():
         return AS_PRUNED
     config = read_config_json(folder)
-    about, widths = config.get("besa", {}), config.get("quantization_config")
+    about, widths = besa_entry(config), config.get("quantization_config")
     own_widths = isinstance(widths, dict) and widths.get("quant_method") == WIDTHS
     head, dtype = about.get("head"), config.get("dtype", config.get("torch_dtype"))
     return Form(

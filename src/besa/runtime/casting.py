@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from besa.counting.precision import dtype_name
 from besa.errors import BesaError
 
 
@@ -24,13 +25,9 @@ def cast(layer: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype) -> Te
     kind = x.device.type
     if not torch.is_autocast_enabled(kind):
         raise BesaError(
-            f"A packed layer computes in {_named(dtype)} but got {_named(x.dtype)}: load the model with "
-            f"dtype={_named(x.dtype)}, or compute under torch.autocast."
+            f"A packed layer computes in {dtype_name(dtype)} but got {dtype_name(x.dtype)}: load the model with "
+            f"dtype={dtype_name(x.dtype)}, or compute under torch.autocast."
         )
     with torch.autocast(kind, enabled=False):
         y = layer(x.to(dtype))
     return y.to(torch.get_autocast_dtype(kind))
-
-
-def _named(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

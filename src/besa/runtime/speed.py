@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from besa.counting.precision import dtype_name
 from besa.data.arguments import Count, Dtype, checked
 from besa.errors import BesaError
 from besa.models.limits import positions
@@ -247,7 +248,7 @@ def _speed(contender: _Contender, bandwidth: float) -> ModelSpeed:
         model=contender.source.base,
         revision=contender.source.revision,
         form=contender.form,
-        dtype=str(contender.model.dtype).removeprefix("torch."),
+        dtype=dtype_name(contender.model.dtype),
         file_bytes=contender.file_bytes,
         resident_bytes=contender.resident_bytes,
         step_bytes=contender.step_bytes,

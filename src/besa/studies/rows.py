@@ -64,6 +64,42 @@ class Row(BaseModel):
     paired: Against | None = None
     notes: list[str] = []
 
+    @classmethod
+    def of(
+        cls,
+        recipe: str,
+        settings: dict[str, Any] | None,
+        values: dict[str, list[float]],
+        reference: Mapping[str, float],
+        *,
+        sparsity: float,
+        seconds: float | None,
+        origin: Origin | None,
+        notes: list[str],
+        paired: Against | None = None,
+    ) -> Row:
+        """A row from the scores of each seed and the scores of the dense model."""
+        means = {score: mean(numbers) for score, numbers in values.items()}
+        shared = means.keys() & reference.keys()
+        return cls(
+            recipe=recipe,
+            settings=settings,
+            sparsity=sparsity,
+            seeds=len(next(iter(values.values()))),
+            mean=means,
+            spread={
+                score: stdev(numbers)
+                for score, numbers in values.items()
+                if len(numbers) > 1 and all(map(isfinite, numbers))
+            },
+            values=values,
+            ratios={score: means[score] / reference[score] for score in (*DOMAINS, ALL) if score in shared},
+            seconds=seconds,
+            origin=origin,
+            paired=paired,
+            notes=notes,
+        )
+
 
 def row(
     recipe: str,
@@ -82,7 +118,7 @@ def row(
     each = [scores(outcome) for outcome in outcomes]
     values = {score: [numbers[score] for numbers in each] for score in each[0]}
     records = [outcome.record for outcome in outcomes if outcome.record]
-    return _row(
+    return Row.of(
         recipe,
         records[0].recipe if records else None,
         values,
@@ -92,67 +128,6 @@ def row(
         origin=outcomes[0].origin,
         paired=_paired(outcomes, dense),
         notes=_distinct(note for outcome in outcomes for note in outcome.notes),
-    )
-
-
-def joined(first: Row, second: Row, dense: Row | None = None) -> Row:
-    """Join two rows, which may come from other machines; answers to questions are not compared again.
-
-    Args:
-        first: whose seeds come first.
-        second: of the same recipe.
-        dense: row of the dense model, to compare with.
-    """
-
-    def weighed(one: float | None, other: float | None) -> float | None:
-        if one is None or other is None:
-            return None
-        return (one * first.seeds + other * second.seeds) / (first.seeds + second.seeds)
-
-    return _row(
-        first.recipe,
-        first.settings,
-        {score: values + second.values[score] for score, values in first.values.items()},
-        dense.mean if dense else {},
-        sparsity=weighed(first.sparsity, second.sparsity) or 0.0,
-        seconds=weighed(first.seconds, second.seconds),
-        origin=first.origin if first.origin == second.origin else None,
-        notes=_distinct([*first.notes, *second.notes]),
-    )
-
-
-def _row(
-    recipe: str,
-    settings: dict[str, Any] | None,
-    values: dict[str, list[float]],
-    reference: Mapping[str, float],
-    *,
-    sparsity: float,
-    seconds: float | None,
-    origin: Origin | None,
-    notes: list[str],
-    paired: Against | None = None,
-) -> Row:
-    """A row from the scores of each seed and the scores of the dense model."""
-    means = {score: mean(numbers) for score, numbers in values.items()}
-    shared = means.keys() & reference.keys()
-    return Row(
-        recipe=recipe,
-        settings=settings,
-        sparsity=sparsity,
-        seeds=len(next(iter(values.values()))),
-        mean=means,
-        spread={
-            score: stdev(numbers)
-            for score, numbers in values.items()
-            if len(numbers) > 1 and all(map(isfinite, numbers))
-        },
-        values=values,
-        ratios={score: means[score] / reference[score] for score in (*DOMAINS, ALL) if score in shared},
-        seconds=seconds,
-        origin=origin,
-        paired=paired,
-        notes=notes,
     )
 
 

@@ -35,8 +35,8 @@ from besa.evaluation.result import EVALUATION_NAME, Evaluation
 from besa.evaluation.texts import check_texts, read_texts, text_name
 from besa.evaluation.zero_shot import check_tasks
 from besa.methods.recipe import Recipe
-from besa.models.blocks import find_blocks
 from besa.models.bos import bos_token
+from besa.models.finding import find_blocks
 from besa.models.loading import load_tokenizer, read_config, skeleton
 from besa.models.source import Source, check_apart, fingerprint, locate
 from besa.planning import check_suits

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from besa.counting.precision import dtype_name
 from besa.errors import BesaError
 from besa.kernels import native
 from besa.kernels.operators import triton_works
@@ -71,7 +72,7 @@ def multiplying_in(dtype: torch.dtype, stored: torch.dtype, device: torch.device
         raise
     except RuntimeError as error:
         reason = " ".join(str(error).split()).rstrip(".")[:200]
-        name = str(dtype).removeprefix("torch.")
+        name = dtype_name(dtype)
         raise BesaError(
             f"The model fails with matrix products in {name} ({reason}): use --dtype {name}, or switch autocast off "
             "(--set allocation.autocast=false, finetune.autocast=false or distill.autocast=false)."

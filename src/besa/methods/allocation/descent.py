@@ -13,10 +13,10 @@ import torch
 from pydantic import Field, PlainValidator
 from torch import Tensor
 
+from besa.learning import Learning
 from besa.methods.allocation.changing import ChangingLinears
 from besa.methods.allocation.problem import BlockProblem, first_tokens
 from besa.methods.steps import Mean, one_pass
-from besa.settings import Learning
 from besa.system.machine import learning_dtype, loss_scaler, multiplying_in
 
 LOOK_EVERY = 16  # steps, at least, between two looks at the losses

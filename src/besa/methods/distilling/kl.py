@@ -7,6 +7,7 @@ from typing import ClassVar, Literal, Self, TypeVar
 
 from pydantic import Field
 
+from besa.learning import Learning
 from besa.methods.distilling.distiller import Distiller
 from besa.methods.distilling.snapshots import Snapshots
 from besa.methods.distilling.student import Distilled, Student
@@ -15,7 +16,6 @@ from besa.methods.distilling.training_set import needed
 from besa.methods.steps import split
 from besa.observing.input_statistics import HELD_OUT
 from besa.progress import Progress
-from besa.settings import Learning
 
 LEARNING, LEARNING_HEADS = 4, 3  # passes through blocks and head to learn: the blocks run again for the backward pass
 HEADS = 2  # passes through the head to measure: of the dense model too

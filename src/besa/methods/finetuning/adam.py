@@ -14,6 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from besa.learning import Learning
 from besa.methods.finetuning.finetuner import Finetuner
 from besa.methods.finetuning.problem import Finetuned, FinetuningProblem
 from besa.methods.reconstruction.written import written
@@ -23,7 +24,6 @@ from besa.models.transfers import fetched
 from besa.models.units import Unit
 from besa.observing.input_statistics import HELD_OUT
 from besa.observing.losses import reconstruction_error, token_weighted_error
-from besa.settings import Learning
 from besa.system import ranks
 from besa.system.machine import learning_dtype, loss_scaler, multiplying_in
 

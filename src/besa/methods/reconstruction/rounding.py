@@ -48,7 +48,7 @@ def unrounded(
     factor_II = inverse_factor(inverted(hessian_II))
 
     def of_rows(rows: slice) -> Tensor:
-        return round_columns(w_OI[rows], factor_II, Grid(grid.step_OG[rows], grid.zero_OG[rows], grid.bits))
+        return round_columns(w_OI[rows], factor_II, grid.rows(rows))
 
     swept = Unrounded(ranks.by_rows(of_rows, len(w_OI)), grid, quantization.symmetric)
     helps = is_better(swept.quantized().weight(), plain.quantized().weight(), dense_OI, statistics)

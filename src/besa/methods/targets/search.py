@@ -23,7 +23,8 @@ from besa.methods.importance import Wanda
 from besa.methods.survey import Survey
 from besa.methods.targets.bounded import Bounded
 from besa.models.activations import HiddenStates
-from besa.models.blocks import logits_of, send
+from besa.models.blocks import send
+from besa.models.ends import logits_of
 from besa.models.sizes import vocabulary
 from besa.models.transfers import fetched
 from besa.observing.input_statistics import InputStatistics

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from besa.counting.precision import dtype_name
 from besa.errors import BesaError
 from besa.quantization import Grid, Quantized
 from besa.quantization.minmax import dequantized
@@ -76,11 +77,6 @@ class Bitmask:
         """Bytes of all tensors."""
         tensors = (self.masks_BCR, self.values, self.offsets, self.scales_OG, self.zeros_OG)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
-
-    @property
-    def kept(self) -> int:
-        """The number of kept weights."""
-        return sum(int(_counts(self.masks_BCR[panel]).sum()) for panel in _panels(*self.shape))
 
     def unpack(self) -> Tensor:
         """The dense weight (O, I) that was packed, to the bit; see `pack` and `pack_codes`.
@@ -250,7 +246,7 @@ def _streams(w_OI: Tensor, kept_OI: Tensor, bits: int | None) -> tuple[Tensor, T
 
 def _kind(dtype: torch.dtype, bits: int | None) -> str:
     if bits is None:
-        return str(dtype).removeprefix("torch.")
+        return dtype_name(dtype)
     return "int4" if bits <= 4 else "int8"
 
 

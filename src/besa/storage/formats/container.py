@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from besa.errors import BesaError
+from besa.storage.entry import besa_entry
 from besa.storage.formats import codes
 from besa.storage.formats.bitmask import Bitmask
 from besa.storage.formats.row_codes import RowCodes
@@ -81,7 +82,7 @@ def header(folder: Path) -> Header | None:
     about = config.get("quantization_config")
     if isinstance(about, dict) and about.get("quant_method") == PACKED:
         newest, codes = VERSION, about.get("codes")
-    elif "format" in (about := config.get("besa", {})):
+    elif "format" in (about := besa_entry(config)):
         newest, codes = 1, about.get("quantization_config")
     else:
         return None
@@ -94,6 +95,20 @@ def header(folder: Path) -> Header | None:
     return Header(newest, codes)
 
 
+def refuse_packed(folder: Path, name: str) -> None:
+    """Refuse a packed checkpoint where dense weights are needed.
+
+    Args:
+        folder: of the checkpoint.
+        name: of the model, for the error message.
+
+    Raises:
+        BesaError: it is packed, or as `header`.
+    """
+    if header(folder) is not None:
+        raise BesaError(f"{name} is packed: make it dense with `besa unpack` first.")
+
+
 def without_header(config: dict[str, Any]) -> dict[str, Any]:
     """The config.json that a packed checkpoint had before it was packed.
 
@@ -101,7 +116,7 @@ def without_header(config: dict[str, Any]) -> dict[str, Any]:
         config: of a folder with a `header`.
     """
     before = copy.deepcopy(config)
-    own = before.get("besa", {})
+    own = besa_entry(before)
     about = before.get("quantization_config")
     if isinstance(about, dict) and about.get("quant_method") == PACKED:
         codes = before.pop("quantization_config").get("codes")
