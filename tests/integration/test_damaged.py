@@ -263,6 +263,7 @@ CONFIGS: dict[str, tuple[Damage, list[str]]] = {
     "kind is a number": (config(model_type=7), []),
     "encoder-decoder": (config(model_type="t5", d_model=64), ["t5", "encoder-decoder"]),
     "no attention": (config("num_attention_heads", model_type="mamba"), ["mamba", "no attention"]),
+    "tuples": (config(return_dict=False), ["llama", "return_dict"]),
     "no language model": (config(model_type="vit"), ["vit"]),
     "quantised": (config(quantization_config={"quant_method": "gptq", "bits": 4}), ["quanti"]),
     "blocks by the billion": (config(num_hidden_layers=10**9), ["1,000,000,000 blocks"]),

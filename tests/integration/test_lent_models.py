@@ -1,5 +1,6 @@
 """Models that the caller has loaded, in whatever state a program leaves them and torch in."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -124,6 +125,13 @@ def test_another_dtype_than_its_own_is_refused(text: str, tiny_tokenizer) -> Non
         besa.evaluate(small(), ["wiki"], tokenizer=tiny_tokenizer, dtype="float16")
     with pytest.raises(besa.BesaError, match="LlamaForCausalLM is loaded in float32: load it in bfloat16, or leave"):
         besa.generate(small(), "The", tokenizer=tiny_tokenizer, dtype="bfloat16")
+
+
+def test_flex_attention_is_refused_with_what_to_do(text: str, tiny_tokenizer) -> None:
+    model = LlamaForCausalLM(copy.deepcopy(SMALL))
+    model.set_attn_implementation("flex_attention")
+    with pytest.raises(besa.BesaError, match=r"flex attention, use model\.set_attn_implementation\('sdpa'\)\.$"):
+        besa.compress(model, "wanda", text, samples=2, seqlen=16, tokenizer=tiny_tokenizer)
 
 
 def test_weights_without_memory_are_refused(text: str, tiny_tokenizer) -> None:

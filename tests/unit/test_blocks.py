@@ -89,6 +89,16 @@ def test_models_without_blocks_are_refused(depth, sentence):
     assert str(caught.value) == sentence
 
 
+@pytest.mark.parametrize("alias", ["parameter", "memory"])
+def test_two_linears_of_one_weight_are_refused(alias):
+    model = Nothing(3)
+    model.layers = nn.ModuleList(nn.ModuleDict({"k": nn.Linear(4, 4), "v": nn.Linear(4, 4)}) for _ in range(3))
+    shared = model.layers[1]["k"].weight
+    model.layers[1]["v"].weight = shared if alias == "parameter" else nn.Parameter(shared.data)
+    with pytest.raises(BesaError, match=r": layers\.1\.k\.weight and layers\.1\.v\.weight are one weight\.$"):
+        find_blocks(model)
+
+
 def test_the_largest_stack_of_the_right_depth_is_the_decoder():
     model = Nothing(3)
     model.experts = nn.ModuleList(nn.ModuleList(nn.Linear(4, 4) for _ in range(3)) for _ in range(3))

@@ -10,7 +10,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from besa.counting.budget import cheapest, enough_for, split, zeros_for
+from besa.counting.budget import cheapest, check_room, enough_for, split, zeros_for
 from besa.errors import BesaError
 from besa.methods.apportioning import apportion
 
@@ -145,6 +145,12 @@ def test_impossible_totals(total):
     with pytest.raises(BesaError, match=r"^12 weights that share a budget have 3 zeros already .*\.$") as caught:
         apportioned([0.5, 0.5], [6, 6], total, [1, 2])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("present", "advice"), [(9_999, "ask for a sparsity of at least 0.9999"), (10_000, "--skip")])
+def test_advice_can_be_followed(present, advice):
+    with pytest.raises(BesaError, match=advice):
+        check_room(10_000, 5_000, present)
 
 
 @pytest.mark.parametrize("rate", [float("nan"), float("inf"), -float("inf")])

@@ -98,6 +98,8 @@ def test_save_tensors_of_any_layout_and_dtype(tmp_path: Path) -> None:
         "expert.1": stack[1],
         "half": torch.tensor([1.5, -2.0], dtype=torch.bfloat16),
         "number": torch.tensor(7),
+        "strided number": stack[0, :1, :1],
+        "nothing": stack[:0],
     }
     path = tmp_path / "new" / "t.safetensors"
     tensor_files.save_tensors(path, tensors)

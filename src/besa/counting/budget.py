@@ -54,9 +54,10 @@ def check_room(weights: int, zeros: int, present: int, what: str = "that share a
         BesaError: there are more zeros already, or fewer weights.
     """
     if not present <= zeros <= weights:
+        share = enough_for(present, weights)
+        more = f"ask for a sparsity of at least {share}" if float(share) < 1 else "leave them out by --skip"
         raise BesaError(
-            f"{weights:,} weights {what} have {present:,} zeros already and cannot have exactly {zeros:,}: ask for a "
-            f"sparsity of at least {enough_for(present, weights)}."
+            f"{weights:,} weights {what} have {present:,} zeros already and cannot have exactly {zeros:,}: {more}."
         )
 
 

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 from torch.func import functional_call
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 
 from besa.errors import BesaError
@@ -157,6 +158,8 @@ class Check:
         part = changeable(value)
         if isinstance(part, Unknown):
             self._refuse(f"{block.name} gets {name} from the block before it")
+        if isinstance(part, BlockMask):
+            self._refuse(f"{block.name} has flex attention, use model.set_attn_implementation('sdpa')")
         if part is not None:
             self._refuse(f"{block.name} gets {name} with a {type(part).__name__} in it, which may change between calls")
         if not same(value, other):

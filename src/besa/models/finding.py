@@ -37,7 +37,7 @@ def find_blocks(model: PreTrainedModel) -> list[Block]:
         name = f"{path}.{index}"
         if not inner:
             raise BesaError(f"{name} of {type(model).__name__} has no linear weights to prune.")
-        parameters = {parameter for parameter, _ in module.named_parameters()}
+        parameters = {parameter for parameter, _ in module.named_parameters(remove_duplicate=False)}
         if computed := [place for place, prunable in inner.items() if prunable.parameter not in parameters]:
             raise BesaError(
                 f"The weight of {name}.{computed[0]} is computed from other parameters: remove its parametrization "
@@ -74,8 +74,8 @@ def _refuse_shared_weights(model: PreTrainedModel, blocks: list[Block]) -> None:
     places: dict[int, str] = {}
     for block in blocks:
         for inner, parameter in block.module.named_parameters(remove_duplicate=False):
-            name = f"{block.name}.{inner}"
-            if (other := places.setdefault(id(parameter), name)) != name:
+            name, memory = f"{block.name}.{inner}", 0 if parameter.is_meta else parameter.data_ptr()
+            if (other := places.setdefault(memory or id(parameter), name)) != name:
                 raise BesaError(
                     f"{type(model).__name__} cannot be pruned block by block: {other} and {name} are one weight."
                 )

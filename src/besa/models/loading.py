@@ -108,7 +108,7 @@ def check_decoder(name: str, config: PreTrainedConfig) -> None:
         config: of the model.
 
     Raises:
-        BesaError: the model is an encoder-decoder, or has no attention.
+        BesaError: the model is an encoder-decoder, has no attention, or is configured to return tuples.
     """
     kind = f"{name} is a {config.model_type} model"
     if config.is_encoder_decoder:
@@ -119,6 +119,8 @@ def check_decoder(name: str, config: PreTrainedConfig) -> None:
         attention = True
     if not attention:
         raise BesaError(f"{kind}, which has no attention (state-space or recurrent): besa prunes causal decoders.")
+    if not config.return_dict:
+        raise BesaError(f"{kind} whose configuration has return_dict: false, which its own code cannot run: remove it.")
 
 
 def read_generation_config(source: Source, model: PreTrainedModel) -> GenerationConfig | None:

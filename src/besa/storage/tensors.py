@@ -68,7 +68,16 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, 
     with replacing(path) as partial, partial.open("wb") as file:
         file.write(_head(header))
         for _, tensor in ordered:
-            file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            file.write(bytes_of(tensor.detach().cpu()).numpy().data)
+
+
+def bytes_of(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor, uint8, in the order of its numbers; a copy where it is not contiguous.
+
+    Torch calls a tensor of one number contiguous whatever its stride, and does not view it as bytes for that stride.
+    """
+    tensor = tensor.contiguous()
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 def join_tensors(path: Path, parts: Sequence[Path], about: Mapping[str, str] | None = None) -> None:

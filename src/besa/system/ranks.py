@@ -21,6 +21,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from besa.errors import BesaError
+from besa.storage.tensors import bytes_of
 
 T = TypeVar("T")
 CHUNK = 1 << 22  # weights at a time, to bound temporary memory
@@ -246,7 +247,7 @@ def tensors_from_first(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, kind in kinds.items():
         own = tensors[name].cpu().contiguous() if is_first() else _empty(**kind)
         with with_others():
-            dist.broadcast(own.reshape(-1).view(torch.uint8), 0)
+            dist.broadcast(bytes_of(own), 0)
         _group.sent += (count() - 1) / count() * own.nbytes
         received[name] = own
     return received

@@ -64,7 +64,8 @@ class Structured(Allocator):
         even = super().budgets(blocks, names, sparsity, None)
         if len({(budget.weights, budget.zeros) for budget in even}) > 1:
             raise BesaError(
-                "structured pruning takes the same structures in every block: skip the same linears in all of them."
+                "structured pruning takes the same structures of every block, and these blocks differ in the linears "
+                "that count: skip the same linears in all of them, such as those of attention (--skip '*attn*')."
             )
         if targets is None:
             return even
