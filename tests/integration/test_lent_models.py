@@ -134,6 +134,43 @@ def test_flex_attention_is_refused_with_what_to_do(text: str, tiny_tokenizer) ->
         besa.compress(model, "wanda", text, samples=2, seqlen=16, tokenizer=tiny_tokenizer)
 
 
+def with_bias(model: PreTrainedModel) -> None:
+    model.model.layers[1].mlp.up_proj.bias = torch.nn.Parameter(torch.ones(model.config.intermediate_size))
+
+
+def narrowed(model: PreTrainedModel) -> None:
+    mlp = model.model.layers[0].mlp
+    mlp.gate_proj.weight, mlp.up_proj.weight = (
+        torch.nn.Parameter(linear.weight[:8].detach()) for linear in (mlp.gate_proj, mlp.up_proj)
+    )
+    mlp.down_proj.weight = torch.nn.Parameter(mlp.down_proj.weight[:, :8].detach())
+
+
+def without_norm(model: PreTrainedModel) -> None:
+    model.model.norm = torch.nn.Identity()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (with_bias, "model.layers.1.mlp.up_proj.bias of LlamaForCausalLM is of shape .*, but not there by its config"),
+        (narrowed, "model.layers.0.mlp.down_proj.weight of .* is of shape .*, but of shape .* by its config"),
+        (without_norm, "model.norm.weight of LlamaForCausalLM is not there, but of shape .* by its config"),
+    ],
+)
+def test_a_model_that_no_folder_gives_back_is_pruned_in_memory_alone(
+    change: Callable[[PreTrainedModel], None], words: str, text: str, tiny_tokenizer, tmp_path: Path
+) -> None:
+    model = small()
+    change(model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(besa.BesaError, match=words):
+        besa.compress(model, "wanda", text, out=tmp_path / "out", tokenizer=tiny_tokenizer, **SIZES)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not list(tmp_path.iterdir())
+    assert besa.compress(model, "wanda", text, tokenizer=tiny_tokenizer, **SIZES).record.zeros > 0
+
+
 def test_weights_without_memory_are_refused(text: str, tiny_tokenizer) -> None:
     refused = "model.embed_tokens.weight of LlamaForCausalLM has no memory"
     with pytest.raises(besa.BesaError, match=refused):

@@ -17,14 +17,18 @@ import besa
 from besa import BesaError, Recipe, cli
 from besa.checkpoint import shrinking
 from besa.checkpoint.provenance import earlier, staying
+from besa.data.calibration import Calibration
 from besa.models.couplings import couplings
 from besa.models.finding import find_blocks
 from besa.models.streaming import DecoderInMemory
 from besa.record import RECORD_NAME, RunRecord
 from tests.integration.test_families import TOKENS, config_of, load, random_model, saved
+from tests.slowly import some_slow
+from tests.sweep import small_model
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
 TEXT = str(TINY / "calibration.txt")
+FEW = Calibration(torch.arange(48).reshape(2, 24) * 17 % 251 + 3, "random", 0)
 TOKENS_NT = torch.arange(60).reshape(2, 30) * 17 % 1024
 
 
@@ -234,6 +238,38 @@ def test_what_cannot_be_shrunk(family: str, kind: str, words: str, tmp_path: Pat
     saved(dense, tmp_path / "dense")
     assert words in refusal(lambda: besa.shrink(tmp_path / "dense", tmp_path / "small"))
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+@pytest.mark.parametrize(
+    ("family", "layers"),
+    some_slow(
+        [("doge", "attention"), ("xglm", "attention"), ("diffllama", "attention"), ("bitnet", "mlp")],
+        {("doge", "attention"), ("bitnet", "mlp")},
+    ),
+)
+def test_models_whose_own_code_fails_with_fewer_heads_or_channels(
+    family: str, layers: str, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    dense, out = saved(small_model(family), tmp_path / "dense"), tmp_path / "out"
+    recipe = Recipe.load("depth", overrides=["allocation.blocks=1", f"allocation.layers={layers}"])
+    besa.compress(dense, recipe, FEW, out=out, tokenizer=tiny_tokenizer)
+    words = refusal(lambda: besa.shrink(out, tmp_path / "small", by_block=True))
+    assert words.endswith(
+        "computes something else with smaller matrices: the zeros of this model cannot be removed from it."
+    )
+    assert not (tmp_path / "small").exists()
+
+
+def test_a_model_without_attention_is_not_written(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    model = small_model("qwen3_5_text")
+    dense, out = saved(model, tmp_path / "dense"), tmp_path / "out"
+    attention = model.config.layer_types.index("full_attention")
+    skip = [f"*.layers.{index}.mlp.down_proj" for index in range(len(model.config.layer_types)) if index != attention]
+    recipe = Recipe.load("depth", overrides=["allocation.blocks=1", f"skip={skip}"])
+    besa.compress(dense, recipe, FEW, out=out, tokenizer=tiny_tokenizer)
+    words = refusal(lambda: besa.shrink(out, tmp_path / "small"))
+    assert words.startswith("No attention would stay, and transformers runs no such model")
+    assert not (tmp_path / "small").exists()
 
 
 def test_a_wrong_cut_is_seen_before_the_folder_appears(

@@ -9,7 +9,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from besa.checkpoint.companions import companions
 from besa.errors import BesaError
 from besa.models.borrowing import check_dtype_of_caller, check_memory_of_caller, tokenizer_of_caller
-from besa.models.loading import check_decoder, describe, is_quantized, load_model, load_tokenizer, read_config
+from besa.models.loading import (
+    check_decoder,
+    describe,
+    is_quantized,
+    load_model,
+    load_tokenizer,
+    read_config,
+    skeleton_like,
+)
 from besa.models.source import Source
 from besa.models.streaming import Decoder, DecoderInMemory, DecoderOnDisk
 from besa.models.widths import refuse
@@ -38,6 +46,7 @@ def open_decoder(
         _check_own(model)
         if from_disk:
             refuse(type(model).__name__, model.config)
+            _check_described(model)
         check_dtype_of_caller(model, dtype)
         return DecoderInMemory(model), tokenizer_of_caller(tokenizer), describe(model)
     if model.gguf:
@@ -74,6 +83,29 @@ def _check_own(model: PreTrainedModel) -> None:
         )
     if any(type(part).__module__.partition(".")[0] == "peft" for part in model.modules()):
         raise BesaError(f"{name} has an adapter: merge it into the weights first (`merge_and_unload` of peft).")
+
+
+def _check_described(model: PreTrainedModel) -> None:
+    """Refuse a loaded model that has other weights than its configuration says: a folder could not give it back.
+
+    Raises:
+        BesaError: a weight is missing, added, or of another shape.
+    """
+    described, own = (
+        {name: tuple(weight.shape) for name, weight in each.named_parameters(remove_duplicate=False)}
+        for each in (skeleton_like(model, model.config), model)
+    )
+    for name in sorted(described.keys() | own.keys()):
+        if described.get(name) != own.get(name):
+            given, built = _shape(own.get(name)), _shape(described.get(name))
+            raise BesaError(
+                f"{name} of {type(model).__name__} is {given}, but {built} by its config, so no folder can give this "
+                "model back: prune it without out, or make the config describe it."
+            )
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "not there" if shape is None else f"of shape {shape}"
 
 
 def _decoder_of_folder(source: Source, dtype: str, from_disk: bool) -> Decoder:

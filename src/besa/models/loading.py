@@ -178,6 +178,17 @@ def skeleton(source: Source, config: PreTrainedConfig) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
+def skeleton_like(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
+    """A model of the same class and dtype in evaluation mode, parameters and buffers on the meta device.
+
+    Raises:
+        BesaError: the class cannot be built from the configuration.
+    """
+    with quiet(), model_explained(type(model).__name__), torch.device("meta"):
+        like: PreTrainedModel = type(model)._from_config(config, dtype=model.dtype, experts_implementation="eager")
+    return like.eval().requires_grad_(False)
+
+
 def _loader(config: PreTrainedConfig | None) -> Any:
     """The class of transformers that builds the model: for causal language models, or else for those with images."""
     for loader in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):

@@ -15,7 +15,7 @@ from besa.models.blocks import Block
 from besa.models.experts import find_experts, stacks
 from besa.models.finding import find_blocks
 from besa.models.layout import FURTHER
-from besa.models.quiet import model_explained, quiet
+from besa.models.loading import skeleton_like
 
 # What families call these numbers in their configurations.
 CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
@@ -158,7 +158,7 @@ def fewer(model: PreTrainedModel, blocks: list[Block], mixtures: Mixtures, kept:
     for key in [key for key, value in said.items() if "expert" in key and value == mixtures.experts]:
         settings = {key: kept} | further
         try:
-            smaller = _skeleton(model, changed(model.config, settings))
+            smaller = skeleton_like(model, changed(model.config, settings))
         except BesaError:  # the key is another number, or the family checks it against others
             continue
         axes = _smaller_axes(model, smaller, mixtures, kept)
@@ -181,13 +181,6 @@ def changed(config: PreTrainedConfig, settings: Mapping[str, int]) -> PreTrained
     for key, value in settings.items():
         setattr(other.get_text_config(), key, value)
     return other
-
-
-def _skeleton(like: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
-    """A model of the same class and dtype in evaluation mode, parameters and buffers on the meta device."""
-    with quiet(), model_explained(type(like).__name__), torch.device("meta"):
-        model: PreTrainedModel = type(like)._from_config(config, dtype=like.dtype, experts_implementation="eager")
-    return model.eval().requires_grad_(False)
 
 
 def _smaller_axes(
