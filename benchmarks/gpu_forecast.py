@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import typer
 from transformers import PreTrainedConfig
 
 from benchmarks.operations import Operation, Seen
@@ -276,4 +277,4 @@ def _rounded(value: Any) -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -258,6 +258,14 @@ def test_what_was_packed_or_quantised_is_refused(
         besa.compress(besa.load(tmp_path / form), "wanda", text, tokenizer=tiny_tokenizer, **SIZES)
 
 
+@pytest.mark.parametrize("recipe", ["wanda", "magnitude"])
+def test_outputs_too_large_to_be_compared_are_refused(recipe: str, text: str, tiny_tokenizer) -> None:
+    model = small()
+    model.model.layers[0].mlp.up_proj.weight.data *= 1e26
+    with pytest.raises(besa.BesaError, match=r"The outputs of model\.layers\.0 are too large to be compared"):
+        besa.compress(model, recipe, text, tokenizer=tiny_tokenizer, **SIZES)
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 def test_gradients_that_are_not_finite_are_refused(sign: int, text: str, tiny_tokenizer) -> None:
     model = small()

@@ -219,6 +219,7 @@ def test_another_method_begins_with_its_own_settings():
     ("override", "told"),
     [
         ("allocation.epoch=2", "unknown key allocation."),
+        ("allocation.epochs=2", "unknown key allocation.epochs: set allocation.steps"),
         ("speed=2", "unknown key speed"),
         ("allocation.steps=many", "steps: input should be a valid integer"),
         ("allocation.steps=2.5", "steps: input should be a valid integer"),

@@ -73,7 +73,7 @@ def unpack(
     check_files(out_dir, None, json_progress)
     with show_progress(quiet=quiet, json_progress=json_progress) as tracker:
         unpack_checkpoint(model, out_dir, trust_remote_code=trust_remote_code, progress=tracker)
-    out.print(Text(f"{out_dir}: the dense checkpoint, with the numbers that were packed"))
+    out.print(Text(f"{out_dir}: the checkpoint as it was before it was packed"))
 
 
 @commands.command("generate", rich_help_panel=PANEL)

@@ -8,6 +8,7 @@ from typing import get_args
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+FORMER = {"allocation.epochs": "set allocation.steps, the number of learning steps"}  # keys that are no more
 PATTERNS = {  # what the settings with patterns must be, in words
     "skip": "a list of patterns, such as ['*.k_proj']",
     "sparsity_of": "patterns with a sparsity each, such as {'*.k_proj': 0.3}",
@@ -28,7 +29,7 @@ def first_complaint(error: ValidationError, fields: Mapping[str, FieldInfo]) -> 
     keys = [str(key) for at, key in enumerate(complaint["loc"]) if at != 1 or len(complaint["loc"]) == 2]
     place = " ".join(".".join(keys).split())
     if complaint["type"] == "extra_forbidden":
-        return f"unknown key {place}"
+        return f"unknown key {place}: {FORMER[place]}" if place in FORMER else f"unknown key {place}"
     if complaint["type"] == "union_tag_invalid":
         return (
             f"{place}.method is {complaint['ctx']['tag']!r:.80} but must be one of {complaint['ctx']['expected_tags']}"

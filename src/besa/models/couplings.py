@@ -199,7 +199,7 @@ def alike(blocks: Collection[Block]) -> list[Coupling]:
     if shapes == {()}:
         raise BesaError(
             f"{type(first.module).__name__} has no feed-forward channels or heads that besa can separate: its matrices "
-            "are fused, belong to a mixture of experts, or have unknown names."
+            "are fused, have unknown names, or belong to experts, of which `besa prune` writes those that stay."
         )
     if len(shapes) > 1:
         raise BesaError(

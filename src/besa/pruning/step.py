@@ -5,6 +5,7 @@ Shape suffixes: N sequences, T tokens, C channels of the residual stream, O rows
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -69,8 +70,8 @@ def prune_unit(step: Step) -> tuple[list[BlockRecord], Coded]:
         A record of each block, and the quantised weights of the unit.
 
     Raises:
-        BesaError: no token reaches a matrix that is to be pruned, or the block already has more zeros than its budget
-            allows.
+        BesaError: no token reaches a matrix that is to be pruned, the block already has more zeros than its budget
+            allows, or its outputs are too large to be compared.
     """
     unit, recipe, watch = step.unit, step.run.recipe, step.watch
     in_turn = parts(unit, recipe.granularity)
@@ -278,11 +279,15 @@ def _records(
         losses: of the learning steps.
         finetuned: result of the fine-tuning.
         errors: as of `_propagate`.
+
+    Raises:
+        BesaError: as of `_check_errors`.
     """
     watch, unit = step.watch, step.unit
     with watch("measure"):
         counted = linear_records({name: unit.weight(name).detach() for name in linears}, linears)
         measured: list[float] = torch.stack(errors).tolist()
+    _check_errors(unit, measured)
     share = len(unit.blocks)
     records = []
     for block, error in zip(unit.blocks, measured, strict=True):
@@ -307,3 +312,17 @@ def _records(
             )
         )
     return records
+
+
+def _check_errors(unit: Unit, errors: list[float]) -> None:
+    """Refuse errors that are NaN or infinite: later blocks would be pruned by what such outputs leave of their inputs.
+
+    Raises:
+        BesaError: outputs of a block are too large to be squared in float32.
+    """
+    for block, error in zip(unit.blocks, errors, strict=True):
+        if not math.isfinite(error):
+            raise BesaError(
+                f"The outputs of {block.name} are too large to be compared (their error is {error}): check the weights "
+                "of the model."
+            )

@@ -30,7 +30,7 @@ def pruned(record: RunRecord, folder: Path) -> RenderableType:
     errors = [block.reconstruction_error for block in record.blocks]
     gpu = f", GPU {record.peak_gpu_memory_bytes / 1e9:.2f} GB" if record.peak_gpu_memory_bytes else ""
     unreached = (
-        f"\n{record.unreached} matrices of experts saw no calibration token: pruned by weights alone"
+        f"\n{record.unreached} matrices met no calibration token (experts) or zeros alone: pruned by weights alone"
         if record.unreached
         else ""
     )
