@@ -70,6 +70,17 @@ def test_counts_are_those_of_the_run(tiny_llama_folder: Path, tmp_path: Path) ->
     assert planned.gpu_memory_bytes is None
 
 
+def test_fewer_zeros_than_a_run_has_left_are_warned_of(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    text, out = str(tiny_llama_folder / "calibration.txt"), tmp_path / "out"
+    zeros = besa.compress(tiny_llama_folder, "magnitude", text, sparsity=0.5, out=out, samples=1, seqlen=8).record.zeros
+    (warning,) = besa.plan(out, "magnitude", sparsity=0.4, calibration=text).warnings
+    assert f"{zeros:,} zeros already, so `besa prune` refuses the" in warning
+    with pytest.raises(BesaError, match="zeros already"):
+        besa.compress(out, "magnitude", text, sparsity=0.4, samples=1, seqlen=8)
+    again = float(warning.removesuffix(".").rpartition(" ")[2])
+    assert besa.plan(out, "magnitude", sparsity=again, calibration=text).warnings == []
+
+
 @pytest.mark.parametrize(
     ("config", "weights", "gigabytes"),
     [

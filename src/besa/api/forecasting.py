@@ -11,6 +11,7 @@ from pydantic import InstanceOf
 
 from besa.api.choosing import check_coded, chosen, default_batch
 from besa.checkpoint.rewriting import folder_of
+from besa.counting.budget import enough_for
 from besa.data.arguments import Bytes, Count, Dtype, Length, Ranks, Samples, checked
 from besa.data.documents import check_there, first_document
 from besa.data.mixture import MIX, OWN, parts_of, texts_of
@@ -20,9 +21,10 @@ from besa.models.finding import find_blocks
 from besa.models.limits import positions
 from besa.models.loading import read_config, refuse_quantized, skeleton
 from besa.models.mixtures import changed
-from besa.models.source import check_apart, locate, weight_paths
+from besa.models.source import Source, check_apart, locate, weight_paths
 from besa.planning import Outline, Plan, work_out
 from besa.pruning import smaller
+from besa.record import RECORD_NAME, RunRecord
 from besa.storage.formats.container import refuse_packed
 from besa.storage.names import nearest, path_of
 from besa.storage.writing import check_absent
@@ -97,7 +99,7 @@ def plan(
     fewer = smaller(empty, find_blocks(empty), recipe)
     if fewer is not None:
         empty = skeleton(source, changed(config, fewer.settings))
-    return work_out(
+    plan = work_out(
         Outline(
             source.name,
             empty,
@@ -117,6 +119,19 @@ def plan(
             document=_longest(texts_of(calibration)),
         )
     )
+    return plan.model_copy(update={"warnings": [*plan.warnings, *_too_many_zeros(source, plan)]})
+
+
+def _too_many_zeros(source: Source, plan: Plan) -> list[str]:
+    """A sentence if an earlier run left more zeros than the plan asks for: no weights are read that would tell them."""
+    before = None if source.gguf else RunRecord.known(folder_of(source))
+    if before is None or before.weights != plan.prunable_weights or before.zeros <= plan.zeros:
+        return []
+    share = enough_for(before.zeros, before.weights)
+    return [
+        f"By its {RECORD_NAME}, {source.name} has {before.zeros:,} zeros already, so `besa prune` refuses the "
+        f"{plan.zeros:,} that are planned: ask for a sparsity of at least {share}."
+    ]
 
 
 def _longest(texts: Sequence[str]) -> int:
