@@ -127,6 +127,7 @@ def test_another_dtype_than_its_own_is_refused(text: str, tiny_tokenizer) -> Non
         besa.generate(small(), "The", tokenizer=tiny_tokenizer, dtype="bfloat16")
 
 
+@pytest.mark.slow
 def test_flex_attention_is_refused_with_what_to_do(text: str, tiny_tokenizer) -> None:
     model = LlamaForCausalLM(copy.deepcopy(SMALL))
     model.set_attn_implementation("flex_attention")

@@ -150,7 +150,7 @@ def shrink(
         check_space(Path(out), disk_bytes(done.file_bytes_before - smaller.removed_bytes(decoder)))
         rewrite(source, folder, _parts(decoder, smaller, progress), config, WIDTHS_STEM if smaller.uneven else STEM)
         written = DecoderOnDisk(replace(source, name=str(out), location=str(folder)))
-        _check_attention(written.model)
+        _check_attention(decoder.model, written.model)
         _compare(DecoderOnDisk(source), written, smaller.blocks, progress)
         done.file_bytes = size_of(folder.glob("*.safetensors"))
     return done
@@ -331,20 +331,26 @@ def _described(source: Source, decoder: DecoderOnDisk, config: dict[str, Any]) -
         return None
 
 
-def _check_attention(model: PreTrainedModel) -> None:
-    """Check that transformers can run a model of several kinds of layers, which asks attention for the tokens so far.
+def _check_attention(before: PreTrainedModel, after: PreTrainedModel) -> None:
+    """Check that attention stays where there was some: transformers asks it for the number of tokens so far.
 
     Raises:
-        BesaError: the model has no attention.
+        BesaError: all of it would go.
     """
+    if _has_attention(before) and not _has_attention(after):
+        raise BesaError(
+            "No attention would stay, and transformers runs no such model: when you prune, leave out a block that has "
+            "some by --skip."
+        )
+
+
+def _has_attention(model: PreTrainedModel) -> bool:
+    """Whether a layer counts tokens in the cache of a model."""
     try:
         DynamicCache(config=model.config).get_seq_length()
     except ValueError as error:
-        if WITHOUT_ATTENTION in str(error):
-            raise BesaError(
-                "No attention would stay, and transformers runs no such model: when you prune, leave out a block that "
-                "has some by --skip."
-            ) from None
+        return WITHOUT_ATTENTION not in str(error)
+    return True
 
 
 def _shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
