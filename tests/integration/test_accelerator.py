@@ -267,7 +267,7 @@ def watched(model: PreTrainedModel, recipe: Recipe, monkeypatch: pytest.MonkeyPa
     "case",
     some_slow(
         ["besa", "besa-int4", "besa-layerwise", "best", "fast", "int4", "sparsegpt", "wanda"],
-        {"besa-int4", "besa-layerwise", "best", "int4"},
+        {"besa", "besa-int4", "besa-layerwise", "best", "int4", "sparsegpt"},
     ),
 )
 def test_the_host_neither_waits_nor_computes_more_than_it_may(shallow: Path, monkeypatch: Any, case: str) -> None:

@@ -50,7 +50,7 @@ def results(tiny_llama_folder: Path, heldout: str) -> dict[str, tuple[besa.Compr
             samples=SAMPLES,
             seqlen=SEQLEN,
         )
-        measured = besa.evaluate(result.model, [heldout], window=WINDOW, tokenizer=result.tokenizer)
+        measured = besa.evaluate(result.model, [heldout], window=WINDOW, max_windows=100, tokenizer=result.tokenizer)
         found[recipe] = (result, measured.perplexity["heldout"])
     return found
 

@@ -447,10 +447,10 @@ def of_another(monkeypatch: pytest.MonkeyPatch, **changes: object) -> None:
     ("changes", "words"),
     [
         ({"versions": {"besa": "9.9.9"}}, "besa 9.9.9"),
-        ({"versions": {"torch": "9.9"}}, "torch 9.9"),
-        ({"machine": {"processor": "Another"}}, "on Another"),
+        pytest.param({"versions": {"torch": "9.9"}}, "torch 9.9", marks=pytest.mark.slow),
+        pytest.param({"machine": {"processor": "Another"}}, "on Another", marks=pytest.mark.slow),
         ({"machine": {"threads": 99}}, "99 threads"),
-        ({"machine": {"gpu": "A GPU"}}, "on A GPU"),
+        pytest.param({"machine": {"gpu": "A GPU"}}, "on A GPU", marks=pytest.mark.slow),
     ],
 )
 def test_rows_of_another_besa_or_machine_are_shown_as_such_and_made_anew(

@@ -218,7 +218,7 @@ def test_targets_need_a_sparsity_of_the_weights_that_stay() -> None:
     [
         pytest.param("sparsegpt", [], 0.4, marks=pytest.mark.slow),
         pytest.param("wanda", ["allocation.method=nm"], 0.5, marks=pytest.mark.slow),
-        ("wanda-int4", ["quantization.batch=2"], 0.5),
+        pytest.param("wanda-int4", ["quantization.batch=2"], 0.5, marks=pytest.mark.slow),
         ("besa", ["allocation.steps=4", "allocation.granularity=attn-mlp", "allocation.teacher=pruned"], 0.5),
         pytest.param("best", ["distill.epochs=1"], 0.5, marks=pytest.mark.slow),
     ],

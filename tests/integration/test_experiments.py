@@ -474,6 +474,7 @@ def test_a_killed_program_goes_on_and_what_is_done_is_kept(
     assert re.search(r"\| fig5 \| samples 4, .* \| 2 \| 10 \| 10 \| 0\.00 \|", listed(todo, place))
 
 
+@pytest.mark.slow
 def test_seeds_are_added_to_a_result_of_another_machine(
     two_blocks: Path, data: dict[str, str], place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -126,9 +126,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-LIKE_OTHERS = {  # their blocks have nothing that none of the others has
-    "deepseek_v2", "falcon_new", "gemma", "gemma2", "glm4", "gpt_neo", "granite", "granitemoe", "mistral", "nemotron",
-    "olmo", "olmoe", "phimoe", "qwen2", "qwen2_moe", "smollm3",
+LIKE_OTHERS = {  # their linears and experts have no form that none of the others has
+    "cohere", "deepseek_v2", "falcon", "falcon_new", "gemma", "gemma2", "glm4", "gpt_neo", "gpt_neox", "gptj",
+    "granite", "granitemoe", "mistral", "nemotron", "olmo", "olmo2", "olmoe", "opt", "phi", "phimoe", "qwen2",
+    "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "stablelm", "starcoder2",
 }  # fmt: skip
 TOKENS = Calibration(torch.randint(0, VOCABULARY, (4, 16), generator=torch.Generator().manual_seed(0)), "random", 0)
 

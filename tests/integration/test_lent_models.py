@@ -106,7 +106,9 @@ def test_a_model_that_was_being_trained(text: str, tiny_tokenizer) -> None:
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 
-@pytest.mark.parametrize(("before", "after"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+@pytest.mark.parametrize(
+    ("before", "after"), some_slow([("float32", "bfloat16"), ("bfloat16", "float32")], {("float32", "bfloat16")})
+)
 def test_config_says_the_dtype_of_the_weights(
     before: str, after: str, text: str, tiny_tokenizer, tiny_llama_folder: Path, tmp_path: Path
 ) -> None:

@@ -22,6 +22,7 @@ from besa.models.source import locate
 from besa.models.streaming import DecoderInMemory
 from besa.pruning import preparing, quantizing
 from besa.storage import snapshots
+from tests.slowly import some_slow
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
 TEXT = str(TINY / "calibration.txt")
@@ -153,7 +154,7 @@ def test_zeros_go_first_then_what_rounds_to_zero_by_importance() -> None:
     assert quantizing._zeros_first(linear, q_OI, 4).tolist() == [[4, 6, 2, 0, 7, 1, 3, 5]]
 
 
-@pytest.mark.parametrize("allocation", ["uniform", "besa", "sensitivity"])
+@pytest.mark.parametrize("allocation", some_slow(["uniform", "besa", "sensitivity"], {"uniform", "sensitivity"}))
 def test_zeros_that_the_model_has_count_where_little_is_pruned(shallow_llama_folder: Path, allocation: str) -> None:
     """In two bits, more weights round to zero than the sparsity asks for."""
     model = load_model(locate(str(shallow_llama_folder)))

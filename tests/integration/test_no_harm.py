@@ -119,7 +119,7 @@ def test_trained_models(stage, trained):
     assert judged.harm(TOO_LARGE.get(name, {}).get(stage, STAGES[stage])) == {}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", some_slow(["float32", "bfloat16"], {"bfloat16"}))
 def test_fine_tuning_learns_in_every_dtype(dtype, tiny_llama_folder):
     """Float32 is multiplied in bfloat16 where the hardware does that, and the numbers that learn stay float32."""
     text = str(tiny_llama_folder / "calibration.txt")

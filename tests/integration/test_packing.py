@@ -20,6 +20,7 @@ from besa.checkpoint.inspection import inspect
 from besa.models.source import locate
 from besa.storage.formats import bitmask
 from besa.storage.formats.container import Container
+from tests.slowly import some_slow
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
 TEXT = str(TINY / "calibration.txt")
@@ -55,7 +56,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return make
 
 
-@pytest.fixture(params=FORMS)
+@pytest.fixture(params=some_slow(FORMS, {"symmetric"}))
 def checkpoint(request: pytest.FixtureRequest, made: Callable[[str], Path]) -> Path:
     return made(request.param)
 

@@ -217,7 +217,7 @@ def test_a_packed_checkpoint_is_simulated_by_its_zeros(joint: Compressed) -> Non
         assert linear.nnz == int((w_OI != 0).sum())
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("symmetric", some_slow([True, False], {True}))
 def test_what_was_codes_in_a_packed_model_is_saved_as_numbers(
     symmetric: bool, shallow_llama_folder: Path, tmp_path: Path
 ) -> None:
@@ -237,7 +237,7 @@ def test_what_was_codes_in_a_packed_model_is_saved_as_numbers(
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("recipe", ["wanda-int4", "besa-rtn4", "int4"])
+@pytest.mark.parametrize("recipe", some_slow(["wanda-int4", "besa-rtn4", "int4"], {"besa-rtn4"}))
 def test_baselines(recipe: str, tmp_path: Path, shallow_llama_folder: Path) -> None:
     result = besa.compress(shallow_llama_folder, recipe, TEXT, out=tmp_path / "out", **SIZES)
     weights = prunable(decompressed(tmp_path / "out"))
@@ -365,7 +365,7 @@ def test_families_of_plain_linears(family: str, tmp_path: Path) -> None:
         assert torch.equal(found[name], tensor), name
 
 
-@pytest.mark.parametrize("family", OTHER)
+@pytest.mark.parametrize("family", some_slow(OTHER, OTHER.keys() - {"gpt2", "mixtral"}))
 def test_what_transformers_could_not_load_packed_is_refused(family: str, tmp_path: Path) -> None:
     folder = saved(random_model(OTHER[family]), tmp_path / "dense")
     with pytest.raises(BesaError, match="--dequantized"):

@@ -282,7 +282,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     ("kind", "damage"),
     some_slow(
         product(("safetensors", "json"), DAMAGES),
-        {("safetensors", "truncated"), ("safetensors", "empty"), ("json", "flipped"), ("json", "truncated")},
+        set(product(("safetensors", "json"), DAMAGES)) - {("safetensors", "flipped"), ("json", "missing")},
     ),
 )
 def test_a_damaged_block_is_done_again(kind: str, damage: str, whole: Path, begun: Path) -> None:
@@ -459,7 +459,7 @@ def test_a_folder_that_is_not_besa_s_is_left_alone(whole: Path, tmp_path: Path) 
     assert (tmp_path / "model.partial" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("ending", ["the last block", "Ctrl-C"])
+@pytest.mark.parametrize("ending", some_slow(["the last block", "Ctrl-C"], {"the last block"}))
 def test_an_out_that_comes_into_being_meanwhile_costs_no_block(ending: str, whole: Path, begun: Path) -> None:
     def progress(done: int, _: int, state: str) -> None:
         if done == 6 and state != "embeddings":

@@ -162,9 +162,9 @@ def test_autocast_gives_what_a_dense_model_gives(plain: tuple[Path, Path], tmp_p
 
 
 @pytest.mark.parametrize("recipe", some_slow(["wanda", "wanda-int4"], {"wanda-int4"}))
-def test_a_packed_model_can_be_compiled(recipe: str, tmp_path: Path) -> None:
+def test_a_packed_model_can_be_compiled(recipe: str, shallow_llama_folder: Path, tmp_path: Path) -> None:
     """As one graph, in which its products are operators that keep to what torch asks of one."""
-    besa.compress(TINY, recipe, TEXT, out=tmp_path / "dense", **SIZES)
+    besa.compress(shallow_llama_folder, recipe, TEXT, out=tmp_path / "dense", **SIZES)
     besa.pack(tmp_path / "dense", tmp_path / "packed", head="int8")
     model = besa.load(tmp_path / "packed")
     compiled = torch.compile(model, backend="eager", fullgraph=True)

@@ -22,7 +22,7 @@ def test_an_exchange_takes_its_bytes_and_the_way_round_the_ring() -> None:
     assert scaling._exchange(WIRES[0], 0.0, 100) == 0.0
 
 
-@pytest.mark.parametrize("name", some_slow(["wanda", "sparsegpt", "fast", "besa"], {"fast", "sparsegpt"}))
+@pytest.mark.parametrize("name", some_slow(["wanda", "sparsegpt", "fast", "besa"], {"fast", "sparsegpt", "wanda"}))
 @pytest.mark.parametrize("count", some_slow([2, 3], {2}))
 def test_a_run_without_numbers_sends_what_a_plan_says(tmp_path: Path, name: str, count: int) -> None:
     config = LlamaConfig.from_pretrained(TINY, num_hidden_layers=2, dtype="bfloat16")

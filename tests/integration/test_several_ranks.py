@@ -1,14 +1,12 @@
 """Several ranks give what one rank gives, to the bit: `tests.on_ranks` by one, two and three processes."""
 
 import json
-import subprocess
-import sys
 from functools import cache
 
 import pytest
 
 from tests import on_ranks
-from tests.ranks import ROOT, started
+from tests.ranks import started
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +17,7 @@ def digests(tmp_path_factory):
     def made(which, count):
         out = tmp_path_factory.mktemp(f"ranks-{count}")
         if count == 1:
-            command = [sys.executable, "-m", "tests.on_ranks", str(out), which]
-            subprocess.run(command, cwd=ROOT, check=True, timeout=900)
+            on_ranks.main(out, which)
         else:
             started(count, "-m", "tests.on_ranks", str(out), which)
         return json.loads((out / on_ranks.DIGESTS).read_text())

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import besa
 from besa.checkpoint import writer
 from besa.report import load_run, render
+from tests.slowly import some_slow
 
 FEW = ["allocation.steps=12"]
 
@@ -28,7 +29,7 @@ def same(left: Path, right: Path) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("teacher", ["dense", "pruned"])
+@pytest.mark.parametrize("teacher", some_slow(["dense", "pruned"], {"dense"}))
 def test_hidden_states_on_disk_change_nothing(shallow_llama_folder, settings, tmp_path, teacher):
     recipe = besa.Recipe.load("besa", overrides=[f"allocation.teacher={teacher}", *FEW])
     for name, budget in (("memory", None), ("disk", 0)):

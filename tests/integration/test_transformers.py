@@ -48,7 +48,7 @@ def packed(folder: Path, recipe: Recipe) -> Path:
     return folder / "packed"
 
 
-@pytest.fixture(scope="module", params=[*FORMS, "shards"])
+@pytest.fixture(scope="module", params=some_slow([*FORMS, "shards"], {"shards"}))
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
     recipe = Recipe.load(FORMS.get(request.param, "wanda")).with_exceptions(["*.k_proj"], [])

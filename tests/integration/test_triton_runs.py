@@ -63,7 +63,7 @@ def folders(tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.mark.usefixtures("torchs_own_products")
-@pytest.mark.parametrize("model", ["llama", "gpt2"])
+@pytest.mark.parametrize("model", some_slow(["llama", "gpt2"], {"gpt2"}))
 @pytest.mark.parametrize("run", some_slow(RUNS, RUNS.keys() - QUICK))
 def test_a_gpu_prunes_as_the_cpu_does(
     kernels_of_gpu: set[str], folders: dict[str, Path], tiny_llama_folder: Path, run: str, model: str

@@ -1,5 +1,6 @@
 """Zeros per row: exact always, the paper's equations where they are learned, and better than uniform for it."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -68,13 +69,14 @@ def test_error_between_is_the_reconstruction_error_of_every_so_manyth_sequence(s
 # Problems
 
 
-@pytest.fixture
-def problem(tiny_llama, tiny_llama_folder, tiny_tokenizer):
+@pytest.fixture(scope="module")
+def pristine_problem(pristine_tiny_llama, tiny_llama_folder, tiny_tokenizer):
     """A block of the tiny Llama on 24 sequences of its calibration text, half of its weights to go."""
     text = (tiny_llama_folder / "calibration.txt").read_text(encoding="utf-8")[:20_000]
     tokens_L = torch.tensor(tiny_tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    blocks = find_blocks(tiny_llama)
-    x_NTC = torch.cat(list(capture_inputs(tiny_llama, blocks, tokens_L[: 24 * 40].reshape(24, 40), 24, {10, 20})))
+    model = copy.deepcopy(pristine_tiny_llama)
+    blocks = find_blocks(model)
+    x_NTC = torch.cat(list(capture_inputs(model, blocks, tokens_L[: 24 * 40].reshape(24, 40), 24, {10, 20})))
     targets_NTC = torch.empty_like(x_NTC)
     with collect(blocks[0].module, blocks[0].prunables, gram=False) as statistics:
         blocks[0].run(x_NTC, 4, into=targets_NTC)
@@ -84,6 +86,12 @@ def problem(tiny_llama, tiny_llama_folder, tiny_tokenizer):
         importance_OI = Wanda().score(w_OI, statistics[name])
         linears[name] = RankedLinear(w_OI, importance_OI, rank(importance_OI, w_OI))
     return at(BlockProblem(blocks[0], linears, x_NTC, targets_NTC, [], 0, Share.whole(len(x_NTC))), 0.5)
+
+
+@pytest.fixture
+def problem(pristine_problem):
+    """A copy of that, to change at will."""
+    return copy.deepcopy(pristine_problem)
 
 
 def weights_of(linears: dict[str, RankedLinear]) -> int:

@@ -15,6 +15,7 @@ from besa import kernels
 from besa.errors import Notice
 from besa.kernels import build, native, reference
 from besa.storage import locking
+from tests.slowly import some_slow
 
 compiled = pytest.mark.skipif(not any(map(shutil.which, build.COMPILERS)), reason="there is no C++ compiler here")
 WHERE = [(path, dtype) for path in native.paths() for dtype in native.NUMBERS]
@@ -121,7 +122,7 @@ def test_the_widest_rows(columns):
     assert torch.equal(binned(native, gradient_OI, w_OI, ranks_OI, bins_I, 100), expected_OB)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", some_slow([torch.float32, torch.bfloat16, torch.float16], {torch.float16}))
 @given(case=passes(most=(3, 150)))
 @settings(deadline=None, max_examples=15)
 def test_triton_agrees_with_the_reference(gpu, dtype, case):

@@ -21,6 +21,7 @@ from besa.models.blocks import Block
 from besa.models.prunable import find_prunables
 from besa.observing.input_statistics import InputStatistics
 from besa.system.ranks import Share
+from tests.slowly import some_slow
 
 WIDTH = 16
 METHODS = [NoReconstruction(), ConjugateGradient(), ADMM(), OBSUpdate(), OBSUpdate(mask="fixed"), OBSUpdate(columns=5)]
@@ -141,7 +142,7 @@ def test_exceptions_that_a_pattern_cannot_make_are_refused():
         recipe.with_exceptions([], ["*.k_proj=0.3"])
 
 
-@pytest.mark.parametrize("importance", ["magnitude", "wanda", "obs"])
+@pytest.mark.parametrize("importance", some_slow(["magnitude", "wanda", "obs"], {"magnitude"}))
 def test_a_model_of_2_of_4(importance, tiny_llama, tiny_llama_folder, tiny_tokenizer):
     recipe = Recipe.load(
         "wanda", None, ["allocation={method: nm}", f"importance.method={importance}", "reconstruction.method=cg"]
@@ -307,7 +308,7 @@ def test_mixed_patterns_leave_alone_what_no_token_reached():
         assert (counts[moved] * 2 == problem.linears[moved].w_OI.shape[1]).all()
 
 
-@pytest.mark.parametrize("method", ["none", "cg", "admm", "obs"])
+@pytest.mark.parametrize("method", some_slow(["none", "cg", "admm", "obs"], {"admm", "cg"}))
 def test_a_model_of_mixed_patterns(method, tiny_llama, tiny_llama_folder, tiny_tokenizer):
     recipe = Recipe.load("wanda", None, ["allocation={method: nm, mixed: true}", f"reconstruction.method={method}"])
     text = str(tiny_llama_folder / "calibration.txt")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from markupsafe import Markup
 
 import besa
 from besa.errors import BesaError
@@ -20,11 +21,23 @@ from besa.report import load_run, render
 from besa.report.allocation import parts
 from besa.report.plots import COLORS
 from besa.report.runs import labels
-from besa.report.svg import PAGE
+from besa.report.svg import PAGE, Drawing
 from besa.storage.formats.container import FORMAT, VERSION
 from tests.report_runs import DISTILLED, evaluation, linear, record, speeds, written
 
 HOSTILE = '<script>alert("x")</script>'
+
+
+@pytest.fixture
+def drawn():
+    """Asked for by what looks at charts."""
+
+
+@pytest.fixture(autouse=True)
+def without_charts(request, monkeypatch):
+    """Drawing takes two thirds of a second a page."""
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr(Drawing, "_finished", lambda self: Markup('<svg aria-label="{}"></svg>').format(self.title))
 
 
 @pytest.fixture
@@ -137,7 +150,7 @@ def test_best_pruned_model_is_bold_at_each_sparsity(three, folder):
     assert "<b>" not in render([three[0], three[2]])
 
 
-def test_page_is_one_file_that_loads_nothing(three):
+def test_page_is_one_file_that_loads_nothing(drawn, three):
     html = render(three)
     page = Page(html)
     assert not page.open
@@ -157,7 +170,7 @@ def test_page_is_one_file_that_loads_nothing(three):
     assert {link.removeprefix("#") for link in links} <= set(ids)
 
 
-def test_plots_follow_the_page_and_are_named(three):
+def test_plots_follow_the_page_and_are_named(drawn, three):
     html = render(three)
     drawings = Page(html).of("svg")
     wide_and_narrow = 2
@@ -169,7 +182,7 @@ def test_plots_follow_the_page_and_are_named(three):
     assert "<title>block 2, q_proj: 62.50\xa0%</title>" in html
 
 
-def test_the_pointer_is_told_values(three):
+def test_the_pointer_is_told_values(drawn, three):
     html = render(three).replace("\xa0", " ")
     assert "<title>besa\n34.00</title>" in html
     assert "<title>block 1\nwanda: 0.0246\nbesa: 0.0246</title>" in html
@@ -179,7 +192,7 @@ def test_the_pointer_is_told_values(three):
     )
 
 
-def test_the_mean_loss_is_of_the_same_blocks_at_every_step(folder):
+def test_the_mean_loss_is_of_the_same_blocks_at_every_step(drawn, folder):
     run = record("besa")
     for block, losses in zip(run["blocks"], ([4.0, 1.0], [8.0, 4.0, 2.0, 1.0], [9.0, 7.0, 6.0, 5.0]), strict=True):
         block["losses"] = losses
@@ -204,11 +217,11 @@ def test_what_differs_between_runs_is_listed(three, folder):
     assert "How the runs differ" not in Page(render([three[1], folder("same", record("wanda"))])).text
 
 
-def test_same_runs_give_the_same_page(three):
+def test_same_runs_give_the_same_page(drawn, three):
     assert render(three) == render(three)
 
 
-def test_names_are_not_trusted(folder):
+def test_names_are_not_trusted(drawn, folder):
     run = record(HOSTILE + " $x^2$ \x01 " + "long " * 10)
     run["model"] = {"source": f"</title>{HOSTILE}", "architecture": "X"}
     run["calibration"] = {"source": "<img src=x>"}
@@ -277,7 +290,7 @@ def test_recipe_that_a_run_has_settled_is_still_one_that_besa_ships(name, ranks,
     assert re.search(rf"--recipe {name}\s", page) and f"{name}.yaml" not in page
 
 
-def test_distilling_has_a_curve(three, folder):
+def test_distilling_has_a_curve(drawn, three, folder):
     page = render([*three, folder("far", record("wanda", distilling=DISTILLED), evaluation({"wiki": 19.0}))])
     assert 'id="distilling"' in page
     assert 'href="#distilling"' in page
@@ -446,13 +459,13 @@ def test_dense_alone(folder):
     assert "The dense model has a perplexity of 20.00 on wiki." in page.text and not page.of("svg")
 
 
-def test_one_run_that_was_never_measured(folder):
+def test_one_run_that_was_never_measured(drawn, folder):
     page = Page(render([folder("run", record("wanda"))]))
     assert "wanda set 300 of 600 weights to zero" in page.text and "No perplexity was measured." in page.text
     assert "Learned row rates" not in page.text and "learning step" not in page.text
 
 
-def test_a_run_of_few_facts(folder):
+def test_a_run_of_few_facts(drawn, folder):
     run = record("mine", model={"source": "", "architecture": "GPT2LMHeadModel"}, calibration={}, blocks=1)
     run["peak_gpu_memory_bytes"], run["machine"]["device"] = 5_000_000, "cuda"
     page = Page(render([folder("run", run)]))
@@ -466,7 +479,7 @@ def test_a_run_without_blocks(folder):
     assert "Time and memory" in page.text and "Reconstruction error" not in page.text
 
 
-def test_numbers_that_are_not_finite(three, folder):
+def test_numbers_that_are_not_finite(drawn, three, folder):
     run = record("magnitude")
     run["blocks"][1]["reconstruction_error"] = float("nan")
     broken = folder("broken", run, evaluation({"wiki": None, "c4": 1e9}))
@@ -524,7 +537,7 @@ def test_domains_have_their_mean_and_its_ratio_where_all_are_known(folder, three
     assert "Geometric mean" not in Page(render(three)).text
 
 
-def test_many_runs_and_blocks(folder):
+def test_many_runs_and_blocks(drawn, folder):
     runs = [folder(str(i), record("besa", blocks=41), evaluation({"wiki": 10.0 * 3**i})) for i in range(10)]
     page = Page(render(runs))
     assert len(page.rows()) == 11 and "Logarithmic scale." in page.text
@@ -672,7 +685,7 @@ def test_colours_of_words_stand_out_from_the_page_in_both_schemes_and_on_paper()
     assert {name: palettes[0][name] for name in PAGE} == PAGE
 
 
-def test_the_user_s_matplotlib_style_stays_out(three):
+def test_the_user_s_matplotlib_style_stays_out(drawn, three):
     import matplotlib
 
     before = render(three)
@@ -685,7 +698,7 @@ def test_templates_are_part_of_the_package():
     assert (Path(str(resources.files("besa.report"))) / "template.html").is_file()
 
 
-def test_simulations_get_a_section(three, tiny_llama_folder):
+def test_simulations_get_a_section(drawn, three, tiny_llama_folder):
     assert "Simulated" not in Page(render(three)).text
     simulation = besa.simulate(tiny_llama_folder, [1, 32])
     (three[2].folder / "besa_simulation.json").write_text(simulation.model_dump_json())
@@ -792,7 +805,7 @@ def test_a_result_of_other_files_is_refused(three, tiny_llama_folder, tmp_path):
         load_run(tmp_path / "tiny")
 
 
-def test_infinite_perplexities_are_told_and_nothing_is_divided_by_them(folder):
+def test_infinite_perplexities_are_told_and_nothing_is_divided_by_them(drawn, folder):
     dense = folder("dense", measured=evaluation({"wiki": math.inf}))
     wanda = folder("wanda", record("wanda"), evaluation({"wiki": 40.0}))
     page = Page(render([dense, wanda]))
