@@ -63,7 +63,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "owl": ("sparsegpt", ["targets.method=owl"]),
     "search": ("wanda", ["targets.method=search"]),
 }
-FIRST = ("wanda", "fast", "besa")  # those of the fast tests
+FIRST = ("fast", "besa")  # those of the fast tests
 ON_EXPERTS = ("wanda", "sparsegpt", "fast", "best", "distilled", "besa")  # of a mixture, ranks see different experts
 IN_FLOAT16 = ("best", "besa", "distilled")  # of few as well: losses are scaled on ranks without a sequence too
 OF_WHOLE_EXPERTS = {"dropped": ("fast", ["experts={method: reap}"])}

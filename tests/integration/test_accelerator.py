@@ -45,8 +45,8 @@ CASES = {name: (name, []) for name in shipped()} | VARIANTS | MORE
 OF_EXPERTS = {"fewer experts": ("fast", ["experts.method=reap"])}
 LIKE_OTHERS = {  # of parts that faster cases have, too
     "besa-attn-mlp", "besa-int4", "besa-layer-pruned-teacher", "besa-layerwise", "besa-rtn4", "besa-two-blocks", "best",
-    "best-int4", "best-int8", "depth", "distilled", "int4", "int4 groups", "magnitude", "mixed 2-of-4", "probability",
-    "ria", "wanda-int4",
+    "best-int4", "best-int8", "depth", "distilled", "int4", "int4 groups", "magnitude", "mixed 2-of-4", "owl",
+    "probability", "ria", "sparsegpt", "structured", "wanda-int4",
 }  # fmt: skip
 
 
@@ -125,6 +125,7 @@ def test_whole_experts_go_there_too(tiny_tokenizer: Any, tmp_path: Path) -> None
     assert different(*in_memory) == set()
 
 
+@pytest.mark.slow
 def test_hidden_states_that_do_not_fit_stay_on_the_host_or_in_files(shallow: Path, tmp_path: Path) -> None:
     recipe = recipe_of("besa")
     compress(shallow, recipe, TEXT, out=tmp_path / "fits", device="pretend", **SETTINGS)

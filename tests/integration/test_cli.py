@@ -1,7 +1,6 @@
 """The command line on the tiny Llama: what it writes, and how it refuses."""
 
 import json
-import os
 import re
 import resource
 import shutil
@@ -24,11 +23,6 @@ MIXTURE = TINY.with_name("tiny-mixture")
 SMALL = ["--calibration", str(TINY / "calibration.txt"), "--samples", "8", "--seqlen", "64"]
 
 
-def in_a_process_of_its_own(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "besa", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}, check=False)
-
-
 def assert_refused(result: subprocess.CompletedProcess[str], *words: str) -> None:
     """Exit code 2, one sentence after the lines on blocks that were done, no traceback."""
     *before, message = result.stderr.strip().splitlines()
@@ -44,7 +38,7 @@ def assert_refused(result: subprocess.CompletedProcess[str], *words: str) -> Non
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("pruned") / "out"
-    result = in_a_process_of_its_own("prune", TINY, out, "--recipe", "besa", "--sparsity", "0.6", *SMALL)
+    result = called("prune", TINY, out, "--recipe", "besa", "--sparsity", "0.6", *SMALL)
     assert result.returncode == 0, result.stderr
     assert "(60.0000%)" in result.stdout
     return out

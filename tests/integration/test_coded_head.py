@@ -34,6 +34,7 @@ from besa.runtime.coded import CodedEmbedding, CodedLinear
 from besa.runtime.speed import step_bytes
 from besa.storage.formats import row_codes
 from besa.storage.formats.container import Container
+from tests.slowly import some_slow
 from tests.sweep import small_model
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
@@ -73,7 +74,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return make
 
 
-@pytest.fixture(params=FORMS)
+@pytest.fixture(params=some_slow(FORMS, {"scaled", "tied"}))
 def checkpoint(request: pytest.FixtureRequest, made: Callable[[str], Path]) -> Path:
     return made(request.param)
 

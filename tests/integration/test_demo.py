@@ -40,6 +40,7 @@ def test_demo_ends_with_checkpoints_a_table_and_a_page(tmp_path: Path, shallow_l
         assert f"{measured:.2f}" in page
 
 
+@pytest.mark.slow
 def test_demo_goes_on_where_it_was_interrupted(
     tmp_path: Path, shallow_llama_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

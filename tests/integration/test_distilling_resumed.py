@@ -116,6 +116,7 @@ def test_interrupted_and_gone_on_with(prune: Prune, stop: int, whole: Path, tmp_
     assert not partial.exists()
 
 
+@pytest.mark.slow
 def test_moments_and_their_steps_are_on_the_device_of_the_weights(
     prune: Prune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

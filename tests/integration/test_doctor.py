@@ -132,7 +132,13 @@ def test_what_hinders_besa_ends_with_2_and_is_named(
     assert examine().hindering == ["numpy", "torch"]
 
 
-@pytest.mark.parametrize("absent", [["torch", "safetensors", "numpy", "transformers"], ["safetensors", "numpy"]])
+@pytest.mark.parametrize(
+    "absent",
+    [
+        ["torch", "safetensors", "numpy", "transformers"],
+        pytest.param(["safetensors", "numpy"], marks=pytest.mark.slow),
+    ],
+)
 def test_what_is_found_is_written_without_the_packages_that_are_missing(tmp_path: Path, absent: list[str]) -> None:
     code = f"import sys; sys.modules |= dict.fromkeys({absent}); from besa.cli import main; main()"
     offline = os.environ | {"HF_HUB_OFFLINE": "1"}

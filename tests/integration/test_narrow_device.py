@@ -19,9 +19,13 @@ RUNS = [
     pytest.param("besa-int4", ["allocation.steps=3"], marks=pytest.mark.slow),
     ("fast", []),
     pytest.param("fast", ["targets.method=search"], marks=pytest.mark.slow),
-    ("wanda", ["sparsity=0.2", "allocation.method=structured", "targets.method=sensitivity"]),
+    pytest.param(
+        "wanda",
+        ["sparsity=0.2", "allocation.method=structured", "targets.method=sensitivity"],
+        marks=pytest.mark.slow,
+    ),
     ("depth", ["allocation.layers=mlp", "allocation.blocks=2"]),
-    ("wanda", ["allocation.method=nm", "allocation.mixed=true"]),
+    pytest.param("wanda", ["allocation.method=nm", "allocation.mixed=true"], marks=pytest.mark.slow),
 ]
 
 

@@ -91,7 +91,7 @@ def tiny(pristine_tiny_llama, tiny_tokenizer, tiny_llama_folder, tmp_path_factor
     return Judged(pristine_tiny_llama, tiny_tokenizer, str(half), 16, texts, window=128, windows=24)
 
 
-@pytest.mark.parametrize("stage", some_slow(STAGES, {"admm"}))
+@pytest.mark.parametrize("stage", some_slow(STAGES, {"admm", "finetune"}))
 def test_the_tiny_model(stage, tiny):
     assert tiny.harm(STAGES[stage]) == {}
 

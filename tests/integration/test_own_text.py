@@ -200,6 +200,7 @@ def test_batches_go_on_one_after_another(beginning: Path, monkeypatch: pytest.Mo
     assert steps[-1] == goal
 
 
+@pytest.mark.slow
 def test_a_device_without_float64_writes_the_same(beginning: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretend.numbers, "float64", False)
     widest.cache_clear()
@@ -318,6 +319,7 @@ def test_a_resumed_run_is_bit_equal_and_writes_nothing_again(
     ]
 
 
+@pytest.mark.slow
 def test_a_run_is_not_resumed_on_other_text(beginning: Path, instruct: Path, tmp_path: Path) -> None:
     with pytest.raises((KeyboardInterrupt, Interrupted)):
         prune(beginning, "self", tmp_path / "out", progress=stopped_after(5))

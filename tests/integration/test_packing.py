@@ -56,7 +56,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return make
 
 
-@pytest.fixture(params=some_slow(FORMS, {"symmetric"}))
+@pytest.fixture(params=some_slow(FORMS, {"bfloat16", "symmetric"}))
 def checkpoint(request: pytest.FixtureRequest, made: Callable[[str], Path]) -> Path:
     return made(request.param)
 

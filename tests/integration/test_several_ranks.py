@@ -28,7 +28,7 @@ def digests(tmp_path_factory):
 @pytest.mark.parametrize(("which", "count"), [("first", 2), pytest.param("all", 3, marks=pytest.mark.slow)])
 def test_any_number_of_ranks_gives_the_same_weights(digests, which, count):
     one, several = digests(which, 1), digests(which, count)
-    assert len(several) >= 10
+    assert len(several) >= 8
     for case, digest in several.items():
         for part in ("zeros", "tensors", "losses", "distilling", "dropped"):
             assert digest[part] == one[case][part], f"{part} of {case}"

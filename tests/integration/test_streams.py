@@ -53,6 +53,7 @@ def test_a_reader_that_has_had_enough() -> None:
     assert (result.returncode, result.stderr) == (0, "")
 
 
+@pytest.mark.slow
 def test_streams_that_are_closed(tmp_path: Path, tiny_llama_folder: Path) -> None:
     """No file takes their place, and gets what is meant for them."""
     result = shell('"$@" <&- >&- 2>&-', "inspect", tiny_llama_folder, "--json", tmp_path / "found.json")

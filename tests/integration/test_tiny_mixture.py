@@ -53,7 +53,9 @@ def at_random(seed: int, share: float) -> float:
     return measure(model, heldout())[1]
 
 
-@pytest.mark.parametrize("share", [0.25, pytest.param(0.5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "share", [pytest.param(0.25, marks=pytest.mark.slow), pytest.param(0.5, marks=pytest.mark.slow)]
+)
 def test_reap_beats_frequency_and_chance(share: float, tokenizer: Any) -> None:
     dense = measure(load(), heldout())[1]
     reap, frequency = (by_score(method, share, tokenizer) for method in ("reap", "frequency"))

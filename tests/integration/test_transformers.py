@@ -48,7 +48,7 @@ def packed(folder: Path, recipe: Recipe) -> Path:
     return folder / "packed"
 
 
-@pytest.fixture(scope="module", params=some_slow([*FORMS, "shards"], {"shards"}))
+@pytest.fixture(scope="module", params=some_slow([*FORMS, "shards"], {"float32", "shards"}))
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
     recipe = Recipe.load(FORMS.get(request.param, "wanda")).with_exceptions(["*.k_proj"], [])
@@ -450,6 +450,7 @@ def test_the_hook_waits_once_and_for_one_module(monkeypatch: pytest.MonkeyPatch)
     assert sys.meta_path == [waiting]
 
 
+@pytest.mark.slow
 def test_the_registry_may_be_what_imports_torch(plain: Path) -> None:
     """Then besa comes while the registry is half imported."""
     made = program("import transformers.quantizers\n" + LOAD, plain)

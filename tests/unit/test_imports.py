@@ -44,6 +44,7 @@ print(sum(sizes))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not PAGES.exists() or "[madvise]" not in PAGES.read_text(), reason="programs need not ask here")
 def test_large_tensors_are_in_huge_pages():
     """If the system has any in one piece; a user who switched them off keeps that."""

@@ -263,6 +263,7 @@ def test_what_is_included_belongs_to_the_source():
     assert b'#include "' not in source
 
 
+@pytest.mark.slow
 @compiled
 def test_two_processes_may_fill_the_cache_at_once(fresh, tmp_path):
     compiler, here = tmp_path / "compiler", tmp_path / "here"
@@ -297,6 +298,7 @@ def test_without_a_compiler_there_is_a_notice(fresh, monkeypatch, broken):
     assert len(said) == 1
 
 
+@pytest.mark.slow
 @compiled
 def test_threads_are_those_of_torch(fresh):
     """No second OpenMP library comes in with the kernels: its threads would fight with torch's."""

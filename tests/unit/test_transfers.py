@@ -234,7 +234,10 @@ def test_tensors_come_home_at_once(lagging):
 
 @pytest.mark.parametrize(
     ("run", "out"),
-    some_slow(itertools.product(RUNS, (False, True)), {("pruned", True), ("moved", False), ("fast", False)}),
+    some_slow(
+        itertools.product(RUNS, (False, True)),
+        {("pruned", False), ("pruned", True), ("moved", False), ("moved", True), ("fast", False)},
+    ),
 )
 def test_a_run_with_all_of_it_is_that_of_the_cpu(lagging, run, out, shallow_llama_folder, tmp_path):
     """Hidden states in files, on the host and on the device; blocks that come ahead, from memory or from the disk."""
