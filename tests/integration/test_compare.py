@@ -132,6 +132,23 @@ def test_keys_know_recipes_seeds_and_contents(made: tuple[Workspace, Comparison]
     assert moved.key(recipe, 0) != same
 
 
+def test_a_file_does_not_stand_for_an_embedded_text_of_its_name(
+    made: tuple[Workspace, Comparison], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    one = replace(
+        made[0],
+        conditions=replace(made[0].conditions, calibration="c4:0.5,code:0.5"),
+        measures=replace(made[0].measures, texts=("wiki", "web")),
+    )
+    keys = []
+    for content in ("", "hello"):
+        for name in ("c4", "wiki", "web") if content else ():
+            Path(name).write_text(content)
+        keys.append((one.key(Recipe.load("wanda", 0.7), 0), [one._name(each) for each in one.measures.each()]))
+    assert keys[0] == keys[1]
+
+
 def test_another_evaluation_prunes_anew_only_where_weights_are_gone(
     tmp_path: Path, shallow_llama_folder: Path, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,47 @@ def test_parts_joined_are_the_whole() -> None:
 def test_parts_joined_have_the_notes_of_all_once() -> None:
     parts = [Evaluation(perplexity={}, window=3, notes=notes) for notes in (["a"], ["b", "a"], [])]
     assert Evaluation.joined(parts).notes == ["a", "b"]
+
+
+def of_text(content: str, *windows: int, notes: Sequence[str] = ()) -> Evaluation:
+    """A text, read anew, and what is said of it."""
+    by_window = {n: {"t": Perplexity(perplexity=n, windows=4, predicted=8, sha256=f"{content}{n}")} for n in windows}
+    details = by_window.pop(windows[0])
+    return evaluation().model_copy(
+        update={
+            "perplexity": {"t": float(windows[0])},
+            "details": details,
+            "other_windows": by_window,
+            "sources": {"t": "t.txt"},
+            "beginnings": {"t": content},
+            "notes": list(notes),
+        }
+    )
+
+
+def test_another_text_of_the_same_name_leaves_nothing_of_the_one_before(tmp_path: Path) -> None:
+    path = tmp_path / "e.json"
+    path.write_text(of_text("old", 3, 5).model_dump_json())
+    again = added(of_text("old", 3), path)
+    assert list(again.other_windows[5]) == ["t"]  # the same text in windows of another length
+    with pytest.warns(Notice, match=r"e\.json had another text of the name t, which is replaced\.$"):
+        anew = added(of_text("new", 3), path)
+    assert anew.details == of_text("new", 3).details
+    assert not any(anew.other_windows.values())
+    assert anew.zero_shot == evaluation().zero_shot
+
+
+def test_what_was_said_of_a_text_goes_when_it_is_measured_again(tmp_path: Path) -> None:
+    path = tmp_path / "e.json"
+    said = [
+        "The model was calibrated on documents of t: others tell more.",
+        "The model was calibrated on documents of tt: x",
+    ]
+    of_task = "7 answers of piqa were scored without the beginning of their question."
+    path.write_text(of_text("old", 3, notes=[*said, of_task]).model_dump_json())
+    later = of_text("old", 3, notes=["new"]).model_copy(update={"zero_shot": None})
+    assert added(later, path).notes == [said[1], of_task, "new"]
+    assert added(of_tasks({"piqa": 0.5}), path).notes == [*said, "cut"]
 
 
 def of_tasks(tasks: dict[str, float], **changes: object) -> Evaluation:

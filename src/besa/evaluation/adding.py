@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -15,8 +16,9 @@ from besa.evaluation.zero_shot import ZeroShot
 def added(evaluation: Evaluation, path: Path) -> Evaluation:
     """An evaluation together with what a file has, if that is of the same model and was measured alike.
 
-    Whatever was measured again replaces what was there. If the file has something else, all of it will be replaced, and
-    a notice says so.
+    Whatever was measured again replaces what was there, with what was said of it. If the file has another text of the
+    same name, all that was measured on that goes. If it has something else, all of it will be replaced. A notice says
+    either.
 
     Args:
         evaluation: that will be written to the file.
@@ -36,8 +38,14 @@ def added(evaluation: Evaluation, path: Path) -> Evaluation:
             stacklevel=2,
         )
         return evaluation
+    if replaced := [text for text in evaluation.details if _is_another(text, earlier, evaluation)]:
+        warnings.warn(
+            f"{path} had another text of the name {' and another of the name '.join(replaced)}, which is replaced.",
+            Notice,
+            stacklevel=2,
+        )
     of_texts = evaluation if evaluation.details else earlier
-    return Evaluation.joined([earlier, evaluation]).model_copy(
+    return Evaluation.joined([_kept(earlier, evaluation, replaced), evaluation]).model_copy(
         update={
             "model": evaluation.model,
             "window": of_texts.window,
@@ -66,6 +74,25 @@ def _differences(earlier: Evaluation, later: Evaluation) -> Iterator[str]:
     first, second = earlier.zero_shot, later.zero_shot
     if first and second and _settings(first) != _settings(second):
         yield "choice of questions"
+
+
+def _is_another(text: str, earlier: Evaluation, later: Evaluation) -> bool:
+    """Whether two texts of one name, in windows of one length, are two: by their tokens, or by how they begin."""
+    if text not in earlier.details:
+        return False
+    digests = earlier.details[text].sha256, later.details[text].sha256
+    if None in digests:
+        digests = earlier.beginnings.get(text), later.beginnings.get(text)
+    return None not in digests and digests[0] != digests[1]
+
+
+def _kept(earlier: Evaluation, later: Evaluation, replaced: Sequence[str]) -> Evaluation:
+    """What stays of a file: all but the replaced texts, and what was said of any text or task that is there again."""
+    again = [*later.details, *(later.zero_shot.tasks if later.zero_shot else ())]
+    said = re.compile(rf"\bof ({'|'.join(map(re.escape, again))})(:| were\b)")
+    parts = [earlier.of(text) for text in (*earlier.perplexity, None) if text not in replaced]
+    notes = [note for note in earlier.notes if not said.search(note)]
+    return Evaluation.joined(parts).model_copy(update={"notes": notes})
 
 
 def _same_model(earlier: Evaluation, later: Evaluation) -> bool:

@@ -24,7 +24,9 @@ import torch
 from besa.api import compress, evaluate
 from besa.data.calibration import sample
 from besa.data.documents import check_there
-from besa.data.mixture import MIX, parts_of, texts_of
+from besa.data.domains import DOMAINS
+from besa.data.embedded import EMBEDDED
+from besa.data.mixture import MIX, OWN, parts_of, texts_of
 from besa.data.questions import ACCURACY
 from besa.digests import sha256_of
 from besa.errors import BesaError, Interrupted
@@ -32,7 +34,7 @@ from besa.evaluation.adding import added
 from besa.evaluation.carding import tell_card
 from besa.evaluation.domains import ALL, mean_of_domains
 from besa.evaluation.result import EVALUATION_NAME, Evaluation
-from besa.evaluation.texts import check_texts, read_texts, text_name
+from besa.evaluation.texts import TEST_SETS, check_texts, read_texts, text_name
 from besa.evaluation.zero_shot import check_tasks
 from besa.methods.recipe import Recipe
 from besa.models.bos import bos_token
@@ -50,6 +52,7 @@ from besa.studies.origin import Origin
 from besa.system.devices import resolve_device
 
 DENSE = "dense"
+NAMED = {*EMBEDDED, MIX, OWN, *TEST_SETS, *DOMAINS, ALL}  # texts that a file of the same name does not stand for
 Result = TypeVar("Result", RunRecord, Evaluation)
 
 
@@ -343,7 +346,7 @@ class Workspace:
         """What an evaluation depends on besides the pruned model; the dense model and its dtype are part of it."""
         return asdict(measures) | {
             "texts": [_content(text) for text in measures.texts],
-            "data": {name: _content(file) for name, file in measures.data.items()},
+            "data": {name: _digest(file) for name, file in measures.data.items()},
             "model": self._fingerprint,
             "dtype": self.conditions.dtype,
             "bos": self.conditions.bos,
@@ -386,6 +389,11 @@ def _calibrated_on(calibration: str) -> Any:
 
 
 def _content(text: str) -> str:
-    """The name of a text, or of a local file a digest of what is in it."""
+    """The name of a text that has one, or of a local file a digest of what is in it."""
+    return text if text in NAMED else _digest(text)
+
+
+def _digest(text: str) -> str:
+    """Of what is in a local file; the name of a data set of the Hub."""
     path = path_of(text)
     return sha256_of(path) if path.is_file() else text
