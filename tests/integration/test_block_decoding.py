@@ -155,9 +155,11 @@ def test_a_cache_of_another_shape_further_on(halves: PreTrainedModel, monkeypatc
 
 
 @pytest.mark.parametrize("bits", some_slow([4, 8], {8}))
-def test_blocks_of_codes(bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_of_codes(
+    bits: int, shallow_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = Recipe.load("wanda-int4", overrides=[f"quantization.bits={bits}"])
-    besa.compress(TINY, recipe, TEXT, out=tmp_path / "dense", samples=2, seqlen=16, dtype="bfloat16")
+    besa.compress(shallow_llama_folder, recipe, TEXT, out=tmp_path / "dense", samples=2, seqlen=16, dtype="bfloat16")
     besa.pack(tmp_path / "dense", tmp_path / "packed")
     model = besa.load(tmp_path / "packed")
     expected = steps(usual(model), 6)

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.slowly import some_slow
-
 BESA = [sys.executable, "-m", "besa"]
 TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
 full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full here")
@@ -27,7 +25,8 @@ def shell(command: str, *arguments: object, **environment: str) -> subprocess.Co
 
 
 @full
-@pytest.mark.parametrize("arguments", some_slow([["--help"], ["plan", str(TINY)]], [["--help"]]))
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [["--help"], ["plan", str(TINY)]])
 def test_a_full_device_behind_standard_output(arguments: list[str]) -> None:
     result = shell('"$@" > /dev/full', *arguments)
     assert (result.returncode, result.stderr) == (

@@ -210,7 +210,7 @@ def test_triton_agrees_with_codes(gpu, dtype, weight, batch):
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(6, 4099), (17, 577), (3, 2176), (1, 1)])
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", some_slow([1, 3], {1}))
 def test_triton_carries_from_tile_to_tile_and_from_band_to_band(gpu, rows, columns, batch):
     w_OI = half_pruned(rows, columns)
     for dtype in bitmask.FLOATS:
