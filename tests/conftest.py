@@ -5,7 +5,8 @@ import gc
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ os.environ.pop("COLUMNS", None)  # pytest-xdist sets it, and a console of rich w
 
 import pytest
 import torch
+import typer.main
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
@@ -61,6 +64,27 @@ def long_texts_are_tokenised_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TokenizersBackend, "__call__", call)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_is_drawn_without_memory() -> Iterator[None]:
+    """Random numbers on the meta device go nowhere; torch takes four fifths of a model without weights for them."""
+
+    def without(genuine: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda tensor, *given, **settings: tensor if tensor.is_meta else genuine(tensor, *given, **settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("normal_", "uniform_"):
+            patch.setattr(Tensor, name, without(getattr(Tensor, name)))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def commands_are_built_once() -> Iterator[None]:
+    """Typer builds all commands for each call, of which tests make many in one process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.main, "get_command", cache(typer.main.get_command))
         yield
 
 
